@@ -1,0 +1,106 @@
+"""The built-in teacher: a CLIP trained from nothing on EmojiScenes."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from edgeclip.compress.batches import collate
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.losses import contrastive
+from edgeclip.compress.sources import EmojiSource
+from edgeclip.compress.tokenizer import train_tokenizer
+from edgeclip.compress.train_loop import Task, TrainSettings, train
+from edgeclip.runtime.spec import ImageSpec
+
+_MAX_LOGIT_SCALE = 4.6052  # ln 100, as CLIP clips it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherShape:
+    """Sizes of a CLIP with plain transformer towers; heads are `head_size` wide."""
+
+    image_size: int = 64
+    patch_size: int = 8
+    image_width: int = 256
+    image_layers: int = 8
+    text_width: int = 256
+    text_layers: int = 3
+    head_size: int = 64
+    dim: int = 256
+    vocab_size: int = 2048
+    context_length: int = 40
+
+
+def new_teacher(shape: TeacherShape, *, seed: int) -> DualEncoder:
+    """An untrained teacher; its tokenizer is learnt from 20,000 training captions."""
+    captions = EmojiSource("train", 20_000, size=shape.image_size, seed=seed)
+    tokenizer = train_tokenizer(
+        (captions.caption(index) for index in range(len(captions))),
+        vocab_size=shape.vocab_size,
+        context_length=shape.context_length,
+    )
+    config = CLIPConfig(
+        projection_dim=shape.dim,
+        vision_config={
+            "image_size": shape.image_size,
+            "patch_size": shape.patch_size,
+            **_tower(shape.image_width, shape.image_layers, shape),
+        },
+        text_config={
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": shape.context_length,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **_tower(shape.text_width, shape.text_layers, shape),
+        },
+    )
+    torch.manual_seed(seed)
+    half = (0.5, 0.5, 0.5)
+    image = ImageSpec(size=shape.image_size, resize=shape.image_size, mean=half, std=half)
+    return DualEncoder(CLIPModel(config), image, tokenizer)
+
+
+def _tower(width: int, layers: int, shape: TeacherShape) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // shape.head_size,
+        "projection_dim": shape.dim,
+    }
+
+
+def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEncoder:
+    """Train a teacher with the contrastive loss on scenes that are never shown twice.
+
+    Checkpoints and `log.jsonl` go to `out`; a run that was stopped goes on from there.
+    Returns the trained teacher; the caller saves it.
+    """
+    teacher = new_teacher(shape, seed=settings.seed)
+    count = settings.steps * settings.batch_size
+    source = EmojiSource("train", count, size=shape.image_size, seed=settings.seed)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        first = step * settings.batch_size
+        pairs = [source[index] for index in range(first, first + settings.batch_size)]
+        return collate(pairs, teacher)
+
+    def losses(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        pixels, ids = batch
+        scale = teacher.model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+        image, text = teacher.embed_image(pixels), teacher.embed_text(ids)
+        return {"total": contrastive(image, text, scale)}
+
+    task = Task(
+        title="pretrain",
+        module=teacher,
+        batch=batch,
+        losses=losses,
+        identity=f"pretrain {source.identity} {sorted(asdict(shape).items())}",
+    )
+    train(task, settings, out)
+    return teacher

@@ -1,0 +1,155 @@
+"""Where training pictures come from: the built-in scenes or a folder of one's own."""
+
+import csv
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from edgeclip.compress.emoji_scenes import EmojiScenes, Scene, Split
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.load_image import list_images, load_image
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A picture (RGB) and what is said of it; `caption` is None where nothing is."""
+
+    image: Image.Image
+    caption: str | None
+
+
+class Source(Protocol):
+    """Pairs by index; the same index always gives the same pair."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever any pair does; a teacher cache belongs to one identity."""
+
+    @property
+    def has_captions(self) -> bool:
+        """True if every pair has a caption."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+    def caption(self, index: int) -> str | None:
+        """The caption alone, without drawing or decoding the picture."""
+
+
+class EmojiSource:
+    """The first `count` scenes of a split of EmojiScenes, drawn at `size` pixels.
+
+    Args:
+        distinct: skip scenes whose caption came before, as retrieval needs.
+    """
+
+    has_captions = True
+
+    def __init__(
+        self, split: Split, count: int, *, size: int, seed: int = 0, distinct: bool = False
+    ) -> None:
+        self._world = EmojiScenes(split, seed=seed)
+        self._scenes = self._world.distinct(count) if distinct else None
+        self._count = count
+        self._size = size
+        self.name = f"EmojiScenes {split}, {count} scenes"
+        self.identity = f"emoji-scenes:{split}:{seed}:{count}:{size}:{distinct}"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def scene(self, index: int) -> Scene:
+        """What picture `index` shows."""
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._world.scene(index) if self._scenes is None else self._scenes[index]
+
+    def __getitem__(self, index: int) -> Pair:
+        scene = self.scene(index)
+        return Pair(self._world.render(scene, self._size), scene.caption)
+
+    def caption(self, index: int) -> str:
+        return self.scene(index).caption
+
+
+class FolderSource:
+    """A folder of pictures, with captions from `captions.csv` or a `NAME.txt` beside each.
+
+    `captions.csv` has a header with the columns `file` and `caption`; `file` is relative
+    to the folder. Either all pictures have a caption or none has.
+
+    Raises:
+        ConfigError: captions that are incomplete or name a picture that is not there.
+        InputError: no folder, or no pictures in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = list_images(folder)
+        self._captions = _captions(folder, self.paths)
+        self.name = f"{folder}, {len(self.paths)} pictures"
+        digest = hashlib.sha256()
+        for path, caption in zip(self.paths, self._captions, strict=True):
+            state = path.stat()
+            key = f"{path.relative_to(folder)}|{state.st_size}|{state.st_mtime_ns}|{caption}"
+            digest.update(key.encode())
+        self.identity = f"folder:{digest.hexdigest()}"
+
+    @property
+    def has_captions(self) -> bool:
+        return self._captions[0] is not None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(load_image(self.paths[index]), self._captions[index])
+
+    def caption(self, index: int) -> str | None:
+        return self._captions[index]
+
+
+def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
+    """`emoji` for the built-in scenes, else a folder (of which `split` is a subfolder, if any)."""
+    if data == "emoji":
+        return EmojiSource(split, count, size=size, distinct=split != "train")
+    folder = Path(data)
+    return FolderSource(folder / split if (folder / split).is_dir() else folder)
+
+
+def _captions(folder: Path, paths: tuple[Path, ...]) -> list[str | None]:
+    table = folder / "captions.csv"
+    found = _from_table(table, paths) if table.is_file() else [_from_text(p) for p in paths]
+    missing = [p for p, caption in zip(paths, found, strict=True) if caption is None]
+    if missing and len(missing) < len(paths):
+        raise ConfigError(
+            f"{folder}: {len(missing)} of {len(paths)} pictures have no caption, the first is "
+            f"{missing[0].name}; give every picture one, or none"
+        )
+    return found
+
+
+def _from_text(path: Path) -> str | None:
+    beside = path.with_suffix(".txt")
+    if not beside.is_file():
+        return None
+    return beside.read_text(encoding="utf-8").strip() or None
+
+
+def _from_table(table: Path, paths: tuple[Path, ...]) -> list[str | None]:
+    with table.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        if not {"file", "caption"} <= set(reader.fieldnames or ()):
+            raise ConfigError(f"{table} needs a header with the columns file and caption")
+        rows = {(table.parent / row["file"]): (row["caption"] or "").strip() for row in reader}
+    unknown = sorted(set(rows) - set(paths))
+    if unknown:
+        raise ConfigError(f"{table} names {unknown[0].name}, which is not a picture there")
+    return [rows.get(path) or None for path in paths]

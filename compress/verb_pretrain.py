@@ -1,0 +1,41 @@
+"""`edgeclip pretrain`: train the built-in teacher from nothing."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from edgeclip.compress.pretrain import TeacherShape, pretrain
+from edgeclip.compress.train_loop import TrainSettings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--out", type=Path, required=True, help="where the teacher is written")
+    parser.add_argument("--run", type=Path, help="checkpoints and log (default: OUT-run)")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    for field in fields(TeacherShape):
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, type=int, default=field.default)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, then write the teacher with fp16 weights and the log of its training."""
+    shape = TeacherShape(**{field.name: getattr(args, field.name) for field in fields(TeacherShape)})
+    settings = TrainSettings(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        warmup_steps=150,
+        seed=args.seed,
+    )
+    folder = args.run or args.out.with_name(args.out.name + "-run")
+    teacher = pretrain(shape, settings, folder)
+    teacher.save(args.out, dtype=torch.float16)
+    (args.out / "log.jsonl").write_bytes((folder / "log.jsonl").read_bytes())
+    print(f"teacher written to {args.out}")
+    return 0

@@ -1,0 +1,1 @@
+"""What devices, links and workloads are: data, and its typed loaders."""

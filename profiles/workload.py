@@ -1,0 +1,63 @@
+"""Workload: what `edgeclip measure` runs, and how often."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from edgeclip.profiles.builtin_profiles import builtin_names, load_profile
+from edgeclip.profiles.ranges import Range, check_ranges
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """How much to measure. More runs give narrower intervals.
+
+    Attributes:
+        name: a short name.
+        description: one line for a person.
+        batch_sizes: the throughput sweep, strictly ascending; batch 1 comes first, since
+            latency is measured there.
+        min_warmup_runs: runs before timing starts, at least.
+        max_warmup_seconds: warm-up of one candidate ends here even if its median still
+            moves; the measurement says so.
+        repeats: timed runs at batch 1, per candidate; candidates take turns.
+        seconds_per_batch: time given to each size of the sweep, per candidate.
+        cold_starts: fresh processes whose start is timed, per candidate; 0 for none.
+
+    Raises:
+        ValueError: a value out of bounds; all of them in one message.
+    """
+
+    name: str
+    description: str
+    batch_sizes: tuple[int, ...]
+    min_warmup_runs: Annotated[int, Range(at_least=1)]
+    max_warmup_seconds: Annotated[float, Range(above=0)]
+    repeats: Annotated[int, Range(at_least=3)]
+    seconds_per_batch: Annotated[float, Range(above=0)]
+    cold_starts: Annotated[int, Range(at_least=0)]
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        mistakes = []
+        if not self.name.strip():
+            mistakes.append("name must not be empty")
+        sizes = self.batch_sizes
+        if sizes[:1] != (1,) or list(sizes) != sorted(set(sizes)):
+            mistakes.append("batch_sizes must be 1, then larger and larger sizes, such as [1, 8]")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+
+
+def load_workload(name_or_path: str | Path) -> Workload:
+    """A built-in workload by name, or a YAML file by path.
+
+    Raises:
+        ConfigError: an unknown name (the message lists the known ones) or a bad file.
+    """
+    return load_profile(Workload, "workloads", name_or_path)
+
+
+def workload_names() -> tuple[str, ...]:
+    """Names of the built-in workloads."""
+    return builtin_names("workloads")

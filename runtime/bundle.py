@@ -1,0 +1,169 @@
+"""A bundle on disk: checked as a whole before anything in it is loaded."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeclip.runtime.bundle_paths import GOLDEN_NAME, MANIFEST_NAME, TOKENIZER_NAME
+from edgeclip.runtime.errors import BundleError
+from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.manifest import Manifest
+from edgeclip.runtime.spec import Precision, Tower
+
+if TYPE_CHECKING:
+    from edgeclip.runtime.golden import Golden
+    from edgeclip.runtime.labels import LabelSet
+
+# An ONNX graph can name data files beside it, so nothing undeclared may lie here. A file
+# elsewhere (README.md, .gitattributes) is never opened, and is let be.
+_CLOSED_FOLDERS = ("onnx", "engines", "labels")
+_MAX_MANIFEST_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: every file it declares was there, whole and unaltered.
+
+    Attributes:
+        path: the directory, with symbolic links to it resolved, so that an update which
+            moves a link does not mix two bundles.
+        manifest: what `edgeclip.json` says.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, check_hashes: bool = True) -> "Bundle":
+        """Check a bundle and open it; nothing but its manifest is loaded.
+
+        Refused: a missing or unreadable manifest, another schema version, unsafe paths,
+        symbolic links inside, files that are missing, of another size or (with
+        `check_hashes`) of another SHA-256, undeclared files under `onnx/`, `engines/` and
+        `labels/`, and gates recorded as failed.
+
+        Raises:
+            BundleError: the first of these, and how to mend it.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise BundleError(f"{root} is not a directory: give the path of a bundle")
+        root = root.resolve()
+        manifest = Manifest.from_json(_read_manifest(root), source=str(root / MANIFEST_NAME))
+        failed = [f"{what}: {gate.name}" for what, gate in manifest.all_gates() if not gate.passed]
+        if failed:
+            raise BundleError(
+                f"{root} records gates as failed ({', '.join(failed)}): export a bundle that passes"
+            )
+        _check_tree(root, declared={file.path for file in manifest.files})
+        for file in manifest.files:
+            _check_file(root, file.path, file.bytes, file.sha256 if check_hashes else None)
+        return cls(root, manifest)
+
+    def tower_path(self, tower: Tower, precision: Precision | None = None) -> Path:
+        """Return the ONNX file of a tower, by default in its chosen precision.
+
+        Raises:
+            BundleError: the bundle does not hold that precision.
+        """
+        return self.path / self.manifest.tower(tower).file(precision).path
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The file that the package `tokenizers` reads."""
+        return self.path / TOKENIZER_NAME
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The label sets baked into the bundle."""
+        names = (file.path for file in self.manifest.files)
+        return tuple(
+            name.removeprefix("labels/").removesuffix(".npz")
+            for name in names
+            if name.startswith("labels/") and name.endswith(".npz")
+        )
+
+    def labels(self, name: str) -> "LabelSet":
+        """Load a label set by its name.
+
+        Raises:
+            BundleError: the bundle has no such label set.
+            SpaceMismatchError: it was made in another embedding space.
+        """
+        from edgeclip.runtime.labels import LabelSet
+
+        if name not in self.label_names:
+            has = ", ".join(self.label_names) or "none"
+            raise BundleError(f"{self.path} has no label set {name!r}; it has {has}")
+        labels = LabelSet.load(self.path / "labels" / f"{name}.npz")
+        labels.check_space(self.manifest.space)
+        return labels
+
+    def golden(self) -> "Golden":
+        """Load the inputs and expected embeddings that `edgeclip verify` replays.
+
+        Raises:
+            BundleError: they do not fit this bundle's input contract.
+        """
+        from edgeclip.runtime.golden import Golden
+
+        return Golden.load(self.path / GOLDEN_NAME, self.manifest)
+
+
+def _read_manifest(root: Path) -> str:
+    path = root / MANIFEST_NAME
+    if path.is_symlink():
+        raise BundleError(f"{path} is a symbolic link: copy the bundle with its links followed")
+    if not path.is_file():
+        raise BundleError(f"{root} holds no {MANIFEST_NAME}: it is not a bundle, or half a copy")
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} is too large to be a manifest: write the bundle anew")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"cannot read {path} ({error}): copy the bundle again") from None
+
+
+def _check_tree(root: Path, *, declared: set[str]) -> None:
+    """Refuse symbolic links anywhere, and undeclared files where towers and labels lie."""
+    for entry in _walk(root):
+        path = Path(entry.path).relative_to(root).as_posix()
+        if entry.is_symlink():
+            raise BundleError(
+                f"{root}: {path} is a symbolic link: copy the bundle with its links followed"
+            )
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if not is_folder and path.split("/")[0] in _CLOSED_FOLDERS and path not in declared:
+            raise BundleError(f"{root}: {path} is not declared in {MANIFEST_NAME}: remove it")
+
+
+def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise BundleError(f"cannot read {folder}: {error.strerror}") from None
+    for entry in found:
+        yield entry
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path)
+
+
+def _check_file(root: Path, path: str, size: int, sha256: str | None) -> None:
+    file = root / path
+    if not file.is_file():
+        raise BundleError(f"{root}: {path} is missing: copy the bundle again")
+    try:
+        found = file.stat().st_size
+        if found != size:
+            raise BundleError(
+                f"{root}: {path} has {found} bytes instead of {size}: copy the bundle again"
+            )
+        if sha256 is not None and sha256_file(file) != sha256:
+            raise BundleError(
+                f"{root}: {path} was altered (its SHA-256 differs): copy the bundle again"
+            )
+    except OSError as error:
+        raise BundleError(f"cannot read {file}: {error.strerror}") from None

@@ -1,0 +1,129 @@
+"""The command line: a table of verbs, each imported only when it is asked for."""
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgeclip.runtime.errors import EdgeClipError, MissingExtraError
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A command: `module` gives `add_arguments(parser)` and `run(args) -> exit status`.
+
+    `extra` is the optional dependency group that the verb needs, if any.
+    """
+
+    module: str
+    help: str
+    extra: str | None = None
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb("edgeclip.export.verb_demo", "the whole road on the built-in data", "export"),
+    "pretrain": Verb("edgeclip.compress.verb_pretrain", "train the built-in teacher", "compress"),
+    "cache": Verb("edgeclip.compress.verb_cache", "compute a teacher's answers once", "compress"),
+    "distill": Verb("edgeclip.compress.verb_distill", "train a student of a teacher", "compress"),
+    "export": Verb("edgeclip.export.verb_export", "turn a student into a bundle", "export"),
+    "verify": Verb("edgeclip.runtime.verb_verify", "check a bundle and replay it on this device"),
+    "embed": Verb("edgeclip.runtime.verb_embed", "turn images or texts into an index"),
+    "classify": Verb("edgeclip.runtime.verb_classify", "name what images show"),
+    "search": Verb("edgeclip.runtime.verb_search", "look for texts or images in an index"),
+    "eval": Verb("edgeclip.runtime.verb_eval", "measure retrieval or zero-shot quality"),
+    "measure": Verb("edgeclip.runtime.verb_measure", "measure latency, memory and size"),
+    "report": Verb("edgeclip.runtime.verb_report", "write the report as one HTML file", "report"),
+    "device": Verb("edgeclip.runtime.verb_device", "list device profiles, or show one"),
+}
+_USAGE = 2
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status.
+
+    0 is success; 1 a check that did not hold (`verify`, gates); 2 a mistake that the
+    message explains; 130 an interruption.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
+    except EdgeClipError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("edgeclip: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else _USAGE
+    if arguments[0] in ("-V", "--version"):
+        print(f"edgeclip {importlib.metadata.version('edgeclip')}")
+        return 0
+    name, *rest = arguments
+    if name not in VERBS:
+        return _fail(_unknown(name))
+    return _run(name, VERBS[name], rest)
+
+
+def _run(name: str, verb: Verb, rest: list[str]) -> int:
+    try:
+        module = importlib.import_module(verb.module)
+        parser = argparse.ArgumentParser(prog=f"edgeclip {name}", description=module.__doc__)
+        module.add_arguments(parser)
+        status: int = module.run(parser.parse_args(rest))
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if verb.extra is None or package in ("", "edgeclip"):
+            raise  # a fault of this software, not a package to install
+        raise MissingExtraError(
+            f"edgeclip {name} needs the package {package!r}: pip install 'edgeclip[{verb.extra}]'"
+        ) from error
+    return status
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: edgeclip VERB [options]",
+            "",
+            "Any CLIP teacher into a small, verified bundle for a device.",
+            "",
+            *lines,
+            "",
+            "edgeclip VERB --help explains a verb; edgeclip --version prints the version.",
+        ]
+    )
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, VERBS, n=1)
+    mend = f"did you mean {near[0]!r}?" if near else "edgeclip --help lists all"
+    return f"no verb {name!r}: {mend}"
+
+
+def _fail(message: str) -> int:
+    print(f"edgeclip: error: {message}", file=sys.stderr)
+    return _USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Checks shared by everything that takes embeddings or compares them."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.runtime.errors import InputError, SpaceMismatchError
+
+# Rounding to fp16 moves a unit vector's length by less than this.
+_UNIT_TOLERANCE = 5e-3
+
+
+def check_matrix(array: object, what: str) -> None:
+    """Refuse anything but a finite floating-point matrix [rows >= 1, dim >= 1].
+
+    Args:
+        array: the embeddings.
+        what: their name in the message.
+
+    Raises:
+        InputError: not an array, not floats, another shape, empty, NaN or infinity.
+    """
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise InputError(f"{what} must be a numpy array of floats, not {kind}")
+    if array.ndim == 1:
+        raise InputError(f"{what} must have shape [N, dim], not {array.shape}: use array[None]")
+    if array.ndim != 2 or 0 in array.shape:
+        raise InputError(
+            f"{what} must have shape [N, dim] with at least one row, not {array.shape}"
+        )
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if bad.size:
+        raise InputError(
+            f"NaN or infinity in {bad.size} of {len(array)} rows of {what}, "
+            f"first in row {bad[0]}: look for what put it there"
+        )
+
+
+def check_unit_rows(array: NDArray[Any], what: str) -> None:
+    """Refuse anything but a finite matrix whose rows have length 1.
+
+    Raises:
+        InputError: as `check_matrix`, or a row that is not L2-normalised.
+    """
+    check_matrix(array, what)
+    lengths = np.linalg.norm(array.astype(np.float32, copy=False), axis=1)
+    off = np.flatnonzero(np.abs(lengths - 1) > _UNIT_TOLERANCE)
+    if off.size:
+        raise InputError(
+            f"{what} must be L2-normalised, but row {off[0]} has length "
+            f"{lengths[off[0]]:.4g}: divide each row by its length"
+        )
+
+
+def check_space(expected: str, found: str, what: str) -> None:
+    """Refuse to compare embeddings of two embedding spaces.
+
+    Args:
+        expected: fingerprint of the encoder's embedding space.
+        found: fingerprint that `what` carries.
+        what: its name in the message, such as "the index photos.npz".
+
+    Raises:
+        SpaceMismatchError: the two differ.
+    """
+    if expected != found:
+        raise SpaceMismatchError(
+            f"{what} was made in the embedding space {found[:12]}, not in {expected[:12]}: "
+            "make it again with an encoder of this space"
+        )

@@ -1,0 +1,287 @@
+"""Encoder: a bundle and an engine that turn images and texts into embeddings and answers."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.choose_precision import choose_precision
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.index import Hit, Index
+from edgeclip.runtime.labels import LabelSet
+from edgeclip.runtime.load_image import ImageInput
+from edgeclip.runtime.preprocess import preprocess_batch
+from edgeclip.runtime.spec import EncoderSpec, Precision, Tower
+from edgeclip.runtime.tower_runner import TowerRunner
+
+if TYPE_CHECKING:
+    from edgeclip.profiles.device import DeviceProfile
+    from edgeclip.runtime.tokenize_text import TextTokenizer
+
+FloatArray = NDArray[np.float32]
+DEFAULT_TEMPLATES = ("a photo of a {}",)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A label and its share of the softmax over all labels of the set, 0 to 1."""
+
+    label: str
+    score: float
+
+
+class Encoder:
+    """Embeds images and texts with one bundle on one device.
+
+    A tower is loaded when it is first used, so that a device which only looks at images
+    never holds the text tower. Results do not depend on what else is in a batch.
+
+    Args:
+        bundle: an opened bundle.
+        device: what may run here, and how.
+        precision: of both towers; by default what the bundle chose for each, or the first
+            that the device allows.
+
+    Raises:
+        BundleError: the bundle holds no precision that fits.
+        InputError: the device does not allow `precision`.
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: "DeviceProfile", precision: Precision | None = None
+    ) -> None:
+        self.bundle = bundle
+        self.device = device
+        self.precisions: dict[Tower, Precision] = {
+            item.tower: choose_precision(item, device, precision) for item in bundle.manifest.towers
+        }
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        device: "DeviceProfile | str | Path" = "this-machine",
+        precision: Precision | None = None,
+        check_hashes: bool = True,
+    ) -> "Encoder":
+        """Check a bundle and make an encoder of it.
+
+        Args:
+            path: the bundle's directory.
+            device: a `DeviceProfile`, the name of a built-in one, or a YAML file.
+            precision: see the class.
+            check_hashes: False skips the SHA-256 of the files, for a bundle that was
+                verified before and could not be altered since.
+
+        Raises:
+            BundleError: see `Bundle.open`.
+            ConfigError: no such device.
+        """
+        from edgeclip.profiles.device import DeviceProfile, load_device
+
+        profile = device if isinstance(device, DeviceProfile) else load_device(device)
+        return cls(Bundle.open(path, check_hashes=check_hashes), profile, precision)
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """Input contract and geometry."""
+        return self.bundle.manifest.spec
+
+    @property
+    def space(self) -> str:
+        """Fingerprint of the embedding space: 64 hexadecimal digits."""
+        return self.bundle.manifest.space
+
+    @functools.cached_property
+    def _image_tower(self) -> TowerRunner:
+        return TowerRunner(self.bundle, "image", self.precisions["image"], self.device)
+
+    @functools.cached_property
+    def _text_tower(self) -> TowerRunner:
+        return TowerRunner(self.bundle, "text", self.precisions["text"], self.device)
+
+    @functools.cached_property
+    def _tokenizer(self) -> "TextTokenizer":
+        from edgeclip.runtime.tokenize_text import TextTokenizer
+
+        return TextTokenizer.from_file(self.bundle.tokenizer_path, self.spec.text)
+
+    def encode_image(
+        self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32
+    ) -> FloatArray:
+        """Embed one image or several; float32 [N, dim], L2-normalised.
+
+        Args:
+            images: paths, bytes of image files, PIL images or arrays (see `load_image`); an
+                array of four dimensions is a batch.
+            batch_size: how many are decoded and run at a time.
+
+        Raises:
+            InputError: an image that cannot be read.
+            EngineError: the engine failed, or gave something other than embeddings.
+        """
+        parts = [
+            self._image_tower.run(preprocess_batch(chunk, self.spec.image))
+            for chunk in _chunks(_list_of_images(images), batch_size)
+        ]
+        return self._joined(parts)
+
+    def encode_pixels(self, pixels: FloatArray, *, batch_size: int = 32) -> FloatArray:
+        """Embed preprocessed images, float32 [N, 3, size, size]; float32 [N, dim].
+
+        Raises:
+            InputError: another shape or dtype, or values that are not finite.
+            EngineError: see `encode_image`.
+        """
+        size = self.spec.image.size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or pixels.dtype != np.float32:
+            raise InputError(
+                f"pixels must be float32 [N, 3, {size}, {size}], got "
+                f"{pixels.dtype} {list(pixels.shape)}"
+            )
+        if not np.isfinite(pixels).all():
+            raise InputError("pixels hold values that are not finite (NaN or infinity)")
+        return self._joined([self._image_tower.run(part) for part in _chunks(pixels, batch_size)])
+
+    def encode_text(
+        self, texts: str | Sequence[str], *, truncate: bool = False, batch_size: int = 64
+    ) -> FloatArray:
+        """Embed one text or several; float32 [N, dim], L2-normalised.
+
+        Args:
+            texts: any length up to the text tower's `context_length` in tokens.
+            truncate: cut longer ones instead of refusing them.
+            batch_size: how many are run at a time.
+
+        Raises:
+            InputError: a text that is too long, unless `truncate`.
+            EngineError: see `encode_image`.
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        parts = [
+            self._text_tower.run(self._tokenizer.encode(chunk, truncate=truncate))
+            for chunk in _chunks(several, batch_size)
+        ]
+        return self._joined(parts)
+
+    def bake_labels(
+        self, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+    ) -> LabelSet:
+        """Make a label set with this bundle's own text tower.
+
+        Each label is the normalised mean of its embeddings in all `templates`, as in CLIP
+        (Radford et al. 2021, section 3.1.4).
+
+        Raises:
+            InputError: no names, a name twice, or a template without its one `{}`.
+        """
+        if isinstance(names, str) or not names or not templates:
+            raise InputError("labels are a list of at least one name, in at least one template")
+        wrong = [template for template in templates if template.count("{}") != 1]
+        if wrong:
+            raise InputError(f"template {wrong[0]!r} must hold {{}} once, for the name")
+        texts = [template.replace("{}", name) for name in names for template in templates]
+        by_name = self.encode_text(texts).reshape(len(names), len(templates), self.spec.dim)
+        mean = by_name.mean(axis=1)
+        mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+        return LabelSet(
+            names=tuple(names), embeddings=mean, space=self.space, templates=tuple(templates)
+        )
+
+    def classify(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        labels: LabelSet | Sequence[str],
+        *,
+        top: int = 5,
+    ) -> list[tuple[Answer, ...]]:
+        """Give each image its `top` labels, the most likely first.
+
+        Args:
+            images: see `encode_image`.
+            labels: a label set of this embedding space, or names to bake one from.
+            top: how many answers, at most all labels.
+
+        Raises:
+            SpaceMismatchError: the label set was made in another embedding space.
+            InputError: no labels, `top` below 1, or an image that cannot be read.
+        """
+        baked = labels if isinstance(labels, LabelSet) else self.bake_labels(labels)
+        baked.check_space(self.space)
+        return self.classify_embeddings(self.encode_image(images), baked, top=top)
+
+    def classify_embeddings(
+        self, embeddings: FloatArray, labels: LabelSet, *, top: int = 5
+    ) -> list[tuple[Answer, ...]]:
+        """As `classify`, for image embeddings float32 [N, dim] that are there already."""
+        labels.check_space(self.space)
+        if top < 1:
+            raise InputError(f"top is {top}: ask for at least 1 answer")
+        # A softmax does not see the logit bias, which is the same for all labels.
+        logits = self.spec.logit_scale * (embeddings @ labels.embeddings.T)
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+        return [
+            tuple(Answer(labels.names[i], float(row[i])) for i in best)
+            for row, best in zip(scores, order, strict=True)
+        ]
+
+    def search(
+        self,
+        query: ImageInput | Sequence[str] | Sequence[ImageInput],
+        index: Index,
+        *,
+        top: int = 10,
+    ) -> list[tuple[Hit, ...]]:
+        """Give each query the `top` entries of an index with the highest cosine.
+
+        Args:
+            query: one or several. A `str` is a text, so the path of an image must be a
+                `Path`. A float array [N, dim] holds embeddings of this space.
+            index: made in this embedding space.
+            top: how many hits, at most all entries.
+
+        Raises:
+            SpaceMismatchError: the index was made in another embedding space.
+            InputError: `top` below 1, texts among images, or a query that cannot be read.
+        """
+        index.check_space(self.space)
+        return list(index.search(self._embed_query(query), top, space=self.space))
+
+    def _embed_query(self, query: Any) -> FloatArray:
+        if isinstance(query, np.ndarray) and query.ndim == 2 and query.dtype.kind == "f":
+            return query
+        several = [query] if isinstance(query, str) else _list_of_images(query)
+        texts = [item for item in several if isinstance(item, str)]
+        if not several:
+            raise InputError("nothing to search for: give at least one text or image")
+        if texts and len(texts) < len(several):
+            raise InputError("search for texts or for images, not for both in one call")
+        return self.encode_text(texts) if texts else self.encode_image(several)
+
+    def _joined(self, parts: list[FloatArray]) -> FloatArray:
+        return np.concatenate(parts) if parts else np.zeros((0, self.spec.dim), np.float32)
+
+
+def _list_of_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """Make a list of one image or several; only an array of four dimensions is a batch."""
+    if isinstance(images, np.ndarray):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray):
+        return list(images)
+    return [images]
+
+
+def _chunks(items: Any, size: int) -> Iterator[Any]:
+    """Cut a list or array into pieces of at most `size`."""
+    if size < 1:
+        raise InputError(f"batch_size is {size}: take at least 1")
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

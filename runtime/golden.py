@@ -1,0 +1,97 @@
+"""Golden inputs of a bundle and the embeddings they must give: `golden.npz`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.runtime.errors import BundleError, InputError
+from edgeclip.runtime.labels import text_tuple
+from edgeclip.runtime.manifest import Manifest
+from edgeclip.runtime.npz import read_npz, write_npz
+from edgeclip.runtime.spec import Precision, Tower
+
+FloatArray = NDArray[np.float32]
+_KIND = "edgeclip-golden-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What one tower in one precision gave for the golden inputs, float32 [N, dim]."""
+
+    tower: Tower
+    precision: Precision
+    embeddings: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Golden:
+    """A few inputs and their embeddings, made when the bundle was written.
+
+    Attributes:
+        pixel_values: float32 [N, 3, size, size].
+        texts: M texts; the bundle's tokenizer must turn them into `input_ids`.
+        input_ids: int64 [M, length].
+        expected: one entry for each tower and precision of the bundle.
+    """
+
+    pixel_values: FloatArray
+    texts: tuple[str, ...]
+    input_ids: NDArray[np.int64]
+    expected: tuple[Expected, ...]
+
+    def save(self, path: Path) -> None:
+        """Write `golden.npz`, whole or not at all."""
+        arrays: dict[str, NDArray[Any]] = {
+            "pixel_values": self.pixel_values,
+            "input_ids": self.input_ids,
+        }
+        for item in self.expected:
+            arrays[f"{item.tower}_{item.precision}"] = item.embeddings
+        write_npz(path, _KIND, {"texts": self.texts}, arrays)
+
+    @classmethod
+    def load(cls, path: Path, manifest: Manifest) -> "Golden":
+        """Read `golden.npz` and check that it fits the manifest.
+
+        Raises:
+            BundleError: damaged, or made for another input contract or other precisions.
+        """
+        wanted = [(item.tower, file.precision) for item in manifest.towers for file in item.files]
+        names = {f"{tower}_{precision}" for tower, precision in wanted}
+        keys = frozenset({"pixel_values", "input_ids", *names})
+        try:
+            meta, arrays = read_npz(path, _KIND, frozenset({"texts"}), keys)
+            texts = text_tuple(meta["texts"])
+        except InputError as error:
+            raise BundleError(str(error)) from error
+        golden = cls(
+            pixel_values=arrays["pixel_values"],
+            texts=texts,
+            input_ids=arrays["input_ids"],
+            expected=tuple(Expected(t, p, arrays[f"{t}_{p}"]) for t, p in wanted),
+        )
+        mistake = _mistake(golden, manifest)
+        if mistake:
+            raise BundleError(f"{path}: {mistake}: export the bundle anew")
+        return golden
+
+
+def _mistake(golden: Golden, manifest: Manifest) -> str | None:
+    spec, pixels, ids = manifest.spec, golden.pixel_values, golden.input_ids
+    size, length = spec.image.size, spec.text.context_length
+    if pixels.dtype != np.float32 or pixels.shape[1:] != (3, size, size) or not len(pixels):
+        return f"pixel_values must be float32 [N, 3, {size}, {size}]"
+    if ids.dtype != np.int64 or ids.ndim != 2 or not 0 < ids.shape[1] <= length:
+        return f"input_ids must be int64 [M, at most {length}]"
+    if len(ids) != len(golden.texts) or not len(ids):
+        return "there must be as many texts as rows of input_ids, and at least one"
+    for item in golden.expected:
+        count = len(pixels if item.tower == "image" else ids)
+        if item.embeddings.dtype != np.float32 or item.embeddings.shape != (count, spec.dim):
+            return f"{item.tower}_{item.precision} must be float32 [{count}, {spec.dim}]"
+        if not np.isfinite(item.embeddings).all():
+            return f"{item.tower}_{item.precision} holds values that are not finite"
+    return None

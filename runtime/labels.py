@@ -1,0 +1,106 @@
+"""Label sets: class names and their text embeddings, ready for zero-shot classification."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.runtime.embeddings import check_space, check_unit_rows
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.npz import read_npz, write_npz
+
+_KIND = "edgeclip-labels-1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LabelSet:
+    """Class names and one embedding for each.
+
+    `embeddings` is float32 [K, dim], L2-normalised, made in the embedding space whose
+    fingerprint is `space`, from `templates` such as "a photo of a {}".
+    """
+
+    names: tuple[str, ...]
+    embeddings: NDArray[np.float32]
+    space: str
+    templates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check names and embeddings.
+
+        Raises:
+            InputError: repeated or empty names, or embeddings that do not fit them.
+        """
+        check_keyed("label", self.names, self.embeddings, self.space)
+
+    def save(self, path: Path) -> None:
+        """Write the label set as an npz file, whole or not at all.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        meta = {"names": self.names, "templates": self.templates, "space": self.space}
+        write_npz(path, _KIND, meta, {"embeddings": self.embeddings})
+
+    @classmethod
+    def load(cls, path: Path) -> "LabelSet":
+        """Read a label set.
+
+        Raises:
+            InputError: missing or damaged file, or not a label set.
+        """
+        keys = frozenset({"names", "templates", "space"})
+        meta, arrays = read_npz(path, _KIND, keys, frozenset({"embeddings"}))
+        try:
+            return cls(
+                names=text_tuple(meta["names"]),
+                embeddings=arrays["embeddings"],
+                space=meta["space"],
+                templates=text_tuple(meta["templates"]),
+            )
+        except InputError as error:
+            raise InputError(f"{path} is damaged: {error}") from error
+
+    def check_space(self, space: str) -> None:
+        """Refuse to be used with an encoder of another embedding space.
+
+        Raises:
+            SpaceMismatchError: the fingerprints differ.
+        """
+        check_space(space, self.space, "the label set")
+
+
+def check_keyed(what: str, keys: Sequence[object], embeddings: NDArray[Any], space: object) -> None:
+    """Check that unique texts name the rows of unit float32 embeddings.
+
+    Raises:
+        InputError: repeated, empty or too few keys, or embeddings that are not float32
+            [len(keys), dim] with rows of length 1, or no space.
+    """
+    check_unit_rows(embeddings, f"{what} embeddings")
+    if embeddings.dtype != np.float32:
+        raise InputError(f"{what} embeddings must be float32, not {embeddings.dtype}")
+    if len(keys) != len(embeddings):
+        raise InputError(f"{len(keys)} {what} names cannot name {len(embeddings)} embeddings")
+    if not all(isinstance(key, str) and key for key in keys):
+        raise InputError(f"every {what} name must be a text that is not empty")
+    if len(set(keys)) != len(keys):
+        first = Counter(keys).most_common(1)[0][0]
+        raise InputError(f"the {what} name {first!r} comes twice: make the names unique")
+    if not isinstance(space, str) or not space:
+        raise InputError(f"{what} embeddings need the fingerprint of their embedding space")
+
+
+def text_tuple(value: object) -> tuple[str, ...]:
+    """Turn what JSON gave for a list of texts into a tuple.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InputError("a list of texts was expected")
+    return tuple(value)

@@ -1,0 +1,233 @@
+"""The manifest of a bundle: `edgeclip.json` as frozen dataclasses."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.profiles.schema import parse
+from edgeclip.runtime.bundle_paths import (
+    GOLDEN_NAME,
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    check_path,
+)
+from edgeclip.runtime.errors import BundleError
+from edgeclip.runtime.spec import EncoderSpec, Precision, Tower
+
+SCHEMA_VERSION = 1
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of the bundle: POSIX path relative to it, size in bytes, SHA-256 in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+        if self.bytes < 0:
+            raise ValueError(f"{self.path}: a size cannot be negative")
+        if not _HEX.fullmatch(self.sha256):
+            raise ValueError(f"{self.path}: sha256 must be 64 lower-case hexadecimal digits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateRecord:
+    """A quality bound and what was measured against it.
+
+    `low` and `high` are the 95% interval of `value` (all three alike where none was
+    computed). `direction` reads "value >= bound" or "value <= bound".
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    bound: float
+    direction: Literal[">=", "<="]
+    unit: str
+    passed: bool
+
+    def __post_init__(self) -> None:
+        holds = self.value >= self.bound if self.direction == ">=" else self.value <= self.bound
+        if self.passed and not holds:
+            raise ValueError(f"gate {self.name!r} is recorded as passed, but its value misses it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerFile:
+    """One tower in one precision, and what was measured on it.
+
+    Attributes:
+        path: the ONNX file; its size and hash are in `Manifest.files`.
+        gates: bounds that this tower in this precision met.
+        latency_ms: median of one call at batch 1 on `Manifest.measured_on`; None if not measured.
+        golden_tolerance: largest absolute difference of one embedding value from
+            `golden.npz` that `edgeclip verify` accepts.
+    """
+
+    path: str
+    precision: Precision
+    gates: tuple[GateRecord, ...]
+    latency_ms: float | None
+    golden_tolerance: float
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+        if not 0 < self.golden_tolerance < 2:
+            raise ValueError(f"{self.path}: golden_tolerance must lie between 0 and 2")
+
+
+@dataclass(frozen=True, slots=True)
+class TowerManifest:
+    """The precisions of one tower that the bundle holds, and the one to use by default."""
+
+    tower: Tower
+    chosen: Precision
+    files: tuple[TowerFile, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.precisions)) != len(self.files):
+            raise ValueError(f"{self.tower} tower: a precision is listed twice")
+        if self.chosen not in self.precisions:
+            raise ValueError(f"{self.tower} tower: the chosen {self.chosen} is not in the bundle")
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """The precisions at hand, in the order of `files`."""
+        return tuple(file.precision for file in self.files)
+
+    def file(self, precision: Precision | None = None) -> TowerFile:
+        """Return the file of a precision, by default the chosen one.
+
+        Raises:
+            BundleError: the bundle does not hold that precision.
+        """
+        wanted = precision or self.chosen
+        for file in self.files:
+            if file.precision == wanted:
+                return file
+        raise BundleError(
+            f"the bundle has no {wanted} {self.tower} tower; it has {', '.join(self.precisions)}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a bundle comes from: `created` in ISO 8601 UTC, `versions` as (package, version)."""
+
+    teacher: str
+    student: str
+    data: str
+    command: str
+    created: str
+    versions: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All that a bundle says about itself.
+
+    Attributes:
+        schema_version: `SCHEMA_VERSION` of the software that wrote it.
+        name: what people call the model.
+        space: SHA-256 fingerprint of the embedding space, which is the teacher's.
+        spec: input contract and geometry.
+        towers: image and text, once each.
+        gates: bounds that the towers met together in their chosen precisions (R@1 change).
+        measured_on: machine and engine of every latency, empty if none was measured.
+        provenance: teacher, student, data, command, time, versions.
+        licence: SPDX identifier or a sentence.
+        files: every file of the bundle except `edgeclip.json` itself.
+    """
+
+    schema_version: int
+    name: str
+    space: str
+    spec: EncoderSpec
+    towers: tuple[TowerManifest, ...]
+    gates: tuple[GateRecord, ...]
+    measured_on: str
+    provenance: Provenance
+    licence: str
+    files: tuple[FileRecord, ...]
+
+    def __post_init__(self) -> None:
+        if not _HEX.fullmatch(self.space):
+            raise ValueError("space must be 64 lower-case hexadecimal digits")
+        if sorted(item.tower for item in self.towers) != ["image", "text"]:
+            raise ValueError("towers must be image and text, once each")
+        paths = [file.path for file in self.files]
+        # Compared without case, because some file systems do.
+        if len({path.casefold() for path in paths}) != len(paths):
+            raise ValueError("a file is listed twice")
+        needed = [file.path for item in self.towers for file in item.files]
+        missing = sorted({*needed, TOKENIZER_NAME, GOLDEN_NAME} - set(paths))
+        if missing:
+            raise ValueError(f"files does not list {', '.join(missing)}")
+
+    def tower(self, tower: Tower) -> TowerManifest:
+        """Return the entry of one tower."""
+        return next(item for item in self.towers if item.tower == tower)
+
+    def all_gates(self) -> Iterable[tuple[str, GateRecord]]:
+        """Yield every gate with what it is about, such as "image int8" or "bundle"."""
+        for item in self.towers:
+            for file in item.files:
+                yield from ((f"{item.tower} {file.precision}", gate) for gate in file.gates)
+        yield from (("bundle", gate) for gate in self.gates)
+
+    def to_json(self) -> str:
+        """Return the text of `edgeclip.json`; `from_json` gives an equal manifest back."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = MANIFEST_NAME) -> "Manifest":
+        """Read a manifest, its schema version before anything else.
+
+        Raises:
+            BundleError: not JSON, another schema version, a duplicate or unknown key, a wrong
+                type, an unsafe path, or parts that contradict each other.
+        """
+        twice: list[str] = []
+        data = _read_json(text, source, twice)
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise BundleError(_wrong_version(source, version))
+        if twice:
+            raise BundleError(f"{source} names a key twice: {', '.join(twice)}")
+        try:
+            return parse(cls, data, source=source)
+        except ConfigError as error:
+            head, *rest = str(error).splitlines()
+            raise BundleError(" ".join([head, "; ".join(map(str.strip, rest))]).strip()) from None
+
+
+def _read_json(text: str, source: str, twice: list[str]) -> object:
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, value in items:
+            if key in found:
+                twice.append(key)
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{source} is not whole JSON ({error}): write the bundle anew") from None
+
+
+def _wrong_version(source: str, version: object) -> str:
+    reads = f"this software reads version {SCHEMA_VERSION}"
+    if type(version) is not int:
+        return f"{source} gives no schema_version as an integer; {reads}"
+    mend = "update edgeclip" if version > SCHEMA_VERSION else "export the bundle anew"
+    return f"{source} has schema version {version}, but {reads}: {mend}"

@@ -1,0 +1,258 @@
+"""Latency and throughput of several candidates side by side, in one process.
+
+Each has its warm-up; then they take turns, once per round, so that whatever slows the
+machine for a while slows all of them and the ratios within a round stay true.
+"""
+
+import gc
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.cpu_time import CpuSnapshot, CpuTime
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.measurement import (
+    Latency,
+    Measurement,
+    PairedRatio,
+    Throughput,
+    WarmUp,
+)
+from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.timing_statistics import paired_ratio, percentile_interval, rate_interval
+
+_WINDOW = 5  # runs whose median is compared with that of the 5 before
+_STEADY = 0.05  # largest relative change of that median once warm
+_FEWEST_SWEEP_RUNS = 3
+
+Progress = Callable[[int, int], None]  # steps done, steps in all
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Something to measure: a tower in some precision on some engine.
+
+    Attributes:
+        name: unique among the candidates, such as "student int8".
+        run: does the work on a batch and returns when the result is in memory.
+        make_batch: inputs for a batch of n, first axis n; not timed.
+    """
+
+    name: str
+    run: Callable[[NDArray[Any]], object]
+    make_batch: Callable[[int], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Seconds of each timed run of one candidate, in round order."""
+
+    wall: list[float] = field(default_factory=list)
+    thread: list[float] = field(default_factory=list)
+    process: list[float] = field(default_factory=list)
+
+
+def measure_interleaved(
+    candidates: Sequence[Candidate],
+    workload: Workload,
+    *,
+    tower: Tower,
+    reference: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Measurement, ...]:
+    """Measure all candidates for one tower, taking turns; results in their order.
+
+    Latency is wall time at batch 1. From round to round the order is rotated and
+    reversed, so that each candidate takes each place equally often. The garbage collector
+    rests meanwhile.
+
+    Args:
+        candidates: at least one; names must differ.
+        workload: batch sizes, warm-up and repeats; its `cold_starts` are not done here.
+        tower: which tower they all are.
+        reference: the name of the candidate that the others' ratios divide by, if any.
+        progress: called after each step.
+
+    Raises:
+        InputError: no candidate, a repeated name, an unknown reference, or a batch that
+            does not have as many rows as it was asked for.
+        Exception: whatever a candidate's `run` raises.
+    """
+    _check(candidates, reference)
+    step = _stepper(progress, len(candidates) + workload.repeats + len(workload.batch_sizes) - 1)
+    singles = [_batch(candidate, 1) for candidate in candidates]
+    with _no_garbage_collection():
+        warm_ups = []
+        for candidate, batch in zip(candidates, singles, strict=True):
+            warm_ups.append(warm_up(candidate, batch, workload))
+            step()
+        before = CpuSnapshot.take()
+        times = _take_turns(candidates, singles, lambda done: done < workload.repeats, step)
+        denied = CpuSnapshot.take().denied_since(before)
+        sweeps = [_sweep(candidates, size, workload, step) for size in workload.batch_sizes[1:]]
+    at = None if reference is None else [c.name for c in candidates].index(reference)
+    results = []
+    for number, candidate in enumerate(candidates):
+        cpu = _cpu_time(times[number], denied)
+        wall = np.array(times[number].wall)
+        rates = (Throughput(batch=1, items_per_s=rate_interval(wall, 1)),)
+        ratio = None
+        if at is not None and at != number:
+            ratio = paired_ratio(wall, np.array(times[at].wall))
+        results.append(
+            Measurement(
+                name=candidate.name,
+                tower=tower,
+                input_shape=singles[number].shape,
+                warm_up=warm_ups[number],
+                latency=_latency(wall),
+                ratio=None if ratio is None else PairedRatio(reference=str(reference), ratio=ratio),
+                throughput=rates + tuple(sweep[number] for sweep in sweeps),
+                cpu=cpu,
+                contended=cpu.contended,
+            )
+        )
+    return tuple(results)
+
+
+def warm_up(candidate: Candidate, batch: NDArray[Any], workload: Workload) -> WarmUp:
+    """Run until the median stops moving, or the workload's time for it is over."""
+    recent: deque[float] = deque(maxlen=2 * _WINDOW)
+    began = time.perf_counter()
+    for runs in itertools.count(1):
+        start = time.perf_counter()
+        candidate.run(batch)
+        end = time.perf_counter()
+        recent.append(end - start)
+        if runs >= workload.min_warmup_runs and _is_steady(recent):
+            return WarmUp(runs=runs, settled=True)
+        if end - began >= workload.max_warmup_seconds and runs >= workload.min_warmup_runs:
+            break
+    return WarmUp(runs=runs, settled=False)
+
+
+def round_order(count: int, number: int) -> list[int]:
+    """The order in which round `number` runs `count` candidates."""
+    shift = number // 2 % count
+    order = [*range(shift, count), *range(shift)]
+    return order[::-1] if number % 2 else order
+
+
+def _is_steady(recent: deque[float]) -> bool:
+    if len(recent) < 2 * _WINDOW:
+        return False
+    values = list(recent)
+    earlier, later = np.median(values[:_WINDOW]), np.median(values[_WINDOW:])
+    return bool(abs(later - earlier) <= _STEADY * earlier)
+
+
+def _take_turns(
+    candidates: Sequence[Candidate],
+    batches: Sequence[NDArray[Any]],
+    go_on: Callable[[int], bool],
+    step: Callable[[], None] = lambda: None,
+) -> list[_Times]:
+    """Rounds of one timed run each, while `go_on(rounds done)`."""
+    times = [_Times() for _ in candidates]
+    for number in itertools.count():
+        if not go_on(number):
+            break
+        for at in round_order(len(candidates), number):
+            _timed_run(candidates[at], batches[at], times[at])
+        step()
+    return times
+
+
+def _timed_run(candidate: Candidate, batch: NDArray[Any], times: _Times) -> None:
+    process, thread = time.process_time(), time.thread_time()
+    start = time.perf_counter()
+    candidate.run(batch)
+    end = time.perf_counter()
+    times.wall.append(end - start)
+    times.thread.append(time.thread_time() - thread)
+    times.process.append(time.process_time() - process)
+
+
+def _sweep(
+    candidates: Sequence[Candidate], size: int, workload: Workload, step: Callable[[], None]
+) -> list[Throughput]:
+    """Throughput of each candidate at one batch size, until the slowest had its seconds."""
+    batches = [_batch(candidate, size) for candidate in candidates]
+    for candidate, batch in zip(candidates, batches, strict=True):
+        candidate.run(batch)  # the first run of a shape plans memory
+    end = time.perf_counter() + workload.seconds_per_batch * len(candidates)
+    times = _take_turns(
+        candidates, batches, lambda done: done < _FEWEST_SWEEP_RUNS or time.perf_counter() < end
+    )
+    step()
+    return [
+        Throughput(batch=size, items_per_s=rate_interval(np.array(each.wall), size))
+        for each in times
+    ]
+
+
+def _latency(wall: NDArray[np.float64]) -> Latency:
+    milliseconds = wall * 1e3
+    p50, p90, p99 = (percentile_interval(milliseconds, percent) for percent in (50, 90, 99))
+    return Latency(runs=len(wall), p50_ms=p50, p90_ms=p90, p99_ms=p99)
+
+
+def _cpu_time(times: _Times, denied: tuple[float | None, float | None]) -> CpuTime:
+    return CpuTime(
+        wall_s=sum(times.wall),
+        thread_s=sum(times.thread),
+        process_s=sum(times.process),
+        waiting_share=denied[0],
+        steal_share=denied[1],
+    )
+
+
+def _batch(candidate: Candidate, size: int) -> NDArray[Any]:
+    batch = candidate.make_batch(size)
+    if batch.shape[:1] != (size,):
+        raise InputError(
+            f"{candidate.name}: make_batch({size}) returned shape {batch.shape}: "
+            f"its first axis must be {size}"
+        )
+    return batch
+
+
+def _check(candidates: Sequence[Candidate], reference: str | None) -> None:
+    names = [candidate.name for candidate in candidates]
+    if not names:
+        raise InputError("nothing to measure: give at least one candidate")
+    if len(set(names)) != len(names):
+        raise InputError(f"candidates need different names, got {', '.join(names)}")
+    if reference is not None and reference not in names:
+        raise InputError(f"reference {reference!r} is not a candidate: {', '.join(names)}")
+
+
+def _stepper(progress: Progress | None, total: int) -> Callable[[], None]:
+    done = itertools.count(1)
+
+    def step() -> None:
+        if progress is not None:
+            progress(next(done), total)
+
+    return step
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect once, then keep the collector from stopping a timed run."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

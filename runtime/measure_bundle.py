@@ -1,0 +1,151 @@
+"""Measure both towers of a bundle in every precision that the device allows."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.machine import detect_machine
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.cold_start import measure_cold_start
+from edgeclip.runtime.engine import open_engine
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.measure import Candidate, Progress, measure_interleaved
+from edgeclip.runtime.measurement import SCHEMA_VERSION, Measurement, MeasurementRun
+from edgeclip.runtime.spec import Precision, Tower
+
+_INPUT_NAMES: dict[Tower, str] = {"image": "pixel_values", "text": "input_ids"}
+
+
+def measure_bundle(
+    bundle: Bundle,
+    *,
+    device: DeviceProfile,
+    workload: Workload,
+    command: str,
+    progress: Callable[[Tower], Progress] | None = None,
+) -> MeasurementRun:
+    """Measure latency, throughput and cold start of every tower and precision.
+
+    Ratios are to the tower's fp32, where the bundle holds it and the device allows it.
+
+    Args:
+        bundle: its golden inputs are what runs.
+        device: says which engine to use and which precisions to measure.
+        workload: how much to measure.
+        command: what the user typed, for the record.
+        progress: asked once per tower for a function that is called after each step.
+
+    Raises:
+        InputError: the device allows none of the bundle's precisions.
+        EngineError: a tower cannot be loaded or run.
+    """
+    results: list[Measurement] = []
+    for tower in get_args(Tower):
+        candidates = bundle_candidates(bundle, tower, device)
+        names = [candidate.name for candidate in candidates]
+        measured = measure_interleaved(
+            candidates,
+            workload,
+            tower=tower,
+            reference="fp32" if "fp32" in names else None,
+            progress=None if progress is None else progress(tower),
+        )
+        if workload.cold_starts:
+            precisions = allowed_precisions(bundle, tower, device)
+            measured = tuple(
+                _with_cold_start(item, precision, bundle, device, workload.cold_starts)
+                for item, precision in zip(measured, precisions, strict=True)
+            )
+        results += measured
+    return measurement_run(results, workload=workload, command=command)
+
+
+def measurement_run(
+    measurements: Sequence[Measurement], *, workload: Workload, command: str
+) -> MeasurementRun:
+    """Put measurements on record, with this machine and the time."""
+    return MeasurementRun(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        workload=workload,
+        machine=detect_machine(),
+        measurements=tuple(measurements),
+    )
+
+
+def bundle_candidates(
+    bundle: Bundle, tower: Tower, device: DeviceProfile, *, prefix: str = ""
+) -> tuple[Candidate, ...]:
+    """One candidate for each precision of `tower` that the device allows, in its order.
+
+    Their inputs are the bundle's golden ones, repeated to fill a batch. Each is named
+    `prefix` and its precision.
+
+    Raises:
+        InputError: the device allows none of them.
+    """
+    inputs = golden_inputs(bundle, tower)
+    return tuple(
+        _candidate(bundle, tower, precision, device, inputs, prefix)
+        for precision in allowed_precisions(bundle, tower, device)
+    )
+
+
+def allowed_precisions(
+    bundle: Bundle, tower: Tower, device: DeviceProfile
+) -> tuple[Precision, ...]:
+    """The bundle's precisions of `tower` that the device allows, in the bundle's order.
+
+    Raises:
+        InputError: there are none.
+    """
+    held = bundle.manifest.tower(tower).precisions
+    allowed = tuple(precision for precision in held if precision in device.precisions)
+    if not allowed:
+        raise InputError(
+            f"device {device.name!r} allows {', '.join(device.precisions)}, but the bundle holds "
+            f"the {tower} tower in {', '.join(held)}"
+        )
+    return allowed
+
+
+def golden_inputs(bundle: Bundle, tower: Tower) -> NDArray[Any]:
+    """The golden inputs of a tower: pixels [N, 3, size, size] or token ids [M, length]."""
+    golden = bundle.golden()
+    return golden.pixel_values if tower == "image" else golden.input_ids
+
+
+def _candidate(
+    bundle: Bundle,
+    tower: Tower,
+    precision: Precision,
+    device: DeviceProfile,
+    inputs: NDArray[Any],
+    prefix: str,
+) -> Candidate:
+    engine = open_engine(bundle.tower_path(tower, precision), device=device)
+    name = _INPUT_NAMES[tower]
+    return Candidate(
+        name=prefix + precision,
+        run=lambda batch: engine.run({name: batch}),
+        make_batch=lambda size: np.take(inputs, np.arange(size) % len(inputs), axis=0),
+    )
+
+
+def _with_cold_start(
+    item: Measurement, precision: Precision, bundle: Bundle, device: DeviceProfile, processes: int
+) -> Measurement:
+    start = measure_cold_start(
+        bundle.tower_path(item.tower, precision),
+        {_INPUT_NAMES[item.tower]: golden_inputs(bundle, item.tower)[:1]},
+        device=device,
+        processes=processes,
+    )
+    return dataclasses.replace(item, cold_start=start)

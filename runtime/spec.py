@@ -1,0 +1,56 @@
+"""What a dual encoder expects and returns: the input contract of a bundle."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Tower = Literal["image", "text"]
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSpec:
+    """How a picture becomes the image tower's input.
+
+    The shortest edge is resized to `resize` pixels, the centre `size` x `size` is cut
+    out, values are scaled to [0, 1] and normalised by `mean` and `std` (RGB).
+    """
+
+    size: int
+    resize: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Resample = "bicubic"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size <= self.resize:
+            raise ValueError(f"need 0 < size <= resize, got {self.size} and {self.resize}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """How a text becomes the text tower's input: token ids, at most `context_length`."""
+
+    context_length: int
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderSpec:
+    """Input contract and geometry of a dual encoder.
+
+    `dim` is the length of an embedding; both towers return L2-normalised float32.
+    `logit_scale` multiplies a cosine to give a logit (CLIP's exp(temperature)),
+    `logit_bias` is added after it (0 for CLIP, learned in SigLIP).
+    """
+
+    dim: int
+    image: ImageSpec
+    text: TextSpec
+    logit_scale: float
+    logit_bias: float = 0.0

@@ -1,0 +1,31 @@
+"""`edgeclip device`: a device as YAML, by default this machine, to look at or to edit."""
+
+import argparse
+from pathlib import Path
+
+from edgeclip.profiles.device import THIS_MACHINE, device_names, load_device
+from edgeclip.runtime.device_yaml import device_yaml
+from edgeclip.runtime.files import atomic_file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb to argparse."""
+    parser.add_argument(
+        "name",
+        nargs="?",
+        default=THIS_MACHINE,
+        help=f"a YAML file, or one of: {', '.join(device_names())} (default: {THIS_MACHINE})",
+    )
+    parser.add_argument("--out", type=Path, help="write it to this file instead of printing it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print or write the profile."""
+    text = device_yaml(load_device(args.name))
+    if args.out is None:
+        print(text, end="")
+        return 0
+    with atomic_file(args.out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"device profile in {args.out}")
+    return 0

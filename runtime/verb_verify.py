@@ -1,0 +1,44 @@
+"""`edgeclip verify`: is a bundle whole, and does this device compute what was exported?"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.replay_golden import Replay, replay_golden
+from edgeclip.runtime.verb_options import add_device_option, add_json_option, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb to argparse."""
+    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    add_device_option(parser)
+    add_json_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check hashes, then replay the golden inputs; 1 if a tower is out of tolerance."""
+    from edgeclip.profiles.device import load_device
+
+    device = load_device(args.device)
+    bundle = Bundle.open(args.bundle)
+    replays = replay_golden(bundle, device)
+    passed = all(item.passed for item in replays)
+    if args.json:
+        items = [dataclasses.asdict(item) | {"passed": item.passed} for item in replays]
+        print_json({"bundle": bundle.manifest.name, "passed": passed, "replays": items})
+    else:
+        _print_table(bundle, replays)
+    return 0 if passed else 1
+
+
+def _print_table(bundle: Bundle, replays: tuple[Replay, ...]) -> None:
+    files = bundle.manifest.files
+    megabytes = sum(file.bytes for file in files) / 1e6
+    print(f"{bundle.manifest.name}: {len(files)} files, {megabytes:.1f} MB, all as declared")
+    print(f"{'tower':<6} {'precision':<9} {'deviation':>9} {'tolerance':>9} {'cosine':>9}")
+    for item in replays:
+        print(
+            f"{item.tower:<6} {item.precision:<9} {item.deviation:>9.2g} {item.tolerance:>9.2g} "
+            f"{item.cosine:>9.6f}  {'ok' if item.passed else 'OUT OF TOLERANCE'}"
+        )

@@ -1,0 +1,308 @@
+"""Settings for the whole suite, and a tiny but real bundle for whoever needs one.
+
+Its image tower looks at the mean colour, its text tower at the words red, green and blue,
+and both give embeddings in one space: a red picture is nearest to "a red apple".
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from numpy.typing import NDArray
+from PIL import Image
+
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.bundle_paths import GOLDEN_NAME, MANIFEST_NAME, TOKENIZER_NAME, tower_path
+from edgeclip.runtime.engine_ort import OrtEngine
+from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.golden import Expected, Golden
+from edgeclip.runtime.manifest import (
+    SCHEMA_VERSION,
+    FileRecord,
+    GateRecord,
+    Manifest,
+    Provenance,
+    TowerFile,
+    TowerManifest,
+)
+from edgeclip.runtime.preprocess import preprocess_batch
+from edgeclip.runtime.spec import EncoderSpec, ImageSpec, Precision, TextSpec, Tower
+from edgeclip.runtime.tokenize_text import TextTokenizer
+
+# A busy machine must not fail a test that only asks for a right answer.
+settings.register_profile("edgeclip", deadline=None)
+settings.load_profile("edgeclip")
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
+DIM = 8
+SIZE = 8
+SPACE = "5" * 64
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+CHOSEN: dict[Tower, Precision] = {"image": "int8", "text": "fp32"}
+SPECIALS = ["<pad>", "<start>", "<end>"]
+SENTENCES = ["a photo of a red apple", "a green tree", "the blue sea", "a red car on a green hill"]
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if shutil.which("nvidia-smi") is None:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with both towers in fp32 and int8; read it, do not alter it."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture
+def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle that a test may alter."""
+    return shutil.copytree(tiny_bundle, tmp_path / "own_bundle")
+
+
+@pytest.fixture
+def edit_manifest() -> Callable[[Path, Edit], None]:
+    """A function that changes the JSON of a bundle's manifest in place."""
+
+    def edit(bundle: Path, change: Edit) -> None:
+        path = bundle / MANIFEST_NAME
+        data = json.loads(path.read_text(encoding="utf-8"))
+        change(data)
+        path.write_text(json.dumps(data), encoding="utf-8")
+
+    return edit
+
+
+@pytest.fixture
+def reseal(edit_manifest: Callable[[Path, Edit], None]) -> Callable[[Path], None]:
+    """A function that writes the sizes and hashes of a bundle's files anew."""
+
+    def seal(bundle: Path) -> None:
+        def change(data: dict[str, Any]) -> None:
+            for entry in data["files"]:
+                entry["bytes"] = (bundle / entry["path"]).stat().st_size
+                entry["sha256"] = sha256_file(bundle / entry["path"])
+
+        edit_manifest(bundle, change)
+
+    return seal
+
+
+@pytest.fixture
+def cpu_device() -> DeviceProfile:
+    """A CPU with one thread on which every precision may run."""
+    return DeviceProfile(
+        name="test-cpu",
+        description="one thread",
+        engine="onnxruntime-cpu",
+        precisions=("fp32", "fp16", "int8"),
+        threads=1,
+        memory_mb=1000,
+    )
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with red.png, green.png and blue.png, and captions.csv."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rows = ["file,caption"]
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (20, 12), colour).save(folder / f"{name}.png")
+        rows.append(f'{name}.png,"a photo, {name}"')
+    (folder / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_tiny_bundle(root: Path) -> Path:
+    """Write the tiny bundle into `root`, with real graphs, tokenizer, hashes and golden file."""
+    (root / "onnx").mkdir(parents=True)
+    vocabulary = _write_tokenizer(root / TOKENIZER_NAME)
+    spec = EncoderSpec(
+        dim=DIM,
+        image=ImageSpec(size=SIZE, resize=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        text=TextSpec(context_length=16, vocab_size=len(vocabulary), pad_id=0, bos_id=1, eos_id=2),
+        logit_scale=10.0,
+    )
+    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        (root / name).write_text("{}\n", encoding="utf-8")
+    for precision in PRECISIONS:
+        _write_image_tower(root / tower_path("image", precision), precision)
+        _write_text_tower(root / tower_path("text", precision), precision, vocabulary)
+    _golden(root, spec).save(root / GOLDEN_NAME)
+    manifest = _manifest(root, spec)
+    (root / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return root
+
+
+def _write_tokenizer(path: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*SENTENCES, *COLOURS] * 2, trainer)
+    tokenizer.save(str(path))
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return vocabulary
+
+
+def _write_image_tower(path: Path, precision: Precision) -> None:
+    """Mean colour [N, 3] -> Gemm -> L2."""
+    from onnx import helper
+
+    weights = np.random.default_rng(0).normal(0, 0.02, (3, DIM)).astype(np.float32)
+    weights[:3, :3] += np.eye(3, dtype=np.float32)
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["pixel_values"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["mean_colour"]),
+        helper.make_node("Gemm", ["mean_colour", "weights"], ["projected"]),
+    ]
+    _write_graph(path, nodes, ("pixel_values", [None, 3, SIZE, SIZE]), weights, precision)
+
+
+def _write_text_tower(path: Path, precision: Precision, vocabulary: dict[str, int]) -> None:
+    """Token vectors -> sum (padding is zero) -> MatMul -> L2."""
+    from onnx import helper, numpy_helper
+
+    table = np.random.default_rng(1).normal(0, 0.02, (len(vocabulary), DIM)).astype(np.float32)
+    table[0] = 0
+    for axis, colour in enumerate(COLOURS):
+        table[vocabulary[f"Ġ{colour}"], :3] = -1
+        table[vocabulary[f"Ġ{colour}"], axis] = 1
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["vectors"]),
+        helper.make_node("ReduceSum", ["vectors", "length_axis"], ["summed"], keepdims=0),
+        helper.make_node("MatMul", ["summed", "weights"], ["projected"]),
+    ]
+    more = [
+        numpy_helper.from_array(table, "table"),
+        numpy_helper.from_array(np.array([1]), "length_axis"),
+    ]
+    weights = np.eye(DIM, dtype=np.float32)
+    _write_graph(path, nodes, ("input_ids", [None, None]), weights, precision, more)
+
+
+def _write_graph(
+    path: Path,
+    nodes: list[Any],
+    given: tuple[str, list[int | None]],
+    weights: NDArray[np.float32],
+    precision: Precision,
+    more: list[Any] | None = None,
+) -> None:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    constants = [numpy_helper.from_array(weights, "weights"), *(more or [])]
+    if precision == "int8":
+        scale = np.float32(np.abs(weights).max() / 127)
+        quantized = np.round(weights / scale).astype(np.int8)
+        constants[0] = numpy_helper.from_array(quantized, "quantized")
+        constants.append(numpy_helper.from_array(np.array(scale), "scale"))
+        nodes = [helper.make_node("DequantizeLinear", ["quantized", "scale"], ["weights"]), *nodes]
+    output = "image_embeds" if given[0] == "pixel_values" else "text_embeds"
+    constants.append(numpy_helper.from_array(np.array([1]), "last_axis"))
+    nodes += [
+        helper.make_node("ReduceL2", ["projected", "last_axis"], ["norm"], keepdims=1),
+        helper.make_node("Div", ["projected", "norm"], [output]),
+    ]
+    kind = TensorProto.FLOAT if given[0] == "pixel_values" else TensorProto.INT64
+    graph = helper.make_graph(
+        nodes,
+        path.stem,
+        [helper.make_tensor_value_info(given[0], kind, given[1])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, [None, DIM])],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def _golden(root: Path, spec: EncoderSpec) -> Golden:
+    images = [Image.new("RGB", (10, 10), colour) for colour in COLOURS.values()]
+    pixel_values = preprocess_batch(images, spec.image)
+    input_ids = TextTokenizer.from_file(root / TOKENIZER_NAME, spec.text).encode(SENTENCES)
+    feeds: dict[Tower, dict[str, NDArray[Any]]] = {
+        "image": {"pixel_values": pixel_values},
+        "text": {"input_ids": input_ids},
+    }
+    expected = []
+    for precision in PRECISIONS:
+        for tower, given in feeds.items():
+            path = root / tower_path(tower, precision)
+            engine = OrtEngine(path, providers=("CPUExecutionProvider",), threads=1)
+            (embeddings,) = engine.run(given).values()
+            expected.append(Expected(tower, precision, embeddings))
+    return Golden(
+        pixel_values=pixel_values,
+        texts=tuple(SENTENCES),
+        input_ids=input_ids,
+        expected=tuple(expected),
+    )
+
+
+def _manifest(root: Path, spec: EncoderSpec) -> Manifest:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        name="tiny",
+        space=SPACE,
+        spec=spec,
+        towers=(_tower("image"), _tower("text")),
+        gates=(),
+        measured_on="nothing",
+        provenance=Provenance(
+            teacher="none",
+            student="mean colour",
+            data="none",
+            command="pytest",
+            created="2026-01-01T00:00:00Z",
+            versions=(("numpy", np.__version__),),
+        ),
+        licence="Apache-2.0",
+        files=tuple(
+            FileRecord(path.relative_to(root).as_posix(), path.stat().st_size, sha256_file(path))
+            for path in files
+        ),
+    )
+
+
+def _tower(tower: Tower) -> TowerManifest:
+    gate = GateRecord(
+        name="mean cosine",
+        value=0.999,
+        low=0.998,
+        high=1.0,
+        bound=0.99,
+        direction=">=",
+        unit="cosine",
+        passed=True,
+    )
+    files = tuple(
+        TowerFile(
+            path=tower_path(tower, precision),
+            precision=precision,
+            gates=(gate,),
+            latency_ms=None,
+            golden_tolerance=1e-4,
+        )
+        for precision in PRECISIONS
+    )
+    return TowerManifest(tower, CHOSEN[tower], files)

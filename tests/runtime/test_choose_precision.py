@@ -1,0 +1,52 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.choose_precision import choose_precision
+from edgeclip.runtime.errors import BundleError, InputError
+from edgeclip.runtime.manifest import TowerManifest
+
+
+@pytest.fixture
+def image_tower(tiny_bundle: Path) -> TowerManifest:
+    """In fp32 and int8, int8 chosen."""
+    return Bundle.open(tiny_bundle).manifest.tower("image")
+
+
+def test_the_bundles_choice_is_the_default(
+    image_tower: TowerManifest, cpu_device: DeviceProfile
+) -> None:
+    assert choose_precision(image_tower, cpu_device) == "int8"
+
+
+def test_a_wish_wins(image_tower: TowerManifest, cpu_device: DeviceProfile) -> None:
+    assert choose_precision(image_tower, cpu_device, "fp32") == "fp32"
+
+
+def test_device_without_the_chosen_precision_gets_its_own_first(
+    image_tower: TowerManifest, cpu_device: DeviceProfile
+) -> None:
+    device = dataclasses.replace(cpu_device, precisions=("fp16", "fp32"))
+    assert choose_precision(image_tower, device) == "fp32"
+
+
+def test_wish_that_the_device_forbids(
+    image_tower: TowerManifest, cpu_device: DeviceProfile
+) -> None:
+    device = dataclasses.replace(cpu_device, precisions=("fp16", "fp32"))
+    with pytest.raises(InputError, match="does not allow int8: choose fp16 or fp32"):
+        choose_precision(image_tower, device, "int8")
+
+
+def test_wish_that_the_bundle_lacks(image_tower: TowerManifest, cpu_device: DeviceProfile) -> None:
+    with pytest.raises(BundleError, match="has no fp16 image tower"):
+        choose_precision(image_tower, cpu_device, "fp16")
+
+
+def test_nothing_fits(image_tower: TowerManifest, cpu_device: DeviceProfile) -> None:
+    device = dataclasses.replace(cpu_device, precisions=("fp16",))
+    with pytest.raises(BundleError, match="in fp32, int8, but device 'test-cpu' allows fp16"):
+        choose_precision(image_tower, device)

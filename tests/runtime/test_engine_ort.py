@@ -1,0 +1,109 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.engine import open_engine
+from edgeclip.runtime.engine_ort import OrtEngine
+from edgeclip.runtime.errors import EngineError
+
+CPU = ("CPUExecutionProvider",)
+
+
+@pytest.fixture
+def tower(tiny_bundle: Path) -> Path:
+    return tiny_bundle / "onnx" / "vision_model.onnx"
+
+
+def pixels(count: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return np.random.default_rng(0).normal(size=(count, 3, 8, 8)).astype(np.float32)
+
+
+def test_runs_a_batch_of_any_size(tower: Path) -> None:
+    engine = OrtEngine(tower, providers=CPU, threads=1)
+    assert engine.name == "onnxruntime-cpu"
+    for count in (1, 5):
+        outputs = engine.run({"pixel_values": pixels(count)})
+        assert set(outputs) == {"image_embeds"}
+        assert outputs["image_embeds"].shape == (count, 8)
+        assert outputs["image_embeds"].dtype == np.float32
+
+
+def test_file_that_is_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"onnxruntime-cpu cannot load .*a\.onnx"):
+        OrtEngine(tmp_path / "a.onnx", providers=CPU, threads=1)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="cannot load"):
+        OrtEngine(tmp_path / "absent.onnx", providers=CPU, threads=1)
+
+
+def test_inputs_that_do_not_fit(tower: Path) -> None:
+    engine = OrtEngine(tower, providers=CPU, threads=1)
+    for feeds in (
+        {"wrong_name": pixels(1)},
+        {"pixel_values": pixels(1).astype(np.float64)},
+        {"pixel_values": pixels(1)[:, :, :4]},
+    ):
+        with pytest.raises(EngineError, match=r"onnxruntime-cpu failed on .*vision_model\.onnx"):
+            engine.run(feeds)
+
+
+def test_session_runs_as_the_device_says(tower: Path) -> None:
+    engine = OrtEngine(tower, providers=CPU, threads=3)
+    options = engine._session.get_session_options()
+    assert options.intra_op_num_threads == 3
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_absent_cuda_is_an_error_and_not_the_cpu(tower: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime is built with CUDA")
+    with pytest.raises(EngineError, match=r"no CUDAExecutionProvider .*'edgeclip\[gpu\]'"):
+        OrtEngine(tower, providers=("CUDAExecutionProvider", *CPU), threads=1)
+
+
+@pytest.mark.gpu
+def test_cuda_runs(tower: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime is built without CUDA")
+    on_cpu = OrtEngine(tower, providers=CPU, threads=1)
+    on_gpu = OrtEngine(tower, providers=("CUDAExecutionProvider", *CPU), threads=1)
+    assert on_gpu.name == "onnxruntime-cuda"
+    feeds = {"pixel_values": pixels(3)}
+    expected, found = on_cpu.run(feeds)["image_embeds"], on_gpu.run(feeds)["image_embeds"]
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_device_chooses_the_engine(tower: Path, cpu_device: DeviceProfile) -> None:
+    assert open_engine(tower, device=cpu_device).name == "onnxruntime-cpu"
+
+
+def test_engine_of_another_time(tower: Path) -> None:
+    from edgeclip.profiles.device import load_device
+
+    with pytest.raises(EngineError, match=r"asks for the engine 'tensorrt.*cannot run"):
+        open_engine(tower, device=load_device("jetson-orin-nano"))
+
+
+def test_missing_onnxruntime_names_the_extras(tower: Path) -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from pathlib import Path\n"
+        "from edgeclip.runtime.engine_ort import OrtEngine\n"
+        "from edgeclip.runtime.errors import MissingExtraError\n"
+        "try: OrtEngine(Path(sys.argv[1]), providers=('CPUExecutionProvider',), threads=1)\n"
+        "except MissingExtraError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tower)], capture_output=True, text=True, check=True
+    )
+    assert "pip install 'edgeclip[cpu]' or 'edgeclip[gpu]'" in done.stdout
