@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import transformers
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -28,6 +29,7 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
     "clip": CLIPModel,
     "vision-text-dual-encoder": VisionTextDualEncoderModel,
 }
+transformers.utils.logging.disable_progress_bar()  # a file or two is no long work
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
@@ -50,6 +52,11 @@ class DualEncoder(nn.Module):
         self.model = model
         self.image_spec = image
         self.tokenizer = tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
 
     @property
     def spec(self) -> EncoderSpec:

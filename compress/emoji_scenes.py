@@ -123,9 +123,7 @@ def _drawn() -> tuple[tuple[Emoji, Image.Image], ...]:
         if data["status"] != emoji.STATUS["fully_qualified"] or "skin_tone" in data["en"]:
             continue
         canvas = Image.new("RGBA", (3 * _GLYPH, 2 * _GLYPH))
-        ImageDraw.Draw(canvas).text(
-            (_GLYPH, _GLYPH // 2), text, font=font, embedded_color=True
-        )
+        ImageDraw.Draw(canvas).text((_GLYPH, _GLYPH // 2), text, font=font, embedded_color=True)
         box = canvas.getbbox()
         if box is None:
             continue

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from edgeclip.compress.batches import collate
+from edgeclip.compress.batches import captions_of, ids_of, pixels_of
+from edgeclip.compress.compute import best_device
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.losses import contrastive
 from edgeclip.compress.sources import EmojiSource
@@ -80,14 +81,15 @@ def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEnc
     Checkpoints and `log.jsonl` go to `out`; a run that was stopped goes on from there.
     Returns the trained teacher; the caller saves it.
     """
-    teacher = new_teacher(shape, seed=settings.seed)
+    teacher = new_teacher(shape, seed=settings.seed).to(best_device())
     count = settings.steps * settings.batch_size
     source = EmojiSource("train", count, size=shape.image_size, seed=settings.seed)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         first = step * settings.batch_size
-        pairs = [source[index] for index in range(first, first + settings.batch_size)]
-        return collate(pairs, teacher)
+        chunk = range(first, first + settings.batch_size)
+        pictures = [source[index].image for index in chunk]
+        return pixels_of(pictures, teacher), ids_of(captions_of(source, chunk), teacher)
 
     def losses(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         pixels, ids = batch

@@ -1,6 +1,5 @@
 """Where training pictures come from: the built-in scenes or a folder of one's own."""
 
-import csv
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Protocol
 from PIL import Image
 
 from edgeclip.compress.emoji_scenes import EmojiScenes, Scene, Split
-from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.captions import read_captions
 from edgeclip.runtime.load_image import list_images, load_image
 
 
@@ -83,17 +82,15 @@ class EmojiSource:
 class FolderSource:
     """A folder of pictures, with captions from `captions.csv` or a `NAME.txt` beside each.
 
-    `captions.csv` has a header with the columns `file` and `caption`; `file` is relative
-    to the folder. Either all pictures have a caption or none has.
+    Either all pictures have a caption or none has; see `edgeclip.runtime.captions`.
 
     Raises:
-        ConfigError: captions that are incomplete or name a picture that is not there.
-        InputError: no folder, or no pictures in it.
+        InputError: no folder, no pictures in it, or captions for only some of them.
     """
 
     def __init__(self, folder: Path) -> None:
         self.paths = list_images(folder)
-        self._captions = _captions(folder, self.paths)
+        self._captions = read_captions(folder, self.paths) or (None,) * len(self.paths)
         self.name = f"{folder}, {len(self.paths)} pictures"
         digest = hashlib.sha256()
         for path, caption in zip(self.paths, self._captions, strict=True):
@@ -122,34 +119,3 @@ def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
         return EmojiSource(split, count, size=size, distinct=split != "train")
     folder = Path(data)
     return FolderSource(folder / split if (folder / split).is_dir() else folder)
-
-
-def _captions(folder: Path, paths: tuple[Path, ...]) -> list[str | None]:
-    table = folder / "captions.csv"
-    found = _from_table(table, paths) if table.is_file() else [_from_text(p) for p in paths]
-    missing = [p for p, caption in zip(paths, found, strict=True) if caption is None]
-    if missing and len(missing) < len(paths):
-        raise ConfigError(
-            f"{folder}: {len(missing)} of {len(paths)} pictures have no caption, the first is "
-            f"{missing[0].name}; give every picture one, or none"
-        )
-    return found
-
-
-def _from_text(path: Path) -> str | None:
-    beside = path.with_suffix(".txt")
-    if not beside.is_file():
-        return None
-    return beside.read_text(encoding="utf-8").strip() or None
-
-
-def _from_table(table: Path, paths: tuple[Path, ...]) -> list[str | None]:
-    with table.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        if not {"file", "caption"} <= set(reader.fieldnames or ()):
-            raise ConfigError(f"{table} needs a header with the columns file and caption")
-        rows = {(table.parent / row["file"]): (row["caption"] or "").strip() for row in reader}
-    unknown = sorted(set(rows) - set(paths))
-    if unknown:
-        raise ConfigError(f"{table} names {unknown[0].name}, which is not a picture there")
-    return [rows.get(path) or None for path in paths]

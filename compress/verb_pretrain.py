@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--out", type=Path, required=True, help="where the teacher is written")
     parser.add_argument("--run", type=Path, help="checkpoints and log (default: OUT-run)")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
     for field in fields(TeacherShape):
         name = "--" + field.name.replace("_", "-")
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then write the teacher with fp16 weights and the log of its training."""
-    shape = TeacherShape(**{field.name: getattr(args, field.name) for field in fields(TeacherShape)})
+    shape = TeacherShape(
+        **{field.name: getattr(args, field.name) for field in fields(TeacherShape)}
+    )
     settings = TrainSettings(
         steps=args.steps,
         batch_size=args.batch_size,

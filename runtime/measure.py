@@ -98,29 +98,21 @@ def measure_interleaved(
         times = _take_turns(candidates, singles, lambda done: done < workload.repeats, step)
         denied = CpuSnapshot.take().denied_since(before)
         sweeps = [_sweep(candidates, size, workload, step) for size in workload.batch_sizes[1:]]
-    at = None if reference is None else [c.name for c in candidates].index(reference)
-    results = []
-    for number, candidate in enumerate(candidates):
-        cpu = _cpu_time(times[number], denied)
-        wall = np.array(times[number].wall)
-        rates = (Throughput(batch=1, items_per_s=rate_interval(wall, 1)),)
-        ratio = None
-        if at is not None and at != number:
-            ratio = paired_ratio(wall, np.array(times[at].wall))
-        results.append(
-            Measurement(
-                name=candidate.name,
-                tower=tower,
-                input_shape=singles[number].shape,
-                warm_up=warm_ups[number],
-                latency=_latency(wall),
-                ratio=None if ratio is None else PairedRatio(reference=str(reference), ratio=ratio),
-                throughput=rates + tuple(sweep[number] for sweep in sweeps),
-                cpu=cpu,
-                contended=cpu.contended,
-            )
+    base = {c.name: each for c, each in zip(candidates, times, strict=True)}.get(reference or "")
+    return tuple(
+        Measurement(
+            name=candidate.name,
+            tower=tower,
+            input_shape=singles[number].shape,
+            warm_up=warm_ups[number],
+            latency=_latency(times[number]),
+            ratio=None if base is times[number] else _ratio(times[number], base, reference),
+            throughput=(_rate(times[number], 1), *(sweep[number] for sweep in sweeps)),
+            cpu=_cpu_time(times[number], denied),
+            contended=_cpu_time(times[number], denied).contended,
         )
-    return tuple(results)
+        for number, candidate in enumerate(candidates)
+    )
 
 
 def warm_up(candidate: Candidate, batch: NDArray[Any], workload: Workload) -> WarmUp:
@@ -193,16 +185,24 @@ def _sweep(
         candidates, batches, lambda done: done < _FEWEST_SWEEP_RUNS or time.perf_counter() < end
     )
     step()
-    return [
-        Throughput(batch=size, items_per_s=rate_interval(np.array(each.wall), size))
-        for each in times
-    ]
+    return [_rate(each, size) for each in times]
 
 
-def _latency(wall: NDArray[np.float64]) -> Latency:
-    milliseconds = wall * 1e3
+def _rate(times: _Times, size: int) -> Throughput:
+    return Throughput(batch=size, items_per_s=rate_interval(np.array(times.wall), size))
+
+
+def _latency(times: _Times) -> Latency:
+    milliseconds = np.array(times.wall) * 1e3
     p50, p90, p99 = (percentile_interval(milliseconds, percent) for percent in (50, 90, 99))
-    return Latency(runs=len(wall), p50_ms=p50, p90_ms=p90, p99_ms=p99)
+    return Latency(runs=len(milliseconds), p50_ms=p50, p90_ms=p90, p99_ms=p99)
+
+
+def _ratio(times: _Times, base: _Times | None, reference: str | None) -> PairedRatio | None:
+    if base is None or reference is None:
+        return None
+    ratio = paired_ratio(np.array(times.wall), np.array(base.wall))
+    return PairedRatio(reference=reference, ratio=ratio)
 
 
 def _cpu_time(times: _Times, denied: tuple[float | None, float | None]) -> CpuTime:

@@ -186,11 +186,11 @@ def _label_lines(point: ParetoPoint, narrow: bool) -> tuple[str, str]:
     name = point.name
     if len(name) > _LONGEST_NAME:
         name = name[: _LONGEST_NAME - 1] + "…"
-    if point.chosen:
-        name += " (ships)"
     size = megabytes(point.bytes)
     if narrow:
-        return name, size
+        return name, f"{size}, ships" if point.chosen else size
+    if point.chosen:
+        name += " (ships)"
     return name, f"{percent(point.quality.value)} · {digits(point.latency_ms.value)} ms · {size}"
 
 

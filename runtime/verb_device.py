@@ -1,4 +1,4 @@
-"""`edgeclip device`: a device as YAML, by default this machine, to look at or to edit."""
+"""`edgeclip device`: devices by name, or one as YAML (by default this machine) to edit."""
 
 import argparse
 from pathlib import Path
@@ -16,11 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=THIS_MACHINE,
         help=f"a YAML file, or one of: {', '.join(device_names())} (default: {THIS_MACHINE})",
     )
+    parser.add_argument("--list", action="store_true", help="list the known devices instead")
     parser.add_argument("--out", type=Path, help="write it to this file instead of printing it")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print or write the profile."""
+    """Print or write the profile, or list all."""
+    if args.list:
+        for name in device_names():
+            print(f"{name:18} {load_device(name).description}")
+        return 0
     text = device_yaml(load_device(args.name))
     if args.out is None:
         print(text, end="")

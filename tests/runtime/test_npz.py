@@ -103,6 +103,16 @@ def test_compressed_files_are_refused(tmp_path: Path) -> None:
         read(path)
 
 
+def test_an_entry_longer_than_its_array_is_refused(tmp_path: Path) -> None:
+    path, longer = tmp_path / "file.npz", tmp_path / "longer.npz"
+    write(path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(longer, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name) + b"more")
+    with pytest.raises(InputError, match="longer than its array"):
+        read(longer)
+
+
 def test_twice_the_same_entry_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file.npz"
     write(path)

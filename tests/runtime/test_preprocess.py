@@ -114,9 +114,18 @@ def test_long_strips_stay_within_one_level(shape: tuple[int, int]) -> None:
     assert unnormalised_gap(preprocess(image, SPEC), by_hugging_face(image, SPEC)) < 1 / 255
 
 
-def test_a_strip_is_never_resized_as_a_whole() -> None:
+def test_a_strip_is_never_resized_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def spy(self: Image.Image, size: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
+        asked.append(size)
+        return resize(self, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
     strip = Image.new("RGB", (1, 60_000), (10, 200, 30))  # 36 x 2,160,000 pixels if it were
     assert (resize_and_crop(strip, SPEC) == (10, 200, 30)).all()
+    assert asked == [(32, 32)]
 
 
 def test_normalisation_by_hand() -> None:

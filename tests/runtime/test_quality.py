@@ -11,6 +11,7 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.quality import (
     TIE,
     DirectionMetrics,
+    Ranks,
     ZeroShot,
     bootstrap,
     bootstrap_ratio,
@@ -18,6 +19,7 @@ from edgeclip.runtime.quality import (
     label_ranks,
     pair_ranks,
     retrieval,
+    retrieval_of_ranks,
     zero_shot,
 )
 
@@ -65,6 +67,16 @@ def test_recall_at_five_and_ten() -> None:
     metrics = retrieval(angles(*own), angles(*(own + shifts))).text_to_image
     assert (metrics.r1, metrics.r5, metrics.r10) == (0.9, 0.9, 0.95)
     assert metrics.median_rank == 1.0
+
+
+def test_recall_counts_the_rank_at_its_edge() -> None:
+    result = retrieval_of_ranks(Ranks(np.array([1, 2, 5, 6]), np.array([1, 10, 10, 11])))
+    assert result.image_to_text == DirectionMetrics(
+        r1=0.25, r5=0.75, r10=1.0, median_rank=3.5, mean_rank=3.5
+    )
+    assert result.text_to_image == DirectionMetrics(
+        r1=0.25, r5=0.25, r10=0.75, median_rank=10.0, mean_rank=8.0
+    )
 
 
 @pytest.mark.parametrize("count", [1, 7, 33, 130])

@@ -1,0 +1,30 @@
+"""In which number format, and where, the training computes."""
+
+from typing import Literal
+
+import torch
+
+from edgeclip.profiles.machine import detect_machine
+
+ComputeType = Literal["auto", "fp32", "bf16"]
+
+
+def best_device() -> torch.device:
+    """A CUDA GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(compute: ComputeType, device: torch.device) -> torch.autocast:
+    """Mixed precision: bfloat16 products, float32 weights, norms and softmax.
+
+    `auto` takes bfloat16 where the hardware has it: there it trains three times faster
+    than float32, on a processor without it many times slower.
+    """
+    enabled = compute == "bf16" or (compute == "auto" and _has_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type != "cpu":
+        return True
+    return bool({"avx512_bf16", "amx_bf16"} & set(detect_machine().flags))

@@ -1,0 +1,101 @@
+"""Students: compact dual encoders with the teacher's embedding space and dimension."""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import (
+    CLIPModel,
+    CLIPTextModel,
+    ConvNextConfig,
+    ConvNextModel,
+    PreTrainedConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.inherit import inherit
+from edgeclip.profiles.errors import ConfigError
+
+Family = Literal["inherited", "convolutional"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentShape:
+    """Sizes of a student; the teacher gives the rest (space, dim, tokenizer, picture size).
+
+    Args:
+        family: `inherited`, a smaller copy of the teacher's own towers, or
+            `convolutional`, a ConvNeXt image tower with an inherited text tower.
+        image_heads: attention heads of the image tower; a head keeps the teacher's size,
+            so the width is heads x size of a head.
+        image_layers: transformer layers of the image tower.
+        text_heads, text_layers: the same for the text tower; None keeps the teacher's.
+        conv_widths, conv_depths: channels and blocks of each ConvNeXt stage.
+    """
+
+    family: Family = "inherited"
+    image_heads: int = 2
+    image_layers: int = 4
+    text_heads: int | None = 2
+    text_layers: int | None = 2
+    conv_widths: tuple[int, ...] = (48, 96, 192)
+    conv_depths: tuple[int, ...] = (2, 2, 4)
+
+
+def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> DualEncoder:
+    """An untrained student of `teacher`; what can be inherited is.
+
+    Raises:
+        ConfigError: a shape larger than the teacher, or a teacher that is not a CLIP.
+    """
+    if not isinstance(teacher.model, CLIPModel):
+        raise ConfigError("only a CLIP model can be a teacher of students so far")
+    torch.manual_seed(seed)
+    config = copy.deepcopy(teacher.model.config)
+    _shrink(config.vision_config, shape.image_heads, shape.image_layers)
+    _shrink(config.text_config, shape.text_heads, shape.text_layers)
+    inherited = CLIPModel(config)
+    inherit(inherited, teacher.model)
+    model = inherited if shape.family == "inherited" else _convolutional(inherited, shape)
+    with torch.no_grad():
+        model.logit_scale.copy_(teacher.model.logit_scale)
+    model.logit_scale.requires_grad_(False)  # both answer at the teacher's temperature
+    return DualEncoder(model, teacher.image_spec, teacher.tokenizer)
+
+
+def _shrink(config: PreTrainedConfig, heads: int | None, layers: int | None) -> None:
+    heads = config.num_attention_heads if heads is None else heads
+    layers = config.num_hidden_layers if layers is None else layers
+    if heads < 1:
+        raise ConfigError(f"a tower needs at least one attention head, got {heads}")
+    head_size = config.hidden_size // config.num_attention_heads
+    ratio = config.intermediate_size / config.hidden_size
+    config.num_attention_heads = heads
+    config.hidden_size = heads * head_size
+    config.intermediate_size = round(heads * head_size * ratio)
+    config.num_hidden_layers = layers
+
+
+def _convolutional(inherited: CLIPModel, shape: StudentShape) -> VisionTextDualEncoderModel:
+    """ConvNeXt (Liu et al. 2022) in place of the image tower, fresh from a normal draw."""
+    if len(shape.conv_widths) != len(shape.conv_depths):
+        raise ConfigError("conv_widths and conv_depths need one number for each stage")
+    vision = ConvNextConfig(
+        num_stages=len(shape.conv_widths),
+        hidden_sizes=list(shape.conv_widths),
+        depths=list(shape.conv_depths),
+        image_size=inherited.config.vision_config.image_size,
+        layer_scale_init_value=0.0,  # made for very deep networks; slows small ones
+        hidden_size=shape.conv_widths[-1],  # the dual encoder's projection asks for it
+    )
+    text = CLIPTextModel(inherited.config.text_config)
+    text.load_state_dict(inherited.text_model.state_dict())
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision, inherited.config.text_config, projection_dim=inherited.config.projection_dim
+    )
+    model = VisionTextDualEncoderModel(config, ConvNextModel(vision), text)
+    model.text_projection.load_state_dict(inherited.text_projection.state_dict())
+    return model

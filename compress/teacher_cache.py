@@ -1,0 +1,177 @@
+"""The teacher's embeddings, computed once: the student's epochs then cost the student only.
+
+A cache is a directory of shards, each written whole or not at all, so a run that was
+killed goes on with the first shard that is missing. Views are replayable (see augment),
+so an embedding and the picture that the student sees always belong together.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from edgeclip.compress.augment import Augmentation, augmented
+from edgeclip.compress.batches import ids_of, inference, pixels_of
+from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.sources import Source
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.profiles.schema import parse
+from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.npz import read_npz, write_npz
+
+_SETTINGS = "cache.json"
+_KIND = "edgeclip-teacher-cache-1"
+_BATCH = 128
+Float16 = NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """What a cache holds; two caches are interchangeable if these are equal."""
+
+    space: str
+    source: str
+    count: int
+    views: int
+    dim: int
+    captions: bool
+    augmentation: Augmentation
+    logit_scale: float
+    shard_size: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherCache:
+    """Embeddings of every view and caption of a source, L2-normalised.
+
+    `image` is float16 [count, views, dim]; `text` is float16 [count, dim], or None for
+    pictures without captions.
+    """
+
+    settings: CacheSettings
+    image: Float16
+    text: Float16 | None
+
+
+def build_cache(
+    teacher: DualEncoder,
+    source: Source,
+    folder: Path,
+    *,
+    views: int = 1,
+    augmentation: Augmentation | None = None,
+) -> TeacherCache:
+    """Fill `folder` with what is missing of the cache, then open it.
+
+    Raises:
+        ConfigError: `folder` holds a cache of another teacher, source or augmentation.
+    """
+    settings = CacheSettings(
+        space=space_fingerprint(teacher),
+        source=source.identity,
+        count=len(source),
+        views=views,
+        dim=teacher.spec.dim,
+        captions=source.has_captions,
+        augmentation=augmentation or Augmentation(),
+        logit_scale=teacher.spec.logit_scale,
+    )
+    _claim(folder, settings)
+    starts = range(0, settings.count, settings.shard_size)
+    total = settings.count * settings.views
+    with tqdm(total=total, desc="teacher cache", unit="img", dynamic_ncols=True) as bar:
+        for start in starts:
+            size = min(settings.shard_size, settings.count - start)
+            path = _shard(folder, start // settings.shard_size)
+            if not path.exists():
+                arrays = _embed_shard(teacher, source, settings, range(start, start + size))
+                write_npz(path, _KIND, {}, arrays)
+            bar.update(size * settings.views)
+    return open_cache(folder)
+
+
+def open_cache(folder: Path) -> TeacherCache:
+    """Read a finished cache.
+
+    Raises:
+        ConfigError: not a cache, or shards are missing or damaged.
+    """
+    settings = _read_settings(folder)
+    shards = []
+    for number in range(-(-settings.count // settings.shard_size)):
+        path = _shard(folder, number)
+        if not path.exists():
+            raise ConfigError(f"{folder} is unfinished: run the command that made it again")
+        shards.append(read_npz(path, _KIND, frozenset(), _arrays(settings))[1])
+    image = np.concatenate([shard["image"] for shard in shards])
+    text = np.concatenate([shard["text"] for shard in shards]) if settings.captions else None
+    if image.shape != (settings.count, settings.views, settings.dim):
+        raise ConfigError(f"{folder}: shards of another shape than {_SETTINGS} says; delete it")
+    return TeacherCache(settings, image, text)
+
+
+def _embed_shard(
+    teacher: DualEncoder, source: Source, settings: CacheSettings, indices: range
+) -> dict[str, NDArray[np.generic]]:
+    image = np.empty((len(indices), settings.views, settings.dim), np.float16)
+    text = np.empty((len(indices), settings.dim), np.float16)
+    with inference(teacher):
+        for first in range(0, len(indices), _BATCH):
+            rows = slice(first, first + _BATCH)
+            chunk = indices[rows]
+            pairs = [source[index] for index in chunk]
+            for view in range(settings.views):
+                pictures = [
+                    augmented(pair.image, settings.augmentation, index=index, view=view)
+                    for pair, index in zip(pairs, chunk, strict=True)
+                ]
+                image[rows, view] = _half(teacher.embed_image(pixels_of(pictures, teacher)))
+            if settings.captions:
+                captions = [str(pair.caption) for pair in pairs]
+                text[rows] = _half(teacher.embed_text(ids_of(captions, teacher)))
+    return {"image": image, "text": text} if settings.captions else {"image": image}
+
+
+def _half(embeddings: torch.Tensor) -> Float16:
+    return embeddings.cpu().numpy().astype(np.float16)
+
+
+def _arrays(settings: CacheSettings) -> frozenset[str]:
+    return frozenset(("image", "text") if settings.captions else ("image",))
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.npz"
+
+
+def _claim(folder: Path, settings: CacheSettings) -> None:
+    """Write the settings of a new cache, or check that those there are the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _SETTINGS
+    if not path.exists():
+        with atomic_file(path) as temporary:
+            text = json.dumps(asdict(settings), indent=2) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+        return
+    there, wanted = asdict(_read_settings(folder)), asdict(settings)
+    different = [name for name, value in wanted.items() if there[name] != value]
+    if different:
+        raise ConfigError(
+            f"{folder} is a cache with another {', '.join(different)}: choose another "
+            f"directory, or delete it"
+        )
+
+
+def _read_settings(folder: Path) -> CacheSettings:
+    path = folder / _SETTINGS
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no teacher cache (no {_SETTINGS})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    return parse(CacheSettings, data, source=str(path))

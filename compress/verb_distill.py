@@ -1,0 +1,74 @@
+"""`edgeclip distill`: train a student in the teacher's embedding space."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from edgeclip.compress.distill import distill
+from edgeclip.compress.losses import LossWeights
+from edgeclip.compress.student import StudentShape, new_student
+from edgeclip.compress.teacher_cache import build_cache
+from edgeclip.compress.train_loop import TrainSettings
+from edgeclip.compress.verb_options import add_data, add_teacher, load_source, load_teacher
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    shape, weights = StudentShape(), LossWeights()
+    add_teacher(parser)
+    add_data(parser, count=32_768)
+    parser.add_argument("--out", type=Path, required=True, help="where the student is written")
+    parser.add_argument("--run", type=Path, help="cache, checkpoints and log (default: OUT-run)")
+    parser.add_argument("--views", type=int, default=1, help="augmented views of each picture")
+    parser.add_argument("--family", choices=("inherited", "convolutional"), default=shape.family)
+    for name in ("image-heads", "image-layers", "text-heads", "text-layers"):
+        default = getattr(shape, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    for name in ("affinity", "feature", "interactive", "contrastive"):
+        parser.add_argument(
+            f"--{name}", type=float, default=getattr(weights, name), help="weight of this loss"
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Cache, distil and save; a run that was stopped goes on where it was."""
+    teacher = load_teacher(args)
+    source = load_source(args, teacher, split="train")
+    folder = args.run or args.out.with_name(args.out.name + "-run")
+    shape = StudentShape(
+        family=args.family,
+        image_heads=args.image_heads,
+        image_layers=args.image_layers,
+        text_heads=args.text_heads,
+        text_layers=args.text_layers,
+    )
+    if not source.has_captions:
+        print(f"{source.name}: no captions, so the teacher's text tower is kept as it is")
+        shape = replace(shape, text_heads=None, text_layers=None)
+    student = new_student(teacher, shape, seed=args.seed).to(teacher.device)
+    cache = build_cache(teacher, source, folder / "cache", views=args.views)
+    distill(
+        student,
+        cache,
+        source,
+        weights=LossWeights(
+            affinity=args.affinity,
+            feature=args.feature,
+            interactive=args.interactive,
+            contrastive=args.contrastive,
+        ),
+        settings=TrainSettings(
+            steps=args.steps,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            seed=args.seed,
+        ),
+        out=folder,
+    )
+    student.save(args.out)
+    print(f"student written to {args.out}; log and checkpoints in {folder}")
+    return 0

@@ -1,0 +1,46 @@
+"""Options that several commands of this room share, and what they stand for."""
+
+import argparse
+from pathlib import Path
+
+from edgeclip.compress.compute import best_device
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.emoji_scenes import Split
+from edgeclip.compress.sources import Source, open_source
+
+BUILT_IN = "built-in"
+BUILT_IN_TEACHER = Path(__file__).parent / "emoji_teacher"
+
+
+def add_teacher(parser: argparse.ArgumentParser) -> None:
+    """`--teacher`."""
+    parser.add_argument(
+        "--teacher",
+        default=BUILT_IN,
+        help="directory or hub id of a Hugging Face dual encoder (default: the built-in one, "
+        "trained on EmojiScenes)",
+    )
+
+
+def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
+    """`--data` and `--count`."""
+    parser.add_argument(
+        "--data",
+        default="emoji",
+        help="folder of pictures, with captions.csv or NAME.txt beside each for captions; "
+        "'emoji' for the built-in scenes (default)",
+    )
+    parser.add_argument(
+        "--count", type=int, default=count, help=f"how many built-in scenes (default: {count})"
+    )
+
+
+def load_teacher(args: argparse.Namespace) -> DualEncoder:
+    """The teacher that `--teacher` names, where training runs fastest."""
+    source = BUILT_IN_TEACHER if args.teacher == BUILT_IN else args.teacher
+    return DualEncoder.load(source).to(best_device())
+
+
+def load_source(args: argparse.Namespace, teacher: DualEncoder, *, split: Split) -> Source:
+    """The data that `--data` and `--count` name."""
+    return open_source(args.data, split=split, count=args.count, size=teacher.image_spec.size)

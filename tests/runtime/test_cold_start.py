@@ -1,0 +1,61 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.cold_start import main, measure_cold_start, peak_memory_mb
+from edgeclip.runtime.errors import EngineError, InputError
+
+PIXELS = {"pixel_values": np.zeros((1, 3, 8, 8), np.float32)}
+
+
+def test_takes_medians_of_fresh_processes(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
+    model = tiny_bundle / "onnx" / "vision_model.onnx"
+    start = measure_cold_start(model, PIXELS, device=cpu_device, processes=2)
+    assert start.processes == 2
+    assert start.file_bytes == model.stat().st_size
+    assert min(start.import_ms, start.load_ms, start.first_run_ms) > 0
+
+
+def test_says_why_a_process_failed(tmp_path: Path, cpu_device: DeviceProfile) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no graph")
+    with pytest.raises(EngineError, match=r"broken\.onnx failed: .*cannot load"):
+        measure_cold_start(broken, PIXELS, device=cpu_device, processes=1)
+
+
+def test_refuses_a_missing_file_and_no_processes(tmp_path: Path, cpu_device: DeviceProfile) -> None:
+    with pytest.raises(InputError, match="not a file"):
+        measure_cold_start(tmp_path / "none.onnx", PIXELS, device=cpu_device)
+    with pytest.raises(InputError, match="at least 1"):
+        measure_cold_start(tmp_path, PIXELS, device=cpu_device, processes=0)
+
+
+@pytest.mark.parametrize("item", ["pixel_values", "x=float32:1xA", "x=nonsense:1x3", "x=float32:"])
+def test_input_must_say_name_type_and_shape(item: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model.onnx", "--input", item, "--device", "x86-avx2"]) == 2
+    assert "write NAME=DTYPE:SHAPE" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(peak_memory_mb() is None, reason="peak memory is not reported here")
+def test_a_child_does_not_inherit_its_parent_s_peak() -> None:
+    """`ru_maxrss` would: it counts the parent's pages between fork and exec."""
+    ballast = np.ones(30_000_000)  # 240 MB
+    here = peak_memory_mb()
+    script = "from edgeclip.runtime.cold_start import peak_memory_mb; print(peak_memory_mb())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert here is not None
+    assert here > ballast.nbytes / 1e6
+    assert 5 < float(done.stdout) < 150
+
+
+def test_peak_memory_is_none_where_nothing_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert peak_memory_mb() is None
