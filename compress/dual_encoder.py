@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -30,6 +31,7 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
     "vision-text-dual-encoder": VisionTextDualEncoderModel,
 }
 transformers.utils.logging.disable_progress_bar()  # a file or two is no long work
+transformers.utils.logging.set_verbosity_error()  # `load` says itself which weights are amiss
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
@@ -59,6 +61,13 @@ class DualEncoder(nn.Module):
         return self.model.device
 
     @property
+    def logit_scale(self) -> nn.Parameter:
+        """Logarithm of the number that multiplies a cosine to give a logit."""
+        parameter = self.model.logit_scale
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
     def spec(self) -> EncoderSpec:
         """Input contract and geometry, read from the model as it is now."""
         text = self.model.config.text_config
@@ -72,7 +81,7 @@ class DualEncoder(nn.Module):
                 eos_id=_token(self.tokenizer, "eos_token_id", "sep_token_id"),
                 pad_id=_token(self.tokenizer, "pad_token_id", "eos_token_id"),
             ),
-            logit_scale=float(self.model.logit_scale.detach().exp()),
+            logit_scale=float(self.logit_scale.detach().exp()),
         )
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
@@ -102,8 +111,14 @@ class DualEncoder(nn.Module):
         return TextTokenizer(Tokenizer.from_str(self.tokenizer_json()), self.spec.text)
 
     def tokenizer_json(self) -> str:
-        """The tokenizer as the `tokenizers` library reads it."""
-        return str(self.tokenizer.backend_tokenizer.to_str())
+        """The tokenizer as the `tokenizers` library reads it, without padding or truncation.
+
+        transformers leaves those of its last call in there; they are no part of the model.
+        """
+        tokenizer = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return str(tokenizer.to_str())
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
@@ -123,11 +138,18 @@ class DualEncoder(nn.Module):
             source=str(folder / "preprocessor_config.json"),
         )
         try:
-            model = SUPPORTED[family].from_pretrained(folder, dtype=torch.float32)
+            model, found = SUPPORTED[family].from_pretrained(
+                folder,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # told apart below, in one line
+                output_loading_info=True,
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{source} cannot be loaded: {error}") from error
-        return cls(model.eval(), image, tokenizer)
+        except Exception as error:  # transformers raises many kinds on damaged files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"{source} cannot be loaded: {reason}") from error
+        _refuse_other_weights(found, source)
+        return cls(model, image, tokenizer).eval()
 
     def save(self, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write weights (safetensors), config, tokenizer and processor, whole or not at all."""
@@ -185,6 +207,23 @@ def _local(source: str | Path) -> Path:
         raise ConfigError(
             f"{source} is neither a directory here nor to be had from the hub ({first})"
         ) from error
+
+
+def _refuse_other_weights(found: Mapping[str, Iterable[object]], source: str | Path) -> None:
+    """transformers fills what is missing with random numbers: such embeddings mean nothing."""
+    amiss = {
+        "missing": sorted(map(str, found["missing_keys"])),
+        "of another size": sorted(str(next(iter(key))) for key in found["mismatched_keys"]),
+        "unknown": sorted(
+            str(key) for key in found["unexpected_keys"] if not str(key).endswith("position_ids")
+        ),
+    }
+    problems = [f"{len(names)} {how} (such as {names[0]})" for how, names in amiss.items() if names]
+    if problems:
+        raise ConfigError(
+            f"{source}: the weights do not fit config.json: {', '.join(problems)}; "
+            f"both files must come from one model"
+        )
 
 
 def _json(path: Path) -> dict[str, object]:

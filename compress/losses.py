@@ -3,11 +3,14 @@
 Shapes: image and text embeddings are float [N, dim], row i of each is one pair.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from edgeclip.profiles.errors import ConfigError
 
 
 def contrastive(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
@@ -79,8 +82,8 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         values = [getattr(self, field.name) for field in fields(self)]
-        if min(values) < 0 or not any(values):
-            raise ValueError(f"loss weights must be >= 0 and not all 0, got {values}")
+        if not any(values) or not all(0 <= value < math.inf for value in values):
+            raise ConfigError(f"loss weights must be >= 0 and not all 0, got {values}")
 
 
 def distillation(

@@ -93,7 +93,7 @@ def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEnc
 
     def losses(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         pixels, ids = batch
-        scale = teacher.model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+        scale = teacher.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
         image, text = teacher.embed_image(pixels), teacher.embed_text(ids)
         return {"total": contrastive(image, text, scale)}
 

@@ -72,8 +72,11 @@ class EmojiSource:
         return self._world.scene(index) if self._scenes is None else self._scenes[index]
 
     def __getitem__(self, index: int) -> Pair:
-        scene = self.scene(index)
-        return Pair(self._world.render(scene, self._size), scene.caption)
+        return Pair(self.picture(index, size=self._size), self.caption(index))
+
+    def picture(self, index: int, *, size: int) -> Image.Image:
+        """Picture `index` drawn at any size, for people to look at."""
+        return self._world.render(self.scene(index), size)
 
     def caption(self, index: int) -> str:
         return self.scene(index).caption

@@ -7,10 +7,12 @@ from typing import Literal
 import torch
 from transformers import (
     CLIPModel,
+    CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
     ConvNextConfig,
     ConvNextModel,
-    PreTrainedConfig,
+    PreTrainedModel,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
@@ -55,22 +57,35 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
         raise ConfigError("only a CLIP model can be a teacher of students so far")
     torch.manual_seed(seed)
     config = copy.deepcopy(teacher.model.config)
-    _shrink(config.vision_config, shape.image_heads, shape.image_layers)
-    _shrink(config.text_config, shape.text_heads, shape.text_layers)
+    vision, text = config.vision_config, config.text_config
+    assert isinstance(vision, CLIPVisionConfig)
+    assert isinstance(text, CLIPTextConfig)
+    if shape.family == "inherited":
+        _shrink(vision, shape.image_heads, shape.image_layers)
+    else:
+        _shrink(vision, 1, 1)  # gives way to the convolutional tower
+    _shrink(text, shape.text_heads, shape.text_layers)
     inherited = CLIPModel(config)
     inherit(inherited, teacher.model)
-    model = inherited if shape.family == "inherited" else _convolutional(inherited, shape)
+    model: PreTrainedModel = inherited
+    if shape.family == "convolutional":
+        model = _convolutional(inherited, text, teacher.image_spec.size, shape)
+    student = DualEncoder(model, teacher.image_spec, teacher.tokenizer)
     with torch.no_grad():
-        model.logit_scale.copy_(teacher.model.logit_scale)
-    model.logit_scale.requires_grad_(False)  # both answer at the teacher's temperature
-    return DualEncoder(model, teacher.image_spec, teacher.tokenizer)
+        student.logit_scale.copy_(teacher.logit_scale)
+    student.logit_scale.requires_grad_(False)  # both answer at the teacher's temperature
+    return student
 
 
-def _shrink(config: PreTrainedConfig, heads: int | None, layers: int | None) -> None:
+def _shrink(
+    config: CLIPVisionConfig | CLIPTextConfig, heads: int | None, layers: int | None
+) -> None:
     heads = config.num_attention_heads if heads is None else heads
     layers = config.num_hidden_layers if layers is None else layers
-    if heads < 1:
-        raise ConfigError(f"a tower needs at least one attention head, got {heads}")
+    if heads < 1 or layers < 1:
+        raise ConfigError(
+            f"a tower needs at least one attention head and one layer, got {heads} and {layers}"
+        )
     head_size = config.hidden_size // config.num_attention_heads
     ratio = config.intermediate_size / config.hidden_size
     config.num_attention_heads = heads
@@ -79,7 +94,9 @@ def _shrink(config: PreTrainedConfig, heads: int | None, layers: int | None) -> 
     config.num_hidden_layers = layers
 
 
-def _convolutional(inherited: CLIPModel, shape: StudentShape) -> VisionTextDualEncoderModel:
+def _convolutional(
+    inherited: CLIPModel, text: CLIPTextConfig, image_size: int, shape: StudentShape
+) -> VisionTextDualEncoderModel:
     """ConvNeXt (Liu et al. 2022) in place of the image tower, fresh from a normal draw."""
     if len(shape.conv_widths) != len(shape.conv_depths):
         raise ConfigError("conv_widths and conv_depths need one number for each stage")
@@ -87,15 +104,15 @@ def _convolutional(inherited: CLIPModel, shape: StudentShape) -> VisionTextDualE
         num_stages=len(shape.conv_widths),
         hidden_sizes=list(shape.conv_widths),
         depths=list(shape.conv_depths),
-        image_size=inherited.config.vision_config.image_size,
+        image_size=image_size,
         layer_scale_init_value=0.0,  # made for very deep networks; slows small ones
-        hidden_size=shape.conv_widths[-1],  # the dual encoder's projection asks for it
     )
-    text = CLIPTextModel(inherited.config.text_config)
-    text.load_state_dict(inherited.text_model.state_dict())
+    vision.hidden_size = shape.conv_widths[-1]  # the dual encoder's projection asks for it
+    text_model = CLIPTextModel(text)
+    text_model.load_state_dict(inherited.text_model.state_dict())
     config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        vision, inherited.config.text_config, projection_dim=inherited.config.projection_dim
+        vision, text, projection_dim=inherited.config.projection_dim
     )
-    model = VisionTextDualEncoderModel(config, ConvNextModel(vision), text)
+    model = VisionTextDualEncoderModel(config, ConvNextModel(vision), text_model)
     model.text_projection.load_state_dict(inherited.text_projection.state_dict())
     return model

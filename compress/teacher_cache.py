@@ -20,6 +20,7 @@ from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.sources import Source
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.schema import parse
+from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.npz import read_npz, write_npz
 
@@ -68,8 +69,11 @@ def build_cache(
     """Fill `folder` with what is missing of the cache, then open it.
 
     Raises:
-        ConfigError: `folder` holds a cache of another teacher, source or augmentation.
+        ConfigError: `folder` holds a cache of another teacher, source or augmentation, or
+            there is nothing to cache.
     """
+    if len(source) < 1 or views < 1:
+        raise ConfigError(f"a cache needs pictures and views, got {len(source)} and {views}")
     settings = CacheSettings(
         space=space_fingerprint(teacher),
         source=source.identity,
@@ -106,7 +110,12 @@ def open_cache(folder: Path) -> TeacherCache:
         path = _shard(folder, number)
         if not path.exists():
             raise ConfigError(f"{folder} is unfinished: run the command that made it again")
-        shards.append(read_npz(path, _KIND, frozenset(), _arrays(settings))[1])
+        try:
+            shards.append(read_npz(path, _KIND, frozenset(), _arrays(settings))[1])
+        except InputError as error:
+            raise ConfigError(
+                f"{path} is damaged: delete it, and run the command that made it again"
+            ) from error
     image = np.concatenate([shard["image"] for shard in shards])
     text = np.concatenate([shard["text"] for shard in shards]) if settings.captions else None
     if image.shape != (settings.count, settings.views, settings.dim):

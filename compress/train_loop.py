@@ -6,17 +6,17 @@ run that was killed and resumed ends with the weights of one that was not (on on
 
 import json
 import math
-import pickle
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Generic, TextIO, TypeVar
+from typing import Any, Generic, TextIO, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -169,10 +169,7 @@ class _Checkpoint(Generic[Batch]):
         if not self._path.exists():
             log.unlink(missing_ok=True)
             return 0, 0.0
-        try:
-            saved = torch.load(self._path, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"{self._path} is damaged; delete it to start again") from error
+        saved = self._read()
         if saved["run"] != self._run:
             raise ConfigError(
                 f"{self.out} holds a run with other settings or data; choose another --out, "
@@ -184,6 +181,17 @@ class _Checkpoint(Generic[Batch]):
         with atomic_file(log) as path:  # lines past the checkpoint will be written again
             path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return int(saved["step"]), float(saved["seconds"])
+
+    def _read(self) -> dict[str, Any]:
+        message = f"{self._path} is damaged; delete it to start again"
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                if archive.testzip() is not None:  # torch does not look at the checksums
+                    raise ConfigError(message)
+            saved: dict[str, Any] = torch.load(self._path, weights_only=True)
+        except Exception as error:  # zip and pickle raise many kinds on damaged data
+            raise ConfigError(message) from error
+        return saved
 
 
 class _Clock:

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     teacher = load_teacher(args)
     source = load_source(args, teacher, split="train")
     folder = args.run or args.out.with_name(args.out.name + "-run")
+    weights, settings = _weights(args), _settings(args)
     shape = StudentShape(
         family=args.family,
         image_heads=args.image_heads,
@@ -55,20 +56,28 @@ def run(args: argparse.Namespace) -> int:
         student,
         cache,
         source,
-        weights=LossWeights(
-            affinity=args.affinity,
-            feature=args.feature,
-            interactive=args.interactive,
-            contrastive=args.contrastive,
-        ),
-        settings=TrainSettings(
-            steps=args.steps,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            seed=args.seed,
-        ),
+        weights=weights,
+        settings=settings,
         out=folder,
     )
     student.save(args.out)
     print(f"student written to {args.out}; log and checkpoints in {folder}")
     return 0
+
+
+def _weights(args: argparse.Namespace) -> LossWeights:
+    return LossWeights(
+        affinity=args.affinity,
+        feature=args.feature,
+        interactive=args.interactive,
+        contrastive=args.contrastive,
+    )
+
+
+def _settings(args: argparse.Namespace) -> TrainSettings:
+    return TrainSettings(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+    )

@@ -26,6 +26,7 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "demo": Verb("edgeclip.export.verb_demo", "the whole road on the built-in data", "export"),
+    "scenes": Verb("edgeclip.compress.verb_scenes", "draw some built-in scenes", "scenes"),
     "pretrain": Verb("edgeclip.compress.verb_pretrain", "train the built-in teacher", "compress"),
     "cache": Verb("edgeclip.compress.verb_cache", "compute a teacher's answers once", "compress"),
     "distill": Verb("edgeclip.compress.verb_distill", "train a student of a teacher", "compress"),
@@ -64,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return _fail(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        print("edgeclip: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:  # training says how to go on
+        print(f"edgeclip: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return _INTERRUPTED
 
 

@@ -26,14 +26,13 @@ from edgeclip.runtime.measurement import (
     Throughput,
     WarmUp,
 )
+from edgeclip.runtime.progress import Progress
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.timing_statistics import paired_ratio, percentile_interval, rate_interval
 
 _WINDOW = 5  # runs whose median is compared with that of the 5 before
 _STEADY = 0.05  # largest relative change of that median once warm
 _FEWEST_SWEEP_RUNS = 3
-
-Progress = Callable[[int, int], None]  # steps done, steps in all
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Measure both towers of a bundle in every precision that the device allows."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, get_args
 
@@ -15,11 +15,10 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cold_start import measure_cold_start
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measure import Candidate, Progress, measure_interleaved
+from edgeclip.runtime.measure import Candidate, measure_interleaved
 from edgeclip.runtime.measurement import SCHEMA_VERSION, Measurement, MeasurementRun
-from edgeclip.runtime.spec import Precision, Tower
-
-_INPUT_NAMES: dict[Tower, str] = {"image": "pixel_values", "text": "input_ids"}
+from edgeclip.runtime.progress import progress_bar
+from edgeclip.runtime.spec import INPUT_NAMES, Precision, Tower
 
 
 def measure_bundle(
@@ -28,7 +27,6 @@ def measure_bundle(
     device: DeviceProfile,
     workload: Workload,
     command: str,
-    progress: Callable[[Tower], Progress] | None = None,
 ) -> MeasurementRun:
     """Measure latency, throughput and cold start of every tower and precision.
 
@@ -39,7 +37,6 @@ def measure_bundle(
         device: says which engine to use and which precisions to measure.
         workload: how much to measure.
         command: what the user typed, for the record.
-        progress: asked once per tower for a function that is called after each step.
 
     Raises:
         InputError: the device allows none of the bundle's precisions.
@@ -49,13 +46,14 @@ def measure_bundle(
     for tower in get_args(Tower):
         candidates = bundle_candidates(bundle, tower, device)
         names = [candidate.name for candidate in candidates]
-        measured = measure_interleaved(
-            candidates,
-            workload,
-            tower=tower,
-            reference="fp32" if "fp32" in names else None,
-            progress=None if progress is None else progress(tower),
-        )
+        with progress_bar(f"{tower} tower") as progress:
+            measured = measure_interleaved(
+                candidates,
+                workload,
+                tower=tower,
+                reference="fp32" if "fp32" in names else None,
+                progress=progress,
+            )
         if workload.cold_starts:
             precisions = allowed_precisions(bundle, tower, device)
             measured = tuple(
@@ -131,7 +129,7 @@ def _candidate(
     prefix: str,
 ) -> Candidate:
     engine = open_engine(bundle.tower_path(tower, precision), device=device)
-    name = _INPUT_NAMES[tower]
+    name = INPUT_NAMES[tower]
     return Candidate(
         name=prefix + precision,
         run=lambda batch: engine.run({name: batch}),
@@ -144,7 +142,7 @@ def _with_cold_start(
 ) -> Measurement:
     start = measure_cold_start(
         bundle.tower_path(item.tower, precision),
-        {_INPUT_NAMES[item.tower]: golden_inputs(bundle, item.tower)[:1]},
+        {INPUT_NAMES[item.tower]: golden_inputs(bundle, item.tower)[:1]},
         device=device,
         processes=processes,
     )

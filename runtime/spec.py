@@ -7,6 +7,10 @@ Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Tower = Literal["image", "text"]
 Precision = Literal["fp32", "fp16", "int8"]
 
+# The one input and output of a tower's graph, named as transformers.js and optimum do.
+INPUT_NAMES: dict[Tower, str] = {"image": "pixel_values", "text": "input_ids"}
+OUTPUT_NAMES: dict[Tower, str] = {"image": "image_embeds", "text": "text_embeds"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:

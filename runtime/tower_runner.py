@@ -9,16 +9,10 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.embeddings import check_unit_rows
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.errors import EngineError, InputError
-from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.spec import INPUT_NAMES, OUTPUT_NAMES, Precision, Tower
 
 if TYPE_CHECKING:
     from edgeclip.profiles.device import DeviceProfile
-
-# The names of a graph's input and output, as transformers.js and optimum use them.
-_NAMES: dict[Tower, tuple[str, str]] = {
-    "image": ("pixel_values", "image_embeds"),
-    "text": ("input_ids", "text_embeds"),
-}
 
 
 class TowerRunner:
@@ -35,7 +29,7 @@ class TowerRunner:
     ) -> None:
         self._path = bundle.tower_path(tower, precision)
         self._dim = bundle.manifest.spec.dim
-        self._given, self._wanted = _NAMES[tower]
+        self._given, self._wanted = INPUT_NAMES[tower], OUTPUT_NAMES[tower]
         self._engine = open_engine(self._path, device=device)
 
     def run(self, values: NDArray[Any]) -> NDArray[np.float32]:

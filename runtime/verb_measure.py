@@ -2,18 +2,13 @@
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from edgeclip.profiles.device import load_device
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.measure import Progress
 from edgeclip.runtime.measure_bundle import measure_bundle
 from edgeclip.runtime.measurement_table import measurement_table
-from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.verb_options import add_device_option
 
 
@@ -37,7 +32,6 @@ def run(args: argparse.Namespace) -> int:
         device=device,
         workload=workload,
         command=_command(args),
-        progress=_bar,
     )
     if args.out is not None:
         result.save(args.out)
@@ -50,16 +44,3 @@ def _command(args: argparse.Namespace) -> str:
     words += ["--device", str(args.device)]
     words += [] if args.out is None else ["--out", str(args.out)]
     return shlex.join(words)
-
-
-def _bar(tower: Tower) -> Progress:
-    """A progress bar on stderr, where that is a terminal."""
-    bar = tqdm(desc=f"{tower} tower", unit="step", disable=not sys.stderr.isatty(), leave=False)
-
-    def step(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return step

@@ -1,0 +1,224 @@
+"""The whole way from a student to a verified bundle, one function for each step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgeclip.export.bundle_plan import BundlePlan
+from edgeclip.export.check_parity import check_parity
+from edgeclip.export.choose import TowerChoice, choose_fastest
+from edgeclip.export.embed_pairs import PairEmbeddings, graph_embedder, tower_inputs
+from edgeclip.export.gates import Judged, refuse_missed
+from edgeclip.export.judge_precisions import (
+    TowerEmbeddings,
+    Verdict,
+    embed_test,
+    judge_precisions,
+    judge_together,
+    pair_embeddings,
+)
+from edgeclip.export.write_bundle import write_golden, write_labels, write_manifest
+from edgeclip.export.write_precisions import TOWERS, TowerGraph, write_others, write_reference
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.files import atomic_directory
+from edgeclip.runtime.spec import Precision, Tower
+
+Progress = Callable[[str], None]
+
+_UNFAITHFUL = "The graph does not compute what the student does in torch: please report this"
+_TOO_COARSE = "Train the student longer, or do not ask for what misses its gates"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PrecisionResult:
+    """Embeddings of the test pairs in one precision, or "chosen": each tower in its own."""
+
+    name: str
+    embeddings: PairEmbeddings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BuiltBundle:
+    """A bundle that was written, and what was measured on the way.
+
+    Attributes:
+        bundle: the bundle, opened.
+        results: fp32, every precision that both towers hold, and "chosen".
+        judged: all gates that were checked, those missed by a left-out precision included.
+        left_out: a line for each gate because of which a precision was left out.
+        choices: the precision that each tower ships in, why, and its measurements.
+    """
+
+    bundle: Bundle
+    results: tuple[PrecisionResult, ...]
+    judged: tuple[Judged, ...]
+    left_out: tuple[str, ...]
+    choices: tuple[TowerChoice, ...]
+
+
+def build_bundle(
+    plan: BundlePlan,
+    out: Path,
+    *,
+    replace: bool = False,
+    progress: Progress = lambda line: None,
+) -> BuiltBundle:
+    """Export, quantize, judge, measure and write a bundle; it exists whole or not at all.
+
+    Args:
+        plan: what goes in.
+        out: the directory to make.
+        replace: allow `out` to be a bundle already.
+        progress: called with a line for a person before each step.
+
+    Raises:
+        GateError: fp32 does not agree with torch, or a precision that was asked for misses
+            its gates; nothing is written.
+        InputError: `out` exists and may not be replaced, or a picture cannot be read.
+        ExportError: the student cannot be exported.
+        SpaceMismatchError: a label set of another embedding space.
+    """
+    with atomic_directory(out, replace=replace) as folder:
+        graphs, parity = _export(plan, folder, progress)
+        embeddings, verdict = _judge(plan, graphs, progress)
+        graphs = _drop(graphs, verdict)
+        choices = _choose(plan, graphs, progress)
+        choices, mixed = settle(choices, embeddings, plan)
+        judged = (*parity, *verdict.judged, *mixed)
+        progress("writing the bundle")
+        _write_rest(plan, folder, graphs, judged, choices)
+    return BuiltBundle(
+        bundle=Bundle.open(out),
+        results=_results(embeddings, graphs, choices),
+        judged=judged,
+        left_out=verdict.left_out,
+        choices=choices,
+    )
+
+
+def _export(
+    plan: BundlePlan, folder: Path, progress: Progress
+) -> tuple[tuple[TowerGraph, ...], tuple[Judged, ...]]:
+    """Write all graphs; the fp32 ones must agree with torch before others are made of them."""
+    progress("exporting both towers to ONNX")
+    graphs = write_reference(plan.student, folder)
+    progress("comparing them with torch")
+    parity: list[Judged] = []
+    for graph in graphs:
+        embed = graph_embedder(graph.path, graph.tower, plan.runner)
+        found = check_parity(plan.student, graph.tower, embed, plan.test, plan.bounds["fp32"])
+        parity += [Judged(graph.subject, record) for record in found]
+    refuse_missed(parity, _UNFAITHFUL)
+    if len(plan.wanted) > 1:
+        progress(f"making {' and '.join(plan.wanted[1:])}; calibrating on {plan.calibration.name}")
+    graphs += write_others(
+        plan.student, folder, plan.wanted, calibration=plan.calibration, device=plan.device
+    )
+    return graphs, tuple(parity)
+
+
+def _judge(
+    plan: BundlePlan, graphs: Sequence[TowerGraph], progress: Progress
+) -> tuple[TowerEmbeddings, Verdict]:
+    """Hold every precision against fp32 on the test pairs."""
+    progress(f"embedding {plan.test.name} in {', '.join(plan.wanted)}")
+    embeddings = embed_test(plan.student, graphs, plan.test, plan.runner)
+    verdict = judge_precisions(embeddings, plan.bounds)
+    if plan.precisions is not None:
+        refuse_missed(verdict.judged, _TOO_COARSE)
+    return embeddings, verdict
+
+
+def _drop(graphs: Sequence[TowerGraph], verdict: Verdict) -> tuple[TowerGraph, ...]:
+    """Delete the graphs that missed their gates."""
+    kept = []
+    for graph in graphs:
+        if graph.precision == "fp32" or (graph.tower, graph.precision) in verdict.kept:
+            kept.append(graph)
+        else:
+            graph.path.unlink()
+    return tuple(kept)
+
+
+def _choose(
+    plan: BundlePlan, graphs: Sequence[TowerGraph], progress: Progress
+) -> tuple[TowerChoice, ...]:
+    """Time the precisions of each tower against each other, if this machine is the device."""
+    if plan.workload is None:
+        why = f"not measured: {plan.device.name} is not this machine"
+        return tuple(TowerChoice(tower=tower, precision="fp32", why=why) for tower in TOWERS)
+    choices = []
+    for tower in TOWERS:
+        progress(f"timing the {tower} tower in every precision")
+        embedders = {
+            graph.precision: graph_embedder(graph.path, tower, plan.runner)
+            for graph in graphs
+            if graph.tower == tower
+        }
+        spec, tokenizer = plan.student.spec, plan.student.text_tokenizer
+        first = next(tower_inputs(plan.test, tower, spec, tokenizer, count=1))
+        choices.append(choose_fastest(tower, embedders, first, plan.workload))
+    return tuple(choices)
+
+
+def settle(
+    choices: tuple[TowerChoice, ...], embeddings: TowerEmbeddings, plan: BundlePlan
+) -> tuple[tuple[TowerChoice, ...], tuple[Judged, ...]]:
+    """Judge a mixed choice, which no gate has seen together yet; fall back to fp32 if it fails.
+
+    Returns the choices and, for a mixed one, its gate.
+    """
+    chosen = _chosen(choices)
+    others = set(chosen.values()) - {"fp32"}
+    if not others:
+        return choices, ()
+    bounds = max((plan.bounds[item] for item in others), key=lambda item: item.r1_loss)
+    judged = judge_together(embeddings, chosen, bounds, "as chosen")
+    if judged.record.passed:
+        return choices, (judged,)
+    why = f"the precisions that are fastest lose {judged.record.value:.2f} points R@1 together"
+    return tuple(replace(item, precision="fp32", why=why) for item in choices), ()
+
+
+def _write_rest(
+    plan: BundlePlan,
+    folder: Path,
+    graphs: Sequence[TowerGraph],
+    judged: Sequence[Judged],
+    choices: Sequence[TowerChoice],
+) -> None:
+    """Write all but the towers, the manifest last."""
+    plan.student.save_settings(folder)
+    write_labels(folder, plan.labels, plan.space)
+    write_golden(plan.student, folder, graphs, plan.test, plan.runner)
+    write_manifest(
+        plan.student,
+        folder,
+        graphs,
+        space=plan.space,
+        judged=[item for item in judged if item.record.passed],
+        choices=choices,
+        engine=plan.runner.engine,
+        data=f"tested on {plan.test.name}; calibrated on {plan.calibration.name}",
+        origin=plan.origin,
+    )
+
+
+def _results(
+    embeddings: TowerEmbeddings, graphs: Sequence[TowerGraph], choices: Sequence[TowerChoice]
+) -> tuple[PrecisionResult, ...]:
+    held = {(graph.tower, graph.precision) for graph in graphs}
+    names = dict.fromkeys(graph.precision for graph in graphs)
+    whole = [name for name in names if all((tower, name) in held for tower in TOWERS)]
+    found = [
+        PrecisionResult(
+            name=name, embeddings=pair_embeddings(embeddings, dict.fromkeys(TOWERS, name))
+        )
+        for name in whole
+    ]
+    chosen = pair_embeddings(embeddings, _chosen(choices))
+    return (*found, PrecisionResult(name="chosen", embeddings=chosen))
+
+
+def _chosen(choices: Sequence[TowerChoice]) -> dict[Tower, Precision]:
+    return {choice.tower: choice.precision for choice in choices}

@@ -1,0 +1,77 @@
+"""What goes into a bundle: everything `build_bundle` needs to know."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.sources import Source
+from edgeclip.export.choose import CHOOSING
+from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
+from edgeclip.export.write_bundle import Origin
+from edgeclip.profiles.device import THIS_MACHINE, DeviceProfile, load_device
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.labels import LabelSet
+from edgeclip.runtime.spec import Precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BundlePlan:
+    """A student, and how it becomes a bundle for a device.
+
+    Attributes:
+        student: the model; it is put into evaluation mode.
+        space: fingerprint of the teacher's embedding space.
+        calibration: pairs with captions that int8 is calibrated on.
+        test: pairs with captions that the gates are measured on.
+        device: says which precisions may be made, and how int8 looks there.
+        origin: what the manifest says about teacher and student.
+        precisions: those that must be in the bundle besides fp32, which always is; None
+            for whatever the device allows and is inside its gates.
+        labels: label sets by name, made by the teacher.
+        bounds: of the gates of each precision.
+        workload: how the precisions are timed on this machine; None where this machine is
+            not the device, and fp32 is chosen.
+
+    Raises:
+        ConfigError: a source that is empty or lacks captions, or a precision that the
+            device does not allow.
+    """
+
+    student: DualEncoder
+    space: str
+    calibration: Source
+    test: Source
+    device: DeviceProfile
+    origin: Origin
+    precisions: Sequence[Precision] | None = None
+    labels: Mapping[str, LabelSet] = field(default_factory=dict)
+    bounds: Mapping[Precision, Bounds] = field(default_factory=lambda: DEFAULT_BOUNDS)
+    workload: Workload | None = CHOOSING
+
+    def __post_init__(self) -> None:
+        for source in (self.calibration, self.test):
+            if len(source) == 0 or not source.has_captions:
+                raise ConfigError(
+                    f"{source.name}: a bundle is calibrated and tested on pictures with captions; "
+                    "give each one a line in captions.csv, or a NAME.txt beside it"
+                )
+        asked = self.precisions or ()
+        wrong = [item for item in asked if item not in (*self.device.precisions, "fp32")]
+        if wrong:
+            raise ConfigError(
+                f"device {self.device.name!r} does not allow {', '.join(wrong)}: "
+                f"choose from {', '.join(self.device.precisions)}"
+            )
+
+    @property
+    def wanted(self) -> tuple[Precision, ...]:
+        """The precisions to make: fp32, which is the reference, comes first."""
+        asked = self.device.precisions if self.precisions is None else self.precisions
+        return tuple(dict.fromkeys(("fp32", *asked)))
+
+    @property
+    def runner(self) -> DeviceProfile:
+        """What runs the graphs while they are judged: the device, if it is a CPU."""
+        is_cpu = self.device.engine == "onnxruntime-cpu"
+        return self.device if is_cpu else load_device(THIS_MACHINE)

@@ -1,0 +1,135 @@
+"""Teacher and student side by side: one image and one caption, interleaved in one run."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.export.demo_quality import STUDENT
+from edgeclip.export.to_onnx import TowerPaths
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.cold_start import measure_cold_start
+from edgeclip.runtime.engine import open_engine
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.measure import Candidate, measure_interleaved
+from edgeclip.runtime.measure_bundle import allowed_precisions, bundle_candidates, golden_inputs
+from edgeclip.runtime.measurement import Measurement
+from edgeclip.runtime.progress import progress_bar
+from edgeclip.runtime.spec import INPUT_NAMES, Tower
+
+TEACHER_TORCH, TEACHER_ONNX = "teacher torch", "teacher ONNX"
+Names = dict[Tower, str]  # which candidate stands for each tower
+
+
+def measure(
+    teacher: DualEncoder,
+    teacher_onnx: TowerPaths,
+    bundle: Bundle,
+    device: DeviceProfile,
+    workload: Workload,
+) -> tuple[Measurement, ...]:
+    """Measure both towers of teacher and student."""
+    image = measure_tower("image", teacher, teacher_onnx.image, bundle, device, workload)
+    return image + measure_tower("text", teacher, teacher_onnx.text, bundle, device, workload)
+
+
+def measure_tower(
+    tower: Tower,
+    teacher: DualEncoder,
+    teacher_onnx: Path,
+    bundle: Bundle,
+    device: DeviceProfile,
+    workload: Workload,
+) -> tuple[Measurement, ...]:
+    """Measure the teacher in torch and in ONNX, and the student in all its precisions.
+
+    All get the bundle's golden inputs. Ratios are to the teacher's ONNX.
+    """
+    inputs = golden_inputs(bundle, tower)
+    candidates = (
+        Candidate(TEACHER_TORCH, _torch_run(teacher, tower), _repeat(inputs)),
+        Candidate(TEACHER_ONNX, _onnx_run(teacher_onnx, tower, device), _repeat(inputs)),
+        *bundle_candidates(bundle, tower, device, prefix=STUDENT),
+    )
+    with progress_bar(f"{tower} tower") as progress:
+        measured = measure_interleaved(
+            candidates, workload, tower=tower, reference=TEACHER_ONNX, progress=progress
+        )
+    models = {TEACHER_ONNX: teacher_onnx} | {
+        STUDENT + precision: bundle.tower_path(tower, precision)
+        for precision in allowed_precisions(bundle, tower, device)
+    }
+    example = {INPUT_NAMES[tower]: inputs[:1]}
+    return tuple(
+        dataclasses.replace(
+            item,
+            cold_start=measure_cold_start(
+                models[item.name], example, device=device, processes=workload.cold_starts
+            ),
+        )
+        if item.name in models and workload.cold_starts
+        else item
+        for item in measured
+    )
+
+
+def pair_latency(measured: Sequence[Measurement], names: Names) -> Interval:
+    """Milliseconds for one image and one caption: the sum of both towers' medians.
+
+    The ends of the interval are sums of ends, so it covers at least as surely as each.
+    """
+    parts = [_of(measured, tower, name).latency.p50_ms for tower, name in names.items()]
+    return Interval(
+        sum(part.value for part in parts),
+        sum(part.low for part in parts),
+        sum(part.high for part in parts),
+    )
+
+
+def pair_ratio(measured: Sequence[Measurement], names: Names) -> Interval:
+    """Time of a student's two towers over the teacher's in ONNX.
+
+    The mean of the towers' paired ratios (medians over rounds), weighted by the teacher's
+    time for each; the interval's ends likewise, which is wider than it need be.
+    """
+    teacher = {tower: _of(measured, tower, TEACHER_ONNX).latency.p50_ms.value for tower in names}
+    total = sum(teacher.values())
+    value = low = high = 0.0
+    for tower, name in names.items():
+        paired = _of(measured, tower, name).ratio
+        assert paired is not None, "every student is measured against the teacher"
+        share = teacher[tower] / total
+        value += share * paired.ratio.value
+        low += share * paired.ratio.low
+        high += share * paired.ratio.high
+    return Interval(value, low, high)
+
+
+def _of(measured: Sequence[Measurement], tower: Tower, name: str) -> Measurement:
+    return next(item for item in measured if item.tower == tower and item.name == name)
+
+
+def _repeat(inputs: NDArray[Any]) -> Callable[[int], NDArray[Any]]:
+    return lambda size: np.take(inputs, np.arange(size) % len(inputs), axis=0)
+
+
+def _onnx_run(model: Path, tower: Tower, device: DeviceProfile) -> Callable[[NDArray[Any]], object]:
+    engine = open_engine(model, device=device)
+    return lambda batch: engine.run({INPUT_NAMES[tower]: batch})
+
+
+def _torch_run(teacher: DualEncoder, tower: Tower) -> Callable[[NDArray[Any]], object]:
+    embed = teacher.embed_image if tower == "image" else teacher.embed_text
+
+    def run(batch: NDArray[Any]) -> object:
+        with torch.inference_mode():
+            return embed(torch.from_numpy(batch)).numpy()
+
+    return run

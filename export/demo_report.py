@@ -1,0 +1,126 @@
+"""From what a demo run found to the data of its report."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from edgeclip.compress.sources import EmojiSource
+from edgeclip.compress.train_loop import read_log
+from edgeclip.export.demo_quality import SHIPPED, Embedded, failures, gallery, quality_row
+from edgeclip.export.demo_summary import Row, Summary
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.measurement import Measurement
+from edgeclip.runtime.report_data import (
+    Choice,
+    Gate,
+    Headline,
+    LossCurve,
+    ParetoPoint,
+    ReportData,
+    Stage,
+)
+
+CREDITS = (
+    "Pictograms: OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0.",
+    "Names of emoji: Unicode CLDR, through the Python package emoji (BSD).",
+    "EdgeCLIP: Apache-2.0.",
+)
+_SHOWN = 8
+
+
+def report_data(
+    summary: Summary,
+    bundle: Bundle,
+    source: EmojiSource,
+    models: Sequence[Embedded],
+    unseen: Sequence[Embedded],
+    rows: Sequence[Row],
+    measured: Sequence[Measurement],
+    stages: Sequence[Stage],
+    log: Path | None,
+) -> ReportData:
+    """Everything the page shows; `models` as `evaluate` gives them."""
+    teacher, shipped = models[0], models[-1]
+    return ReportData(
+        title="From teacher to device, on EmojiScenes",
+        summary=_sentence(summary),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        headlines=_headlines(summary),
+        choices=_choices(bundle),
+        stages=tuple(stages),
+        quality=tuple(quality_row(model) for model in (*models, *unseen)),
+        measurements=tuple(measured),
+        pareto=_pareto(rows),
+        quality_name=f"R@1, mean of both directions, {len(source):,} unseen scenes",
+        latency_name="one image and one caption at batch 1, ms",
+        quality_bar=summary.retention_bar * summary.teacher_r1,
+        losses=() if log is None else _curves(log),
+        gates=tuple(Gate(subject, record) for subject, record in bundle.manifest.all_gates()),
+        gallery=gallery(source, teacher, shipped, range(_SHOWN)),
+        failures=gallery(source, teacher, shipped, failures(shipped, most=_SHOWN)),
+        machine=summary.machine,
+        commands=(summary.command,),
+        credits=CREDITS,
+    )
+
+
+def _sentence(summary: Summary) -> str:
+    return (
+        f"A student {summary.student}, {summary.chosen}, keeps {summary.retention:.1%} of the "
+        f"teacher's R@1 in {summary.latency_ratio:.1%} of its time. On emoji that no training "
+        f"showed, R@1 is {summary.unseen_teacher_r1:.1%} for the teacher and "
+        f"{summary.unseen_student_r1:.1%} for the student."
+    )
+
+
+def _headlines(summary: Summary) -> tuple[Headline, ...]:
+    return (
+        Headline(
+            name="of the teacher's R@1 kept",
+            value=summary.intervals["retention"],
+            bar=summary.retention_bar,
+            direction=">=",
+            note="mean of both directions, paired bootstrap over test scenes",
+        ),
+        Headline(
+            name="of the teacher's time needed",
+            value=summary.intervals["latency_ratio"],
+            bar=summary.latency_bar,
+            direction="<=",
+            note="one image and one caption at batch 1, against the teacher in ONNX fp32",
+        ),
+    )
+
+
+def _choices(bundle: Bundle) -> tuple[Choice, ...]:
+    choices = []
+    for item in bundle.manifest.towers:
+        times = ", ".join(
+            f"{file.precision} {file.latency_ms:.2f} ms"
+            for file in item.files
+            if file.latency_ms is not None
+        )
+        why = f"the fastest inside its gates when the bundle was written: {times}"
+        choices.append(Choice(item.tower, item.chosen, why))
+    return tuple(choices)
+
+
+def _pareto(rows: Sequence[Row]) -> tuple[ParetoPoint, ...]:
+    return tuple(
+        ParetoPoint(
+            name=row.name,
+            role="teacher" if row.name.startswith("teacher") else "student",
+            quality=row.r1,
+            latency_ms=row.pair_ms,
+            bytes=row.bytes,
+            chosen=row.name == SHIPPED,
+        )
+        for row in rows
+    )
+
+
+def _curves(log: Path) -> tuple[LossCurve, ...]:
+    lines = read_log(log)
+    steps = tuple(line["step"] for line in lines)
+    names = [name for name in lines[0] if name not in {"step", "seconds"}]
+    return tuple(LossCurve(name, steps, tuple(line[name] for line in lines)) for name in names)

@@ -1,0 +1,199 @@
+"""What one run of the demo found: `summary.json`, and the table that ends the run."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
+
+from edgeclip.export.demo_latency import (
+    TEACHER_ONNX,
+    TEACHER_TORCH,
+    Names,
+    pair_latency,
+    pair_ratio,
+)
+from edgeclip.export.demo_quality import SHIPPED, STUDENT, TEACHER, Embedded
+from edgeclip.export.to_onnx import TowerPaths
+from edgeclip.export.write_precisions import TOWERS
+from edgeclip.profiles.machine import Machine, detect_machine
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.intervals import Interval, bootstrap, bootstrap_ratio
+from edgeclip.runtime.measurement import Measurement
+from edgeclip.runtime.report_data import Stage
+from edgeclip.runtime.spec import Precision, Tower
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One model: R@1 (mean of both directions), time for one image and one caption, size."""
+
+    name: str
+    r1: Interval
+    pair_ms: Interval
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The figures of one run; R@1 and ratios are shares in [0, 1].
+
+    Attributes:
+        student: `trained in this run` or `kept in the repository`.
+        chosen: the precision of each tower that ships, such as `image int8, text fp32`.
+        retention: R@1 of the chosen student over the teacher's, on the same pairs.
+        latency_ratio: time of the chosen student for one image and one caption at batch 1,
+            over the teacher's in ONNX fp32.
+        intervals: the 95% interval of each figure, by its name.
+        unseen_teacher_r1, unseen_student_r1: R@1 on scenes of emoji that no training showed.
+    """
+
+    student: str
+    chosen: str
+    teacher_r1: float
+    student_fp32_r1: float
+    student_int8_r1: float | None
+    student_chosen_r1: float
+    retention: float
+    latency_ratio: float
+    image_latency_ratio: float
+    text_latency_ratio: float
+    unseen_teacher_r1: float
+    unseen_student_r1: float
+    intervals: dict[str, Interval]
+    seconds: dict[str, float]
+    machine: Machine
+    command: str
+    retention_bar: float = 0.95
+    latency_bar: float = 0.32
+
+    def save(self, path: Path) -> None:
+        """Write `path`, whole or not at all."""
+        with atomic_file(path) as temporary:
+            text = json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+
+
+def summary_rows(
+    models: Sequence[Embedded],
+    teacher_onnx: TowerPaths,
+    bundle: Bundle,
+    measured: Sequence[Measurement],
+) -> tuple[Row, ...]:
+    """One row a model; the teacher's two engines share its R@1."""
+    teacher, *students = models
+    files = (teacher_onnx.image, teacher_onnx.text)
+    rows = [
+        _row(name, teacher, dict.fromkeys(TOWERS, name), files, measured)
+        for name in (TEACHER_TORCH, TEACHER_ONNX)
+    ]
+    return (*rows, *(_student_row(student, bundle, measured) for student in students))
+
+
+def _student_row(student: Embedded, bundle: Bundle, measured: Sequence[Measurement]) -> Row:
+    precisions = shipped(bundle)
+    if student.name != SHIPPED:
+        (precision,) = (p for p in get_args(Precision) if student.name == STUDENT + p)
+        precisions = dict.fromkeys(TOWERS, precision)
+    names: Names = {tower: STUDENT + precision for tower, precision in precisions.items()}
+    files = [bundle.tower_path(tower, precision) for tower, precision in precisions.items()]
+    return _row(student.name, student, names, files, measured)
+
+
+def _row(
+    name: str,
+    model: Embedded,
+    names: Names,
+    files: Iterable[Path],
+    measured: Sequence[Measurement],
+) -> Row:
+    return Row(
+        name=name,
+        r1=model.mean_r1,
+        pair_ms=pair_latency(measured, names),
+        bytes=sum(path.stat().st_size for path in files),
+    )
+
+
+def shipped(bundle: Bundle) -> dict[Tower, Precision]:
+    """The precision that each tower of a bundle is chosen to run in."""
+    return {item.tower: item.chosen for item in bundle.manifest.towers}
+
+
+def summarise(
+    student: str,
+    *,
+    models: Sequence[Embedded],
+    unseen: tuple[Embedded, Embedded],
+    bundle: Bundle,
+    measured: Sequence[Measurement],
+    stages: Sequence[Stage],
+    command: str,
+) -> Summary:
+    """All figures of a run; `models` as `evaluate` gives them."""
+    by_name = {model.name: model for model in models}
+    teacher, chosen = by_name[TEACHER], by_name[SHIPPED]
+    names: Names = {tower: STUDENT + item for tower, item in shipped(bundle).items()}
+    intervals = {
+        "teacher_r1": teacher.mean_r1,
+        "teacher_image_to_text_r1": bootstrap(teacher.ranks.image_to_text <= 1),
+        "teacher_text_to_image_r1": bootstrap(teacher.ranks.text_to_image <= 1),
+        "student_chosen_r1": chosen.mean_r1,
+        "retention": bootstrap_ratio(chosen.ranks.hits(1), teacher.ranks.hits(1)),
+        "latency_ratio": pair_ratio(measured, names),
+        "image_latency_ratio": pair_ratio(measured, {"image": names["image"]}),
+        "text_latency_ratio": pair_ratio(measured, {"text": names["text"]}),
+        "unseen_teacher_r1": unseen[0].mean_r1,
+        "unseen_student_r1": unseen[1].mean_r1,
+    }
+    for precision in get_args(Precision):
+        if STUDENT + precision in by_name:
+            intervals[f"student_{precision}_r1"] = by_name[STUDENT + precision].mean_r1
+    values = {name: interval.value for name, interval in intervals.items()}
+    return Summary(
+        student=student,
+        chosen=", ".join(f"{tower} {item}" for tower, item in shipped(bundle).items()),
+        teacher_r1=values["teacher_r1"],
+        student_fp32_r1=values["student_fp32_r1"],
+        student_int8_r1=values.get("student_int8_r1"),
+        student_chosen_r1=values["student_chosen_r1"],
+        retention=values["retention"],
+        latency_ratio=values["latency_ratio"],
+        image_latency_ratio=values["image_latency_ratio"],
+        text_latency_ratio=values["text_latency_ratio"],
+        unseen_teacher_r1=values["unseen_teacher_r1"],
+        unseen_student_r1=values["unseen_student_r1"],
+        intervals=intervals,
+        seconds={stage.name: stage.seconds for stage in stages},
+        machine=detect_machine(),
+        command=command,
+    )
+
+
+def table(rows: Sequence[Row], stages: Sequence[Stage], summary: Summary) -> str:
+    """The end of a run, for a person at a terminal."""
+    lines = [f"{'model':<20}{'R@1':>8}{'95% interval':>18}{'ms a pair':>12}{'MB':>8}"]
+    for row in rows:
+        interval = f"{row.r1.low:.1%} to {row.r1.high:.1%}"
+        figures = f"{row.pair_ms.value:>12.2f}{row.bytes / 1e6:>8.1f}"
+        lines.append(f"{row.name:<20}{row.r1.value:>8.1%}{interval:>18}{figures}")
+    keeps = summary.retention >= summary.retention_bar
+    needs = summary.latency_ratio <= summary.latency_bar
+    spent = ", ".join(f"{stage.name} {stage.seconds:.0f} s" for stage in stages)
+    return "\n".join(
+        (
+            *lines,
+            "",
+            f"The student, {summary.student}, ships {summary.chosen}.",
+            _verdict(summary.intervals["retention"], "of the teacher's R@1 kept", keeps, ">= 95%"),
+            _verdict(summary.intervals["latency_ratio"], "of its time needed", needs, "<= 32%"),
+            "",
+            f"{sum(stage.seconds for stage in stages):.0f} s: {spent}",
+        )
+    )
+
+
+def _verdict(interval: Interval, what: str, met: bool, bar: str) -> str:
+    span = f"{interval.low:.1%} to {interval.high:.1%}"
+    return f"{interval.value:.1%} ({span}) {what}, bar {bar}: {'pass' if met else 'MISS'}"

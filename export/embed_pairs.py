@@ -1,0 +1,105 @@
+"""Embeddings of a source's pairs by several towers at once: each input is prepared once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.sources import Source
+from edgeclip.export.graph import GRAPH_NAMES
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.engine import open_engine
+from edgeclip.runtime.preprocess import preprocess_batch
+from edgeclip.runtime.spec import EncoderSpec, Tower
+from edgeclip.runtime.tokenize_text import TextTokenizer
+
+FloatArray = NDArray[np.float32]
+Embedder = Callable[[NDArray[Any]], FloatArray]
+_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairEmbeddings:
+    """Embeddings of pairs, image i belonging to text i: float32 [N, dim] each."""
+
+    image: FloatArray
+    text: FloatArray
+
+    def of(self, tower: Tower) -> FloatArray:
+        """Return those of one tower."""
+        return self.image if tower == "image" else self.text
+
+
+def graph_embedder(path: Path, tower: Tower, device: DeviceProfile) -> Embedder:
+    """Embed with an ONNX file, through the runtime's own engine.
+
+    Raises:
+        EngineError: the engine cannot load the file.
+    """
+    engine = open_engine(path, device=device)
+    given, wanted = GRAPH_NAMES[tower]
+    return lambda values: engine.run({given: values})[wanted]
+
+
+def torch_embedder(dual: DualEncoder, tower: Tower) -> Embedder:
+    """Embed with torch, in evaluation mode, on the device where the model is."""
+    dual.eval()
+    device = next(dual.parameters()).device
+    embed = dual.embed_image if tower == "image" else dual.embed_text
+
+    def run(values: NDArray[Any]) -> FloatArray:
+        with torch.inference_mode():
+            embeddings: FloatArray = embed(torch.from_numpy(values).to(device)).cpu().numpy()
+        return embeddings
+
+    return run
+
+
+def tower_inputs(
+    source: Source,
+    tower: Tower,
+    spec: EncoderSpec,
+    tokenizer: TextTokenizer,
+    *,
+    count: int | None = None,
+    batch_size: int = _BATCH,
+) -> Iterator[NDArray[Any]]:
+    """Yield a tower's inputs in batches, in order: pixels, or token ids of the captions.
+
+    They are those of the first `count` pairs, by default of all.
+
+    Captions that are too long are cut, for every candidate alike.
+
+    Raises:
+        ConfigError: a pair without a caption, where captions are asked for.
+        InputError: a picture that cannot be read.
+    """
+    end = len(source) if count is None else min(count, len(source))
+    for start in range(0, end, batch_size):
+        chosen = range(start, min(start + batch_size, end))
+        if tower == "image":
+            yield preprocess_batch([source[index].image for index in chosen], spec.image)
+        else:
+            yield tokenizer.encode([_caption(source, index) for index in chosen], truncate=True)
+
+
+def embed_all(inputs: Iterator[NDArray[Any]], embedders: Sequence[Embedder]) -> list[FloatArray]:
+    """Run every embedder on every batch; float32 [N, dim] for each embedder."""
+    parts: list[list[FloatArray]] = [[] for _ in embedders]
+    for batch in inputs:
+        for part, embed in zip(parts, embedders, strict=True):
+            part.append(embed(batch))
+    return [np.concatenate(part) for part in parts]
+
+
+def _caption(source: Source, index: int) -> str:
+    caption = source.caption(index)
+    if caption is None:
+        raise ConfigError(f"{source.name}: judging the text tower needs captions")
+    return caption

@@ -1,0 +1,166 @@
+"""What a bundle holds beside its towers: settings, tokenizer, golden inputs, manifest."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.sources import Source
+from edgeclip.export.choose import TowerChoice
+from edgeclip.export.embed_pairs import graph_embedder
+from edgeclip.export.gates import Judged
+from edgeclip.export.write_precisions import TowerGraph
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.machine import detect_machine
+from edgeclip.runtime.bundle_paths import GOLDEN_NAME, MANIFEST_NAME, TOKENIZER_NAME, tower_path
+from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.golden import Expected, Golden
+from edgeclip.runtime.labels import LabelSet
+from edgeclip.runtime.manifest import (
+    SCHEMA_VERSION,
+    FileRecord,
+    Manifest,
+    Provenance,
+    TowerFile,
+    TowerManifest,
+)
+from edgeclip.runtime.preprocess import preprocess_batch
+from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.tokenize_text import TextTokenizer
+
+_GOLDEN_PAIRS = 4
+# How far an embedding's value may be off on another machine: rounding differs between
+# processors, and in int8 a step of an activation can fall to the other side.
+_GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int8": 3e-2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a bundle comes from, in the words of the person who makes it.
+
+    Attributes:
+        name: what people call the model.
+        teacher: the teacher's path or hub id.
+        student: the student's path.
+        command: what was typed.
+        licence: SPDX identifier or a sentence.
+    """
+
+    name: str
+    teacher: str
+    student: str
+    command: str
+    licence: str
+
+
+def write_golden(
+    student: DualEncoder,
+    folder: Path,
+    graphs: Sequence[TowerGraph],
+    test: Source,
+    device: DeviceProfile,
+) -> None:
+    """Write `golden.npz`: a few test pairs, and what every graph makes of them.
+
+    Token ids come from the bundle's own tokenizer file, so that it is tried as well.
+    """
+    spec = student.spec
+    tokenizer = TextTokenizer.from_file(folder / TOKENIZER_NAME, spec.text)
+    pairs = [test[index] for index in range(min(_GOLDEN_PAIRS, len(test)))]
+    pixels = preprocess_batch([pair.image for pair in pairs], spec.image)
+    texts = _short_enough([str(pair.caption) for pair in pairs], tokenizer)
+    ids = tokenizer.encode(texts)
+    expected = []
+    for graph in graphs:
+        embed = graph_embedder(graph.path, graph.tower, device)
+        embeddings = embed(pixels if graph.tower == "image" else ids)
+        expected.append(Expected(graph.tower, graph.precision, embeddings.astype(np.float32)))
+    golden = Golden(pixel_values=pixels, texts=texts, input_ids=ids, expected=tuple(expected))
+    golden.save(folder / GOLDEN_NAME)
+
+
+def write_labels(folder: Path, labels: Mapping[str, LabelSet], space: str) -> None:
+    """Write label sets as `labels/NAME.npz`.
+
+    Raises:
+        SpaceMismatchError: a label set was made in another embedding space.
+    """
+    for name, label_set in labels.items():
+        label_set.check_space(space)
+        label_set.save(folder / "labels" / f"{name}.npz")
+
+
+def write_manifest(
+    student: DualEncoder,
+    folder: Path,
+    graphs: Sequence[TowerGraph],
+    *,
+    space: str,
+    judged: Sequence[Judged],
+    choices: Sequence[TowerChoice],
+    engine: str,
+    data: str,
+    origin: Origin,
+) -> None:
+    """Write `edgeclip.json`, last of all: it lists every file with size and hash."""
+    measured = any(choice.measurements for choice in choices)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=origin.name,
+        space=space,
+        spec=student.spec,
+        towers=tuple(_tower_manifest(choice, graphs, judged) for choice in choices),
+        gates=tuple(item.record for item in judged if item.subject == "bundle"),
+        measured_on=f"{detect_machine().cpu}, {engine}" if measured else "",
+        provenance=_provenance(origin, data),
+        licence=origin.licence,
+        files=_file_records(folder),
+    )
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _tower_manifest(
+    choice: TowerChoice, graphs: Sequence[TowerGraph], judged: Sequence[Judged]
+) -> TowerManifest:
+    files = tuple(
+        TowerFile(
+            path=tower_path(graph.tower, graph.precision),
+            precision=graph.precision,
+            gates=tuple(item.record for item in judged if item.subject == graph.subject),
+            latency_ms=choice.latency_ms(graph.precision),
+            golden_tolerance=_GOLDEN_TOLERANCE[graph.precision],
+        )
+        for graph in graphs
+        if graph.tower == choice.tower
+    )
+    return TowerManifest(choice.tower, choice.precision, files)
+
+
+def _provenance(origin: Origin, data: str) -> Provenance:
+    return Provenance(
+        teacher=origin.teacher,
+        student=origin.student,
+        data=data,
+        command=origin.command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=detect_machine().packages,
+    )
+
+
+def _file_records(folder: Path) -> tuple[FileRecord, ...]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return tuple(
+        FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_file(path))
+        for path in paths
+    )
+
+
+def _short_enough(texts: list[str], tokenizer: TextTokenizer) -> tuple[str, ...]:
+    """Keep the texts that need no cutting; an empty one is always short enough."""
+    counts = tokenizer.token_counts(texts)
+    limit = tokenizer.spec.context_length
+    kept = [text for text, count in zip(texts, counts, strict=True) if count <= limit]
+    return tuple(kept) or ("",)

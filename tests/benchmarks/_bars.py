@@ -1,0 +1,68 @@
+"""What every benchmark shares: its options, its JSON file, its last lines, its exit status."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgeclip.profiles.machine import detect_machine
+from edgeclip.runtime.intervals import Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A bound that a measured value must meet; `interval` where one was computed."""
+
+    name: str
+    value: float
+    direction: Literal[">=", "<="]
+    bound: float
+    unit: str = ""
+    interval: Interval | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value itself meets the bound."""
+        if self.direction == ">=":
+            return self.value >= self.bound
+        return self.value <= self.bound
+
+    def line(self) -> str:
+        """`BAR name: value unit (bar >= x) pass`."""
+        unit = f" {self.unit}" if self.unit else ""
+        verdict = "pass" if self.passed else "miss"
+        bound = f"(bar {self.direction} {self.bound:g})"
+        return f"BAR {self.name}: {self.value:.4g}{unit} {bound} {verdict}"
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """`--quick` and `--out`, as every benchmark has them."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    return parser
+
+
+def command() -> str:
+    """What was typed, for the record."""
+    return shlex.join(["python", *sys.argv])
+
+
+def finish(bars: Sequence[Bar], out: Path | None) -> int:
+    """Write the JSON file, print a line a bar; the exit status, 1 if a bar was missed."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "command": command(),
+            "machine": asdict(detect_machine()),
+            "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars],
+        }
+        out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print()
+    for bar in bars:
+        print(bar.line())
+    return 0 if all(bar.passed for bar in bars) else 1
