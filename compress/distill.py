@@ -139,5 +139,7 @@ class Batches:
 
 
 def _identity(student: DualEncoder, cache: TeacherCache, weights: LossWeights) -> str:
-    parts = (asdict(cache.settings), student.model.config.to_dict(), asdict(weights))
-    return "distill " + json.dumps(parts, sort_keys=True, default=str)
+    """Not the student's config: that says where the teacher was loaded from, and when."""
+    sizes = {name: list(value.shape) for name, value in student.model.state_dict().items()}
+    parts = (asdict(cache.settings), student.model.config.model_type, sizes, asdict(weights))
+    return "distill " + json.dumps(parts, sort_keys=True)

@@ -153,9 +153,9 @@ def emoji_of(unseen: bool) -> tuple[int, ...]:
     )
 
 
-def split_of(caption: str) -> Split:
-    """The only one of train, calibration and test in which `caption` may occur."""
-    share = _share(caption)
+def split_of(key: str) -> Split:
+    """The only one of train (80%), calibration and test (10% each) where `key` may occur."""
+    share = _share(key)
     for split, bound in _SPLIT_SHARES[:-1]:
         if share < bound:
             return split  # type: ignore[return-value]

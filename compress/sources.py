@@ -3,11 +3,12 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
 from PIL import Image
 
-from edgeclip.compress.emoji_scenes import EmojiScenes, Scene, Split
+from edgeclip.compress.emoji_scenes import EmojiScenes, Scene, Split, split_of
+from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.captions import read_captions
 from edgeclip.runtime.load_image import list_images, load_image
 
@@ -87,14 +88,33 @@ class FolderSource:
 
     Either all pictures have a caption or none has; see `edgeclip.runtime.captions`.
 
+    Args:
+        folder: searched with its subfolders.
+        split: take only the pictures of this split, which the hash of a path decides; None
+            takes all.
+
     Raises:
         InputError: no folder, no pictures in it, or captions for only some of them.
+        ConfigError: no picture is of that split.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.paths = list_images(folder)
-        self._captions = read_captions(folder, self.paths) or (None,) * len(self.paths)
-        self.name = f"{folder}, {len(self.paths)} pictures"
+    def __init__(self, folder: Path, *, split: Split | None = None) -> None:
+        everything = list_images(folder)
+        captions = read_captions(folder, everything) or (None,) * len(everything)
+        wanted = [
+            (path, caption)
+            for path, caption in zip(everything, captions, strict=True)
+            if split in (None, split_of(path.relative_to(folder).as_posix()))
+        ]
+        if not wanted:
+            raise ConfigError(
+                f"none of the {len(everything)} pictures in {folder} falls to {split}: give more, "
+                f"or sort them into the subfolders train, calibration and test"
+            )
+        self.paths = tuple(path for path, _ in wanted)
+        self._captions = tuple(caption for _, caption in wanted)
+        part = "" if split is None else f" of {len(everything)}, for {split}"
+        self.name = f"{folder}, {len(self.paths)} pictures{part}"
         digest = hashlib.sha256()
         for path, caption in zip(self.paths, self._captions, strict=True):
             state = path.stat()
@@ -117,8 +137,20 @@ class FolderSource:
 
 
 def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
-    """`emoji` for the built-in scenes, else a folder (of which `split` is a subfolder, if any)."""
+    """Open what `--data` names: `emoji` for the built-in scenes, else a folder.
+
+    A folder with subfolders named after the splits is split by them, any other by the hash
+    of its pictures' paths: 80% train, 10% calibration, 10% test. So what int8 is calibrated
+    on never decides whether it passes its gates.
+
+    Raises:
+        ConfigError: some of the subfolders are there, but not the one for `split`.
+        InputError: see `FolderSource`.
+    """
     if data == "emoji":
         return EmojiSource(split, count, size=size, distinct=split != "train")
     folder = Path(data)
-    return FolderSource(folder / split if (folder / split).is_dir() else folder)
+    there = [name for name in get_args(Split) if (folder / name).is_dir()]
+    if there and split not in there:
+        raise ConfigError(f"{folder} has the subfolder {there[0]}, so it needs {split} as well")
+    return FolderSource(folder / split) if there else FolderSource(folder, split=split)

@@ -46,14 +46,23 @@ class Embedded:
 def evaluate(
     teacher: DualEncoder, bundle: Bundle, device: DeviceProfile, source: EmojiSource
 ) -> tuple[Embedded, ...]:
-    """The teacher, the student in each precision that both towers have, and as it ships."""
+    """The teacher, then the student in each precision that both towers have, and as it ships.
+
+    The last is left out if both towers ship in one precision; `shipped_name` says which it is.
+    """
     image, text = (item.precisions for item in bundle.manifest.towers)
     both = [item for item in image if item in text and item in device.precisions]
-    return (
-        _embed_with_torch(TEACHER, teacher, source),
-        *(_embed_with_bundle(STUDENT + item, bundle, device, source, item) for item in both),
-        _embed_with_bundle(SHIPPED, bundle, device, source),
-    )
+    models = [_embed_with_torch(TEACHER, teacher, source)]
+    models += [_embed_with_bundle(STUDENT + item, bundle, device, source, item) for item in both]
+    if shipped_name(bundle) == SHIPPED:
+        models.append(_embed_with_bundle(SHIPPED, bundle, device, source))
+    return tuple(models)
+
+
+def shipped_name(bundle: Bundle) -> str:
+    """The name, among those of `evaluate`, of the student as it ships."""
+    chosen = {item.chosen for item in bundle.manifest.towers}
+    return STUDENT + chosen.pop() if len(chosen) == 1 else SHIPPED
 
 
 def evaluate_unseen(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgeclip.compress.sources import EmojiSource
 from edgeclip.compress.train_loop import read_log
-from edgeclip.export.demo_quality import SHIPPED, Embedded, failures, gallery, quality_row
+from edgeclip.export.demo_quality import Embedded, failures, gallery, quality_row, shipped_name
 from edgeclip.export.demo_summary import Row, Summary
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.measurement import Measurement
@@ -25,7 +25,7 @@ CREDITS = (
     "Names of emoji: Unicode CLDR, through the Python package emoji (BSD).",
     "EdgeCLIP: Apache-2.0.",
 )
-_SHOWN = 8
+_SHOWN = 9
 
 
 def report_data(
@@ -40,7 +40,8 @@ def report_data(
     log: Path | None,
 ) -> ReportData:
     """Everything the page shows; `models` as `evaluate` gives them."""
-    teacher, shipped = models[0], models[-1]
+    teacher, name = models[0], shipped_name(bundle)
+    shipped = next(model for model in models if model.name == name)
     return ReportData(
         title="From teacher to device, on EmojiScenes",
         summary=_sentence(summary),
@@ -50,9 +51,9 @@ def report_data(
         stages=tuple(stages),
         quality=tuple(quality_row(model) for model in (*models, *unseen)),
         measurements=tuple(measured),
-        pareto=_pareto(rows),
+        pareto=_pareto(rows, name),
         quality_name=f"R@1, mean of both directions, {len(source):,} unseen scenes",
-        latency_name="one image and one caption at batch 1, ms",
+        latency_name="one image and one caption at batch 1",
         quality_bar=summary.retention_bar * summary.teacher_r1,
         losses=() if log is None else _curves(log),
         gates=tuple(Gate(subject, record) for subject, record in bundle.manifest.all_gates()),
@@ -105,7 +106,7 @@ def _choices(bundle: Bundle) -> tuple[Choice, ...]:
     return tuple(choices)
 
 
-def _pareto(rows: Sequence[Row]) -> tuple[ParetoPoint, ...]:
+def _pareto(rows: Sequence[Row], shipped: str) -> tuple[ParetoPoint, ...]:
     return tuple(
         ParetoPoint(
             name=row.name,
@@ -113,7 +114,7 @@ def _pareto(rows: Sequence[Row]) -> tuple[ParetoPoint, ...]:
             quality=row.r1,
             latency_ms=row.pair_ms,
             bytes=row.bytes,
-            chosen=row.name == SHIPPED,
+            chosen=row.name == shipped,
         )
         for row in rows
     )

@@ -13,7 +13,7 @@ from edgeclip.export.demo_latency import (
     pair_latency,
     pair_ratio,
 )
-from edgeclip.export.demo_quality import SHIPPED, STUDENT, TEACHER, Embedded
+from edgeclip.export.demo_quality import SHIPPED, STUDENT, TEACHER, Embedded, shipped_name
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.export.write_precisions import TOWERS
 from edgeclip.profiles.machine import Machine, detect_machine
@@ -133,7 +133,7 @@ def summarise(
 ) -> Summary:
     """All figures of a run; `models` as `evaluate` gives them."""
     by_name = {model.name: model for model in models}
-    teacher, chosen = by_name[TEACHER], by_name[SHIPPED]
+    teacher, chosen = by_name[TEACHER], by_name[shipped_name(bundle)]
     names: Names = {tower: STUDENT + item for tower, item in shipped(bundle).items()}
     intervals = {
         "teacher_r1": teacher.mean_r1,

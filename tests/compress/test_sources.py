@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.compress.emoji_scenes import EmojiScenes
+from edgeclip.compress.emoji_scenes import EmojiScenes, Split, split_of
 from edgeclip.compress.sources import EmojiSource, FolderSource, Source, open_source
+from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.errors import InputError
 
 
@@ -161,7 +162,27 @@ def test_open_source(folder: Path) -> None:
 def test_open_source_takes_the_subfolder_of_a_split(folder: Path) -> None:
     (folder / "deep").rename(folder / "test")
     assert len(open_source(str(folder), split="test", count=1, size=8)) == 1
-    assert len(open_source(str(folder), split="train", count=1, size=8)) == 3
+    with pytest.raises(ConfigError, match="has the subfolder test, so it needs train as well"):
+        open_source(str(folder), split="train", count=1, size=8)
+
+
+def test_open_source_splits_a_plain_folder_by_the_hash_of_paths(tmp_path: Path) -> None:
+    for number in range(60):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    splits: tuple[Split, ...] = ("train", "calibration", "test")
+    parts = {
+        split: {path.name for path in FolderSource(tmp_path, split=split).paths} for split in splits
+    }
+    assert set.union(*parts.values()) == {f"{number}.png" for number in range(60)}
+    assert sum(map(len, parts.values())) == 60
+    for split, names in parts.items():
+        assert {split_of(name) for name in names} == {split}
+        assert len(open_source(str(tmp_path), split=split, count=1, size=8)) == len(names)
+
+
+def test_a_folder_too_small_for_a_split(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="none of the 3 pictures in .* falls to calibration"):
+        FolderSource(folder, split="calibration")
 
 
 def test_open_source_without_a_folder(tmp_path: Path) -> None:

@@ -94,9 +94,7 @@ def test_texts_embed_as_in_torch_alone_and_together(
     paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
     embed, reference = graph_embedder(paths.text, "text", cpu), torch_embedder(dual, "text")
     together = embed(dual.text_tokenizer.encode(TEXTS))
-    np.testing.assert_allclose(
-        together, reference(dual.text_tokenizer.encode(TEXTS)), atol=EXACT
-    )
+    np.testing.assert_allclose(together, reference(dual.text_tokenizer.encode(TEXTS)), atol=EXACT)
     for text, expected in zip(TEXTS, together, strict=True):
         ids = dual.text_tokenizer.encode([text])
         np.testing.assert_allclose(embed(ids)[0], expected, atol=EXACT)
@@ -127,16 +125,40 @@ def test_the_same_weights_give_the_same_bytes(
 
 class _FixedBatch(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden * len(hidden.tolist())
+        return hidden * len(hidden)
 
 
+class _DependsOnValues(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if hidden.sum() > 0 else -hidden
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [(_FixedBatch(), "for fixed sizes"), (_DependsOnValues(), "torch cannot export the image")],
+)
 def test_a_model_that_cannot_be_captured_is_one_clear_error(
-    clip: DualEncoder, tmp_path: Path
+    end: torch.nn.Module, message: str, clip: DualEncoder, tmp_path: Path
 ) -> None:
     student = deepcopy(clip)
     plain = student.model.visual_projection
     assert isinstance(plain, torch.nn.Module)
-    student.model.visual_projection = torch.nn.Sequential(plain, _FixedBatch())
-    with pytest.raises(ExportError, match="torch cannot export the image tower"):
+    student.model.visual_projection = torch.nn.Sequential(plain, end)
+    with pytest.raises(ExportError, match=message) as caught:
         export_tower(student, "image", tmp_path / "tower.onnx")
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "tower.onnx").exists()
+
+
+class _OwnLayerNorm(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        centred = hidden - hidden.mean(-1, keepdim=True)
+        return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def test_a_layer_norm_taken_apart_is_refused(clip: DualEncoder, tmp_path: Path) -> None:
+    student = deepcopy(clip)
+    vision: Any = student.model.vision_model
+    vision.post_layernorm = _OwnLayerNorm()
+    with pytest.raises(ExportError, match="would overflow in fp16"):
+        export_tower(student, "image", tmp_path / "tower.onnx")

@@ -1,0 +1,153 @@
+"""pretrain, cache and distill as a person runs them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgeclip.compress.batches import embed_source
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.sources import EmojiSource
+from edgeclip.compress.teacher_cache import open_cache
+from edgeclip.compress.train_loop import read_log
+from edgeclip.runtime.cli import main
+
+Capture = pytest.CaptureFixture[str]
+SMALL = ["--image-heads", "1", "--image-layers", "2", "--text-heads", "1", "--text-layers", "1"]
+
+
+def _distill(teacher: Path, out: Path, *more: object) -> list[str]:
+    given = ["distill", "--teacher", teacher, "--out", out, *SMALL, "--batch-size", 4, *more]
+    return [str(item) for item in given]
+
+
+def test_pretrain_writes_a_teacher(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "teacher"
+    sizes = "--image-size 32 --image-width 32 --image-layers 1 --text-width 32 --text-layers 1"
+    more = "--head-size 16 --dim 16 --vocab-size 400 --steps 4 --batch-size 8"
+    command = ["pretrain", "--out", str(out), *sizes.split(), *more.split()]
+    assert main(command) == 0
+    assert f"teacher written to {out}" in capsys.readouterr().out
+    teacher = DualEncoder.load(out)
+    assert (teacher.spec.dim, teacher.spec.image.size) == (16, 32)
+    image, text = embed_source(teacher, EmojiSource("test", 3, size=32))
+    assert image.shape == text.shape == (3, 16)
+    assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
+    assert (tmp_path / "teacher-run" / "checkpoint.pt").exists()
+    first = (out / "model.safetensors").read_bytes()
+    assert main(command) == 0  # a finished run only writes its teacher again
+    assert (out / "model.safetensors").read_bytes() == first
+
+
+def test_cache_and_distill(teacher_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    cache = tmp_path / "student-run" / "cache"
+    given = ["--teacher", str(teacher_folder), "--count", "12", "--views", "2"]
+    assert main(["cache", *given, "--out", str(cache)]) == 0
+    assert f"12 pictures in 2 views are in {cache}" in capsys.readouterr().out
+    assert open_cache(cache).image.shape == (12, 2, 32)
+    made = (cache / "shard-00000.npz").stat().st_mtime_ns
+    out = tmp_path / "student"
+    more = ["--count", 12, "--views", 2, "--steps", 8, "--contrastive", 0.5]
+    assert main(_distill(teacher_folder, out, *more)) == 0
+    assert (cache / "shard-00000.npz").stat().st_mtime_ns == made
+    student = DualEncoder.load(out)
+    assert student.model.config.vision_config.hidden_size == 32
+    log = read_log(tmp_path / "student-run" / "log.jsonl")
+    assert [line["step"] for line in log] == list(range(1, 9))
+    assert {"affinity", "feature", "interactive", "contrastive"} <= set(log[0])
+
+
+def test_distill_a_convolutional_student(teacher_folder: Path, tmp_path: Path) -> None:
+    more = ["--count", 8, "--steps", 2, "--family", "convolutional"]
+    assert main(_distill(teacher_folder, tmp_path / "student", *more)) == 0
+    assert DualEncoder.load(tmp_path / "student").model.config.vision_config.model_type == (
+        "convnext"
+    )
+
+
+def test_distill_on_pictures_without_captions(
+    teacher: DualEncoder,
+    teacher_folder: Path,
+    few_pictures: Path,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for path in few_pictures.glob("*.bmp"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    out = tmp_path / "student"
+    assert main(_distill(teacher_folder, out, "--data", folder, "--steps", 3)) == 0
+    assert "no captions, so the teacher's text tower is kept" in capsys.readouterr().out
+    ours, theirs = DualEncoder.load(out).model.state_dict(), teacher.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("text"))
+
+
+def test_interrupted_distill_goes_on(
+    teacher_folder: Path, few_pictures: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    steps = 250  # the log comes to the disk in pieces of some 60
+    more = ["--data", few_pictures, "--steps", steps]
+    command = _distill(teacher_folder, tmp_path / "student", *more)
+    log = tmp_path / "student-run" / "log.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgeclip.runtime.cli", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        until = time.monotonic() + 120
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < until:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("edgeclip: stopped at step ")
+    assert last.endswith("; run it again to go on")
+    assert "Traceback" not in errors
+    stopped = int(last.split()[4].rstrip(";"))
+    assert torch.load(log.with_name("checkpoint.pt"), weights_only=True)["step"] == stopped
+    assert [line["step"] for line in read_log(log)] == list(range(1, stopped + 1))
+    assert not (tmp_path / "student").exists()
+    assert main(command) == 0, capsys.readouterr().err
+    assert [line["step"] for line in read_log(log)] == list(range(1, steps + 1))
+    DualEncoder.load(tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--affinity", "-1"], "loss weights must be >= 0"),
+        (["--steps", "0"], "steps must be positive, got 0"),
+        (["--count", "0"], "a cache needs pictures and views, got 0 and 1"),
+        (["--views", "0"], "a cache needs pictures and views"),
+        (["--image-layers", "9"], "a student of 9 layers cannot inherit from a teacher of 4"),
+        (["--data", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(
+    teacher_folder: Path, tmp_path: Path, capsys: Capture, more: list[str], message: str
+) -> None:
+    command = _distill(teacher_folder, tmp_path / "student", "--count", 4, "--steps", 1, *more)
+    assert main(command) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("edgeclip: error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "student-run").exists()
+
+
+def test_no_such_teacher(tmp_path: Path, capsys: Capture) -> None:
+    assert main(_distill(tmp_path / "nowhere", tmp_path / "student")) == 2
+    assert "nowhere is not a directory with a Hugging Face dual" in capsys.readouterr().err

@@ -1,0 +1,247 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.sources import Source
+from edgeclip.export.build_bundle import BuiltBundle, build_bundle, settle
+from edgeclip.export.bundle_plan import BundlePlan
+from edgeclip.export.choose import TowerChoice
+from edgeclip.export.embed_pairs import torch_embedder
+from edgeclip.export.errors import GateError
+from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.errors import InputError, SpaceMismatchError
+from edgeclip.runtime.labels import LabelSet
+from edgeclip.runtime.preprocess import preprocess_batch
+from edgeclip.runtime.replay_golden import replay_golden
+
+Make = Callable[..., Source]
+IMPOSSIBLE = Bounds(mean_cosine=1.1, p1_cosine=0.5)
+
+
+def paths_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_bundle_holds_what_the_design_lists(built: BuiltBundle) -> None:
+    files = {path for path in paths_in(built.bundle.path) if path != "onnx"}
+    towers = {
+        f"onnx/{stem}{suffix}.onnx"
+        for stem in ("vision_model", "text_model")
+        for suffix in ("", "_fp16", "_int8")
+    }
+    settings = {"config.json", "preprocessor_config.json", "tokenizer.json"}
+    assert files == towers | settings | {"edgeclip.json", "golden.npz", "tokenizer_config.json"}
+    assert {file.path for file in built.bundle.manifest.files} == files - {"edgeclip.json"}
+    assert json.loads((built.bundle.path / "config.json").read_text())["model_type"] == "clip"
+
+
+def test_the_manifest_records_gates_choices_and_origin(
+    built: BuiltBundle, plan: BundlePlan
+) -> None:
+    manifest = built.bundle.manifest
+    assert (manifest.space, manifest.spec) == (plan.space, plan.student.spec)
+    assert manifest.provenance.command == "pytest"
+    for tower in manifest.towers:
+        assert tower.precisions == ("fp32", "fp16", "int8")
+        for file in tower.files:
+            assert len(file.gates) == 3
+            assert file.latency_ms is not None
+            assert file.latency_ms > 0
+    assert {"R@1 loss fp16", "R@1 loss int8"} <= {gate.name for gate in manifest.gates}
+    assert all(gate.passed for _, gate in manifest.all_gates())
+    assert manifest.measured_on.endswith("onnxruntime-cpu")
+    assert built.left_out == ()
+
+
+def test_the_encoder_embeds_as_torch_does(
+    built: BuiltBundle, clip: DualEncoder, cpu: DeviceProfile, blobs: Make
+) -> None:
+    encoder = Encoder.open(built.bundle.path, device=cpu, precision="fp32")
+    source = blobs(5, seed=9)
+    images = [source[index].image for index in range(5)]
+    texts = [str(source.caption(index)) for index in range(5)]
+    pixels = preprocess_batch(images, clip.image_spec)
+    expected = torch_embedder(clip, "image")(pixels)
+    np.testing.assert_allclose(encoder.encode_image(images), expected, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_image(images, batch_size=1), expected, atol=1e-5)
+    expected = torch_embedder(clip, "text")(clip.text_tokenizer.encode(texts))
+    np.testing.assert_allclose(encoder.encode_text(texts), expected, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_text(texts, batch_size=1), expected, atol=1e-5)
+
+
+def test_the_bundle_replays_its_golden_inputs(built: BuiltBundle, cpu: DeviceProfile) -> None:
+    replays = replay_golden(built.bundle, cpu)
+    assert len(replays) == 6
+    assert all(replay.passed for replay in replays)
+
+
+def test_results_hold_the_embeddings_of_the_test_pairs(built: BuiltBundle) -> None:
+    assert [item.name for item in built.results] == ["fp32", "fp16", "int8", "chosen"]
+    for item in built.results:
+        assert item.embeddings.image.shape == item.embeddings.text.shape == (40, 16)
+
+
+def test_a_precision_that_was_asked_for_and_misses_is_refused(
+    plan: BundlePlan, tmp_path: Path
+) -> None:
+    bounds = {**DEFAULT_BOUNDS, "int8": IMPOSSIBLE}
+    asked = replace(plan, precisions=("int8",), bounds=bounds)
+    with pytest.raises(GateError) as caught:
+        build_bundle(asked, tmp_path / "bundle")
+    for tower in ("image", "text"):
+        assert f"{tower} int8: mean cosine is 0.9" in str(caught.value)
+    assert "missed by 0.1" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_precision_that_nobody_asked_for_is_left_out(plan: BundlePlan, tmp_path: Path) -> None:
+    bounds = {**DEFAULT_BOUNDS, "int8": IMPOSSIBLE}
+    built = build_bundle(replace(plan, bounds=bounds, workload=None), tmp_path / "bundle")
+    assert [tower.precisions for tower in built.bundle.manifest.towers] == [("fp32", "fp16")] * 2
+    assert not (tmp_path / "bundle" / "onnx" / "vision_model_int8.onnx").exists()
+    assert len(built.left_out) == 2
+    # Nothing was measured, so nothing but the reference is chosen.
+    assert [choice.precision for choice in built.choices] == ["fp32", "fp32"]
+    assert built.bundle.manifest.measured_on == ""
+
+
+def test_a_graph_that_is_not_the_student_is_never_written(
+    fp32_plan: BundlePlan, tmp_path: Path
+) -> None:
+    bounds = {**DEFAULT_BOUNDS, "fp32": IMPOSSIBLE}
+    with pytest.raises(GateError, match="image fp32: mean cosine is 1 "):
+        build_bundle(replace(fp32_plan, bounds=bounds), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_bundle_is_replaced_only_if_asked(
+    fp32_plan: BundlePlan, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    build_bundle(fp32_plan, tmp_path / "bundle")
+    with pytest.raises(InputError, match="exists"):
+        build_bundle(fp32_plan, tmp_path / "bundle", progress=lines.append)
+    assert lines == []  # found out before any work was done
+    other = replace(fp32_plan, space="8" * 64)
+    again = build_bundle(other, tmp_path / "bundle", replace=True, progress=lines.append)
+    assert again.bundle.manifest.space == "8" * 64
+    assert lines[0] == "exporting both towers to ONNX"
+
+
+def test_labels_of_another_space_are_refused(fp32_plan: BundlePlan, tmp_path: Path) -> None:
+    labels = LabelSet(
+        names=("a", "b"), embeddings=np.eye(2, 16, dtype=np.float32), space=fp32_plan.space
+    )
+    plan = replace(fp32_plan, labels={"letters": labels})
+    built = build_bundle(plan, tmp_path / "bundle")
+    assert built.bundle.labels("letters").names == ("a", "b")
+    with pytest.raises(SpaceMismatchError):
+        build_bundle(replace(plan, space="8" * 64), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_plan_that_cannot_work_is_refused_at_once(
+    plan: BundlePlan, blobs: Make, cpu: DeviceProfile
+) -> None:
+    with pytest.raises(ConfigError, match="pictures with captions"):
+        replace(plan, test=blobs(5, has_captions=False))
+    with pytest.raises(ConfigError, match="pictures with captions"):
+        replace(plan, calibration=blobs(0))
+    narrow = replace(cpu, precisions=("fp32",))
+    with pytest.raises(ConfigError, match="does not allow int8, fp16: choose from fp32"):
+        replace(plan, device=narrow, precisions=("int8", "fp16"))
+
+
+def test_a_device_that_cannot_run_here_is_judged_on_the_cpu(plan: BundlePlan) -> None:
+    gpu = DeviceProfile(
+        name="gpu",
+        description="elsewhere",
+        engine="tensorrt",
+        precisions=("fp16",),
+        threads=1,
+        memory_mb=8000,
+        compute_capability="8.7",
+        tensorrt_major=10,
+    )
+    other = replace(plan, device=gpu)
+    assert other.runner.engine == "onnxruntime-cpu"
+    assert other.wanted == ("fp32", "fp16")
+    assert plan.runner is plan.device
+
+
+def test_a_mixed_choice_that_fails_together_falls_back(plan: BundlePlan) -> None:
+    draw = np.random.default_rng(0).normal(size=(100, 16)).astype(np.float32)
+    draw /= np.linalg.norm(draw, axis=1, keepdims=True)
+    choices = (
+        TowerChoice(tower="image", precision="int8", why="fast"),
+        TowerChoice(tower="text", precision="fp32", why="fast"),
+    )
+    good = {("image", "fp32"): draw, ("text", "fp32"): draw, ("image", "int8"): draw}
+    kept, judged = settle(choices, good, plan)  # type: ignore[arg-type]
+    assert kept == choices
+    assert [item.record.name for item in judged] == ["R@1 loss as chosen"]
+    bad = {**good, ("image", "int8"): draw[::-1]}
+    fallen, judged = settle(choices, bad, plan)  # type: ignore[arg-type]
+    assert [choice.precision for choice in fallen] == ["fp32", "fp32"]
+    assert "points R@1" in fallen[0].why
+    assert judged == ()
+
+
+_WRITER = """
+import sys, time
+from pathlib import Path
+import edgeclip.export.build_bundle as module
+from edgeclip.runtime.files import atomic_directory
+
+original = module.write_manifest
+
+def slow(*args, **settings):
+    original(*args, **settings)
+    print("almost", flush=True)
+    time.sleep(60)
+
+module.write_manifest = slow
+from edgeclip.runtime.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_a_kill_in_the_middle_of_writing_leaves_no_bundle(
+    clip: DualEncoder, fp32_plan: BundlePlan, blobs: Make, tmp_path: Path
+) -> None:
+    clip.save(tmp_path / "student")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(6):
+        pair = blobs(6)[index]
+        pair.image.save(photos / f"{index}.png")
+        (photos / f"{index}.txt").write_text(str(pair.caption))
+    student = str(tmp_path / "student")
+    command = ["export", student, "--teacher", student, "--data", str(photos)]
+    command += ["--precisions", "fp32", "--out", str(tmp_path / "out" / "bundle")]
+    with subprocess.Popen(
+        [sys.executable, "-c", _WRITER, *command], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "almost\n"
+        process.send_signal(signal.SIGKILL)
+    (left,) = (tmp_path / "out").iterdir()
+    assert left.name.startswith(".edgeclip-tmp-")
+    assert (left / "edgeclip.json").exists()  # all was there but the name
+    build_bundle(fp32_plan, tmp_path / "out" / "bundle")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bundle"]
+    assert Bundle.open(tmp_path / "out" / "bundle").manifest.name == "tiny"

@@ -1,0 +1,50 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.sources import Source
+from edgeclip.export.calibrate import calibration_images, calibration_texts
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.preprocess import preprocess
+
+Make = Callable[..., Source]
+
+
+def test_pictures_come_once_each_as_the_runtime_prepares_them(
+    blobs: Make, clip: DualEncoder
+) -> None:
+    source, spec = blobs(19), clip.spec.image
+    data = calibration_images(source, spec)
+    batches = [data.batch(index) for index in range(data.count)]
+    assert [len(batch) for batch in batches] == [16, 3]
+    np.testing.assert_array_equal(batches[1][2], preprocess(source[18].image, spec))
+
+
+def test_texts_of_a_batch_have_one_length_and_no_padding(blobs: Make, clip: DualEncoder) -> None:
+    source = blobs(60)
+    data = calibration_texts(source, clip.text_tokenizer)
+    batches = [data.batch(index) for index in range(data.count)]
+    assert sum(map(len, batches)) == len(source)
+    assert len({batch.shape[1] for batch in batches}) > 3
+    for batch in batches:
+        assert not (batch == clip.spec.text.pad_id).any()
+        assert (batch[:, -1] == clip.spec.text.eos_id).all()
+
+
+def test_a_reader_hands_out_the_range_it_is_given(blobs: Make, clip: DualEncoder) -> None:
+    data = calibration_images(blobs(40), clip.spec.image)
+    reader = data.reader("pixel_values")
+    assert len(reader) == 3
+    assert [len(batch["pixel_values"]) for batch in reader] == [16, 16, 8]
+    assert reader.get_next() is None
+    reader.set_range(2, 3)
+    assert [len(batch["pixel_values"]) for batch in reader] == [8]
+
+
+def test_nothing_to_calibrate_with_is_refused(blobs: Make, clip: DualEncoder) -> None:
+    with pytest.raises(ConfigError, match="is empty"):
+        calibration_images(blobs(0), clip.spec.image)
+    with pytest.raises(ConfigError, match="needs captions"):
+        calibration_texts(blobs(3, has_captions=False), clip.text_tokenizer)

@@ -1,0 +1,193 @@
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.sources import Source
+from edgeclip.export.calibrate import calibration_images, calibration_texts
+from edgeclip.export.embed_pairs import graph_embedder
+from edgeclip.export.errors import ExportError
+from edgeclip.export.quantize import Int8Settings, quantizable_nodes, write_int8
+from edgeclip.export.to_onnx import TowerPaths
+from edgeclip.profiles.device import DeviceProfile, load_device
+from edgeclip.runtime.quality import cosines
+from edgeclip.runtime.spec import Tower
+
+Make = Callable[..., Source]
+CPU = Int8Settings(symmetric=False, reduce_range=True)
+TENSORRT = Int8Settings(symmetric=True, reduce_range=False)
+
+
+def quantized(
+    tower: Tower, dual: DualEncoder, paths: TowerPaths, source: Source, settings: Int8Settings
+) -> Path:
+    fp32 = paths.image if tower == "image" else paths.text
+    target = fp32.with_name(f"{tower}_{settings.symmetric}.onnx")
+    data = (
+        calibration_images(source, dual.spec.image)
+        if tower == "image"
+        else calibration_texts(source, dual.text_tokenizer)
+    )
+    write_int8(fp32, target, data, settings)
+    return target
+
+
+def constants(model: onnx.ModelProto) -> dict[str, NDArray[np.generic]]:
+    return {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+
+
+def makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+@pytest.mark.parametrize("family", ["clip", "convnext"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("settings", [CPU, TENSORRT], ids=["cpu", "tensorrt"])
+def test_int8_embeds_nearly_as_fp32(
+    family: str,
+    tower: Tower,
+    settings: Int8Settings,
+    blobs: Make,
+    cpu: DeviceProfile,
+    request: pytest.FixtureRequest,
+) -> None:
+    dual: DualEncoder = request.getfixturevalue(family)
+    paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
+    path = quantized(tower, dual, paths, blobs(32, seed=1), settings)
+    fp32 = paths.image if tower == "image" else paths.text
+    test = blobs(8)
+    values = (
+        calibration_images(test, dual.spec.image).batch(0)
+        if tower == "image"
+        else dual.text_tokenizer.encode([str(test.caption(index)) for index in range(8)])
+    )
+    embed = graph_embedder(path, tower, cpu)
+    found = embed(values)
+    assert cosines(found, graph_embedder(fp32, tower, cpu)(values)).min() > 0.97
+    # Static ranges: what else is in the batch does not matter.
+    np.testing.assert_allclose(embed(values[3:4])[0], found[3], atol=2e-3)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_only_products_with_constant_weights_are_quantized(
+    tower: Tower, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
+) -> None:
+    model = onnx.load(quantized(tower, clip, clip_towers, blobs(16), CPU))
+    made_by = makers(model)
+    readers = Counter[str]()
+    plain = Counter[str]()
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        from_int8 = [made_by[name].op_type for name in node.input if name in made_by]
+        if "DequantizeLinear" in from_int8:
+            assert node.op_type in ("MatMul", "Gemm")
+            readers[node.op_type] += 1
+        elif node.op_type == "MatMul":
+            plain["MatMul"] += 1
+    # Two layers with q, k, v, out, and two in the MLP; QK^T and AV of both stay float.
+    assert readers == {"MatMul": 12, "Gemm": 1}
+    assert plain == {"MatMul": 4}
+
+
+def test_results_of_products_stay_float(
+    clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
+) -> None:
+    model = onnx.load(quantized("image", clip, clip_towers, blobs(16), CPU))
+    made_by = makers(model)
+    sources = [
+        made_by[node.input[0]].op_type
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+    ]
+    assert sources
+    assert not {"MatMul", "Gemm", "Conv", "Softmax"} & set(sources)
+
+
+@pytest.mark.parametrize("settings", [CPU, TENSORRT], ids=["cpu", "tensorrt"])
+def test_weights_are_symmetric_per_channel_int8(
+    settings: Int8Settings, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
+) -> None:
+    model = onnx.load(quantized("image", clip, clip_towers, blobs(16), settings))
+    values = constants(model)
+    limit = 64 if settings.reduce_range else 127
+    weights = 0
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in values:
+            continue
+        weight, scale, zero = (values[name] for name in node.input)
+        if weight.dtype == np.int32:
+            continue  # a bias
+        axis = next(item.i for item in node.attribute if item.name == "axis")
+        assert weight.dtype == np.int8
+        assert scale.shape == (weight.shape[axis],)
+        assert not zero.any()
+        assert np.abs(weight.astype(int)).max() <= limit
+        weights += 1
+    assert weights == 13
+
+
+def test_activations_of_tensorrt_have_no_zero_point(
+    clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
+) -> None:
+    model = onnx.load(quantized("text", clip, clip_towers, blobs(16), TENSORRT))
+    values = constants(model)
+    nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert nodes
+    for node in nodes:
+        zero = values[node.input[2]]
+        assert zero.dtype == np.int8
+        assert not zero.any()
+
+
+def test_ranges_come_from_the_calibration_data(
+    clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
+) -> None:
+    first = quantized("text", clip, clip_towers, blobs(16), CPU).read_bytes()
+    again = quantized("text", clip, clip_towers, blobs(16), CPU).read_bytes()
+    other = quantized("text", clip, clip_towers, blobs(16, seed=5), CPU).read_bytes()
+    assert first == again
+    assert first != other
+
+
+def test_the_pixels_and_the_products_of_attention_are_not_among_the_nodes(
+    clip_towers: TowerPaths,
+) -> None:
+    model = onnx.load(clip_towers.image)
+    nodes = {node.name: node for node in model.graph.node}
+    chosen = [nodes[name] for name in quantizable_nodes(model)]
+    assert len(chosen) == 13
+    assert "Conv" not in {node.op_type for node in chosen}
+
+
+@pytest.mark.parametrize(
+    ("device", "settings"),
+    [
+        ("x86-avx2", Int8Settings(symmetric=False, reduce_range=True)),
+        ("x86-avx512-vnni", Int8Settings(symmetric=False, reduce_range=False)),
+        ("arm64-dotprod", Int8Settings(symmetric=False, reduce_range=False)),
+        ("jetson-orin-nano", Int8Settings(symmetric=True, reduce_range=False)),
+    ],
+)
+def test_settings_follow_the_device(device: str, settings: Int8Settings) -> None:
+    assert Int8Settings.for_device(load_device(device)) == settings
+
+
+def test_a_graph_without_weights_is_refused(blobs: Make, clip: DualEncoder, tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    value = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [None, 3, 32, 32])
+    output = helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, [None, 3, 32, 32])
+    node = helper.make_node("Relu", ["pixel_values"], ["image_embeds"], "relu")
+    graph = helper.make_graph([node], "relu", [value], [output])
+    onnx.save(helper.make_model(graph), tmp_path / "relu.onnx")
+    data = calibration_images(blobs(2), clip.spec.image)
+    with pytest.raises(ExportError, match="no MatMul, Gemm or Conv"):
+        write_int8(tmp_path / "relu.onnx", tmp_path / "int8.onnx", data, CPU)
+    assert not (tmp_path / "int8.onnx").exists()

@@ -1,0 +1,66 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.sources import Source
+from edgeclip.export.build_bundle import BuiltBundle
+from edgeclip.export.verb_export import gates_table, verdict
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.cli import main
+
+
+def test_a_folder_of_photos_makes_a_bundle(
+    clip: DualEncoder,
+    blobs: Callable[..., Source],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clip.save(tmp_path / "student")
+    for split, seed in (("test", 0), ("calibration", 1)):
+        folder = tmp_path / "photos" / split
+        folder.mkdir(parents=True)
+        for index in range(8):
+            pair = blobs(8, seed=seed)[index]
+            pair.image.save(folder / f"{index}.png")
+            (folder / f"{index}.txt").write_text(str(pair.caption))
+    student, out = str(tmp_path / "student"), str(tmp_path / "bundle")
+    command = ["export", student, "--teacher", student, "--data", str(tmp_path / "photos")]
+    status = main([*command, "--precisions", "int8", "--out", out])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert "image int8" in printed.out
+    assert f"bundle written to {out}" in printed.out
+    manifest = Bundle.open(out).manifest
+    assert manifest.space == space_fingerprint(DualEncoder.load(student))
+    assert manifest.tower("image").precisions == ("fp32", "int8")
+    assert manifest.provenance.command.startswith(f"edgeclip export {student} --teacher")
+    assert "test, 8 pictures" in manifest.provenance.data
+    assert main([*command, "--out", out]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_a_student_that_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "missing")
+    assert main(["export", missing, "--teacher", missing, "--out", str(tmp_path / "b")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("edgeclip: error: ")
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_table_has_a_line_for_each_gate(built: BuiltBundle) -> None:
+    lines = gates_table(built).splitlines()
+    assert len(lines) == 1 + len(built.judged)
+    assert lines[0].split() == ["what", "gate", "value", "95%", "interval", "bound"]
+    assert all(line.endswith("pass") for line in lines[1:])
+    assert len({line.index("  ") for line in lines}) >= 1
+
+
+def test_the_verdict_says_what_each_tower_ships_in(built: BuiltBundle) -> None:
+    text = verdict(built)
+    for choice in built.choices:
+        assert f"{choice.tower} tower: {choice.precision} (" in text
