@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import transformers
@@ -32,6 +32,7 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
 }
 transformers.utils.logging.disable_progress_bar()  # a file or two is no long work
 transformers.utils.logging.set_verbosity_error()  # `load` says itself which weights are amiss
+MARKER = "config.json"  # shows that a directory holds a model, and may be replaced by one
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
@@ -86,8 +87,9 @@ class DualEncoder(nn.Module):
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """float [N, 3, size, size], normalised pixels -> float32 [N, dim], L2-normalised."""
-        pooled = self.model.get_image_features(pixel_values=pixel_values).pooler_output
-        return nn.functional.normalize(pooled.float(), dim=-1)
+        model: Any = self.model  # PreTrainedModel itself has no such method
+        features = model.get_image_features(pixel_values=pixel_values).pooler_output
+        return nn.functional.normalize(features.float(), dim=-1)
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """int64 [N, length], bos .. eos then padding -> float32 [N, dim], L2-normalised.
@@ -97,7 +99,8 @@ class DualEncoder(nn.Module):
         mask = None
         if not self.is_causal_text:
             mask = (input_ids != self.spec.text.pad_id).long()
-        features = self.model.get_text_features(input_ids=input_ids, attention_mask=mask)
+        model: Any = self.model
+        features = model.get_text_features(input_ids=input_ids, attention_mask=mask)
         return nn.functional.normalize(features.pooler_output.float(), dim=-1)
 
     @property
@@ -138,22 +141,23 @@ class DualEncoder(nn.Module):
             source=str(folder / "preprocessor_config.json"),
         )
         try:
-            model, found = SUPPORTED[family].from_pretrained(
+            loaded: Any = SUPPORTED[family].from_pretrained(
                 folder,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # told apart below, in one line
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # transformers raises many kinds on damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"{source} cannot be loaded: {reason}") from error
+        model, found = loaded
         _refuse_other_weights(found, source)
         return cls(model, image, tokenizer).eval()
 
     def save(self, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write weights (safetensors), config, tokenizer and processor, whole or not at all."""
-        with atomic_directory(directory, replace=True, marker="config.json") as folder:
+        with atomic_directory(directory, replace=True, marker=MARKER) as folder:
             self.save_into(folder, dtype=dtype)
 
     def save_into(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -209,11 +213,11 @@ def _local(source: str | Path) -> Path:
         ) from error
 
 
-def _refuse_other_weights(found: Mapping[str, Iterable[object]], source: str | Path) -> None:
+def _refuse_other_weights(found: Mapping[str, Iterable[Any]], source: str | Path) -> None:
     """transformers fills what is missing with random numbers: such embeddings mean nothing."""
     amiss = {
         "missing": sorted(map(str, found["missing_keys"])),
-        "of another size": sorted(str(next(iter(key))) for key in found["mismatched_keys"]),
+        "of another size": sorted(str(key[0]) for key in found["mismatched_keys"]),
         "unknown": sorted(
             str(key) for key in found["unexpected_keys"] if not str(key).endswith("position_ids")
         ),

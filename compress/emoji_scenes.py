@@ -176,6 +176,8 @@ class EmojiScenes:
     def __init__(self, split: Split, *, seed: int = 0) -> None:
         if split not in get_args(Split):
             raise ConfigError(f"unknown split {split!r}: choose from {', '.join(get_args(Split))}")
+        if seed < 0:
+            raise ConfigError(f"seed must be 0 or more, got {seed}")
         self.split: Split = split
         self.seed = seed
         self._emoji = emoji_of(split == "unseen")

@@ -14,6 +14,7 @@ from edgeclip.compress.losses import contrastive
 from edgeclip.compress.sources import EmojiSource
 from edgeclip.compress.tokenizer import train_tokenizer
 from edgeclip.compress.train_loop import Task, TrainSettings, train
+from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.spec import ImageSpec
 
 _MAX_LOGIT_SCALE = 4.6052  # ln 100, as CLIP clips it
@@ -33,6 +34,18 @@ class TeacherShape:
     dim: int = 256
     vocab_size: int = 2048
     context_length: int = 40
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
+            )
+        for name, width in (("image_width", self.image_width), ("text_width", self.text_width)):
+            if width % self.head_size:
+                raise ConfigError(f"{name} {width} is no multiple of head_size {self.head_size}")
 
 
 def new_teacher(shape: TeacherShape, *, seed: int) -> DualEncoder:

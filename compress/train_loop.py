@@ -45,8 +45,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "learning_rate", "clip_norm", "checkpoint_seconds"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, got {self.seed}")
 
     def rate(self, step: int) -> float:
         """Learning rate of `step` (0-based)."""
@@ -104,15 +106,10 @@ def train(task: Task[Batch], settings: TrainSettings, out: Path) -> None:
                 group["lr"] = settings.rate(step)
             with autocast(settings.compute, weights[0].device):
                 losses = task.losses(batch)
-            total = losses["total"]
-            if not torch.isfinite(total):
-                raise ConfigError(
-                    f"the loss is {total.item()} at step {step + 1}: lower the learning rate "
-                    f"and start again in an empty directory"
-                )
             optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            nn.utils.clip_grad_norm_(weights, settings.clip_norm)
+            losses["total"].backward()
+            norm = nn.utils.clip_grad_norm_(weights, settings.clip_norm)
+            _check_finite(losses["total"], norm, step)
             optimizer.step()
             values = {name: value.item() for name, value in losses.items()}
             _write_line(log, {"step": step + 1, "seconds": clock.now(), **values})
@@ -124,6 +121,16 @@ def train(task: Task[Batch], settings: TrainSettings, out: Path) -> None:
             if stop.is_set and step + 1 < settings.steps:
                 raise KeyboardInterrupt(f"stopped at step {step + 1}; run it again to go on")
     task.module.eval()
+
+
+def _check_finite(loss: Tensor, norm: Tensor, step: int) -> None:
+    """Stop before a NaN reaches the weights, so that the last checkpoint stays good."""
+    for name, value in (("loss", loss), ("gradient's norm", norm)):
+        if not torch.isfinite(value):
+            raise ConfigError(
+                f"the {name} is {value.item()} at step {step + 1}: lower the learning rate "
+                f"and start again in an empty directory"
+            )
 
 
 def read_log(path: Path) -> tuple[dict[str, float], ...]:
@@ -188,7 +195,7 @@ class _Checkpoint(Generic[Batch]):
             with zipfile.ZipFile(self._path) as archive:
                 if archive.testzip() is not None:  # torch does not look at the checksums
                     raise ConfigError(message)
-            saved: dict[str, Any] = torch.load(self._path, weights_only=True)
+            saved: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
         except Exception as error:  # zip and pickle raise many kinds on damaged data
             raise ConfigError(message) from error
         return saved

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeclip.compress.distill import distill
+from edgeclip.compress.dual_encoder import MARKER
 from edgeclip.compress.losses import LossWeights
 from edgeclip.compress.student import StudentShape, new_student
 from edgeclip.compress.teacher_cache import build_cache
 from edgeclip.compress.train_loop import TrainSettings
 from edgeclip.compress.verb_options import add_data, add_teacher, load_source, load_teacher
+from edgeclip.runtime.files import check_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Cache, distil and save; a run that was stopped goes on where it was."""
+    check_target(args.out, replace=True, marker=MARKER)
     teacher = load_teacher(args)
     source = load_source(args, teacher, split="train")
     folder = args.run or args.out.with_name(args.out.name + "-run")

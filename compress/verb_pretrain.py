@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from edgeclip.compress.dual_encoder import MARKER
 from edgeclip.compress.pretrain import TeacherShape, pretrain
 from edgeclip.compress.train_loop import TrainSettings
+from edgeclip.runtime.files import check_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then write the teacher with fp16 weights and the log of its training."""
+    check_target(args.out, replace=True, marker=MARKER)
     shape = TeacherShape(
         **{field.name: getattr(args, field.name) for field in fields(TeacherShape)}
     )

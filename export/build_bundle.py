@@ -76,7 +76,6 @@ def build_bundle(
             its gates; nothing is written.
         InputError: `out` exists and may not be replaced, or a picture cannot be read.
         ExportError: the student cannot be exported.
-        SpaceMismatchError: a label set of another embedding space.
     """
     with atomic_directory(out, replace=replace) as folder:
         graphs, parity = _export(plan, folder, progress)
@@ -189,7 +188,7 @@ def _write_rest(
 ) -> None:
     """Write all but the towers, the manifest last."""
     plan.student.save_settings(folder)
-    write_labels(folder, plan.labels, plan.space)
+    write_labels(folder, plan.labels)
     write_golden(plan.student, folder, graphs, plan.test, plan.runner)
     write_manifest(
         plan.student,

@@ -36,6 +36,7 @@ class BundlePlan:
     Raises:
         ConfigError: a source that is empty or lacks captions, or a precision that the
             device does not allow.
+        SpaceMismatchError: a label set of another embedding space.
     """
 
     student: DualEncoder
@@ -63,6 +64,9 @@ class BundlePlan:
                 f"device {self.device.name!r} does not allow {', '.join(wrong)}: "
                 f"choose from {', '.join(self.device.precisions)}"
             )
+
+        for label_set in self.labels.values():
+            label_set.check_space(self.space)
 
     @property
     def wanted(self) -> tuple[Precision, ...]:

@@ -82,14 +82,9 @@ def write_golden(
     golden.save(folder / GOLDEN_NAME)
 
 
-def write_labels(folder: Path, labels: Mapping[str, LabelSet], space: str) -> None:
-    """Write label sets as `labels/NAME.npz`.
-
-    Raises:
-        SpaceMismatchError: a label set was made in another embedding space.
-    """
+def write_labels(folder: Path, labels: Mapping[str, LabelSet]) -> None:
+    """Write label sets as `labels/NAME.npz`."""
     for name, label_set in labels.items():
-        label_set.check_space(space)
         label_set.save(folder / "labels" / f"{name}.npz")
 
 

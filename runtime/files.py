@@ -66,7 +66,7 @@ def atomic_directory(
         InputError: `target` exists and may not be replaced, or its parent cannot be made.
     """
     _prepare(target)
-    _refuse_existing(target, replace=replace, marker=marker)
+    check_target(target, replace=replace, marker=marker)
     temporary = _sibling(target, "tmp")
     temporary.mkdir()
     try:
@@ -75,7 +75,7 @@ def atomic_directory(
             for name in names:
                 _fsync(Path(folder, name))
             _fsync(Path(folder))
-        _refuse_existing(target, replace=replace, marker=marker)
+        check_target(target, replace=replace, marker=marker)
         _swap(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -96,7 +96,12 @@ def _swap(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _refuse_existing(target: Path, *, replace: bool, marker: str) -> None:
+def check_target(target: Path, *, replace: bool, marker: str) -> None:
+    """Refuse a directory that `atomic_directory` would refuse; worth asking before long work.
+
+    Raises:
+        InputError: see `atomic_directory`.
+    """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target} exists and is not a directory: choose another name")
     if not target.exists() or not any(target.iterdir()):

@@ -40,7 +40,7 @@ def main(what: str, teacher_folder: str, pictures: str, out: str, cache: str, re
     teacher = DualEncoder.load(teacher_folder)
     source = DeadlySource(Path(pictures), int(reads))
     if what == "cache":
-        build_cache(teacher, source, Path(cache), views=2)
+        build_cache(teacher, source, Path(cache))
         return
     compute: ComputeType = "bf16" if what == "bf16" else "fp32"
     shape = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +18,7 @@ def test_even_stride_is_even(layers: tuple[int, int]) -> None:
     assert list(kept) == sorted(kept)
     assert kept[0] == 0
     assert kept[-1] < teacher
-    gaps = {later - earlier for earlier, later in zip(kept, kept[1:], strict=False)}
+    gaps = {later - earlier for earlier, later in pairwise(kept)}
     stride = teacher / student
     assert all(abs(gap - stride) <= 1 + 1e-9 for gap in gaps)
     assert all(abs(layer - number * stride) <= 0.5 + 1e-9 for number, layer in enumerate(kept))
@@ -84,5 +86,5 @@ def test_a_deeper_student_is_refused() -> None:
 
 
 def test_an_unknown_weight_is_refused() -> None:
-    with pytest.raises(ConfigError, match="the teacher has no weight head.weight"):
+    with pytest.raises(ConfigError, match=r"the teacher has no weight head\.weight"):
         inherit(_Tower(4, 2, extra=True), _Tower(4, 2))

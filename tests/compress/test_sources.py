@@ -91,7 +91,7 @@ def test_folder_with_text_files(folder: Path) -> None:
 
 def test_captions_for_some_pictures_only(folder: Path) -> None:
     (folder / "a.txt").write_text("a hill", encoding="utf-8")
-    with pytest.raises(InputError, match="2 of 3 images have no caption, the first is b.png"):
+    with pytest.raises(InputError, match=r"2 of 3 images .* the first is b\.png"):
         FolderSource(folder)
     _write_table(folder, "a.png,a hill", "b.png,a tree")
     with pytest.raises(InputError, match=r"1 of 3 images have no caption, the first is deep"):
@@ -181,7 +181,7 @@ def test_open_source_splits_a_plain_folder_by_the_hash_of_paths(tmp_path: Path) 
 
 
 def test_a_folder_too_small_for_a_split(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="none of the 3 pictures in .* falls to calibration"):
+    with pytest.raises(ConfigError, match=r"none of the 3 pictures in .* falls to calibration"):
         FolderSource(folder, split="calibration")
 
 

@@ -31,6 +31,7 @@ from edgeclip.export.to_onnx import TowerPaths, export_towers
 from edgeclip.export.write_bundle import Origin
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.spec import ImageSpec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that tests start
@@ -205,6 +206,7 @@ def cpu() -> DeviceProfile:
 
 @pytest.fixture(scope="session")
 def plan(clip: DualEncoder, cpu: DeviceProfile) -> BundlePlan:
+    letters = LabelSet(names=("a", "b"), embeddings=np.eye(2, DIM, dtype=np.float32), space=SPACE)
     return BundlePlan(
         student=clip,
         space=SPACE,
@@ -215,6 +217,7 @@ def plan(clip: DualEncoder, cpu: DeviceProfile) -> BundlePlan:
             name="tiny", teacher="none", student="random", command="pytest", licence="Apache-2.0"
         ),
         workload=QUICK,
+        labels={"letters": letters},
     )
 
 
@@ -228,3 +231,16 @@ def fp32_plan(plan: BundlePlan) -> BundlePlan:
 def built(plan: BundlePlan, tmp_path_factory: pytest.TempPathFactory) -> BuiltBundle:
     """A bundle in all precisions; read it, do not alter it."""
     return build_bundle(plan, Path(tmp_path_factory.mktemp("built")) / "bundle")
+
+
+@pytest.fixture
+def pair_folder(tmp_path: Path) -> Path:
+    """Pictures with captions in the subfolders test and calibration, eight in each."""
+    for seed, split in enumerate(("test", "calibration")):
+        folder = tmp_path / "pairs" / split
+        folder.mkdir(parents=True)
+        source = Blobs(8, seed)
+        for index in range(len(source)):
+            source[index].image.save(folder / f"{index}.png")
+            (folder / f"{index}.txt").write_text(str(source.caption(index)))
+    return tmp_path / "pairs"

@@ -21,7 +21,8 @@ BOUNDS = Bounds(mean_cosine=0.99, p1_cosine=0.97)
 
 
 def unit(rows: NDArray[np.float64]) -> Floats:
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    found: Floats = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return found
 
 
 def random_rows(count: int = 200, seed: int = 0) -> Floats:
@@ -66,8 +67,10 @@ def test_equal_embeddings_pass_every_gate() -> None:
 def test_a_small_turn_of_every_row_is_measured() -> None:
     rows = random_rows()
     _, mean, low = judge_tower(turned(rows, 0.98), rows, BOUNDS)
-    assert (mean.value, mean.passed) == (pytest.approx(0.98, abs=1e-6), False)
-    assert (low.value, low.passed) == (pytest.approx(0.98, abs=1e-6), True)
+    assert mean.value == pytest.approx(0.98, abs=1e-6)
+    assert mean.passed is False
+    assert low.value == pytest.approx(0.98, abs=1e-6)
+    assert low.passed is True
 
 
 def test_a_few_ruined_rows_are_seen_by_the_percentile() -> None:
@@ -76,7 +79,8 @@ def test_a_few_ruined_rows_are_seen_by_the_percentile() -> None:
     candidate[:4] = turned(rows[:4], 0.5)
     _, mean, low = judge_tower(candidate, rows, BOUNDS)
     assert mean.value == pytest.approx(0.99, abs=1e-6)
-    assert (low.value, low.passed) == (pytest.approx(0.5, abs=1e-6), False)
+    assert low.value == pytest.approx(0.5, abs=1e-6)
+    assert low.passed is False
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
@@ -101,7 +105,8 @@ def test_lost_retrieval_is_counted_in_points() -> None:
     assert not record.passed
     # What is gained is a negative loss.
     gained = judge_retrieval(reference, PairEmbeddings(swapped, rows), BOUNDS, "int8")
-    assert (gained.value, gained.passed) == (pytest.approx(-2), True)
+    assert gained.value == pytest.approx(-2)
+    assert gained.passed is True
 
 
 def test_a_refusal_names_every_missed_gate_with_its_gap() -> None:

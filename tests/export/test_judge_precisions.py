@@ -51,7 +51,7 @@ def test_a_tower_that_overflows_fails_without_stopping_anything() -> None:
 
 
 def test_retrieval_can_refuse_what_cosines_allow() -> None:
-    loose = {"int8": Bounds(mean_cosine=0.1, p1_cosine=-1.0)}
+    loose: dict[Precision, Bounds] = {"int8": Bounds(mean_cosine=0.1, p1_cosine=-1.0)}
     verdict = judge_precisions(of(image_int8=1.0, text_int8=1.0), loose)
     assert verdict.kept == frozenset()
     assert len(verdict.left_out) == 1
