@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.export.embed_pairs import Embedder
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.measure import Candidate, measure_interleaved
+from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
 from edgeclip.runtime.measurement import Measurement
 from edgeclip.runtime.spec import Precision, Tower
 
@@ -89,8 +88,4 @@ def fastest(
 
 
 def _candidate(name: str, embed: Embedder, inputs: NDArray[Any]) -> Candidate:
-    return Candidate(
-        name=name,
-        run=embed,
-        make_batch=lambda size: np.take(inputs, np.arange(size) % len(inputs), axis=0),
-    )
+    return Candidate(name=name, run=embed, make_batch=repeat_rows(inputs))

@@ -1,24 +1,19 @@
 """Teacher and student side by side: one image and one caption, interleaved in one run."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.demo_quality import STUDENT
+from edgeclip.export.embed_pairs import graph_embedder, torch_embedder
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cold_start import measure_cold_start
-from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measure import Candidate, measure_interleaved
+from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
 from edgeclip.runtime.measure_bundle import allowed_precisions, bundle_candidates, golden_inputs
 from edgeclip.runtime.measurement import Measurement
 from edgeclip.runtime.progress import progress_bar
@@ -54,8 +49,8 @@ def measure_tower(
     """
     inputs = golden_inputs(bundle, tower)
     candidates = (
-        Candidate(TEACHER_TORCH, _torch_run(teacher, tower), _repeat(inputs)),
-        Candidate(TEACHER_ONNX, _onnx_run(teacher_onnx, tower, device), _repeat(inputs)),
+        Candidate(TEACHER_TORCH, torch_embedder(teacher, tower), repeat_rows(inputs)),
+        Candidate(TEACHER_ONNX, graph_embedder(teacher_onnx, tower, device), repeat_rows(inputs)),
         *bundle_candidates(bundle, tower, device, prefix=STUDENT),
     )
     with progress_bar(f"{tower} tower") as progress:
@@ -114,22 +109,3 @@ def pair_ratio(measured: Sequence[Measurement], names: Names) -> Interval:
 
 def _of(measured: Sequence[Measurement], tower: Tower, name: str) -> Measurement:
     return next(item for item in measured if item.tower == tower and item.name == name)
-
-
-def _repeat(inputs: NDArray[Any]) -> Callable[[int], NDArray[Any]]:
-    return lambda size: np.take(inputs, np.arange(size) % len(inputs), axis=0)
-
-
-def _onnx_run(model: Path, tower: Tower, device: DeviceProfile) -> Callable[[NDArray[Any]], object]:
-    engine = open_engine(model, device=device)
-    return lambda batch: engine.run({INPUT_NAMES[tower]: batch})
-
-
-def _torch_run(teacher: DualEncoder, tower: Tower) -> Callable[[NDArray[Any]], object]:
-    embed = teacher.embed_image if tower == "image" else teacher.embed_text
-
-    def run(batch: NDArray[Any]) -> object:
-        with torch.inference_mode():
-            return embed(torch.from_numpy(batch)).numpy()
-
-    return run

@@ -3,6 +3,10 @@
 Weights are symmetric int8 with one scale for each output channel. Softmax, LayerNorm, Add
 and the products of attention (QK^T and AV) stay in float: quantizing those is what makes
 vision transformers collapse.
+
+Measured with ONNX Runtime on one CPU core at batch 1, as shares of the time in fp32: a
+ResNet takes 0.39, or 1.01 if the results of its convolutions stay float, because there is
+no kernel for that; a ConvNext takes 0.62, or 0.65 with its depthwise convolutions in int8.
 """
 
 import logging
@@ -74,8 +78,8 @@ def write_int8(source: Path, target: Path, data: CalibrationData, settings: Int8
             extra_options={
                 "ActivationSymmetric": settings.symmetric,
                 "WeightSymmetric": True,
-                # Results go to float operators: quantizing them would only lose accuracy.
-                "OpTypesToExcludeOutputQuantization": list(_OPERATORS),
+                # Their results go to float operators: int8 would only lose accuracy.
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
                 "CalibStridedMinMax": 1,  # batch by batch, or memory grows with the data
             },
         )
@@ -85,16 +89,22 @@ def write_int8(source: Path, target: Path, data: CalibrationData, settings: Int8
 def quantizable_nodes(model: onnx.ModelProto) -> list[str]:
     """Names of the nodes whose second input is a constant weight, in graph order.
 
-    The first convolution, which sees the pixels, is not among them: it is a small part of
-    the work, and its error goes through all layers.
+    Among convolutions these are the dense, overlapping ones. A depthwise one is no faster
+    in int8, and patches are a small part of the work whose error goes through all layers.
     """
     constants = constant_names(model)
-    pixels = model.graph.input[0].name
     return [
         node.name
         for node in model.graph.node
-        if node.op_type in _OPERATORS and node.input[1] in constants and node.input[0] != pixels
+        if node.op_type in _OPERATORS and node.input[1] in constants and not _spared(node)
     ]
+
+
+def _spared(node: onnx.NodeProto) -> bool:
+    """Tell whether a node is a depthwise convolution, or one that cuts patches."""
+    settings = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    cuts_patches = settings.get("kernel_shape") == settings.get("strides", [])
+    return node.op_type == "Conv" and (settings.get("group", 1) > 1 or cuts_patches)
 
 
 @contextmanager

@@ -50,6 +50,11 @@ class Candidate:
     make_batch: Callable[[int], NDArray[Any]]
 
 
+def repeat_rows(inputs: NDArray[Any]) -> Callable[[int], NDArray[Any]]:
+    """A `make_batch` that takes the rows of `inputs` [N, ...] again and again."""
+    return lambda size: np.take(inputs, np.arange(size) % len(inputs), axis=0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Times:
     """Seconds of each timed run of one candidate, in round order."""

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, get_args
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.profiles.device import DeviceProfile
@@ -15,7 +14,7 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cold_start import measure_cold_start
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measure import Candidate, measure_interleaved
+from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
 from edgeclip.runtime.measurement import SCHEMA_VERSION, Measurement, MeasurementRun
 from edgeclip.runtime.progress import progress_bar
 from edgeclip.runtime.spec import INPUT_NAMES, Precision, Tower
@@ -133,7 +132,7 @@ def _candidate(
     return Candidate(
         name=prefix + precision,
         run=lambda batch: engine.run({name: batch}),
-        make_batch=lambda size: np.take(inputs, np.arange(size) % len(inputs), axis=0),
+        make_batch=repeat_rows(inputs),
     )
 
 

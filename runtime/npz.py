@@ -8,7 +8,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ def write_npz(
     described = {_META: np.frombuffer(text.encode(), dtype=np.uint8), **arrays}
     try:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **described)
+            np.savez(file, **cast("Mapping[str, Any]", described))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 

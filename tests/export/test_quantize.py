@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
@@ -156,7 +156,7 @@ def test_ranges_come_from_the_calibration_data(
     assert first != other
 
 
-def test_the_pixels_and_the_products_of_attention_are_not_among_the_nodes(
+def test_patches_and_the_products_of_attention_are_not_among_the_nodes(
     clip_towers: TowerPaths,
 ) -> None:
     model = onnx.load(clip_towers.image)
@@ -164,6 +164,43 @@ def test_the_pixels_and_the_products_of_attention_are_not_among_the_nodes(
     chosen = [nodes[name] for name in quantizable_nodes(model)]
     assert len(chosen) == 13
     assert "Conv" not in {node.op_type for node in chosen}
+
+
+def test_dense_convolutions_are_quantized_with_their_results(
+    blobs: Make, clip: DualEncoder, tmp_path: Path
+) -> None:
+    """Patches, then a dense and a depthwise convolution, then the mean of each channel."""
+    draw = np.random.default_rng(0)
+    weights = {"w1": (16, 3, 4, 4), "w2": (16, 16, 3, 3), "w3": (16, 1, 3, 3)}
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["pixel_values", "w1"], ["a"], "patches", kernel_shape=[4, 4], strides=[4, 4]),
+        make("Conv", ["a", "w2"], ["b"], "dense", kernel_shape=[3, 3], strides=[1, 1]),
+        make("Conv", ["b", "w3"], ["c"], "depthwise", kernel_shape=[3, 3], group=16),
+        make("GlobalAveragePool", ["c"], ["d"], "pool"),
+        make("Flatten", ["d"], ["image_embeds"], "flatten"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "convolutions",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 32, 32])],
+        [helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, ["batch", 16])],
+        [
+            numpy_helper.from_array(draw.normal(size=shape).astype(np.float32), name)
+            for name, shape in weights.items()
+        ],
+    )
+    opset = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "f.onnx")
+    assert quantizable_nodes(onnx.load(tmp_path / "f.onnx")) == ["dense"]
+    data = calibration_images(blobs(8), clip.spec.image)
+    write_int8(tmp_path / "f.onnx", tmp_path / "int8.onnx", data, CPU)
+    model = onnx.load(tmp_path / "int8.onnx")
+    made_by = makers(model)
+    (dense,) = (node for node in model.graph.node if node.name == "dense")
+    assert [made_by[name].op_type for name in dense.input] == ["DequantizeLinear"] * 2
+    readers = [node.op_type for node in model.graph.node if dense.output[0] in node.input]
+    assert readers == ["QuantizeLinear"]
 
 
 @pytest.mark.parametrize(
@@ -180,8 +217,6 @@ def test_settings_follow_the_device(device: str, settings: Int8Settings) -> None
 
 
 def test_a_graph_without_weights_is_refused(blobs: Make, clip: DualEncoder, tmp_path: Path) -> None:
-    from onnx import TensorProto, helper
-
     value = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [None, 3, 32, 32])
     output = helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, [None, 3, 32, 32])
     node = helper.make_node("Relu", ["pixel_values"], ["image_embeds"], "relu")

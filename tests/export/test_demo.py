@@ -1,0 +1,54 @@
+"""The demo on the bundle and the teacher that are kept in the repository."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edgeclip.export.demo import DemoSettings, run_demo
+from edgeclip.export.demo_summary import Summary
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+    """A quick run with few scenes, and what it says of itself."""
+    out = tmp_path_factory.mktemp("demo")
+    settings = DemoSettings(quick=True, test_scenes=60, unseen_scenes=20, workload="quick")
+    return out, run_demo(settings, out, command="edgeclip demo --quick")
+
+
+def test_summary_says_what_the_run_found(made: tuple[Path, Summary]) -> None:
+    out, summary = made
+    written = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    for name in (
+        *("teacher_r1", "student_fp32_r1", "student_int8_r1", "retention", "latency_ratio"),
+        *("intervals", "seconds"),
+    ):
+        assert name in written
+    assert written["retention"] == summary.retention
+    assert written["student"] == "kept in the repository"
+    interval = written["intervals"]["retention"]
+    assert interval["low"] <= written["retention"] <= interval["high"]
+
+
+def test_the_kept_student_knows_the_scenes(made: tuple[Path, Summary]) -> None:
+    # Among 60 captions, chance is under 2%.
+    _, summary = made
+    assert summary.teacher_r1 > 0.9
+    assert summary.student_chosen_r1 > 0.9
+    assert summary.student_int8_r1 is not None
+    assert abs(summary.student_fp32_r1 - summary.student_int8_r1) < 0.05
+
+
+def test_the_report_is_one_whole_page(made: tuple[Path, Summary]) -> None:
+    page = (made[0] / "report.html").read_text(encoding="utf-8")
+    assert page.rstrip().endswith("</html>")
+    assert "teacher ONNX" in page
+    assert "OpenMoji" in page
+    assert "http-equiv" in page  # the policy that keeps the page from fetching anything
+
+
+def test_measurements_are_kept(made: tuple[Path, Summary]) -> None:
+    run = json.loads((made[0] / "measurements.json").read_text(encoding="utf-8"))
+    names = {item["name"] for item in run["measurements"]}
+    assert {"teacher torch", "teacher ONNX", "student fp32", "student int8"} <= names
