@@ -69,6 +69,10 @@ class DualEncoder(nn.Module):
         return parameter
 
     @property
+    def _pad_id(self) -> int:
+        return _token(self.tokenizer, "pad_token_id", "eos_token_id")
+
+    @property
     def spec(self) -> EncoderSpec:
         """Input contract and geometry, read from the model as it is now."""
         text = self.model.config.text_config
@@ -80,7 +84,7 @@ class DualEncoder(nn.Module):
                 vocab_size=int(text.vocab_size),
                 bos_id=_token(self.tokenizer, "bos_token_id", "cls_token_id"),
                 eos_id=_token(self.tokenizer, "eos_token_id", "sep_token_id"),
-                pad_id=_token(self.tokenizer, "pad_token_id", "eos_token_id"),
+                pad_id=self._pad_id,
             ),
             logit_scale=float(self.logit_scale.detach().exp()),
         )
@@ -98,7 +102,7 @@ class DualEncoder(nn.Module):
         """
         mask = None
         if not self.is_causal_text:
-            mask = (input_ids != self.spec.text.pad_id).long()
+            mask = (input_ids != self._pad_id).long()
         model: Any = self.model
         features = model.get_text_features(input_ids=input_ids, attention_mask=mask)
         return nn.functional.normalize(features.pooler_output.float(), dim=-1)

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
-from edgeclip.export.graph import GRAPH_NAMES
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.preprocess import preprocess_batch
-from edgeclip.runtime.spec import EncoderSpec, Tower
+from edgeclip.runtime.spec import INPUT_NAMES, OUTPUT_NAMES, EncoderSpec, Tower
 from edgeclip.runtime.tokenize_text import TextTokenizer
 
 FloatArray = NDArray[np.float32]
@@ -43,7 +42,7 @@ def graph_embedder(path: Path, tower: Tower, device: DeviceProfile) -> Embedder:
         EngineError: the engine cannot load the file.
     """
     engine = open_engine(path, device=device)
-    given, wanted = GRAPH_NAMES[tower]
+    given, wanted = INPUT_NAMES[tower], OUTPUT_NAMES[tower]
     return lambda values: engine.run({given: values})[wanted]
 
 

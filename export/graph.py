@@ -9,13 +9,7 @@ from onnx import numpy_helper
 
 from edgeclip.export.errors import ExportError
 from edgeclip.export.towers import MASKED
-from edgeclip.runtime.spec import Tower
 
-# Input and output of each tower, as transformers.js and optimum name them.
-GRAPH_NAMES: dict[Tower, tuple[str, str]] = {
-    "image": ("pixel_values", "image_embeds"),
-    "text": ("input_ids", "text_embeds"),
-}
 _LOWEST_FP16 = float(np.finfo(np.float16).min)
 _PROTOBUF_LIMIT = 2**31 - 1
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import GRAPH_NAMES, limit_masks, save_graph
+from edgeclip.export.graph import limit_masks, save_graph
 from edgeclip.export.towers import tower_module
 from edgeclip.runtime.bundle_paths import tower_path
-from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.spec import INPUT_NAMES, OUTPUT_NAMES, Tower
 
 OPSET = 18  # LayerNormalization is one operator since 17; TensorRT 10 and 11 read 18
 _SAMPLES = 2  # the exporter takes a batch of 1 for a constant
@@ -64,7 +64,6 @@ def export_tower(dual: DualEncoder, tower: Tower, path: Path) -> None:
 
 
 def _capture(dual: DualEncoder, tower: Tower) -> onnx.ModelProto:
-    given, wanted = GRAPH_NAMES[tower]
     dynamic: dict[int, object] = {0: torch.export.Dim("batch")}
     if tower == "text":
         dynamic[1] = torch.export.Dim("length", min=2, max=dual.spec.text.context_length)
@@ -73,8 +72,8 @@ def _capture(dual: DualEncoder, tower: Tower) -> onnx.ModelProto:
             program = torch.onnx.export(
                 tower_module(dual, tower),
                 (_sample(dual, tower),),
-                input_names=[given],
-                output_names=[wanted],
+                input_names=[INPUT_NAMES[tower]],
+                output_names=[OUTPUT_NAMES[tower]],
                 opset_version=OPSET,
                 dynamic_shapes=(dynamic,),
                 dynamo=True,

@@ -49,23 +49,15 @@ class PlainImageTower(nn.Module):
 
 
 class PlainTextTower(nn.Module):
-    """Any text tower, as `DualEncoder.embed_text` runs it.
-
-    Written again because that reads the logit scale on its way, which cannot be captured.
-    """
+    """Any text tower, as `DualEncoder.embed_text` runs it."""
 
     def __init__(self, dual: DualEncoder) -> None:
         super().__init__()
         self.dual = dual
-        self.pad_id = dual.spec.text.pad_id
-        self.is_causal = dual.is_causal_text
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """int64 [N, length] -> float32 [N, dim]."""
-        model: Any = self.dual.model
-        mask = None if self.is_causal else (input_ids != self.pad_id).long()
-        features = model.get_text_features(input_ids=input_ids, attention_mask=mask)
-        return _normalised(features.pooler_output)
+        return self.dual.embed_text(input_ids)
 
 
 class ClipImageTower(nn.Module):

@@ -97,7 +97,7 @@ def reseal(edit_manifest: Callable[[Path, Edit], None]) -> Callable[[Path], None
     return seal
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cpu_device() -> DeviceProfile:
     """A CPU with one thread on which every precision may run."""
     return DeviceProfile(

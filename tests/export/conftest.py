@@ -191,28 +191,14 @@ def convnext_towers(convnext: DualEncoder, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def cpu() -> DeviceProfile:
-    """A CPU with one thread on which every precision may run."""
-    return DeviceProfile(
-        name="test-cpu",
-        description="one thread",
-        engine="onnxruntime-cpu",
-        precisions=("fp32", "fp16", "int8"),
-        threads=1,
-        memory_mb=1000,
-        vnni=False,
-    )
-
-
-@pytest.fixture(scope="session")
-def plan(clip: DualEncoder, cpu: DeviceProfile) -> BundlePlan:
+def plan(clip: DualEncoder, cpu_device: DeviceProfile) -> BundlePlan:
     letters = LabelSet(names=("a", "b"), embeddings=np.eye(2, DIM, dtype=np.float32), space=SPACE)
     return BundlePlan(
         student=clip,
         space=SPACE,
         calibration=Blobs(24, seed=1),
         test=Blobs(40),
-        device=cpu,
+        device=cpu_device,
         origin=Origin(
             name="tiny", teacher="none", student="random", command="pytest", licence="Apache-2.0"
         ),

@@ -69,9 +69,9 @@ def test_the_manifest_records_gates_choices_and_origin(
 
 
 def test_the_encoder_embeds_as_torch_does(
-    built: BuiltBundle, clip: DualEncoder, cpu: DeviceProfile, blobs: Make
+    built: BuiltBundle, clip: DualEncoder, cpu_device: DeviceProfile, blobs: Make
 ) -> None:
-    encoder = Encoder.open(built.bundle.path, device=cpu, precision="fp32")
+    encoder = Encoder.open(built.bundle.path, device=cpu_device, precision="fp32")
     source = blobs(5, seed=9)
     images = [source[index].image for index in range(5)]
     texts = [str(source.caption(index)) for index in range(5)]
@@ -84,8 +84,10 @@ def test_the_encoder_embeds_as_torch_does(
     np.testing.assert_allclose(encoder.encode_text(texts, batch_size=1), expected, atol=1e-5)
 
 
-def test_the_bundle_replays_its_golden_inputs(built: BuiltBundle, cpu: DeviceProfile) -> None:
-    replays = replay_golden(built.bundle, cpu)
+def test_the_bundle_replays_its_golden_inputs(
+    built: BuiltBundle, cpu_device: DeviceProfile
+) -> None:
+    replays = replay_golden(built.bundle, cpu_device)
     assert len(replays) == 6
     assert all(replay.passed for replay in replays)
 
@@ -153,13 +155,13 @@ def test_labels_of_another_space_are_refused(plan: BundlePlan) -> None:
 
 
 def test_a_plan_that_cannot_work_is_refused_at_once(
-    plan: BundlePlan, blobs: Make, cpu: DeviceProfile
+    plan: BundlePlan, blobs: Make, cpu_device: DeviceProfile
 ) -> None:
     with pytest.raises(ConfigError, match="pictures with captions"):
         replace(plan, test=blobs(5, has_captions=False))
     with pytest.raises(ConfigError, match="pictures with captions"):
         replace(plan, calibration=blobs(0))
-    narrow = replace(cpu, precisions=("fp32",))
+    narrow = replace(cpu_device, precisions=("fp32",))
     with pytest.raises(ConfigError, match="does not allow int8, fp16: choose from fp32"):
         replace(plan, device=narrow, precisions=("int8", "fp16"))
 

@@ -22,7 +22,11 @@ def inputs_of(tower: Tower, dual: DualEncoder) -> np.ndarray:
 @pytest.mark.parametrize("family", ["clip", "convnext"])
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_fp16_is_half_as_large_and_nearly_the_same(
-    family: str, tower: Tower, cpu: DeviceProfile, tmp_path: Path, request: pytest.FixtureRequest
+    family: str,
+    tower: Tower,
+    cpu_device: DeviceProfile,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     dual: DualEncoder = request.getfixturevalue(family)
     paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
@@ -30,9 +34,9 @@ def test_fp16_is_half_as_large_and_nearly_the_same(
     write_fp16(source, tmp_path / "half.onnx")
     assert (tmp_path / "half.onnx").stat().st_size < 0.75 * source.stat().st_size
     values = inputs_of(tower, dual)
-    half = graph_embedder(tmp_path / "half.onnx", tower, cpu)(values)
+    half = graph_embedder(tmp_path / "half.onnx", tower, cpu_device)(values)
     assert half.dtype == np.float32
-    np.testing.assert_allclose(half, graph_embedder(source, tower, cpu)(values), atol=5e-3)
+    np.testing.assert_allclose(half, graph_embedder(source, tower, cpu_device)(values), atol=5e-3)
     # The norm is taken in fp32 and not rounded on its way out.
     np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-6)
 
@@ -53,7 +57,7 @@ def test_weights_and_arithmetic_are_half_and_the_ends_are_not(
     assert sorted(tail) == ["Div", "ReduceL2"]
 
 
-def test_huge_masks_and_large_norms_survive_fp16(cpu: DeviceProfile, tmp_path: Path) -> None:
+def test_huge_masks_and_large_norms_survive_fp16(cpu_device: DeviceProfile, tmp_path: Path) -> None:
     """Softmax over masked scores, then an embedding whose squares overflow fp16."""
     lowest = np.finfo(np.float32).min
     mask = np.array([[0, 0, lowest], [0, lowest, -np.inf]], np.float32)
@@ -85,7 +89,7 @@ def test_huge_masks_and_large_norms_survive_fp16(cpu: DeviceProfile, tmp_path: P
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "f.onnx")
     write_fp16(tmp_path / "f.onnx", tmp_path / "half.onnx")
     values = np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)
-    half = graph_embedder(tmp_path / "half.onnx", "image", cpu)(values)
-    full = graph_embedder(tmp_path / "f.onnx", "image", cpu)(values)
+    half = graph_embedder(tmp_path / "half.onnx", "image", cpu_device)(values)
+    full = graph_embedder(tmp_path / "f.onnx", "image", cpu_device)(values)
     assert np.isfinite(half).all()
     np.testing.assert_allclose(half, full, atol=2e-3)

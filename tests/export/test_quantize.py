@@ -54,7 +54,7 @@ def test_int8_embeds_nearly_as_fp32(
     tower: Tower,
     settings: Int8Settings,
     blobs: Make,
-    cpu: DeviceProfile,
+    cpu_device: DeviceProfile,
     request: pytest.FixtureRequest,
 ) -> None:
     dual: DualEncoder = request.getfixturevalue(family)
@@ -67,9 +67,9 @@ def test_int8_embeds_nearly_as_fp32(
         if tower == "image"
         else dual.text_tokenizer.encode([str(test.caption(index)) for index in range(8)])
     )
-    embed = graph_embedder(path, tower, cpu)
+    embed = graph_embedder(path, tower, cpu_device)
     found = embed(values)
-    assert cosines(found, graph_embedder(fp32, tower, cpu)(values)).min() > 0.97
+    assert cosines(found, graph_embedder(fp32, tower, cpu_device)(values)).min() > 0.97
     # Static ranges: what else is in the batch does not matter.
     np.testing.assert_allclose(embed(values[3:4])[0], found[3], atol=2e-3)
 

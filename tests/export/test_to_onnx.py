@@ -77,22 +77,22 @@ def test_mask_constants_fit_fp16(clip_towers: TowerPaths, convnext_towers: Tower
 @pytest.mark.parametrize("family", ["clip", "convnext"])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_images_embed_as_in_torch(
-    family: str, count: int, cpu: DeviceProfile, request: pytest.FixtureRequest
+    family: str, count: int, cpu_device: DeviceProfile, request: pytest.FixtureRequest
 ) -> None:
     dual: DualEncoder = request.getfixturevalue(family)
     paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
-    found = graph_embedder(paths.image, "image", cpu)(pixels(count))
+    found = graph_embedder(paths.image, "image", cpu_device)(pixels(count))
     np.testing.assert_allclose(found, torch_embedder(dual, "image")(pixels(count)), atol=EXACT)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["clip", "convnext"])
 def test_texts_embed_as_in_torch_alone_and_together(
-    family: str, cpu: DeviceProfile, request: pytest.FixtureRequest
+    family: str, cpu_device: DeviceProfile, request: pytest.FixtureRequest
 ) -> None:
     dual: DualEncoder = request.getfixturevalue(family)
     paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
-    embed, reference = graph_embedder(paths.text, "text", cpu), torch_embedder(dual, "text")
+    embed, reference = graph_embedder(paths.text, "text", cpu_device), torch_embedder(dual, "text")
     together = embed(dual.text_tokenizer.encode(TEXTS))
     np.testing.assert_allclose(together, reference(dual.text_tokenizer.encode(TEXTS)), atol=EXACT)
     for text, expected in zip(TEXTS, together, strict=True):
@@ -104,13 +104,13 @@ def test_texts_embed_as_in_torch_alone_and_together(
 @pytest.mark.parametrize("family", ["clip", "convnext"])
 @pytest.mark.parametrize("length", [2, 3, 10, 23, 24])
 def test_every_text_length_up_to_the_context_runs(
-    family: str, length: int, cpu: DeviceProfile, request: pytest.FixtureRequest
+    family: str, length: int, cpu_device: DeviceProfile, request: pytest.FixtureRequest
 ) -> None:
     dual: DualEncoder = request.getfixturevalue(family)
     paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
     ids = np.full((3, length), 40, dtype=np.int64)
     ids[:, 0], ids[:, -1] = dual.spec.text.bos_id, dual.spec.text.eos_id
-    found = graph_embedder(paths.text, "text", cpu)(ids)
+    found = graph_embedder(paths.text, "text", cpu_device)(ids)
     np.testing.assert_allclose(found, torch_embedder(dual, "text")(ids), atol=EXACT)
 
 
