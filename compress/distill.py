@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edgeclip.compress.augment import augmented
 from edgeclip.compress.batches import captions_of, ids_of, pixels_of
+from edgeclip.compress.compute import full_precision
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.losses import LossWeights, distillation, feature
 from edgeclip.compress.sources import Source
@@ -66,14 +67,16 @@ def distill(
         image = student.embed_image(batch.pixels)
         if batch.ids is None or batch.teacher_text is None:
             return {"total": feature(image, batch.teacher_image)}
-        return distillation(
-            weights,
-            image=image,
-            text=student.embed_text(batch.ids),
-            teacher_image=batch.teacher_image,
-            teacher_text=batch.teacher_text,
-            scale=cache.settings.logit_scale,
-        )
+        text = student.embed_text(batch.ids)
+        with full_precision(student.device):
+            return distillation(
+                weights,
+                image=image,
+                text=text,
+                teacher_image=batch.teacher_image,
+                teacher_text=batch.teacher_text,
+                scale=cache.settings.logit_scale,
+            )
 
     train(
         Task(

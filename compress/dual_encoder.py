@@ -185,15 +185,19 @@ class DualEncoder(nn.Module):
 def space_fingerprint(dual: DualEncoder) -> str:
     """SHA-256 (64 hex digits) of the embedding space that `dual` defines.
 
-    Covers what changes an embedding: the weights as float32, the input contract and the
-    tokenizer. Two files of the same weights in other formats have the same space.
+    Covers what changes an embedding: the towers' weights as float32, the input contract and
+    the tokenizer. Two files of the same weights in other formats have the same space. The
+    temperature is left out: it changes no embedding, and exp() differs between machines.
     """
+    spec = asdict(dual.spec)
+    del spec["logit_scale"]
     digest = hashlib.sha256()
-    digest.update(json.dumps(asdict(dual.spec), sort_keys=True).encode())
+    digest.update(json.dumps(spec, sort_keys=True).encode())
     digest.update(dual.tokenizer_json().encode())
     for name, value in sorted(dual.model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        if name != "logit_scale":
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

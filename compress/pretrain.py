@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from edgeclip.compress.batches import captions_of, ids_of, pixels_of
-from edgeclip.compress.compute import best_device
+from edgeclip.compress.compute import best_device, full_precision
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.losses import contrastive
 from edgeclip.compress.sources import EmojiSource
@@ -108,7 +108,8 @@ def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEnc
         pixels, ids = batch
         scale = teacher.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
         image, text = teacher.embed_image(pixels), teacher.embed_text(ids)
-        return {"total": contrastive(image, text, scale)}
+        with full_precision(teacher.device):
+            return {"total": contrastive(image, text, scale)}
 
     task = Task(
         title="pretrain",

@@ -223,7 +223,6 @@ class Encoder:
         labels.check_space(self.space)
         if top < 1:
             raise InputError(f"top is {top}: ask for at least 1 answer")
-        # A softmax does not see the logit bias, which is the same for all labels.
         logits = self.spec.logit_scale * (embeddings @ labels.embeddings.T)
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)

@@ -49,12 +49,10 @@ class EncoderSpec:
     """Input contract and geometry of a dual encoder.
 
     `dim` is the length of an embedding; both towers return L2-normalised float32.
-    `logit_scale` multiplies a cosine to give a logit (CLIP's exp(temperature)),
-    `logit_bias` is added after it (0 for CLIP, learned in SigLIP).
+    `logit_scale` multiplies a cosine to give a logit (CLIP's exp(temperature)).
     """
 
     dim: int
     image: ImageSpec
     text: TextSpec
     logit_scale: float
-    logit_bias: float = 0.0
