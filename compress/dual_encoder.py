@@ -20,7 +20,9 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
+from edgeclip.compress.model_record import MARKER, recorded_space, write_record
 from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.errors import first_line
 from edgeclip.runtime.files import atomic_directory
 from edgeclip.runtime.read_processor import image_spec_from_hugging_face
 from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
@@ -32,7 +34,6 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
 }
 transformers.utils.logging.disable_progress_bar()  # a file or two is no long work
 transformers.utils.logging.set_verbosity_error()  # `load` says itself which weights are amiss
-MARKER = "config.json"  # shows that a directory holds a model, and may be replaced by one
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
@@ -43,10 +44,17 @@ class DualEncoder(nn.Module):
         model: `CLIPModel` or `VisionTextDualEncoderModel`.
         image: how pictures are prepared for the image tower.
         tokenizer: a fast tokenizer with bos, eos and pad tokens.
+        space: fingerprint of the teacher's embedding space, for a student; None if the
+            model defines a space of its own.
     """
 
     def __init__(
-        self, model: PreTrainedModel, image: ImageSpec, tokenizer: PreTrainedTokenizerFast
+        self,
+        model: PreTrainedModel,
+        image: ImageSpec,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        space: str | None = None,
     ) -> None:
         super().__init__()
         # Written out, attention trains 1.4 times faster than the fused kernel in bfloat16
@@ -55,6 +63,12 @@ class DualEncoder(nn.Module):
         self.model = model
         self.image_spec = image
         self.tokenizer = tokenizer
+        self._space = space
+
+    @property
+    def space(self) -> str:
+        """Fingerprint of the embedding space that the weights live in, 64 hex digits."""
+        return self._space or space_fingerprint(self)
 
     @property
     def device(self) -> torch.device:
@@ -140,10 +154,7 @@ class DualEncoder(nn.Module):
         if family not in SUPPORTED:
             known = ", ".join(SUPPORTED)
             raise ConfigError(f"{source}: model_type {family!r} is not supported; known: {known}")
-        image = image_spec_from_hugging_face(
-            _json(folder / "preprocessor_config.json"),
-            source=str(folder / "preprocessor_config.json"),
-        )
+        image, space = _image_spec(folder), recorded_space(folder)
         try:
             loaded: Any = SUPPORTED[family].from_pretrained(
                 folder,
@@ -157,10 +168,16 @@ class DualEncoder(nn.Module):
             raise ConfigError(f"{source} cannot be loaded: {reason}") from error
         model, found = loaded
         _refuse_other_weights(found, source)
-        return cls(model, image, tokenizer).eval()
+        return cls(model, image, tokenizer, space=space).eval()
 
     def save(self, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write weights (safetensors), config, tokenizer and processor, whole or not at all."""
+        """Write weights (safetensors), config, tokenizer, processor and the record of the space.
+
+        Whole or not at all; only a directory that EdgeCLIP saved a model in is replaced.
+
+        Raises:
+            InputError: `directory` holds anything else.
+        """
         with atomic_directory(directory, replace=True, marker=MARKER) as folder:
             self.save_into(folder, dtype=dtype)
 
@@ -173,6 +190,10 @@ class DualEncoder(nn.Module):
         self.model.config.dtype = dtype
         self.model.save_pretrained(folder, state_dict=state)
         self.save_settings(folder)
+        space = self.space
+        if space == space_fingerprint(self):  # its own: that of the weights as rounded
+            space = space_fingerprint(DualEncoder.load(folder))
+        write_record(folder, space)
 
     def save_settings(self, folder: Path) -> None:
         """Write only config, tokenizer and processor: what a bundle carries of them."""
@@ -215,9 +236,8 @@ def _local(source: str | Path) -> Path:
         wanted = ["*.json", "*.txt", "*.safetensors"]
         return Path(snapshot_download(str(source), allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).splitlines()[0]
         raise ConfigError(
-            f"{source} is neither a directory here nor to be had from the hub ({first})"
+            f"{source} is neither a directory here nor to be had from the hub ({first_line(error)})"
         ) from error
 
 
@@ -236,6 +256,17 @@ def _refuse_other_weights(found: Mapping[str, Iterable[Any]], source: str | Path
             f"{source}: the weights do not fit config.json: {', '.join(problems)}; "
             f"both files must come from one model"
         )
+
+
+def _image_spec(folder: Path) -> ImageSpec:
+    """transformers 5 saves a whole processor as processor_config.json alone."""
+    path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if path.exists() or not whole.exists():
+        return image_spec_from_hugging_face(_json(path), source=str(path))
+    config = _json(whole).get("image_processor")
+    if not isinstance(config, dict):
+        raise ConfigError(f"{whole} has no image_processor, and there is no {path.name}")
+    return image_spec_from_hugging_face(config, source=str(whole))
 
 
 def _json(path: Path) -> dict[str, object]:

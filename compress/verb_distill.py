@@ -5,12 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeclip.compress.distill import distill
-from edgeclip.compress.dual_encoder import MARKER
 from edgeclip.compress.losses import LossWeights
+from edgeclip.compress.model_record import MARKER
 from edgeclip.compress.student import StudentShape, new_student
 from edgeclip.compress.teacher_cache import build_cache
 from edgeclip.compress.train_loop import TrainSettings
-from edgeclip.compress.verb_options import add_data, add_teacher, load_source, load_teacher
+from edgeclip.compress.verb_options import (
+    add_data,
+    add_teacher,
+    load_source,
+    load_teacher,
+    refuse_teacher_as_output,
+)
 from edgeclip.runtime.files import check_target
 
 
@@ -20,8 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_teacher(parser)
     add_data(parser, count=32_768)
     parser.add_argument("--out", type=Path, required=True, help="where the student is written")
-    parser.add_argument("--run", type=Path, help="cache, checkpoints and log (default: OUT-run)")
-    parser.add_argument("--views", type=int, default=1, help="augmented views of each picture")
+    parser.add_argument("--run", type=Path, help="checkpoints and log (default: OUT-run)")
+    parser.add_argument(
+        "--cache", type=Path, help="of `edgeclip cache`, or to be made (default: RUN/cache)"
+    )
+    parser.add_argument(
+        "--views",
+        type=int,
+        help="augmented views of each picture (default: those of the cache that is there, else 1)",
+    )
     parser.add_argument("--family", choices=("inherited", "convolutional"), default=shape.family)
     for name in ("image-heads", "image-layers", "text-heads", "text-layers"):
         default = getattr(shape, name.replace("-", "_"))
@@ -38,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Cache, distil and save; a run that was stopped goes on where it was."""
+    refuse_teacher_as_output(args)
     check_target(args.out, replace=True, marker=MARKER)
     teacher = load_teacher(args)
     source = load_source(args, teacher, split="train")
@@ -54,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{source.name}: no captions, so the teacher's text tower is kept as it is")
         shape = replace(shape, text_heads=None, text_layers=None)
     student = new_student(teacher, shape, seed=args.seed).to(teacher.device)
-    cache = build_cache(teacher, source, folder / "cache", views=args.views)
+    cache = build_cache(teacher, source, args.cache or folder / "cache", views=args.views)
     distill(
         student,
         cache,

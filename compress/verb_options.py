@@ -7,6 +7,7 @@ from edgeclip.compress.compute import best_device
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.emoji_scenes import Split
 from edgeclip.compress.sources import Source, open_source
+from edgeclip.profiles.errors import ConfigError
 
 BUILT_IN = "built-in"
 BUILT_IN_TEACHER = Path(__file__).parent / "emoji_teacher"
@@ -37,8 +38,24 @@ def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
 
 def load_teacher(args: argparse.Namespace) -> DualEncoder:
     """The teacher that `--teacher` names, where training runs fastest."""
-    source = BUILT_IN_TEACHER if args.teacher == BUILT_IN else args.teacher
-    return DualEncoder.load(source).to(best_device())
+    return DualEncoder.load(_teacher_source(args)).to(best_device())
+
+
+def refuse_teacher_as_output(args: argparse.Namespace) -> None:
+    """Keep the directory of the teacher from being replaced by what `--out` writes.
+
+    Raises:
+        ConfigError: `--out` is that directory, or holds it.
+    """
+    teacher = Path(_teacher_source(args))
+    if teacher.is_dir() and teacher.resolve().is_relative_to(args.out.resolve()):
+        raise ConfigError(
+            f"--out {args.out} would replace the teacher {teacher}: choose another directory"
+        )
+
+
+def _teacher_source(args: argparse.Namespace) -> str | Path:
+    return BUILT_IN_TEACHER if args.teacher == BUILT_IN else str(args.teacher)
 
 
 def load_source(args: argparse.Namespace, teacher: DualEncoder, *, split: Split) -> Source:

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from edgeclip.compress.dual_encoder import MARKER
+from edgeclip.compress.model_record import MARKER
 from edgeclip.compress.pretrain import TeacherShape, pretrain
 from edgeclip.compress.train_loop import TrainSettings
-from edgeclip.runtime.files import check_target
+from edgeclip.runtime.files import atomic_directory, check_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--out", type=Path, required=True, help="where the teacher is written")
-    parser.add_argument("--run", type=Path, help="checkpoints and log (default: OUT-run)")
+    parser.add_argument("--run", type=Path, help="checkpoints and log (default: runs/NAME-run)")
     parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
@@ -38,9 +38,11 @@ def run(args: argparse.Namespace) -> int:
         warmup_steps=150,
         seed=args.seed,
     )
-    folder = args.run or args.out.with_name(args.out.name + "-run")
+    # Not beside the teacher: that may be inside a package.
+    folder = args.run or Path("runs", f"{args.out.resolve().name}-run")
     teacher = pretrain(shape, settings, folder)
-    teacher.save(args.out, dtype=torch.float16)
-    (args.out / "log.jsonl").write_bytes((folder / "log.jsonl").read_bytes())
-    print(f"teacher written to {args.out}")
+    with atomic_directory(args.out, replace=True, marker=MARKER) as written:
+        teacher.save_into(written, dtype=torch.float16)
+        (written / "log.jsonl").write_bytes((folder / "log.jsonl").read_bytes())
+    print(f"teacher written to {args.out}; checkpoints in {folder}")
     return 0

@@ -10,6 +10,9 @@ from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.captions import TABLE_NAME
 from edgeclip.runtime.files import atomic_directory
 
+# Only this command writes it: captions.csv is in people's own folders too.
+_MARKER = ".edgeclip-scenes"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -26,11 +29,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--count and --size must be at least 1, got {args.count}, {args.size}")
     world = EmojiScenes(args.split, seed=args.seed)
     rows = [("file", "caption")]
-    with atomic_directory(args.folder, replace=True, marker=TABLE_NAME) as folder:
+    with atomic_directory(args.folder, replace=True, marker=_MARKER) as folder:
         for number, scene in enumerate(world.distinct(args.count)):
             rows.append((f"{number:05d}.png", scene.caption))
             world.render(scene, args.size).save(folder / rows[-1][0])
         with (folder / TABLE_NAME).open("w", encoding="utf-8", newline="") as table:
             csv.writer(table).writerows(rows)
+        (folder / _MARKER).touch()
     print(f"{args.count} scenes with captions in {args.folder}")
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.check_parity import check_parity
 from edgeclip.export.choose import TowerChoice, choose_fastest
-from edgeclip.export.embed_pairs import PairEmbeddings, graph_embedder, tower_inputs
+from edgeclip.export.embed_pairs import graph_embedder, tower_inputs
 from edgeclip.export.gates import Judged, refuse_missed
 from edgeclip.export.judge_precisions import (
     TowerEmbeddings,
@@ -15,8 +15,8 @@ from edgeclip.export.judge_precisions import (
     embed_test,
     judge_precisions,
     judge_together,
-    pair_embeddings,
 )
+from edgeclip.export.quantize import Int8Settings
 from edgeclip.export.write_bundle import write_golden, write_labels, write_manifest
 from edgeclip.export.write_precisions import TOWERS, TowerGraph, write_others, write_reference
 from edgeclip.runtime.bundle import Bundle
@@ -30,27 +30,17 @@ _TOO_COARSE = "Train the student longer, or do not ask for what misses its gates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PrecisionResult:
-    """Embeddings of the test pairs in one precision, or "chosen": each tower in its own."""
-
-    name: str
-    embeddings: PairEmbeddings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BuiltBundle:
     """A bundle that was written, and what was measured on the way.
 
     Attributes:
         bundle: the bundle, opened.
-        results: fp32, every precision that both towers hold, and "chosen".
         judged: all gates that were checked, those missed by a left-out precision included.
         left_out: a line for each gate because of which a precision was left out.
         choices: the precision that each tower ships in, why, and its measurements.
     """
 
     bundle: Bundle
-    results: tuple[PrecisionResult, ...]
     judged: tuple[Judged, ...]
     left_out: tuple[str, ...]
     choices: tuple[TowerChoice, ...]
@@ -88,7 +78,6 @@ def build_bundle(
         _write_rest(plan, folder, graphs, judged, choices)
     return BuiltBundle(
         bundle=Bundle.open(out),
-        results=_results(embeddings, graphs, choices),
         judged=judged,
         left_out=verdict.left_out,
         choices=choices,
@@ -168,9 +157,9 @@ def settle(
     Returns the choices and, for a mixed one, its gate.
     """
     chosen = _chosen(choices)
-    others = set(chosen.values()) - {"fp32"}
-    if not others:
+    if len(set(chosen.values())) == 1:
         return choices, ()
+    others = set(chosen.values()) - {"fp32"}
     bounds = max((plan.bounds[item] for item in others), key=lambda item: item.r1_loss)
     judged = judge_together(embeddings, chosen, bounds, "as chosen")
     if judged.record.passed:
@@ -198,25 +187,10 @@ def _write_rest(
         judged=[item for item in judged if item.record.passed],
         choices=choices,
         engine=plan.runner.engine,
+        int8=Int8Settings.for_device(plan.device),
         data=f"tested on {plan.test.name}; calibrated on {plan.calibration.name}",
         origin=plan.origin,
     )
-
-
-def _results(
-    embeddings: TowerEmbeddings, graphs: Sequence[TowerGraph], choices: Sequence[TowerChoice]
-) -> tuple[PrecisionResult, ...]:
-    held = {(graph.tower, graph.precision) for graph in graphs}
-    names = dict.fromkeys(graph.precision for graph in graphs)
-    whole = [name for name in names if all((tower, name) in held for tower in TOWERS)]
-    found = [
-        PrecisionResult(
-            name=name, embeddings=pair_embeddings(embeddings, dict.fromkeys(TOWERS, name))
-        )
-        for name in whole
-    ]
-    chosen = pair_embeddings(embeddings, _chosen(choices))
-    return (*found, PrecisionResult(name="chosen", embeddings=chosen))
 
 
 def _chosen(choices: Sequence[TowerChoice]) -> dict[Tower, Precision]:

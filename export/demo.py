@@ -1,5 +1,6 @@
 """The whole road on EmojiScenes, small but real: teacher, student, bundle, figures, report."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.embeddings import check_space
+from edgeclip.runtime.files import atomic_directory
 from edgeclip.runtime.measure_bundle import measurement_run
 from edgeclip.runtime.report import write_report
 from edgeclip.runtime.report_data import Stage
@@ -82,7 +84,7 @@ def run_demo(settings: DemoSettings, out: Path, *, command: str) -> Summary:
         teacher = DualEncoder.load(BUILT_IN_TEACHER)
         teacher_onnx = export_towers(teacher, out / "teacher")
     if settings.quick:
-        bundle, log = kept_bundle(teacher), None
+        bundle, log = kept_bundle(teacher, out), None
     else:
         student, log = train_student(teacher, settings, out, stages)
         with stages.stage("export", "export, quantize, check the gates, write the bundle"):
@@ -93,7 +95,7 @@ def run_demo(settings: DemoSettings, out: Path, *, command: str) -> Summary:
         unseen = evaluate_unseen(teacher, bundle, device, settings.unseen_scenes)
     with stages.stage("latency", "latency of teacher and student, side by side"):
         measured = measure(teacher, teacher_onnx, bundle, device, workload)
-    rows = summary_rows(models, teacher_onnx, bundle, measured)
+    rows = summary_rows(models, BUILT_IN_TEACHER, teacher_onnx, bundle, measured)
     summary = summarise(
         "kept in the repository" if settings.quick else "trained in this run",
         models=models,
@@ -107,12 +109,12 @@ def run_demo(settings: DemoSettings, out: Path, *, command: str) -> Summary:
     report = report_data(summary, bundle, test, models, unseen, rows, measured, stages.done, log)
     write_report(report, out / "report.html")
     summary.save(out / "summary.json")
-    print("\n" + table(rows, stages.done, summary))
+    print("\n" + table(rows, measured, stages.done, summary))
     return summary
 
 
-def kept_bundle(teacher: DualEncoder) -> Bundle:
-    """The bundle that is kept in the repository, if it is of this teacher's space.
+def kept_bundle(teacher: DualEncoder, out: Path) -> Bundle:
+    """A copy of the bundle that is kept in the repository, if it is of this teacher's space.
 
     Raises:
         BundleError: it was altered.
@@ -120,7 +122,9 @@ def kept_bundle(teacher: DualEncoder) -> Bundle:
     """
     bundle = Bundle.open(KEPT_BUNDLE)
     check_space(space_fingerprint(teacher), bundle.manifest.space, f"the bundle {KEPT_BUNDLE}")
-    return bundle
+    with atomic_directory(out / "bundle", replace=True) as folder:
+        shutil.copytree(KEPT_BUNDLE, folder, dirs_exist_ok=True)
+    return Bundle.open(out / "bundle")
 
 
 def train_student(
@@ -129,9 +133,13 @@ def train_student(
     """Cache the teacher, distil, save; the student and the log of its training."""
     size = teacher.image_spec.size
     scenes = EmojiSource("train", settings.scenes, size=size)
-    with stages.stage("cache", f"teacher embeddings of {len(scenes):,} scenes"):
+    resumed = ", resumed" if (out / "cache").exists() else ""
+    with stages.stage("cache" + resumed, f"teacher embeddings of {len(scenes):,} scenes"):
         cache = build_cache(teacher, scenes, out / "cache")
-    with stages.stage("distil", f"a student in the teacher's space, {settings.steps:,} steps"):
+    resumed = ", resumed" if (out / "run" / "checkpoint.pt").exists() else ""
+    with stages.stage(
+        "distil" + resumed, f"a student in the teacher's space, {settings.steps:,} steps"
+    ):
         student = new_student(teacher, settings.shape)
         train = TrainSettings(
             steps=settings.steps,

@@ -14,7 +14,7 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cold_start import measure_cold_start
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
-from edgeclip.runtime.measure_bundle import allowed_precisions, bundle_candidates, golden_inputs
+from edgeclip.runtime.measure_bundle import bundle_candidates, golden_inputs, measurable_precisions
 from edgeclip.runtime.measurement import Measurement
 from edgeclip.runtime.progress import progress_bar
 from edgeclip.runtime.spec import INPUT_NAMES, Tower
@@ -59,7 +59,7 @@ def measure_tower(
         )
     models = {TEACHER_ONNX: teacher_onnx} | {
         STUDENT + precision: bundle.tower_path(tower, precision)
-        for precision in allowed_precisions(bundle, tower, device)
+        for precision in measurable_precisions(bundle, tower, device)
     }
     example = {INPUT_NAMES[tower]: inputs[:1]}
     return tuple(

@@ -11,6 +11,7 @@ from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import EmojiSource
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.choose_precision import usable_precisions
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.intervals import Interval, bootstrap
 from edgeclip.runtime.quality import Ranks, pair_ranks, retrieval_of_ranks
@@ -50,8 +51,8 @@ def evaluate(
 
     The last is left out if both towers ship in one precision; `shipped_name` says which it is.
     """
-    image, text = (item.precisions for item in bundle.manifest.towers)
-    both = [item for item in image if item in text and item in device.precisions]
+    image, text = (usable_precisions(item, device) for item in bundle.manifest.towers)
+    both = [item for item in image if item in text]
     models = [_embed_with_torch(TEACHER, teacher, source)]
     models += [_embed_with_bundle(STUDENT + item, bundle, device, source, item) for item in both]
     if shipped_name(bundle) == SHIPPED:

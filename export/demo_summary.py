@@ -68,6 +68,16 @@ class Summary:
     retention_bar: float = 0.95
     latency_bar: float = 0.32
 
+    @property
+    def keeps_enough(self) -> bool:
+        """Whether the student meets the bar of retention."""
+        return self.retention >= self.retention_bar
+
+    @property
+    def fast_enough(self) -> bool:
+        """Whether the student meets the bar of latency."""
+        return self.latency_ratio <= self.latency_bar
+
     def save(self, path: Path) -> None:
         """Write `path`, whole or not at all."""
         with atomic_file(path) as temporary:
@@ -77,16 +87,20 @@ class Summary:
 
 def summary_rows(
     models: Sequence[Embedded],
+    teacher_weights: Path,
     teacher_onnx: TowerPaths,
     bundle: Bundle,
     measured: Sequence[Measurement],
 ) -> tuple[Row, ...]:
     """One row a model; the teacher's two engines share its R@1."""
     teacher, *students = models
-    files = (teacher_onnx.image, teacher_onnx.text)
+    files = {
+        TEACHER_TORCH: teacher_weights.glob("*.safetensors"),
+        TEACHER_ONNX: (teacher_onnx.image, teacher_onnx.text),
+    }
     rows = [
-        _row(name, teacher, dict.fromkeys(TOWERS, name), files, measured)
-        for name in (TEACHER_TORCH, TEACHER_ONNX)
+        _row(name, teacher, dict.fromkeys(TOWERS, name), paths, measured)
+        for name, paths in files.items()
     ]
     return (*rows, *(_student_row(student, bundle, measured) for student in students))
 
@@ -171,29 +185,42 @@ def summarise(
     )
 
 
-def table(rows: Sequence[Row], stages: Sequence[Stage], summary: Summary) -> str:
+def table(
+    rows: Sequence[Row],
+    measured: Sequence[Measurement],
+    stages: Sequence[Stage],
+    summary: Summary,
+) -> str:
     """The end of a run, for a person at a terminal."""
     lines = [f"{'model':<20}{'R@1':>8}{'95% interval':>18}{'ms a pair':>12}{'MB':>8}"]
     for row in rows:
         interval = f"{row.r1.low:.1%} to {row.r1.high:.1%}"
         figures = f"{row.pair_ms.value:>12.2f}{row.bytes / 1e6:>8.1f}"
         lines.append(f"{row.name:<20}{row.r1.value:>8.1%}{interval:>18}{figures}")
-    keeps = summary.retention >= summary.retention_bar
-    needs = summary.latency_ratio <= summary.latency_bar
+    contended = any(item.contended for item in measured)
     spent = ", ".join(f"{stage.name} {stage.seconds:.0f} s" for stage in stages)
     return "\n".join(
         (
             *lines,
             "",
             f"The student, {summary.student}, ships {summary.chosen}.",
-            _verdict(summary.intervals["retention"], "of the teacher's R@1 kept", keeps, ">= 95%"),
-            _verdict(summary.intervals["latency_ratio"], "of its time needed", needs, "<= 32%"),
+            _verdict(
+                summary.intervals["retention"],
+                f"of the teacher's R@1 kept, bar >= {summary.retention_bar:.0%}",
+                met=summary.keeps_enough,
+            ),
+            _verdict(
+                summary.intervals["latency_ratio"],
+                f"of its time needed, bar <= {summary.latency_bar:.0%}",
+                met=summary.fast_enough,
+            ),
+            *(["Other work kept the processor busy: ratios hold better than times."] * contended),
             "",
             f"{sum(stage.seconds for stage in stages):.0f} s: {spent}",
         )
     )
 
 
-def _verdict(interval: Interval, what: str, met: bool, bar: str) -> str:
+def _verdict(interval: Interval, what: str, *, met: bool) -> str:
     span = f"{interval.low:.1%} to {interval.high:.1%}"
-    return f"{interval.value:.1%} ({span}) {what}, bar {bar}: {'pass' if met else 'MISS'}"
+    return f"{interval.value:.1%} ({span}) {what}: {'pass' if met else 'MISS'}"

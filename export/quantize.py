@@ -43,6 +43,11 @@ class Int8Settings:
     reduce_range: bool
     method: CalibrationMethod = CalibrationMethod.MinMax
 
+    @property
+    def needs_vnni(self) -> bool:
+        """Whether the products overflow on a CPU without int8 dot products."""
+        return not self.symmetric and not self.reduce_range
+
     @classmethod
     def for_device(cls, device: DeviceProfile) -> "Int8Settings":
         """Return what suits the device's engine."""

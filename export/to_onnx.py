@@ -16,6 +16,7 @@ from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import limit_masks, save_graph
 from edgeclip.export.towers import tower_module
 from edgeclip.runtime.bundle_paths import tower_path
+from edgeclip.runtime.errors import first_line
 from edgeclip.runtime.spec import INPUT_NAMES, OUTPUT_NAMES, Tower
 
 OPSET = 18  # LayerNormalization is one operator since 17; TensorRT 10 and 11 read 18
@@ -81,8 +82,7 @@ def _capture(dual: DualEncoder, tower: Tower) -> onnx.ModelProto:
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many classes, all with a long report
-        first = str(error).strip().splitlines()[0]
-        raise ExportError(f"torch cannot export the {tower} tower: {first}") from error
+        raise ExportError(f"torch cannot export the {tower} tower: {first_line(error)}") from error
     assert program is not None
     return program.model_proto
 

@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo and say where the report is."""
+    """Run the demo and say where the report is; 1 if a bar was missed."""
     given = {name: getattr(args, name) for name in ("steps", "scenes")}
     changed = {name: value for name, value in given.items() if value is not None}
     settings = replace(DemoSettings(quick=args.quick), **changed)
     words = ["edgeclip", "demo", "--out", str(args.out)] + ["--quick"] * args.quick
     words += [word for name, value in changed.items() for word in (f"--{name}", str(value))]
-    run_demo(settings, args.out, command=shlex.join(words))
+    summary = run_demo(settings, args.out, command=shlex.join(words))
     print(f"\nreport: {args.out / 'report.html'}")
-    return 0
+    return 0 if summary.keeps_enough and summary.fast_enough else 1

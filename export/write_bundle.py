@@ -12,6 +12,7 @@ from edgeclip.compress.sources import Source
 from edgeclip.export.choose import TowerChoice
 from edgeclip.export.embed_pairs import graph_embedder
 from edgeclip.export.gates import Judged
+from edgeclip.export.quantize import Int8Settings
 from edgeclip.export.write_precisions import TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.machine import detect_machine
@@ -97,6 +98,7 @@ def write_manifest(
     judged: Sequence[Judged],
     choices: Sequence[TowerChoice],
     engine: str,
+    int8: Int8Settings,
     data: str,
     origin: Origin,
 ) -> None:
@@ -107,7 +109,7 @@ def write_manifest(
         name=origin.name,
         space=space,
         spec=student.spec,
-        towers=tuple(_tower_manifest(choice, graphs, judged) for choice in choices),
+        towers=tuple(_tower_manifest(choice, graphs, judged, int8) for choice in choices),
         gates=tuple(item.record for item in judged if item.subject == "bundle"),
         measured_on=f"{detect_machine().cpu}, {engine}" if measured else "",
         provenance=_provenance(origin, data),
@@ -118,7 +120,10 @@ def write_manifest(
 
 
 def _tower_manifest(
-    choice: TowerChoice, graphs: Sequence[TowerGraph], judged: Sequence[Judged]
+    choice: TowerChoice,
+    graphs: Sequence[TowerGraph],
+    judged: Sequence[Judged],
+    int8: Int8Settings,
 ) -> TowerManifest:
     files = tuple(
         TowerFile(
@@ -127,6 +132,7 @@ def _tower_manifest(
             gates=tuple(item.record for item in judged if item.subject == graph.subject),
             latency_ms=choice.latency_ms(graph.precision),
             golden_tolerance=_GOLDEN_TOLERANCE[graph.precision],
+            needs_vnni=graph.precision == "int8" and int8.needs_vnni,
         )
         for graph in graphs
         if graph.tower == choice.tower

@@ -1,5 +1,6 @@
 """A bundle on disk: checked as a whole before anything in it is loaded."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +31,12 @@ class Bundle:
         path: the directory, with symbolic links to it resolved, so that an update which
             moves a link does not mix two bundles.
         manifest: what `edgeclip.json` says.
+        check_hashes: whether a tower's SHA-256 is checked again when it is loaded.
     """
 
     path: Path
     manifest: Manifest
+    check_hashes: bool = True
 
     @classmethod
     def open(cls, path: str | Path, *, check_hashes: bool = True) -> "Bundle":
@@ -60,7 +63,7 @@ class Bundle:
         _check_tree(root, declared={file.path for file in manifest.files})
         for file in manifest.files:
             _check_file(root, file.path, file.bytes, file.sha256 if check_hashes else None)
-        return cls(root, manifest)
+        return cls(root, manifest, check_hashes)
 
     def tower_path(self, tower: Tower, precision: Precision | None = None) -> Path:
         """Return the ONNX file of a tower, by default in its chosen precision.
@@ -69,6 +72,23 @@ class Bundle:
             BundleError: the bundle does not hold that precision.
         """
         return self.path / self.manifest.tower(tower).file(precision).path
+
+    def tower_bytes(self, tower: Tower, precision: Precision | None = None) -> bytes:
+        """Read the ONNX file of a tower; what is returned is what was verified.
+
+        Raises:
+            BundleError: the bundle does not hold that precision, or the file cannot be read or
+                (with `check_hashes`) was altered since the bundle was opened.
+        """
+        name = self.manifest.tower(tower).file(precision).path
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError as error:
+            raise BundleError(f"cannot read {self.path / name}: {error.strerror}") from None
+        expected = next(file.sha256 for file in self.manifest.files if file.path == name)
+        if self.check_hashes and hashlib.sha256(content).hexdigest() != expected:
+            raise BundleError(_altered(self.path, name))
+        return content
 
     @property
     def tokenizer_path(self) -> Path:
@@ -162,8 +182,10 @@ def _check_file(root: Path, path: str, size: int, sha256: str | None) -> None:
                 f"{root}: {path} has {found} bytes instead of {size}: copy the bundle again"
             )
         if sha256 is not None and sha256_file(file) != sha256:
-            raise BundleError(
-                f"{root}: {path} was altered (its SHA-256 differs): copy the bundle again"
-            )
+            raise BundleError(_altered(root, path))
     except OSError as error:
         raise BundleError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _altered(root: Path, path: str) -> str:
+    return f"{root}: {path} was altered (its SHA-256 differs): copy the bundle again"

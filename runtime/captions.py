@@ -2,8 +2,9 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from edgeclip.runtime.errors import InputError
 
@@ -39,19 +40,34 @@ def _from_text(image: Path) -> str:
 
 
 def _from_table(table: Path, images: Sequence[Path]) -> list[str]:
-    rows = csv.DictReader(io.StringIO(_read(table), newline=""))
-    if not {"file", "caption"} <= set(rows.fieldnames or ()):
-        raise InputError(f"{table} needs a header with the columns file and caption")
     captions: dict[Path, str] = {}
     known = set(images)
-    for row in rows:
+    for line, row in _rows(table):
         image = table.parent / (row["file"] or "")
         if image in captions:
-            raise InputError(f"{table}, line {rows.line_num}: {row['file']} is there twice")
+            raise InputError(f"{table}, line {line}: {row['file']} is there twice")
         if image not in known:
-            raise InputError(f"{table}, line {rows.line_num}: {row['file']} is no image there")
+            raise InputError(f"{table}, line {line}: {row['file']} is no image there")
         captions[image] = (row["caption"] or "").strip()
     return [captions.get(image, "") for image in images]
+
+
+def _rows(table: Path) -> Iterator[tuple[int, dict[str | Any, str | Any]]]:
+    """Yield each row of a table with the line that it ends in."""
+    rows = csv.DictReader(io.StringIO(_read(table), newline=""), strict=True)
+    line = 0
+    try:
+        if not {"file", "caption"} <= set(rows.fieldnames or ()):
+            raise InputError(f"{table} needs a header with the columns file and caption")
+        line = rows.line_num
+        for row in rows:
+            line = rows.line_num
+            yield line, row
+    except csv.Error as error:  # the reader may be far beyond the row that it failed on
+        raise InputError(
+            f"{table}, the row from line {line + 1} on: {error}; close every quote, and write "
+            "it twice inside a quoted caption"
+        ) from error
 
 
 def _read(path: Path) -> str:

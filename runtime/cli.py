@@ -40,6 +40,7 @@ VERBS: dict[str, Verb] = {
     "report": Verb("edgeclip.runtime.verb_report", "write the report as one HTML file", "report"),
     "device": Verb("edgeclip.runtime.verb_device", "list device profiles, or show one"),
 }
+_ENGINES = "'edgeclip[cpu]' or 'edgeclip[gpu]'"
 _USAGE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -47,8 +48,9 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status.
 
-    0 is success; 1 a check that did not hold (`verify`, gates); 2 a mistake that the
-    message explains; 130 an interruption.
+    0 is success; 1 a check that did not hold (`verify`, the bars of `demo`); 2 a fault that
+    the message explains, such as wrong input, a full disk, or an export whose gates were
+    missed and which wrote no bundle; 130 an interruption.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -58,13 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgeClipError as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # The reader, such as `head`, has seen enough. Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _release_stdout()  # the reader, such as `head`, has seen enough
         return 0
     except OSError as error:
-        if error.filename is None:
-            raise
-        return _fail(f"{error.filename}: {error.strerror}")
+        _release_stdout()  # it may be the one that failed: a full disk has no file name
+        reason = error.strerror or str(error) or type(error).__name__
+        return _fail(reason if error.filename is None else f"{error.filename}: {reason}")
     except KeyboardInterrupt as interruption:  # training says how to go on
         print(f"edgeclip: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return _INTERRUPTED
@@ -91,12 +92,24 @@ def _run(name: str, verb: Verb, rest: list[str]) -> int:
         status: int = module.run(parser.parse_args(rest))
     except ImportError as error:
         package = (error.name or "").split(".")[0]
-        if verb.extra is None or package in ("", "edgeclip"):
+        # No verb's extra brings onnxruntime: which of the two builds suits is the user's choice.
+        extras = (
+            _ENGINES if package == "onnxruntime" else verb.extra and f"'edgeclip[{verb.extra}]'"
+        )
+        if not extras or package in ("", "edgeclip"):
             raise  # a fault of this software, not a package to install
         raise MissingExtraError(
-            f"edgeclip {name} needs the package {package!r}: pip install 'edgeclip[{verb.extra}]'"
+            f"edgeclip {name} needs the package {package!r}: pip install {extras}"
         ) from error
     return status
+
+
+def _release_stdout() -> None:
+    """Drop what stdout cannot take, or Python would complain again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _overview() -> str:

@@ -54,6 +54,22 @@ def check_unit_rows(array: NDArray[Any], what: str) -> None:
         )
 
 
+def check_embeddings(array: object, dim: int, what: str) -> None:
+    """Refuse anything but float32 [N, dim] with rows of length 1; N may be 0.
+
+    Raises:
+        InputError: as `check_unit_rows`, or another shape or dtype.
+    """
+    shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", type(array).__name__)
+    if len(shape) != 2 or shape[1] != dim or dtype != np.float32:
+        raise InputError(
+            f"{what} must be a float32 array [N, {dim}] of embeddings, not {dtype} {list(shape)}"
+        )
+    assert isinstance(array, np.ndarray)
+    if len(array):
+        check_unit_rows(array, what)
+
+
 def check_space(expected: str, found: str, what: str) -> None:
     """Refuse to compare embeddings of two embedding spaces.
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.choose_precision import choose_precision
+from edgeclip.runtime.embeddings import check_embeddings
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.index import Hit, Index
 from edgeclip.runtime.labels import LabelSet
@@ -127,8 +128,8 @@ class Encoder:
             EngineError: the engine failed, or gave something other than embeddings.
         """
         parts = [
-            self._image_tower.run(preprocess_batch(chunk, self.spec.image))
-            for chunk in _chunks(_list_of_images(images), batch_size)
+            self._image_tower.run(preprocess_batch(chunk, self.spec.image, first=start))
+            for start, chunk in _chunks(_list_of_images(images), batch_size)
         ]
         return self._joined(parts)
 
@@ -147,7 +148,9 @@ class Encoder:
             )
         if not np.isfinite(pixels).all():
             raise InputError("pixels hold values that are not finite (NaN or infinity)")
-        return self._joined([self._image_tower.run(part) for part in _chunks(pixels, batch_size)])
+        return self._joined(
+            [self._image_tower.run(part) for _, part in _chunks(pixels, batch_size)]
+        )
 
     def encode_text(
         self, texts: str | Sequence[str], *, truncate: bool = False, batch_size: int = 64
@@ -165,8 +168,8 @@ class Encoder:
         """
         several = [texts] if isinstance(texts, str) else list(texts)
         parts = [
-            self._text_tower.run(self._tokenizer.encode(chunk, truncate=truncate))
-            for chunk in _chunks(several, batch_size)
+            self._text_tower.run(self._tokenizer.encode(chunk, truncate=truncate, first=start))
+            for start, chunk in _chunks(several, batch_size)
         ]
         return self._joined(parts)
 
@@ -219,8 +222,14 @@ class Encoder:
     def classify_embeddings(
         self, embeddings: FloatArray, labels: LabelSet, *, top: int = 5
     ) -> list[tuple[Answer, ...]]:
-        """As `classify`, for image embeddings float32 [N, dim] that are there already."""
+        """As `classify`, for image embeddings float32 [N, dim] that are there already.
+
+        Raises:
+            SpaceMismatchError: see `classify`.
+            InputError: `top` below 1, or embeddings of another shape, dtype or length.
+        """
         labels.check_space(self.space)
+        check_embeddings(embeddings, self.spec.dim, "image embeddings")
         if top < 1:
             raise InputError(f"top is {top}: ask for at least 1 answer")
         logits = self.spec.logit_scale * (embeddings @ labels.embeddings.T)
@@ -243,19 +252,23 @@ class Encoder:
 
         Args:
             query: one or several. A `str` is a text, so the path of an image must be a
-                `Path`. A float array [N, dim] holds embeddings of this space.
+                `Path`. A float array of two dimensions holds embeddings of this space,
+                float32 [N, dim] and L2-normalised: a grey image must be uint8 or PIL.
             index: made in this embedding space.
             top: how many hits, at most all entries.
 
         Raises:
             SpaceMismatchError: the index was made in another embedding space.
-            InputError: `top` below 1, texts among images, or a query that cannot be read.
+            InputError: `top` below 1, texts among images, or a query that cannot be read
+                or is a float array of something other than embeddings.
         """
         index.check_space(self.space)
         return list(index.search(self._embed_query(query), top, space=self.space))
 
     def _embed_query(self, query: Any) -> FloatArray:
         if isinstance(query, np.ndarray) and query.ndim == 2 and query.dtype.kind == "f":
+            what = "a query of floats (a grey image is given as uint8)"
+            check_embeddings(query, self.spec.dim, what)
             return query
         several = [query] if isinstance(query, str) else _list_of_images(query)
         texts = [item for item in several if isinstance(item, str)]
@@ -278,9 +291,9 @@ def _list_of_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInpu
     return [images]
 
 
-def _chunks(items: Any, size: int) -> Iterator[Any]:
-    """Cut a list or array into pieces of at most `size`."""
+def _chunks(items: Any, size: int) -> Iterator[tuple[int, Any]]:
+    """Cut a list or array into pieces of at most `size`, each with the number of its first."""
     if size < 1:
         raise InputError(f"batch_size is {size}: take at least 1")
     for start in range(0, len(items), size):
-        yield items[start : start + size]
+        yield start, items[start : start + size]

@@ -29,8 +29,13 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(path: Path, *, device: "DeviceProfile") -> Engine:
+def open_engine(path: Path, *, device: "DeviceProfile", content: bytes | None = None) -> Engine:
     """Load a graph with the engine that the device asks for.
+
+    Args:
+        path: the ONNX file.
+        device: says which engine, and how many threads.
+        content: what is loaded in place of the file, `path` being its name in messages.
 
     Raises:
         EngineError: the engine cannot load the graph, or this software has no such engine.
@@ -39,11 +44,12 @@ def open_engine(path: Path, *, device: "DeviceProfile") -> Engine:
     from edgeclip.runtime.engine_ort import OrtEngine
 
     if device.engine == "onnxruntime-cpu":
-        return OrtEngine(path, providers=("CPUExecutionProvider",), threads=device.threads)
-    if device.engine == "onnxruntime-cuda":
+        providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    elif device.engine == "onnxruntime-cuda":
         providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        return OrtEngine(path, providers=providers, threads=device.threads)
-    raise EngineError(
-        f"device {device.name!r} asks for the engine {device.engine!r}, which this version "
-        "cannot run: use a device whose engine is onnxruntime-cpu or onnxruntime-cuda"
-    )
+    else:
+        raise EngineError(
+            f"device {device.name!r} asks for the engine {device.engine!r}, which this version "
+            "cannot run: use a device whose engine is onnxruntime-cpu or onnxruntime-cuda"
+        )
+    return OrtEngine(path, providers=providers, threads=device.threads, content=content)

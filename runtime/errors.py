@@ -10,6 +10,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "SpaceMismatchError",
+    "first_line",
 ]
 
 
@@ -31,3 +32,8 @@ class EngineError(EdgeClipError):
 
 class MissingExtraError(EdgeClipError):
     """A command needs packages that the installed extras do not bring."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what another library's error says, or its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

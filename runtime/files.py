@@ -1,5 +1,6 @@
 """Files that exist whole or not at all: hashes, and writing beside the target then renaming."""
 
+import errno
 import hashlib
 import os
 import re
@@ -14,6 +15,7 @@ from edgeclip.runtime.errors import InputError
 # .edgeclip-tmp-PID-TOKEN.NAME is being written, .edgeclip-old-PID-TOKEN.NAME being replaced.
 # The name comes last so that the suffix (.npz) survives.
 _SIBLING = re.compile(r"\.edgeclip-(tmp|old)-(\d+)-[0-9a-f]{8}\.(.+)", re.DOTALL)
+_live: set[str] = set()  # names of the siblings in use by the threads of this process
 
 
 def sha256_file(path: Path) -> str:
@@ -35,14 +37,14 @@ def atomic_file(target: Path) -> Iterator[Path]:
     _prepare(target)
     if target.is_dir():
         raise InputError(f"{target} is a directory: give the name of a file to write")
-    temporary = _sibling(target, "tmp")
-    try:
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(target)
-        _fsync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _sibling(target, "tmp") as temporary:
+        try:
+            yield temporary
+            _fsync(temporary)
+            temporary.replace(target)
+            _fsync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -67,33 +69,33 @@ def atomic_directory(
     """
     _prepare(target)
     check_target(target, replace=replace, marker=marker)
-    temporary = _sibling(target, "tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for folder, _, names in os.walk(temporary, topdown=False):
-            for name in names:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
-        check_target(target, replace=replace, marker=marker)
-        _swap(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _sibling(target, "tmp") as temporary:
+        temporary.mkdir()
+        try:
+            yield temporary
+            for folder, _, names in os.walk(temporary, topdown=False):
+                for name in names:
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            check_target(target, replace=replace, marker=marker)
+            _swap(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _swap(temporary: Path, target: Path) -> None:
     """Rename `temporary` to `target`, setting an existing directory aside first."""
-    old = _sibling(target, "old")
-    if target.exists():
-        target.replace(old)
-    try:
-        temporary.replace(target)
-    except OSError:
-        if old.exists():
-            old.replace(target)
-        raise
-    _fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with _sibling(target, "old") as old:
+        if target.exists():
+            target.replace(old)
+        try:
+            temporary.replace(target)
+        except OSError:
+            if old.exists():
+                old.replace(target)
+            raise
+        _fsync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def check_target(target: Path, *, replace: bool, marker: str) -> None:
@@ -114,8 +116,15 @@ def check_target(target: Path, *, replace: bool, marker: str) -> None:
         )
 
 
-def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".edgeclip-{kind}-{os.getpid()}-{secrets.token_hex(4)}.{target.name}")
+@contextmanager
+def _sibling(target: Path, kind: str) -> Iterator[Path]:
+    """Give a name beside `target` that no thread of this process clears away meanwhile."""
+    name = f".edgeclip-{kind}-{os.getpid()}-{secrets.token_hex(4)}.{target.name}"
+    _live.add(name)
+    try:
+        yield target.with_name(name)
+    finally:
+        _live.discard(name)
 
 
 def _prepare(target: Path) -> None:
@@ -127,7 +136,9 @@ def _prepare(target: Path) -> None:
         raise InputError(f"cannot write {target}: {error.strerror}") from error
     for path in siblings:
         match = _SIBLING.fullmatch(path.name)
-        if match is None or match[3] != target.name or _is_running(int(match[2])):
+        if match is None or match[3] != target.name:
+            continue
+        if path.name in _live or _is_running(int(match[2])):
             continue
         if match[1] == "old" and not target.exists():
             path.replace(target)
@@ -153,11 +164,14 @@ def _is_running(process: int) -> bool:
 
 
 def _fsync(path: Path) -> None:
-    """Flush a file or a directory to disk; file systems that cannot are left as they are."""
+    """Flush a file to disk, or a directory on file systems that can."""
     if path.is_dir() and os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

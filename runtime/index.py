@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.embeddings import check_matrix, check_space
+from edgeclip.runtime.embeddings import check_space, check_unit_rows
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.labels import check_keyed, text_tuple
 from edgeclip.runtime.npz import read_npz, write_npz
@@ -60,11 +60,11 @@ class Index:
 
         Raises:
             SpaceMismatchError: `space` is not the index's.
-            InputError: another shape, NaN, or `top` below 1.
+            InputError: another shape, NaN, rows not L2-normalised, or `top` below 1.
         """
         if space is not None:
             self.check_space(space)
-        check_matrix(queries, "queries")
+        check_unit_rows(queries, "queries")
         if queries.shape[1] != self.embeddings.shape[1]:
             raise InputError(
                 f"queries have {queries.shape[1]} dimensions, the index has "

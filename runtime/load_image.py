@@ -34,6 +34,8 @@ _FORMATS = (
 # full decode of textured pictures (spectrum 1/f), three times by less than 0.7.
 _REDUCE_TO = 3
 _ORIENTATION = 0x0112  # EXIF 2.32, tag "Orientation"
+# Where Pillow looks for an orientation: EXIF, EXIF in a PNG text, XMP.
+_ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -189,6 +191,8 @@ def _turn(image: Image.Image, full_size: tuple[int, int], region: Box, orientati
         return Picture(image, full_size, region)
     left, upper, right, lower = region
     upright = image.transpose(method)
+    for key in _ORIENTED_BY:  # it was obeyed, and must not be when the result is loaded again
+        upright.info.pop(key, None)
     # Orientations 5 to 8 swap the axes; the flips are those of the upright picture.
     if orientation >= 5:
         left, upper, right, lower = upper, left, lower, right

@@ -71,6 +71,7 @@ class TowerFile:
         latency_ms: median of one call at batch 1 on `Manifest.measured_on`; None if not measured.
         golden_tolerance: largest absolute difference of one embedding value from
             `golden.npz` that `edgeclip verify` accepts.
+        needs_vnni: int8 with 8-bit weights for a CPU: exact only with int8 dot products.
     """
 
     path: str
@@ -78,6 +79,7 @@ class TowerFile:
     gates: tuple[GateRecord, ...]
     latency_ms: float | None
     golden_tolerance: float
+    needs_vnni: bool = False
 
     def __post_init__(self) -> None:
         check_path(self.path)

@@ -11,6 +11,7 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.choose_precision import usable_precisions
 from edgeclip.runtime.cold_start import measure_cold_start
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.errors import InputError
@@ -54,7 +55,7 @@ def measure_bundle(
                 progress=progress,
             )
         if workload.cold_starts:
-            precisions = allowed_precisions(bundle, tower, device)
+            precisions = measurable_precisions(bundle, tower, device)
             measured = tuple(
                 _with_cold_start(item, precision, bundle, device, workload.cold_starts)
                 for item, precision in zip(measured, precisions, strict=True)
@@ -91,26 +92,26 @@ def bundle_candidates(
     inputs = golden_inputs(bundle, tower)
     return tuple(
         _candidate(bundle, tower, precision, device, inputs, prefix)
-        for precision in allowed_precisions(bundle, tower, device)
+        for precision in measurable_precisions(bundle, tower, device)
     )
 
 
-def allowed_precisions(
+def measurable_precisions(
     bundle: Bundle, tower: Tower, device: DeviceProfile
 ) -> tuple[Precision, ...]:
-    """The bundle's precisions of `tower` that the device allows, in the bundle's order.
+    """The bundle's precisions of `tower` that the device can run, in its order.
 
     Raises:
         InputError: there are none.
     """
-    held = bundle.manifest.tower(tower).precisions
-    allowed = tuple(precision for precision in held if precision in device.precisions)
-    if not allowed:
+    manifest = bundle.manifest.tower(tower)
+    usable = usable_precisions(manifest, device)
+    if not usable:
         raise InputError(
-            f"device {device.name!r} allows {', '.join(device.precisions)}, but the bundle holds "
-            f"the {tower} tower in {', '.join(held)}"
+            f"device {device.name!r} can run none of {', '.join(manifest.precisions)}, which "
+            f"the bundle holds of the {tower} tower"
         )
-    return allowed
+    return tuple(precision for precision in manifest.precisions if precision in usable)
 
 
 def golden_inputs(bundle: Bundle, tower: Tower) -> NDArray[Any]:

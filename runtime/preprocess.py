@@ -43,12 +43,16 @@ def preprocess(image: ImageInput, spec: ImageSpec) -> NDArray[np.float32]:
     return _normalise(resize_and_crop(image, spec), spec)
 
 
-def preprocess_batch(images: Sequence[ImageInput], spec: ImageSpec) -> NDArray[np.float32]:
+def preprocess_batch(
+    images: Sequence[ImageInput], spec: ImageSpec, *, first: int = 0
+) -> NDArray[np.float32]:
     """Turn pictures into float32 [N, 3, size, size].
+
+    `first` is the number of the first picture in a longer list, for the messages.
 
     Raises:
         InputError: no pictures, one picture in place of a list, or one that cannot be
-            loaded (the message says which, counted from 0).
+            loaded (the message says which, counted from `first`).
     """
     if _is_single(images):
         raise InputError("a batch is a list of images: put the one image into a list")
@@ -59,7 +63,7 @@ def preprocess_batch(images: Sequence[ImageInput], spec: ImageSpec) -> NDArray[n
         try:
             pixels[number] = preprocess(image, spec)
         except InputError as error:
-            raise InputError(f"image {number} of {len(images)}: {error}") from error
+            raise InputError(f"image {first + number}: {error}") from error
     return pixels
 
 

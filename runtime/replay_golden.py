@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.choose_precision import usable_precisions
 from edgeclip.runtime.errors import BundleError
 from edgeclip.runtime.golden import Expected, Golden
 from edgeclip.runtime.spec import Precision, Tower
@@ -47,7 +48,7 @@ def replay_golden(bundle: Bundle, device: "DeviceProfile") -> tuple[Replay, ...]
     _check_tokenizer(bundle, golden)
     found = []
     for item in golden.expected:
-        if item.precision in device.precisions:
+        if item.precision in usable_precisions(bundle.manifest.tower(item.tower), device):
             found.append(_replay(bundle, device, golden, item))
     if not found:
         raise BundleError(f"device {device.name!r} allows no precision that the bundle holds")

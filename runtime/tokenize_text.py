@@ -61,26 +61,28 @@ class TextTokenizer:
             raise ConfigError(f"{path} is not a tokenizer.json ({error})") from error
         return cls(tokenizer, spec)
 
-    def encode(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.int64]:
+    def encode(
+        self, texts: Sequence[str], *, truncate: bool = False, first: int = 0
+    ) -> NDArray[np.int64]:
         """Turn texts into int64 ids [N, L], L being the longest of the batch with its marks.
 
         Shorter texts are filled up with `pad_id` on the right. An empty text is its two
         marks. A text longer than `context_length` is refused; with `truncate` its end is
         cut off, the end mark stays last, and a warning is logged that counts such texts.
+        `first` is the number of the first text in a longer list, for the messages.
 
         Raises:
             InputError: no texts, one `str` in place of a list, an item that is not `str`
-                or not valid Unicode, or a text that is too long (numbers count from 0).
+                or not valid Unicode, or a text that is too long (numbers count from `first`).
         """
         limit = self.spec.context_length
-        rows = self._token_ids(texts)
+        rows = self._token_ids(texts, first)
         long = [number for number, ids in enumerate(rows) if len(ids) + 2 > limit]
         if long and not truncate:
             number = long[0]
-            others = f" (and {len(long) - 1} more texts)" if len(long) > 1 else ""
             raise InputError(
-                f"text {number} has {len(rows[number]) + 2} tokens with its start and end "
-                f"marks, the limit is {limit}{others}: shorten it, or ask to truncate"
+                f"text {first + number} has {len(rows[number]) + 2} tokens with its start and "
+                f"end marks, the limit is {limit}: shorten it, or ask to truncate"
             )
         if long:
             _log.warning("%d of %d texts were cut to %d tokens", len(long), len(rows), limit)
@@ -94,8 +96,8 @@ class TextTokenizer:
         """
         return tuple(len(ids) + 2 for ids in self._token_ids(texts))
 
-    def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        _check_texts(texts)
+    def _token_ids(self, texts: Sequence[str], first: int = 0) -> list[list[int]]:
+        _check_texts(texts, first)
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -107,12 +109,12 @@ class TextTokenizer:
         return padded
 
 
-def _check_texts(texts: Sequence[str]) -> None:
+def _check_texts(texts: Sequence[str], first: int) -> None:
     if isinstance(texts, str | bytes):
         raise InputError("a batch is a list of texts: put the one text into a list")
     if len(texts) == 0:
         raise InputError("no texts were given: a batch needs at least one")
-    for number, text in enumerate(texts):
+    for number, text in enumerate(texts, first):
         if not isinstance(text, str):
             raise InputError(f"text {number} is {type(text).__name__}: convert it to str")
         try:

@@ -19,7 +19,7 @@ class TowerRunner:
     """Runs one tower.
 
     Raises:
-        BundleError: the bundle does not hold that precision.
+        BundleError: see `Bundle.tower_bytes`.
         EngineError: the engine cannot load it.
         MissingExtraError: the engine's package is not installed.
     """
@@ -30,7 +30,8 @@ class TowerRunner:
         self._path = bundle.tower_path(tower, precision)
         self._dim = bundle.manifest.spec.dim
         self._given, self._wanted = INPUT_NAMES[tower], OUTPUT_NAMES[tower]
-        self._engine = open_engine(self._path, device=device)
+        content = bundle.tower_bytes(tower, precision)
+        self._engine = open_engine(self._path, device=device, content=content)
 
     def run(self, values: NDArray[Any]) -> NDArray[np.float32]:
         """Embed one batch of inputs [N, ...]; float32 [N, dim].

@@ -30,7 +30,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher, a student, a bundle, and scenes to look at."""
     folder = tmp_path_factory.mktemp("road")
     teacher, student = folder / "teacher", folder / "student"
-    _run("pretrain", "--out", teacher, *_TEACHER)
+    _run("pretrain", "--out", teacher, "--run", folder / "teacher-run", *_TEACHER)
     _run("distill", "--teacher", teacher, "--out", student, *_STUDENT)
     counts = ("--test-count", 40, "--calibration-count", 16)
     _run("export", student, "--teacher", teacher, "--out", folder / "bundle", *counts)
@@ -51,6 +51,10 @@ def test_student_and_teacher_share_one_space(road: Path) -> None:
     teacher = DualEncoder.load(road / "teacher")
     assert encoder.space == space_fingerprint(teacher)
     assert encoder.spec.dim == teacher.spec.dim
+    # So does the student's directory, which is another's work by its own weights.
+    student = DualEncoder.load(road / "student")
+    assert student.space == space_fingerprint(teacher) == teacher.space
+    assert space_fingerprint(student) != student.space
 
 
 def test_pictures_are_found_by_what_they_are(
@@ -58,10 +62,10 @@ def test_pictures_are_found_by_what_they_are(
 ) -> None:
     index = road / "photos.npz"
     _run("embed", road / "photos", "--bundle", road / "bundle", "--out", index)
-    query = ("--image", road / "photos" / "00003.png")
-    _run("search", "--bundle", road / "bundle", "--index", index, *query)
+    picture = road / "photos" / "00003.png"
+    _run("search", "--bundle", road / "bundle", "--index", index, "--image", picture)
     best = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  +"))
-    assert best == "  +1.000  00003.png"
+    assert best == f"  +1.000  {picture.as_posix()}"  # keys are the paths as embedded
 
 
 def test_classify_and_eval_answer(road: Path, capsys: pytest.CaptureFixture[str]) -> None:
