@@ -32,17 +32,19 @@ class StudentShape:
         family: `inherited`, a smaller copy of the teacher's own towers, or
             `convolutional`, a ConvNeXt image tower with an inherited text tower.
         image_heads: attention heads of the image tower; a head keeps the teacher's size,
-            so the width is heads x size of a head.
-        image_layers: transformer layers of the image tower.
-        text_heads, text_layers: the same for the text tower; None keeps the teacher's.
+            so the width is heads x size of a head. None is half the teacher's, rounded up.
+        image_layers: transformer layers of the image tower, None being half as well.
+        text_heads, text_layers: the same for the text tower.
+        whole_text: keep the teacher's text tower as it is.
         conv_widths, conv_depths: channels and blocks of each ConvNeXt stage.
     """
 
     family: Family = "inherited"
-    image_heads: int = 2
-    image_layers: int = 4
-    text_heads: int | None = 2
-    text_layers: int | None = 2
+    image_heads: int | None = None
+    image_layers: int | None = None
+    text_heads: int | None = None
+    text_layers: int | None = None
+    whole_text: bool = False
     conv_widths: tuple[int, ...] = (48, 96, 192)
     conv_depths: tuple[int, ...] = (2, 2, 4)
 
@@ -64,7 +66,8 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
         _shrink(vision, shape.image_heads, shape.image_layers)
     else:
         _shrink(vision, 1, 1)  # gives way to the convolutional tower
-    _shrink(text, shape.text_heads, shape.text_layers)
+    if not shape.whole_text:
+        _shrink(text, shape.text_heads, shape.text_layers)
     inherited = CLIPModel(config)
     inherit(inherited, teacher.model)
     model: PreTrainedModel = inherited
@@ -80,8 +83,8 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
 def _shrink(
     config: CLIPVisionConfig | CLIPTextConfig, heads: int | None, layers: int | None
 ) -> None:
-    heads = config.num_attention_heads if heads is None else heads
-    layers = config.num_hidden_layers if layers is None else layers
+    heads = (config.num_attention_heads + 1) // 2 if heads is None else heads
+    layers = (config.num_hidden_layers + 1) // 2 if layers is None else layers
     if heads < 1 or layers < 1:
         raise ConfigError(
             f"a tower needs at least one attention head and one layer, got {heads} and {layers}"

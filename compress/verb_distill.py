@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if not source.has_captions:
         print(f"{source.name}: no captions, so the teacher's text tower is kept as it is")
-        shape = replace(shape, text_heads=None, text_layers=None)
+        shape = replace(shape, whole_text=True)
     student = new_student(teacher, shape, seed=args.seed).to(teacher.device)
     cache = build_cache(teacher, source, args.cache or folder / "cache", views=args.views)
     distill(

@@ -52,8 +52,8 @@ def report_data(
         quality=tuple(quality_row(model) for model in (*models, *unseen)),
         measurements=tuple(measured),
         pareto=_pareto(rows, name),
-        quality_name=f"R@1, mean of both directions, {len(source):,} unseen scenes",
-        latency_name="one image and one caption at batch 1",
+        quality_name="R@1, mean of both directions",
+        latency_name="an image and a caption",
         quality_bar=summary.retention_bar * summary.teacher_r1,
         losses=() if log is None else _curves(log),
         gates=tuple(Gate(subject, record) for subject, record in bundle.manifest.all_gates()),
@@ -81,7 +81,7 @@ def _headlines(summary: Summary) -> tuple[Headline, ...]:
             value=summary.intervals["retention"],
             bar=summary.retention_bar,
             direction=">=",
-            note="mean of both directions, paired bootstrap over test scenes",
+            note="mean of both directions over unseen scenes, paired bootstrap",
         ),
         Headline(
             name="of the teacher's time needed",
@@ -101,7 +101,7 @@ def _choices(bundle: Bundle) -> tuple[Choice, ...]:
             for file in item.files
             if file.latency_ms is not None
         )
-        why = f"the fastest inside its gates when the bundle was written: {times}"
+        why = f"fp32 gives way only to what is surely faster inside its gates: {times}"
         choices.append(Choice(item.tower, item.chosen, why))
     return tuple(choices)
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import open_source
 from edgeclip.compress.verb_options import add_teacher, load_teacher
 from edgeclip.export.build_bundle import BuiltBundle, build_bundle
@@ -14,6 +14,7 @@ from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.choose import CHOOSING
 from edgeclip.export.write_bundle import Origin
 from edgeclip.profiles.device import THIS_MACHINE, load_device
+from edgeclip.runtime.embeddings import check_space
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.verb_options import positive
 
@@ -89,10 +90,11 @@ def verdict(built: BuiltBundle) -> str:
 def _plan(args: argparse.Namespace) -> BundlePlan:
     device = load_device(args.device)
     student = DualEncoder.load(args.student)
-    size = student.image_spec.size
+    teacher, size = load_teacher(args), student.image_spec.size
+    check_space(teacher.space, student.space, f"the student {args.student}")
     return BundlePlan(
         student=student,
-        space=space_fingerprint(load_teacher(args)),
+        space=teacher.space,
         calibration=open_source(
             args.data, split="calibration", count=args.calibration_count, size=size
         ),

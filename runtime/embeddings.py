@@ -60,12 +60,11 @@ def check_embeddings(array: object, dim: int, what: str) -> None:
     Raises:
         InputError: as `check_unit_rows`, or another shape or dtype.
     """
-    shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", type(array).__name__)
-    if len(shape) != 2 or shape[1] != dim or dtype != np.float32:
-        raise InputError(
-            f"{what} must be a float32 array [N, {dim}] of embeddings, not {dtype} {list(shape)}"
-        )
-    assert isinstance(array, np.ndarray)
+    wanted = f"{what} must be a float32 array [N, {dim}] of embeddings"
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{wanted}, not {type(array).__name__}")
+    if array.ndim != 2 or array.shape[1] != dim or array.dtype != np.float32:
+        raise InputError(f"{wanted}, not {array.dtype} {list(array.shape)}")
     if len(array):
         check_unit_rows(array, what)
 

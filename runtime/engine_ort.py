@@ -54,6 +54,7 @@ class OrtEngine:
             self._session = ort.InferenceSession(graph, options, providers=list(providers))
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(f"{self.name} cannot load {path}: {first_line(error)}") from error
+        self._session._model_bytes = None  # kept for good otherwise, beside what was made of it
         used = self._session.get_providers()
         if used[0] != providers[0]:
             raise EngineError(

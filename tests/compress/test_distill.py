@@ -176,7 +176,7 @@ def test_pictures_alone_leave_the_text_tower(
     shutil.copytree(few_pictures, folder, ignore=shutil.ignore_patterns("*.csv"))
     source = FolderSource(folder)
     cache = build_cache(teacher, source, tmp_path / "cache")
-    shape = StudentShape(image_heads=1, image_layers=2, text_heads=None, text_layers=None)
+    shape = StudentShape(image_heads=1, image_layers=2, whole_text=True)
     student = _distilled(teacher, cache, source, tmp_path / "run", SETTINGS, shape)
     ours, theirs = student.model.state_dict(), teacher.model.state_dict()
     text = [name for name in ours if name.startswith(("text_", "logit_scale"))]

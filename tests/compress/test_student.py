@@ -10,7 +10,7 @@ from edgeclip.compress.sources import EmojiSource
 from edgeclip.compress.student import StudentShape, new_student
 from edgeclip.profiles.errors import ConfigError
 
-WHOLE = StudentShape(image_heads=2, image_layers=4, text_heads=None, text_layers=None)
+WHOLE = StudentShape(image_heads=2, image_layers=4, whole_text=True)
 SMALL = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)
 CONVOLUTIONAL = StudentShape(
     family="convolutional", text_heads=1, text_layers=1, conv_widths=(8, 16), conv_depths=(1, 1)
@@ -96,6 +96,8 @@ def test_convolutional_student_survives_saving(teacher: DualEncoder, tmp_path: P
     student = new_student(teacher, CONVOLUTIONAL)
     student.save(tmp_path / "student")
     loaded = DualEncoder.load(tmp_path / "student")
+    assert loaded.space == student.space == space_fingerprint(teacher)
+    assert loaded.space != space_fingerprint(loaded)
     assert _same_answers(loaded, student)
     assert space_fingerprint(loaded) == space_fingerprint(student)
     model = VisionTextDualEncoderModel.from_pretrained(tmp_path / "student")
@@ -106,8 +108,7 @@ def test_convolutional_student_survives_saving(teacher: DualEncoder, tmp_path: P
 def test_convolutional_student_keeps_the_teachers_texts(teacher: DualEncoder) -> None:
     shape = StudentShape(
         family="convolutional",
-        text_heads=None,
-        text_layers=None,
+        whole_text=True,
         conv_widths=(8,),
         conv_depths=(1,),
     )
@@ -146,3 +147,14 @@ def test_impossible_shapes(teacher: DualEncoder, shape: StudentShape, message: s
 def test_only_a_clip_can_be_a_teacher(teacher: DualEncoder) -> None:
     with pytest.raises(ConfigError, match="only a CLIP model can be a teacher"):
         new_student(new_student(teacher, CONVOLUTIONAL), SMALL)
+
+
+def test_sizes_that_are_not_given_are_half_the_teachers(teacher: DualEncoder) -> None:
+    student = new_student(teacher, StudentShape())
+    for ours, theirs in (
+        (student.model.vision_model, teacher.model.vision_model),
+        (student.model.text_model, teacher.model.text_model),
+    ):
+        assert ours.config.num_hidden_layers == (theirs.config.num_hidden_layers + 1) // 2
+        assert ours.config.num_attention_heads == (theirs.config.num_attention_heads + 1) // 2
+        assert ours.config.hidden_size == theirs.config.hidden_size // 2

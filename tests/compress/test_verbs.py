@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from edgeclip.compress import verb_pretrain
 from edgeclip.compress.batches import embed_source
-from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.model_record import recorded_space
 from edgeclip.compress.sources import EmojiSource
 from edgeclip.compress.teacher_cache import open_cache
 from edgeclip.compress.train_loop import read_log
@@ -26,8 +28,11 @@ def _distill(teacher: Path, out: Path, *more: object) -> list[str]:
     return [str(item) for item in given]
 
 
-def test_pretrain_writes_a_teacher(tmp_path: Path, capsys: Capture) -> None:
-    out = tmp_path / "teacher"
+def test_pretrain_writes_a_teacher(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "package" / "teacher"
     sizes = "--image-size 32 --image-width 32 --image-layers 1 --text-width 32 --text-layers 1"
     more = "--head-size 16 --dim 16 --vocab-size 400 --steps 4 --batch-size 8"
     command = ["pretrain", "--out", str(out), *sizes.split(), *more.split()]
@@ -35,13 +40,24 @@ def test_pretrain_writes_a_teacher(tmp_path: Path, capsys: Capture) -> None:
     assert f"teacher written to {out}" in capsys.readouterr().out
     teacher = DualEncoder.load(out)
     assert (teacher.spec.dim, teacher.spec.image.size) == (16, 32)
+    assert recorded_space(out) == space_fingerprint(teacher)  # of the weights in fp16
     image, text = embed_source(teacher, EmojiSource("test", 3, size=32))
     assert image.shape == text.shape == (3, 16)
     assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
-    assert (tmp_path / "teacher-run" / "checkpoint.pt").exists()
+    assert (tmp_path / "runs" / "teacher-run" / "checkpoint.pt").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["teacher"]
     first = (out / "model.safetensors").read_bytes()
     assert main(command) == 0  # a finished run only writes its teacher again
     assert (out / "model.safetensors").read_bytes() == first
+    # Weights and log are replaced together or not at all.
+    weights = out / "model.safetensors"
+    weights.write_bytes(b"of before")
+    log = tmp_path / "runs" / "teacher-run" / "log.jsonl"
+    log.unlink()
+    monkeypatch.setattr(verb_pretrain, "pretrain", lambda *_: teacher)
+    assert main(command) == 2
+    assert weights.read_bytes() == b"of before"
+    assert (out / "log.jsonl").exists()
 
 
 def test_cache_and_distill(teacher_folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -60,6 +76,51 @@ def test_cache_and_distill(teacher_folder: Path, tmp_path: Path, capsys: Capture
     log = read_log(tmp_path / "student-run" / "log.jsonl")
     assert [line["step"] for line in log] == list(range(1, 9))
     assert {"affinity", "feature", "interactive", "contrastive"} <= set(log[0])
+
+
+def test_distill_takes_a_cache_as_it_is(
+    teacher_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "student"
+    given = ["--teacher", str(teacher_folder), "--count", "8", "--views", "3", "--seed", "5"]
+    assert main(["cache", *given, "--out", str(cache)]) == 0
+    made = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    more = ["--count", 8, "--steps", 2, "--cache", cache]
+    assert main(_distill(teacher_folder, out, *more)) == 0, capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == made
+    assert not (tmp_path / "student-run" / "cache").exists()
+    student = DualEncoder.load(out)
+    assert student.space == space_fingerprint(DualEncoder.load(teacher_folder))
+    assert main(_distill(teacher_folder, out, *more, "--views", 2)) == 2
+    assert "is a cache with another views" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["teacher", "other/../teacher", "."])
+def test_distill_does_not_replace_its_teacher(
+    teacher: DualEncoder,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    out: str,
+) -> None:
+    teacher.save(tmp_path / "teacher")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(_distill(Path("teacher"), Path(out))) == 2
+    assert "would replace the teacher teacher: choose another" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher", "other"}
+    DualEncoder.load("teacher")
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "distill"])
+def test_a_model_of_others_is_not_replaced(
+    teacher_folder: Path, tmp_path: Path, capsys: Capture, verb: str
+) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    more = ["--teacher", str(teacher_folder)] if verb == "distill" else []
+    assert main([verb, "--out", str(tmp_path), *more]) == 2
+    assert "holds no edgeclip-model.json, so it is not replaced" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_distill_a_convolutional_student(teacher_folder: Path, tmp_path: Path) -> None:

@@ -53,6 +53,10 @@ def test_caption_over_two_lines(tmp_path: Path, images: list[Path]) -> None:
         ("file,caption\nc.png,a\n", r"line 2: c\.png is no image"),
         ("file,caption\n../a.png,a\n", "is no image"),
         ("file,caption\n,a\n", "is no image"),
+        ('file,caption\na.png,a\ndeep/b.png,"b" or c\n', "from line 3 on: ',' expected"),
+        ('file,caption\na.png,a\ndeep/b.png,"b\n', "from line 3 on: unexpected end"),
+        ('file,caption\na.png,"a\n' + 9000 * "deep/b.png,some words\n", "from line 2 on: field"),
+        ('file,"caption\n', "from line 1 on: unexpected end"),
     ],
 )
 def test_damaged_table(tmp_path: Path, images: list[Path], table: str, message: str) -> None:

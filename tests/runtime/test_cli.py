@@ -114,8 +114,28 @@ def test_file_system_fault_names_the_file(verb: Any, capsys: Capture) -> None:
     assert capsys.readouterr().err == "edgeclip: error: out.npz: No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(OSError(28, "No space left on device"), "No space left on device"), (OSError("odd"), "odd")],
+)
+def test_file_system_fault_without_a_file(
+    verb: Any, capsys: Capture, fault: OSError, reason: str
+) -> None:
+    verb(Fake(fault))
+    assert cli.main(["try"]) == 2
+    assert capsys.readouterr().err == f"edgeclip: error: {reason}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_full_disk_under_stdout_is_one_line() -> None:
+    command = f"{sys.executable} -m edgeclip.runtime.cli --help > /dev/full"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "edgeclip: error: No space left on device\n"
+
+
 def test_fault_of_the_software_is_not_hidden(verb: Any) -> None:
-    for fault in (ZeroDivisionError(), OSError("no file"), ImportError("x", name="edgeclip.x")):
+    for fault in (ZeroDivisionError(), ImportError("x", name="edgeclip.x")):
         verb(Fake(fault))
         with pytest.raises(type(fault)):
             cli.main(["try"])
@@ -129,6 +149,16 @@ def test_missing_extra_says_how_to_install_it(verb: Any, capsys: Capture) -> Non
     assert cli.main(["try"]) == 2
     assert capsys.readouterr().err == (
         "edgeclip: error: edgeclip try needs the package 'onnx': pip install 'edgeclip[export]'\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["try", "plain"])
+def test_missing_engine_names_its_own_extras(verb: Any, capsys: Capture, name: str) -> None:
+    verb(Fake(ModuleNotFoundError("x", name="onnxruntime.quantization")))
+    assert cli.main([name]) == 2
+    assert capsys.readouterr().err == (
+        f"edgeclip: error: edgeclip {name} needs the package 'onnxruntime': "
+        "pip install 'edgeclip[cpu]' or 'edgeclip[gpu]'\n"
     )
 
 

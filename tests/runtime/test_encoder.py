@@ -103,7 +103,7 @@ def test_only_the_tower_that_is_used_is_loaded(own_bundle: Path, cpu_device: Dev
     encoder = Encoder.open(own_bundle, device=cpu_device)
     (own_bundle / "onnx" / "text_model.onnx").unlink()
     assert encoder.encode_image(picture("red")).shape == (1, 8)
-    with pytest.raises(EngineError, match="cannot load"):
+    with pytest.raises(BundleError, match=r"cannot read .*text_model\.onnx"):
         encoder.encode_text("red")
 
 
@@ -198,6 +198,55 @@ def test_altered_tower_is_not_run(own_bundle: Path, cpu_device: DeviceProfile) -
     replace_tower(own_bundle, give_nan)
     with pytest.raises(BundleError, match="was altered"):
         Encoder.open(own_bundle, device=cpu_device)
+
+
+def test_tower_that_is_altered_after_the_check_is_not_run(
+    own_bundle: Path, cpu_device: DeviceProfile
+) -> None:
+    checked, unchecked = (
+        Encoder.open(own_bundle, device=cpu_device, precision="fp32", check_hashes=check)
+        for check in (True, False)
+    )
+    replace_tower(own_bundle, lambda model: setattr(model, "producer_name", "other"))
+    with pytest.raises(BundleError, match=r"vision_model\.onnx was altered"):
+        checked.encode_image(picture("red"))
+    assert unchecked.encode_image(picture("red")).shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    "embeddings",
+    [
+        np.eye(2, 8, dtype=np.float64),
+        np.eye(2, 9, dtype=np.float32),
+        2 * np.eye(2, 8, dtype=np.float32),
+        np.full((2, 8), np.nan, np.float32),
+        np.full((8, 8), 0.5, np.float32),  # could be a grey image
+    ],
+)
+def test_floats_that_are_no_embeddings(encoder: Encoder, index: Index, embeddings: Any) -> None:
+    with pytest.raises(InputError, match="a grey image is given as uint8"):
+        encoder.search(embeddings, index)
+    with pytest.raises(InputError, match="image embeddings"):
+        encoder.classify_embeddings(embeddings, encoder.bake_labels(["red"]))
+
+
+def test_no_images_have_no_answers(encoder: Encoder) -> None:
+    assert encoder.classify([], ["red"]) == []
+
+
+def test_grey_image_is_a_query(encoder: Encoder, index: Index) -> None:
+    assert len(encoder.search(np.full((8, 8), 200, np.uint8), index)[0]) == 3
+
+
+def test_messages_count_in_the_whole_list(encoder: Encoder) -> None:
+    images: list[ImageInput] = [*random_images(4), b"no image"]
+    with pytest.raises(InputError, match=r"^image 4: "):
+        encoder.encode_image(images, batch_size=3)
+    with pytest.raises(InputError, match=r"^text 4 has 503 tokens"):
+        encoder.encode_text([*"abcd", "red " * 500], batch_size=3)
+    texts: Any = [*"abcd", None]
+    with pytest.raises(InputError, match=r"^text 4 is NoneType"):
+        encoder.encode_text(texts, batch_size=3)
 
 
 def test_classify(encoder: Encoder) -> None:

@@ -3,7 +3,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.engine import open_engine
@@ -36,6 +38,42 @@ def test_file_that_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(b"not a graph")
     with pytest.raises(EngineError, match=r"onnxruntime-cpu cannot load .*a\.onnx"):
         OrtEngine(tmp_path / "a.onnx", providers=CPU, threads=1)
+
+
+def test_content_is_loaded_in_place_of_the_file(tower: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "absent.onnx"
+    engine = OrtEngine(absent, providers=CPU, threads=1, content=tower.read_bytes())
+    assert set(engine.run({"pixel_values": pixels(2)})) == {"image_embeds"}
+    assert engine._session._model_bytes is None
+    with pytest.raises(EngineError, match=r"cannot load .*absent\.onnx"):
+        OrtEngine(absent, providers=CPU, threads=1, content=b"not a graph")
+
+
+@pytest.mark.parametrize("location", ["rows.bin", "deep/rows.bin", "../rows.bin"])
+def test_content_reads_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    """Left alone, ONNX Runtime reads a graph's data files from the current directory."""
+    path = tmp_path / "onnx" / "rows.onnx"
+    for folder in (tmp_path, path.parent, path.parent / "deep"):
+        folder.mkdir(exist_ok=True)
+        (folder / "rows.bin").write_bytes(np.ones((30, 2), np.float32).tobytes())
+    rows = onnx.TensorProto(name="rows", data_type=onnx.TensorProto.FLOAT, dims=[30, 2])
+    rows.data_location = onnx.TensorProto.EXTERNAL
+    rows.external_data.add(key="location", value=location)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["rows", "row"], ["found"])],
+        "rows",
+        [helper.make_tensor_value_info("row", onnx.TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("found", onnx.TensorProto.FLOAT, ["n", 2])],
+        [rows],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    content = model.SerializeToString()
+    path.write_bytes(content)
+    monkeypatch.chdir(path.parent)
+    with pytest.raises(EngineError, match=r"cannot load .*rows\.onnx"):
+        OrtEngine(path, providers=CPU, threads=1, content=content)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
+import errno
 import hashlib
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -214,6 +216,55 @@ def test_siblings_of_other_targets_and_of_living_writers_are_let_be(tmp_path: Pa
         folder.mkdir()
     write_whole(tmp_path / "bundle", "1")
     assert names(tmp_path) == sorted([living.name, other.name, "bundle"])
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_file_system_that_cannot_flush_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def flush(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, "no flush")
+
+    monkeypatch.setattr(os, "fsync", flush)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="no flush"):
+            write_whole(tmp_path / "bundle", "1")
+    else:
+        write_whole(tmp_path / "bundle", "1")
+        assert (tmp_path / "bundle" / MARKER).read_text() == "1"
+
+
+def test_file_that_cannot_be_flushed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flush(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "no flush")
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with pytest.raises(OSError, match="no flush"), atomic_file(tmp_path / "a") as temporary:
+        temporary.write_text("1")
+
+
+def test_writer_does_not_clear_another_of_its_process(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    with atomic_directory(target, replace=True) as first:
+        (first / MARKER).write_text("first")
+        write_whole(target, "second")
+        assert (first / MARKER).is_file()
+    assert (target / MARKER).read_text() == "first"
+    with atomic_file(tmp_path / "a") as temporary:
+        temporary.write_text("first")
+        with atomic_file(tmp_path / "a") as other:
+            other.write_text("second")
+    assert (tmp_path / "a").read_text() == "first"
+    assert names(tmp_path) == ["a", "bundle"]
+
+
+def test_what_an_earlier_process_of_this_id_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / f".edgeclip-tmp-{os.getpid()}-00000000.bundle").mkdir()
+    write_whole(tmp_path / "bundle", "1")
+    assert names(tmp_path) == ["bundle"]
 
 
 def test_two_threads_write_two_targets_side_by_side(tmp_path: Path) -> None:

@@ -98,9 +98,10 @@ def test_another_space_is_refused() -> None:
     ("queries", "top", "message"),
     [
         (np.ones(3, np.float32), 1, r"array\[None\]"),
-        (np.ones((1, 4), np.float32), 1, "4 dimensions, the index has 3"),
+        (np.eye(1, 4, dtype=np.float32), 1, "4 dimensions, the index has 3"),
         (np.full((1, 3), np.nan, np.float32), 1, "NaN"),
-        (np.ones((1, 3), np.float32), 0, "at least 1 hit"),
+        (np.ones((1, 3), np.float32), 1, "queries must be L2-normalised"),
+        (np.eye(1, 3, dtype=np.float32), 0, "at least 1 hit"),
     ],
 )
 def test_bad_queries_are_refused(queries: np.ndarray, top: int, message: str) -> None:

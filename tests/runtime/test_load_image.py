@@ -12,8 +12,11 @@ from PIL import Image
 
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.load_image import ImageInput, list_images, load_image, load_picture
+from edgeclip.runtime.preprocess import preprocess
+from edgeclip.runtime.spec import ImageSpec
 
 ORIENTATION = 0x0112
+SPEC = ImageSpec(size=16, resize=20, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -85,6 +88,30 @@ def test_exif_rotation_is_applied(orientation: int, form: str) -> None:
     assert difference(loaded, upright(gradient(48, 32), orientation)) < 3
     picture = load_picture(oriented(48, 32, orientation, form))
     assert picture.full_size == loaded.size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_rotation_is_applied_once(orientation: int, form: str) -> None:
+    data = oriented(48, 32, orientation, form)
+    assert np.array_equal(preprocess(load_image(data), SPEC), preprocess(data, SPEC))
+
+
+def test_rotation_by_other_tags_is_applied_once() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    raw = exif.tobytes()
+    for key, value in (
+        ("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n"),
+        ("xmp", b'<x tiff:Orientation="6"/>'),
+        ("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>'),
+    ):
+        turned = gradient(48, 32)
+        turned.info[key] = value
+        once = load_image(turned)
+        assert once.size == (32, 48)
+        assert load_image(once).size == (32, 48)
+        assert key in turned.info
 
 
 def test_exif_rotation_of_a_pillow_image_leaves_the_callers_alone() -> None:

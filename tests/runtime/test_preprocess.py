@@ -159,7 +159,7 @@ def test_an_array_of_pictures_is_a_batch() -> None:
 
 
 def test_a_bad_picture_of_a_batch_is_named() -> None:
-    with pytest.raises(InputError, match=r"image 1 of 2: .*known format"):
+    with pytest.raises(InputError, match=r"image 1: .*known format"):
         preprocess_batch([noise(9, 9), b"text"], SPEC)
 
 
