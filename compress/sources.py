@@ -59,7 +59,9 @@ class EmojiSource:
         self, split: Split, count: int, *, size: int, seed: int = 0, distinct: bool = False
     ) -> None:
         self._world = EmojiScenes(split, seed=seed)
-        self._scenes = self._world.distinct(count) if distinct else None
+        # A scene is asked for several times in a row: for its picture and for its caption.
+        draw = self._world.distinct(count).__getitem__ if distinct else self._world.scene
+        self._scene = functools.lru_cache(maxsize=1024)(draw)
         self._count = count
         self._size = size
         self.name = f"EmojiScenes {split}, {count} scenes"
@@ -72,7 +74,7 @@ class EmojiSource:
         """What picture `index` shows."""
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return self._world.scene(index) if self._scenes is None else self._scenes[index]
+        return self._scene(index)
 
     def __getitem__(self, index: int) -> Pair:
         return Pair(self.picture(index, size=self._size), self.caption(index))

@@ -26,7 +26,7 @@ from edgeclip.runtime.npz import read_npz, write_npz
 
 _SETTINGS = "cache.json"
 _KIND = "edgeclip-teacher-cache-1"
-_BATCH = 128
+_BATCH = 64
 Float16 = NDArray[np.float16]
 
 

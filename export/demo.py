@@ -49,8 +49,8 @@ class DemoSettings:
     """
 
     quick: bool = False
-    scenes: int = 24_576
-    steps: int = 900
+    scenes: int = 20_480
+    steps: int = 800
     batch_size: int = 128
     learning_rate: float = 1.5e-3
     shape: StudentShape = field(default_factory=StudentShape)

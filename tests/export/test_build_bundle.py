@@ -19,7 +19,8 @@ from edgeclip.export.choose import TowerChoice
 from edgeclip.export.embed_pairs import torch_embedder
 from edgeclip.export.errors import GateError
 from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.export.quantize import Int8Settings
+from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.encoder import Encoder
@@ -234,3 +235,12 @@ def test_a_kill_in_the_middle_of_writing_leaves_no_bundle(
     build_bundle(fp32_plan, tmp_path / "out" / "bundle")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bundle"]
     assert Bundle.open(tmp_path / "out" / "bundle").manifest.name == "tiny"
+
+
+def test_the_manifest_says_what_int8_needs(built: BuiltBundle, cpu_device: DeviceProfile) -> None:
+    # Made for a CPU without int8 dot products: weights of 7 bits, which run anywhere.
+    assert not cpu_device.vnni
+    files = [file for item in built.bundle.manifest.towers for file in item.files]
+    assert not any(file.needs_vnni for file in files)
+    assert Int8Settings.for_device(load_device("x86-avx512-vnni")).needs_vnni
+    assert not Int8Settings.for_device(load_device("jetson-orin-nano")).needs_vnni

@@ -1,6 +1,8 @@
+import copy
 from pathlib import Path
 
 import pytest
+import torch
 
 from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.export.build_bundle import BuiltBundle
@@ -30,6 +32,20 @@ def test_a_folder_of_photos_makes_a_bundle(
     assert "test, 8 pictures" in manifest.provenance.data
     assert main([*command, "--out", out]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_a_student_of_another_space_is_refused(
+    clip: DualEncoder, pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip.save(tmp_path / "teacher")
+    stranger = copy.deepcopy(clip)
+    with torch.no_grad():
+        stranger.model.get_parameter("visual_projection.weight").mul_(-1)
+    stranger.save(tmp_path / "student")
+    words = ["export", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    assert main([*words, "--data", str(pair_folder), "--out", str(tmp_path / "bundle")]) == 2
+    assert "was made in the embedding space" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_student_that_is_not_there_is_one_line(

@@ -5,7 +5,7 @@ import pytest
 
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.choose_precision import choose_precision
+from edgeclip.runtime.choose_precision import choose_precision, usable_precisions
 from edgeclip.runtime.errors import BundleError, InputError
 from edgeclip.runtime.manifest import TowerManifest
 
@@ -50,3 +50,25 @@ def test_nothing_fits(image_tower: TowerManifest, cpu_device: DeviceProfile) -> 
     device = dataclasses.replace(cpu_device, precisions=("fp16",))
     with pytest.raises(BundleError, match="in fp32, int8, but device 'test-cpu' allows fp16"):
         choose_precision(image_tower, device)
+
+
+@pytest.fixture
+def for_vnni(image_tower: TowerManifest) -> TowerManifest:
+    """The same tower, its int8 made for CPUs with int8 dot products."""
+    files = tuple(
+        dataclasses.replace(file, needs_vnni=file.precision == "int8") for file in image_tower.files
+    )
+    return dataclasses.replace(image_tower, files=files)
+
+
+def test_int8_for_vnni_is_not_run_without(
+    for_vnni: TowerManifest, cpu_device: DeviceProfile
+) -> None:
+    with_vnni = dataclasses.replace(cpu_device, vnni=True)
+    assert choose_precision(for_vnni, with_vnni) == "int8"
+    assert choose_precision(for_vnni, with_vnni, "int8") == "int8"
+    assert not cpu_device.vnni
+    assert choose_precision(for_vnni, cpu_device) == "fp32"
+    assert usable_precisions(for_vnni, cpu_device) == ("fp32",)
+    with pytest.raises(InputError, match="made for CPUs with VNNI, which device 'test-cpu' lacks"):
+        choose_precision(for_vnni, cpu_device, "int8")
