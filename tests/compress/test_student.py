@@ -130,9 +130,9 @@ def test_convolutional_student_ignores_the_sizes_of_the_other_family(
         (StudentShape(image_layers=5), "a student of 5 layers cannot inherit from a teacher of 4"),
         (StudentShape(text_heads=3), "a student can only be smaller"),
         (StudentShape(text_layers=3), "choose 1 to 2"),
-        (StudentShape(image_heads=0), "at least one attention head and one layer, got 0 and 4"),
-        (StudentShape(image_layers=0), "at least one attention head and one layer, got 2 and 0"),
-        (StudentShape(text_layers=-1), "got 2 and -1"),
+        (StudentShape(image_heads=0), "at least one attention head and one layer, got 0 and 2"),
+        (StudentShape(image_layers=0), "at least one attention head and one layer, got 1 and 0"),
+        (StudentShape(text_layers=-1), "got 1 and -1"),
         (
             StudentShape(family="convolutional", conv_widths=(8, 16), conv_depths=(1,)),
             "one number for each stage",
