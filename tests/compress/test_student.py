@@ -151,10 +151,8 @@ def test_only_a_clip_can_be_a_teacher(teacher: DualEncoder) -> None:
 
 def test_sizes_that_are_not_given_are_half_the_teachers(teacher: DualEncoder) -> None:
     student = new_student(teacher, StudentShape())
-    for ours, theirs in (
-        (student.model.vision_model, teacher.model.vision_model),
-        (student.model.text_model, teacher.model.text_model),
-    ):
-        assert ours.config.num_hidden_layers == (theirs.config.num_hidden_layers + 1) // 2
-        assert ours.config.num_attention_heads == (theirs.config.num_attention_heads + 1) // 2
-        assert ours.config.hidden_size == theirs.config.hidden_size // 2
+    for part in ("vision_config", "text_config"):
+        ours, theirs = (getattr(model.model.config, part) for model in (student, teacher))
+        assert ours.num_hidden_layers == (theirs.num_hidden_layers + 1) // 2
+        assert ours.num_attention_heads == (theirs.num_attention_heads + 1) // 2
+        assert ours.hidden_size == theirs.hidden_size // 2

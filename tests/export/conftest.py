@@ -27,6 +27,7 @@ from edgeclip.compress.sources import Pair
 from edgeclip.compress.tokenizer import train_tokenizer
 from edgeclip.export.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle_plan import BundlePlan
+from edgeclip.export.gates import DEFAULT_BOUNDS
 from edgeclip.export.to_onnx import TowerPaths, export_towers
 from edgeclip.export.write_bundle import Origin
 from edgeclip.profiles.device import DeviceProfile
@@ -51,6 +52,11 @@ QUICK = Workload(
     seconds_per_batch=0.1,
     cold_starts=0,
 )
+
+
+# Weights without training tell few pictures apart, so that rounding alone can cost a rank,
+# and with 40 pairs a rank is more than a point.
+LOOSE = {name: replace(bounds, r1_loss=25.0) for name, bounds in DEFAULT_BOUNDS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,7 @@ def tiny_clip(*, legacy_eos: bool = False) -> DualEncoder:
         "num_attention_heads": 2,
         "projection_dim": DIM,
     }
+    torch.manual_seed(0)
     config = CLIPConfig(
         projection_dim=DIM,
         vision_config={"image_size": SIZE, "patch_size": 8, **shape},
@@ -118,6 +125,7 @@ def tiny_clip(*, legacy_eos: bool = False) -> DualEncoder:
 
 def tiny_convnext() -> DualEncoder:
     """A ConvNext beside a BERT: no part of it is CLIP's."""
+    torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     vision = ConvNextConfig(depths=[1, 1], hidden_sizes=[16, 32], num_stages=2, image_size=SIZE)
     vision.hidden_size = 32  # the projection reads its width there
@@ -204,6 +212,7 @@ def plan(clip: DualEncoder, cpu_device: DeviceProfile) -> BundlePlan:
         ),
         workload=QUICK,
         labels={"letters": letters},
+        bounds=LOOSE,
     )
 
 

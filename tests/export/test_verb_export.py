@@ -20,15 +20,15 @@ def test_a_folder_of_photos_makes_a_bundle(
     clip.save(tmp_path / "student")
     student, out = str(tmp_path / "student"), str(tmp_path / "bundle")
     command = ["export", student, "--teacher", student, "--data", str(pair_folder)]
-    # Not int8: with eight pairs and untrained weights, its R@1 gate is a matter of luck.
-    status = main([*command, "--precisions", "fp16", "--out", out])
+    # With eight pairs and untrained weights, the R@1 gate of any other is a matter of luck.
+    status = main([*command, "--precisions", "fp32", "--out", out])
     printed = capsys.readouterr()
     assert status == 0, printed.err
-    assert "image fp16" in printed.out
+    assert "image fp32" in printed.out
     assert f"bundle written to {out}" in printed.out
     manifest = Bundle.open(out).manifest
     assert manifest.space == space_fingerprint(DualEncoder.load(student))
-    assert manifest.tower("image").precisions == ("fp32", "fp16")
+    assert manifest.tower("image").precisions == ("fp32",)
     assert manifest.provenance.command.startswith(f"edgeclip export {student} --teacher")
     assert "test, 8 pictures" in manifest.provenance.data
     assert main([*command, "--out", out]) == 2
