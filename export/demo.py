@@ -29,6 +29,7 @@ from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.bundle_paths import MANIFEST_NAME
 from edgeclip.runtime.embeddings import check_space
+from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.files import atomic_directory, check_target
 from edgeclip.runtime.measure_bundle import measurement_run
 from edgeclip.runtime.report import write_report
@@ -99,18 +100,21 @@ def run_demo(settings: DemoSettings, out: Path, *, command: str) -> Summary:
         unseen = evaluate_unseen(teacher, bundle, device, settings.unseen_scenes)
     with stages.stage("latency", "latency of teacher and student, side by side"):
         measured = measure(teacher, teacher_onnx, bundle, device, workload)
-    rows = summary_rows(models, BUILT_IN_TEACHER, teacher_onnx, bundle, measured)
+    shipped = Encoder(bundle, device).precisions
+    rows = summary_rows(models, BUILT_IN_TEACHER, teacher_onnx, bundle, shipped, measured)
     summary = summarise(
         "kept in the repository" if settings.quick else "trained in this run",
         models=models,
         unseen=unseen,
-        bundle=bundle,
+        shipped=shipped,
         measured=measured,
         stages=stages.done,
         command=command,
     )
     measurement_run(measured, workload=workload, command=command).save(out / "measurements.json")
-    report = report_data(summary, bundle, test, models, unseen, rows, measured, stages.done, log)
+    report = report_data(
+        summary, bundle, shipped, test, models, unseen, rows, measured, stages.done, log
+    )
     write_report(report, out / "report.html")
     summary.save(out / "summary.json")
     print("\n" + table(rows, measured, stages.done, summary))

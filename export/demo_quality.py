@@ -1,6 +1,6 @@
 """How well teacher and student retrieve: embeddings of test scenes, ranks, gallery."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from edgeclip.runtime.report_data import (
     Role,
     ShownAnswer,
 )
-from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.spec import Precision, Tower
 
 TEACHER, STUDENT, SHIPPED = "teacher", "student ", "student as shipped"
 Matrix = NDArray[np.float32]
@@ -55,14 +55,14 @@ def evaluate(
     both = [item for item in image if item in text]
     models = [_embed_with_torch(TEACHER, teacher, source)]
     models += [_embed_with_bundle(STUDENT + item, bundle, device, source, item) for item in both]
-    if shipped_name(bundle) == SHIPPED:
+    if shipped_name(Encoder(bundle, device).precisions) == SHIPPED:
         models.append(_embed_with_bundle(SHIPPED, bundle, device, source))
     return tuple(models)
 
 
-def shipped_name(bundle: Bundle) -> str:
-    """The name, among those of `evaluate`, of the student as it ships."""
-    chosen = {item.chosen for item in bundle.manifest.towers}
+def shipped_name(shipped: Mapping[Tower, Precision]) -> str:
+    """The name, among those of `evaluate`, of the student whose towers run in `shipped`."""
+    chosen = set(shipped.values())
     return STUDENT + chosen.pop() if len(chosen) == 1 else SHIPPED
 
 

@@ -1,6 +1,6 @@
 """From what a demo run found to the data of its report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from edgeclip.runtime.report_data import (
     ReportData,
     Stage,
 )
+from edgeclip.runtime.spec import Precision, Tower
 
 CREDITS = (
     "Pictograms: OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0.",
@@ -31,6 +32,7 @@ _SHOWN = 9
 def report_data(
     summary: Summary,
     bundle: Bundle,
+    shipped: Mapping[Tower, Precision],
     source: EmojiSource,
     models: Sequence[Embedded],
     unseen: Sequence[Embedded],
@@ -40,14 +42,14 @@ def report_data(
     log: Path | None,
 ) -> ReportData:
     """Everything the page shows; `models` as `evaluate` gives them."""
-    teacher, name = models[0], shipped_name(bundle)
-    shipped = next(model for model in models if model.name == name)
+    teacher, name = models[0], shipped_name(shipped)
+    student = next(model for model in models if model.name == name)
     return ReportData(
         title="From teacher to device, on EmojiScenes",
         summary=_sentence(summary),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         headlines=_headlines(summary),
-        choices=_choices(bundle),
+        choices=_choices(bundle, shipped),
         stages=tuple(stages),
         quality=tuple(quality_row(model) for model in (*models, *unseen)),
         measurements=tuple(measured),
@@ -57,8 +59,8 @@ def report_data(
         quality_bar=summary.retention_bar * summary.teacher_r1,
         losses=() if log is None else _curves(log),
         gates=tuple(Gate(subject, record) for subject, record in bundle.manifest.all_gates()),
-        gallery=gallery(source, teacher, shipped, range(_SHOWN)),
-        failures=gallery(source, teacher, shipped, failures(shipped, most=_SHOWN)),
+        gallery=gallery(source, teacher, student, range(_SHOWN)),
+        failures=gallery(source, teacher, student, failures(student, most=_SHOWN)),
         machine=summary.machine,
         commands=(summary.command,),
         credits=CREDITS,
@@ -93,7 +95,7 @@ def _headlines(summary: Summary) -> tuple[Headline, ...]:
     )
 
 
-def _choices(bundle: Bundle) -> tuple[Choice, ...]:
+def _choices(bundle: Bundle, shipped: Mapping[Tower, Precision]) -> tuple[Choice, ...]:
     choices = []
     for item in bundle.manifest.towers:
         times = ", ".join(
@@ -102,7 +104,7 @@ def _choices(bundle: Bundle) -> tuple[Choice, ...]:
             if file.latency_ms is not None
         )
         why = f"fp32 gives way only to what is surely faster inside its gates: {times}"
-        choices.append(Choice(item.tower, item.chosen, why))
+        choices.append(Choice(item.tower, shipped[item.tower], why))
     return tuple(choices)
 
 

@@ -1,7 +1,7 @@
 """What one run of the demo found: `summary.json`, and the table that ends the run."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
@@ -90,6 +90,7 @@ def summary_rows(
     teacher_weights: Path,
     teacher_onnx: TowerPaths,
     bundle: Bundle,
+    shipped: Mapping[Tower, Precision],
     measured: Sequence[Measurement],
 ) -> tuple[Row, ...]:
     """One row a model; the teacher's two engines share its R@1."""
@@ -102,11 +103,16 @@ def summary_rows(
         _row(name, teacher, dict.fromkeys(TOWERS, name), paths, measured)
         for name, paths in files.items()
     ]
-    return (*rows, *(_student_row(student, bundle, measured) for student in students))
+    return (*rows, *(_student_row(student, bundle, shipped, measured) for student in students))
 
 
-def _student_row(student: Embedded, bundle: Bundle, measured: Sequence[Measurement]) -> Row:
-    precisions = shipped(bundle)
+def _student_row(
+    student: Embedded,
+    bundle: Bundle,
+    shipped: Mapping[Tower, Precision],
+    measured: Sequence[Measurement],
+) -> Row:
+    precisions = dict(shipped)
     if student.name != SHIPPED:
         (precision,) = (p for p in get_args(Precision) if student.name == STUDENT + p)
         precisions = dict.fromkeys(TOWERS, precision)
@@ -130,25 +136,20 @@ def _row(
     )
 
 
-def shipped(bundle: Bundle) -> dict[Tower, Precision]:
-    """The precision that each tower of a bundle is chosen to run in."""
-    return {item.tower: item.chosen for item in bundle.manifest.towers}
-
-
 def summarise(
     student: str,
     *,
     models: Sequence[Embedded],
     unseen: tuple[Embedded, Embedded],
-    bundle: Bundle,
+    shipped: Mapping[Tower, Precision],
     measured: Sequence[Measurement],
     stages: Sequence[Stage],
     command: str,
 ) -> Summary:
     """All figures of a run; `models` as `evaluate` gives them."""
     by_name = {model.name: model for model in models}
-    teacher, chosen = by_name[TEACHER], by_name[shipped_name(bundle)]
-    names: Names = {tower: STUDENT + item for tower, item in shipped(bundle).items()}
+    teacher, chosen = by_name[TEACHER], by_name[shipped_name(shipped)]
+    names: Names = {tower: STUDENT + item for tower, item in shipped.items()}
     intervals = {
         "teacher_r1": teacher.mean_r1,
         "teacher_image_to_text_r1": bootstrap(teacher.ranks.image_to_text <= 1),
@@ -167,7 +168,7 @@ def summarise(
     values = {name: interval.value for name, interval in intervals.items()}
     return Summary(
         student=student,
-        chosen=", ".join(f"{tower} {item}" for tower, item in shipped(bundle).items()),
+        chosen=", ".join(f"{tower} {item}" for tower, item in shipped.items()),
         teacher_r1=values["teacher_r1"],
         student_fp32_r1=values["student_fp32_r1"],
         student_int8_r1=values.get("student_int8_r1"),
