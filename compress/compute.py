@@ -18,7 +18,7 @@ def best_device() -> torch.device:
 def autocast(compute: ComputeType, device: torch.device) -> torch.autocast:
     """Mixed precision: bfloat16 products, float32 weights, norms and softmax.
 
-    `auto` takes bfloat16 where the hardware has it: there it trains three times faster
+    `auto` takes bfloat16 where the hardware has it: there it trains three to four times faster
     than float32, on a processor without it many times slower.
     """
     enabled = compute == "bf16" or (compute == "auto" and _has_bfloat16(device))

@@ -57,7 +57,7 @@ class DualEncoder(nn.Module):
         space: str | None = None,
     ) -> None:
         super().__init__()
-        # Written out, attention trains 1.4 times faster than the fused kernel in bfloat16
+        # Written out, attention trains 1.4 to 1.7 times as fast as the fused kernel in bfloat16
         # on a CPU, and exports to plain MatMul and Softmax.
         model.set_attn_implementation("eager")
         self.model = model
