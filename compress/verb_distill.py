@@ -1,7 +1,7 @@
 """`edgeclip distill`: train a student in the teacher's embedding space."""
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from edgeclip.compress.distill import distill
@@ -22,7 +22,7 @@ from edgeclip.runtime.files import check_target
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    shape, weights = StudentShape(), LossWeights()
+    shape = StudentShape()
     add_teacher(parser)
     add_data(parser, count=32_768)
     parser.add_argument("--out", type=Path, required=True, help="where the student is written")
@@ -43,10 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    for name in ("affinity", "feature", "interactive", "contrastive"):
-        parser.add_argument(
-            f"--{name}", type=float, default=getattr(weights, name), help="weight of this loss"
-        )
+    for name, weight in asdict(LossWeights()).items():
+        parser.add_argument(f"--{name}", type=float, default=weight, help="weight of this loss")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,12 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _weights(args: argparse.Namespace) -> LossWeights:
-    return LossWeights(
-        affinity=args.affinity,
-        feature=args.feature,
-        interactive=args.interactive,
-        contrastive=args.contrastive,
-    )
+    return LossWeights(**{field.name: getattr(args, field.name) for field in fields(LossWeights)})
 
 
 def _settings(args: argparse.Namespace) -> TrainSettings:
