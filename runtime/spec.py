@@ -5,7 +5,7 @@ from typing import Literal
 
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Tower = Literal["image", "text"]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "fp8"]
 
 # The one input and output of a tower's graph, named as transformers.js and optimum do.
 INPUT_NAMES: dict[Tower, str] = {"image": "pixel_values", "text": "input_ids"}

@@ -25,8 +25,12 @@ def test_the_built_in_devices_are_these() -> None:
         "arm64-dotprod",
         "h200",
         "jetson-orin-nano",
+        "jetson-orin-nano-jetpack7",
+        "jetson-thor",
         "rtx-4000-ada",
+        "rtx-a2000",
         "rtx-blackwell",
+        "web",
         "x86-avx2",
         "x86-avx512-vnni",
     )
@@ -95,7 +99,12 @@ def test_int8_dot_products_are_seen_in_the_flags(flags: tuple[str, ...], vnni: b
         ({"size_budget_mb": float("nan")}, "size_budget_mb must be above 0"),
         ({"precisions": ()}, "at least one precision"),
         ({"precisions": ("fp32", "fp32")}, "must not repeat"),
-        ({"vnni": True}, "vnni is for onnxruntime-cpu only"),
+        ({"batch_best": 0}, "batch_best must be at least 1"),
+        ({"batch_min": 4}, "batch_min must not be above batch_best"),
+        ({"batch_best": 64}, "nor batch_best above batch_max"),
+        ({"precisions": ("fp8",)}, "fp8 needs TensorRT and compute_capability 8.9"),
+        ({"cpu_fallback": True}, "cpu_fallback is for ONNX Runtime's engines only"),
+        ({"vnni": True}, "vnni is for engines on the CPU only"),
         ({"compute_capability": None}, "needs compute_capability"),
         ({"compute_capability": "87"}, "must look like '8.7'"),
         ({"compute_capability": "0.7"}, "must look like '8.7'"),
@@ -104,6 +113,16 @@ def test_int8_dot_products_are_seen_in_the_flags(flags: tuple[str, ...], vnni: b
         ({"tensorrt_major": 0}, "tensorrt_major must be at least 1"),
         ({"engine": "tensorrt-rtx"}, "tensorrt-rtx supports .* not 8.7"),
         ({"engine": "onnxruntime-cuda"}, "has no int8 MatMul"),
+        (
+            {"engine": "tensorrt-rtx", "hardware_portability": "ampere-plus"},
+            "ampere-plus is for engine tensorrt only",
+        ),
+        ({"engine": "onnxruntime-tensorrt-rtx"}, "tensorrt-rtx supports .* not 8.7"),
+        ({"engine": "onnxruntime-tensorrt", "tensorrt_major": None}, "needs tensorrt_major"),
+        (
+            {"engine": "onnxruntime-cuda", "version_portability": True},
+            "version_portability is for the TensorRT engines only",
+        ),
         ({"engine": "onnxruntime-cuda"}, "tensorrt_major is for the TensorRT engines only"),
         ({"engine": "onnxruntime-cpu"}, "compute_capability is for GPU engines only"),
         ({"engine": "onnxruntime-cpu"}, "shared_memory is for GPU engines only"),
@@ -119,6 +138,18 @@ def test_a_cuda_device_in_half_precision_is_fine() -> None:
         JETSON, engine="onnxruntime-cuda", precisions=("fp16",), tensorrt_major=None
     )
     assert device.precisions == ("fp16",)
+
+
+def test_a_batch_that_may_not_vary_is_static() -> None:
+    assert JETSON.static_batch is None
+    assert dataclasses.replace(JETSON, batch_min=8, batch_best=8, batch_max=8).static_batch == 8
+
+
+def test_fp8_is_for_ada_and_later() -> None:
+    ada = load_device("rtx-4000-ada")
+    assert "fp8" in ada.precisions
+    with pytest.raises(ValueError, match="fp8 needs TensorRT"):
+        dataclasses.replace(ada, compute_capability="8.6")
 
 
 def test_all_mistakes_of_a_file_are_in_one_message(tmp_path: Path) -> None:
