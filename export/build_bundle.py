@@ -8,7 +8,8 @@ from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.check_parity import check_parity
 from edgeclip.export.choose import TowerChoice, choose_fastest
 from edgeclip.export.embed_pairs import graph_embedder, tower_inputs
-from edgeclip.export.gates import Judged, refuse_missed
+from edgeclip.export.explain_parity import explain_parity
+from edgeclip.export.gates import Judged, missed, refuse_missed
 from edgeclip.export.judge_precisions import (
     TowerEmbeddings,
     Verdict,
@@ -16,10 +17,15 @@ from edgeclip.export.judge_precisions import (
     judge_precisions,
     judge_together,
 )
+from edgeclip.export.label_head import add_label_head
 from edgeclip.export.quantize import Int8Settings
+from edgeclip.export.to_onnx import STANDARD
+from edgeclip.export.tower_graph import TOWERS, TowerGraph
 from edgeclip.export.write_bundle import write_golden, write_labels, write_manifest
-from edgeclip.export.write_precisions import TOWERS, TowerGraph, write_others, write_reference
+from edgeclip.export.write_engines import write_engines
+from edgeclip.export.write_precisions import write_interchange, write_others, write_reference
 from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.engine_key import EngineRecord
 from edgeclip.runtime.files import atomic_directory
 from edgeclip.runtime.spec import Precision, Tower
 
@@ -71,11 +77,13 @@ def build_bundle(
         graphs, parity = _export(plan, folder, progress)
         embeddings, verdict = _judge(plan, graphs, progress)
         graphs = _drop(graphs, verdict)
+        _add_heads(plan, graphs)
         choices = _choose(plan, graphs, progress)
         choices, mixed = settle(choices, embeddings, plan)
+        engines = _build_engines(plan, folder, graphs, choices, progress)
         judged = (*parity, *verdict.judged, *mixed)
         progress("writing the bundle")
-        _write_rest(plan, folder, graphs, judged, choices)
+        _write_rest(plan, folder, graphs, judged, choices, engines)
     return BuiltBundle(
         bundle=Bundle.open(out),
         judged=judged,
@@ -89,20 +97,40 @@ def _export(
 ) -> tuple[tuple[TowerGraph, ...], tuple[Judged, ...]]:
     """Write all graphs; the fp32 ones must agree with torch before others are made of them."""
     progress("exporting both towers to ONNX")
-    graphs = write_reference(plan.student, folder)
+    graphs = write_reference(plan.student, folder, plan.form)
+    named = [(graph.subject, graph) for graph in graphs]
+    if plan.form.pixels != STANDARD.pixels:
+        named.append(("image fp32 for others", write_interchange(plan.student, folder)))
     progress("comparing them with torch")
     parity: list[Judged] = []
-    for graph in graphs:
-        embed = graph_embedder(graph.path, graph.tower, plan.runner)
+    for subject, graph in named:
+        embed = graph_embedder(graph, plan.student.spec.image, plan.runner)
         found = check_parity(plan.student, graph.tower, embed, plan.test, plan.bounds["fp32"])
-        parity += [Judged(graph.subject, record) for record in found]
-    refuse_missed(parity, _UNFAITHFUL)
+        parity += [Judged(subject, record) for record in found]
+    _refuse_unfaithful(plan, graphs, parity)
     if len(plan.wanted) > 1:
         progress(f"making {' and '.join(plan.wanted[1:])}; calibrating on {plan.calibration.name}")
     graphs += write_others(
-        plan.student, folder, plan.wanted, calibration=plan.calibration, device=plan.device
+        plan.student,
+        folder,
+        plan.wanted,
+        pixels=plan.form.pixels,
+        calibration=plan.calibration,
+        device=plan.device,
     )
     return graphs, tuple(parity)
+
+
+def _refuse_unfaithful(
+    plan: BundlePlan, graphs: Sequence[TowerGraph], parity: Sequence[Judged]
+) -> None:
+    """Stop if an fp32 graph differs from torch, and say at which node it begins to."""
+    found = [
+        f"{graph.subject}: {explain_parity(plan.student, graph, plan.test, plan.runner, plan.form)}"
+        for graph in graphs
+        if missed(item for item in parity if item.subject == graph.subject)
+    ]
+    refuse_missed(parity, "; ".join([*found, _UNFAITHFUL]))
 
 
 def _judge(
@@ -128,18 +156,26 @@ def _drop(graphs: Sequence[TowerGraph], verdict: Verdict) -> tuple[TowerGraph, .
     return tuple(kept)
 
 
+def _add_heads(plan: BundlePlan, graphs: Sequence[TowerGraph]) -> None:
+    if plan.label_head is None:
+        return
+    for graph in graphs:
+        if graph.tower == "image":
+            labels = plan.labels[plan.label_head]
+            add_label_head(graph.path, labels, plan.student.spec.logit_scale)
+
+
 def _choose(
     plan: BundlePlan, graphs: Sequence[TowerGraph], progress: Progress
 ) -> tuple[TowerChoice, ...]:
     """Time the precisions of each tower against each other, if this machine is the device."""
     if plan.workload is None:
-        why = f"not measured: {plan.device.name} is not this machine"
-        return tuple(TowerChoice(tower=tower, precision="fp32", why=why) for tower in TOWERS)
+        return tuple(_unmeasured(plan, tower, graphs) for tower in TOWERS)
     choices = []
     for tower in TOWERS:
         progress(f"timing the {tower} tower in every precision")
         embedders = {
-            graph.precision: graph_embedder(graph.path, tower, plan.runner)
+            graph.precision: graph_embedder(graph, plan.student.spec.image, plan.runner)
             for graph in graphs
             if graph.tower == tower
         }
@@ -147,6 +183,35 @@ def _choose(
         first = next(tower_inputs(plan.test, tower, spec, tokenizer, count=1))
         choices.append(choose_fastest(tower, embedders, first, plan.workload))
     return tuple(choices)
+
+
+def _unmeasured(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) -> TowerChoice:
+    """What to ship to a device that is not at hand: fp32, or fp16 where a GPU runs it.
+
+    int8 and fp8 are for the device's own measurement to choose: they are not always faster.
+    """
+    precision: Precision = "fp32"
+    kept = {graph.precision for graph in graphs if graph.tower == tower}
+    if not plan.device.on_cpu and "fp16" in kept:
+        precision = "fp16"
+    why = f"not measured: {plan.device.name} is not this machine"
+    return TowerChoice(tower=tower, precision=precision, why=why)
+
+
+def _build_engines(
+    plan: BundlePlan,
+    folder: Path,
+    graphs: Sequence[TowerGraph],
+    choices: Sequence[TowerChoice],
+    progress: Progress,
+) -> tuple[EngineRecord, ...]:
+    """Build the engines of what the device will choose from: all but fp32, if there is more."""
+    chosen = _chosen(choices)
+    wanted = [
+        graph for graph in graphs if graph.precision != "fp32" or chosen[graph.tower] == "fp32"
+    ]
+    length = plan.student.spec.text.context_length
+    return write_engines(folder, wanted, plan.device, length, progress)
 
 
 def settle(
@@ -174,6 +239,7 @@ def _write_rest(
     graphs: Sequence[TowerGraph],
     judged: Sequence[Judged],
     choices: Sequence[TowerChoice],
+    engines: tuple[EngineRecord, ...],
 ) -> None:
     """Write all but the towers, the manifest last."""
     plan.student.save_settings(folder)
@@ -188,6 +254,9 @@ def _write_rest(
         choices=choices,
         engine=plan.runner.engine,
         int8=Int8Settings.for_device(plan.device),
+        form=plan.form,
+        engines=engines,
+        label_head=plan.label_head,
         data=f"tested on {plan.test.name}; calibrated on {plan.calibration.name}",
         origin=plan.origin,
     )

@@ -1,12 +1,13 @@
 """What goes into a bundle: everything `build_bundle` needs to know."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.choose import CHOOSING
 from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
+from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.write_bundle import Origin
 from edgeclip.profiles.device import THIS_MACHINE, DeviceProfile, load_device
 from edgeclip.profiles.errors import ConfigError
@@ -30,6 +31,8 @@ class BundlePlan:
             for whatever the device allows and is inside its gates.
         labels: label sets by name, made by the teacher.
         bounds: of the gates of each precision.
+        label_head: name of the label set of `labels` that the image towers carry, if any.
+        patch_features: image towers also give the last hidden state of each patch.
         workload: how the precisions are timed on this machine; None where this machine is
             not the device, and fp32 is chosen.
 
@@ -48,6 +51,8 @@ class BundlePlan:
     precisions: Sequence[Precision] | None = None
     labels: Mapping[str, LabelSet] = field(default_factory=dict)
     bounds: Mapping[Precision, Bounds] = field(default_factory=lambda: DEFAULT_BOUNDS)
+    label_head: str | None = None
+    patch_features: bool = False
     workload: Workload | None = CHOOSING
 
     def __post_init__(self) -> None:
@@ -65,6 +70,8 @@ class BundlePlan:
                 f"choose from {', '.join(self.device.precisions)}"
             )
 
+        if self.label_head is not None and self.label_head not in self.labels:
+            raise ConfigError(f"there is no label set {self.label_head!r} for the label head")
         for label_set in self.labels.values():
             label_set.check_space(self.space)
 
@@ -75,7 +82,16 @@ class BundlePlan:
         return tuple(dict.fromkeys(("fp32", *asked)))
 
     @property
+    def form(self) -> GraphForm:
+        """How the towers are captured for the device."""
+        return GraphForm.for_device(self.device, patch_features=self.patch_features)
+
+    @property
     def runner(self) -> DeviceProfile:
         """What runs the graphs while they are judged: the device, if it is a CPU."""
-        is_cpu = self.device.engine == "onnxruntime-cpu"
-        return self.device if is_cpu else load_device(THIS_MACHINE)
+        if self.device.engine == "onnxruntime-cpu":
+            return self.device
+        batch = (self.device.batch_min, self.device.batch_best, self.device.batch_max)
+        smallest, best, largest = batch
+        here = load_device(THIS_MACHINE)
+        return replace(here, batch_min=smallest, batch_best=best, batch_max=largest)

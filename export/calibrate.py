@@ -4,20 +4,22 @@ Inputs are made batch by batch when they are asked for, so memory stays bounded 
 the source holds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader
 
 from edgeclip.compress.sources import Source
 from edgeclip.profiles.errors import ConfigError
-from edgeclip.runtime.preprocess import preprocess_batch
-from edgeclip.runtime.spec import ImageSpec
+from edgeclip.runtime.preprocess import crop_batch, preprocess_batch
+from edgeclip.runtime.spec import ImageSpec, PixelForm
 from edgeclip.runtime.tokenize_text import TextTokenizer
 
 _BATCH = 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +34,35 @@ class CalibrationData:
         return BatchReader(self, input_name)
 
 
-def calibration_images(source: Source, spec: ImageSpec) -> CalibrationData:
-    """Batches float32 [N, 3, size, size] of the source's pictures.
+def calibration_images(
+    source: Source,
+    spec: ImageSpec,
+    pixels: PixelForm = "float32-nchw",
+    *,
+    batch: int | None = None,
+) -> CalibrationData:
+    """Batches of the source's pictures, in the form that the tower takes.
+
+    These are float32 [N, 3, size, size], normalised, or uint8 [N, size, size, 3]. `batch` is
+    the only N that the graph takes; None where it may vary.
 
     Raises:
         ConfigError: the source is empty.
     """
     _check_some(source)
-    starts = range(0, len(source), _BATCH)
+    chosen = _in_batches(range(len(source)), batch)
+    prepare = crop_batch if pixels == "uint8-nhwc" else preprocess_batch
 
-    def batch(index: int) -> NDArray[Any]:
-        chosen = range(starts[index], min(starts[index] + _BATCH, len(source)))
-        return preprocess_batch([source[item].image for item in chosen], spec)
+    def pictures(index: int) -> NDArray[Any]:
+        return prepare([source[item].image for item in chosen[index]], spec)
 
-    return CalibrationData(len(starts), batch)
+    return CalibrationData(len(chosen), pictures)
 
 
-def calibration_texts(source: Source, tokenizer: TextTokenizer) -> CalibrationData:
-    """Batches int64 [N, length] of the source's captions.
+def calibration_texts(
+    source: Source, tokenizer: TextTokenizer, *, batch: int | None = None
+) -> CalibrationData:
+    """Batches int64 [N, length] of the source's captions; for `batch` see above.
 
     A batch holds captions of one length only: what a tower computes for padding is never
     used, and must not widen the ranges.
@@ -65,11 +78,7 @@ def calibration_texts(source: Source, tokenizer: TextTokenizer) -> CalibrationDa
     by_length: dict[int, list[str]] = {}
     for text, length in zip(texts, tokenizer.token_counts(texts), strict=True):
         by_length.setdefault(min(length, tokenizer.spec.context_length), []).append(text)
-    batches = [
-        same[start : start + _BATCH]
-        for _, same in sorted(by_length.items())
-        for start in range(0, len(same), _BATCH)
-    ]
+    batches = [part for _, same in sorted(by_length.items()) for part in _in_batches(same, batch)]
     return CalibrationData(
         len(batches), lambda index: tokenizer.encode(batches[index], truncate=True)
     )
@@ -96,6 +105,15 @@ class BatchReader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime is
             return None
         self._next += 1
         return {self._input_name: self._data.batch(self._next - 1)}
+
+
+def _in_batches(items: Sequence[T], batch: int | None) -> list[list[T]]:
+    """Cut into batches; of a fixed size, the last is filled by repeating what it holds."""
+    size = batch or _BATCH
+    parts = [list(items[start : start + size]) for start in range(0, len(items), size)]
+    if batch is None:
+        return parts
+    return [[part[place % len(part)] for place in range(batch)] for part in parts]
 
 
 def _check_some(source: Source) -> None:

@@ -22,6 +22,7 @@ from edgeclip.export.demo_latency import measure
 from edgeclip.export.demo_quality import evaluate, evaluate_unseen
 from edgeclip.export.demo_report import report_data
 from edgeclip.export.demo_summary import Summary, summarise, summary_rows, table
+from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.to_onnx import export_towers
 from edgeclip.export.write_bundle import Origin
 from edgeclip.profiles.device import DeviceProfile, load_device
@@ -87,7 +88,7 @@ def run_demo(settings: DemoSettings, out: Path, *, command: str) -> Summary:
     workload = load_workload(settings.workload)
     with stages.stage("teacher", "load the teacher and write its towers as ONNX"):
         teacher = DualEncoder.load(BUILT_IN_TEACHER)
-        teacher_onnx = export_towers(teacher, out / "teacher")
+        teacher_onnx = export_towers(teacher, out / "teacher", GraphForm.for_device(device))
     if settings.quick:
         bundle, log = kept_bundle(teacher, out), None
     else:

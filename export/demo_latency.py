@@ -2,22 +2,28 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.demo_quality import STUDENT
 from edgeclip.export.embed_pairs import graph_embedder, torch_embedder
 from edgeclip.export.to_onnx import TowerPaths
+from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cold_start import measure_cold_start
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
-from edgeclip.runtime.measure_bundle import bundle_candidates, golden_inputs, measurable_precisions
+from edgeclip.runtime.measure_bundle import (
+    bundle_candidates,
+    example_feed,
+    golden_inputs,
+    measurable_precisions,
+)
 from edgeclip.runtime.measurement import Measurement
 from edgeclip.runtime.progress import progress_bar
-from edgeclip.runtime.spec import INPUT_NAMES, Tower
+from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.tower_feed import tower_feed
 
 TEACHER_TORCH, TEACHER_ONNX = "teacher torch", "teacher ONNX"
 Names = dict[Tower, str]  # which candidate stands for each tower
@@ -31,14 +37,13 @@ def measure(
     workload: Workload,
 ) -> tuple[Measurement, ...]:
     """Measure both towers of teacher and student."""
-    image = measure_tower("image", teacher, teacher_onnx.image, bundle, device, workload)
-    return image + measure_tower("text", teacher, teacher_onnx.text, bundle, device, workload)
+    image = measure_tower(teacher, teacher_onnx.graph("image"), bundle, device, workload)
+    return image + measure_tower(teacher, teacher_onnx.graph("text"), bundle, device, workload)
 
 
 def measure_tower(
-    tower: Tower,
     teacher: DualEncoder,
-    teacher_onnx: Path,
+    teacher_onnx: TowerGraph,
     bundle: Bundle,
     device: DeviceProfile,
     workload: Workload,
@@ -47,26 +52,31 @@ def measure_tower(
 
     All get the bundle's golden inputs. Ratios are to the teacher's ONNX.
     """
+    tower, spec = teacher_onnx.tower, teacher.image_spec
     inputs = golden_inputs(bundle, tower)
+    teacher_embed = graph_embedder(teacher_onnx, spec, device)
     candidates = (
         Candidate(TEACHER_TORCH, torch_embedder(teacher, tower), repeat_rows(inputs)),
-        Candidate(TEACHER_ONNX, graph_embedder(teacher_onnx, tower, device), repeat_rows(inputs)),
+        Candidate(TEACHER_ONNX, teacher_embed, repeat_rows(inputs)),
         *bundle_candidates(bundle, tower, device, prefix=STUDENT),
     )
     with progress_bar(f"{tower} tower") as progress:
         measured = measure_interleaved(
             candidates, workload, tower=tower, reference=TEACHER_ONNX, progress=progress
         )
-    models = {TEACHER_ONNX: teacher_onnx} | {
-        STUDENT + precision: bundle.tower_path(tower, precision)
+    example = tower_feed(inputs[:1], tower, teacher_onnx.pixels, spec)
+    models = {TEACHER_ONNX: (teacher_onnx.path, example)} | {
+        STUDENT + precision: (
+            bundle.tower_path(tower, precision),
+            example_feed(bundle, tower, precision),
+        )
         for precision in measurable_precisions(bundle, tower, device)
     }
-    example = {INPUT_NAMES[tower]: inputs[:1]}
     return tuple(
         dataclasses.replace(
             item,
             cold_start=measure_cold_start(
-                models[item.name], example, device=device, processes=workload.cold_starts
+                *models[item.name], device=device, processes=workload.cold_starts
             ),
         )
         if item.name in models and workload.cold_starts

@@ -15,7 +15,7 @@ from edgeclip.export.demo_latency import (
 )
 from edgeclip.export.demo_quality import SHIPPED, STUDENT, TEACHER, Embedded, shipped_name
 from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.export.write_precisions import TOWERS
+from edgeclip.export.tower_graph import TOWERS
 from edgeclip.profiles.machine import Machine, detect_machine
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.files import atomic_file

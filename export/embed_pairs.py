@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,14 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
+from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.engine import open_engine
-from edgeclip.runtime.preprocess import preprocess_batch
-from edgeclip.runtime.spec import INPUT_NAMES, OUTPUT_NAMES, EncoderSpec, Tower
+from edgeclip.runtime.preprocess import crop_batch, normalise
+from edgeclip.runtime.spec import OUTPUT_NAMES, EncoderSpec, ImageSpec, Tower
 from edgeclip.runtime.tokenize_text import TextTokenizer
+from edgeclip.runtime.tower_feed import in_batches, tower_feed
 
 FloatArray = NDArray[np.float32]
 Embedder = Callable[[NDArray[Any]], FloatArray]
@@ -35,15 +36,19 @@ class PairEmbeddings:
         return self.image if tower == "image" else self.text
 
 
-def graph_embedder(path: Path, tower: Tower, device: DeviceProfile) -> Embedder:
+def graph_embedder(graph: TowerGraph, spec: ImageSpec, device: DeviceProfile) -> Embedder:
     """Embed with an ONNX file, through the runtime's own engine.
 
     Raises:
         EngineError: the engine cannot load the file.
     """
-    engine = open_engine(path, device=device)
-    given, wanted = INPUT_NAMES[tower], OUTPUT_NAMES[tower]
-    return lambda values: engine.run({given: values})[wanted]
+    engine = open_engine(graph.path, device=device)
+    wanted = OUTPUT_NAMES[graph.tower]
+
+    def run(values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return engine.run(tower_feed(values, graph.tower, graph.pixels, spec))
+
+    return lambda values: in_batches(run, values, static=device.static_batch)[wanted]
 
 
 def torch_embedder(dual: DualEncoder, tower: Tower) -> Embedder:
@@ -53,8 +58,9 @@ def torch_embedder(dual: DualEncoder, tower: Tower) -> Embedder:
     embed = dual.embed_image if tower == "image" else dual.embed_text
 
     def run(values: NDArray[Any]) -> FloatArray:
+        given = normalise(values, dual.image_spec) if tower == "image" else values
         with torch.inference_mode():
-            embeddings: FloatArray = embed(torch.from_numpy(values).to(device)).cpu().numpy()
+            embeddings: FloatArray = embed(torch.from_numpy(given).to(device)).cpu().numpy()
         return embeddings
 
     return run
@@ -69,7 +75,7 @@ def tower_inputs(
     count: int | None = None,
     batch_size: int = _BATCH,
 ) -> Iterator[NDArray[Any]]:
-    """Yield a tower's inputs in batches, in order: pixels, or token ids of the captions.
+    """Yield a tower's inputs in batches, in order: crops (uint8), or token ids of the captions.
 
     They are those of the first `count` pairs, by default of all.
 
@@ -83,7 +89,7 @@ def tower_inputs(
     for start in range(0, end, batch_size):
         chosen = range(start, min(start + batch_size, end))
         if tower == "image":
-            yield preprocess_batch([source[index].image for index in chosen], spec.image)
+            yield crop_batch([source[index].image for index in chosen], spec.image)
         else:
             yield tokenizer.encode([_caption(source, index) for index in chosen], truncate=True)
 

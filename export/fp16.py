@@ -1,17 +1,25 @@
-"""fp16 towers: weights and arithmetic in half precision, inputs and outputs in float32."""
+"""fp16 towers: weights and arithmetic in half precision, outputs in float32."""
 
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from edgeclip.export.graph import limit_masks, save_graph
+from edgeclip.export.activation_bounds import Bounds, activation_bounds
+from edgeclip.export.calibrate import CalibrationData
+from edgeclip.export.graph import limit_masks, load_graph, save_graph
+
+# Other inputs than those of calibration may go further, and sums on their way further still.
+_SAFE = float(np.finfo(np.float16).max) / 4
 
 
-def write_fp16(source: Path, target: Path) -> None:
-    """Convert an fp32 tower to fp16.
+def write_fp16(source: Path, target: Path, data: CalibrationData | None = None) -> None:
+    """Convert an fp32 tower to fp16; what `data` shows to be too large for it stays in fp32.
 
     The graph itself is typed, by casts at its ends, so an engine needs no flags for it.
     The L2 normalisation stays in fp32, because a sum of squares overflows in fp16;
@@ -20,19 +28,46 @@ def write_fp16(source: Path, target: Path) -> None:
     Raises:
         ExportError: the result is not valid ONNX.
     """
-    model = onnx.load(source)
+    model = load_graph(source)
     limit_masks(model)
-    model = convert_float_to_float16(
-        model, keep_io_types=True, node_block_list=sorted(_normalisation(model.graph))
-    )
+    bounds = activation_bounds(source, data) if data is not None else {}
+    save_graph(to_fp16(model, too_large(model, bounds)), target)
+
+
+def to_fp16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """Convert all but the last L2 norm, what follows it and the nodes named in `keep`.
+
+    Inputs and outputs keep their types; `model` itself may be changed. Nodes keep their
+    names, but values do not.
+    """
+    kept = sorted({*normalisation(model.graph), *keep})
+    with warnings.catch_warnings():
+        # Of tiny weights, which become the smallest of fp16: that changes nothing here.
+        warnings.simplefilter("ignore")
+        model = convert_float_to_float16(model, keep_io_types=True, node_block_list=kept)
     _drop_repeated_casts(model.graph)
     _join_round_trips(model.graph)
     # The converter appends its casts, ONNX wants every node behind those it reads from.
     OnnxModel(model).topological_sort()
-    save_graph(model, target)
+    return model
 
 
-def _normalisation(graph: onnx.GraphProto) -> set[str]:
+def too_large(model: onnx.ModelProto, bounds: Bounds) -> set[str]:
+    """Names of the nodes that read or give what fp16 cannot safely hold.
+
+    `bounds` has the largest absolute values of activations.
+    """
+    large = {name for name, bound in bounds.items() if bound > _SAFE}
+    large |= {
+        item.name
+        for item in model.graph.initializer
+        if item.data_type == TensorProto.FLOAT
+        and np.abs(numpy_helper.to_array(item)).max(initial=0) > _SAFE
+    }
+    return {node.name for node in model.graph.node if large & {*node.input, *node.output}}
+
+
+def normalisation(graph: onnx.GraphProto) -> set[str]:
     """Names of the last L2 norm's node and of all that depend on it."""
     norms = [node for node in graph.node if node.op_type == "ReduceL2"]
     if not norms:
@@ -58,19 +93,20 @@ def _join_round_trips(graph: onnx.GraphProto) -> None:
     """Where fp32 goes through fp16 to fp32 again, hand on the fp32 value.
 
     The converter casts behind each node that stays in fp32 and before the next one, which
-    would round the norm and the embedding for nothing.
+    would round the norm and the embedding for nothing, and lose what overflows.
     """
     to_fp16 = {
         node.output[0]: node.input[0] for node in graph.node if _is_cast(node, TensorProto.FLOAT16)
     }
-    for node in list(graph.node):
+    outputs = {item.name for item in graph.output}
+    # Outputs last: they give their name to the value that they are made from.
+    for node in sorted(graph.node, key=lambda node: node.output[0] in outputs):
         source = to_fp16.get(node.input[0]) if _is_cast(node, TensorProto.FLOAT) else None
         if source is not None and source != graph.input[0].name:
             _rename(graph, node, source)
     read = {name for node in graph.node for name in node.input}
-    read |= {item.name for item in graph.output}
     for node in list(graph.node):
-        if node.op_type == "Cast" and node.output[0] not in read:
+        if node.op_type == "Cast" and node.output[0] not in read | outputs:
             graph.node.remove(node)
 
 

@@ -68,6 +68,7 @@ DEFAULT_BOUNDS: dict[Precision, Bounds] = {
     "fp32": Bounds(mean_cosine=0.9999, p1_cosine=0.999),
     "fp16": Bounds(mean_cosine=0.999, p1_cosine=0.995),
     "int8": Bounds(mean_cosine=0.99, p1_cosine=0.97),
+    "fp8": Bounds(mean_cosine=0.99, p1_cosine=0.97),
 }
 
 

@@ -1,17 +1,99 @@
-"""ONNX graphs: cleaned of what the exporter leaves behind, checked, and written."""
+"""ONNX graphs: read, cleaned of what the exporter leaves behind, checked, and written.
 
-from collections.abc import Iterator
-from pathlib import Path
+A protobuf file holds at most 2 GiB. The weights of a larger graph go to one file beside
+it, `NAME.onnx_data` for `NAME.onnx`, which is where transformers.js looks for them.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from google.protobuf.message import DecodeError
+from onnx import external_data_helper, numpy_helper
 
 from edgeclip.export.errors import ExportError
 from edgeclip.export.towers import MASKED
+from edgeclip.runtime.errors import first_line
+
+# The largest graph, in bytes of its tensors, that is written as one file: 2 GiB less what
+# nodes and names can take.
+ONE_FILE_LIMIT = 2**31 - 2**26
 
 _LOWEST_FP16 = float(np.finfo(np.float16).min)
-_PROTOBUF_LIMIT = 2**31 - 1
+_SMALL_TENSOR = 1024  # bytes; smaller ones stay in the graph, where shape inference reads them
+_PAGE = 4096  # large tensors begin at one, so that they can be mapped into memory
+
+
+def data_path(path: Path) -> Path:
+    """Return the file that holds the weights of a graph too large for one file."""
+    return path.with_name(f"{path.name}_data")
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Read a graph and its weights; a data file must lie in the graph's own folder.
+
+    Raises:
+        ExportError: not there, not ONNX, or with weights elsewhere or cut short.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise ExportError(f"cannot read {path} as ONNX: {first_line(error)}") from error
+    for tensor in _tensors(model.graph):
+        if not external_data_helper.uses_external_data(tensor):
+            continue
+        name = external_data_helper.ExternalDataInfo(tensor).location
+        if PurePosixPath(name).name != name or "\\" in name:
+            raise ExportError(
+                f"{path.name} keeps weights in {name!r}: they must be in a file beside it"
+            )
+        try:
+            external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise ExportError(
+                f"cannot read the weights of {path.name} from {name}, export it again: "
+                f"{first_line(error)}"
+            ) from error
+        tensor.ClearField("data_location")  # or the same graph would have other bytes
+    return model
+
+
+def save_graph(model: onnx.ModelProto, path: Path, *, limit: int = ONE_FILE_LIMIT) -> None:
+    """Clean, check and write a graph; the same graph always gives the same bytes.
+
+    Args:
+        model: what to write. Afterwards the tensors of a graph with a data file only say
+            where their values are in it: to go on with them, `load_graph` again.
+        path: the file. Its data file is written, or one from before is removed.
+        limit: bytes of tensors beyond which there is a data file.
+
+    Raises:
+        ExportError: not valid ONNX; what was there before stays.
+    """
+    clean_graph(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".edgeclip-tmp-") as folder:
+        written = Path(folder) / path.name
+        write_unchecked(model, written, limit=limit)
+        try:
+            onnx.checker.check_model(str(written), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"{path.name} is not a valid ONNX graph: {error}") from error
+        if data_path(written).exists():
+            data_path(written).replace(data_path(path))
+            written.replace(path)
+        else:
+            written.replace(path)
+            data_path(path).unlink(missing_ok=True)
+
+
+def write_unchecked(model: onnx.ModelProto, path: Path, *, limit: int = ONE_FILE_LIMIT) -> None:
+    """Write a graph as it is, with a data file if its tensors take more than `limit` bytes."""
+    if sum(_size(tensor) for tensor in _tensors(model.graph)) > limit:
+        _move_weights(model, data_path(path))
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def clean_graph(model: onnx.ModelProto) -> None:
@@ -35,32 +117,17 @@ def clean_graph(model: onnx.ModelProto) -> None:
 
 
 def limit_masks(model: onnx.ModelProto) -> None:
-    """Raise constants below what fp16 holds (masks of -3e38 or -inf) to `MASKED`, in place."""
-    for tensor in _float_tensors(model.graph):
+    """Raise constants below what fp16 holds (masks of -3e38 or -inf) to `MASKED`, in place.
+
+    The weights must be in memory, as `load_graph` gives them.
+    """
+    for tensor in _tensors(model.graph):
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
         values = numpy_helper.to_array(tensor)
         if values.size and values.min() < _LOWEST_FP16:
             limited = np.where(values < _LOWEST_FP16, np.float32(MASKED), values)
             tensor.CopyFrom(numpy_helper.from_array(limited, tensor.name))
-
-
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Clean, check and write a graph; the same graph always gives the same bytes.
-
-    Raises:
-        ExportError: larger than 2 GiB, or not valid ONNX.
-    """
-    clean_graph(model)
-    if model.ByteSize() > _PROTOBUF_LIMIT:
-        raise ExportError(
-            f"{path.name} needs {model.ByteSize() / 2**30:.1f} GiB, but one ONNX file holds at "
-            "most 2: choose a smaller model"
-        )
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path.name} is not a valid ONNX graph: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def constant_names(model: onnx.ModelProto) -> frozenset[str]:
@@ -68,9 +135,36 @@ def constant_names(model: onnx.ModelProto) -> frozenset[str]:
     return frozenset(item.name for item in model.graph.initializer)
 
 
-def _float_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Yield every float32 constant: weights and attributes of nodes."""
-    attributes = (attribute.t for node in graph.node for attribute in node.attribute)
-    for tensor in (*graph.initializer, *attributes):
-        if tensor.data_type == onnx.TensorProto.FLOAT:
-            yield tensor
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield every constant: weights and attributes of nodes, those of inner graphs too."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            inner: Iterable[onnx.GraphProto] = attribute.graphs
+            if attribute.HasField("g"):
+                inner = (*inner, attribute.g)
+            for part in inner:
+                yield from _tensors(part)
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's values in the file."""
+    return len(tensor.raw_data) if tensor.HasField("raw_data") else tensor.ByteSize()
+
+
+def _move_weights(model: onnx.ModelProto, path: Path) -> None:
+    """Write the larger weights to `path`, in the graph's order; say in each where it is."""
+    with path.open("wb") as file:
+        for tensor in model.graph.initializer:
+            if not tensor.HasField("raw_data"):
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+            if len(tensor.raw_data) < _SMALL_TENSOR:
+                continue
+            offset = -(-file.tell() // _PAGE) * _PAGE
+            file.write(b"\0" * (offset - file.tell()))
+            length = file.write(tensor.raw_data)
+            external_data_helper.set_external_data(tensor, path.name, offset, length)
+            tensor.ClearField("raw_data")

@@ -16,7 +16,7 @@ from edgeclip.export.embed_pairs import (
     tower_inputs,
 )
 from edgeclip.export.gates import Bounds, Judged, judge_retrieval, judge_tower, missed
-from edgeclip.export.write_precisions import TOWERS, TowerGraph
+from edgeclip.export.tower_graph import TOWERS, TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.spec import Precision, Tower
 
@@ -49,7 +49,7 @@ def embed_test(
     found: dict[tuple[Tower, Precision], FloatArray] = {}
     for tower in TOWERS:
         mine = [graph for graph in graphs if graph.tower == tower]
-        embedders = [graph_embedder(graph.path, tower, device) for graph in mine]
+        embedders = [graph_embedder(graph, student.spec.image, device) for graph in mine]
         inputs = tower_inputs(test, tower, student.spec, student.text_tokenizer)
         bar = tqdm(inputs, desc=f"{tower} tower", unit="batch", disable=not sys.stderr.isatty())
         for graph, embeddings in zip(mine, embed_all(iter(bar), embedders), strict=True):

@@ -9,19 +9,20 @@ ResNet takes 0.39, or 1.01 if the results of its convolutions stay float, becaus
 no kernel for that; a ConvNext takes 0.62, or 0.65 with its depthwise convolutions in int8.
 """
 
-import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import onnx
-from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
+from edgeclip.export.activation_bounds import EXTREMES, Ranging, quiet
 from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import constant_names, save_graph
+from edgeclip.export.fp16 import normalisation
+from edgeclip.export.graph import constant_names, data_path, load_graph, save_graph
+from edgeclip.export.symmetric import INT8, write_symmetric
 from edgeclip.profiles.device import DeviceProfile
 
 _OPERATORS = ("MatMul", "Gemm", "Conv")
@@ -32,16 +33,27 @@ class Int8Settings:
     """How a tower is quantized for an engine.
 
     Attributes:
-        symmetric: activations are signed with zero point 0, as TensorRT asks. ONNX Runtime
-            is faster and more exact with unsigned, asymmetric ones.
+        symmetric: activations are signed with zero point 0 and biases stay float, as
+            TensorRT asks. On a CPU, unsigned and asymmetric activations are faster.
         reduce_range: weights take 7 bits, because 8-bit products can saturate on a CPU
             without int8 dot products.
-        method: how the range of an activation follows from what calibration saw.
+        float_precision: what all that is not int8 is computed in.
+        ranging: how the range of an activation follows from what calibration saw.
+
+    Raises:
+        ValueError: what only goes with asymmetric activations, or only with symmetric ones.
     """
 
     symmetric: bool
-    reduce_range: bool
-    method: CalibrationMethod = CalibrationMethod.MinMax
+    reduce_range: bool = False
+    float_precision: Literal["fp32", "fp16"] = "fp32"
+    ranging: Ranging = EXTREMES
+
+    def __post_init__(self) -> None:
+        if self.symmetric and self.reduce_range:
+            raise ValueError("reduce_range is for asymmetric int8, which runs on CPUs")
+        if not self.symmetric and self.float_precision != "fp32":
+            raise ValueError("asymmetric int8 runs on CPUs: its float_precision must be fp32")
 
     @property
     def needs_vnni(self) -> bool:
@@ -51,8 +63,9 @@ class Int8Settings:
     @classmethod
     def for_device(cls, device: DeviceProfile) -> "Int8Settings":
         """Return what suits the device's engine."""
-        on_cpu = device.engine == "onnxruntime-cpu"
-        return cls(symmetric=not on_cpu, reduce_range=on_cpu and not device.vnni)
+        if device.on_cpu:
+            return cls(symmetric=False, reduce_range=not device.vnni)
+        return cls(symmetric=True, float_precision="fp16")
 
 
 def write_int8(source: Path, target: Path, data: CalibrationData, settings: Int8Settings) -> None:
@@ -61,48 +74,72 @@ def write_int8(source: Path, target: Path, data: CalibrationData, settings: Int8
     Raises:
         ExportError: nothing in the graph can be quantized, or the result is not valid ONNX.
     """
-    model = onnx.load(source)
-    nodes = quantizable_nodes(model)
-    if not nodes:
-        raise ExportError(f"{source.name} has no MatMul, Gemm or Conv with constant weights")
-    kind = QuantType.QInt8 if settings.symmetric else QuantType.QUInt8
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    nodes = quantizable_nodes(source)
+    if settings.symmetric:
+        half = settings.float_precision == "fp16"
+        write_symmetric(
+            source, target, data, nodes=nodes, grid=INT8, half=half, ranging=settings.ranging
+        )
+    else:
+        _write_asymmetric(source, target, data, settings, nodes)
+
+
+def _write_asymmetric(
+    source: Path, target: Path, data: CalibrationData, settings: Int8Settings, nodes: list[str]
+) -> None:
+    """Quantize for ONNX Runtime's CPU kernels: uint8 activations, biases as int32."""
+    reader = data.reader(onnx.load(source, load_external_data=False).graph.input[0].name)
+    with tempfile.TemporaryDirectory() as folder, quiet():
         raw = Path(folder) / "int8.onnx"
         quantize_static(
             source,
             raw,
-            data.reader(model.graph.input[0].name),
+            reader,
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(_OPERATORS),
             nodes_to_quantize=nodes,
             per_channel=True,
             reduce_range=settings.reduce_range,
-            activation_type=kind,
+            activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            calibrate_method=settings.method,
+            use_external_data_format=data_path(source).exists(),
+            calibrate_method=settings.ranging.method,
             extra_options={
-                "ActivationSymmetric": settings.symmetric,
+                "ActivationSymmetric": False,
                 "WeightSymmetric": True,
                 # Their results go to float operators: int8 would only lose accuracy.
                 "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
                 "CalibStridedMinMax": 1,  # batch by batch, or memory grows with the data
+                "CalibPercentile": settings.ranging.percentile,
             },
         )
-        save_graph(onnx.load(raw), target)
+        save_graph(load_graph(raw), target)
 
 
-def quantizable_nodes(model: onnx.ModelProto) -> list[str]:
-    """Names of the nodes whose second input is a constant weight, in graph order.
+def quantizable_nodes(source: Path) -> list[str]:
+    """Names of a graph's nodes whose second input is a constant weight, in its order.
 
     Among convolutions these are the dense, overlapping ones. A depthwise one is no faster
     in int8, and patches are a small part of the work whose error goes through all layers.
+    What follows the last L2 norm is an answer, and stays as exact as it is.
+
+    Raises:
+        ExportError: there is none.
     """
+    model = onnx.load(source, load_external_data=False)
     constants = constant_names(model)
-    return [
+    answers = normalisation(model.graph)
+    names = [
         node.name
         for node in model.graph.node
-        if node.op_type in _OPERATORS and node.input[1] in constants and not _spared(node)
+        if node.op_type in _OPERATORS
+        and node.input[1] in constants
+        and node.name not in answers
+        and not _spared(node)
     ]
+    if not names:
+        raise ExportError(f"{source.name} has no MatMul, Gemm or Conv with constant weights")
+    return names
 
 
 def _spared(node: onnx.NodeProto) -> bool:
@@ -110,15 +147,3 @@ def _spared(node: onnx.NodeProto) -> bool:
     settings = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
     cuts_patches = settings.get("kernel_shape") == settings.get("strides", [])
     return node.op_type == "Conv" and (settings.get("group", 1) > 1 or cuts_patches)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back advice on steps that `save_graph` has done already."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -9,74 +9,93 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor
 
 from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.export.device_form import to_device_form
 from edgeclip.export.errors import ExportError
+from edgeclip.export.exporter_config import ImageTowerConfig, TextTowerConfig
 from edgeclip.export.graph import limit_masks, save_graph
+from edgeclip.export.graph_form import GraphForm
+from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.export.towers import tower_module
 from edgeclip.runtime.bundle_paths import tower_path
 from edgeclip.runtime.errors import first_line
-from edgeclip.runtime.spec import INPUT_NAMES, OUTPUT_NAMES, Tower
+from edgeclip.runtime.spec import PixelForm, Tower
 
-OPSET = 18  # LayerNormalization is one operator since 17; TensorRT 10 and 11 read 18
-_SAMPLES = 2  # the exporter takes a batch of 1 for a constant
+STANDARD = GraphForm()
+TowerConfig = ImageTowerConfig | TextTowerConfig
 
 
 @dataclass(frozen=True, slots=True)
 class TowerPaths:
-    """The ONNX files of both towers."""
+    """The ONNX files of both towers in fp32, and what the image tower takes."""
 
     image: Path
     text: Path
+    pixels: PixelForm
+
+    def graph(self, tower: Tower) -> TowerGraph:
+        """Return one of them."""
+        if tower == "image":
+            return TowerGraph("image", "fp32", self.image, self.pixels)
+        return TowerGraph("text", "fp32", self.text, None)
 
 
-def export_towers(dual: DualEncoder, folder: Path) -> TowerPaths:
-    """Write both towers in fp32, named as in a bundle: `onnx/vision_model.onnx` and so on.
+def export_towers(dual: DualEncoder, folder: Path, form: GraphForm = STANDARD) -> TowerPaths:
+    """Write both towers in fp32, named as in a bundle: `onnx/text_model.onnx` and so on.
 
     Raises:
         ExportError: see `export_tower`.
     """
     paths = TowerPaths(
-        folder / tower_path("image", "fp32"),
+        folder / tower_path("image", "fp32", form.pixels),
         folder / tower_path("text", "fp32"),
+        form.pixels,
     )
-    export_tower(dual, "image", paths.image)
-    export_tower(dual, "text", paths.text)
+    export_tower(dual, "image", paths.image, form)
+    export_tower(dual, "text", paths.text, form)
     return paths
 
 
-def export_tower(dual: DualEncoder, tower: Tower, path: Path) -> None:
-    """Write one tower in fp32, with a dynamic batch and, for texts, a dynamic length.
+def export_tower(dual: DualEncoder, tower: Tower, path: Path, form: GraphForm = STANDARD) -> None:
+    """Write one tower in fp32, for texts with a dynamic length.
 
-    The image tower maps `pixel_values` float32 [batch, 3, size, size] to `image_embeds`
-    float32 [batch, dim], the text tower `input_ids` int64 [batch, length] to
-    `text_embeds`. Embeddings are L2-normalised. `dual` is left in evaluation mode.
+    The image tower maps `pixel_values` float32 [batch, 3, size, size], or `pixels` uint8
+    [batch, size, size, 3], to `image_embeds` float32 [batch, dim] and on request to
+    `patch_features` float32 [batch, rows, columns, width]; the text tower `input_ids` int64
+    [batch, length] to `text_embeds`. Embeddings are L2-normalised. `dual` is left in
+    evaluation mode.
 
     Raises:
         ExportError: torch cannot capture the model, or the graph is not what it should be.
     """
     dual.eval()
-    model = _capture(dual, tower)
+    config = ImageTowerConfig(dual, form) if tower == "image" else TextTowerConfig(dual, form)
+    model = _capture(dual, tower, config, form)
     limit_masks(model)
-    _check_inputs(tower, model)
+    _check_inputs(tower, model, config)
     _check_layer_norms(dual, tower, model)
+    if tower == "image" and form.pixels == "uint8-nhwc":
+        to_device_form(model, dual.image_spec)
     save_graph(model, path)
 
 
-def _capture(dual: DualEncoder, tower: Tower) -> onnx.ModelProto:
-    dynamic: dict[int, object] = {0: torch.export.Dim("batch")}
-    if tower == "text":
-        dynamic[1] = torch.export.Dim("length", min=2, max=dual.spec.text.context_length)
+def _capture(
+    dual: DualEncoder, tower: Tower, config: TowerConfig, form: GraphForm
+) -> onnx.ModelProto:
+    module = tower_module(dual, tower, patch_features=form.patch_features)
+    limits = {"length": {"min": 2, "max": dual.spec.text.context_length}}
+    (axes,) = config.inputs.values()
+    shapes = {axis: torch.export.Dim(name, **limits.get(name, {})) for axis, name in axes.items()}
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                tower_module(dual, tower),
-                (_sample(dual, tower),),
-                input_names=[INPUT_NAMES[tower]],
-                output_names=[OUTPUT_NAMES[tower]],
-                opset_version=OPSET,
-                dynamic_shapes=(dynamic,),
+                module,
+                (config.sample().to(dual.device),),
+                input_names=list(config.inputs),
+                output_names=list(config.outputs),
+                opset_version=form.opset,
+                dynamic_shapes=(shapes,),
                 dynamo=True,
                 external_data=False,
                 verbose=False,
@@ -87,22 +106,12 @@ def _capture(dual: DualEncoder, tower: Tower) -> onnx.ModelProto:
     return program.model_proto
 
 
-def _sample(dual: DualEncoder, tower: Tower) -> Tensor:
-    device = next(dual.parameters()).device
-    spec = dual.spec
-    if tower == "image":
-        return torch.zeros(_SAMPLES, 3, spec.image.size, spec.image.size, device=device)
-    length = spec.text.context_length - 1  # any but the full context, which is a constant
-    ids = torch.full((_SAMPLES, length), spec.text.eos_id, device=device)
-    ids[:, 0] = spec.text.bos_id
-    return ids
-
-
-def _check_inputs(tower: Tower, model: onnx.ModelProto) -> None:
+def _check_inputs(tower: Tower, model: onnx.ModelProto, config: TowerConfig) -> None:
     """Refuse a graph for one batch size or one text length: the exporter makes it in silence."""
     shape = model.graph.input[0].type.tensor_type.shape
     dynamic = [axis for axis, dim in enumerate(shape.dim) if dim.dim_param]
-    if dynamic != ([0] if tower == "image" else [0, 1]):
+    (axes,) = config.inputs.values()
+    if dynamic != list(axes):
         raise ExportError(
             f"the {tower} tower was exported for fixed sizes: its forward pass must take batch "
             "and text length from tensor shapes, not as Python numbers"

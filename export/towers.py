@@ -3,9 +3,11 @@
 A CLIP tower uses one token of its last layer: the image tower the class token, the text
 tower the end-of-text token. So that layer computes keys and values for all tokens, but
 query, projection and MLP for the one that is used. This is exact, and spares about a
-tenth of a ViT's time. Other families run as `DualEncoder` runs them.
+tenth of a ViT's time. Other families run as `DualEncoder` runs them. An image tower that
+also gives its patch features needs the whole last layer.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPVisionModel
 
 from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.export.errors import ExportError
 from edgeclip.runtime.spec import Tower
 
 # Added to the scores of tokens that must not be seen. Its softmax is 0 in fp32 and in
@@ -20,14 +23,21 @@ from edgeclip.runtime.spec import Tower
 MASKED = -1e4
 
 
-def tower_module(dual: DualEncoder, tower: Tower) -> nn.Module:
+def tower_module(dual: DualEncoder, tower: Tower, *, patch_features: bool = False) -> nn.Module:
     """Return a tower that shares its weights with `dual`, in evaluation mode.
 
     The image tower maps float32 [N, 3, size, size] to float32 [N, dim]; the text tower
-    int64 [N, length] to float32 [N, dim]. Both results are L2-normalised.
+    int64 [N, length] to float32 [N, dim]. Both results are L2-normalised. With
+    `patch_features` the image tower gives the last hidden state of each patch too, float32
+    [N, rows, columns, width].
+
+    Raises:
+        ExportError: patch features of a tower that has none.
     """
     module: nn.Module
-    if tower == "image":
+    if tower == "image" and patch_features:
+        module = PatchImageTower(dual)
+    elif tower == "image":
         is_clip = isinstance(dual.model.vision_model, CLIPVisionModel)
         module = ClipImageTower(dual) if is_clip else PlainImageTower(dual)
     else:
@@ -46,6 +56,36 @@ class PlainImageTower(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """float32 [N, 3, size, size] -> float32 [N, dim]."""
         return self.dual.embed_image(pixel_values)
+
+
+class PatchImageTower(nn.Module):
+    """Any image tower, with its last hidden state as a map.
+
+    Hidden states are a sequence [N, class token and patches, width] in transformers, and a
+    map [N, width, rows, columns] in convolutional networks.
+    """
+
+    def __init__(self, dual: DualEncoder) -> None:
+        super().__init__()
+        self.dual = dual
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [N, 3, size, size] -> float32 [N, dim], [N, rows, columns, width]."""
+        model: Any = self.dual.model
+        found = model.vision_model(pixel_values=pixel_values)
+        features = model.visual_projection(found.pooler_output)
+        return _normalised(features), _patch_map(found.last_hidden_state)
+
+
+def _patch_map(hidden: Tensor) -> Tensor:
+    """[N, width, rows, columns] or [N, tokens, width] -> [N, rows, columns, width]."""
+    if hidden.dim() == 4:
+        return torch.permute(hidden, (0, 2, 3, 1))
+    side = math.isqrt(hidden.shape[1])  # one more token than patches, or as many
+    extra = hidden.shape[1] - side * side
+    if extra not in (0, 1):
+        raise ExportError("patch features need a square grid of patches, with one class token")
+    return torch.unflatten(hidden[:, extra:], 1, (side, side))
 
 
 class PlainTextTower(nn.Module):

@@ -6,24 +6,36 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import open_source
 from edgeclip.compress.verb_options import add_teacher, load_teacher
 from edgeclip.export.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.choose import CHOOSING
+from edgeclip.export.embed_pairs import torch_embedder
+from edgeclip.export.list_targets import targets_table
 from edgeclip.export.write_bundle import Origin
 from edgeclip.profiles.device import THIS_MACHINE, load_device
 from edgeclip.runtime.embeddings import check_space
+from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.verb_options import positive
+
+_HEAD = "head"  # the label set of the label head
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("student", help="directory or hub id of the student")
+    parser.add_argument("student", nargs="?", help="directory or hub id of the student")
     add_teacher(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the bundle's directory")
+    parser.add_argument("--out", type=Path, help="the bundle's directory")
+    parser.add_argument(
+        "--list", action="store_true", help="list the devices, and what can be done for each here"
+    )
     parser.add_argument(
         "--data",
         default="emoji",
@@ -44,6 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--test-count", type=positive, default=1000, help="of emoji scenes")
     parser.add_argument("--calibration-count", type=positive, default=256, help="of emoji scenes")
+    parser.add_argument(
+        "--label-head",
+        metavar="NAMES",
+        help="labels, separated by commas, that the image tower itself shall tell apart; the "
+        "teacher embeds them",
+    )
+    parser.add_argument(
+        "--patch-features",
+        action="store_true",
+        help="let the image tower also give the last hidden state of each patch",
+    )
     parser.add_argument("--name", help="what to call the model (default: the name of --out)")
     parser.add_argument("--licence", default="unknown", help="of the weights, as SPDX identifier")
     parser.add_argument("--replace", action="store_true", help="replace a bundle that is there")
@@ -51,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the bundle, then print every gate and the verdict."""
+    if args.list:
+        print(targets_table())
+        return 0
+    if args.student is None or args.out is None:
+        raise InputError("name a student and --out, the bundle's directory (or ask for --list)")
     plan = _plan(args)
     built = build_bundle(plan, args.out, replace=args.replace, progress=_say)
     print(gates_table(built))
@@ -108,14 +136,33 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
             licence=args.licence,
         ),
         precisions=args.precisions,
+        labels={} if args.label_head is None else {_HEAD: _bake(teacher, args.label_head)},
+        label_head=None if args.label_head is None else _HEAD,
+        patch_features=args.patch_features,
         workload=CHOOSING if args.device == THIS_MACHINE else None,
     )
+
+
+def _bake(teacher: DualEncoder, names: str) -> LabelSet:
+    """Embed labels with the teacher's text tower, as `Encoder.bake_labels` does."""
+    labels = tuple(name.strip() for name in names.split(","))
+    if not all(labels):
+        raise InputError(f"--label-head {names!r} holds an empty name: write NAME,NAME,...")
+    tokenizer = teacher.text_tokenizer
+    embed = torch_embedder(teacher, "text")
+    texts = [template.format(name) for name in labels for template in DEFAULT_TEMPLATES]
+    embeddings = embed(tokenizer.encode(texts)).reshape(len(labels), len(DEFAULT_TEMPLATES), -1)
+    mean = embeddings.mean(axis=1)
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    return LabelSet(names=labels, embeddings=mean, space=teacher.space, templates=DEFAULT_TEMPLATES)
 
 
 def _command(args: argparse.Namespace) -> str:
     words = ["edgeclip", "export", args.student, "--teacher", args.teacher, "--data", args.data]
     words += ["--device", args.device]
     words += ["--precisions", *args.precisions] if args.precisions else []
+    words += ["--label-head", args.label_head] if args.label_head else []
+    words += ["--patch-features"] if args.patch_features else []
     words += ["--test-count", str(args.test_count)]
     words += ["--calibration-count", str(args.calibration_count), "--out", str(args.out)]
     return shlex.join(words)

@@ -12,11 +12,14 @@ from edgeclip.compress.sources import Source
 from edgeclip.export.choose import TowerChoice
 from edgeclip.export.embed_pairs import graph_embedder
 from edgeclip.export.gates import Judged
+from edgeclip.export.graph import data_path
+from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.quantize import Int8Settings
-from edgeclip.export.write_precisions import TowerGraph
+from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.machine import detect_machine
-from edgeclip.runtime.bundle_paths import GOLDEN_NAME, MANIFEST_NAME, TOKENIZER_NAME, tower_path
+from edgeclip.runtime.bundle_paths import GOLDEN_NAME, MANIFEST_NAME, TOKENIZER_NAME, labels_path
+from edgeclip.runtime.engine_key import EngineRecord
 from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.golden import Expected, Golden
 from edgeclip.runtime.labels import LabelSet
@@ -28,14 +31,14 @@ from edgeclip.runtime.manifest import (
     TowerFile,
     TowerManifest,
 )
-from edgeclip.runtime.preprocess import preprocess_batch
+from edgeclip.runtime.preprocess import crop_batch
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.tokenize_text import TextTokenizer
 
-_GOLDEN_PAIRS = 4
+_GOLDEN_PAIRS = 8
 # How far an embedding's value may be off on another machine: rounding differs between
 # processors, and in int8 a step of an activation can fall to the other side.
-_GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int8": 3e-2}
+_GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int8": 3e-2, "fp8": 3e-2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,22 +74,22 @@ def write_golden(
     spec = student.spec
     tokenizer = TextTokenizer.from_file(folder / TOKENIZER_NAME, spec.text)
     pairs = [test[index] for index in range(min(_GOLDEN_PAIRS, len(test)))]
-    pixels = preprocess_batch([pair.image for pair in pairs], spec.image)
+    pixels = crop_batch([pair.image for pair in pairs], spec.image)
     texts = _short_enough([str(pair.caption) for pair in pairs], tokenizer)
     ids = tokenizer.encode(texts)
     expected = []
     for graph in graphs:
-        embed = graph_embedder(graph.path, graph.tower, device)
+        embed = graph_embedder(graph, spec.image, device)
         embeddings = embed(pixels if graph.tower == "image" else ids)
         expected.append(Expected(graph.tower, graph.precision, embeddings.astype(np.float32)))
-    golden = Golden(pixel_values=pixels, texts=texts, input_ids=ids, expected=tuple(expected))
+    golden = Golden(pixels=pixels, texts=texts, input_ids=ids, expected=tuple(expected))
     golden.save(folder / GOLDEN_NAME)
 
 
 def write_labels(folder: Path, labels: Mapping[str, LabelSet]) -> None:
     """Write label sets as `labels/NAME.npz`."""
     for name, label_set in labels.items():
-        label_set.save(folder / "labels" / f"{name}.npz")
+        label_set.save(folder / labels_path(name))
 
 
 def write_manifest(
@@ -99,6 +102,9 @@ def write_manifest(
     choices: Sequence[TowerChoice],
     engine: str,
     int8: Int8Settings,
+    form: GraphForm,
+    engines: tuple[EngineRecord, ...],
+    label_head: str | None,
     data: str,
     origin: Origin,
 ) -> None:
@@ -109,26 +115,36 @@ def write_manifest(
         name=origin.name,
         space=space,
         spec=student.spec,
-        towers=tuple(_tower_manifest(choice, graphs, judged, int8) for choice in choices),
+        towers=tuple(
+            _tower_manifest(choice, folder, graphs, judged, int8, form.batch) for choice in choices
+        ),
         gates=tuple(item.record for item in judged if item.subject == "bundle"),
         measured_on=f"{detect_machine().cpu}, {engine}" if measured else "",
         provenance=_provenance(origin, data),
         licence=origin.licence,
         files=_file_records(folder),
+        patch_features=form.patch_features,
+        label_head=label_head,
+        engines=engines,
     )
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _tower_manifest(
     choice: TowerChoice,
+    folder: Path,
     graphs: Sequence[TowerGraph],
     judged: Sequence[Judged],
     int8: Int8Settings,
+    batch: int | None,
 ) -> TowerManifest:
     files = tuple(
         TowerFile(
-            path=tower_path(graph.tower, graph.precision),
+            path=graph.path.relative_to(folder).as_posix(),
             precision=graph.precision,
+            pixels=graph.pixels,
+            batch=batch,
+            data_path=_data_path(graph.path, folder),
             gates=tuple(item.record for item in judged if item.subject == graph.subject),
             latency_ms=choice.latency_ms(graph.precision),
             golden_tolerance=_GOLDEN_TOLERANCE[graph.precision],
@@ -138,6 +154,11 @@ def _tower_manifest(
         if graph.tower == choice.tower
     )
     return TowerManifest(choice.tower, choice.precision, files)
+
+
+def _data_path(graph: Path, folder: Path) -> str | None:
+    data = data_path(graph)
+    return data.relative_to(folder).as_posix() if data.is_file() else None
 
 
 def _provenance(origin: Origin, data: str) -> Provenance:

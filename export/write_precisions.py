@@ -1,47 +1,43 @@
 """Every tower in every precision that was asked for, as ONNX files."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.fp8 import write_fp8
 from edgeclip.export.fp16 import write_fp16
+from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.quantize import Int8Settings, write_int8
-from edgeclip.export.to_onnx import export_tower
+from edgeclip.export.to_onnx import STANDARD, export_tower
+from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.bundle_paths import tower_path
-from edgeclip.runtime.spec import Precision, Tower
-
-TOWERS: tuple[Tower, ...] = get_args(Tower)
+from edgeclip.runtime.spec import PixelForm, Precision, Tower
 
 
-@dataclass(frozen=True, slots=True)
-class TowerGraph:
-    """One tower in one precision: an ONNX file."""
-
-    tower: Tower
-    precision: Precision
-    path: Path
-
-    @property
-    def subject(self) -> str:
-        """What reports call it, such as "image int8"."""
-        return f"{self.tower} {self.precision}"
-
-
-def write_reference(student: DualEncoder, folder: Path) -> tuple[TowerGraph, ...]:
+def write_reference(student: DualEncoder, folder: Path, form: GraphForm) -> tuple[TowerGraph, ...]:
     """Export both towers in fp32 into a bundle's folder.
 
     Raises:
         ExportError: torch cannot capture a tower.
     """
-    graphs = _graphs(folder, ["fp32"])
+    graphs = _graphs(folder, ["fp32"], form.pixels)
     for graph in graphs:
-        export_tower(student, graph.tower, graph.path)
+        export_tower(student, graph.tower, graph.path, form)
     return graphs
+
+
+def write_interchange(student: DualEncoder, folder: Path) -> TowerGraph:
+    """Export the image tower in the customary form, for transformers.js, optimum and others.
+
+    Raises:
+        ExportError: torch cannot capture the tower.
+    """
+    path = folder / tower_path("image", "fp32", STANDARD.pixels)
+    export_tower(student, "image", path, STANDARD)
+    return TowerGraph("image", "fp32", path, STANDARD.pixels)
 
 
 def write_others(
@@ -49,6 +45,7 @@ def write_others(
     folder: Path,
     precisions: Sequence[Precision],
     *,
+    pixels: PixelForm,
     calibration: Source,
     device: DeviceProfile,
 ) -> tuple[TowerGraph, ...]:
@@ -58,27 +55,32 @@ def write_others(
         ConfigError: the calibration source is empty or has no captions.
         ExportError: a graph that is not valid, or has nothing to quantize.
     """
-    graphs = _graphs(folder, [item for item in precisions if item != "fp32"])
+    graphs = _graphs(folder, [item for item in precisions if item != "fp32"], pixels)
     settings = Int8Settings.for_device(device)
     for graph in graphs:
-        reference = folder / tower_path(graph.tower, "fp32")
+        reference = folder / tower_path(graph.tower, "fp32", pixels)
         if graph.precision == "fp16":
             write_fp16(reference, graph.path)
+        elif graph.precision == "fp8":
+            write_fp8(reference, graph.path, _calibration(student, graph, calibration))
         else:
-            data = _calibration(student, graph.tower, calibration)
+            data = _calibration(student, graph, calibration)
             write_int8(reference, graph.path, data, settings)
     return graphs
 
 
-def _graphs(folder: Path, precisions: Iterable[Precision]) -> tuple[TowerGraph, ...]:
+def _graphs(
+    folder: Path, precisions: Iterable[Precision], pixels: PixelForm
+) -> tuple[TowerGraph, ...]:
+    forms: dict[Tower, PixelForm | None] = {"image": pixels, "text": None}
     return tuple(
-        TowerGraph(tower, precision, folder / tower_path(tower, precision))
+        TowerGraph(tower, precision, folder / tower_path(tower, precision, form), form)
         for precision in precisions
-        for tower in TOWERS
+        for tower, form in forms.items()
     )
 
 
-def _calibration(student: DualEncoder, tower: Tower, source: Source) -> CalibrationData:
-    if tower == "image":
-        return calibration_images(source, student.spec.image)
+def _calibration(student: DualEncoder, graph: TowerGraph, source: Source) -> CalibrationData:
+    if graph.pixels is not None:
+        return calibration_images(source, student.spec.image, graph.pixels)
     return calibration_texts(source, student.text_tokenizer)

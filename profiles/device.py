@@ -45,7 +45,7 @@ class DeviceProfile:
         threads: CPU threads that inference and preprocessing may use.
         memory_mb: memory that the towers can use, MB of 10^6 bytes: the GPU's where the
             engine runs on one, else the system's. None where it is unknown.
-        batch_min: the smallest batch that an engine is built for.
+        batch_min: the smallest batch that an engine is built for: 1, or `batch_max`.
         batch_best: the batch that it is tuned for.
         batch_max: the largest one; if it equals `batch_min`, graphs are made for that batch
             alone. Longer lists of inputs are cut into such batches, shorter ones padded.
@@ -135,9 +135,11 @@ def _precision_mistakes(device: DeviceProfile) -> list[str]:
 
 
 def _batch_mistakes(device: DeviceProfile) -> list[str]:
-    if device.batch_min <= device.batch_best <= device.batch_max:
-        return []
-    return ["batch_min must not be above batch_best, nor batch_best above batch_max"]
+    if not device.batch_min <= device.batch_best <= device.batch_max:
+        return ["batch_min must not be above batch_best, nor batch_best above batch_max"]
+    if device.batch_min not in (1, device.batch_max):
+        return ["batch_min must be 1, or equal batch_max where only one batch size is wanted"]
+    return []
 
 
 def _numbers(capability: str | None) -> tuple[int, int] | None:
@@ -177,8 +179,12 @@ def _tensorrt_mistakes(device: DeviceProfile) -> list[str]:
             "version_portability": device.version_portability,
         }
         mistakes += [f"{key} is for the TensorRT engines only" for key, no in asked.items() if no]
-    if device.hardware_portability == "ampere-plus" and device.engine in _RTX_ENGINES:
-        mistakes.append("hardware_portability ampere-plus is for engine tensorrt only")
+    portable = device.hardware_portability != "none" or device.version_portability
+    if portable and device.engine in _RTX_ENGINES:
+        mistakes.append(
+            "engines of tensorrt-rtx run on every GPU of their compute capability and on one "
+            "version only: drop hardware_portability and version_portability"
+        )
     if device.cpu_fallback and not device.engine.startswith("onnxruntime"):
         mistakes.append("cpu_fallback is for ONNX Runtime's engines only")
     return mistakes

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgeclip.runtime.index import Hit, Index
     from edgeclip.runtime.labels import LabelSet
     from edgeclip.runtime.manifest import Manifest
-    from edgeclip.runtime.preprocess import preprocess_batch
+    from edgeclip.runtime.preprocess import crop_batch
     from edgeclip.runtime.quality import retrieval, zero_shot
     from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
     from edgeclip.runtime.tokenize_text import TextTokenizer
@@ -47,7 +47,7 @@ __all__ = [
     "SpaceMismatchError",
     "TextSpec",
     "TextTokenizer",
-    "preprocess_batch",
+    "crop_batch",
     "retrieval",
     "zero_shot",
 ]
@@ -62,7 +62,7 @@ _MODULES = {
     "index": ("Hit", "Index"),
     "labels": ("LabelSet",),
     "manifest": ("Manifest",),
-    "preprocess": ("preprocess_batch",),
+    "preprocess": ("crop_batch",),
     "quality": ("retrieval", "zero_shot"),
     "spec": ("EncoderSpec", "ImageSpec", "TextSpec"),
     "tokenize_text": ("TextTokenizer",),

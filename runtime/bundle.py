@@ -80,13 +80,35 @@ class Bundle:
             BundleError: the bundle does not hold that precision, or the file cannot be read or
                 (with `check_hashes`) was altered since the bundle was opened.
         """
-        name = self.manifest.tower(tower).file(precision).path
+        file = self.manifest.tower(tower).file(precision)
+        if file.data_path is not None:
+            self.check_file(file.data_path)
+        return self.file_bytes(file.path)
+
+    def check_file(self, name: str) -> None:
+        """Check the hash of a declared file again, without holding it in memory.
+
+        Raises:
+            BundleError: with `check_hashes`, it was altered since the bundle was opened.
+        """
+        if self.check_hashes and sha256_file(self.path / name) != self._sha256(name):
+            raise BundleError(_altered(self.path, name))
+
+    def _sha256(self, name: str) -> str:
+        return next(file.sha256 for file in self.manifest.files if file.path == name)
+
+    def file_bytes(self, name: str) -> bytes:
+        """Read a declared file; what is returned is what was verified.
+
+        Raises:
+            BundleError: it cannot be read or (with `check_hashes`) was altered since the
+                bundle was opened.
+        """
         try:
             content = (self.path / name).read_bytes()
         except OSError as error:
             raise BundleError(f"cannot read {self.path / name}: {error.strerror}") from None
-        expected = next(file.sha256 for file in self.manifest.files if file.path == name)
-        if self.check_hashes and hashlib.sha256(content).hexdigest() != expected:
+        if self.check_hashes and hashlib.sha256(content).hexdigest() != self._sha256(name):
             raise BundleError(_altered(self.path, name))
         return content
 

@@ -1,16 +1,29 @@
 """Where things lie in a bundle, and which paths a manifest may name."""
 
-from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.spec import PixelForm, Precision, Tower
 
 MANIFEST_NAME = "edgeclip.json"
 TOKENIZER_NAME = "tokenizer.json"
 GOLDEN_NAME = "golden.npz"
 
 
-def tower_path(tower: Tower, precision: Precision) -> str:
-    """Return the path of a tower in a bundle, as transformers.js and optimum name it."""
-    stem = "vision_model" if tower == "image" else "text_model"
+def tower_path(
+    tower: Tower, precision: Precision, pixels: PixelForm | None = "float32-nchw"
+) -> str:
+    """Return the path of a tower in a bundle.
+
+    Graphs in the customary form are named as transformers.js and optimum name them; an image
+    tower that takes uint8 pixels would not run there, and has a name of its own.
+    """
+    stem = "text_model"
+    if tower == "image":
+        stem = "vision_device" if pixels == "uint8-nhwc" else "vision_model"
     return f"onnx/{stem}{'' if precision == 'fp32' else '_' + precision}.onnx"
+
+
+def labels_path(name: str) -> str:
+    """Return the path of a label set in a bundle."""
+    return f"labels/{name}.npz"
 
 
 def check_path(path: str) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.load_image import list_images
-from edgeclip.runtime.preprocess import preprocess
+from edgeclip.runtime.preprocess import resize_and_crop
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def embed_files(
             pixels = []
             for path in chunk:
                 try:
-                    pixels.append(preprocess(path, encoder.spec.image))
+                    pixels.append(resize_and_crop(path, encoder.spec.image))
                     kept.append(path)
                 except InputError as error:
                     if strict:

@@ -16,7 +16,7 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.index import Hit, Index
 from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.load_image import ImageInput
-from edgeclip.runtime.preprocess import preprocess_batch
+from edgeclip.runtime.preprocess import crop_batch
 from edgeclip.runtime.spec import EncoderSpec, Precision, Tower
 from edgeclip.runtime.tower_runner import TowerRunner
 
@@ -128,26 +128,28 @@ class Encoder:
             EngineError: the engine failed, or gave something other than embeddings.
         """
         parts = [
-            self._image_tower.run(preprocess_batch(chunk, self.spec.image, first=start))
+            self._image_tower.run(crop_batch(chunk, self.spec.image, first=start))
             for start, chunk in _chunks(_list_of_images(images), batch_size)
         ]
         return self._joined(parts)
 
-    def encode_pixels(self, pixels: FloatArray, *, batch_size: int = 32) -> FloatArray:
-        """Embed preprocessed images, float32 [N, 3, size, size]; float32 [N, dim].
+    def encode_pixels(self, pixels: NDArray[np.uint8], *, batch_size: int = 32) -> FloatArray:
+        """Embed pictures that have their size already; float32 [N, dim].
+
+        Args:
+            pixels: uint8 [N, size, size, 3], RGB, as `crop_batch` makes them.
+            batch_size: see `encode_image`.
 
         Raises:
-            InputError: another shape or dtype, or values that are not finite.
+            InputError: another shape or dtype.
             EngineError: see `encode_image`.
         """
         size = self.spec.image.size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or pixels.dtype != np.float32:
+        if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3) or pixels.dtype != np.uint8:
             raise InputError(
-                f"pixels must be float32 [N, 3, {size}, {size}], got "
+                f"pixels must be uint8 [N, {size}, {size}, 3], got "
                 f"{pixels.dtype} {list(pixels.shape)}"
             )
-        if not np.isfinite(pixels).all():
-            raise InputError("pixels hold values that are not finite (NaN or infinity)")
         return self._joined(
             [self._image_tower.run(part) for _, part in _chunks(pixels, batch_size)]
         )

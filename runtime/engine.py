@@ -29,27 +29,40 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(path: Path, *, device: "DeviceProfile", content: bytes | None = None) -> Engine:
+def open_engine(
+    path: Path,
+    *,
+    device: "DeviceProfile",
+    content: bytes | None = None,
+    data_folder: Path | None = None,
+    context_length: int | None = None,
+) -> Engine:
     """Load a graph with the engine that the device asks for.
 
     Args:
         path: the ONNX file.
-        device: says which engine, and how many threads.
+        device: says which engine, and its options.
         content: what is loaded in place of the file, `path` being its name in messages.
+        data_folder: where the data files of such a graph lie, which the caller has verified;
+            without it the graph can have none.
+        context_length: the longest text in tokens, where the graph is a text tower; engines
+            that are built for a range of shapes need it.
 
     Raises:
-        EngineError: the engine cannot load the graph, or this software has no such engine.
+        EngineError: the engine cannot load the graph, or cannot run ONNX graphs.
         MissingExtraError: the engine's package is not installed.
     """
-    from edgeclip.runtime.engine_ort import OrtEngine
-
-    if device.engine == "onnxruntime-cpu":
-        providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    elif device.engine == "onnxruntime-cuda":
-        providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    else:
+    if device.engine in ("tensorrt", "tensorrt-rtx"):
         raise EngineError(
-            f"device {device.name!r} asks for the engine {device.engine!r}, which this version "
-            "cannot run: use a device whose engine is onnxruntime-cpu or onnxruntime-cuda"
+            f"device {device.name!r} runs TensorRT engines, not the graph {path}: build them with "
+            f"`edgeclip build`, or use a device whose engine is onnxruntime-{device.engine}"
         )
-    return OrtEngine(path, providers=providers, threads=device.threads, content=content)
+    from edgeclip.runtime.engine_ort import open_ort_engine
+
+    return open_ort_engine(
+        path,
+        device=device,
+        content=content,
+        data_folder=data_folder,
+        context_length=context_length,
+    )

@@ -14,7 +14,7 @@ from edgeclip.runtime.npz import read_npz, write_npz
 from edgeclip.runtime.spec import Precision, Tower
 
 FloatArray = NDArray[np.float32]
-_KIND = "edgeclip-golden-1"
+_KIND = "edgeclip-golden-2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +31,25 @@ class Golden:
     """A few inputs and their embeddings, made when the bundle was written.
 
     Attributes:
-        pixel_values: float32 [N, 3, size, size].
+        pixels: uint8 [N, size, size, 3], RGB, resized and cut.
         texts: M texts; the bundle's tokenizer must turn them into `input_ids`.
         input_ids: int64 [M, length].
         expected: one entry for each tower and precision of the bundle.
     """
 
-    pixel_values: FloatArray
+    pixels: NDArray[np.uint8]
     texts: tuple[str, ...]
     input_ids: NDArray[np.int64]
     expected: tuple[Expected, ...]
 
+    def inputs(self, tower: Tower) -> NDArray[Any]:
+        """What a tower is given: `pixels` or `input_ids`."""
+        return self.pixels if tower == "image" else self.input_ids
+
     def save(self, path: Path) -> None:
         """Write `golden.npz`, whole or not at all."""
         arrays: dict[str, NDArray[Any]] = {
-            "pixel_values": self.pixel_values,
+            "pixels": self.pixels,
             "input_ids": self.input_ids,
         }
         for item in self.expected:
@@ -61,14 +65,14 @@ class Golden:
         """
         wanted = [(item.tower, file.precision) for item in manifest.towers for file in item.files]
         names = {f"{tower}_{precision}" for tower, precision in wanted}
-        keys = frozenset({"pixel_values", "input_ids", *names})
+        keys = frozenset({"pixels", "input_ids", *names})
         try:
             meta, arrays = read_npz(path, _KIND, frozenset({"texts"}), keys)
             texts = text_tuple(meta["texts"])
         except InputError as error:
             raise BundleError(str(error)) from error
         golden = cls(
-            pixel_values=arrays["pixel_values"],
+            pixels=arrays["pixels"],
             texts=texts,
             input_ids=arrays["input_ids"],
             expected=tuple(Expected(t, p, arrays[f"{t}_{p}"]) for t, p in wanted),
@@ -80,10 +84,10 @@ class Golden:
 
 
 def _mistake(golden: Golden, manifest: Manifest) -> str | None:
-    spec, pixels, ids = manifest.spec, golden.pixel_values, golden.input_ids
+    spec, pixels, ids = manifest.spec, golden.pixels, golden.input_ids
     size, length = spec.image.size, spec.text.context_length
-    if pixels.dtype != np.float32 or pixels.shape[1:] != (3, size, size) or not len(pixels):
-        return f"pixel_values must be float32 [N, 3, {size}, {size}]"
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (size, size, 3) or not len(pixels):
+        return f"pixels must be uint8 [N, {size}, {size}, 3]"
     if ids.dtype != np.int64 or ids.ndim != 2 or not 0 < ids.shape[1] <= length:
         return f"input_ids must be int64 [M, at most {length}]"
     if len(ids) != len(golden.texts) or not len(ids):

@@ -14,11 +14,13 @@ from edgeclip.runtime.bundle_paths import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
     check_path,
+    labels_path,
 )
+from edgeclip.runtime.engine_key import EngineRecord
 from edgeclip.runtime.errors import BundleError
-from edgeclip.runtime.spec import EncoderSpec, Precision, Tower
+from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -67,6 +69,10 @@ class TowerFile:
 
     Attributes:
         path: the ONNX file; its size and hash are in `Manifest.files`.
+        pixels: what an image tower takes; None for a text tower.
+        batch: the only batch size that the graph takes; None where it may vary.
+        data_path: the file that holds the weights of a graph over 2 GB; None if they are in
+            the ONNX file.
         gates: bounds that this tower in this precision met.
         latency_ms: median of one call at batch 1 on `Manifest.measured_on`; None if not measured.
         golden_tolerance: largest absolute difference of one embedding value from
@@ -79,10 +85,17 @@ class TowerFile:
     gates: tuple[GateRecord, ...]
     latency_ms: float | None
     golden_tolerance: float
+    pixels: PixelForm | None = None
+    batch: int | None = None
+    data_path: str | None = None
     needs_vnni: bool = False
 
     def __post_init__(self) -> None:
         check_path(self.path)
+        if self.data_path is not None:
+            check_path(self.data_path)
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"{self.path}: batch must be at least 1")
         if not 0 < self.golden_tolerance < 2:
             raise ValueError(f"{self.path}: golden_tolerance must lie between 0 and 2")
 
@@ -100,6 +113,8 @@ class TowerManifest:
             raise ValueError(f"{self.tower} tower: a precision is listed twice")
         if self.chosen not in self.precisions:
             raise ValueError(f"{self.tower} tower: the chosen {self.chosen} is not in the bundle")
+        if any((file.pixels is None) is (self.tower == "image") for file in self.files):
+            raise ValueError(f"{self.tower} tower: pixels is for image towers, and needed there")
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -148,6 +163,9 @@ class Manifest:
         provenance: teacher, student, data, command, time, versions.
         licence: SPDX identifier or a sentence.
         files: every file of the bundle except `edgeclip.json` itself.
+        patch_features: the image towers also give the last hidden state of each patch.
+        label_head: name of the label set that is part of the image towers, if any.
+        engines: TensorRT engines that were built ahead of time.
     """
 
     schema_version: int
@@ -160,6 +178,9 @@ class Manifest:
     provenance: Provenance
     licence: str
     files: tuple[FileRecord, ...]
+    patch_features: bool = False
+    label_head: str | None = None
+    engines: tuple[EngineRecord, ...] = ()
 
     def __post_init__(self) -> None:
         if not _HEX.fullmatch(self.space):
@@ -170,7 +191,11 @@ class Manifest:
         # Compared without case, because some file systems do.
         if len({path.casefold() for path in paths}) != len(paths):
             raise ValueError("a file is listed twice")
-        needed = [file.path for item in self.towers for file in item.files]
+        graphs = [file for item in self.towers for file in item.files]
+        needed = [file.path for file in graphs]
+        needed += [file.data_path for file in graphs if file.data_path is not None]
+        needed += [engine.path for engine in self.engines]
+        needed += [] if self.label_head is None else [labels_path(self.label_head)]
         missing = sorted({*needed, TOKENIZER_NAME, GOLDEN_NAME} - set(paths))
         if missing:
             raise ValueError(f"files does not list {', '.join(missing)}")

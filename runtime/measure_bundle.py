@@ -13,12 +13,13 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.choose_precision import usable_precisions
 from edgeclip.runtime.cold_start import measure_cold_start
-from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
 from edgeclip.runtime.measurement import SCHEMA_VERSION, Measurement, MeasurementRun
 from edgeclip.runtime.progress import progress_bar
-from edgeclip.runtime.spec import INPUT_NAMES, Precision, Tower
+from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.tower_feed import tower_feed
+from edgeclip.runtime.tower_runner import TowerRunner
 
 
 def measure_bundle(
@@ -115,9 +116,8 @@ def measurable_precisions(
 
 
 def golden_inputs(bundle: Bundle, tower: Tower) -> NDArray[Any]:
-    """The golden inputs of a tower: pixels [N, 3, size, size] or token ids [M, length]."""
-    golden = bundle.golden()
-    return golden.pixel_values if tower == "image" else golden.input_ids
+    """The golden inputs of a tower: uint8 [N, size, size, 3] or token ids int64 [M, length]."""
+    return bundle.golden().inputs(tower)
 
 
 def _candidate(
@@ -128,13 +128,8 @@ def _candidate(
     inputs: NDArray[Any],
     prefix: str,
 ) -> Candidate:
-    engine = open_engine(bundle.tower_path(tower, precision), device=device)
-    name = INPUT_NAMES[tower]
-    return Candidate(
-        name=prefix + precision,
-        run=lambda batch: engine.run({name: batch}),
-        make_batch=repeat_rows(inputs),
-    )
+    runner = TowerRunner(bundle, tower, precision, device)
+    return Candidate(name=prefix + precision, run=runner.run, make_batch=repeat_rows(inputs))
 
 
 def _with_cold_start(
@@ -142,8 +137,15 @@ def _with_cold_start(
 ) -> Measurement:
     start = measure_cold_start(
         bundle.tower_path(item.tower, precision),
-        {INPUT_NAMES[item.tower]: golden_inputs(bundle, item.tower)[:1]},
+        example_feed(bundle, item.tower, precision),
         device=device,
         processes=processes,
     )
     return dataclasses.replace(item, cold_start=start)
+
+
+def example_feed(bundle: Bundle, tower: Tower, precision: Precision) -> dict[str, NDArray[Any]]:
+    """The first golden input as the graph of that precision takes it."""
+    first = golden_inputs(bundle, tower)[:1]
+    pixels = bundle.manifest.tower(tower).file(precision).pixels
+    return tower_feed(first, tower, pixels, bundle.manifest.spec.image)

@@ -40,13 +40,25 @@ def preprocess(image: ImageInput, spec: ImageSpec) -> NDArray[np.float32]:
     Raises:
         InputError: the picture cannot be loaded, see `load_image`.
     """
-    return _normalise(resize_and_crop(image, spec), spec)
+    normalised: NDArray[np.float32] = normalise(resize_and_crop(image, spec)[None], spec)[0]
+    return normalised
 
 
 def preprocess_batch(
     images: Sequence[ImageInput], spec: ImageSpec, *, first: int = 0
 ) -> NDArray[np.float32]:
     """Turn pictures into float32 [N, 3, size, size].
+
+    Raises:
+        InputError: see `crop_batch`.
+    """
+    return normalise(crop_batch(images, spec, first=first), spec)
+
+
+def crop_batch(
+    images: Sequence[ImageInput], spec: ImageSpec, *, first: int = 0
+) -> NDArray[np.uint8]:
+    """Turn pictures into uint8 [N, size, size, 3] (RGB): resized and cut, not normalised.
 
     `first` is the number of the first picture in a longer list, for the messages.
 
@@ -58,10 +70,10 @@ def preprocess_batch(
         raise InputError("a batch is a list of images: put the one image into a list")
     if len(images) == 0:
         raise InputError("no images were given: a batch needs at least one")
-    pixels = np.empty((len(images), 3, spec.size, spec.size), dtype=np.float32)
+    pixels = np.empty((len(images), spec.size, spec.size, 3), dtype=np.uint8)
     for number, image in enumerate(images):
         try:
-            pixels[number] = preprocess(image, spec)
+            pixels[number] = resize_and_crop(image, spec)
         except InputError as error:
             raise InputError(f"image {first + number}: {error}") from error
     return pixels
@@ -114,9 +126,10 @@ def _resized(width: int, height: int, shortest: int) -> tuple[int, int]:
     return int(shortest * width / height), shortest
 
 
-def _normalise(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
+def normalise(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
+    """Turn uint8 [N, size, size, 3] into the customary input, float32 [N, 3, size, size]."""
     mean = np.asarray(spec.mean, dtype=np.float32)
     std = np.asarray(spec.std, dtype=np.float32)
     scaled = pixels.astype(np.float32) * np.float32(1 / 255)
     normalised: NDArray[np.float32] = (scaled - mean) / std
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+    return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))

@@ -75,7 +75,7 @@ def _check_tokenizer(bundle: Bundle, golden: Golden) -> None:
 def _replay(bundle: Bundle, device: "DeviceProfile", golden: Golden, item: Expected) -> Replay:
     manifest = bundle.manifest.tower(item.tower)
     runner = TowerRunner(bundle, item.tower, item.precision, device)
-    embeddings = runner.run(golden.pixel_values if item.tower == "image" else golden.input_ids)
+    embeddings = runner.run(golden.inputs(item.tower))
     lengths = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(item.embeddings, axis=1)
     cosines = (embeddings * item.embeddings).sum(axis=1) / np.maximum(lengths, 1e-12)
     return Replay(

@@ -7,9 +7,16 @@ Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Tower = Literal["image", "text"]
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
 
-# The one input and output of a tower's graph, named as transformers.js and optimum do.
-INPUT_NAMES: dict[Tower, str] = {"image": "pixel_values", "text": "input_ids"}
+PixelForm = Literal["uint8-nhwc", "float32-nchw"]
+
+# What an image tower takes: pictures cut to size as they are, uint8 [N, size, size, 3], the
+# normalisation being in the graph; or normalised, float32 [N, 3, size, size].
+PIXEL_INPUTS: dict[PixelForm, str] = {"uint8-nhwc": "pixels", "float32-nchw": "pixel_values"}
+TEXT_INPUT = "input_ids"
+# Named as transformers.js and optimum do.
 OUTPUT_NAMES: dict[Tower, str] = {"image": "image_embeds", "text": "text_embeds"}
+PATCH_OUTPUT = "patch_features"  # float32 [N, rows, columns, width]
+LABEL_OUTPUTS = ("label_index", "label_score")  # int64 [N], float32 [N]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,9 +30,10 @@ from edgeclip.runtime.manifest import (
     TowerFile,
     TowerManifest,
 )
-from edgeclip.runtime.preprocess import preprocess_batch
-from edgeclip.runtime.spec import EncoderSpec, ImageSpec, Precision, TextSpec, Tower
+from edgeclip.runtime.preprocess import crop_batch
+from edgeclip.runtime.spec import EncoderSpec, ImageSpec, PixelForm, Precision, TextSpec, Tower
 from edgeclip.runtime.tokenize_text import TextTokenizer
+from edgeclip.runtime.tower_feed import tower_feed
 
 # A busy machine must not fail a test that only asks for a right answer.
 settings.register_profile("edgeclip", deadline=None)
@@ -43,6 +44,7 @@ DIM = 8
 SIZE = 8
 SPACE = "5" * 64
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+PIXELS: dict[Precision, PixelForm] = {"fp32": "float32-nchw", "int8": "uint8-nhwc"}
 CHOSEN: dict[Tower, Precision] = {"image": "int8", "text": "fp32"}
 SPECIALS = ["<pad>", "<start>", "<end>"]
 SENTENCES = ["a photo of a red apple", "a green tree", "the blue sea", "a red car on a green hill"]
@@ -136,7 +138,8 @@ def write_tiny_bundle(root: Path) -> Path:
     for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
         (root / name).write_text("{}\n", encoding="utf-8")
     for precision in PRECISIONS:
-        _write_image_tower(root / tower_path("image", precision), precision)
+        path = root / tower_path("image", precision, PIXELS[precision])
+        _write_image_tower(path, precision, spec.image)
         _write_text_tower(root / tower_path("text", precision), precision, vocabulary)
     _golden(root, spec).save(root / GOLDEN_NAME)
     manifest = _manifest(root, spec)
@@ -162,9 +165,9 @@ def _write_tokenizer(path: Path) -> dict[str, int]:
     return vocabulary
 
 
-def _write_image_tower(path: Path, precision: Precision) -> None:
-    """Mean colour [N, 3] -> Gemm -> L2."""
-    from onnx import helper
+def _write_image_tower(path: Path, precision: Precision, spec: ImageSpec) -> None:
+    """Mean colour [N, 3] -> Gemm -> L2; in int8 the graph itself normalises uint8 pixels."""
+    from onnx import TensorProto, helper, numpy_helper
 
     weights = np.random.default_rng(0).normal(0, 0.02, (3, DIM)).astype(np.float32)
     weights[:3, :3] += np.eye(3, dtype=np.float32)
@@ -173,7 +176,20 @@ def _write_image_tower(path: Path, precision: Precision) -> None:
         helper.make_node("Flatten", ["pooled"], ["mean_colour"]),
         helper.make_node("Gemm", ["mean_colour", "weights"], ["projected"]),
     ]
-    _write_graph(path, nodes, ("pixel_values", [None, 3, SIZE, SIZE]), weights, precision)
+    if PIXELS[precision] == "float32-nchw":
+        given: tuple[str, list[int | None]] = ("pixel_values", [None, 3, SIZE, SIZE])
+        _write_graph(path, nodes, given, weights, precision)
+        return
+    mean, std = (np.array(item, np.float32).reshape(3, 1, 1) for item in (spec.mean, spec.std))
+    before = [
+        helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["floats"], ["channels_first"], perm=[0, 3, 1, 2]),
+        helper.make_node("Sub", ["channels_first", "mean"], ["centred"]),
+        helper.make_node("Div", ["centred", "std"], ["pixel_values"]),
+    ]
+    more = [numpy_helper.from_array(255 * mean, "mean"), numpy_helper.from_array(255 * std, "std")]
+    given = ("pixels", [None, SIZE, SIZE, 3])
+    _write_graph(path, [*before, *nodes], given, weights, precision, more)
 
 
 def _write_text_tower(path: Path, precision: Precision, vocabulary: dict[str, int]) -> None:
@@ -216,17 +232,21 @@ def _write_graph(
         constants[0] = numpy_helper.from_array(quantized, "quantized")
         constants.append(numpy_helper.from_array(np.array(scale), "scale"))
         nodes = [helper.make_node("DequantizeLinear", ["quantized", "scale"], ["weights"]), *nodes]
-    output = "image_embeds" if given[0] == "pixel_values" else "text_embeds"
+    kinds = {
+        "pixel_values": TensorProto.FLOAT,
+        "pixels": TensorProto.UINT8,
+        "input_ids": TensorProto.INT64,
+    }
+    output = "text_embeds" if given[0] == "input_ids" else "image_embeds"
     constants.append(numpy_helper.from_array(np.array([1]), "last_axis"))
     nodes += [
         helper.make_node("ReduceL2", ["projected", "last_axis"], ["norm"], keepdims=1),
         helper.make_node("Div", ["projected", "norm"], [output]),
     ]
-    kind = TensorProto.FLOAT if given[0] == "pixel_values" else TensorProto.INT64
     graph = helper.make_graph(
         nodes,
         path.stem,
-        [helper.make_tensor_value_info(given[0], kind, given[1])],
+        [helper.make_tensor_value_info(given[0], kinds[given[0]], given[1])],
         [helper.make_tensor_value_info(output, TensorProto.FLOAT, [None, DIM])],
         constants,
     )
@@ -237,21 +257,19 @@ def _write_graph(
 
 def _golden(root: Path, spec: EncoderSpec) -> Golden:
     images = [Image.new("RGB", (10, 10), colour) for colour in COLOURS.values()]
-    pixel_values = preprocess_batch(images, spec.image)
+    pixels = crop_batch(images, spec.image)
     input_ids = TextTokenizer.from_file(root / TOKENIZER_NAME, spec.text).encode(SENTENCES)
-    feeds: dict[Tower, dict[str, NDArray[Any]]] = {
-        "image": {"pixel_values": pixel_values},
-        "text": {"input_ids": input_ids},
-    }
+    inputs: dict[Tower, NDArray[Any]] = {"image": pixels, "text": input_ids}
     expected = []
     for precision in PRECISIONS:
-        for tower, given in feeds.items():
-            path = root / tower_path(tower, precision)
+        for tower, values in inputs.items():
+            path = root / tower_path(tower, precision, PIXELS[precision])
+            given = tower_feed(values, tower, PIXELS[precision], spec.image)
             engine = OrtEngine(path, providers=("CPUExecutionProvider",), threads=1)
             (embeddings,) = engine.run(given).values()
             expected.append(Expected(tower, precision, embeddings))
     return Golden(
-        pixel_values=pixel_values,
+        pixels=pixels,
         texts=tuple(SENTENCES),
         input_ids=input_ids,
         expected=tuple(expected),
@@ -297,7 +315,8 @@ def _tower(tower: Tower) -> TowerManifest:
     )
     files = tuple(
         TowerFile(
-            path=tower_path(tower, precision),
+            path=tower_path(tower, precision, PIXELS[precision]),
+            pixels=PIXELS[precision] if tower == "image" else None,
             precision=precision,
             gates=(gate,),
             latency_ms=None,

@@ -17,10 +17,14 @@ DEVICE_PACKAGES = {
     "profiles": {"pydantic", "pydantic_core", "yaml"},
     "runtime": {
         "PIL",
+        "cuda",
+        "huggingface_hub",
         "jinja2",
         "markupsafe",
         "numpy",
         "onnxruntime",
+        "tensorrt",
+        "tensorrt_rtx",
         "tokenizers",
         "tqdm",
         "yaml",
@@ -28,7 +32,7 @@ DEVICE_PACKAGES = {
 }
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
-EXTRAS_NOT_INSTALLED = {"gpu", "tensorrt"}
+EXTRAS_NOT_INSTALLED = {"gpu", "openvino", "tensorrt", "tensorrt-rtx"}
 
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 every_source = pytest.mark.parametrize(

@@ -4,10 +4,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from transformers import (
     BertConfig,
@@ -32,6 +35,7 @@ from edgeclip.export.to_onnx import TowerPaths, export_towers
 from edgeclip.export.write_bundle import Origin
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.spec import ImageSpec
 
@@ -196,6 +200,20 @@ def clip_towers(clip: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def convnext_towers(convnext: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> TowerPaths:
     return export_towers(convnext, tmp_path_factory.mktemp("convnext"))
+
+
+RunGraph = Callable[[Path, NDArray[Any]], dict[str, NDArray[Any]]]
+
+
+@pytest.fixture
+def run_graph(cpu_device: DeviceProfile) -> RunGraph:
+    """Run an ONNX file on its one input, whatever that is called: `run_graph(path, values)`."""
+
+    def run(path: Path, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        (given,) = onnx.load(path, load_external_data=False).graph.input
+        return open_engine(path, device=cpu_device).run({given.name: values})
+
+    return run
 
 
 @pytest.fixture(scope="session")

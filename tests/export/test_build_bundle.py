@@ -25,7 +25,7 @@ from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError, SpaceMismatchError
-from edgeclip.runtime.preprocess import preprocess_batch
+from edgeclip.runtime.preprocess import crop_batch
 from edgeclip.runtime.replay_golden import replay_golden
 
 Make = Callable[..., Source]
@@ -40,9 +40,9 @@ def test_a_bundle_holds_what_the_design_lists(built: BuiltBundle) -> None:
     files = {path for path in paths_in(built.bundle.path) if "." in path}
     towers = {
         f"onnx/{stem}{suffix}.onnx"
-        for stem in ("vision_model", "text_model")
+        for stem in ("vision_device", "text_model")
         for suffix in ("", "_fp16", "_int8")
-    }
+    } | {"onnx/vision_model.onnx"}  # the customary form, which other software reads
     settings = {"config.json", "preprocessor_config.json", "tokenizer.json"}
     assert files == towers | settings | {"edgeclip.json", "golden.npz", "tokenizer_config.json"} | {
         "labels/letters.npz"
@@ -76,7 +76,7 @@ def test_the_encoder_embeds_as_torch_does(
     source = blobs(5, seed=9)
     images = [source[index].image for index in range(5)]
     texts = [str(source.caption(index)) for index in range(5)]
-    pixels = preprocess_batch(images, clip.image_spec)
+    pixels = crop_batch(images, clip.image_spec)
     expected = torch_embedder(clip, "image")(pixels)
     np.testing.assert_allclose(encoder.encode_image(images), expected, atol=1e-5)
     np.testing.assert_allclose(encoder.encode_image(images, batch_size=1), expected, atol=1e-5)

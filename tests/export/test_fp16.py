@@ -1,16 +1,22 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.export.embed_pairs import graph_embedder
+from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.fp16 import write_fp16
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.export.graph_form import GraphForm
+from edgeclip.export.to_onnx import TowerPaths, export_tower
 from edgeclip.runtime.spec import Tower
+
+RunGraph = Callable[[Path, NDArray[Any]], dict[str, NDArray[Any]]]
+NODES = {"first", "up", "gain_up", "relu", "gain_down", "down", "residual", "project", "norm"}
 
 
 def inputs_of(tower: Tower, dual: DualEncoder) -> np.ndarray:
@@ -24,7 +30,7 @@ def inputs_of(tower: Tower, dual: DualEncoder) -> np.ndarray:
 def test_fp16_is_half_as_large_and_nearly_the_same(
     family: str,
     tower: Tower,
-    cpu_device: DeviceProfile,
+    run_graph: RunGraph,
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
@@ -34,9 +40,10 @@ def test_fp16_is_half_as_large_and_nearly_the_same(
     write_fp16(source, tmp_path / "half.onnx")
     assert (tmp_path / "half.onnx").stat().st_size < 0.75 * source.stat().st_size
     values = inputs_of(tower, dual)
-    half = graph_embedder(tmp_path / "half.onnx", tower, cpu_device)(values)
+    (half,) = run_graph(tmp_path / "half.onnx", values).values()
+    (full,) = run_graph(source, values).values()
     assert half.dtype == np.float32
-    np.testing.assert_allclose(half, graph_embedder(source, tower, cpu_device)(values), atol=5e-3)
+    np.testing.assert_allclose(half, full, atol=5e-3)
     # The norm is taken in fp32 and not rounded on its way out.
     np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-6)
 
@@ -57,7 +64,7 @@ def test_weights_and_arithmetic_are_half_and_the_ends_are_not(
     assert sorted(tail) == ["Div", "ReduceL2"]
 
 
-def test_huge_masks_and_large_norms_survive_fp16(cpu_device: DeviceProfile, tmp_path: Path) -> None:
+def test_huge_masks_and_large_norms_survive_fp16(run_graph: RunGraph, tmp_path: Path) -> None:
     """Softmax over masked scores, then an embedding whose squares overflow fp16."""
     lowest = np.finfo(np.float32).min
     mask = np.array([[0, 0, lowest], [0, lowest, -np.inf]], np.float32)
@@ -89,7 +96,92 @@ def test_huge_masks_and_large_norms_survive_fp16(cpu_device: DeviceProfile, tmp_
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "f.onnx")
     write_fp16(tmp_path / "f.onnx", tmp_path / "half.onnx")
     values = np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)
-    half = graph_embedder(tmp_path / "half.onnx", "image", cpu_device)(values)
-    full = graph_embedder(tmp_path / "f.onnx", "image", cpu_device)(values)
+    (half,) = run_graph(tmp_path / "half.onnx", values).values()
+    (full,) = run_graph(tmp_path / "f.onnx", values).values()
     assert np.isfinite(half).all()
     np.testing.assert_allclose(half, full, atol=2e-3)
+
+
+def wide_mlp(path: Path) -> None:
+    """Two layers whose hidden values reach 1e5 between layers that do not, then the L2 norm."""
+    draw = np.random.default_rng(0)
+    shapes = {"w0": (6, 8), "w1": (8, 32), "w2": (32, 8), "w3": (8, 5)}
+    constants = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    constants |= {
+        "gain": np.array(1e5, np.float32),
+        "back": np.array(1e-5, np.float32),
+        "last": np.array([-1]),
+    }
+    make = helper.make_node
+    nodes = [
+        make("MatMul", ["pixel_values", "w0"], ["a"], "first"),
+        make("MatMul", ["a", "w1"], ["b"], "up"),
+        make("Mul", ["b", "gain"], ["c"], "gain_up"),
+        make("Relu", ["c"], ["d"], "relu"),
+        make("Mul", ["d", "back"], ["e"], "gain_down"),
+        make("MatMul", ["e", "w2"], ["f"], "down"),
+        make("Add", ["a", "f"], ["g"], "residual"),
+        make("MatMul", ["g", "w3"], ["h"], "project"),
+        make("ReduceL2", ["h", "last"], ["norm"], "norm", keepdims=1),
+        make("Div", ["h", "norm"], ["image_embeds"], "div"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "wide",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 6])],
+        [helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, ["batch", 5])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    opset = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+
+
+def test_what_overflows_fp16_stays_fp32_and_nothing_else(
+    run_graph: RunGraph, tmp_path: Path
+) -> None:
+    wide_mlp(tmp_path / "f.onnx")
+    values = np.random.default_rng(1).normal(size=(16, 6)).astype(np.float32)
+    data = CalibrationData(1, lambda _: values)
+    write_fp16(tmp_path / "f.onnx", tmp_path / "half.onnx", data)
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "half.onnx"))
+    types = {item.name: item.type.tensor_type.elem_type for item in model.graph.value_info}
+    made = {node.name: types.get(node.output[0]) for node in model.graph.node}
+    wide = {name for name, kind in made.items() if kind == TensorProto.FLOAT} & NODES
+    assert wide == {"gain_up", "relu", "gain_down", "norm"}
+    (half,) = run_graph(tmp_path / "half.onnx", values).values()
+    (full,) = run_graph(tmp_path / "f.onnx", values).values()
+    np.testing.assert_allclose(half, full, atol=5e-3)
+
+
+def test_without_calibration_such_a_tower_is_lost(run_graph: RunGraph, tmp_path: Path) -> None:
+    wide_mlp(tmp_path / "f.onnx")
+    write_fp16(tmp_path / "f.onnx", tmp_path / "half.onnx")
+    values = np.random.default_rng(1).normal(size=(16, 6)).astype(np.float32)
+    (half,) = run_graph(tmp_path / "half.onnx", values).values()
+    assert not np.isfinite(half).all()
+
+
+def test_calibration_changes_nothing_where_all_values_fit(
+    clip: DualEncoder, clip_towers: TowerPaths, tmp_path: Path
+) -> None:
+    ids = inputs_of("text", clip)
+    write_fp16(clip_towers.text, tmp_path / "plain.onnx")
+    write_fp16(clip_towers.text, tmp_path / "seen.onnx", CalibrationData(1, lambda _: ids))
+    assert (tmp_path / "plain.onnx").read_bytes() == (tmp_path / "seen.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("family", ["clip", "convnext"])
+def test_pixels_become_fp16_at_once(
+    family: str, run_graph: RunGraph, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    dual: DualEncoder = request.getfixturevalue(family)
+    form = GraphForm(opset=19, pixels="uint8-nhwc")
+    export_tower(dual, "image", tmp_path / "f.onnx", form)
+    write_fp16(tmp_path / "f.onnx", tmp_path / "half.onnx")
+    (first,) = (n for n in onnx.load(tmp_path / "half.onnx").graph.node if "pixels" in n.input)
+    assert first.op_type == "Cast"
+    assert first.attribute[0].i == TensorProto.FLOAT16
+    pixels = np.random.default_rng(0).integers(0, 256, size=(4, 32, 32, 3), dtype=np.uint8)
+    (half,) = run_graph(tmp_path / "half.onnx", pixels).values()
+    (full,) = run_graph(tmp_path / "f.onnx", pixels).values()
+    np.testing.assert_allclose(half, full, atol=5e-3)

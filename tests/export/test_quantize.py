@@ -1,6 +1,9 @@
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,24 +14,29 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.calibrate import calibration_images, calibration_texts
-from edgeclip.export.embed_pairs import graph_embedder
 from edgeclip.export.errors import ExportError
+from edgeclip.export.graph import data_path, load_graph, save_graph
+from edgeclip.export.label_head import add_label_head
 from edgeclip.export.quantize import Int8Settings, quantizable_nodes, write_int8
 from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.profiles.device import DeviceProfile, load_device
+from edgeclip.profiles.device import load_device
+from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.quality import cosines
 from edgeclip.runtime.spec import Tower
 
+RunGraph = Callable[[Path, NDArray[Any]], dict[str, NDArray[Any]]]
+
 Make = Callable[..., Source]
 CPU = Int8Settings(symmetric=False, reduce_range=True)
-TENSORRT = Int8Settings(symmetric=True, reduce_range=False)
+TENSORRT = Int8Settings(symmetric=True, float_precision="fp16")
+SYMMETRIC = Int8Settings(symmetric=True)
 
 
 def quantized(
     tower: Tower, dual: DualEncoder, paths: TowerPaths, source: Source, settings: Int8Settings
 ) -> Path:
     fp32 = paths.image if tower == "image" else paths.text
-    target = fp32.with_name(f"{tower}_{settings.symmetric}.onnx")
+    target = fp32.with_name(f"{tower}_{settings.symmetric}_{settings.float_precision}.onnx")
     data = (
         calibration_images(source, dual.spec.image)
         if tower == "image"
@@ -48,13 +56,13 @@ def makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 @pytest.mark.parametrize("family", ["clip", "convnext"])
 @pytest.mark.parametrize("tower", ["image", "text"])
-@pytest.mark.parametrize("settings", [CPU, TENSORRT], ids=["cpu", "tensorrt"])
+@pytest.mark.parametrize("settings", [CPU, SYMMETRIC, TENSORRT], ids=["cpu", "fp32", "tensorrt"])
 def test_int8_embeds_nearly_as_fp32(
     family: str,
     tower: Tower,
     settings: Int8Settings,
     blobs: Make,
-    cpu_device: DeviceProfile,
+    run_graph: RunGraph,
     request: pytest.FixtureRequest,
 ) -> None:
     dual: DualEncoder = request.getfixturevalue(family)
@@ -67,11 +75,12 @@ def test_int8_embeds_nearly_as_fp32(
         if tower == "image"
         else dual.text_tokenizer.encode([str(test.caption(index)) for index in range(8)])
     )
-    embed = graph_embedder(path, tower, cpu_device)
-    found = embed(values)
-    assert cosines(found, graph_embedder(fp32, tower, cpu_device)(values)).min() > 0.97
+    (found,) = run_graph(path, values).values()
+    (reference,) = run_graph(fp32, values).values()
+    assert cosines(found, reference).min() > 0.97
     # Static ranges: what else is in the batch does not matter.
-    np.testing.assert_allclose(embed(values[3:4])[0], found[3], atol=2e-3)
+    (alone,) = run_graph(path, values[3:4]).values()
+    np.testing.assert_allclose(alone[0], found[3], atol=2e-3)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -133,17 +142,21 @@ def test_weights_are_symmetric_per_channel_int8(
     assert weights == 13
 
 
-def test_activations_of_tensorrt_have_no_zero_point(
-    clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
+@pytest.mark.parametrize("settings", [SYMMETRIC, TENSORRT], ids=["fp32", "tensorrt"])
+def test_scales_have_the_type_of_all_that_is_not_int8(
+    settings: Int8Settings, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
 ) -> None:
-    model = onnx.load(quantized("text", clip, clip_towers, blobs(16), TENSORRT))
+    model = onnx.load(quantized("text", clip, clip_towers, blobs(16), settings))
     values = constants(model)
-    nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    nodes = [node for node in model.graph.node if node.op_type.endswith("uantizeLinear")]
     assert nodes
-    for node in nodes:
-        zero = values[node.input[2]]
-        assert zero.dtype == np.int8
-        assert not zero.any()
+    assert {values[node.input[1]].dtype for node in nodes} == {
+        np.dtype(np.float16 if settings.float_precision == "fp16" else np.float32)
+    }
+    # No fp32 but at the end, which a cast leads to.
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    to_fp32 = [node for node in casts if node.attribute[0].i == TensorProto.FLOAT]
+    assert len(to_fp32) == (1 if settings.float_precision == "fp16" else 0)
 
 
 def test_ranges_come_from_the_calibration_data(
@@ -159,9 +172,8 @@ def test_ranges_come_from_the_calibration_data(
 def test_patches_and_the_products_of_attention_are_not_among_the_nodes(
     clip_towers: TowerPaths,
 ) -> None:
-    model = onnx.load(clip_towers.image)
-    nodes = {node.name: node for node in model.graph.node}
-    chosen = [nodes[name] for name in quantizable_nodes(model)]
+    nodes = {node.name: node for node in onnx.load(clip_towers.image).graph.node}
+    chosen = [nodes[name] for name in quantizable_nodes(clip_towers.image)]
     assert len(chosen) == 13
     assert "Conv" not in {node.op_type for node in chosen}
 
@@ -192,7 +204,7 @@ def test_dense_convolutions_are_quantized_with_their_results(
     )
     opset = [helper.make_opsetid("", 18)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "f.onnx")
-    assert quantizable_nodes(onnx.load(tmp_path / "f.onnx")) == ["dense"]
+    assert quantizable_nodes(tmp_path / "f.onnx") == ["dense"]
     data = calibration_images(blobs(8), clip.spec.image)
     write_int8(tmp_path / "f.onnx", tmp_path / "int8.onnx", data, CPU)
     model = onnx.load(tmp_path / "int8.onnx")
@@ -209,11 +221,45 @@ def test_dense_convolutions_are_quantized_with_their_results(
         ("x86-avx2", Int8Settings(symmetric=False, reduce_range=True)),
         ("x86-avx512-vnni", Int8Settings(symmetric=False, reduce_range=False)),
         ("arm64-dotprod", Int8Settings(symmetric=False, reduce_range=False)),
-        ("jetson-orin-nano", Int8Settings(symmetric=True, reduce_range=False)),
+        ("jetson-orin-nano", Int8Settings(symmetric=True, float_precision="fp16")),
+        ("rtx-4000-ada", Int8Settings(symmetric=True, float_precision="fp16")),
     ],
 )
 def test_settings_follow_the_device(device: str, settings: Int8Settings) -> None:
     assert Int8Settings.for_device(load_device(device)) == settings
+
+
+def test_settings_of_openvino_are_those_of_a_cpu() -> None:
+    device = replace(load_device("x86-avx512-vnni"), engine="onnxruntime-openvino")
+    assert Int8Settings.for_device(device) == Int8Settings(symmetric=False)
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="reduce_range"):
+        Int8Settings(symmetric=True, reduce_range=True)
+    with pytest.raises(ValueError, match="float_precision"):
+        Int8Settings(symmetric=False, float_precision="fp16")
+
+
+def test_labels_at_the_end_of_a_tower_are_not_quantized(
+    clip_towers: TowerPaths, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(clip_towers.image, tmp_path / "labelled.onnx"))
+    labels = LabelSet(names=("a", "b"), embeddings=np.eye(2, 16, dtype=np.float32), space="7" * 64)
+    add_label_head(path, labels, logit_scale=100)
+    assert quantizable_nodes(path) == quantizable_nodes(clip_towers.image)
+
+
+@pytest.mark.parametrize("settings", [CPU, TENSORRT], ids=["cpu", "tensorrt"])
+def test_a_tower_with_its_weights_in_a_second_file_gives_the_same(
+    settings: Int8Settings, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, tmp_path: Path
+) -> None:
+    save_graph(load_graph(clip_towers.text), tmp_path / "large.onnx", limit=1000)
+    assert data_path(tmp_path / "large.onnx").exists()
+    data = calibration_texts(blobs(16), clip.text_tokenizer)
+    write_int8(tmp_path / "large.onnx", tmp_path / "int8.onnx", data, settings)
+    whole = quantized("text", clip, clip_towers, blobs(16), settings)
+    assert (tmp_path / "int8.onnx").read_bytes() == whole.read_bytes()
 
 
 def test_a_graph_without_weights_is_refused(blobs: Make, clip: DualEncoder, tmp_path: Path) -> None:

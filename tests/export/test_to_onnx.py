@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.embed_pairs import graph_embedder, torch_embedder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.to_onnx import OPSET, TowerPaths, export_tower
+from edgeclip.export.graph_form import PLAIN_OPSET
+from edgeclip.export.to_onnx import TowerPaths, export_tower
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.spec import Tower
 
@@ -24,8 +25,8 @@ def shape_of(value: onnx.ValueInfoProto) -> list[Any]:
     return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
-def pixels(count: int) -> NDArray[np.float32]:
-    return np.random.default_rng(count).normal(size=(count, 3, 32, 32)).astype(np.float32)
+def pixels(count: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("towers", ["clip_towers", "convnext_towers"])
@@ -51,7 +52,7 @@ def test_graphs_are_clean_and_made_of_plain_operators(
     for path in (paths.image, paths.text):
         model = onnx.load(path)
         onnx.checker.check_model(model, full_check=True)
-        assert [(item.domain, item.version) for item in model.opset_import] == [("", OPSET)]
+        assert [(item.domain, item.version) for item in model.opset_import] == [("", PLAIN_OPSET)]
         assert not model.graph.value_info
         assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
         assert b"site-packages" not in path.read_bytes()
@@ -81,7 +82,7 @@ def test_images_embed_as_in_torch(
 ) -> None:
     dual: DualEncoder = request.getfixturevalue(family)
     paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
-    found = graph_embedder(paths.image, "image", cpu_device)(pixels(count))
+    found = graph_embedder(paths.graph("image"), dual.image_spec, cpu_device)(pixels(count))
     np.testing.assert_allclose(found, torch_embedder(dual, "image")(pixels(count)), atol=EXACT)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
@@ -92,7 +93,8 @@ def test_texts_embed_as_in_torch_alone_and_together(
 ) -> None:
     dual: DualEncoder = request.getfixturevalue(family)
     paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
-    embed, reference = graph_embedder(paths.text, "text", cpu_device), torch_embedder(dual, "text")
+    embed = graph_embedder(paths.graph("text"), dual.image_spec, cpu_device)
+    reference = torch_embedder(dual, "text")
     together = embed(dual.text_tokenizer.encode(TEXTS))
     np.testing.assert_allclose(together, reference(dual.text_tokenizer.encode(TEXTS)), atol=EXACT)
     for text, expected in zip(TEXTS, together, strict=True):
@@ -110,7 +112,7 @@ def test_every_text_length_up_to_the_context_runs(
     paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
     ids = np.full((3, length), 40, dtype=np.int64)
     ids[:, 0], ids[:, -1] = dual.spec.text.bos_id, dual.spec.text.eos_id
-    found = graph_embedder(paths.text, "text", cpu_device)(ids)
+    found = graph_embedder(paths.graph("text"), dual.image_spec, cpu_device)(ids)
     np.testing.assert_allclose(found, torch_embedder(dual, "text")(ids), atol=EXACT)
 
 

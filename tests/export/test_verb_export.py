@@ -71,3 +71,13 @@ def test_the_verdict_says_what_each_tower_ships_in(built: BuiltBundle) -> None:
     text = verdict(built)
     for choice in built.choices:
         assert f"{choice.tower} tower: {choice.precision} (" in text
+
+
+def test_the_list_needs_no_student(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--list"]) == 0
+    assert "jetson-orin-nano" in capsys.readouterr().out
+
+
+def test_without_a_student_it_says_what_to_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--out", "x"]) == 2
+    assert "name a student and --out" in capsys.readouterr().err

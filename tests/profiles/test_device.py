@@ -102,6 +102,7 @@ def test_int8_dot_products_are_seen_in_the_flags(flags: tuple[str, ...], vnni: b
         ({"batch_best": 0}, "batch_best must be at least 1"),
         ({"batch_min": 4}, "batch_min must not be above batch_best"),
         ({"batch_best": 64}, "nor batch_best above batch_max"),
+        ({"batch_min": 2, "batch_best": 8}, "batch_min must be 1, or equal batch_max"),
         ({"precisions": ("fp8",)}, "fp8 needs TensorRT and compute_capability 8.9"),
         ({"cpu_fallback": True}, "cpu_fallback is for ONNX Runtime's engines only"),
         ({"vnni": True}, "vnni is for engines on the CPU only"),
@@ -115,7 +116,7 @@ def test_int8_dot_products_are_seen_in_the_flags(flags: tuple[str, ...], vnni: b
         ({"engine": "onnxruntime-cuda"}, "has no int8 MatMul"),
         (
             {"engine": "tensorrt-rtx", "hardware_portability": "ampere-plus"},
-            "ampere-plus is for engine tensorrt only",
+            "drop hardware_portability and version_portability",
         ),
         ({"engine": "onnxruntime-tensorrt-rtx"}, "tensorrt-rtx supports .* not 8.7"),
         ({"engine": "onnxruntime-tensorrt", "tensorrt_major": None}, "needs tensorrt_major"),

@@ -9,6 +9,7 @@ import pytest
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.errors import BundleError, SpaceMismatchError
 from edgeclip.runtime.labels import LabelSet
+from edgeclip.runtime.manifest import SCHEMA_VERSION
 
 Edit = Callable[[dict[str, Any]], None]
 EditManifest = Callable[[Path, Edit], None]
@@ -18,7 +19,7 @@ TOWER = "onnx/vision_model.onnx"
 def test_whole_bundle_opens(tiny_bundle: Path) -> None:
     bundle = Bundle.open(str(tiny_bundle))
     assert bundle.path == tiny_bundle.resolve()
-    assert bundle.tower_path("image").name == "vision_model_int8.onnx"
+    assert bundle.tower_path("image").name == "vision_device_int8.onnx"
     assert bundle.tower_path("image", "fp32").name == "vision_model.onnx"
     assert bundle.tokenizer_path.is_file()
     assert bundle.label_names == ()
@@ -59,8 +60,8 @@ def test_truncated_manifest(own_bundle: Path, share: float) -> None:
 
 
 def test_newer_schema(own_bundle: Path, edit_manifest: EditManifest) -> None:
-    edit_manifest(own_bundle, lambda data: data.update(schema_version=2))
-    with pytest.raises(BundleError, match="reads version 1: update edgeclip"):
+    edit_manifest(own_bundle, lambda data: data.update(schema_version=SCHEMA_VERSION + 1))
+    with pytest.raises(BundleError, match=f"reads version {SCHEMA_VERSION}: update edgeclip"):
         Bundle.open(own_bundle)
 
 

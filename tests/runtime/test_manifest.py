@@ -36,8 +36,9 @@ def test_lookups(text: str) -> None:
     manifest = Manifest.from_json(text)
     image = manifest.tower("image")
     assert image.precisions == ("fp32", "int8")
-    assert image.file().path == "onnx/vision_model_int8.onnx"
+    assert image.file().path == "onnx/vision_device_int8.onnx"
     assert image.file("fp32").path == "onnx/vision_model.onnx"
+    assert image.file("int8").pixels == "uint8-nhwc"
     with pytest.raises(BundleError, match="no fp16 image tower; it has fp32, int8"):
         image.file("fp16")
     assert [what for what, _ in manifest.all_gates()] == [
@@ -45,7 +46,7 @@ def test_lookups(text: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("version", [0, 2, 99])
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, 99])
 def test_other_schema_version_comes_before_every_other_mistake(text: str, version: int) -> None:
     def change(data: dict[str, Any]) -> None:
         data.clear()
@@ -151,6 +152,8 @@ def test_tower_names_are_those_of_the_ecosystem() -> None:
     assert tower_path("image", "fp32") == "onnx/vision_model.onnx"
     assert tower_path("text", "fp16") == "onnx/text_model_fp16.onnx"
     assert tower_path("image", "int8") == "onnx/vision_model_int8.onnx"
+    assert tower_path("image", "int8", "uint8-nhwc") == "onnx/vision_device_int8.onnx"
+    assert tower_path("text", "int8", None) == "onnx/text_model_int8.onnx"
 
 
 def test_gate_cannot_claim_to_have_passed(text: str) -> None:

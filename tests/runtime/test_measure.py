@@ -270,7 +270,7 @@ def test_batches_repeat_the_golden_inputs(tiny_bundle: Path, cpu_device: DeviceP
     bundle = Bundle.open(tiny_bundle)
     candidate = bundle_candidates(bundle, "image", cpu_device, prefix="student ")[1]
     assert candidate.name == "student int8"
-    pixels = bundle.golden().pixel_values
+    pixels = bundle.golden().pixels
     batch = candidate.make_batch(len(pixels) + 1)
     assert np.array_equal(batch[-1], pixels[0])
 

@@ -38,7 +38,7 @@ def test_round_trip(golden: Golden, tiny_bundle: Path, tmp_path: Path) -> None:
     golden.save(tmp_path / "golden.npz")
     again = Golden.load(tmp_path / "golden.npz", Bundle.open(tiny_bundle).manifest)
     assert again.texts == golden.texts
-    np.testing.assert_array_equal(again.pixel_values, golden.pixel_values)
+    np.testing.assert_array_equal(again.pixels, golden.pixels)
     np.testing.assert_array_equal(again.input_ids, golden.input_ids)
     for found, expected in zip(again.expected, golden.expected, strict=True):
         assert (found.tower, found.precision) == (expected.tower, expected.precision)
@@ -111,9 +111,9 @@ def with_nan(golden: Golden) -> Golden:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (replaced(pixel_values=np.zeros((2, 3, 4, 4), np.float32)), "pixel_values must be"),
-        (replaced(pixel_values=np.zeros((3, 3, 8, 8))), "pixel_values must be"),
-        (replaced(pixel_values=np.zeros((2, 3, 8, 8), np.float32)), r"must be float32 \[2, 8\]"),
+        (replaced(pixels=np.zeros((2, 4, 4, 3), np.uint8)), "pixels must be"),
+        (replaced(pixels=np.zeros((3, 8, 8, 3))), "pixels must be"),
+        (replaced(pixels=np.zeros((2, 8, 8, 3), np.uint8)), r"must be float32 \[2, 8\]"),
         (replaced(input_ids=np.zeros((4, 17), np.int64)), "at most 16"),
         (replaced(texts=("one",)), "as many texts"),
         (replaced(expected=()), "missing keys"),

@@ -1,0 +1,92 @@
+"""TensorRT engines of a bundle: built ahead of time, or by a script on the device."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edgeclip.export.graph import data_path
+from edgeclip.export.tower_graph import TowerGraph
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.build_engine import build_engine
+from edgeclip.runtime.engine_key import EngineRecord, GraphSource, engine_path, graph_sha256
+from edgeclip.runtime.errors import EdgeClipError
+from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.tensorrt_library import TensorRtLibrary, open_library
+
+BUILD_SCRIPT = "build_on_device.sh"
+
+
+def can_build_ahead(device: DeviceProfile) -> tuple[TensorRtLibrary | None, str]:
+    """The library that builds the device's engines on this machine, or None and why not."""
+    if device.engine not in ("tensorrt", "tensorrt-rtx"):
+        return None, f"{device.engine} needs no engines"
+    try:
+        library = open_library(device)
+    except EdgeClipError as error:
+        return None, str(error)
+    obstacle = library.why_not_build(device)
+    return (None, obstacle) if obstacle else (library, "")
+
+
+def write_engines(
+    folder: Path,
+    graphs: Sequence[TowerGraph],
+    device: DeviceProfile,
+    context_length: int,
+    progress: Callable[[str], None],
+) -> tuple[EngineRecord, ...]:
+    """Build the engines of the graphs into a bundle's folder, if this machine can.
+
+    Where it cannot, a script is left that builds them on the device; and a device that finds
+    no engine for itself builds one anyway when it first needs it.
+
+    Raises:
+        EngineError: the library cannot read a graph or build its engine.
+    """
+    if device.engine not in ("tensorrt", "tensorrt-rtx"):
+        return ()
+    library, obstacle = can_build_ahead(device)
+    if library is None:
+        progress(f"leaving {BUILD_SCRIPT}, for engines must be built on the device: {obstacle}")
+        _write_script(folder / BUILD_SCRIPT, device)
+        return ()
+    records = []
+    for graph in graphs:
+        progress(f"building the engine of the {graph.subject} tower with {library.title}")
+        source = _source(graph, context_length)
+        built = build_engine(source, device=device, library=library)
+        path = engine_path(source, built.key)
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(built.engine)
+        records.append(
+            EngineRecord(tower=graph.tower, precision=graph.precision, path=path, key=built.key)
+        )
+    return tuple(records)
+
+
+def _source(graph: TowerGraph, context_length: int) -> GraphSource:
+    data = data_path(graph.path)
+    files = [graph.path, *([data] if data.is_file() else [])]
+    return GraphSource(
+        name=graph.path.stem,
+        content=graph.path,
+        sha256=graph_sha256(*map(sha256_file, files)),
+        text_length=context_length if graph.tower == "text" else None,
+    )
+
+
+def _write_script(path: Path, device: DeviceProfile) -> None:
+    """A POSIX shell script that needs the edgeclip runtime on the device, and no torch."""
+    name = shlex.quote(device.name)
+    path.write_text(
+        "#!/bin/sh\n"
+        f"# Builds this bundle's TensorRT engines on {device.name}, and holds each against the\n"
+        "# bundle's golden embeddings. Needs edgeclip and the device's own TensorRT, which a\n"
+        "# virtual environment sees when it is made with --system-site-packages.\n"
+        "set -eu\n"
+        'cd "$(dirname "$0")"\n'
+        f'edgeclip build . --device "${{1:-{name}}}"\n'
+        f'edgeclip verify . --device "${{1:-{name}}}"\n',
+        encoding="utf-8",
+    )
+    path.chmod(0o755)

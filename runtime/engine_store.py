@@ -1,0 +1,239 @@
+"""The TensorRT engine of a graph on this machine: the bundle's, a kept one, or a new one."""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.build_engine import BuiltEngine, build_engine
+from edgeclip.runtime.engine import Engine
+from edgeclip.runtime.engine_cache import (
+    ENTRY_VERSION,
+    EngineCache,
+    EngineEntry,
+    Say,
+    engine_folder,
+)
+from edgeclip.runtime.engine_key import EngineKey, EngineRecord, GraphSource
+from edgeclip.runtime.engine_tensorrt import TensorRtEngine
+from edgeclip.runtime.errors import EngineError
+from edgeclip.runtime.manifest import GateRecord
+from edgeclip.runtime.tensorrt_cuda import gpu_capability, gpu_name
+from edgeclip.runtime.tensorrt_library import TensorRtLibrary
+
+Gate = Callable[[Engine], tuple[GateRecord, ...]]
+Shipped = Sequence[tuple[EngineRecord, Callable[[], bytes]]]
+# Turns a serialized engine into one that runs; the path is for what it compiles at run time.
+OpenEngine = Callable[[bytes, EngineKey, Path], Engine]
+
+
+class EngineParityError(EngineError):
+    """An engine that loads and runs, but does not compute what its graph computes."""
+
+
+def find_or_build(
+    source: GraphSource,
+    *,
+    device: DeviceProfile,
+    library: TensorRtLibrary,
+    gate: Gate,
+    say: Say,
+    shipped: Shipped = (),
+    folder: Path | None = None,
+    opened_by: OpenEngine | None = None,
+) -> Engine:
+    """Open the engine of a graph, building it if need be.
+
+    An engine of the bundle comes first, then one that was kept on this machine. Every engine
+    has to pass `gate` once on the machine that runs it: one that was built where no GPU is
+    has never run before. Two processes that need the same engine build it once.
+
+    Args:
+        source: the graph.
+        device: where it runs.
+        library: what loads and builds engines.
+        gate: runs an engine and measures it against its bounds.
+        say: told in one line of what takes time, and of what cannot be used.
+        shipped: engines of the bundle, each with a function that reads it and checks its
+            hash.
+        folder: where engines are kept; `engine_folder()` by default.
+        opened_by: makes a running engine; `TensorRtEngine` by default.
+
+    Raises:
+        EngineError: there is no GPU, it is not the device's, or no engine can be built.
+        EngineParityError: the engine that was built missed a bound, now or at an earlier try.
+        MissingExtraError: cuda-bindings is not installed.
+    """
+    if opened_by is None:
+        _check_gpu(device)
+        opened_by = _opener(library)
+        where = gpu_name()
+    else:
+        where = device.name
+    cache = EngineCache(folder or engine_folder(), say)
+    finder = _Finder(source, device, library, gate, say, cache, opened_by, where)
+    return finder.shipped(shipped) or finder.kept_or_new(shipped)
+
+
+def _check_gpu(device: DeviceProfile) -> None:
+    found = gpu_capability()
+    if found != device.compute_capability:
+        raise EngineError(
+            f"device {device.name!r} has compute capability {device.compute_capability}, but "
+            f"{gpu_name()} has {found}: choose the device that fits, or set it in its YAML file"
+        )
+
+
+def _opener(library: TensorRtLibrary) -> OpenEngine:
+    def open_engine(content: bytes, key: EngineKey, runtime_cache: Path) -> Engine:
+        return TensorRtEngine(
+            content,
+            library=library,
+            source=runtime_cache.stem,
+            host_code=key.version_portability,
+            runtime_cache=runtime_cache if library.name == "tensorrt-rtx" else None,
+        )
+
+    return open_engine
+
+
+class _Finder:
+    """One search for the engine of one graph."""
+
+    def __init__(
+        self,
+        source: GraphSource,
+        device: DeviceProfile,
+        library: TensorRtLibrary,
+        gate: Gate,
+        say: Say,
+        cache: EngineCache,
+        open_engine: OpenEngine,
+        where: str,
+    ) -> None:
+        self._source, self._device, self._library = source, device, library
+        self._gate, self._say, self._cache = gate, say, cache
+        self._open, self._where = open_engine, where
+        self._key = EngineKey.of(source, device, library)
+        self._stem = self._key.stem(source.name)
+
+    def shipped(self, shipped: Shipped) -> Engine | None:
+        """The first engine of the bundle that suits and passes."""
+        for record, load in shipped:
+            if record.key.misfit(self._key) is None:
+                engine = self._try_shipped(record, load)
+                if engine is not None:
+                    return engine
+        return None
+
+    def _try_shipped(self, record: EngineRecord, load: Callable[[], bytes]) -> Engine | None:
+        stem = record.key.stem(self._source.name) + "-shipped"
+        content = load()
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry = self._cache.entry(stem, record.key)
+        try:
+            if entry is None or entry.sha256 != sha256:
+                engine = self._start(content, record.key, stem)
+                entry = _entry(record.key, sha256, self._gate(engine), seconds=0.0)
+                self._cache.write(stem, entry)
+                if not entry.failed:
+                    return engine
+            if not entry.failed:
+                return self._start(content, record.key, stem)
+        except EngineError as error:
+            self._say(f"the bundle's {record.path} cannot be used here ({error})")
+            return None
+        self._say(f"the bundle's {record.path} is not used, it misses {entry.failed}")
+        return None
+
+    def kept_or_new(self, shipped: Shipped) -> Engine:
+        """The engine that was kept, or a new one."""
+        with self._cache.lock(self._stem):
+            return self._kept() or self._new(shipped)
+
+    def _kept(self) -> Engine | None:
+        entry = self._cache.entry(self._stem, self._key)
+        if entry is None:
+            return None
+        if entry.failed:
+            raise self._parity_error(entry)
+        content = self._cache.content(self._stem, entry)
+        if content is None:
+            return None
+        try:
+            return self._start(content, self._key, self._stem)
+        except EngineError as error:
+            self._say(f"{self._cache.path(self._stem)} cannot be used any more ({error})")
+            return None
+
+    def _new(self, shipped: Shipped) -> Engine:
+        path = self._cache.path(self._stem)
+        obstacle = self._library.why_not_build(self._device)
+        lacking = f"no usable engine of {self._source.name} for {self._where} in this bundle"
+        lacking += _reasons(shipped, self._key)
+        if obstacle is not None:
+            raise EngineError(f"{lacking}, and none can be built here: {obstacle}")
+        self._say(f"{lacking}: building one with {self._library.title}, kept in {path}")
+        built = build_engine(
+            self._source,
+            device=self._device,
+            library=self._library,
+            timing_cache=self._cache.timing(self._stem),
+        )
+        engine = self._start(built.engine, self._key, self._stem)
+        self._keep(built, self._gate(engine))
+        return engine
+
+    def _keep(self, built: BuiltEngine, gates: tuple[GateRecord, ...]) -> None:
+        sha256 = hashlib.sha256(built.engine).hexdigest()
+        entry = _entry(self._key, sha256, gates, seconds=built.seconds)
+        content = None if entry.failed else built.engine
+        self._cache.write(self._stem, entry, content=content, timing=built.timing_cache)
+        if entry.failed:
+            raise self._parity_error(entry)
+
+    def _start(self, content: bytes, key: EngineKey, stem: str) -> Engine:
+        return self._open(content, key, self._cache.path(stem, ".runtime-cache"))
+
+    def _parity_error(self, entry: EngineEntry) -> EngineParityError:
+        marker = self._cache.path(self._stem, ".json")
+        return EngineParityError(
+            f"the engine of {self._source.name} that {self._library.title} built for "
+            f"{self._where} misses {entry.failed}: choose another precision (delete {marker} "
+            "to build it again)"
+        )
+
+
+def _entry(
+    key: EngineKey, sha256: str, gates: tuple[GateRecord, ...], *, seconds: float
+) -> EngineEntry:
+    failed = "; ".join(_words(gate) for gate in gates if not _holds(gate))
+    return EngineEntry(
+        schema_version=ENTRY_VERSION,
+        key=key,
+        sha256=sha256,
+        gates=() if failed else gates,  # what failed may be NaN, which JSON does not have
+        failed=failed,
+        seconds=seconds,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _holds(gate: GateRecord) -> bool:
+    numbers = (gate.value, gate.low, gate.high, gate.bound)
+    return gate.passed and all(map(math.isfinite, numbers))
+
+
+def _words(gate: GateRecord) -> str:
+    """A gate in words, such as "mean cosine: 0.31 cosine (bound >= 0.99)"."""
+    value = f"{gate.value:.6g} {gate.unit}".rstrip()
+    return f"{gate.name}: {value} (bound {gate.direction} {gate.bound:g})"
+
+
+def _reasons(shipped: Shipped, key: EngineKey) -> str:
+    """Why the engines that the bundle has of this graph do not suit, in brackets."""
+    same = [record.key for record, _ in shipped if record.key.graph_sha256 == key.graph_sha256]
+    misfits = dict.fromkeys(misfit for known in same if (misfit := known.misfit(key)))
+    return f" (only one {' and one '.join(misfits)})" if misfits else ""

@@ -1,0 +1,287 @@
+"""The model card of a bundle: what its manifest says, as the Hub's README.md.
+
+Front matter: https://huggingface.co/docs/hub/model-cards.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.hub_licence import hub_licence
+from edgeclip.runtime.manifest import Manifest, TowerFile
+
+CARD_NAME = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_SPECIAL = re.compile(r"[\\`*_\[\]<|~$&#{}]")
+_PLAIN_PATH = re.compile(r"[\w./+-]+", re.ASCII)
+# What transformers.js opens for a model of type "clip".
+_BROWSER_FILES = ("onnx/vision_model.onnx", "onnx/text_model.onnx")
+
+
+def base_model(manifest: Manifest) -> str | None:
+    """Return the teacher if it looks like a repository of the Hub, and is no path here."""
+    teacher = manifest.provenance.teacher
+    if len(teacher) > 96 or not _HUB_ID.fullmatch(teacher) or Path(teacher).exists():
+        return None
+    return None if "--" in teacher or ".." in teacher else teacher
+
+
+def render_card(bundle: Bundle, repo: str, *, base_model: str | None) -> str:
+    """Return the text of the model card.
+
+    Whatever comes from the manifest is escaped: it can neither end the front matter nor be
+    taken for markup.
+
+    Args:
+        bundle: the opened bundle.
+        repo: USER/NAME of the repository that the card is for.
+        base_model: the teacher's repository on the Hub, if it has one.
+    """
+    manifest = bundle.manifest
+    sections = [
+        _front_matter(manifest, base_model),
+        f"# {_text(manifest.name) or repo}",
+        _what_it_is(manifest),
+        _how_to_run(bundle, repo),
+        _towers(manifest),
+        _gates(manifest),
+        _provenance(manifest),
+        _licence(manifest),
+        _limits(manifest),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(manifest: Manifest, base_model: str | None) -> str:
+    import yaml
+
+    fields: dict[str, object] = {
+        **hub_licence(manifest.licence),
+        "library_name": "edgeclip",
+        # Both towers are there, and the Hub files CLIP under this task.
+        "pipeline_tag": "zero-shot-image-classification",
+    }
+    if "license_name" in fields and any(file.path == "LICENSE" for file in manifest.files):
+        fields["license_link"] = "LICENSE"
+    if base_model is not None:
+        fields["base_model"] = base_model
+    fields["tags"] = ["edgeclip", "clip", "onnx", "edge", "feature-extraction"]
+    return "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _what_it_is(manifest: Manifest) -> str:
+    spec, total = manifest.spec, sum(file.bytes for file in manifest.files)
+    lines = [
+        "A CLIP dual encoder for devices, as an EdgeCLIP bundle: an image tower and a text tower "
+        "in ONNX, the tokenizer, a manifest with the SHA-256 of every file, and reference inputs "
+        "and outputs to check a device against.",
+        "",
+        f"- Embeddings: {spec.dim} values, float32, of length 1",
+        f"- Images: {spec.image.size} × {spec.image.size} pixels, RGB",
+        f"- Texts: at most {spec.text.context_length} tokens",
+        f"- Size: {len(manifest.files)} files, {_megabytes(total)}",
+    ]
+    labels = [file for file in manifest.files if file.path.startswith("labels/")]
+    engines = [file for file in manifest.files if file.path.startswith("engines/")]
+    for what, files in (("Label sets", labels), ("Engines", engines)):
+        if files:
+            lines.append(f"- {what}: {', '.join(_path(file.path) for file in files)}")
+    if manifest.label_head is not None:
+        lines.append(f"- Labels inside the image towers: {_text(manifest.label_head)}")
+    if manifest.patch_features:
+        lines.append("- The image towers also give the features of each patch")
+    lines += [
+        f"- Embedding space: `{manifest.space}`. Indexes and label sets fit only if they were "
+        "made in this space.",
+    ]
+    return "\n".join(lines)
+
+
+def _how_to_run(bundle: Bundle, repo: str) -> str:
+    folder = repo.split("/")[1]
+    parts = [
+        "## How to run it",
+        _fenced(
+            f"edgeclip pull {repo} --out {folder}\n"
+            f"edgeclip verify {folder}\n"
+            f'edgeclip classify photo.jpg --bundle {folder} --labels "cat,dog,car"',
+            "sh",
+        ),
+        _fenced(
+            "from edgeclip.runtime import Encoder\n\n"
+            f'encoder = Encoder.open("{folder}")\n'
+            'image = encoder.encode_image(["photo.jpg"])\n'
+            'text = encoder.encode_text(["a photo of a cat"])\n'
+            "print(image @ text.T)",
+            "python",
+        ),
+    ]
+    if _runs_in_browser(bundle):
+        parts += ["The graphs also have the names and inputs that transformers.js expects:"]
+        parts += [_fenced(_JAVASCRIPT.format(repo=repo), "js")]
+    return "\n\n".join(parts)
+
+
+_JAVASCRIPT = """\
+import {{ AutoProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection,
+         RawImage }} from '@huggingface/transformers';
+
+const options = {{ dtype: 'fp32' }};
+const processor = await AutoProcessor.from_pretrained('{repo}');
+const tokenizer = await AutoTokenizer.from_pretrained('{repo}');
+const vision = await CLIPVisionModelWithProjection.from_pretrained('{repo}', options);
+const text = await CLIPTextModelWithProjection.from_pretrained('{repo}', options);
+
+const image = await RawImage.read('photo.jpg');
+const {{ image_embeds }} = await vision(await processor(image));
+const {{ text_embeds }} = await text(tokenizer(['a photo of a cat'], {{ padding: true }}));"""
+
+
+def _runs_in_browser(bundle: Bundle) -> bool:
+    """Tell whether the standard graphs are there, and a configuration that names them CLIP."""
+    declared = {file.path for file in bundle.manifest.files}
+    if not declared.issuperset({*_BROWSER_FILES, "config.json", "preprocessor_config.json"}):
+        return False
+    try:
+        config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "clip"
+
+
+def _towers(manifest: Manifest) -> str:
+    sizes = {file.path: file.bytes for file in manifest.files}
+    rows = []
+    for tower in manifest.towers:
+        for file in tower.files:
+            size = sizes[file.path] + sizes.get(file.data_path or "", 0)
+            latency = "not measured" if file.latency_ms is None else f"{file.latency_ms:.4g} ms"
+            chosen = "yes" if file.precision == tower.chosen else ""
+            what = (tower.tower, file.precision, chosen, _path(file.path), _takes(file))
+            rows.append((*what, _megabytes(size), latency))
+    head = ("tower", "precision", "default", "file", "takes", "size", "latency, batch 1")
+    lines = ["## Towers", _table(head, rows)]
+    if any(file.latency_ms is not None for tower in manifest.towers for file in tower.files):
+        lines.append(f"Median latency of one call, on: {_text(manifest.measured_on)}.")
+    return "\n\n".join(lines)
+
+
+def _takes(file: TowerFile) -> str:
+    return (file.pixels or "token ids") + (f", batch {file.batch}" if file.batch else "")
+
+
+def _gates(manifest: Manifest) -> str:
+    rows = [
+        (
+            *(_text(what), _text(gate.name)),
+            *(f"{gate.value:.9g}", f"{gate.low:.9g} to {gate.high:.9g}"),
+            *(f"{gate.direction} {gate.bound:.9g}", _text(gate.unit)),
+            "met" if gate.passed else "missed",
+        )
+        for what, gate in manifest.all_gates()
+    ]
+    if not rows:
+        return "## Quality gates\n\nNone was measured."
+    head = ("what", "gate", "value", "95% interval", "bound", "unit", "")
+    return "\n\n".join(
+        [
+            "## Quality gates",
+            "A quality bound that had to hold before this bundle was written, and what was "
+            "measured against it. Figures are rounded to nine digits; `edgeclip.json` has them in "
+            "full. Where an interval has no width, none was computed or all samples were alike.",
+            _table(head, rows),
+        ]
+    )
+
+
+def _provenance(manifest: Manifest) -> str:
+    origin = manifest.provenance
+    versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in origin.versions)
+    return "\n".join(
+        [
+            "## Where it comes from",
+            "",
+            f"- Teacher: {_text(origin.teacher) or 'not recorded'}",
+            f"- Student: {_text(origin.student) or 'not recorded'}",
+            f"- Data: {_text(origin.data) or 'not recorded'}",
+            f"- Created: {_text(origin.created) or 'not recorded'}",
+            f"- Made with: {versions or 'not recorded'}",
+            "- Command:",
+            "",
+            _fenced(plain_text(origin.command) or "not recorded", "sh"),
+        ]
+    )
+
+
+def _licence(manifest: Manifest) -> str:
+    return "\n".join(
+        [
+            "## Licence",
+            "",
+            f"- Weights: {_text(manifest.licence) or 'unknown'}",
+            "- Data: the manifest names no licence of its own for the data; what it says of "
+            f"them is: {_text(manifest.provenance.data) or 'nothing'}",
+        ]
+    )
+
+
+def _limits(manifest: Manifest) -> str:
+    files = [(tower.tower, file) for tower in manifest.towers for file in tower.files]
+    unmeasured = [f"{tower} {file.precision}" for tower, file in files if file.latency_ms is None]
+    ungated = [f"{tower} {file.precision}" for tower, file in files if not file.gates]
+    lines = ["## Limits", ""]
+    if unmeasured:
+        lines.append(f"- Latency was not measured for: {', '.join(unmeasured)}.")
+    if len(unmeasured) < len(files):
+        lines.append("- Latency on any other machine was not measured: `edgeclip measure` does it.")
+    if ungated:
+        lines.append(f"- No gate was measured for: {', '.join(ungated)}.")
+    if manifest.gates or len(ungated) < len(files):
+        lines.append("- The gates hold on the data named above; on other data, nothing is known.")
+    if any(file.needs_vnni for _, file in files):
+        lines.append(
+            "- int8 is exact only on processors with 8-bit dot products (VNNI); `edgeclip verify` "
+            "tells whether a device is one."
+        )
+    lines.append("- Bias, safety and languages: nothing was measured.")
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def lines() -> Iterator[str]:
+        yield line(head)
+        yield line(["---"] * len(head))
+        yield from map(line, rows)
+
+    return "\n".join(lines())
+
+
+def _fenced(code: str, language: str) -> str:
+    """A code block that no run of backticks inside can end."""
+    longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def _text(value: str) -> str:
+    """Text as it is: every character that could be markup becomes an HTML entity."""
+    return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", plain_text(value))
+
+
+def _path(path: str) -> str:
+    return f"`{path}`" if _PLAIN_PATH.fullmatch(path) else _text(path)
+
+
+def plain_text(value: str) -> str:
+    """One line without control characters or halves of surrogate pairs, safe to print."""
+    whole = value.encode("utf-8", "replace").decode()
+    return " ".join("".join(c if c.isprintable() else " " for c in whole).split())
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB"

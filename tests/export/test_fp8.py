@@ -1,0 +1,64 @@
+"""fp8 graphs: E4M3 pairs around the products with weights, close to fp32, and buildable."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.sources import Source
+from edgeclip.export.calibrate import calibration_images
+from edgeclip.export.fp8 import write_fp8
+from edgeclip.export.graph_form import GraphForm
+from edgeclip.export.to_onnx import export_tower
+from edgeclip.runtime.quality import cosines
+
+RunGraph = Callable[[Path, NDArray[Any]], dict[str, NDArray[Any]]]
+
+
+def test_fp8_embeds_nearly_as_fp32_and_is_typed(
+    clip: DualEncoder, blobs: Callable[..., Source], tmp_path: Path, run_graph: RunGraph
+) -> None:
+    form = GraphForm(opset=19, pixels="uint8-nhwc")
+    export_tower(clip, "image", tmp_path / "fp32.onnx", form)
+    data = calibration_images(blobs(32, seed=1), clip.image_spec, "uint8-nhwc")
+    write_fp8(tmp_path / "fp32.onnx", tmp_path / "fp8.onnx", data)
+    pixels = calibration_images(blobs(8), clip.image_spec, "uint8-nhwc").batch(0)
+    (found,) = run_graph(tmp_path / "fp8.onnx", pixels).values()
+    (reference,) = run_graph(tmp_path / "fp32.onnx", pixels).values()
+    least = cosines(found, reference).min()
+    assert 0.97 < least < 1 - 1e-7  # close, and not simply fp32
+    model = onnx.load(tmp_path / "fp8.onnx")
+    kinds = {item.data_type for item in model.graph.initializer}
+    assert TensorProto.FLOAT8E4M3FN in kinds
+    assert not kinds & {TensorProto.INT8, TensorProto.UINT8}
+    assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+
+
+def test_fp8_builds_for_ada_and_not_for_ampere(
+    clip: DualEncoder, blobs: Callable[..., Source], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from edgeclip.profiles.device import load_device
+    from edgeclip.runtime.build_engine import build_engine
+    from edgeclip.runtime.engine_key import GraphSource
+    from edgeclip.runtime.errors import EngineError
+    from edgeclip.runtime.files import sha256_file
+    from edgeclip.runtime.tensorrt_library import open_library
+
+    form = GraphForm(opset=19, pixels="uint8-nhwc")
+    path = tmp_path / "fp8.onnx"
+    export_tower(clip, "image", tmp_path / "fp32.onnx", form)
+    data = calibration_images(blobs(16, seed=1), clip.image_spec, "uint8-nhwc")
+    write_fp8(tmp_path / "fp32.onnx", path, data)
+    source = GraphSource(name="fp8", content=path, sha256=sha256_file(path))
+    for name in ("rtx-4000-ada", "rtx-blackwell"):
+        device = load_device(name)
+        assert build_engine(source, device=device, library=open_library(device)).engine
+    ampere = load_device("rtx-a2000")
+    with pytest.raises(EngineError):
+        build_engine(source, device=ampere, library=open_library(ampere))
