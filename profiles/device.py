@@ -102,7 +102,6 @@ class DeviceProfile:
         if mistakes:
             raise ValueError("; ".join(mistakes))
 
-
     @property
     def on_cpu(self) -> bool:
         """Whether the towers run on the CPU."""
