@@ -4,17 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import calibration_images
+from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.errors import ExportError
 from edgeclip.export.fp8 import write_fp8
 from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.to_onnx import export_tower
+from edgeclip.export.quantize import quantizable_nodes
+from edgeclip.export.to_onnx import TowerPaths, export_tower
 from edgeclip.runtime.quality import cosines
 
 RunGraph = Callable[[Path, NDArray[Any]], dict[str, NDArray[Any]]]
@@ -37,6 +40,35 @@ def test_fp8_embeds_nearly_as_fp32_and_is_typed(
     assert TensorProto.FLOAT8E4M3FN in kinds
     assert not kinds & {TensorProto.INT8, TensorProto.UINT8}
     assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+
+
+def test_weights_are_float8_and_the_rest_is_fp16(
+    clip: DualEncoder, clip_towers: TowerPaths, blobs: Callable[..., Source], tmp_path: Path
+) -> None:
+    data = calibration_texts(blobs(16), clip.text_tokenizer)
+    write_fp8(clip_towers.text, tmp_path / "fp8.onnx", data)
+    graph = onnx.load(tmp_path / "fp8.onnx").graph
+    types = {item.name: item.data_type for item in graph.initializer}
+    weights = [
+        types[node.input[0]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in types
+    ]
+    assert len(weights) == len(quantizable_nodes(clip_towers.text))
+    assert set(weights) == {TensorProto.FLOAT8E4M3FN}
+    norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
+    assert {types[node.input[1]] for node in norms} == {TensorProto.FLOAT16}
+
+
+def test_fp8_of_a_graph_without_weights_is_refused(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [None, 3])
+    output = helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, [None, 3])
+    node = helper.make_node("Relu", ["pixel_values"], ["image_embeds"], "relu")
+    graph = helper.make_graph([node], "relu", [value], [output])
+    onnx.save(helper.make_model(graph), tmp_path / "relu.onnx")
+    data = CalibrationData(1, lambda _: np.zeros((1, 3), np.float32))
+    with pytest.raises(ExportError, match="no MatMul, Gemm or Conv"):
+        write_fp8(tmp_path / "relu.onnx", tmp_path / "fp8.onnx", data)
 
 
 def test_fp8_builds_for_ada_and_not_for_ampere(
