@@ -1,0 +1,209 @@
+"""Which rewrites of a graph help on a device: each is measured, and kept only if it does."""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from edgeclip.export.errors import ExportError
+from edgeclip.export.find_difference import relative_error
+from edgeclip.export.graph import load_graph, save_graph
+from edgeclip.export.graph_passes import GraphPass, passes_for
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.engine import open_engine
+from edgeclip.runtime.errors import EngineError
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
+from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.tower_feed import in_batches
+
+TUNING = Workload(
+    name="tune",
+    description="latency at batch 1, enough to tell whether a rewrite helps",
+    batch_sizes=(1,),
+    min_warmup_runs=3,
+    max_warmup_seconds=1,
+    repeats=60,
+    seconds_per_batch=1,
+    cold_starts=0,
+)
+# The largest relative error of an output: summing in another order gives about 1e-7 in fp32.
+EXACT = 1e-5
+
+_SECONDS = 2.0  # for the timed runs of one measurement; there are two for each pass
+_FEWEST = 12  # runs, however slow a tower is
+
+Run = Callable[[NDArray[Any]], dict[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassOutcome:
+    """What came of trying a pass.
+
+    Attributes:
+        name: the pass.
+        places: in how many places it changed the graph.
+        ratio: time with it divided by time without, over paired runs, the worse of two
+            measurements; None if not measured.
+        error: largest relative error of an output to the graph as it was given; None if it
+            changed nothing or the engine refused the result.
+        kept: whether the graph now has it.
+    """
+
+    name: str
+    places: int
+    ratio: Interval | None
+    error: float | None
+    kept: bool
+
+    def __str__(self) -> str:
+        verdict = "kept" if self.kept else "left out"
+        if self.places == 0:
+            return f"{self.name}: nothing to do"
+        if self.error is None:
+            return f"{self.name}: {verdict}, the engine cannot run it"
+        if self.ratio is None:
+            return f"{self.name}: {verdict}, not exact (relative error {self.error:.1g})"
+        took = f"{self.ratio.value:.3f} [{self.ratio.low:.3f}, {self.ratio.high:.3f}]"
+        return f"{self.name}: {verdict}, {self.places} places, {took} of the time"
+
+
+def tune_graph(
+    path: Path,
+    device: DeviceProfile,
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    tower: Tower,
+    standard: bool = False,
+    workload: Workload = TUNING,
+    passes: Sequence[GraphPass] | None = None,
+) -> tuple[PassOutcome, ...]:
+    """Apply to a graph the passes that make it faster on this machine, one after another.
+
+    A pass is measured against the graph with those kept before it, in turns, two times. It
+    is kept only if the whole interval of the ratio is below 1 both times, and all outputs are
+    as exact as rounding allows.
+    The file is written anew only if a pass is kept.
+
+    Args:
+        path: the graph, in fp32; other precisions are made of the result.
+        device: its engine, which must run here.
+        inputs: a few of the tower's inputs [N, ...], by the one name; outputs are compared
+            on all of them, and the first is timed.
+        tower: which one it is.
+        standard: try only what any engine reads; other operators must stay out of files
+            that are meant for other runtimes too.
+        workload: how much to measure; slow towers are run less often.
+        passes: what to try; None for all that suit the device.
+
+    Raises:
+        EngineError: the engine cannot run the graph as it is.
+        ExportError: it cannot be read, or has several inputs.
+    """
+    if len(inputs) != 1:
+        raise ExportError(f"{path.name} is tuned on one input, but {len(inputs)} are given")
+    chosen = passes_for(device, standard=standard) if passes is None else tuple(passes)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        trial = _Trial(path, Path(folder), device, inputs, tower, workload)
+        for item in tqdm(chosen, desc="graph passes", disable=not sys.stderr.isatty()):
+            outcomes.append(trial.attempt(item))
+    if any(outcome.kept for outcome in outcomes):
+        save_graph(trial.model, path)
+    return tuple(outcomes)
+
+
+class _Trial:
+    """The graph with what was kept so far."""
+
+    def __init__(
+        self,
+        path: Path,
+        folder: Path,
+        device: DeviceProfile,
+        inputs: Mapping[str, NDArray[Any]],
+        tower: Tower,
+        workload: Workload,
+    ) -> None:
+        self.model = load_graph(path)
+        self._path, self._folder, self._device, self._tower = path, folder, device, tower
+        ((self._name, self._values),) = inputs.items()
+        run = self._open(path)
+        self._expected = run(self._values)
+        self._workload = replace(workload, repeats=_repeats(run, self._values, workload.repeats))
+
+    def attempt(self, item: GraphPass) -> PassOutcome:
+        """Try a pass; keep its result if it helps."""
+        changed, places = item.apply(self.model)
+        if places == 0:
+            return PassOutcome(name=item.name, places=0, ratio=None, error=None, kept=False)
+        path = self._folder / f"{item.name}.onnx"
+        save_graph(changed, path)
+        error = self._error(path)
+        ratio = self._ratio(path) if error is not None and error <= EXACT else None
+        kept = ratio is not None and ratio.high < 1
+        if kept:
+            self.model, self._path = load_graph(path), path
+        return PassOutcome(name=item.name, places=places, ratio=ratio, error=error, kept=kept)
+
+    def _open(self, path: Path) -> Run:
+        engine = open_engine(path, device=self._device)
+
+        def run(values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+            return in_batches(
+                lambda piece: engine.run({self._name: piece}),
+                values,
+                static=self._device.static_batch,
+            )
+
+        return run
+
+    def _error(self, path: Path) -> float | None:
+        """Return the largest relative error of an output, None if the engine refuses."""
+        try:
+            found = self._open(path)(self._values)
+        except EngineError:
+            return None
+        return max(
+            relative_error(right, found[name]) if name in found else float("inf")
+            for name, right in self._expected.items()
+        )
+
+    def _ratio(self, path: Path) -> Interval:
+        """Measure twice, with engines loaded anew in both orders; return the worse result.
+
+        Of two engines with the same graph one can be some percent faster for as long as they
+        live, by where their memory lies, most often the one loaded later.
+        """
+        found = []
+        for order in ((self._path, path), (path, self._path)):
+            runs = {place: self._open(place) for place in order}
+            found.append(self._once(runs[self._path], runs[path]))
+        return max(found, key=lambda ratio: ratio.high)
+
+    def _once(self, before: Run, after: Run) -> Interval:
+        make_batch = repeat_rows(self._values[:1])
+        candidates = (
+            Candidate("before", before, make_batch),
+            Candidate("after", after, make_batch),
+        )
+        _, measured = measure_interleaved(
+            candidates, self._workload, tower=self._tower, reference="before"
+        )
+        assert measured.ratio is not None
+        return measured.ratio.ratio
+
+
+def _repeats(run: Run, values: NDArray[Any], most: int) -> int:
+    """How often a run fits into the time for it."""
+    began = time.perf_counter()
+    run(values[:1])
+    seconds = time.perf_counter() - began
+    return max(min(most, _FEWEST), min(most, int(_SECONDS / (2 * seconds))))
