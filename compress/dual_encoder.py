@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from edgeclip.compress.model_record import MARKER, recorded_space, write_record
+from edgeclip.compress.tokenizer_config import write_portable_config
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.errors import first_line
 from edgeclip.runtime.files import atomic_directory
@@ -199,6 +200,7 @@ class DualEncoder(nn.Module):
         """Write only config, tokenizer and processor: what a bundle carries of them."""
         self.model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        write_portable_config(folder)
         processor = json.dumps(_processor_config(self.image_spec), indent=2) + "\n"
         (folder / "preprocessor_config.json").write_text(processor, encoding="utf-8")
 

@@ -21,6 +21,7 @@ from edgeclip.export.label_head import add_label_head
 from edgeclip.export.quantize import Int8Settings
 from edgeclip.export.to_onnx import STANDARD
 from edgeclip.export.tower_graph import TOWERS, TowerGraph
+from edgeclip.export.tune_graph import PassOutcome, tune_graph
 from edgeclip.export.write_bundle import write_golden, write_labels, write_manifest
 from edgeclip.export.write_engines import write_engines
 from edgeclip.export.write_precisions import write_interchange, write_others, write_reference
@@ -28,8 +29,12 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.engine_key import EngineRecord
 from edgeclip.runtime.files import atomic_directory
 from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.tower_feed import tower_feed
 
 Progress = Callable[[str], None]
+Tuned = tuple[tuple[Tower, PassOutcome], ...]
+
+_TUNED_ON = 4  # inputs, on which a rewritten graph must give what it gave before
 
 _UNFAITHFUL = "The graph does not compute what the student does in torch: please report this"
 _TOO_COARSE = "Train the student longer, or do not ask for what misses its gates"
@@ -44,12 +49,14 @@ class BuiltBundle:
         judged: all gates that were checked, those missed by a left-out precision included.
         left_out: a line for each gate because of which a precision was left out.
         choices: the precision that each tower ships in, why, and its measurements.
+        tuned: what came of each rewrite that was tried on a tower's graph.
     """
 
     bundle: Bundle
     judged: tuple[Judged, ...]
     left_out: tuple[str, ...]
     choices: tuple[TowerChoice, ...]
+    tuned: Tuned
 
 
 def build_bundle(
@@ -74,7 +81,9 @@ def build_bundle(
         ExportError: the student cannot be exported.
     """
     with atomic_directory(out, replace=replace) as folder:
-        graphs, parity = _export(plan, folder, progress)
+        graphs, tuned = _export(plan, folder, progress)
+        parity = _compare(plan, folder, graphs, progress)
+        graphs += _quantize(plan, folder, progress)
         embeddings, verdict = _judge(plan, graphs, progress)
         graphs = _drop(graphs, verdict)
         _add_heads(plan, graphs)
@@ -89,15 +98,39 @@ def build_bundle(
         judged=judged,
         left_out=verdict.left_out,
         choices=choices,
+        tuned=tuned,
     )
 
 
 def _export(
     plan: BundlePlan, folder: Path, progress: Progress
-) -> tuple[tuple[TowerGraph, ...], tuple[Judged, ...]]:
-    """Write all graphs; the fp32 ones must agree with torch before others are made of them."""
+) -> tuple[tuple[TowerGraph, ...], Tuned]:
+    """Write both towers in fp32; where this machine is the device, in the form fastest on it."""
     progress("exporting both towers to ONNX")
     graphs = write_reference(plan.student, folder, plan.form)
+    if plan.workload is None:
+        return graphs, ()
+    tuned: list[tuple[Tower, PassOutcome]] = []
+    spec, tokenizer = plan.student.spec, plan.student.text_tokenizer
+    for graph in graphs:
+        progress(f"trying what makes the {graph.tower} tower's graph faster")
+        values = next(tower_inputs(plan.test, graph.tower, spec, tokenizer, count=_TUNED_ON))
+        outcomes = tune_graph(
+            graph.path,
+            plan.runner,
+            tower_feed(values, graph.tower, graph.pixels, spec.image),
+            tower=graph.tower,
+            # Other runtimes read the text tower too, and an image tower in their form.
+            standard=graph.pixels in (None, STANDARD.pixels),
+        )
+        tuned += [(graph.tower, outcome) for outcome in outcomes]
+    return graphs, tuple(tuned)
+
+
+def _compare(
+    plan: BundlePlan, folder: Path, graphs: Sequence[TowerGraph], progress: Progress
+) -> tuple[Judged, ...]:
+    """Hold all fp32 graphs against torch, the one for other runtimes too."""
     named = [(graph.subject, graph) for graph in graphs]
     if plan.form.pixels != STANDARD.pixels:
         named.append(("image fp32 for others", write_interchange(plan.student, folder)))
@@ -108,9 +141,14 @@ def _export(
         found = check_parity(plan.student, graph.tower, embed, plan.test, plan.bounds["fp32"])
         parity += [Judged(subject, record) for record in found]
     _refuse_unfaithful(plan, graphs, parity)
+    return tuple(parity)
+
+
+def _quantize(plan: BundlePlan, folder: Path, progress: Progress) -> tuple[TowerGraph, ...]:
+    """Make the other precisions of the fp32 graphs."""
     if len(plan.wanted) > 1:
         progress(f"making {' and '.join(plan.wanted[1:])}; calibrating on {plan.calibration.name}")
-    graphs += write_others(
+    return write_others(
         plan.student,
         folder,
         plan.wanted,
@@ -118,7 +156,6 @@ def _export(
         calibration=plan.calibration,
         device=plan.device,
     )
-    return graphs, tuple(parity)
 
 
 def _refuse_unfaithful(

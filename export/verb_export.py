@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
-
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import open_source
 from edgeclip.compress.verb_options import add_teacher, load_teacher
@@ -21,7 +19,7 @@ from edgeclip.profiles.device import THIS_MACHINE, load_device
 from edgeclip.runtime.embeddings import check_space
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.labels import LabelSet
+from edgeclip.runtime.labels import LabelSet, bake_labels, split_names
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.verb_options import positive
 
@@ -111,6 +109,7 @@ def gates_table(built: BuiltBundle) -> str:
 def verdict(built: BuiltBundle) -> str:
     """What was left out, what each tower ships in, and where the bundle is."""
     lines = [f"left out: {reason}" for reason in built.left_out]
+    lines += [f"{tower} tower: {item}" for tower, item in built.tuned if item.places]
     lines += [f"{item.tower} tower: {item.precision} ({item.why})" for item in built.choices]
     return "\n".join([*lines, f"bundle written to {built.bundle.path}"])
 
@@ -144,17 +143,13 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
 
 
 def _bake(teacher: DualEncoder, names: str) -> LabelSet:
-    """Embed labels with the teacher's text tower, as `Encoder.bake_labels` does."""
-    labels = tuple(name.strip() for name in names.split(","))
-    if not all(labels):
-        raise InputError(f"--label-head {names!r} holds an empty name: write NAME,NAME,...")
-    tokenizer = teacher.text_tokenizer
-    embed = torch_embedder(teacher, "text")
-    texts = [template.format(name) for name in labels for template in DEFAULT_TEMPLATES]
-    embeddings = embed(tokenizer.encode(texts)).reshape(len(labels), len(DEFAULT_TEMPLATES), -1)
-    mean = embeddings.mean(axis=1)
-    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
-    return LabelSet(names=labels, embeddings=mean, space=teacher.space, templates=DEFAULT_TEMPLATES)
+    tokenizer, embed = teacher.text_tokenizer, torch_embedder(teacher, "text")
+    return bake_labels(
+        split_names(names),
+        DEFAULT_TEMPLATES,
+        lambda texts: embed(tokenizer.encode(texts)),
+        teacher.space,
+    )
 
 
 def _command(args: argparse.Namespace) -> str:

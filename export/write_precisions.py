@@ -49,7 +49,9 @@ def write_others(
     calibration: Source,
     device: DeviceProfile,
 ) -> tuple[TowerGraph, ...]:
-    """Make the other precisions from the fp32 files in `folder`; int8 sees `calibration`.
+    """Make the other precisions from the fp32 files in `folder`.
+
+    `calibration` shows int8 and fp8 their ranges, and fp16 what is too large for it.
 
     Raises:
         ConfigError: the calibration source is empty or has no captions.
@@ -59,12 +61,12 @@ def write_others(
     settings = Int8Settings.for_device(device)
     for graph in graphs:
         reference = folder / tower_path(graph.tower, "fp32", pixels)
+        data = _calibration(student, graph, calibration, device.static_batch)
         if graph.precision == "fp16":
-            write_fp16(reference, graph.path)
+            write_fp16(reference, graph.path, data)
         elif graph.precision == "fp8":
-            write_fp8(reference, graph.path, _calibration(student, graph, calibration))
+            write_fp8(reference, graph.path, data)
         else:
-            data = _calibration(student, graph, calibration)
             write_int8(reference, graph.path, data, settings)
     return graphs
 
@@ -80,7 +82,9 @@ def _graphs(
     )
 
 
-def _calibration(student: DualEncoder, graph: TowerGraph, source: Source) -> CalibrationData:
+def _calibration(
+    student: DualEncoder, graph: TowerGraph, source: Source, batch: int | None
+) -> CalibrationData:
     if graph.pixels is not None:
-        return calibration_images(source, student.spec.image, graph.pixels)
-    return calibration_texts(source, student.text_tokenizer)
+        return calibration_images(source, student.spec.image, graph.pixels, batch=batch)
+    return calibration_texts(source, student.text_tokenizer, batch=batch)

@@ -112,6 +112,21 @@ class DeviceProfile:
         """The one batch that graphs are made for; None where it may vary."""
         return self.batch_min if self.batch_min == self.batch_max else None
 
+    def on_its_cpu(self) -> "DeviceProfile":
+        """The same device with ONNX Runtime on its CPU, in fp32: what runs where all else fails."""
+        return DeviceProfile(
+            name=f"{self.name}-cpu",
+            description=f"the CPU of {self.name}",
+            engine="onnxruntime-cpu",
+            precisions=("fp32",),
+            threads=self.threads,
+            memory_mb=None,
+            batch_min=self.batch_min,
+            batch_best=self.batch_best,
+            batch_max=self.batch_max,
+            pixels=self.pixels,
+        )
+
 
 def _name_mistakes(device: DeviceProfile) -> list[str]:
     return [] if device.name.strip() else ["name must not be empty"]

@@ -13,11 +13,20 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.choose_precision import choose_precision
 from edgeclip.runtime.embeddings import check_embeddings
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.fallback import open_or_fall_back
 from edgeclip.runtime.index import Hit, Index
-from edgeclip.runtime.labels import LabelSet
+from edgeclip.runtime.labels import LabelSet, bake_labels
 from edgeclip.runtime.load_image import ImageInput
 from edgeclip.runtime.preprocess import crop_batch
-from edgeclip.runtime.spec import EncoderSpec, Precision, Tower
+from edgeclip.runtime.spec import (
+    LABEL_OUTPUTS,
+    OUTPUT_NAMES,
+    PATCH_OUTPUT,
+    EncoderSpec,
+    Precision,
+    Tower,
+)
+from edgeclip.runtime.tower_feed import Outputs
 from edgeclip.runtime.tower_runner import TowerRunner
 
 if TYPE_CHECKING:
@@ -46,7 +55,11 @@ class Encoder:
         bundle: an opened bundle.
         device: what may run here, and how.
         precision: of both towers; by default what the bundle chose for each, or the first
-            that the device allows.
+            that the device allows, and something more exact where an engine is wrong on this
+            machine (see `open_or_fall_back`).
+
+    Attributes:
+        precisions: that of each tower; of one that is loaded, the one that really runs.
 
     Raises:
         BundleError: the bundle holds no precision that fits.
@@ -58,6 +71,7 @@ class Encoder:
     ) -> None:
         self.bundle = bundle
         self.device = device
+        self._is_wanted = precision is not None
         self.precisions: dict[Tower, Precision] = {
             item.tower: choose_precision(item, device, precision) for item in bundle.manifest.towers
         }
@@ -101,11 +115,17 @@ class Encoder:
 
     @functools.cached_property
     def _image_tower(self) -> TowerRunner:
-        return TowerRunner(self.bundle, "image", self.precisions["image"], self.device)
+        return self._open_tower("image")
 
     @functools.cached_property
     def _text_tower(self) -> TowerRunner:
-        return TowerRunner(self.bundle, "text", self.precisions["text"], self.device)
+        return self._open_tower("text")
+
+    def _open_tower(self, tower: Tower) -> TowerRunner:
+        load = TowerRunner if self._is_wanted else open_or_fall_back
+        runner = load(self.bundle, tower, self.precisions[tower], self.device)
+        self.precisions[tower] = runner.precision
+        return runner
 
     @functools.cached_property
     def _tokenizer(self) -> "TextTokenizer":
@@ -127,11 +147,34 @@ class Encoder:
             InputError: an image that cannot be read.
             EngineError: the engine failed, or gave something other than embeddings.
         """
-        parts = [
-            self._image_tower.run(crop_batch(chunk, self.spec.image, first=start))
-            for start, chunk in _chunks(_list_of_images(images), batch_size)
-        ]
-        return self._joined(parts)
+        name = OUTPUT_NAMES["image"]
+        return self._joined([part[name] for part in self._image_outputs(images, batch_size)])
+
+    def encode_patches(
+        self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32
+    ) -> FloatArray:
+        """Return the last hidden state of each patch; float32 [N, rows, columns, width].
+
+        They are not projected into the embedding space, and not normalised. Rows and columns
+        cover the centre of the picture, as `crop_batch` cuts it out.
+
+        Args:
+            images: see `encode_image`; at least one.
+            batch_size: see `encode_image`.
+
+        Raises:
+            InputError: the bundle was exported without patch features, no image, or one that
+                cannot be read.
+            EngineError: see `encode_image`.
+        """
+        if not self.bundle.manifest.patch_features:
+            raise InputError(
+                f"{self.bundle.path} gives no patch features: export it with --patch-features"
+            )
+        parts = [part[PATCH_OUTPUT] for part in self._image_outputs(images, batch_size)]
+        if not parts:
+            raise InputError("nothing to look at: give at least one image")
+        return np.concatenate(parts)
 
     def encode_pixels(self, pixels: NDArray[np.uint8], *, batch_size: int = 32) -> FloatArray:
         """Embed pictures that have their size already; float32 [N, dim].
@@ -178,26 +221,12 @@ class Encoder:
     def bake_labels(
         self, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
     ) -> LabelSet:
-        """Make a label set with this bundle's own text tower.
-
-        Each label is the normalised mean of its embeddings in all `templates`, as in CLIP
-        (Radford et al. 2021, section 3.1.4).
+        """Make a label set with this bundle's own text tower; see `labels.bake_labels`.
 
         Raises:
             InputError: no names, a name twice, or a template without its one `{}`.
         """
-        if isinstance(names, str) or not names or not templates:
-            raise InputError("labels are a list of at least one name, in at least one template")
-        wrong = [template for template in templates if template.count("{}") != 1]
-        if wrong:
-            raise InputError(f"template {wrong[0]!r} must hold {{}} once, for the name")
-        texts = [template.replace("{}", name) for name in names for template in templates]
-        by_name = self.encode_text(texts).reshape(len(names), len(templates), self.spec.dim)
-        mean = by_name.mean(axis=1)
-        mean /= np.linalg.norm(mean, axis=1, keepdims=True)
-        return LabelSet(
-            names=tuple(names), embeddings=mean, space=self.space, templates=tuple(templates)
-        )
+        return bake_labels(names, templates, self.encode_text, self.space)
 
     def classify(
         self,
@@ -243,6 +272,29 @@ class Encoder:
             for row, best in zip(scores, order, strict=True)
         ]
 
+    def classify_by_head(
+        self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32
+    ) -> list[Answer]:
+        """Give each image the best label of the label head that is part of the image tower.
+
+        Raises:
+            InputError: the bundle was exported without a label head, or an image that cannot
+                be read.
+            EngineError: see `encode_image`.
+        """
+        head = self.bundle.manifest.label_head
+        if head is None:
+            raise InputError(
+                f"{self.bundle.path} has no label head: export it with --label-head, or classify "
+                "with a label set"
+            )
+        names, (index, score) = self.bundle.labels(head).names, LABEL_OUTPUTS
+        return [
+            Answer(names[int(best)], float(share))
+            for part in self._image_outputs(images, batch_size)
+            for best, share in zip(part[index], part[score], strict=True)
+        ]
+
     def search(
         self,
         query: ImageInput | Sequence[str] | Sequence[ImageInput],
@@ -279,6 +331,12 @@ class Encoder:
         if texts and len(texts) < len(several):
             raise InputError("search for texts or for images, not for both in one call")
         return self.encode_text(texts) if texts else self.encode_image(several)
+
+    def _image_outputs(
+        self, images: ImageInput | Sequence[ImageInput], batch_size: int
+    ) -> Iterator[Outputs]:
+        for start, chunk in _chunks(_list_of_images(images), batch_size):
+            yield self._image_tower.outputs(crop_batch(chunk, self.spec.image, first=start))
 
     def _joined(self, parts: list[FloatArray]) -> FloatArray:
         return np.concatenate(parts) if parts else np.zeros((0, self.spec.dim), np.float32)

@@ -18,7 +18,7 @@ from edgeclip.runtime.engine_cache import (
 )
 from edgeclip.runtime.engine_key import EngineKey, EngineRecord, GraphSource
 from edgeclip.runtime.engine_tensorrt import TensorRtEngine
-from edgeclip.runtime.errors import EngineError
+from edgeclip.runtime.errors import EngineError, EngineParityError
 from edgeclip.runtime.manifest import GateRecord
 from edgeclip.runtime.tensorrt_cuda import gpu_capability, gpu_name
 from edgeclip.runtime.tensorrt_library import TensorRtLibrary
@@ -27,10 +27,6 @@ Gate = Callable[[Engine], tuple[GateRecord, ...]]
 Shipped = Sequence[tuple[EngineRecord, Callable[[], bytes]]]
 # Turns a serialized engine into one that runs; the path is for what it compiles at run time.
 OpenEngine = Callable[[bytes, EngineKey, Path], Engine]
-
-
-class EngineParityError(EngineError):
-    """An engine that loads and runs, but does not compute what its graph computes."""
 
 
 def find_or_build(

@@ -7,6 +7,7 @@ __all__ = [
     "ConfigError",
     "EdgeClipError",
     "EngineError",
+    "EngineParityError",
     "InputError",
     "MissingExtraError",
     "SpaceMismatchError",
@@ -28,6 +29,10 @@ class SpaceMismatchError(EdgeClipError):
 
 class EngineError(EdgeClipError):
     """An inference engine is missing, or cannot load or run a graph."""
+
+
+class EngineParityError(EngineError):
+    """An engine that loads and runs, but does not compute what its graph computes."""
 
 
 class MissingExtraError(EdgeClipError):

@@ -1,7 +1,7 @@
 """Label sets: class names and their text embeddings, ready for zero-shot classification."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,48 @@ class LabelSet:
             SpaceMismatchError: the fingerprints differ.
         """
         check_space(space, self.space, "the label set")
+
+
+def bake_labels(
+    names: Sequence[str],
+    templates: Sequence[str],
+    encode: Callable[[list[str]], NDArray[np.float32]],
+    space: str,
+) -> LabelSet:
+    """Make a label set: each label is the normalised mean of its embeddings in all templates.
+
+    Source: CLIP's prompt ensembles (Radford et al. 2021, section 3.1.4).
+
+    Args:
+        names: the labels.
+        templates: sentences, each with one `{}` for the name.
+        encode: a text tower, texts -> float32 [N, dim], L2-normalised.
+        space: fingerprint of its embedding space.
+
+    Raises:
+        InputError: no names, a name twice, or a template without its one `{}`.
+    """
+    if isinstance(names, str) or not names or not templates:
+        raise InputError("labels are a list of at least one name, in at least one template")
+    wrong = [template for template in templates if template.count("{}") != 1]
+    if wrong:
+        raise InputError(f"template {wrong[0]!r} must hold {{}} once, for the name")
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    mean = encode(texts).reshape(len(names), len(templates), -1).mean(axis=1)
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    return LabelSet(names=tuple(names), embeddings=mean, space=space, templates=tuple(templates))
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Cut "red, blue" into its names.
+
+    Raises:
+        InputError: a name is empty.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise InputError(f"{text!r} holds an empty name: write NAME,NAME,...")
+    return names
 
 
 def check_keyed(what: str, keys: Sequence[object], embeddings: NDArray[Any], space: object) -> None:

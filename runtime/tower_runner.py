@@ -22,6 +22,10 @@ class TowerRunner:
     Batches are cut to what the device and the graph take. A graph made for one batch size
     is given the last row again where rows are missing.
 
+    Attributes:
+        precision: the one that runs.
+        device: the device that runs it.
+
     Raises:
         BundleError: see `Bundle.tower_bytes`.
         EngineError: the engine cannot load it.
@@ -32,6 +36,8 @@ class TowerRunner:
         self, bundle: Bundle, tower: Tower, precision: Precision, device: "DeviceProfile"
     ) -> None:
         file = bundle.manifest.tower(tower).file(precision)
+        self.precision: Precision = precision
+        self.device = device
         self._tower: Tower = tower
         self._path = bundle.tower_path(tower, precision)
         self._spec = bundle.manifest.spec

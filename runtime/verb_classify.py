@@ -6,7 +6,8 @@ from pathlib import Path
 
 from edgeclip.runtime.embed_files import embed_files, find_images, report_skipped
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
-from edgeclip.runtime.labels import LabelSet
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.labels import LabelSet, split_names
 from edgeclip.runtime.verb_options import (
     add_encoder_options,
     add_json_option,
@@ -21,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument(
         "--labels",
-        required=True,
-        help="names with commas between, a label set of the bundle, or a label file (.npz)",
+        help="names with commas between, a label set of the bundle, or a label file (.npz) "
+        "(default: the label set of the bundle's label head)",
     )
     parser.add_argument(
         "--template",
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Print each image with its answers."""
     paths = find_images(args.paths)
     encoder = open_encoder(args)
-    labels = read_labels(encoder, args.labels, args.template)
+    labels = read_labels(encoder, args.labels or _head(encoder), args.template)
     embedded = embed_files(encoder, paths, batch_size=args.batch_size, strict=args.strict)
     report_skipped(embedded)
     answers = encoder.classify_embeddings(embedded.embeddings, labels, top=args.top)
@@ -60,6 +61,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _head(encoder: Encoder) -> str:
+    head = encoder.bundle.manifest.label_head
+    if head is None:
+        raise InputError("this bundle has no label head: say which labels there are with --labels")
+    return head
+
+
 def read_labels(encoder: Encoder, labels: str, templates: list[str] | None) -> LabelSet:
     """Load a label file or a label set of the bundle, or bake the names that are given.
 
@@ -71,5 +79,4 @@ def read_labels(encoder: Encoder, labels: str, templates: list[str] | None) -> L
         return LabelSet.load(Path(labels))
     if labels in encoder.bundle.label_names:
         return encoder.bundle.labels(labels)
-    names = [name.strip() for name in labels.split(",") if name.strip()]
-    return encoder.bake_labels(names, tuple(templates or DEFAULT_TEMPLATES))
+    return encoder.bake_labels(split_names(labels), tuple(templates or DEFAULT_TEMPLATES))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from edgeclip.compress.dual_encoder import DualEncoder
@@ -244,3 +245,42 @@ def test_the_manifest_says_what_int8_needs(built: BuiltBundle, cpu_device: Devic
     assert not any(file.needs_vnni for file in files)
     assert Int8Settings.for_device(load_device("x86-avx512-vnni")).needs_vnni
     assert not Int8Settings.for_device(load_device("jetson-orin-nano")).needs_vnni
+
+
+def test_patch_features_and_label_head_come_out_of_the_encoder(
+    fp32_plan: BundlePlan, cpu_device: DeviceProfile, blobs: Make, tmp_path: Path
+) -> None:
+    plan = replace(fp32_plan, label_head="letters", patch_features=True, workload=None)
+    bundle = build_bundle(plan, tmp_path / "bundle").bundle
+    encoder = Encoder(bundle, cpu_device)
+    images = [blobs(5, seed=9)[index].image for index in range(5)]
+    labels = bundle.labels("letters")
+    best = encoder.classify_by_head(images, batch_size=2)
+    for answer, (expected,) in zip(best, encoder.classify(images, labels, top=1), strict=True):
+        assert answer.label == expected.label
+        assert answer.score == pytest.approx(expected.score, abs=1e-5)
+    assert encoder.classify_by_head([]) == []
+    patches = encoder.encode_patches(images, batch_size=2)
+    assert patches.shape == (5, 4, 4, 32)
+    np.testing.assert_allclose(encoder.encode_patches(images[3])[0], patches[3], atol=1e-5)
+    with pytest.raises(InputError, match="at least one image"):
+        encoder.encode_patches([])
+
+
+def test_what_was_not_exported_cannot_be_had(
+    built: BuiltBundle, cpu_device: DeviceProfile, blobs: Make
+) -> None:
+    encoder = Encoder(built.bundle, cpu_device)
+    with pytest.raises(InputError, match="export it with --patch-features"):
+        encoder.encode_patches(blobs(1)[0].image)
+    with pytest.raises(InputError, match="export it with --label-head"):
+        encoder.classify_by_head(blobs(1)[0].image)
+
+
+def test_rewrites_are_tried_where_this_machine_is_the_device(built: BuiltBundle) -> None:
+    tried = {(tower, outcome.name) for tower, outcome in built.tuned}
+    assert ("image", "fuse attention") in tried
+    assert ("text", "merge projections") in tried
+    assert ("text", "fuse attention") not in tried  # other runtimes read that file too
+    model = onnx.load(built.bundle.tower_path("text", "fp32"), load_external_data=False)
+    assert {node.domain for node in model.graph.node} == {""}

@@ -14,7 +14,7 @@ from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.graph_passes import PASSES, GraphPass
 from edgeclip.export.to_onnx import TowerPaths, export_tower
-from edgeclip.export.tune_graph import TUNING, PassOutcome, tune_graph
+from edgeclip.export.tune_graph import TUNING, WORTH, PassOutcome, tune_graph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.intervals import Interval
@@ -109,7 +109,7 @@ def test_what_is_faster_is_kept(graph: Path, cpu_device: DeviceProfile) -> None:
     )
     assert outcome.kept
     assert outcome.ratio is not None
-    assert outcome.ratio.high < 1
+    assert outcome.ratio.high < WORTH
     assert "large" not in {item.name for item in load_graph(graph).graph.initializer}
     np.testing.assert_allclose(embed(graph, cpu_device), expected, atol=1e-6)
 
@@ -146,7 +146,7 @@ def test_the_passes_that_suit_the_device_are_tried(graph: Path, cpu_device: Devi
         assert outcome.error is not None
         assert outcome.error < 1e-5
         assert outcome.ratio is not None
-        assert outcome.kept == (outcome.ratio.high < 1)
+        assert outcome.kept == (outcome.ratio.high < WORTH)
     np.testing.assert_allclose(embed(graph, cpu_device), expected, atol=1e-5)
 
 

@@ -15,8 +15,8 @@ from edgeclip.runtime.build_engine import build_engine
 from edgeclip.runtime.engine import Engine
 from edgeclip.runtime.engine_key import EngineKey, EngineRecord, GraphSource, engine_path
 from edgeclip.runtime.engine_ort import OrtEngine
-from edgeclip.runtime.engine_store import EngineParityError, OpenEngine, find_or_build
-from edgeclip.runtime.errors import EngineError
+from edgeclip.runtime.engine_store import OpenEngine, find_or_build
+from edgeclip.runtime.errors import EngineError, EngineParityError
 from edgeclip.runtime.manifest import GateRecord
 from edgeclip.runtime.tensorrt_library import TensorRtLibrary
 

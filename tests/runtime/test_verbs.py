@@ -212,7 +212,11 @@ class TestClassify:
 
     def test_no_names(self, tiny_bundle: Path, photos: Path, capsys: Capture) -> None:
         line = fails(capsys, "classify", photos, "--bundle", tiny_bundle, "--labels", " , ")
-        assert "at least one name" in line
+        assert "empty name" in line
+
+    def test_no_labels_and_no_head(self, tiny_bundle: Path, photos: Path, capsys: Capture) -> None:
+        line = fails(capsys, "classify", photos, "--bundle", tiny_bundle)
+        assert "--labels" in line
 
 
 class TestSearch:
