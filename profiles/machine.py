@@ -14,6 +14,8 @@ _PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnxruntime-openvino",
+    "openvino",
     "pillow",
     "tensorrt",
     "tensorrt-rtx-cu13",
