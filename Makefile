@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOMS := profiles runtime compress export
-EXTRAS := cpu,export,dev
+EXTRAS := cpu,serve,export,dev
 ARGS ?=
 NAME ?=
 

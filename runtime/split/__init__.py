@@ -1,0 +1,1 @@
+"""What a device and a server do together: wire, server, client, plans, cascade."""
