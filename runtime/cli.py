@@ -38,7 +38,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb("edgeclip.runtime.verb_eval", "measure retrieval or zero-shot quality"),
     "measure": Verb("edgeclip.runtime.verb_measure", "measure latency, memory and size"),
     "report": Verb("edgeclip.runtime.verb_report", "write the report as one HTML file", "report"),
-    "build": Verb("edgeclip.runtime.verb_build", "build a bundle's TensorRT engines for a device"),
+    "build": Verb("edgeclip.runtime.verb_build", "compile a bundle's towers on the device"),
     "push": Verb("edgeclip.runtime.verb_push", "send a bundle to the Hugging Face hub"),
     "pull": Verb("edgeclip.runtime.verb_pull", "fetch a bundle from the Hugging Face hub"),
     "device": Verb("edgeclip.runtime.verb_device", "list device profiles, or show one"),

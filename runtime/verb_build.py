@@ -1,22 +1,39 @@
-"""`edgeclip build`: build and check the TensorRT engines of a bundle on the device itself."""
+"""`edgeclip build`: compile a bundle's towers on the device itself.
+
+TensorRT's engines are kept for every later start. What a provider of ONNX Runtime compiles is
+written as ONNX files (EP contexts) that a program without the bundle's runtime can load.
+"""
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.choose_precision import usable_precisions
+from edgeclip.runtime.ep_context import embed_context
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.open_tower import open_tower
+from edgeclip.runtime.providers import provider_of
 from edgeclip.runtime.spec import Precision, Tower
+
+if TYPE_CHECKING:
+    from edgeclip.profiles.device import DeviceProfile
+
+Compile = Callable[[Bundle, Tower, Precision], object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb to argparse."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument(
-        "--device", required=True, help="name of a device with TensorRT, or its YAML file"
+        "--device", required=True, help="name of a device whose engine compiles, or its YAML file"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for EP contexts, where the engine is a provider of ONNX Runtime",
     )
     parser.add_argument(
         "--precision",
@@ -31,18 +48,14 @@ def run(args: argparse.Namespace) -> int:
     from edgeclip.profiles.device import load_device
 
     device = load_device(args.device)
-    if device.engine not in ("tensorrt", "tensorrt-rtx"):
-        raise InputError(
-            f"device {device.name!r} runs {device.engine}, which needs no engines: use the bundle "
-            "as it is"
-        )
+    compile_tower = _compiler(device, args.out)
     bundle = Bundle.open(args.bundle)
     failed = False
     for tower in get_args(Tower):
         for precision in _precisions(bundle, tower, device, args.precision):
             began = time.perf_counter()
             try:
-                open_tower(bundle, tower, precision, device)
+                compile_tower(bundle, tower, precision)
                 print(f"{tower} {precision}: ready in {time.perf_counter() - began:.0f} s")
             except EngineError as error:
                 failed = True
@@ -50,12 +63,33 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _precisions(
-    bundle: Bundle, tower: Tower, device: object, asked: list[Precision] | None
-) -> tuple[Precision, ...]:
-    from edgeclip.profiles.device import DeviceProfile
+def _compiler(device: "DeviceProfile", out: Path | None) -> Compile:
+    """What `build` does with a tower; it depends on the device's engine."""
+    if device.engine in ("tensorrt", "tensorrt-rtx"):
+        return lambda bundle, tower, precision: open_tower(bundle, tower, precision, device)
+    if not provider_of(device).has_context:
+        raise InputError(
+            f"device {device.name!r} runs {device.engine}, which needs no engines: use the bundle "
+            "as it is"
+        )
+    if out is None:
+        raise InputError(
+            f"device {device.name!r} runs {device.engine}, which compiles when it starts; to "
+            "keep the result as ONNX files, name a folder with --out"
+        )
 
-    assert isinstance(device, DeviceProfile)
+    def embed(bundle: Bundle, tower: Tower, precision: Precision) -> None:
+        graph = bundle.tower_path(tower, precision)
+        length = bundle.manifest.spec.text.context_length if tower == "text" else None
+        target = out / f"{graph.stem}_ctx.onnx"
+        embed_context(graph, device=device, target=target, context_length=length)
+
+    return embed
+
+
+def _precisions(
+    bundle: Bundle, tower: Tower, device: "DeviceProfile", asked: list[Precision] | None
+) -> tuple[Precision, ...]:
     usable = usable_precisions(bundle.manifest.tower(tower), device)
     wanted = tuple(item for item in usable if asked is None or item in asked)
     if not wanted:
