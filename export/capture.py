@@ -10,7 +10,7 @@ from torch import nn
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.exporter_config import ImageTowerConfig, TextTowerConfig
+from edgeclip.export.exporter_config import tower_config
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.towers import tower_module
 from edgeclip.runtime.errors import first_line
@@ -31,14 +31,14 @@ def capture(
     Raises:
         ExportError: torch cannot capture the model.
     """
-    config = ImageTowerConfig(dual, form) if tower == "image" else TextTowerConfig(dual, form)
+    config = tower_config(dual, tower, form)
     limits = {"length": {"min": 2, "max": dual.spec.text.context_length}}
     (axes,) = config.inputs.values()
     shapes = {axis: torch.export.Dim(name, **limits.get(name, {})) for axis, name in axes.items()}
     if module is None:
         module = tower_module(dual, tower, patch_features=form.patch_features)
     try:
-        with quiet_exporter(), torch.no_grad():
+        with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 (config.sample().to(dual.device),),
@@ -57,7 +57,7 @@ def capture(
 
 
 @contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Keep the exporter from telling of optional packages and its own future."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -41,7 +41,7 @@ KEPT_BUNDLE = Path(__file__).parent / "emoji_bundle"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSettings:
-    """How much of everything; the defaults take about 6 minutes on two cores.
+    """How much of everything; the defaults take about 10 minutes on two cores.
 
     Args:
         quick: measure the bundle kept in the repository instead of training a student.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.graph_form import GraphForm
-from edgeclip.runtime.spec import OUTPUT_NAMES, PATCH_OUTPUT, PIXEL_INPUTS, TEXT_INPUT
+from edgeclip.runtime.spec import OUTPUT_NAMES, PATCH_OUTPUT, PIXEL_INPUTS, TEXT_INPUT, Tower
 
 _SAMPLES = 2  # the exporter takes a batch of 1 for a constant
 Axes = dict[str, dict[int, str]]
@@ -71,6 +71,14 @@ class TextTowerConfig(ExporterConfig):  # type: ignore[misc] # as above
     def sample(self) -> Tensor:
         """One input to trace with, int64 [batch, length]."""
         return _sample(self, self._form, sequence_length=self._length)
+
+
+TowerConfig = ImageTowerConfig | TextTowerConfig
+
+
+def tower_config(dual: DualEncoder, tower: Tower, form: GraphForm) -> TowerConfig:
+    """Describe one tower of `dual` in a form."""
+    return ImageTowerConfig(dual, form) if tower == "image" else TextTowerConfig(dual, form)
 
 
 def _batch_axis(form: GraphForm) -> dict[int, str]:

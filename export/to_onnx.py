@@ -1,9 +1,5 @@
 """Towers to ONNX in fp32, by torch's own exporter."""
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,19 +7,18 @@ import onnx
 import torch
 
 from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.export.capture import capture
 from edgeclip.export.device_form import to_device_form
 from edgeclip.export.errors import ExportError
-from edgeclip.export.exporter_config import ImageTowerConfig, TextTowerConfig
+from edgeclip.export.exporter_config import TowerConfig, tower_config
 from edgeclip.export.graph import limit_masks, save_graph
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.export.towers import tower_module
 from edgeclip.runtime.bundle_paths import tower_path
-from edgeclip.runtime.errors import first_line
 from edgeclip.runtime.spec import PixelForm, Tower
 
 STANDARD = GraphForm()
-TowerConfig = ImageTowerConfig | TextTowerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,40 +65,14 @@ def export_tower(dual: DualEncoder, tower: Tower, path: Path, form: GraphForm = 
         ExportError: torch cannot capture the model, or the graph is not what it should be.
     """
     dual.eval()
-    config = ImageTowerConfig(dual, form) if tower == "image" else TextTowerConfig(dual, form)
-    model = _capture(dual, tower, config, form)
+    config = tower_config(dual, tower, form)
+    model = capture(dual, tower, form).model_proto
     limit_masks(model)
     _check_inputs(tower, model, config)
     _check_layer_norms(dual, tower, model)
     if tower == "image" and form.pixels == "uint8-nhwc":
         to_device_form(model, dual.image_spec)
     save_graph(model, path)
-
-
-def _capture(
-    dual: DualEncoder, tower: Tower, config: TowerConfig, form: GraphForm
-) -> onnx.ModelProto:
-    module = tower_module(dual, tower, patch_features=form.patch_features)
-    limits = {"length": {"min": 2, "max": dual.spec.text.context_length}}
-    (axes,) = config.inputs.values()
-    shapes = {axis: torch.export.Dim(name, **limits.get(name, {})) for axis, name in axes.items()}
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                module,
-                (config.sample().to(dual.device),),
-                input_names=list(config.inputs),
-                output_names=list(config.outputs),
-                opset_version=form.opset,
-                dynamic_shapes=(shapes,),
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-    except Exception as error:  # the exporter raises many classes, all with a long report
-        raise ExportError(f"torch cannot export the {tower} tower: {first_line(error)}") from error
-    assert program is not None
-    return program.model_proto
 
 
 def _check_inputs(tower: Tower, model: onnx.ModelProto, config: TowerConfig) -> None:
@@ -132,17 +101,3 @@ def _check_layer_norms(dual: DualEncoder, tower: Tower, model: onnx.ModelProto) 
             f"the {tower} tower's layer normalisation was not exported as LayerNormalization, "
             "and would overflow in fp16: use torch.nn.LayerNorm in the model"
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter from telling of optional packages and its own future."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
