@@ -1,1 +1,1 @@
-"""What devices, links and workloads are: data, and its typed loaders."""
+"""What devices, links, workloads and traffic are: data, and its typed loaders."""

@@ -8,7 +8,7 @@ from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.schema import read_yaml
 
 T = TypeVar("T")
-Folder = Literal["devices", "links", "workloads"]
+Folder = Literal["devices", "links", "traffic", "workloads"]
 _ROOT = Path(__file__).parent
 
 
