@@ -39,6 +39,15 @@ VERBS: dict[str, Verb] = {
     "measure": Verb("edgeclip.runtime.verb_measure", "measure latency, memory and size"),
     "report": Verb("edgeclip.runtime.verb_report", "write the report as one HTML file", "report"),
     "build": Verb("edgeclip.runtime.verb_build", "compile a bundle's towers on the device"),
+    "serve": Verb("edgeclip.runtime.verb_serve", "answer devices over the network", "serve"),
+    "cut": Verb("edgeclip.export.verb_cut", "cut a tower wherever it can be cut", "export"),
+    "measure-cuts": Verb(
+        "edgeclip.runtime.verb_measure_cuts", "measure the parts of a cut tower here", "split"
+    ),
+    "plan": Verb("edgeclip.runtime.verb_plan", "say what should run on device and server", "split"),
+    "cascade": Verb(
+        "edgeclip.export.verb_cascade", "certify when the teacher is asked instead", "export"
+    ),
     "push": Verb("edgeclip.runtime.verb_push", "send a bundle to the Hugging Face hub"),
     "pull": Verb("edgeclip.runtime.verb_pull", "fetch a bundle from the Hugging Face hub"),
     "device": Verb("edgeclip.runtime.verb_device", "list device profiles, or show one"),

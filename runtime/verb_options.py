@@ -4,10 +4,12 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.spec import Precision
+
+if TYPE_CHECKING:
+    from edgeclip.runtime.encoder import Encoder
 
 
 def add_encoder_options(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +40,10 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs to read")
 
 
-def open_encoder(args: argparse.Namespace) -> Encoder:
+def open_encoder(args: argparse.Namespace) -> "Encoder":
     """Open the encoder that `add_encoder_options` asked for."""
+    from edgeclip.runtime.encoder import Encoder  # and Pillow, which not every verb needs
+
     return Encoder.open(args.bundle, device=args.device, precision=args.precision)
 
 

@@ -19,6 +19,8 @@ DEVICE_PACKAGES = {
         "PIL",
         "cryptography",
         "cuda",
+        "google",
+        "grpc",
         "httptools",
         "huggingface_hub",
         "jinja2",
@@ -26,8 +28,10 @@ DEVICE_PACKAGES = {
         "numpy",
         "onnxruntime",
         "prometheus_client",
+        "ray",
         "tensorrt",
         "tensorrt_rtx",
+        "threadpoolctl",
         "tokenizers",
         "tqdm",
         "urllib3",
@@ -39,7 +43,7 @@ DEVICE_PACKAGES = {
 }
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
-EXTRAS_NOT_INSTALLED = {"gpu", "openvino", "tensorrt", "tensorrt-rtx"}
+EXTRAS_NOT_INSTALLED = {"gpu", "openvino", "ray", "tensorrt", "tensorrt-rtx"}
 
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 every_source = pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What a device and a server do together: wire, server, client, plans, cascade."""
+"""The device's side of the split: asking a server, and doing without it."""

@@ -27,9 +27,8 @@ class Bar:
     @property
     def passed(self) -> bool:
         """Whether the value itself meets the bound."""
-        if self.direction == ">=":
-            return self.value >= self.bound
-        return self.value <= self.bound
+        above = self.value >= self.bound
+        return bool(above if self.direction == ">=" else self.value <= self.bound)
 
     def line(self) -> str:
         """`BAR name: value unit (bar >= x) pass`."""

@@ -1,11 +1,24 @@
-"""Graphs in miniature, and TensorRT for RTX, which builds engines without a GPU."""
+"""What tests of several parts of the runtime start from.
+
+Graphs in miniature; TensorRT for RTX, which builds engines without a GPU; the built-in
+bundle's image tower, cut everywhere and measured once.
+"""
+
+from pathlib import Path
 
 import pytest
 
+from edgeclip.export.write_cuts import write_cuts
 from edgeclip.profiles.device import DeviceProfile, load_device
+from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.engine_key import GraphSource
+from edgeclip.runtime.planning.cut_set import CutSet
+from edgeclip.runtime.planning.measure_cuts import measure_cuts
+from edgeclip.runtime.planning.stage_times import StageTimes
 from edgeclip.runtime.tensorrt_library import TensorRtLibrary, open_library
 from tests.runtime.tiny_graphs import TOKENS, image_content, source_of, text_content
+
+EMOJI_BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +44,16 @@ def rtx(ada: DeviceProfile) -> TensorRtLibrary:
     """TensorRT for RTX, where it is installed."""
     pytest.importorskip("tensorrt_rtx")
     return open_library(ada)
+
+
+@pytest.fixture(scope="session")
+def emoji_cuts(tmp_path_factory: pytest.TempPathFactory, cpu_device: DeviceProfile) -> CutSet:
+    """A cut set with all cuts and five pictures; read it, do not alter it."""
+    out = tmp_path_factory.mktemp("emoji") / "cuts"
+    return write_cuts(Bundle.open(EMOJI_BUNDLE), out, device=cpu_device, count=5).cuts
+
+
+@pytest.fixture(scope="session")
+def emoji_times(emoji_cuts: CutSet, cpu_device: DeviceProfile) -> StageTimes:
+    """What was measured of it."""
+    return measure_cuts(emoji_cuts, device=cpu_device, command="pytest", rounds=12)

@@ -1,0 +1,1 @@
+"""The student first, its teacher for the unsure: scores, certificates, drift."""

@@ -1,0 +1,245 @@
+"""The certificate of a cascade: what was certified, for which towers, on which queries.
+
+It lies in the student's bundle as `cascade/image.json` or `cascade/text.json`, after the tower
+whose queries it is about, and the manifest lists it with its hash as any other file.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.profiles.ranges import Range, check_ranges
+from edgeclip.profiles.schema import parse
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.cascade.drift import ScoreSample
+from edgeclip.runtime.cascade.scores import Score
+from edgeclip.runtime.errors import BundleError
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.manifest import FileRecord, Manifest
+from edgeclip.runtime.spec import Precision, Tower
+
+SCHEMA_VERSION = 1
+
+
+class CertificateError(BundleError):
+    """A certificate that is damaged, or about something else than what it is asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerIdentity:
+    """The tower that queries go through.
+
+    Attributes:
+        name: of its bundle.
+        precision: in which it ran.
+        files: its graph, and its weights where they lie beside it.
+    """
+
+    name: str
+    precision: Precision
+    files: tuple[FileRecord, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest, tower: Tower, precision: Precision) -> "TowerIdentity":
+        """Identify a tower of a bundle.
+
+        Raises:
+            BundleError: the bundle does not hold that precision.
+        """
+        graph = manifest.tower(tower).file(precision)
+        paths = (graph.path, graph.data_path)
+        files = tuple(file for file in manifest.files if file.path in paths)
+        return cls(name=manifest.name, precision=precision, files=files)
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """SHA-256 of each file, in hexadecimal digits."""
+        return tuple(file.sha256 for file in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuerySet:
+    """The queries that a certificate rests on: independent draws of one population.
+
+    Attributes:
+        data: what a person calls them.
+        identity: SHA-256 of what identifies them.
+        count: how many there were, each held against `entries` entries.
+        entries: how many there were to choose from.
+        index_by: whose tower embedded those.
+        task: the right entry is the query's own partner, or its label.
+    """
+
+    data: str
+    identity: str
+    count: Annotated[int, Range(at_least=1)]
+    entries: Annotated[int, Range(at_least=2)]
+    index_by: Literal["teacher", "student"]
+    task: Literal["retrieval", "zero-shot"]
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """Shares of right answers with 95% bootstrap intervals, and what the cascade keeps."""
+
+    student: Interval
+    teacher: Interval
+    cascade: Interval
+    kept: Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """With probability 1 - delta, the cascade keeps `bound` of the teacher's quality.
+
+    Attributes:
+        schema_version: `SCHEMA_VERSION` of the software that wrote it.
+        query: the tower whose queries may be escalated.
+        bound: the share of the teacher's quality (top-1, over the population that the test
+            queries were drawn from) that the cascade keeps at least.
+        delta: the chance that this is wrong.
+        p_value: of "it keeps less" at the threshold.
+        space: fingerprint of the embedding space.
+        student: the tower on the device.
+        student_index: the student's other tower, if that embeds what is chosen from.
+        teacher: the tower on the server.
+        score: how sure the student is of an answer.
+        threshold: queries with a lower score go to the teacher.
+        escalated: share of queries that do; the interval has confidence 1 - delta for all
+            thresholds at once, so it holds for this one.
+        quality: what was seen.
+        sample: scores without drift.
+        tested_on: the queries.
+        created: ISO 8601 in UTC.
+        command: what was typed.
+
+    Raises:
+        ValueError: a value out of bounds.
+    """
+
+    schema_version: int
+    query: Tower
+    bound: Annotated[float, Range(above=0)]
+    delta: Annotated[float, Range(above=0, below=1)]
+    p_value: Annotated[float, Range(at_least=0)]
+    space: str
+    student: TowerIdentity
+    student_index: TowerIdentity | None
+    teacher: TowerIdentity
+    score: Score
+    threshold: Annotated[float, Range()]
+    escalated: Interval
+    quality: Quality
+    sample: ScoreSample
+    tested_on: QuerySet
+    created: str
+    command: str
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.bound > 1:
+            raise ValueError("bound is a share, 1 at most")
+        if self.p_value > self.delta:
+            raise ValueError(f"a p-value of {self.p_value:g} certifies nothing at {self.delta:g}")
+
+    @property
+    def path(self) -> str:
+        """Where it lies in a bundle."""
+        return certificate_path(self.query)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `to_json`: 64 hexadecimal digits."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def promise(self) -> str:
+        """One sentence for a person."""
+        return (
+            f"Keeps at least {100 * self.bound:.3g}% of the quality of {self.teacher.name} on "
+            f"queries like those of {self.tested_on.data} (wrong with probability {self.delta:g} "
+            f"at most), asking it for {self.escalated.value:.1%} of them"
+        )
+
+    def check(self, manifest: Manifest, precisions: Mapping[Tower, Precision]) -> None:
+        """Refuse to be used with a student that was not certified.
+
+        Args:
+            manifest: of the student's bundle.
+            precisions: in which its towers run.
+
+        Raises:
+            CertificateError: another embedding space, precision or tower.
+        """
+        mend = "certify this bundle with edgeclip cascade"
+        if manifest.space != self.space:
+            raise CertificateError(f"{self.path} is of another embedding space: {mend}")
+        other: Tower = "text" if self.query == "image" else "image"
+        for tower, expected in ((self.query, self.student), (other, self.student_index)):
+            if expected is None:
+                continue
+            if precisions[tower] != expected.precision:
+                raise CertificateError(
+                    f"{self.path} is about {expected.precision}, but the {tower} tower runs in "
+                    f"{precisions[tower]}: {mend}"
+                )
+            found = TowerIdentity.of(manifest, tower, expected.precision)
+            if found.hashes != expected.hashes:
+                raise CertificateError(f"{self.path} is about another {tower} tower: {mend}")
+
+    def to_json(self) -> str:
+        """Return the text of its file; `from_json` gives an equal certificate back."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str, *, source: str) -> "Certificate":
+        """Read what `to_json` wrote; `source` names it in messages.
+
+        Raises:
+            CertificateError: not JSON, another schema version, or not a certificate.
+        """
+        try:
+            data: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CertificateError(f"{source} is not JSON ({error}): certify again") from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise CertificateError(
+                f"{source}: certificate schema {version!r} is not {SCHEMA_VERSION}: certify "
+                "again, or use the version of edgeclip that wrote it"
+            )
+        try:
+            return parse(Certificate, data, source=source)
+        except ConfigError as error:
+            raise CertificateError("; ".join(str(error).split("\n  "))) from None
+
+
+def certificate_path(query: Tower) -> str:
+    """Return where a bundle keeps the certificate for queries of a tower."""
+    return f"cascade/{query}.json"
+
+
+def read_certificate(bundle: Bundle, query: Tower = "image") -> Certificate | None:
+    """Read the certificate of a bundle; None if it has none for such queries.
+
+    Raises:
+        BundleError: it cannot be read, was altered, or is damaged.
+    """
+    path = certificate_path(query)
+    if path not in {file.path for file in bundle.manifest.files}:
+        return None
+    try:
+        text = bundle.file_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise CertificateError(f"{bundle.path / path} is not UTF-8 text: certify again") from None
+    found = Certificate.from_json(text, source=str(bundle.path / path))
+    if found.query != query:
+        raise CertificateError(f"{bundle.path / path} is about {found.query} queries")
+    return found

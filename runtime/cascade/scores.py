@@ -1,0 +1,177 @@
+"""How sure a student is of its answers, from the cosines of queries with the entries it chose from.
+
+Every score is float64 [N], lies in [-1, 2], and is HIGHER where the student is surer. A score
+is a small frozen settings object, so that a certificate can hold the very score it is about.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.runtime.cascade.views import MOST_VIEWS
+from edgeclip.runtime.embeddings import check_matrix
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.spec import Tower
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """What a student makes of N queries, as far as a score may look at it.
+
+    Attributes:
+        cosines: float64 [N, K], of each query with the K >= 2 entries it is held against: the
+            texts or pictures of an index, or the labels of a set.
+        view_cosines: float64 [V, N, K], the same of V altered views of each query; V may be 0.
+        likeness: float64 [V, N], cosine of each view's embedding with the query's own.
+
+    Raises:
+        InputError: shapes that do not fit, NaN or infinity, or fewer than two entries.
+    """
+
+    cosines: Values
+    view_cosines: Values
+    likeness: Values
+
+    def __post_init__(self) -> None:
+        check_matrix(self.cosines, "cosines of queries with entries")
+        views = len(self.view_cosines)
+        if self.cosines.shape[1] < 2:
+            raise InputError("a choice needs two entries or more: give a larger index or label set")
+        if self.view_cosines.shape[1:] != self.cosines.shape or self.likeness.shape != (
+            views,
+            len(self.cosines),
+        ):
+            raise InputError("the views' cosines do not fit those of the queries")
+
+    @classmethod
+    def against(
+        cls, queries: NDArray[Any], entries: NDArray[Any], views: NDArray[Any] | None = None
+    ) -> "Evidence":
+        """Compare embeddings of queries with those of the entries.
+
+        Args:
+            queries: floats [N, dim], L2-normalised.
+            entries: floats [K, dim], L2-normalised, of the same embedding space.
+            views: floats [V, N, dim], embeddings of the queries' altered views (see `views`),
+                for a score that asks for them.
+
+        Raises:
+            InputError: see the class, or dimensions that differ.
+        """
+        check_matrix(queries, "queries")
+        if entries.shape[1:] != queries.shape[1:]:
+            raise InputError(
+                f"queries have shape {queries.shape}, entries {entries.shape}: take both from one "
+                "embedding space"
+            )
+        seen = np.zeros((0, *queries.shape), queries.dtype) if views is None else views
+        # In the embeddings' own precision: an index is too large to be widened for each query.
+        found = (queries @ entries.T, seen @ entries.T, np.einsum("vnd,nd->vn", seen, queries))
+        return cls(*(item.astype(np.float64) for item in found))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Margin:
+    """Largest cosine minus the second largest: 0 where two entries tie, at most 2."""
+
+    kind: Literal["margin"] = "margin"
+
+    @property
+    def views(self) -> int:
+        """How many altered views it needs of each query, each one more run of the student."""
+        return 0
+
+    def of(self, evidence: Evidence) -> Values:
+        """Score each query: float64 [N]."""
+        best = np.partition(evidence.cosines, -2, axis=1)[:, -2:]
+        margin: Values = best[:, 1] - best[:, 0]
+        return margin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entropy:
+    """1 - H(p) / log K, with p = softmax(logit_scale x cosines) over K entries and H its entropy.
+
+    0 where all entries are alike, 1 where one has all of the softmax.
+
+    Attributes:
+        logit_scale: what turns a cosine into a logit; the bundle's, `EncoderSpec.logit_scale`.
+    """
+
+    logit_scale: float
+    kind: Literal["entropy"] = "entropy"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.logit_scale < np.inf:
+            raise ValueError(f"logit_scale must be positive and finite, got {self.logit_scale}")
+
+    @property
+    def views(self) -> int:
+        """How many altered views it needs of each query."""
+        return 0
+
+    def of(self, evidence: Evidence) -> Values:
+        """Score each query: float64 [N]."""
+        logits = self.logit_scale * evidence.cosines
+        logits -= logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits)
+        total = weights.sum(axis=1)
+        # H = log(sum of weights) - mean logit: no logarithm of a weight that rounded to 0.
+        entropy = np.log(total) - (weights * logits).sum(axis=1) / total
+        sureness: Values = 1 - entropy / np.log(logits.shape[1])
+        return sureness
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How far altered views of a query agree with it; pictures only.
+
+    `answer` is the share of views whose best entry is the query's; `embedding` the mean cosine
+    of the views' embeddings with the query's, which needs no entries. Each view is a whole run
+    of the student, so an answer costs 1 + `views` of them.
+
+    Attributes:
+        views: how many, 1 to `MOST_VIEWS`; see `views.view_pixels`.
+        measure: what is compared.
+    """
+
+    views: int = 4
+    measure: Literal["answer", "embedding"] = "embedding"
+    kind: Literal["agreement"] = "agreement"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.views <= MOST_VIEWS:
+            raise ValueError(f"views must be 1 to {MOST_VIEWS}, got {self.views}")
+
+    def of(self, evidence: Evidence) -> Values:
+        """Score each query: float64 [N].
+
+        Raises:
+            InputError: the evidence has another number of views.
+        """
+        if len(evidence.likeness) != self.views:
+            raise InputError(
+                f"agreement of {self.views} views was asked for, but {len(evidence.likeness)} "
+                "were embedded: embed as many as the score's `views`"
+            )
+        if self.measure == "embedding":
+            return np.asarray(evidence.likeness.mean(axis=0))
+        same = evidence.view_cosines.argmax(axis=2) == evidence.cosines.argmax(axis=1)
+        return np.asarray(same.mean(axis=0))
+
+
+Score = Margin | Entropy | Agreement
+
+
+def check_score(score: Score, query: Tower) -> None:
+    """Refuse a score that cannot be had of such queries.
+
+    Raises:
+        InputError: views of a text.
+    """
+    if query == "text" and score.views:
+        raise InputError("only pictures have altered views: choose margin or entropy for texts")

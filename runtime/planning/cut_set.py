@@ -1,0 +1,244 @@
+"""A cut set on disk: one tower cut in two at several places, checked before anything is loaded.
+
+```
+cuts.json            what it is, and the SHA-256 of every other file
+weights.onnx_data    the tower's weights, once for all graphs
+head_K.onnx          pixels -> cut K; there is no head 0, which would hand the pixels on
+tail_K.onnx          cut K -> image_embeds; tail 0 is the whole tower
+pictures/            some pictures to measure with
+```
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from edgeclip.profiles.errors import ConfigError, EdgeClipError
+from edgeclip.profiles.ranges import Range, check_ranges
+from edgeclip.profiles.schema import parse
+from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.manifest import FileRecord
+from edgeclip.runtime.spec import ImageSpec, PixelForm, Precision, Tower
+
+SCHEMA_VERSION = 1
+CUTS_NAME = "cuts.json"
+WEIGHTS_NAME = "weights.onnx_data"
+PICTURES_NAME = "pictures"
+CUT_TENSOR = "cut"  # what heads give and tails take
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+_MAX_JSON_BYTES = 16 * 2**20
+
+
+class CutSetError(EdgeClipError):
+    """A directory that is not a whole, unaltered cut set of a known schema."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutPoint:
+    """A value of the tower through which everything passes.
+
+    Attributes:
+        number: 0 for the pixels, then in the order of the graph.
+        name: such as "after block 3".
+        shape: of one picture's value, without the batch.
+        dtype: in the graph; heads and tails of float16 ones are given and take float32.
+        axis: that of the channels in [N, *shape], for the int8 codec.
+    """
+
+    number: Annotated[int, Range(at_least=0)]
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["uint8", "float16", "float32"]
+    axis: Annotated[int, Range(at_least=1)]
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not self.shape or min(self.shape) < 1 or self.axis > len(self.shape):
+            raise ValueError(f"cut {self.number}: shape and axis do not fit each other")
+        if (self.dtype == "uint8") is not (self.number == 0):
+            raise ValueError("cut 0 and no other one is uint8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutManifest:
+    """All that a cut set says about itself.
+
+    Attributes:
+        schema_version: `SCHEMA_VERSION` of the software that wrote it.
+        bundle: name of the bundle whose tower it is.
+        space: SHA-256 fingerprint of the embedding space.
+        tower, precision: which graph was cut.
+        dim: length of an embedding.
+        image: how a picture becomes pixels.
+        pixels: what the graph takes.
+        batch: the only batch that the graph takes; None where it may vary.
+        needs_vnni: int8 for a CPU that is exact only with int8 dot products.
+        points: by number, with gaps where only some were asked for.
+        files: all files but `cuts.json`.
+    """
+
+    schema_version: int
+    bundle: str
+    space: str
+    tower: Literal["image"]
+    precision: Precision
+    dim: Annotated[int, Range(at_least=1)]
+    image: ImageSpec
+    pixels: PixelForm
+    batch: Annotated[int | None, Range(at_least=1)]
+    needs_vnni: bool
+    points: tuple[CutPoint, ...]
+    files: tuple[FileRecord, ...]
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not _HEX.fullmatch(self.space):
+            raise ValueError("space must be 64 lower-case hexadecimal digits")
+        numbers = [point.number for point in self.points]
+        if numbers[:1] != [0] or numbers != sorted(set(numbers)):
+            raise ValueError("points must begin with number 0 and ascend")
+        paths = [file.path for file in self.files]
+        if len({path.casefold() for path in paths}) != len(paths):
+            raise ValueError("a file is listed twice")
+        heads = {head_name(number) for number in numbers if number}
+        missing = sorted((heads | {tail_name(number) for number in numbers}) - set(paths))
+        if missing:
+            raise ValueError(f"files does not list {', '.join(missing)}")
+
+    def to_json(self) -> str:
+        """Return the text of `cuts.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def head_name(number: int) -> str:
+    """The file of a head."""
+    return f"head_{number}.onnx"
+
+
+def tail_name(number: int) -> str:
+    """The file of a tail."""
+    return f"tail_{number}.onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class CutSet:
+    """An opened cut set: every file it declares was there, whole and unaltered."""
+
+    path: Path
+    manifest: CutManifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> "CutSet":
+        """Check a cut set and open it; no graph is loaded.
+
+        Raises:
+            CutSetError: not a directory, no manifest of this schema, or a file that is missing,
+                a symbolic link, undeclared, or of another size or SHA-256.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise CutSetError(f"{root} is not a directory: give what `edgeclip cut` wrote")
+        root = root.resolve()
+        manifest = _read_manifest(root / CUTS_NAME)
+        _check_tree(root, {file.path for file in manifest.files})
+        for file in manifest.files:
+            _check_file(root, file)
+        return cls(root, manifest)
+
+    @property
+    def tower(self) -> Tower:
+        """Which tower was cut."""
+        return self.manifest.tower
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The cuts that are there; the first is 0."""
+        return tuple(point.number for point in self.manifest.points)
+
+    def point(self, number: int) -> CutPoint:
+        """Return a cut point.
+
+        Raises:
+            CutSetError: it is not there.
+        """
+        for point in self.manifest.points:
+            if point.number == number:
+                return point
+        there = ", ".join(map(str, self.numbers))
+        raise CutSetError(f"{self.path} has no cut {number}; it has {there}")
+
+    def graph_bytes(self, name: str) -> bytes:
+        """Read a graph; what is returned is what was verified.
+
+        The weights that it refers to were verified when the set was opened.
+
+        Raises:
+            CutSetError: it is not declared, or was altered since the set was opened.
+        """
+        files = {file.path: file for file in self.manifest.files}
+        if name not in files:
+            raise CutSetError(f"{self.path} has no {name}: cut the bundle again with that point")
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError as error:
+            raise CutSetError(f"cannot read {self.path / name}: {error.strerror}") from None
+        if hashlib.sha256(content).hexdigest() != files[name].sha256:
+            raise CutSetError(_altered(self.path, name))
+        return content
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """The pictures that came with it."""
+        names = (file.path for file in self.manifest.files)
+        return tuple(self.path / name for name in names if name.startswith(f"{PICTURES_NAME}/"))
+
+
+def _read_manifest(path: Path) -> CutManifest:
+    if path.is_symlink() or not path.is_file():
+        raise CutSetError(f"{path.parent} holds no {CUTS_NAME}: give what `edgeclip cut` wrote")
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise CutSetError(f"{path} is too large: cut the bundle again")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CutSetError(f"cannot read {path} ({error}): copy the cut set again") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise CutSetError(
+            f"{path} has schema version {version!r}, but this software reads {SCHEMA_VERSION}: "
+            "cut the bundle again, or update edgeclip"
+        )
+    try:
+        return parse(CutManifest, data, source=str(path))
+    except ConfigError as error:
+        raise CutSetError(" ".join(map(str.strip, str(error).splitlines()))) from None
+
+
+def _check_tree(root: Path, declared: set[str]) -> None:
+    """A graph can name data files beside it, so nothing undeclared may lie here."""
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_symlink():
+            raise CutSetError(f"{root}: {name} is a symbolic link: copy it with links followed")
+        if not path.is_dir() and name not in declared | {CUTS_NAME}:
+            raise CutSetError(f"{root}: {name} is not declared in {CUTS_NAME}: remove it")
+
+
+def _check_file(root: Path, file: FileRecord) -> None:
+    path = root / file.path
+    try:
+        if not path.is_file():
+            raise CutSetError(f"{root}: {file.path} is missing: copy the cut set again")
+        if path.stat().st_size != file.bytes or sha256_file(path) != file.sha256:
+            raise CutSetError(_altered(root, file.path))
+    except OSError as error:
+        raise CutSetError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _altered(root: Path, name: str) -> str:
+    return f"{root}: {name} was altered (its SHA-256 differs): copy the cut set again"

@@ -1,0 +1,200 @@
+"""What a plan would cost: its time drawn from measured samples, part by part.
+
+    T(k) = phi e(k) + enc + 8 B / (eta BW) + RTT + Wq + dec + s(k)
+
+with e(k) the device's time up to cut k and s(k) the server's from there on, both measured on
+the halves themselves, phi the device's load, B the bytes that cross and Wq the wait for the
+server. After Kang et al., "Neurosurgeon: Collaborative Intelligence Between the Cloud and
+Mobile Edge", ASPLOS 2017, with samples in place of regressed means, so that T has percentiles.
+"""
+
+import dataclasses
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.profiles.ranges import Range, check_ranges
+from edgeclip.runtime.planning.candidates import Candidate, Goal
+from edgeclip.runtime.planning.link_state import LinkState, draw_exchange
+from edgeclip.runtime.planning.plan import SplitPlan
+from edgeclip.runtime.planning.queueing import draw_waiting
+from edgeclip.runtime.planning.stage_times import Stage, StageTimes
+from edgeclip.runtime.wire.messages import (
+    BUNDLE,
+    SPACE_ID,
+    InferRequest,
+    InferResponse,
+    encode_request,
+    encode_response,
+)
+
+Values = NDArray[np.float64]
+
+_HITS_BYTES = 600  # of the answer to a search: ten keys and scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """Under what a plan is judged.
+
+    Attributes:
+        link: the network.
+        dim: length of an embedding.
+        load: phi, by how much the device's own times are longer than measured.
+        utilisation: share of time that the server is busy with others, 0 to below 1.
+        goal: "embedding" is wanted on the device, or hits of a "search" on the server.
+        seed, draws: of the prediction; a percentile rests on a few hundred draws at least.
+    """
+
+    link: LinkState
+    dim: Annotated[int, Range(at_least=1)]
+    load: Annotated[float, Range(above=0)] = 1.0
+    utilisation: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    goal: Goal = "embedding"
+    seed: int = 0
+    draws: Annotated[int, Range(at_least=100)] = 20_000
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Mean milliseconds of the parts of a plan; they add up to its mean time."""
+
+    device: float = 0.0
+    encode: float = 0.0
+    up: float = 0.0
+    rtt: float = 0.0
+    queue: float = 0.0
+    decode: float = 0.0
+    server: float = 0.0
+    down: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The mean time."""
+        return float(sum(getattr(self, item.name) for item in fields(self)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A plan with all that is predicted of it.
+
+    Attributes:
+        plan: with its p50, p95 and bytes.
+        parts: where the time goes.
+        bytes_p50: of a request's body.
+        cosine_mean, cosine_least: of embeddings, to those of uncoded pictures.
+        joules: of the device's processor; None where it was not measured.
+    """
+
+    plan: SplitPlan
+    parts: Parts
+    bytes_p50: int
+    cosine_mean: float
+    cosine_least: float
+    joules: float | None
+
+    @property
+    def p95_ms(self) -> float:
+        """The plan's, which every estimate has."""
+        assert self.plan.p95_ms is not None
+        return self.plan.p95_ms
+
+    @property
+    def server_ms(self) -> float:
+        """Mean time that the server works on it."""
+        return self.parts.decode + self.parts.server
+
+
+def estimate(
+    candidate: Candidate, device: StageTimes, server: StageTimes, conditions: Conditions
+) -> Estimate:
+    """Predict a plan.
+
+    Raises:
+        InputError: a stage that it needs was not measured.
+    """
+    rng = np.random.default_rng(conditions.seed)
+    here = rng.integers(device.rounds, size=conditions.draws)  # one round for all stages of a side:
+    there = rng.integers(server.rounds, size=conditions.draws)  # what slows one of them slows all
+    parts = {
+        "device": conditions.load * _sum(device, candidate.device, here),
+        "encode": conditions.load * _sum(device, candidate.encode, here),
+        "decode": _sum(server, candidate.decode, there),
+        "server": _sum(server, candidate.server, there),
+    }
+    sizes = _sent(candidate, conditions)
+    sent = sizes[here % device.pictures % len(sizes)]
+    if candidate.asks:
+        service = parts["decode"] + parts["server"]
+        parts["queue"] = draw_waiting(service, conditions.utilisation, rng)
+        parts |= _network(candidate, sent, conditions, rng)
+    cosines = (1.0,) if candidate.payload is None else candidate.payload.cosines
+    return Estimate(
+        plan=_with_prediction(candidate.plan, np.sum(list(parts.values()), axis=0), sent),
+        parts=Parts(**{name: float(np.mean(values)) for name, values in parts.items()}),
+        bytes_p50=round(float(np.median(sent))),
+        cosine_mean=float(np.mean(cosines)),
+        cosine_least=min(cosines),
+        joules=_joules(device, (*candidate.device, *candidate.encode)),
+    )
+
+
+def embedding_bytes(dim: int) -> tuple[int, int]:
+    """Bytes of a request's body, and of a response's, that carries one embedding."""
+    row, known = np.zeros((1, dim), np.float32), {SPACE_ID: "0" * 64, BUNDLE: "bundle"}
+    request = InferRequest(model="index", inputs={"embeddings": row}, parameters=known)
+    response = InferResponse(model="bundle-image", outputs={"image_embeds": row})
+    return len(encode_request(request)[1]), len(encode_response(response)[1])
+
+
+def _network(
+    candidate: Candidate, sent: Values, conditions: Conditions, rng: np.random.Generator
+) -> dict[str, Values]:
+    asked, answered = embedding_bytes(conditions.dim)
+    asking, hits, embedding = (
+        np.full(len(sent), float(size)) for size in (asked, _HITS_BYTES, answered)
+    )
+    received = hits if candidate.plan.kind == "embedding" else embedding
+    exchanges = [draw_exchange(conditions.link, sent, received, rng)]
+    if candidate.searches:
+        exchanges.append(draw_exchange(conditions.link, asking, hits, rng))
+    return {
+        "up": np.sum([exchange.up for exchange in exchanges], axis=0),
+        "rtt": np.sum([exchange.rtt for exchange in exchanges], axis=0),
+        "down": np.sum([exchange.down for exchange in exchanges], axis=0),
+    }
+
+
+def _sent(candidate: Candidate, conditions: Conditions) -> Values:
+    """Bytes of the request's body for each picture [pictures], or one for all [1]."""
+    if candidate.payload is not None:
+        return np.array(candidate.payload.bytes, np.float64)
+    return np.array([float(embedding_bytes(conditions.dim)[0]) if candidate.asks else 0.0])
+
+
+def _sum(times: StageTimes, stages: tuple[Stage, ...], rounds: NDArray[np.int64]) -> Values:
+    found = np.zeros(len(rounds))
+    for stage in stages:
+        found += times.ms(stage)[rounds]
+    return found
+
+
+def _joules(device: StageTimes, stages: tuple[Stage, ...]) -> float | None:
+    found = [item.joules for item in map(device.find, stages) if item is not None]
+    known = [joules for joules in found if joules is not None]
+    return sum(known) if len(known) == len(found) and device.energy_sensor else None
+
+
+def _with_prediction(plan: SplitPlan, total: Values, sent: Values) -> SplitPlan:
+    p50, p95 = np.percentile(total, [50, 95])
+    return dataclasses.replace(
+        plan,
+        p50_ms=round(float(p50), 3),
+        p95_ms=round(float(p95), 3),
+        bytes_p95=round(float(np.percentile(sent, 95))),
+    )

@@ -1,0 +1,170 @@
+"""LinkState: a network as the planner sees it, and how long a request on it takes.
+
+One request on a connection that is kept open takes (Cardwell, Savage and Anderson, "Modeling
+TCP Latency", INFOCOM 2000, without its connection setup)
+
+    RTT + sum over both directions of (8 B / (eta BW) + stalls + recovery)
+
+- 8 B / (eta BW): B bytes at BW, of which headers leave the share eta to payload.
+- stalls: after a pause the congestion window begins at 10 segments (RFC 6928) and doubles
+  every round trip; until it covers the link, the sender waits RTT - w / BW in each round.
+- recovery: with loss p, n segments lose one with 1 - (1 - p)^n. One in the middle is sent
+  again a round trip later; the last one only after a probe timeout, 2 RTT and for a lone
+  segment 200 ms more (RFC 8985, as Linux has it).
+
+What this leaves out: the window that a loss halves, a retransmission that is lost again, queues
+that other traffic fills, and whatever a radio does before the first packet.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.profiles.link import LinkProfile
+from edgeclip.profiles.ranges import Range, check_ranges
+
+Values = NDArray[np.float64]
+
+SEGMENT = 1448  # bytes of payload in an Ethernet frame, with TCP timestamps
+FIRST_WINDOW = 10  # segments, RFC 6928
+# What HTTP adds to a body, in bytes: request line, status line, and headers of both programs.
+HTTP_UP, HTTP_DOWN = 330, 190
+_PROBE_MS = 2.0
+_LONE_MS = 200.0
+_PROFILE_SAMPLES = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkState:
+    """A link by samples of what varies on it.
+
+    Attributes:
+        name: for a person.
+        rtt_ms: of a small request on a kept connection; with `http_ms` 0 it includes what
+            HTTP costs on both sides.
+        up_mbps, down_mbps: 10^6 bits per second of payload, from the device and to it.
+        loss: share of packets lost.
+        efficiency: eta, where the bandwidths count headers too.
+        http_ms: what HTTP adds on both sides, where `rtt_ms` is of packets.
+        window: segments that may be sent at once when a request begins.
+
+    Raises:
+        ValueError: no samples, or a value out of bounds.
+    """
+
+    name: str
+    rtt_ms: tuple[float, ...]
+    up_mbps: tuple[float, ...]
+    down_mbps: tuple[float, ...]
+    loss: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    efficiency: Annotated[float, Range(above=0)] = 1.0
+    http_ms: Annotated[float, Range(at_least=0)] = 0.0
+    window: Annotated[int, Range(at_least=1)] = FIRST_WINDOW
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for name in ("rtt_ms", "up_mbps", "down_mbps"):
+            values = getattr(self, name)
+            least = 0.0 if name == "rtt_ms" else math.ulp(0.0)
+            if not values or not all(math.isfinite(v) and v >= least for v in values):
+                raise ValueError(f"{name} needs samples, all of them positive")
+
+    @classmethod
+    def from_profile(cls, link: LinkProfile, *, http_ms: float = 0.0, seed: int = 0) -> "LinkState":
+        """A link as a profile describes it.
+
+        Round trips are drawn from the lognormal distribution with that median and standard
+        deviation: they have a floor and a tail. The profile's bandwidths are of payload.
+        """
+        median, spread = link.rtt_ms, link.jitter_ms
+        if median > 0 and spread > 0:
+            # The variance of a lognormal is median^2 q (q - 1), with q = exp(sigma^2).
+            q = (1 + math.sqrt(1 + 4 * (spread / median) ** 2)) / 2
+            draws = np.random.default_rng(seed).standard_normal(_PROFILE_SAMPLES)
+            rtt = tuple((median * np.exp(math.sqrt(math.log(q)) * draws)).tolist())
+        else:
+            rtt = (median,)
+        return cls(
+            name=link.name,
+            rtt_ms=rtt,
+            up_mbps=(link.up_mbps,),
+            down_mbps=(link.down_mbps,),
+            loss=link.loss,
+            http_ms=http_ms,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """Milliseconds of one request's parts on the network, each [draws]."""
+
+    up: Values
+    rtt: Values
+    down: Values
+
+    @property
+    def total(self) -> Values:
+        """All of it."""
+        return self.up + self.rtt + self.down
+
+
+def draw_exchange(
+    link: LinkState, sent: Values, received: Values, rng: np.random.Generator
+) -> Exchange:
+    """Draw how long requests take on the network.
+
+    Args:
+        link: where.
+        sent: bytes of each request's body [draws]; HTTP's own are added here.
+        received: of each response's body [draws].
+        rng: of the draws.
+    """
+    count = len(sent)
+    rtt = rng.choice(np.array(link.rtt_ms), count)
+    up, down = (
+        rng.choice(np.array(rates), count) * link.efficiency
+        for rates in (link.up_mbps, link.down_mbps)
+    )
+    return Exchange(
+        up=_one_way(sent + HTTP_UP, up, rtt, link, rng),
+        rtt=rtt + link.http_ms,
+        down=_one_way(received + HTTP_DOWN, down, rtt, link, rng),
+    )
+
+
+def _one_way(
+    size: Values, mbps: Values, rtt: Values, link: LinkState, rng: np.random.Generator
+) -> Values:
+    """Milliseconds beyond the round trip to bring `size` bytes across."""
+    time = 8e-3 * size / mbps + slow_start_ms(size, mbps, rtt, link.window)
+    return time if link.loss == 0 else time + _recovery_ms(size, rtt, link.loss, rng)
+
+
+def slow_start_ms(size: Values, mbps: Values, rtt: Values, window: int = FIRST_WINDOW) -> Values:
+    """Milliseconds that a sender waits for its window to grow; all arrays [draws].
+
+    Args:
+        size: bytes.
+        mbps: 10^6 bits per second.
+        rtt: milliseconds.
+        window: segments at the beginning.
+    """
+    left, allowed = size.astype(np.float64), float(window * SEGMENT)
+    waited = np.zeros_like(left)
+    while (left > allowed).any():
+        waits = left > allowed
+        waited += np.where(waits, np.maximum(0.0, rtt - 8e-3 * allowed / mbps), 0.0)
+        left = left - allowed
+        allowed *= 2
+    return waited
+
+
+def _recovery_ms(size: Values, rtt: Values, loss: float, rng: np.random.Generator) -> Values:
+    segments = np.ceil(size / SEGMENT)
+    in_the_middle = rng.random(len(size)) < 1 - (1 - loss) ** (segments - 1)
+    at_the_end = rng.random(len(size)) < loss
+    probe = 2 * rtt + _PROBE_MS + np.where(segments == 1, _LONE_MS, 0.0)
+    return np.where(in_the_middle, rtt, 0.0) + np.where(at_the_end, probe, 0.0)

@@ -1,0 +1,204 @@
+"""StageTimes: how long each step of every plan takes on one machine, kept as samples.
+
+Medians cannot be added up to a 95th percentile: the planner draws from the samples instead.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.profiles.machine import Machine
+from edgeclip.profiles.schema import parse
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.planning.cut_set import CutManifest
+from edgeclip.runtime.spec import Precision
+
+SCHEMA_VERSION = 1
+StageKind = Literal["prepare", "head", "encode", "compress", "open", "decode", "tail"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One step on the way from a picture to its embedding.
+
+    Attributes:
+        kind: "prepare" turns a file into pixels, "head" pixels into the value at a cut,
+            "encode" that into a request's body; "compress" turns a file into what an image
+            codec sends. On the server "open" turns a picture sent by an image codec into
+            pixels, "decode" a request's body into the value at a cut, "tail" that into an
+            embedding; tail 0 is the whole tower.
+        cut: for head, encode, decode and tail.
+        codec: for encode, decode, compress and open.
+    """
+
+    kind: StageKind
+    cut: int | None = None
+    codec: str | None = None
+
+    def __str__(self) -> str:
+        parts = (self.kind, self.cut, self.codec)
+        return " ".join(str(part) for part in parts if part is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSamples:
+    """Wall time of a stage at batch 1, in milliseconds, one value a round.
+
+    `joules` is the energy of one run, of the whole processor; None where no sensor tells.
+    """
+
+    stage: Stage
+    ms: tuple[float, ...]
+    joules: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.ms or min(self.ms) < 0:
+            raise ValueError(f"stage {self.stage} needs times, none of them below 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """What crosses for each picture: bytes of the request's body, and what the codec costs.
+
+    `cosines` compare the embedding that comes of it with the one of the uncoded picture.
+    """
+
+    cut: int | None  # None for the picture itself
+    codec: str
+    bytes: tuple[int, ...]
+    cosines: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.bytes or len(self.bytes) != len(self.cosines) or min(self.bytes) < 0:
+            raise ValueError(f"payload {self.codec} needs as many sizes as cosines, at least one")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """What was measured of a cut set on one machine.
+
+    Attributes:
+        schema_version: `SCHEMA_VERSION` of the software that wrote it.
+        created: ISO 8601 in UTC.
+        command: what was typed.
+        machine: where.
+        device: name of the device profile.
+        bundle, space, precision: whose tower it is.
+        rounds: how many; sample i of every stage is of round i and of the same picture.
+        pictures: how many different ones; round i looks at picture i modulo that.
+        stages: of both sides; the planner takes from each machine what it does there.
+        payloads: what crosses.
+        waiting_share, steal_share: CPU time denied, see `cpu_time.CpuTime`.
+        contended: whether more than a tenth was denied; None if it cannot be told.
+        energy_sensor: what measured `joules`; None if nothing did.
+    """
+
+    schema_version: int
+    created: str
+    command: str
+    machine: Machine
+    device: str
+    bundle: str
+    space: str
+    precision: Precision
+    rounds: int
+    pictures: int
+    stages: tuple[StageSamples, ...]
+    payloads: tuple[Payload, ...]
+    waiting_share: float | None
+    steal_share: float | None
+    contended: bool | None
+    energy_sensor: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.pictures <= self.rounds:
+            raise ValueError("there must be pictures, and at least as many rounds")
+        if any(len(item.ms) != self.rounds for item in self.stages):
+            raise ValueError(f"every stage must have {self.rounds} times, one a round")
+        if any(len(item.bytes) != self.pictures for item in self.payloads):
+            raise ValueError(f"every payload must have {self.pictures} sizes, one a picture")
+
+    def find(self, stage: Stage) -> StageSamples | None:
+        """The samples of a stage, if it was measured."""
+        return next((item for item in self.stages if item.stage == stage), None)
+
+    def ms(self, stage: Stage) -> NDArray[np.float64]:
+        """Times of a stage in milliseconds [rounds].
+
+        Raises:
+            InputError: it was not measured.
+        """
+        found = self.find(stage)
+        if found is None:
+            raise InputError(
+                f"stage {stage} was not measured on {self.device}: run `edgeclip measure-cuts` on "
+                "the whole cut set there"
+            )
+        return np.array(found.ms)
+
+    def check_same_tower(self, other: "StageTimes | CutManifest", what: str) -> None:
+        """Refuse times of another tower.
+
+        Raises:
+            InputError: `other` is of another bundle, embedding space or precision.
+        """
+        mine = (self.bundle, self.space, self.precision)
+        if mine != (other.bundle, other.space, other.precision):
+            raise InputError(
+                f"{what} is of {other.bundle} in {other.precision}, but these times are of "
+                f"{self.bundle} in {self.precision}: measure the same cut set on both sides"
+            )
+
+    def to_json(self) -> str:
+        """This object as JSON; `from_json` gives an equal one back."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str, *, source: str) -> "StageTimes":
+        """Read what `to_json` wrote; `source` names it in messages.
+
+        Raises:
+            ConfigError: not JSON, another schema version, or not stage times.
+        """
+        try:
+            data: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{source} is not JSON: {error}") from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{source}: schema {version!r} of stage times is not {SCHEMA_VERSION}: measure "
+                "again with `edgeclip measure-cuts`"
+            )
+        return parse(StageTimes, data, source=source)
+
+    def save(self, path: Path) -> None:
+        """Write `to_json` to `path`, whole or not at all.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        with atomic_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> "StageTimes":
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: missing, unreadable or invalid file.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not text: {error}") from None
+        return StageTimes.from_json(text, source=str(path))

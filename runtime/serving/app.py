@@ -1,0 +1,273 @@
+"""The server as an ASGI application: Open Inference Protocol v2 over HTTP.
+
+Source: https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol
+"""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from edgeclip.runtime.serving.asgi import (
+    BodyBudget,
+    HttpAnswer,
+    Receive,
+    Scope,
+    Send,
+    announced_size,
+    read_body,
+    send_answer,
+    until_gone,
+)
+from edgeclip.runtime.serving.auth import is_authorized
+from edgeclip.runtime.serving.infer_service import InferService
+from edgeclip.runtime.serving.limits import BatchLimits, ServerLimits
+from edgeclip.runtime.serving.metrics import CONTENT_TYPE, ServerMetrics
+from edgeclip.runtime.serving.models import Registry
+from edgeclip.runtime.serving.refusals import CLIENT_GONE, DrainingError, RefusalError, refusal_of
+from edgeclip.runtime.wire.messages import (
+    JSON_LENGTH_HEADER,
+    InferRequest,
+    InferResponse,
+    WireError,
+    decode_request,
+    encode_error,
+    encode_response,
+    json_length,
+)
+
+_LOG = logging.getLogger(__name__)
+_VERSION = "1"  # of every model
+_JSON_LENGTH = JSON_LENGTH_HEADER.lower().encode()
+_Headers = dict[bytes, bytes]
+
+
+class App:
+    """Answers HTTP requests; `app(scope, receive, send)` is the ASGI entry.
+
+    Args:
+        registry: the models.
+        batches: limits of each model's batches and queue.
+        limits: what clients may send.
+        token: what they have to show, other than for the health paths; None for nothing.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        batches: BatchLimits | None = None,
+        limits: ServerLimits | None = None,
+        token: str | None = None,
+    ) -> None:
+        self.limits = limits or ServerLimits()
+        self._metrics = ServerMetrics()
+        self.service = InferService(registry, batches or BatchLimits(), self._metrics)
+        self.budget = BodyBudget(self.limits.max_memory)
+        self.token = token.encode() if token is not None else None
+        self._under_way = 0
+        self.is_draining = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return self._under_way == 0
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Count a request, so that `is_idle` waits for it."""
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
+    def drain(self) -> None:
+        """Be no longer ready, and refuse what comes; what is under way goes on."""
+        self.is_draining = True
+
+    def close(self) -> None:
+        """Refuse what still waits or runs too."""
+        self.service.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the life span of the server."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "http":
+            with self.under_way():
+                await self._serve(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        self.service.start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self.service.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers: _Headers = dict(scope["headers"])
+        try:
+            answer = await self._answer(scope, receive, headers)
+        except Exception as error:
+            answer = _failure(error, scope, headers)
+        if answer.status == CLIENT_GONE:
+            return
+        if self.is_draining:
+            answer.headers["connection"] = "close"
+        await send_answer(send, answer)
+
+    async def _answer(self, scope: Scope, receive: Receive, headers: _Headers) -> HttpAnswer:
+        path = scope["path"].split("/")[1:]
+        if path[:2] == ["v2", "health"]:
+            _check_method(scope, "GET", "HEAD")
+            return self._health(path[2:])
+        if not is_authorized(headers, self.token):
+            raise RefusalError(
+                401, "show the server's token as 'Authorization: Bearer TOKEN'", _CHALLENGE
+            )
+        if path[:2] == ["v2", "models"] and path[3:4] == ["versions"]:
+            if path[4:5] != [_VERSION]:
+                raise RefusalError(404, f"models have the version {_VERSION} only")
+            del path[3:5]
+        match path:
+            case ["v2", "models", name, "infer"]:
+                _check_method(scope, "POST")
+                return await self._infer(name, receive, headers)
+            case ["metrics"]:
+                _check_method(scope, "GET", "HEAD")
+                return HttpAnswer(
+                    status=200, headers={"content-type": CONTENT_TYPE}, body=self._metrics.page()
+                )
+        answer = _json(200, self._describe(path))
+        _check_method(scope, "GET", "HEAD")
+        return answer
+
+    def _health(self, path: list[str]) -> HttpAnswer:
+        match path:
+            case ["live"]:
+                return _json(200, {"live": True})
+            case ["ready"] if self.is_draining:
+                return _json(503, {"ready": False}, DrainingError().headers)
+            case ["ready"]:
+                return _json(200, {"ready": True})
+        raise _unknown_path()
+
+    def _describe(self, path: list[str]) -> dict[str, Any]:
+        match path:
+            case ["v2"] | ["v2", ""]:
+                return {
+                    "name": "edgeclip",
+                    "version": version("edgeclip"),
+                    "extensions": ["binary_tensor_data"],
+                    "models": self.service.names,
+                }
+            case ["v2", "models", name]:
+                return self._describe_model(name)
+            case ["v2", "models", name, "ready"]:
+                self.service.find(name)
+                return {"name": name, "ready": not self.is_draining}
+        raise _unknown_path()
+
+    def _describe_model(self, name: str) -> dict[str, Any]:
+        model = self.service.find(name).model
+        space = {} if model.space is None else {"parameters": {"space_id": model.space}}
+        return {
+            "name": name,
+            "versions": [_VERSION],
+            "platform": "edgeclip",
+            "inputs": [asdict(spec) for spec in model.inputs],
+            "outputs": [asdict(spec) for spec in model.outputs],
+            **space,
+        }
+
+    async def _infer(self, name: str, receive: Receive, headers: _Headers) -> HttpAnswer:
+        arrival = time.monotonic()
+        self.service.find(name)
+        metrics = self.service.metrics(name)
+        status = CLIENT_GONE
+        try:
+            answer = await self._run(name, receive, headers, arrival)
+            status = answer.status
+            return answer
+        except Exception as error:
+            status = refusal_of(error).status
+            raise
+        finally:
+            metrics.answered(status, time.monotonic() - arrival)
+
+    async def _run(
+        self, name: str, receive: Receive, headers: _Headers, arrival: float
+    ) -> HttpAnswer:
+        if self.is_draining:
+            raise DrainingError
+        self.service.check_room(name)
+        limits = self.limits
+        size = announced_size(headers, limits.max_body)
+        self.budget.take(size)
+        try:
+            body = await read_body(
+                receive, headers, most=limits.max_body, seconds=limits.body_seconds
+            )
+            request = self._decoded(name, headers, body)
+            response = await self.service.infer(
+                request, arrival=arrival, gone=lambda: until_gone(receive)
+            )
+            return _encoded(response, request)
+        finally:
+            self.budget.give_back(size)
+
+    def _decoded(self, name: str, headers: _Headers, body: bytes) -> InferRequest:
+        length = json_length(headers.get(_JSON_LENGTH))
+        if (len(body) if length is None else length) > self.limits.max_json:
+            raise RefusalError(
+                413, f"the JSON is larger than {self.limits.max_json} bytes: send tensors as binary"
+            )
+        return decode_request(name, body, length)
+
+
+_CHALLENGE = {"www-authenticate": "Bearer"}
+
+
+def _encoded(response: InferResponse, request: InferRequest) -> HttpAnswer:
+    try:
+        headers, body = encode_response(response, request.binary)
+    except WireError as error:
+        # Values that JSON does not have are for the client to mend: it can ask for binary.
+        raise RefusalError(500 if request.binary is True else 400, str(error)) from error
+    return HttpAnswer(status=200, headers=headers, body=body)
+
+
+def _failure(error: Exception, scope: Scope, headers: _Headers) -> HttpAnswer:
+    refusal = refusal_of(error)
+    if refusal.status == 500:
+        _LOG.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+    words, body = encode_error(str(refusal))
+    # A client that was not told to continue may leave the body out: what comes next is unclear.
+    close = {"connection": "close"} if b"expect" in headers else {}
+    return HttpAnswer(
+        status=refusal.status, headers={**words, **refusal.headers, **close}, body=body
+    )
+
+
+def _check_method(scope: Scope, *allowed: str) -> None:
+    if scope["method"] not in allowed:
+        words = ", ".join(allowed)
+        raise RefusalError(405, f"this path takes {words}", {"allow": words})
+
+
+def _json(status: int, value: object, headers: dict[str, str] | None = None) -> HttpAnswer:
+    return HttpAnswer(
+        status=status,
+        headers={"content-type": "application/json", **(headers or {})},
+        body=json.dumps(value).encode(),
+    )
+
+
+def _unknown_path() -> RefusalError:
+    return RefusalError(404, "no such path: the protocol begins at /v2")

@@ -1,0 +1,243 @@
+"""Gathers requests to one model into batches, and runs them on a thread of its own.
+
+An idle model begins as soon as the event loop has read what is there (or after
+`max_wait_ms`); what arrives while it runs makes up the next batch. A request that waits can
+be given up at any time: by its client, by its deadline, or by the server's end.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgeclip.runtime.serving.limits import BatchLimits
+from edgeclip.runtime.serving.metrics import ModelMetrics
+from edgeclip.runtime.serving.models import Arrays, Served
+from edgeclip.runtime.serving.refusals import DeadlinePassedError, DrainingError, QueueFullError
+from edgeclip.runtime.serving.run_batch import Answer, Outputs, Share, run_joined
+from edgeclip.runtime.wire.messages import Parameter
+
+_FIRST_GUESS = 0.1  # seconds a run takes, before one was measured
+_FORGETTING = 0.2  # weight of the latest run in the running mean
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A request on its way through a batcher.
+
+    Attributes:
+        share: what it brings.
+        future: its outputs, or an error.
+        arrival: `time.monotonic()` when it was read.
+        deadline: likewise; None for none.
+        timer: ends the wait at the deadline.
+    """
+
+    share: Share
+    key: object
+    future: "asyncio.Future[Outputs]"
+    arrival: float
+    deadline: float | None
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline is past."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+class Batcher:
+    """The queue of one model. All methods belong to the event loop's thread.
+
+    Args:
+        served: the model.
+        limits: of batches and queue.
+        metrics: told of each run.
+        loop: the event loop; None for the running one.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        limits: BatchLimits,
+        metrics: ModelMetrics,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._served = served
+        self._limits = limits
+        self._metrics = metrics
+        self._loop = loop or asyncio.get_running_loop()
+        self._waiting: dict[Waiting, None] = {}  # in order of arrival
+        self._running: list[Waiting] = []
+        self._rows = 0  # of those that wait
+        self._flush_at: float | None = None
+        self._flush: asyncio.Handle | None = None
+        self._seconds = _FIRST_GUESS  # one run, running mean
+        self._run_rows = 1.0  # rows of one run, running mean
+        self._is_closed = False
+        metrics.watch_queue(lambda: len(self._waiting))
+        self._inbox: queue.SimpleQueue[list[Waiting] | None] = queue.SimpleQueue()
+        # A daemon, so that a model which never returns cannot keep the process alive.
+        name = f"model {served.model.name}"
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def check_room(self) -> None:
+        """Refuse what `submit` would refuse; worth asking before a body is read.
+
+        Raises:
+            QueueFullError: as many wait as may.
+            DrainingError: the batcher is closed.
+        """
+        if self._is_closed:
+            raise DrainingError
+        if len(self._waiting) >= self._limits.queue:
+            runs = 1 + self._rows / self._run_rows
+            raise QueueFullError(runs * self._seconds)
+
+    def submit(
+        self,
+        inputs: Arrays,
+        parameters: Mapping[str, Parameter],
+        *,
+        rows: int,
+        deadline: float | None = None,
+    ) -> Waiting:
+        """Queue a request; its `future` gets the outputs.
+
+        The future's errors are `DeadlinePassedError`, `DrainingError`, and whatever the model
+        raised.
+
+        Args:
+            inputs: arrays whose first axis has `rows`, as `check_inputs` lets pass.
+            parameters: for the model; requests whose parameters differ are not joined.
+            rows: at least 1.
+            deadline: `time.monotonic()` after which no run begins; None for never.
+
+        Raises:
+            QueueFullError, DrainingError: see `check_room`.
+            DeadlinePassedError: the deadline is past.
+        """
+        self.check_room()
+        share = Share(inputs, parameters, rows)
+        key = share.key if self._served.joins else object()
+        future = self._loop.create_future()
+        waiting = Waiting(share, key, future, time.monotonic(), deadline)
+        if deadline is not None:
+            left = deadline - waiting.arrival
+            if left <= 0:
+                raise DeadlinePassedError
+            waiting.timer = self._loop.call_later(
+                left, self.give_up, waiting, DeadlinePassedError()
+            )
+        self._waiting[waiting] = None
+        self._rows += rows
+        self._plan(waiting)
+        return waiting
+
+    def give_up(self, waiting: Waiting, reason: Exception) -> None:
+        """End a request that has not begun, with `reason`; one that has goes on."""
+        if waiting in self._waiting:
+            self._remove(waiting)
+            _settle(waiting, reason)
+
+    def close(self) -> None:
+        """Refuse whatever comes, waits or runs; a run that is under way is left to itself."""
+        self._is_closed = True
+        for waiting in list(self._waiting):
+            self.give_up(waiting, DrainingError())
+        for waiting in self._running:
+            _settle(waiting, DrainingError())
+        self._inbox.put(None)
+
+    def _remove(self, waiting: Waiting) -> None:
+        del self._waiting[waiting]
+        self._rows -= waiting.share.rows
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+
+    def _plan(self, waiting: Waiting) -> None:
+        """Let the next run begin in time for a request that waits."""
+        if self._running:
+            return
+        now = time.monotonic()
+        begin = waiting.arrival + self._limits.max_wait_ms / 1000
+        if self._rows >= self._limits.max_batch or not self._served.joins:
+            begin = now
+        if waiting.deadline is not None:
+            begin = min(begin, waiting.deadline - self._seconds)
+        if self._flush_at is not None and self._flush_at <= begin:
+            return
+        if self._flush is not None:
+            self._flush.cancel()
+        self._flush_at = begin
+        if begin > now:
+            self._flush = self._loop.call_later(begin - now, self._begin)
+        else:  # after all that the event loop has read in this turn
+            self._flush = self._loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        self._flush = self._flush_at = None
+        if self._running or not self._waiting:
+            return
+        self._running = self._next_batch()
+        for waiting in self._running:
+            self._remove(waiting)
+        self._inbox.put(self._running)
+
+    def _next_batch(self) -> list[Waiting]:
+        """The request that waits longest, and those behind it that it can be joined with."""
+        first = next(iter(self._waiting))
+        batch: list[Waiting] = []
+        rows = 0
+        for waiting in self._waiting:
+            if waiting.key == first.key:
+                rows += waiting.share.rows
+                if batch and rows > self._limits.max_batch:
+                    break
+                batch.append(waiting)
+        return batch
+
+    def _work(self) -> None:
+        """Run batches, on the model's thread."""
+        while (batch := self._inbox.get()) is not None:
+            start = time.monotonic()
+            answers = self._run(batch)
+            seconds = time.monotonic() - start
+            try:
+                self._loop.call_soon_threadsafe(self._finish, batch, answers, seconds)
+            except RuntimeError:  # the event loop was closed meanwhile
+                return
+
+    def _run(self, batch: Sequence[Waiting]) -> list[Answer]:
+        answers: dict[Waiting, Answer] = {
+            waiting: DeadlinePassedError() for waiting in batch if waiting.is_late
+        }
+        rest = [waiting for waiting in batch if waiting not in answers]
+        if rest:
+            found = run_joined(self._served.model, [waiting.share for waiting in rest])
+            answers.update(zip(rest, found, strict=True))
+        return [answers[waiting] for waiting in batch]
+
+    def _finish(self, batch: Sequence[Waiting], answers: Sequence[Answer], seconds: float) -> None:
+        rows = sum(waiting.share.rows for waiting in batch)
+        self._seconds += _FORGETTING * (seconds - self._seconds)
+        self._run_rows += _FORGETTING * (rows - self._run_rows)
+        self._metrics.run(rows, seconds)
+        self._running = []
+        for waiting, answer in zip(batch, answers, strict=True):
+            _settle(waiting, answer)
+        for waiting in self._waiting:
+            self._plan(waiting)
+
+
+def _settle(waiting: Waiting, answer: Answer) -> None:
+    if waiting.future.done():
+        return
+    if isinstance(answer, dict):
+        waiting.future.set_result(answer)
+    elif isinstance(answer, Exception):
+        waiting.future.set_exception(answer)
+    else:  # SystemExit and the like must not end the server
+        waiting.future.set_exception(RuntimeError(type(answer).__name__))

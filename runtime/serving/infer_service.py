@@ -1,0 +1,180 @@
+"""Requests to the models of one server, whatever brought them here."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgeclip.runtime.embeddings import check_space
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.serving.answered import Answered
+from edgeclip.runtime.serving.batcher import Batcher
+from edgeclip.runtime.serving.limits import BatchLimits
+from edgeclip.runtime.serving.metrics import ModelMetrics, ServerMetrics
+from edgeclip.runtime.serving.models import Registry, Served, check_inputs
+from edgeclip.runtime.serving.refusals import ClientGoneError, RefusalError
+from edgeclip.runtime.wire.messages import (
+    DEADLINE_MS,
+    IDEMPOTENCY_KEY,
+    SPACE_ID,
+    InferRequest,
+    InferResponse,
+    Parameter,
+    get_number,
+)
+
+_HANDLING = frozenset(
+    {SPACE_ID, DEADLINE_MS, IDEMPOTENCY_KEY}
+)  # parameters that are not for the model
+_LONGEST_MS = 86_400_000.0  # a day: timers overflow on more
+
+
+class InferService:
+    """Checks requests, and queues them for their models.
+
+    Args:
+        registry: the models.
+        limits: of each model's batches and queue.
+        metrics: told of all that happens.
+    """
+
+    def __init__(self, registry: Registry, limits: BatchLimits, metrics: ServerMetrics) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._metrics = {name: metrics.of(name) for name in registry.names}
+        self._batchers: dict[str, Batcher] = {}
+        self._answered = Answered()
+
+    def start(self) -> None:
+        """Begin to take requests; call it inside the event loop that will run them."""
+        for served in self._registry:
+            name = served.model.name
+            self._batchers[name] = Batcher(served, self._limits, self._metrics[name])
+
+    def close(self) -> None:
+        """Refuse what comes, and what waits or runs."""
+        for batcher in self._batchers.values():
+            batcher.close()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all models."""
+        return self._registry.names
+
+    def find(self, name: str) -> Served:
+        """A model.
+
+        Raises:
+            RefusalError: 404, unknown.
+        """
+        served = self._registry.get(name)
+        if served is None:
+            known = ", ".join(self.names)
+            raise RefusalError(404, f"no model {name[:60]!r} here; there are {known}")
+        return served
+
+    def metrics(self, name: str) -> ModelMetrics:
+        """The figures of a model that `find` finds."""
+        return self._metrics[name]
+
+    def check_room(self, name: str) -> None:
+        """Refuse a request before its body is read, where it would be refused afterwards.
+
+        Raises:
+            RefusalError: 404, unknown; 429, too many wait; 503, the server is ending.
+        """
+        self.find(name)
+        self._batchers[name].check_room()
+
+    async def infer(
+        self,
+        request: InferRequest,
+        *,
+        arrival: float,
+        gone: Callable[[], Awaitable[None]] | None = None,
+    ) -> InferResponse:
+        """Answer a request.
+
+        Args:
+            request: what is asked.
+            arrival: `time.monotonic()` when it began to come; its deadline counts from there.
+            gone: returns when the client is gone; a request that has not begun is given up
+                then. It is called once, after the request was queued.
+
+        Raises:
+            RefusalError: 404, 429, 503, or 504 where the deadline passed before the run.
+            SpaceMismatchError: the request is of another embedding space.
+            InputError, EngineError, Exception: from the model.
+        """
+        served = self.find(request.model)
+        _check_space(served, request.parameters)
+        _check_wanted(request.outputs, [spec.name for spec in served.model.outputs])
+        rows = check_inputs(served.model, request.inputs)
+        key = request.parameters.get(IDEMPOTENCY_KEY)
+        if key is None:
+            outputs = await self._run(request, rows, arrival, gone)
+        elif isinstance(key, str) and key:
+            # It is run to its end even if its client goes, who will ask for it again.
+            outputs = await self._answered.once(
+                request.model, key, request.inputs, lambda: self._run(request, rows, arrival, None)
+            )
+        else:
+            raise InputError(f"{IDEMPOTENCY_KEY} must be a text that is not empty")
+        return InferResponse(
+            model=request.model,
+            outputs=_wanted(outputs, request.outputs),
+            parameters={} if served.model.space is None else {SPACE_ID: served.model.space},
+            id=request.id,
+        )
+
+    async def _run(
+        self,
+        request: InferRequest,
+        rows: int,
+        arrival: float,
+        gone: Callable[[], Awaitable[None]] | None,
+    ) -> dict[str, NDArray[Any]]:
+        batcher = self._batchers[request.model]
+        waiting = batcher.submit(
+            request.inputs,
+            {key: value for key, value in request.parameters.items() if key not in _HANDLING},
+            rows=rows,
+            deadline=_deadline(request.parameters, arrival),
+        )
+        watch = None if gone is None else asyncio.ensure_future(gone())
+        if watch is not None:
+            watch.add_done_callback(lambda _: batcher.give_up(waiting, ClientGoneError()))
+        try:
+            return await waiting.future
+        finally:
+            batcher.give_up(waiting, ClientGoneError())  # where this was cancelled
+            if watch is not None:
+                watch.cancel()
+
+
+def _check_space(served: Served, parameters: Mapping[str, Parameter]) -> None:
+    space, own = parameters.get(SPACE_ID), served.model.space
+    if space is None or own is None:
+        return
+    if not isinstance(space, str):
+        raise InputError(f"{SPACE_ID} must be a text")
+    check_space(own, space, f"the request to {served.model.name}")
+
+
+def _deadline(parameters: Mapping[str, Parameter], arrival: float) -> float | None:
+    left = get_number(parameters, DEADLINE_MS)
+    return None if left is None else arrival + min(left, _LONGEST_MS) / 1000
+
+
+def _check_wanted(wanted: tuple[str, ...], known: list[str]) -> None:
+    unknown = sorted(set(wanted) - set(known))
+    if unknown and known:
+        raise InputError(f"no output {unknown[0][:40]!r}; there are {', '.join(known)}")
+
+
+def _wanted(outputs: dict[str, NDArray[Any]], wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    if not wanted:
+        return outputs
+    _check_wanted(wanted, list(outputs))
+    return {name: outputs[name] for name in wanted}

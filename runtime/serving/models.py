@@ -1,0 +1,174 @@
+"""What the server serves: models that turn named arrays into named arrays."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.wire.messages import TOP, Parameter, get_number
+from edgeclip.runtime.wire.tensors import datatype_of
+
+Arrays = Mapping[str, NDArray[Any]]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # a part of a path, without escapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One input or output of a model.
+
+    Attributes:
+        name: unique among the inputs, or among the outputs.
+        datatype: as the Open Inference Protocol names it, such as FP32 or BYTES.
+        shape: -1 where a size varies; the first axis is the batch.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    def check(self, array: NDArray[Any]) -> None:
+        """Refuse an array of another datatype or shape.
+
+        Raises:
+            InputError: says what is expected.
+        """
+        fits = len(array.shape) == len(self.shape) and all(
+            wanted in (-1, size) for wanted, size in zip(self.shape, array.shape, strict=True)
+        )
+        found = datatype_of(array)
+        if found != self.datatype or not fits:
+            raise InputError(
+                f"input {self.name!r} is {self.datatype} {list(self.shape)} (-1 varies), "
+                f"not {found} {list(array.shape)}"
+            )
+
+
+class Model(Protocol):
+    """Something that answers requests; it is called from one thread at a time.
+
+    A model without `inputs` checks what it is given itself.
+    """
+
+    @property
+    def name(self) -> str:
+        """Letters, digits, `.`, `_` and `-`."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` takes."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` gives."""
+        ...
+
+    @property
+    def space(self) -> str | None:
+        """Fingerprint of the embedding space that it works in, if it has one."""
+        ...
+
+    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+        """Answer; the arrays are read-only.
+
+        Raises:
+            InputError: the inputs or parameters are wrong.
+            EngineError: the model failed.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model and how requests to it are run.
+
+    Attributes:
+        model: the model.
+        joins: whether rows of several requests may be run at once. That needs every row of
+            the outputs to come from the same row of each input, and no other.
+    """
+
+    model: Model
+    joins: bool
+
+
+class Registry:
+    """The models of one server, by name."""
+
+    def __init__(self) -> None:
+        self._served: dict[str, Served] = {}
+
+    def add(self, model: Model, *, joins: bool = True) -> None:
+        """Serve a model; for `joins` see `Served`.
+
+        Raises:
+            InputError: its name is taken, or cannot stand in an address.
+        """
+        if not _NAME.fullmatch(model.name):
+            raise InputError(
+                f"{model.name!r} cannot name a model: use letters, digits, '.', '_' and '-'"
+            )
+        if model.name in self._served:
+            raise InputError(f"two models are called {model.name!r}: give one another name")
+        self._served[model.name] = Served(model, joins)
+
+    def get(self, name: str) -> Served | None:
+        """A model by its name."""
+        return self._served.get(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all models."""
+        return tuple(self._served)
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(self._served.values())
+
+
+def check_inputs(model: Model, inputs: Arrays) -> int:
+    """Check what a request gives against what a model takes; return the number of its rows.
+
+    Where the model does not say what it takes, that is the longest first axis.
+
+    Raises:
+        InputError: missing or unknown inputs, another datatype or shape, different numbers of
+            rows, or none.
+    """
+    if not model.inputs:
+        return max((array.shape[0] for array in inputs.values() if array.shape), default=1)
+    wanted = {spec.name for spec in model.inputs}
+    if inputs.keys() != wanted:
+        raise InputError(
+            f"{model.name} takes the inputs {_names(wanted)}, not {_names(inputs.keys())}"
+        )
+    for spec in model.inputs:
+        spec.check(inputs[spec.name])
+    counts = {array.shape[0] for array in inputs.values()}
+    if len(counts) > 1:
+        raise InputError(f"the inputs have different numbers of rows: {sorted(counts)}")
+    (rows,) = counts
+    if rows == 0:
+        raise InputError("the inputs have no rows: send at least one")
+    return int(rows)
+
+
+def take_top(parameters: Mapping[str, Parameter], default: int, most: int) -> int:
+    """Read the parameter `top`, cut to `most`.
+
+    Raises:
+        InputError: not a whole number above 0.
+    """
+    top = get_number(parameters, TOP)
+    if top is None:
+        return min(default, most)
+    if top != int(top) or top < 1:
+        raise InputError(f"{TOP} is {top:g}: ask for a whole number of answers, at least 1")
+    return min(int(top), most)
+
+
+def _names(names: Any) -> str:
+    return ", ".join(repr(name[:40]) for name in sorted(names)) or "none"

@@ -1,0 +1,203 @@
+"""The server on Ray Serve: the same application in many replicas, on one machine or many.
+
+For `serve deploy config.yaml` the `import_path` is
+`edgeclip.runtime.serving.ray_serving:application`, and the `args` are the fields of `RayServing`;
+`ray_app` does it by itself.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from edgeclip.profiles.ranges import Range, check_ranges
+from edgeclip.profiles.schema import parse
+from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.errors import InputError, MissingExtraError
+from edgeclip.runtime.serving.app import App
+from edgeclip.runtime.serving.bundle_models import bundle_models
+from edgeclip.runtime.serving.function_model import FunctionModel
+from edgeclip.runtime.serving.limits import BatchLimits, ServerLimits
+from edgeclip.runtime.serving.models import Registry
+from edgeclip.runtime.serving.serve import address_of, listen
+from edgeclip.runtime.serving.tls import TlsFiles
+from edgeclip.runtime.split.blas import one_thread_for_products
+
+_NAME = "edgeclip"
+_BATCHES, _LIMITS = BatchLimits(), ServerLimits()
+_TRIES = 2  # to load a replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayServing:
+    """What replicas serve, and how many there are.
+
+    Attributes:
+        bundles: directories, which every machine of the cluster has to have.
+        functions: Python functions to serve, each MODULE:FUNCTION.
+        device: name of a device or its YAML file, as for `edgeclip serve`.
+        replicas: how many there are; with `max_replicas`, the fewest.
+        max_replicas: up to which Ray adds some under load; None for a fixed number.
+        cpus: of one replica, as Ray counts them.
+        gpus: likewise.
+        max_batch: rows that a model runs at once, and requests to one replica from which on
+            Ray adds another.
+        queue: requests that may be under way in one replica.
+        grace_seconds: for what is under way when a replica is told to end.
+        token: what clients must show; None for nothing.
+
+    Raises:
+        ValueError: nothing to serve, or a value out of bounds.
+    """
+
+    bundles: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+    device: str = "this-machine"
+    replicas: Annotated[int, Range(at_least=1)] = 1
+    max_replicas: Annotated[int | None, Range(at_least=1)] = None
+    cpus: Annotated[float, Range(at_least=0)] = 1.0
+    gpus: Annotated[float, Range(at_least=0)] = 0.0
+    max_batch: Annotated[int, Range(at_least=1)] = _BATCHES.max_batch
+    queue: Annotated[int, Range(at_least=1)] = _BATCHES.queue
+    grace_seconds: Annotated[float, Range(at_least=0)] = _LIMITS.grace_seconds
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not (self.bundles or self.functions):
+            raise ValueError("nothing to serve: give bundles or functions")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas must be at least replicas, {self.replicas}")
+
+
+def application(args: Mapping[str, object]) -> Any:
+    """The application for `serve deploy`; `args` are the fields of `RayServing`.
+
+    Raises:
+        ConfigError: unknown or wrong arguments.
+        MissingExtraError: Ray Serve is not installed.
+    """
+    return deployment(parse(RayServing, args, source="args"))
+
+
+def deployment(serving: RayServing) -> Any:
+    """The application for `ray.serve.run`.
+
+    Raises:
+        MissingExtraError: Ray Serve is not installed.
+    """
+    serve = _ray_serve()
+    scale: dict[str, Any] = {"num_replicas": serving.replicas}
+    if serving.max_replicas is not None:
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": serving.replicas,
+                "max_replicas": serving.max_replicas,
+                "target_ongoing_requests": serving.max_batch,
+            }
+        }
+    return serve.deployment(
+        serve.ingress(_builder(serving))(),
+        name=_NAME,
+        max_ongoing_requests=serving.queue,  # Ray's 5 would leave no batches to gather
+        max_constructor_retry_count=_TRIES,
+        graceful_shutdown_timeout_s=serving.grace_seconds,
+        ray_actor_options={"num_cpus": serving.cpus, "num_gpus": serving.gpus},
+        **scale,
+    ).bind()
+
+
+@contextlib.contextmanager
+def on_ray(
+    serving: RayServing,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    tls: TlsFiles | None = None,
+    cluster: str | None = None,
+) -> Iterator[str]:
+    """Serve, and give the address; at the end of the block what is under way is finished.
+
+    Args:
+        serving: what to serve.
+        host: address of each machine's HTTP port.
+        port: 0 lets the system choose.
+        tls: certificate and key; None for plain HTTP.
+        cluster: address of a Ray cluster, or "auto"; None starts Ray on this machine. Where
+            Serve runs already, it keeps the host, port and certificate that it has.
+
+    Raises:
+        MissingExtraError: Ray Serve is not installed.
+        InputError: the port cannot be had, or Ray or a replica does not start.
+    """
+    serve = _ray_serve()
+    import ray
+
+    with listen(host, port) as bound:  # Ray binds it by itself
+        address, free = address_of(bound, tls), bound.getsockname()[1]
+    options: dict[str, Any] = {"host": host, "port": free}
+    if tls is not None:
+        options |= {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unasked
+    own = {"include_dashboard": False} if cluster is None else {}
+    try:
+        ray.init(address=cluster, log_to_driver=False, logging_level="error", **own)
+    except Exception as error:  # Ray raises Exception itself
+        raise InputError(f"Ray does not start: {_last_line(error)}") from error
+    try:
+        serve.start(http_options=options)
+        try:
+            serve.run(deployment(serving), name=_NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise InputError(f"no replica starts on Ray: {_reason(serve)}") from error
+        yield address
+    finally:
+        serve.delete(_NAME)  # waits for what is under way
+        if cluster is None:  # others may serve on a cluster too
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _builder(serving: RayServing) -> Callable[[], App]:
+    """What makes the application in a replica; `serve.ingress` takes a function alone."""
+
+    def build() -> App:
+        one_thread_for_products()
+        batches = BatchLimits(max_batch=serving.max_batch, queue=serving.queue)
+        limits = ServerLimits(grace_seconds=serving.grace_seconds)
+        return App(_registry(serving), batches=batches, limits=limits, token=serving.token)
+
+    return build
+
+
+def _registry(serving: RayServing) -> Registry:
+    registry = Registry()
+    for path in serving.functions:
+        function = FunctionModel.load(path)
+        registry.add(function, joins=function.joins)
+    for path in serving.bundles:
+        encoder = Encoder.open(path, device=serving.device)
+        for model in bundle_models(encoder, encoder.bundle.manifest.name):
+            registry.add(model)
+    return registry
+
+
+def _ray_serve() -> Any:
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Ray Serve is missing ({error}): pip install 'edgeclip[ray]'"
+        ) from None
+    return serve
+
+
+def _reason(serve: Any) -> str:
+    """The last line of what the replicas raised; Ray's own error does not say it."""
+    status = serve.status().applications[_NAME].deployments[_NAME]
+    return _last_line(status.message)
+
+
+def _last_line(text: object) -> str:
+    return str(text).strip().rpartition("\n")[2]

@@ -1,0 +1,226 @@
+"""Connections to a server that another thread can cut off, and their pool."""
+
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError
+from urllib3.util import Url, parse_url
+
+from edgeclip.runtime.errors import InputError
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+_KEEP_ALIVE = (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+class CutOff:
+    """Ends one exchange from another thread: its socket is shut down, and its thread wakes.
+
+    A socket's own timeout is for each read, so a server that sends a byte now and then could
+    hold a thread forever.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._line: _Line | None = None
+        self.was_cut = False
+
+    def __call__(self) -> None:
+        """End the exchange, if it is still under way."""
+        with self._lock:
+            self.was_cut = True
+            if self._line is not None:
+                self._line.shut(self)
+
+    def attach(self, line: "_Line") -> None:
+        with self._lock:
+            self._line = line
+            if self.was_cut:
+                line.shut(self)
+
+    def detach(self) -> None:
+        with self._lock:
+            if self._line is not None:
+                self._line.released(self)
+            self._line = None
+
+
+_current = threading.local()
+
+
+@contextmanager
+def cut_by(cut_off: CutOff) -> Iterator[None]:
+    """Let `cut_off` end what this thread exchanges inside the block."""
+    _current.cut_off = cut_off
+    try:
+        yield
+    finally:
+        _current.cut_off = None
+        cut_off.detach()
+
+
+class _Line:
+    """The socket below a connection, and the exchange that it is used for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._user: CutOff | None = None
+        self._is_closed = True
+
+    def connected(self, sock: socket.socket) -> None:
+        # A copy: TLS moves the descriptor to an object that only its own thread may use.
+        with self._lock:
+            self._drop()
+            self._socket, self._is_closed = sock.dup(), False
+        self.used()
+
+    def used(self) -> None:
+        """Note that the thread's current exchange uses the connection, and no earlier one."""
+        user: CutOff | None = getattr(_current, "cut_off", None)
+        with self._lock:
+            self._user = user
+        if user is not None:
+            user.attach(self)
+
+    def shut(self, user: CutOff) -> None:
+        with self._lock:
+            if self._user is user and self._socket is not None:
+                _shut_down(self._socket)
+
+    def closed(self) -> None:
+        """Note that the connection was closed; its last reply may still be read."""
+        with self._lock:
+            self._is_closed = True
+            if self._user is None:
+                self._drop()
+
+    def released(self, user: CutOff) -> None:
+        """Note that an exchange is over."""
+        with self._lock:
+            if self._user is user:
+                self._user = None
+                if self._is_closed:
+                    self._drop()
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+def _shut_down(sock: socket.socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # the other side was faster
+
+
+class _PlainConnection(HTTPConnection):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._line = _Line()
+        super().__init__(*args, **options)
+
+    def _new_conn(self) -> socket.socket:
+        sock = super()._new_conn()
+        self._line.connected(sock)
+        return sock
+
+    def request(self, *args: Any, **options: Any) -> None:
+        self._line.used()
+        super().request(*args, **options)
+
+    def close(self) -> None:
+        super().close()
+        self._line.closed()
+
+
+class _TlsConnection(_PlainConnection, HTTPSConnection):
+    """The same, with the certificate checked."""
+
+
+class _PlainPool(HTTPConnectionPool):
+    ConnectionCls = _PlainConnection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where a server is, and how to know that it is the right one.
+
+    Attributes:
+        url: `http://` or `https://`, host, perhaps port and path prefix.
+        fingerprint: SHA-256 of the server's certificate, 64 hexadecimal digits, colons
+            allowed. It alone is trusted then, whoever signed it and whatever its name.
+        ca: file of certificates (PEM) to trust in place of the system's.
+    """
+
+    url: str
+    fingerprint: str | None = None
+    ca: str | None = None
+
+
+def open_pool(address: Address, connections: int) -> tuple[HTTPConnectionPool, str]:
+    """A pool of at most that many idle connections, and the prefix of all paths.
+
+    Nothing is connected yet.
+
+    Raises:
+        InputError: an address that cannot be used.
+    """
+    url = _parse(address.url)
+    options: dict[str, Any] = {"maxsize": connections, "retries": False, "timeout": 5.0}
+    options["socket_options"] = [*HTTPConnection.default_socket_options, _KEEP_ALIVE]
+    prefix = (url.path or "").rstrip("/")
+    if url.scheme == "http":
+        if address.fingerprint or address.ca:
+            raise InputError(f"{address.url} has no certificate to check: write https://")
+        return _PlainPool(str(url.host), url.port or 80, **options), prefix
+    return _TlsPool(str(url.host), url.port or 443, **options, **_trust(address)), prefix
+
+
+def is_private(url: str) -> bool:
+    """Whether nobody else can read what is sent: TLS, or a host that is this machine.
+
+    Raises:
+        InputError: an address that cannot be used.
+    """
+    found = _parse(url)
+    return found.scheme == "https" or str(found.host).strip("[]") in _LOCAL_HOSTS
+
+
+def _parse(text: str) -> Url:
+    try:
+        url = parse_url(text)
+    except HTTPError as error:
+        raise InputError(f"{text!r} is no address of a server: {error}") from None
+    if url.scheme not in ("http", "https") or not url.host or "://" not in text:
+        raise InputError(f"{text!r} is no address of a server: write http://HOST:PORT or https://")
+    if url.auth or url.query or url.fragment:
+        raise InputError(
+            "the address of a server has no user, query or fragment: give a token instead"
+        )
+    return url
+
+
+def _trust(address: Address) -> dict[str, Any]:
+    if address.fingerprint is None:
+        return {"cert_reqs": "CERT_REQUIRED", "ca_certs": address.ca}
+    pinned = address.fingerprint.replace(":", "").lower()
+    if not _FINGERPRINT.fullmatch(pinned):
+        raise InputError(
+            "a fingerprint is the SHA-256 of a certificate, 64 hexadecimal digits, not "
+            f"{address.fingerprint[:80]!r}"
+        )
+    # The one certificate is known: neither its signer nor its name adds anything.
+    return {"cert_reqs": "CERT_NONE", "assert_fingerprint": pinned}

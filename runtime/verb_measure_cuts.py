@@ -1,0 +1,56 @@
+"""`edgeclip measure-cuts`: time every stage of every split plan on this machine."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from edgeclip.profiles.device import load_device
+from edgeclip.runtime.embed_files import find_images
+from edgeclip.runtime.planning.cut_set import CutSet
+from edgeclip.runtime.planning.measure_cuts import measure_cuts
+from edgeclip.runtime.planning.stage_table import stage_table
+from edgeclip.runtime.progress import progress_bar
+from edgeclip.runtime.verb_options import add_device_option, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb to argparse."""
+    parser.add_argument("cuts", type=Path, help="directory that `edgeclip cut` wrote")
+    parser.add_argument("--out", type=Path, required=True, help="write the times to this JSON file")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="image files or folders (default: those in the cut set)",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=100, help="samples of each stage (default: 100)"
+    )
+    add_device_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the samples, and print their medians."""
+    cuts, device = CutSet.open(args.cuts), load_device(args.device)
+    pictures = find_images(args.pictures)
+    with progress_bar("measure") as progress:
+        times = measure_cuts(
+            cuts,
+            device=device,
+            command=_command(args),
+            pictures=pictures,
+            rounds=args.rounds,
+            progress=progress,
+        )
+    times.save(args.out)
+    print(stage_table(times, cuts.manifest))
+    print(f"times written to {args.out}")
+    return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    words = ["edgeclip", "measure-cuts", str(args.cuts), "--out", str(args.out)]
+    words += ["--pictures", *map(str, args.pictures)] if args.pictures else []
+    words += ["--rounds", str(args.rounds), "--device", str(args.device)]
+    return shlex.join(words)

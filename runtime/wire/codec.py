@@ -1,0 +1,210 @@
+"""How the tensor at a cut becomes bytes: rounded, quantized, compressed, and back.
+
+Each picture is encoded by itself, so that a server may join what several devices sent.
+int8 is symmetric with one scale for each channel and picture: x is about scale * q, with
+q from -127 to 127 and scale = max |x| / 127 over all positions of that channel (as weights
+are quantized per channel in Jacob et al., CVPR 2018, section 3).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.runtime.errors import InputError, MissingExtraError
+
+CodecName = Literal["fp32", "fp16", "int8", "int8-zstd", "uint8", "uint8-zstd"]
+FloatArray = NDArray[np.float32]
+Tensors = Mapping[str, NDArray[Any]]
+Shape = tuple[int, ...]
+
+FLOAT_CODECS: tuple[CodecName, ...] = ("fp32", "fp16", "int8", "int8-zstd")
+PIXEL_CODECS: tuple[CodecName, ...] = ("uint8", "uint8-zstd")
+CUT_TENSOR, SCALE_TENSOR = "cut", "scale"
+
+# A frame of a few bytes unpacks to a whole tensor: their number bounds the memory.
+MOST_FRAMES = 64
+
+_LEVELS = 127
+_LARGEST_FP16 = float(np.finfo(np.float16).max)
+_ZSTD_LEVEL = 1  # higher ones save less than a percent of such data
+
+
+def codec_name(text: object) -> CodecName:
+    """Return `text` as the name of a codec.
+
+    Raises:
+        InputError: there is no such codec.
+    """
+    for name in get_args(CodecName):
+        if text == name:
+            found: CodecName = name
+            return found
+    raise InputError(f"no codec {str(text)[:40]!r}: use one of {', '.join(get_args(CodecName))}")
+
+
+def encode(codec: CodecName, values: NDArray[Any], *, axis: int = -1) -> dict[str, NDArray[Any]]:
+    """Turn values into the tensors that cross the network.
+
+    Args:
+        codec: float codecs take floats, "uint8" and "uint8-zstd" take pixels.
+        values: float32 or uint8 [N, ...].
+        axis: that of the channels, for int8; not 0.
+
+    Returns:
+        `cut`, as FP32, FP16, INT8 or UINT8 [N, ...], or for zstd as BYTES [N]; for int8 also
+        `scale`, float32 [N, channels].
+
+    Raises:
+        InputError: values of another dtype, or not finite.
+        MissingExtraError: zstandard is not installed.
+    """
+    wanted = np.uint8 if codec in PIXEL_CODECS else np.float32
+    if values.dtype != wanted or values.ndim < 2:
+        raise InputError(
+            f"codec {codec} takes {np.dtype(wanted)} [N, ...], not {values.dtype} "
+            f"{list(values.shape)}"
+        )
+    if codec in ("fp32", "uint8"):
+        return {CUT_TENSOR: values}
+    if codec == "uint8-zstd":
+        return {CUT_TENSOR: _compress(values)}
+    if codec == "fp16":
+        return {CUT_TENSOR: values.clip(-_LARGEST_FP16, _LARGEST_FP16).astype(np.float16)}
+    quantized, scale = _quantize(values, axis)
+    cut = _compress(quantized) if codec == "int8-zstd" else quantized
+    return {CUT_TENSOR: cut, SCALE_TENSOR: scale}
+
+
+def decode(codec: CodecName, tensors: Tensors, *, shape: Shape, axis: int = -1) -> NDArray[Any]:
+    """Turn what crossed the network back into values, trusting none of it.
+
+    Args:
+        codec: how they were encoded.
+        tensors: what `encode` gave.
+        shape: of one picture's values, without N; nothing larger is ever unpacked, and no
+            more than `MOST_FRAMES` of them.
+        axis: see `encode`.
+
+    Returns:
+        float32 [N, *shape], or uint8 for the codecs of pixels. It may be read-only.
+
+    Raises:
+        InputError: tensors of another name, dtype or shape, a damaged or oversized frame, or
+            values that are not finite.
+        MissingExtraError: zstandard is not installed.
+    """
+    has_scale = codec in ("int8", "int8-zstd")
+    names = {CUT_TENSOR, SCALE_TENSOR} if has_scale else {CUT_TENSOR}
+    if set(tensors) != names:
+        raise InputError(f"codec {codec} takes {', '.join(sorted(names))}, not {_names(tensors)}")
+    cut = tensors[CUT_TENSOR]
+    if codec in ("int8-zstd", "uint8-zstd"):
+        kind = np.int8 if codec == "int8-zstd" else np.uint8
+        cut = _decompress(cut, shape, np.dtype(kind))
+    _check(cut, _DTYPES[codec], shape, CUT_TENSOR)
+    if has_scale:
+        return _restored(cut, tensors[SCALE_TENSOR], axis)
+    if codec in PIXEL_CODECS:
+        return cut
+    if not np.isfinite(cut).all():
+        raise InputError("the cut tensor holds NaN or infinity")
+    return cut.astype(np.float32, copy=False)
+
+
+_DTYPES: dict[CodecName, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "int8": np.dtype(np.int8),
+    "int8-zstd": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "uint8-zstd": np.dtype(np.uint8),
+}
+
+
+def _quantize(values: FloatArray, axis: int) -> tuple[NDArray[np.int8], FloatArray]:
+    """Return int8 [N, ...] and the scales float32 [N, channels]."""
+    channel = axis % values.ndim
+    others = tuple(at for at in range(1, values.ndim) if at != channel)
+    largest = np.maximum(values.max(axis=others), -values.min(axis=others))
+    if not np.isfinite(largest).all():
+        raise InputError("the values at the cut are not finite: use another precision")
+    # A channel of zeros has any scale; so has one too small for its scale to be a float.
+    tiny = np.finfo(np.float32).tiny
+    scale = np.maximum(largest / np.float32(_LEVELS), tiny, dtype=np.float32)
+    quantized = np.rint(values / _along(scale, values.ndim, channel))
+    return quantized.clip(-_LEVELS, _LEVELS).astype(np.int8), scale
+
+
+def _restored(cut: NDArray[np.int8], scale: NDArray[Any], axis: int) -> FloatArray:
+    channel = axis % cut.ndim
+    _check(scale, np.dtype(np.float32), (cut.shape[channel],), SCALE_TENSOR)
+    if len(scale) != len(cut):
+        raise InputError(f"{len(cut)} cut tensors came with {len(scale)} rows of scales")
+    # The bound keeps 127 times a scale finite.
+    if not ((scale > 0) & (scale < np.finfo(np.float32).max / 256)).all():
+        raise InputError("a scale is not a positive, finite number")
+    found: FloatArray = cut.astype(np.float32) * _along(scale, cut.ndim, channel)
+    return found
+
+
+def _along(scale: FloatArray, axes: int, channel: int) -> FloatArray:
+    """Bring [N, channels] to `axes` axes, so that it multiplies its channel."""
+    shape = [1] * axes
+    shape[0], shape[channel] = scale.shape
+    return scale.reshape(shape)
+
+
+def _check(array: NDArray[Any], dtype: np.dtype[Any], shape: Shape, name: str) -> None:
+    if array.dtype != dtype or array.shape[1:] != shape or array.ndim == 0 or not len(array):
+        sizes = ", ".join(map(str, ("N", *shape)))
+        raise InputError(f"{name} must be {dtype} [{sizes}], not {array.dtype} {list(array.shape)}")
+
+
+def _names(tensors: Tensors) -> str:
+    return ", ".join(sorted(name[:40] for name in tensors)[:5]) or "nothing"
+
+
+def _compress(values: NDArray[Any]) -> NDArray[Any]:
+    """One zstd frame for each row; an object array of bytes [N]."""
+    packer = _zstandard().ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=True)
+    frames = np.empty(len(values), object)
+    for number, row in enumerate(values):
+        frames[number] = packer.compress(np.ascontiguousarray(row).data)
+    return frames
+
+
+def _decompress(frames: NDArray[Any], shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Unpack frames, each of which must say that it holds exactly one row."""
+    zstandard = _zstandard()
+    if frames.dtype != object or frames.ndim != 1 or not 0 < len(frames) <= MOST_FRAMES:
+        raise InputError(
+            f"cut must be BYTES [N], N from 1 to {MOST_FRAMES}, not {frames.dtype} "
+            f"{list(frames.shape)}"
+        )
+    size = math.prod(shape) * dtype.itemsize
+    unpacker = zstandard.ZstdDecompressor(max_window_size=2**27)
+    rows = []
+    for frame in frames:
+        try:
+            declared = zstandard.get_frame_parameters(frame).content_size
+            # Without a declared size the package would believe `max_output_size`.
+            if declared != size:
+                raise InputError(f"a zstd frame holds {declared} bytes instead of {size}")
+            content = unpacker.decompress(frame, max_output_size=size, allow_extra_data=False)
+        except (zstandard.ZstdError, TypeError) as error:
+            raise InputError(f"a zstd frame is damaged: {error}") from None
+        rows.append(np.frombuffer(content, dtype).reshape(shape))
+    return np.stack(rows)
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingExtraError(
+            "zstandard is not installed: pip install 'edgeclip[split]', or use another codec"
+        ) from error
+    return zstandard

@@ -1,0 +1,214 @@
+"""Tensors of the Open Inference Protocol: numpy arrays as datatype, shape and bytes or JSON.
+
+Source: https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol,
+"Tensor Data Types" and "Binary Tensor Data Extension": little-endian, row-major, without
+padding; an element of BYTES is its length as uint32, then that many bytes.
+"""
+
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.profiles.errors import EdgeClipError
+
+Shape = tuple[int, ...]
+
+BYTES = "BYTES"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    **{f"UINT{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"INT{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"FP{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
+}
+MOST_AXES = 32  # numpy 1 has no more
+MOST_ELEMENTS = 2**17  # of BYTES, which are read one by one: 40 ms or so
+_LARGEST = 2**62  # bytes; beyond it numpy's own sizes overflow
+# What stands for a number in JSON, by the kind of dtype.
+_KINDS: dict[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
+_LENGTH = struct.Struct("<I")
+_DATATYPES = {(dtype.kind, dtype.itemsize): name for name, dtype in DTYPES.items()}
+
+
+class WireError(EdgeClipError):
+    """What the other side sent is not the Open Inference Protocol, or cannot be said in it."""
+
+
+def datatype_of(array: NDArray[Any]) -> str:
+    """The protocol's name of an array's dtype; an object array is one of bytes.
+
+    Raises:
+        WireError: the protocol has no such datatype.
+    """
+    if array.dtype.kind == "O":
+        return BYTES
+    try:
+        return _DATATYPES[array.dtype.kind, array.dtype.itemsize]
+    except KeyError:
+        known = ", ".join((*DTYPES, "and object arrays of bytes"))
+        raise WireError(f"dtype {array.dtype} cannot be sent: use one of {known}") from None
+
+
+def to_binary(array: NDArray[Any]) -> NDArray[Any] | bytes:
+    """What `bytes.join` takes for an array; a contiguous little-endian one is not copied.
+
+    Raises:
+        WireError: an object array that holds something other than bytes.
+    """
+    if array.dtype.kind != "O":
+        return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    parts: list[bytes] = []
+    for item in array.flat:
+        if not isinstance(item, bytes):
+            raise WireError(f"a BYTES tensor holds {type(item).__name__}: give bytes")
+        if len(item) >= 2**32:
+            raise WireError(f"an element of {len(item)} bytes cannot be sent: cut it below 4 GiB")
+        parts += (_LENGTH.pack(len(item)), item)
+    return b"".join(parts)
+
+
+def from_binary(datatype: str, shape: Shape, data: memoryview) -> NDArray[Any]:
+    """Read a tensor; a read-only view of `data`, or a copy where `data` is not aligned.
+
+    The elements of BYTES are copies; at most `MOST_ELEMENTS` are read.
+
+    Args:
+        datatype: as `DTYPES` names it, or BYTES.
+        shape: all of the axes.
+        data: unsigned bytes, exactly those of this tensor.
+
+    Raises:
+        WireError: the bytes do not fit datatype and shape.
+    """
+    count = _count(shape)
+    if datatype == BYTES:
+        return _bytes_array(_split_bytes(data, count), shape)
+    dtype = _dtype(datatype)
+    if count * dtype.itemsize != len(data):
+        raise WireError(
+            f"{datatype} {list(shape)} takes {count * dtype.itemsize} bytes, not {len(data)}"
+        )
+    if datatype == "BOOL" and count and np.frombuffer(data, np.uint8).max() > 1:
+        raise WireError("BOOL takes the bytes 0 and 1 only")
+    array = np.frombuffer(data, dtype) if count else np.empty(0, dtype)
+    return _sealed((array if array.flags.aligned else array.copy()).reshape(shape))
+
+
+def to_json(array: NDArray[Any]) -> list[Any]:
+    """The elements as a flat list that JSON can hold.
+
+    Raises:
+        WireError: bytes that are not UTF-8, or NaN or infinity, which JSON does not have.
+    """
+    flat = array.ravel()
+    if array.dtype.kind == "O":
+        try:
+            return [item.decode() for item in flat]
+        except (UnicodeDecodeError, AttributeError):
+            raise WireError("bytes that are not UTF-8 do not fit JSON: ask for binary") from None
+    if array.dtype.kind == "f" and not np.isfinite(flat).all():
+        raise WireError("NaN and infinity do not fit JSON: ask for binary")
+    return flat.tolist()
+
+
+def from_json(datatype: str, shape: Shape, data: object) -> NDArray[Any]:
+    """Read a tensor from a list, flat or nested as its shape; read-only.
+
+    Raises:
+        WireError: elements of another kind, out of range, or another number of them.
+    """
+    if not isinstance(data, list):
+        raise WireError("data must be a list")
+    count, flat = _count(shape), _flatten(data, shape)
+    if len(flat) != count:
+        raise WireError(f"{list(shape)} takes {count} elements, not {len(flat)}")
+    if datatype == BYTES:
+        return _bytes_array(_encoded(flat), shape)
+    return _sealed(_numbers(datatype, flat).reshape(shape))
+
+
+def _dtype(datatype: str) -> np.dtype[Any]:
+    try:
+        return DTYPES[datatype]
+    except KeyError:
+        known = ", ".join((*DTYPES, BYTES))
+        raise WireError(f"datatype {datatype[:20]!r} is unknown: use one of {known}") from None
+
+
+def _count(shape: Shape) -> int:
+    """The number of elements, after a check that numpy can hold the shape at all."""
+    if len(shape) > MOST_AXES or math.prod(size or 1 for size in shape) * 8 > _LARGEST:
+        raise WireError(f"a shape of {len(shape)} axes is too large")
+    return math.prod(shape)
+
+
+def _split_bytes(data: memoryview, count: int) -> Iterable[bytes]:
+    if 4 * count > len(data):  # before anything of that size is made
+        raise WireError(f"{len(data)} bytes are too few for {count} elements of BYTES")
+    if count > MOST_ELEMENTS:
+        raise WireError(f"{count} elements of BYTES are too many: send at most {MOST_ELEMENTS}")
+    found, start = [], 0
+    for _ in range(count):
+        first = start + 4
+        if first > len(data):
+            raise WireError("BYTES end within the length of an element")
+        (length,) = _LENGTH.unpack_from(data, start)
+        start = first + length
+        if start > len(data):
+            raise WireError("BYTES end within an element")
+        found.append(bytes(data[first:start]))
+    if start != len(data):
+        raise WireError(f"BYTES have {len(data) - start} bytes more than their elements")
+    return found
+
+
+def _flatten(data: list[Any], shape: Shape) -> list[Any]:
+    for size in shape[1:]:
+        if not data or not isinstance(data[0], list):
+            break
+        if any(not isinstance(item, list) or len(item) != size for item in data):
+            raise WireError(f"nested data do not have the shape {list(shape)}")
+        data = list(chain.from_iterable(data))
+    return data
+
+
+def _encoded(texts: Sequence[Any]) -> list[bytes]:
+    if any(not isinstance(text, str) for text in texts):
+        raise WireError("BYTES in JSON are texts")
+    try:
+        return [text.encode() for text in texts]
+    except UnicodeEncodeError:
+        raise WireError("a text holds half of a surrogate pair") from None
+
+
+def _numbers(datatype: str, flat: list[Any]) -> NDArray[Any]:
+    dtype = _dtype(datatype)
+    if not set(map(type, flat)) <= _KINDS[dtype.kind]:
+        raise WireError(f"data hold something that is no {datatype}")
+    if dtype.kind in "iu" and flat:
+        bounds = np.iinfo(dtype)
+        if min(flat) < bounds.min or max(flat) > bounds.max:
+            raise WireError(f"data hold a number out of the range of {datatype}")
+    try:
+        with np.errstate(over="ignore"):
+            array = np.array(flat, dtype)
+    except OverflowError:  # a whole number beyond every float
+        array = np.array([np.inf], dtype)
+    if dtype.kind == "f" and not np.isfinite(array).all():
+        raise WireError(f"data hold a number out of the range of {datatype}")
+    return array
+
+
+def _bytes_array(items: Iterable[bytes], shape: Shape) -> NDArray[Any]:
+    array = np.empty(_count(shape), object)
+    array[:] = list(items)
+    return _sealed(array.reshape(shape))
+
+
+def _sealed(array: NDArray[Any]) -> NDArray[Any]:
+    array.flags.writeable = False
+    return array

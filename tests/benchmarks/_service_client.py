@@ -1,0 +1,126 @@
+"""The devices of the service level's benchmark: open-loop traffic through one `SplitRuntime`.
+
+    _service_client.py SETTINGS.json
+
+Prints one JSON line when it is ready to begin, and one of all that happened at the end.
+"""
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.profiles.device import THIS_MACHINE, load_device
+from edgeclip.profiles.traffic import Traffic, load_traffic
+from edgeclip.runtime.cascade.cascade import Cascade
+from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.index import Index
+from edgeclip.runtime.planning.plan import SplitPlan
+from edgeclip.runtime.split.http_client import ClientRules, Server
+from edgeclip.runtime.split.second_opinion import Escalation
+from edgeclip.runtime.split.split_runtime import SplitRuntime
+
+_SEED = 0
+_THREADS = 64  # requests under way at a time; a stall must not hold back those behind it
+_CONNECTIONS = 16
+_LEAD = 1.0  # seconds until the first request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the client needs to know; paths as text."""
+
+    student: str
+    index: str
+    pictures: str
+    url: str
+    model: str
+    traffic: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What happened: one entry for each request, in the order of sending.
+
+    Attributes:
+        sent: seconds from the beginning to the scheduled time.
+        late: milliseconds from that to the call itself.
+        latency: milliseconds from the scheduled time to the answer.
+        outcome: "device", "server", "degraded: WHY" or "failed: WHY".
+    """
+
+    sent: list[float]
+    late: list[float]
+    latency: list[float]
+    outcome: list[str]
+
+
+def schedule(traffic: Traffic, seconds: float) -> NDArray[np.float64]:
+    """Seconds from the beginning at which requests are sent."""
+    count = round(traffic.requests_per_second * seconds)
+    if traffic.arrivals == "even":
+        return np.arange(count) / traffic.requests_per_second
+    rng = np.random.default_rng(_SEED)
+    return np.cumsum(rng.exponential(1 / traffic.requests_per_second, count))
+
+
+def drive(runtime: SplitRuntime, index: Index, pictures: list[bytes], settings: Settings) -> Log:
+    """Send every request at its time, whatever became of those before it."""
+    traffic = load_traffic(settings.traffic)
+    times = schedule(traffic, settings.seconds)
+    count = len(times)
+    # Filled in beforehand: a log that grows would look like a program that does.
+    late, latency, outcomes = np.full(count, -1.0), np.full(count, -1.0), [""] * count
+    began = time.perf_counter() + _LEAD
+
+    def ask(number: int) -> None:
+        due = began + times[number]
+        late[number] = 1e3 * (time.perf_counter() - due)
+        picture = pictures[number % len(pictures)]
+        try:
+            reply = runtime.search(picture, index, top=1, deadline_ms=traffic.deadline_ms)
+            outcome = f"degraded: {reply.degraded}" if reply.degraded else reply.source
+        except Exception as error:
+            outcome = f"failed: {error}"
+        outcomes[number] = sys.intern(outcome)
+        latency[number] = 1e3 * (time.perf_counter() - due)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for number, seconds in enumerate(times):
+            wait = began + seconds - time.perf_counter()
+            if wait > 0:
+                time.sleep(wait)
+            pool.submit(ask, number)
+    return Log(times.tolist(), late.tolist(), latency.tolist(), outcomes)
+
+
+def main() -> int:
+    """Get ready, say so, drive the traffic, print the log."""
+    settings = Settings(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    device = replace(load_device(THIS_MACHINE), threads=1)
+    encoder = Encoder.open(settings.student, device=device)
+    index = Index.load(Path(settings.index))
+    pictures = [path.read_bytes() for path in sorted(Path(settings.pictures).glob("*.png"))]
+    plan = SplitPlan(name="cascade", kind="device", space=encoder.space)
+    escalation = Escalation(model=settings.model, cascade=Cascade.certified(encoder))
+    rules = ClientRules(connections=_CONNECTIONS)
+    with (
+        Server(settings.url, rules=rules) as server,
+        SplitRuntime(encoder, plan, server, escalation=escalation) as runtime,
+    ):
+        for picture in pictures[:_THREADS]:
+            runtime.search(picture, index, top=1)
+        print(json.dumps({"ready": True}), flush=True)
+        log = drive(runtime, index, pictures, settings)
+    print(json.dumps(asdict(log)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

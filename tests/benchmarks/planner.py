@@ -1,0 +1,238 @@
+"""What the planner predicts against what is measured, over links from 0.5 to 100 Mbit/s.
+
+The built-in bundle is cut and timed; a device (this machine, acting 20 times slower) and a
+server (a process of its own) stand in two network namespaces with a shaped link between them,
+see `_network.py`. At every bandwidth the plans take turns; a latency counts from the moment
+that its request was scheduled for. Two things are held against bars:
+
+- regret: how much longer the plan that was chosen beforehand took than the one that turned out
+  best, at the 95th percentile;
+- error: how far each predicted 95th percentile is from the measured one. For that, a plan's
+  stages and the round trip are sampled again right before each of its requests: a shared
+  machine changes its speed from second to second, and so it does for both alike.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from _bars import Bar, command, options
+from _network import Network, NetworkUnavailableError, Shape, shaped_network
+from _planner_device import ONE_THREAD, TIMES_SLOWER, Device, slower
+from _planner_samples import LARGE, PAUSE_S, RTT_MS, SMALL, PlanSamples, Probe, all_works
+
+from edgeclip.export.write_cuts import write_cuts
+from edgeclip.profiles.machine import detect_machine
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.device_yaml import device_yaml
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.planning.candidates import all_candidates
+from edgeclip.runtime.planning.cut_set import CutSet
+from edgeclip.runtime.planning.estimate import Conditions, Estimate
+from edgeclip.runtime.planning.measure_cuts import measure_cuts
+from edgeclip.runtime.planning.planner import Choice, Objective, choose, estimate_all
+from edgeclip.runtime.planning.stage_times import Stage, StageTimes
+from edgeclip.runtime.planning.stage_works import StageWork
+from edgeclip.runtime.split.http_client import ClientRules, Server
+from edgeclip.runtime.timing_statistics import percentile_interval
+
+BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
+BANDWIDTHS = (0.5, 2.0, 8.0, 30.0, 100.0)
+ERROR_BAR, REGRET_BAR = 0.10, 0.05
+_CUTS = 3  # inside the tower, the soonest by prediction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One plan over one link: predicted and measured, in milliseconds."""
+
+    mbps: float
+    plan: str
+    predicted_p50: float
+    predicted_p95: float
+    measured_p50: float
+    measured_p95: Interval
+    chosen: bool
+
+    @property
+    def error(self) -> float:
+        """Relative error of the predicted 95th percentile."""
+        return self.predicted_p95 / self.measured_p95.value - 1
+
+
+@contextlib.contextmanager
+def serving(network: Network, cuts: CutSet) -> Iterator[str]:
+    """Run `edgeclip serve` on its side of the link, and give its address."""
+    profile = cuts.path.with_name("one-thread.yaml")
+    profile.write_text(device_yaml(ONE_THREAD), encoding="utf-8")
+    words = [sys.executable, "-m", "edgeclip.runtime.cli", "serve", str(BUNDLE), "--echo"]
+    words += ["--cuts", str(cuts.path), "--device", str(profile), "--insecure"]
+    words += ["--host", network.server_address, "--port", "0"]
+    process = subprocess.Popen(network.command("server", words), stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().rpartition(" at ")[2].strip()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def worth_measuring(choice: Choice) -> list[Estimate]:
+    """The device alone, the picture and the pixels in each codec, and the best cuts inside."""
+    inside = [item for item in choice.best_of_each() if item.plan.kind == "cut" and item.plan.cut]
+    others = [item for item in choice.allowed if not item.plan.cut]
+    return [*others, *inside[:_CUTS]]
+
+
+def take_turns(
+    device: Device, plans: Sequence[PlanSamples], probe: Probe, rounds: int
+) -> dict[str, list[float]]:
+    """Latencies of all plans in milliseconds, from when each request was scheduled."""
+    found: dict[str, list[float]] = {item.candidate.plan.name: [] for item in plans}
+    for number in range(rounds):
+        probe.send(LARGE)
+        for place in range(len(plans)):
+            item = plans[(place + number) % len(plans)]
+            item.run_round()
+            probe.send(SMALL)
+            due = time.perf_counter() + PAUSE_S
+            time.sleep(PAUSE_S)
+            device.embed(item.candidate.plan, number)
+            found[item.candidate.plan.name].append(1e3 * (time.perf_counter() - due))
+    return found
+
+
+def measure_link(
+    mbps: float,
+    device: Device,
+    works: Mapping[Stage, StageWork],
+    times: tuple[StageTimes, StageTimes],
+    rounds: int,
+) -> list[Row]:
+    """Choose beforehand, measure, and predict what was measured."""
+    manifest = device.cuts.manifest
+    probe = Probe(device, mbps)
+    for size in (SMALL,) * 8 + (LARGE,) * 4:
+        probe.send(size)
+    conditions = Conditions(link=probe.state(), dim=manifest.dim)
+    choice = choose(estimate_all(manifest, *times, conditions), Objective())
+    wanted = {item.plan.name for item in worth_measuring(choice)}
+    count = len(device.pictures)
+    plans = [
+        PlanSamples(item, works, count)
+        for item in all_candidates(manifest, times[0])
+        if item.plan.name in wanted
+    ]
+    latencies = take_turns(device, plans, probe, rounds)
+    conditions = Conditions(link=probe.state(), dim=manifest.dim)
+    rows = []
+    for item in plans:
+        predicted = item.predict(times[0], rounds, conditions)
+        values = np.array(latencies[predicted.plan.name])
+        rows.append(
+            Row(
+                mbps=mbps,
+                plan=predicted.plan.name,
+                predicted_p50=_known(predicted.plan.p50_ms),
+                predicted_p95=predicted.p95_ms,
+                measured_p50=float(np.median(values)),
+                measured_p95=percentile_interval(values, 95),
+                chosen=predicted.plan.name == choice.best.plan.name,
+            )
+        )
+    return rows
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The plans over one link, the soonest first."""
+    print(f"\n{rows[0].mbps:g} Mbit/s, round trip {RTT_MS:g} ms")
+    print(f"  {'plan':<34}{'p50':>8}{'predicted':>10}{'p95':>8}{'predicted':>10}{'error':>8}")
+    for row in sorted(rows, key=lambda row: row.measured_p95.value):
+        print(
+            f"{'>' if row.chosen else ' '} {row.plan:<34}{row.measured_p50:>8.1f}"
+            f"{row.predicted_p50:>10.1f}{row.measured_p95.value:>8.1f}{row.predicted_p95:>10.1f}"
+            f"{100 * row.error:>7.1f}%",
+            flush=True,
+        )
+
+
+def bars_of(rows: Sequence[Row]) -> list[Bar]:
+    """The largest error and the regret at one bandwidth."""
+    worst = max(rows, key=lambda row: abs(row.error))
+    (chosen,) = (row for row in rows if row.chosen)
+    best = min(row.measured_p95.value for row in rows)
+    name = f"{rows[0].mbps:g}_mbps"
+    return [
+        Bar(
+            name=f"largest_p95_error_at_{name}",
+            value=abs(worst.error),
+            direction="<=",
+            bound=ERROR_BAR,
+        ),
+        Bar(
+            name=f"regret_at_{name}",
+            value=chosen.measured_p95.value / best - 1,
+            direction="<=",
+            bound=REGRET_BAR,
+        ),
+    ]
+
+
+def run(folder: Path, bandwidths: Sequence[float], rounds: int) -> tuple[list[Row], list[Bar]]:
+    """Cut, time, and measure over every link."""
+    cuts = write_cuts(Bundle.open(BUNDLE), folder / "cuts", device=ONE_THREAD).cuts
+    shape = Shape(up_mbps=bandwidths[0], down_mbps=bandwidths[0], rtt_ms=RTT_MS)
+    rows, bars = list[Row](), list[Bar]()
+    with shaped_network(shape) as network, serving(network, cuts) as address:
+        print(f"timing each stage, on the device {TIMES_SLOWER} times over", flush=True)
+        times = (
+            measure_cuts(cuts, device=ONE_THREAD, command=command(), rounds=64, altered=slower),
+            measure_cuts(cuts, device=ONE_THREAD, command=command(), rounds=200),
+        )
+        with network.entered("device"), Server(address, rules=ClientRules(hedges=False)) as server:
+            device, works = Device.of(cuts, server), all_works(cuts)
+            for mbps in bandwidths:
+                network.shape(Shape(up_mbps=mbps, down_mbps=mbps, rtt_ms=RTT_MS))
+                found = measure_link(mbps, device, works, times, rounds)
+                print_rows(found)
+                rows += found
+                bars += bars_of(found)
+    return rows, bars
+
+
+def _known(value: float | None) -> float:
+    assert value is not None
+    return value
+
+
+def main() -> int:
+    """Measure, print tables, write the figures."""
+    args = options(__doc__ or "").parse_args()
+    bandwidths = BANDWIDTHS[1::2] if args.quick else BANDWIDTHS
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            rows, bars = run(Path(folder), bandwidths, 30 if args.quick else 80)
+    except NetworkUnavailableError as error:
+        print(f"not measured: {error}")
+        return 2
+    if args.out is not None:
+        record = {
+            "command": command(),
+            "machine": asdict(detect_machine()),
+            "rows": [asdict(row) | {"error": row.error} for row in rows],
+            "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars],
+        }
+        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print("\n" + "\n".join(bar.line() for bar in bars))
+    return 0 if all(bar.passed for bar in bars) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The cascade's decisions, with real towers, real scores and a watch that really watches."""
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.cascade.cascade import Cascade
+from edgeclip.runtime.cascade.certificate import (
+    SCHEMA_VERSION,
+    Certificate,
+    CertificateError,
+    Quality,
+    QuerySet,
+    TowerIdentity,
+)
+from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, ScoreSample
+from edgeclip.runtime.cascade.scores import Entropy, Evidence, Margin
+from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.manifest import FileRecord
+
+NAMES = ("red", "green", "blue")
+Pixels = NDArray[np.uint8]
+
+
+def pictures(count: int, *, mixed: float, seed: int = 0) -> Pixels:
+    """Flat pictures between two of red, green and blue; at `mixed` = 0.5 both are as strong."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, 3, count)
+    colours = np.eye(3)[first] * (1 - mixed) + np.eye(3)[(first + 1) % 3] * mixed
+    colours += rng.normal(0, 0.05, colours.shape)
+    flat = (255 * np.clip(colours, 0, 1)).astype(np.uint8)
+    return np.broadcast_to(flat[:, None, None], (count, 8, 8, 3)).copy()
+
+
+@pytest.fixture
+def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
+    return Encoder.open(tiny_bundle, device=cpu_device)
+
+
+def evidence(encoder: Encoder, pixels: Pixels) -> Evidence:
+    return Evidence.against(encoder.encode_pixels(pixels), encoder.encode_text(NAMES))
+
+
+@pytest.fixture
+def sample(encoder: Encoder) -> ScoreSample:
+    scores = Margin().of(evidence(encoder, pictures(600, mixed=0.2)))
+    return ScoreSample.of(scores[:200], scores[200:])
+
+
+@pytest.fixture
+def certificate(encoder: Encoder, sample: ScoreSample) -> Certificate:
+    manifest, near = encoder.bundle.manifest, Interval(0.9, 0.8, 1.0)
+    return Certificate(
+        schema_version=SCHEMA_VERSION,
+        query="image",
+        bound=0.95,
+        delta=0.05,
+        p_value=0.01,
+        space=manifest.space,
+        student=TowerIdentity.of(manifest, "image", "int8"),
+        student_index=None,
+        teacher=TowerIdentity.of(manifest, "image", "fp32"),
+        score=Margin(),
+        threshold=0.3,
+        escalated=Interval(0.1, 0.05, 0.15),
+        quality=Quality(student=near, teacher=near, cascade=near, kept=near),
+        sample=sample,
+        tested_on=QuerySet(
+            data="colours",
+            identity="0" * 64,
+            count=400,
+            entries=3,
+            index_by="teacher",
+            task="zero-shot",
+        ),
+        created="2026-01-01T00:00:00+00:00",
+        command="pytest",
+    )
+
+
+@pytest.fixture
+def certified_bundle(own_bundle: Path, certificate: Certificate) -> Path:
+    """The tiny bundle with the certificate in it."""
+    path = own_bundle / certificate.path
+    path.parent.mkdir()
+    path.write_text(certificate.to_json(), encoding="utf-8")
+    manifest = Bundle.open(own_bundle).manifest
+    record = FileRecord(certificate.path, path.stat().st_size, sha256_file(path))
+    changed = dataclasses.replace(manifest, files=(*manifest.files, record))
+    (own_bundle / "edgeclip.json").write_text(changed.to_json(), encoding="utf-8")
+    return own_bundle
+
+
+def test_mixed_pictures_are_the_unsure_ones(encoder: Encoder) -> None:
+    cascade = Cascade(Margin(), 0.3)
+    assert not cascade.unsure(evidence(encoder, pictures(20, mixed=0.0))).any()
+    assert cascade.unsure(evidence(encoder, pictures(20, mixed=0.5))).mean() >= 0.9
+    assert cascade.status == "not certified: queries with a score below 0.3 are escalated"
+    assert cascade.revoked is None
+
+
+def test_a_certificate_is_for_its_own_score_and_threshold(certificate: Certificate) -> None:
+    Cascade(Margin(), 0.3, certificate)
+    for score, threshold in ((Margin(), 0.2), (Entropy(logit_scale=10.0), 0.3)):
+        with pytest.raises(CertificateError, match="use what it says, or certify again"):
+            Cascade(score, threshold, certificate)
+
+
+def test_comes_from_the_bundle(certified_bundle: Path, cpu_device: DeviceProfile) -> None:
+    encoder = Encoder.open(certified_bundle, device=cpu_device)
+    cascade = Cascade.certified(encoder)
+    assert cascade.threshold == 0.3
+    assert cascade.watch is not None
+    assert cascade.status.startswith("Keeps at least 95%")
+    assert Cascade.certified(encoder, watch=None).watch is None
+
+
+def test_without_or_with_another_certificate_there_is_none(
+    encoder: Encoder, certified_bundle: Path, cpu_device: DeviceProfile
+) -> None:
+    with pytest.raises(CertificateError, match=r"has no cascade/image\.json"):
+        Cascade.certified(encoder)
+    other = Encoder.open(certified_bundle, device=cpu_device, precision="fp32")
+    with pytest.raises(CertificateError, match="runs in fp32"):
+        Cascade.certified(other)
+    with pytest.raises(CertificateError, match=r"has no cascade/text\.json"):
+        Cascade.certified(other, query="text")
+
+
+def test_drift_revokes_and_everything_is_escalated(
+    encoder: Encoder, certificate: Certificate
+) -> None:
+    said: list[str] = []
+    cascade = Cascade(Margin(), 0.3, certificate, DriftWatch(certificate.sample), say=said.append)
+    usual = evidence(encoder, pictures(100, mixed=0.2, seed=1))
+    assert not cascade.unsure(usual).any()
+    assert cascade.status == certificate.promise
+    strange = evidence(encoder, pictures(100, mixed=0.4, seed=2))
+    assert cascade.unsure(strange).all()
+    assert cascade.revoked is not None
+    assert "certify again" in cascade.revoked
+    assert cascade.status == cascade.revoked
+    assert cascade.unsure(usual).all()
+    assert said == [cascade.revoked]
+
+
+def test_a_revocation_survives_a_restart(certificate: Certificate) -> None:
+    first = DriftWatch(certificate.sample)
+    assert first.see(np.zeros(200))
+    again = DriftWatch(certificate.sample, state=first.state)
+    assert Cascade(Margin(), 0.3, certificate, again).revoked is not None
+
+
+def test_many_threads_lose_no_score(encoder: Encoder, certificate: Certificate) -> None:
+    said: list[str] = []
+    watch = DriftWatch(certificate.sample, DriftRule(alpha=1e-9))
+    cascade = Cascade(Margin(), 0.3, certificate, watch, say=said.append)
+    part = evidence(encoder, pictures(25, mixed=0.5))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(cascade.unsure, [part] * 40))
+    assert watch.seen == 1000
+    assert len(said) == 1

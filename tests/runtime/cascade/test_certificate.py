@@ -1,0 +1,195 @@
+"""The certificate: its round trip, and all that it must not be used with."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.cascade.certificate import (
+    SCHEMA_VERSION,
+    Certificate,
+    CertificateError,
+    Quality,
+    QuerySet,
+    TowerIdentity,
+    read_certificate,
+)
+from edgeclip.runtime.cascade.drift import ScoreSample
+from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin
+from edgeclip.runtime.errors import BundleError
+from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.spec import Precision, Tower
+
+PRECISIONS: dict[Tower, Precision] = {"image": "int8", "text": "fp32"}
+Edit = Callable[[dict[str, Any]], None]
+EditManifest = Callable[[Path, Edit], None]
+
+
+@pytest.fixture
+def certificate(tiny_bundle: Path) -> Certificate:
+    manifest = Bundle.open(tiny_bundle).manifest
+    near = Interval(0.9, 0.8, 1.0)
+    return Certificate(
+        schema_version=SCHEMA_VERSION,
+        query="image",
+        bound=0.95,
+        delta=0.05,
+        p_value=0.01,
+        space=manifest.space,
+        student=TowerIdentity.of(manifest, "image", "int8"),
+        student_index=None,
+        teacher=TowerIdentity.of(manifest, "image", "fp32"),
+        score=Margin(),
+        threshold=0.125,
+        escalated=Interval(0.1, 0.05, 0.15),
+        quality=Quality(student=near, teacher=near, cascade=near, kept=near),
+        sample=ScoreSample(edges=(0.1, 0.2), counts=(3, 4, 5)),
+        tested_on=QuerySet(
+            data="pictures",
+            identity="0" * 64,
+            count=12,
+            entries=3,
+            index_by="teacher",
+            task="retrieval",
+        ),
+        created="2026-01-01T00:00:00+00:00",
+        command="pytest",
+    )
+
+
+def test_round_trip_with_every_score(certificate: Certificate) -> None:
+    for score in (Margin(), Entropy(logit_scale=40.5), Agreement(views=3, measure="answer")):
+        made = dataclasses.replace(certificate, score=score)
+        assert Certificate.from_json(made.to_json(), source="x") == made
+    assert certificate.digest != dataclasses.replace(certificate, threshold=0.25).digest
+
+
+def test_says_what_it_promises(certificate: Certificate) -> None:
+    assert certificate.promise == (
+        "Keeps at least 95% of the quality of tiny on queries like those of pictures (wrong with "
+        "probability 0.05 at most), asking it for 10.0% of them"
+    )
+
+
+def test_fits_the_bundle_it_was_made_for(certificate: Certificate, tiny_bundle: Path) -> None:
+    certificate.check(Bundle.open(tiny_bundle).manifest, PRECISIONS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"space": "6" * 64}, "another embedding space"),
+        ({"precision": "fp32"}, "is about fp32, but the image tower runs in int8"),
+        ({"sha256": "0" * 64}, "another image tower"),
+    ],
+)
+def test_refused_with_another_student(
+    certificate: Certificate, tiny_bundle: Path, change: dict[str, str], message: str
+) -> None:
+    student = certificate.student
+    if "sha256" in change:
+        (file,) = student.files
+        student = dataclasses.replace(
+            student, files=(dataclasses.replace(file, sha256=change["sha256"]),)
+        )
+    elif "precision" in change:
+        student = TowerIdentity.of(Bundle.open(tiny_bundle).manifest, "image", "fp32")
+    other = dataclasses.replace(
+        certificate, student=student, space=change.get("space", certificate.space)
+    )
+    with pytest.raises(CertificateError, match=message):
+        other.check(Bundle.open(tiny_bundle).manifest, PRECISIONS)
+
+
+def test_the_indexing_tower_counts_too(certificate: Certificate, tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    other = dataclasses.replace(
+        certificate, student_index=TowerIdentity.of(manifest, "text", "fp32")
+    )
+    other.check(manifest, PRECISIONS)
+    with pytest.raises(CertificateError, match="text tower runs in int8"):
+        other.check(manifest, {"image": "int8", "text": "int8"})
+
+
+def test_a_bundle_without_one_has_none(tiny_bundle: Path) -> None:
+    assert read_certificate(Bundle.open(tiny_bundle)) is None
+
+
+def write(bundle: Path, content: bytes, edit: EditManifest) -> Bundle:
+    """Put a certificate into a bundle, declared as it is."""
+    path = bundle / "cascade" / "image.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+
+    def declare(data: dict[str, Any]) -> None:
+        data["files"].append(
+            {"path": "cascade/image.json", "bytes": len(content), "sha256": sha256_file(path)}
+        )
+
+    edit(bundle, declare)
+    return Bundle.open(bundle)
+
+
+def test_is_read_from_a_bundle(
+    certificate: Certificate, own_bundle: Path, edit_manifest: EditManifest
+) -> None:
+    bundle = write(own_bundle, certificate.to_json().encode(), edit_manifest)
+    assert read_certificate(bundle) == certificate
+    assert read_certificate(bundle, "text") is None
+    path = own_bundle / "cascade" / "image.json"
+    path.write_bytes(path.read_bytes().replace(b"0.125", b"0.025"))
+    with pytest.raises(BundleError, match="altered"):
+        read_certificate(bundle)
+
+
+def changed(certificate: Certificate, **change: object) -> bytes:
+    return json.dumps(json.loads(certificate.to_json()) | change).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "certificate schema 2 is not 1"),
+        ({"more": 1}, "more: unknown key"),
+        ({"p_value": 0.5}, "certifies nothing"),
+        ({"bound": 1.5}, "1 at most"),
+        ({"delta": 0.0}, "delta"),
+        ({"threshold": "low"}, "threshold"),
+        ({"score": {"kind": "luck"}}, "score"),
+        ({"sample": {"edges": [2, 1], "counts": [1, 1, 1]}}, "ascend"),
+    ],
+)
+def test_damage_is_one_clear_error(
+    certificate: Certificate, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(CertificateError, match=message) as caught:
+        Certificate.from_json(changed(certificate, **change).decode(), source="x")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_what_is_no_certificate_is_refused(text: str) -> None:
+    with pytest.raises(CertificateError, match="certify again"):
+        Certificate.from_json(text, source="x")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"text"])
+def test_damage_in_a_bundle_names_the_file(
+    own_bundle: Path, edit_manifest: EditManifest, content: bytes
+) -> None:
+    bundle = write(own_bundle, content, edit_manifest)
+    with pytest.raises(CertificateError, match=r"cascade/image\.json is not"):
+        read_certificate(bundle)
+
+
+def test_a_certificate_in_the_wrong_place_is_refused(
+    certificate: Certificate, own_bundle: Path, edit_manifest: EditManifest
+) -> None:
+    bundle = write(own_bundle, changed(certificate, query="text"), edit_manifest)
+    with pytest.raises(CertificateError, match="is about text queries"):
+        read_certificate(bundle)

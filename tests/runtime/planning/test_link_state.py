@@ -1,0 +1,171 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeclip.profiles.link import LinkProfile, load_link
+from edgeclip.runtime.planning.link_estimator import LinkEstimator
+from edgeclip.runtime.planning.link_state import (
+    HTTP_DOWN,
+    HTTP_UP,
+    SEGMENT,
+    LinkState,
+    draw_exchange,
+    slow_start_ms,
+)
+
+PLAIN = LinkState(name="plain", rtt_ms=(20.0,), up_mbps=(8.0,), down_mbps=(16.0,))
+
+
+def bytes_of(size: float, count: int = 1) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.full(count, size)
+
+
+def exchange_ms(link: LinkState, sent: float, received: float = 0.0) -> float:
+    rng = np.random.default_rng(0)
+    return float(draw_exchange(link, bytes_of(sent), bytes_of(received), rng).total[0])
+
+
+def test_small_request_takes_a_round_trip_and_its_bytes() -> None:
+    expected = 20 + 8e-3 * (1000 + HTTP_UP) / 8 + 8e-3 * (500 + HTTP_DOWN) / 16
+    assert exchange_ms(PLAIN, 1000, 500) == pytest.approx(expected)
+
+
+def test_http_and_headers_count() -> None:
+    link = LinkState(
+        name="x",
+        rtt_ms=(20.0,),
+        up_mbps=(8.0,),
+        down_mbps=(16.0,),
+        efficiency=0.5,
+        http_ms=1.5,
+    )
+    bytes_ms = exchange_ms(PLAIN, 1000, 500) - 20
+    assert exchange_ms(link, 1000, 500) == pytest.approx(21.5 + 2 * bytes_ms)
+
+
+@pytest.mark.parametrize(
+    ("segments", "rounds"), [(1, 0), (10, 0), (11, 1), (30, 1), (31, 2), (70, 2), (71, 3)]
+)
+def test_window_doubles_every_round_trip(segments: int, rounds: int) -> None:
+    # So fast a link that a window is sent in no time: each round costs a round trip.
+    waited = slow_start_ms(bytes_of(segments * SEGMENT), bytes_of(1e9), bytes_of(20.0))
+    assert waited[0] == pytest.approx(20.0 * rounds, abs=1e-3)
+
+
+def test_full_link_does_not_wait_for_the_window() -> None:
+    # Ten segments take longer than a round trip.
+    waited = slow_start_ms(bytes_of(1e6), bytes_of(2.0), bytes_of(20.0))
+    assert waited[0] == 0.0
+
+
+@given(
+    size=st.floats(1, 1e6), more=st.floats(0, 1e5), mbps=st.floats(0.1, 1000), rtt=st.floats(0, 300)
+)
+def test_more_bytes_never_arrive_sooner(size: float, more: float, mbps: float, rtt: float) -> None:
+    def takes(sent: float) -> float:
+        waits = slow_start_ms(bytes_of(sent), bytes_of(mbps), bytes_of(rtt))
+        return float(8e-3 * sent / mbps + waits[0])
+
+    assert takes(size + more) >= takes(size) - 1e-9
+
+
+def test_loss_costs_round_trips() -> None:
+    count, rng = 20_000, np.random.default_rng(0)
+    lossy = LinkState(name="lossy", rtt_ms=(20.0,), up_mbps=(8.0,), down_mbps=(16.0,), loss=0.1)
+    sent, received = bytes_of(9 * SEGMENT - HTTP_UP, count), bytes_of(100.0, count)
+    exact = draw_exchange(PLAIN, sent, received, rng).total
+    extra = draw_exchange(lossy, sent, received, rng).total - exact
+    # One of eight segments lost: a round trip. The last one: 2 round trips and the timer. The
+    # answer is a lone segment, whose timer is longer.
+    expected = (1 - 0.9**8) * 20 + 0.1 * 42 + 0.1 * 242
+    assert extra.mean() == pytest.approx(expected, rel=0.03)
+    assert extra.min() == 0.0
+
+
+def test_profile_becomes_samples_with_its_median_and_jitter() -> None:
+    link = LinkProfile(
+        name="x", description="", rtt_ms=60, up_mbps=8, down_mbps=25, loss=0.005, jitter_ms=20
+    )
+    state = LinkState.from_profile(link, http_ms=1.0)
+    assert np.median(state.rtt_ms) == pytest.approx(60, rel=0.05)
+    assert np.std(state.rtt_ms) == pytest.approx(20, rel=0.15)
+    assert min(state.rtt_ms) > 0
+    assert (state.up_mbps, state.down_mbps, state.loss) == ((8,), (25,), 0.005)
+    assert LinkState.from_profile(link, http_ms=1.0) == state
+
+
+@pytest.mark.parametrize("name", ["lan", "wifi", "lte", "satellite"])
+def test_built_in_links(name: str) -> None:
+    assert exchange_ms(LinkState.from_profile(load_link(name)), 10_000, 1000) > 0
+
+
+@pytest.mark.parametrize(
+    ("field", "values"), [("rtt_ms", ()), ("rtt_ms", (-1.0,)), ("up_mbps", (0.0,))]
+)
+def test_states_without_samples_are_refused(field: str, values: tuple[float, ...]) -> None:
+    fields: dict[str, Any] = {"rtt_ms": (1.0,), "up_mbps": (1.0,), "down_mbps": (1.0,)}
+    with pytest.raises(ValueError, match=field):
+        LinkState(name="x", **{**fields, field: values})
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@given(
+    mbps=st.sampled_from([0.5, 2.0, 8.0, 30.0, 100.0]),
+    rtt=st.floats(1, 100),
+    assumed_mbps=st.floats(0.5, 500),
+    assumed_rtt=st.floats(1, 100),
+)
+def test_estimator_finds_the_link_that_made_its_observations(
+    mbps: float, rtt: float, assumed_mbps: float, assumed_rtt: float
+) -> None:
+    true = LinkState(name="true", rtt_ms=(rtt,), up_mbps=(mbps,), down_mbps=(100.0,))
+    assumed = LinkState(
+        name="assumed", rtt_ms=(assumed_rtt,), up_mbps=(assumed_mbps,), down_mbps=(100.0,)
+    )
+    estimator = LinkEstimator(assumed, clock=Clock())
+    for size in (200, 40_000, 200, 40_000):
+        took = exchange_ms(true, size, 100)
+        estimator.observe(sent=size, received=100, network_ms=took)
+    found = estimator.state()
+    for size in (500, 10_000, 40_000):
+        assert exchange_ms(found, size, 100) == pytest.approx(exchange_ms(true, size, 100), rel=0.1)
+
+
+def test_estimator_forgets_and_falls_back() -> None:
+    clock = Clock()
+    estimator = LinkEstimator(PLAIN, max_age_s=10, clock=clock)
+    assert estimator.is_stale
+    assert estimator.state().rtt_ms == PLAIN.rtt_ms
+    estimator.observe(sent=100, received=100, network_ms=55.0)
+    assert not estimator.is_stale
+    assert estimator.state().rtt_ms[0] == pytest.approx(55, abs=2)
+    clock.now = 11.0
+    assert estimator.is_stale
+    assert estimator.state().rtt_ms == PLAIN.rtt_ms
+
+
+def test_noise_larger_than_the_bytes_moves_no_bandwidth() -> None:
+    rng = np.random.default_rng(0)
+    estimator = LinkEstimator(PLAIN, clock=Clock())
+    for _ in range(30):
+        for size in (200, 6000):
+            took = exchange_ms(PLAIN, size, 100) + rng.exponential(10.0)
+            estimator.observe(sent=size, received=100, network_ms=took)
+    assert estimator.state().up_mbps == PLAIN.up_mbps
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1, 1e5)), max_size=20))
+def test_estimator_takes_whatever_it_is_told(seen: list[tuple[int, float]]) -> None:
+    estimator = LinkEstimator(PLAIN, clock=Clock())
+    for sent, network_ms in seen:
+        estimator.observe(sent=sent, received=1000, network_ms=network_ms)
+    assert np.isfinite(exchange_ms(estimator.state(), 10_000, 1000))

@@ -1,0 +1,211 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from edgeclip.profiles.link import load_link
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.planning.candidates import all_candidates
+from edgeclip.runtime.planning.cut_set import CutSet
+from edgeclip.runtime.planning.estimate import Conditions, Estimate, embedding_bytes, estimate
+from edgeclip.runtime.planning.explain_plan import explain
+from edgeclip.runtime.planning.link_state import LinkState
+from edgeclip.runtime.planning.plan_picture import plan_page, plan_picture
+from edgeclip.runtime.planning.plan_table import plan_table
+from edgeclip.runtime.planning.planner import Choice, Objective, choose, estimate_all
+from edgeclip.runtime.planning.stage_times import StageSamples, StageTimes
+
+FAST = LinkState(name="fast", rtt_ms=(0.1,), up_mbps=(10_000.0,), down_mbps=(10_000.0,))
+SLOW = LinkState(name="slow", rtt_ms=(200.0,), up_mbps=(0.1,), down_mbps=(0.1,))
+HEAD_MS, PREPARE_MS, CODEC_MS = 4.0, 2.0, 0.1  # of nine heads the k-th takes k times as long
+
+
+def made_up(times: StageTimes, *, slower: float = 1.0) -> StageTimes:
+    """The same stages with times that are easy to add up: the whole tower takes 40 ms."""
+
+    def ms(item: StageSamples) -> float:
+        stage = item.stage
+        if stage.kind == "head":
+            return HEAD_MS * (stage.cut or 0)
+        if stage.kind == "tail":
+            return 10 * HEAD_MS - HEAD_MS * (stage.cut or 0)
+        return PREPARE_MS if stage.kind == "prepare" else CODEC_MS
+
+    stages = tuple(
+        dataclasses.replace(item, ms=(slower * ms(item),) * times.rounds, joules=None)
+        for item in times.stages
+    )
+    return dataclasses.replace(times, stages=stages, contended=False)
+
+
+def estimates(
+    cuts: CutSet, times: StageTimes, link: LinkState, *, slower: float = 1.0, **more: Any
+) -> dict[str, Estimate]:
+    """All plans, with a device that is so many times slower than the server."""
+    conditions = Conditions(link=link, dim=256, draws=500, **more)
+    found = estimate_all(cuts.manifest, made_up(times, slower=slower), made_up(times), conditions)
+    return {item.plan.name: item for item in found}
+
+
+def chosen(found: dict[str, Estimate], **more: Any) -> Choice:
+    return choose(list(found.values()), Objective(**more))
+
+
+def test_all_kinds_of_plans_are_there(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
+    found = estimates(emoji_cuts, emoji_times, FAST)
+    assert {item.plan.kind for item in found.values()} == {"device", "image", "cut"}
+    assert {item.plan.cut for item in found.values()} == {None, *range(10)}
+    assert found["send the file as it is"].plan.model == "emoji-student-image"
+    assert found["cut 3 (after block 0), int8"].plan.model == "emoji-student-tail-3"
+    searches = estimates(emoji_cuts, emoji_times, FAST, goal="search")
+    assert searches["send the embedding"].plan.kind == "embedding"
+
+
+def test_parts_are_those_of_the_formula(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
+    found = estimates(emoji_cuts, emoji_times, SLOW, slower=3.0, load=2.0)
+    item = found["cut 5 (after block 1), int8"]
+    size = np.median([p.bytes for p in emoji_times.payloads if (p.cut, p.codec) == (5, "int8")])
+    assert item.parts.device == pytest.approx(3 * 2 * (PREPARE_MS + 5 * HEAD_MS))
+    assert item.parts.encode == pytest.approx(3 * 2 * CODEC_MS)
+    assert item.parts.up == pytest.approx(8e-3 * (size + 330) / 0.1, rel=0.02)
+    assert item.parts.rtt == 200.0
+    assert item.parts.server == pytest.approx(5 * HEAD_MS)
+    assert item.parts.down == pytest.approx(8e-3 * (embedding_bytes(256)[1] + 190) / 0.1)
+    assert item.parts.total == pytest.approx(item.plan.p50_ms, rel=0.01)
+    alone = found["device only"]
+    assert alone.parts.total == pytest.approx(3 * 2 * (PREPARE_MS + 10 * HEAD_MS))
+    assert (alone.parts.rtt, alone.plan.bytes_p95) == (0.0, 0)
+
+
+def test_percentiles_follow_the_samples(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
+    rare = tuple([1.0] * 11 + [31.0])  # one in twelve is slow
+    stages = tuple(
+        dataclasses.replace(item, ms=rare if item.stage.kind == "tail" else (0.5,) * 12)
+        for item in emoji_times.stages
+    )
+    server = dataclasses.replace(emoji_times, stages=stages)
+    device = made_up(emoji_times)
+    (candidate,) = (
+        item
+        for item in all_candidates(emoji_cuts.manifest, device)
+        if item.plan.name == "send the file as it is"
+    )
+    item = estimate(candidate, device, server, Conditions(link=FAST, dim=256))
+    assert item.plan.p50_ms is not None
+    assert item.p95_ms - item.plan.p50_ms == pytest.approx(30, abs=0.1)
+
+
+def test_queue_waits_longer_for_a_busy_server(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
+    name = "send the file as it is"
+    idle = estimates(emoji_cuts, emoji_times, FAST)[name]
+    busy = estimates(emoji_cuts, emoji_times, FAST, utilisation=0.5)[name]
+    assert idle.parts.queue == 0
+    # Constant service times S: the mean wait is rho S / (2 (1 - rho)).
+    assert busy.parts.queue == pytest.approx(0.5 * busy.server_ms / (2 * 0.5), rel=0.15)
+
+
+def test_slow_device_on_a_fast_link_sends_the_picture(
+    emoji_cuts: CutSet, emoji_times: StageTimes
+) -> None:
+    choice = chosen(estimates(emoji_cuts, emoji_times, FAST, slower=20.0))
+    assert choice.best.plan.kind == "image"
+    words = explain(choice, Objective())
+    assert "No cut in the middle wins" in words
+    assert "a tower of constant width carries as many values" in words
+
+
+def test_slow_link_leaves_all_to_the_device(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
+    choice = chosen(estimates(emoji_cuts, emoji_times, SLOW))
+    assert choice.best.plan.kind == "device"
+    assert "No cut in the middle wins" in explain(choice, Objective())
+
+
+def test_narrow_late_cut_wins_where_it_should(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
+    # The device is as fast as the server until its last block, which takes it a second.
+    device = made_up(emoji_times)
+    stages = tuple(
+        dataclasses.replace(item, ms=(1000.0,) * 12)
+        if str(item.stage) in ("tail 0", "head 9") or item.stage.kind == "compress"
+        else item
+        for item in device.stages
+    )
+    device = dataclasses.replace(device, stages=stages)
+    link = LinkState(name="thin", rtt_ms=(5.0,), up_mbps=(1.0,), down_mbps=(10.0,))
+    conditions = Conditions(link=link, dim=256, draws=500)
+    found = estimate_all(emoji_cuts.manifest, device, made_up(emoji_times), conditions)
+    choice = choose(found, Objective())
+    assert (choice.best.plan.kind, choice.best.plan.cut) == ("cut", 8)
+    assert "No cut in the middle" not in explain(choice, Objective())
+
+
+def test_deadline_and_quality_bound_the_choice(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
+    found = estimates(emoji_cuts, emoji_times, FAST, slower=20.0)
+    hopeless = chosen(found, deadline_ms=0.5)
+    assert not hopeless.meets_deadline
+    assert "No plan keeps the deadline" in explain(hopeless, Objective(deadline_ms=0.5))
+    strict = chosen(found, least_cosine=0.9999)
+    assert {item.plan.codec for item in strict.refused} >= {"jpeg-75", "webp-80"}
+    assert all(item.cosine_least >= 0.9999 for item in strict.allowed)
+    impossible = chosen(found, least_cosine=1.5, mean_cosine=1.5)
+    assert impossible.best.plan.kind == "device"  # it sends nothing that could lose
+
+
+def test_bytes_and_server_time_can_have_a_price(
+    emoji_cuts: CutSet, emoji_times: StageTimes
+) -> None:
+    found = estimates(emoji_cuts, emoji_times, FAST, slower=20.0)
+    assert chosen(found).best.plan.kind == "image"
+    assert chosen(found, ms_per_megabyte=1e9).best.plan.kind == "device"
+    assert chosen(found, ms_per_server_second=1e9).best.plan.kind == "device"
+
+
+def test_energy_counts_only_where_it_was_measured(
+    emoji_cuts: CutSet, emoji_times: StageTimes
+) -> None:
+    found = estimates(emoji_cuts, emoji_times, FAST, slower=20.0)
+    objective = Objective(ms_per_joule=1e6)
+    choice = choose(list(found.values()), objective)
+    assert choice.best.joules is None
+    assert "Energy was not measured" in explain(choice, objective)
+    device = made_up(emoji_times)
+    stages = tuple(dataclasses.replace(item, joules=1e-3 * item.ms[0]) for item in device.stages)
+    metered = dataclasses.replace(device, stages=stages, energy_sensor="RAPL packages")
+    (alone,) = (
+        item for item in all_candidates(emoji_cuts.manifest, metered) if item.plan.kind == "device"
+    )
+    item = estimate(alone, metered, device, Conditions(link=FAST, dim=256))
+    assert item.joules == pytest.approx(1e-3 * (PREPARE_MS + 10 * HEAD_MS))
+
+
+def test_same_seed_same_prediction(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
+    link = LinkState.from_profile(load_link("lte"))
+    assert estimates(emoji_cuts, emoji_times, link) == estimates(emoji_cuts, emoji_times, link)
+
+
+def test_times_of_another_tower_are_refused(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
+    other = dataclasses.replace(emoji_times, bundle="another")
+    for device, server in ((other, emoji_times), (emoji_times, other)):
+        with pytest.raises(InputError, match="measure the same cut set on both sides"):
+            estimate_all(emoji_cuts.manifest, device, server, Conditions(link=FAST, dim=256))
+
+
+def test_table_and_picture_show_every_kind(
+    emoji_cuts: CutSet, emoji_times: StageTimes, tmp_path: Path
+) -> None:
+    choice = chosen(estimates(emoji_cuts, emoji_times, SLOW, utilisation=0.3), deadline_ms=90.0)
+    table = plan_table(choice)
+    lines = table.splitlines()
+    assert lines[0].split()[:5] == ["plan", "p50", "ms", "p95", "ms"]
+    assert sum(line.startswith(">") for line in lines) == 1
+    assert "more with --all" in table
+    assert len(plan_table(choice, all_codecs=True).splitlines()) > len(lines)
+    picture = plan_picture(choice, title="Plans <over> a link", deadline_ms=90.0)
+    root = ElementTree.fromstring(picture)
+    texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"device only", "Plans <over> a link", "milliseconds"} & texts
+    assert {"on the server", "round trip", "wait for the server"} <= texts
+    page = plan_page(picture, title="Plans", words="one <two>\nthree")
+    assert "<p>one &lt;two&gt;</p><p>three</p>" in page
