@@ -102,8 +102,7 @@ def measure_cuts(
     """
     files = _files(cuts, pictures, rounds)
     all_works, meter = StageWorks(cuts, device, files), EnergyMeter.find()
-    stages: list[StageSamples] = []
-    payloads = list[Payload](all_works.picture_payloads())
+    payloads, stages = list[Payload](all_works.picture_payloads()), list[StageSamples]()
     groups = list(_groups(cuts))
     with _watched() as cpu:
         for number, group in enumerate(groups):
@@ -114,16 +113,16 @@ def measure_cuts(
                 payloads += crossing
             step = functools.partial(_step, progress, number, len(groups), rounds)
             stages += _sampled([*map(altered, works)], rounds, len(files), meter, step)
-    denied, manifest = cpu[0], cuts.manifest
+    denied, about = cpu[0], cuts.manifest
     return StageTimes(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         machine=detect_machine(),
         device=device.name,
-        bundle=manifest.bundle,
-        space=manifest.space,
-        precision=manifest.precision,
+        bundle=about.bundle,
+        space=about.space,
+        precision=about.precision,
         rounds=rounds,
         pictures=len(files),
         stages=tuple(stages),
