@@ -83,7 +83,7 @@ def fastest(
         if ratio.high < 1 and ratio.value < best_ratio:
             best, best_ratio = precision, ratio.value
     if not notes:
-        return best, "no other precision is inside its gates"
+        return best, "the only precision in the bundle"
     return best, f"fastest inside its gates: {', '.join(notes)}"
 
 

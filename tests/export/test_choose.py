@@ -69,7 +69,7 @@ def test_what_is_not_surely_faster_is_not_chosen() -> None:
 
 def test_fp32_alone_is_chosen_with_a_reason() -> None:
     precision, why, latency_ms = chosen(fp32=1)
-    assert (precision, why) == ("fp32", "no other precision is inside its gates")
+    assert (precision, why) == ("fp32", "the only precision in the bundle")
     assert latency_ms("int8") is None
 
 
