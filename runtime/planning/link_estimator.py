@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeclip.runtime.planning.link_state import HTTP_DOWN, HTTP_UP, LinkState, slow_start_ms
+from edgeclip.runtime.planning.link_state import HTTP_DOWN, HTTP_UP, LinkState, transfer_ms
 
 _SMALL = 4096  # bytes both ways: their time is a round trip and little else
 _KEPT = 64  # observations of each kind
@@ -139,9 +139,8 @@ def _upload_ms(seen: Observation, rtt_ms: float, down: float) -> float:
 
 def _takes_ms(seen: Observation, mbps: float, rtt_ms: float, window: int) -> float:
     """What they would take at some bandwidth."""
-    size = np.array([float(seen.sent + HTTP_UP)])
-    stalls = slow_start_ms(size, np.array([mbps]), np.array([rtt_ms]), window)
-    return float(8e-3 * size[0] / mbps + stalls[0])
+    sent, rate, rtt = (np.array([float(value)]) for value in (seen.sent, mbps, rtt_ms))
+    return float(transfer_ms(sent, rate, rtt, head=HTTP_UP, window=window)[0])
 
 
 def _bandwidth(seen: Observation, rtt_ms: float, down: float, window: int) -> float:

@@ -7,7 +7,8 @@ TCP Latency", INFOCOM 2000, without its connection setup)
 
 - 8 B / (eta BW): B bytes at BW, of which headers leave the share eta to payload.
 - stalls: after a pause the congestion window begins at 10 segments (RFC 6928) and doubles
-  every round trip; until it covers the link, the sender waits RTT - w / BW in each round.
+  every round trip; until it covers the link, the sender waits RTT - w / BW in each round. The
+  head of a message is sent by itself and fills a segment.
 - recovery: with loss p, n segments lose one with 1 - (1 - p)^n. One in the middle is sent
   again a round trip later; the last one only after a probe timeout, 2 RTT and for a lone
   segment 200 ms more (RFC 8985, as Linux has it).
@@ -128,43 +129,57 @@ def draw_exchange(
         rng.choice(np.array(rates), count) * link.efficiency
         for rates in (link.up_mbps, link.down_mbps)
     )
-    return Exchange(
-        up=_one_way(sent + HTTP_UP, up, rtt, link, rng),
-        rtt=rtt + link.http_ms,
-        down=_one_way(received + HTTP_DOWN, down, rtt, link, rng),
+    both = (
+        transfer_ms(sent, up, rtt, head=HTTP_UP, window=link.window),
+        transfer_ms(received, down, rtt, head=HTTP_DOWN, window=link.window),
     )
+    if link.loss > 0:
+        lost = [_recovery_ms(_segments(body), rtt, link.loss, rng) for body in (sent, received)]
+        both = both[0] + lost[0], both[1] + lost[1]
+    return Exchange(up=both[0], rtt=rtt + link.http_ms, down=both[1])
 
 
-def _one_way(
-    size: Values, mbps: Values, rtt: Values, link: LinkState, rng: np.random.Generator
-) -> Values:
-    """Milliseconds beyond the round trip to bring `size` bytes across."""
-    time = 8e-3 * size / mbps + slow_start_ms(size, mbps, rtt, link.window)
-    return time if link.loss == 0 else time + _recovery_ms(size, rtt, link.loss, rng)
-
-
-def slow_start_ms(size: Values, mbps: Values, rtt: Values, window: int = FIRST_WINDOW) -> Values:
-    """Milliseconds that a sender waits for its window to grow; all arrays [draws].
+def transfer_ms(body: Values, mbps: Values, rtt: Values, *, head: int, window: int) -> Values:
+    """Milliseconds beyond the round trip to bring a message across without loss; all [draws].
 
     Args:
-        size: bytes.
+        body, head: bytes.
         mbps: 10^6 bits per second.
         rtt: milliseconds.
         window: segments at the beginning.
     """
-    left, allowed = size.astype(np.float64), float(window * SEGMENT)
+    time: Values = 8e-3 * (body + head) / mbps
+    return time + slow_start_ms(_segments(body), mbps, rtt, window)
+
+
+def slow_start_ms(
+    segments: Values, mbps: Values, rtt: Values, window: int = FIRST_WINDOW
+) -> Values:
+    """Milliseconds that a sender waits for its window to grow; all arrays [draws].
+
+    Args:
+        segments: how many there are to send.
+        mbps: 10^6 bits per second.
+        rtt: milliseconds.
+        window: segments at the beginning.
+    """
+    left, allowed = segments.astype(np.float64), float(window)
     waited = np.zeros_like(left)
     while (left > allowed).any():
-        waits = left > allowed
-        waited += np.where(waits, np.maximum(0.0, rtt - 8e-3 * allowed / mbps), 0.0)
+        waits = np.maximum(0.0, rtt - 8e-3 * allowed * SEGMENT / mbps)
+        waited += np.where(left > allowed, waits, 0.0)
         left = left - allowed
         allowed *= 2
     return waited
 
 
-def _recovery_ms(size: Values, rtt: Values, loss: float, rng: np.random.Generator) -> Values:
-    segments = np.ceil(size / SEGMENT)
-    in_the_middle = rng.random(len(size)) < 1 - (1 - loss) ** (segments - 1)
-    at_the_end = rng.random(len(size)) < loss
+def _segments(body: Values) -> Values:
+    """Those of a message, whose head has one of its own."""
+    return 1 + np.ceil(body / SEGMENT)
+
+
+def _recovery_ms(segments: Values, rtt: Values, loss: float, rng: np.random.Generator) -> Values:
+    in_the_middle = rng.random(len(rtt)) < 1 - (1 - loss) ** (segments - 1)
+    at_the_end = rng.random(len(rtt)) < loss
     probe = 2 * rtt + _PROBE_MS + np.where(segments == 1, _LONE_MS, 0.0)
     return np.where(in_the_middle, rtt, 0.0) + np.where(at_the_end, probe, 0.0)

@@ -14,6 +14,7 @@ from edgeclip.runtime.planning.link_state import (
     LinkState,
     draw_exchange,
     slow_start_ms,
+    transfer_ms,
 )
 
 PLAIN = LinkState(name="plain", rtt_ms=(20.0,), up_mbps=(8.0,), down_mbps=(16.0,))
@@ -51,13 +52,22 @@ def test_http_and_headers_count() -> None:
 )
 def test_window_doubles_every_round_trip(segments: int, rounds: int) -> None:
     # So fast a link that a window is sent in no time: each round costs a round trip.
-    waited = slow_start_ms(bytes_of(segments * SEGMENT), bytes_of(1e9), bytes_of(20.0))
+    waited = slow_start_ms(bytes_of(segments), bytes_of(1e9), bytes_of(20.0))
     assert waited[0] == pytest.approx(20.0 * rounds, abs=1e-3)
+
+
+def test_head_takes_a_segment_of_the_window() -> None:
+    ten = transfer_ms(bytes_of(9 * SEGMENT), bytes_of(1e9), bytes_of(20.0), head=300, window=10)
+    eleven = transfer_ms(
+        bytes_of(9 * SEGMENT + 1), bytes_of(1e9), bytes_of(20.0), head=300, window=10
+    )
+    assert ten[0] == pytest.approx(0, abs=1e-3)
+    assert eleven[0] == pytest.approx(20, abs=1e-3)
 
 
 def test_full_link_does_not_wait_for_the_window() -> None:
     # Ten segments take longer than a round trip.
-    waited = slow_start_ms(bytes_of(1e6), bytes_of(2.0), bytes_of(20.0))
+    waited = slow_start_ms(bytes_of(700), bytes_of(2.0), bytes_of(20.0))
     assert waited[0] == 0.0
 
 
@@ -66,8 +76,8 @@ def test_full_link_does_not_wait_for_the_window() -> None:
 )
 def test_more_bytes_never_arrive_sooner(size: float, more: float, mbps: float, rtt: float) -> None:
     def takes(sent: float) -> float:
-        waits = slow_start_ms(bytes_of(sent), bytes_of(mbps), bytes_of(rtt))
-        return float(8e-3 * sent / mbps + waits[0])
+        values = (bytes_of(sent), bytes_of(mbps), bytes_of(rtt))
+        return float(transfer_ms(*values, head=300, window=10)[0])
 
     assert takes(size + more) >= takes(size) - 1e-9
 
@@ -75,12 +85,12 @@ def test_more_bytes_never_arrive_sooner(size: float, more: float, mbps: float, r
 def test_loss_costs_round_trips() -> None:
     count, rng = 20_000, np.random.default_rng(0)
     lossy = LinkState(name="lossy", rtt_ms=(20.0,), up_mbps=(8.0,), down_mbps=(16.0,), loss=0.1)
-    sent, received = bytes_of(9 * SEGMENT - HTTP_UP, count), bytes_of(100.0, count)
+    sent, received = bytes_of(9 * SEGMENT, count), bytes_of(100.0, count)
     exact = draw_exchange(PLAIN, sent, received, rng).total
     extra = draw_exchange(lossy, sent, received, rng).total - exact
-    # One of eight segments lost: a round trip. The last one: 2 round trips and the timer. The
-    # answer is a lone segment, whose timer is longer.
-    expected = (1 - 0.9**8) * 20 + 0.1 * 42 + 0.1 * 242
+    # One of nine segments before the last lost: a round trip. The last one: 2 round trips and
+    # the timer. The answer is two segments.
+    expected = (1 - 0.9**9) * 20 + 0.1 * 42 + 0.1 * 20 + 0.1 * 42
     assert extra.mean() == pytest.approx(expected, rel=0.03)
     assert extra.min() == 0.0
 
