@@ -9,12 +9,14 @@ TCP Latency", INFOCOM 2000, without its connection setup)
 - stalls: after a pause the congestion window begins at 10 segments (RFC 6928) and doubles
   every round trip; until it covers the link, the sender waits RTT - w / BW in each round. The
   head of a message is sent by itself and fills a segment.
-- recovery: with loss p, n segments lose one with 1 - (1 - p)^n. One in the middle is sent
-  again a round trip later; the last one only after a probe timeout, 2 RTT and for a lone
-  segment 200 ms more (RFC 8985, as Linux has it).
+  With loss p it does not grow beyond sqrt(1.5 / p) segments (Mathis et al., "The Macroscopic
+  Behavior of the TCP Congestion Avoidance Algorithm", 1997).
+- recovery: n segments lose one before the last with 1 - (1 - p)^(n - 1); it is sent again
+  5/4 RTT later. The last one is missed only by a timer: 2 RTT, and in half of the cases 200 ms
+  more, where what came before it was acknowledged in time (RFC 8985, as Linux has it).
 
-What this leaves out: the window that a loss halves, a retransmission that is lost again, queues
-that other traffic fills, and whatever a radio does before the first packet.
+What this leaves out: that a loss makes the next requests slower too, a retransmission that is
+lost again, queues that other traffic fills, and whatever a radio does before the first packet.
 """
 
 import math
@@ -34,7 +36,7 @@ FIRST_WINDOW = 10  # segments, RFC 6928
 # What HTTP adds to a body, in bytes: request line, status line, and headers of both programs.
 HTTP_UP, HTTP_DOWN = 330, 190
 _PROBE_MS = 2.0
-_LONE_MS = 200.0
+_LONE_MS = 200.0  # for a delayed acknowledgement
 _PROFILE_SAMPLES = 500
 
 
@@ -129,9 +131,10 @@ def draw_exchange(
         rng.choice(np.array(rates), count) * link.efficiency
         for rates in (link.up_mbps, link.down_mbps)
     )
+    most = math.inf if link.loss == 0 else max(2.0, math.sqrt(1.5 / link.loss))
     both = (
-        transfer_ms(sent, up, rtt, head=HTTP_UP, window=link.window),
-        transfer_ms(received, down, rtt, head=HTTP_DOWN, window=link.window),
+        transfer_ms(sent, up, rtt, head=HTTP_UP, window=link.window, most=most),
+        transfer_ms(received, down, rtt, head=HTTP_DOWN, window=link.window, most=most),
     )
     if link.loss > 0:
         lost = [_recovery_ms(_segments(body), rtt, link.loss, rng) for body in (sent, received)]
@@ -139,7 +142,9 @@ def draw_exchange(
     return Exchange(up=both[0], rtt=rtt + link.http_ms, down=both[1])
 
 
-def transfer_ms(body: Values, mbps: Values, rtt: Values, *, head: int, window: int) -> Values:
+def transfer_ms(
+    body: Values, mbps: Values, rtt: Values, *, head: int, window: int, most: float = math.inf
+) -> Values:
     """Milliseconds beyond the round trip to bring a message across without loss; all [draws].
 
     Args:
@@ -147,13 +152,18 @@ def transfer_ms(body: Values, mbps: Values, rtt: Values, *, head: int, window: i
         mbps: 10^6 bits per second.
         rtt: milliseconds.
         window: segments at the beginning.
+        most: segments beyond which the window does not grow.
     """
     time: Values = 8e-3 * (body + head) / mbps
-    return time + slow_start_ms(_segments(body), mbps, rtt, window)
+    return time + slow_start_ms(_segments(body), mbps, rtt, window, most)
 
 
 def slow_start_ms(
-    segments: Values, mbps: Values, rtt: Values, window: int = FIRST_WINDOW
+    segments: Values,
+    mbps: Values,
+    rtt: Values,
+    window: int = FIRST_WINDOW,
+    most: float = math.inf,
 ) -> Values:
     """Milliseconds that a sender waits for its window to grow; all arrays [draws].
 
@@ -161,15 +171,15 @@ def slow_start_ms(
         segments: how many there are to send.
         mbps: 10^6 bits per second.
         rtt: milliseconds.
-        window: segments at the beginning.
+        window, most: segments at the beginning, and beyond which the window does not grow.
     """
-    left, allowed = segments.astype(np.float64), float(window)
+    left, allowed = segments.astype(np.float64), min(float(window), most)
     waited = np.zeros_like(left)
     while (left > allowed).any():
         waits = np.maximum(0.0, rtt - 8e-3 * allowed * SEGMENT / mbps)
         waited += np.where(left > allowed, waits, 0.0)
         left = left - allowed
-        allowed *= 2
+        allowed = min(2 * allowed, most)
     return waited
 
 
@@ -179,7 +189,8 @@ def _segments(body: Values) -> Values:
 
 
 def _recovery_ms(segments: Values, rtt: Values, loss: float, rng: np.random.Generator) -> Values:
-    in_the_middle = rng.random(len(rtt)) < 1 - (1 - loss) ** (segments - 1)
-    at_the_end = rng.random(len(rtt)) < loss
-    probe = 2 * rtt + _PROBE_MS + np.where(segments == 1, _LONE_MS, 0.0)
-    return np.where(in_the_middle, rtt, 0.0) + np.where(at_the_end, probe, 0.0)
+    count = len(rtt)
+    before = rng.random(count) < 1 - (1 - loss) ** (segments - 1)
+    last = rng.random(count) < loss
+    timer = 2 * rtt + _PROBE_MS + np.where(rng.random(count) < 0.5, _LONE_MS, 0.0)
+    return np.where(before, 1.25 * rtt, 0.0) + np.where(last, timer, 0.0)
