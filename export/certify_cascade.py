@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from edgeclip.export.examine import Examiner, IndexBy
 from edgeclip.export.questions import Questions
 from edgeclip.runtime.cascade.certificate import (
-    SCHEMA_VERSION,
     Certificate,
     Quality,
     QuerySet,
@@ -133,7 +132,6 @@ def _certificate(
     other: Tower = "text" if questions.query == "image" else "image"
     share, error = trial.escalated_share(chosen.threshold), share_error(len(trial), plan.delta)
     return Certificate(
-        schema_version=SCHEMA_VERSION,
         query=questions.query,
         bound=plan.bound,
         delta=plan.delta,

@@ -16,7 +16,7 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.fallback import open_or_fall_back
 from edgeclip.runtime.index import Hit, Index
 from edgeclip.runtime.labels import LabelSet, bake_labels
-from edgeclip.runtime.load_image import ImageInput
+from edgeclip.runtime.load_image import ImageInput, list_of_images
 from edgeclip.runtime.preprocess import crop_batch
 from edgeclip.runtime.spec import (
     LABEL_OUTPUTS,
@@ -317,14 +317,19 @@ class Encoder:
                 or is a float array of something other than embeddings.
         """
         index.check_space(self.space)
-        return list(index.search(self._embed_query(query), top, space=self.space))
+        return list(index.search(self.embed_query(query), top, space=self.space))
 
-    def _embed_query(self, query: Any) -> FloatArray:
+    def embed_query(self, query: ImageInput | Sequence[str] | Sequence[ImageInput]) -> FloatArray:
+        """Embeddings of what `search` takes as a query; float32 [N, dim], L2-normalised.
+
+        Raises:
+            InputError: see `search`.
+        """
         if isinstance(query, np.ndarray) and query.ndim == 2 and query.dtype.kind == "f":
             what = "a query of floats (a grey image is given as uint8)"
             check_embeddings(query, self.spec.dim, what)
             return query
-        several = [query] if isinstance(query, str) else _list_of_images(query)
+        several = [query] if isinstance(query, str) else list_of_images(query)
         texts = [item for item in several if isinstance(item, str)]
         if not several:
             raise InputError("nothing to search for: give at least one text or image")
@@ -335,20 +340,11 @@ class Encoder:
     def _image_outputs(
         self, images: ImageInput | Sequence[ImageInput], batch_size: int
     ) -> Iterator[Outputs]:
-        for start, chunk in _chunks(_list_of_images(images), batch_size):
+        for start, chunk in _chunks(list_of_images(images), batch_size):
             yield self._image_tower.outputs(crop_batch(chunk, self.spec.image, first=start))
 
     def _joined(self, parts: list[FloatArray]) -> FloatArray:
         return np.concatenate(parts) if parts else np.zeros((0, self.spec.dim), np.float32)
-
-
-def _list_of_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    """Make a list of one image or several; only an array of four dimensions is a batch."""
-    if isinstance(images, np.ndarray):
-        return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray):
-        return list(images)
-    return [images]
 
 
 def _chunks(items: Any, size: int) -> Iterator[tuple[int, Any]]:

@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def list_of_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """Make a list of one image or several; only an array of four dimensions is a batch."""
+    if isinstance(images, np.ndarray):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray):
+        return list(images)
+    return [images]
 
 
 @dataclass(frozen=True, slots=True)

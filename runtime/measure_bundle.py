@@ -15,7 +15,7 @@ from edgeclip.runtime.choose_precision import usable_precisions
 from edgeclip.runtime.cold_start import measure_cold_start
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
-from edgeclip.runtime.measurement import SCHEMA_VERSION, Measurement, MeasurementRun
+from edgeclip.runtime.measurement import Measurement, MeasurementRun
 from edgeclip.runtime.progress import progress_bar
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.tower_feed import tower_feed
@@ -70,7 +70,6 @@ def measurement_run(
 ) -> MeasurementRun:
     """Put measurements on record, with this machine and the time."""
     return MeasurementRun(
-        schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         workload=workload,

@@ -1,21 +1,15 @@
 """What was measured, on which machine, by which command: data with a JSON round trip."""
 
-import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.machine import Machine
-from edgeclip.profiles.schema import parse
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.cpu_time import CpuTime
-from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.json_record import JsonRecord
 from edgeclip.runtime.spec import Tower
 
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,62 +82,17 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MeasurementRun:
+class MeasurementRun(JsonRecord):
     """Everything needed to believe, and to repeat, some measurements.
 
     `created` is ISO 8601 in UTC. Versions of packages are part of `machine`.
     """
 
-    schema_version: int
+    WHAT: ClassVar[str] = "measurements"
+    MEND: ClassVar[str] = "measure again"
+
     created: str
     command: str
     workload: Workload
     machine: Machine
     measurements: tuple[Measurement, ...]
-
-    def to_json(self) -> str:
-        """This run as indented JSON; `from_json` gives an equal object back."""
-        return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
-
-    @staticmethod
-    def from_json(text: str, *, source: str) -> "MeasurementRun":
-        """Read what `to_json` wrote; `source` names it in messages.
-
-        Raises:
-            ConfigError: not JSON, another schema version, or not a measurement run.
-        """
-        try:
-            data: Any = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{source} is not JSON: {error}") from None
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{source}: measurement schema {version!r} is not {SCHEMA_VERSION}: "
-                "measure again, or read it with the version of edgeclip that wrote it"
-            )
-        return parse(MeasurementRun, data, source=source)
-
-    def save(self, path: Path) -> None:
-        """Write `to_json` to `path`, whole or not at all.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
-        with atomic_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-
-    @staticmethod
-    def load(path: Path) -> "MeasurementRun":
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: missing, unreadable or invalid file.
-        """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not text: {error}") from None
-        return MeasurementRun.from_json(text, source=str(path))

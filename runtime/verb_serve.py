@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.limits import BatchLimits, ServerLimits
-from edgeclip.runtime.serving.models import Registry
+from edgeclip.runtime.serving.open_registry import Sources, open_registry
 from edgeclip.runtime.serving.security import Security, security_for
 from edgeclip.runtime.serving.serve import address_of, listen, serve
 from edgeclip.runtime.serving.tls import TlsFiles
@@ -114,7 +114,7 @@ def _add_security(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; what is under way then is finished."""
-    batches, limits = _limits(args)
+    sources, batches, limits = _checked(args)
     bound = listen(args.host, args.port)
     with bound:
         security = security_for(
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         )
         one_thread_for_products()
         grpc_port = _free_grpc_port(args, bound)
-        registry = _registry(args)
+        registry = open_registry(sources, args.device)
         app = App(registry, batches=batches, limits=limits, token=security.token)
         _announce(security)
         address = address_of(bound, security.tls)
@@ -143,9 +143,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _limits(args: argparse.Namespace) -> tuple[BatchLimits, ServerLimits]:
+def _checked(args: argparse.Namespace) -> tuple[Sources, BatchLimits, ServerLimits]:
+    if args.function and "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder, as `python -m` has it
     try:
         return (
+            Sources(
+                bundles=args.bundles,
+                cuts=args.cuts,
+                indexes=args.index,
+                functions=args.function,
+                echo=args.echo,
+            ),
             BatchLimits(max_batch=args.max_batch, max_wait_ms=args.max_wait_ms, queue=args.queue),
             ServerLimits(max_body=args.max_body_mb * _MIB, grace_seconds=args.grace),
         )
@@ -181,64 +190,3 @@ def _is_loopback(bound: socket.socket) -> bool:
 def _announce(security: Security) -> None:
     for line in security.lines:
         print(line, file=sys.stderr)
-
-
-def _registry(args: argparse.Namespace) -> Registry:
-    if not (args.bundles or args.cuts or args.index or args.function or args.echo):
-        raise InputError("nothing to serve: give a BUNDLE, --index FILE or --function NAME")
-    registry = Registry()
-    if args.echo:
-        from edgeclip.runtime.serving.echo_model import EchoModel
-
-        registry.add(EchoModel())
-    for given in args.function:
-        from edgeclip.runtime.serving.function_model import FunctionModel
-
-        if "" not in sys.path:
-            sys.path.insert(0, "")  # the current folder, as `python -m` has it
-        function = FunctionModel.load(given)
-        registry.add(function, joins=function.joins)
-    for given in args.index:
-        _add_index(registry, given)
-    for given in args.bundles:
-        _add_bundle(registry, given, args.device)
-    for given in args.cuts:
-        _add_tails(registry, given, args.device)
-    return registry
-
-
-def _add_index(registry: Registry, given: str) -> None:
-    from edgeclip.runtime.index import Index
-    from edgeclip.runtime.serving.search_model import SearchModel
-    from edgeclip.runtime.serving.security import server_folder
-
-    name, path = _named(given)
-    model = SearchModel(Index.load(path), name or path.stem, server_folder() / "search")
-    print(model.about, file=sys.stderr)
-    registry.add(model)
-
-
-def _add_bundle(registry: Registry, given: str, device: str) -> None:
-    from edgeclip.runtime.encoder import Encoder
-    from edgeclip.runtime.serving.bundle_models import bundle_models
-
-    name, path = _named(given)
-    encoder = Encoder.open(path, device=device)
-    for model in bundle_models(encoder, name or encoder.bundle.manifest.name):
-        registry.add(model)
-
-
-def _add_tails(registry: Registry, given: str, device: str) -> None:
-    from edgeclip.profiles.device import load_device
-    from edgeclip.runtime.planning.cut_runner import tail_models
-    from edgeclip.runtime.planning.cut_set import CutSet
-
-    name, path = _named(given)
-    for tail in tail_models(CutSet.open(path), load_device(device), name or None):
-        registry.add(tail)
-
-
-def _named(given: str) -> tuple[str, Path]:
-    """Cut NAME=PATH in two; the name is empty where there is none."""
-    name, equals, path = given.partition("=")
-    return (name, Path(path)) if equals and "/" not in name else ("", Path(given))

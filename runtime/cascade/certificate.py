@@ -4,25 +4,22 @@ It lies in the student's bundle as `cascade/image.json` or `cascade/text.json`, 
 whose queries it is about, and the manifest lists it with its hash as any other file.
 """
 
-import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.ranges import Range, check_ranges
-from edgeclip.profiles.schema import parse
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cascade.drift import ScoreSample
 from edgeclip.runtime.cascade.scores import Score
 from edgeclip.runtime.errors import BundleError
 from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.json_record import JsonRecord
 from edgeclip.runtime.manifest import FileRecord, Manifest
 from edgeclip.runtime.spec import Precision, Tower
 
-SCHEMA_VERSION = 1
 
 
 class CertificateError(BundleError):
@@ -96,11 +93,10 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
+class Certificate(JsonRecord):
     """With probability 1 - delta, the cascade keeps `bound` of the teacher's quality.
 
     Attributes:
-        schema_version: `SCHEMA_VERSION` of the software that wrote it.
         query: the tower whose queries may be escalated.
         bound: the share of the teacher's quality (top-1, over the population that the test
             queries were drawn from) that the cascade keeps at least.
@@ -124,7 +120,9 @@ class Certificate:
         ValueError: a value out of bounds.
     """
 
-    schema_version: int
+    WHAT: ClassVar[str] = "a certificate"
+    MEND: ClassVar[str] = "certify again"
+
     query: Tower
     bound: Annotated[float, Range(above=0)]
     delta: Annotated[float, Range(above=0, below=1)]
@@ -194,32 +192,6 @@ class Certificate:
             if found.hashes != expected.hashes:
                 raise CertificateError(f"{self.path} is about another {tower} tower: {mend}")
 
-    def to_json(self) -> str:
-        """Return the text of its file; `from_json` gives an equal certificate back."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
-
-    @staticmethod
-    def from_json(text: str, *, source: str) -> "Certificate":
-        """Read what `to_json` wrote; `source` names it in messages.
-
-        Raises:
-            CertificateError: not JSON, another schema version, or not a certificate.
-        """
-        try:
-            data: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CertificateError(f"{source} is not JSON ({error}): certify again") from None
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise CertificateError(
-                f"{source}: certificate schema {version!r} is not {SCHEMA_VERSION}: certify "
-                "again, or use the version of edgeclip that wrote it"
-            )
-        try:
-            return parse(Certificate, data, source=source)
-        except ConfigError as error:
-            raise CertificateError("; ".join(str(error).split("\n  "))) from None
-
 
 def certificate_path(query: Tower) -> str:
     """Return where a bundle keeps the certificate for queries of a tower."""
@@ -239,7 +211,10 @@ def read_certificate(bundle: Bundle, query: Tower = "image") -> Certificate | No
         text = bundle.file_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
         raise CertificateError(f"{bundle.path / path} is not UTF-8 text: certify again") from None
-    found = Certificate.from_json(text, source=str(bundle.path / path))
+    try:
+        found = Certificate.from_json(text, source=str(bundle.path / path))
+    except ConfigError as error:
+        raise CertificateError("; ".join(str(error).split("\n  "))) from None
     if found.query != query:
         raise CertificateError(f"{bundle.path / path} is about {found.query} queries")
     return found

@@ -18,7 +18,7 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.measure import round_order
 from edgeclip.runtime.planning.cut_set import WEIGHTS_NAME, CutPoint, CutSet
 from edgeclip.runtime.planning.energy import EnergyMeter
-from edgeclip.runtime.planning.stage_times import SCHEMA_VERSION, Payload, StageSamples, StageTimes
+from edgeclip.runtime.planning.stage_times import Payload, StageSamples, StageTimes
 from edgeclip.runtime.planning.stage_works import StageWork, StageWorks
 from edgeclip.runtime.progress import Progress
 
@@ -115,7 +115,6 @@ def measure_cuts(
             stages += _sampled([*map(altered, works)], rounds, len(files), meter, step)
     denied, about = cpu[0], cuts.manifest
     return StageTimes(
-        schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         machine=detect_machine(),

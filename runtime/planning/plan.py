@@ -1,22 +1,16 @@
 """SplitPlan: what runs where for one picture, as data with a JSON round trip."""
 
-import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.ranges import Range, check_ranges
-from edgeclip.profiles.schema import parse
-from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.json_record import JsonRecord
 
-SCHEMA_VERSION = 1
 PlanKind = Literal["device", "image", "embedding", "cut"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SplitPlan:
+class SplitPlan(JsonRecord):
     """Who does what, and what crosses the network.
 
     Attributes:
@@ -36,6 +30,9 @@ class SplitPlan:
     Raises:
         ValueError: fields that contradict each other; all of them in one message.
     """
+
+    WHAT: ClassVar[str] = "a plan"
+    MEND: ClassVar[str] = "make it again with `edgeclip plan`"
 
     name: str
     kind: PlanKind
@@ -62,51 +59,3 @@ class SplitPlan:
         ]
         if mistakes:
             raise ValueError("; ".join(mistakes))
-
-    def to_json(self) -> str:
-        """This plan as indented JSON; `from_json` gives an equal one back."""
-        data = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        return json.dumps(data, indent=2, allow_nan=False) + "\n"
-
-    @staticmethod
-    def from_json(text: str, *, source: str) -> "SplitPlan":
-        """Read what `to_json` wrote; `source` names it in messages.
-
-        Raises:
-            ConfigError: not JSON, another schema version, or not a plan.
-        """
-        try:
-            data: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{source} is not JSON: {error}") from None
-        version = data.pop("schema_version", None) if isinstance(data, dict) else None
-        if type(version) is not int or version != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{source}: plan schema {version!r} is not {SCHEMA_VERSION}: make it again with "
-                "`edgeclip plan`"
-            )
-        return parse(SplitPlan, data, source=source)
-
-    def save(self, path: Path) -> None:
-        """Write `to_json` to `path`, whole or not at all.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
-        with atomic_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-
-    @staticmethod
-    def load(path: Path) -> "SplitPlan":
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: missing, unreadable or invalid file.
-        """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not text: {error}") from None
-        return SplitPlan.from_json(text, source=str(path))

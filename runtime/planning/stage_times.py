@@ -3,24 +3,18 @@
 Medians cannot be added up to a 95th percentile: the planner draws from the samples instead.
 """
 
-import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.machine import Machine
-from edgeclip.profiles.schema import parse
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.json_record import JsonRecord
 from edgeclip.runtime.planning.cut_set import CutManifest
 from edgeclip.runtime.spec import Precision
 
-SCHEMA_VERSION = 1
 StageKind = Literal["prepare", "head", "encode", "compress", "open", "decode", "tail"]
 
 
@@ -81,11 +75,10 @@ class Payload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageTimes:
+class StageTimes(JsonRecord):
     """What was measured of a cut set on one machine.
 
     Attributes:
-        schema_version: `SCHEMA_VERSION` of the software that wrote it.
         created: ISO 8601 in UTC.
         command: what was typed.
         machine: where.
@@ -100,7 +93,9 @@ class StageTimes:
         energy_sensor: what measured `joules`; None if nothing did.
     """
 
-    schema_version: int
+    WHAT: ClassVar[str] = "stage times"
+    MEND: ClassVar[str] = "measure again with `edgeclip measure-cuts`"
+
     created: str
     command: str
     machine: Machine
@@ -155,50 +150,3 @@ class StageTimes:
                 f"{what} is of {other.bundle} in {other.precision}, but these times are of "
                 f"{self.bundle} in {self.precision}: measure the same cut set on both sides"
             )
-
-    def to_json(self) -> str:
-        """This object as JSON; `from_json` gives an equal one back."""
-        return json.dumps(dataclasses.asdict(self), allow_nan=False) + "\n"
-
-    @staticmethod
-    def from_json(text: str, *, source: str) -> "StageTimes":
-        """Read what `to_json` wrote; `source` names it in messages.
-
-        Raises:
-            ConfigError: not JSON, another schema version, or not stage times.
-        """
-        try:
-            data: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{source} is not JSON: {error}") from None
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if type(version) is not int or version != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{source}: schema {version!r} of stage times is not {SCHEMA_VERSION}: measure "
-                "again with `edgeclip measure-cuts`"
-            )
-        return parse(StageTimes, data, source=source)
-
-    def save(self, path: Path) -> None:
-        """Write `to_json` to `path`, whole or not at all.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
-        with atomic_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-
-    @staticmethod
-    def load(path: Path) -> "StageTimes":
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: missing, unreadable or invalid file.
-        """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not text: {error}") from None
-        return StageTimes.from_json(text, source=str(path))

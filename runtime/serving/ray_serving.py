@@ -13,13 +13,10 @@ from typing import Annotated, Any
 
 from edgeclip.profiles.ranges import Range, check_ranges
 from edgeclip.profiles.schema import parse
-from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.serving.app import App
-from edgeclip.runtime.serving.bundle_models import bundle_models
-from edgeclip.runtime.serving.function_model import FunctionModel
 from edgeclip.runtime.serving.limits import BatchLimits, ServerLimits
-from edgeclip.runtime.serving.models import Registry
+from edgeclip.runtime.serving.open_registry import Sources, open_registry
 from edgeclip.runtime.serving.serve import address_of, listen
 from edgeclip.runtime.serving.tls import TlsFiles
 from edgeclip.runtime.split.blas import one_thread_for_products
@@ -34,8 +31,8 @@ class RayServing:
     """What replicas serve, and how many there are.
 
     Attributes:
-        bundles: directories, which every machine of the cluster has to have.
-        functions: Python functions to serve, each MODULE:FUNCTION.
+        bundles, cuts, indexes, functions: as in `Sources`; every machine of the cluster has to
+            have their files.
         device: name of a device or its YAML file, as for `edgeclip serve`.
         replicas: how many there are; with `max_replicas`, the fewest.
         max_replicas: up to which Ray adds some under load; None for a fixed number.
@@ -52,6 +49,8 @@ class RayServing:
     """
 
     bundles: tuple[str, ...] = ()
+    cuts: tuple[str, ...] = ()
+    indexes: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     device: str = "this-machine"
     replicas: Annotated[int, Range(at_least=1)] = 1
@@ -65,10 +64,19 @@ class RayServing:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if not (self.bundles or self.functions):
-            raise ValueError("nothing to serve: give bundles or functions")
+        _ = self.sources  # refuses to be empty
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas must be at least replicas, {self.replicas}")
+
+    @property
+    def sources(self) -> Sources:
+        """What each replica loads."""
+        return Sources(
+            bundles=self.bundles,
+            cuts=self.cuts,
+            indexes=self.indexes,
+            functions=self.functions,
+        )
 
 
 def application(args: Mapping[str, object]) -> Any:
@@ -166,21 +174,10 @@ def _builder(serving: RayServing) -> Callable[[], App]:
         one_thread_for_products()
         batches = BatchLimits(max_batch=serving.max_batch, queue=serving.queue)
         limits = ServerLimits(grace_seconds=serving.grace_seconds)
-        return App(_registry(serving), batches=batches, limits=limits, token=serving.token)
+        registry = open_registry(serving.sources, serving.device)
+        return App(registry, batches=batches, limits=limits, token=serving.token)
 
     return build
-
-
-def _registry(serving: RayServing) -> Registry:
-    registry = Registry()
-    for path in serving.functions:
-        function = FunctionModel.load(path)
-        registry.add(function, joins=function.joins)
-    for path in serving.bundles:
-        encoder = Encoder.open(path, device=serving.device)
-        for model in bundle_models(encoder, encoder.bundle.manifest.name):
-            registry.add(model)
-    return registry
 
 
 def _ray_serve() -> Any:

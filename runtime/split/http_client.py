@@ -57,7 +57,7 @@ class ClientRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
+class Transfer:
     """A request that was answered: the bytes of both bodies, and the time that it took."""
 
     model: str
@@ -98,7 +98,7 @@ class Server:
         fingerprint: str | None = None,
         ca: str | None = None,
         rules: ClientRules | None = None,
-        watch: Callable[[Traffic], object] = lambda traffic: None,
+        watch: Callable[[Transfer], object] = lambda transfer: None,
     ) -> None:
         self.rules = rules or ClientRules()
         self._watch = watch
@@ -236,7 +236,7 @@ class Server:
             seconds = time.monotonic() - began
             self._times.setdefault(model, RecentTimes()).add(seconds)
             received = len(reply.body)
-            self._watch(Traffic(model=model, sent=sent, received=received, ms=seconds * 1e3))
+            self._watch(Transfer(model=model, sent=sent, received=received, ms=seconds * 1e3))
             return found
 
         most = self.rules.most_reply_bytes

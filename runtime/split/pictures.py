@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeclip.runtime.load_image import ImageInput
+from edgeclip.runtime.load_image import ImageInput, list_of_images
 from edgeclip.runtime.preprocess import crop_batch
 from edgeclip.runtime.spec import ImageSpec
 from edgeclip.runtime.wire.codec_image import FILE, encode_picture
@@ -40,7 +40,7 @@ class Pictures:
         spec: ImageSpec,
         pixels: NDArray[np.uint8] | None = None,
     ) -> None:
-        self._images, self._spec = _several(images), spec
+        self._images, self._spec = list_of_images(images), spec
         if pixels is not None:
             self.pixels = pixels
 
@@ -99,7 +99,7 @@ def is_pictures(query: Any) -> bool:
     """
     if isinstance(query, np.ndarray):
         return not (query.ndim == 2 and query.dtype.kind == "f")
-    items = _several(query) if not isinstance(query, str) else [query]
+    items = list_of_images(query) if not isinstance(query, str) else [query]
     return bool(items) and not any(isinstance(item, str) for item in items)
 
 
@@ -110,14 +110,6 @@ def typical_file() -> bytes:
     written = io.BytesIO()
     Image.fromarray(colours).resize((side, side)).save(written, "JPEG")
     return written.getvalue()
-
-
-def _several(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    if isinstance(images, np.ndarray):
-        return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray):
-        return list(images)
-    return [images]
 
 
 def _small_file(image: ImageInput) -> bytes | None:

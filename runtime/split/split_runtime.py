@@ -218,7 +218,7 @@ class SplitRuntime:
             entries = None if index is None else index.embeddings
             found = self._embed(self._pictures(query), entries, call.deadline, "index")
         else:
-            found = Outcome(self._embedded(query), "device")
+            found = Outcome(self.encoder.embed_query(query), "device")
         ask = None if far is None else partial(far.search, top=top)
         here = None if index is None else partial(self.encoder.search, index=index, top=top)
         return call.reply(self._answer(found, ask, here, "index", call.deadline))
@@ -242,16 +242,6 @@ class SplitRuntime:
         baked = labels if isinstance(labels, LabelSet) else self.encoder.bake_labels(labels)
         baked.check_space(self.encoder.space)
         return baked
-
-    def _embedded(self, query: Any) -> FloatArray:
-        """Embed texts, or check embeddings."""
-        if isinstance(query, np.ndarray):
-            check_embeddings(query, self.encoder.spec.dim, "a query of floats")
-            return query
-        texts = [query] if isinstance(query, str) else list(query)
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError("search for at least one text or image, not for both in one call")
-        return self.encoder.encode_text(texts)
 
     def _embed(
         self, pictures: Pictures, entries: FloatArray | None, deadline: Deadline, *then: Work

@@ -7,6 +7,7 @@ Prints one JSON line when it is ready to begin, and one of all that happened at 
 
 import json
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,7 @@ from edgeclip.runtime.split.split_runtime import SplitRuntime
 _SEED = 0
 _THREADS = 64  # requests under way at a time; a stall must not hold back those behind it
 _CONNECTIONS = 16
+_WARM_UPS = 5
 _LEAD = 1.0  # seconds until the first request
 
 
@@ -70,7 +72,31 @@ def schedule(traffic: Traffic, seconds: float) -> NDArray[np.float64]:
     return np.cumsum(rng.exponential(1 / traffic.requests_per_second, count))
 
 
-def drive(runtime: SplitRuntime, index: Index, pictures: list[bytes], settings: Settings) -> Log:
+def warm_up(
+    pool: ThreadPoolExecutor, runtime: SplitRuntime, index: Index, pictures: list[bytes]
+) -> None:
+    """Let all threads work at once, a few times.
+
+    A pool makes a thread when it first needs one more. With traffic that comes by chance, the
+    most that were ever needed keeps rising for a long time, and the memory with it.
+    """
+    together = threading.Barrier(_THREADS)
+
+    def ask(number: int) -> None:
+        together.wait()
+        runtime.search(pictures[number % len(pictures)], index, top=1)
+
+    for _ in range(_WARM_UPS):
+        list(pool.map(ask, range(_THREADS)))
+
+
+def drive(
+    pool: ThreadPoolExecutor,
+    runtime: SplitRuntime,
+    index: Index,
+    pictures: list[bytes],
+    settings: Settings,
+) -> Log:
     """Send every request at its time, whatever became of those before it."""
     traffic = load_traffic(settings.traffic)
     times = schedule(traffic, settings.seconds)
@@ -91,12 +117,12 @@ def drive(runtime: SplitRuntime, index: Index, pictures: list[bytes], settings: 
         outcomes[number] = sys.intern(outcome)
         latency[number] = 1e3 * (time.perf_counter() - due)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for number, seconds in enumerate(times):
-            wait = began + seconds - time.perf_counter()
-            if wait > 0:
-                time.sleep(wait)
-            pool.submit(ask, number)
+    for number, seconds in enumerate(times):
+        wait = began + seconds - time.perf_counter()
+        if wait > 0:
+            time.sleep(wait)
+        pool.submit(ask, number)
+    pool.shutdown()
     return Log(times.tolist(), late.tolist(), latency.tolist(), outcomes)
 
 
@@ -113,11 +139,11 @@ def main() -> int:
     with (
         Server(settings.url, rules=rules) as server,
         SplitRuntime(encoder, plan, server, escalation=escalation) as runtime,
+        ThreadPoolExecutor(_THREADS) as pool,
     ):
-        for picture in pictures[:_THREADS]:
-            runtime.search(picture, index, top=1)
+        warm_up(pool, runtime, index, pictures)
         print(json.dumps({"ready": True}), flush=True)
-        log = drive(runtime, index, pictures, settings)
+        log = drive(pool, runtime, index, pictures, settings)
     print(json.dumps(asdict(log)), flush=True)
     return 0
 

@@ -12,7 +12,6 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.certificate import (
-    SCHEMA_VERSION,
     Certificate,
     CertificateError,
     Quality,
@@ -56,34 +55,8 @@ def sample(encoder: Encoder) -> ScoreSample:
 
 
 @pytest.fixture
-def certificate(encoder: Encoder, sample: ScoreSample) -> Certificate:
-    manifest, near = encoder.bundle.manifest, Interval(0.9, 0.8, 1.0)
-    return Certificate(
-        schema_version=SCHEMA_VERSION,
-        query="image",
-        bound=0.95,
-        delta=0.05,
-        p_value=0.01,
-        space=manifest.space,
-        student=TowerIdentity.of(manifest, "image", "int8"),
-        student_index=None,
-        teacher=TowerIdentity.of(manifest, "image", "fp32"),
-        score=Margin(),
-        threshold=0.3,
-        escalated=Interval(0.1, 0.05, 0.15),
-        quality=Quality(student=near, teacher=near, cascade=near, kept=near),
-        sample=sample,
-        tested_on=QuerySet(
-            data="colours",
-            identity="0" * 64,
-            count=400,
-            entries=3,
-            index_by="teacher",
-            task="zero-shot",
-        ),
-        created="2026-01-01T00:00:00+00:00",
-        command="pytest",
-    )
+def certificate(certificate: Certificate, sample: ScoreSample) -> Certificate:
+    return dataclasses.replace(certificate, threshold=0.3, sample=sample)
 
 
 @pytest.fixture

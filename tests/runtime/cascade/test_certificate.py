@@ -10,11 +10,8 @@ import pytest
 
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cascade.certificate import (
-    SCHEMA_VERSION,
     Certificate,
     CertificateError,
-    Quality,
-    QuerySet,
     TowerIdentity,
     read_certificate,
 )
@@ -22,44 +19,11 @@ from edgeclip.runtime.cascade.drift import ScoreSample
 from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin
 from edgeclip.runtime.errors import BundleError
 from edgeclip.runtime.files import sha256_file
-from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.spec import Precision, Tower
 
 PRECISIONS: dict[Tower, Precision] = {"image": "int8", "text": "fp32"}
 Edit = Callable[[dict[str, Any]], None]
 EditManifest = Callable[[Path, Edit], None]
-
-
-@pytest.fixture
-def certificate(tiny_bundle: Path) -> Certificate:
-    manifest = Bundle.open(tiny_bundle).manifest
-    near = Interval(0.9, 0.8, 1.0)
-    return Certificate(
-        schema_version=SCHEMA_VERSION,
-        query="image",
-        bound=0.95,
-        delta=0.05,
-        p_value=0.01,
-        space=manifest.space,
-        student=TowerIdentity.of(manifest, "image", "int8"),
-        student_index=None,
-        teacher=TowerIdentity.of(manifest, "image", "fp32"),
-        score=Margin(),
-        threshold=0.125,
-        escalated=Interval(0.1, 0.05, 0.15),
-        quality=Quality(student=near, teacher=near, cascade=near, kept=near),
-        sample=ScoreSample(edges=(0.1, 0.2), counts=(3, 4, 5)),
-        tested_on=QuerySet(
-            data="pictures",
-            identity="0" * 64,
-            count=12,
-            entries=3,
-            index_by="teacher",
-            task="retrieval",
-        ),
-        created="2026-01-01T00:00:00+00:00",
-        command="pytest",
-    )
 
 
 def test_round_trip_with_every_score(certificate: Certificate) -> None:
@@ -154,7 +118,7 @@ def changed(certificate: Certificate, **change: object) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "certificate schema 2 is not 1"),
+        ({"schema_version": 2}, "schema 2 of a certificate is not 1"),
         ({"more": 1}, "more: unknown key"),
         ({"p_value": 0.5}, "certifies nothing"),
         ({"bound": 1.5}, "1 at most"),
@@ -167,14 +131,13 @@ def changed(certificate: Certificate, **change: object) -> bytes:
 def test_damage_is_one_clear_error(
     certificate: Certificate, change: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(CertificateError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message):
         Certificate.from_json(changed(certificate, **change).decode(), source="x")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
 def test_what_is_no_certificate_is_refused(text: str) -> None:
-    with pytest.raises(CertificateError, match="certify again"):
+    with pytest.raises(ConfigError, match="certify again"):
         Certificate.from_json(text, source="x")
 
 

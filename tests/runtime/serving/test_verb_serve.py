@@ -170,7 +170,7 @@ def test_insecure_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "nothing to serve: give a BUNDLE"),
+        ((), "nothing to serve: give a bundle"),
         (("missing",), "missing is not a directory"),
         (("--index", "missing.npz"), "missing.npz does not exist"),
         (("--function", "missing:function"), "cannot import 'missing:function'"),

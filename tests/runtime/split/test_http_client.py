@@ -22,7 +22,7 @@ from edgeclip.runtime.split.errors import (
     ServerUnreachableError,
     WrongSpaceError,
 )
-from edgeclip.runtime.split.http_client import ClientRules, Server, Traffic
+from edgeclip.runtime.split.http_client import ClientRules, Server, Transfer
 from edgeclip.runtime.wire.messages import DEADLINE_MS, SPACE_ID, InferResponse, WireError
 from tests.runtime.split import raw_server
 from tests.runtime.split.raw_server import Behaviour, RawServer, a_request, serving
@@ -56,7 +56,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 def test_answers_come_back_over_kept_connections(raw: RawServer) -> None:
-    seen: list[Traffic] = []
+    seen: list[Transfer] = []
     with Server(raw.url + "/", token="secret", watch=seen.append) as server:
         for _ in range(3):
             response = server.infer(a_request(), soon(5000))
