@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from edgeclip.export.embed_pairs import Embedder
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
-from edgeclip.runtime.measurement import Measurement
+from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, repeat_rows
+from edgeclip.runtime.measuring.measurement import Measurement
 from edgeclip.runtime.spec import Precision, Tower
 
 REFERENCE: Precision = "fp32"

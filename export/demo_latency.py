@@ -11,16 +11,16 @@ from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.cold_start import measure_cold_start
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
-from edgeclip.runtime.measure_bundle import (
+from edgeclip.runtime.measuring.cold_start import measure_cold_start
+from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, repeat_rows
+from edgeclip.runtime.measuring.measure_bundle import (
     bundle_candidates,
     example_feed,
     golden_inputs,
     measurable_precisions,
 )
-from edgeclip.runtime.measurement import Measurement
+from edgeclip.runtime.measuring.measurement import Measurement
 from edgeclip.runtime.progress import progress_bar
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.tower_feed import tower_feed

@@ -15,7 +15,7 @@ from edgeclip.runtime.choose_precision import usable_precisions
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.intervals import Interval, bootstrap
 from edgeclip.runtime.quality import Ranks, pair_ranks, retrieval_of_ranks
-from edgeclip.runtime.report_data import (
+from edgeclip.runtime.reporting.report_data import (
     DirectionQuality,
     GalleryEntry,
     ModelQuality,

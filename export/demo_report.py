@@ -9,8 +9,8 @@ from edgeclip.compress.train_loop import read_log
 from edgeclip.export.demo_quality import Embedded, failures, gallery, quality_row, shipped_name
 from edgeclip.export.demo_summary import Row, Summary
 from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.measurement import Measurement
-from edgeclip.runtime.report_data import (
+from edgeclip.runtime.measuring.measurement import Measurement
+from edgeclip.runtime.reporting.report_data import (
     Choice,
     Gate,
     Headline,

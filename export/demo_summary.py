@@ -20,8 +20,8 @@ from edgeclip.profiles.machine import Machine, detect_machine
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.intervals import Interval, bootstrap, bootstrap_ratio
-from edgeclip.runtime.measurement import Measurement
-from edgeclip.runtime.report_data import Stage
+from edgeclip.runtime.measuring.measurement import Measurement
+from edgeclip.runtime.reporting.report_data import Stage
 from edgeclip.runtime.spec import Precision, Tower
 
 

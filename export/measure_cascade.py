@@ -16,8 +16,8 @@ from edgeclip.runtime.cascade.cascade_curve import Costs
 from edgeclip.runtime.cascade.scores import Evidence, Margin, Score
 from edgeclip.runtime.cascade.views import embed_views
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.measure import Candidate, measure_interleaved
-from edgeclip.runtime.measurement import Measurement
+from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved
+from edgeclip.runtime.measuring.measurement import Measurement
 from edgeclip.runtime.preprocess import crop_batch
 from edgeclip.runtime.progress import progress_bar
 from edgeclip.runtime.spec import Tower

@@ -20,7 +20,7 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.errors import EngineError
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
+from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, repeat_rows
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.tower_feed import in_batches
 

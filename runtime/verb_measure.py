@@ -7,8 +7,8 @@ from pathlib import Path
 from edgeclip.profiles.device import load_device
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.measure_bundle import measure_bundle
-from edgeclip.runtime.measurement_table import measurement_table
+from edgeclip.runtime.measuring.measure_bundle import measure_bundle
+from edgeclip.runtime.measuring.measurement_table import measurement_table
 from edgeclip.runtime.verb_options import add_device_option
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.measurement import MeasurementRun
-from edgeclip.runtime.report import write_report
-from edgeclip.runtime.report_data import Choice, Gate, ReportData
+from edgeclip.runtime.measuring.measurement import MeasurementRun
+from edgeclip.runtime.reporting.report_data import Choice, Gate, ReportData
+from edgeclip.runtime.reporting.write_report import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,8 @@ from edgeclip.runtime.cascade.cascade_curve import Costs, CurvePoint
 from edgeclip.runtime.cascade.certificate import Certificate
 from edgeclip.runtime.cascade.trial import ASK_ALWAYS, ASK_NEVER
 from edgeclip.runtime.files import atomic_file
-from edgeclip.runtime.report_charts import Axis, axes, line, path, svg, text
-from edgeclip.runtime.report_format import digits, percent, percent_interval
+from edgeclip.runtime.reporting.report_charts import Axis, axes, line, path, svg, text
+from edgeclip.runtime.reporting.report_format import digits, percent, percent_interval
 
 _FEWEST_POINTS = 2
 
@@ -51,7 +51,9 @@ def write_page(page: CascadePage, target: Path) -> None:
 
 def render_page(page: CascadePage) -> str:
     """The page as HTML text; whatever comes from outside is escaped."""
-    style = files("edgeclip.runtime").joinpath("report_style.css").read_text(encoding="utf-8")
+    style = (
+        files("edgeclip.runtime.reporting").joinpath("report_style.css").read_text(encoding="utf-8")
+    )
     mark = "miss" if page.certificate is None else "pass"
     return "\n".join(
         [

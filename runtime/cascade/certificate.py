@@ -21,7 +21,6 @@ from edgeclip.runtime.manifest import FileRecord, Manifest
 from edgeclip.runtime.spec import Precision, Tower
 
 
-
 class CertificateError(BundleError):
     """A certificate that is damaged, or about something else than what it is asked for."""
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from edgeclip.runtime.planning.estimate import Estimate
 from edgeclip.runtime.planning.planner import Choice, Objective
-from edgeclip.runtime.report_format import digits, percent
+from edgeclip.runtime.reporting.report_format import digits, percent
 
 
 def explain(choice: Choice, objective: Objective) -> str:

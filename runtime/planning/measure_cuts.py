@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.profiles.machine import detect_machine
-from edgeclip.runtime.cpu_time import CpuSnapshot, CpuTime
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measure import round_order
+from edgeclip.runtime.measuring.cpu_time import CpuSnapshot, CpuTime
+from edgeclip.runtime.measuring.energy import EnergyMeter
+from edgeclip.runtime.measuring.interleave import round_order
 from edgeclip.runtime.planning.cut_set import WEIGHTS_NAME, CutPoint, CutSet
-from edgeclip.runtime.planning.energy import EnergyMeter
 from edgeclip.runtime.planning.stage_times import Payload, StageSamples, StageTimes
 from edgeclip.runtime.planning.stage_works import StageWork, StageWorks
 from edgeclip.runtime.progress import Progress

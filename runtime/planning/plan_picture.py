@@ -5,8 +5,15 @@ from html import escape
 
 from edgeclip.runtime.planning.estimate import Estimate
 from edgeclip.runtime.planning.planner import Choice
-from edgeclip.runtime.report_charts import Axis, line, linear_ticks, text, text_width, tick_name
-from edgeclip.runtime.report_format import digits
+from edgeclip.runtime.reporting.report_charts import (
+    Axis,
+    line,
+    linear_ticks,
+    text,
+    text_width,
+    tick_name,
+)
+from edgeclip.runtime.reporting.report_format import digits
 
 # Each part with its colour (Okabe and Ito's palette, told apart by colour-blind people too):
 # blues work on the device, oranges on the network, greens on the server.

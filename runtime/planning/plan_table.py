@@ -3,7 +3,7 @@
 from edgeclip.runtime.planning.estimate import Estimate
 from edgeclip.runtime.planning.planner import Choice
 from edgeclip.runtime.planning.text_columns import columns
-from edgeclip.runtime.report_format import digits
+from edgeclip.runtime.reporting.report_format import digits
 
 _HEADER = (
     *("", "plan", "p50 ms", "p95 ms", "bytes", "cosine", "least"),

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.embeddings import check_embeddings, check_space
+from edgeclip.runtime.embeddings import check_space
 from edgeclip.runtime.encoder import Answer, Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.index import Hit, Index

@@ -8,6 +8,7 @@ import numpy as np
 
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.measuring.timing_statistics import percentile_interval
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.split.breaker import BreakerRules
 from edgeclip.runtime.split.deadline import Deadline
@@ -15,7 +16,6 @@ from edgeclip.runtime.split.device_time import DeviceTime
 from edgeclip.runtime.split.http_client import ClientRules, Server
 from edgeclip.runtime.split.server_or_device import ServerOrDevice
 from edgeclip.runtime.split.split_runtime import SplitRuntime
-from edgeclip.runtime.timing_statistics import percentile_interval
 
 _NOBODY = "http://127.0.0.1:9"  # the discard port: nobody listens
 _AT_ONCE = ClientRules(breaker=BreakerRules(fewest_calls=1, window_calls=1))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import first_line
-from edgeclip.runtime.measure import Candidate, measure_interleaved
+from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved
 
 Run = Callable[[NDArray[Any]], object]
 

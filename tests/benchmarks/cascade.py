@@ -33,10 +33,10 @@ from edgeclip.runtime.cascade.cascade_page import CascadePage, write_page
 from edgeclip.runtime.cascade.risk_control import choose_threshold
 from edgeclip.runtime.cascade.scores import Evidence, Margin
 from edgeclip.runtime.cascade.trial import Trial
-from edgeclip.runtime.cpu_time import CpuSnapshot
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.intervals import Interval, bootstrap, bootstrap_ratio
-from edgeclip.runtime.measure import round_order
+from edgeclip.runtime.measuring.cpu_time import CpuSnapshot
+from edgeclip.runtime.measuring.interleave import round_order
 from edgeclip.runtime.preprocess import crop_batch
 
 BOUND, DELTA, SLOWEST = 0.95, 0.05, 0.32

@@ -37,8 +37,8 @@ from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measure import Candidate, measure_interleaved
-from edgeclip.runtime.measurement import Measurement
+from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved
+from edgeclip.runtime.measuring.measurement import Measurement
 from edgeclip.runtime.spec import ImageSpec, Tower
 from edgeclip.runtime.tower_feed import tower_feed
 

@@ -33,6 +33,7 @@ from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.device_yaml import device_yaml
 from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.measuring.timing_statistics import percentile_interval
 from edgeclip.runtime.planning.candidates import all_candidates
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import Conditions, Estimate
@@ -41,7 +42,6 @@ from edgeclip.runtime.planning.planner import Choice, Objective, choose, estimat
 from edgeclip.runtime.planning.stage_times import Stage, StageTimes
 from edgeclip.runtime.planning.stage_works import StageWork
 from edgeclip.runtime.split.http_client import ClientRules, Server
-from edgeclip.runtime.timing_statistics import percentile_interval
 
 BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
 BANDWIDTHS = (0.5, 2.0, 8.0, 30.0, 100.0)

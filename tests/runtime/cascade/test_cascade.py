@@ -14,15 +14,11 @@ from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.certificate import (
     Certificate,
     CertificateError,
-    Quality,
-    QuerySet,
-    TowerIdentity,
 )
 from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, ScoreSample
 from edgeclip.runtime.cascade.scores import Entropy, Evidence, Margin
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.files import sha256_file
-from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import FileRecord
 
 NAMES = ("red", "green", "blue")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cascade.certificate import (
     Certificate,
@@ -15,7 +16,6 @@ from edgeclip.runtime.cascade.certificate import (
     TowerIdentity,
     read_certificate,
 )
-from edgeclip.runtime.cascade.drift import ScoreSample
 from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin
 from edgeclip.runtime.errors import BundleError
 from edgeclip.runtime.files import sha256_file

@@ -8,8 +8,8 @@ import pytest
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.measuring.energy import EnergyMeter
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.energy import EnergyMeter
 from edgeclip.runtime.planning.measure_cuts import measure_cuts
 from edgeclip.runtime.planning.stage_table import stage_table
 from edgeclip.runtime.planning.stage_times import Stage, StageTimes

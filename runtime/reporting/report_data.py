@@ -11,7 +11,7 @@ from PIL import Image
 from edgeclip.profiles.machine import Machine
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import GateRecord
-from edgeclip.runtime.measurement import Measurement
+from edgeclip.runtime.measuring.measurement import Measurement
 from edgeclip.runtime.spec import Precision, Tower
 
 Picture = Image.Image | bytes

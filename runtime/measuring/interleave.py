@@ -17,18 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.cpu_time import CpuSnapshot, CpuTime
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measurement import (
+from edgeclip.runtime.measuring.cpu_time import CpuSnapshot, CpuTime
+from edgeclip.runtime.measuring.measurement import (
     Latency,
     Measurement,
     PairedRatio,
     Throughput,
     WarmUp,
 )
+from edgeclip.runtime.measuring.timing_statistics import (
+    paired_ratio,
+    percentile_interval,
+    rate_interval,
+)
 from edgeclip.runtime.progress import Progress
 from edgeclip.runtime.spec import Tower
-from edgeclip.runtime.timing_statistics import paired_ratio, percentile_interval, rate_interval
 
 _WINDOW = 5  # runs whose median is compared with that of the 5 before
 _STEADY = 0.05  # largest relative change of that median once warm

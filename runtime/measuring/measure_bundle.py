@@ -12,10 +12,10 @@ from edgeclip.profiles.machine import detect_machine
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.choose_precision import usable_precisions
-from edgeclip.runtime.cold_start import measure_cold_start
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measure import Candidate, measure_interleaved, repeat_rows
-from edgeclip.runtime.measurement import Measurement, MeasurementRun
+from edgeclip.runtime.measuring.cold_start import measure_cold_start
+from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, repeat_rows
+from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
 from edgeclip.runtime.progress import progress_bar
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.tower_feed import tower_feed

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from edgeclip.profiles.machine import Machine
-from edgeclip.runtime.cpu_time import CpuTime
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import GateRecord
-from edgeclip.runtime.measurement import (
+from edgeclip.runtime.measuring.cpu_time import CpuTime
+from edgeclip.runtime.measuring.measurement import (
     ColdStart,
     Latency,
     Measurement,
@@ -24,8 +24,7 @@ from edgeclip.runtime.measurement import (
     Throughput,
     WarmUp,
 )
-from edgeclip.runtime.report import data_uri, render_report, write_report
-from edgeclip.runtime.report_data import (
+from edgeclip.runtime.reporting.report_data import (
     Choice,
     DirectionQuality,
     GalleryEntry,
@@ -39,6 +38,7 @@ from edgeclip.runtime.report_data import (
     ShownAnswer,
     Stage,
 )
+from edgeclip.runtime.reporting.write_report import data_uri, render_report, write_report
 from edgeclip.runtime.spec import Tower
 
 HOSTILE = '<script>alert("x")</script> & "quotes" \'single\''

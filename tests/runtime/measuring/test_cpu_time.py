@@ -1,6 +1,6 @@
 import pytest
 
-from edgeclip.runtime.cpu_time import CpuSnapshot, CpuTime
+from edgeclip.runtime.measuring.cpu_time import CpuSnapshot, CpuTime
 
 
 def spent(

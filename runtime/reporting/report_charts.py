@@ -12,8 +12,8 @@ from html import escape
 
 import numpy as np
 
-from edgeclip.runtime.report_data import Headline, LossCurve
-from edgeclip.runtime.report_format import digits, percent, percent_interval
+from edgeclip.runtime.reporting.report_data import Headline, LossCurve
+from edgeclip.runtime.reporting.report_format import digits, percent, percent_interval
 
 _MAX_POINTS = 200
 _LOG_ABOVE = 30.0  # largest over smallest value from which a linear axis hides the end

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.report_charts import (
+from edgeclip.runtime.reporting.report_charts import (
     Axis,
     headline_chart,
     linear_ticks,
@@ -16,10 +16,10 @@ from edgeclip.runtime.report_charts import (
     text,
     tick_name,
 )
-from edgeclip.runtime.report_data import Headline, LossCurve, ParetoPoint
-from edgeclip.runtime.report_format import digits, megabytes, seconds
-from edgeclip.runtime.report_labels import Anchor, Box, place_labels
-from edgeclip.runtime.report_pareto import frontier, pareto_chart
+from edgeclip.runtime.reporting.report_data import Headline, LossCurve, ParetoPoint
+from edgeclip.runtime.reporting.report_format import digits, megabytes, seconds
+from edgeclip.runtime.reporting.report_labels import Anchor, Box, place_labels
+from edgeclip.runtime.reporting.report_pareto import frontier, pareto_chart
 
 
 def point(name: str, quality: float, ms: float, size: int = 1_000_000) -> ParetoPoint:

@@ -5,10 +5,19 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from edgeclip.runtime.report_charts import Axis, axes, line, path, svg, text, text_width, tick_name
-from edgeclip.runtime.report_data import ParetoPoint
-from edgeclip.runtime.report_format import digits, megabytes, percent, percent_interval
-from edgeclip.runtime.report_labels import Anchor, Box, place_labels
+from edgeclip.runtime.reporting.report_charts import (
+    Axis,
+    axes,
+    line,
+    path,
+    svg,
+    text,
+    text_width,
+    tick_name,
+)
+from edgeclip.runtime.reporting.report_data import ParetoPoint
+from edgeclip.runtime.reporting.report_format import digits, megabytes, percent, percent_interval
+from edgeclip.runtime.reporting.report_labels import Anchor, Box, place_labels
 
 _FONT = 13.0
 _LINE = 16.0

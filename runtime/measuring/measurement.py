@@ -5,11 +5,10 @@ from typing import ClassVar
 
 from edgeclip.profiles.machine import Machine
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.cpu_time import CpuTime
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.json_record import JsonRecord
+from edgeclip.runtime.measuring.cpu_time import CpuTime
 from edgeclip.runtime.spec import Tower
-
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,11 +18,24 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cli import main
 from edgeclip.runtime.errors import EngineError, InputError
-from edgeclip.runtime.measure import Candidate, measure_interleaved, round_order, warm_up
-from edgeclip.runtime.measure_bundle import bundle_candidates, measure_bundle, measurement_run
-from edgeclip.runtime.measurement import Measurement, MeasurementRun
-from edgeclip.runtime.measurement_table import measurement_table
-from edgeclip.runtime.timing_statistics import paired_ratio, percentile_interval, rate_interval
+from edgeclip.runtime.measuring.interleave import (
+    Candidate,
+    measure_interleaved,
+    round_order,
+    warm_up,
+)
+from edgeclip.runtime.measuring.measure_bundle import (
+    bundle_candidates,
+    measure_bundle,
+    measurement_run,
+)
+from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
+from edgeclip.runtime.measuring.measurement_table import measurement_table
+from edgeclip.runtime.measuring.timing_statistics import (
+    paired_ratio,
+    percentile_interval,
+    rate_interval,
+)
 
 WORKLOAD = Workload(
     name="test",

@@ -11,9 +11,9 @@ from PIL import Image
 
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.files import atomic_file
-from edgeclip.runtime.report_charts import headline_chart, loss_chart
-from edgeclip.runtime.report_data import Gate, Picture, ReportData
-from edgeclip.runtime.report_format import (
+from edgeclip.runtime.reporting.report_charts import headline_chart, loss_chart
+from edgeclip.runtime.reporting.report_data import Gate, Picture, ReportData
+from edgeclip.runtime.reporting.report_format import (
     MISSING,
     digits,
     megabytes,
@@ -21,7 +21,7 @@ from edgeclip.runtime.report_format import (
     percent_interval,
     seconds,
 )
-from edgeclip.runtime.report_pareto import pareto_chart
+from edgeclip.runtime.reporting.report_pareto import pareto_chart
 
 if TYPE_CHECKING:
     from jinja2 import Environment

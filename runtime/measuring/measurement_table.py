@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from edgeclip.runtime.measurement import Measurement, MeasurementRun
-from edgeclip.runtime.report_format import MISSING, digits, megabytes
+from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
+from edgeclip.runtime.reporting.report_format import MISSING, digits, megabytes
 
 _HEADER = ("tower", "name", "p50 ms", "95% interval", "p90 ms", "p99 ms", "ratio", "95% interval")
 

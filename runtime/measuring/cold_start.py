@@ -1,7 +1,7 @@
 """What a fresh process pays before its first embedding: import, load, first run, memory.
 
 `measure_cold_start` starts such processes. The process itself is this module:
-`python -m edgeclip.runtime.cold_start MODEL --input NAME=DTYPE:SHAPE --device DEVICE`
+`python -m edgeclip.runtime.measuring.cold_start MODEL --input NAME=DTYPE:SHAPE --device DEVICE`
 prints one line of JSON. It imports nothing heavy before its clock runs.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeclip.profiles.device import DeviceProfile
-    from edgeclip.runtime.measurement import ColdStart
+    from edgeclip.runtime.measuring.measurement import ColdStart
 
 _TIMEOUT_S = 600
 
@@ -51,7 +51,7 @@ def measure_cold_start(
         InputError: `processes` is below 1, or the file is missing.
     """
     from edgeclip.runtime.device_yaml import device_yaml
-    from edgeclip.runtime.measurement import ColdStart
+    from edgeclip.runtime.measuring.measurement import ColdStart
 
     if processes < 1:
         raise InputError(f"processes must be at least 1, got {processes}")
@@ -150,7 +150,7 @@ def _feed(item: str) -> "tuple[str, NDArray[Any]]":
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure this process's own cold start and print it as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m edgeclip.runtime.cold_start")
+    parser = argparse.ArgumentParser(prog="python -m edgeclip.runtime.measuring.cold_start")
     parser.add_argument("model", type=Path, help="ONNX file")
     parser.add_argument("--input", action="append", required=True, metavar="NAME=DTYPE:SHAPE")
     parser.add_argument("--device", default="this-machine", help="name, or path of a YAML file")

@@ -1,0 +1,1 @@
+"""Reporting: what was made and measured, as one HTML page."""
