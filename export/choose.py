@@ -64,7 +64,7 @@ def choose_fastest(
         EngineError: an engine fails.
     """
     candidates = [_candidate(name, embed, inputs) for name, embed in embedders.items()]
-    measured = measure_interleaved(candidates, workload, tower=tower, reference=REFERENCE)
+    measured = measure_interleaved(candidates, workload, part=tower, reference=REFERENCE)
     precision, why = fastest(tuple(embedders), measured)
     return TowerChoice(tower=tower, precision=precision, why=why, measurements=measured)
 

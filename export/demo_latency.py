@@ -62,7 +62,7 @@ def measure_tower(
     )
     with progress_bar(f"{tower} tower") as progress:
         measured = measure_interleaved(
-            candidates, workload, tower=tower, reference=TEACHER_ONNX, progress=progress
+            candidates, workload, part=tower, reference=TEACHER_ONNX, progress=progress
         )
     example = tower_feed(inputs[:1], tower, teacher_onnx.pixels, spec)
     models = {TEACHER_ONNX: (teacher_onnx.path, example)} | {
@@ -118,4 +118,4 @@ def pair_ratio(measured: Sequence[Measurement], names: Names) -> Interval:
 
 
 def _of(measured: Sequence[Measurement], tower: Tower, name: str) -> Measurement:
-    return next(item for item in measured if item.tower == tower and item.name == name)
+    return next(item for item in measured if item.part == tower and item.name == name)

@@ -79,7 +79,7 @@ def measure_costs(
     single = replace(workload, batch_sizes=(1,), cold_starts=0)
     with progress_bar("latency") as progress:
         measured = measure_interleaved(
-            candidates, single, tower=query, reference=TEACHER, progress=progress
+            candidates, single, part=query, reference=TEACHER, progress=progress
         )
     costs = Costs(
         student_ms=measured[0].latency.p50_ms.value,

@@ -198,7 +198,7 @@ class _Trial:
             Candidate("after", after, make_batch),
         )
         _, measured = measure_interleaved(
-            candidates, self._workload, tower=self._tower, reference="before"
+            candidates, self._workload, part=self._tower, reference="before"
         )
         assert measured.ratio is not None
         return measured.ratio.ratio

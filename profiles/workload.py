@@ -1,11 +1,14 @@
-"""Workload: what `edgeclip measure` runs, and how often."""
+"""Workload: what `edgeclip profile` runs, and how often."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from edgeclip.profiles.builtin_profiles import builtin_names, load_profile
 from edgeclip.profiles.ranges import Range, check_ranges
+
+# Those of MLPerf Inference (Reddi et al., "MLPerf Inference Benchmark", ISCA 2020).
+Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +20,21 @@ class Workload:
         description: one line for a person.
         batch_sizes: the throughput sweep, strictly ascending; batch 1 comes first, since
             latency is measured there.
+        threads: of the sweep, strictly ascending; empty for those of the device alone.
         min_warmup_runs: runs before timing starts, at least.
         max_warmup_seconds: warm-up of one candidate ends here even if its median still
             moves; the measurement says so.
-        repeats: timed runs at batch 1, per candidate; candidates take turns.
+        repeats: timed runs at batch 1, per candidate and process; candidates take turns.
+        processes: fresh processes that do these runs, one after the other. Two processes differ
+            more than two runs of one do, so that intervals from a single one are too narrow.
         seconds_per_batch: time given to each size of the sweep, per candidate.
         cold_starts: fresh processes whose start is timed, per candidate; 0 for none.
+        scenarios: those of LoadGen to run.
+        scenario_seconds: each lasts at least this long.
+        scenario_queries: and has at least so many queries (Offline: samples).
+        multi_stream: samples in a query of MultiStream; MLPerf has 8.
+        server_load: queries a second of Server, as a share of what one stream manages.
+        server_bound_ms: the latency that 99% of Server's queries must keep; None for none.
 
     Raises:
         ValueError: a value out of bounds; all of them in one message.
@@ -36,6 +48,14 @@ class Workload:
     repeats: Annotated[int, Range(at_least=3)]
     seconds_per_batch: Annotated[float, Range(above=0)]
     cold_starts: Annotated[int, Range(at_least=0)]
+    threads: tuple[int, ...] = ()
+    processes: Annotated[int, Range(at_least=1)] = 1
+    scenarios: tuple[Scenario, ...] = ()
+    scenario_seconds: Annotated[float, Range(above=0)] = 10.0
+    scenario_queries: Annotated[int, Range(at_least=1)] = 100
+    multi_stream: Annotated[int, Range(at_least=1)] = 8
+    server_load: Annotated[float, Range(above=0)] = 0.5
+    server_bound_ms: Annotated[float | None, Range(above=0)] = None
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -45,6 +65,10 @@ class Workload:
         sizes = self.batch_sizes
         if sizes[:1] != (1,) or list(sizes) != sorted(set(sizes)):
             mistakes.append("batch_sizes must be 1, then larger and larger sizes, such as [1, 8]")
+        if list(self.threads) != sorted(set(self.threads)) or min(self.threads, default=1) < 1:
+            mistakes.append("threads must be larger and larger numbers, such as [1, 2]")
+        if len(set(self.scenarios)) != len(self.scenarios):
+            mistakes.append("scenarios must not repeat one")
         if mistakes:
             raise ValueError("; ".join(mistakes))
 

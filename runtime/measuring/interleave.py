@@ -20,19 +20,19 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.measuring.cpu_time import CpuSnapshot, CpuTime
 from edgeclip.runtime.measuring.measurement import (
-    Latency,
     Measurement,
     PairedRatio,
-    Throughput,
+    Part,
+    SweepPoint,
     WarmUp,
 )
 from edgeclip.runtime.measuring.timing_statistics import (
+    latency_of,
     paired_ratio,
     percentile_interval,
     rate_interval,
 )
 from edgeclip.runtime.progress import Progress
-from edgeclip.runtime.spec import Tower
 
 _WINDOW = 5  # runs whose median is compared with that of the 5 before
 _STEADY = 0.05  # largest relative change of that median once warm
@@ -47,11 +47,13 @@ class Candidate:
         name: unique among the candidates, such as "student int8".
         run: does the work on a batch and returns when the result is in memory.
         make_batch: inputs for a batch of n, first axis n; not timed.
+        threads: of its engine, for the record.
     """
 
     name: str
     run: Callable[[NDArray[Any]], object]
     make_batch: Callable[[int], NDArray[Any]]
+    threads: int | None = None
 
 
 def repeat_rows(inputs: NDArray[Any]) -> Callable[[int], NDArray[Any]]:
@@ -72,7 +74,7 @@ def measure_interleaved(
     candidates: Sequence[Candidate],
     workload: Workload,
     *,
-    tower: Tower,
+    part: Part,
     reference: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Measurement, ...]:
@@ -85,7 +87,7 @@ def measure_interleaved(
     Args:
         candidates: at least one; names must differ.
         workload: batch sizes, warm-up and repeats; its `cold_starts` are not done here.
-        tower: which tower they all are.
+        part: which part of a bundle they all are.
         reference: the name of the candidate that the others' ratios divide by, if any.
         progress: called after each step.
 
@@ -110,12 +112,13 @@ def measure_interleaved(
     return tuple(
         Measurement(
             name=candidate.name,
-            tower=tower,
+            part=part,
             input_shape=singles[number].shape,
             warm_up=warm_ups[number],
-            latency=_latency(times[number]),
+            latency=latency_of([np.array(times[number].wall) * 1e3]),
+            samples_ms=(_rounded(times[number].wall),),
             ratio=None if base is times[number] else _ratio(times[number], base, reference),
-            throughput=(_rate(times[number], 1), *(sweep[number] for sweep in sweeps)),
+            sweep=(_point(candidate, times[number], 1), *(sweep[number] for sweep in sweeps)),
             cpu=_cpu_time(times[number], denied),
             contended=_cpu_time(times[number], denied).contended,
         )
@@ -183,7 +186,7 @@ def _timed_run(candidate: Candidate, batch: NDArray[Any], times: _Times) -> None
 
 def _sweep(
     candidates: Sequence[Candidate], size: int, workload: Workload, step: Callable[[], None]
-) -> list[Throughput]:
+) -> list[SweepPoint]:
     """Throughput of each candidate at one batch size, until the slowest had its seconds."""
     batches = [_batch(candidate, size) for candidate in candidates]
     for candidate, batch in zip(candidates, batches, strict=True):
@@ -193,17 +196,22 @@ def _sweep(
         candidates, batches, lambda done: done < _FEWEST_SWEEP_RUNS or time.perf_counter() < end
     )
     step()
-    return [_rate(each, size) for each in times]
+    return [_point(c, each, size) for c, each in zip(candidates, times, strict=True)]
 
 
-def _rate(times: _Times, size: int) -> Throughput:
-    return Throughput(batch=size, items_per_s=rate_interval(np.array(times.wall), size))
+def _point(candidate: Candidate, times: _Times, size: int) -> SweepPoint:
+    seconds = np.array(times.wall)
+    return SweepPoint(
+        batch=size,
+        threads=candidate.threads,
+        items_per_s=rate_interval(seconds, size),
+        p50_ms=percentile_interval(1e3 * seconds, 50),
+    )
 
 
-def _latency(times: _Times) -> Latency:
-    milliseconds = np.array(times.wall) * 1e3
-    p50, p90, p99 = (percentile_interval(milliseconds, percent) for percent in (50, 90, 99))
-    return Latency(runs=len(milliseconds), p50_ms=p50, p90_ms=p90, p99_ms=p99)
+def _rounded(seconds: Sequence[float]) -> tuple[float, ...]:
+    """Milliseconds to the microsecond: a clock's own resolution, and a smaller file."""
+    return tuple(round(1e3 * value, 3) for value in seconds)
 
 
 def _ratio(times: _Times, base: _Times | None, reference: str | None) -> PairedRatio | None:

@@ -51,7 +51,7 @@ def measure_bundle(
             measured = measure_interleaved(
                 candidates,
                 workload,
-                tower=tower,
+                part=tower,
                 reference="fp32" if "fp32" in names else None,
                 progress=progress,
             )

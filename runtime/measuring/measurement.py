@@ -1,14 +1,23 @@
 """What was measured, on which machine, by which command: data with a JSON round trip."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
+from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.machine import Machine
-from edgeclip.profiles.workload import Workload
+from edgeclip.profiles.ranges import Range, check_ranges
+from edgeclip.profiles.workload import Scenario, Workload
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.json_record import JsonRecord
+from edgeclip.runtime.measuring.conditions import Conditions, Interference
 from edgeclip.runtime.measuring.cpu_time import CpuTime
-from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.measuring.layer_times import LayerProfile
+from edgeclip.runtime.measuring.roofline import Roofline
+from edgeclip.runtime.spec import Precision
+
+# "file" is the whole way from an image file to its embedding, "split" the same with a server.
+Part = Literal["image", "text", "file", "split"]
+StageName = Literal["read", "decode", "resize", "tokenize", "copy", "run", "post", "network"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,28 +30,78 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """Wall time of one run at batch 1, in milliseconds, over `runs` timed runs."""
+    """Wall time of `runs` timed runs or queries in milliseconds, with 95% intervals.
 
-    runs: int
+    A percentile is None where too few runs lie beyond it to know it: the 99th needs 100 runs,
+    the 99.9th 1,000.
+    """
+
+    runs: Annotated[int, Range(at_least=1)]
     p50_ms: Interval
     p90_ms: Interval
-    p99_ms: Interval
+    p95_ms: Interval
+    p99_ms: Interval | None
+    p99_9_ms: Interval | None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedRatio:
-    """Median over rounds of this candidate's time divided by the reference's."""
+    """Median over rounds of this subject's time divided by the reference's."""
 
     reference: str
     ratio: Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Throughput:
-    """Images or texts per second when run in batches of `batch`."""
+class SweepPoint:
+    """Images or texts per second in batches of `batch`, and how long one batch takes.
+
+    `threads` are the engine's; None where they are not known.
+    """
 
     batch: int
+    threads: int | None
     items_per_s: Interval
+    p50_ms: Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScenarioResult:
+    """What MLPerf LoadGen found in one scenario.
+
+    Attributes:
+        scenario: which.
+        queries: how many were answered.
+        samples_per_query: images or texts in each.
+        seconds: how long it took.
+        latency: of a query from its scheduled time (Server), else from its issue; None for
+            Offline, which is one query.
+        samples_per_s: images or texts a second.
+        target_qps: queries a second that were asked for; Server only.
+        bound_ms: the latency that `bound_percentile` of the queries must keep; Server only.
+        bound_percentile: in percent; Server only.
+        valid: LoadGen's own verdict.
+        loadgen_p50_ms: the median in LoadGen's own log, to compare ours with.
+        reasons: why it is not valid, in LoadGen's words.
+        settings: those of LoadGen that differ from its defaults.
+    """
+
+    scenario: Scenario
+    queries: int
+    samples_per_query: int
+    seconds: float
+    latency: Latency | None
+    samples_per_s: Interval
+    target_qps: float | None
+    bound_ms: float | None
+    bound_percentile: float | None
+    valid: bool
+    loadgen_p50_ms: float | None
+    reasons: tuple[str, ...]
+    settings: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,36 +121,141 @@ class ColdStart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """One candidate (a tower in some precision on some engine) under one workload.
+class Energy:
+    """Energy of one image or text while it runs again and again at batch 1.
 
-    `input_shape` is the shape at batch 1; a text tower's time depends on its length.
+    Attributes:
+        sensor: what measured it.
+        covers: what the sensor counts, such as "processor package".
+        joules: for each item, idle power included.
+        idle_watts: of the same sensor, before; None where that was not measured.
+    """
+
+    sensor: str
+    covers: str
+    joules: Interval
+    idle_watts: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTime:
+    """One step of an answer, at batch 1, in milliseconds."""
+
+    name: StageName
+    ms: Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a measurement is of, so that it can be found again.
+
+    Attributes:
+        bundle: name of the bundle, or of a peer's file.
+        sha256: of the bundle's manifest, or of a peer's file: 64 hexadecimal digits.
+        precision: that ran; None for a peer.
+        engine: as a `DeviceProfile` calls it.
+        provider: that computed, as the engine itself says, such as "CPUExecutionProvider".
+        threads: of the engine.
+        bytes_on_disk: what must be stored for it: graph and weights.
+        input_shape: of one item at batch 1; a text tower's time depends on its length.
+    """
+
+    bundle: str
+    sha256: str
+    precision: Precision | None
+    engine: str
+    provider: str
+    threads: int
+    bytes_on_disk: int
+    input_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One subject (a part of a bundle in some precision on some engine) under one workload.
+
+    Attributes:
+        name: unique in its run and part.
+        part: what is run.
+        input_shape: at batch 1.
+        warm_up: before the timed runs.
+        latency: one run after the other at batch 1, all subjects taking turns.
+        ratio: to the reference of the run.
+        sweep: batches and threads.
+        cpu, contended: see `CpuTime`.
+        samples_ms: wall time of each run behind `latency`, one tuple a process, in order; round
+            i of a process is round i of every subject in it.
+        identity: None for what is not of a bundle.
+        cold_start, scenarios, energy, stages, layers: where they were asked for.
+        peak_memory_mb: of the process that ran this subject alone, MB of 10^6 bytes.
+        missing: what could not be measured, and why, such as ("energy", "no sensor").
     """
 
     name: str
-    tower: Tower
+    part: Part
     input_shape: tuple[int, ...]
     warm_up: WarmUp
     latency: Latency
     ratio: PairedRatio | None
-    throughput: tuple[Throughput, ...]
+    sweep: tuple[SweepPoint, ...]
     cpu: CpuTime
     contended: bool | None
+    samples_ms: tuple[tuple[float, ...], ...] = ()
+    identity: Identity | None = None
     cold_start: ColdStart | None = None
+    scenarios: tuple[ScenarioResult, ...] = ()
+    energy: Energy | None = None
+    stages: tuple[StageTime, ...] = ()
+    layers: LayerProfile | None = None
+    peak_memory_mb: float | None = None
+    missing: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Yardstick:
+    """A small fixed graph that takes turns with the subjects: what the machine was worth.
+
+    Times of two runs of `edgeclip profile` differ where the machine was faster or slower; times
+    divided by the yardstick's differ less.
+
+    Attributes:
+        name: of the graph; another name is another yardstick.
+        samples_ms: as in `Measurement`.
+    """
+
+    name: str
+    samples_ms: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementRun(JsonRecord):
     """Everything needed to believe, and to repeat, some measurements.
 
-    `created` is ISO 8601 in UTC. Versions of packages are part of `machine`.
+    Attributes:
+        created: ISO 8601 in UTC.
+        command: what was typed.
+        workload: how much was measured.
+        machine: where; versions of packages are part of it.
+        measurements: of the subjects.
+        device: the profile that chose the engine; None where each subject had its own.
+        before, after: clocks and temperatures around the timed runs.
+        interference: what else the machine did meanwhile.
+        yardstick: None where none took part.
+        roofline: what this machine can do at most; None where it was not measured.
     """
 
+    SCHEMA_VERSION: ClassVar[int] = 2
     WHAT: ClassVar[str] = "measurements"
-    MEND: ClassVar[str] = "measure again"
+    MEND: ClassVar[str] = "measure again with `edgeclip profile`"
 
     created: str
     command: str
     workload: Workload
     machine: Machine
     measurements: tuple[Measurement, ...]
+    device: DeviceProfile | None = None
+    before: Conditions | None = None
+    after: Conditions | None = None
+    interference: Interference | None = None
+    yardstick: Yardstick | None = None
+    roofline: Roofline | None = None

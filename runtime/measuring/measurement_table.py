@@ -28,23 +28,23 @@ def _latency_row(item: Measurement) -> tuple[str, ...]:
     latency, ratio = item.latency, item.ratio
     p50 = latency.p50_ms
     return (
-        item.tower,
+        item.part,
         item.name,
         digits(p50.value),
         f"{digits(p50.low)} to {digits(p50.high)}",
         digits(latency.p90_ms.value),
-        digits(latency.p99_ms.value),
+        MISSING if latency.p99_ms is None else digits(latency.p99_ms.value),
         "" if ratio is None else f"{ratio.ratio.value:.2f} of {ratio.reference}",
         "" if ratio is None else f"{ratio.ratio.low:.2f} to {ratio.ratio.high:.2f}",
     )
 
 
 def _batches(measured: Sequence[Measurement]) -> list[str]:
-    return [f"batch {rate.batch}" for rate in measured[0].throughput] if measured else []
+    return [f"batch {rate.batch}" for rate in measured[0].sweep] if measured else []
 
 
 def _rate_row(item: Measurement) -> tuple[str, ...]:
-    return (item.tower, item.name, *(digits(r.items_per_s.value) for r in item.throughput))
+    return (item.part, item.name, *(digits(r.items_per_s.value) for r in item.sweep))
 
 
 def _cold_row(item: Measurement) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def _cold_row(item: Measurement) -> tuple[str, ...]:
     assert start is not None
     memory = start.peak_memory_mb
     return (
-        item.tower,
+        item.part,
         item.name,
         digits(start.import_ms),
         digits(start.load_ms),
@@ -71,7 +71,7 @@ def _warnings(measured: Sequence[Measurement]) -> list[str]:
         )
     if any(item.contended is None for item in measured):
         lines.append("This system does not tell whether other programs disturbed the runs.")
-    restless = [f"{item.tower} {item.name}" for item in measured if not item.warm_up.settled]
+    restless = [f"{item.part} {item.name}" for item in measured if not item.warm_up.settled]
     if restless:
         lines.append(f"Not steady after warm-up: {', '.join(restless)}.")
     return lines

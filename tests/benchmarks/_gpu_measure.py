@@ -125,7 +125,7 @@ def _take_turns(
     found = measure_interleaved(
         candidates,
         workload,
-        tower=case.tower,
+        part=case.tower,
         reference=REFERENCE if REFERENCE in names else None,
     )
     return {

@@ -137,7 +137,7 @@ def measure_tower(
             measured = measure_interleaved(
                 [Candidate(item.name, runs[item.name], fixed(item.values)) for item in group],
                 replace(TUNING, repeats=repeats),
-                tower=tower,
+                part=tower,
                 reference=base,
             )
             rows += [

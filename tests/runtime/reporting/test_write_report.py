@@ -21,7 +21,7 @@ from edgeclip.runtime.measuring.measurement import (
     Latency,
     Measurement,
     PairedRatio,
-    Throughput,
+    SweepPoint,
     WarmUp,
 )
 from edgeclip.runtime.reporting.report_data import (
@@ -62,18 +62,25 @@ def measurement(name: str, tower: Tower, ms: float, size: int) -> Measurement:
     ratio = PairedRatio(reference="teacher (ONNX)", ratio=around(ms / 6.9, 0.015))
     return Measurement(
         name=name,
-        tower=tower,
+        part=tower,
         input_shape=(1, 3, 64, 64),
         warm_up=WarmUp(runs=12, settled=True),
         latency=Latency(
             runs=100,
             p50_ms=around(ms, 0.01),
             p90_ms=around(ms * 1.1, 0.03),
+            p95_ms=around(ms * 1.2, 0.05),
             p99_ms=around(ms * 1.4, 0.12),
+            p99_9_ms=None,
         ),
         ratio=None if name == "teacher (ONNX)" else ratio,
-        throughput=tuple(
-            Throughput(batch=size, items_per_s=around(1000 / ms * math.sqrt(size), 0.02))
+        sweep=tuple(
+            SweepPoint(
+                batch=size,
+                threads=2,
+                items_per_s=around(1000 / ms * math.sqrt(size), 0.02),
+                p50_ms=around(ms * math.sqrt(size), 0.02),
+            )
             for size in (1, 8, 32)
         ),
         cpu=cpu,
