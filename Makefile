@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOMS := profiles runtime compress export
-EXTRAS := cpu,serve,grpc,export,dev
+EXTRAS := cpu,serve,grpc,export,profile,dev
 ARGS ?=
 NAME ?=
 

@@ -32,7 +32,7 @@ from edgeclip.runtime.bundle_paths import MANIFEST_NAME
 from edgeclip.runtime.embeddings import check_space
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.files import atomic_directory, check_target
-from edgeclip.runtime.measuring.measure_bundle import measurement_run
+from edgeclip.runtime.measuring.bundle_candidates import measurement_run
 from edgeclip.runtime.reporting.report_data import Stage
 from edgeclip.runtime.reporting.write_report import write_report
 

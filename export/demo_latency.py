@@ -14,7 +14,7 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measuring.cold_start import measure_cold_start
 from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, repeat_rows
-from edgeclip.runtime.measuring.measure_bundle import (
+from edgeclip.runtime.measuring.bundle_candidates import (
     bundle_candidates,
     example_feed,
     golden_inputs,

@@ -1,7 +1,6 @@
 """`edgeclip cascade`: which answers of a student its teacher should give, with a certificate."""
 
 import argparse
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -117,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         bound=args.share,
         delta=args.delta,
         index_by=args.index_by,
-        command=_command(args),
+        command=args.command,
     )
     link = None if args.link is None else load_link(args.link)
     workload = load_workload(args.workload)
@@ -207,19 +206,6 @@ def _score(args: argparse.Namespace, spec: EncoderSpec) -> Score:
     if args.score == "entropy":
         return Entropy(logit_scale=spec.logit_scale)
     return Agreement(views=args.views)
-
-
-def _command(args: argparse.Namespace) -> str:
-    words = ["edgeclip", "cascade", str(args.bundle), "--teacher", str(args.teacher)]
-    words += ["--data", args.data, "--share", f"{args.share:g}", "--delta", f"{args.delta:g}"]
-    words += ["--query", args.query, "--score", args.score, "--index-by", args.index_by]
-    words += ["--views", str(args.views)] if args.score == "agreement" else []
-    words += ["--labels"] if args.labels else []
-    words += [word for template in args.template or () for word in ("--template", template)]
-    if args.data == "emoji":
-        for name in ("test", "calibration", "gallery"):
-            words += [f"--{name}-count", str(getattr(args, f"{name}_count"))]
-    return shlex.join(words)
 
 
 def _say(line: str) -> None:

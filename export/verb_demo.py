@@ -1,7 +1,6 @@
 """`edgeclip demo`: the whole road on the built-in data, with a report at its end."""
 
 import argparse
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +24,6 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("steps", "scenes")}
     changed = {name: value for name, value in given.items() if value is not None}
     settings = replace(DemoSettings(quick=args.quick), **changed)
-    words = ["edgeclip", "demo", "--out", str(args.out)] + ["--quick"] * args.quick
-    words += [word for name, value in changed.items() for word in (f"--{name}", str(value))]
-    summary = run_demo(settings, args.out, command=shlex.join(words))
+    summary = run_demo(settings, args.out, command=args.command)
     print(f"\nreport: {args.out / 'report.html'}")
     return 0 if summary.keeps_enough and summary.fast_enough else 1

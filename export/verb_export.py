@@ -1,7 +1,6 @@
 """`edgeclip export`: turn a student into a verified bundle for a device."""
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import get_args
@@ -131,7 +130,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
             name=args.name or args.out.name,
             teacher=args.teacher,
             student=args.student,
-            command=_command(args),
+            command=args.command,
             licence=args.licence,
         ),
         precisions=args.precisions,
@@ -150,17 +149,6 @@ def _bake(teacher: DualEncoder, names: str) -> LabelSet:
         lambda texts: embed(tokenizer.encode(texts)),
         teacher.space,
     )
-
-
-def _command(args: argparse.Namespace) -> str:
-    words = ["edgeclip", "export", args.student, "--teacher", args.teacher, "--data", args.data]
-    words += ["--device", args.device]
-    words += ["--precisions", *args.precisions] if args.precisions else []
-    words += ["--label-head", args.label_head] if args.label_head else []
-    words += ["--patch-features"] if args.patch_features else []
-    words += ["--test-count", str(args.test_count)]
-    words += ["--calibration-count", str(args.calibration_count), "--out", str(args.out)]
-    return shlex.join(words)
 
 
 def _say(line: str) -> None:

@@ -5,6 +5,7 @@ import difflib
 import importlib
 import importlib.metadata
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from edgeclip.runtime.errors import EdgeClipError, MissingExtraError
 @dataclass(frozen=True, slots=True)
 class Verb:
     """A command: `module` gives `add_arguments(parser)` and `run(args) -> exit status`.
+
+    `args.command` is what was typed, for the record.
 
     `extra` is the optional dependency group that the verb needs, if any.
     """
@@ -36,7 +39,7 @@ VERBS: dict[str, Verb] = {
     "classify": Verb("edgeclip.runtime.verb_classify", "name what images show"),
     "search": Verb("edgeclip.runtime.verb_search", "look for texts or images in an index"),
     "eval": Verb("edgeclip.runtime.verb_eval", "measure retrieval or zero-shot quality"),
-    "measure": Verb("edgeclip.runtime.verb_measure", "measure latency, memory and size"),
+    "profile": Verb("edgeclip.runtime.verb_profile", "measure speed, memory and energy", "profile"),
     "report": Verb("edgeclip.runtime.verb_report", "write the report as one HTML file", "report"),
     "build": Verb("edgeclip.runtime.verb_build", "compile a bundle's towers on the device"),
     "serve": Verb("edgeclip.runtime.verb_serve", "answer devices over the network", "serve"),
@@ -101,7 +104,8 @@ def _run(name: str, verb: Verb, rest: list[str]) -> int:
         module = importlib.import_module(verb.module)
         parser = argparse.ArgumentParser(prog=f"edgeclip {name}", description=module.__doc__)
         module.add_arguments(parser)
-        status: int = module.run(parser.parse_args(rest))
+        typed = argparse.Namespace(command=shlex.join(["edgeclip", name, *rest]))
+        status: int = module.run(parser.parse_args(rest, typed))
     except ImportError as error:
         package = (error.name or "").split(".")[0]
         # No verb's extra brings onnxruntime: which of the two builds suits is the user's choice.

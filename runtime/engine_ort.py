@@ -1,8 +1,8 @@
 """ONNX Runtime, with whichever of its execution providers a device asks for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from edgeclip.runtime.providers import (
 
 if TYPE_CHECKING:
     from edgeclip.profiles.device import DeviceProfile
+
+
+Made = TypeVar("Made", bound="OrtEngine")
 
 
 class OrtEngine:
@@ -140,6 +143,37 @@ def open_ort_engine(
     Raises:
         EngineError, MissingExtraError: see `OrtEngine`.
     """
+    return make_ort_engine(
+        OrtEngine,
+        path,
+        device=device,
+        content=content,
+        data_folder=data_folder,
+        context_length=context_length,
+        entries=entries,
+    )
+
+
+def make_ort_engine(
+    make: Callable[..., Made],
+    path: Path,
+    *,
+    device: "DeviceProfile",
+    content: bytes | None = None,
+    data_folder: Path | None = None,
+    context_length: int | None = None,
+    entries: Mapping[str, str] | None = None,
+) -> Made:
+    """As `open_ort_engine`, where `make` is called as `OrtEngine` is and may give more.
+
+    Args:
+        path, content, data_folder, entries: see `OrtEngine`.
+        device: which provider; a precision that it must know comes from the file's name.
+        context_length: the longest text in tokens, where the graph is a text tower.
+
+    Raises:
+        EngineError, MissingExtraError: see `OrtEngine`.
+    """
     provider = provider_of(device)
     # What TensorRT compiles is kept for a graph whose content is known, verified that is.
     facts = GraphFacts(
@@ -153,7 +187,7 @@ def open_ort_engine(
     if device.engine == "onnxruntime-tensorrt" and device.cpu_fallback:
         options[CUDA] = cuda_options(device, facts)  # what TensorRT lacks is better off there
         providers = (provider.name, CUDA)
-    return OrtEngine(
+    return make(
         path,
         providers=providers,
         threads=device.threads,

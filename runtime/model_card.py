@@ -235,7 +235,7 @@ def _limits(manifest: Manifest) -> str:
     if unmeasured:
         lines.append(f"- Latency was not measured for: {', '.join(unmeasured)}.")
     if len(unmeasured) < len(files):
-        lines.append("- Latency on any other machine was not measured: `edgeclip measure` does it.")
+        lines.append("- Latency on any other machine was not measured: `edgeclip profile` does it.")
     if ungated:
         lines.append(f"- No gate was measured for: {', '.join(ungated)}.")
     if manifest.gates or len(ungated) < len(files):

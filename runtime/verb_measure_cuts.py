@@ -1,7 +1,6 @@
 """`edgeclip measure-cuts`: time every stage of every split plan on this machine."""
 
 import argparse
-import shlex
 from pathlib import Path
 
 from edgeclip.profiles.device import load_device
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         times = measure_cuts(
             cuts,
             device=device,
-            command=_command(args),
+            command=args.command,
             pictures=pictures,
             rounds=args.rounds,
             progress=progress,
@@ -47,10 +46,3 @@ def run(args: argparse.Namespace) -> int:
     print(stage_table(times, cuts.manifest))
     print(f"times written to {args.out}")
     return 0
-
-
-def _command(args: argparse.Namespace) -> str:
-    words = ["edgeclip", "measure-cuts", str(args.cuts), "--out", str(args.out)]
-    words += ["--pictures", *map(str, args.pictures)] if args.pictures else []
-    words += ["--rounds", str(args.rounds), "--device", str(args.device)]
-    return shlex.join(words)

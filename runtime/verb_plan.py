@@ -1,15 +1,17 @@
 """`edgeclip plan`: what should run on the device and what on a server, from measured times."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from edgeclip.profiles.link import LinkProfile, link_names, load_link
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.measuring.measurement import MeasurementRun
 from edgeclip.runtime.planning.candidates import Goal
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.estimate import Conditions
+from edgeclip.runtime.planning.estimate import Conditions, Estimate
 from edgeclip.runtime.planning.explain_plan import explain
 from edgeclip.runtime.planning.link_state import LinkState
 from edgeclip.runtime.planning.plan_picture import plan_page, plan_picture
@@ -46,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_conditions(parser)
     parser.add_argument("--all", action="store_true", help="list every plan in every codec")
     parser.add_argument("--out", type=Path, help="write the chosen plan to this JSON file")
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        action="append",
+        default=[],
+        help="a run of `edgeclip profile --plan`, to hold what was predicted against",
+    )
     parser.add_argument("--picture", type=Path, help="draw the plans: NAME.svg or NAME.html")
 
 
@@ -86,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     words = "\n".join([explain(choice, objective), *_notes(args, device, server)])
     print(plan_table(choice, all_codecs=args.all))
     print(f"\n{words}")
+    for path in args.measured:
+        print("\n".join(_errors(path, estimates)))
     if args.out is not None:
         choice.best.plan.save(args.out)
         print(f"plan written to {args.out}")
@@ -93,6 +104,25 @@ def run(args: argparse.Namespace) -> int:
         _draw(args, choice, words)
         print(f"picture written to {args.picture}")
     return 0
+
+
+def _errors(path: Path, estimates: Sequence[Estimate]) -> list[str]:
+    """How far predictions are from what was measured, plan by plan."""
+    predicted = {item.plan.name: item.p95_ms for item in estimates}
+    measured = MeasurementRun.load(path).measurements
+    lines = [
+        f"{item.name}: predicted p95 {predicted[item.name]:.1f} ms, measured "
+        f"{item.latency.p95_ms.value:.1f} ms [{item.latency.p95_ms.low:.1f}, "
+        f"{item.latency.p95_ms.high:.1f}], error "
+        f"{predicted[item.name] / item.latency.p95_ms.value - 1:+.1%}"
+        for item in measured
+        if item.part == "split" and item.name in predicted
+    ]
+    if not lines:
+        raise InputError(
+            f"{path} measured none of these plans: run `edgeclip profile BUNDLE --plan PLAN.json`"
+        )
+    return lines
 
 
 def _objective(args: argparse.Namespace) -> Objective:

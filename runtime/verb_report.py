@@ -1,6 +1,8 @@
-"""`edgeclip report`: what a bundle's manifest and measurements of it say, as one HTML page.
+"""`edgeclip report`: measurements, or a bundle, as one HTML page and as Markdown.
 
-`edgeclip demo` writes a fuller one, with the training, the quality and a gallery.
+Of measurement files (`edgeclip profile --out`) it makes a page in which all runs stand side by
+side; of a bundle one of what its manifest and measurements of it say. `edgeclip demo` writes a
+fuller one of a bundle, with the training, the quality and a gallery.
 """
 
 import argparse
@@ -8,27 +10,78 @@ from pathlib import Path
 
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.measuring.measurement import MeasurementRun
+from edgeclip.runtime.reporting.profile_data import NamedRun, SubjectQuality, load_runs
+from edgeclip.runtime.reporting.profile_markdown import markdown_of
+from edgeclip.runtime.reporting.profile_quality import quality_of_bundle
+from edgeclip.runtime.reporting.profile_report import write_profile_report
 from edgeclip.runtime.reporting.report_data import Choice, Gate, ReportData
 from edgeclip.runtime.reporting.write_report import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb to argparse."""
-    parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument(
-        "--measurements", type=Path, help="JSON file that `edgeclip measure --out` wrote"
+        "what",
+        type=Path,
+        nargs="+",
+        metavar="RUN.json|BUNDLE",
+        help="files that `edgeclip profile --out` wrote, or the directory of one bundle",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the HTML file to write")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        action="append",
+        default=[],
+        help="a bundle that was measured, for its quality beside its latency; may be repeated",
+    )
+    parser.add_argument(
+        "--measurements", type=Path, help="with a bundle: a file of measurements of it"
+    )
+    parser.add_argument("--out", type=Path, help="the HTML file to write")
+    parser.add_argument("--markdown", type=Path, help="the Markdown file to write, of measurements")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page."""
-    bundle = Bundle.open(args.bundle)
+    """Write what was asked for."""
+    if any(path.is_dir() for path in args.what):
+        return _report_bundle(args)
+    if args.measurements is not None:
+        raise InputError("--measurements goes with a bundle: give the files themselves instead")
+    if args.out is None and args.markdown is None:
+        raise InputError("nothing to write: give --out PAGE.html, --markdown PAGE.md, or both")
+    runs = load_runs(args.what)
+    quality = [one for path in args.bundle for one in quality_of_bundle(Bundle.open(path))]
+    if args.out is not None:
+        write_profile_report(runs, args.out, quality=quality)
+        print(f"report in {args.out}")
+    if args.markdown is not None:
+        _write_markdown(runs, quality, args.markdown)
+        print(f"Markdown in {args.markdown}")
+    return 0
+
+
+def _report_bundle(args: argparse.Namespace) -> int:
+    if len(args.what) > 1:
+        raise InputError(
+            "give one bundle, or files of measurements; the bundle of measurements is --bundle"
+        )
+    if args.out is None or args.markdown is not None or args.bundle:
+        raise InputError("the report of a bundle is one HTML page: give --out, and only --out")
     measured = None if args.measurements is None else MeasurementRun.load(args.measurements)
-    write_report(bundle_report(bundle, measured), args.out)
+    write_report(bundle_report(Bundle.open(args.what[0]), measured), args.out)
     print(f"report in {args.out}")
     return 0
+
+
+def _write_markdown(
+    runs: tuple[NamedRun, ...], quality: list[SubjectQuality], target: Path
+) -> None:
+    with atomic_file(target) as temporary:
+        content = markdown_of(runs, quality=quality)
+        temporary.write_bytes(content.encode("utf-8", "replace"))
 
 
 def bundle_report(bundle: Bundle, measured: MeasurementRun | None) -> ReportData:

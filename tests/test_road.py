@@ -77,9 +77,9 @@ def test_classify_and_eval_answer(road: Path, capsys: pytest.CaptureFixture[str]
     assert "R@1" in capsys.readouterr().out
 
 
-def test_measure_and_report(road: Path) -> None:
+def test_profile_and_report(road: Path) -> None:
     measurements, page = road / "m.json", road / "r.html"
-    _run("measure", road / "bundle", "--workload", "quick", "--out", measurements)
+    _run("profile", road / "bundle", "--workload", "quick", "--out", measurements)
     assert json.loads(measurements.read_text(encoding="utf-8"))["measurements"]
     _run("report", road / "bundle", "--measurements", measurements, "--out", page)
     assert "Latency, throughput, memory" in page.read_text(encoding="utf-8")

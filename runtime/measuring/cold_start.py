@@ -76,24 +76,6 @@ def measure_cold_start(
     )
 
 
-def peak_memory_mb() -> float | None:
-    """The most memory this process held so far, in MB of 10^6 bytes; None if not reported.
-
-    Linux's VmHWM is preferred to `ru_maxrss`, which a child inherits: a small process
-    started by one that holds torch would report torch's memory.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    except (OSError, IndexError, ValueError):
-        pass
-    if sys.platform == "darwin":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes there
-    return None
-
-
 def _run_child(command: list[str]) -> dict[str, Any]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
@@ -118,6 +100,7 @@ def _cold_start(model: Path, inputs: list[str], device_name: str) -> dict[str, f
     if device.engine.startswith("onnxruntime"):
         import onnxruntime  # noqa: F401
     from edgeclip.runtime.engine import open_engine
+    from edgeclip.runtime.measuring.memory import peak_memory_mb
 
     imported = time.perf_counter()
     feeds = dict(_feed(item) for item in inputs)

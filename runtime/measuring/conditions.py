@@ -9,11 +9,12 @@ class Conditions:
 
     Attributes:
         taken: ISO 8601 in UTC.
-        cpu_mhz: clock of each logical processor that may be used, in 10^6 Hz.
+        cpu_mhz: clock of each logical processor that may be used, in 10^6 Hz; in a virtual machine
+            it is what the hypervisor makes of it, mostly the nominal one.
         governor: Linux's frequency governor, such as "schedutil".
         load_1m: load average of the last minute.
         temperatures_c: (sensor, degrees Celsius).
-        throttle_counts: (counter, value): how often a processor was slowed for its heat.
+        throttle_counts: (counter, value): how often a processor was slowed for its heat or supply.
         gpu: (name of a value, value) as the GPU's driver tells them, such as its clock.
     """
 
@@ -31,10 +32,12 @@ class Interference:
     """What else the machine did while something was measured.
 
     Attributes:
-        waiting_share: of the CPU time that was asked for, see `CpuTime`.
+        waiting_share: of the CPU time that was asked for, see `CpuTime`; of the process that
+            watched, and None if it hardly ran.
         steal_share: of all cores' time that a hypervisor took.
-        others_share: of all cores' time that other processes used.
-        throttled: whether a processor was slowed for its heat; None if it cannot be told.
+        others_share: of all cores' time that other processes used; in a container, of its host's.
+        throttled: whether a processor was slowed for its heat or its supply; None if it cannot be
+            told.
         disturbed: whether any of this was too much; None if nothing of it can be told.
         reasons: what was too much, for a person.
     """

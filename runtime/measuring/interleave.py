@@ -62,12 +62,34 @@ def repeat_rows(inputs: NDArray[Any]) -> Callable[[int], NDArray[Any]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Times:
+class RunTimes:
     """Seconds of each timed run of one candidate, in round order."""
 
     wall: list[float] = field(default_factory=list)
     thread: list[float] = field(default_factory=list)
     process: list[float] = field(default_factory=list)
+
+    @property
+    def wall_ms(self) -> tuple[float, ...]:
+        """Milliseconds to a tenth of a microsecond, finer than two runs are ever alike."""
+        return tuple(round(1e3 * value, 4) for value in self.wall)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """What one candidate did in one process, at batch 1.
+
+    Attributes:
+        input_shape: at batch 1.
+        warm_up: before the timed runs.
+        times: of the timed runs.
+        cpu: see `CpuTime`.
+    """
+
+    input_shape: tuple[int, ...]
+    warm_up: WarmUp
+    times: RunTimes
+    cpu: CpuTime
 
 
 def measure_interleaved(
@@ -98,36 +120,90 @@ def measure_interleaved(
     """
     _check(candidates, reference)
     step = _stepper(progress, len(candidates) + workload.repeats + len(workload.batch_sizes) - 1)
+    turns = run_turns(candidates, workload, step)
+    sweeps = []
+    for size in workload.batch_sizes[1:]:
+        sweeps.append(run_sweep(candidates, size, workload.seconds_per_batch))
+        step()
+    bases = [each.times for c, each in zip(candidates, turns, strict=True) if c.name == reference]
+    return tuple(
+        Measurement(
+            name=candidate.name,
+            part=part,
+            input_shape=each.input_shape,
+            warm_up=each.warm_up,
+            latency=latency_of([np.array(each.times.wall) * 1e3]),
+            samples_ms=(each.times.wall_ms,),
+            ratio=None if candidate.name == reference else _ratio(each.times, bases, reference),
+            sweep=(_point(candidate, each.times, 1), *(sweep[number] for sweep in sweeps)),
+            cpu=each.cpu,
+            contended=each.cpu.contended,
+        )
+        for number, (candidate, each) in enumerate(zip(candidates, turns, strict=True))
+    )
+
+
+def run_turns(
+    candidates: Sequence[Candidate],
+    workload: Workload,
+    step: Callable[[], None] = lambda: None,
+) -> list[Turns]:
+    """Warm up each candidate, then let them take turns at batch 1, `workload.repeats` rounds.
+
+    The garbage collector rests meanwhile. `step` is called after each warm-up and each round.
+
+    Raises:
+        InputError: a batch that does not have as many rows as it was asked for.
+        Exception: whatever a candidate's `run` raises.
+    """
     singles = [_batch(candidate, 1) for candidate in candidates]
-    with _no_garbage_collection():
+    with no_garbage_collection():
         warm_ups = []
         for candidate, batch in zip(candidates, singles, strict=True):
             warm_ups.append(warm_up(candidate, batch, workload))
             step()
         before = CpuSnapshot.take()
-        times = _take_turns(candidates, singles, lambda done: done < workload.repeats, step)
+        times = _run_rounds(candidates, singles, lambda done: done < workload.repeats, step)
         denied = CpuSnapshot.take().denied_since(before)
-        sweeps = [_sweep(candidates, size, workload, step) for size in workload.batch_sizes[1:]]
-    base = {c.name: each for c, each in zip(candidates, times, strict=True)}.get(reference or "")
-    return tuple(
-        Measurement(
-            name=candidate.name,
-            part=part,
-            input_shape=singles[number].shape,
-            warm_up=warm_ups[number],
-            latency=latency_of([np.array(times[number].wall) * 1e3]),
-            samples_ms=(_rounded(times[number].wall),),
-            ratio=None if base is times[number] else _ratio(times[number], base, reference),
-            sweep=(_point(candidate, times[number], 1), *(sweep[number] for sweep in sweeps)),
-            cpu=_cpu_time(times[number], denied),
-            contended=_cpu_time(times[number], denied).contended,
+    return [
+        Turns(
+            input_shape=single.shape,
+            warm_up=warm,
+            times=each,
+            cpu=_cpu_time(each, denied),
         )
-        for number, candidate in enumerate(candidates)
-    )
+        for single, warm, each in zip(singles, warm_ups, times, strict=True)
+    ]
+
+
+def run_sweep(candidates: Sequence[Candidate], size: int, seconds: float) -> list[SweepPoint]:
+    """Throughput of each candidate at one batch size, until each had its `seconds` on average.
+
+    Raises:
+        InputError, Exception: see `run_turns`.
+    """
+    batches = [_batch(candidate, size) for candidate in candidates]
+    for candidate, batch in zip(candidates, batches, strict=True):
+        candidate.run(batch)  # the first run of a shape plans memory
+    with no_garbage_collection():
+        end = time.perf_counter() + seconds * len(candidates)
+        times = _run_rounds(
+            candidates,
+            batches,
+            lambda done: done < _FEWEST_SWEEP_RUNS or time.perf_counter() < end,
+        )
+    return [_point(c, each, size) for c, each in zip(candidates, times, strict=True)]
 
 
 def warm_up(candidate: Candidate, batch: NDArray[Any], workload: Workload) -> WarmUp:
     """Run until the median stops moving, or the workload's time for it is over."""
+    return settle(
+        candidate, batch, least=workload.min_warmup_runs, seconds=workload.max_warmup_seconds
+    )
+
+
+def settle(candidate: Candidate, batch: NDArray[Any], *, least: int, seconds: float) -> WarmUp:
+    """Run at least `least` times, until the median stops moving or `seconds` are over."""
     recent: deque[float] = deque(maxlen=2 * _WINDOW)
     began = time.perf_counter()
     for runs in itertools.count(1):
@@ -135,9 +211,9 @@ def warm_up(candidate: Candidate, batch: NDArray[Any], workload: Workload) -> Wa
         candidate.run(batch)
         end = time.perf_counter()
         recent.append(end - start)
-        if runs >= workload.min_warmup_runs and _is_steady(recent):
+        if runs >= least and _is_steady(recent):
             return WarmUp(runs=runs, settled=True)
-        if end - began >= workload.max_warmup_seconds and runs >= workload.min_warmup_runs:
+        if end - began >= seconds and runs >= least:
             break
     return WarmUp(runs=runs, settled=False)
 
@@ -157,14 +233,14 @@ def _is_steady(recent: deque[float]) -> bool:
     return bool(abs(later - earlier) <= _STEADY * earlier)
 
 
-def _take_turns(
+def _run_rounds(
     candidates: Sequence[Candidate],
     batches: Sequence[NDArray[Any]],
     go_on: Callable[[int], bool],
     step: Callable[[], None] = lambda: None,
-) -> list[_Times]:
+) -> list[RunTimes]:
     """Rounds of one timed run each, while `go_on(rounds done)`."""
-    times = [_Times() for _ in candidates]
+    times = [RunTimes() for _ in candidates]
     for number in itertools.count():
         if not go_on(number):
             break
@@ -174,7 +250,7 @@ def _take_turns(
     return times
 
 
-def _timed_run(candidate: Candidate, batch: NDArray[Any], times: _Times) -> None:
+def _timed_run(candidate: Candidate, batch: NDArray[Any], times: RunTimes) -> None:
     process, thread = time.process_time(), time.thread_time()
     start = time.perf_counter()
     candidate.run(batch)
@@ -184,22 +260,7 @@ def _timed_run(candidate: Candidate, batch: NDArray[Any], times: _Times) -> None
     times.process.append(time.process_time() - process)
 
 
-def _sweep(
-    candidates: Sequence[Candidate], size: int, workload: Workload, step: Callable[[], None]
-) -> list[SweepPoint]:
-    """Throughput of each candidate at one batch size, until the slowest had its seconds."""
-    batches = [_batch(candidate, size) for candidate in candidates]
-    for candidate, batch in zip(candidates, batches, strict=True):
-        candidate.run(batch)  # the first run of a shape plans memory
-    end = time.perf_counter() + workload.seconds_per_batch * len(candidates)
-    times = _take_turns(
-        candidates, batches, lambda done: done < _FEWEST_SWEEP_RUNS or time.perf_counter() < end
-    )
-    step()
-    return [_point(c, each, size) for c, each in zip(candidates, times, strict=True)]
-
-
-def _point(candidate: Candidate, times: _Times, size: int) -> SweepPoint:
+def _point(candidate: Candidate, times: RunTimes, size: int) -> SweepPoint:
     seconds = np.array(times.wall)
     return SweepPoint(
         batch=size,
@@ -209,19 +270,14 @@ def _point(candidate: Candidate, times: _Times, size: int) -> SweepPoint:
     )
 
 
-def _rounded(seconds: Sequence[float]) -> tuple[float, ...]:
-    """Milliseconds to the microsecond: a clock's own resolution, and a smaller file."""
-    return tuple(round(1e3 * value, 3) for value in seconds)
-
-
-def _ratio(times: _Times, base: _Times | None, reference: str | None) -> PairedRatio | None:
-    if base is None or reference is None:
+def _ratio(times: RunTimes, bases: Sequence[RunTimes], reference: str | None) -> PairedRatio | None:
+    if not bases or reference is None:
         return None
-    ratio = paired_ratio(np.array(times.wall), np.array(base.wall))
+    ratio = paired_ratio(np.array(times.wall), np.array(bases[0].wall))
     return PairedRatio(reference=reference, ratio=ratio)
 
 
-def _cpu_time(times: _Times, denied: tuple[float | None, float | None]) -> CpuTime:
+def _cpu_time(times: RunTimes, denied: tuple[float | None, float | None]) -> CpuTime:
     return CpuTime(
         wall_s=sum(times.wall),
         thread_s=sum(times.thread),
@@ -262,7 +318,7 @@ def _stepper(progress: Progress | None, total: int) -> Callable[[], None]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Collect once, then keep the collector from stopping a timed run."""
     was_on = gc.isenabled()
     gc.collect()

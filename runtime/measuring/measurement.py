@@ -86,7 +86,7 @@ class ScenarioResult:
         valid: LoadGen's own verdict.
         loadgen_p50_ms: the median in LoadGen's own log, to compare ours with.
         reasons: why it is not valid, in LoadGen's words.
-        settings: those of LoadGen that differ from its defaults.
+        settings: those of LoadGen that differ from its defaults; for Offline also our batch.
     """
 
     scenario: Scenario

@@ -88,7 +88,7 @@ class Estimate:
         parts: where the time goes.
         bytes_p50: of a request's body.
         cosine_mean, cosine_least: of embeddings, to those of uncoded pictures.
-        joules: of the device's processor; None where it was not measured.
+        joules: of the device, as far as its sensor covers it; None where it was not measured.
     """
 
     plan: SplitPlan

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.measuring.cpu_time import CpuSnapshot, CpuTime
-from edgeclip.runtime.measuring.energy import EnergyMeter
+from edgeclip.runtime.measuring.energy import find_meter, joules_of
+from edgeclip.runtime.measuring.energy_meter import EnergyMeter
 from edgeclip.runtime.measuring.interleave import round_order
 from edgeclip.runtime.planning.cut_set import WEIGHTS_NAME, CutPoint, CutSet
 from edgeclip.runtime.planning.stage_times import Payload, StageSamples, StageTimes
@@ -67,7 +68,7 @@ class StageSampler:
             StageSamples(
                 stage=work.stage,
                 ms=tuple(round(1e3 * float(value), 4) for value in column),
-                joules=None if meter is None else meter.joules_of(functools.partial(work.run, 0)),
+                joules=None if meter is None else joules_of(meter, functools.partial(work.run, 0)),
             )
             for work, column in zip(self._works, np.transpose(self._rounds), strict=True)
         ]
@@ -101,7 +102,7 @@ def measure_cuts(
         EngineError, CutSetError, MissingExtraError: see `CutHead`.
     """
     files = _files(cuts, pictures, rounds)
-    all_works, meter = StageWorks(cuts, device, files), EnergyMeter.find()
+    all_works, meter = StageWorks(cuts, device, files), find_meter(device)
     payloads, stages = list[Payload](all_works.picture_payloads()), list[StageSamples]()
     groups = list(_groups(cuts))
     with _watched() as cpu:

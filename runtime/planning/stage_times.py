@@ -45,7 +45,7 @@ class Stage:
 class StageSamples:
     """Wall time of a stage at batch 1, in milliseconds, one value a round.
 
-    `joules` is the energy of one run, of the whole processor; None where no sensor tells.
+    `joules` is the energy of one run, of all that the sensor covers; None where none tells.
     """
 
     stage: Stage

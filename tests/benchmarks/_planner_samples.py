@@ -18,6 +18,7 @@ from edgeclip.runtime.planning.stage_works import StageWork, StageWorks
 
 RTT_MS = 20.0
 PAUSE_S = 0.25  # between requests: longer than TCP's timeout, so that slow start begins anew
+SETTLE_S = 0.1
 SMALL, LARGE = 100, 12_000  # bytes of a probe
 
 _ECHO_JSON, _ECHO_REPLY = 256, 192  # bytes of a probe's JSON, and of its reply
@@ -58,13 +59,16 @@ class PlanSamples:
         there = [works[stage] for stage in (*candidate.decode, *candidate.server)]
         there = there or here  # the device alone asks no server
         self._here, self._there = StageSampler(here, count), StageSampler(there, count)
+        self._rounds = 0
         self._here.warm_up()
         self._there.warm_up()
 
-    def run_round(self) -> None:
-        """Run each stage once."""
+    def run_round(self) -> int:
+        """Run each stage once; returns the number of the round, which is that of its picture."""
         self._here.run_round()
         self._there.run_round()
+        self._rounds += 1
+        return self._rounds - 1
 
     def predict(self, known: StageTimes, rounds: int, conditions: Conditions) -> Estimate:
         """What the planner makes of them; `known` says all but the stages."""

@@ -26,7 +26,16 @@ import numpy as np
 from _bars import Bar, command, options
 from _network import Network, NetworkUnavailableError, Shape, shaped_network
 from _planner_device import ONE_THREAD, TIMES_SLOWER, Device, slower
-from _planner_samples import LARGE, PAUSE_S, RTT_MS, SMALL, PlanSamples, Probe, all_works
+from _planner_samples import (
+    LARGE,
+    PAUSE_S,
+    RTT_MS,
+    SETTLE_S,
+    SMALL,
+    PlanSamples,
+    Probe,
+    all_works,
+)
 
 from edgeclip.export.write_cuts import write_cuts
 from edgeclip.profiles.machine import detect_machine
@@ -46,6 +55,7 @@ from edgeclip.runtime.split.http_client import ClientRules, Server
 BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
 BANDWIDTHS = (0.5, 2.0, 8.0, 30.0, 100.0)
 ERROR_BAR, REGRET_BAR = 0.10, 0.05
+_TURNS = 3  # of a plan that sends nothing, in a round
 _CUTS = 3  # inside the tower, the soonest by prediction
 
 
@@ -100,13 +110,30 @@ def take_turns(
         probe.send(LARGE)
         for place in range(len(plans)):
             item = plans[(place + number) % len(plans)]
+            plan, times = item.candidate.plan, found[item.candidate.plan.name]
+            time.sleep(SETTLE_S)  # what the plan before left undone must not slow the samples alone
+            if plan.kind == "device":
+                times += [_without_network(device, item) for _ in range(_TURNS)]
+                continue
             item.run_round()
             probe.send(SMALL)
             due = time.perf_counter() + PAUSE_S
             time.sleep(PAUSE_S)
-            device.embed(item.candidate.plan, number)
-            found[item.candidate.plan.name].append(1e3 * (time.perf_counter() - due))
+            device.embed(plan, number)
+            times.append(1e3 * (time.perf_counter() - due))
     return found
+
+
+def _without_network(device: Device, item: PlanSamples) -> float:
+    """Milliseconds of a plan that sends nothing.
+
+    No connection has to rest before it, so it follows its samples at once: a neighbour on the
+    same processor that takes a third of its speed for half a second then slows them alike.
+    """
+    number = item.run_round()
+    began = time.perf_counter()
+    device.embed(item.candidate.plan, number)
+    return 1e3 * (time.perf_counter() - began)
 
 
 def measure_link(
@@ -134,8 +161,8 @@ def measure_link(
     conditions = Conditions(link=probe.state(), dim=manifest.dim)
     rows = []
     for item in plans:
-        predicted = item.predict(times[0], rounds, conditions)
-        values = np.array(latencies[predicted.plan.name])
+        values = np.array(latencies[item.candidate.plan.name])
+        predicted = item.predict(times[0], len(values), conditions)
         rows.append(
             Row(
                 mbps=mbps,
@@ -193,7 +220,7 @@ def run(folder: Path, bandwidths: Sequence[float], rounds: int) -> tuple[list[Ro
     with shaped_network(shape) as network, serving(network, cuts) as address:
         print(f"timing each stage, on the device {TIMES_SLOWER} times over", flush=True)
         times = (
-            measure_cuts(cuts, device=ONE_THREAD, command=command(), rounds=64, altered=slower),
+            measure_cuts(cuts, device=ONE_THREAD, command=command(), rounds=32, altered=slower),
             measure_cuts(cuts, device=ONE_THREAD, command=command(), rounds=200),
         )
         with network.entered("device"), Server(address, rules=ClientRules(hedges=False)) as server:
@@ -218,7 +245,7 @@ def main() -> int:
     bandwidths = BANDWIDTHS[1::2] if args.quick else BANDWIDTHS
     try:
         with tempfile.TemporaryDirectory() as folder:
-            rows, bars = run(Path(folder), bandwidths, 30 if args.quick else 80)
+            rows, bars = run(Path(folder), bandwidths, 30 if args.quick else 64)
     except NetworkUnavailableError as error:
         print(f"not measured: {error}")
         return 2

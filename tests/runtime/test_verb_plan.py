@@ -20,7 +20,9 @@ from edgeclip.runtime.planning.stage_times import StageTimes
 def run(verb: ModuleType, *words: str | Path) -> int:
     parser = argparse.ArgumentParser(prog="edgeclip")
     verb.add_arguments(parser)
-    status: int = verb.run(parser.parse_args([str(word) for word in words]))
+    name = verb.__name__.rpartition("verb_")[2].replace("_", "-")
+    typed = argparse.Namespace(command=f"edgeclip {name}")
+    status: int = verb.run(parser.parse_args([str(word) for word in words], typed))
     return status
 
 
@@ -50,7 +52,7 @@ def test_times_say_where_they_come_from(times: Path) -> None:
     found = StageTimes.load(times)
     assert found.device == "test-cpu"
     assert found.bundle == "tiny"
-    assert found.command.startswith("edgeclip measure-cuts ")
+    assert found.command.startswith("edgeclip measure-cuts")
     assert (found.rounds, found.pictures) == (10, 3)
 
 

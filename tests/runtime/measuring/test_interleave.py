@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from numpy.typing import NDArray
 
 from edgeclip.profiles.device import DeviceProfile, load_device
@@ -18,18 +17,17 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cli import main
 from edgeclip.runtime.errors import EngineError, InputError
+from edgeclip.runtime.measuring.bundle_candidates import (
+    bundle_candidates,
+    measurement_run,
+)
 from edgeclip.runtime.measuring.interleave import (
     Candidate,
     measure_interleaved,
     round_order,
     warm_up,
 )
-from edgeclip.runtime.measuring.measure_bundle import (
-    bundle_candidates,
-    measure_bundle,
-    measurement_run,
-)
-from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
+from edgeclip.runtime.measuring.measurement import MeasurementRun
 from edgeclip.runtime.measuring.measurement_table import measurement_table
 from edgeclip.runtime.measuring.timing_statistics import (
     paired_ratio,
@@ -207,7 +205,7 @@ def test_paired_ratio_and_rate() -> None:
 def real_run(clock: Clock) -> MeasurementRun:
     one = clock.candidate("a", lambda size, _: 0.001)
     measurements = measure_interleaved([one], WORKLOAD, part="image")
-    return measurement_run(measurements, workload=WORKLOAD, command="edgeclip measure x")
+    return measurement_run(measurements, workload=WORKLOAD, command="edgeclip profile x")
 
 
 def test_json_round_trip(clock: Clock, tmp_path: Path) -> None:
@@ -219,7 +217,7 @@ def test_json_round_trip(clock: Clock, tmp_path: Path) -> None:
 def test_json_of_another_kind_is_refused(clock: Clock, tmp_path: Path) -> None:
     data = json.loads(real_run(clock).to_json())
     for change, message in (
-        ({"schema_version": 2}, "measure again"),
+        ({"schema_version": 1}, "measure again"),
         ({"surprise": 1}, "surprise: unknown key"),
         ({"machine": 3}, "machine"),
     ):
@@ -250,34 +248,19 @@ def test_table_warns_of_contention_and_restless_runs(clock: Clock) -> None:
     assert "steady" not in quiet_text
 
 
-def test_bundle_measures_both_towers_in_every_precision(
-    tiny_bundle: Path, cpu_device: DeviceProfile
-) -> None:
-    workload = dataclasses.replace(WORKLOAD, cold_starts=1)
-    run = measure_bundle(
-        Bundle.open(tiny_bundle), device=cpu_device, workload=workload, command="measure"
-    )
-    assert [(m.part, m.name) for m in run.measurements] == [
-        ("image", "fp32"),
-        ("image", "int8"),
-        ("text", "fp32"),
-        ("text", "int8"),
-    ]
-    assert [m.ratio is None for m in run.measurements] == [True, False, True, False]
-    for item in run.measurements:
-        _check_real(item)
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_towers_of_a_bundle(tiny_bundle: Path, cpu_device: DeviceProfile, tower: Any) -> None:
+    candidates = bundle_candidates(Bundle.open(tiny_bundle), tower, cpu_device)
+    measured = measure_interleaved(candidates, WORKLOAD, part=tower, reference="fp32")
+    assert [item.name for item in measured] == ["fp32", "int8"]
+    assert [item.ratio is None for item in measured] == [True, False]
+    for item in measured:
+        latency = item.latency
+        assert 0 < latency.p50_ms.value <= latency.p90_ms.value <= latency.p95_ms.value
+        assert item.cpu.process_s >= 0
+        assert [(point.batch, point.threads) for point in item.sweep] == [(1, 1), (3, 1)]
+    run = measurement_run(measured, workload=WORKLOAD, command="measure")
     assert MeasurementRun.from_json(run.to_json(), source="x") == run
-
-
-def _check_real(item: Measurement) -> None:
-    latency = item.latency
-    assert 0 < latency.p50_ms.value <= latency.p90_ms.value <= latency.p95_ms.value
-    assert item.cpu.process_s >= 0
-    start = item.cold_start
-    assert start is not None
-    assert min(start.import_ms, start.load_ms, start.first_run_ms) > 0
-    assert start.file_bytes > 0
-    assert start.peak_memory_mb is None or 10 < start.peak_memory_mb < 4000
 
 
 def test_batches_repeat_the_golden_inputs(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
@@ -295,27 +278,6 @@ def test_a_device_that_allows_nothing_the_bundle_holds(
     device = dataclasses.replace(cpu_device, precisions=("fp16",))
     with pytest.raises(InputError, match="can run none of fp32, int8, which the bundle holds"):
         bundle_candidates(Bundle.open(tiny_bundle), "image", device)
-
-
-def test_verbs_measure_and_report(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    workload = tmp_path / "tiny.yaml"
-    fields = {**dataclasses.asdict(WORKLOAD), "batch_sizes": [1, 3]}
-    workload.write_text(yaml.safe_dump(fields), encoding="utf-8")
-    out, page = tmp_path / "m.json", tmp_path / "report.html"
-    words = ["measure", str(tiny_bundle), "--workload", str(workload), "--out", str(out)]
-    assert main(words) == 0
-    printed = capsys.readouterr().out
-    assert "p99 ms" in printed
-    assert "of fp32" in printed
-    run = MeasurementRun.load(out)
-    assert run.command == f"edgeclip {' '.join(words[:4])} --device this-machine --out {out}"
-    assert main(["report", str(tiny_bundle), "--measurements", str(out), "--out", str(page)]) == 0
-    html = page.read_text(encoding="utf-8")
-    assert "mean colour" in html
-    assert run.machine.os in html
-    assert "mean cosine" in html
 
 
 def test_verb_device_prints_what_load_device_reads(

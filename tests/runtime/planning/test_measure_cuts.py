@@ -8,9 +8,9 @@ import pytest
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.energy import EnergyMeter
+from edgeclip.runtime.measuring.energy_meter import CountedEnergy, Counter
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.measure_cuts import measure_cuts
+from edgeclip.runtime.planning.measure_cuts import StageSampler, measure_cuts
 from edgeclip.runtime.planning.stage_table import stage_table
 from edgeclip.runtime.planning.stage_times import Stage, StageTimes
 from edgeclip.runtime.planning.stage_works import StageWork
@@ -104,28 +104,18 @@ def test_too_little_to_measure_is_refused(
         measure_cuts(emoji_cuts, device=cpu_device, command="", pictures=broken)
 
 
-def counter(root: Path, number: int, microjoules: int) -> Path:
-    folder = root / f"intel-rapl:{number}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "max_energy_range_uj").write_text("1000000\n")
-    (folder / "energy_uj").write_text(f"{microjoules}\n")
-    return folder / "energy_uj"
-
-
-def test_energy_is_counted_over_all_packages_and_their_wrap(tmp_path: Path) -> None:
-    first, second = counter(tmp_path, 0, 900_000), counter(tmp_path, 1, 5)
-    (tmp_path / "intel-rapl:0:0").mkdir()  # a part of a package, which counts it already
-    meter = EnergyMeter.find(tmp_path)
-    assert meter is not None
-
-    def run() -> None:
-        first.write_text("100000")
-        second.write_text("300005")
-
-    assert meter.joules_of(run, seconds=0) == pytest.approx(0.2 + 0.3)
-
-
-def test_no_meter_where_nothing_may_be_read(tmp_path: Path) -> None:
-    assert EnergyMeter.find(tmp_path) is None
-    counter(tmp_path, 0, 5).write_text("no number")
-    assert EnergyMeter.find(tmp_path) is None
+def test_energy_of_a_stage_is_that_of_one_run() -> None:
+    runs: list[int] = []
+    sampler = StageSampler([StageWork(Stage(kind="prepare"), runs.append)], pictures=1)
+    sampler.run_round()
+    meter = CountedEnergy(
+        name="counter",
+        covers="nothing",
+        least_s=0.001,
+        counters=(Counter(lambda: 7 * len(runs)),),
+        per_joule=14,
+    )
+    (found,) = sampler.samples(meter)
+    assert found.joules == pytest.approx(0.5)
+    (unknown,) = sampler.samples(dataclasses.replace(meter, counters=(Counter(lambda: 5),)))
+    assert unknown.joules is None

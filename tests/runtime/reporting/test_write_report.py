@@ -241,7 +241,7 @@ def sample() -> ReportData:
         ),
         commands=(
             "edgeclip demo --out runs/demo",
-            "edgeclip measure runs/demo/bundle --out m.json",
+            "edgeclip profile runs/demo/bundle --out m.json",
         ),
         credits=(
             "Emoji by OpenMoji, CC BY-SA 4.0.",

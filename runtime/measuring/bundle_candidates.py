@@ -1,9 +1,8 @@
-"""Measure both towers of a bundle in every precision that the device allows."""
+"""The towers of a bundle as candidates, what they are given, and measurements on record."""
 
-import dataclasses
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, get_args
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -13,56 +12,11 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.choose_precision import usable_precisions
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.cold_start import measure_cold_start
-from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, repeat_rows
+from edgeclip.runtime.measuring.interleave import Candidate, repeat_rows
 from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
-from edgeclip.runtime.progress import progress_bar
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.tower_feed import tower_feed
 from edgeclip.runtime.tower_runner import TowerRunner
-
-
-def measure_bundle(
-    bundle: Bundle,
-    *,
-    device: DeviceProfile,
-    workload: Workload,
-    command: str,
-) -> MeasurementRun:
-    """Measure latency, throughput and cold start of every tower and precision.
-
-    Ratios are to the tower's fp32, where the bundle holds it and the device allows it.
-
-    Args:
-        bundle: its golden inputs are what runs.
-        device: says which engine to use and which precisions to measure.
-        workload: how much to measure.
-        command: what the user typed, for the record.
-
-    Raises:
-        InputError: the device allows none of the bundle's precisions.
-        EngineError: a tower cannot be loaded or run.
-    """
-    results: list[Measurement] = []
-    for tower in get_args(Tower):
-        candidates = bundle_candidates(bundle, tower, device)
-        names = [candidate.name for candidate in candidates]
-        with progress_bar(f"{tower} tower") as progress:
-            measured = measure_interleaved(
-                candidates,
-                workload,
-                part=tower,
-                reference="fp32" if "fp32" in names else None,
-                progress=progress,
-            )
-        if workload.cold_starts:
-            precisions = measurable_precisions(bundle, tower, device)
-            measured = tuple(
-                _with_cold_start(item, precision, bundle, device, workload.cold_starts)
-                for item, precision in zip(measured, precisions, strict=True)
-            )
-        results += measured
-    return measurement_run(results, workload=workload, command=command)
 
 
 def measurement_run(
@@ -128,19 +82,12 @@ def _candidate(
     prefix: str,
 ) -> Candidate:
     runner = TowerRunner(bundle, tower, precision, device)
-    return Candidate(name=prefix + precision, run=runner.run, make_batch=repeat_rows(inputs))
-
-
-def _with_cold_start(
-    item: Measurement, precision: Precision, bundle: Bundle, device: DeviceProfile, processes: int
-) -> Measurement:
-    start = measure_cold_start(
-        bundle.tower_path(item.tower, precision),
-        example_feed(bundle, item.tower, precision),
-        device=device,
-        processes=processes,
+    return Candidate(
+        name=prefix + precision,
+        run=runner.run,
+        make_batch=repeat_rows(inputs),
+        threads=device.threads,
     )
-    return dataclasses.replace(item, cold_start=start)
 
 
 def example_feed(bundle: Bundle, tower: Tower, precision: Precision) -> dict[str, NDArray[Any]]:

@@ -1,0 +1,333 @@
+"""A precision with all its settings: what a tower is turned into, as plain data.
+
+A `Config` says everything that `write_config` needs beside the graph and the calibration
+data, so its `key` names a result: the same source, data and key give the same file.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from onnxruntime.quantization import CalibrationMethod
+
+from edgeclip.export.activation_bounds import EXTREMES, Ranging
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.profiles.schema import parse
+from edgeclip.runtime.spec import Precision
+
+Kept = tuple[str, ...]  # names of nodes that stay in float
+Smoothing = tuple[tuple[str, float], ...]  # LayerNorm node, and how much of its range it hands on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Float32:
+    """The reference, as the exporter writes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Float16:
+    """Weights and arithmetic in fp16, typed by casts in the graph.
+
+    Attributes:
+        islands: nodes that stay in fp32, beside what calibration shows to be too large.
+
+    Raises:
+        ValueError: an empty name, or one that is there twice.
+    """
+
+    islands: Kept = ()
+
+    def __post_init__(self) -> None:
+        _refuse(_name_mistakes("islands", self.islands))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticInt8:
+    """Q/DQ around products with constant weights; ranges come from calibration.
+
+    Attributes:
+        symmetric: activations are signed with zero point 0 and biases stay float, as
+            TensorRT asks. On a CPU, unsigned and asymmetric activations are faster.
+        reduce_range: weights take 7 bits, because 8-bit products can saturate on a CPU
+            without int8 dot products.
+        per_channel: weights have one scale for each output channel, not one for all.
+        ranging: how the range of an activation follows from what calibration saw.
+        kept: nodes that stay in float.
+        smoothing: LayerNorms whose outliers go into the weights behind them (SmoothQuant),
+            each with its alpha: the share of the difficulty that the weights take, 0 to 1.
+        equalised: ranges of consecutive layers are balanced first (cross-layer equalisation).
+        bias_corrected: the mean error that quantizing leaves in each product is taken out of
+            its bias.
+        float_precision: what all that is not int8 is computed in.
+        int8_tables: token tables are stored in int8 too, with a scale for each row.
+
+    Raises:
+        ValueError: what only goes with asymmetric activations, or only with symmetric ones;
+            names or alphas that cannot be. All of them in one message.
+    """
+
+    symmetric: bool
+    reduce_range: bool = False
+    per_channel: bool = True
+    ranging: Ranging = EXTREMES
+    kept: Kept = ()
+    smoothing: Smoothing = ()
+    equalised: bool = False
+    bias_corrected: bool = False
+    float_precision: Literal["fp32", "fp16"] = "fp32"
+    int8_tables: bool = False
+
+    def __post_init__(self) -> None:
+        mistakes = _name_mistakes("kept", self.kept)
+        mistakes += _name_mistakes("smoothing", [name for name, _ in self.smoothing])
+        mistakes += [
+            f"smoothing: alpha of {name} must be from 0 to 1, got {alpha}"
+            for name, alpha in self.smoothing
+            if not 0 <= alpha <= 1
+        ]
+        if self.symmetric and self.reduce_range:
+            mistakes.append("reduce_range is for asymmetric int8, which runs on CPUs")
+        if self.symmetric and self.int8_tables:
+            mistakes.append("int8_tables is for asymmetric int8, which runs on CPUs")
+        if not self.symmetric and self.float_precision != "fp32":
+            mistakes.append("asymmetric int8 runs on CPUs: its float_precision must be fp32")
+        _refuse(mistakes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicInt8:
+    """int8 products whose activations are ranged anew in every call, over the whole batch.
+
+    An embedding then depends on what else is in its batch, so this is offered and never a
+    default.
+
+    Attributes:
+        reduce_range: weights take 7 bits, see `StaticInt8`.
+        kept: nodes that stay in float.
+        int8_tables: token tables are stored in int8 too, with a scale for each row.
+
+    Raises:
+        ValueError: an empty name, or one that is there twice.
+    """
+
+    reduce_range: bool = False
+    kept: Kept = ()
+    int8_tables: bool = False
+
+    def __post_init__(self) -> None:
+        _refuse(_name_mistakes("kept", self.kept))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightOnly:
+    """Weights stored in few bits and multiplied in float: for size, not for speed.
+
+    Attributes:
+        bits: of a product's weight. Token tables take 8 bits.
+        block: how many weights of one output channel share a scale.
+        kept: nodes that stay in float; a token table is kept by naming its Gather.
+
+    Raises:
+        ValueError: bits or a block that there are not, an empty name, or one that is there
+            twice.
+    """
+
+    bits: Literal[4, 8]
+    block: Literal[32, 64, 128] = 32
+    kept: Kept = ()
+
+    def __post_init__(self) -> None:
+        mistakes = _name_mistakes("kept", self.kept)
+        if self.bits not in (4, 8):
+            mistakes.append(f"bits must be 4 or 8, got {self.bits}")
+        if self.block not in (32, 64, 128):
+            mistakes.append(f"block must be 32, 64 or 128, got {self.block}")
+        _refuse(mistakes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Float8:
+    """E4M3 around products with constant weights, everything else in fp16.
+
+    Attributes:
+        kept: nodes that are not quantized.
+
+    Raises:
+        ValueError: an empty name, or one that is there twice.
+    """
+
+    kept: Kept = ()
+
+    def __post_init__(self) -> None:
+        _refuse(_name_mistakes("kept", self.kept))
+
+
+Config = Float32 | Float16 | StaticInt8 | DynamicInt8 | WeightOnly | Float8
+
+# How a file says which of them it holds.
+_KINDS: dict[str, type[Config]] = {
+    "fp32": Float32,
+    "fp16": Float16,
+    "static-int8": StaticInt8,
+    "dynamic-int8": DynamicInt8,
+    "weight-only": WeightOnly,
+    "fp8": Float8,
+}
+
+
+def precision_of(config: Config) -> Precision:
+    """Return the bundle's word for it: that of its file, its gates and its place in a choice.
+
+    All that stores weights as integers is int8 there, 4-bit weights too.
+    """
+    match config:
+        case Float32():
+            return "fp32"
+        case Float16():
+            return "fp16"
+        case Float8():
+            return "fp8"
+        case StaticInt8() | DynamicInt8() | WeightOnly():
+            return "int8"
+
+
+def needs_vnni(config: Config) -> bool:
+    """Whether its products overflow on a CPU without int8 dot products."""
+    match config:
+        case StaticInt8():
+            return not config.symmetric and not config.reduce_range
+        case DynamicInt8():
+            return not config.reduce_range
+        case _:
+            return False
+
+
+def default_config(precision: Precision, device: DeviceProfile) -> Config:
+    """Return what suits a device's engine in a precision where nothing was searched."""
+    match precision:
+        case "fp32":
+            return Float32()
+        case "fp16":
+            return Float16()
+        case "fp8":
+            return Float8()
+        case "int8" if device.on_cpu:
+            return StaticInt8(symmetric=False, reduce_range=not device.vnni)
+        case "int8":
+            return StaticInt8(symmetric=True, float_precision="fp16")
+
+
+def describe(config: Config) -> str:
+    """Say in a few words what it is: "int8, symmetric, fp16 between, 2 nodes in float"."""
+    match config:
+        case Float32():
+            return "fp32"
+        case Float16():
+            return _joined("fp16", _count(config.islands, "node", "in fp32"))
+        case StaticInt8():
+            return _joined("int8", *_static_words(config), _in_float(config.kept))
+        case DynamicInt8():
+            return _joined(
+                "dynamic int8",
+                "7-bit weights" if config.reduce_range else "",
+                "int8 tables" if config.int8_tables else "",
+                _in_float(config.kept),
+            )
+        case WeightOnly():
+            words = f"{config.bits}-bit weights", f"blocks of {config.block}"
+            return _joined(*words, _in_float(config.kept))
+        case Float8():
+            return _joined("fp8", _in_float(config.kept))
+
+
+def key(config: Config) -> str:
+    """Return the sha256 of the canonical JSON; the order of names does not change it."""
+    data = config_to_data(config)
+    for name in ("kept", "islands", "smoothing"):
+        if name in data:
+            data[name] = sorted(data[name])
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_to_data(config: Config) -> dict[str, Any]:
+    """Return plain data for JSON, with the kind of config under `kind`."""
+    kind = next(name for name, made in _KINDS.items() if type(config) is made)
+    data = {"kind": kind, **dataclasses.asdict(config)}
+    if isinstance(config, StaticInt8):
+        data["ranging"]["method"] = config.ranging.method.name
+    return data
+
+
+def config_from_data(data: object, *, source: str) -> Config:
+    """Read what `config_to_data` gave; `source` names it in messages.
+
+    Raises:
+        ConfigError: no such kind, or any mistake that `parse` finds.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: expected a mapping of keys to values")
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ConfigError(f"{source}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    fields = {name: value for name, value in data.items() if name != "kind"}
+    if isinstance(fields.get("ranging"), Mapping):
+        fields["ranging"] = _method_by_name(fields["ranging"], source)
+    return parse(_KINDS[kind], fields, source=source)
+
+
+def _method_by_name(ranging: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Put the number that onnxruntime has for a method in place of the method's name."""
+    if "method" not in ranging:
+        return dict(ranging)
+    names = CalibrationMethod.__members__
+    if not isinstance(ranging["method"], str) or ranging["method"] not in names:
+        known = ", ".join(names)
+        raise ConfigError(
+            f"{source}: ranging.method must be one of {known}, got {ranging['method']!r}"
+        )
+    return {**ranging, "method": names[ranging["method"]].value}
+
+
+def _name_mistakes(field: str, names: Sequence[str]) -> list[str]:
+    mistakes = [f"{field}: a name is empty"] if not all(names) else []
+    twice = sorted({name for name in names if names.count(name) > 1})
+    return mistakes + [f"{field}: {name} is there twice" for name in twice]
+
+
+def _refuse(mistakes: Sequence[str]) -> None:
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+
+
+def _static_words(config: StaticInt8) -> list[str]:
+    method = config.ranging.method.name.lower()
+    if config.ranging.method == CalibrationMethod.Percentile:
+        method = f"percentile {config.ranging.percentile:g}"
+    return [
+        "symmetric" if config.symmetric else "asymmetric",
+        "7-bit weights" if config.reduce_range else "",
+        "" if config.per_channel else "one scale for each weight",
+        "" if config.ranging == EXTREMES else f"ranges by {method}",
+        _count(config.smoothing, "LayerNorm", "smoothed"),
+        "equalised" if config.equalised else "",
+        "biases corrected" if config.bias_corrected else "",
+        "fp16 between" if config.float_precision == "fp16" else "",
+        "int8 tables" if config.int8_tables else "",
+    ]
+
+
+def _in_float(kept: Kept) -> str:
+    return _count(kept, "node", "in float")
+
+
+def _count(items: Sequence[object], what: str, how: str) -> str:
+    return f"{len(items)} {what}{'s' if len(items) > 1 else ''} {how}" if items else ""
+
+
+def _joined(*words: str) -> str:
+    return ", ".join(word for word in words if word)

@@ -1,0 +1,189 @@
+"""A subject that is loaded, on its engine and with its inputs, and what it turned out to be."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.bundle_paths import MANIFEST_NAME
+from edgeclip.runtime.choose_precision import choose_precision
+from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.load_image import load_picture
+from edgeclip.runtime.measuring.interleave import Candidate, repeat_rows
+from edgeclip.runtime.measuring.measurement import Identity
+from edgeclip.runtime.measuring.sample_pictures import sample_pictures
+from edgeclip.runtime.measuring.subject import SubjectSpec
+from edgeclip.runtime.providers import PROVIDERS
+from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.tower_runner import TowerRunner
+
+if TYPE_CHECKING:
+    from edgeclip.profiles.device import DeviceProfile
+
+Remarks = tuple[tuple[str, str], ...]
+
+
+def _no_remarks() -> Remarks:
+    return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OpenSubject:
+    """A subject that can run. Close it, or use it as a context manager.
+
+    Attributes:
+        candidate: what runs; its inputs are the bundle's golden ones, or pictures.
+        identity: what it is of.
+        remarks: what has to be known of its runs so far, as `Measurement.missing` keeps it.
+    """
+
+    candidate: Candidate
+    identity: Identity
+    remarks: Callable[[], Remarks] = _no_remarks
+    _resources: ExitStack = field(default_factory=ExitStack)
+
+    def close(self) -> None:
+        """Close what it opened, such as connections; it cannot run any more."""
+        self._resources.close()
+
+    def __enter__(self) -> "OpenSubject":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class ExactEncoder(Encoder):
+    """An encoder whose image tower runs in one precision, with nothing in its place.
+
+    `Encoder` takes something more exact where an engine computes wrongly; what is measured must
+    be what it is called.
+
+    Args:
+        bundle: an opened bundle.
+        device: what may run here, and how.
+        precision: of the image tower; what `Encoder` would take by default.
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: "DeviceProfile", precision: Precision | None
+    ) -> None:
+        super().__init__(bundle, device)
+        tower = bundle.manifest.tower("image")
+        self.precisions["image"] = choose_precision(tower, device, precision)
+        self._is_wanted = True
+
+
+def open_subject(spec: SubjectSpec, *, bundle: Bundle | None = None) -> OpenSubject:
+    """Load a subject.
+
+    Args:
+        spec: which one.
+        bundle: that of the spec, where it is open already; checking a bundle reads all of it.
+
+    Raises:
+        BundleError: not a bundle, or it does not hold the precision.
+        InputError: the device does not allow the precision, or a picture or model that is
+            missing or cannot be read.
+        EngineError: it cannot be loaded, computes wrongly, or its server does not answer.
+        MissingExtraError: a package is not installed.
+        ConfigError, CutSetError, SpaceMismatchError: see `SplitRuntime`.
+    """
+    if spec.model is not None:
+        from edgeclip.runtime.measuring.open_model import open_model
+
+        return open_model(spec)
+    opened = bundle or Bundle.open(str(spec.bundle))
+    if spec.part == "split":
+        from edgeclip.runtime.measuring.open_split import open_split
+
+        return open_split(spec, opened)
+    if spec.part == "file":
+        return _open_file(spec, opened)
+    return _open_tower(spec, opened, spec.part)
+
+
+def _open_tower(spec: SubjectSpec, bundle: Bundle, tower: Tower) -> OpenSubject:
+    precision = choose_precision(bundle.manifest.tower(tower), spec.device, spec.precision)
+    runner = TowerRunner(bundle, tower, precision, spec.device)
+    inputs = bundle.golden().inputs(tower)
+    return OpenSubject(
+        candidate=Candidate(spec.title, runner.run, repeat_rows(inputs), spec.device.threads),
+        identity=identity_of(spec, bundle, tower, precision, inputs[:1].shape),
+    )
+
+
+def _open_file(spec: SubjectSpec, bundle: Bundle) -> OpenSubject:
+    encoder = ExactEncoder(bundle, spec.device, spec.precision)
+    contents, shape = read_pictures(spec)
+    encoder.encode_image(list(contents[:1]))  # loads the tower
+
+    def run(batch: NDArray[Any]) -> NDArray[np.float32]:
+        return encoder.encode_image(list(batch), batch_size=len(batch))
+
+    return OpenSubject(
+        candidate=Candidate(spec.title, run, repeat_rows(contents), spec.device.threads),
+        identity=identity_of(spec, bundle, "image", encoder.precisions["image"], shape),
+    )
+
+
+def identity_of(
+    spec: SubjectSpec,
+    bundle: Bundle,
+    tower: Tower,
+    precision: Precision,
+    input_shape: Sequence[int],
+) -> Identity:
+    """What a tower of a bundle is, once its engine was opened."""
+    file = bundle.manifest.tower(tower).file(precision)
+    sizes = {item.path: item.bytes for item in bundle.manifest.files}
+    weights = 0 if file.data_path is None else sizes[file.data_path]
+    return Identity(
+        bundle=bundle.manifest.name,
+        sha256=sha256_file(bundle.path / MANIFEST_NAME),
+        precision=precision,
+        engine=spec.device.engine,
+        provider=_provider_of(spec.device),
+        threads=spec.device.threads,
+        bytes_on_disk=sizes[file.path] + weights,
+        input_shape=tuple(input_shape),
+    )
+
+
+def read_pictures(spec: SubjectSpec) -> tuple[NDArray[Any], tuple[int, int, int, int]]:
+    """The encoded pictures of a subject, object [N], and the shape of the first one's pixels.
+
+    Raises:
+        InputError: a file that is missing, or no picture.
+    """
+    paths = tuple(map(Path, spec.pictures))
+    whole = [load_picture(path).full_size for path in paths]  # says which one is damaged
+    read = [path.read_bytes() for path in paths] or sample_pictures()
+    contents = np.empty(len(read), dtype=object)
+    contents[:] = read
+    width, height = whole[0] if whole else load_picture(read[0]).full_size
+    return contents, (1, height, width, 3)
+
+
+def _provider_of(device: "DeviceProfile") -> str:
+    """What computes once a tower was opened.
+
+    `OrtEngine` refuses a session whose first provider, as the session tells, is another one.
+    """
+    if device.engine in PROVIDERS:
+        return PROVIDERS[device.engine].name
+    from edgeclip.runtime.tensorrt_library import open_library
+
+    return open_library(device).title

@@ -1,0 +1,200 @@
+"""Everything that is measured of some subjects: in turns, in batches, under traffic, inside.
+
+What can be compared takes turns in fresh processes (`take_turns`); the rest follows subject by
+subject. Clocks, temperatures and other load are watched all the while.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.machine import detect_machine
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.errors import MissingExtraError
+from edgeclip.runtime.measuring.bundle_candidates import example_feed
+from edgeclip.runtime.measuring.cold_start import measure_cold_start
+from edgeclip.runtime.measuring.energy import energy_or_reason
+from edgeclip.runtime.measuring.find_roofline import find_roofline
+from edgeclip.runtime.measuring.interference import InterferenceWatch
+from edgeclip.runtime.measuring.loadgen import import_loadgen, run_scenario
+from edgeclip.runtime.measuring.look_inside import layers_of, stages_of
+from edgeclip.runtime.measuring.measurement import (
+    ColdStart,
+    Measurement,
+    MeasurementRun,
+    ScenarioResult,
+)
+from edgeclip.runtime.measuring.open_subject import OpenSubject, open_subject
+from edgeclip.runtime.measuring.subject import SubjectSpec
+from edgeclip.runtime.measuring.take_turns import measurements_of, sweep_subject, take_turns
+from edgeclip.runtime.progress import progress_bar
+
+_ENERGY_SECONDS, _ENERGY_BLOCKS = 0.5, 10
+_ROOFLINE_SECONDS = 10.0
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfilePlan:
+    """What is to be measured.
+
+    Attributes:
+        specs: the subjects.
+        device: of the roofline, and for the record.
+        workload: how much.
+        command: what was typed.
+        reference: name of the subject that others of its part are divided by.
+        inside: look at stages, layers and the machine's roofline, too.
+    """
+
+    specs: tuple[SubjectSpec, ...]
+    device: DeviceProfile
+    workload: Workload
+    command: str
+    reference: str | None = None
+    inside: bool = True
+
+
+def profile_subjects(plan: ProfilePlan, say: Say = lambda line: None) -> MeasurementRun:
+    """Measure all subjects.
+
+    Args:
+        plan: what, and how much.
+        say: told of each step in one line.
+
+    Raises:
+        EngineError: a subject cannot be opened or run.
+        InputError: no subject, a name twice, or a picture that is missing.
+    """
+    workload = plan.workload
+    with InterferenceWatch() as watch:
+        say(f"{len(plan.specs)} subjects take turns in {workload.processes} processes")
+        with progress_bar("turns") as progress:
+            result = take_turns(plan.specs, workload, progress)
+        found = measurements_of(result, plan.reference)
+        measured = []
+        for spec, item in zip(plan.specs, found, strict=True):
+            say(f"{spec.title}: {', '.join(_steps(plan))}")
+            measured.append(_more(plan, spec, item))
+        roofline = None
+        if plan.inside:
+            say("what this machine can compute and move at most")
+            roofline = find_roofline(plan.device, seconds=_ROOFLINE_SECONDS)
+    return MeasurementRun(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=plan.command,
+        workload=workload,
+        machine=detect_machine(),
+        measurements=tuple(measured),
+        device=plan.device,
+        before=watch.before,
+        after=watch.after,
+        interference=watch.found,
+        yardstick=result.yardstick,
+        roofline=roofline,
+    )
+
+
+def _steps(plan: ProfilePlan) -> list[str]:
+    workload = plan.workload
+    steps = {
+        "sweep": len(workload.batch_sizes) > 1 or bool(workload.threads),
+        "cold start": workload.cold_starts > 0,
+        "scenarios": bool(workload.scenarios),
+        "energy": True,
+        "stages and layers": plan.inside,
+    }
+    return [name for name, wanted in steps.items() if wanted]
+
+
+def _more(plan: ProfilePlan, spec: SubjectSpec, item: Measurement) -> Measurement:
+    """Add to what turns said all that one subject tells by itself."""
+    workload = plan.workload
+    with progress_bar(spec.title) as progress:
+        sweep = sweep_subject(
+            spec, workload.batch_sizes, workload.threads, workload.seconds_per_batch, progress
+        )
+    missing = list(item.missing)
+    with _opened(spec) as opened:
+        energy = energy_or_reason(
+            spec.device, _once(opened), seconds=_ENERGY_SECONDS, blocks=_ENERGY_BLOCKS
+        )
+        scenarios = _scenarios(plan, opened, item.latency.p50_ms.value, missing)
+    if isinstance(energy, str):
+        missing.append(("energy", energy))
+    stages = stages_of(spec) if plan.inside else ()
+    layers = layers_of(spec) if plan.inside else None
+    for what, found in (("stages", stages), ("layers", layers)):
+        if isinstance(found, str):
+            missing.append((what, found))
+    return replace(
+        item,
+        sweep=sweep,
+        cold_start=_cold_start(spec, workload.cold_starts),
+        scenarios=scenarios,
+        energy=None if isinstance(energy, str) else energy,
+        stages=() if isinstance(stages, str) else stages,
+        layers=None if isinstance(layers, str) else layers,
+        missing=tuple(missing),
+    )
+
+
+@contextmanager
+def _opened(spec: SubjectSpec) -> Iterator[OpenSubject]:
+    with open_subject(spec) as opened:
+        yield opened
+
+
+def _once(opened: OpenSubject) -> Callable[[], object]:
+    batch = opened.candidate.make_batch(1)
+    return lambda: opened.candidate.run(batch)
+
+
+def _scenarios(
+    plan: ProfilePlan, opened: OpenSubject, single_ms: float, missing: list[tuple[str, str]]
+) -> tuple[ScenarioResult, ...]:
+    if not plan.workload.scenarios:
+        return ()
+    try:
+        import_loadgen()
+    except MissingExtraError as error:
+        missing.append(("scenarios", str(error)))
+        return ()
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for scenario in plan.workload.scenarios:
+            with progress_bar(scenario) as progress:
+                found.append(
+                    run_scenario(
+                        scenario,
+                        opened.candidate,
+                        plan.workload,
+                        single_ms=single_ms,
+                        folder=Path(folder),
+                        progress=progress,
+                    )
+                )
+    return tuple(found)
+
+
+def _cold_start(spec: SubjectSpec, processes: int) -> ColdStart | None:
+    """Time fresh processes that load a tower; None for what is more than one tower."""
+    if not processes or spec.bundle is None or spec.part not in ("image", "text"):
+        return None
+    bundle = Bundle.open(spec.bundle)
+    assert spec.precision is not None
+    feed: dict[str, Any] = example_feed(bundle, spec.part, spec.precision)
+    path = bundle.tower_path(spec.part, spec.precision)
+    return measure_cold_start(path, feed, device=spec.device, processes=processes)
+
+
+def names_of(specs: Sequence[SubjectSpec]) -> str:
+    """The subjects in one line, for a person."""
+    return ", ".join(spec.title for spec in specs)

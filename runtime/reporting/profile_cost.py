@@ -1,0 +1,134 @@
+"""Cold start, memory and energy of a profile as sections."""
+
+from collections.abc import Sequence
+
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.measuring.measurement import ColdStart
+from edgeclip.runtime.reporting.chart_parts import both_widths
+from edgeclip.runtime.reporting.chart_rows import Dot, Row, RowChart, row_chart
+from edgeclip.runtime.reporting.chart_stack import Bar, stack_chart
+from edgeclip.runtime.reporting.profile_blocks import (
+    NOT_AVAILABLE,
+    Block,
+    Cell,
+    Figure,
+    Section,
+    Table,
+    columns,
+    interval_cell,
+    missing_notes,
+    with_interval,
+)
+from edgeclip.runtime.reporting.profile_data import PART_NAMES, Subject, full_name
+from edgeclip.runtime.reporting.report_format import digits, megabytes
+
+MEMORY_KEYS = ("cold_start", "peak_memory_mb", "peak_memory", "memory")
+ENERGY_KEYS = ("energy",)
+
+
+def start_section(subjects: Sequence[Subject]) -> Section | None:
+    """What a fresh process pays before its first answer, and the memory it needs."""
+    started = [s for s in subjects if s.item.cold_start is not None]
+    told = [s for s in subjects if s in started or s.item.peak_memory_mb is not None]
+    blocks: list[Block] = []
+    if started:
+        blocks.append(Figure(picture=_start_picture(started), caption=_START))
+    if told:
+        blocks.append(_memory_table(told))
+    blocks += missing_notes(subjects, MEMORY_KEYS)
+    if not blocks:
+        return None
+    return Section(anchor="start", title="Cold start and memory", blocks=tuple(blocks))
+
+
+_START = (
+    "A fresh process imports the runtime, loads one model and runs it once; Python's own start is "
+    "not counted, and the file may lie in the system's cache. Medians over a few processes, too "
+    "few for an interval."
+)
+
+
+def _start_picture(subjects: Sequence[Subject]) -> str:
+    bars = [_start_bar(s, s.item.cold_start) for s in subjects if s.item.cold_start is not None]
+    return both_widths(
+        lambda narrow: stack_chart(bars, axis_name="ms", label="Cold start", narrow=narrow)
+    )
+
+
+def _start_bar(subject: Subject, start: ColdStart) -> Bar:
+    parts = (
+        ("import", start.import_ms),
+        ("load", start.load_ms),
+        ("first run", start.first_run_ms),
+    )
+    total = sum(ms for _, ms in parts)
+    return Bar(full_name(subject), parts, f"{digits(total)} ms")
+
+
+def _memory_table(subjects: Sequence[Subject]) -> Table:
+    rows = []
+    for subject in subjects:
+        item, start = subject.item, subject.item.cold_start
+        identity = item.identity
+        empty = Cell("")
+        times = (
+            (empty, empty, empty, empty, empty)
+            if start is None
+            else (
+                Cell(digits(start.import_ms)),
+                Cell(digits(start.load_ms)),
+                Cell(digits(start.first_run_ms)),
+                Cell(str(start.processes)),
+                Cell(_memory(start.peak_memory_mb)),
+            )
+        )
+        size = identity.bytes_on_disk if identity is not None else start and start.file_bytes
+        head = Cell(subject.label, PART_NAMES[item.part])
+        rows.append((head, *times, Cell(_memory(item.peak_memory_mb)), Cell(megabytes(size))))
+    head_row = columns(
+        "<subject", "import ms", "load ms", "first run ms", "processes", "peak memory, one run",
+        "peak memory, all runs", "on disk",
+    )  # fmt: skip
+    return Table(name="Cold start and memory", columns=head_row, rows=tuple(rows))
+
+
+def _memory(megabyte: float | None) -> str:
+    return NOT_AVAILABLE if megabyte is None else f"{digits(megabyte)} MB"
+
+
+def energy_section(subjects: Sequence[Subject]) -> Section | None:
+    """Energy of one item with its interval, by what sensor, and where there was none."""
+    measured = [s for s in subjects if s.item.energy is not None]
+    absent = missing_notes(subjects, ENERGY_KEYS)
+    if not measured:
+        return Section(anchor="energy", title="Energy", blocks=tuple(absent)) if absent else None
+    rows, cells = [], []
+    for subject in measured:
+        energy = subject.item.energy
+        assert energy is not None
+        joules = energy.joules
+        scaled = Interval(1e3 * joules.value, 1e3 * joules.low, 1e3 * joules.high)
+        figure = with_interval(scaled, "mJ")
+        rows.append(Row(label=full_name(subject), dots=(Dot(scaled),), figure=figure))
+        idle = NOT_AVAILABLE if energy.idle_watts is None else f"{digits(energy.idle_watts)} W"
+        cells.append(
+            (
+                Cell(subject.label, PART_NAMES[subject.item.part]),
+                interval_cell(scaled),
+                Cell(idle),
+                Cell(energy.sensor),
+                Cell(energy.covers),
+            )
+        )
+    chart = RowChart(rows=tuple(rows), axis_name="mJ an image or text", label="Energy of one item")
+    picture = both_widths(lambda narrow: row_chart(chart, narrow=narrow))
+    head = columns("<subject", "mJ an item", "idle before", "<sensor", "<covers")
+    table = Table(name="Energy in numbers", columns=head, rows=tuple(cells))
+    figure_block = Figure(picture=picture, caption=_ENERGY)
+    return Section(anchor="energy", title="Energy", blocks=(figure_block, table, *absent))
+
+
+_ENERGY = (
+    "Energy of one image or text while it runs again and again at batch 1, idle power included, "
+    "with 95% intervals. Only what the sensor covers is counted."
+)

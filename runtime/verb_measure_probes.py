@@ -1,0 +1,64 @@
+"""`edgeclip measure-probes`: what the pieces of a tower cost on this machine."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from edgeclip.profiles.device import load_device
+from edgeclip.runtime.measuring.carry_over import carry_over
+from edgeclip.runtime.measuring.measure_probes import FEWEST_ROUNDS, measure_probes
+from edgeclip.runtime.measuring.measured_device import load_measured
+from edgeclip.runtime.measuring.measured_table import measured_table
+from edgeclip.runtime.measuring.probe_set import ProbeSet
+from edgeclip.runtime.progress import progress_bar
+from edgeclip.runtime.verb_options import add_device_option, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb to argparse."""
+    parser.add_argument("probes", type=Path, help="directory that `edgeclip probes` wrote")
+    parser.add_argument("--out", type=Path, required=True, help="write the costs to this JSON file")
+    parser.add_argument("--name", help="what to call the device (default: the name of --out)")
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=30,
+        help=f"samples of each probe, at least {FEWEST_ROUNDS} (default: 30)",
+    )
+    parser.add_argument(
+        "--few-from",
+        metavar="MEASURED",
+        help="measure only a few probes, and carry the rest over from this measured device "
+        "(a name, or a file)",
+    )
+    add_device_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the costs, and print them."""
+    probes, device = ProbeSet.open(args.probes), load_device(args.device)
+    source = None if args.few_from is None else load_measured(args.few_from)
+    with progress_bar("measure") as progress:
+        measured = measure_probes(
+            probes,
+            device=device,
+            name=args.name or args.out.stem,
+            command=_command(args),
+            rounds=args.rounds,
+            few=source is not None,
+            progress=progress,
+        )
+    if source is not None:
+        measured = carry_over(source, measured)
+    measured.save(args.out)
+    print(measured_table(measured))
+    print(f"costs written to {args.out}")
+    return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    words = ["edgeclip", "measure-probes", str(args.probes), "--out", str(args.out)]
+    words += [] if args.name is None else ["--name", args.name]
+    words += ["--rounds", str(args.rounds)]
+    words += [] if args.few_from is None else ["--few-from", args.few_from]
+    return shlex.join([*words, "--device", str(args.device)])

@@ -1,0 +1,280 @@
+"""`edgeclip profile`: latency, throughput, memory and energy that another engineer can trust.
+
+Subjects are the towers of bundles in every precision that the device can run, the whole way
+from an image file to its embedding, the same with a server's help, and graphs of others. They
+take turns; the result is one JSON file, a report if wanted, and a verdict against an earlier run.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from edgeclip.profiles.device import DeviceProfile, load_device
+from edgeclip.profiles.workload import load_workload, workload_names
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.load_image import list_images
+from edgeclip.runtime.measuring.advice import advise
+from edgeclip.runtime.measuring.advice_conditions import MEASURE_AGAIN
+from edgeclip.runtime.measuring.compare_runs import compare_runs, only_in
+from edgeclip.runtime.measuring.comparison_table import comparison_markdown, comparison_text
+from edgeclip.runtime.measuring.long_table import write_parquet
+from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
+from edgeclip.runtime.measuring.measurement_table import measurement_table
+from edgeclip.runtime.measuring.profile_subjects import ProfilePlan, names_of, profile_subjects
+from edgeclip.runtime.measuring.regression_gate import parse_max_regression, regression_gate
+from edgeclip.runtime.measuring.roofline_distance import LayerDistance, distances
+from edgeclip.runtime.measuring.subject import SplitSpec, SubjectSpec, subjects_of
+from edgeclip.runtime.reporting.profile_data import AdviceNote, NamedRun
+from edgeclip.runtime.reporting.profile_markdown import markdown_of
+from edgeclip.runtime.reporting.profile_quality import quality_of_bundle
+from edgeclip.runtime.reporting.profile_report import write_profile_report
+from edgeclip.runtime.verb_options import add_device_option
+
+_PARTS = ("image", "text", "file")
+_REGRESSED = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb to argparse."""
+    parser.add_argument(
+        "bundles", nargs="*", metavar="[NAME=]BUNDLE", help="bundles, measured side by side"
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="PART:NAME=FILE.onnx",
+        help="a graph of somebody else beside them, such as image:plain=model.onnx",
+    )
+    parser.add_argument(
+        "--workload",
+        default="standard",
+        help=f"a YAML file, or one of: {', '.join(workload_names())} (default: standard)",
+    )
+    add_device_option(parser)
+    parser.add_argument(
+        "--parts",
+        default=",".join(_PARTS),
+        help=f"what of a bundle to run (default: {','.join(_PARTS)}; and split, with --plan)",
+    )
+    parser.add_argument("--pictures", type=Path, help="image files for the parts file and split")
+    parser.add_argument("--reference", help="what others are divided by (default: fp32)")
+    parser.add_argument(
+        "--brief", action="store_true", help="neither stages nor layers nor the roofline"
+    )
+    _add_split(parser)
+    _add_gate(parser)
+    _add_outputs(parser)
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", help="a plan of `edgeclip plan --out`: also runs the part split")
+    parser.add_argument("--server", help="address of the server, for --plan")
+    parser.add_argument("--cuts", help="directory of `edgeclip cut`, for a plan that cuts")
+    parser.add_argument("--token-file", help="the server's token (or $EDGECLIP_TOKEN)")
+    parser.add_argument("--fingerprint", help="SHA-256 of the server's certificate")
+    parser.add_argument("--ca", help="PEM file of certificates to trust")
+
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--against", type=Path, help="an earlier run (--out) to compare with")
+    parser.add_argument(
+        "--max-regression",
+        type=_share,
+        help="exit with 1 if something is surely slower by more than this, such as 5%%",
+    )
+    parser.add_argument(
+        "--undecided-fails", action="store_true", help="exit with 1 too if noise hides the answer"
+    )
+    parser.add_argument(
+        "--other-machine", action="store_true", help="allow an earlier run of another machine"
+    )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="write everything to this JSON file")
+    parser.add_argument("--report", type=Path, help="write an HTML page")
+    parser.add_argument("--markdown", type=Path, help="write Markdown for a pull request")
+    parser.add_argument("--parquet", type=Path, help="write a long table, one row a figure")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, write what was asked for; 1 if something regressed."""
+    _check(args)
+    baseline = None if args.against is None else MeasurementRun.load(args.against)
+    workload, device = load_workload(args.workload), load_device(args.device)
+    bundles = [_bundle(given) for given in args.bundles]
+    specs = (*_subjects(args, bundles, device), *(_peer(given, device) for given in args.peer))
+    _say(f"measuring {names_of(specs)}")
+    plan = ProfilePlan(
+        specs=specs,
+        device=device,
+        workload=workload,
+        command=args.command,
+        reference=args.reference or _reference(specs),
+        inside=not args.brief,
+    )
+    measured = profile_subjects(plan, _say)
+    if args.out is not None:
+        measured.save(args.out)  # before anything else can go wrong
+    notes = advice_notes(measured)
+    print(measurement_table(measured))
+    for note in notes:
+        print(f"\n{note.subject}: {note.title} ({'; '.join(note.evidence)})")
+    status, comparison = _compare(args, measured, baseline)
+    _write(args, measured, notes, [opened for _, opened in bundles], comparison)
+    return status
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def advice_notes(measured: MeasurementRun) -> tuple[AdviceNote, ...]:
+    """What to try next for each subject, as the report shows it."""
+    notes: dict[str, AdviceNote] = {}
+    for item in measured.measurements:
+        assert measured.device is not None
+        found = advise(
+            item,
+            measured.roofline,
+            _distances(measured, item),
+            measured.device,
+            measured.machine,
+            measured,
+        )
+        for advice in found:
+            of_all = advice.topic == MEASURE_AGAIN  # once is enough
+            note = AdviceNote(
+                subject="all" if of_all else f"{item.part} {item.name}",
+                title=advice.what,
+                text="",
+                evidence=(advice.evidence,),
+                gain="" if advice.at_most is None else f"{advice.gains} {advice.at_most:.2f} x",
+            )
+            notes.setdefault(MEASURE_AGAIN if of_all else f"{note.subject} {advice.topic}", note)
+    return tuple(notes.values())
+
+
+def _distances(measured: MeasurementRun, item: Measurement) -> tuple[LayerDistance, ...]:
+    precision = None if item.identity is None else item.identity.precision
+    if measured.roofline is None or item.layers is None or precision is None:
+        return ()
+    return distances(item.layers, measured.roofline, precision)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not (args.bundles or args.peer):
+        raise InputError("nothing to measure: give a bundle, or --peer PART:NAME=FILE.onnx")
+    if args.max_regression is not None and args.against is None:
+        raise InputError("--max-regression needs --against, the run to compare with")
+    if args.plan is None and (args.server or args.cuts):
+        raise InputError("--server and --cuts go with --plan, which `edgeclip plan --out` writes")
+
+
+def _bundle(given: str) -> tuple[str, Bundle]:
+    """The name to go by, empty where none was given, and the bundle."""
+    name, equals, path = given.partition("=")
+    if not equals or "/" in name:
+        name, path = "", given
+    return name, Bundle.open(path)
+
+
+def _subjects(
+    args: argparse.Namespace, bundles: Sequence[tuple[str, Bundle]], device: DeviceProfile
+) -> list[SubjectSpec]:
+    parts = [*args.parts.split(","), *(["split"] if args.plan else [])]
+    unknown = sorted(set(parts) - {*_PARTS, "split"})
+    if unknown:
+        raise InputError(f"there is no part {unknown[0]!r}: choose from {', '.join(_PARTS)}, split")
+    pictures = [] if args.pictures is None else list_images(args.pictures)
+    split = _split(args) if args.plan else None
+    found = []
+    for name, bundle in bundles:
+        prefix = name or (bundle.manifest.name if len(bundles) > 1 else "")
+        for spec in subjects_of(bundle, device, parts, pictures, split=split):
+            found.append(replace(spec, name=f"{prefix} {spec.name}".strip()))
+    return found
+
+
+def _split(args: argparse.Namespace) -> SplitSpec:
+    return SplitSpec(
+        plan=args.plan,
+        server=args.server,
+        cuts=args.cuts,
+        token_file=args.token_file,
+        fingerprint=args.fingerprint,
+        ca=args.ca,
+    )
+
+
+def _peer(given: str, device: DeviceProfile) -> SubjectSpec:
+    part, colon, rest = given.partition(":")
+    name, equals, path = rest.partition("=")
+    if not (colon and equals and name and path) or part not in ("image", "text"):
+        raise InputError(
+            f"--peer {given!r}: write PART:NAME=FILE.onnx, such as image:plain=model.onnx"
+        )
+    return SubjectSpec(
+        name=name, part="image" if part == "image" else "text", device=device, model=path
+    )
+
+
+def _reference(specs: Sequence[SubjectSpec]) -> str | None:
+    """The first subject in fp32, if any."""
+    return next((spec.name for spec in specs if spec.precision == "fp32"), None)
+
+
+def _compare(
+    args: argparse.Namespace, measured: MeasurementRun, baseline: MeasurementRun | None
+) -> tuple[int, str]:
+    if baseline is None:
+        return 0, ""
+    comparisons = compare_runs(measured, baseline)
+    if not comparisons:
+        raise InputError(f"{args.against} measured none of these subjects: nothing to compare")
+    verdict = None
+    if args.max_regression is not None:
+        verdict = regression_gate(
+            comparisons,
+            args.max_regression,
+            allow_difference=args.other_machine,
+            not_measured=only_in(baseline, measured),
+        )
+    print(f"\n{comparison_text(comparisons, verdict)}")
+    failed = verdict is not None and verdict.fails(undecided_fails=args.undecided_fails)
+    return (_REGRESSED if failed else 0), comparison_markdown(comparisons, verdict)
+
+
+def _write(
+    args: argparse.Namespace,
+    measured: MeasurementRun,
+    notes: Sequence[AdviceNote],
+    bundles: Sequence[Bundle],
+    comparison: str,
+) -> None:
+    device = measured.device.name if measured.device else "run"
+    named = [NamedRun(name=args.out.stem if args.out else device, run=measured)]
+    quality = [one for bundle in bundles for one in quality_of_bundle(bundle)]
+    if args.report is not None:
+        write_profile_report(named, args.report, quality=quality, advice=notes)
+    if args.markdown is not None:
+        content = markdown_of(named, quality=quality, advice=notes)
+        with atomic_file(args.markdown) as temporary:
+            temporary.write_text(f"{content}\n{comparison}".rstrip() + "\n", encoding="utf-8")
+    if args.parquet is not None:
+        write_parquet([measured], args.parquet)
+    for path in (args.out, args.report, args.markdown, args.parquet):
+        if path is not None:
+            print(f"written: {path}")
+
+
+def _share(text: str) -> float:
+    try:
+        return parse_max_regression(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,0 +1,111 @@
+"""Profiles for `repeatability.py`: the plain subject and the slowed one, and how they pair up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from _slowed_process import SLOWED
+
+from edgeclip.profiles.device import THIS_MACHINE, load_device
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.measuring.compare_runs import Comparison, compare_runs
+from edgeclip.runtime.measuring.bundle_candidates import measurement_run
+from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun, Yardstick
+from edgeclip.runtime.measuring.subject import SubjectSpec
+from edgeclip.runtime.measuring.take_turns import measurements_of, take_turns
+from edgeclip.runtime.measuring.timing_statistics import latency_of
+from edgeclip.runtime.spec import Precision
+
+_BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
+_NAME = "student"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One profile: with the subject as it is, and with the slowed one in its place."""
+
+    plain: MeasurementRun
+    slowed: MeasurementRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two profiles in succession: as a change that costs nothing, and as the planted one."""
+
+    nothing: Comparison
+    planted: Comparison
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the intervals that the two profiles report have a value in common."""
+        now, baseline = self.nothing.now_ms, self.nothing.baseline_ms
+        return now.low <= baseline.high and baseline.low <= now.high
+
+
+def workload(processes: int, repeats: int) -> Workload:
+    """Turns at batch 1, and nothing else."""
+    return Workload(
+        name="repeatability",
+        description="turns at batch 1",
+        batch_sizes=(1,),
+        min_warmup_runs=10,
+        max_warmup_seconds=2,
+        repeats=repeats,
+        seconds_per_batch=1,
+        cold_starts=0,
+        processes=processes,
+    )
+
+
+def profile(precision: Precision, amount: Workload) -> Profile:
+    """Measure the built-in bundle's image tower; `slow_down` must have been called."""
+    device = load_device(THIS_MACHINE)
+    specs = [
+        SubjectSpec(
+            name=name, part="image", device=device, bundle=str(_BUNDLE), precision=precision
+        )
+        for name in (_NAME, SLOWED)
+    ]
+    result = take_turns(specs, amount, memory=False)
+    plain, slowed = measurements_of(result)
+    return Profile(
+        plain=_run(plain, result.yardstick, amount), slowed=_run(slowed, result.yardstick, amount)
+    )
+
+
+def joined(profiles: Sequence[Profile]) -> list[Profile]:
+    """Every two profiles in succession as one of twice the processes."""
+    return [
+        Profile(plain=_join(a.plain, b.plain), slowed=_join(a.slowed, b.slowed))
+        for a, b in zip(profiles[::2], profiles[1::2], strict=False)
+    ]
+
+
+def paired(profiles: Sequence[Profile]) -> list[Pair]:
+    """Every two profiles in succession: the first is the baseline."""
+    return [
+        Pair(
+            nothing=compare_runs(now.plain, baseline.plain)[0],
+            planted=compare_runs(now.slowed, baseline.plain)[0],
+        )
+        for baseline, now in zip(profiles[::2], profiles[1::2], strict=False)
+    ]
+
+
+def _run(item: Measurement, yardstick: Yardstick, amount: Workload) -> MeasurementRun:
+    run = measurement_run([replace(item, name=_NAME)], workload=amount, command="a benchmark")
+    return replace(run, yardstick=yardstick)
+
+
+def _join(first: MeasurementRun, second: MeasurementRun) -> MeasurementRun:
+    assert first.yardstick is not None
+    assert second.yardstick is not None
+    samples = first.measurements[0].samples_ms + second.measurements[0].samples_ms
+    item = replace(
+        first.measurements[0],
+        samples_ms=samples,
+        latency=latency_of([np.array(runs) for runs in samples]),
+    )
+    both = first.yardstick.samples_ms + second.yardstick.samples_ms
+    return replace(first, measurements=(item,), yardstick=replace(first.yardstick, samples_ms=both))

@@ -1,0 +1,53 @@
+"""The fresh process of `take_turns`, but subjects whose name begins with "slowed" are slowed.
+
+They run as they do, and then spin for a share of their own time: `EDGECLIP_SLOWED_BY`, 0.1 for
+10%. `slow_down()` lets `take_turns` start this process instead of the real one.
+"""
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.measuring import ask_process, subject_process
+from edgeclip.runtime.measuring.open_subject import OpenSubject, open_subject
+from edgeclip.runtime.measuring.subject import SubjectSpec
+
+SLOWED = "slowed"
+_SHARE = "EDGECLIP_SLOWED_BY"
+
+
+def slow_down(share: float) -> None:
+    """Slow such subjects by that share of their time in all processes started from now on."""
+    os.environ[_SHARE] = str(share)
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    ask_process._MODULE = Path(__file__).stem
+
+
+def _open_slowed(spec: SubjectSpec, *, bundle: Bundle | None = None) -> OpenSubject:
+    found = open_subject(spec, bundle=bundle)
+    if not spec.name.startswith(SLOWED):
+        return found
+    share, run = float(os.environ[_SHARE]), found.candidate.run
+
+    def slower(batch: NDArray[Any]) -> object:
+        start = time.perf_counter()
+        result = run(batch)
+        end = time.perf_counter()
+        until = end + share * (end - start)
+        while time.perf_counter() < until:
+            pass
+        return result
+
+    return replace(found, candidate=replace(found.candidate, run=slower))
+
+
+if __name__ == "__main__":
+    subject_process.open_subject = _open_slowed
+    sys.exit(subject_process.main())

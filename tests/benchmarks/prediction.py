@@ -1,0 +1,275 @@
+"""Does the predicted latency of students that were never measured hold on this machine?
+
+Students of random sizes are exported with random weights and measured in turns with the probes;
+their times are then predicted from the probes alone. The same is done with the times of all but
+a few probes carried over: from one thread to two and back, and from fp32 to int8.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from _bars import Bar, command, options
+
+from edgeclip.export.probe_plan import STANDARD, ProbePlan
+from edgeclip.export.write_probes import write_probes
+from edgeclip.profiles.device import THIS_MACHINE, load_device
+from edgeclip.profiles.machine import detect_machine
+from edgeclip.runtime.measuring.carry_over import carry_over
+from edgeclip.runtime.measuring.measure_probes import measure_probes
+from edgeclip.runtime.measuring.measured_device import CheckTime, MeasuredDevice
+from edgeclip.runtime.measuring.predict_latency import Predictor
+from edgeclip.runtime.measuring.probe_set import ProbeSet
+from edgeclip.runtime.measuring.tower_pieces import (
+    AnyTower,
+    ConvTower,
+    TransformerTower,
+    image_tokens,
+)
+from edgeclip.runtime.progress import progress_bar
+
+BOUND = 0.10
+SEED = 20
+PICTURES = ((64, 8), (96, 16), (224, 32), (224, 16), (224, 14))  # side, patch of known CLIPs
+TEXTS = 3
+CONVS = 4
+QUICK = ProbePlan(
+    images=tuple(item for item in STANDARD.images if item.image_size == 64 and item.width < 512),
+    texts=tuple(replace(item, lengths=(8, 24)) for item in STANDARD.texts if item.width < 512),
+    convs=tuple(item for item in STANDARD.convs if item.side <= 16 and item.width <= 128),
+    checks=STANDARD.checks[3:4],
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One student in one precision, one way of predicting it."""
+
+    how: str
+    student: str
+    measured_ms: float
+    predicted_ms: float
+    low: float
+    high: float
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a share of what was measured."""
+        return self.predicted_ms / self.measured_ms - 1
+
+    @property
+    def inside(self) -> bool:
+        """Whether what was measured lies in the interval."""
+        return self.low <= self.measured_ms <= self.high
+
+
+def unseen(seed: int, *, quick: bool) -> Iterator[AnyTower]:
+    """Students of random sizes, none of which is probed."""
+    draw = np.random.default_rng(seed)
+    for size, patch in PICTURES[:1] if quick else PICTURES:
+        heads = int(draw.choice([1, 2, 3] if quick else [1, 2, 3, 5, 6, 7]))
+        yield transformer("image", heads, draw.integers(3, 9), image_tokens(size, patch), patch)
+    for _ in range(1 if quick else TEXTS):
+        heads = int(draw.choice([1, 2, 3] if quick else [2, 3, 5, 6]))
+        yield transformer("text", heads, draw.integers(2, 9), int(draw.integers(6, 24)), 0)
+    for size in [64] if quick else [64, 64, 128, 224]:
+        first = int(draw.choice([24, 40, 48, 56] if quick else [24, 40, 48, 56, 72, 80]))
+        depths = tuple(int(value) for value in draw.integers(1, 5, 3))
+        widths = (first, 2 * first, 4 * first)
+        yield ConvTower(widths=widths, depths=depths, image_size=size, dim=256)
+
+
+def transformer(part: str, heads: int, layers: int, tokens: int, patch: int) -> TransformerTower:
+    """Heads of 64 channels, as in the students of nearly every CLIP; embeddings of 256."""
+    return TransformerTower(
+        part="image" if part == "image" else "text",
+        width=64 * heads,
+        heads=heads,
+        hidden=256 * heads,
+        layers=int(layers),
+        tokens=tokens,
+        dim=256,
+        patch=patch,
+    )
+
+
+def measure(
+    probes: ProbeSet, threads: int, rounds: int, known: set[str]
+) -> tuple[MeasuredDevice, tuple[CheckTime, ...]]:
+    """The device with its own checks only, and the students' times apart."""
+    device = replace(load_device(THIS_MACHINE), threads=threads)
+    name = f"{threads} thread{'s' * (threads > 1)}"
+    with progress_bar(name) as progress:
+        found = measure_probes(
+            probes, device=device, name=name, command=command(), rounds=rounds, progress=progress
+        )
+    students = tuple(item for item in found.checks if item.name not in known)
+    return replace(
+        found, checks=tuple(item for item in found.checks if item.name in known)
+    ), students
+
+
+def predict(how: str, device: MeasuredDevice, students: Sequence[CheckTime]) -> list[Row]:
+    """Predict each student, and put what was measured beside it."""
+    predictor = Predictor(device)
+    rows = []
+    for item in students:
+        if item.precision not in device.precisions:
+            continue
+        found = predictor.predict_parts(item.parts, item.precision)
+        rows.append(
+            Row(
+                how=how,
+                student=item.name.removeprefix("check-"),
+                measured_ms=item.ms.value,
+                predicted_ms=found.ms,
+                low=found.low,
+                high=found.high,
+            )
+        )
+    return rows
+
+
+def only_few(device: MeasuredDevice, few_checks: set[str]) -> MeasuredDevice:
+    """As if only the few had been measured."""
+    return replace(
+        device,
+        costs=tuple(cost for cost in device.costs if cost.few),
+        checks=tuple(check for check in device.checks if check.name in few_checks),
+    )
+
+
+def as_int8(device: MeasuredDevice) -> MeasuredDevice:
+    """What was measured in fp32, as if it were another device's int8."""
+    return replace(
+        device,
+        name=f"fp32 on {device.name}",
+        costs=tuple(
+            replace(cost, precision="int8") for cost in device.costs if cost.precision == "fp32"
+        ),
+        checks=(),
+    )
+
+
+def with_floats_as_int8(device: MeasuredDevice) -> MeasuredDevice:
+    """Stems are float in every precision: give them the name that `as_int8` gives."""
+    floats = ("image-stem", "conv-stem", "conv-down")
+    costs = [
+        replace(cost, precision="int8")
+        for cost in device.costs
+        if cost.precision == "int8" or cost.piece.kind in floats
+    ]
+    checks = tuple(check for check in device.checks if check.precision == "int8")
+    return replace(device, costs=tuple(costs), checks=checks)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Median and worst error, bias, and how often the interval held."""
+    errors = np.abs([row.error for row in rows])
+    widths = [row.high / row.predicted_ms - 1 for row in rows]
+    bias = float(np.median([row.error for row in rows]))
+    return (
+        f"error {np.median(errors):.1%} (median), {errors.max():.1%} (worst), {bias:+.1%} (bias); "
+        f"{np.mean([row.inside for row in rows]):.0%} of {len(rows)} in intervals of "
+        f"{np.median(widths):.0%}"
+    )
+
+
+def show(rows: Sequence[Row]) -> None:
+    """A table of one way of predicting, and its summary."""
+    print(
+        f"\n{rows[0].how}\n{'student':<44}{'measured':>10}{'predicted':>11}{'error':>8}  interval"
+    )
+    for row in rows:
+        print(
+            f"{row.student:<44}{row.measured_ms:>10.3f}{row.predicted_ms:>11.3f}{row.error:>8.1%}"
+            f"  [{row.low:.3f}, {row.high:.3f}]{'' if row.inside else '  OUTSIDE'}"
+        )
+    print(summary(rows), flush=True)
+
+
+def evaluate(probes: ProbeSet, plan: ProbePlan, rounds: int) -> tuple[list[Row], bool | None]:
+    """Measure with two threads and with one, and predict in every way."""
+    known = {check.name for check in plan.whole()}
+    few = {check.name for check in plan.whole() if check.few}
+    two, students = measure(probes, 2, rounds, known)
+    one, alone = measure(probes, 1, rounds, known)
+    few_two, few_one = only_few(two, few), only_few(one, few)
+    int8 = carry_over(as_int8(two), with_floats_as_int8(few_two))
+    ways = (
+        ("two threads, all probes", two, students),
+        ("one thread, all probes", one, alone),
+        ("two threads, carried over from one", carry_over(one, few_two), students),
+        ("one thread, carried over from two", carry_over(two, few_one), alone),
+        (
+            "int8, carried over from fp32",
+            int8,
+            tuple(item for item in students if item.precision == "int8"),
+        ),
+    )
+    rows: list[Row] = []
+    for how, device, asked in ways:
+        found = predict(how, device, asked)
+        show(found)
+        if device.carried is not None:
+            carried = device.carried
+            print(f"stated: {carried.error:.1%} (median), {carried.worst:.1%} (worst)")
+        rows += found
+    disturbed = [item.interference.disturbed for item in (one, two) if item.interference]
+    return rows, any(disturbed) if disturbed else None
+
+
+def bars(rows: Sequence[Row]) -> list[Bar]:
+    """The error on this machine, with all its processors and with one."""
+    found = []
+    for threads in ("two threads", "one thread"):
+        errors = [abs(row.error) for row in rows if row.how == f"{threads}, all probes"]
+        found.append(
+            Bar(
+                name=f"prediction_error_{threads.replace(' ', '_')}",
+                value=100 * float(np.median(errors)),
+                direction="<=",
+                bound=100 * BOUND,
+                unit="%",
+            )
+        )
+    return found
+
+
+def main() -> int:
+    """Write, measure, predict, compare."""
+    parser = options(__doc__ or "")
+    parser.add_argument("--keep", type=Path, help="write probes and students here, or find them")
+    args = parser.parse_args()
+    plan = QUICK if args.quick else STANDARD
+    towers = tuple((tower, False) for tower in unseen(SEED, quick=args.quick))
+    with tempfile.TemporaryDirectory() as folder:
+        out = args.keep or Path(folder) / "probes"
+        if not out.exists():
+            print("writing probes and students", flush=True)
+            device = load_device(THIS_MACHINE)
+            everything = replace(plan, checks=(*plan.checks, *towers))
+            write_probes(out, device=device, command=command(), plan=everything)
+        rows, disturbed = evaluate(ProbeSet.open(out), plan, 8 if args.quick else 40)
+    judged = bars(rows)
+    if disturbed:
+        print("\nDISTURBED: other programs slowed this machine meanwhile")
+    if args.out is not None:
+        record = {
+            "command": command(),
+            "machine": asdict(detect_machine()),
+            "disturbed": disturbed,
+            "rows": [asdict(row) | {"error": row.error, "inside": row.inside} for row in rows],
+            "bars": [asdict(bar) | {"passed": bar.passed} for bar in judged],
+        }
+        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print("\n" + "\n".join(bar.line() for bar in judged))
+    return 0 if all(bar.passed for bar in judged) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

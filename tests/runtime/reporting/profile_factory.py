@@ -1,0 +1,498 @@
+"""Measurement runs as a real profile gives them, made of drawn numbers: for tests and for looking.
+
+`quiet_run` is a server with every sensor; `disturbed_run` a laptop that throttled, has no
+energy counter, and whose times have two humps.
+"""
+
+import functools
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.machine import Machine
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.measuring.conditions import Conditions, Interference
+from edgeclip.runtime.measuring.cpu_time import CpuTime
+from edgeclip.runtime.measuring.layer_times import LayerProfile, LayerTime
+from edgeclip.runtime.measuring.measurement import (
+    ColdStart,
+    Energy,
+    Identity,
+    Latency,
+    Measurement,
+    MeasurementRun,
+    PairedRatio,
+    Part,
+    ScenarioResult,
+    StageName,
+    StageTime,
+    SweepPoint,
+    WarmUp,
+    Yardstick,
+)
+from edgeclip.runtime.measuring.roofline import Roofline
+from edgeclip.runtime.reporting.profile_data import AdviceNote, NamedRun, SubjectQuality
+from edgeclip.runtime.spec import Precision
+
+Floats = NDArray[np.float64]
+
+PROCESSES, RUNS = 5, 220
+BUNDLES = {"student": "5a" * 32, "teacher": "7e" * 32}
+# bundle, precision, median ms of the image tower, bytes on disk
+SUBJECTS: tuple[tuple[str, Precision, float, int], ...] = (
+    ("student", "fp32", 1.21, 7_420_000),
+    ("student", "fp16", 1.27, 3_730_000),
+    ("student", "int8", 0.684, 1_980_000),
+    ("teacher", "fp32", 6.79, 28_500_000),
+    ("teacher", "fp16", 6.95, 14_300_000),
+    ("teacher", "int8", 3.12, 7_400_000),
+)
+WORKLOAD = Workload(
+    name="full",
+    description="every figure, with narrow intervals",
+    batch_sizes=(1, 4, 16, 64),
+    min_warmup_runs=20,
+    max_warmup_seconds=5.0,
+    repeats=RUNS,
+    seconds_per_batch=2.0,
+    cold_starts=5,
+    threads=(1, 2, 4),
+    processes=PROCESSES,
+    scenarios=("SingleStream", "MultiStream", "Server", "Offline"),
+)
+STAGES: tuple[tuple[StageName, float], ...] = (
+    ("read", 0.06),
+    ("decode", 2.31),
+    ("resize", 0.74),
+    ("copy", 0.05),
+    ("run", 0.71),
+    ("post", 0.02),
+)
+
+
+def around(value: float, share: float = 0.02) -> Interval:
+    """An interval of that share to both sides."""
+    return Interval(value, value * (1 - share), value * (1 + share))
+
+
+@functools.lru_cache
+def quiet_run() -> MeasurementRun:
+    """A server with every sensor, left alone."""
+    return _run(1.0, disturbed=False)
+
+
+@functools.lru_cache
+def disturbed_run() -> MeasurementRun:
+    """A laptop beside other work: half as fast, throttled, without an energy counter."""
+    return _run(2.1, disturbed=True)
+
+
+def two_runs() -> tuple[NamedRun, ...]:
+    """Both, as they would stand side by side."""
+    return (
+        NamedRun(name="epyc", run=quiet_run()),
+        NamedRun(name="laptop", run=disturbed_run()),
+    )
+
+
+def quality() -> tuple[SubjectQuality, ...]:
+    """R@1 against fp32 and cosines of the student; R@1 of the teacher."""
+    found = []
+    for bundle, drop in (("student", 0.35), ("teacher", 0.12)):
+        steps: tuple[tuple[Precision, float], ...] = (("fp32", 0.0), ("fp16", 0.05), ("int8", drop))
+        for precision, loss in steps:
+            wide = 0.0 if precision == "fp32" else 0.15
+            found.append(
+                SubjectQuality(
+                    metric="R@1 against fp32",
+                    value=Interval(-loss, -loss - wide, -loss + wide),
+                    unit="points",
+                    sha256=BUNDLES[bundle],
+                    precision=precision,
+                    part=None,
+                )
+            )
+    for precision, cosine in (("fp32", 0.9999999), ("fp16", 0.99998), ("int8", 0.99712)):
+        found.append(
+            SubjectQuality(
+                metric="mean cosine to torch",
+                value=Interval(cosine, cosine - 2e-5, min(1.0, cosine + 2e-5)),
+                unit="cosine",
+                sha256=BUNDLES["student"],
+                precision=precision,  # type: ignore[arg-type]
+                part="image",
+            )
+        )
+    return tuple(found)
+
+
+def advice() -> tuple[AdviceNote, ...]:
+    """Two notes such as the analysis of a profile gives."""
+    return (
+        AdviceNote(
+            subject="student int8 (image tower)",
+            title="Fuse the normalisation into the first convolution",
+            text="Sub, Div and Transpose run before the first convolution on every pixel.",
+            evidence=("Sub 0.061 ms, 8.9%", "Div 0.052 ms, 7.6%"),
+            gain="about 0.11 ms (16%)",
+        ),
+        AdviceNote(
+            subject="from image file to embedding",
+            title="Decode JPEG at a smaller scale",
+            text="Decoding takes more than three times as long as the tower.",
+            evidence=("decode 2.31 ms of 3.89 ms",),
+        ),
+    )
+
+
+def _run(slow: float, *, disturbed: bool) -> MeasurementRun:
+    measured = [
+        *(_measurement(*entry, "image", slow, disturbed) for entry in SUBJECTS),
+        *(
+            _measurement(bundle, precision, ms / 5, size, "text", slow, disturbed)
+            for bundle, precision, ms, size in SUBJECTS
+            if bundle == "student"
+        ),
+        _measurement("student", "int8", 3.89, 1_980_000, "file", slow, disturbed),
+        _measurement("student", "fp32", 4.44, 7_420_000, "file", slow, disturbed),
+    ]
+    return MeasurementRun(
+        created="2026-11-20T09:12:00+00:00" if disturbed else "2026-11-21T18:40:00+00:00",
+        command="edgeclip profile student teacher --workload full --out "
+        + ("laptop.json" if disturbed else "epyc.json"),
+        workload=WORKLOAD,
+        machine=_machine(disturbed),
+        measurements=tuple(measured),
+        device=DeviceProfile(
+            name="this-machine",
+            description="detected",
+            engine="onnxruntime-cpu",
+            precisions=("fp32", "fp16", "int8"),
+            threads=2,
+            memory_mb=16000,
+        ),
+        before=_conditions("before", disturbed),
+        after=_conditions("after", disturbed),
+        interference=_interference(disturbed),
+        yardstick=Yardstick(
+            name="matmul-256 v1", samples_ms=_samples("yardstick", 0.52 * slow, disturbed)
+        ),
+        roofline=None if disturbed else _roofline(),
+    )
+
+
+def _machine(disturbed: bool) -> Machine:
+    versions = ("1.30.0", "2.4.1") if disturbed else ("1.31.1", "2.4.6")
+    return Machine(
+        cpu="Intel(R) Core(TM) i5-8250U CPU @ 1.60GHz" if disturbed else "AMD EPYC 9B14",
+        cores=4,
+        flags=("avx2", "fma") if disturbed else ("avx2", "fma", "avx512f", "avx512_vnni"),
+        memory_mb=7900 if disturbed else 25276,
+        os="Linux 6.8.0" if disturbed else "Linux 6.18.44",
+        python="CPython 3.11.7",
+        packages=(("edgeclip", "0.2.0"), ("onnxruntime", versions[0]), ("numpy", versions[1])),
+    )
+
+
+def _conditions(when: str, disturbed: bool) -> Conditions:
+    after = when == "after"
+    if not disturbed:
+        return Conditions(
+            taken="2026-11-21T18:30:00+00:00",
+            cpu_mhz=(3701.2, 3698.0, 3702.9, 3700.1),
+            governor="performance",
+            load_1m=2.11 if after else 0.04,
+            temperatures_c=(("k10temp Tctl", 58.0 if after else 41.0),),
+            throttle_counts=(("core_throttle_count", 0),),
+            gpu=(),
+        )
+    return Conditions(
+        taken="2026-11-20T09:00:00+00:00",
+        cpu_mhz=(1600.0, 1587.0, 1612.0, 1599.0) if after else (3390.0, 3401.0, 3397.0, 3400.0),
+        governor="powersave",
+        load_1m=6.4 if after else 3.9,
+        temperatures_c=(("x86_pkg_temp", 97.0 if after else 71.0),),
+        throttle_counts=(("core_throttle_count", 1841 if after else 212),),
+        gpu=(("clocks.sm", "1410 MHz"), ("temperature.gpu", "61" if after else "44")),
+    )
+
+
+def _interference(disturbed: bool) -> Interference:
+    if not disturbed:
+        return Interference(
+            waiting_share=0.004,
+            steal_share=0.0,
+            others_share=0.011,
+            throttled=False,
+            disturbed=False,
+            reasons=(),
+        )
+    return Interference(
+        waiting_share=0.243,
+        steal_share=None,
+        others_share=0.31,
+        throttled=True,
+        disturbed=True,
+        reasons=("24% of the CPU time was waited for", "other programs used 31% of the processors"),
+    )
+
+
+def _samples(seed: str, ms: float, disturbed: bool) -> tuple[tuple[float, ...], ...]:
+    """Skewed times with rare slow runs; with a second hump where the machine was disturbed."""
+    rng = np.random.default_rng(sum(map(ord, seed)))
+    processes = []
+    for _ in range(PROCESSES):
+        times: Floats = ms * rng.normal(1.0, 0.012) * np.exp(rng.gamma(2.0, 0.008, RUNS))
+        times *= np.where(rng.random(RUNS) < 0.006, rng.uniform(1.5, 4, RUNS), 1.0)
+        if disturbed:
+            times *= np.where(rng.random(RUNS) < 0.35, 1.6, 1.0)
+        processes.append(tuple(map(float, np.round(times, 5))))
+    return tuple(processes)
+
+
+def _latency(samples: tuple[tuple[float, ...], ...]) -> Latency:
+    every = np.concatenate([np.array(runs) for runs in samples])
+
+    def at(percent: float, share: float) -> Interval:
+        return around(float(np.percentile(every, percent)), share)
+
+    return Latency(
+        runs=len(every),
+        p50_ms=at(50, 0.012),
+        p90_ms=at(90, 0.02),
+        p95_ms=at(95, 0.03),
+        p99_ms=at(99, 0.11),
+        p99_9_ms=at(99.9, 0.2) if len(every) >= 1000 else None,
+    )
+
+
+def _measurement(
+    bundle: str,
+    precision: Precision,
+    ms: float,
+    size: int,
+    part: Part,
+    slow: float,
+    disturbed: bool,
+) -> Measurement:
+    name = f"{bundle} {precision}"
+    ms *= slow
+    samples = _samples(f"{name}{part}", ms, disturbed)
+    rich = name == "student int8" and part == "image"
+    tower = part in ("image", "text")
+    return Measurement(
+        name=name,
+        part=part,
+        input_shape=(1, 77) if part == "text" else (1, 64, 64, 3),
+        warm_up=WarmUp(runs=24, settled=not (disturbed and name == "teacher fp16")),
+        latency=_latency(samples),
+        ratio=None
+        if name == "student fp32"
+        else PairedRatio(reference="student fp32", ratio=around(_ratio(ms, slow, part), 0.015)),
+        sweep=_sweep(ms) if tower else (),
+        cpu=CpuTime(wall_s=ms, thread_s=ms, process_s=2 * ms, waiting_share=0.01, steal_share=None),
+        contended=disturbed if tower else None,
+        samples_ms=samples,
+        identity=Identity(
+            bundle=f"emoji-{bundle}",
+            sha256=BUNDLES[bundle],
+            precision=precision,
+            engine="onnxruntime-cpu",
+            provider="CPUExecutionProvider",
+            threads=2,
+            bytes_on_disk=size,
+            input_shape=(1, 77) if part == "text" else (1, 64, 64, 3),
+        ),
+        cold_start=_cold_start(ms, size) if tower and bundle == "student" else None,
+        scenarios=_scenarios(ms) if rich else (),
+        energy=_energy(ms) if tower and not disturbed else None,
+        stages=_stages(ms / 3.89) if part == "file" else (),
+        layers=_layers(ms) if rich else None,
+        peak_memory_mb=70 + 2.3 * size / 1e6 if bundle == "student" else None,
+        missing=_missing(disturbed, tower),
+    )
+
+
+def _ratio(ms: float, slow: float, part: Part) -> float:
+    reference = {"image": 1.21, "text": 0.242, "file": 4.44, "split": 1.0}[part]
+    return ms / slow / reference
+
+
+def _missing(disturbed: bool, tower: bool) -> tuple[tuple[str, str], ...]:
+    if disturbed and tower:
+        return (
+            ("energy", "no energy counter may be read: run as root, or see docs of powercap"),
+            ("cache misses", "perf_event_paranoid is 4"),
+        )
+    return ()
+
+
+def _sweep(ms: float) -> tuple[SweepPoint, ...]:
+    points = []
+    for threads, gain in ((1, 1.0), (2, 1.85), (4, 3.1)):
+        for batch in WORKLOAD.batch_sizes:
+            time = 1.85 * ms / gain * batch ** (0.93 + 0.005 * threads)
+            points.append(
+                SweepPoint(
+                    batch=batch,
+                    threads=threads,
+                    items_per_s=around(1000 * batch / time, 0.02),
+                    p50_ms=around(time, 0.02),
+                )
+            )
+    return tuple(points)
+
+
+def _cold_start(ms: float, size: int) -> ColdStart:
+    return ColdStart(
+        processes=5,
+        import_ms=182.0,
+        load_ms=12 + size / 2e5,
+        first_run_ms=ms * 2.4,
+        peak_memory_mb=61 + 2.2 * size / 1e6,
+        file_bytes=size,
+    )
+
+
+def _energy(ms: float) -> Energy:
+    return Energy(
+        sensor="RAPL packages",
+        covers="processor package",
+        joules=around(ms * 0.021, 0.06),
+        idle_watts=9.4,
+    )
+
+
+def _stages(factor: float) -> tuple[StageTime, ...]:
+    return tuple(StageTime(name=name, ms=around(ms * factor, 0.03)) for name, ms in STAGES)
+
+
+def _scenarios(ms: float) -> tuple[ScenarioResult, ...]:
+    def latency(factor: float) -> Latency:
+        return Latency(
+            runs=4000,
+            p50_ms=around(ms * factor),
+            p90_ms=around(1.1 * ms * factor),
+            p95_ms=around(1.2 * ms * factor),
+            p99_ms=around(1.6 * ms * factor, 0.1),
+            p99_9_ms=around(3 * ms * factor, 0.2),
+        )
+
+    single = ScenarioResult(
+        scenario="SingleStream",
+        queries=14620,
+        samples_per_query=1,
+        seconds=10.0,
+        latency=latency(1.02),
+        samples_per_s=around(980 / ms, 0.01),
+        target_qps=None,
+        bound_ms=None,
+        bound_percentile=None,
+        valid=True,
+        loadgen_p50_ms=1.021 * ms,
+        reasons=(),
+        settings=(("min_duration_ms", "10000"),),
+    )
+    return (
+        single,
+        ScenarioResult(
+            scenario="MultiStream",
+            queries=1930,
+            samples_per_query=8,
+            seconds=10.2,
+            latency=latency(7.4),
+            samples_per_s=around(1081 / ms, 0.01),
+            target_qps=None,
+            bound_ms=None,
+            bound_percentile=None,
+            valid=True,
+            loadgen_p50_ms=7.41 * ms,
+            reasons=(),
+            settings=(),
+        ),
+        ScenarioResult(
+            scenario="Server",
+            queries=7200,
+            samples_per_query=1,
+            seconds=10.1,
+            latency=latency(1.9),
+            samples_per_s=around(490 / ms, 0.01),
+            target_qps=500 / ms,
+            bound_ms=2 * ms,
+            bound_percentile=99.0,
+            valid=False,
+            loadgen_p50_ms=1.9 * ms,
+            reasons=("Early stopping: 99.00 percentile latency bound was not met",),
+            settings=(("target_qps", "730"),),
+        ),
+        ScenarioResult(
+            scenario="Offline",
+            queries=1,
+            samples_per_query=24576,
+            seconds=11.4,
+            latency=None,
+            samples_per_s=around(1480 / ms, 0.01),
+            target_qps=None,
+            bound_ms=None,
+            bound_percentile=None,
+            valid=True,
+            loadgen_p50_ms=None,
+            reasons=(),
+            settings=(),
+        ),
+    )
+
+
+def _layers(total: float) -> LayerProfile:
+    """Four blocks of a small vision transformer in int8, and what surrounds them."""
+    found: list[tuple[str, str, float, float | None, float | None]] = [
+        ("/vision_model/embeddings/patch_embedding/Conv_quant", "QLinearConv", 9, 9.6e6, 4.4e5),
+        ("Sub_3", "Sub", 8.9, 1.2e4, 9.8e4),
+        ("Div_4", "Div", 7.6, 1.2e4, 9.8e4),
+        ("/vision_model/Reshape", "Reshape", 0.4, 0.0, 9.8e4),
+        ("opaque_fusion_0", "Attention", 6.0, None, None),
+    ]
+    for block in range(4):
+        where = f"/vision_model/encoder/layers.{block}"
+        found += [
+            (f"{where}/mlp/fc1/MatMul_quant", "MatMulInteger", 7 - block / 3, 1.7e7, 2.9e5),
+            (f"{where}/mlp/fc2/MatMul_quant", "MatMulInteger", 6.4 - block / 3, 1.7e7, 2.9e5),
+            (f"{where}/self_attn/qkv/MatMul_quant", "MatMulInteger", 4.1, 1.2e7, 2.2e5),
+            (f"{where}/layer_norm1/LayerNormalization", "LayerNormalization", 0.9, 5e4, 6.6e4),
+            (f"{where}/mlp/activation_fn/Gelu", "Gelu", 1.3, 1.3e5, 2.6e5),
+        ]
+    whole = math.fsum(weight for _, _, weight, _, _ in found)
+    layers = sorted(
+        (
+            LayerTime(
+                name=name,
+                op=op,
+                provider="CPUExecutionProvider",
+                ms=1.04 * total * weight / whole,
+                share=weight / whole,
+                flops=flops,
+                bytes=moved,
+            )
+            for name, op, weight, flops, moved in found
+        ),
+        key=lambda layer: -layer.ms,
+    )
+    return LayerProfile(
+        source="ONNX Runtime profiling",
+        runs=200,
+        total_ms=1.04 * total,
+        plain_ms=total,
+        layers=tuple(layers),
+    )
+
+
+def _roofline() -> Roofline:
+    return Roofline(
+        threads=2,
+        peak_gflops=(("fp32", around(231.0, 0.02)), ("int8", around(812.0, 0.03))),
+        bandwidth_gb_s=around(21.4, 0.04),
+        method="A 2048 x 2048 product, and a triad over 512 MB.",
+    )

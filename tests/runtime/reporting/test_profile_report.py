@@ -1,0 +1,401 @@
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeclip.runtime.errors import InputError, MissingExtraError
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun, Yardstick
+from edgeclip.runtime.reporting.profile_data import (
+    AdviceNote,
+    NamedRun,
+    SubjectQuality,
+    load_runs,
+    subjects_of,
+)
+from edgeclip.runtime.reporting.profile_inside import roof_points
+from edgeclip.runtime.reporting.profile_report import (
+    render_profile_report,
+    sections_of,
+    write_profile_report,
+)
+from edgeclip.runtime.reporting.profile_spread import spread_of
+from edgeclip.runtime.reporting.profile_summary import summary_of
+from tests.runtime.reporting.profile_factory import (
+    advice,
+    disturbed_run,
+    quality,
+    quiet_run,
+    two_runs,
+)
+from tests.runtime.reporting.test_write_report import HOSTILE, Page, visible
+
+
+def alone(run: MeasurementRun) -> tuple[NamedRun, ...]:
+    return (NamedRun(name="epyc", run=run),)
+
+
+def with_items(run: MeasurementRun, **changes: Any) -> MeasurementRun:
+    """The run with the same fields of every measurement changed."""
+    items = tuple(dataclasses.replace(item, **changes) for item in run.measurements)
+    return dataclasses.replace(run, measurements=items)
+
+
+def bare(item: Measurement) -> Measurement:
+    """What is left of a measurement that asked for the least."""
+    return dataclasses.replace(
+        item,
+        ratio=None,
+        sweep=(),
+        samples_ms=(),
+        identity=None,
+        cold_start=None,
+        scenarios=(),
+        energy=None,
+        stages=(),
+        layers=None,
+        peak_memory_mb=None,
+        missing=(),
+    )
+
+
+def anchors(runs: tuple[NamedRun, ...], **more: Any) -> list[str]:
+    return [section.anchor for section in sections_of(runs, **more)]
+
+
+def test_page_is_well_formed_and_needs_no_network() -> None:
+    html = render_profile_report(two_runs(), quality=quality(), advice=advice())
+    page = Page(html)
+    assert page.open == []
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    ids = re.findall(r'id="([a-z]+)"', html)
+    assert {address[1:] for address in page.addresses if address.startswith("#")} == set(ids)
+    assert len(ids) == len(set(ids))
+    assert not {"script", "iframe", "object", "embed"} & set(page.tags)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "nan" not in visible(html).lower().split()
+
+
+def test_every_part_of_a_rich_profile_is_shown() -> None:
+    found = anchors(two_runs(), quality=quality(), advice=advice())
+    assert found == [
+        *("quality", "latency", "histograms", "ratios", "scenarios", "sweep", "start", "energy"),
+        *("stages", "layers", "advice", "spread", "missing", "subjects", "environment", "repeat"),
+    ]
+    text = visible(render_profile_report(two_runs(), quality=quality(), advice=advice()))
+    for wanted in (
+        "student int8 · epyc",
+        "-0.35 points",
+        "0.99712",
+        "✗ INVALID",
+        "Early stopping: 99.00 percentile latency bound was not met",
+        "Energy of 9 of 11 subjects on laptop",
+        "not available (no energy counter may be read",
+        "RAPL packages",
+        "Decode JPEG at a smaller scale",
+        "about 0.11 ms (16%)",
+        "memory 21.4 GB/s",
+        "opaque_fusion_0",
+        "matmul-256 v1",
+        "perf_event_paranoid is 4",
+        "3,398 MHz (3,390 to 3,401) ⟶ 1,600 MHz (1,587 to 1,612)",
+        "212 times ⟶ 1,841 times",
+        "performance",
+        "avx512_vnni",
+        "sha256 5a5a5a5a5a5a",
+        "edgeclip profile student teacher --workload full --out epyc.json",
+    ):
+        assert wanted in text, wanted
+
+
+def test_every_latency_stands_beside_its_interval() -> None:
+    tables = [
+        block
+        for section in sections_of(alone(quiet_run()))
+        if section.anchor == "latency"
+        for block in section.blocks
+        if block.kind == "table"
+    ]
+    rows = [row for table in tables for row in table.rows]
+    assert len(rows) == len(quiet_run().measurements)
+    for row in rows:
+        for cell in row[1:6]:
+            assert re.fullmatch(r"[\d.,]+ to [\d.,]+", cell.small), cell
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    run = quiet_run()
+    run = dataclasses.replace(
+        run,
+        measurements=(bare(run.measurements[0]),),
+        device=None,
+        before=None,
+        after=None,
+        interference=None,
+        yardstick=None,
+        roofline=None,
+    )
+    assert anchors(alone(run)) == ["latency", "environment", "repeat"]
+    text = visible(render_profile_report(alone(run)))
+    assert "None" not in text
+    assert "not available" not in text
+
+
+def test_a_run_of_nothing_is_still_a_page() -> None:
+    run = dataclasses.replace(quiet_run(), measurements=(), yardstick=None)
+    assert anchors(alone(run)) == ["environment", "repeat"]
+    assert Page(render_profile_report(alone(run))).open == []
+
+
+def test_a_percentile_that_is_not_known_says_so() -> None:
+    run = quiet_run()
+    item = run.measurements[0]
+    few = dataclasses.replace(item.latency, runs=40, p99_ms=None, p99_9_ms=None)
+    run = dataclasses.replace(run, measurements=(dataclasses.replace(item, latency=few),))
+    assert visible(render_profile_report(alone(run))).count("too few runs") >= 2
+
+
+def test_a_quiet_machine_is_told_so_and_no_alarm_rings() -> None:
+    run = with_items(quiet_run(), scenarios=())
+    summary = summary_of(alone(run), subjects_of(alone(run)), ())
+    assert summary.tone == "pass"
+    assert summary.alarms == ()
+
+
+def test_a_disturbed_and_throttled_machine_is_told_loudly() -> None:
+    runs = (NamedRun(name="laptop", run=disturbed_run()),)
+    summary = summary_of(runs, subjects_of(runs), ())
+    assert summary.tone == "miss"
+    assert "do not trust" in summary.verdict
+    loud = " ".join(alarm.text for alarm in summary.alarms if alarm.tone == "miss")
+    for wanted in ("DISTURBED", "24% of the CPU time", "THROTTLED", "teacher fp16", "INVALID"):
+        assert wanted in loud
+    assert "CONTENDED" not in loud  # said already
+    html = render_profile_report(runs)
+    assert html.index("DISTURBED") < html.index("<h2")
+
+
+def test_contended_runs_ring_without_an_account_of_interference() -> None:
+    run = dataclasses.replace(disturbed_run(), interference=None)
+    runs = alone(run)
+    summary = summary_of(runs, subjects_of(runs), ())
+    assert any("CONTENDED" in alarm.text for alarm in summary.alarms)
+    assert "do not trust" in summary.verdict
+
+
+def test_what_cannot_be_told_is_not_called_quiet() -> None:
+    run = with_items(quiet_run(), scenarios=(), contended=None)
+    for interference in (
+        None,
+        dataclasses.replace(run.interference, disturbed=None, throttled=None)
+        if run.interference
+        else None,
+    ):
+        runs = alone(dataclasses.replace(run, interference=interference))
+        summary = summary_of(runs, subjects_of(runs), ())
+        assert summary.tone == ""
+        assert "not known" in summary.verdict
+
+
+def test_cards_name_the_fastest_and_what_is_as_fast() -> None:
+    runs = alone(quiet_run())
+    first, second, third = summary_of(runs, subjects_of(runs), quality()).cards
+    assert first.name == "Fastest p50, image tower"
+    assert first.note.startswith("student int8; 0.565 of student fp32's time")
+    assert "not surely" not in first.note
+    assert second.figure.endswith("/s")
+    assert "batch" in second.note
+    assert third.figure == "-0.35 points"
+    items = tuple(
+        dataclasses.replace(
+            item, latency=dataclasses.replace(item.latency, p50_ms=Interval(1.0, 0.9, 1.1))
+        )
+        for item in quiet_run().measurements
+    )
+    runs = alone(dataclasses.replace(quiet_run(), measurements=items))
+    assert "not surely faster than" in summary_of(runs, subjects_of(runs), ()).cards[0].note
+
+
+def test_runs_side_by_side_say_where_they_differ() -> None:
+    text = visible(render_profile_report(two_runs()))
+    assert "The runs differ in their processors, systems, package versions" in text
+    rows = next(s for s in sections_of(two_runs()) if s.anchor == "environment").blocks[1]
+    assert rows.kind == "table"
+    small = {row[0].text: row[0].small for row in rows.rows}
+    assert small["onnxruntime"] == "differs"
+    assert small["edgeclip"] == ""
+    assert small["measured"] == ""
+    same = (NamedRun(name="a", run=quiet_run()), NamedRun(name="b", run=quiet_run()))
+    assert "All runs are of one kind of machine" in visible(render_profile_report(same))
+
+
+def test_subjects_of_several_runs_lie_side_by_side() -> None:
+    labels = [s.label for s in subjects_of(two_runs()) if s.item.part == "image"]
+    assert labels[:2] == ["student fp32 · epyc", "student fp32 · laptop"]
+    assert len(labels) == len(set(labels))
+
+
+def test_missing_things_of_everyone_are_told_once() -> None:
+    run = with_items(quiet_run(), energy=None, missing=(("energy", "no sensor"),))
+    section = next(s for s in sections_of(alone(run)) if s.anchor == "energy")
+    assert [block.text for block in section.blocks if block.kind == "note"] == [
+        "Energy: not available (no sensor)"
+    ]
+
+
+def test_layers_that_cannot_be_drawn_keep_their_number() -> None:
+    item = next(m for m in quiet_run().measurements if m.layers is not None)
+    assert item.layers is not None
+    points = roof_points(item.layers)
+    for point in points:
+        layer = item.layers.layers[point.number - 1]
+        assert layer.name.endswith(point.name)
+        assert layer.flops is not None
+        assert point.gflops == pytest.approx(layer.flops / layer.ms / 1e6)
+    drawn = {point.name for point in points}
+    assert "opaque_fusion_0" not in drawn  # unknown
+    assert "vision_model/Reshape" not in drawn  # no operations at all
+    assert "Sub_3" in drawn
+
+
+def test_a_roofline_that_was_not_measured_is_told() -> None:
+    assert "peaks of this machine were not measured" in visible(
+        render_profile_report((NamedRun(name="laptop", run=disturbed_run()),))
+    )
+
+
+def test_spread_loses_what_the_yardstick_shares() -> None:
+    ours = ((10.0, 10.0), (20.0, 20.0), (15.0, 15.0))
+    stick = Yardstick(name="y", samples_ms=((1.0,), (2.0,), (1.5,)))
+    found = spread_of(ours, stick)
+    assert found is not None
+    assert found.medians == (10.0, 20.0, 15.0)
+    assert found.plain == pytest.approx(1.0)
+    assert found.by_yardstick == pytest.approx(0.0)
+    other = spread_of(ours, Yardstick(name="y", samples_ms=((1.0,),)))
+    assert other is not None
+    assert other.by_yardstick is None
+    assert spread_of(((10.0,),), stick) is None
+    assert spread_of((), None) is None
+
+
+def hostile_run() -> MeasurementRun:
+    """A run with HTML wherever a file can hold text."""
+    run = disturbed_run()
+    items = []
+    for item in (*quiet_run().measurements, *run.measurements[:1]):
+        assert item.identity is not None
+        identity = dataclasses.replace(
+            item.identity, bundle=HOSTILE, engine=HOSTILE, provider=HOSTILE
+        )
+        layers = item.layers and dataclasses.replace(
+            item.layers,
+            source=HOSTILE,
+            layers=tuple(
+                dataclasses.replace(layer, name=HOSTILE, op=HOSTILE, provider=HOSTILE)
+                for layer in item.layers.layers
+            ),
+        )
+        energy = item.energy and dataclasses.replace(item.energy, sensor=HOSTILE, covers=HOSTILE)
+        scenarios = tuple(
+            dataclasses.replace(one, valid=False, reasons=(HOSTILE,)) for one in item.scenarios
+        )
+        items.append(
+            dataclasses.replace(
+                item,
+                name=f"{len(items)} {HOSTILE}",
+                identity=identity,
+                layers=layers,
+                energy=energy,
+                scenarios=scenarios,
+                ratio=item.ratio and dataclasses.replace(item.ratio, reference=HOSTILE),
+                missing=((HOSTILE, HOSTILE), ("energy", HOSTILE)),
+            )
+        )
+    assert run.interference is not None
+    assert run.before is not None
+    assert run.yardstick is not None
+    before = dataclasses.replace(
+        run.before,
+        governor=HOSTILE,
+        temperatures_c=((HOSTILE, 1.0),),
+        throttle_counts=((HOSTILE, 1),),
+        gpu=((HOSTILE, HOSTILE),),
+    )
+    machine = dataclasses.replace(
+        run.machine, cpu=HOSTILE, os=HOSTILE, python=HOSTILE, packages=((HOSTILE, HOSTILE),)
+    )
+    roofline = quiet_run().roofline
+    assert roofline is not None
+    peaks = tuple((HOSTILE, peak) for _, peak in roofline.peak_gflops)
+    return dataclasses.replace(
+        run,
+        created=HOSTILE,
+        command=HOSTILE,
+        machine=machine,
+        measurements=tuple(items),
+        before=before,
+        interference=dataclasses.replace(run.interference, reasons=(HOSTILE,)),
+        yardstick=dataclasses.replace(run.yardstick, name=HOSTILE),
+        roofline=dataclasses.replace(roofline, method=HOSTILE, peak_gflops=peaks),
+    )
+
+
+def test_escapes_everything_that_comes_from_files() -> None:
+    runs = (
+        NamedRun(name=HOSTILE, run=hostile_run()),
+        NamedRun(name=f"b {HOSTILE}", run=quiet_run()),
+    )
+    figure = SubjectQuality(
+        metric=HOSTILE,
+        value=Interval(0.5, 0.4, 0.6),
+        unit="share",
+        sha256=None,
+        precision=None,
+        part=None,
+    )
+    note = AdviceNote(
+        subject=HOSTILE, title=HOSTILE, text=HOSTILE, evidence=(HOSTILE,), gain=HOSTILE
+    )
+    html = render_profile_report(runs, quality=(figure,), advice=(note,))
+    assert "<script" not in html.lower()
+    page = Page(html)
+    assert page.open == []
+    assert not any(address.startswith("javascript") for address in page.addresses)
+    assert visible(html).count(HOSTILE) >= 60
+
+
+def test_writes_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "pages" / "profile.html"
+    write_profile_report(alone(quiet_run()), out)
+    before = out.read_bytes()
+    assert before.endswith(b"</html>")
+    with pytest.raises(InputError, match="needs a measurement"):
+        write_profile_report((), out)
+    assert out.read_bytes() == before
+    assert [file.name for file in out.parent.iterdir()] == ["profile.html"]
+
+
+def test_a_page_is_not_heavy() -> None:
+    html = render_profile_report(two_runs(), quality=quality(), advice=advice())
+    assert len(html.encode()) < 2_000_000
+
+
+def test_missing_jinja_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=r"edgeclip\[report\]"):
+        render_profile_report(alone(quiet_run()))
+
+
+def test_runs_are_called_as_their_files(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "x" / "b.json", tmp_path / "y" / "b.json"]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        quiet_run().save(path)
+    assert [one.name for one in load_runs(paths)] == ["a", "x/b", "y/b"]
+    twice = [one.name for one in load_runs([paths[1], paths[1]])]
+    assert twice == ["x/b", "x/b #2"]
