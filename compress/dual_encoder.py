@@ -196,11 +196,15 @@ class DualEncoder(nn.Module):
             space = space_fingerprint(DualEncoder.load(folder))
         write_record(folder, space)
 
-    def save_settings(self, folder: Path) -> None:
-        """Write only config, tokenizer and processor: what a bundle carries of them."""
+    def save_settings(self, folder: Path, *, texts: bool = True) -> None:
+        """Write only config, tokenizer and processor: what a bundle carries of them.
+
+        Without `texts` the tokenizer is left out, for who looks at pictures only.
+        """
         self.model.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        write_portable_config(folder)
+        if texts:
+            self.tokenizer.save_pretrained(folder)
+            write_portable_config(folder)
         processor = json.dumps(_processor_config(self.image_spec), indent=2) + "\n"
         (folder / "preprocessor_config.json").write_text(processor, encoding="utf-8")
 

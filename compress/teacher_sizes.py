@@ -50,11 +50,11 @@ class TeacherSizes:
         vision, text = config.vision_config, config.text_config
         assert isinstance(vision, CLIPVisionConfig)
         assert isinstance(text, CLIPTextConfig)
-        size, patch, dim = int(vision.image_size), int(vision.patch_size), config.projection_dim
-        tokens = image_tokens(size, patch)
+        size, patch = _whole(vision.image_size), _whole(vision.patch_size)
+        dim, tokens = _whole(config.projection_dim), image_tokens(size, patch)
         return cls(
-            image=_tower("image", vision, tokens, int(dim), patch),
-            text=_tower("text", text, int(text.max_position_embeddings), int(dim), 0),
+            image=_tower("image", vision, tokens, dim, patch),
+            text=_tower("text", text, int(text.max_position_embeddings), dim, 0),
             image_size=size,
             vocab_size=int(text.vocab_size),
         )
@@ -75,6 +75,15 @@ class TeacherSizes:
         else:
             before = width * (self.vocab_size + self.text.tokens)
         return before + tower.layers * layer + around
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int):
+        raise ConfigError(
+            f"config.json has {value} where one whole number is needed: only square pictures and "
+            "patches can be planned"
+        )
+    return value
 
 
 def _tower(

@@ -9,18 +9,21 @@ from edgeclip.export.check_parity import check_parity
 from edgeclip.export.choose import TowerChoice, choose_fastest
 from edgeclip.export.embed_pairs import graph_embedder, tower_inputs
 from edgeclip.export.explain_parity import explain_parity
-from edgeclip.export.gates import Judged, missed, refuse_missed
+from edgeclip.export.gates import Judged, data_record, missed, refuse_missed
+from edgeclip.export.graph import data_path
 from edgeclip.export.judge_precisions import (
     TowerEmbeddings,
     Verdict,
+    compared,
     embed_test,
     judge_precisions,
     judge_together,
+    judged_on,
 )
 from edgeclip.export.label_head import add_label_head
 from edgeclip.export.quantize import Int8Settings
 from edgeclip.export.to_onnx import STANDARD
-from edgeclip.export.tower_graph import TOWERS, TowerGraph
+from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.export.tune_graph import PassOutcome, tune_graph
 from edgeclip.export.write_bundle import write_golden, write_labels, write_manifest
 from edgeclip.export.write_engines import write_engines
@@ -85,14 +88,14 @@ def build_bundle(
         parity = _compare(plan, folder, graphs, progress)
         graphs += _quantize(plan, folder, progress)
         embeddings, verdict = _judge(plan, graphs, progress)
-        graphs = _drop(graphs, verdict)
+        graphs = _drop(plan, graphs, verdict)
         _add_heads(plan, graphs)
         choices = _choose(plan, graphs, progress)
         choices, mixed = settle(choices, embeddings, plan)
         engines = _build_engines(plan, folder, graphs, choices, progress)
         judged = (*parity, *verdict.judged, *mixed)
         progress("writing the bundle")
-        _write_rest(plan, folder, graphs, judged, choices, engines)
+        _write_rest(plan, folder, graphs, judged, choices, engines, verdict)
     return BuiltBundle(
         bundle=Bundle.open(out),
         judged=judged,
@@ -112,7 +115,7 @@ def _export(
         return graphs, ()
     tuned: list[tuple[Tower, PassOutcome]] = []
     spec, tokenizer = plan.student.spec, plan.student.text_tokenizer
-    for graph in graphs:
+    for graph in (item for item in graphs if item.tower in plan.towers):
         progress(f"trying what makes the {graph.tower} tower's graph faster")
         values = next(tower_inputs(plan.test, graph.tower, spec, tokenizer, count=_TUNED_ON))
         outcomes = tune_graph(
@@ -155,6 +158,7 @@ def _quantize(plan: BundlePlan, folder: Path, progress: Progress) -> tuple[Tower
         pixels=plan.form.pixels,
         calibration=plan.calibration,
         device=plan.device,
+        towers=plan.towers,
     )
 
 
@@ -176,20 +180,26 @@ def _judge(
     """Hold every precision against fp32 on the test pairs."""
     progress(f"embedding {plan.test.name} in {', '.join(plan.wanted)}")
     embeddings = embed_test(plan.student, graphs, plan.test, plan.runner)
-    verdict = judge_precisions(embeddings, plan.bounds)
+    zero_shot = plan.labelled if len(plan.wanted) > 1 else None
+    on = judged_on(plan.student, graphs, plan.test, zero_shot, embeddings, plan.runner)
+    verdict = judge_precisions(embeddings, plan.bounds, on)
     if plan.precisions is not None:
-        refuse_missed(verdict.judged, _TOO_COARSE)
+        refuse_missed(verdict.judged, "; ".join([_TOO_COARSE, *map(str, verdict.remarks)]))
     return embeddings, verdict
 
 
-def _drop(graphs: Sequence[TowerGraph], verdict: Verdict) -> tuple[TowerGraph, ...]:
-    """Delete the graphs that missed their gates."""
+def _drop(
+    plan: BundlePlan, graphs: Sequence[TowerGraph], verdict: Verdict
+) -> tuple[TowerGraph, ...]:
+    """Delete the graphs that missed their gates, and those of a tower that nobody asked for."""
     kept = []
     for graph in graphs:
-        if graph.precision == "fp32" or (graph.tower, graph.precision) in verdict.kept:
+        good = graph.precision == "fp32" or (graph.tower, graph.precision) in verdict.kept
+        if good and graph.tower in plan.towers:
             kept.append(graph)
         else:
             graph.path.unlink()
+            data_path(graph.path).unlink(missing_ok=True)
     return tuple(kept)
 
 
@@ -207,9 +217,9 @@ def _choose(
 ) -> tuple[TowerChoice, ...]:
     """Time the precisions of each tower against each other, if this machine is the device."""
     if plan.workload is None:
-        return tuple(_unmeasured(plan, tower, graphs) for tower in TOWERS)
+        return tuple(_unmeasured(plan, tower, graphs) for tower in plan.towers)
     choices = []
-    for tower in TOWERS:
+    for tower in plan.towers:
         progress(f"timing the {tower} tower in every precision")
         embedders = {
             graph.precision: graph_embedder(graph, plan.student.spec.image, plan.runner)
@@ -263,7 +273,8 @@ def settle(
         return choices, ()
     others = set(chosen.values()) - {"fp32"}
     bounds = max((plan.bounds[item] for item in others), key=lambda item: item.r1_loss)
-    judged = judge_together(embeddings, chosen, bounds, "as chosen")
+    data = data_record(plan.test)
+    judged = judge_together(embeddings, chosen, bounds, compared(chosen), data)
     if judged.record.passed:
         return choices, (judged,)
     why = f"the precisions that are fastest lose {judged.record.value:.2f} points R@1 together"
@@ -277,9 +288,10 @@ def _write_rest(
     judged: Sequence[Judged],
     choices: Sequence[TowerChoice],
     engines: tuple[EngineRecord, ...],
+    verdict: Verdict,
 ) -> None:
     """Write all but the towers, the manifest last."""
-    plan.student.save_settings(folder)
+    plan.student.save_settings(folder, texts=plan.text_tower)
     write_labels(folder, plan.labels)
     write_golden(plan.student, folder, graphs, plan.test, plan.runner)
     write_manifest(
@@ -296,6 +308,7 @@ def _write_rest(
         label_head=plan.label_head,
         data=f"tested on {plan.test.name}; calibrated on {plan.calibration.name}",
         origin=plan.origin,
+        remarks=verdict.remarks,
     )
 
 

@@ -8,12 +8,14 @@ from edgeclip.compress.sources import Source
 from edgeclip.export.choose import CHOOSING
 from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
 from edgeclip.export.graph_form import GraphForm
+from edgeclip.export.tower_graph import TOWERS
 from edgeclip.export.write_bundle import Origin
+from edgeclip.export.zero_shot import ZeroShot, find_zero_shot
 from edgeclip.profiles.device import THIS_MACHINE, DeviceProfile, load_device
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.labels import LabelSet
-from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.spec import Precision, Tower
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,6 +35,10 @@ class BundlePlan:
         bounds: of the gates of each precision.
         label_head: name of the label set of `labels` that the image towers carry, if any.
         patch_features: image towers also give the last hidden state of each patch.
+        zero_shot: labelled pictures, on which the loss of zero-shot accuracy is judged; None
+            for the test pictures that a label set of `labels` names.
+        text_tower: whether the bundle holds it. Without it, a device classifies by label sets
+            and searches by pictures; the text tower is still made, to judge the image tower.
         workload: how the precisions are timed on this machine; None where this machine is
             not the device, and fp32 is chosen.
 
@@ -53,6 +59,8 @@ class BundlePlan:
     bounds: Mapping[Precision, Bounds] = field(default_factory=lambda: DEFAULT_BOUNDS)
     label_head: str | None = None
     patch_features: bool = False
+    zero_shot: ZeroShot | None = None
+    text_tower: bool = True
     workload: Workload | None = CHOOSING
 
     def __post_init__(self) -> None:
@@ -74,12 +82,24 @@ class BundlePlan:
             raise ConfigError(f"there is no label set {self.label_head!r} for the label head")
         for label_set in self.labels.values():
             label_set.check_space(self.space)
+        if self.zero_shot is not None:
+            self.zero_shot.labels.check_space(self.space)
 
     @property
     def wanted(self) -> tuple[Precision, ...]:
         """The precisions to make: fp32, which is the reference, comes first."""
         asked = self.device.precisions if self.precisions is None else self.precisions
         return tuple(dict.fromkeys(("fp32", *asked)))
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The towers that the bundle holds."""
+        return TOWERS if self.text_tower else ("image",)
+
+    @property
+    def labelled(self) -> ZeroShot | None:
+        """What zero-shot accuracy is judged on; None where no picture has a label."""
+        return self.zero_shot or find_zero_shot(self.test, self.labels.values())
 
     @property
     def form(self) -> GraphForm:

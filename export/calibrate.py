@@ -1,7 +1,8 @@
 """Calibration: what a tower sees while the ranges of its activations are found.
 
 Inputs are made batch by batch when they are asked for, so memory stays bounded whatever
-the source holds.
+the source holds. They never come from the test split: gates that are measured on what the
+ranges were found on prove nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,15 +12,91 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader
 
-from edgeclip.compress.sources import Source
+from edgeclip.compress.emoji_scenes import Split
+from edgeclip.compress.sources import Pair, Source
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.preprocess import crop_batch, preprocess_batch
 from edgeclip.runtime.spec import ImageSpec, PixelForm
 from edgeclip.runtime.tokenize_text import TextTokenizer
 
+CALIBRATION_SPLITS: tuple[Split, ...] = ("calibration", "train")
+FEWEST = 8  # pairs of a bundle's calibration; fewer show too little of any range
+BEST = (128, 512)  # more than these change no range worth mentioning, and take their time
+
 _BATCH = 16
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSource:
+    """Pairs that ranges may be found on: a source whose split is not for testing.
+
+    All `CalibrationData` of pairs is made of one of these. It is a source itself.
+
+    Attributes:
+        source: the pairs.
+        fewest: how many there must be.
+
+    Raises:
+        ConfigError: they are of another split, or of an unknown one, or too few.
+    """
+
+    source: Source
+    fewest: int = FEWEST
+
+    def __post_init__(self) -> None:
+        if self.split not in CALIBRATION_SPLITS:
+            raise ConfigError(
+                f"{self.name}: its split is {self.split or 'unknown'}, and only calibration and "
+                "train may be calibrated on; what ranges were found on must not decide whether "
+                "they are good enough"
+            )
+        if len(self) == 0:
+            raise ConfigError(f"{self.name} is empty: calibration needs some pairs")
+        if len(self) < self.fewest:
+            raise ConfigError(
+                f"{self.name}: too few to calibrate on, give at least {self.fewest} "
+                f"({BEST[0]} to {BEST[1]} are best)"
+            )
+
+    @property
+    def split(self) -> Split | None:
+        """Which split the pairs are of."""
+        # A source that does not say so is one of a test's own.
+        return getattr(self.source, "split", "calibration")
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return self.source.name
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever any pair does."""
+        return self.source.identity
+
+    @property
+    def has_captions(self) -> bool:
+        """True if every pair has a caption."""
+        return self.source.has_captions
+
+    @property
+    def advice(self) -> str | None:
+        """What a person should know of their number; None if it is good."""
+        if len(self) >= BEST[0]:
+            return None
+        return f"{len(self)} pairs are few to calibrate on: {BEST[0]} to {BEST[1]} are best"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.source[index]
+
+    def caption(self, index: int) -> str | None:
+        """The caption alone."""
+        return self.source.caption(index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +124,9 @@ def calibration_images(
     the only N that the graph takes; None where it may vary.
 
     Raises:
-        ConfigError: the source is empty.
+        ConfigError: the source is empty, or its split is not for calibration.
     """
-    _check_some(source)
+    source = _usable(source)
     chosen = _in_batches(range(len(source)), batch)
     prepare = crop_batch if pixels == "uint8-nhwc" else preprocess_batch
 
@@ -68,9 +145,9 @@ def calibration_texts(
     used, and must not widen the ranges.
 
     Raises:
-        ConfigError: the source is empty or has no captions.
+        ConfigError: the source is empty or has no captions, or its split is not for calibration.
     """
-    _check_some(source)
+    source = _usable(source)
     captions = [source.caption(index) for index in range(len(source))]
     texts = [caption for caption in captions if caption is not None]
     if len(texts) < len(captions):
@@ -116,6 +193,7 @@ def _in_batches(items: Sequence[T], batch: int | None) -> list[list[T]]:
     return [[part[place % len(part)] for place in range(batch)] for part in parts]
 
 
-def _check_some(source: Source) -> None:
-    if len(source) == 0:
-        raise ConfigError(f"{source.name} is empty: calibration needs some pairs")
+def _usable(source: Source) -> CalibrationSource:
+    if isinstance(source, CalibrationSource):
+        return source
+    return CalibrationSource(source, fewest=1)

@@ -5,7 +5,7 @@ import numpy as np
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.embed_pairs import Embedder, embed_all, torch_embedder, tower_inputs
-from edgeclip.export.gates import Bounds, judge_tower
+from edgeclip.export.gates import Bounds, data_record, judge_tower
 from edgeclip.runtime.manifest import GateRecord
 from edgeclip.runtime.spec import Tower
 
@@ -34,4 +34,5 @@ def check_parity(
         np.concatenate([candidate, alone]),
         np.concatenate([reference, reference[: len(alone)]]),
         bounds,
+        data_record(source, min(len(source), _TOGETHER)),
     )

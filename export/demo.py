@@ -25,6 +25,7 @@ from edgeclip.export.demo_summary import Summary, summarise, summary_rows, table
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.to_onnx import export_towers
 from edgeclip.export.write_bundle import Origin
+from edgeclip.export.zero_shot import emoji_zero_shot
 from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.bundle import Bundle
@@ -184,6 +185,7 @@ def bundle_student(
             command=command,
             licence="CC-BY-SA-4.0",
         ),
+        zero_shot=emoji_zero_shot(teacher, most=settings.test_scenes, size=size),
     )
     built = build_bundle(
         plan,
@@ -193,6 +195,8 @@ def bundle_student(
     )
     for line in built.left_out:
         print(f"    left out: {line}")
+    for remark in built.bundle.manifest.remarks:
+        print(f"    warning: {remark}")
     return built.bundle
 
 

@@ -10,16 +10,27 @@ from onnx import TensorProto, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from edgeclip.export.activation_bounds import Bounds, activation_bounds
+from edgeclip.export.activation_bounds import Bounds
 from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.graph import limit_masks, load_graph, save_graph
+from edgeclip.export.quantizing.range_cache import cached_bounds
 
 # Other inputs than those of calibration may go further, and sums on their way further still.
 _SAFE = float(np.finfo(np.float16).max) / 4
 
 
-def write_fp16(source: Path, target: Path, data: CalibrationData | None = None) -> None:
+def write_fp16(
+    source: Path,
+    target: Path,
+    data: CalibrationData | None = None,
+    *,
+    islands: Collection[str] = (),
+    cache: Path | None = None,
+) -> None:
     """Convert an fp32 tower to fp16; what `data` shows to be too large for it stays in fp32.
+
+    So do `islands`, nodes by name. `cache` is a folder for bounds that were found, which
+    belongs to this data alone.
 
     The graph itself is typed, by casts at its ends, so an engine needs no flags for it.
     The L2 normalisation stays in fp32, because a sum of squares overflows in fp16;
@@ -30,8 +41,8 @@ def write_fp16(source: Path, target: Path, data: CalibrationData | None = None) 
     """
     model = load_graph(source)
     limit_masks(model)
-    bounds = activation_bounds(source, data) if data is not None else {}
-    save_graph(to_fp16(model, too_large(model, bounds)), target)
+    bounds = cached_bounds(source, data, cache=cache) if data is not None else {}
+    save_graph(to_fp16(model, too_large(model, bounds) | set(islands)), target)
 
 
 def to_fp16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:

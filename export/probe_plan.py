@@ -1,4 +1,4 @@
-"""Which towers are probed: the sizes that students have, at a few points of each."""
+"""What a set of probes holds: which graphs there are, and which are compared with each other."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,9 +15,10 @@ from edgeclip.runtime.measuring.tower_pieces import (
 
 ProbePrecision = Literal["fp32", "int8"]
 
-_HEAD_SIZE, _RATIO, _DIM = 64, 4, 512  # as in nearly every CLIP
-_MOST_MORE, _MORE_WIDTH = 6, 512  # narrow blocks are fast: more of them make a clear difference
-_MORE_CONV = 4
+_HEAD_SIZE, _RATIO, PROBE_DIM = 64, 4, 512  # as in nearly every CLIP
+# Blocks that the deeper tower of a pair has more. Few of them would stay in the caches, where those
+# of a whole student do not.
+_MORE, _MORE_CONV = 5, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class ImagePoint:
     def tower(self, layers: int, *, gelu: bool = False) -> TransformerTower:
         """An image tower of so many layers."""
         tokens = image_tokens(self.image_size, self.patch)
-        return _transformer("image", self.width, layers, tokens, patch=self.patch, gelu=gelu)
+        return probe_transformer("image", self.width, layers, tokens, patch=self.patch, gelu=gelu)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,9 @@ class ConvPoint:
         """A tower of that stage alone, or with the step to the next one."""
         widths = (self.width,) if self.next is None else (self.width, self.next)
         depths = (depth,) if self.next is None else (depth, 0)
-        return ConvTower(widths=widths, depths=depths, image_size=CONV_PATCH * self.side, dim=_DIM)
+        return ConvTower(
+            widths=widths, depths=depths, image_size=CONV_PATCH * self.side, dim=PROBE_DIM
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +140,7 @@ class ProbePlan:
                 yield PlannedCheck(name=name, graph=graph, few=few)
 
 
-def _transformer(
+def probe_transformer(
     part: Literal["image", "text"],
     width: int,
     layers: int,
@@ -146,6 +149,7 @@ def _transformer(
     patch: int = 0,
     gelu: bool = False,
 ) -> TransformerTower:
+    """A tower with heads of 64 channels and an MLP of four times the width, as nearly all have."""
     return TransformerTower(
         part=part,
         width=width,
@@ -153,15 +157,10 @@ def _transformer(
         hidden=_RATIO * width,
         layers=layers,
         tokens=tokens,
-        dim=_DIM,
+        dim=PROBE_DIM,
         patch=patch,
         gelu=gelu,
     )
-
-
-def _more(width: int) -> int:
-    """How many blocks the deeper tower of a pair has more."""
-    return min(_MOST_MORE, max(2, _MORE_WIDTH // width))
 
 
 def _image_probes(
@@ -170,9 +169,7 @@ def _image_probes(
     stem = _stem_probe(point.tower(1), few=point.few)
     yield stem
     for precision in precisions:
-        yield from _pair(
-            point.tower(1), point.tower(1 + _more(point.width)), precision, stem.name, point.few
-        )
+        yield from _pair(point.tower(1), point.tower(1 + _MORE), precision, stem.name, point.few)
 
 
 def _gelu_probes(
@@ -182,7 +179,7 @@ def _gelu_probes(
     for precision in precisions:
         yield from _pair(
             point.tower(1, gelu=True),
-            point.tower(1 + _more(point.width), gelu=True),
+            point.tower(1 + _MORE, gelu=True),
             precision,
             stem,
             point.few,
@@ -192,10 +189,10 @@ def _gelu_probes(
 def _text_probes(
     point: TextPoint, precisions: tuple[ProbePrecision, ...]
 ) -> Iterator[PlannedProbe]:
-    more = 1 + _more(point.width)
+    more = 1 + _MORE
     for precision in precisions:
         for length in point.lengths:
-            shallow = _transformer("text", point.width, 1, length)
+            shallow = probe_transformer("text", point.width, 1, length)
             deep = replace(shallow, layers=more)
             yield from _pair(shallow, deep, precision, None, length == point.few)
 
@@ -285,62 +282,3 @@ def _title(tower: AnyTower, stem: bool, *, tokens: bool = False) -> str:
     if stem:
         return f"stem-image-{sizes}"
     return f"{tower.part}-{sizes}-l{tower.layers}{'-gelu' * tower.gelu}"
-
-
-_WIDTHS = (64, 128, 256, 512)
-_PICTURES = ((64, 16), (64, 8), (224, 14))  # 17, 65 and 257 tokens
-_FEW_IMAGES = ((128, 8), (512, 8), (256, 14))
-
-STANDARD = ProbePlan(
-    images=tuple(
-        ImagePoint(width=width, image_size=size, patch=patch, few=(width, patch) in _FEW_IMAGES)
-        for size, patch in _PICTURES
-        for width in _WIDTHS
-    ),
-    stems=(
-        ImagePoint(width=128, image_size=224, patch=32),
-        ImagePoint(width=512, image_size=224, patch=32),
-        ImagePoint(width=256, image_size=224, patch=16),
-    ),
-    gelus=(
-        ImagePoint(width=128, image_size=64, patch=8),
-        ImagePoint(width=256, image_size=64, patch=8),
-    ),
-    texts=tuple(TextPoint(width=width, lengths=(8, 24, 77), few=width == 256) for width in _WIDTHS),
-    convs=(
-        ConvPoint(width=32, side=16, next=64),
-        ConvPoint(width=32, side=56, next=64),
-        ConvPoint(width=64, side=8, next=128, few=True),
-        ConvPoint(width=64, side=28, next=128),
-        ConvPoint(width=128, side=4),
-        ConvPoint(width=128, side=14),
-        ConvPoint(width=128, side=28, next=256),
-        ConvPoint(width=256, side=4),
-        ConvPoint(width=256, side=14, next=512, few=True),
-        ConvPoint(width=512, side=7),
-    ),
-    checks=(
-        (_transformer("image", 192, 6, image_tokens(224, 32), patch=32), True),
-        (_transformer("image", 384, 4, image_tokens(128, 16), patch=16), False),
-        (_transformer("text", 192, 4, 16), True),
-        (
-            ConvTower(widths=(48, 96, 192), depths=(2, 2, 4), image_size=64, dim=_DIM),
-            True,
-        ),
-        (
-            ConvTower(widths=(40, 80, 160), depths=(2, 2, 6), image_size=128, dim=_DIM),
-            False,
-        ),
-    ),
-)
-# For tests: it tells little, in seconds.
-SMALL = ProbePlan(
-    images=(
-        ImagePoint(width=64, image_size=32, patch=8, few=True),
-        ImagePoint(width=128, image_size=32, patch=8, few=True),
-    ),
-    texts=(TextPoint(width=64, lengths=(8, 16)),),
-    convs=(ConvPoint(width=16, side=8, next=32),),
-    checks=((_transformer("image", 64, 4, image_tokens(32, 8), patch=8), True),),
-)
-PLANS = {"standard": STANDARD, "small": SMALL}

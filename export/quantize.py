@@ -9,21 +9,31 @@ ResNet takes 0.39, or 1.01 if the results of its convolutions stay float, becaus
 no kernel for that; a ConvNext takes 0.62, or 0.65 with its depthwise convolutions in int8.
 """
 
+import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import onnx
-from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-from edgeclip.export.activation_bounds import EXTREMES, Ranging, quiet
+from edgeclip.export.activation_bounds import (
+    EXTREMES,
+    Ranging,
+    activation_ranges,
+    quiet,
+    save_ranges,
+)
 from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
 from edgeclip.export.fp16 import normalisation
 from edgeclip.export.graph import constant_names, data_path, load_graph, save_graph
+from edgeclip.export.quantizing.range_cache import cache_file
 from edgeclip.export.symmetric import INT8, write_symmetric
 from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.files import atomic_file
 
 _OPERATORS = ("MatMul", "Gemm", "Conv")
 
@@ -39,6 +49,7 @@ class Int8Settings:
             without int8 dot products.
         float_precision: what all that is not int8 is computed in.
         ranging: how the range of an activation follows from what calibration saw.
+        per_channel: weights have one scale for each output channel, not one for all.
 
     Raises:
         ValueError: what only goes with asymmetric activations, or only with symmetric ones.
@@ -48,6 +59,7 @@ class Int8Settings:
     reduce_range: bool = False
     float_precision: Literal["fp32", "fp16"] = "fp32"
     ranging: Ranging = EXTREMES
+    per_channel: bool = True
 
     def __post_init__(self) -> None:
         if self.symmetric and self.reduce_range:
@@ -68,52 +80,95 @@ class Int8Settings:
         return cls(symmetric=True, float_precision="fp16")
 
 
-def write_int8(source: Path, target: Path, data: CalibrationData, settings: Int8Settings) -> None:
+def write_int8(
+    source: Path,
+    target: Path,
+    data: CalibrationData,
+    settings: Int8Settings,
+    *,
+    kept: Collection[str] = (),
+    cache: Path | None = None,
+) -> None:
     """Quantize an fp32 tower by what it sees in `data`.
+
+    Args:
+        source, target: the ONNX files.
+        data: what is seen.
+        settings: how it is quantized.
+        kept: names of nodes that stay in float.
+        cache: a folder for ranges that were found, which belongs to this data alone.
 
     Raises:
         ExportError: nothing in the graph can be quantized, or the result is not valid ONNX.
     """
-    nodes = quantizable_nodes(source)
+    able = quantizable_nodes(source)
+    nodes = [name for name in able if name not in kept]
+    if not nodes:
+        raise ExportError(f"{source.name}: everything that could be quantized is to stay in float")
     if settings.symmetric:
-        half = settings.float_precision == "fp16"
         write_symmetric(
-            source, target, data, nodes=nodes, grid=INT8, half=half, ranging=settings.ranging
+            source,
+            target,
+            data,
+            nodes=nodes,
+            grid=INT8,
+            half=settings.float_precision == "fp16",
+            ranging=settings.ranging,
+            per_channel=settings.per_channel,
+            cache=cache,
         )
-    else:
-        _write_asymmetric(source, target, data, settings, nodes)
+        return
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        ranges = Path(folder) / "ranges.json"
+        found = None if cache is None else cache_file(cache, source, "ranges", settings.ranging)
+        if found is not None and found.exists():
+            shutil.copyfile(found, ranges)
+        elif settings.ranging != EXTREMES:
+            save_ranges(activation_ranges(source, data, settings.ranging, able), ranges)
+        _write_asymmetric(source, target, data, settings, nodes, ranges)
+        if found is not None and not found.exists():
+            with atomic_file(found) as temporary:
+                shutil.copyfile(ranges, temporary)
 
 
 def _write_asymmetric(
-    source: Path, target: Path, data: CalibrationData, settings: Int8Settings, nodes: list[str]
+    source: Path,
+    target: Path,
+    data: CalibrationData,
+    settings: Int8Settings,
+    nodes: list[str],
+    ranges: Path,
 ) -> None:
-    """Quantize for ONNX Runtime's CPU kernels: uint8 activations, biases as int32."""
+    """Quantize for ONNX Runtime's CPU kernels: uint8 activations, biases as int32.
+
+    The ranges are read from `ranges`, or if there is no such file, are the extremes, and are
+    written to it.
+    """
     reader = data.reader(onnx.load(source, load_external_data=False).graph.input[0].name)
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        raw = Path(folder) / "int8.onnx"
-        quantize_static(
-            source,
-            raw,
-            reader,
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(_OPERATORS),
-            nodes_to_quantize=nodes,
-            per_channel=True,
-            reduce_range=settings.reduce_range,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=data_path(source).exists(),
-            calibrate_method=settings.ranging.method,
-            extra_options={
-                "ActivationSymmetric": False,
-                "WeightSymmetric": True,
-                # Their results go to float operators: int8 would only lose accuracy.
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
-                "CalibStridedMinMax": 1,  # batch by batch, or memory grows with the data
-                "CalibPercentile": settings.ranging.percentile,
-            },
-        )
-        save_graph(load_graph(raw), target)
+    raw = ranges.with_name("int8.onnx")
+    quantize_static(
+        source,
+        raw,
+        reader,
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=list(_OPERATORS),
+        nodes_to_quantize=nodes,
+        per_channel=settings.per_channel,
+        reduce_range=settings.reduce_range,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=data_path(source).exists(),
+        calibrate_method=CalibrationMethod.MinMax,
+        calibration_cache_path=ranges,
+        extra_options={
+            "ActivationSymmetric": False,
+            "WeightSymmetric": True,
+            # Their results go to float operators: int8 would only lose accuracy.
+            "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+            "CalibStridedMinMax": 1,  # batch by batch, or memory grows with the data
+        },
+    )
+    save_graph(load_graph(raw), target)
 
 
 def quantizable_nodes(source: Path) -> list[str]:

@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip.export.activation_bounds import EXTREMES, Bounds, Ranging, activation_bounds
+from edgeclip.export.activation_bounds import EXTREMES, Bounds, Ranging
 from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
 from edgeclip.export.fp16 import to_fp16, too_large
 from edgeclip.export.graph import limit_masks, load_graph, save_graph
+from edgeclip.export.quantizing.range_cache import cached_bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +64,25 @@ def write_symmetric(
     grid: Grid,
     half: bool,
     ranging: Ranging = EXTREMES,
+    per_channel: bool = True,
+    cache: Path | None = None,
 ) -> None:
     """Quantize `nodes` of an fp32 tower; the rest becomes fp16 if `half`, else it stays.
 
     What is too large for fp16 stays in fp32 and is not quantized: such outliers would leave
-    hardly a step for all other values.
+    hardly a step for all other values. `cache` is a folder for ranges that were found, which
+    belongs to this data alone.
 
     Raises:
         ExportError: nothing is left to quantize, or the result is not valid ONNX.
     """
     model = load_graph(source)
     limit_masks(model)
-    extremes = activation_bounds(source, data)
+    extremes = cached_bounds(source, data, cache=cache)
     bounds = extremes
     if ranging != EXTREMES:
-        bounds = activation_bounds(source, data, ranging, ("MatMul", "Gemm", "Conv"))
+        operators = ("MatMul", "Gemm", "Conv")
+        bounds = cached_bounds(source, data, ranging, operators, cache=cache)
     kept = too_large(model, extremes) if half else set()
     reads = {node.name: bounds[node.input[0]] for node in model.graph.node if node.name in nodes}
     chosen = {name: bound for name, bound in reads.items() if name not in kept}
@@ -87,7 +92,7 @@ def write_symmetric(
         model = _with_opset(model, grid.opset)
     if half:
         model = to_fp16(model, kept)
-    insert_qdq(model, chosen, grid)
+    insert_qdq(model, chosen, grid, per_channel=per_channel)
     save_graph(model, target)
 
 
@@ -99,12 +104,14 @@ def _with_opset(model: onnx.ModelProto, wanted: int) -> onnx.ModelProto:
     return onnx.version_converter.convert_version(model, wanted)
 
 
-def insert_qdq(model: onnx.ModelProto, nodes: Bounds, grid: Grid) -> None:
+def insert_qdq(
+    model: onnx.ModelProto, nodes: Bounds, grid: Grid, *, per_channel: bool = True
+) -> None:
     """Put Q/DQ pairs before the first input of `nodes`, and DQ before their weights.
 
     `nodes` has the bound of what each of them reads. Weights have one scale for each output
-    channel. Nodes that read the same value share a pair, which lets an engine join the
-    projections to query, key and value.
+    channel if `per_channel`, else one. Nodes that read the same value share a pair, which
+    lets an engine join the projections to query, key and value.
     """
     graph = model.graph
     weights = {item.name: item for item in graph.initializer}
@@ -114,7 +121,8 @@ def insert_qdq(model: onnx.ModelProto, nodes: Bounds, grid: Grid) -> None:
             weight = weights[node.input[1]]
             kind = helper.tensor_dtype_to_np_dtype(weight.data_type)
             node.input[0] = writer.activation(node.input[0], nodes[node.name], kind)
-            node.input[1] = writer.weight(weight, _channel_axis(node, weight))
+            axis = _channel_axis(node, weight) if per_channel else None
+            node.input[1] = writer.weight(weight, axis)
         writer.nodes.append(node)
     ordered = list(writer.nodes)
     del graph.node[:]
@@ -139,7 +147,7 @@ class _Writer:
         self.grid = grid
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
-        self._done: dict[tuple[str, int], str] = {}
+        self._done: dict[tuple[str, int | None], str] = {}
 
     def activation(self, name: str, bound: float, kind: np.dtype) -> str:
         """Quantize a value and back; return the name of the result."""
@@ -154,22 +162,27 @@ class _Writer:
             self._done[name, -1] = back
         return self._done[name, -1]
 
-    def weight(self, tensor: onnx.TensorProto, axis: int) -> str:
-        """Store a weight quantized; return the name of what it dequantizes to."""
+    def weight(self, tensor: onnx.TensorProto, axis: int | None) -> str:
+        """Store a weight quantized; return the name of what it dequantizes to.
+
+        There is one scale for each place on `axis`, or one for all.
+        """
         name = tensor.name
         if (name, axis) not in self._done:
             values = numpy_helper.to_array(tensor)
             others = tuple(place for place in range(values.ndim) if place != axis)
-            scales = _scale(np.abs(values).max(axis=others), self.grid, values.dtype)
+            scales = _scale(np.asarray(np.abs(values).max(axis=others)), self.grid, values.dtype)
             spread = np.expand_dims(scales.astype(np.float64), others)
-            stem = f"{name}_axis{axis}"
+            stem = name if axis is None else f"{name}_axis{axis}"
             rounded = self.grid.round(values.astype(np.float64) / spread)
             rounded.name = f"{stem}_quantized"
             self.constants[rounded.name] = rounded
             inputs = [rounded.name, self._constant(f"{stem}_scale", scales)]
             inputs.append(self._zeros(scales.shape))
             back = f"{stem}_dequantized"
-            node = helper.make_node("DequantizeLinear", inputs, [back], f"{stem}_DQ", axis=axis)
+            node = helper.make_node("DequantizeLinear", inputs, [back], f"{stem}_DQ")
+            if axis is not None:
+                node.attribute.append(helper.make_attribute("axis", axis))
             self.nodes.append(node)
             self._done[name, axis] = back
         return self._done[name, axis]

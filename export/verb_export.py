@@ -2,27 +2,29 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import open_source
 from edgeclip.compress.verb_options import add_teacher, load_teacher
+from edgeclip.export.bake_labels import bake_by_teacher, read_label_names
 from edgeclip.export.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.choose import CHOOSING
-from edgeclip.export.embed_pairs import torch_embedder
 from edgeclip.export.list_targets import targets_table
 from edgeclip.export.write_bundle import Origin
+from edgeclip.export.zero_shot import emoji_zero_shot
 from edgeclip.profiles.device import THIS_MACHINE, load_device
 from edgeclip.runtime.embeddings import check_space
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.labels import LabelSet, bake_labels, split_names
+from edgeclip.runtime.gates_table import gates_table
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.verb_options import positive
 
-_HEAD = "head"  # the label set of the label head
+_HEAD = "head"  # the label set of the label head, if it has no other name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,24 +55,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--test-count", type=positive, default=1000, help="of emoji scenes")
     parser.add_argument("--calibration-count", type=positive, default=256, help="of emoji scenes")
-    parser.add_argument(
-        "--label-head",
-        metavar="NAMES",
-        help="labels, separated by commas, that the image tower itself shall tell apart; the "
-        "teacher embeds them",
-    )
+    _add_label_options(parser)
     parser.add_argument(
         "--patch-features",
         action="store_true",
         help="let the image tower also give the last hidden state of each patch",
+    )
+    parser.add_argument(
+        "--no-text",
+        action="store_true",
+        help="leave out the text tower: the device classifies by label sets, and searches by "
+        "pictures",
     )
     parser.add_argument("--name", help="what to call the model (default: the name of --out)")
     parser.add_argument("--licence", default="unknown", help="of the weights, as SPDX identifier")
     parser.add_argument("--replace", action="store_true", help="replace a bundle that is there")
 
 
+def _add_label_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labels",
+        action="append",
+        default=[],
+        metavar="[NAME=]LABELS",
+        help="a label set that the teacher embeds and the bundle carries: labels with commas "
+        "between, or a .txt file with one on each line; may be repeated",
+    )
+    parser.add_argument(
+        "--template",
+        action="append",
+        help=f"sentence around a label, which its embedding is the mean of; may be repeated "
+        f"(default: {DEFAULT_TEMPLATES[0]!r})",
+    )
+    parser.add_argument(
+        "--label-head",
+        metavar="LABELS",
+        help="labels that the image tower itself shall tell apart: as for --labels, or the name "
+        "of one of these sets",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
-    """Build the bundle, then print every gate and the verdict."""
+    """Build the bundle, then print every gate, what is to be known of them, and the verdict."""
     if args.list:
         print(targets_table())
         return 0
@@ -78,31 +104,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("name a student and --out, the bundle's directory (or ask for --list)")
     plan = _plan(args)
     built = build_bundle(plan, args.out, replace=args.replace, progress=_say)
-    print(gates_table(built))
+    gates = [(item.subject, item.record) for item in built.judged]
+    print(gates_table(gates, built.bundle.manifest.remarks))
     print(verdict(built))
     return 0
-
-
-def gates_table(built: BuiltBundle) -> str:
-    """One line for each gate: what it is about, value with interval, bound, outcome."""
-    rows = [("what", "gate", "value", "95% interval", "bound", "")]
-    for item in built.judged:
-        gate = item.record
-        rows.append(
-            (
-                item.subject,
-                gate.name,
-                f"{gate.value:.5f}",
-                f"{gate.low:.5f} to {gate.high:.5f}",
-                f"{gate.direction} {gate.bound:g} {gate.unit}",
-                "pass" if gate.passed else "miss",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 def verdict(built: BuiltBundle) -> str:
@@ -114,11 +119,13 @@ def verdict(built: BuiltBundle) -> str:
 
 
 def _plan(args: argparse.Namespace) -> BundlePlan:
+    named, head = _labels(args)
     device = load_device(args.device)
     student = DualEncoder.load(args.student)
     teacher, size = load_teacher(args), student.image_spec.size
     check_space(teacher.space, student.space, f"the student {args.student}")
-    return BundlePlan(
+    templates = tuple(args.template or DEFAULT_TEMPLATES)
+    plan = BundlePlan(
         student=student,
         space=teacher.space,
         calibration=open_source(
@@ -134,21 +141,33 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
             licence=args.licence,
         ),
         precisions=args.precisions,
-        labels={} if args.label_head is None else {_HEAD: _bake(teacher, args.label_head)},
-        label_head=None if args.label_head is None else _HEAD,
+        labels={name: bake_by_teacher(teacher, items, templates) for name, items in named.items()},
+        label_head=head,
         patch_features=args.patch_features,
+        text_tower=not args.no_text,
         workload=CHOOSING if args.device == THIS_MACHINE else None,
     )
+    if args.data != "emoji" or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
+        return plan
+    _say("embedding the names of emoji")
+    return replace(plan, zero_shot=emoji_zero_shot(teacher, most=args.test_count, size=size))
 
 
-def _bake(teacher: DualEncoder, names: str) -> LabelSet:
-    tokenizer, embed = teacher.text_tokenizer, torch_embedder(teacher, "text")
-    return bake_labels(
-        split_names(names),
-        DEFAULT_TEMPLATES,
-        lambda texts: embed(tokenizer.encode(texts)),
-        teacher.space,
-    )
+def _labels(args: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], str | None]:
+    """The label sets that are asked for, and which of them is the label head's."""
+    named: dict[str, tuple[str, ...]] = {}
+    for given in args.labels:
+        name, labels = read_label_names(given)
+        if name in named:
+            raise InputError(f"two label sets are called {name!r}: write NAME=LABELS")
+        named[name] = labels
+    if args.label_head is None or args.label_head in named:
+        return named, args.label_head
+    name, labels = read_label_names(args.label_head)
+    name = _HEAD if name == "labels" else name
+    if name in named:
+        raise InputError(f"two label sets are called {name!r}: write NAME=LABELS")
+    return {**named, name: labels}, name
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from edgeclip.export.probe_plan import PLANS
+from edgeclip.export.probe_sizes import PLANS
 from edgeclip.export.write_probes import write_probes
 from edgeclip.profiles.device import load_device
 from edgeclip.runtime.verb_options import add_device_option

@@ -26,6 +26,7 @@ from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.manifest import (
     SCHEMA_VERSION,
     FileRecord,
+    GateRemark,
     Manifest,
     Provenance,
     TowerFile,
@@ -69,14 +70,18 @@ def write_golden(
 ) -> None:
     """Write `golden.npz`: a few test pairs, and what every graph makes of them.
 
-    Token ids come from the bundle's own tokenizer file, so that it is tried as well.
+    Token ids come from the bundle's own tokenizer file, so that it is tried as well. Where
+    `graphs` hold no text tower, there are no texts.
     """
     spec = student.spec
-    tokenizer = TextTokenizer.from_file(folder / TOKENIZER_NAME, spec.text)
     pairs = [test[index] for index in range(min(_GOLDEN_PAIRS, len(test)))]
     pixels = crop_batch([pair.image for pair in pairs], spec.image)
-    texts = _short_enough([str(pair.caption) for pair in pairs], tokenizer)
-    ids = tokenizer.encode(texts)
+    texts: tuple[str, ...] = ()
+    ids = np.zeros((0, spec.text.context_length), np.int64)
+    if any(graph.tower == "text" for graph in graphs):
+        tokenizer = TextTokenizer.from_file(folder / TOKENIZER_NAME, spec.text)
+        texts = _short_enough([str(pair.caption) for pair in pairs], tokenizer)
+        ids = tokenizer.encode(texts)
     expected = []
     for graph in graphs:
         embed = graph_embedder(graph, spec.image, device)
@@ -107,6 +112,7 @@ def write_manifest(
     label_head: str | None,
     data: str,
     origin: Origin,
+    remarks: tuple[GateRemark, ...] = (),
 ) -> None:
     """Write `edgeclip.json`, last of all: it lists every file with size and hash."""
     measured = any(choice.measurements for choice in choices)
@@ -126,6 +132,7 @@ def write_manifest(
         patch_features=form.patch_features,
         label_head=label_head,
         engines=engines,
+        remarks=remarks,
     )
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 

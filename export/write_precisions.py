@@ -1,6 +1,6 @@
 """Every tower in every precision that was asked for, as ONNX files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from edgeclip.compress.dual_encoder import DualEncoder
@@ -11,7 +11,7 @@ from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.quantize import Int8Settings, write_int8
 from edgeclip.export.to_onnx import STANDARD, export_tower
-from edgeclip.export.tower_graph import TowerGraph
+from edgeclip.export.tower_graph import TOWERS, TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.bundle_paths import tower_path
 from edgeclip.runtime.spec import PixelForm, Precision, Tower
@@ -48,8 +48,9 @@ def write_others(
     pixels: PixelForm,
     calibration: Source,
     device: DeviceProfile,
+    towers: Collection[Tower] = TOWERS,
 ) -> tuple[TowerGraph, ...]:
-    """Make the other precisions from the fp32 files in `folder`.
+    """Make the other precisions of `towers` from the fp32 files in `folder`.
 
     `calibration` shows int8 and fp8 their ranges, and fp16 what is too large for it.
 
@@ -57,7 +58,8 @@ def write_others(
         ConfigError: the calibration source is empty or has no captions.
         ExportError: a graph that is not valid, or has nothing to quantize.
     """
-    graphs = _graphs(folder, [item for item in precisions if item != "fp32"], pixels)
+    others = _graphs(folder, [item for item in precisions if item != "fp32"], pixels)
+    graphs = tuple(graph for graph in others if graph.tower in towers)
     settings = Int8Settings.for_device(device)
     for graph in graphs:
         reference = folder / tower_path(graph.tower, "fp32", pixels)

@@ -5,9 +5,10 @@ their times is the cost of that piece, without what a run costs anyhow.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -16,7 +17,13 @@ from tqdm import tqdm
 
 from edgeclip.export.graph import load_graph
 from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.probe_plan import STANDARD, PlannedGraph, ProbePlan
+from edgeclip.export.probe_plan import (
+    PlannedCheck,
+    PlannedGraph,
+    PlannedProbe,
+    ProbePlan,
+)
+from edgeclip.export.probe_sizes import STANDARD
 from edgeclip.export.quantize import Int8Settings
 from edgeclip.export.random_towers import (
     example,
@@ -42,7 +49,12 @@ from edgeclip.runtime.measuring.probe_set import (
 
 _SHARED = 4096  # bytes; smaller weights stay in their graph
 _PAGE = 4096
-_DTYPES = {TensorProto.FLOAT: np.dtype(np.float32), TensorProto.INT8: np.dtype(np.int8)}
+_FLOAT, _INT8 = int(TensorProto.FLOAT), int(TensorProto.INT8)
+_DTYPES: dict[str, Literal["uint8", "float32", "int64"]] = {
+    "uint8": "uint8",
+    "float32": "float32",
+    "int64": "int64",
+}
 
 
 def write_probes(
@@ -84,37 +96,41 @@ def write_probes(
 def share_weights(paths: Iterable[Path], target: Path, seed: int) -> dict[str, int]:
     """Let all graphs read their large weights from one file of random numbers.
 
+    Two weights of one graph never begin at the same place: ONNX Runtime packs equal weights only
+    once, and such a graph would find more of them in the caches than a real one does.
+
     Returns the bytes of weights of each graph, by the name of its file.
     """
     paths = tuple(paths)
-    largest = dict.fromkeys(_DTYPES, 0)
+    ends = {_FLOAT: 0, _INT8: 0}
     for path in paths:
-        for tensor in _large(load_graph(path)):
-            largest[tensor.data_type] = max(largest[tensor.data_type], _bytes(tensor))
+        for number, tensor in enumerate(_large(load_graph(path))):
+            kind = tensor.data_type
+            ends[kind] = max(ends[kind], number * _PAGE + _bytes(tensor))
     draw = np.random.default_rng(seed)
-    floats = draw.normal(0, 0.02, -(-largest[TensorProto.FLOAT] // 4)).astype(np.float32).tobytes()
+    floats = draw.normal(0, 0.02, -(-ends[_FLOAT] // 4)).astype(np.float32).tobytes()
     floats += bytes(-len(floats) % _PAGE)
-    integers = draw.integers(-127, 128, largest[TensorProto.INT8], np.int8).tobytes()
-    target.write_bytes(floats + integers)
-    offsets = {TensorProto.FLOAT: 0, TensorProto.INT8: len(floats)}
-    sizes = {}
-    for path in paths:
-        model = load_graph(path)
-        sizes[path.name] = sum(map(_bytes, model.graph.initializer))
-        for tensor in _large(model):
-            length = _bytes(tensor)
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
-            external_data_helper.set_external_data(
-                tensor, target.name, offsets[tensor.data_type], length
-            )
-            tensor.ClearField("raw_data")
-        path.write_bytes(model.SerializeToString(deterministic=True))
-    return sizes
+    target.write_bytes(floats + draw.integers(-127, 128, ends[_INT8], np.int8).tobytes())
+    starts = {_FLOAT: 0, _INT8: len(floats)}
+    return {path.name: _refer(path, target.name, starts) for path in paths}
+
+
+def _refer(path: Path, name: str, starts: Mapping[int, int]) -> int:
+    """Take a graph's large weights from the shared file; return the bytes of all of them."""
+    model = load_graph(path)
+    size = sum(map(_bytes, model.graph.initializer))
+    for number, tensor in enumerate(_large(model)):
+        length, start = _bytes(tensor), starts[tensor.data_type] + number * _PAGE
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+        external_data_helper.set_external_data(tensor, name, start, length)
+        tensor.ClearField("raw_data")
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return size
 
 
 def _write_graphs(plan: ProbePlan, folder: Path, device: DeviceProfile, seed: int) -> None:
     """Export every graph once; a tower's fp32 comes before its int8, which is made of it."""
-    graphs = {item.graph.path: item.graph for item in (*plan.probes(), *plan.whole())}
+    graphs = {item.graph.path: item.graph for item in _items(plan)}
     ordered = sorted(graphs.values(), key=lambda item: item.precision)
     for graph in tqdm(ordered, desc="probes", disable=not sys.stderr.isatty()):
         path = folder / graph.path
@@ -127,6 +143,10 @@ def _write_graphs(plan: ProbePlan, folder: Path, device: DeviceProfile, seed: in
             export_stem(dual, path, device)
         else:
             export_tower(dual, graph.tower.part, path, GraphForm.for_device(device))
+
+
+def _items(plan: ProbePlan) -> tuple[PlannedProbe | PlannedCheck, ...]:
+    return (*plan.probes(), *plan.whole())
 
 
 def _index(
@@ -179,7 +199,7 @@ def _inputs(device: DeviceProfile, sizes: dict[str, int]) -> Callable[[PlannedGr
         return GraphInput(
             path=graph.path,
             name=input_name(graph.tower, device),
-            dtype=value.dtype.name,
+            dtype=_DTYPES[value.dtype.name],
             shape=value.shape,
             weight_bytes=sizes[graph.path],
         )
@@ -191,7 +211,7 @@ def _large(model: onnx.ModelProto) -> list[TensorProto]:
     return [
         item
         for item in model.graph.initializer
-        if item.data_type in _DTYPES and _bytes(item) >= _SHARED
+        if item.data_type in (_FLOAT, _INT8) and _bytes(item) >= _SHARED
     ]
 
 

@@ -11,9 +11,11 @@ A graph that takes another time needs another `NAME` in `runtime/measuring/yards
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.runtime.measuring.yardstick import TOKENS, WIDTH
@@ -66,22 +68,21 @@ class _Layer:
     def __init__(self) -> None:
         self._weights = 0  # of all products so far
         self._nodes: list[onnx.NodeProto] = []
-        self._constants = [
-            numpy_helper.from_array(value, name)
-            for name, value in {
-                "one": np.ones(WIDTH, np.float32),
-                "zero": np.zeros(WIDTH, np.float32),
-                "scale": np.float32((WIDTH // _HEADS) ** -0.5).reshape(()),
-                "root_half": np.float32(math.sqrt(0.5)).reshape(()),
-                "unit": np.float32(1).reshape(()),
-                "half": np.float32(0.5).reshape(()),
-                "step": np.float32(_STEP).reshape(()),
-                "split": np.array([0, TOKENS, _HEADS, WIDTH // _HEADS]),
-                "join": np.array([0, TOKENS, WIDTH]),
-            }.items()
-        ]
+        self._constants: list[onnx.TensorProto] = []
+        self._constant("one", np.ones(WIDTH, np.float32))
+        self._constant("zero", np.zeros(WIDTH, np.float32))
+        for name, number in {
+            "scale": (WIDTH // _HEADS) ** -0.5,
+            "root_half": math.sqrt(0.5),
+            "unit": 1,
+            "half": 0.5,
+            "step": _STEP,
+        }.items():
+            self._constant(name, np.array(number, np.float32))
+        self._constant("split", np.array([0, TOKENS, _HEADS, WIDTH // _HEADS]))
+        self._constant("join", np.array([0, TOKENS, WIDTH]))
 
-    def add(self, op: str, inputs: list[str], output: str, **settings: object) -> None:
+    def add(self, op: str, inputs: list[str], output: str, **settings: Any) -> None:
         """Append a node of one output, which names it."""
         self._nodes.append(helper.make_node(op, inputs, [output], name=output, **settings))
 
@@ -91,13 +92,13 @@ class _Layer:
         Were they those of another product, ONNX Runtime would compute both only once.
         """
         first, self._weights = self._weights, self._weights + rows * columns
-        for name, value in {
-            "first": np.float32(first).reshape(()),
-            "end": np.float32(self._weights).reshape(()),
-            "factor": np.float32(math.sqrt(2 / rows)).reshape(()),
-            "shape": np.array([rows, columns]),
+        for name, number in {
+            "first": first,
+            "end": self._weights,
+            "factor": math.sqrt(2 / rows),
         }.items():
-            self._constants.append(numpy_helper.from_array(value, f"{output}_{name}"))
+            self._constant(f"{output}_{name}", np.array(number, np.float32))
+        self._constant(f"{output}_shape", np.array([rows, columns]))
         self.add("Range", [f"{output}_first", f"{output}_end", "unit"], f"{output}_numbers")
         self.add("Mul", [f"{output}_numbers", "step"], f"{output}_angles")
         self.add("Sin", [f"{output}_angles"], f"{output}_sines")
@@ -107,7 +108,7 @@ class _Layer:
 
     def model(self) -> onnx.ModelProto:
         """The whole graph, checked."""
-        shape = ["N", TOKENS, WIDTH]
+        shape: list[str | int | None] = ["N", TOKENS, WIDTH]
         graph = helper.make_graph(
             self._nodes,
             "yardstick",
@@ -120,6 +121,9 @@ class _Layer:
         )
         onnx.checker.check_model(model, full_check=True)
         return model
+
+    def _constant(self, name: str, value: NDArray[Any]) -> None:
+        self._constants.append(numpy_helper.from_array(value, name))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Workload:
         multi_stream: samples in a query of MultiStream; MLPerf has 8.
         server_load: queries a second of Server, as a share of what one stream manages.
         server_bound_ms: the latency that 99% of Server's queries must keep; None for none.
+        roofline_seconds: time given to the machine's own peaks.
 
     Raises:
         ValueError: a value out of bounds; all of them in one message.
@@ -56,6 +57,7 @@ class Workload:
     multi_stream: Annotated[int, Range(at_least=1)] = 8
     server_load: Annotated[float, Range(above=0)] = 0.5
     server_bound_ms: Annotated[float | None, Range(above=0)] = None
+    roofline_seconds: Annotated[float, Range(above=0)] = 10.0
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -40,7 +40,7 @@ VERBS: dict[str, Verb] = {
     "search": Verb("edgeclip.runtime.verb_search", "look for texts or images in an index"),
     "eval": Verb("edgeclip.runtime.verb_eval", "measure retrieval or zero-shot quality"),
     "profile": Verb("edgeclip.runtime.verb_profile", "measure speed, memory and energy", "profile"),
-    "report": Verb("edgeclip.runtime.verb_report", "write the report as one HTML file", "report"),
+    "report": Verb("edgeclip.runtime.verb_report", "write the report as HTML or Markdown", "report"),
     "build": Verb("edgeclip.runtime.verb_build", "compile a bundle's towers on the device"),
     "serve": Verb("edgeclip.runtime.verb_serve", "answer devices over the network", "serve"),
     "cut": Verb("edgeclip.export.verb_cut", "cut a tower wherever it can be cut", "export"),

@@ -49,7 +49,8 @@ class Encoder:
     """Embeds images and texts with one bundle on one device.
 
     A tower is loaded when it is first used, so that a device which only looks at images
-    never holds the text tower. Results do not depend on what else is in a batch.
+    never holds the text tower; a bundle may not even have one. Results do not depend on what
+    else is in a batch.
 
     Args:
         bundle: an opened bundle.
@@ -208,9 +209,11 @@ class Encoder:
             batch_size: how many are run at a time.
 
         Raises:
-            InputError: a text that is too long, unless `truncate`.
+            InputError: a text that is too long, unless `truncate`, or the bundle was exported
+                without a text tower.
             EngineError: see `encode_image`.
         """
+        self._check_text_tower()
         several = [texts] if isinstance(texts, str) else list(texts)
         parts = [
             self._text_tower.run(self._tokenizer.encode(chunk, truncate=truncate, first=start))
@@ -218,13 +221,22 @@ class Encoder:
         ]
         return self._joined(parts)
 
+    def _check_text_tower(self) -> None:
+        if not self.bundle.manifest.has("text"):
+            sets = ", ".join(self.bundle.label_names) or "none"
+            raise InputError(
+                f"{self.bundle.path} has no text tower, so it cannot embed texts: classify by its "
+                f"label sets ({sets}), or export it without --no-text"
+            )
+
     def bake_labels(
         self, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
     ) -> LabelSet:
         """Make a label set with this bundle's own text tower; see `labels.bake_labels`.
 
         Raises:
-            InputError: no names, a name twice, or a template without its one `{}`.
+            InputError: no names, a name twice, a template without its one `{}`, or the bundle
+                was exported without a text tower.
         """
         return bake_labels(names, templates, self.encode_text, self.space)
 

@@ -32,7 +32,8 @@ class Golden:
 
     Attributes:
         pixels: uint8 [N, size, size, 3], RGB, resized and cut.
-        texts: M texts; the bundle's tokenizer must turn them into `input_ids`.
+        texts: M texts; the bundle's tokenizer must turn them into `input_ids`. There are none
+            where the bundle has no text tower.
         input_ids: int64 [M, length].
         expected: one entry for each tower and precision of the bundle.
     """
@@ -90,7 +91,7 @@ def _mistake(golden: Golden, manifest: Manifest) -> str | None:
         return f"pixels must be uint8 [N, {size}, {size}, 3]"
     if ids.dtype != np.int64 or ids.ndim != 2 or not 0 < ids.shape[1] <= length:
         return f"input_ids must be int64 [M, at most {length}]"
-    if len(ids) != len(golden.texts) or not len(ids):
+    if len(ids) != len(golden.texts) or (manifest.has("text") and not len(ids)):
         return "there must be as many texts as rows of input_ids, and at least one"
     for item in golden.expected:
         count = len(pixels if item.tower == "image" else ids)

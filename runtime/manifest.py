@@ -20,7 +20,7 @@ from edgeclip.runtime.engine_key import EngineRecord
 from edgeclip.runtime.errors import BundleError
 from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -40,12 +40,31 @@ class FileRecord:
             raise ValueError(f"{self.path}: sha256 must be 64 lower-case hexadecimal digits")
 
 
+@dataclass(frozen=True, slots=True)
+class DataRecord:
+    """What something was measured on: a name for people, how many items, and which.
+
+    `sha256` is that of the source's identity, which changes whenever any of its items does.
+    """
+
+    name: str
+    count: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"{self.name}: nothing can be measured on {self.count} items")
+        if not _HEX.fullmatch(self.sha256):
+            raise ValueError(f"{self.name}: sha256 must be 64 lower-case hexadecimal digits")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateRecord:
     """A quality bound and what was measured against it.
 
     `low` and `high` are the 95% interval of `value` (all three alike where none was
-    computed). `direction` reads "value >= bound" or "value <= bound".
+    computed). `direction` reads "value >= bound" or "value <= bound". `data` is what it was
+    measured on; None for what a device measures itself, on the bundle's golden inputs.
     """
 
     name: str
@@ -56,11 +75,27 @@ class GateRecord:
     direction: Literal[">=", "<="]
     unit: str
     passed: bool
+    data: DataRecord | None = None
 
     def __post_init__(self) -> None:
         holds = self.value >= self.bound if self.direction == ">=" else self.value <= self.bound
         if self.passed and not holds:
             raise ValueError(f"gate {self.name!r} is recorded as passed, but its value misses it")
+
+
+@dataclass(frozen=True, slots=True)
+class GateRemark:
+    """What must be known of a gate beside its value: that it was not judged, or on too little.
+
+    `subject` is what it is about, such as "image int8" or "bundle".
+    """
+
+    subject: str
+    gate: str
+    says: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.gate}: {self.says}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +192,8 @@ class Manifest:
         name: what people call the model.
         space: SHA-256 fingerprint of the embedding space, which is the teacher's.
         spec: input contract and geometry.
-        towers: image and text, once each.
-        gates: bounds that the towers met together in their chosen precisions (R@1 change).
+        towers: image, and text if the bundle can embed texts, once each.
+        gates: bounds that both towers met together, R@1 loss in one precision or as chosen.
         measured_on: machine and engine of every latency, empty if none was measured.
         provenance: teacher, student, data, command, time, versions.
         licence: SPDX identifier or a sentence.
@@ -166,6 +201,7 @@ class Manifest:
         patch_features: the image towers also give the last hidden state of each patch.
         label_head: name of the label set that is part of the image towers, if any.
         engines: TensorRT engines that were built ahead of time.
+        remarks: what must be known of the gates, such as one that could not be judged.
     """
 
     schema_version: int
@@ -181,12 +217,13 @@ class Manifest:
     patch_features: bool = False
     label_head: str | None = None
     engines: tuple[EngineRecord, ...] = ()
+    remarks: tuple[GateRemark, ...] = ()
 
     def __post_init__(self) -> None:
         if not _HEX.fullmatch(self.space):
             raise ValueError("space must be 64 lower-case hexadecimal digits")
-        if sorted(item.tower for item in self.towers) != ["image", "text"]:
-            raise ValueError("towers must be image and text, once each")
+        if sorted(item.tower for item in self.towers) not in (["image"], ["image", "text"]):
+            raise ValueError("towers must be image and text, once each, or image alone")
         paths = [file.path for file in self.files]
         # Compared without case, because some file systems do.
         if len({path.casefold() for path in paths}) != len(paths):
@@ -196,13 +233,27 @@ class Manifest:
         needed += [file.data_path for file in graphs if file.data_path is not None]
         needed += [engine.path for engine in self.engines]
         needed += [] if self.label_head is None else [labels_path(self.label_head)]
-        missing = sorted({*needed, TOKENIZER_NAME, GOLDEN_NAME} - set(paths))
+        needed += [TOKENIZER_NAME] if self.has("text") else []
+        missing = sorted({*needed, GOLDEN_NAME} - set(paths))
         if missing:
             raise ValueError(f"files does not list {', '.join(missing)}")
 
+    def has(self, tower: Tower) -> bool:
+        """Whether the bundle holds that tower."""
+        return any(item.tower == tower for item in self.towers)
+
     def tower(self, tower: Tower) -> TowerManifest:
-        """Return the entry of one tower."""
-        return next(item for item in self.towers if item.tower == tower)
+        """Return the entry of one tower.
+
+        Raises:
+            BundleError: the bundle was exported without it.
+        """
+        for item in self.towers:
+            if item.tower == tower:
+                return item
+        raise BundleError(
+            f"the bundle {self.name} has no {tower} tower: export it without --no-text to have it"
+        )
 
     def all_gates(self) -> Iterable[tuple[str, GateRecord]]:
         """Yield every gate with what it is about, such as "image int8" or "bundle"."""

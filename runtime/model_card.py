@@ -60,8 +60,10 @@ def _front_matter(manifest: Manifest, base_model: str | None) -> str:
     fields: dict[str, object] = {
         **hub_licence(manifest.licence),
         "library_name": "edgeclip",
-        # Both towers are there, and the Hub files CLIP under this task.
-        "pipeline_tag": "zero-shot-image-classification",
+        # With both towers, the Hub files CLIP under the first of these tasks.
+        "pipeline_tag": "zero-shot-image-classification"
+        if manifest.has("text")
+        else "image-feature-extraction",
     }
     if "license_name" in fields and any(file.path == "LICENSE" for file in manifest.files):
         fields["license_link"] = "LICENSE"
@@ -73,14 +75,18 @@ def _front_matter(manifest: Manifest, base_model: str | None) -> str:
 
 def _what_it_is(manifest: Manifest) -> str:
     spec, total = manifest.spec, sum(file.bytes for file in manifest.files)
+    holds, texts = "an image tower and a text tower in ONNX, the tokenizer", spec.text
+    if not manifest.has("text"):
+        holds = "an image tower in ONNX, but no text tower"
     lines = [
-        "A CLIP dual encoder for devices, as an EdgeCLIP bundle: an image tower and a text tower "
-        "in ONNX, the tokenizer, a manifest with the SHA-256 of every file, and reference inputs "
-        "and outputs to check a device against.",
+        f"A CLIP dual encoder for devices, as an EdgeCLIP bundle: {holds}, a manifest with the "
+        "SHA-256 of every file, and reference inputs and outputs to check a device against.",
         "",
         f"- Embeddings: {spec.dim} values, float32, of length 1",
         f"- Images: {spec.image.size} × {spec.image.size} pixels, RGB",
-        f"- Texts: at most {spec.text.context_length} tokens",
+        f"- Texts: at most {texts.context_length} tokens"
+        if manifest.has("text")
+        else "- Texts: none; label sets and indexes of the same embedding space bring their own",
         f"- Size: {len(manifest.files)} files, {_megabytes(total)}",
     ]
     labels = [file for file in manifest.files if file.path.startswith("labels/")]
@@ -101,22 +107,21 @@ def _what_it_is(manifest: Manifest) -> str:
 
 def _how_to_run(bundle: Bundle, repo: str) -> str:
     folder = repo.split("/")[1]
+    commands = [f"edgeclip pull {repo} --out {folder}", f"edgeclip verify {folder}"]
+    program = ["from edgeclip.runtime import Encoder", "", f'encoder = Encoder.open("{folder}")']
+    program += ['image = encoder.encode_image(["photo.jpg"])']
+    if bundle.manifest.has("text"):
+        commands += [f'edgeclip classify photo.jpg --bundle {folder} --labels "cat,dog,car"']
+        program += ['text = encoder.encode_text(["a photo of a cat"])', "print(image @ text.T)"]
+    elif bundle.label_names and _PLAIN_PATH.fullmatch(bundle.label_names[0]):
+        labels = bundle.label_names[0]
+        commands += [f"edgeclip classify photo.jpg --bundle {folder} --labels {labels}"]
+        program += [f'labels = encoder.bundle.labels("{labels}")']
+        program += ["print(encoder.classify_embeddings(image, labels))"]
     parts = [
         "## How to run it",
-        _fenced(
-            f"edgeclip pull {repo} --out {folder}\n"
-            f"edgeclip verify {folder}\n"
-            f'edgeclip classify photo.jpg --bundle {folder} --labels "cat,dog,car"',
-            "sh",
-        ),
-        _fenced(
-            "from edgeclip.runtime import Encoder\n\n"
-            f'encoder = Encoder.open("{folder}")\n'
-            'image = encoder.encode_image(["photo.jpg"])\n'
-            'text = encoder.encode_text(["a photo of a cat"])\n'
-            "print(image @ text.T)",
-            "python",
-        ),
+        _fenced("\n".join(commands), "sh"),
+        _fenced("\n".join(program), "python"),
     ]
     if _runs_in_browser(bundle):
         parts += ["The graphs also have the names and inputs that transformers.js expects:"]
@@ -173,18 +178,27 @@ def _takes(file: TowerFile) -> str:
 
 
 def _gates(manifest: Manifest) -> str:
+    data = list(
+        dict.fromkeys(gate.data for _, gate in manifest.all_gates() if gate.data is not None)
+    )
     rows = [
         (
             *(_text(what), _text(gate.name)),
             *(f"{gate.value:.9g}", f"{gate.low:.9g} to {gate.high:.9g}"),
             *(f"{gate.direction} {gate.bound:.9g}", _text(gate.unit)),
+            "" if gate.data is None else f"[{data.index(gate.data) + 1}]",
             "met" if gate.passed else "missed",
         )
         for what, gate in manifest.all_gates()
     ]
     if not rows:
         return "## Quality gates\n\nNone was measured."
-    head = ("what", "gate", "value", "95% interval", "bound", "unit", "")
+    head = ("what", "gate", "value", "95% interval", "bound", "unit", "data", "")
+    notes = [
+        f"- [{number}]: {_text(item.name)}, {item.count:,} measured, of SHA-256 `{item.sha256}`"
+        for number, item in enumerate(data, start=1)
+    ]
+    notes += [f"- {_text(str(remark))}" for remark in manifest.remarks]
     return "\n\n".join(
         [
             "## Quality gates",
@@ -192,6 +206,7 @@ def _gates(manifest: Manifest) -> str:
             "measured against it. Figures are rounded to nine digits; `edgeclip.json` has them in "
             "full. Where an interval has no width, none was computed or all samples were alike.",
             _table(head, rows),
+            *(["\n".join(notes)] if notes else []),
         ]
     )
 

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     compile_tower = _compiler(device, args.out)
     bundle = Bundle.open(args.bundle)
     failed = False
-    for tower in get_args(Tower):
+    for tower in (item.tower for item in bundle.manifest.towers):
         for precision in _precisions(bundle, tower, device, args.precision):
             began = time.perf_counter()
             try:

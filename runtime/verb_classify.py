@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels",
         help="names with commas between, a label set of the bundle, or a label file (.npz) "
-        "(default: the label set of the bundle's label head)",
+        "(default: the label set of the bundle's label head, or the only one it has)",
     )
     parser.add_argument(
         "--template",
@@ -62,10 +62,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _head(encoder: Encoder) -> str:
-    head = encoder.bundle.manifest.label_head
-    if head is None:
-        raise InputError("this bundle has no label head: say which labels there are with --labels")
-    return head
+    head, sets = encoder.bundle.manifest.label_head, encoder.bundle.label_names
+    if head is not None:
+        return head
+    if len(sets) == 1:
+        return sets[0]
+    raise InputError(
+        "this bundle has no label head: say which labels there are with --labels"
+        + (f", such as {sets[0]}" if sets else "")
+    )
 
 
 def read_labels(encoder: Encoder, labels: str, templates: list[str] | None) -> LabelSet:

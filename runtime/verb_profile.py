@@ -17,17 +17,15 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.load_image import list_images
-from edgeclip.runtime.measuring.advice import advise
-from edgeclip.runtime.measuring.advice_conditions import MEASURE_AGAIN
 from edgeclip.runtime.measuring.compare_runs import compare_runs, only_in
 from edgeclip.runtime.measuring.comparison_table import comparison_markdown, comparison_text
 from edgeclip.runtime.measuring.long_table import write_parquet
-from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
+from edgeclip.runtime.measuring.measurement import MeasurementRun
 from edgeclip.runtime.measuring.measurement_table import measurement_table
 from edgeclip.runtime.measuring.profile_subjects import ProfilePlan, names_of, profile_subjects
 from edgeclip.runtime.measuring.regression_gate import parse_max_regression, regression_gate
-from edgeclip.runtime.measuring.roofline_distance import LayerDistance, distances
-from edgeclip.runtime.measuring.subject import SplitSpec, SubjectSpec, subjects_of
+from edgeclip.runtime.measuring.subject import SplitSpec, SubjectSpec, parts_of, subjects_of
+from edgeclip.runtime.reporting.profile_advice import advice_of
 from edgeclip.runtime.reporting.profile_data import AdviceNote, NamedRun
 from edgeclip.runtime.reporting.profile_markdown import markdown_of
 from edgeclip.runtime.reporting.profile_quality import quality_of_bundle
@@ -58,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser)
     parser.add_argument(
         "--parts",
-        default=",".join(_PARTS),
-        help=f"what of a bundle to run (default: {','.join(_PARTS)}; and split, with --plan)",
+        help=f"what of a bundle to run (default: {','.join(_PARTS)}, as far as the bundle has "
+        "them; and split, with --plan)",
     )
     parser.add_argument("--pictures", type=Path, help="image files for the parts file and split")
     parser.add_argument("--reference", help="what others are divided by (default: fp32)")
@@ -121,50 +119,18 @@ def run(args: argparse.Namespace) -> int:
     measured = profile_subjects(plan, _say)
     if args.out is not None:
         measured.save(args.out)  # before anything else can go wrong
-    notes = advice_notes(measured)
     print(measurement_table(measured))
+    named = NamedRun(name=args.out.stem if args.out else device.name, run=measured)
+    notes = advice_of([named])
     for note in notes:
         print(f"\n{note.subject}: {note.title} ({'; '.join(note.evidence)})")
     status, comparison = _compare(args, measured, baseline)
-    _write(args, measured, notes, [opened for _, opened in bundles], comparison)
+    _write(args, named, notes, [opened for _, opened in bundles], comparison)
     return status
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def advice_notes(measured: MeasurementRun) -> tuple[AdviceNote, ...]:
-    """What to try next for each subject, as the report shows it."""
-    notes: dict[str, AdviceNote] = {}
-    for item in measured.measurements:
-        assert measured.device is not None
-        found = advise(
-            item,
-            measured.roofline,
-            _distances(measured, item),
-            measured.device,
-            measured.machine,
-            measured,
-        )
-        for advice in found:
-            of_all = advice.topic == MEASURE_AGAIN  # once is enough
-            note = AdviceNote(
-                subject="all" if of_all else f"{item.part} {item.name}",
-                title=advice.what,
-                text="",
-                evidence=(advice.evidence,),
-                gain="" if advice.at_most is None else f"{advice.gains} {advice.at_most:.2f} x",
-            )
-            notes.setdefault(MEASURE_AGAIN if of_all else f"{note.subject} {advice.topic}", note)
-    return tuple(notes.values())
-
-
-def _distances(measured: MeasurementRun, item: Measurement) -> tuple[LayerDistance, ...]:
-    precision = None if item.identity is None else item.identity.precision
-    if measured.roofline is None or item.layers is None or precision is None:
-        return ()
-    return distances(item.layers, measured.roofline, precision)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -187,8 +153,8 @@ def _bundle(given: str) -> tuple[str, Bundle]:
 def _subjects(
     args: argparse.Namespace, bundles: Sequence[tuple[str, Bundle]], device: DeviceProfile
 ) -> list[SubjectSpec]:
-    parts = [*args.parts.split(","), *(["split"] if args.plan else [])]
-    unknown = sorted(set(parts) - {*_PARTS, "split"})
+    asked = None if args.parts is None else args.parts.split(",")
+    unknown = sorted(set(asked or ()) - {*_PARTS, "split"})
     if unknown:
         raise InputError(f"there is no part {unknown[0]!r}: choose from {', '.join(_PARTS)}, split")
     pictures = [] if args.pictures is None else list_images(args.pictures)
@@ -196,6 +162,7 @@ def _subjects(
     found = []
     for name, bundle in bundles:
         prefix = name or (bundle.manifest.name if len(bundles) > 1 else "")
+        parts = [*(asked or parts_of(bundle)), *(["split"] if args.plan else [])]
         for spec in subjects_of(bundle, device, parts, pictures, split=split):
             found.append(replace(spec, name=f"{prefix} {spec.name}".strip()))
     return found
@@ -252,22 +219,20 @@ def _compare(
 
 def _write(
     args: argparse.Namespace,
-    measured: MeasurementRun,
+    named: NamedRun,
     notes: Sequence[AdviceNote],
     bundles: Sequence[Bundle],
     comparison: str,
 ) -> None:
-    device = measured.device.name if measured.device else "run"
-    named = [NamedRun(name=args.out.stem if args.out else device, run=measured)]
     quality = [one for bundle in bundles for one in quality_of_bundle(bundle)]
     if args.report is not None:
-        write_profile_report(named, args.report, quality=quality, advice=notes)
+        write_profile_report([named], args.report, quality=quality, advice=notes)
     if args.markdown is not None:
-        content = markdown_of(named, quality=quality, advice=notes)
+        content = markdown_of([named], quality=quality, advice=notes)
         with atomic_file(args.markdown) as temporary:
             temporary.write_text(f"{content}\n{comparison}".rstrip() + "\n", encoding="utf-8")
     if args.parquet is not None:
-        write_parquet([measured], args.parquet)
+        write_parquet([named.run], args.parquet)
     for path in (args.out, args.report, args.markdown, args.parquet):
         if path is not None:
             print(f"written: {path}")

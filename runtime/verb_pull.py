@@ -43,4 +43,5 @@ def _gates(manifest: Manifest) -> str:
         f"(bound {gate.direction} {gate.bound:g})"
         for gate in manifest.gates
     ]
+    lines += [f"  warning: {plain_text(str(remark))}" for remark in manifest.remarks]
     return "\n".join(lines)

@@ -13,7 +13,8 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.measuring.measurement import MeasurementRun
-from edgeclip.runtime.reporting.profile_data import NamedRun, SubjectQuality, load_runs
+from edgeclip.runtime.reporting.profile_advice import advice_of
+from edgeclip.runtime.reporting.profile_data import load_runs
 from edgeclip.runtime.reporting.profile_markdown import markdown_of
 from edgeclip.runtime.reporting.profile_quality import quality_of_bundle
 from edgeclip.runtime.reporting.profile_report import write_profile_report
@@ -54,11 +55,14 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("nothing to write: give --out PAGE.html, --markdown PAGE.md, or both")
     runs = load_runs(args.what)
     quality = [one for path in args.bundle for one in quality_of_bundle(Bundle.open(path))]
+    advice = advice_of(runs)
     if args.out is not None:
-        write_profile_report(runs, args.out, quality=quality)
+        write_profile_report(runs, args.out, quality=quality, advice=advice)
         print(f"report in {args.out}")
     if args.markdown is not None:
-        _write_markdown(runs, quality, args.markdown)
+        with atomic_file(args.markdown) as temporary:
+            content = markdown_of(runs, quality=quality, advice=advice)
+            temporary.write_bytes(content.encode("utf-8", "replace"))
         print(f"Markdown in {args.markdown}")
     return 0
 
@@ -74,14 +78,6 @@ def _report_bundle(args: argparse.Namespace) -> int:
     write_report(bundle_report(Bundle.open(args.what[0]), measured), args.out)
     print(f"report in {args.out}")
     return 0
-
-
-def _write_markdown(
-    runs: tuple[NamedRun, ...], quality: list[SubjectQuality], target: Path
-) -> None:
-    with atomic_file(target) as temporary:
-        content = markdown_of(runs, quality=quality)
-        temporary.write_bytes(content.encode("utf-8", "replace"))
 
 
 def bundle_report(bundle: Bundle, measured: MeasurementRun | None) -> ReportData:

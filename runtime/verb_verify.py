@@ -1,10 +1,15 @@
-"""`edgeclip verify`: is a bundle whole, and does this device compute what was exported?"""
+"""`edgeclip verify`: is a bundle whole, and does this device compute what was exported?
+
+The gates are printed as they were measured when the bundle was written; the device replays
+the golden inputs.
+"""
 
 import argparse
 import dataclasses
 from pathlib import Path
 
 from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.gates_table import gates_table
 from edgeclip.runtime.replay_golden import Replay, replay_golden
 from edgeclip.runtime.verb_options import add_device_option, add_json_option, print_json
 
@@ -25,11 +30,23 @@ def run(args: argparse.Namespace) -> int:
     replays = replay_golden(bundle, device)
     passed = all(item.passed for item in replays)
     if args.json:
-        items = [dataclasses.asdict(item) | {"passed": item.passed} for item in replays]
-        print_json({"bundle": bundle.manifest.name, "passed": passed, "replays": items})
+        print_json(_as_json(bundle, replays, passed=passed))
     else:
         _print_table(bundle, replays)
     return 0 if passed else 1
+
+
+def _as_json(bundle: Bundle, replays: tuple[Replay, ...], *, passed: bool) -> dict[str, object]:
+    manifest = bundle.manifest
+    return {
+        "bundle": manifest.name,
+        "passed": passed,
+        "replays": [dataclasses.asdict(item) | {"passed": item.passed} for item in replays],
+        "gates": [
+            {"what": what, **dataclasses.asdict(gate)} for what, gate in manifest.all_gates()
+        ],
+        "remarks": [dataclasses.asdict(remark) for remark in manifest.remarks],
+    }
 
 
 def _print_table(bundle: Bundle, replays: tuple[Replay, ...]) -> None:
@@ -42,3 +59,7 @@ def _print_table(bundle: Bundle, replays: tuple[Replay, ...]) -> None:
             f"{item.tower:<6} {item.precision:<9} {item.deviation:>9.2g} {item.tolerance:>9.2g} "
             f"{item.cosine:>9.6f}  {'ok' if item.passed else 'OUT OF TOLERANCE'}"
         )
+    gates = list(bundle.manifest.all_gates())
+    if gates:
+        print("\ngates, as measured when the bundle was written:")
+        print(gates_table(gates, bundle.manifest.remarks))

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from onnxruntime.quantization import CalibrationMethod
-
 from edgeclip.export.activation_bounds import EXTREMES, Ranging
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
@@ -246,7 +244,8 @@ def describe(config: Config) -> str:
 
 def key(config: Config) -> str:
     """Return the sha256 of the canonical JSON; the order of names does not change it."""
-    data = config_to_data(config)
+    # Read again, so that 1 and 1.0 are the same number.
+    data = config_to_data(config_from_data(config_to_data(config), source="config"))
     for name in ("kept", "islands", "smoothing"):
         if name in data:
             data[name] = sorted(data[name])
@@ -257,10 +256,7 @@ def key(config: Config) -> str:
 def config_to_data(config: Config) -> dict[str, Any]:
     """Return plain data for JSON, with the kind of config under `kind`."""
     kind = next(name for name, made in _KINDS.items() if type(config) is made)
-    data = {"kind": kind, **dataclasses.asdict(config)}
-    if isinstance(config, StaticInt8):
-        data["ranging"]["method"] = config.ranging.method.name
-    return data
+    return {"kind": kind, **dataclasses.asdict(config)}
 
 
 def config_from_data(data: object, *, source: str) -> Config:
@@ -275,22 +271,7 @@ def config_from_data(data: object, *, source: str) -> Config:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"{source}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     fields = {name: value for name, value in data.items() if name != "kind"}
-    if isinstance(fields.get("ranging"), Mapping):
-        fields["ranging"] = _method_by_name(fields["ranging"], source)
     return parse(_KINDS[kind], fields, source=source)
-
-
-def _method_by_name(ranging: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Put the number that onnxruntime has for a method in place of the method's name."""
-    if "method" not in ranging:
-        return dict(ranging)
-    names = CalibrationMethod.__members__
-    if not isinstance(ranging["method"], str) or ranging["method"] not in names:
-        known = ", ".join(names)
-        raise ConfigError(
-            f"{source}: ranging.method must be one of {known}, got {ranging['method']!r}"
-        )
-    return {**ranging, "method": names[ranging["method"]].value}
 
 
 def _name_mistakes(field: str, names: Sequence[str]) -> list[str]:
@@ -305,8 +286,8 @@ def _refuse(mistakes: Sequence[str]) -> None:
 
 
 def _static_words(config: StaticInt8) -> list[str]:
-    method = config.ranging.method.name.lower()
-    if config.ranging.method == CalibrationMethod.Percentile:
+    method: str = config.ranging.method
+    if method == "percentile":
         method = f"percentile {config.ranging.percentile:g}"
     return [
         "symmetric" if config.symmetric else "asymmetric",

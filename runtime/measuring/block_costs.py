@@ -103,7 +103,8 @@ class KindCost:
         places = np.array([place(piece) for piece in pieces])
         spread = max(_LEAST_SPREAD, float(np.sqrt(np.mean(over**2))))
         among = spread**2 * _likeness(places, places) + np.diag(noise**2)
-        return cls(pieces, places, weights, spread, np.linalg.solve(among, over))
+        pulls = np.asarray(np.linalg.solve(among, over), dtype=np.float64)
+        return cls(pieces, places, weights, spread, pulls)
 
     def ms(self, piece: Piece) -> float:
         """Milliseconds that a piece adds to a tower."""

@@ -14,6 +14,8 @@ from edgeclip.runtime.measuring.ratio_of_runs import RatioOfRuns, ratio_of_runs
 from edgeclip.runtime.measuring.timing_statistics import Runs, process_medians, round_ratios
 
 Samples = tuple[tuple[float, ...], ...]  # milliseconds: one tuple a process
+Side = Literal["now", "baseline"]
+_Side = tuple[Measurement, MeasurementRun]
 What = Literal[
     "machine", "input shape", "system", "packages", "workload", "engine", "threads", "bundle"
 ]
@@ -53,7 +55,7 @@ class Comparison:
     times: RatioOfRuns
     to_yardstick: RatioOfRuns | None
     differences: tuple[Difference, ...]
-    disturbed: tuple[Literal["now", "baseline"], ...]
+    disturbed: tuple[Side, ...]
 
     @property
     def ratio(self) -> RatioOfRuns:
@@ -99,7 +101,7 @@ def _compare(
     ours: Measurement, theirs: Measurement, now: MeasurementRun, baseline: MeasurementRun
 ) -> Comparison:
     samples, before = _milliseconds(ours), _milliseconds(theirs)
-    sides = ((ours, now), (theirs, baseline))
+    sides: dict[Side, _Side] = {"now": (ours, now), "baseline": (theirs, baseline)}
     return Comparison(
         part=ours.part,
         name=ours.name,
@@ -109,10 +111,10 @@ def _compare(
         rounds=min(map(len, samples)),
         times=ratio_of_runs(process_medians(samples), process_medians(before)),
         to_yardstick=_to_yardstick(samples, now.yardstick, before, baseline.yardstick),
-        differences=tuple(_differences(sides)),
+        differences=tuple(_differences(sides["now"], sides["baseline"])),
         disturbed=tuple(
             which
-            for which, (item, run) in zip(("now", "baseline"), sides, strict=True)
+            for which, (item, run) in sides.items()
             if item.contended or (run.interference is not None and run.interference.disturbed)
         ),
     )
@@ -147,7 +149,7 @@ def _arrays(samples: Samples) -> list[Runs]:
     return [np.array(runs, dtype=np.float64) for runs in samples]
 
 
-def _differences(sides: Sequence[tuple[Measurement, MeasurementRun]]) -> Iterator[Difference]:
+def _differences(*sides: _Side) -> Iterator[Difference]:
     for what, describe in _DESCRIPTIONS.items():
         now, baseline = (describe(item, run) for item, run in sides)
         if now != baseline:

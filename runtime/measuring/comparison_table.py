@@ -1,6 +1,7 @@
 """A comparison of two runs in words: as text for a terminal, as Markdown for a pull request."""
 
 from collections.abc import Sequence
+from math import ceil, floor
 
 from edgeclip.runtime.measuring.compare_runs import Comparison, What
 from edgeclip.runtime.measuring.ratio_of_runs import RatioOfRuns
@@ -82,7 +83,7 @@ def _notes(comparisons: Sequence[Comparison]) -> list[str]:
     for item in comparisons:
         for found in item.differences:
             prefix = "" if found.what in _OF_ALL else f"{_title(item)}: "
-            lines.append(f"{prefix}{found.what} differs: {found.baseline} -> {found.now}")
+            lines.append(f"{prefix}{found.what} changed: {found.baseline} -> {found.now}")
         for run in item.disturbed:
             lines.append(f"{_title(item)}: other programs disturbed the {_RUNS[run]}")
         if item.ratio.error is None:
@@ -95,13 +96,14 @@ def _judgements(verdict: GateVerdict) -> list[str]:
 
 
 def _judgement(item: Judged) -> str:
+    least, most = floor(1000 * (item.at_least - 1)) / 10, ceil(1000 * (item.at_most - 1)) / 10
     if item.outcome == "regressed":
-        return f"regressed, by {_percent(item.at_least - 1)} at least"
+        return f"regressed, slower by {least:.1f}% at least"
+    if item.outcome == "passed" and most < 0:
+        return f"passed, faster by {-most:.1f}% at least"
     if item.outcome == "passed":
-        change = item.at_most - 1
-        least = f"faster by {_percent(-change)} at least"
-        return f"passed, {least if change < 0 else f'slower by {_percent(change)} at most'}"
-    return f"undecided, {_change(item.at_least)} to {_change(item.at_most)}; {item.advice}"
+        return f"passed, slower by {most:.1f}% at most"
+    return f"undecided, {least:+.1f}% to {most:+.1f}%; {item.advice}"
 
 
 _RUNS = {"now": "run", "baseline": "baseline"}
@@ -117,10 +119,6 @@ def _interval(ratio: RatioOfRuns) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g}%"
-
-
-def _change(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f}%"
 
 
 def _cell(text: str) -> str:

@@ -13,6 +13,7 @@ from edgeclip.runtime.measuring.open_subject import ExactEncoder
 from edgeclip.runtime.measuring.profile_layers import profile_layers
 from edgeclip.runtime.measuring.sample_pictures import sample_pictures
 from edgeclip.runtime.measuring.subject import SubjectSpec
+from edgeclip.runtime.tokenize_text import TextTokenizer
 
 # Captions of usual lengths; a text tower's time depends on that.
 _TEXTS = (
@@ -40,7 +41,7 @@ def stages_of(spec: SubjectSpec) -> tuple[StageTime, ...] | str:
         encoder = Encoder(Bundle.open(spec.bundle), spec.device)
         if spec.precision is not None and encoder.precisions["text"] != spec.precision:
             return f"only measured in {encoder.precisions['text']}, which the bundle chose"
-        return measure_stages(encoder, _TEXTS)
+        return measure_stages(encoder, _fitting_texts(encoder.bundle))
     encoder = ExactEncoder(Bundle.open(spec.bundle), spec.device, spec.precision)
     with ExitStack() as stack:
         return measure_stages(encoder, _pictures(spec, stack))
@@ -72,6 +73,17 @@ def _split_stages(spec: SubjectSpec) -> tuple[StageTime, ...] | str:
         if runtime.plan.kind not in ("image", "cut"):
             return f"a plan of kind {runtime.plan.kind!r} sends no picture"
         return measure_split_stages(runtime, transfers, _pictures(spec, stack))
+
+
+def _fitting_texts(bundle: Bundle) -> list[str]:
+    """Captions of usual lengths, cut where the tower does not take so much."""
+    tokenizer = TextTokenizer.from_file(bundle.tokenizer_path, bundle.manifest.spec.text)
+    limit, found = tokenizer.spec.context_length, []
+    for text in _TEXTS:
+        while len(text) > 1 and tokenizer.token_counts([text])[0] > limit:
+            text = text[: len(text) // 2]
+        found.append(text)
+    return found
 
 
 def _pictures(spec: SubjectSpec, stack: ExitStack) -> list[Path]:

@@ -1,10 +1,11 @@
 """Latency of a tower that was never run, from the costs of its pieces on a measured device.
 
 It is the sum over the tower's pieces, for the graph as it is exported, before any rewrite that
-`edgeclip export` keeps because it is faster still. The interval comes from two kinds of errors:
-those with which pieces tell each other (each left out once), and those of whole towers that were
-measured along with the probes. Neither was measured on the tower itself, hence the words "about
-nine in ten": the share that the benchmark finds inside (tests/benchmarks/prediction.py).
+`edgeclip export` keeps because it is faster still. The interval adds up two kinds of errors: those
+with which the pieces of a kind tell each other, each left out once (their median, since what is
+left out of a grid is farther from the rest than what lies inside), and those of whole towers that
+were measured along with the probes (nine in ten are smaller). tests/benchmarks/prediction.py
+counts how often it holds.
 """
 
 import math
@@ -19,7 +20,8 @@ from edgeclip.runtime.measuring.measured_device import MeasuredDevice
 from edgeclip.runtime.measuring.tower_pieces import AnyTower, Part
 from edgeclip.runtime.spec import Precision
 
-LEVEL = 0.9  # of the errors that the interval allows for
+LEVEL = 0.9  # of the errors of whole towers that the interval allows for
+_UNTOLD = 0.5  # error of a kind of which too few pieces were measured to tell each other
 _UNCHECKED = 0.10  # error of a sum where no whole tower was measured
 _LEAST = 0.03  # of the interval's half, as a logarithm: two runs of one tower differ by as much
 _OUTSIDE = 0.2  # a size twice the largest measured one adds 14% to the error
@@ -61,6 +63,7 @@ class Predictor:
     def __init__(self, measured: MeasuredDevice) -> None:
         self._costs = BlockCosts(measured)
         self._measured = measured
+        self._of_towers = self._sum_error()
 
     def predict(self, tower: AnyTower, precision: Precision) -> Prediction:
         """Predict a tower.
@@ -79,7 +82,7 @@ class Predictor:
             for part, time in zip(parts, times, strict=True)
         )
         factors = [self._costs.outside(part.piece, precision) for part in parts]
-        error = max(_LEAST, math.hypot(of_pieces, self._sum_error(precision)))
+        error = max(_LEAST, math.hypot(of_pieces, self._of_towers))
         error += _OUTSIDE * math.log(max(factors))
         by_kind: dict[str, float] = {}
         for part, time in zip(parts, times, strict=True):
@@ -95,11 +98,15 @@ class Predictor:
 
     def _piece_error(self, part: Part, precision: Precision) -> float:
         errors = np.abs(self._costs.errors(part.piece, precision))
-        return float(np.quantile(errors, LEVEL)) if len(errors) else 1.0
+        return float(np.median(errors)) if len(errors) else _UNTOLD
 
-    def _sum_error(self, precision: Precision) -> float:
+    def _sum_error(self) -> float:
         """Error of whole towers, and of what was carried over."""
-        errors = [abs(math.log(found / ms)) for found, ms in self.checks(precision)]
+        errors = [
+            abs(math.log(found / ms))
+            for precision in self._measured.precisions
+            for found, ms in self.checks(precision)
+        ]
         of_towers = float(np.quantile(errors, LEVEL)) if errors else _UNCHECKED
         carried = self._measured.carried
         return of_towers if carried is None else math.hypot(of_towers, carried.error)

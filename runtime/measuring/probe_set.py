@@ -6,8 +6,8 @@ NAME.onnx            graphs; several probes may run one graph on inputs of sever
 weights.onnx_data    random numbers, once, which all graphs take their weights from
 ```
 
-Times do not depend on the values of weights, so that sharing them changes nothing, and disk space
-is saved: an engine packs each graph's weights for itself when it loads them.
+Times depend on the values of weights in one way only: equal ones are packed once and stay in the
+caches. So no two weights of a graph are equal, and sharing the file saves disk space alone.
 """
 
 from dataclasses import dataclass
@@ -120,7 +120,8 @@ class ProbeIndex(JsonRecord):
     files: tuple[FileRecord, ...]
 
     def __post_init__(self) -> None:
-        names = [item.name for item in (*self.probes, *self.checks)]
+        items: tuple[Probe | CheckTower, ...] = (*self.probes, *self.checks)
+        names = [item.name for item in items]
         if len(set(names)) != len(names):
             raise ValueError("two probes have the same name")
         known = {probe.name for probe in self.probes}
@@ -128,7 +129,7 @@ class ProbeIndex(JsonRecord):
         if lost:
             raise ValueError(f"{lost[0]} is compared with a probe that is not there")
         files = {file.path for file in self.files}
-        missing = {item.graph.path for item in (*self.probes, *self.checks)} - files
+        missing = {item.graph.path for item in items} - files
         if missing:
             raise ValueError(f"files does not list {min(missing)}")
 

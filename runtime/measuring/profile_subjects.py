@@ -36,7 +36,6 @@ from edgeclip.runtime.measuring.take_turns import measurements_of, sweep_subject
 from edgeclip.runtime.progress import progress_bar
 
 _ENERGY_SECONDS, _ENERGY_BLOCKS = 0.5, 10
-_ROOFLINE_SECONDS = 10.0
 
 Say = Callable[[str], object]
 
@@ -86,7 +85,7 @@ def profile_subjects(plan: ProfilePlan, say: Say = lambda line: None) -> Measure
         roofline = None
         if plan.inside:
             say("what this machine can compute and move at most")
-            roofline = find_roofline(plan.device, seconds=_ROOFLINE_SECONDS)
+            roofline = find_roofline(plan.device, seconds=workload.roofline_seconds)
     return MeasurementRun(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=plan.command,

@@ -27,13 +27,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.compare_runs import Comparison, What
+from edgeclip.runtime.measuring.compare_runs import Comparison
 from edgeclip.runtime.measuring.what_would_decide import what_would_decide
 
 SURENESS = 0.95
 Outcome = Literal["passed", "regressed", "undecided"]
-
-_MUST_BE_EQUAL: tuple[What, ...] = ("machine", "input shape")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +86,13 @@ def regression_gate(
     Args:
         comparisons: at least one.
         max_regression: the slowdown that is tolerated: 0.05 for 5%.
-        allow_difference: judge by the yardstick where machine or input shape differ.
+        allow_difference: judge by the yardstick where the machines differ. It leaves out how
+            fast they are, and not what the one is better at than the other.
         not_measured: subjects of the baseline that are missing now; they stay undecided.
 
     Raises:
-        InputError: nothing to judge, a bound that is not above 0, or another machine or input
-            shape without the yardstick or the permission.
+        InputError: nothing to judge, a bound that is not above 0, another input shape, or
+            another machine without the yardstick or the permission.
     """
     if not comparisons:
         raise InputError("the gate has nothing to judge: no subject was measured in both runs")
@@ -145,20 +144,22 @@ def _bound_message(given: str) -> str:
 
 
 def _refuse_unlike(comparison: Comparison, allowed: bool) -> None:
-    for what in _MUST_BE_EQUAL:
-        found = comparison.difference(what)
-        if found is None or (allowed and comparison.to_yardstick is not None):
-            continue
-        title = f"{comparison.part} {comparison.name}"
-        mend = (
-            "allow it with --allow-difference, to judge by the yardstick"
-            if comparison.to_yardstick is not None
-            else "the runs have no yardstick in common by which they could be judged all the same"
-        )
+    title = f"{comparison.part} {comparison.name}"
+    shape = comparison.difference("input shape")
+    if shape is not None:
         raise InputError(
-            f"{title}: the baseline has another {what} ({found.baseline}) than this run "
-            f"({found.now}): measure the baseline anew, under the same conditions; {mend}"
+            f"{title} ran on {shape.now} values, and in the baseline on {shape.baseline}: that is "
+            "other work, not a regression; measure the baseline anew with the same input"
         )
+    machine = comparison.difference("machine")
+    if machine is None or (allowed and comparison.to_yardstick is not None):
+        return
+    mend = "; with --other-machine the ratios to the yardstick are judged all the same"
+    raise InputError(
+        f"{title}: the baseline is of another machine ({machine.baseline}) than this run "
+        f"({machine.now}): measure it anew on this one"
+        f"{mend if comparison.to_yardstick is not None else ''}"
+    )
 
 
 def _evidence(comparisons: Sequence[Comparison], bound: float) -> list[tuple[bool, float]]:

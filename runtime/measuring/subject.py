@@ -96,10 +96,15 @@ class SubjectSpec:
         return self.part in ("file", "split")
 
 
+def parts_of(bundle: "Bundle") -> tuple[Part, ...]:
+    """What of a bundle runs without a server: its towers, and the way from a file."""
+    return ("image", "text", "file") if bundle.manifest.has("text") else ("image", "file")
+
+
 def subjects_of(
     bundle: "Bundle",
     device: DeviceProfile,
-    parts: Sequence[Part] = ("image", "text", "file"),
+    parts: Sequence[Part] | None = None,
     pictures: Sequence[str | Path] = (),
     *,
     split: SplitSpec | None = None,
@@ -112,14 +117,14 @@ def subjects_of(
     Args:
         bundle: an opened bundle.
         device: engine, threads and precisions.
-        parts: which ones.
+        parts: which ones; by default all of `parts_of`.
         pictures: see `SubjectSpec`.
         split: for the part "split".
 
     Raises:
         InputError: the device can run none of the precisions, or "split" is asked for without
             saying whose help.
-        BundleError: see `choose_precision`.
+        BundleError: see `choose_precision`; or a text tower is asked for that is not there.
         ConfigError: the plan cannot be read.
     """
     # With numpy and Pillow, which whoever reads a spec does not need.
@@ -128,7 +133,7 @@ def subjects_of(
 
     root, files = str(bundle.path), tuple(map(str, pictures))
     found: list[SubjectSpec] = []
-    for part in parts:
+    for part in parts_of(bundle) if parts is None else parts:
         if part == "image" or part == "text":
             found += [
                 SubjectSpec(name=each, part=part, device=device, bundle=root, precision=each)

@@ -26,7 +26,6 @@ Kind = Literal[
     "conv-head",
 ]
 CONV_PATCH = 4  # side of the patches that a ConvNeXt begins with
-_STEPS = (CONV_PATCH, 2)  # a stage halves the resolution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +167,7 @@ class ConvTower:
 
     def side(self, stage: int) -> int:
         """Side of the map in a stage, the first being 0."""
-        return self.image_size // (_STEPS[0] * _STEPS[1] ** stage)
+        return self.image_size // CONV_PATCH >> stage
 
     def stem(self) -> Piece:
         """From pixels to the first map."""

@@ -7,6 +7,7 @@ from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.reporting.chart_parts import (
     bounds,
     fit,
+    held,
     marker,
     named_ticks,
     room_axis,
@@ -85,8 +86,10 @@ def _line(series: Series, number: int, x: Axis, y: Axis) -> str:
     places = [(x.at(point.ms.value), y.at(point.rate.value)) for point in series.points]
     marks = []
     for (across, up), point in zip(places, series.points, strict=True):
-        marks.append(line(across, y.at(point.rate.low), across, y.at(point.rate.high), "whisker"))
-        marks.append(line(x.at(point.ms.low), up, x.at(point.ms.high), up, "whisker"))
+        marks.append(
+            line(across, held(y, point.rate.low), across, held(y, point.rate.high), "whisker")
+        )
+        marks.append(line(held(x, point.ms.low), up, held(x, point.ms.high), up, "whisker"))
         words = f"{series.name}, batch {point.batch}: {digits(point.rate.value)} a second"
         marks.append(marker(number, across, up, size=3.5, title=words))
     return f'<g class="s{number % _COLOURS}">{path(places, "trace")}{"".join(marks)}</g>'
@@ -98,7 +101,7 @@ def _batches(series: Series, x: Axis, y: Axis) -> str:
     for point in series.points:
         at, half = x.at(point.ms.value), 4.0 * len(str(point.batch))
         if at - half >= free:
-            height = y.at(point.rate.high) - 9
+            height = held(y, point.rate.high) - 9
             parts.append(text(at, height, str(point.batch), css="batch", anchor="middle"))
             free = at + half + 3
     return f"<g>{''.join(parts)}</g>"

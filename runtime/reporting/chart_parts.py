@@ -14,10 +14,12 @@ from edgeclip.runtime.reporting.report_charts import (
 )
 
 FONT = 13.0
+BOLD = 1.15  # how much wider bold text is
 WIDE, NARROW = 760, 358
 # Shapes tell series apart where colours do not: in print, and for the colour-blind.
 SHAPES = ("circle", "diamond", "square", "triangle", "cross")
 _LOG_ABOVE = 10.0  # largest over smallest value
+_REACH = 4.0  # times the values: how far their intervals are shown
 
 
 def both_widths(draw: Callable[[bool], str]) -> str:
@@ -66,9 +68,17 @@ def _outline(shape: int, x: float, y: float, size: float) -> str:
 
 
 def bounds(values: Iterable[Interval]) -> tuple[float, float]:
-    """The least and the largest number of some intervals."""
-    seen = [number for v in values for number in (v.low, v.value, v.high)]
-    return min(seen), max(seen)
+    """The least and the largest number of some intervals, as far as a picture has to show them.
+
+    Two processes can give intervals that span decades; beyond some times the values themselves
+    nothing more is seen of them.
+    """
+    intervals = list(values)
+    middle = [interval.value for interval in intervals]
+    low, high = min(i.low for i in intervals), max(i.high for i in intervals)
+    if min(middle) > 0:
+        low, high = max(low, min(middle) / _REACH), min(high, _REACH * max(middle))
+    return min(low, *middle), max(high, *middle)
 
 
 def room_axis(low: float, high: float, *, start: float, end: float, log: bool | None) -> Axis:
@@ -97,11 +107,18 @@ def named_ticks(x: Axis, count: int, width: float) -> list[tuple[float, str]]:
     return found
 
 
+def held(axis: Axis, value: float) -> float:
+    """The pixel of `value`, or the end of the axis that it lies beyond."""
+    return axis.at(min(max(value, axis.low), axis.high))
+
+
 def whisker(x: Axis, y: float, value: Interval) -> str:
-    """A horizontal interval with small ends."""
-    low, high = x.at(value.low), x.at(value.high)
-    ends = line(low, y - 3, low, y + 3, "whisker") + line(high, y - 3, high, y + 3, "whisker")
-    return line(low, y, high, y, "whisker") + ends
+    """A horizontal interval with small ends; an end beyond the axis is not drawn."""
+    parts = [line(held(x, value.low), y, held(x, value.high), y, "whisker")]
+    for end in (value.low, value.high):
+        if x.low <= end <= x.high:
+            parts.append(line(x.at(end), y - 3, x.at(end), y + 3, "whisker"))
+    return "".join(parts)
 
 
 def spread_out(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -7,7 +7,7 @@ from html import escape
 
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measuring.roofline import Roofline
-from edgeclip.runtime.reporting.chart_parts import NARROW, WIDE, fit, named_ticks
+from edgeclip.runtime.reporting.chart_parts import BOLD, NARROW, WIDE, fit, held, named_ticks
 from edgeclip.runtime.reporting.report_charts import (
     Axis,
     axes,
@@ -63,7 +63,8 @@ def roofline_chart(
     roofs, boxes = _roofs(roof, x, y)
     parts += roofs
     parts += [_mark(point, x, y, narrow) for point in points]
-    parts += _names(points[:named], x, y, boxes, narrow)
+    taken = max(text_width(_roof_name(*roof), 13) for roof in roof.peak_gflops)
+    parts += _names(points[:named], x, y, boxes, taken, narrow)
     spoken = "; ".join(
         f"{p.name}: {digits(p.gflops)} at {digits(p.intensity)} operations a byte, "
         f"{percent(p.share)} of the time"
@@ -82,7 +83,7 @@ def _axes_of(
     left = min(*(p.intensity for p in points), *ridges) / 2
     right = max(*(p.intensity for p in points), *ridges) * 3
     foot = min(*(p.gflops for p in points), *peaks) / 2
-    top = max(*(p.gflops for p in points), *(peak.high for _, peak in roof.peak_gflops)) * 2
+    top = max(*(p.gflops for p in points), *peaks) * 2
     return (
         Axis(low=left, high=right, start=58, end=width - 12, log=True),
         Axis(low=foot, high=top, start=height - 46, end=30, log=True),
@@ -97,7 +98,7 @@ def _roofs(roof: Roofline, x: Axis, y: Axis) -> tuple[list[str], list[Box]]:
         ridge = min(max(peak.value / wide.value, x.low), x.high)
         at = y.at(peak.value)
         parts += [_band(x.at(ridge), x.end, y, peak), line(x.at(ridge), at, x.end, at, "roof")]
-        words = f"{precision} {digits(peak.value)}"
+        words = _roof_name(precision, peak)
         parts.append(text(x.end, at - 6, words, css="barname", anchor="end"))
         length = text_width(words, 13)
         boxes += [Box(x.end - length, at - 19, length, 19), Box(x.at(ridge), at - 1, x.end, 2)]
@@ -110,14 +111,20 @@ def _roofs(roof: Roofline, x: Axis, y: Axis) -> tuple[list[str], list[Box]]:
     words = f"memory {digits(wide.value)} GB/s"
     parts.append(_along(x1, y1, x2, y2, words))
     steps = max(1, int(math.dist((x1, y1), (x2, y2)) // 6))
+    half = text_width(words, 13) / 2 / max(1.0, math.dist((x1, y1), (x2, y2)))
     for step in range(steps + 1):
         share = step / steps
-        boxes.append(Box(x1 + share * (x2 - x1) - 8, y1 + share * (y2 - y1) - 8, 10, 10))
+        high = 26 if abs(share - 0.5) <= half else 8  # the name stands above the middle
+        boxes.append(Box(x1 + share * (x2 - x1) - 8, y1 + share * (y2 - y1) - high, 12, high + 2))
     return parts, boxes
 
 
+def _roof_name(precision: str, peak: Interval) -> str:
+    return f"{precision} {digits(peak.value)}"
+
+
 def _band(left: float, right: float, y: Axis, peak: Interval) -> str:
-    high, low = y.at(peak.high), y.at(peak.low)
+    high, low = held(y, peak.high), held(y, peak.low)
     size = f'width="{max(0.0, right - left):.1f}" height="{max(0.5, low - high):.1f}"'
     return f'<rect x="{left:.1f}" y="{high:.1f}" {size} class="roofband"/>'
 
@@ -147,7 +154,12 @@ def _mark(point: RoofPoint, x: Axis, y: Axis, narrow: bool) -> str:
 
 
 def _names(
-    points: Sequence[RoofPoint], x: Axis, y: Axis, boxes: Sequence[Box], narrow: bool
+    points: Sequence[RoofPoint],
+    x: Axis,
+    y: Axis,
+    boxes: Sequence[Box],
+    taken: float,
+    narrow: bool,
 ) -> list[str]:
     texts = [
         str(point.number) if narrow else f"{point.number} {fit(point.name, 130)}"
@@ -158,12 +170,13 @@ def _names(
             x=x.at(point.intensity),
             y=y.at(point.gflops),
             radius=_radius(point.share, narrow),
-            width=text_width(words, 13),
+            width=BOLD * text_width(words, 13),
             height=_NAME_HEIGHT,
         )
         for point, words in zip(points, texts, strict=True)
     ]
-    area = Box(x.start + 2, y.end - 4, x.end - x.start - 4, y.start - y.end)
+    # The names of the roofs stand at the right end, and are not to be covered.
+    area = Box(x.start + 2, y.end - 4, x.end - x.start - taken - 8, y.start - y.end)
     parts = []
     for anchor, box, words in zip(anchors, place_labels(anchors, boxes, area), texts, strict=True):
         if box is None:

@@ -7,6 +7,7 @@ from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.reporting.chart_parts import (
     NARROW,
     WIDE,
+    both_widths,
     bounds,
     fit,
     marker,
@@ -62,6 +63,11 @@ class RowChart:
     reference: tuple[float, str] | None = None
     log: bool | None = None
     apart: bool = True
+
+
+def row_picture(chart: RowChart) -> str:
+    """The rows in both widths."""
+    return both_widths(lambda narrow: row_chart(chart, narrow=narrow))
 
 
 def row_chart(chart: RowChart, *, narrow: bool) -> str:

@@ -21,11 +21,14 @@ class Bar:
     figure: str
 
 
-def stack_chart(bars: Sequence[Bar], *, axis_name: str, label: str, narrow: bool) -> str:
+def stack_chart(
+    bars: Sequence[Bar], *, axis_name: str, label: str, narrow: bool, names: Sequence[str] = ()
+) -> str:
     """Draw the bars over one axis that begins at 0; empty if there is nothing above 0.
 
     A part is named inside itself where it has room, else by its number, else by its order;
-    neighbours differ in shade and are parted by a line.
+    neighbours differ in shade and are parted by a line. Numbers count in `names`, or else in
+    the order in which names come up.
     """
     most = max((sum(value for _, value in bar.parts) for bar in bars), default=0.0)
     if most <= 0:
@@ -39,7 +42,7 @@ def stack_chart(bars: Sequence[Bar], *, axis_name: str, label: str, narrow: bool
     for tick, name in named_ticks(x, 4 if narrow else 6, width):
         parts.append(line(x.at(tick), 4, x.at(tick), foot, "grid"))
         parts.append(text(x.at(tick), foot + 17, name, anchor="middle"))
-    numbers = _numbers(bars)
+    numbers = _numbers(bars, names)
     for at, bar in enumerate(bars):
         parts += _bar(bar, x, 4 + step * at, narrow, numbers)
     parts.append(text(x.end, foot + 36, axis_name, anchor="end"))
@@ -53,10 +56,10 @@ def stack_chart(bars: Sequence[Bar], *, axis_name: str, label: str, narrow: bool
     )
 
 
-def _numbers(bars: Sequence[Bar]) -> dict[str, int]:
-    """A number for each name, from 1, in the order in which names come up."""
-    names = dict.fromkeys(name for bar in bars for name, _ in bar.parts)
-    return {name: at for at, name in enumerate(names, 1)}
+def _numbers(bars: Sequence[Bar], names: Sequence[str]) -> dict[str, int]:
+    """A number for each name, from 1."""
+    every = dict.fromkeys([*names, *(name for bar in bars for name, _ in bar.parts)])
+    return {name: at for at, name in enumerate(every, 1)}
 
 
 def _bar(bar: Bar, x: Axis, top: float, narrow: bool, numbers: dict[str, int]) -> list[str]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from html import escape
 
 from edgeclip.runtime.reporting.chart_parts import (
+    BOLD,
     NARROW,
     WIDE,
     bounds,
     even_names,
     fit,
+    held,
     named_ticks,
 )
 from edgeclip.runtime.reporting.profile_data import QualityUnit
@@ -112,8 +114,8 @@ def _quality_axis(
 
 def _mark(point: ParetoPoint, radius: float, x: Axis, y: Axis) -> str:
     across, up = x.at(point.latency_ms.value), y.at(point.quality.value)
-    left, right = x.at(point.latency_ms.low), x.at(point.latency_ms.high)
-    foot, top = y.at(point.quality.low), y.at(point.quality.high)
+    left, right = held(x, point.latency_ms.low), held(x, point.latency_ms.high)
+    foot, top = held(y, point.quality.low), held(y, point.quality.high)
     place = f'cx="{across:.1f}" cy="{up:.1f}"'
     return (
         f'<g class="{_style(point)}"><title>{escape(point.name)}</title>'
@@ -143,7 +145,7 @@ def _labels(
             x=x.at(entry.point.latency_ms.value),
             y=y.at(entry.point.quality.value),
             radius=max(3.0, radius),
-            width=max(text_width(words, 13) for words in lines),
+            width=max(BOLD * text_width(lines[0], 13), text_width(lines[1], 13)),
             height=32,
         )
         for entry, radius, lines in zip(points, radii, texts, strict=True)
@@ -162,8 +164,8 @@ def _whiskers(points: Sequence[ParetoPoint], x: Axis, y: Axis) -> list[Box]:
     boxes = []
     for p in points:
         across, up = x.at(p.latency_ms.value), y.at(p.quality.value)
-        left, right = x.at(p.latency_ms.low), x.at(p.latency_ms.high)
-        top, foot = y.at(p.quality.high), y.at(p.quality.low)
+        left, right = held(x, p.latency_ms.low), held(x, p.latency_ms.high)
+        top, foot = held(y, p.quality.high), held(y, p.quality.low)
         boxes += [Box(left, up - 1, right - left, 2), Box(across - 1, top, 2, foot - top)]
     return boxes
 

@@ -142,13 +142,26 @@ def with_interval(value: Interval, unit: str) -> str:
     return f"{digits(value.value)} {unit} ({span(value)})"
 
 
+def code_parts(content: str) -> list[tuple[bool, str]]:
+    """Pieces of a text, and whether each stood between backticks; a lone backtick stays."""
+    pieces = content.split("`")
+    if len(pieces) % 2 == 0:
+        return [(False, content)]
+    return [(at % 2 == 1, piece) for at, piece in enumerate(pieces) if piece]
+
+
 def count(number: int) -> str:
     """A whole number with its thousands apart."""
     return f"{number:,}"
 
 
-def missing_notes(subjects: Sequence[Subject], keys: Iterable[str]) -> list[Note]:
-    """Why something of `keys` could not be measured: one note a reason, with its subjects."""
+def missing_notes(
+    subjects: Sequence[Subject], keys: Iterable[str], *, remark: bool = False
+) -> list[Note]:
+    """Why something of `keys` could not be measured: one note a reason, with its subjects.
+
+    With `remark` the reason stands for itself, since what it is about may be there in part.
+    """
     wanted = set(keys)
     reasons: dict[tuple[str, str], list[Subject]] = {}
     for subject in subjects:
@@ -158,7 +171,8 @@ def missing_notes(subjects: Sequence[Subject], keys: Iterable[str]) -> list[Note
     notes = []
     for (key, reason), those in reasons.items():
         what = key.replace("_", " ").capitalize()
-        notes.append(Note(f"{what}{_of_whom(those, subjects)}: {NOT_AVAILABLE} ({reason})"))
+        words = reason if remark else f"{NOT_AVAILABLE} ({reason})"
+        notes.append(Note(f"{what}{_of_whom(those, subjects)}: {words}"))
     return notes
 
 

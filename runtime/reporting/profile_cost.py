@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measuring.measurement import ColdStart
 from edgeclip.runtime.reporting.chart_parts import both_widths
-from edgeclip.runtime.reporting.chart_rows import Dot, Row, RowChart, row_chart
+from edgeclip.runtime.reporting.chart_rows import Dot, Row, RowChart, row_picture
 from edgeclip.runtime.reporting.chart_stack import Bar, stack_chart
 from edgeclip.runtime.reporting.profile_blocks import (
     NOT_AVAILABLE,
@@ -82,7 +82,8 @@ def _memory_table(subjects: Sequence[Subject]) -> Table:
                 Cell(_memory(start.peak_memory_mb)),
             )
         )
-        size = identity.bytes_on_disk if identity is not None else start and start.file_bytes
+        stored = None if start is None else start.file_bytes
+        size = stored if identity is None else identity.bytes_on_disk
         head = Cell(subject.label, PART_NAMES[item.part])
         rows.append((head, *times, Cell(_memory(item.peak_memory_mb)), Cell(megabytes(size))))
     head_row = columns(
@@ -121,7 +122,7 @@ def energy_section(subjects: Sequence[Subject]) -> Section | None:
             )
         )
     chart = RowChart(rows=tuple(rows), axis_name="mJ an image or text", label="Energy of one item")
-    picture = both_widths(lambda narrow: row_chart(chart, narrow=narrow))
+    picture = row_picture(chart)
     head = columns("<subject", "mJ an item", "idle before", "<sensor", "<covers")
     table = Table(name="Energy in numbers", columns=head, rows=tuple(cells))
     figure_block = Figure(picture=picture, caption=_ENERGY)

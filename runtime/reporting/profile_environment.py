@@ -16,6 +16,7 @@ from edgeclip.runtime.reporting.profile_blocks import (
     columns,
     count,
     missing_notes,
+    section_of,
 )
 from edgeclip.runtime.reporting.profile_data import PART_NAMES, NamedRun, Subject
 from edgeclip.runtime.reporting.report_format import megabytes, percent
@@ -55,10 +56,8 @@ def absent_section(subjects: Sequence[Subject], claimed: Iterable[str]) -> Secti
     """What could not be measured and belongs to no other section."""
     known = set(claimed)
     keys = dict.fromkeys(key for s in subjects for key, _ in s.item.missing if key not in known)
-    notes = missing_notes(subjects, keys)
-    if not notes:
-        return None
-    return Section(anchor="missing", title="What could not be measured", blocks=tuple(notes))
+    notes = missing_notes(subjects, keys, remark=True)
+    return section_of("missing", "Not measured, and remarks", notes)
 
 
 def environment_section(runs: Sequence[NamedRun]) -> Section:
@@ -79,12 +78,17 @@ def environment_section(runs: Sequence[NamedRun]) -> Section:
 
 
 def environment_rows(runs: Sequence[NamedRun]) -> list[tuple[Cell, ...]]:
-    """A row for each fact that any run tells; "differs" where the runs do not agree."""
+    """A row for each fact that any run tells; "differs" where the runs do not agree.
+
+    Conditions that were asked for, and that no sensor told, are not left out.
+    """
     all_runs = [source.run for source in runs]
     rows = []
+    watched = any(run.before or run.after or run.interference for run in all_runs)
+    conditions = {name for name, _ in _CONDITIONS} if watched else set()
     for name, tell in (*_MACHINE, *_packages(all_runs), *_CONDITIONS, *_sensors(all_runs)):
         values = [tell(run) for run in all_runs]
-        if not any(values):
+        if not any(values) and name not in conditions:
             continue
         differs = name not in _OWN and len(set(values)) > 1
         cells = (Cell(value or NOT_AVAILABLE) for value in values)
@@ -159,6 +163,12 @@ def _clock(conditions: Conditions) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def _hottest(conditions: Conditions) -> str:
+    """Of all sensors, each of which has a row of its own."""
+    heat = [value for _, value in conditions.temperatures_c]
+    return f"at most {max(heat):.0f} °C" if heat else ""
+
+
 def _load(conditions: Conditions) -> str:
     return "" if conditions.load_1m is None else f"{conditions.load_1m:.2f}"
 
@@ -178,6 +188,7 @@ def _judgement(value: bool | None) -> str:
 _CONDITIONS: tuple[Fact, ...] = (
     ("clock, median", lambda run: _both(run, _clock)),
     ("governor", lambda run: _both(run, lambda c: c.governor or "")),
+    ("temperatures", lambda run: _both(run, _hottest)),
     ("load, last minute", lambda run: _both(run, _load)),
     (
         "CPU time waited for",

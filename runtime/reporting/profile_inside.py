@@ -1,8 +1,10 @@
 """Inside an answer: its steps, the layers of a tower, and the roofline, as sections."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 from edgeclip.runtime.measuring.layer_times import LayerProfile, LayerTime
+from edgeclip.runtime.measuring.measurement import StageName
 from edgeclip.runtime.measuring.roofline import Roofline
 from edgeclip.runtime.reporting.chart_parts import both_widths, finite
 from edgeclip.runtime.reporting.chart_roofline import RoofPoint, roofline_chart
@@ -47,11 +49,18 @@ def stage_section(subjects: Sequence[Subject]) -> Section | None:
         )
         for subject in split
     ]
+    names = _stage_names(split)
     picture = both_widths(
-        lambda narrow: stack_chart(bars, axis_name="ms", label="Steps of an answer", narrow=narrow)
+        lambda narrow: stack_chart(
+            bars, axis_name="ms", label="Steps of an answer", names=names, narrow=narrow
+        )
     )
-    blocks = [Figure(picture=picture, caption=_STAGES), _stage_table(split), *absent]
-    return section_of("stages", "Where an answer's time goes", blocks)
+    figure = Figure(picture=picture, caption=_STAGES)
+    return Section(
+        anchor="stages",
+        title="Where an answer's time goes",
+        blocks=(figure, _stage_table(split, names), *absent),
+    )
 
 
 _STAGES = (
@@ -60,8 +69,14 @@ _STAGES = (
 )
 
 
-def _stage_table(subjects: Sequence[Subject]) -> Table:
-    names = list(dict.fromkeys(stage.name for s in subjects for stage in s.item.stages))
+def _stage_names(subjects: Sequence[Subject]) -> list[StageName]:
+    """The steps that any subject has, in the order of an answer."""
+    found = {stage.name for subject in subjects for stage in subject.item.stages}
+    every: tuple[StageName, ...] = get_args(StageName)
+    return [name for name in every if name in found]
+
+
+def _stage_table(subjects: Sequence[Subject], names: Sequence[StageName]) -> Table:
     rows = []
     for subject in subjects:
         times = {stage.name: stage.ms for stage in subject.item.stages}
@@ -76,12 +91,13 @@ def layer_section(subjects: Sequence[Subject]) -> Section | None:
     blocks: list[Block] = []
     for subject in subjects:
         if subject.item.layers is not None and subject.item.layers.layers:
-            blocks += _layers(subject, subject.item.layers, subject.source.run.roofline)
+            explained = any(isinstance(block, Figure) and block.caption for block in blocks)
+            blocks += _layers(subject, subject.item.layers, not explained)
     return section_of("layers", "Layers", [*blocks, *missing_notes(subjects, LAYER_KEYS)])
 
 
-def _layers(subject: Subject, profile: LayerProfile, roof: Roofline | None) -> list[Block]:
-    name = full_name(subject)
+def _layers(subject: Subject, profile: LayerProfile, explain: bool) -> list[Block]:
+    name, roof = full_name(subject), subject.source.run.roofline
     bars = _operators(profile)
     picture = both_widths(
         lambda narrow: stack_chart(
@@ -97,9 +113,9 @@ def _layers(subject: Subject, profile: LayerProfile, roof: Roofline | None) -> l
     return [
         Heading(name),
         Note(words),
-        Figure(picture=picture, caption="Time by operator, the slowest first."),
+        Figure(picture=picture, caption=""),
         _layer_table(profile, name),
-        *_roofline(profile, roof, name),
+        *_roofline(profile, roof, name, explain),
     ]
 
 
@@ -154,7 +170,9 @@ def _gflops(layer: LayerTime) -> float | None:
     return layer.flops / layer.ms / 1e6
 
 
-def _roofline(profile: LayerProfile, roof: Roofline | None, name: str) -> list[Block]:
+def _roofline(
+    profile: LayerProfile, roof: Roofline | None, name: str, explain: bool
+) -> list[Block]:
     points = roof_points(profile)
     if roof is None or not roof.peak_gflops:
         if not points:
@@ -166,15 +184,21 @@ def _roofline(profile: LayerProfile, roof: Roofline | None, name: str) -> list[B
     picture = both_widths(
         lambda narrow: roofline_chart(points, roof, title=name, named=_NAMED, narrow=narrow)
     )
+    caption = f"{percent(drawn)} of the time is in layers that can be drawn."
+    return [
+        Figure(picture=picture, caption=f"{caption} {_explained(roof)}" if explain else caption)
+    ]
+
+
+def _explained(roof: Roofline) -> str:
     peaks = "; ".join(f"{what} {with_interval(peak, 'GFLOP/s')}" for what, peak in roof.peak_gflops)
-    caption = (
-        f"Each circle is a layer, its area its share of the time; {percent(drawn)} of the time is "
-        "in layers that can be drawn. Numbers are those of the table. A layer on a "
-        "roof cannot be faster here; one far below it can. Bytes are the least that must move, so "
-        f"caches can lift a layer above the slope. Peaks with {roof.threads} threads: {peaks}; "
-        f"memory {with_interval(roof.bandwidth_gb_s, 'GB/s')}. {roof.method}"
+    return (
+        "Each circle is a layer, its area its share of the time; numbers are those of the table. A "
+        "layer on a roof cannot be faster here; one far below it can. Bytes are the least that "
+        "must move, so caches can lift a layer above the slope. Peaks with "
+        f"{roof.threads} threads: {peaks}; memory {with_interval(roof.bandwidth_gb_s, 'GB/s')}. "
+        f"How they were measured: {roof.method.rstrip('.')}."
     )
-    return [Figure(picture=picture, caption=caption)]
 
 
 def roof_points(profile: LayerProfile) -> list[RoofPoint]:

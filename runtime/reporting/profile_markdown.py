@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.reporting.profile_blocks import Cell, span
+from edgeclip.runtime.reporting.profile_blocks import Cell, code_parts, span
 from edgeclip.runtime.reporting.profile_data import (
     PART_NAMES,
     AdviceNote,
@@ -15,7 +15,7 @@ from edgeclip.runtime.reporting.profile_data import (
     subjects_of,
 )
 from edgeclip.runtime.reporting.profile_environment import environment_rows
-from edgeclip.runtime.reporting.profile_quality import quality_of, quality_text
+from edgeclip.runtime.reporting.profile_quality import quality_of, quality_span, quality_text
 from edgeclip.runtime.reporting.profile_report import title_of
 from edgeclip.runtime.reporting.profile_summary import Alarm, alarms_of
 from edgeclip.runtime.reporting.report_format import digits
@@ -24,7 +24,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]|~$])")
 # GitHub turns these into mentions, links to issues and links, whatever Markdown says; a comment
 # inside parts them.
 _LIVELY = re.compile(
-    r"(@)(?=\w)|(#)(?=\d)|(GH-)(?=\d)|(https?|ftp)(?=://)|(www)(?=\.)", re.IGNORECASE
+    r"(?<!\w)(@)(?=\w)|(#)(?=\d)|(GH-)(?=\d)|(https?|ftp)(?=://)|(www)(?=\.)", re.IGNORECASE
 )
 
 
@@ -116,20 +116,31 @@ def _quality(subject: Subject, quality: Sequence[SubjectQuality]) -> str:
     if not found:
         return ""
     one = found[0]
-    low, high = (quality_text(v, one.unit) for v in (one.value.low, one.value.high))
-    value = quality_text(one.value.value, one.unit)
-    return f"{value}<br><sub>{escaped(one.metric)}, {low} to {high}</sub>"
+    small = ", ".join(filter(None, (escaped(one.metric), quality_span(one))))
+    return f"{quality_text(one.value.value, one.unit)}<br><sub>{small}</sub>"
 
 
 def _advice(advice: Sequence[AdviceNote]) -> list[str]:
     if not advice:
         return []
     lines = [
-        f"- **{escaped(note.title)}** ({escaped(note.subject)})"
+        f"- **{_with_code(note.title)}** ({escaped(note.subject)})"
         + (f": {escaped(note.gain)}" if note.gain else "")
         for note in advice
     ]
     return [_folded("What is worth trying", "\n".join(lines))]
+
+
+def _with_code(content: str) -> str:
+    """Text whose commands between backticks stay code."""
+    parts = code_parts(" ".join(content.split()))
+    return "".join(f"`{piece}`" if is_code else _edges(piece) for is_code, piece in parts)
+
+
+def _edges(piece: str) -> str:
+    """A piece, escaped, with the spaces at its ends."""
+    head, tail = piece[: len(piece) - len(piece.lstrip())], piece[len(piece.rstrip()) :]
+    return f"{head}{escaped(piece)}{tail}"
 
 
 def _environment(runs: Sequence[NamedRun]) -> str:

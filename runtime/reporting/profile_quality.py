@@ -107,6 +107,17 @@ def quality_text(value: float, unit: QualityUnit) -> str:
     return f"{rounded:+.2f} points" if rounded else "0 points"
 
 
+def quality_span(one: SubjectQuality) -> str:
+    """The interval, in points without the word: "-0.10 to +0.20"; empty for a reference."""
+    value = one.value
+    if value.low == value.high:
+        return ""
+    low, high = (
+        quality_text(end, one.unit).removesuffix(" points") for end in (value.low, value.high)
+    )
+    return f"{low} to {high}"
+
+
 def quality_section(
     subjects: Sequence[Subject], quality: Sequence[SubjectQuality]
 ) -> Section | None:
@@ -142,6 +153,7 @@ def _weighed(
     """Subjects with the first metric that at least two of them have."""
     for metric in dict.fromkeys(one.metric for subject in subjects for one in matched[subject]):
         pairs = [(s, one) for s in subjects for one in matched[s] if one.metric == metric]
+        pairs = [pair for pair in pairs if pair[0].item.latency.p50_ms.value > 0]
         if len(pairs) >= _FEWEST:
             return pairs
     return []
@@ -186,17 +198,12 @@ def _table(matched: dict[Subject, list[SubjectQuality]], folded: bool) -> Table:
     rows = []
     for subject, found in matched.items():
         for one in found:
-            low, high = (quality_text(v, one.unit) for v in (one.value.low, one.value.high))
-            reference = low == high == quality_text(one.value.value, one.unit)
             rows.append(
                 (
                     Cell(subject.label),
                     Cell(PART_NAMES[subject.item.part]),
                     Cell(one.metric),
-                    Cell(
-                        quality_text(one.value.value, one.unit),
-                        "" if reference else f"{low} to {high}",
-                    ),
+                    Cell(quality_text(one.value.value, one.unit), quality_span(one)),
                 )
             )
     head = columns("<subject", "<part", "<metric", "value")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.files import atomic_file
-from edgeclip.runtime.reporting.profile_blocks import AdviceList, Section
+from edgeclip.runtime.reporting.profile_blocks import AdviceList, Section, code_parts
 from edgeclip.runtime.reporting.profile_cost import (
     ENERGY_KEYS,
     MEMORY_KEYS,
@@ -161,10 +161,12 @@ def _environment() -> "Environment":
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
         raise MissingExtraError("a report needs jinja2: pip install 'edgeclip[report]'") from error
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code_parts"] = code_parts
+    return environment

@@ -7,8 +7,7 @@ import numpy as np
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measuring.measurement import Latency, Measurement
 from edgeclip.runtime.reporting.chart_histogram import histogram
-from edgeclip.runtime.reporting.chart_parts import SHAPES, both_widths
-from edgeclip.runtime.reporting.chart_rows import Dot, Row, RowChart, row_chart
+from edgeclip.runtime.reporting.chart_rows import Dot, Row, RowChart, row_picture
 from edgeclip.runtime.reporting.profile_blocks import (
     Block,
     Cell,
@@ -52,7 +51,7 @@ def latency_section(subjects: Sequence[Subject]) -> Section | None:
         name = PART_NAMES[part]
         caption = "" if blocks else _LADDER
         table = Table(
-            name=f"Latency of the {name}",
+            name=f"Latency, {name}",
             columns=columns("<ms at batch 1", *_PERCENTILES, "ratio", "runs", "<machine was"),
             rows=tuple(_latency_row(subject) for subject in group),
         )
@@ -62,9 +61,9 @@ def latency_section(subjects: Sequence[Subject]) -> Section | None:
 
 _LADDER = (
     "One run after the other at batch 1, all subjects taking turns. Whiskers and small figures "
-    "are 95% intervals; a percentile is left out where too few runs lie beyond it. Ratios are to "
-    "the reference of the run, see below. Contended: more than 10% of the CPU time that the runs "
-    "asked for was denied."
+    "are 95% intervals; a whisker without an end goes on beyond the picture. A percentile is left "
+    "out where too few runs lie beyond it. Ratios are to the reference of the run, see below. "
+    "Contended: more than 10% of the CPU time that the runs asked for was denied."
 )
 
 
@@ -84,10 +83,14 @@ def _ladder(name: str, subjects: Sequence[Subject]) -> str:
     chart = RowChart(
         rows=rows,
         axis_name="ms",
-        label=f"Latency of the {name}",
-        legend=tuple(zip(range(len(SHAPES)), _PERCENTILES, strict=True)),
+        label=f"Latency, {name}",
+        legend=tuple(
+            (shape, name)
+            for shape, name in enumerate(_PERCENTILES)
+            if any(dot.shape == shape for row in rows for dot in row.dots)
+        ),
     )
-    return both_widths(lambda narrow: row_chart(chart, narrow=narrow))
+    return row_picture(chart)
 
 
 def _two_percentiles(latency: Latency) -> str:
@@ -160,7 +163,7 @@ def ratio_section(subjects: Sequence[Subject]) -> Section | None:
             reference=(1.0, f"as slow as {name}"),
             log=False,
         )
-        picture = both_widths(lambda narrow, chart=chart: row_chart(chart, narrow=narrow))
+        picture = row_picture(chart)
         caption = "" if blocks else _RATIO
         blocks += [Heading(PART_NAMES[part]), Figure(picture=picture, caption=caption)]
     return section_of("ratios", "Against the reference", blocks)
@@ -212,12 +215,13 @@ def scenario_section(subjects: Sequence[Subject]) -> Section | None:
         "Issued and judged by MLPerf LoadGen; these are not submissions to MLPerf. Latency is "
         "of a query, in Server from its scheduled time. Small figures are 95% intervals."
     )
-    blocks = (note, table, *reasons, *absent)
-    return Section(anchor="scenarios", title="MLPerf scenarios", blocks=blocks)
+    return Section(
+        anchor="scenarios", title="MLPerf scenarios", blocks=(note, table, *reasons, *absent)
+    )
 
 
 def _scenario_rows(subject: Subject) -> list[tuple[Cell, ...]]:
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for result in subject.item.scenarios:
         latency = result.latency
         theirs = result.loadgen_p50_ms

@@ -7,8 +7,7 @@ import numpy as np
 
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measuring.measurement import Yardstick
-from edgeclip.runtime.reporting.chart_parts import both_widths
-from edgeclip.runtime.reporting.chart_rows import Dot, Row, RowChart, row_chart
+from edgeclip.runtime.reporting.chart_rows import Dot, Row, RowChart, row_picture
 from edgeclip.runtime.reporting.profile_blocks import (
     Block,
     Cell,
@@ -110,7 +109,7 @@ def _picture(found: dict[Subject, Spread], sticks: Sequence[tuple[NamedRun, Yard
         log=False,
         apart=False,
     )
-    return both_widths(lambda narrow: row_chart(chart, narrow=narrow))
+    return row_picture(chart)
 
 
 def _row(label: str, spread: Spread) -> Row:

@@ -14,9 +14,11 @@ from edgeclip.runtime.reporting.profile_data import (
     SubjectQuality,
     full_name,
 )
-from edgeclip.runtime.reporting.profile_quality import quality_of, quality_text
+from edgeclip.runtime.reporting.profile_quality import quality_of, quality_span, quality_text
 from edgeclip.runtime.reporting.profile_sweep import threads_name
 from edgeclip.runtime.reporting.report_format import digits, percent
+
+_SERVER = "server"  # of `Measurement.missing`: answers that the server had no part in
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,9 @@ def alarms_of(runs: Sequence[NamedRun], subjects: Sequence[Subject]) -> list[Ala
     ]
     if invalid:
         loud.append(Alarm(f"INVALID by LoadGen's own rules: {', '.join(invalid)}.", "miss"))
+    for subject in subjects:
+        told = [reason for key, reason in subject.item.missing if key == _SERVER]
+        loud += [Alarm(f"{full_name(subject)}: {reason}.", "miss") for reason in told]
     quiet += _differences(runs)
     return [*loud, *quiet]
 
@@ -137,8 +142,7 @@ def _differences(runs: Sequence[NamedRun]) -> list[Alarm]:
     """What sets runs apart that stand side by side."""
     if len(runs) < 2:
         return []
-    first, names = runs[0].run, []
-    facts = {
+    facts: dict[str, list[object]] = {
         "processors": [source.run.machine.cpu for source in runs],
         "numbers of cores": [source.run.machine.cores for source in runs],
         "systems": [source.run.machine.os for source in runs],
@@ -148,7 +152,7 @@ def _differences(runs: Sequence[NamedRun]) -> list[Alarm]:
     }
     names = [name for name, values in facts.items() if any(v != values[0] for v in values)]
     if not names:
-        return [Alarm(f"All runs are of one kind of machine: {first.machine.cpu}.", "")]
+        return [Alarm(f"All runs are of one kind of machine: {runs[0].run.machine.cpu}.", "")]
     return [Alarm(f"The runs differ in their {', '.join(names)}: see the environment.", "")]
 
 
@@ -210,11 +214,10 @@ def _quality_card(subject: Subject, quality: Sequence[SubjectQuality]) -> Card |
     if not found:
         return None
     one = found[0]
-    low, high = (quality_text(v, one.unit) for v in (one.value.low, one.value.high))
     return Card(
         name=f"{one.metric}, of the fastest",
         figure=quality_text(one.value.value, one.unit),
-        interval=f"{low} to {high}",
+        interval=quality_span(one),
         note=subject.label,
     )
 

@@ -90,10 +90,10 @@ def _table(subjects: Sequence[Subject], folded: bool) -> Table:
             cells = [_point_cell(item, batch, threads) for batch in batches]
             head = (Cell(subject.label, PART_NAMES[item.part]), Cell(threads_name(threads)))
             rows.append((*head, *cells))
-    head = columns("<per second", "<threads", *(f"batch {batch}" for batch in batches))
+    names = columns("<per second", "<threads", *(f"batch {batch}" for batch in batches))
     return Table(
         name="Every point in numbers: items a second, median of a batch",
-        columns=head,
+        columns=names,
         rows=tuple(rows),
         folded=folded,
     )

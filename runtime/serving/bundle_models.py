@@ -32,10 +32,13 @@ def bundle_models(encoder: Encoder, name: str) -> Iterator[Model]:
     """
     size = encoder.spec.image.size
     encoder.encode_pixels(np.zeros((1, size, size, 3), np.uint8))
-    encoder.encode_text("a")
+    has_text = encoder.bundle.manifest.has("text")
+    if has_text:
+        encoder.encode_text("a")
     yield ImageModel(encoder, f"{name}-image")
     yield PixelModel(encoder, f"{name}-pixels")
-    yield TextModel(encoder, f"{name}-text")
+    if has_text:
+        yield TextModel(encoder, f"{name}-text")
     if encoder.bundle.manifest.patch_features:
         yield PatchModel(encoder, f"{name}-patches")
     for label_set in encoder.bundle.label_names:

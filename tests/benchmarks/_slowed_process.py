@@ -49,5 +49,5 @@ def _open_slowed(spec: SubjectSpec, *, bundle: Bundle | None = None) -> OpenSubj
 
 
 if __name__ == "__main__":
-    subject_process.open_subject = _open_slowed
+    vars(subject_process)["open_subject"] = _open_slowed
     sys.exit(subject_process.main())

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from _bars import Bar, finish, options
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationMethod
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source, open_source
@@ -30,13 +29,13 @@ from edgeclip.profiles.device import THIS_MACHINE, load_device
 from edgeclip.runtime.quality import cosines
 
 _GAP = 1e-4  # in the mean cosine; less is not worth a slower method
-_PERCENTILE, _ENTROPY = CalibrationMethod.Percentile, CalibrationMethod.Entropy
 _RANGINGS = {
     "extremes": EXTREMES,
-    "99.9%": Ranging(method=_PERCENTILE, percentile=99.9),
-    "99.99%": Ranging(method=_PERCENTILE, percentile=99.99),
-    "99.999%": Ranging(method=_PERCENTILE, percentile=99.999),
-    "entropy": Ranging(method=_ENTROPY),
+    "99.9%": Ranging(method="percentile", percentile=99.9),
+    "99.99%": Ranging(method="percentile", percentile=99.99),
+    "99.999%": Ranging(method="percentile", percentile=99.999),
+    "entropy": Ranging(method="entropy"),
+    "mse": Ranging(method="mse"),
 }
 
 

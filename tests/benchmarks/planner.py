@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from _bars import Bar, command, options
@@ -239,10 +240,39 @@ def _known(value: float | None) -> float:
     return value
 
 
+def merged(out: Path, rows: Sequence[Row], bars: Sequence[Bar]) -> dict[str, Any]:
+    """The record in `out` with these links put in place of what it has of them."""
+    links = {row.mbps for row in rows}
+    kept: dict[str, Any] = {"rows": [], "bars": []}
+    if out.exists():
+        kept = json.loads(out.read_text(encoding="utf-8"))
+    ends = tuple(f"_at_{mbps:g}_mbps" for mbps in links)
+    new_rows = [
+        asdict(row) | {"error": row.error, "measured": time.strftime("%FT%TZ", time.gmtime())}
+        for row in rows
+    ]
+    new_bars = [asdict(bar) | {"passed": bar.passed} for bar in bars]
+    old_rows = [row for row in kept["rows"] if row["mbps"] not in links]
+    old_bars = [bar for bar in kept["bars"] if not bar["name"].endswith(ends)]
+    return {
+        "command": command(),
+        "machine": asdict(detect_machine()),
+        "rows": sorted(old_rows + new_rows, key=lambda row: row["mbps"]),
+        "bars": old_bars + new_bars,
+    }
+
+
 def main() -> int:
     """Measure, print tables, write the figures."""
-    args = options(__doc__ or "").parse_args()
-    bandwidths = BANDWIDTHS[1::2] if args.quick else BANDWIDTHS
+    parser = options(__doc__ or "")
+    parser.add_argument(
+        "--mbps",
+        type=float,
+        nargs="+",
+        help="measure these bandwidths alone; what --out holds of others stays",
+    )
+    args = parser.parse_args()
+    bandwidths = args.mbps or (BANDWIDTHS[1::2] if args.quick else BANDWIDTHS)
     try:
         with tempfile.TemporaryDirectory() as folder:
             rows, bars = run(Path(folder), bandwidths, 30 if args.quick else 64)
@@ -250,12 +280,7 @@ def main() -> int:
         print(f"not measured: {error}")
         return 2
     if args.out is not None:
-        record = {
-            "command": command(),
-            "machine": asdict(detect_machine()),
-            "rows": [asdict(row) | {"error": row.error} for row in rows],
-            "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars],
-        }
+        record = merged(args.out, rows, bars)
         args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print("\n" + "\n".join(bar.line() for bar in bars))
     return 0 if all(bar.passed for bar in bars) else 1

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from _bars import Bar, command, options
 
-from edgeclip.export.probe_plan import STANDARD, ProbePlan
+from edgeclip.export.probe_plan import ProbePlan
+from edgeclip.export.probe_sizes import STANDARD
 from edgeclip.export.write_probes import write_probes
 from edgeclip.profiles.device import THIS_MACHINE, load_device
 from edgeclip.profiles.machine import detect_machine
@@ -36,12 +37,12 @@ BOUND = 0.10
 SEED = 20
 PICTURES = ((64, 8), (96, 16), (224, 32), (224, 16), (224, 14))  # side, patch of known CLIPs
 TEXTS = 3
-CONVS = 4
+CONVS = (64, 64, 128, 224)  # side of the pictures
 QUICK = ProbePlan(
     images=tuple(item for item in STANDARD.images if item.image_size == 64 and item.width < 512),
     texts=tuple(replace(item, lengths=(8, 24)) for item in STANDARD.texts if item.width < 512),
     convs=tuple(item for item in STANDARD.convs if item.side <= 16 and item.width <= 128),
-    checks=STANDARD.checks[3:4],
+    checks=STANDARD.checks[5:6],
 )
 
 
@@ -72,11 +73,12 @@ def unseen(seed: int, *, quick: bool) -> Iterator[AnyTower]:
     draw = np.random.default_rng(seed)
     for size, patch in PICTURES[:1] if quick else PICTURES:
         heads = int(draw.choice([1, 2, 3] if quick else [1, 2, 3, 5, 6, 7]))
-        yield transformer("image", heads, draw.integers(3, 9), image_tokens(size, patch), patch)
+        layers = int(draw.integers(3, 9))
+        yield transformer("image", heads, layers, image_tokens(size, patch), patch)
     for _ in range(1 if quick else TEXTS):
         heads = int(draw.choice([1, 2, 3] if quick else [2, 3, 5, 6]))
-        yield transformer("text", heads, draw.integers(2, 9), int(draw.integers(6, 24)), 0)
-    for size in [64] if quick else [64, 64, 128, 224]:
+        yield transformer("text", heads, int(draw.integers(2, 9)), int(draw.integers(6, 24)), 0)
+    for size in CONVS[:1] if quick else CONVS:
         first = int(draw.choice([24, 40, 48, 56] if quick else [24, 40, 48, 56, 72, 80]))
         depths = tuple(int(value) for value in draw.integers(1, 5, 3))
         widths = (first, 2 * first, 4 * first)
@@ -90,7 +92,7 @@ def transformer(part: str, heads: int, layers: int, tokens: int, patch: int) -> 
         width=64 * heads,
         heads=heads,
         hidden=256 * heads,
-        layers=int(layers),
+        layers=layers,
         tokens=tokens,
         dim=256,
         patch=patch,

@@ -5,11 +5,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnxruntime.quantization import CalibrationMethod
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
-from edgeclip.export.activation_bounds import Ranging, activation_bounds
+from edgeclip.export.activation_bounds import Method, Ranging, activation_bounds
 from edgeclip.export.calibrate import calibration_images
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.to_onnx import TowerPaths
@@ -35,9 +34,9 @@ def test_bounds_are_the_largest_absolute_values(
     assert bounds["pixel_values"] == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("method", [CalibrationMethod.Percentile, CalibrationMethod.Entropy])
+@pytest.mark.parametrize("method", ["percentile", "entropy", "mse"])
 def test_other_methods_cut_off_what_is_rare(
-    method: CalibrationMethod,
+    method: Method,
     clip: DualEncoder,
     clip_towers: TowerPaths,
     blobs: Make,
@@ -50,7 +49,7 @@ def test_other_methods_cut_off_what_is_rare(
     )
     assert cut
     assert all(cut[name] <= extremes[name] * 1.001 for name in cut)
-    assert any(cut[name] < extremes[name] * 0.9 for name in cut)
+    assert any(cut[name] < extremes[name] * 0.97 for name in cut)
     assert capsys.readouterr().out == ""
 
 

@@ -11,10 +11,13 @@ from edgeclip.export.gates import (
     Judged,
     judge_retrieval,
     judge_tower,
+    judge_zero_shot,
     missed,
     refuse_missed,
 )
 from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.labels import LabelSet
+from edgeclip.runtime.manifest import DataRecord
 
 Floats = NDArray[np.float32]
 BOUNDS = Bounds(mean_cosine=0.99, p1_cosine=0.97)
@@ -107,6 +110,34 @@ def test_lost_retrieval_is_counted_in_points() -> None:
     gained = judge_retrieval(reference, PairEmbeddings(swapped, rows), BOUNDS, "int8")
     assert gained.value == pytest.approx(-2)
     assert gained.passed is True
+
+
+def test_lost_labels_are_counted_in_points() -> None:
+    labels = LabelSet(names=("a", "b"), embeddings=np.eye(2, 16, dtype=np.float32), space="7" * 64)
+    right = np.arange(100) % 2
+    reference = np.eye(2, 16, dtype=np.float32)[right]
+    candidate = reference.copy()
+    candidate[:3] = candidate[:3, ::-1]  # three of a hundred pictures now look like no label
+    data = DataRecord("pictures", 100, "0" * 64)
+    record = judge_zero_shot(candidate, reference, labels, right, BOUNDS, data)
+    assert (record.name, record.unit, record.bound) == ("zero-shot top-1 loss", "points", 0.5)
+    assert record.value == pytest.approx(3)
+    assert record.low < 3 < record.high
+    assert not record.passed
+    assert record.data == data
+    # A picture that neither gets right is no loss.
+    wrong = judge_zero_shot(candidate, candidate, labels, right, BOUNDS)
+    assert (wrong.value, wrong.low, wrong.high) == (0, 0, 0)
+
+
+def test_what_is_quantized_keeps_these_bounds() -> None:
+    for precision in ("int8", "fp8"):
+        bounds = DEFAULT_BOUNDS[precision]
+        assert (bounds.mean_cosine, bounds.p1_cosine) == (0.995, 0.98)
+        assert (bounds.r1_loss, bounds.zero_shot_loss) == (1.0, 0.5)
+    stricter = DEFAULT_BOUNDS["fp16"]
+    assert stricter.mean_cosine > 0.995
+    assert stricter.p1_cosine > 0.98
 
 
 def test_a_refusal_names_every_missed_gate_with_its_gap() -> None:

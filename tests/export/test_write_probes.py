@@ -8,13 +8,12 @@ import pytest
 
 from edgeclip.export import verb_probes
 from edgeclip.export.probe_plan import (
-    PLANS,
-    STANDARD,
     ConvPoint,
     ImagePoint,
     ProbePlan,
     TextPoint,
 )
+from edgeclip.export.probe_sizes import PLANS, STANDARD
 from edgeclip.export.random_towers import example, export_random, random_dual
 from edgeclip.export.write_probes import write_probes
 from edgeclip.profiles.device import DeviceProfile, load_device
@@ -37,7 +36,7 @@ def device(cpu_device: DeviceProfile) -> DeviceProfile:
 
 @pytest.fixture(scope="module")
 def probes(device: DeviceProfile, tmp_path_factory: pytest.TempPathFactory) -> ProbeSet:
-    """A stem, and an image tower of one layer and of three, in fp32 and int8."""
+    """A stem, and an image tower of one layer and of six, in fp32 and int8."""
     out = tmp_path_factory.mktemp("probes") / "set"
     return write_probes(out, device=device, command="typed", plan=PAIR)
 
@@ -47,8 +46,8 @@ def test_graphs_share_one_file_of_weights(probes: ProbeSet) -> None:
     assert paths == [
         "image-32px-p16-w256-l1-fp32.onnx",
         "image-32px-p16-w256-l1-int8.onnx",
-        "image-32px-p16-w256-l3-fp32.onnx",
-        "image-32px-p16-w256-l3-int8.onnx",
+        "image-32px-p16-w256-l6-fp32.onnx",
+        "image-32px-p16-w256-l6-int8.onnx",
         "probes.json",
         "stem-image-32px-p16-w256-fp32.onnx",
         WEIGHTS_NAME,

@@ -40,6 +40,7 @@ def test_runs_side_by_side_as_page_and_markdown(
     html = page.read_text(encoding="utf-8")
     assert "student int8 · laptop" in html
     assert "DISTURBED" in html
+    assert "What is worth trying" in html
     assert "| student int8 · epyc |" in markdown.read_text(encoding="utf-8")
 
 

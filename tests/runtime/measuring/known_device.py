@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from edgeclip.export.probe_plan import STANDARD
+from edgeclip.export.probe_sizes import STANDARD
 from edgeclip.profiles.device import DeviceProfile, device_from_machine
 from edgeclip.profiles.machine import Machine
 from edgeclip.runtime.intervals import Interval

@@ -21,9 +21,9 @@ def test_another_graph_would_need_another_name() -> None:
 def test_it_runs_in_any_batch_and_always_gives_the_same(threads: int) -> None:
     candidate = yardstick_candidate(threads)
     assert (candidate.name, candidate.threads) == (NAME, threads)
-    first, again, three = (candidate.run(candidate.make_batch(size)) for size in (1, 1, 3))
-    assert isinstance(first, np.ndarray)
-    assert isinstance(three, np.ndarray)
+    first, again, three = (
+        np.asarray(candidate.run(candidate.make_batch(size))) for size in (1, 1, 3)
+    )
     assert first.shape == (1, TOKENS, WIDTH)
     assert three.shape == (3, TOKENS, WIDTH)
     assert np.isfinite(three).all()

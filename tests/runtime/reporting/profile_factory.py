@@ -4,8 +4,9 @@
 energy counter, and whose times have two humps.
 """
 
+import dataclasses
 import functools
-import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,26 +17,28 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measuring.conditions import Conditions, Interference
 from edgeclip.runtime.measuring.cpu_time import CpuTime
-from edgeclip.runtime.measuring.layer_times import LayerProfile, LayerTime
 from edgeclip.runtime.measuring.measurement import (
-    ColdStart,
-    Energy,
     Identity,
     Latency,
     Measurement,
     MeasurementRun,
     PairedRatio,
     Part,
-    ScenarioResult,
-    StageName,
-    StageTime,
     SweepPoint,
     WarmUp,
     Yardstick,
 )
-from edgeclip.runtime.measuring.roofline import Roofline
 from edgeclip.runtime.reporting.profile_data import AdviceNote, NamedRun, SubjectQuality
 from edgeclip.runtime.spec import Precision
+from tests.runtime.reporting.profile_factory_parts import (
+    around,
+    cold_start_of,
+    energy_of,
+    layers_of,
+    roofline,
+    scenarios_of,
+    stages_of,
+)
 
 Floats = NDArray[np.float64]
 
@@ -63,19 +66,6 @@ WORKLOAD = Workload(
     processes=PROCESSES,
     scenarios=("SingleStream", "MultiStream", "Server", "Offline"),
 )
-STAGES: tuple[tuple[StageName, float], ...] = (
-    ("read", 0.06),
-    ("decode", 2.31),
-    ("resize", 0.74),
-    ("copy", 0.05),
-    ("run", 0.71),
-    ("post", 0.02),
-)
-
-
-def around(value: float, share: float = 0.02) -> Interval:
-    """An interval of that share to both sides."""
-    return Interval(value, value * (1 - share), value * (1 + share))
 
 
 @functools.lru_cache
@@ -96,6 +86,17 @@ def two_runs() -> tuple[NamedRun, ...]:
         NamedRun(name="epyc", run=quiet_run()),
         NamedRun(name="laptop", run=disturbed_run()),
     )
+
+
+def alone(run: MeasurementRun) -> tuple[NamedRun, ...]:
+    """One run, called epyc."""
+    return (NamedRun(name="epyc", run=run),)
+
+
+def with_items(run: MeasurementRun, **changes: Any) -> MeasurementRun:
+    """The run with the same fields of every measurement changed."""
+    items = tuple(dataclasses.replace(item, **changes) for item in run.measurements)
+    return dataclasses.replace(run, measurements=items)
 
 
 def quality() -> tuple[SubjectQuality, ...]:
@@ -122,7 +123,7 @@ def quality() -> tuple[SubjectQuality, ...]:
                 value=Interval(cosine, cosine - 2e-5, min(1.0, cosine + 2e-5)),
                 unit="cosine",
                 sha256=BUNDLES["student"],
-                precision=precision,  # type: ignore[arg-type]
+                precision=precision,
                 part="image",
             )
         )
@@ -180,7 +181,7 @@ def _run(slow: float, *, disturbed: bool) -> MeasurementRun:
         yardstick=Yardstick(
             name="matmul-256 v1", samples_ms=_samples("yardstick", 0.52 * slow, disturbed)
         ),
-        roofline=None if disturbed else _roofline(),
+        roofline=None if disturbed else roofline(),
     )
 
 
@@ -306,11 +307,11 @@ def _measurement(
             bytes_on_disk=size,
             input_shape=(1, 77) if part == "text" else (1, 64, 64, 3),
         ),
-        cold_start=_cold_start(ms, size) if tower and bundle == "student" else None,
-        scenarios=_scenarios(ms) if rich else (),
-        energy=_energy(ms) if tower and not disturbed else None,
-        stages=_stages(ms / 3.89) if part == "file" else (),
-        layers=_layers(ms) if rich else None,
+        cold_start=cold_start_of(ms, size) if tower and bundle == "student" else None,
+        scenarios=scenarios_of(ms) if rich else (),
+        energy=energy_of(ms) if tower and not disturbed else None,
+        stages=stages_of(ms / 3.89) if part == "file" else (),
+        layers=layers_of(ms) if rich else None,
         peak_memory_mb=70 + 2.3 * size / 1e6 if bundle == "student" else None,
         missing=_missing(disturbed, tower),
     )
@@ -344,155 +345,3 @@ def _sweep(ms: float) -> tuple[SweepPoint, ...]:
                 )
             )
     return tuple(points)
-
-
-def _cold_start(ms: float, size: int) -> ColdStart:
-    return ColdStart(
-        processes=5,
-        import_ms=182.0,
-        load_ms=12 + size / 2e5,
-        first_run_ms=ms * 2.4,
-        peak_memory_mb=61 + 2.2 * size / 1e6,
-        file_bytes=size,
-    )
-
-
-def _energy(ms: float) -> Energy:
-    return Energy(
-        sensor="RAPL packages",
-        covers="processor package",
-        joules=around(ms * 0.021, 0.06),
-        idle_watts=9.4,
-    )
-
-
-def _stages(factor: float) -> tuple[StageTime, ...]:
-    return tuple(StageTime(name=name, ms=around(ms * factor, 0.03)) for name, ms in STAGES)
-
-
-def _scenarios(ms: float) -> tuple[ScenarioResult, ...]:
-    def latency(factor: float) -> Latency:
-        return Latency(
-            runs=4000,
-            p50_ms=around(ms * factor),
-            p90_ms=around(1.1 * ms * factor),
-            p95_ms=around(1.2 * ms * factor),
-            p99_ms=around(1.6 * ms * factor, 0.1),
-            p99_9_ms=around(3 * ms * factor, 0.2),
-        )
-
-    single = ScenarioResult(
-        scenario="SingleStream",
-        queries=14620,
-        samples_per_query=1,
-        seconds=10.0,
-        latency=latency(1.02),
-        samples_per_s=around(980 / ms, 0.01),
-        target_qps=None,
-        bound_ms=None,
-        bound_percentile=None,
-        valid=True,
-        loadgen_p50_ms=1.021 * ms,
-        reasons=(),
-        settings=(("min_duration_ms", "10000"),),
-    )
-    return (
-        single,
-        ScenarioResult(
-            scenario="MultiStream",
-            queries=1930,
-            samples_per_query=8,
-            seconds=10.2,
-            latency=latency(7.4),
-            samples_per_s=around(1081 / ms, 0.01),
-            target_qps=None,
-            bound_ms=None,
-            bound_percentile=None,
-            valid=True,
-            loadgen_p50_ms=7.41 * ms,
-            reasons=(),
-            settings=(),
-        ),
-        ScenarioResult(
-            scenario="Server",
-            queries=7200,
-            samples_per_query=1,
-            seconds=10.1,
-            latency=latency(1.9),
-            samples_per_s=around(490 / ms, 0.01),
-            target_qps=500 / ms,
-            bound_ms=2 * ms,
-            bound_percentile=99.0,
-            valid=False,
-            loadgen_p50_ms=1.9 * ms,
-            reasons=("Early stopping: 99.00 percentile latency bound was not met",),
-            settings=(("target_qps", "730"),),
-        ),
-        ScenarioResult(
-            scenario="Offline",
-            queries=1,
-            samples_per_query=24576,
-            seconds=11.4,
-            latency=None,
-            samples_per_s=around(1480 / ms, 0.01),
-            target_qps=None,
-            bound_ms=None,
-            bound_percentile=None,
-            valid=True,
-            loadgen_p50_ms=None,
-            reasons=(),
-            settings=(),
-        ),
-    )
-
-
-def _layers(total: float) -> LayerProfile:
-    """Four blocks of a small vision transformer in int8, and what surrounds them."""
-    found: list[tuple[str, str, float, float | None, float | None]] = [
-        ("/vision_model/embeddings/patch_embedding/Conv_quant", "QLinearConv", 9, 9.6e6, 4.4e5),
-        ("Sub_3", "Sub", 8.9, 1.2e4, 9.8e4),
-        ("Div_4", "Div", 7.6, 1.2e4, 9.8e4),
-        ("/vision_model/Reshape", "Reshape", 0.4, 0.0, 9.8e4),
-        ("opaque_fusion_0", "Attention", 6.0, None, None),
-    ]
-    for block in range(4):
-        where = f"/vision_model/encoder/layers.{block}"
-        found += [
-            (f"{where}/mlp/fc1/MatMul_quant", "MatMulInteger", 7 - block / 3, 1.7e7, 2.9e5),
-            (f"{where}/mlp/fc2/MatMul_quant", "MatMulInteger", 6.4 - block / 3, 1.7e7, 2.9e5),
-            (f"{where}/self_attn/qkv/MatMul_quant", "MatMulInteger", 4.1, 1.2e7, 2.2e5),
-            (f"{where}/layer_norm1/LayerNormalization", "LayerNormalization", 0.9, 5e4, 6.6e4),
-            (f"{where}/mlp/activation_fn/Gelu", "Gelu", 1.3, 1.3e5, 2.6e5),
-        ]
-    whole = math.fsum(weight for _, _, weight, _, _ in found)
-    layers = sorted(
-        (
-            LayerTime(
-                name=name,
-                op=op,
-                provider="CPUExecutionProvider",
-                ms=1.04 * total * weight / whole,
-                share=weight / whole,
-                flops=flops,
-                bytes=moved,
-            )
-            for name, op, weight, flops, moved in found
-        ),
-        key=lambda layer: -layer.ms,
-    )
-    return LayerProfile(
-        source="ONNX Runtime profiling",
-        runs=200,
-        total_ms=1.04 * total,
-        plain_ms=total,
-        layers=tuple(layers),
-    )
-
-
-def _roofline() -> Roofline:
-    return Roofline(
-        threads=2,
-        peak_gflops=(("fp32", around(231.0, 0.02)), ("int8", around(812.0, 0.03))),
-        bandwidth_gb_s=around(21.4, 0.04),
-        method="A 2048 x 2048 product, and a triad over 512 MB.",
-    )

@@ -13,6 +13,7 @@ from edgeclip.runtime.reporting.chart_histogram import histogram
 from edgeclip.runtime.reporting.chart_lines import BatchPoint, Series, batch_chart, shared_limits
 from edgeclip.runtime.reporting.chart_parts import (
     SHAPES,
+    bounds,
     even_names,
     fit,
     marker,
@@ -135,6 +136,20 @@ def test_rows_stay_inside(narrow: bool, values: list[list[float]]) -> None:
     width = float(root.attrib["viewBox"].split()[2])
     for element in root.iter("line"):
         assert -1 <= float(element.attrib["x1"]) <= width + 1
+
+
+@both
+def test_an_interval_over_decades_does_not_hide_the_others(narrow: bool) -> None:
+    wide = Interval(1.0, 1e-9, 1e9)
+    rows = (Row("a", (Dot(wide),)), Row("b", (Dot(around(1.5)),)))
+    svg = row_chart(RowChart(rows=rows, axis_name="ms", label="x"), narrow=narrow)
+    root = inside(svg)
+    width = float(root.attrib["viewBox"].split()[2])
+    whiskers = [e.attrib for e in root.iter("line") if e.attrib["class"] == "whisker"]
+    assert len(whiskers) == 1 + 3  # neither end of the first is drawn
+    assert all(0 <= float(one[x]) <= width for one in whiskers for x in ("x1", "x2"))
+    assert bounds([wide]) == (0.25, 4.0)
+    assert bounds([Interval(-1.0, -2.0, 0.5)]) == (-2.0, 0.5)
 
 
 def test_no_rows_are_no_chart() -> None:

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from edgeclip.runtime.reporting.profile_data import NamedRun
+from edgeclip.runtime.reporting.profile_blocks import code_parts
+from edgeclip.runtime.reporting.profile_data import AdviceNote, NamedRun
 from edgeclip.runtime.reporting.profile_markdown import escaped, markdown_of
 from tests.runtime.reporting.profile_factory import (
     advice,
@@ -58,12 +59,22 @@ def test_a_quiet_run_has_no_warning_and_no_empty_column() -> None:
         ("a|b\nc", "a\\|b c"),
         ("`x` *y* [z](u)", "\\`x\\` \\*y\\* \\[z\\](u)"),
         ("thanks @someone", "thanks @<!-- -->someone"),
+        ("R@1", "R@1"),
         ("fixes #12", "fixes #<!-- -->12"),
         ("https://example.org", "https<!-- -->://example.org"),
     ],
 )
 def test_text_from_files_stays_text(given: str, shown: str) -> None:
     assert escaped(given) == shown
+
+
+def test_commands_in_advice_stay_code() -> None:
+    note = AdviceNote(
+        subject="image int8", title="Run `edgeclip embed --batch-size 4` or *wait*", text=""
+    )
+    text = markdown_of((NamedRun(name="epyc", run=quiet_run()),), advice=(note,))
+    assert "- **Run `edgeclip embed --batch-size 4` or \\*wait\\*** (image int8)" in text
+    assert code_parts("a ` lone `b` tick") == [(False, "a ` lone `b` tick")]
 
 
 def test_a_hostile_name_makes_no_markup() -> None:

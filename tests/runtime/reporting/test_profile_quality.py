@@ -5,6 +5,7 @@ from pathlib import Path
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.reporting.profile_blocks import Note
 from edgeclip.runtime.reporting.profile_data import NamedRun, SubjectQuality, subjects_of
 from edgeclip.runtime.reporting.profile_quality import (
     quality_of,
@@ -70,7 +71,7 @@ def test_another_bundle_than_the_measured_one_is_told() -> None:
     section = quality_section(subjects, quality_of_bundle(Bundle.open(EMOJI)))
     assert section is not None
     (note,) = section.blocks
-    assert note.kind == "note"
+    assert isinstance(note, Note)
     assert "another hash" in note.text
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun, Yardstick
+from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
+from edgeclip.runtime.reporting.profile_blocks import Note, Table
 from edgeclip.runtime.reporting.profile_data import (
     AdviceNote,
     NamedRun,
@@ -22,26 +23,16 @@ from edgeclip.runtime.reporting.profile_report import (
     sections_of,
     write_profile_report,
 )
-from edgeclip.runtime.reporting.profile_spread import spread_of
-from edgeclip.runtime.reporting.profile_summary import summary_of
 from tests.runtime.reporting.profile_factory import (
     advice,
+    alone,
     disturbed_run,
     quality,
     quiet_run,
     two_runs,
+    with_items,
 )
 from tests.runtime.reporting.test_write_report import HOSTILE, Page, visible
-
-
-def alone(run: MeasurementRun) -> tuple[NamedRun, ...]:
-    return (NamedRun(name="epyc", run=run),)
-
-
-def with_items(run: MeasurementRun, **changes: Any) -> MeasurementRun:
-    """The run with the same fields of every measurement changed."""
-    items = tuple(dataclasses.replace(item, **changes) for item in run.measurements)
-    return dataclasses.replace(run, measurements=items)
 
 
 def bare(item: Measurement) -> Measurement:
@@ -118,7 +109,7 @@ def test_every_latency_stands_beside_its_interval() -> None:
         for section in sections_of(alone(quiet_run()))
         if section.anchor == "latency"
         for block in section.blocks
-        if block.kind == "table"
+        if isinstance(block, Table)
     ]
     rows = [row for table in tables for row in table.rows]
     assert len(rows) == len(quiet_run().measurements)
@@ -159,78 +150,30 @@ def test_a_percentile_that_is_not_known_says_so() -> None:
     assert visible(render_profile_report(alone(run))).count("too few runs") >= 2
 
 
-def test_a_quiet_machine_is_told_so_and_no_alarm_rings() -> None:
-    run = with_items(quiet_run(), scenarios=())
-    summary = summary_of(alone(run), subjects_of(alone(run)), ())
-    assert summary.tone == "pass"
-    assert summary.alarms == ()
-
-
-def test_a_disturbed_and_throttled_machine_is_told_loudly() -> None:
-    runs = (NamedRun(name="laptop", run=disturbed_run()),)
-    summary = summary_of(runs, subjects_of(runs), ())
-    assert summary.tone == "miss"
-    assert "do not trust" in summary.verdict
-    loud = " ".join(alarm.text for alarm in summary.alarms if alarm.tone == "miss")
-    for wanted in ("DISTURBED", "24% of the CPU time", "THROTTLED", "teacher fp16", "INVALID"):
-        assert wanted in loud
-    assert "CONTENDED" not in loud  # said already
-    html = render_profile_report(runs)
-    assert html.index("DISTURBED") < html.index("<h2")
-
-
-def test_contended_runs_ring_without_an_account_of_interference() -> None:
-    run = dataclasses.replace(disturbed_run(), interference=None)
-    runs = alone(run)
-    summary = summary_of(runs, subjects_of(runs), ())
-    assert any("CONTENDED" in alarm.text for alarm in summary.alarms)
-    assert "do not trust" in summary.verdict
-
-
-def test_what_cannot_be_told_is_not_called_quiet() -> None:
-    run = with_items(quiet_run(), scenarios=(), contended=None)
-    for interference in (
-        None,
-        dataclasses.replace(run.interference, disturbed=None, throttled=None)
-        if run.interference
-        else None,
-    ):
-        runs = alone(dataclasses.replace(run, interference=interference))
-        summary = summary_of(runs, subjects_of(runs), ())
-        assert summary.tone == ""
-        assert "not known" in summary.verdict
-
-
-def test_cards_name_the_fastest_and_what_is_as_fast() -> None:
-    runs = alone(quiet_run())
-    first, second, third = summary_of(runs, subjects_of(runs), quality()).cards
-    assert first.name == "Fastest p50, image tower"
-    assert first.note.startswith("student int8; 0.565 of student fp32's time")
-    assert "not surely" not in first.note
-    assert second.figure.endswith("/s")
-    assert "batch" in second.note
-    assert third.figure == "-0.35 points"
-    items = tuple(
-        dataclasses.replace(
-            item, latency=dataclasses.replace(item.latency, p50_ms=Interval(1.0, 0.9, 1.1))
-        )
-        for item in quiet_run().measurements
-    )
-    runs = alone(dataclasses.replace(quiet_run(), measurements=items))
-    assert "not surely faster than" in summary_of(runs, subjects_of(runs), ()).cards[0].note
-
-
 def test_runs_side_by_side_say_where_they_differ() -> None:
     text = visible(render_profile_report(two_runs()))
     assert "The runs differ in their processors, systems, package versions" in text
     rows = next(s for s in sections_of(two_runs()) if s.anchor == "environment").blocks[1]
-    assert rows.kind == "table"
+    assert isinstance(rows, Table)
     small = {row[0].text: row[0].small for row in rows.rows}
     assert small["onnxruntime"] == "differs"
     assert small["edgeclip"] == ""
     assert small["measured"] == ""
     same = (NamedRun(name="a", run=quiet_run()), NamedRun(name="b", run=quiet_run()))
     assert "All runs are of one kind of machine" in visible(render_profile_report(same))
+
+
+def test_a_sensor_that_is_not_there_is_not_left_out() -> None:
+    run = quiet_run()
+    assert run.before is not None
+    assert run.after is not None
+    blind = dataclasses.replace(run.before, governor=None, temperatures_c=(), throttle_counts=())
+    run = dataclasses.replace(run, before=blind, after=blind)
+    environment = next(s for s in sections_of(alone(run)) if s.anchor == "environment")
+    (table,) = (block for block in environment.blocks if isinstance(block, Table))
+    told = {row[0].text: row[1].text for row in table.rows}
+    assert told["governor"] == told["temperatures"] == "not available"
+    assert told["load, last minute"] == "0.04"
 
 
 def test_subjects_of_several_runs_lie_side_by_side() -> None:
@@ -242,7 +185,7 @@ def test_subjects_of_several_runs_lie_side_by_side() -> None:
 def test_missing_things_of_everyone_are_told_once() -> None:
     run = with_items(quiet_run(), energy=None, missing=(("energy", "no sensor"),))
     section = next(s for s in sections_of(alone(run)) if s.anchor == "energy")
-    assert [block.text for block in section.blocks if block.kind == "note"] == [
+    assert [block.text for block in section.blocks if isinstance(block, Note)] == [
         "Energy: not available (no sensor)"
     ]
 
@@ -268,25 +211,10 @@ def test_a_roofline_that_was_not_measured_is_told() -> None:
     )
 
 
-def test_spread_loses_what_the_yardstick_shares() -> None:
-    ours = ((10.0, 10.0), (20.0, 20.0), (15.0, 15.0))
-    stick = Yardstick(name="y", samples_ms=((1.0,), (2.0,), (1.5,)))
-    found = spread_of(ours, stick)
-    assert found is not None
-    assert found.medians == (10.0, 20.0, 15.0)
-    assert found.plain == pytest.approx(1.0)
-    assert found.by_yardstick == pytest.approx(0.0)
-    other = spread_of(ours, Yardstick(name="y", samples_ms=((1.0,),)))
-    assert other is not None
-    assert other.by_yardstick is None
-    assert spread_of(((10.0,),), stick) is None
-    assert spread_of((), None) is None
-
-
 def hostile_run() -> MeasurementRun:
     """A run with HTML wherever a file can hold text."""
     run = disturbed_run()
-    items = []
+    items: list[Measurement] = []
     for item in (*quiet_run().measurements, *run.measurements[:1]):
         assert item.identity is not None
         identity = dataclasses.replace(

@@ -1,0 +1,150 @@
+"""A point of a search: one config of a tower, and what was measured of it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgeclip.export.quantizing.config import (
+    Config,
+    config_from_data,
+    config_to_data,
+    describe,
+    key,
+)
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.profiles.schema import parse
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.manifest import GateRecord
+
+# How the gates' names begin.
+_MEAN_COSINE, _P1_COSINE = "mean cosine", "1st-percentile cosine"
+_R1_LOSS, _ZERO_SHOT_LOSS = "R@1 loss", "zero-shot top-1 loss"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointLatency:
+    """Time of one call at batch 1 on the device, taken in turns with fp32.
+
+    Attributes:
+        ratio: to fp32's time.
+        ms: of one call.
+        reference_ms: of one call of fp32, in the same rounds.
+        contended: other programs took the processor meanwhile.
+    """
+
+    ratio: Interval
+    ms: Interval
+    reference_ms: Interval
+    contended: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A config, and what came of it.
+
+    Attributes:
+        config: what was tried.
+        bytes: of the graph and its weights.
+        latency: None where this machine is not the device.
+        records: its gates, on pairs that ranges were not found on, and never on the test pairs.
+        seconds: that making and measuring it took.
+    """
+
+    config: Config
+    bytes: int
+    latency: PointLatency | None
+    records: tuple[GateRecord, ...]
+    seconds: float
+
+    @property
+    def key(self) -> str:
+        """What tells its config from any other."""
+        return key(self.config)
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return describe(self.config)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is inside all gates."""
+        return all(record.passed for record in self.records)
+
+    @property
+    def cosine(self) -> Interval | None:
+        """Mean cosine with fp32; None where no embedding is usable."""
+        return measured(self.records, _MEAN_COSINE)
+
+    @property
+    def p1_cosine(self) -> Interval | None:
+        """The 1st percentile of the cosines; None where no embedding is usable."""
+        return measured(self.records, _P1_COSINE)
+
+    @property
+    def zero_shot_loss(self) -> Interval | None:
+        """Zero-shot accuracy that is lost, in points of 100; None where it was not judged."""
+        return measured(self.records, _ZERO_SHOT_LOSS)
+
+    @property
+    def r1_loss(self) -> Interval | None:
+        """R@1 that is lost, in points of 100; None where no embedding is usable."""
+        return measured(self.records, _R1_LOSS)
+
+    @property
+    def sure_ratio(self) -> float | None:
+        """The upper end of its ratio to fp32's time, if that was measured."""
+        return None if self.latency is None else self.latency.ratio.high
+
+    @property
+    def ratio(self) -> float | None:
+        """Its ratio to fp32's time, if that was measured."""
+        return None if self.latency is None else self.latency.ratio.value
+
+
+def measured(records: tuple[GateRecord, ...], name: str) -> Interval | None:
+    """Return the value and the interval of the gate whose name begins so."""
+    for record in records:
+        if record.name.startswith(name):
+            return Interval(record.value, record.low, record.high)
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    """All of a point but its config."""
+
+    bytes: int
+    latency: PointLatency | None
+    records: tuple[GateRecord, ...]
+    seconds: float
+
+
+def point_to_data(point: Point) -> dict[str, Any]:
+    """Return plain data for JSON."""
+    measured_part = _Measured(
+        bytes=point.bytes,
+        latency=point.latency,
+        records=point.records,
+        seconds=point.seconds,
+    )
+    return {"config": config_to_data(point.config), **asdict(measured_part)}
+
+
+def point_from_data(data: object, *, source: str) -> Point:
+    """Read what `point_to_data` gave; `source` names it in messages.
+
+    Raises:
+        ConfigError: wrong or missing fields.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: expected a mapping of keys to values")
+    rest = {name: value for name, value in data.items() if name != "config"}
+    found = parse(_Measured, rest, source=source)
+    return Point(
+        config=config_from_data(data.get("config"), source=source),
+        bytes=found.bytes,
+        latency=found.latency,
+        records=found.records,
+        seconds=found.seconds,
+    )

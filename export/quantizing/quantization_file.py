@@ -1,0 +1,117 @@
+"""`quantization.json`: the config that a search chose for each tower, for `edgeclip export`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from edgeclip.export.quantizing.config import Config, config_from_data, config_to_data
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.profiles.schema import parse
+from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.spec import Tower
+
+FILE_NAME = "quantization.json"
+
+_VERSION = 1
+_MEND = "search again with `edgeclip quantize`"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerQuantization:
+    """What was chosen for a tower.
+
+    Attributes:
+        config: the choice; fp32 says that nothing else is worth shipping.
+        graph: sha256 of the fp32 graph that its names of nodes belong to.
+        passes: rewrites that this graph has, in order.
+        why: it and no other.
+    """
+
+    config: Config
+    graph: str
+    passes: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """The choices for a device.
+
+    Attributes:
+        device: name of its profile.
+        towers: those that were searched.
+    """
+
+    device: str
+    towers: Mapping[Tower, TowerQuantization]
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        data = {
+            "schema_version": _VERSION,
+            "device": self.device,
+            "towers": {
+                tower: {
+                    "config": config_to_data(item.config),
+                    **asdict(_Rest(item.graph, item.passes, item.why)),
+                }
+                for tower, item in self.towers.items()
+            },
+        }
+        with atomic_file(path) as temporary:
+            text = json.dumps(data, indent=1, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Quantization":
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: missing, unreadable or invalid.
+        """
+        try:
+            data: Any = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not JSON ({error}): {_MEND}") from None
+        if not isinstance(data, Mapping) or data.get("schema_version") != _VERSION:
+            raise ConfigError(f"{path} is no {FILE_NAME} of version {_VERSION}: {_MEND}")
+        towers = data.get("towers")
+        if not isinstance(data.get("device"), str) or not isinstance(towers, Mapping):
+            raise ConfigError(f"{path} names no device and towers: {_MEND}")
+        known = get_args(Tower)
+        wrong = [name for name in towers if name not in known]
+        if wrong:
+            raise ConfigError(f"{path}: a tower is {' or '.join(known)}, not {wrong[0]}: {_MEND}")
+        return cls(
+            device=data["device"],
+            towers={name: _read(item, f"{path}, {name} tower") for name, item in towers.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """All of a tower's choice but its config."""
+
+    graph: str
+    passes: tuple[str, ...]
+    why: str
+
+
+def _read(data: object, source: str) -> TowerQuantization:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: expected a mapping of keys to values")
+    rest = parse(_Rest, {key: data[key] for key in data if key != "config"}, source=source)
+    return TowerQuantization(
+        config=config_from_data(data.get("config"), source=source),
+        graph=rest.graph,
+        passes=rest.passes,
+        why=rest.why,
+    )

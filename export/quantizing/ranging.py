@@ -1,0 +1,257 @@
+"""Where to cut the range of an activation: histograms of what it was, and the cuts they suggest.
+
+A quantized value has a few levels. A range that holds the rarest extremes spends them on
+values that hardly ever occur; one that is cut too early clips what does. Extremes cut
+nothing, a percentile cuts a share, entropy (Migacz, 8-bit Inference with TensorRT, GTC 2017)
+and the squared error look for a balance.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+BINS = 4096  # on each side of 0; a power of two, because they are joined in pairs
+
+_FEWEST_BINS = 64  # a cut keeps at least these of one side
+_CANDIDATES = 128  # cuts that are tried
+_ROUNDS = 2  # of looking for one end of a range while the other stays
+_NOTHING = 1e-4  # the probability of what a quantized histogram says cannot be
+
+Edges = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The values from `low` to `high`, as a quantizer is to hold them."""
+
+    low: float
+    high: float
+
+    @property
+    def bound(self) -> float:
+        """The larger of the absolute values."""
+        return max(-self.low, self.high, 0.0)
+
+    def with_zero(self) -> "Range":
+        """Return the range widened to hold 0, as every quantizer's must."""
+        return Range(min(self.low, 0.0), max(self.high, 0.0))
+
+    def within(self, other: "Range") -> "Range":
+        """Return what both have in common."""
+        return Range(max(self.low, other.low), min(self.high, other.high))
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """What an integer can be: from `lowest` to `highest`, one of which may be 0's own.
+
+    `symmetric` ones put 0 at 0. The others put it where low and high ask for it.
+    """
+
+    lowest: int
+    highest: int
+    symmetric: bool
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.highest - self.lowest + 1
+
+    def grid(self, kept: Range) -> tuple[float, int, int]:
+        """Return the step of a range, and the least and largest multiple of it that there is."""
+        kept = kept.with_zero()
+        if self.symmetric:
+            return kept.bound / self.highest, self.lowest, self.highest
+        step = (kept.high - kept.low) / (self.count - 1)
+        zero = round(self.lowest - kept.low / step) if step > 0 else 0
+        return step, self.lowest - zero, self.highest - zero
+
+    def round(self, values: NDArray[np.floating], kept: Range) -> NDArray[np.float64]:
+        """Return what a quantizer with this range makes of values."""
+        step, least, most = self.grid(kept)
+        if step == 0:
+            return np.zeros(values.shape)
+        return np.asarray(np.clip(np.rint(values / step), least, most) * step)
+
+
+SIGNED = Levels(-127, 127, symmetric=True)
+UNSIGNED = Levels(0, 255, symmetric=False)
+
+
+class Histogram:
+    """How often values fell where, in a fixed number of bins around 0.
+
+    The bins become wider as values grow: they are joined in pairs, so every count stays
+    exact. Memory does not depend on how much is added.
+    """
+
+    def __init__(self, bins: int = BINS) -> None:
+        self._bins = bins
+        self._counts = np.zeros(2 * bins, np.int64)
+        self._limit = 0.0
+        self._low, self._high = np.inf, -np.inf
+
+    def add(self, values: NDArray[np.floating]) -> None:
+        """Count some more, of any shape.
+
+        Raises:
+            ValueError: one of them is infinite or not a number.
+        """
+        if values.size == 0:
+            return
+        low, high = float(values.min()), float(values.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ValueError("a value is infinite or not a number")
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._widen(max(-low, high))
+        limit = self._limit or 1.0
+        found, _ = np.histogram(values, 2 * self._bins, range=(-limit, limit))
+        self._counts += found
+
+    @property
+    def seen(self) -> Range:
+        """The extremes; 0 to 0 if nothing was added."""
+        return Range(self._low, self._high) if self._low <= self._high else Range(0.0, 0.0)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How many fell into each bin: int64 [2 * bins]."""
+        return self._counts
+
+    @property
+    def edges(self) -> Edges:
+        """Where the bins begin and end: float64 [2 * bins + 1], rising."""
+        limit = self._limit or 1.0
+        return np.linspace(-limit, limit, 2 * self._bins + 1)
+
+    def _widen(self, bound: float) -> None:
+        if self._limit == 0:
+            if bound > 0:
+                # All that came before is 0, whose bin begins at 0 whatever the limit.
+                self._limit = bound
+            return
+        while self._limit < bound:
+            half = self._bins // 2
+            joined = self._counts.reshape(-1, 2).sum(axis=1)
+            self._counts = np.zeros_like(self._counts)
+            self._counts[half : half + 2 * half] = joined
+            self._limit *= 2
+
+
+def cut_share(histogram: Histogram, percentile: float, levels: Levels) -> Range:
+    """Keep `percentile` % of the values; without symmetry, each end loses half of the rest."""
+    counts, edges = histogram.counts, histogram.edges
+    if counts.sum() == 0:
+        return histogram.seen
+    if levels.symmetric:
+        middle = len(counts) // 2
+        folded = counts[middle:] + counts[:middle][::-1]
+        bound = _quantile(folded, edges[middle:], percentile / 100)
+        return Range(-bound, bound).within(_balanced(histogram.seen))
+    rest = (1 - percentile / 100) / 2
+    kept = Range(_quantile(counts, edges, rest), _quantile(counts, edges, 1 - rest))
+    return kept.within(histogram.seen).with_zero()
+
+
+def cut_information(histogram: Histogram, levels: Levels) -> Range:
+    """Keep what loses the least information: the smallest Kullback-Leibler divergence.
+
+    Ranges from -T to T are tried, less what was never seen, if they have a bin for each level.
+    """
+    counts, edges = histogram.counts, histogram.edges
+    seen = _balanced(histogram.seen) if levels.symmetric else histogram.seen.with_zero()
+    if seen.bound == 0:
+        return seen
+    tried = [Range(-bound, bound).within(seen) for bound in _candidates(seen.bound)]
+    if levels.symmetric:  # as the reference does: absolute values, and the levels for them
+        middle = len(counts) // 2
+        counts, edges = counts[middle:] + counts[:middle][::-1], edges[middle:]
+        levels = Levels(0, levels.highest, symmetric=False)
+    losses = [_divergence(counts, edges, kept, levels.count) for kept in tried]
+    return tried[int(np.argmin(losses))]
+
+
+def cut_squared_error(histogram: Histogram, levels: Levels) -> Range:
+    """Keep what makes the mean squared error of the quantized values smallest."""
+    seen = _balanced(histogram.seen) if levels.symmetric else histogram.seen.with_zero()
+    if seen.bound == 0:
+        return seen
+    shares = _candidates(1.0)
+    if levels.symmetric:
+        tried = [Range(-share * seen.bound, share * seen.bound) for share in shares]
+        return _best(histogram, tried, levels)
+    best = _best(
+        histogram, [Range(share * seen.low, share * seen.high) for share in shares], levels
+    )
+    for _ in range(_ROUNDS):
+        best = _best(histogram, [Range(best.low, share * seen.high) for share in shares], levels)
+        best = _best(histogram, [Range(share * seen.low, best.high) for share in shares], levels)
+    return best
+
+
+def squared_error(histogram: Histogram, kept: Range, levels: Levels) -> float:
+    """Return the mean squared error of the values when they are quantized with a range.
+
+    Within a bin they are taken to be spread evenly, over which the error is integrated
+    exactly: bins may be wider than a step, or narrower.
+    """
+    counts, edges = histogram.counts, histogram.edges
+    total = counts.sum()
+    step, least, most = levels.grid(kept)
+    if total == 0:
+        return 0.0
+    if step == 0:
+        whole = edges**3 / 3
+    else:
+        nearest = np.clip(np.rint(edges / step), least, most)
+        whole = nearest * step**3 / 12 + (edges - nearest * step) ** 3 / 3
+    return float(counts @ np.diff(whole) / (edges[1] - edges[0]) / total)
+
+
+def _best(histogram: Histogram, tried: list[Range], levels: Levels) -> Range:
+    return min(tried, key=lambda kept: squared_error(histogram, kept, levels))
+
+
+def _candidates(bound: float) -> list[float]:
+    """Bounds to try, the whole one first, down to the share that `_FEWEST_BINS` are."""
+    return [float(item) for item in bound * np.geomspace(1, _least_share(), _CANDIDATES)]
+
+
+def _least_share() -> float:
+    return _FEWEST_BINS / BINS
+
+
+def _balanced(seen: Range) -> Range:
+    return Range(-seen.bound, seen.bound)
+
+
+def _quantile(counts: NDArray[np.int64], edges: Edges, share: float) -> float:
+    """Return the value below which a share of the values lies."""
+    below = np.concatenate([[0], np.cumsum(counts)])
+    return float(np.interp(share * below[-1], below, edges))
+
+
+def _divergence(counts: NDArray[np.int64], edges: Edges, kept: Range, levels: int) -> float:
+    """Divergence of the clipped values from their quantized histogram, in nats.
+
+    What is clipped goes to the last bin on its side. The histogram is quantized by joining
+    its bins to `levels`, and spreading each evenly over those of its bins that hold
+    something. Infinite if there are fewer bins than levels: nothing would be joined.
+    """
+    start = max(int(np.searchsorted(edges, kept.low, side="right")) - 1, 0)
+    stop = int(np.searchsorted(edges, kept.high, side="left"))
+    inside = counts[start:stop].astype(np.float64)
+    filled = inside > 0
+    if len(inside) < levels or not filled.any():
+        return np.inf
+    level = np.arange(len(inside)) * levels // len(inside)
+    held = np.bincount(level, inside, minlength=levels)
+    shared = np.bincount(level, filled, minlength=levels)
+    spread = np.where(filled, held[level] / np.maximum(shared[level], 1), 0.0)
+    inside[0] += counts[:start].sum()
+    inside[-1] += counts[stop:].sum()
+    right, found = inside / inside.sum(), spread / spread.sum()
+    some = right > 0
+    possible = np.maximum(found[some], _NOTHING / len(inside))
+    return float(np.sum(right[some] * np.log(right[some] / possible)))

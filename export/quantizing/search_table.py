@@ -1,0 +1,105 @@
+"""A search as text: a line for each point, the choice, and what would not go."""
+
+from collections.abc import Sequence
+
+from edgeclip.export.gates import Judged, missed
+from edgeclip.export.quantizing.point import Point
+from edgeclip.export.quantizing.search import SearchResult
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.manifest import GateRecord
+from edgeclip.runtime.reporting.report_format import digits
+
+_SHOWN = 8  # groups whose damage is printed
+_HEAD = (
+    *("", "config", "time/fp32", "95% interval", "ms", "MB"),
+    *("mean cosine", "1st pct", "R@1 loss", "zero-shot loss", "gates"),
+)
+_LEFT = (1, 10)  # columns of words
+
+
+def search_table(result: SearchResult) -> str:
+    """Everything that a terminal should see; gates of points are on the steering pairs."""
+    points = ordered(result)
+    rows = [_HEAD, *(_row(number, point, result) for number, point in enumerate(points, 1))]
+    lines = [*_aligned(rows), "", f"chosen: {result.chosen.name} ({result.why})"]
+    for judgement in result.judged:
+        name = next(point.name for point in points if point.key == judgement.config)
+        lines.append(f"on the test pairs: {name}")
+        lines += [f"  {_gate(record)}" for record in judgement.records]
+    if result.damage is not None:
+        lines += ["", "damage of each group alone (divergence of a row, nats; 1 - cosine; time saved)"]
+        lines += _aligned(_damage_rows(result))
+    lines += [f"not possible here: {name}: {reason}" for name, reason in result.failed]
+    if not result.complete:
+        lines.append("time was up before all was tried: run it again to go on")
+    return "\n".join(lines)
+
+
+def ordered(result: SearchResult) -> tuple[Point, ...]:
+    """All points: the fastest first, or the smallest where no time was measured."""
+    return tuple(
+        sorted(result.points, key=lambda point: (point.ratio or 0.0, point.bytes, point.key))
+    )
+
+
+def misses_of(point: Point) -> tuple[str, ...]:
+    """Say which gates a point misses, and by how much."""
+    return tuple(missed(Judged("steering", record) for record in point.records))
+
+
+def _row(number: int, point: Point, result: SearchResult) -> tuple[str, ...]:
+    marks = ("*" if point.key == result.chosen.key else "") + str(number)
+    time = ("", "", "")
+    if point.latency is not None:
+        ratio = point.latency.ratio
+        span = f"{ratio.low:.3f} to {ratio.high:.3f}"
+        time = (f"{ratio.value:.3f}", span, digits(point.latency.ms.value))
+    return (
+        marks,
+        point.name,
+        *time,
+        digits(point.bytes / 1e6),
+        _value(point.cosine, 5),
+        _value(point.p1_cosine, 5),
+        _value(point.r1_loss, 2),
+        _value(point.zero_shot_loss, 2),
+        "inside" if point.passed else "misses",
+    )
+
+
+def _value(value: Interval | None, places: int) -> str:
+    return "" if value is None else f"{value.value:.{places}f}"
+
+
+def _gate(record: GateRecord) -> str:
+    outcome = "pass" if record.passed else "miss"
+    return (
+        f"{record.name}: {record.value:.5g} [{record.low:.5g}, {record.high:.5g}] "
+        f"{record.direction} {record.bound:g} {record.unit}, {outcome}"
+    )
+
+
+def _damage_rows(result: SearchResult) -> list[tuple[str, ...]]:
+    assert result.damage is not None
+    return [
+        (
+            item.title,
+            f"{item.divergence.value:.2e}",
+            f"{item.cosine_loss.value:.2e}",
+            "" if result.gains is None else f"{100 * result.gains.of(item.nodes):+.1f}%",
+        )
+        for item in result.damage.groups[:_SHOWN]
+    ]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns of one width each: names to the left, figures to the right."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    left = _LEFT if len(widths) == len(_HEAD) else (0,)
+    return [
+        "  ".join(
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,106 @@
+"""What is searched: a tower, the device that it is for, and the data that decide."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.sources import Source
+from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
+from edgeclip.export.graph import data_path
+from edgeclip.export.tower_graph import TowerGraph
+from edgeclip.export.zero_shot import Chosen, ZeroShot
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.machine import detect_machine
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.spec import Precision, Tower
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JudgedPairs:
+    """Pairs that configs are judged on.
+
+    Attributes:
+        pairs: with captions.
+        zero_shot: labelled pictures; None where no picture has a label.
+    """
+
+    pairs: Source
+    zero_shot: ZeroShot | None = None
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever a pair or a label does."""
+        zero = self.zero_shot
+        labels = "" if zero is None else f"{zero.source.identity}:{zero.labels.names}"
+        return f"{self.pairs.identity}:{labels}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SearchTask:
+    """A tower, the device that it is for, and the data that decide.
+
+    Attributes:
+        student: the model; it is put into evaluation mode.
+        graph: one of its towers in fp32, as it will be shipped.
+        device: that it is for.
+        runner: what runs graphs while they are judged: the device, if it is a CPU.
+        ranges: pairs that ranges are found on.
+        steering: held-out pairs of the same split, which decide what is tried next.
+        test: pairs of another split, for the last judgement only.
+        bounds: of the gates of each precision.
+        workload: how points are timed on this machine; None where it is not the device.
+    """
+
+    student: DualEncoder
+    graph: TowerGraph
+    device: DeviceProfile
+    runner: DeviceProfile
+    ranges: Source
+    steering: JudgedPairs
+    test: JudgedPairs
+    bounds: Mapping[Precision, Bounds] = field(default_factory=lambda: DEFAULT_BOUNDS)
+    workload: Workload | None = None
+
+    @property
+    def tower(self) -> Tower:
+        """Which one is searched."""
+        return self.graph.tower
+
+    @property
+    def identity(self) -> str:
+        """Everything beside the config that a point depends on."""
+        machine = detect_machine()
+        here = (machine.cpu, machine.cores) if self.workload is not None else ()
+        files = [path for path in (self.graph.path, data_path(self.graph.path)) if path.is_file()]
+        parts = (
+            *(sha256_file(path) for path in files),
+            self.tower,
+            self.student.spec,
+            space_fingerprint(self.student),  # of the other tower
+            self.ranges.identity,
+            self.steering.identity,
+            sorted((name, asdict(bounds)) for name, bounds in self.bounds.items()),
+            asdict(self.device),
+            self.workload,
+            here,
+            machine.packages,
+        )
+        return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
+
+
+def split_calibration(source: Source, ranges: int) -> tuple[Source, Source]:
+    """Split calibration pairs in two: `ranges` of them to find ranges on, the others to steer by.
+
+    Which is which is drawn, because folders are often sorted by what they show.
+    """
+    drawn = np.random.default_rng(0).permutation(len(source))
+    first, rest = (sorted(map(int, part)) for part in (drawn[:ranges], drawn[ranges:]))
+    name = source.name
+    return (
+        Chosen(source, first, f"{len(first)} of {name}"),
+        Chosen(source, rest, f"{len(rest)} others of {name}"),
+    )

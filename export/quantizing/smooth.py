@@ -1,0 +1,250 @@
+"""SmoothQuant: the outliers of a LayerNormalization's channels are handed on to the weights.
+
+Channel j is divided by s_j in the norm's own scale and bias, and multiplied by s_j in the
+weights that read it. What is computed stays the same, with no operator more, but the
+channels are of one size, so one step of int8 fits all of them. With
+
+    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
+
+alpha is the share of the difficulty that the weights take. Xiao et al., SmoothQuant:
+Accurate and Efficient Post-Training Quantization for Large Language Models, ICML 2023.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgeclip.export.calibrate import CalibrationData
+from edgeclip.export.errors import ExportError
+from edgeclip.export.graph import load_graph
+from edgeclip.export.quantizing.config import Smoothing, StaticInt8
+from edgeclip.export.quantizing.edit_graph import GraphEdit, Values, attribute, input_axis
+from edgeclip.export.quantizing.layer_error import FloatArray, LayerError
+from edgeclip.export.quantizing.observe import observe
+
+ALPHAS = tuple(step / 10 for step in range(11))
+
+_WORTH = 0.99  # of the error without smoothing; what saves less is not worth a change
+_SMALLEST = 1e-5  # of the largest channel: smaller ones are as good as never used
+_ROWS = 512  # of a norm's results that alphas are compared on
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """A LayerNormalization and the products that read it, all by constant weights."""
+
+    node: onnx.NodeProto
+    products: tuple[onnx.NodeProto, ...]
+
+    @property
+    def result(self) -> str:
+        return self.node.output[0]
+
+
+def smoothable(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Names of the LayerNormalizations that only products with constant weights read.
+
+    What also goes elsewhere cannot be scaled: the residual stream of a BERT, for example.
+    The fused SkipLayerNormalization is left alone.
+    """
+    return tuple(norm.node.name for norm in _norms(GraphEdit(model)))
+
+
+def smooth(model: onnx.ModelProto, alphas: Smoothing, data: CalibrationData) -> None:
+    """Smooth some LayerNormalizations of a graph in place, by what they give on `data`.
+
+    Raises:
+        ExportError: one that cannot be smoothed.
+    """
+    edit = GraphEdit(model)
+    norms = _chosen(edit, [name for name, _ in alphas])
+    samples = _samples(model, norms.values(), data, rows=0)
+    for name, alpha in alphas:
+        norm = norms[name]
+        weights = [_rows(edit, product) for product in norm.products]
+        _fold(edit, norm, factors(samples[norm.result].largest, weights, alpha))
+    edit.drop_unread()
+
+
+def rescale(model: onnx.ModelProto, norm: str, divisors: NDArray[np.floating]) -> None:
+    """Divide the channels of a LayerNormalization, and multiply the weights behind it, in place.
+
+    `divisors` are [channels].
+
+    Raises:
+        ExportError: it cannot be smoothed.
+    """
+    edit = GraphEdit(model)
+    _fold(edit, _chosen(edit, [norm])[norm], np.asarray(divisors, np.float64))
+    edit.drop_unread()
+
+
+def factors(sizes: Values, weights: Sequence[Values], alpha: float) -> Values:
+    """Return s by the formula above.
+
+    Args:
+        sizes: largest absolute value of each channel, [channels].
+        weights: what the channels are multiplied by, [channels, outputs] each.
+        alpha: 0 to 1.
+    """
+    read = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
+    given, taken = (_not_tiny(item) for item in (sizes, read))
+    return np.asarray(given**alpha / taken ** (1 - alpha))
+
+
+def search_alphas(
+    source: Path | onnx.ModelProto,
+    data: CalibrationData,
+    config: StaticInt8,
+    *,
+    grid: Sequence[float] = ALPHAS,
+) -> Smoothing:
+    """Find the alpha of each LayerNormalization with which quantizing loses least.
+
+    It is judged by the squared error of all that its products give, on some of its results,
+    when they are quantized as `config` says. What no alpha improves is not in the answer, nor
+    is a norm whose products all stay in float. Memory does not grow with the data.
+
+    Raises:
+        ExportError: the graph cannot be read.
+    """
+    model = load_graph(source) if isinstance(source, Path) else source
+    edit = GraphEdit(model)
+    norms = [norm for norm in _norms(edit) if _quantized(norm, config)]
+    samples = _samples(model, norms, data)
+    found = []
+    for norm in norms:
+        sample = samples[norm.result]
+        weights = [_rows(edit, product) for product in norm.products]
+        chosen = [_rows(edit, product) for product in _quantized(norm, config)]
+        error = LayerError(sample.rows, sample.low, sample.high, chosen, config)
+        errors = {
+            alpha: error.of(factors(sample.largest, weights, alpha)) for alpha in sorted(grid)
+        }
+        alpha = min(errors, key=lambda item: errors[item])
+        if errors[alpha] < _WORTH * error.of(np.ones_like(sample.largest)):
+            found.append((norm.node.name, alpha))
+    return tuple(found)
+
+
+class _Sample:
+    """The extremes of each channel of a norm's results, and some of the results.
+
+    If rows are wanted, they come from every second batch and the extremes from the others, so
+    that rows go beyond the extremes as often as they will on other data.
+    """
+
+    def __init__(self, rows: int, *, apart: bool) -> None:
+        self._most, self._apart = rows, apart
+        self._batches = 0
+        self._parts: list[FloatArray] = []
+        self._low: list[NDArray[np.floating]] = []
+        self._high: list[NDArray[np.floating]] = []
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Take in a batch [..., channels]; at most `rows` of its rows are kept."""
+        rows = values.reshape(-1, values.shape[-1])
+        if not self._apart or self._batches % 2 == 0:
+            self._low = [np.min([*self._low, rows.min(axis=0)], axis=0)]
+            self._high = [np.max([*self._high, rows.max(axis=0)], axis=0)]
+        if self._most and (not self._apart or self._batches % 2):
+            places = np.linspace(0, len(rows) - 1, min(self._most, len(rows))).astype(int)
+            self._parts.append(rows[places].astype(np.float32))
+        self._batches += 1
+
+    @property
+    def rows(self) -> FloatArray:
+        """Some results, [N, channels]."""
+        return np.concatenate(self._parts)
+
+    @property
+    def low(self) -> Values:
+        """The least of each channel."""
+        return self._low[0].astype(np.float64)
+
+    @property
+    def high(self) -> Values:
+        """The greatest of each channel."""
+        return self._high[0].astype(np.float64)
+
+    @property
+    def largest(self) -> Values:
+        """The largest absolute value of each channel."""
+        return np.maximum(-self.low, self.high)
+
+
+def _samples(
+    model: onnx.ModelProto, norms: Iterable[_Norm], data: CalibrationData, rows: int = _ROWS
+) -> dict[str, _Sample]:
+    """Look at what norms give, by the names of the values; keep about `rows` rows of each."""
+    apart = rows > 0 and data.count > 1
+    share = -(-rows // max(data.count // 2 if apart else data.count, 1))
+    samples = {norm.result: _Sample(share, apart=apart) for norm in norms}
+    observe(model, list(samples), data, lambda name, values: samples[name].add(values))
+    return samples
+
+
+def _norms(edit: GraphEdit) -> Iterator[_Norm]:
+    for node in edit.graph.node:
+        if node.op_type != "LayerNormalization" or node.domain:
+            continue
+        scale, result = edit.constant(node, 1), node.output[0]
+        biased = len(node.input) > 2 and node.input[2] != ""
+        if scale is None or scale.ndim != 1 or (biased and edit.constant(node, 2) is None):
+            continue
+        readers = edit.readers(result)
+        fits = [_is_product(edit, reader, result, len(scale)) for reader in readers]
+        if readers and all(fits) and edit.is_private(result):
+            yield _Norm(node, tuple(readers))
+
+
+def _is_product(edit: GraphEdit, node: onnx.NodeProto, given: str, channels: int) -> bool:
+    """Tell whether a node multiplies a value [..., channels] by a constant weight."""
+    if node.op_type not in ("MatMul", "Gemm") or node.domain or node.input[0] != given:
+        return False
+    if attribute(node, "transA", 0):
+        return False
+    weight = edit.constant(node, 1)
+    return weight is not None and weight.ndim == 2 and weight.shape[input_axis(node)] == channels
+
+
+def _chosen(edit: GraphEdit, names: Sequence[str]) -> dict[str, _Norm]:
+    norms = {norm.node.name: norm for norm in _norms(edit)}
+    wrong = [name for name in names if name not in norms]
+    if wrong:
+        raise ExportError(
+            f"{', '.join(wrong)} cannot be smoothed: there must be a LayerNormalization of that "
+            f"name, read by products with constant weights only ({', '.join(norms) or 'none is'})"
+        )
+    return {name: norms[name] for name in names}
+
+
+def _quantized(norm: _Norm, config: StaticInt8) -> list[onnx.NodeProto]:
+    return [product for product in norm.products if product.name not in config.kept]
+
+
+def _rows(edit: GraphEdit, product: onnx.NodeProto) -> Values:
+    """Weight of a product as [channels, outputs]."""
+    weight = edit.needed(product, 1)
+    return np.moveaxis(weight.astype(np.float64), input_axis(product), 0)
+
+
+def _fold(edit: GraphEdit, norm: _Norm, divisors: Values) -> None:
+    for place in range(1, len(norm.node.input)):
+        before = edit.constant(norm.node, place)
+        if before is not None:
+            edit.replace(norm.node, place, before / divisors)
+    for product in norm.products:
+        weight = _rows(edit, product) * divisors[:, None]
+        edit.replace(product, 1, np.moveaxis(weight, 0, input_axis(product)))
+
+
+def _not_tiny(sizes: Values) -> Values:
+    """Raise what is hardly ever used, or never, to a share of the largest."""
+    largest = float(sizes.max())
+    return np.maximum(sizes, _SMALLEST * largest) if largest > 0 else np.ones_like(sizes)
