@@ -17,19 +17,26 @@ _PLAIN_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # it becomes the name of a 
 
 
 def bake_by_teacher(
-    teacher: DualEncoder, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+    teacher: DualEncoder,
+    names: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    *,
+    truncate: bool = False,
 ) -> LabelSet:
     """Embed labels in all templates with the teacher's text tower; see `labels.bake_labels`.
 
     Raises:
         InputError: no names, a name twice, a template without its one `{}`, or a text that is
-            too long for the teacher.
+            too long for the teacher, unless `truncate`.
     """
     tokenizer, embed = teacher.text_tokenizer, torch_embedder(teacher, "text")
 
     def encode(texts: list[str]) -> FloatArray:
         starts = range(0, len(texts), _AT_ONCE)
-        parts = [tokenizer.encode(texts[start : start + _AT_ONCE], first=start) for start in starts]
+        parts = (
+            tokenizer.encode(texts[start : start + _AT_ONCE], truncate=truncate, first=start)
+            for start in starts
+        )
         return np.concatenate([embed(part) for part in parts])
 
     return bake_labels(names, templates, encode, teacher.space)

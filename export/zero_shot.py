@@ -127,7 +127,7 @@ def emoji_zero_shot(teacher: DualEncoder, *, most: int, size: int) -> ZeroShot:
     places = {name: place for place, name in enumerate(names)}
     return ZeroShot(
         source=Chosen(scenes, numbers, f"EmojiScenes test, {len(numbers)} scenes of one emoji"),
-        labels=bake_by_teacher(teacher, names, EMOJI_TEMPLATES),
+        labels=bake_by_teacher(teacher, names, EMOJI_TEMPLATES, truncate=True),
         right=np.array([places[name] for name in shown], dtype=np.int64),
     )
 

@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeclip.profiles.device import DeviceProfile, load_device
+from edgeclip.profiles.machine import detect_machine
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.load_image import list_images
-from edgeclip.runtime.measuring.compare_runs import compare_runs, only_in
+from edgeclip.runtime.measuring.compare_runs import compare_runs, hardware, only_in
 from edgeclip.runtime.measuring.comparison_table import comparison_markdown, comparison_text
 from edgeclip.runtime.measuring.long_table import write_parquet
 from edgeclip.runtime.measuring.measurement import MeasurementRun
@@ -103,7 +104,7 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write what was asked for; 1 if something regressed."""
     _check(args)
-    baseline = None if args.against is None else MeasurementRun.load(args.against)
+    baseline = _baseline(args)
     workload, device = load_workload(args.workload), load_device(args.device)
     bundles = [_bundle(given) for given in args.bundles]
     specs = (*_subjects(args, bundles, device), *(_peer(given, device) for given in args.peer))
@@ -131,6 +132,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def _baseline(args: argparse.Namespace) -> MeasurementRun | None:
+    """The earlier run; one of another machine is refused before minutes go by."""
+    if args.against is None:
+        return None
+    found = MeasurementRun.load(args.against)
+    there, here = hardware(found.machine), hardware(detect_machine())
+    if args.max_regression is not None and not args.other_machine and there != here:
+        raise InputError(
+            f"{args.against} is of another machine ({there}) than this one ({here}): measure it "
+            "anew here, or judge the ratios to the yardstick with --other-machine"
+        )
+    return found
 
 
 def _check(args: argparse.Namespace) -> None:

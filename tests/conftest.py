@@ -7,6 +7,7 @@ and both give embeddings in one space: a red picture is nearest to "a red apple"
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.bundle_paths import GOLDEN_NAME, MANIFEST_NAME, TOKENIZER_NAME, tower_path
+from edgeclip.runtime.bundle_paths import (
+    GOLDEN_NAME,
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    labels_path,
+    tower_path,
+)
 from edgeclip.runtime.engine_ort import OrtEngine
 from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.golden import Expected, Golden
+from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.manifest import (
     SCHEMA_VERSION,
     FileRecord,
@@ -69,6 +77,35 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that a test may alter."""
     return shutil.copytree(tiny_bundle, tmp_path / "own_bundle")
+
+
+@pytest.fixture(scope="session")
+def image_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle without its text tower, with the label set "colours"; do not alter it."""
+    root = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("image_only") / "bundle")
+    manifest = Manifest.from_json((root / MANIFEST_NAME).read_text(encoding="utf-8"))
+    golden = Golden.load(root / GOLDEN_NAME, manifest)
+    colours = LabelSet(
+        names=tuple(COLOURS),
+        embeddings=next(
+            item.embeddings
+            for item in golden.expected
+            if (item.tower, item.precision) == ("image", "fp32")
+        ),
+        space=SPACE,
+        templates=("a photo of a {}",),
+    )
+    colours.save(root / labels_path("colours"))
+    images = tuple(item for item in golden.expected if item.tower == "image")
+    replace(golden, texts=(), input_ids=golden.input_ids[:0], expected=images).save(
+        root / GOLDEN_NAME
+    )
+    for path in (root / TOKENIZER_NAME, root / "tokenizer_config.json", *root.glob("onnx/text*")):
+        path.unlink()
+    (root / MANIFEST_NAME).unlink()
+    alone = replace(manifest, towers=(manifest.tower("image"),), files=_file_records(root))
+    (root / MANIFEST_NAME).write_text(alone.to_json(), encoding="utf-8")
+    return root
 
 
 @pytest.fixture
@@ -277,7 +314,6 @@ def _golden(root: Path, spec: EncoderSpec) -> Golden:
 
 
 def _manifest(root: Path, spec: EncoderSpec) -> Manifest:
-    files = sorted(path for path in root.rglob("*") if path.is_file())
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name="tiny",
@@ -295,10 +331,14 @@ def _manifest(root: Path, spec: EncoderSpec) -> Manifest:
             versions=(("numpy", np.__version__),),
         ),
         licence="Apache-2.0",
-        files=tuple(
-            FileRecord(path.relative_to(root).as_posix(), path.stat().st_size, sha256_file(path))
-            for path in files
-        ),
+        files=_file_records(root),
+    )
+
+
+def _file_records(root: Path) -> tuple[FileRecord, ...]:
+    return tuple(
+        FileRecord(path.relative_to(root).as_posix(), path.stat().st_size, sha256_file(path))
+        for path in sorted(path for path in root.rglob("*") if path.is_file())
     )
 
 

@@ -29,7 +29,7 @@ from edgeclip.export.quantizing.observe import observe
 
 ALPHAS = tuple(step / 10 for step in range(11))
 
-_WORTH = 0.99  # of the error without smoothing; what saves less is not worth a change
+_WORTH = 0.95  # of the error without smoothing; what saves less is not worth a change
 _SMALLEST = 1e-5  # of the largest channel: smaller ones are as good as never used
 _ROWS = 512  # of a norm's results that alphas are compared on
 

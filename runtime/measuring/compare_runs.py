@@ -166,7 +166,8 @@ def _differences(*sides: _Side) -> Iterator[Difference]:
         yield Difference(what="packages", now=now, baseline=baseline)
 
 
-def _hardware(machine: Machine) -> str:
+def hardware(machine: Machine) -> str:
+    """What makes two machines different ones, in a line."""
     flags = " ".join(machine.flags) or "no known instruction sets"
     return f"{machine.cpu}, {machine.cores} cores, {flags}"
 
@@ -185,7 +186,7 @@ def _engine(item: Measurement) -> str:
 
 
 _DESCRIPTIONS: dict[What, Callable[[Measurement, MeasurementRun], str]] = {
-    "machine": lambda _, run: _hardware(run.machine),
+    "machine": lambda _, run: hardware(run.machine),
     "input shape": lambda item, _: " x ".join(map(str, item.input_shape)),
     "system": lambda _, run: f"{run.machine.os}, {run.machine.python}",
     "workload": lambda _, run: _workload(run),

@@ -32,8 +32,9 @@ class WarmUp:
 class Latency:
     """Wall time of `runs` timed runs or queries in milliseconds, with 95% intervals.
 
-    A percentile is None where too few runs lie beyond it to know it: the 99th needs 100 runs,
-    the 99.9th 1,000.
+    With several processes a value is the geometric mean of the processes' own percentiles. One is
+    None where too few runs lie beyond it to know it: the 99th needs 100 runs in each process, the
+    99.9th 1,000.
     """
 
     runs: Annotated[int, Range(at_least=1)]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.intervals import Interval
 
-_SETTLED = 0.2  # of the time, until caches and pools are as large as they get
+_SETTLED = 0.5  # of the time, until caches, pools and heaps are as large as they get
 _BLOCKS = 10
 
 

@@ -69,7 +69,7 @@ def _print_errors(pairs: Sequence[Pair]) -> None:
         ratios = sorted((view(pair.nothing) for pair in pairs), key=lambda item: item.error or 0)
         middle, last = ratios[len(ratios) // 2], ratios[-1]
         shares = [exp(item.error or 0) - 1 for item in (middle, last)]
-        within = (middle.noise / (middle.error or 1)) ** 2
+        within = min(1.0, (middle.noise / (middle.error or 1)) ** 2)
         print(f"{name:<28}{shares[0]:>9.2%}{shares[1]:>10.2%}{within:>25.0%}")
 
 

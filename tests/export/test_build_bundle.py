@@ -189,7 +189,7 @@ def test_a_mixed_choice_that_fails_together_falls_back(plan: BundlePlan) -> None
     good = {("image", "fp32"): draw, ("text", "fp32"): draw, ("image", "int8"): draw}
     kept, judged = settle(choices, good, plan)  # type: ignore[arg-type]
     assert kept == choices
-    assert [item.record.name for item in judged] == ["R@1 loss as chosen"]
+    assert [item.record.name for item in judged] == ["R@1 loss int8 images, fp32 texts"]
     bad = {**good, ("image", "int8"): draw[::-1]}
     fallen, judged = settle(choices, bad, plan)  # type: ignore[arg-type]
     assert [choice.precision for choice in fallen] == ["fp32", "fp32"]

@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 
 from edgeclip.runtime.bundle_paths import MANIFEST_NAME, check_path, tower_path
 from edgeclip.runtime.errors import BundleError
-from edgeclip.runtime.manifest import SCHEMA_VERSION, GateRecord, Manifest
+from edgeclip.runtime.manifest import SCHEMA_VERSION, DataRecord, GateRecord, Manifest
 
 HASH = "0" * 64
+DATA = {"name": "photos", "count": 40, "sha256": HASH}
+GATE = {
+    **{"name": "R@1 loss int8", "value": 0.5, "low": 0.0, "high": 1.0, "bound": 1.0},
+    **{"direction": "<=", "unit": "points", "passed": True, "data": DATA},
+}
 
 
 @pytest.fixture
@@ -30,6 +35,31 @@ def test_json_round_trip(text: str) -> None:
     manifest = Manifest.from_json(text)
     assert manifest.to_json() == text
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_what_gates_were_measured_on_comes_back(text: str) -> None:
+    remark = {"subject": "image int8", "gate": "zero-shot top-1 loss", "says": "not judged"}
+
+    def change(data: dict[str, Any]) -> None:
+        data["gates"].append(GATE)
+        data["remarks"].append(remark)
+
+    manifest = Manifest.from_json(changed(text, change))
+    assert manifest.gates[0].data == DataRecord("photos", 40, HASH)
+    assert str(manifest.remarks[0]) == "image int8: zero-shot top-1 loss: not judged"
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_bundle_may_have_no_text_tower(text: str) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["towers"] = [tower for tower in data["towers"] if tower["tower"] == "image"]
+        data["files"] = [file for file in data["files"] if file["path"] != "tokenizer.json"]
+
+    manifest = Manifest.from_json(changed(text, change))
+    assert manifest.has("image")
+    assert not manifest.has("text")
+    with pytest.raises(BundleError, match="has no text tower: export it without --no-text"):
+        manifest.tower("text")
 
 
 def test_lookups(text: str) -> None:
@@ -98,7 +128,11 @@ def test_duplicate_key_at_any_depth_is_refused(text: str) -> None:
         (lambda d: d["spec"].update(dim="8"), "spec.dim"),
         (lambda d: d["spec"].update(logit_scale=float("nan")), "not plain data|NaN|nan"),
         (lambda d: d.update(space="abc"), "space must be 64"),
-        (lambda d: d["towers"].pop(), "towers must be image and text"),
+        (lambda d: d["towers"].clear(), "towers must be image and text"),
+        (lambda d: d["towers"].pop(0), "once each, or image alone"),
+        (lambda d: d["gates"].append(GATE | {"data": DATA | {"count": 0}}), "on 0 items"),
+        (lambda d: d["gates"].append(GATE | {"data": DATA | {"sha256": "x"}}), "lower-case hexa"),
+        (lambda d: d["remarks"].append({"subject": "bundle"}), "remarks.0.gate"),
         (lambda d: d["towers"].append(d["towers"][0]), "towers must be image and text"),
         (lambda d: d["towers"][0].update(chosen="fp16"), "chosen fp16 is not in the bundle"),
         (lambda d: d["towers"][0]["files"].append(d["towers"][0]["files"][0]), "listed twice"),

@@ -14,7 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.manifest import FileRecord, Manifest, Provenance
+from edgeclip.runtime.manifest import (
+    DataRecord,
+    FileRecord,
+    GateRemark,
+    Manifest,
+    Provenance,
+)
 from edgeclip.runtime.model_card import base_model, plain_text, render_card
 
 REPO = "someone/tiny"
@@ -150,7 +156,26 @@ def test_figures_are_those_of_the_manifest(bundle: Bundle) -> None:
         low, high = map(float, row[3].split(" to "))
         assert (low, high) == pytest.approx((gate.low, gate.high), rel=1e-8)
         assert row[4] == f"{gate.direction} {gate.bound:.9g}"
-        assert row[5:] == [gate.unit, "met"]
+        assert row[5:] == [gate.unit, "", "met"]
+
+
+def test_gates_name_their_data_and_what_is_to_be_known(bundle: Bundle) -> None:
+    data = DataRecord("photos, 40 pictures", 40, "ab" * 32)
+    gates = (dataclasses.replace(next(iter(bundle.manifest.all_gates()))[1], data=data),)
+    remarks = (GateRemark("image int8", "zero-shot top-1 loss", "not judged: no labels"),)
+    card = card_of(bundle, gates=gates, remarks=remarks)
+    assert rows(card, "Quality gates")[-1][-2:] == ["[1]", "met"]
+    assert f"- [1]: photos, 40 pictures, 40 measured, of SHA-256 `{data.sha256}`" in card
+    assert "- image int8: zero-shot top-1 loss: not judged: no labels" in card
+
+
+def test_a_bundle_without_texts_says_so(image_bundle: Path) -> None:
+    card = render_card(Bundle.open(image_bundle), REPO, base_model=None)
+    assert front_matter(card)["pipeline_tag"] == "image-feature-extraction"
+    assert "no text tower" in card
+    assert "encode_text" not in card
+    assert "edgeclip classify photo.jpg --bundle tiny --labels colours" in card
+    assert {row[0] for row in rows(card, "Towers")} == {"image"}
 
 
 def with_towers(manifest: Manifest, **changes: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -104,3 +105,25 @@ def test_times_of_another_bundle_are_refused(cuts: Path, times: Path, tmp_path: 
 def test_measuring_needs_pictures(cuts: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgeClipError, match="does not exist"):
         run(verb_measure_cuts, cuts, "--out", tmp_path / "t.json", "--pictures", tmp_path / "no")
+
+
+def test_predictions_are_held_against_what_was_measured(
+    cuts: Path, times: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.runtime.reporting.profile_factory import quiet_run
+
+    out = tmp_path / "plan.json"
+    assert plan(cuts, times, "--out", out) == 0
+    predicted = SplitPlan.load(out)
+    measured = quiet_run()
+    split = replace(measured.measurements[0], part="split", name=predicted.name)
+    replace(measured, measurements=(split,)).save(tmp_path / "run.json")
+    capsys.readouterr()
+    assert plan(cuts, times, "--measured", tmp_path / "run.json") == 0
+    assert predicted.p95_ms is not None
+    error = predicted.p95_ms / split.latency.p95_ms.value - 1
+    assert f"{predicted.name}: predicted p95" in (told := capsys.readouterr().out)
+    assert f"error {error:+.1%}" in told
+    replace(measured, measurements=(replace(split, name="other"),)).save(tmp_path / "other.json")
+    with pytest.raises(EdgeClipError, match="measured none of these plans"):
+        plan(cuts, times, "--measured", tmp_path / "other.json")

@@ -116,6 +116,16 @@ def test_the_same_bundle_is_no_regression(
     assert "fp32" in capsys.readouterr().out
 
 
+def test_a_baseline_of_another_machine_is_refused_at_once(
+    measured: MeasurementRun, folder: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = replace(measured, machine=replace(measured.machine, cpu="another"))
+    other.save(folder / "other.json")
+    against = ("--against", folder / "other.json", "--max-regression", "5%")
+    assert brief(folder, tiny_bundle, *against) == 2
+    assert "is of another machine (another, " in capsys.readouterr().err
+
+
 def test_several_bundles_take_turns_with_a_peer(
     folder: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
