@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +16,7 @@ from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.choose import CHOOSING
 from edgeclip.export.list_targets import targets_table
 from edgeclip.export.write_bundle import Origin
-from edgeclip.export.zero_shot import emoji_zero_shot
+from edgeclip.export.zero_shot import EMOJI_COUNT, emoji_zero_shot
 from edgeclip.profiles.device import THIS_MACHINE, load_device
 from edgeclip.runtime.embeddings import check_space
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
@@ -150,7 +151,9 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
     if args.data != "emoji" or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
         return plan
     _say("embedding the names of emoji")
-    return replace(plan, zero_shot=emoji_zero_shot(teacher, most=args.test_count, size=size))
+    bake = partial(bake_by_teacher, teacher, truncate=True)
+    count = min(EMOJI_COUNT, args.test_count)
+    return replace(plan, zero_shot=emoji_zero_shot(bake, count=count, size=size))
 
 
 def _labels(args: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], str | None]:

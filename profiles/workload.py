@@ -24,7 +24,9 @@ class Workload:
         min_warmup_runs: runs before timing starts, at least.
         max_warmup_seconds: warm-up of one candidate ends here even if its median still
             moves; the measurement says so.
-        repeats: timed runs at batch 1, per candidate and process; candidates take turns.
+        repeats: timed runs at batch 1, per candidate and process, at least; they take turns.
+        turn_seconds: each process goes on with the turns for at least so long. What disturbs a
+            shared machine lasts some tenths of a second; a median over less may be all disturbed.
         processes: fresh processes that do these runs, one after the other. Two processes differ
             more than two runs of one do, so that intervals from a single one are too narrow.
         seconds_per_batch: time given to each size of the sweep, per candidate.
@@ -50,6 +52,7 @@ class Workload:
     seconds_per_batch: Annotated[float, Range(above=0)]
     cold_starts: Annotated[int, Range(at_least=0)]
     threads: tuple[int, ...] = ()
+    turn_seconds: Annotated[float, Range(at_least=0)] = 0.0
     processes: Annotated[int, Range(at_least=1)] = 1
     scenarios: tuple[Scenario, ...] = ()
     scenario_seconds: Annotated[float, Range(above=0)] = 10.0

@@ -16,9 +16,18 @@ from numpy.typing import NDArray
 from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
 from edgeclip.export.embed_pairs import tower_inputs
 from edgeclip.export.graph import data_path, load_graph, write_unchecked
-from edgeclip.export.quantizing.config import Config, StaticInt8, key, precision_of
+from edgeclip.export.quantizing.config import (
+    Config,
+    Float16,
+    Kept,
+    Smoothing,
+    StaticInt8,
+    key,
+    precision_of,
+)
 from edgeclip.export.quantizing.group_gains import Gains, counted_gains, measured_gains
 from edgeclip.export.quantizing.judge_pairs import PreparedPairs, open_embedder
+from edgeclip.export.quantizing.mixed_fp16 import find_islands
 from edgeclip.export.quantizing.node_groups import NodeGroup, node_groups
 from edgeclip.export.quantizing.point import Point, PointLatency
 from edgeclip.export.quantizing.point_latency import measure_latency
@@ -52,6 +61,23 @@ class Judgement(JsonRecord):
     def passed(self) -> bool:
         """Whether all gates hold."""
         return all(record.passed for record in self.records)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings(JsonRecord):
+    """What was found for a config by looking at the tower itself.
+
+    Attributes:
+        smoothing: LayerNorms with their alphas.
+        islands: nodes that fp16 leaves in fp32.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+    WHAT: ClassVar[str] = "findings"
+    MEND: ClassVar[str] = "delete it and search again"
+
+    smoothing: Smoothing = ()
+    islands: Kept = ()
 
 
 class TowerTrial:
@@ -118,8 +144,28 @@ class TowerTrial:
         Raises:
             ExportError: the graph cannot be read.
         """
-        found = search_alphas(self.task.graph.path, self._data, config)
-        return replace(config, smoothing=found)
+
+        def look() -> Findings:
+            source = self.task.graph.path
+            return Findings(smoothing=search_alphas(source, self._data, config))
+
+        found = self._store.remember(Findings, key(config), look)
+        return replace(config, smoothing=found.smoothing)
+
+    def with_islands(self, config: Float16) -> Float16:
+        """Return the config with the nodes in fp32 without which it misses its gates.
+
+        Raises:
+            ExportError: it misses them whatever stays in fp32.
+        """
+
+        def look() -> Findings:
+            task = self.task
+            bounds = task.bounds["fp16"]
+            islands = find_islands(task.graph.path, self._data, bounds=bounds, cache=self._cache)
+            return Findings(islands=islands)
+
+        return replace(config, islands=self._store.remember(Findings, key(config), look).islands)
 
     def judge(self, config: Config) -> Judgement:
         """Judge a config on the test pairs.

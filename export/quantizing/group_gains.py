@@ -58,9 +58,7 @@ class Gains(JsonRecord):
 
     def of(self, nodes: Iterable[str]) -> float:
         """Return what some products save; a part of a group takes its share by number."""
-        saved = {
-            node: item.saved / len(item.nodes) for item in self.groups for node in item.nodes
-        }
+        saved = {node: item.saved / len(item.nodes) for item in self.groups for node in item.nodes}
         return sum(saved.get(node, 0.0) for node in nodes)
 
 
@@ -147,9 +145,7 @@ def _around(graph: onnx.GraphProto, group: NodeGroup) -> set[str]:
         for name in node.input[:1]
     }
     quantizers = [
-        node
-        for node in graph.node
-        if node.op_type == "QuantizeLinear" and whole & set(node.output)
+        node for node in graph.node if node.op_type == "QuantizeLinear" and whole & set(node.output)
     ]
     readers = [node for node in graph.node if made & set(node.input) and node.op_type == "Add"]
     return {node.name for node in (*products, *quantizers, *readers)}

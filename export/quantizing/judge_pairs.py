@@ -78,7 +78,11 @@ class PreparedPairs:
         judged = judge_alone(
             task.tower,
             precision,
-            {(task.tower, "fp32"): right, (task.tower, precision): found, (other, "fp32"): self.others},
+            {
+                (task.tower, "fp32"): right,
+                (task.tower, precision): found,
+                (other, "fp32"): self.others,
+            },
             task.bounds[precision],
             JudgedOn(
                 data=data_record(self._judged.pairs),
@@ -105,4 +109,9 @@ class PreparedPairs:
 
 
 def open_embedder(task: SearchTask, graph: TowerGraph) -> Embedder:
+    """Open a graph with what runs graphs while they are judged.
+
+    Raises:
+        EngineError: it cannot be loaded.
+    """
     return graph_embedder(graph, task.student.spec.image, task.runner)

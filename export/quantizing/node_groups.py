@@ -23,16 +23,22 @@ _ENDING = re.compile(r"\.(?:weight|bias)$")
 
 @dataclass(frozen=True, slots=True)
 class NodeGroup:
-    """Products of one value, by the names of their nodes; `title` is for people."""
+    """Products of one value.
+
+    Attributes:
+        title: for people.
+        nodes: names of the products.
+        names: of each product alone, for people.
+    """
 
     title: str
     nodes: tuple[str, ...]
+    names: tuple[str, ...]
 
     def singles(self) -> tuple["NodeGroup", ...]:
         """Return each of its nodes as a group of its own."""
-        if len(self.nodes) == 1:
-            return (self,)
-        return tuple(NodeGroup(f"{self.title}: {node}", (node,)) for node in self.nodes)
+        pairs = zip(self.names, self.nodes, strict=True)
+        return tuple(NodeGroup(name, (node,), (name,)) for name, node in pairs)
 
 
 def node_groups(path: Path) -> tuple[NodeGroup, ...]:
@@ -49,7 +55,11 @@ def node_groups(path: Path) -> tuple[NodeGroup, ...]:
         by_input.setdefault(node.input[0], []).append(node)
     titles = _Titles(model)
     return tuple(
-        NodeGroup(titles.of(nodes), tuple(node.name for node in nodes))
+        NodeGroup(
+            titles.of(nodes),
+            tuple(node.name for node in nodes),
+            tuple(titles.of([node]) if len(nodes) == 1 else titles.one(node) for node in nodes),
+        )
         for nodes in by_input.values()
     )
 
@@ -74,6 +84,10 @@ class _Titles:
         if norm is not None and norm.op_type == "LayerNormalization":
             return f"behind {_short(norm.input[1])}"
         return "+".join(node.name for node in nodes)
+
+    def one(self, node: onnx.NodeProto) -> str:
+        """Name one of several products of a value."""
+        return self._module(node) or node.name
 
     def _module(self, node: onnx.NodeProto) -> str | None:
         """Return the module whose weight or bias a product has; None where names are lost."""
@@ -101,6 +115,7 @@ def _joined(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
     parts = [name.split(".") for name in names]
-    same = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))))
+    levels = zip(*parts, strict=False)
+    same = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, levels)))
     head, tails = ".".join(parts[0][:same]), [".".join(part[same:]) for part in parts]
     return ".".join(filter(None, [head, "+".join(tails)]))

@@ -17,8 +17,8 @@ from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import GateRecord
 
 # How the gates' names begin.
-_MEAN_COSINE, _P1_COSINE = "mean cosine", "1st-percentile cosine"
-_R1_LOSS, _ZERO_SHOT_LOSS = "R@1 loss", "zero-shot top-1 loss"
+MEAN_COSINE, P1_COSINE = "mean cosine", "1st-percentile cosine"
+R1_LOSS, ZERO_SHOT_LOSS = "R@1 loss", "zero-shot top-1 loss"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,22 +74,22 @@ class Point:
     @property
     def cosine(self) -> Interval | None:
         """Mean cosine with fp32; None where no embedding is usable."""
-        return measured(self.records, _MEAN_COSINE)
+        return measured(self.records, MEAN_COSINE)
 
     @property
     def p1_cosine(self) -> Interval | None:
         """The 1st percentile of the cosines; None where no embedding is usable."""
-        return measured(self.records, _P1_COSINE)
+        return measured(self.records, P1_COSINE)
 
     @property
     def zero_shot_loss(self) -> Interval | None:
         """Zero-shot accuracy that is lost, in points of 100; None where it was not judged."""
-        return measured(self.records, _ZERO_SHOT_LOSS)
+        return measured(self.records, ZERO_SHOT_LOSS)
 
     @property
     def r1_loss(self) -> Interval | None:
         """R@1 that is lost, in points of 100; None where no embedding is usable."""
-        return measured(self.records, _R1_LOSS)
+        return measured(self.records, R1_LOSS)
 
     @property
     def sure_ratio(self) -> float | None:

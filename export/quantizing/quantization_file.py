@@ -6,11 +6,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from edgeclip.export.quantizing.config import Config, config_from_data, config_to_data
+from edgeclip.export.quantizing.config import (
+    Config,
+    config_from_data,
+    config_to_data,
+    default_config,
+    precision_of,
+)
+from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.schema import parse
 from edgeclip.runtime.files import atomic_file
-from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.spec import Precision, Tower
 
 FILE_NAME = "quantization.json"
 
@@ -41,11 +48,26 @@ class Quantization:
 
     Attributes:
         device: name of its profile.
+        pairs: how many calibration pairs there were (of emoji scenes; a folder has its own).
+        ranges: on how many of them ranges were found; see `split_calibration`.
         towers: those that were searched.
     """
 
     device: str
+    pairs: int
+    ranges: int
     towers: Mapping[Tower, TowerQuantization]
+
+    def config_for(
+        self, tower: Tower, precision: Precision, device: DeviceProfile
+    ) -> Config | None:
+        """What a tower is turned into in a precision; None where the search found no use in it."""
+        found = self.towers.get(tower)
+        if found is None:
+            return default_config(precision, device)
+        if precision_of(found.config) == precision:
+            return found.config
+        return None if precision == "int8" else default_config(precision, device)
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all.
@@ -56,6 +78,8 @@ class Quantization:
         data = {
             "schema_version": _VERSION,
             "device": self.device,
+            "pairs": self.pairs,
+            "ranges": self.ranges,
             "towers": {
                 tower: {
                     "config": config_to_data(item.config),
@@ -83,17 +107,27 @@ class Quantization:
             raise ConfigError(f"{path} is not JSON ({error}): {_MEND}") from None
         if not isinstance(data, Mapping) or data.get("schema_version") != _VERSION:
             raise ConfigError(f"{path} is no {FILE_NAME} of version {_VERSION}: {_MEND}")
+        rest = {name: data[name] for name in data if name not in ("schema_version", "towers")}
+        head = parse(_Head, rest, source=str(path))
         towers = data.get("towers")
-        if not isinstance(data.get("device"), str) or not isinstance(towers, Mapping):
-            raise ConfigError(f"{path} names no device and towers: {_MEND}")
         known = get_args(Tower)
-        wrong = [name for name in towers if name not in known]
-        if wrong:
-            raise ConfigError(f"{path}: a tower is {' or '.join(known)}, not {wrong[0]}: {_MEND}")
+        if not isinstance(towers, Mapping) or not set(towers) <= set(known):
+            raise ConfigError(f"{path}: towers must map {' and '.join(known)} to configs: {_MEND}")
         return cls(
-            device=data["device"],
+            device=head.device,
+            pairs=head.pairs,
+            ranges=head.ranges,
             towers={name: _read(item, f"{path}, {name} tower") for name, item in towers.items()},
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """All but the towers."""
+
+    device: str
+    pairs: int
+    ranges: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 BINS = 4096  # on each side of 0; a power of two, because they are joined in pairs
 
+_BLOCK = 2**16  # values that are counted at a time
 _FEWEST_BINS = 64  # a cut keeps at least these of one side
 _CANDIDATES = 128  # cuts that are tried
 _ROUNDS = 2  # of looking for one end of a range while the other stays
@@ -106,8 +107,12 @@ class Histogram:
         self._low, self._high = min(self._low, low), max(self._high, high)
         self._widen(max(-low, high))
         limit = self._limit or 1.0
-        found, _ = np.histogram(values, 2 * self._bins, range=(-limit, limit))
-        self._counts += found
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, _BLOCK):
+            # float64, in which bins of the smallest numbers have a width too.
+            part = flat[start : start + _BLOCK].astype(np.float64)
+            found, _ = np.histogram(part, 2 * self._bins, range=(-limit, limit))
+            self._counts += found
 
     @property
     def seen(self) -> Range:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -21,7 +20,7 @@ from edgeclip.runtime.reporting.report_charts import (
 from edgeclip.runtime.reporting.report_labels import Anchor, Box, place_labels
 
 _FONT = 13.0
-_CIRCLE, _CROSS = 0, 4  # in SHAPES
+_CIRCLE, _TRIANGLE, _CROSS = 0, 3, 4  # in SHAPES
 _SIZE = 4.5
 _DECADES = 6  # of a logarithmic axis, at most
 
@@ -62,6 +61,8 @@ class FrontChart:
         reference: a cost to compare with, and its name, if there is one.
         floor: the least loss that a logarithmic axis shows, where what is less is drawn;
             None for a linear axis.
+        most: the largest loss that is shown, where what is more is drawn as a triangle; None
+            for all.
     """
 
     points: tuple[ChartPoint, ...]
@@ -70,13 +71,14 @@ class FrontChart:
     gate: float
     reference: tuple[float, str] | None = None
     floor: float | None = None
+    most: float | None = None
 
 
 def front_chart(chart: FrontChart, *, narrow: bool) -> str:
     """Draw the points at 358 pixels (`narrow`) or 760 pixels wide; empty without points.
 
-    Circles are inside all gates, crosses are not. Whiskers are 95% intervals; a thin line
-    joins the points that no other beats in both.
+    Circles are inside all gates, crosses are not, triangles are beyond the picture. Whiskers
+    are 95% intervals; a thin line joins the points that no other beats in both.
     """
     if not chart.points:
         return ""
@@ -114,8 +116,9 @@ def _loss_axis(chart: FrontChart, *, start: float, end: float) -> Axis:
     if chart.floor is None:
         ends = [end for point in chart.points for end in (point.loss.low, point.loss.high)]
         low, high = min(0.0, *values, *ends), max(*values, *ends)
-        room = 0.08 * (high - low)
-        return Axis(low=low - room, high=high + room, start=start, end=end)
+        most = high if chart.most is None else min(high, chart.most)
+        room = 0.08 * (most - low)
+        return Axis(low=low - room, high=most + room, start=start, end=end)
     high = max(values) * 2
     least = max(chart.floor, high / 10**_DECADES)
     low = max(least, min(max(value, least) for value in values)) / 1.8
@@ -137,18 +140,21 @@ def _lines(chart: FrontChart, x: Axis, y: Axis) -> list[str]:
 
 def _front(chart: FrontChart, x: Axis, y: Axis) -> list[str]:
     on_front = sorted((p for p in chart.points if p.front), key=lambda point: point.cost.value)
-    places = [(x.at(point.cost.value), _up(y, point.loss.value)) for point in on_front]
+    places = [(x.at(point.cost.value), held(y, point.loss.value)) for point in on_front]
     return [path(places, "front")] if len(places) > 1 else []
 
 
 def _mark(point: ChartPoint, x: Axis, y: Axis) -> str:
-    across, up = x.at(point.cost.value), _up(y, point.loss.value)
+    across, up = x.at(point.cost.value), held(y, point.loss.value)
     flat = line(held(x, point.cost.low), up, held(x, point.cost.high), up, "whisker")
-    tall = line(across, _up(y, point.loss.low), across, _up(y, point.loss.high), "whisker")
+    tall = line(across, held(y, point.loss.low), across, held(y, point.loss.high), "whisker")
     ring = ""
     if point.chosen:
         ring = f'<circle cx="{across:.1f}" cy="{up:.1f}" r="11" class="area"/>'
-    shape = marker(_CIRCLE if point.passed else _CROSS, across, up, size=_SIZE)
+    outline = _CIRCLE if point.passed else _CROSS
+    if point.loss.value > y.high:
+        outline, tall = _TRIANGLE, ""
+    shape = marker(outline, across, up, size=_SIZE)
     title = f"<title>{escape(point.spoken)}</title>"
     return f'<g class="{_style(point)}">{title}{ring}{flat}{tall}{shape}</g>'
 
@@ -157,18 +163,13 @@ def _style(point: ChartPoint) -> str:
     return ("s2" if point.passed else "s1") + (" chosen" if point.chosen else "")
 
 
-def _up(y: Axis, loss: float) -> float:
-    """The height of a loss; what is less than a logarithmic axis shows is at its foot."""
-    return held(y, loss) if not y.log or loss > 0 else y.start
-
-
 def _labels(chart: FrontChart, x: Axis, y: Axis, narrow: bool) -> list[str]:
     longest = 120 if narrow else 300
     words = [_words(point, longest, narrow) for point in chart.points]
     anchors = [
         Anchor(
             x=x.at(point.cost.value),
-            y=_up(y, point.loss.value),
+            y=held(y, point.loss.value),
             radius=11.0 if point.chosen else _SIZE,
             width=text_width(content, _FONT),
             height=16,
@@ -185,10 +186,9 @@ def _labels(chart: FrontChart, x: Axis, y: Axis, narrow: bool) -> list[str]:
 
 
 def _words(point: ChartPoint, longest: float, narrow: bool) -> str:
-    chosen = ", chosen" if point.chosen else ""
-    if not point.name or (narrow and not point.chosen):
-        return f"{point.number}{chosen}"
-    return fit(f"{point.number} {point.name}{chosen}", longest)
+    if not point.name or narrow:
+        return f"{point.number} chosen" if point.chosen else str(point.number)
+    return fit(f"{point.number}: {point.name}{', chosen' if point.chosen else ''}", longest)
 
 
 def _obstacles(chart: FrontChart, x: Axis, y: Axis) -> list[Box]:
@@ -196,12 +196,12 @@ def _obstacles(chart: FrontChart, x: Axis, y: Axis) -> list[Box]:
     at = y.at(chart.gate)
     boxes = [Box(x.start, at - 1, x.end - x.start, 2), Box(x.end - 96, at - 18, 96, 18)]
     for point in chart.points:
-        across, up = x.at(point.cost.value), _up(y, point.loss.value)
+        across, up = x.at(point.cost.value), held(y, point.loss.value)
         left, right = held(x, point.cost.low), held(x, point.cost.high)
-        top, foot = _up(y, point.loss.high), _up(y, point.loss.low)
+        top, foot = held(y, point.loss.high), held(y, point.loss.low)
         boxes += [Box(left, up - 1, right - left, 2), Box(across - 1, top, 2, foot - top)]
     on_front = sorted((p for p in chart.points if p.front), key=lambda point: point.cost.value)
-    ends = [(x.at(point.cost.value), _up(y, point.loss.value)) for point in on_front]
+    ends = [(x.at(point.cost.value), held(y, point.loss.value)) for point in on_front]
     for (left, foot), (right, top) in itertools.pairwise(ends):
         steps = max(1, int(math.dist((left, foot), (right, top)) // 6))
         for share in (step / steps for step in range(steps + 1)):

@@ -1,4 +1,4 @@
-"""Short names for the points of a picture."""
+"""Short names of configs, where there is little room."""
 
 from edgeclip.export.quantizing.config import (
     Config,
@@ -12,18 +12,15 @@ from edgeclip.export.quantizing.config import (
 from edgeclip.export.quantizing.search import SearchResult
 
 
-def short_names(result: SearchResult) -> dict[str, str]:
-    """Names by key of the points that a reader looks for.
+def key_points(result: SearchResult) -> set[str]:
+    """Keys of the points that a picture names; others are known by their number alone.
 
     They are fp32, the plain recipe, what was chosen, the front, and all that is not static
-    int8. Others are known by their number alone.
+    int8.
     """
     shown = {point.key for point in (*result.front, result.chosen, *result.points[:2])}
-    return {
-        point.key: short_name(point.config)
-        for point in result.points
-        if point.key in shown or not isinstance(point.config, StaticInt8)
-    }
+    others = {p.key for p in result.points if not isinstance(p.config, StaticInt8)}
+    return shown | others
 
 
 def short_name(config: Config) -> str:
@@ -32,7 +29,7 @@ def short_name(config: Config) -> str:
         case Float32():
             return "fp32"
         case Float16():
-            return "fp16"
+            return f"fp16, {len(config.islands)} in fp32" if config.islands else "fp16"
         case Float8():
             return "fp8" + _kept(len(config.kept))
         case DynamicInt8():
@@ -47,6 +44,8 @@ def short_name(config: Config) -> str:
                 "equalised" if config.equalised else "",
                 "corrected" if config.bias_corrected else "",
                 "" if config.per_channel else "one scale",
+                "7-bit" if config.reduce_range else "",
+                "int8 tables" if config.int8_tables else "",
             ]
             return ", ".join(filter(None, words))
 

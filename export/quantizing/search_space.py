@@ -29,8 +29,8 @@ class SearchSpace:
         remedies: changes of the recipe that cost no time on the device; they are tried one
             after another where it misses its gates.
         smoothing: whether LayerNorms may be smoothed, before all other remedies.
-        cheaper: changes that may save some time and lose some quality; they are tried where
-            the recipe is inside its gates.
+        cheaper: changes that may save some time or bytes and lose some quality; they are tried
+            one by one where the recipe is inside its gates.
         others: configs of other kinds, tried as they are.
     """
 
@@ -66,6 +66,8 @@ def space_for(
         cheaper.append(_one_scale)
         if recipe.reduce_range:
             cheaper.append(_full_range)  # whether products saturate shows in the gates
+    if device.on_cpu and tower == "text":
+        cheaper.append(_small_tables)
     if device.on_cpu and dynamic:
         others.append(DynamicInt8(reduce_range=recipe.reduce_range))
     if device.on_cpu and tower == "text":
@@ -100,3 +102,7 @@ def _one_scale(config: StaticInt8) -> StaticInt8:
 
 def _full_range(config: StaticInt8) -> StaticInt8:
     return replace(config, reduce_range=False)
+
+
+def _small_tables(config: StaticInt8) -> StaticInt8:
+    return replace(config, int8_tables=True)

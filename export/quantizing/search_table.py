@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from edgeclip.export.gates import Judged, missed
 from edgeclip.export.quantizing.point import Point
 from edgeclip.export.quantizing.search import SearchResult
 from edgeclip.runtime.intervals import Interval
@@ -14,6 +13,7 @@ _HEAD = (
     *("", "config", "time/fp32", "95% interval", "ms", "MB"),
     *("mean cosine", "1st pct", "R@1 loss", "zero-shot loss", "gates"),
 )
+_DAMAGE_HEAD = ("group", "divergence, nats", "1 - cosine", "time saved")
 _LEFT = (1, 10)  # columns of words
 
 
@@ -27,8 +27,9 @@ def search_table(result: SearchResult) -> str:
         lines.append(f"on the test pairs: {name}")
         lines += [f"  {_gate(record)}" for record in judgement.records]
     if result.damage is not None:
-        lines += ["", "damage of each group alone (divergence of a row, nats; 1 - cosine; time saved)"]
-        lines += _aligned(_damage_rows(result))
+        rate = result.damage.inputs * len(result.damage.groups) / max(result.damage.seconds, 1e-9)
+        lines += ["", f"damage of each group alone, on {result.damage.inputs} inputs ({rate:.0f}/s)"]
+        lines += _aligned([_DAMAGE_HEAD, *_damage_rows(result)])
     lines += [f"not possible here: {name}: {reason}" for name, reason in result.failed]
     if not result.complete:
         lines.append("time was up before all was tried: run it again to go on")
@@ -40,11 +41,6 @@ def ordered(result: SearchResult) -> tuple[Point, ...]:
     return tuple(
         sorted(result.points, key=lambda point: (point.ratio or 0.0, point.bytes, point.key))
     )
-
-
-def misses_of(point: Point) -> tuple[str, ...]:
-    """Say which gates a point misses, and by how much."""
-    return tuple(missed(Judged("steering", record) for record in point.records))
 
 
 def _row(number: int, point: Point, result: SearchResult) -> tuple[str, ...]:

@@ -2,17 +2,19 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
-from edgeclip.compress.sources import Source
+from edgeclip.compress.sources import Source, open_source
+from edgeclip.export.calibrate import FEWEST, CalibrationSource
 from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
 from edgeclip.export.graph import data_path
 from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.export.zero_shot import Chosen, ZeroShot
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.device import THIS_MACHINE, DeviceProfile, load_device
+from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.files import sha256_file
@@ -47,7 +49,6 @@ class SearchTask:
         student: the model; it is put into evaluation mode.
         graph: one of its towers in fp32, as it will be shipped.
         device: that it is for.
-        runner: what runs graphs while they are judged: the device, if it is a CPU.
         ranges: pairs that ranges are found on.
         steering: held-out pairs of the same split, which decide what is tried next.
         test: pairs of another split, for the last judgement only.
@@ -58,12 +59,16 @@ class SearchTask:
     student: DualEncoder
     graph: TowerGraph
     device: DeviceProfile
-    runner: DeviceProfile
     ranges: Source
     steering: JudgedPairs
     test: JudgedPairs
     bounds: Mapping[Precision, Bounds] = field(default_factory=lambda: DEFAULT_BOUNDS)
     workload: Workload | None = None
+
+    @property
+    def runner(self) -> DeviceProfile:
+        """What runs graphs while they are judged: the device, if it is a CPU."""
+        return runner_of(self.device)
 
     @property
     def tower(self) -> Tower:
@@ -90,6 +95,41 @@ class SearchTask:
             machine.packages,
         )
         return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
+
+
+def runner_of(device: DeviceProfile) -> DeviceProfile:
+    """Return the device if ONNX Runtime runs on its CPU, else this machine with its batches."""
+    if device.engine == "onnxruntime-cpu":
+        return device
+    return replace(
+        load_device(THIS_MACHINE),
+        batch_min=device.batch_min,
+        batch_best=device.batch_best,
+        batch_max=device.batch_max,
+    )
+
+
+def open_calibration(data: str, *, pairs: int, ranges: int, size: int) -> tuple[Source, Source]:
+    """Open calibration pairs in two parts: those to find ranges on, and those to steer by.
+
+    Args:
+        data: emoji, or a folder; see `open_source`.
+        pairs: how many emoji scenes in all.
+        ranges: how many to find ranges on; at most half of what there is.
+        size: of a picture, in pixels.
+
+    Raises:
+        ConfigError: there are too few.
+        InputError: see `open_source`.
+    """
+    source = open_source(data, split="calibration", count=pairs, size=size)
+    if len(source) < 2 * FEWEST:
+        raise ConfigError(
+            f"{source.name}: give at least {2 * FEWEST} pairs to calibrate on, half of which are "
+            "held out to compare configs on"
+        )
+    found, steering = split_calibration(source, min(ranges, len(source) // 2))
+    return CalibrationSource(found), steering
 
 
 def split_calibration(source: Source, ranges: int) -> tuple[Source, Source]:

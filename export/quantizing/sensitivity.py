@@ -32,6 +32,7 @@ from edgeclip.runtime.tower_feed import in_batches
 Feed = Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]]
 
 _BAD = 2.0  # times the mean damage of a group: then its nodes are measured one by one
+_SPARED = 0.1  # of the worst node's damage: a group with one below that is taken apart
 _COSINES_AT_ONCE = 1 << 21  # 16 MiB of float64
 
 
@@ -99,7 +100,7 @@ class Probe:
 def measure_damage(
     source: Path, written: Path, groups: Sequence[NodeGroup], probe: Probe, *, config: str = ""
 ) -> Sensitivity:
-    """Measure each group alone, and the nodes of a bad one one by one.
+    """Measure each group alone; a bad one is taken apart if some of its nodes are not to blame.
 
     A terminal sees inputs per second and the time left. Memory holds the embeddings of all
     groups, and one batch at a time.
@@ -119,10 +120,11 @@ def measure_damage(
     with switched_tower(source, written, threads=probe.threads) as tower:
         there = [group for group in groups if set(group.nodes) <= set(tower.nodes)]
         found = _damages(tower, there, probe)
-        bad = _bad(found)
-        singles = [single for group in there if group.nodes in bad for single in group.singles()]
-        found = [item for item in found if item.nodes not in bad]
-        found += _damages(tower, singles, probe)
+        for group in _bad(there, found):
+            singles = _damages(tower, group.singles(), probe)
+            worst = max(item.divergence.value for item in singles)
+            if min(item.divergence.value for item in singles) < _SPARED * worst:
+                found = [item for item in found if item.nodes != group.nodes] + singles
     return Sensitivity(
         config=config,
         groups=tuple(sorted(found, key=lambda item: -item.divergence.value)),
@@ -151,9 +153,7 @@ def row_divergence(
     return np.maximum(result, 0.0)  # rounding can go below what is 0
 
 
-def _damages(
-    tower: SwitchedTower, groups: Sequence[NodeGroup], probe: Probe
-) -> list[GroupDamage]:
+def _damages(tower: SwitchedTower, groups: Sequence[NodeGroup], probe: Probe) -> list[GroupDamage]:
     if not groups:
         return []
     reference, *embedded = _embed(tower, groups, probe)
@@ -168,9 +168,7 @@ def _damages(
     ]
 
 
-def _embed(
-    tower: SwitchedTower, groups: Sequence[NodeGroup], probe: Probe
-) -> list[FloatArray]:
+def _embed(tower: SwitchedTower, groups: Sequence[NodeGroup], probe: Probe) -> list[FloatArray]:
     """Embed all inputs in float, then with each group quantized: float32 [N, dim] each."""
     wanted: list[tuple[str, ...]] = [(), *(group.nodes for group in groups)]
     parts: list[list[FloatArray]] = [[] for _ in wanted]
@@ -192,14 +190,14 @@ def _run(
     )[probe.output]
 
 
-def _bad(found: Sequence[GroupDamage]) -> set[tuple[str, ...]]:
-    """Nodes of the groups of several whose damage stands out."""
-    usual = np.mean([item.divergence.value for item in found])
-    return {
-        item.nodes
-        for item in found
-        if len(item.nodes) > 1 and item.divergence.value > _BAD * usual
-    }
+def _bad(groups: Sequence[NodeGroup], found: Sequence[GroupDamage]) -> list[NodeGroup]:
+    """Groups of several nodes whose damage stands out."""
+    limit = _BAD * np.mean([item.divergence.value for item in found])
+    return [
+        group
+        for group, item in zip(groups, found, strict=True)
+        if len(group.nodes) > 1 and item.divergence.value > limit
+    ]
 
 
 def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

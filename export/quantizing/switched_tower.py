@@ -88,8 +88,10 @@ class _Quantized:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.opset = max(item.version for item in model.opset_import if item.domain == "")
         self._constants = {item.name: item for item in model.graph.initializer}
-        self._maker = {name: node for node in model.graph.node for name in node.output}
-        self._nodes = {
+        self._maker: dict[str, onnx.NodeProto] = {
+            name: node for node in model.graph.node for name in node.output
+        }
+        self._nodes: dict[str, onnx.NodeProto] = {
             node.name: node for node in model.graph.node if node.op_type in _PRODUCTS
         }
 

@@ -148,9 +148,11 @@ def run_turns(
     workload: Workload,
     step: Callable[[], None] = lambda: None,
 ) -> list[Turns]:
-    """Warm up each candidate, then let them take turns at batch 1, `workload.repeats` rounds.
+    """Warm up each candidate, then let them take turns at batch 1.
 
-    The garbage collector rests meanwhile. `step` is called after each warm-up and each round.
+    There are `workload.repeats` rounds, and more until `workload.turn_seconds` are over. The
+    garbage collector rests meanwhile. `step` is called after each warm-up and each of the rounds
+    that there are in any case.
 
     Raises:
         InputError: a batch that does not have as many rows as it was asked for.
@@ -163,7 +165,14 @@ def run_turns(
             warm_ups.append(warm_up(candidate, batch, workload))
             step()
         before = CpuSnapshot.take()
-        times = _run_rounds(candidates, singles, lambda done: done < workload.repeats, step)
+        end = time.perf_counter() + workload.turn_seconds
+
+        def go_on(done: int) -> bool:
+            if 0 < done <= workload.repeats:
+                step()
+            return done < workload.repeats or time.perf_counter() < end
+
+        times = _run_rounds(candidates, singles, go_on)
         denied = CpuSnapshot.take().denied_since(before)
     return [
         Turns(

@@ -82,7 +82,7 @@ def _error(spread: float | None, side: ProcessMedians) -> float:
 
 def _welch(now: ProcessMedians, baseline: ProcessMedians) -> float:
     """Degrees of freedom by the equation of Welch and Satterthwaite."""
-    parts = [(_error(side.spread, side) ** 2, side.processes - 1) for side in (now, baseline)]
+    parts = [(_error(side.spread, side) ** 2, side.degrees) for side in (now, baseline)]
     below = sum(part**2 / degrees for part, degrees in parts)
     if below == 0:  # processes that agree to the last digit
         return float(sum(degrees for _, degrees in parts))

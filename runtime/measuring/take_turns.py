@@ -23,6 +23,8 @@ from edgeclip.runtime.measuring.subject_request import Answer, Request, SubjectT
 from edgeclip.runtime.measuring.timing_statistics import latency_of, paired_ratio_of
 from edgeclip.runtime.progress import Progress
 
+_DISTURBED = 0.05  # of a process's CPU time
+_MOST = 2  # times the processes that are wanted
 _NO_MEMORY = ("memory", "this system does not report the peak memory of a process")
 
 
@@ -35,12 +37,14 @@ class TurnsResult:
         turns: one tuple a process, in which the subjects are in the order of `specs`.
         yardstick: what took turns with them.
         peak_memory_mb: one a subject, see `Measurement`; empty where it was not measured.
+        left_out: processes that were disturbed, and replaced.
     """
 
     specs: tuple[SubjectSpec, ...]
     turns: tuple[tuple[SubjectTurns, ...], ...]
     yardstick: Yardstick
     peak_memory_mb: tuple[float | None, ...] = ()
+    left_out: int = 0
 
 
 def take_turns(
@@ -51,6 +55,10 @@ def take_turns(
     memory: bool = True,
 ) -> TurnsResult:
     """Let subjects take turns in `workload.processes` fresh processes, one after the other.
+
+    A process that was denied more than a twentieth of its CPU time is replaced by another one:
+    what decides is the time that other programs took, never how fast the subjects were. Twice as
+    many processes are run at most, and the least disturbed ones count.
 
     In each process all subjects and the yardstick are opened and warmed up, and then run once a
     round, in an order that changes from round to round. The order of opening changes from
@@ -67,28 +75,52 @@ def take_turns(
         EngineError: a subject cannot be opened or run; the message says which and why.
     """
     _check(specs)
-    each = len(specs) + 1 + workload.repeats
-    total = workload.processes * each + (len(specs) if memory else 0)
-    answers = []
-    for number in range(workload.processes):
+    answers = _undisturbed(specs, workload, progress)
+    kept = _least_disturbed(answers, workload.processes)
+    found = []
+    for spec in specs if memory else ():
+        request = Request(errand="memory", subjects=(spec,))
+        found.append(ask_process(request).peak_memory_mb)
+    return TurnsResult(
+        specs=tuple(specs),
+        turns=tuple(answer.turns for answer in kept),
+        yardstick=_joined(kept),
+        peak_memory_mb=tuple(found),
+        left_out=len(answers) - len(kept),
+    )
+
+
+def _undisturbed(
+    specs: Sequence[SubjectSpec], workload: Workload, progress: Progress | None
+) -> list[Answer]:
+    """Run processes until as many as are wanted were not disturbed, or twice as many ran."""
+    each, wanted = len(specs) + 1 + workload.repeats, workload.processes
+    answers: list[Answer] = []
+    while len(answers) < _MOST * wanted:
+        number = len(answers)
         order = round_order(len(specs), number)
         request = Request(
             errand="turns", subjects=tuple(specs[at] for at in order), workload=workload
         )
+        total = max(wanted, number + 1) * each
         answer = ask_process(request, progress=_part(progress, number * each, total))
         turns = dict(zip(order, answer.turns, strict=True))
         answers.append(replace(answer, turns=tuple(turns[at] for at in range(len(specs)))))
-    found = []
-    for number, spec in enumerate(specs if memory else ()):
-        request = Request(errand="memory", subjects=(spec,))
-        found.append(ask_process(request).peak_memory_mb)
-        _part(progress, workload.processes * each, total)(number + 1, 0)
-    return TurnsResult(
-        specs=tuple(specs),
-        turns=tuple(answer.turns for answer in answers),
-        yardstick=_joined(answers),
-        peak_memory_mb=tuple(found),
-    )
+        if sum(_denied(answer) <= _DISTURBED for answer in answers) == wanted:
+            break
+    return answers
+
+
+def _least_disturbed(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """As many answers, in the order in which they came."""
+    ranked = sorted(range(len(answers)), key=lambda number: (_denied(answers[number]), number))
+    return [answers[number] for number in sorted(ranked[:count])]
+
+
+def _denied(answer: Answer) -> float:
+    """The share of CPU time that the process was denied; 0 where it cannot be told."""
+    cpu = answer.turns[0].cpu  # the shares are those of all its subjects together
+    return (cpu.waiting_share or 0.0) + (cpu.steal_share or 0.0)
 
 
 def measurements_of(result: TurnsResult, reference: str | None = None) -> tuple[Measurement, ...]:
@@ -208,8 +240,15 @@ def _measurement(
         samples_ms=tuple(each.samples_ms for each in several),
         identity=first.identity,
         peak_memory_mb=memory,
-        missing=(*missing, *_remarks(several)),
+        missing=(*missing, *_replaced(result), *_remarks(several)),
     )
+
+
+def _replaced(result: TurnsResult) -> list[tuple[str, str]]:
+    if not result.left_out:
+        return []
+    count = len(result.turns) + result.left_out
+    return [("turns", f"{result.left_out} of {count} processes were disturbed and left out")]
 
 
 def _remarks(several: Sequence[SubjectTurns]) -> tuple[tuple[str, str], ...]:

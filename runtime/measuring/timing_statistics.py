@@ -27,6 +27,7 @@ from edgeclip.runtime.measuring.measurement import Latency
 from edgeclip.runtime.measuring.student_t import quantile
 
 _DRAWS = 1000
+_TRIMMED = 5  # one of so many processes, at either end
 _FEW_DRAWS = 200  # enough for a standard deviation
 _TAIL = 0.025  # beyond each end of a 95% interval
 _NORMAL = 1.959964  # standard deviations to that end
@@ -110,18 +111,25 @@ def rate_interval(seconds: Runs, items: int, *, seed: int = 0) -> Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessMedians:
-    """The logarithms of the medians of some processes, summed up.
+    """The logarithms of the medians of some processes, summed up without their extremes.
+
+    On a shared machine now and then a whole process is disturbed. Of five processes and more a
+    fifth is left out at either end (Yuen, "The two-sample trimmed t for unequal population
+    variances", Biometrika 61, 1974).
 
     Attributes:
         processes: how many.
-        mean: of the logarithms.
-        spread: their standard deviation; None for one process, which tells of no other.
+        mean: of the logarithms of those that are kept.
+        spread: so large that spread / sqrt(processes) is the standard error of `mean`; without
+            trimming the standard deviation. None for one process, which tells of no other.
+        degrees: of freedom of `spread`.
         noise: the standard deviation that a process's own runs explain.
     """
 
     processes: int
     mean: float
     spread: float | None
+    degrees: int
     noise: float
 
 
@@ -132,11 +140,19 @@ def process_medians(processes: Sequence[Runs], *, seed: int = 0) -> ProcessMedia
         InputError: no process, or one without runs.
     """
     _check(processes)
-    logs = _logs(processes, [50])[:, 0]
+    logs = np.sort(_logs(processes, [50])[:, 0])
+    count, trim = len(logs), len(logs) // _TRIMMED
+    kept = logs[trim : count - trim]
+    spread = None
+    if count > 1:
+        variance = np.clip(logs, kept[0], kept[-1]).var(ddof=1)
+        degrees = len(kept) - 1
+        spread = math.sqrt(count * (count - 1) * variance / (len(kept) * degrees))
     return ProcessMedians(
-        processes=len(logs),
-        mean=float(logs.mean()),
-        spread=float(logs.std(ddof=1)) if len(logs) > 1 else None,
+        processes=count,
+        mean=float(kept.mean()),
+        spread=spread,
+        degrees=len(kept) - 1,
         noise=float(_noise(processes, [50], seed)[0]),
     )
 

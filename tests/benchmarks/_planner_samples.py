@@ -18,7 +18,6 @@ from edgeclip.runtime.planning.stage_works import StageWork, StageWorks
 
 RTT_MS = 20.0
 PAUSE_S = 0.25  # between requests: longer than TCP's timeout, so that slow start begins anew
-SETTLE_S = 0.1
 SMALL, LARGE = 100, 12_000  # bytes of a probe
 
 _ECHO_JSON, _ECHO_REPLY = 256, 192  # bytes of a probe's JSON, and of its reply

@@ -43,7 +43,7 @@ class Pair:
         return now.low <= baseline.high and baseline.low <= now.high
 
 
-def workload(processes: int, repeats: int) -> Workload:
+def workload(processes: int, repeats: int, seconds: float) -> Workload:
     """Turns at batch 1, and nothing else."""
     return Workload(
         name="repeatability",
@@ -52,6 +52,7 @@ def workload(processes: int, repeats: int) -> Workload:
         min_warmup_runs=10,
         max_warmup_seconds=2,
         repeats=repeats,
+        turn_seconds=seconds,
         seconds_per_batch=1,
         cold_starts=0,
         processes=processes,

@@ -31,7 +31,6 @@ from _planner_samples import (
     LARGE,
     PAUSE_S,
     RTT_MS,
-    SETTLE_S,
     SMALL,
     PlanSamples,
     Probe,
@@ -56,7 +55,7 @@ from edgeclip.runtime.split.http_client import ClientRules, Server
 BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
 BANDWIDTHS = (0.5, 2.0, 8.0, 30.0, 100.0)
 ERROR_BAR, REGRET_BAR = 0.10, 0.05
-_TURNS = 3  # of a plan that sends nothing, in a round
+_TURNS = 2  # of a plan that sends nothing, in a round: its tail is the machine's alone
 _CUTS = 3  # inside the tower, the soonest by prediction
 
 
@@ -112,29 +111,16 @@ def take_turns(
         for place in range(len(plans)):
             item = plans[(place + number) % len(plans)]
             plan, times = item.candidate.plan, found[item.candidate.plan.name]
-            time.sleep(SETTLE_S)  # what the plan before left undone must not slow the samples alone
-            if plan.kind == "device":
-                times += [_without_network(device, item) for _ in range(_TURNS)]
-                continue
-            item.run_round()
-            probe.send(SMALL)
-            due = time.perf_counter() + PAUSE_S
-            time.sleep(PAUSE_S)
-            device.embed(plan, number)
-            times.append(1e3 * (time.perf_counter() - due))
+            for _ in range(_TURNS if plan.kind == "device" else 1):
+                time.sleep(PAUSE_S)  # before the samples as before the request: both are alike
+                at = item.run_round()
+                if plan.kind != "device":
+                    probe.send(SMALL)
+                due = time.perf_counter() + PAUSE_S
+                time.sleep(PAUSE_S)
+                device.embed(plan, at)
+                times.append(1e3 * (time.perf_counter() - due))
     return found
-
-
-def _without_network(device: Device, item: PlanSamples) -> float:
-    """Milliseconds of a plan that sends nothing.
-
-    No connection has to rest before it, so it follows its samples at once: a neighbour on the
-    same processor that takes a third of its speed for half a second then slows them alike.
-    """
-    number = item.run_round()
-    began = time.perf_counter()
-    device.embed(item.candidate.plan, number)
-    return 1e3 * (time.perf_counter() - began)
 
 
 def measure_link(

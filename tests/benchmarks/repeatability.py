@@ -32,10 +32,11 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, help="default: 40, or 2 with --quick")
     parser.add_argument("--processes", type=int, default=5, help="of each profile; default: 5")
     parser.add_argument("--repeats", type=int, default=100, help="in each process; default: 100")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each process; default: 1")
     parser.add_argument("--precision", choices=("fp32", "int8"), default="int8")
     args = parser.parse_args()
     slow_down(_PLANTED)
-    amount = workload(args.processes, args.repeats)
+    amount = workload(args.processes, args.repeats, args.seconds)
     profiles, count = [], 2 * (args.pairs or (2 if args.quick else 40))
     for number in range(count):
         profiles.append(profile(args.precision, amount))

@@ -19,18 +19,19 @@ from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.choose import TowerChoice
 from edgeclip.export.embed_pairs import torch_embedder
 from edgeclip.export.errors import GateError
-from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
+from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds, data_record
 from edgeclip.export.quantize import Int8Settings
 from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError, SpaceMismatchError
+from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.preprocess import crop_batch
 from edgeclip.runtime.replay_golden import replay_golden
 
 Make = Callable[..., Source]
-IMPOSSIBLE = Bounds(mean_cosine=1.1, p1_cosine=0.5)
+IMPOSSIBLE = Bounds(mean_cosine=1.1, p1_cosine=0.5, r1_loss=25)
 
 
 def paths_in(folder: Path) -> list[str]:
@@ -61,13 +62,68 @@ def test_the_manifest_records_gates_choices_and_origin(
     for tower in manifest.towers:
         assert tower.precisions == ("fp32", "fp16", "int8")
         for file in tower.files:
-            assert len(file.gates) == 3
+            names = [gate.name for gate in file.gates]
+            assert names[:3] == ["usable embeddings", "mean cosine", "1st-percentile cosine"]
+            chosen = dict.fromkeys(("image", "text"), "fp32") | {tower.tower: file.precision}
+            beside = f"R@1 loss {chosen['image']} images, {chosen['text']} texts"
+            assert names[3:] == ([] if file.precision == "fp32" else [beside])
+            assert {gate.data for gate in file.gates} == {data_record(plan.test)}
             assert file.latency_ms is not None
             assert file.latency_ms > 0
     assert {"R@1 loss fp16", "R@1 loss int8"} <= {gate.name for gate in manifest.gates}
     assert all(gate.passed for _, gate in manifest.all_gates())
     assert manifest.measured_on.endswith("onnxruntime-cpu")
     assert built.left_out == ()
+
+
+def test_what_could_not_be_judged_is_on_record(built: BuiltBundle) -> None:
+    assert [str(remark) for remark in built.bundle.manifest.remarks] == [
+        "bundle: R@1 loss: 40 test pairs, so it goes in steps of 1.2 points and half a point "
+        "cannot be told: test on 100 or more",
+        "image fp16: zero-shot top-1 loss: not judged: no labels",
+        "image int8: zero-shot top-1 loss: not judged: no labels",
+    ]
+
+
+def test_labels_that_captions_name_are_judged(plan: BundlePlan, tmp_path: Path) -> None:
+    embeddings = np.eye(3, 16, dtype=np.float32)
+    colours = LabelSet(names=("red", "teal", "pink"), embeddings=embeddings, space=plan.space)
+    asked = replace(plan, precisions=("fp16",), workload=None, labels={"colours": colours})
+    manifest = build_bundle(asked, tmp_path / "bundle").bundle.manifest
+    gate = manifest.tower("image").file("fp16").gates[3]
+    assert (gate.name, gate.passed) == ("zero-shot top-1 loss", True)
+    assert gate.data is not None
+    assert gate.data.name == f"{gate.data.count} labelled of 40 blobs"
+    assert 5 < gate.data.count < 40
+    assert [remark.subject for remark in manifest.remarks] == ["bundle", "image fp16"]
+    assert "labelled pictures, so it goes in steps of" in manifest.remarks[1].says
+    texts = [gate.name for gate in manifest.tower("text").file("fp16").gates]
+    assert "zero-shot top-1 loss" not in texts
+
+
+def test_a_bundle_without_the_text_tower_classifies(
+    plan: BundlePlan, cpu_device: DeviceProfile, blobs: Make, tmp_path: Path
+) -> None:
+    asked = replace(plan, precisions=("int8",), label_head="letters", text_tower=False)
+    built = build_bundle(asked, tmp_path / "bundle")
+    bundle = built.bundle
+    assert {path for path in paths_in(bundle.path) if "." in path} == {
+        *("config.json", "preprocessor_config.json", "edgeclip.json", "golden.npz"),
+        *("labels/letters.npz", "onnx/vision_device.onnx", "onnx/vision_device_int8.onnx"),
+        "onnx/vision_model.onnx",
+    }
+    assert [choice.tower for choice in built.choices] == ["image"]
+    assert bundle.manifest.gates == ()  # there are no two towers to be judged together
+    names = [gate.name for gate in bundle.manifest.tower("image").file("int8").gates]
+    assert "R@1 loss int8 images, fp32 texts" in names
+    assert {item.tower for item in replay_golden(bundle, cpu_device)} == {"image"}
+    encoder = Encoder(bundle, cpu_device)
+    image = blobs(1)[0].image
+    ((best, _),) = encoder.classify(image, bundle.labels("letters"))
+    (by_head,) = encoder.classify_by_head(image)
+    assert best.label == by_head.label
+    with pytest.raises(InputError, match="has no text tower"):
+        encoder.encode_text("red")
 
 
 def test_the_encoder_embeds_as_torch_does(

@@ -1,14 +1,18 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.export import bundle_plan
+from edgeclip.export.bake_labels import bake_by_teacher
 from edgeclip.export.build_bundle import BuiltBundle
-from edgeclip.export.verb_export import gates_table, verdict
+from edgeclip.export.verb_export import verdict
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cli import main
+from tests.export.conftest import LOOSE
 
 
 def test_a_folder_of_photos_makes_a_bundle(
@@ -60,11 +64,67 @@ def test_a_student_that_is_not_there_is_one_line(
     assert not (tmp_path / "b").exists()
 
 
-def test_the_table_has_a_line_for_each_gate(built: BuiltBundle) -> None:
-    lines = gates_table(built).splitlines()
-    assert len(lines) == 1 + len(built.judged)
-    assert lines[0].split() == ["what", "gate", "value", "95%", "interval", "bound"]
-    assert all(line.endswith("pass") for line in lines[1:])
+def test_a_classifier_has_labels_and_no_text_tower(
+    clip: DualEncoder, pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip.save(tmp_path / "student")
+    student, out = str(tmp_path / "student"), str(tmp_path / "bundle")
+    (tmp_path / "colours.txt").write_text("red\nteal\n")
+    command = ["export", student, "--teacher", student, "--data", str(pair_folder), "--no-text"]
+    command += ["--precisions", "fp32", "--out", out, "--label-head", "colours"]
+    command += ["--labels", str(tmp_path / "colours.txt"), "--labels", "pets=cat,dog"]
+    assert main([*command, "--template", "a {}", "--template", "{} picture"]) == 0
+    capsys.readouterr()
+    bundle = Bundle.open(out)
+    assert bundle.label_names == ("colours", "pets")
+    assert bundle.manifest.label_head == "colours"
+    assert not bundle.manifest.has("text")
+    labels = bundle.labels("colours")
+    assert (labels.names, labels.templates) == (("red", "teal"), ("a {}", "{} picture"))
+    teacher = DualEncoder.load(student)
+    expected = bake_by_teacher(teacher, labels.names, labels.templates)
+    np.testing.assert_allclose(labels.embeddings, expected.embeddings, atol=1e-6)
+    assert main(["verify", out]) == 0
+    picture = str(next((pair_folder / "test").glob("*.png")))
+    assert main(["classify", picture, "--bundle", out, "--top", "1"]) == 0
+    assert capsys.readouterr().out.split()[-1] in ("red", "teal")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--labels", "cat", "--labels", "dog"], "two label sets are called 'labels'"),
+        (["--labels", "head=cat", "--label-head", "dog"], "two label sets are called 'head'"),
+        (["--labels", "missing.txt"], "cannot read the labels in missing.txt"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "student", "--out", "out", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_few_pictures_are_warned_of(
+    clip: DualEncoder,
+    pair_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bundle_plan, "DEFAULT_BOUNDS", LOOSE)  # eight pairs decide nothing
+    clip.save(tmp_path / "student")
+    student, out = str(tmp_path / "student"), str(tmp_path / "bundle")
+    command = ["export", student, "--teacher", student, "--data", str(pair_folder)]
+    command += ["--device", "x86-avx2", "--precisions", "int8", "--out", out]
+    assert main(command) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: bundle: R@1 loss: 8 test pairs, so it goes in steps of 6.2 points and half a "
+        "point cannot be told: test on 100 or more",
+        "warning: image int8: zero-shot top-1 loss: not judged: no labels",
+    ]
+    assert len(Bundle.open(out).manifest.remarks) == 2
 
 
 def test_the_verdict_says_what_each_tower_ships_in(built: BuiltBundle) -> None:

@@ -10,7 +10,7 @@ from edgeclip.profiles.workload import Workload, load_workload, workload_names
 
 
 def test_the_built_in_workloads_are_these() -> None:
-    assert workload_names() == ("demo", "quick")
+    assert workload_names() == ("ci", "demo", "quick", "standard")
 
 
 @pytest.mark.parametrize("name", workload_names())

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
@@ -63,6 +63,7 @@ def weight(model: onnx.ModelProto, name: str) -> NDArray[np.float64]:
     return numpy_helper.to_array(found).astype(np.float64)
 
 
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), unbalanced=st.floats(0, 3))
 def test_a_convolutional_net_computes_the_same(seed: int, unbalanced: float) -> None:
     model = conv_net(seed, unbalanced=unbalanced)

@@ -21,8 +21,8 @@ from tests.runtime.measuring.run_cases import (
 
 
 def test_a_ratio_is_welch_s_and_its_ends_have_their_chances() -> None:
-    now = ProcessMedians(processes=5, mean=np.log(1.1), spread=0.03, noise=0.01)
-    baseline = ProcessMedians(processes=10, mean=0.0, spread=0.01, noise=0.002)
+    now = ProcessMedians(processes=5, degrees=4, mean=np.log(1.1), spread=0.03, noise=0.01)
+    baseline = ProcessMedians(processes=10, degrees=9, mean=0.0, spread=0.01, noise=0.002)
     ratio = ratio_of_runs(now, baseline)
     assert ratio.value == pytest.approx(1.1)
     assert ratio.error == pytest.approx(np.sqrt(0.03**2 / 5 + 0.01**2 / 10))
@@ -36,7 +36,7 @@ def test_a_ratio_is_welch_s_and_its_ends_have_their_chances() -> None:
 
 
 def test_processes_that_agree_by_chance_leave_the_noise_of_their_runs() -> None:
-    side = ProcessMedians(processes=4, mean=0.0, spread=0.0, noise=0.02)
+    side = ProcessMedians(processes=4, degrees=3, mean=0.0, spread=0.0, noise=0.02)
     ratio = ratio_of_runs(side, side)
     assert ratio.error == 0
     assert ratio.degrees == 6
@@ -47,8 +47,8 @@ def test_processes_that_agree_by_chance_leave_the_noise_of_their_runs() -> None:
 
 
 def test_one_process_tells_nothing_of_others() -> None:
-    one = ProcessMedians(processes=1, mean=0.0, spread=None, noise=0.02)
-    five = ProcessMedians(processes=5, mean=0.0, spread=0.02, noise=0.02)
+    one = ProcessMedians(processes=1, degrees=0, mean=0.0, spread=None, noise=0.02)
+    five = ProcessMedians(processes=5, degrees=4, mean=0.0, spread=0.02, noise=0.02)
     ratio = ratio_of_runs(one, five)
     assert (ratio.value, ratio.error, ratio.degrees) == (1, None, None)
     assert ratio.noise == pytest.approx(0.02 * np.sqrt(1.2))

@@ -36,7 +36,11 @@ def drawn(
         logs = np.log(truth) + rng.normal(0, spread, count)
         sides.append(
             ProcessMedians(
-                processes=count, mean=logs.mean(), spread=logs.std(ddof=1), noise=spread / 10
+                processes=count,
+                mean=logs.mean(),
+                spread=logs.std(ddof=1),
+                degrees=count - 1,
+                noise=spread / 10,
             )
         )
     return dataclasses.replace(MODEL, times=ratio_of_runs(*sides), processes=(count, count))
@@ -116,7 +120,9 @@ def test_following_the_advice_decides() -> None:
     ],
 )
 def test_advice_is_about_what_limits(spread: float, noise: float, advice: str) -> None:
-    slower = ProcessMedians(processes=5, mean=float(np.log(1.045)), spread=spread, noise=noise)
+    slower = ProcessMedians(
+        processes=5, mean=float(np.log(1.045)), spread=spread, degrees=4, noise=noise
+    )
     same = dataclasses.replace(slower, mean=0.0)
     unsure = dataclasses.replace(MODEL, times=ratio_of_runs(slower, same))
     assert re.search(advice, regression_gate([unsure], 0.05).judged[0].advice)

@@ -11,11 +11,12 @@ import pytest
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import EngineError, InputError
+from edgeclip.runtime.measuring import take_turns as module
 from edgeclip.runtime.measuring.cpu_time import CpuTime
 from edgeclip.runtime.measuring.measurement import Identity, PairedRatio, WarmUp, Yardstick
 from edgeclip.runtime.measuring.memory import peak_memory_mb
 from edgeclip.runtime.measuring.subject import SubjectSpec
-from edgeclip.runtime.measuring.subject_request import SubjectTurns
+from edgeclip.runtime.measuring.subject_request import Answer, SubjectTurns
 from edgeclip.runtime.measuring.take_turns import (
     TurnsResult,
     measurements_of,
@@ -93,10 +94,11 @@ def test_fresh_processes_measure_all_subjects_in_turns(
         assert item.warm_up.runs >= 4
         assert item.cpu.wall_s == pytest.approx(sum(map(sum, item.samples_ms)) / 1e3, rel=1e-2)
         assert item.peak_memory_mb is None
-        assert item.missing == ()
+        assert {key for key, _ in item.missing} <= {"turns"}  # of a busy machine
     assert measured[2].input_shape == (1, 480, 640, 3)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert {total for _, total in seen} == {2 * (3 + 1 + 12)}
+    assert seen[0][1] == 2 * (3 + 1 + 12)
+    assert seen[-1][0] == seen[-1][1]
     assert list(temporary.iterdir()) == []
 
 
@@ -108,7 +110,7 @@ def test_memory_is_that_of_a_process_of_its_own(specs: list[SubjectSpec], tempor
     (item,) = measurements_of(result)
     assert item.peak_memory_mb is not None
     assert 20 < item.peak_memory_mb < 400
-    assert seen[-1] == (1 + 1 + 3 + 1, 1 + 1 + 3 + 1)
+    assert seen[-1][0] == seen[-1][1]
 
 
 def test_sweep_has_a_process_for_each_number_of_threads(
@@ -210,6 +212,41 @@ def test_several_processes_are_summed_up(specs: list[SubjectSpec]) -> None:
     assert int8.cpu.waiting_share is None
     assert (fp32.peak_memory_mb, int8.peak_memory_mb) == (50.0, None)
     assert (fp32.missing, [key for key, _ in int8.missing]) == ((), ["memory"])
+
+
+@pytest.mark.parametrize(
+    ("waiting", "asked", "kept"),
+    [
+        ([0.0, 0.01], 2, [0, 1]),
+        ([0.4, 0.0, 0.01], 3, [1, 2]),
+        ([0.4, 0.3, 0.2, 0.1], 4, [2, 3]),  # no more than twice as many
+        ([None, None], 2, [0, 1]),  # what cannot be told replaces nothing
+    ],
+)
+def test_disturbed_processes_are_replaced(
+    waiting: list[float | None],
+    asked: int,
+    kept: list[int],
+    specs: list[SubjectSpec],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = iter(
+        Answer(
+            turns=(turns((float(number + 1),) * 3, waiting=share),),
+            yardstick=Yardstick(name="y", samples_ms=((float(number + 1),) * 3,)),
+        )
+        for number, share in enumerate(waiting)
+    )
+    monkeypatch.setattr(module, "ask_process", lambda request, progress=None: next(answers))
+    result = take_turns(specs[:1], WORKLOAD, memory=False)
+    assert next(answers, None) is None
+    assert len(waiting) == asked
+    expected = [float(number + 1) for number in kept]
+    assert [process[0].samples_ms[0] for process in result.turns] == expected
+    assert [samples[0] for samples in result.yardstick.samples_ms] == expected
+    assert result.left_out == asked - 2
+    (item,) = measurements_of(result)
+    assert [key for key, _ in item.missing] == (["turns"] if result.left_out else [])
 
 
 def test_ratios_are_within_a_part_only(specs: list[SubjectSpec]) -> None:

@@ -127,3 +127,24 @@ def test_only_what_ran_together_is_paired(reference: Sequence[Runs]) -> None:
 def test_no_runs_have_no_percentile(nothing: Sequence[Runs]) -> None:
     with pytest.raises(InputError, match="no run was timed"):
         latency_of(nothing)
+
+
+def test_one_disturbed_process_of_five_changes_little() -> None:
+    rng = np.random.default_rng(7)
+    quiet = processes(rng, spread=0.01)
+    found = process_medians(quiet)
+    disturbed = process_medians([*quiet[:4], 2 * quiet[4]])
+    assert abs(disturbed.mean - found.mean) < 0.01
+    assert found.spread is not None
+    assert disturbed.spread is not None
+    assert disturbed.spread < 0.05  # its standard deviation would be 0.3
+    assert (found.processes, found.degrees) == (5, 2)
+
+
+def test_without_trimming_the_spread_is_the_standard_deviation() -> None:
+    runs = processes(np.random.default_rng(8), count=4)
+    logs = np.log([np.percentile(item, 50, method="median_unbiased") for item in runs])
+    found = process_medians(runs)
+    assert found.mean == pytest.approx(logs.mean())
+    assert found.spread == pytest.approx(logs.std(ddof=1))
+    assert found.degrees == 3

@@ -1,0 +1,125 @@
+"""A planted fragile layer is found and kept in float, and the search ships what is faster.
+
+One channel of one LayerNorm of the built-in teacher's image tower is made 100 times as large;
+what the tower computes stays the same. All in int8 it collapses. The sensitivity pass must
+name the layer behind it, and the search, which may not smooth it here, must keep that layer
+and little else in float.
+"""
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from _bars import Bar, finish, options
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.sources import open_source
+from edgeclip.compress.verb_options import BUILT_IN_TEACHER
+from edgeclip.export.graph import load_graph, save_graph
+from edgeclip.export.graph_form import GraphForm
+from edgeclip.export.quantizing.config import StaticInt8
+from edgeclip.export.quantizing.evaluate_point import open_trial
+from edgeclip.export.quantizing.point_latency import SEARCHING
+from edgeclip.export.quantizing.search import SearchResult, search
+from edgeclip.export.quantizing.search_space import space_for
+from edgeclip.export.quantizing.search_table import search_table
+from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask, split_calibration
+from edgeclip.export.quantizing.smooth import rescale, smoothable
+from edgeclip.export.to_onnx import export_tower
+from edgeclip.export.tower_graph import TowerGraph
+from edgeclip.profiles.device import THIS_MACHINE, load_device
+
+_FACTOR = 100.0
+
+
+def main() -> int:
+    """Plant, rank, search; with --quick on fewer pairs."""
+    args = options(__doc__ or "").parse_args()
+    device, dual = load_device(THIS_MACHINE), DualEncoder.load(BUILT_IN_TEACHER)
+    size = dual.image_spec.size
+    count = 128 if args.quick else 768
+    pairs = open_source("emoji", split="calibration", count=count, size=size)
+    ranges, steering = split_calibration(pairs, count // 3)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "image.onnx"
+        export_tower(dual, "image", path, GraphForm.for_device(device))
+        behind = _plant(path)
+        task = SearchTask(
+            student=dual,
+            graph=TowerGraph("image", "fp32", path, device.pixels),
+            device=device,
+            ranges=ranges,
+            steering=JudgedPairs(pairs=steering),
+            test=JudgedPairs(
+                pairs=open_source("emoji", split="test", count=count, size=size)
+            ),
+            workload=SEARCHING,
+        )
+        space = replace(space_for(device, "image", here=True), smoothing=False)
+        with open_trial(task, folder / "points") as trial:
+            result = search(trial, space, progress=lambda line: print(line, flush=True))
+    print(search_table(result))
+    return finish(_bars(result, behind), args.out)
+
+
+def _plant(path: Path) -> set[str]:
+    """Enlarge a channel of a LayerNorm in the middle; return the products that read it."""
+    model = load_graph(path)
+    norms = smoothable(model)
+    norm = norms[len(norms) // 2]
+    node = next(item for item in model.graph.node if item.name == norm)
+    (scale,) = (item for item in model.graph.initializer if item.name == node.input[1])
+    divisors = np.ones(scale.dims[0])
+    divisors[int(np.argmax(np.abs(onnx.numpy_helper.to_array(scale))))] = 1 / _FACTOR
+    rescale(model, norm, divisors)
+    save_graph(model, path)
+    return {item.name for item in model.graph.node if node.output[0] in item.input}
+
+
+def _bars(result: SearchResult, behind: set[str]) -> list[Bar]:
+    naive, chosen = result.points[1], result.chosen
+    assert result.damage is not None
+    assert naive.cosine is not None
+    assert chosen.cosine is not None
+    kept = set(chosen.config.kept) if isinstance(chosen.config, StaticInt8) else set()
+    gap = result.damage.groups[0].divergence.value / result.damage.groups[1].divergence.value
+    found = result.damage.groups[0].nodes
+    last = result.judged[-1].records if result.judged else ()
+    bars = [
+        Bar(name="planted_found_first", value=float(set(found) <= behind), direction=">=", bound=1),
+        Bar(name="planted_stands_out", value=gap, direction=">=", bound=10, unit="times"),
+        Bar(name="planted_kept", value=len(behind & kept) / len(behind), direction=">=", bound=1),
+        Bar(
+            name="naive_collapses",
+            value=naive.cosine.value,
+            direction="<=",
+            bound=0.9,
+            interval=naive.cosine,
+        ),
+        Bar(
+            name="searched_gates_held_on_test",
+            value=float(bool(last) and all(record.passed for record in last)),
+            direction=">=",
+            bound=1,
+        ),
+    ]
+    if chosen.latency is not None:
+        ratio = chosen.latency.ratio
+        bars.append(
+            Bar(
+                name="searched_time_to_fp32",
+                value=ratio.value,
+                direction="<=",
+                bound=1.0,
+                interval=ratio,
+            )
+        )
+    return bars
+
+
+if __name__ == "__main__":
+    sys.exit(main())

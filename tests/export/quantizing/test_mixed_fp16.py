@@ -1,0 +1,104 @@
+"""Islands of fp32: only where they are needed, and as few as are."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.export.calibrate import CalibrationData
+from edgeclip.export.errors import ExportError
+from edgeclip.export.fp16 import write_fp16
+from edgeclip.export.gates import DEFAULT_BOUNDS
+from edgeclip.export.graph import load_graph, save_graph
+from edgeclip.export.quantizing.emulate_half import emulate_half
+from edgeclip.export.quantizing.mixed_fp16 import embed, fewest, find_islands
+from edgeclip.export.to_onnx import TowerPaths
+from tests.export.quantizing.collapse_models import with_offset, within
+
+BOUNDS = DEFAULT_BOUNDS["fp16"]
+
+
+@given(
+    count=st.integers(1, 60),
+    needed=st.sets(st.integers(0, 59), min_size=1, max_size=6),
+)
+def test_the_fewest_are_found_in_few_trials(count: int, needed: set[int]) -> None:
+    wanted = {str(item % count) for item in needed}
+    tried = []
+
+    def passes(kept: Collection[str]) -> bool:
+        tried.append(kept)
+        return wanted <= set(kept)
+
+    found = fewest([str(item) for item in range(count)], passes)
+    assert set(found) == wanted
+    assert len(tried) <= 2 * len(wanted) * (np.log2(count) + 1) + 2
+
+
+def test_where_several_would_do_the_first_are_taken() -> None:
+    def passes(kept: Collection[str]) -> bool:
+        return len(kept) >= 3
+
+    assert fewest("abcdefgh", passes) == ("a", "b", "c")
+
+
+def test_what_is_not_decided_when_trials_run_out_stays_in() -> None:
+    def passes(kept: Collection[str]) -> bool:
+        return "b" in kept and "g" in kept
+
+    found = fewest("abcdefgh", passes, trials=2)
+    assert passes(found)
+    assert len(found) > 2
+
+
+def test_all_stay_where_more_is_sometimes_worse() -> None:
+    def passes(kept: Collection[str]) -> bool:
+        return set(kept) in ({"a", "b", "c", "d"}, {"a", "b", "c"}, {"c"})
+
+    assert passes(fewest("abcd", passes))
+
+
+def text_data(clip: DualEncoder) -> CalibrationData:
+    words = ["red", "green and blue", "picture 3: a white blob", "picture 12: teal pink brown"]
+    ids = clip.text_tokenizer.encode(words)
+    return CalibrationData(1, lambda _: ids)
+
+
+def test_a_sound_tower_needs_none(clip: DualEncoder, clip_towers: TowerPaths) -> None:
+    assert find_islands(clip_towers.text, text_data(clip)) == ()
+
+
+def test_digits_lost_in_a_large_offset_are_found_where_ranges_say_nothing(
+    clip: DualEncoder, clip_towers: TowerPaths, tmp_path: Path
+) -> None:
+    source, half, data = tmp_path / "f.onnx", tmp_path / "half.onnx", text_data(clip)
+    model = load_graph(clip_towers.text)
+    with_offset(model, 2000)
+    save_graph(model, source)
+    right = embed(load_graph(source), data)
+
+    write_fp16(source, half, data)
+    assert not within(embed(emulate_half(load_graph(half)), data), right, BOUNDS)
+
+    islands = find_islands(source, data)
+    write_fp16(source, half, data, islands=islands)
+    assert within(embed(emulate_half(load_graph(half)), data), right, BOUNDS)
+    nodes = {node.name: node.op_type for node in model.graph.node}
+    assert 0 < len(islands) < len(nodes) / 4
+    assert "Softmax" not in {nodes[name] for name in islands}
+    # None of them is there for nothing.
+    write_fp16(source, half, data, islands=islands[1:])
+    assert not within(embed(emulate_half(load_graph(half)), data), right, BOUNDS)
+
+
+def test_a_tower_that_is_never_the_same_is_refused(
+    clip: DualEncoder, clip_towers: TowerPaths
+) -> None:
+    draw = np.random.default_rng(0)
+    noise = CalibrationData(1, lambda _: draw.integers(3, 200, (4, 9)))
+    with pytest.raises(ExportError, match="every node in fp32"):
+        find_islands(clip_towers.text, noise)

@@ -1,0 +1,81 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from edgeclip.export.activation_bounds import Ranging
+from edgeclip.export.quantizing.config import (
+    Config,
+    DynamicInt8,
+    Float8,
+    Float16,
+    Float32,
+    StaticInt8,
+    WeightOnly,
+)
+from edgeclip.export.quantizing.point import Point, point_from_data, point_to_data
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.manifest import DataRecord, GateRecord
+from tests.export.quantizing.search_cases import SumBench, cosine_record
+
+BENCH = SumBench(damages={"a": 0.001}, saved={"a": 0.1})
+LOSS = GateRecord(
+    name="R@1 loss int8 images, fp32 texts",
+    value=1.5,
+    low=0.5,
+    high=2.5,
+    bound=1.0,
+    direction="<=",
+    unit="points",
+    passed=False,
+    data=DataRecord("some", 32, "0" * 64),
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Float32(),
+        Float16(islands=("a",)),
+        Float8(),
+        StaticInt8(symmetric=False, reduce_range=True, kept=("a",), smoothing=(("norm", 0.5),)),
+        StaticInt8(symmetric=True, ranging=Ranging(method="percentile", percentile=99.9)),
+        DynamicInt8(kept=("a",)),
+        WeightOnly(bits=4, block=64),
+    ],
+)
+def test_points_of_every_kind_come_back_from_json_as_they_were(config: Config) -> None:
+    point = replace(BENCH.point(Float32()), config=config, records=(cosine_record(0.99), LOSS))
+    text = json.dumps(point_to_data(point), allow_nan=False)
+    assert point_from_data(json.loads(text), source="point") == point
+    bare = replace(point, latency=None, records=())
+    assert point_from_data(json.loads(json.dumps(point_to_data(bare))), source="point") == bare
+
+
+def test_gates_are_found_by_what_they_measure() -> None:
+    point = replace(BENCH.point(Float32()), records=(cosine_record(0.999), LOSS))
+    assert point.cosine == Interval(0.999, 0.999, 0.999)
+    assert point.r1_loss == Interval(1.5, 0.5, 2.5)
+    assert point.p1_cosine is None
+    assert point.zero_shot_loss is None
+    assert not point.passed
+    assert replace(point, records=point.records[:1]).passed
+
+
+def test_the_order_of_names_does_not_make_another_point() -> None:
+    first, second = (
+        replace(BENCH.point(Float32()), config=StaticInt8(symmetric=False, kept=kept))
+        for kept in (("a", "b"), ("b", "a"))
+    )
+    assert first.key == second.key
+    assert first.key != BENCH.point(Float32()).key
+
+
+@pytest.mark.parametrize("change", [{"bytes": "many"}, {"config": {"kind": "fp64"}}, {"more": 1}])
+def test_what_is_no_point_is_refused(change: dict[str, object]) -> None:
+    data: object = {**point_to_data(BENCH.point(Float32())), **change}
+    with pytest.raises(ConfigError, match="point"):
+        point_from_data(data, source="point")
+    with pytest.raises(ConfigError, match="mapping"):
+        point_from_data([], source="point")

@@ -1,0 +1,179 @@
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.export import verb_quantize
+from edgeclip.export.graph import load_graph
+from edgeclip.export.graph_passes import PASSES
+from edgeclip.export.quantizing.config import Float16, Float32, StaticInt8, default_config
+from edgeclip.export.quantizing.quantization_file import Quantization, TowerQuantization
+from edgeclip.export.quantizing.searched_graph import apply_passes, export_searched
+from edgeclip.export.to_onnx import TowerPaths, export_tower
+from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.files import sha256_file
+
+
+def run(*words: object) -> int:
+    parser = argparse.ArgumentParser(prog="edgeclip quantize")
+    verb_quantize.add_arguments(parser)
+    typed = argparse.Namespace(command="edgeclip quantize")
+    return verb_quantize.run(parser.parse_args([str(word) for word in words], typed))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Pictures with captions: 24 to calibrate on and 8 to test."""
+    from tests.export.conftest import Blobs
+
+    for seed, (split, count) in enumerate((("test", 8), ("calibration", 24))):
+        folder = tmp_path / "pairs" / split
+        folder.mkdir(parents=True)
+        source = Blobs(count, seed)
+        for index in range(count):
+            source[index].image.save(folder / f"{index}.png")
+            (folder / f"{index}.txt").write_text(str(source.caption(index)))
+    return tmp_path / "pairs"
+
+
+def test_a_tower_is_searched_and_the_choice_written(
+    clip: DualEncoder, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip.save(tmp_path / "student")
+    student, out, page = tmp_path / "student", tmp_path / "out", tmp_path / "page.html"
+    words = [student, "--teacher", student, "--data", pairs, "--device", "rtx-4000-ada"]
+    assert run(*words, "--out", out, "--page", page) == 0
+    printed = capsys.readouterr()
+    assert "mean cosine" in printed.out
+    assert "chosen: " in printed.out
+    assert "edgeclip export --quantization" in printed.out
+    chosen = Quantization.load(out / "quantization.json")
+    assert chosen.device == "rtx-4000-ada"
+    assert set(chosen.towers) == {"image"}
+    graph = next((out / "image" / "onnx").glob("*.onnx"))
+    assert chosen.towers["image"].graph == sha256_file(graph)
+    assert "<html" in page.read_text(encoding="utf-8")
+
+    # The other tower joins it, and a rerun measures nothing again.
+    assert run(*words, "--out", out, "--tower", "text") == 0
+    both = Quantization.load(out / "quantization.json")
+    assert set(both.towers) == {"image", "text"}
+    assert both.towers["image"] == chosen.towers["image"]
+    before = {path: path.stat().st_mtime_ns for path in (out / "image").glob("point-*.json")}
+    assert run(*words, "--out", out) == 0
+    after = {path: path.stat().st_mtime_ns for path in (out / "image").glob("point-*.json")}
+    assert after == before
+    with pytest.raises(InputError, match="is for rtx-4000-ada"):
+        run(*words[:-1], "x86-avx2", "--out", out)
+
+
+def test_pairs_without_captions_and_too_few_are_refused(
+    clip: DualEncoder, pairs: Path, tmp_path: Path
+) -> None:
+    clip.save(tmp_path / "student")
+    words = [tmp_path / "student", "--teacher", tmp_path / "student", "--out", tmp_path / "out"]
+    for path in list((pairs / "calibration").iterdir())[10:]:
+        path.unlink()
+    for picture in (pairs / "calibration").glob("*.txt"):
+        if not picture.with_suffix(".png").exists():
+            picture.unlink()
+    for picture in (pairs / "calibration").glob("*.png"):
+        if not picture.with_suffix(".txt").exists():
+            picture.unlink()
+    with pytest.raises(ConfigError, match="give at least 16"):
+        run(*words, "--data", pairs)
+    for path in pairs.rglob("*.txt"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="captions"):
+        run(*words, "--data", pairs)
+
+
+def test_the_file_comes_back_as_it_was(tmp_path: Path) -> None:
+    image = TowerQuantization(
+        config=StaticInt8(symmetric=False, kept=("a", "b"), smoothing=(("norm", 0.5),)),
+        graph="0" * 64,
+        passes=("merge projections",),
+        why="fastest inside its gates",
+    )
+    text = TowerQuantization(config=Float16(), graph="1" * 64, passes=(), why="so")
+    whole = Quantization(
+        device="this-machine", pairs=9, ranges=3, towers={"image": image, "text": text}
+    )
+    whole.save(tmp_path / "q.json")
+    assert Quantization.load(tmp_path / "q.json") == whole
+
+
+def test_export_takes_what_was_chosen_and_the_defaults_elsewhere(cpu_device: DeviceProfile) -> None:
+    chosen = StaticInt8(symmetric=False, kept=("a",))
+    image = TowerQuantization(config=chosen, graph="0" * 64, passes=(), why="")
+    only = Quantization(device="test-cpu", pairs=9, ranges=3, towers={"image": image})
+    assert only.config_for("image", "int8", cpu_device) == chosen
+    assert only.config_for("image", "fp16", cpu_device) == Float16()
+    assert only.config_for("text", "int8", cpu_device) == default_config("int8", cpu_device)
+    no_use = replace(only, towers={"image": replace(image, config=Float32())})
+    assert no_use.config_for("image", "int8", cpu_device) is None
+    assert no_use.config_for("image", "fp32", cpu_device) == Float32()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 9}, "version 1"),
+        ({"device": None}, "device"),
+        ({"more": 1}, "more: unknown key"),
+        ({"towers": {"sound": {}}}, "image and text"),
+        ({"towers": {"image": {"config": {"kind": "int3"}}}}, "image tower"),
+    ],
+)
+def test_a_file_that_is_not_one_is_refused(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "q.json"
+    Quantization(device="this-machine", pairs=9, ranges=3, towers={}).save(path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**data, **change}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        Quantization.load(path)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not JSON"):
+        Quantization.load(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        Quantization.load(tmp_path / "none.json")
+
+
+def test_a_second_run_starts_from_the_same_graph(
+    clip: DualEncoder, cpu_device: DeviceProfile, tmp_path: Path
+) -> None:
+    """Whatever the clock said the first time: what was kept is written down."""
+    from tests.export.conftest import Blobs
+
+    first = export_searched(clip, "image", cpu_device, tmp_path, sample=Blobs(8))
+    content = first.graph.path.read_bytes()
+    note = tmp_path / "image-passes.json"
+    kept = json.loads(note.read_text(encoding="utf-8"))
+    kept["passes"] = ["merge projections"]
+    note.write_text(json.dumps(kept), encoding="utf-8")
+    again = export_searched(clip, "image", cpu_device, tmp_path, sample=Blobs(8))
+    assert again.passes == ("merge projections",)
+    if first.passes == again.passes:
+        assert again.graph.path.read_bytes() == content
+    names = {node.name for node in load_graph(again.graph.path).graph.node}
+    assert any(name.endswith("_wide") for name in names)
+
+
+def test_passes_that_are_applied_give_the_graph_that_was_tuned(
+    clip: DualEncoder, clip_towers: TowerPaths, tmp_path: Path
+) -> None:
+    paths = [tmp_path / "one.onnx", tmp_path / "two.onnx"]
+    for path in paths:
+        export_tower(clip, "text", path)
+        apply_passes(path, [item.name for item in PASSES])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].read_bytes() != clip_towers.text.read_bytes()
+    with pytest.raises(Exception, match="no rewrite 'magic'"):
+        apply_passes(paths[0], ["magic"])
