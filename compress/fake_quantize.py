@@ -111,7 +111,7 @@ def fake_quantized(model: nn.Module, grids: ProductGrids) -> Iterator[None]:
     products = {name: _product(model, name) for name in grids}
     try:
         for name, product in products.items():
-            product.forward = partial(_rounded_forward, product, grids[name])
+            vars(product)["forward"] = partial(_rounded_forward, product, grids[name])
         yield
     finally:
         for product in products.values():

@@ -12,14 +12,14 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.cold_start import measure_cold_start
-from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, repeat_rows
 from edgeclip.runtime.measuring.bundle_candidates import (
     bundle_candidates,
     example_feed,
     golden_inputs,
     measurable_precisions,
 )
+from edgeclip.runtime.measuring.cold_start import measure_cold_start
+from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, repeat_rows
 from edgeclip.runtime.measuring.measurement import Measurement
 from edgeclip.runtime.progress import progress_bar
 from edgeclip.runtime.spec import Tower

@@ -190,7 +190,7 @@ def judge_alone(
             found = on.labelled[precision], on.labelled["fp32"]
             zero, data = on.zero_shot, data_record(on.zero_shot.source)
             records.append(judge_zero_shot(*found, zero.labels, zero.right, bounds, data))
-        swapped = {**dict.fromkeys(TOWERS, "fp32"), tower: precision}
+        swapped: dict[Tower, Precision] = {**dict.fromkeys(TOWERS, "fp32"), tower: precision}
         pairs = pair_embeddings(embeddings, swapped)
         records.append(judge_retrieval(pairs, reference, bounds, compared(swapped), on.data))
     return tuple(Judged(f"{tower} {precision}", record) for record in records)

@@ -40,7 +40,16 @@ VERBS: dict[str, Verb] = {
     "search": Verb("edgeclip.runtime.verb_search", "look for texts or images in an index"),
     "eval": Verb("edgeclip.runtime.verb_eval", "measure retrieval or zero-shot quality"),
     "profile": Verb("edgeclip.runtime.verb_profile", "measure speed, memory and energy", "profile"),
-    "report": Verb("edgeclip.runtime.verb_report", "write the report as HTML or Markdown", "report"),
+    "report": Verb("edgeclip.runtime.verb_report", "write a report, HTML or Markdown", "report"),
+    "probes": Verb(
+        "edgeclip.export.verb_probes", "write graphs that tell a device's speed", "export"
+    ),
+    "measure-probes": Verb("edgeclip.runtime.verb_measure_probes", "measure such graphs here"),
+    "plan-student": Verb(
+        "edgeclip.compress.verb_plan_student",
+        "find students that a device is fast with",
+        "compress",
+    ),
     "build": Verb("edgeclip.runtime.verb_build", "compile a bundle's towers on the device"),
     "serve": Verb("edgeclip.runtime.verb_serve", "answer devices over the network", "serve"),
     "cut": Verb("edgeclip.export.verb_cut", "cut a tower wherever it can be cut", "export"),

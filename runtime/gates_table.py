@@ -16,7 +16,7 @@ def gates_table(gates: Sequence[Named], remarks: Iterable[GateRemark] = ()) -> s
         remarks: see `Manifest.remarks`.
     """
     data = list(dict.fromkeys(gate.data for _, gate in gates if gate.data is not None))
-    rows = [("what", "gate", "value", "95% interval", "bound", "data", "")]
+    rows: list[tuple[str, ...]] = [("what", "gate", "value", "95% interval", "bound", "data", "")]
     rows += [_row(subject, gate, data) for subject, gate in gates]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

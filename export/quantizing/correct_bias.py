@@ -175,7 +175,9 @@ class _Beside:
 
     def _make(self, operator: str, inputs: list[str], output: str, **settings: int) -> str:
         output = _INSIDE + output
-        self._graph.node.append(helper.make_node(operator, inputs, [output], output, **settings))
+        self._graph.node.append(
+            helper.make_node(operator, inputs, [output], output, None, **settings)
+        )
         return output
 
     def _constant(self, name: str, values: NDArray[np.generic]) -> str:
@@ -254,8 +256,8 @@ def _give_bias(edit: GraphEdit, product: _Product, bias: Values) -> None:
 
 
 def _as_int32(values: NDArray[np.floating]) -> NDArray[np.int32]:
-    return np.clip(values, -_LARGEST_BIAS, _LARGEST_BIAS).astype(np.int32)
+    return np.asarray(np.clip(values, -_LARGEST_BIAS, _LARGEST_BIAS), np.int32)
 
 
 def _opset(model: onnx.ModelProto) -> int:
-    return next(item.version for item in model.opset_import if item.domain == "")
+    return int(next(item.version for item in model.opset_import if item.domain == ""))

@@ -101,7 +101,7 @@ class GraphEdit:
         places = enumerate(self.graph.node)
         place = next(index for index, item in places if item.output[0] == node.output[0])
         self.graph.node.insert(place, new)
-        made = self.graph.node[place]
+        made: onnx.NodeProto = self.graph.node[place]
         self._makers.update(dict.fromkeys(made.output, made))
         return made
 

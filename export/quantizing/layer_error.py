@@ -37,7 +37,7 @@ class LayerError:
     def of(self, divisors: NDArray[np.floating]) -> float:
         """Return it for channels that are divided by `divisors` [channels], weights multiplied."""
         rows = quantized_rows(
-            self._rows / divisors.astype(np.float32),
+            np.asarray(self._rows / divisors.astype(np.float32), np.float32),
             Range(float((self._low / divisors).min()), float((self._high / divisors).max())),
             self._config,
         )

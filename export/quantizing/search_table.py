@@ -28,7 +28,10 @@ def search_table(result: SearchResult) -> str:
         lines += [f"  {_gate(record)}" for record in judgement.records]
     if result.damage is not None:
         rate = result.damage.inputs * len(result.damage.groups) / max(result.damage.seconds, 1e-9)
-        lines += ["", f"damage of each group alone, on {result.damage.inputs} inputs ({rate:.0f}/s)"]
+        lines += [
+            "",
+            f"damage of each group alone, on {result.damage.inputs} inputs ({rate:.0f}/s)",
+        ]
         lines += _aligned([_DAMAGE_HEAD, *_damage_rows(result)])
     lines += [f"not possible here: {name}: {reason}" for name, reason in result.failed]
     if not result.complete:

@@ -43,7 +43,7 @@ class _Norm:
 
     @property
     def result(self) -> str:
-        return self.node.output[0]
+        return str(self.node.output[0])
 
 
 def smoothable(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -94,6 +94,6 @@ def _fold(module: nn.Module, norm: _Norm, alpha: float) -> None:
     divisors = torch.from_numpy(found).to(norm.sizes)
     with torch.no_grad():
         for values in module.parameters():
-            values /= divisors
+            values.div_(divisors)
         for layer in norm.readers.values():
-            layer.weight *= divisors
+            layer.weight.mul_(divisors)

@@ -91,9 +91,10 @@ def _input_grid(edit: GraphEdit, node: onnx.NodeProto) -> InputGrid | None:
     if node.op_type not in ("MatMul", "Gemm", "Conv"):
         return None
     after = [edit.maker(name) for name in node.input[:2]]
-    if any(item is None or item.op_type != "DequantizeLinear" for item in after):
+    known = [item for item in after if item is not None and item.op_type == "DequantizeLinear"]
+    if len(known) < len(after):
         return None
-    scale, zero = (edit.needed(after[0], place) for place in (1, 2))
+    scale, zero = (edit.needed(known[0], place) for place in (1, 2))
     limits = np.iinfo(zero.dtype)
     return InputGrid(
         scale=float(scale.item()),

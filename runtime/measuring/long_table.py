@@ -7,6 +7,7 @@ files of equal columns can be read as one (pandas, DuckDB, Polars).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from edgeclip.runtime.errors import MissingExtraError
 from edgeclip.runtime.files import atomic_file
@@ -89,7 +90,11 @@ def write_parquet(runs: Sequence[MeasurementRun], path: Path) -> None:
         raise MissingExtraError(
             f"writing Parquet needs pyarrow ({error}): pip install 'edgeclip[profile]'"
         ) from None
-    kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+    kinds: dict[object, Any] = {
+        str: pyarrow.string(),
+        int: pyarrow.int64(),
+        float: pyarrow.float64(),
+    }
     schema = pyarrow.schema(
         [(field.name, kinds.get(field.type, pyarrow.bool_())) for field in fields(Row)]
     )

@@ -122,7 +122,9 @@ class Case:
             JudgedOn(
                 data=data_record(test.pairs),
                 zero_shot=zero,
-                labelled=zero and {"fp32": reference[count:], "int8": found[count:]},
+                labelled=None
+                if zero is None
+                else {"fp32": reference[count:], "int8": found[count:]},
             ),
         )
         return tuple(item.record for item in judged)

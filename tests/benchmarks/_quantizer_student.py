@@ -37,7 +37,7 @@ def kept_student() -> DualEncoder:
     model = CLIPModel(config)
     wanted = model.state_dict().keys()
     model.load_state_dict({name: value for name, value in weights.items() if name in wanted})
-    tokenizer = AutoTokenizer.from_pretrained(KEPT_BUNDLE)
+    tokenizer: Any = AutoTokenizer.from_pretrained(KEPT_BUNDLE)
     return DualEncoder(model.eval(), manifest.spec.image, tokenizer, space=manifest.space)
 
 

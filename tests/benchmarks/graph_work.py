@@ -167,7 +167,7 @@ def row(model: str, item: Version, found: Measurement, error: float) -> Row:
     """What the table says of a version."""
     return Row(
         model=model,
-        tower=found.part,
+        tower="text" if found.part == "text" else "image",
         version=item.name,
         base=item.base,
         median_ms=found.latency.p50_ms.value,

@@ -54,9 +54,7 @@ def main() -> int:
             device=device,
             ranges=ranges,
             steering=JudgedPairs(pairs=steering),
-            test=JudgedPairs(
-                pairs=open_source("emoji", split="test", count=count, size=size)
-            ),
+            test=JudgedPairs(pairs=open_source("emoji", split="test", count=count, size=size)),
             workload=SEARCHING,
         )
         space = replace(space_for(device, "image", here=True), smoothing=False)

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,20 +20,20 @@ from edgeclip.profiles.errors import ConfigError
 GRID = InputGrid(scale=0.25, zero=10, lowest=0, highest=31)  # from -2.5 to 5.25
 
 
-def quantize(values: np.ndarray, grid: InputGrid) -> np.ndarray:
+def quantize(values: Any, grid: InputGrid) -> Any:
     """QuantizeLinear and DequantizeLinear, as ONNX defines them."""
     whole = np.clip(np.rint(values / grid.scale) + grid.zero, grid.lowest, grid.highest)
     return (whole - grid.zero) * grid.scale
 
 
-def linear(inputs: int = 4, outputs: int = 3) -> nn.Sequential:
+def linear(inputs: int = 4, outputs: int = 3) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(inputs, outputs))
 
 
 @given(st.lists(st.floats(-8, 8, width=32), min_size=4, max_size=4))
 def test_inputs_are_rounded_and_clipped_as_onnx_does(values: list[float]) -> None:
-    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model: Any = nn.Sequential(nn.Linear(4, 4, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(4))
     with fake_quantized(model, {"0": ProductGrid(input=GRID)}):

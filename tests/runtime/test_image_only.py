@@ -79,7 +79,8 @@ def test_its_parts_are_profiled(image_bundle: Path, cpu_device: DeviceProfile) -
     for spec in subjects:
         with open_subject(spec, bundle=bundle) as opened:
             found = opened.candidate.run(opened.candidate.make_batch(2))
-            assert np.shape(found) == (2, 8)
+            assert isinstance(found, np.ndarray)
+            assert found.shape == (2, 8)
     with pytest.raises(BundleError, match="has no text tower"):
         subjects_of(bundle, cpu_device, ("text",))
 

@@ -148,7 +148,8 @@ def _means_and_powers(node: onnx.NodeProto, epsilon: str) -> list[onnx.NodeProto
 
 
 def _find(model: onnx.ModelProto, name: str) -> TensorProto:
-    return next(item for item in model.graph.initializer if item.name == name)
+    found: TensorProto = next(item for item in model.graph.initializer if item.name == name)
+    return found
 
 
 def _constant(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:

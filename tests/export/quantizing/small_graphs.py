@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.export.calibrate import CalibrationData
 
-Shape = Sequence[int | str]
+Shape = Sequence[Any]
 
 
 def graph_of(

@@ -137,7 +137,7 @@ def test_products_with_a_relu_between_are_a_pair() -> None:
     assert equalise(equal) == 1
     assert close(run(equal, values)[0], run(model, values)[0])
     sizes = [np.abs(weight(equal, "w1")).max(axis=0), np.abs(weight(equal, "w2")).max(axis=0)]
-    np.testing.assert_allclose(*sizes, rtol=0.01)
+    np.testing.assert_allclose(sizes[0], sizes[1], rtol=0.01)
     # One number for all channels is no bias of theirs.
     nodes[1].input[0] = "one"
     assert equalisable(graph_of(nodes, weights, given=["b", 4], outputs={"y": ["b", 5]})) == ()

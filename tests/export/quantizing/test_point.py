@@ -13,7 +13,7 @@ from edgeclip.export.quantizing.config import (
     StaticInt8,
     WeightOnly,
 )
-from edgeclip.export.quantizing.point import Point, point_from_data, point_to_data
+from edgeclip.export.quantizing.point import point_from_data, point_to_data
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import DataRecord, GateRecord

@@ -46,7 +46,7 @@ def unpacked(made: PackedWeight, bits: int, inputs: int) -> NDArray[np.float64]:
     if made.zeros is not None:
         zeros = whole_numbers(made.zeros.reshape(outputs, -1), bits)[:, :blocks]
     weight = (whole - zeros[..., None]) * made.scales.reshape(outputs, blocks, 1)
-    return weight.reshape(outputs, -1)[:, :inputs].T
+    return np.asarray(weight.reshape(outputs, -1)[:, :inputs].T, np.float64)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
