@@ -35,6 +35,10 @@ class Source(Protocol):
         """Changes whenever any pair does; a teacher cache belongs to one identity."""
 
     @property
+    def split(self) -> Split | None:
+        """Which split the pairs are of; None if that is unknown."""
+
+    @property
     def has_captions(self) -> bool:
         """True if every pair has a caption."""
 
@@ -58,6 +62,7 @@ class EmojiSource:
     def __init__(
         self, split: Split, count: int, *, size: int, seed: int = 0, distinct: bool = False
     ) -> None:
+        self.split: Split = split
         self._world = EmojiScenes(split, seed=seed)
         # A scene is asked for several times in a row: for its picture and for its caption.
         draw = self._world.distinct(count).__getitem__ if distinct else self._world.scene
@@ -103,8 +108,8 @@ class FolderSource:
 
     Args:
         folder: searched with its subfolders.
-        split: take only the pictures of this split, which the hash of a path decides; None
-            takes all.
+        split: which one the pictures are of, None if that is unknown.
+        divide: take only those pictures that the hash of their path puts into the split.
         min_side: the shortest side, in pixels, that will be needed; large JPEG files are
             then decoded fast, see `load_image`.
 
@@ -114,14 +119,21 @@ class FolderSource:
     """
 
     def __init__(
-        self, folder: Path, *, split: Split | None = None, min_side: int | None = None
+        self,
+        folder: Path,
+        *,
+        split: Split | None = None,
+        divide: bool = True,
+        min_side: int | None = None,
     ) -> None:
+        self.split = split
         everything = list_images(folder)
+        by_hash = split if divide else None
         captions = read_captions(folder, everything) or (None,) * len(everything)
         wanted = [
             (path, caption)
             for path, caption in zip(everything, captions, strict=True)
-            if split in (None, split_of(path.relative_to(folder).as_posix()))
+            if by_hash in (None, split_of(path.relative_to(folder).as_posix()))
         ]
         if not wanted:
             raise ConfigError(
@@ -131,7 +143,7 @@ class FolderSource:
         self._min_side = min_side
         self.paths = tuple(path for path, _ in wanted)
         self._captions = tuple(caption for _, caption in wanted)
-        part = "" if split is None else f" of {len(everything)}, for {split}"
+        part = "" if by_hash is None else f" of {len(everything)}, for {split}"
         self.name = f"{folder}, {len(self.paths)} pictures{part}"
         digest = hashlib.sha256()
         for path, caption in zip(self.paths, self._captions, strict=True):
@@ -172,5 +184,5 @@ def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
     if there and split not in there:
         raise ConfigError(f"{folder} has the subfolder {there[0]}, so it needs {split} as well")
     if there:
-        return FolderSource(folder / split, min_side=size)
+        return FolderSource(folder / split, split=split, divide=False, min_side=size)
     return FolderSource(folder, split=split, min_side=size)

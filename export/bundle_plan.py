@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
+from edgeclip.export.calibrate import CalibrationSource
 from edgeclip.export.choose import CHOOSING
 from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
 from edgeclip.export.graph_form import GraphForm
@@ -25,7 +26,8 @@ class BundlePlan:
     Attributes:
         student: the model; it is put into evaluation mode.
         space: fingerprint of the teacher's embedding space.
-        calibration: pairs with captions that int8 is calibrated on.
+        calibration: pairs with captions that int8 is calibrated on; never those of the test
+            split.
         test: pairs with captions that the gates are measured on.
         device: says which precisions may be made, and how int8 looks there.
         origin: what the manifest says about teacher and student.
@@ -43,8 +45,8 @@ class BundlePlan:
             not the device, and fp32 is chosen.
 
     Raises:
-        ConfigError: a source that is empty or lacks captions, or a precision that the
-            device does not allow.
+        ConfigError: a source that is empty or lacks captions, one for calibration that is of
+            another split or too small, or a precision that the device does not allow.
         SpaceMismatchError: a label set of another embedding space.
     """
 
@@ -70,6 +72,7 @@ class BundlePlan:
                     f"{source.name}: a bundle is calibrated and tested on pictures with captions; "
                     "give each one a line in captions.csv, or a NAME.txt beside it"
                 )
+        CalibrationSource(self.calibration)
         asked = self.precisions or ()
         wrong = [item for item in asked if item not in (*self.device.precisions, "fp32")]
         if wrong:

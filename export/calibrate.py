@@ -63,8 +63,7 @@ class CalibrationSource:
     @property
     def split(self) -> Split | None:
         """Which split the pairs are of."""
-        # A source that does not say so is one of a test's own.
-        return getattr(self.source, "split", "calibration")
+        return self.source.split
 
     @property
     def name(self) -> str:

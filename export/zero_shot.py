@@ -35,6 +35,7 @@ class Chosen:
         self.base = base
         self.numbers = tuple(numbers)
         self.name = name
+        self.split = base.split
         self.has_captions = base.has_captions
         chosen = hashlib.sha256(repr(self.numbers).encode()).hexdigest()
         self.identity = f"chosen:{chosen}:{base.identity}"

@@ -41,9 +41,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb("edgeclip.runtime.verb_eval", "measure retrieval or zero-shot quality"),
     "profile": Verb("edgeclip.runtime.verb_profile", "measure speed, memory and energy", "profile"),
     "report": Verb("edgeclip.runtime.verb_report", "write a report, HTML or Markdown", "report"),
-    "probes": Verb(
-        "edgeclip.export.verb_probes", "write graphs that tell a device's speed", "export"
-    ),
+    "probes": Verb("edgeclip.export.verb_probes", "write graphs that tell a speed", "export"),
     "measure-probes": Verb("edgeclip.runtime.verb_measure_probes", "measure such graphs here"),
     "plan-student": Verb(
         "edgeclip.compress.verb_plan_student",

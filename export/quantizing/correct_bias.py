@@ -175,9 +175,9 @@ class _Beside:
 
     def _make(self, operator: str, inputs: list[str], output: str, **settings: int) -> str:
         output = _INSIDE + output
-        self._graph.node.append(
-            helper.make_node(operator, inputs, [output], output, None, **settings)
-        )
+        made = helper.make_node(operator, inputs, [output], output)
+        made.attribute.extend(helper.make_attribute(key, value) for key, value in settings.items())
+        self._graph.node.append(made)
         return output
 
     def _constant(self, name: str, values: NDArray[np.generic]) -> str:

@@ -73,6 +73,7 @@ class Altered:
     def __init__(self, source: Source, name: str, alter: Alter) -> None:
         self._source, self._alter = source, alter
         self.name = f"{source.name}, {name}"
+        self.split = source.split
         self.identity = f"{source.identity}:{name}"
 
     def __len__(self) -> int:

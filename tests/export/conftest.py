@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.emoji_scenes import Split
 from edgeclip.compress.sources import Pair
 from edgeclip.compress.tokenizer import train_tokenizer
 from edgeclip.export.build_bundle import BuiltBundle, build_bundle
@@ -73,6 +74,7 @@ class Blobs:
     count: int
     seed: int = 0
     has_captions: bool = True
+    split: Split = "calibration"
 
     @property
     def name(self) -> str:

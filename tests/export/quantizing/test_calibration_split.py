@@ -84,10 +84,12 @@ def test_too_few_pairs_are_refused_and_few_are_spoken_of() -> None:
 
 
 def test_the_built_in_scenes_know_their_split(clip: DualEncoder) -> None:
-    for split in ("train", "calibration"):
+    good: tuple[Split, ...] = ("train", "calibration")
+    bad: tuple[Split, ...] = ("test", "unseen")
+    for split in good:
         source = EmojiSource(split, 8, size=16)
         assert source.split == CalibrationSource(source).split == split
-    for split in ("test", "unseen"):
+    for split in bad:
         with pytest.raises(ConfigError, match=f"split is {split}"):
             calibration_images(EmojiSource(split, 8, size=16), clip.spec.image)
 

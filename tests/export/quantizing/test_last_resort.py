@@ -92,6 +92,7 @@ class Untouchable:
 
     name = identity = "nothing"
     has_captions = True
+    split = None
 
     def __len__(self) -> int:
         raise AssertionError("training data were asked for")
