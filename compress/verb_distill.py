@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("image-heads", "image-layers", "text-heads", "text-layers"):
         default = getattr(shape, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=default)
+    for name in ("conv-widths", "conv-depths"):
+        default = getattr(shape, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -61,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         image_layers=args.image_layers,
         text_heads=args.text_heads,
         text_layers=args.text_layers,
+        conv_widths=tuple(args.conv_widths),
+        conv_depths=tuple(args.conv_depths),
     )
     if not source.has_captions:
         print(f"{source.name}: no captions, so the teacher's text tower is kept as it is")

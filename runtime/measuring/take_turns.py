@@ -104,6 +104,7 @@ def _undisturbed(
         )
         total = max(wanted, number + 1) * each
         answer = ask_process(request, progress=_part(progress, number * each, total))
+        _part(progress, (number + 1) * each, total)(0, 0)
         turns = dict(zip(order, answer.turns, strict=True))
         answers.append(replace(answer, turns=tuple(turns[at] for at in range(len(specs)))))
         if sum(_denied(answer) <= _DISTURBED for answer in answers) == wanted:

@@ -62,7 +62,7 @@ def test_contradictions_are_refused(fields: dict[str, Any], message: str) -> Non
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[]", "plan schema None is not 1"),
+        ("[]", "schema None of a plan is not 1"),
         ('{"schema_version": 9}', "schema 9 of a plan is not 1"),
         ('{"schema_version": 1, "name": "x", "kind": "other", "space": "5"}', "kind"),
         ('{"schema_version": 1, "name": "x", "kind": "image", "space": "5"}', "model is needed"),
