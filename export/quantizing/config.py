@@ -125,7 +125,7 @@ class WeightOnly:
     """Weights stored in few bits and multiplied in float: for size, not for speed.
 
     Attributes:
-        bits: of a product's weight. Token tables take 8 bits.
+        bits: of a product's weight. The last product and token tables take 8 bits.
         block: how many weights of one output channel share a scale.
         kept: nodes that stay in float; a token table is kept by naming its Gather.
 

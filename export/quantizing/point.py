@@ -1,5 +1,6 @@
 """A point of a search: one config of a tower, and what was measured of it."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from edgeclip.runtime.manifest import GateRecord
 # How the gates' names begin.
 MEAN_COSINE, P1_COSINE = "mean cosine", "1st-percentile cosine"
 R1_LOSS, ZERO_SHOT_LOSS = "R@1 loss", "zero-shot top-1 loss"
+
+
+key_of = functools.lru_cache(maxsize=4096)(key)  # asked for again and again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,7 @@ class Point:
     @property
     def key(self) -> str:
         """What tells its config from any other."""
-        return key(self.config)
+        return key_of(self.config)
 
     @property
     def name(self) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgeclip.export.quantizing.config import Config, key
-from edgeclip.export.quantizing.point import Point, point_from_data, point_to_data
+from edgeclip.export.quantizing.config import Config
+from edgeclip.export.quantizing.point import Point, key_of, point_from_data, point_to_data
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.json_record import JsonRecord
@@ -36,7 +36,7 @@ class PointStore:
 
     def get(self, config: Config) -> Point | None:
         """Return what is known of a config; None if nothing, or nothing readable."""
-        data = self._read(self._path("point", key(config)))
+        data = self._read(self._path("point", key_of(config)))
         try:
             return None if data is None else point_from_data(data, source="point")
         except ConfigError:

@@ -90,11 +90,12 @@ def _input_grid(edit: GraphEdit, node: onnx.NodeProto) -> InputGrid | None:
     """How a product's input is quantized; None if it is not, or the node is no product."""
     if node.op_type not in ("MatMul", "Gemm", "Conv"):
         return None
-    after = [edit.maker(name) for name in node.input[:2]]
-    known = [item for item in after if item is not None and item.op_type == "DequantizeLinear"]
-    if len(known) < len(after):
+    given, weight = (edit.maker(name) for name in node.input[:2])
+    if given is None or weight is None:
         return None
-    scale, zero = (edit.needed(known[0], place) for place in (1, 2))
+    if {given.op_type, weight.op_type} != {"DequantizeLinear"}:
+        return None
+    scale, zero = (edit.needed(given, place) for place in (1, 2))
     limits = np.iinfo(zero.dtype)
     return InputGrid(
         scale=float(scale.item()),

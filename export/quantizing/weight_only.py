@@ -4,7 +4,9 @@ A weight [inputs, outputs] is cut into blocks of `block` inputs for each output,
 w becomes whole numbers q with a scale s and a zero point z: w ~ (q - z) * s. With 8 bits they
 are s = max|w| / 127, z = 128. With 4 bits s = (high - low) / 15, z = round(-low / s), where
 `low` and `high` are the extremes of the block and 0, both drawn in by the share that makes the
-squared error of the block smallest.
+squared error of the block smallest. The last product gives the embedding, so nothing behind it
+averages its rounding out: it takes 8 bits always, which costs the built-in text tower 3% of its
+bytes and spares it two thirds of what it loses.
 
 ONNX Runtime multiplies them as MatMulNBits (com.microsoft). With `accuracy_level` 4 its CPU
 kernels round each row of the activations to int8 block by block: several times faster with 8
@@ -55,7 +57,7 @@ def write_weight_only(
 
     Args:
         source, target: the ONNX files.
-        bits: 4 or 8, of products; see `int8_tables` for the table.
+        bits: 4 or 8, of all products but the last; see `int8_tables` for the table.
         block: inputs that share a scale: a power of two from 16 on.
         kept: names of nodes whose weights stay as they are.
 
@@ -63,7 +65,8 @@ def write_weight_only(
         ExportError: nothing can be stored so, or the result is not valid ONNX.
     """
     model = load_graph(source)
-    chosen = {name for name in quantizable_nodes(source) if name not in kept}
+    *_, last = able = quantizable_nodes(source)
+    chosen = set(able) - set(kept)
     weights = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     constants: dict[str, onnx.TensorProto] = {}
     nodes: list[onnx.NodeProto] = []
@@ -73,7 +76,8 @@ def write_weight_only(
         if weight is None or not _is_plain(node, weight):
             nodes.append(node)
             continue
-        nodes += _packed_product(node, weight, bits, block, constants)
+        width = 8 if node.name == last else bits
+        nodes += _packed_product(node, weight, width, block, constants)
         done += 1
     del model.graph.node[:]
     model.graph.node.extend(nodes)

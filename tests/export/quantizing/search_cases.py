@@ -9,11 +9,11 @@ from edgeclip.compress.sources import Source
 from edgeclip.export.errors import ExportError
 from edgeclip.export.gates import Bounds
 from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantizing.config import Config, Float16, Float32, StaticInt8, key
+from edgeclip.export.quantizing.config import Config, Float16, Float32, StaticInt8
 from edgeclip.export.quantizing.evaluate_point import Judgement
 from edgeclip.export.quantizing.group_gains import Gains, GroupGain
 from edgeclip.export.quantizing.node_groups import NodeGroup
-from edgeclip.export.quantizing.point import Point, PointLatency
+from edgeclip.export.quantizing.point import Point, PointLatency, key_of
 from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask
 from edgeclip.export.quantizing.sensitivity import GroupDamage, Sensitivity
 from edgeclip.export.to_onnx import TowerPaths
@@ -28,6 +28,7 @@ Make = Callable[..., Source]
 
 RECIPE = StaticInt8(symmetric=False)
 OUTLIER = "node_layer_norm_2"  # of the tiny image tower: what the first layer's MLP reads
+CHANNEL = 0
 BEHIND_OUTLIER = "layers.0.mlp.fc1"
 # R@1 and the lowest percentile are matters of luck with a few pairs and untrained weights.
 MEAN_ONLY: dict[Precision, Bounds] = {
@@ -84,15 +85,15 @@ class SumBench:
         return tuple(NodeGroup(name, (name,), (name,)) for name in self.damages)
 
     def knows(self, config: Config) -> bool:
-        return key(config) in self.known
+        return key_of(config) in self.known
 
     def point(self, config: Config) -> Point:
         if not self.knows(config):
-            if key(config) in self.impossible:
+            if key_of(config) in self.impossible:
                 raise ExportError("cannot be made")
             self.made.append(config)
-            self.known[key(config)] = self._point(config)
-        return self.known[key(config)]
+            self.known[key_of(config)] = self._point(config)
+        return self.known[key_of(config)]
 
     def damage(self, config: StaticInt8) -> Sensitivity:
         groups = [
@@ -101,7 +102,7 @@ class SumBench:
             )
             for name, value in sorted(self.damages.items(), key=lambda item: -item[1])
         ]
-        return Sensitivity(config=key(config), groups=tuple(groups), inputs=8, seconds=1.0)
+        return Sensitivity(config=key_of(config), groups=tuple(groups), inputs=8, seconds=1.0)
 
     def gains(self, config: StaticInt8) -> Gains:
         found = [GroupGain(nodes=(name,), saved=value) for name, value in self.saved.items()]
@@ -116,7 +117,7 @@ class SumBench:
     def judge(self, config: Config) -> Judgement:
         self.judged.append(config)
         record = cosine_record(1 - self.loss(config) - self.test_loss)
-        return Judgement(config=key(config), records=(record,))
+        return Judgement(config=key_of(config), records=(record,))
 
     def loss(self, config: Config) -> float:
         """Of cosine."""
@@ -162,7 +163,7 @@ def planted_task(
 ) -> SearchTask:
     """The tiny image tower with an outlier in one of its norms; nothing is timed."""
     path = folder / "planted.onnx"
-    save_graph(plant_outlier(load_graph(towers.image), OUTLIER, 3), path)
+    save_graph(plant_outlier(load_graph(towers.image), OUTLIER, CHANNEL), path)
     return tower_task(clip, path, device, blobs)
 
 

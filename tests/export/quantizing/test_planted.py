@@ -44,7 +44,7 @@ def mixed(task: SearchTask, tmp_path_factory: pytest.TempPathFactory) -> SearchR
 def test_the_naive_recipe_collapses(mixed: SearchResult) -> None:
     naive = next(point for point in mixed.points if point.config == RECIPE)
     assert naive.cosine is not None
-    assert naive.cosine.value < 0.9
+    assert 1 - naive.cosine.value > 5 * (1 - GATE)  # it loses many times what it may
     assert not naive.passed
 
 

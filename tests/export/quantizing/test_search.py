@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeclip.compress.dual_encoder import DualEncoder
@@ -145,6 +145,7 @@ def test_configs_that_cannot_be_made_are_told_and_the_search_goes_on() -> None:
     assert "not possible here: fp16: cannot be made" in search_table(result)
 
 
+@settings(max_examples=40)
 @given(
     damages=st.lists(st.floats(1e-5, 0.02), min_size=2, max_size=9),
     saved=st.lists(st.floats(0.005, 0.09), min_size=9, max_size=9),

@@ -28,7 +28,7 @@ from edgeclip.runtime.engine_ort import OrtEngine
 from edgeclip.runtime.quality import cosines
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.planted import plant_outlier
-from tests.export.quantizing.search_cases import BEHIND_OUTLIER, OUTLIER
+from tests.export.quantizing.search_cases import BEHIND_OUTLIER, CHANNEL, OUTLIER
 
 Make = Callable[..., Source]
 CPU = StaticInt8(symmetric=False)
@@ -174,7 +174,7 @@ def test_a_planted_outlier_damages_most(
     clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, tmp_path: Path
 ) -> None:
     source = tmp_path / "planted.onnx"
-    save_graph(plant_outlier(load_graph(clip_towers.image), OUTLIER, 3), source)
+    save_graph(plant_outlier(load_graph(clip_towers.image), OUTLIER, CHANNEL), source)
     write_config(source, tmp_path / "int8.onnx", CPU, data_for("image", clip, blobs(16, seed=1)))
     probe = probe_for("image", clip, blobs(20, seed=2))
     found = measure_damage(source, tmp_path / "int8.onnx", node_groups(source), probe, config="k")
@@ -227,7 +227,7 @@ def test_damage_of_a_smoothed_config_is_that_of_its_smoothed_graph(
     clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, tmp_path: Path
 ) -> None:
     source = tmp_path / "planted.onnx"
-    save_graph(plant_outlier(load_graph(clip_towers.image), OUTLIER, 3), source)
+    save_graph(plant_outlier(load_graph(clip_towers.image), OUTLIER, CHANNEL), source)
     data = data_for("image", clip, blobs(16, seed=1))
     config = replace(CPU, smoothing=((OUTLIER, 0.5),))
     write_config(source, tmp_path / "q.onnx", config, data)
