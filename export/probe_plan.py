@@ -270,10 +270,11 @@ def _stem_probe(tower: AnyTower, *, few: bool) -> PlannedProbe:
 
 def _title(tower: AnyTower, stem: bool, *, tokens: bool = False) -> str:
     """A name by sizes; without `tokens` that of a graph for texts of every length."""
+    dim = "" if tower.dim == PROBE_DIM else f"-e{tower.dim}"
     if isinstance(tower, ConvTower):
         widths, depths = ("_".join(map(str, item)) for item in (tower.widths, tower.depths))
         sizes = f"{tower.image_size}px-w{widths}"
-        return f"stem-conv-{sizes}" if stem else f"conv-{sizes}-d{depths}"
+        return f"stem-conv-{sizes}" if stem else f"conv-{sizes}-d{depths}{dim}"
     sizes = f"w{tower.width}"
     if tower.part == "image":
         sizes = f"{tower.image_size}px-p{tower.patch}-{sizes}"
@@ -281,4 +282,4 @@ def _title(tower: AnyTower, stem: bool, *, tokens: bool = False) -> str:
         sizes = f"t{tower.tokens}-{sizes}"
     if stem:
         return f"stem-image-{sizes}"
-    return f"{tower.part}-{sizes}-l{tower.layers}{'-gelu' * tower.gelu}"
+    return f"{tower.part}-{sizes}-l{tower.layers}{'-gelu' * tower.gelu}{dim}"

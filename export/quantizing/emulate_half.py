@@ -7,8 +7,17 @@ a node stay in fp32, as LayerNormalization is defined and as tensor cores add pr
 engine that adds up in fp16 loses more.
 """
 
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
 import onnx
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
+
+from edgeclip.export.graph import load_graph, write_unchecked
+from edgeclip.export.tower_graph import TowerGraph
 
 # Give values that they were given.
 _MOVES = frozenset(
@@ -50,6 +59,29 @@ def emulate_half(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     return made
+
+
+@contextlib.contextmanager
+def stored_in_half(graphs: Sequence[TowerGraph]) -> Iterator[tuple[TowerGraph, ...]]:
+    """Give towers to run on a CPU in place of such as a GPU will run, in the same order.
+
+    Those without fp16 are given as they are, of the others graphs made by `emulate_half`, which
+    are gone when the block ends.
+
+    Raises:
+        ExportError: a graph cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        shown = []
+        for place, graph in enumerate(graphs):
+            model = load_graph(graph.path)
+            path = graph.path
+            if half_values(model):
+                path = Path(folder) / str(place) / path.name
+                path.parent.mkdir()
+                write_unchecked(emulate_half(model), path)
+            shown.append(replace(graph, path=path))
+        yield tuple(shown)
 
 
 def half_values(model: onnx.ModelProto) -> frozenset[str]:

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from edgeclip.export import verb_probes
+from edgeclip.export.graph import load_graph
 from edgeclip.export.probe_plan import (
     ConvPoint,
     ImagePoint,
@@ -54,6 +56,14 @@ def test_graphs_share_one_file_of_weights(probes: ProbeSet) -> None:
     ]
     kept = sum(path.stat().st_size for path in probes.path.iterdir())
     assert 4 * kept < sum(probe.graph.weight_bytes for probe in probes.index.probes)
+
+
+def test_no_two_weights_of_a_graph_are_equal(probes: ProbeSet) -> None:
+    for path in probes.path.glob("image-*.onnx"):
+        values = [numpy_helper.to_array(item) for item in load_graph(path).graph.initializer]
+        large = [value.tobytes() for value in values if value.nbytes >= 4096]
+        assert len(large) > 6
+        assert len(set(large)) == len(large)
 
 
 def test_int8_graphs_compute_in_int8(probes: ProbeSet) -> None:

@@ -13,8 +13,9 @@ from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.graph import load_graph
 from edgeclip.export.quantize import Int8Settings, write_int8
-from edgeclip.export.quantizing.emulate_half import emulate_half, half_values
+from edgeclip.export.quantizing.emulate_half import emulate_half, half_values, stored_in_half
 from edgeclip.export.to_onnx import TowerPaths
+from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.runtime.quality import cosines
 from tests.export.quantizing.small_graphs import run
 
@@ -105,3 +106,18 @@ def test_the_types_of_a_tower_are_those_that_onnx_infers(
     (found,), (right,) = run(emulated, ids), run(load_graph(clip_towers.text), ids)
     assert 0.97 < cosines(found, right).min() < 1
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+def test_towers_are_judged_as_a_gpu_runs_them(
+    clip: DualEncoder, clip_towers: TowerPaths, tmp_path: Path
+) -> None:
+    half = tmp_path / "text_model_fp16.onnx"
+    write_fp16(clip_towers.text, half)
+    graphs = [clip_towers.graph("text"), TowerGraph("text", "fp16", half, None)]
+    with stored_in_half(graphs) as (plain, shown):
+        assert plain == graphs[0]
+        assert (shown.tower, shown.precision, shown.pixels) == ("text", "fp16", None)
+        assert shown.path.name == half.name
+        assert load_graph(shown.path) == emulate_half(load_graph(half))
+    assert not shown.path.exists()
+    assert half.exists()
