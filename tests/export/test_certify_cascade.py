@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -283,7 +284,9 @@ class TestVerb:
     def run(self, *words: object) -> int:
         parser = argparse.ArgumentParser()
         verb_cascade.add_arguments(parser)
-        return verb_cascade.run(parser.parse_args([str(word) for word in words]))
+        given = [str(word) for word in words]
+        typed = argparse.Namespace(command=shlex.join(["edgeclip", "cascade", *given]))
+        return verb_cascade.run(parser.parse_args(given, typed))
 
     @pytest.fixture
     def words(
