@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     probes = write_probes(
         args.out,
         device=load_device(args.device),
-        command=_command(args),
+        command=args.command,
         plan=PLANS[args.plan],
         seed=args.seed,
         replace=args.replace,
@@ -44,9 +44,3 @@ def run(args: argparse.Namespace) -> int:
         f"edgeclip measure-probes {shlex.quote(args.out.name)} --out measured.json"
     )
     return 0
-
-
-def _command(args: argparse.Namespace) -> str:
-    words = ["edgeclip", "probes", "--out", str(args.out), "--plan", args.plan]
-    words += ["--seed", str(args.seed), "--device", str(args.device)]
-    return shlex.join(words)

@@ -1,7 +1,6 @@
 """`edgeclip measure-probes`: what the pieces of a tower cost on this machine."""
 
 import argparse
-import shlex
 from pathlib import Path
 
 from edgeclip.profiles.device import load_device
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             probes,
             device=device,
             name=args.name or args.out.stem,
-            command=_command(args),
+            command=args.command,
             rounds=args.rounds,
             few=source is not None,
             progress=progress,
@@ -54,11 +53,3 @@ def run(args: argparse.Namespace) -> int:
     print(measured_table(measured))
     print(f"costs written to {args.out}")
     return 0
-
-
-def _command(args: argparse.Namespace) -> str:
-    words = ["edgeclip", "measure-probes", str(args.probes), "--out", str(args.out)]
-    words += [] if args.name is None else ["--name", args.name]
-    words += ["--rounds", str(args.rounds)]
-    words += [] if args.few_from is None else ["--few-from", args.few_from]
-    return shlex.join([*words, "--device", str(args.device)])

@@ -1,4 +1,5 @@
 import argparse
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,7 +165,9 @@ def test_verb_says_what_to_do_next(
     parser = argparse.ArgumentParser()
     verb_probes.add_arguments(parser)
     out = tmp_path / "set"
-    assert verb_probes.run(parser.parse_args(["--out", str(out), "--plan", "small"])) == 0
+    words = ["--out", str(out), "--plan", "small"]
+    typed = argparse.Namespace(command=shlex.join(["edgeclip", "probes", *words]))
+    assert verb_probes.run(parser.parse_args(words, typed)) == 0
     printed = capsys.readouterr().out
     assert "1 probes and 0 whole towers" in printed
     assert "edgeclip measure-probes set --out measured.json" in printed

@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -271,4 +272,5 @@ def test_verb_measures_and_carries_over(
 def _run(*words: str) -> int:
     parser = argparse.ArgumentParser()
     verb_measure_probes.add_arguments(parser)
-    return verb_measure_probes.run(parser.parse_args(words))
+    typed = argparse.Namespace(command=shlex.join(["edgeclip", "measure-probes", *words]))
+    return verb_measure_probes.run(parser.parse_args(words, typed))
