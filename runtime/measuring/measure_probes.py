@@ -6,10 +6,8 @@ service, too, a tower mostly runs after itself, and finds its weights where the 
 them. Right after another graph a small tower takes up to a fifth longer.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import numpy as np
@@ -20,7 +18,7 @@ from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.measuring.interference import InterferenceWatch
-from edgeclip.runtime.measuring.interleave import round_order
+from edgeclip.runtime.measuring.interleave import no_garbage_collection, round_order
 from edgeclip.runtime.measuring.measured_device import CheckTime, MeasuredDevice, PieceCost
 from edgeclip.runtime.measuring.probe_set import CheckTower, GraphInput, Probe, ProbeSet
 from edgeclip.runtime.measuring.timing_statistics import percentile_interval
@@ -110,7 +108,7 @@ def time_in_turns(
     """
     names = list(runs)
     found = {name: np.empty(rounds) for name in names}
-    with _no_garbage_collection():
+    with no_garbage_collection():
         repeats = {name: _repeats(runs[name]) for name in names}
         for number in range(rounds):
             for place in round_order(len(names), number):
@@ -203,15 +201,3 @@ def _step(progress: Progress | None, group: int, groups: int, rounds: int) -> Ca
             progress(group * rounds + done, groups * rounds)
 
     return step
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
