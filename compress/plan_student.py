@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from edgeclip.compress.student import StudentShape
 from edgeclip.compress.teacher_sizes import TeacherSizes
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.measured_device import MeasuredDevice
-from edgeclip.runtime.measuring.predict_latency import Prediction, Predictor
-from edgeclip.runtime.measuring.tower_pieces import AnyTower, ConvTower, TransformerTower
+from edgeclip.runtime.predicting.measured_device import MeasuredDevice
+from edgeclip.runtime.predicting.predict_latency import Prediction, Predictor
+from edgeclip.runtime.predicting.tower_pieces import AnyTower, ConvTower, TransformerTower
 from edgeclip.runtime.spec import Precision, Tower
 
 _CONV_WIDTHS = ((24, 48, 96), (32, 64, 128), (48, 96, 192), (64, 128, 256), (96, 192, 384))

@@ -7,7 +7,7 @@ from transformers import AutoConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfi
 
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.errors import first_line
-from edgeclip.runtime.measuring.tower_pieces import (
+from edgeclip.runtime.predicting.tower_pieces import (
     CONV_PATCH,
     AnyTower,
     ConvTower,

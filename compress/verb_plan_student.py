@@ -16,7 +16,7 @@ from edgeclip.compress.plan_student import (
 from edgeclip.compress.teacher_sizes import TeacherSizes
 from edgeclip.compress.verb_options import BUILT_IN, BUILT_IN_TEACHER, add_teacher
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.measured_device import load_measured, measured_names
+from edgeclip.runtime.predicting.measured_device import load_measured, measured_names
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.verb_options import positive
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from edgeclip.runtime.measuring.tower_pieces import (
+from edgeclip.runtime.predicting.tower_pieces import (
     CONV_PATCH,
     AnyTower,
     ConvTower,

@@ -8,7 +8,7 @@ from edgeclip.export.probe_plan import (
     TextPoint,
     probe_transformer,
 )
-from edgeclip.runtime.measuring.tower_pieces import ConvTower, image_tokens
+from edgeclip.runtime.predicting.tower_pieces import ConvTower, image_tokens
 
 _WIDTHS = (64, 128, 256, 512)
 _PICTURES = ((64, 16), (64, 8), (224, 14))  # 17, 65 and 257 tokens

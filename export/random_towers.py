@@ -24,7 +24,7 @@ from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.quantize import Int8Settings, write_int8
 from edgeclip.export.to_onnx import export_tower
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.measuring.tower_pieces import AnyTower, ConvTower, TransformerTower
+from edgeclip.runtime.predicting.tower_pieces import AnyTower, ConvTower, TransformerTower
 from edgeclip.runtime.spec import PIXEL_INPUTS, TEXT_INPUT, ImageSpec
 
 _CALIBRATION = 2  # inputs: ranges change no time

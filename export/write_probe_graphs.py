@@ -16,7 +16,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from edgeclip.export.graph import save_graph
-from edgeclip.runtime.measuring.find_roofline import (
+from edgeclip.runtime.inspecting.find_roofline import (
     GRAPHS,
     INPUT,
     PRODUCT_SIZES,

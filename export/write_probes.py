@@ -37,7 +37,7 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.files import atomic_directory, sha256_file
 from edgeclip.runtime.manifest import FileRecord
-from edgeclip.runtime.measuring.probe_set import (
+from edgeclip.runtime.predicting.probe_set import (
     PROBES_NAME,
     WEIGHTS_NAME,
     CheckTower,

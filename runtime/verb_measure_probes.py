@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from edgeclip.profiles.device import load_device
-from edgeclip.runtime.measuring.carry_over import carry_over
-from edgeclip.runtime.measuring.measure_probes import FEWEST_ROUNDS, measure_probes
-from edgeclip.runtime.measuring.measured_device import load_measured
-from edgeclip.runtime.measuring.measured_table import measured_table
-from edgeclip.runtime.measuring.probe_set import ProbeSet
+from edgeclip.runtime.predicting.carry_over import carry_over
+from edgeclip.runtime.predicting.measure_probes import FEWEST_ROUNDS, measure_probes
+from edgeclip.runtime.predicting.measured_device import load_measured
+from edgeclip.runtime.predicting.measured_table import measured_table
+from edgeclip.runtime.predicting.probe_set import ProbeSet
 from edgeclip.runtime.progress import progress_bar
 from edgeclip.runtime.verb_options import add_device_option, positive
 

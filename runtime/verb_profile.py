@@ -15,16 +15,16 @@ from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.comparing.compare_runs import compare_runs, hardware, only_in
+from edgeclip.runtime.comparing.comparison_table import comparison_markdown, comparison_text
+from edgeclip.runtime.comparing.regression_gate import parse_max_regression, regression_gate
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.load_image import list_images
-from edgeclip.runtime.measuring.compare_runs import compare_runs, hardware, only_in
-from edgeclip.runtime.measuring.comparison_table import comparison_markdown, comparison_text
 from edgeclip.runtime.measuring.long_table import write_parquet
 from edgeclip.runtime.measuring.measurement import MeasurementRun
 from edgeclip.runtime.measuring.measurement_table import measurement_table
 from edgeclip.runtime.measuring.profile_subjects import ProfilePlan, names_of, profile_subjects
-from edgeclip.runtime.measuring.regression_gate import parse_max_regression, regression_gate
 from edgeclip.runtime.measuring.subject import SplitSpec, SubjectSpec, parts_of, subjects_of
 from edgeclip.runtime.reporting.profile_advice import advice_of
 from edgeclip.runtime.reporting.profile_data import AdviceNote, NamedRun

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from edgeclip.export.quantizing.node_groups import NodeGroup
 from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.inspecting.layer_times import LayerProfile
+from edgeclip.runtime.inspecting.profile_layers import profile_layers_of
 from edgeclip.runtime.json_record import JsonRecord
-from edgeclip.runtime.measuring.layer_times import LayerProfile
-from edgeclip.runtime.measuring.profile_layers import profile_layers_of
 
 _RUNS = 40
 _WARM_UP = 10

@@ -100,7 +100,7 @@ def _cold_start(model: Path, inputs: list[str], device_name: str) -> dict[str, f
     if device.engine.startswith("onnxruntime"):
         import onnxruntime  # noqa: F401
     from edgeclip.runtime.engine import open_engine
-    from edgeclip.runtime.measuring.memory import peak_memory_mb
+    from edgeclip.runtime.sensing.memory import peak_memory_mb
 
     imported = time.perf_counter()
     feeds = dict(_feed(item) for item in inputs)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.cpu_time import CpuSnapshot, CpuTime
 from edgeclip.runtime.measuring.measurement import (
     Measurement,
     PairedRatio,
@@ -33,6 +32,7 @@ from edgeclip.runtime.measuring.timing_statistics import (
     rate_interval,
 )
 from edgeclip.runtime.progress import Progress
+from edgeclip.runtime.sensing.cpu_time import CpuSnapshot, CpuTime
 
 _WINDOW = 5  # runs whose median is compared with that of the 5 before
 _STEADY = 0.05  # largest relative change of that median once warm

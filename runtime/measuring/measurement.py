@@ -7,12 +7,12 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.machine import Machine
 from edgeclip.profiles.ranges import Range, check_ranges
 from edgeclip.profiles.workload import Scenario, Workload
+from edgeclip.runtime.inspecting.layer_times import LayerProfile
+from edgeclip.runtime.inspecting.roofline import Roofline
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.json_record import JsonRecord
-from edgeclip.runtime.measuring.conditions import Conditions, Interference
-from edgeclip.runtime.measuring.cpu_time import CpuTime
-from edgeclip.runtime.measuring.layer_times import LayerProfile
-from edgeclip.runtime.measuring.roofline import Roofline
+from edgeclip.runtime.sensing.conditions import Conditions, Interference
+from edgeclip.runtime.sensing.cpu_time import CpuTime
 from edgeclip.runtime.spec import Precision
 
 # "file" is the whole way from an image file to its embedding, "split" the same with a server.

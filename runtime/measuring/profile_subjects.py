@@ -17,13 +17,11 @@ from edgeclip.profiles.machine import detect_machine
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.errors import MissingExtraError
+from edgeclip.runtime.inspecting.find_roofline import find_roofline
+from edgeclip.runtime.inspecting.look_inside import layers_of, stages_of
 from edgeclip.runtime.measuring.bundle_candidates import example_feed
 from edgeclip.runtime.measuring.cold_start import measure_cold_start
-from edgeclip.runtime.measuring.energy import energy_or_reason
-from edgeclip.runtime.measuring.find_roofline import find_roofline
-from edgeclip.runtime.measuring.interference import InterferenceWatch
 from edgeclip.runtime.measuring.loadgen import import_loadgen, run_scenario
-from edgeclip.runtime.measuring.look_inside import layers_of, stages_of
 from edgeclip.runtime.measuring.measurement import (
     ColdStart,
     Measurement,
@@ -34,6 +32,8 @@ from edgeclip.runtime.measuring.open_subject import OpenSubject, open_subject
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from edgeclip.runtime.measuring.take_turns import measurements_of, sweep_subject, take_turns
 from edgeclip.runtime.progress import progress_bar
+from edgeclip.runtime.sensing.energy import energy_or_reason
+from edgeclip.runtime.sensing.interference import InterferenceWatch
 
 _ENERGY_SECONDS, _ENERGY_BLOCKS = 0.5, 10
 

@@ -15,10 +15,10 @@ from edgeclip.profiles.errors import EdgeClipError
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.measuring.measurement import Yardstick
-from edgeclip.runtime.measuring.memory import peak_memory_mb
 from edgeclip.runtime.measuring.open_subject import OpenSubject, open_subject
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from edgeclip.runtime.measuring.subject_request import ERROR, STEP, Answer, Request, SubjectTurns
+from edgeclip.runtime.sensing.memory import peak_memory_mb
 
 _SECONDS_BETWEEN_STEPS = 0.5  # each wakes the process that reads them
 _MEMORY_RUNS = 3  # the first plans memory, and later ones may still take some

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.json_record import JsonRecord
-from edgeclip.runtime.measuring.cpu_time import CpuTime
 from edgeclip.runtime.measuring.measurement import Identity, SweepPoint, WarmUp, Yardstick
 from edgeclip.runtime.measuring.subject import SubjectSpec
+from edgeclip.runtime.sensing.cpu_time import CpuTime
 
 Errand = Literal["turns", "memory", "sweep"]
 

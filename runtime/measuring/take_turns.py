@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.measuring.ask_process import ask_process
-from edgeclip.runtime.measuring.cpu_time import CpuTime
 from edgeclip.runtime.measuring.interleave import round_order
 from edgeclip.runtime.measuring.measurement import (
     Measurement,
@@ -22,6 +21,7 @@ from edgeclip.runtime.measuring.subject import SubjectSpec
 from edgeclip.runtime.measuring.subject_request import Answer, Request, SubjectTurns
 from edgeclip.runtime.measuring.timing_statistics import latency_of, paired_ratio_of
 from edgeclip.runtime.progress import Progress
+from edgeclip.runtime.sensing.cpu_time import CpuTime
 
 _DISTURBED = 0.05  # of a process's CPU time
 _MOST = 2  # times the processes that are wanted

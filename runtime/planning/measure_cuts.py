@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.cpu_time import CpuSnapshot, CpuTime
-from edgeclip.runtime.measuring.energy import find_meter, joules_of
-from edgeclip.runtime.measuring.energy_meter import EnergyMeter
 from edgeclip.runtime.measuring.interleave import round_order
 from edgeclip.runtime.planning.cut_set import WEIGHTS_NAME, CutPoint, CutSet
 from edgeclip.runtime.planning.stage_times import Payload, StageSamples, StageTimes
 from edgeclip.runtime.planning.stage_works import StageWork, StageWorks
 from edgeclip.runtime.progress import Progress
+from edgeclip.runtime.sensing.cpu_time import CpuSnapshot, CpuTime
+from edgeclip.runtime.sensing.energy import find_meter, joules_of
+from edgeclip.runtime.sensing.energy_meter import EnergyMeter
 
 if TYPE_CHECKING:
     from edgeclip.profiles.device import DeviceProfile

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from edgeclip.runtime.inspecting.roofline import Roofline
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.roofline import Roofline
 from edgeclip.runtime.reporting.chart_parts import BOLD, NARROW, WIDE, fit, held, named_ticks
 from edgeclip.runtime.reporting.report_charts import (
     Axis,

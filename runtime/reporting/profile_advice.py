@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from edgeclip.runtime.measuring.advice import advise
-from edgeclip.runtime.measuring.advice_case import Advice
-from edgeclip.runtime.measuring.advice_conditions import MEASURE_AGAIN
+from edgeclip.runtime.inspecting.advice import advise
+from edgeclip.runtime.inspecting.advice_case import Advice
+from edgeclip.runtime.inspecting.advice_conditions import MEASURE_AGAIN
+from edgeclip.runtime.inspecting.roofline_distance import LayerDistance, distances
 from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
-from edgeclip.runtime.measuring.roofline_distance import LayerDistance, distances
 from edgeclip.runtime.reporting.profile_data import AdviceNote, NamedRun
 
 

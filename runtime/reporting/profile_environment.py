@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.measuring.conditions import Conditions
 from edgeclip.runtime.measuring.measurement import MeasurementRun
 from edgeclip.runtime.reporting.profile_blocks import (
     NOT_AVAILABLE,
@@ -20,6 +19,7 @@ from edgeclip.runtime.reporting.profile_blocks import (
 )
 from edgeclip.runtime.reporting.profile_data import PART_NAMES, NamedRun, Subject
 from edgeclip.runtime.reporting.report_format import megabytes, percent
+from edgeclip.runtime.sensing.conditions import Conditions
 
 Fact = tuple[str, Callable[[MeasurementRun], str]]
 _CHANGED = "⟶"

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import get_args
 
-from edgeclip.runtime.measuring.layer_times import LayerProfile, LayerTime
+from edgeclip.runtime.inspecting.layer_times import LayerProfile, LayerTime
+from edgeclip.runtime.inspecting.roofline import Roofline
 from edgeclip.runtime.measuring.measurement import StageName
-from edgeclip.runtime.measuring.roofline import Roofline
 from edgeclip.runtime.reporting.chart_parts import both_widths, finite
 from edgeclip.runtime.reporting.chart_roofline import RoofPoint, roofline_chart
 from edgeclip.runtime.reporting.chart_stack import Bar, stack_chart

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.measuring.conditions import Interference
 from edgeclip.runtime.measuring.measurement import MeasurementRun, SweepPoint
 from edgeclip.runtime.reporting.profile_blocks import Tone, count, span
 from edgeclip.runtime.reporting.profile_data import (
@@ -17,6 +16,7 @@ from edgeclip.runtime.reporting.profile_data import (
 from edgeclip.runtime.reporting.profile_quality import quality_of, quality_span, quality_text
 from edgeclip.runtime.reporting.profile_sweep import threads_name
 from edgeclip.runtime.reporting.report_format import digits, percent
+from edgeclip.runtime.sensing.conditions import Interference
 
 _SERVER = "server"  # of `Measurement.missing`: answers that the server had no part in
 

@@ -9,8 +9,8 @@ from _slowed_process import SLOWED
 
 from edgeclip.profiles.device import THIS_MACHINE, load_device
 from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.comparing.compare_runs import Comparison, compare_runs
 from edgeclip.runtime.measuring.bundle_candidates import measurement_run
-from edgeclip.runtime.measuring.compare_runs import Comparison, compare_runs
 from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun, Yardstick
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from edgeclip.runtime.measuring.take_turns import measurements_of, take_turns

@@ -35,9 +35,9 @@ from edgeclip.runtime.cascade.scores import Evidence, Margin
 from edgeclip.runtime.cascade.trial import Trial
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.intervals import Interval, bootstrap, bootstrap_ratio
-from edgeclip.runtime.measuring.cpu_time import CpuSnapshot
 from edgeclip.runtime.measuring.interleave import round_order
 from edgeclip.runtime.preprocess import crop_batch
+from edgeclip.runtime.sensing.cpu_time import CpuSnapshot
 
 BOUND, DELTA, SLOWEST = 0.95, 0.05, 0.32
 MORE_BOUNDS = (0.97, 0.98, 0.99)

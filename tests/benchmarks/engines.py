@@ -62,7 +62,7 @@ def child(folder: Path, device_name: str, quick: bool) -> None:
     from edgeclip.export.gates import DEFAULT_BOUNDS
     from edgeclip.export.write_bundle import Origin
     from edgeclip.profiles.device import load_device
-    from edgeclip.runtime.measuring.memory import peak_memory_mb
+    from edgeclip.runtime.sensing.memory import peak_memory_mb
     from edgeclip.runtime.spec import ImageSpec
 
     torch.manual_seed(0)

@@ -20,12 +20,12 @@ from edgeclip.export.probe_sizes import STANDARD
 from edgeclip.export.write_probes import write_probes
 from edgeclip.profiles.device import THIS_MACHINE, load_device
 from edgeclip.profiles.machine import detect_machine
-from edgeclip.runtime.measuring.carry_over import carry_over
-from edgeclip.runtime.measuring.measure_probes import measure_probes
-from edgeclip.runtime.measuring.measured_device import CheckTime, MeasuredDevice
-from edgeclip.runtime.measuring.predict_latency import Predictor
-from edgeclip.runtime.measuring.probe_set import ProbeSet
-from edgeclip.runtime.measuring.tower_pieces import (
+from edgeclip.runtime.predicting.carry_over import carry_over
+from edgeclip.runtime.predicting.measure_probes import measure_probes
+from edgeclip.runtime.predicting.measured_device import CheckTime, MeasuredDevice
+from edgeclip.runtime.predicting.predict_latency import Predictor
+from edgeclip.runtime.predicting.probe_set import ProbeSet
+from edgeclip.runtime.predicting.tower_pieces import (
     AnyTower,
     ConvTower,
     TransformerTower,

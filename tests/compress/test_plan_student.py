@@ -20,9 +20,9 @@ from edgeclip.compress.teacher_sizes import TeacherSizes
 from edgeclip.compress.verb_options import BUILT_IN_TEACHER
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.tower_pieces import ConvTower, TransformerTower
+from edgeclip.runtime.predicting.tower_pieces import ConvTower, TransformerTower
 from edgeclip.runtime.spec import Tower
-from tests.runtime.measuring.known_device import known_device
+from tests.runtime.predicting.known_device import known_device
 
 DEVICE = known_device()
 

@@ -13,7 +13,7 @@ from edgeclip.export.write_probe_graphs import (
 )
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.engine import open_engine
-from edgeclip.runtime.measuring.find_roofline import (
+from edgeclip.runtime.inspecting.find_roofline import (
     GRAPHS,
     INPUT,
     PRODUCT_SIZES,

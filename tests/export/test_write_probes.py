@@ -22,10 +22,10 @@ from edgeclip.export.write_probes import write_probes
 from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.measure_probes import measure_probes
-from edgeclip.runtime.measuring.predict_latency import Predictor
-from edgeclip.runtime.measuring.probe_set import WEIGHTS_NAME, ProbeSet
-from edgeclip.runtime.measuring.tower_pieces import ConvTower, TransformerTower
+from edgeclip.runtime.predicting.measure_probes import measure_probes
+from edgeclip.runtime.predicting.predict_latency import Predictor
+from edgeclip.runtime.predicting.probe_set import WEIGHTS_NAME, ProbeSet
+from edgeclip.runtime.predicting.tower_pieces import ConvTower, TransformerTower
 
 POINT = ImagePoint(width=256, image_size=32, patch=16)
 PAIR = ProbePlan(images=(POINT,), texts=(), convs=())

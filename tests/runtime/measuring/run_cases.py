@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from edgeclip.profiles.machine import Machine
 from edgeclip.profiles.workload import load_workload
-from edgeclip.runtime.measuring.compare_runs import Comparison, compare_runs
-from edgeclip.runtime.measuring.cpu_time import CpuTime
+from edgeclip.runtime.comparing.compare_runs import Comparison, compare_runs
 from edgeclip.runtime.measuring.measurement import (
     Identity,
     Measurement,
@@ -18,6 +17,7 @@ from edgeclip.runtime.measuring.measurement import (
     Yardstick,
 )
 from edgeclip.runtime.measuring.timing_statistics import latency_of
+from edgeclip.runtime.sensing.cpu_time import CpuTime
 
 MACHINE = Machine(
     cpu="test", cores=2, flags=("avx2",), memory_mb=8000, os="Linux", python="3", packages=()

@@ -8,7 +8,7 @@ import pytest
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.measuring.cold_start import main, measure_cold_start
-from edgeclip.runtime.measuring.memory import peak_memory_mb
+from edgeclip.runtime.sensing.memory import peak_memory_mb
 
 PIXELS = {"pixel_values": np.zeros((1, 3, 8, 8), np.float32)}
 
@@ -46,7 +46,7 @@ def test_a_child_does_not_inherit_its_parent_s_peak() -> None:
     """`ru_maxrss` would: it counts the parent's pages between fork and exec."""
     ballast = np.ones(30_000_000)  # 240 MB
     here = peak_memory_mb()
-    script = "from edgeclip.runtime.measuring.memory import peak_memory_mb; print(peak_memory_mb())"
+    script = "from edgeclip.runtime.sensing.memory import peak_memory_mb; print(peak_memory_mb())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert here is not None
     assert here > ballast.nbytes / 1e6

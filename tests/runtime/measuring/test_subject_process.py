@@ -13,10 +13,10 @@ from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.measuring import ask_process as ask_module
 from edgeclip.runtime.measuring import yardstick
 from edgeclip.runtime.measuring.ask_process import ask_process
-from edgeclip.runtime.measuring.memory import peak_memory_mb
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from edgeclip.runtime.measuring.subject_process import answer_to, main
 from edgeclip.runtime.measuring.subject_request import Answer, Request
+from edgeclip.runtime.sensing.memory import peak_memory_mb
 from tests.runtime.measuring.test_take_turns import WORKLOAD, spec_of
 
 

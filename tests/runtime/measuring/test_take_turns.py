@@ -12,9 +12,7 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.measuring import take_turns as module
-from edgeclip.runtime.measuring.cpu_time import CpuTime
 from edgeclip.runtime.measuring.measurement import Identity, PairedRatio, WarmUp, Yardstick
-from edgeclip.runtime.measuring.memory import peak_memory_mb
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from edgeclip.runtime.measuring.subject_request import Answer, SubjectTurns
 from edgeclip.runtime.measuring.take_turns import (
@@ -24,6 +22,8 @@ from edgeclip.runtime.measuring.take_turns import (
     take_turns,
 )
 from edgeclip.runtime.measuring.timing_statistics import latency_of, paired_ratio_of
+from edgeclip.runtime.sensing.cpu_time import CpuTime
+from edgeclip.runtime.sensing.memory import peak_memory_mb
 
 WORKLOAD = Workload(
     name="test",

@@ -8,12 +8,12 @@ import pytest
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.energy_meter import CountedEnergy, Counter
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.measure_cuts import StageSampler, measure_cuts
 from edgeclip.runtime.planning.stage_table import stage_table
 from edgeclip.runtime.planning.stage_times import Stage, StageTimes
 from edgeclip.runtime.planning.stage_works import StageWork
+from edgeclip.runtime.sensing.energy_meter import CountedEnergy, Counter
 from edgeclip.runtime.wire.codec import FLOAT_CODECS
 from edgeclip.runtime.wire.codec_image import IMAGE_CODECS
 

@@ -15,8 +15,6 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.machine import Machine
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.conditions import Conditions, Interference
-from edgeclip.runtime.measuring.cpu_time import CpuTime
 from edgeclip.runtime.measuring.measurement import (
     Identity,
     Latency,
@@ -29,6 +27,8 @@ from edgeclip.runtime.measuring.measurement import (
     Yardstick,
 )
 from edgeclip.runtime.reporting.profile_data import AdviceNote, NamedRun, SubjectQuality
+from edgeclip.runtime.sensing.conditions import Conditions, Interference
+from edgeclip.runtime.sensing.cpu_time import CpuTime
 from edgeclip.runtime.spec import Precision
 from tests.runtime.reporting.profile_factory_parts import (
     around,

@@ -2,8 +2,9 @@
 
 import math
 
+from edgeclip.runtime.inspecting.layer_times import LayerProfile, LayerTime
+from edgeclip.runtime.inspecting.roofline import Roofline
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.layer_times import LayerProfile, LayerTime
 from edgeclip.runtime.measuring.measurement import (
     ColdStart,
     Energy,
@@ -12,7 +13,6 @@ from edgeclip.runtime.measuring.measurement import (
     StageName,
     StageTime,
 )
-from edgeclip.runtime.measuring.roofline import Roofline
 
 STAGES: tuple[tuple[StageName, float], ...] = (
     ("read", 0.06),

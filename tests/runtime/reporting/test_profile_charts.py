@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgeclip.runtime.inspecting.roofline import Roofline
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.roofline import Roofline
 from edgeclip.runtime.reporting.chart_histogram import histogram
 from edgeclip.runtime.reporting.chart_lines import BatchPoint, Series, batch_chart, shared_limits
 from edgeclip.runtime.reporting.chart_parts import (

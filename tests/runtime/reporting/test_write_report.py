@@ -15,7 +15,6 @@ from edgeclip.profiles.machine import Machine
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import GateRecord
-from edgeclip.runtime.measuring.cpu_time import CpuTime
 from edgeclip.runtime.measuring.measurement import (
     ColdStart,
     Latency,
@@ -39,6 +38,7 @@ from edgeclip.runtime.reporting.report_data import (
     Stage,
 )
 from edgeclip.runtime.reporting.write_report import data_uri, render_report, write_report
+from edgeclip.runtime.sensing.cpu_time import CpuTime
 from edgeclip.runtime.spec import Tower
 
 HOSTILE = '<script>alert("x")</script> & "quotes" \'single\''

@@ -1,0 +1,1 @@
+"""Comparing: two runs of measurements, and whether one of them is surely slower."""

@@ -1,0 +1,202 @@
+"""Compare two runs of `edgeclip profile`, subject by subject."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from edgeclip.profiles.machine import Machine
+from edgeclip.runtime.comparing.ratio_of_runs import RatioOfRuns, ratio_of_runs
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun, Part, Yardstick
+from edgeclip.runtime.measuring.timing_statistics import Runs, process_medians, round_ratios
+
+Samples = tuple[tuple[float, ...], ...]  # milliseconds: one tuple a process
+Side = Literal["now", "baseline"]
+_Side = tuple[Measurement, MeasurementRun]
+What = Literal[
+    "machine", "input shape", "system", "packages", "workload", "engine", "threads", "bundle"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Something besides time in which two runs differ, in words for a person."""
+
+    what: What
+    now: str
+    baseline: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One subject, now and in the baseline.
+
+    Attributes:
+        part, name: of the subject, in both runs.
+        now_ms, baseline_ms: the medians, with their intervals.
+        processes: of now and of the baseline.
+        rounds: of each process of now, at least.
+        times: the ratio of the medians.
+        to_yardstick: the ratio of the medians of (time / yardstick's time in the same round),
+            which leaves out what the machine itself was worth; None without a common yardstick.
+        differences: in which the runs differ.
+        disturbed: the runs that say of themselves that other programs disturbed them.
+    """
+
+    part: Part
+    name: str
+    now_ms: Interval
+    baseline_ms: Interval
+    processes: tuple[int, int]
+    rounds: int
+    times: RatioOfRuns
+    to_yardstick: RatioOfRuns | None
+    differences: tuple[Difference, ...]
+    disturbed: tuple[Side, ...]
+
+    @property
+    def ratio(self) -> RatioOfRuns:
+        """The ratio to judge by: to the yardstick where there is one."""
+        return self.to_yardstick or self.times
+
+    def difference(self, what: What) -> Difference | None:
+        """In what way the runs differ there, if they do."""
+        return next((item for item in self.differences if item.what == what), None)
+
+
+def compare_runs(now: MeasurementRun, baseline: MeasurementRun) -> tuple[Comparison, ...]:
+    """Compare the subjects that both runs measured, in the order of `now`.
+
+    Raises:
+        InputError: they have none in common, or one that kept no single runs.
+    """
+    earlier = {(item.part, item.name): item for item in baseline.measurements}
+    pairs = [
+        (item, earlier[item.part, item.name])
+        for item in now.measurements
+        if (item.part, item.name) in earlier
+    ]
+    if not pairs:
+        raise InputError(
+            f"the two runs measured nothing in common: now {_subjects(now)}; in the baseline "
+            f"{_subjects(baseline)}"
+        )
+    return tuple(_compare(ours, theirs, now, baseline) for ours, theirs in pairs)
+
+
+def only_in(run: MeasurementRun, other: MeasurementRun) -> tuple[str, ...]:
+    """The subjects, such as "image int8", that `run` measured and `other` did not."""
+    known = {(item.part, item.name) for item in other.measurements}
+    return tuple(
+        f"{item.part} {item.name}"
+        for item in run.measurements
+        if (item.part, item.name) not in known
+    )
+
+
+def _compare(
+    ours: Measurement, theirs: Measurement, now: MeasurementRun, baseline: MeasurementRun
+) -> Comparison:
+    samples, before = _milliseconds(ours), _milliseconds(theirs)
+    sides: dict[Side, _Side] = {"now": (ours, now), "baseline": (theirs, baseline)}
+    return Comparison(
+        part=ours.part,
+        name=ours.name,
+        now_ms=ours.latency.p50_ms,
+        baseline_ms=theirs.latency.p50_ms,
+        processes=(len(samples), len(before)),
+        rounds=min(map(len, samples)),
+        times=ratio_of_runs(process_medians(samples), process_medians(before)),
+        to_yardstick=_to_yardstick(samples, now.yardstick, before, baseline.yardstick),
+        differences=tuple(_differences(sides["now"], sides["baseline"])),
+        disturbed=tuple(
+            which
+            for which, (item, run) in sides.items()
+            if item.contended or (run.interference is not None and run.interference.disturbed)
+        ),
+    )
+
+
+def _to_yardstick(
+    ours: Sequence[Runs],
+    our_yardstick: Yardstick | None,
+    theirs: Sequence[Runs],
+    their_yardstick: Yardstick | None,
+) -> RatioOfRuns | None:
+    if our_yardstick is None or their_yardstick is None:
+        return None
+    if our_yardstick.name != their_yardstick.name:
+        return None
+    return ratio_of_runs(
+        process_medians(round_ratios(ours, _arrays(our_yardstick.samples_ms))),
+        process_medians(round_ratios(theirs, _arrays(their_yardstick.samples_ms))),
+    )
+
+
+def _milliseconds(item: Measurement) -> list[Runs]:
+    if not item.samples_ms or not all(item.samples_ms):
+        raise InputError(
+            f"the measurement of {item.part} {item.name} kept no single runs, without which its "
+            "median cannot be compared: measure again with `edgeclip profile`"
+        )
+    return _arrays(item.samples_ms)
+
+
+def _arrays(samples: Samples) -> list[Runs]:
+    return [np.array(runs, dtype=np.float64) for runs in samples]
+
+
+def _differences(*sides: _Side) -> Iterator[Difference]:
+    for what, describe in _DESCRIPTIONS.items():
+        now, baseline = (describe(item, run) for item, run in sides)
+        if now != baseline:
+            yield Difference(what=what, now=now, baseline=baseline)
+    ours, theirs = (dict(run.machine.packages) for _, run in sides)
+    changed = [
+        name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)
+    ]
+    if changed:
+        now, baseline = (
+            ", ".join(f"{name} {packages.get(name, 'absent')}" for name in changed)
+            for packages in (ours, theirs)
+        )
+        yield Difference(what="packages", now=now, baseline=baseline)
+
+
+def hardware(machine: Machine) -> str:
+    """What makes two machines different ones, in a line."""
+    flags = " ".join(machine.flags) or "no known instruction sets"
+    return f"{machine.cpu}, {machine.cores} cores, {flags}"
+
+
+def _workload(run: MeasurementRun) -> str:
+    amount = run.workload
+    return (
+        f"{amount.name}: {amount.processes} processes of {amount.repeats} runs, at least "
+        f"{amount.min_warmup_runs} to warm up"
+    )
+
+
+def _engine(item: Measurement) -> str:
+    of = item.identity
+    return "unknown" if of is None else f"{of.engine} ({of.provider}), {of.precision or 'as it is'}"
+
+
+_DESCRIPTIONS: dict[What, Callable[[Measurement, MeasurementRun], str]] = {
+    "machine": lambda _, run: hardware(run.machine),
+    "input shape": lambda item, _: " x ".join(map(str, item.input_shape)),
+    "system": lambda _, run: f"{run.machine.os}, {run.machine.python}",
+    "workload": lambda _, run: _workload(run),
+    "engine": lambda item, _: _engine(item),
+    "threads": lambda item, _: str(item.identity.threads) if item.identity else "unknown",
+    "bundle": lambda item, _: (
+        f"{item.identity.bundle} ({item.identity.sha256[:12]})" if item.identity else "unknown"
+    ),
+}
+
+
+def _subjects(run: MeasurementRun) -> str:
+    return ", ".join(f"{item.part} {item.name}" for item in run.measurements) or "nothing"

@@ -1,0 +1,1 @@
+"""Predicting: how fast a tower would be that was never run on a device."""

@@ -1,0 +1,1 @@
+"""Sensing: clocks, heat, energy and memory of this machine, and what else it does."""

@@ -1,0 +1,193 @@
+import dataclasses
+from typing import Any
+
+import pytest
+
+from edgeclip.profiles.device import load_device
+from edgeclip.runtime.inspecting.advice import MOST, NOTHING, advice_text, advise
+from edgeclip.runtime.inspecting.advice_case import amdahl
+from edgeclip.runtime.measuring.measurement import (
+    ColdStart,
+    WarmUp,
+)
+from edgeclip.runtime.sensing.conditions import Interference
+from tests.runtime.inspecting.advice_cases import (
+    CPU,
+    MACHINE,
+    REST,
+    SLOW,
+    WAITING,
+    advice,
+    cpu_time,
+    in_precision,
+    interference,
+    layers,
+    measurement,
+    node,
+    only,
+    point,
+    run_of,
+    stages,
+)
+
+
+def test_nothing_is_said_of_what_is_unremarkable() -> None:
+    assert advice(measurement()) == ()
+    assert advice_text(()) == NOTHING
+
+
+def test_a_roofline_is_not_needed() -> None:
+    item = measurement()
+    assert advise(item, None, (), CPU, MACHINE, run_of(item)) == ()
+
+
+# --- Can the figures be believed?
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"contended": True, "cpu": cpu_time(waiting=0.3)}, "30% waiting"),
+        ({"warm_up": WarmUp(runs=7, settled=False)}, "still moved after 7 runs"),
+    ],
+)
+def test_a_disturbed_measurement_is_made_again(changes: dict[str, Any], words: str) -> None:
+    found = only(advice(measurement(**changes)))
+    assert found.topic == "measure again"
+    assert words in found.text
+    assert found.at_most is None
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (interference("others used 40%", disturbed=True), "others used 40%"),
+        (interference(disturbed=None, throttled=True), "slowed for its heat"),
+        (interference(disturbed=True), "other work"),
+    ],
+)
+def test_a_disturbed_run_is_made_again_before_all_else(found: Interference, words: str) -> None:
+    item = measurement(stages=stages(decode=90.0, run=10.0))
+    first, second = advice(item, run=run_of(item, interference=found))
+    assert (first.topic, second.topic) == ("measure again", "pictures")
+    assert words in first.evidence
+
+
+def test_what_cannot_be_told_is_no_disturbance() -> None:
+    item = measurement(contended=None, cpu=cpu_time(waiting=None))
+    unknown = interference(disturbed=None)
+    assert advice(item, run=run_of(item, interference=unknown)) == ()
+    assert advice(item, run=run_of(item, interference=interference(disturbed=False))) == ()
+
+
+# --- Pictures, texts, start
+
+
+def test_decoding_that_dominates_asks_for_smaller_pictures() -> None:
+    item = measurement(stages=stages(read=1.0, decode=5.0, resize=2.0, run=2.0))
+    found = only(advice(item))
+    assert found.topic == "pictures"
+    assert found.at_most == pytest.approx(10 / 2)
+    assert "80% of 10 ms" in found.evidence
+    assert "encode_pixels" in found.what
+
+
+@pytest.mark.parametrize(
+    "ms",
+    [
+        {"decode": 4.0, "resize": 1.0, "run": 5.5},  # less than half
+        {"decode": 5.05, "run": 4.95},  # more, but the intervals meet
+        {"decode": 9.0, "post": 1.0},  # the tower did not run
+        {"run": 9.0},
+    ],
+)
+def test_decoding_that_does_not_dominate_is_left_alone(ms: dict[str, float]) -> None:
+    assert advice(measurement(stages=stages(**ms))) == ()
+
+
+def test_padding_of_texts_is_found_where_their_length_is_known() -> None:
+    item = measurement(part="text", input_shape=(1, 77))
+    found = only(advice(item, text_tokens=14))
+    assert found.topic == "texts"
+    assert found.at_most == pytest.approx(77 / 14)
+    assert advice(item) == ()
+    assert advice(item, text_tokens=70) == ()
+    assert advice(measurement(), text_tokens=14) == ()  # pictures
+
+
+def cold_start(load_ms: float, import_ms: float = 300.0) -> ColdStart:
+    return ColdStart(
+        processes=3,
+        import_ms=import_ms,
+        load_ms=load_ms,
+        first_run_ms=100.0,
+        peak_memory_mb=None,
+        file_bytes=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("jetson-orin-nano", "`edgeclip build BUNDLE --device jetson-orin-nano`"),
+        ("openvino", "--out FOLDER` writes EP contexts"),
+    ],
+)
+def test_a_slow_load_asks_for_what_was_built_before(device: str, words: str) -> None:
+    profile = (
+        dataclasses.replace(CPU, engine="onnxruntime-openvino")
+        if device == "openvino"
+        else load_device(device)
+    )
+    found = only(advice(measurement(cold_start=cold_start(3600.0)), device=profile))
+    assert found.topic == found.gains == "start"
+    assert words in found.what
+    assert found.at_most == pytest.approx(10)
+
+
+def test_a_load_that_cannot_be_prepared_or_is_short_is_left_alone() -> None:
+    orin = load_device("jetson-orin-nano")
+    assert advice(measurement(cold_start=cold_start(3600.0))) == ()  # the CPU's session
+    assert advice(measurement(cold_start=cold_start(450.0, 50.0)), device=orin) == ()
+    assert advice(measurement(cold_start=cold_start(600.0, 900.0)), device=orin) == ()
+
+
+# --- All together
+
+
+def test_at_most_three_and_the_largest_gain_first() -> None:
+    sweep = (point(1, 2, 10.0), point(1, 4, 6.0), point(8, 2, 60.0))
+    slow = dataclasses.replace(
+        in_precision("fp32", 10.0),
+        sweep=sweep,
+        stages=stages(decode=9.0, run=1.0),
+        layers=layers(SLOW, node(2.0, "Cast")),
+    )
+    found = advice(slow, in_precision("int8", 5.0))
+    assert [item.topic for item in found] == ["pictures", "precision", "threads"]
+    assert len(found) == MOST
+    assert [item.saves for item in found] == sorted((item.saves for item in found), reverse=True)
+    disturbed = dataclasses.replace(slow, contended=True)
+    topics = [item.topic for item in advice(disturbed, in_precision("int8", 5.0))]
+    assert topics == ["measure again", "pictures", "precision"]
+
+
+def test_a_topic_comes_once() -> None:
+    """Faster int8 of this run says more than what the roofline would allow."""
+    slow = dataclasses.replace(in_precision("fp32", 10.0), layers=layers(WAITING, REST))
+    found = [item for item in advice(slow, in_precision("int8", 5.0)) if item.topic == "precision"]
+    assert "in place of fp32" in only(found).what
+
+
+def test_text_is_numbered_and_says_the_bound() -> None:
+    text = advice_text(advice(measurement(stages=stages(decode=9.0, run=1.0))))
+    assert text.startswith("1. Give smaller files")
+    assert text.endswith("latency at most 10.00 x)")
+
+
+@pytest.mark.parametrize(
+    ("share", "times", "expected"), [(0.5, float("inf"), 2), (0.5, 2, 4 / 3), (0, 9, 1)]
+)
+def test_amdahl(share: float, times: float, expected: float) -> None:
+    assert amdahl(share, times) == pytest.approx(expected)
+    assert amdahl(1.0) == pytest.approx(1000)
