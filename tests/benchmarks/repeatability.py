@@ -16,6 +16,7 @@ from _bars import Bar, finish, options
 from _repeatability_case import Pair, Profile, joined, paired, profile, workload
 from _slowed_process import slow_down
 
+from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.comparing.compare_runs import Comparison
 from edgeclip.runtime.comparing.ratio_of_runs import RatioOfRuns
 from edgeclip.runtime.comparing.regression_gate import Outcome, regression_gate
@@ -30,9 +31,14 @@ def main() -> int:
     """Measure all profiles, then look at each pair."""
     parser = options(__doc__ or "")
     parser.add_argument("--pairs", type=int, help="default: 40, or 2 with --quick")
-    parser.add_argument("--processes", type=int, default=5, help="of each profile; default: 5")
-    parser.add_argument("--repeats", type=int, default=100, help="in each process; default: 100")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each process; default: 1")
+    standard = load_workload("standard")
+    for name, default in {
+        "processes": standard.processes,
+        "repeats": standard.repeats,
+        "seconds": standard.turn_seconds,
+    }.items():
+        words = f"of each profile, as `edgeclip profile` has it (default: {default})"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=words)
     parser.add_argument("--precision", choices=("fp32", "int8"), default="int8")
     args = parser.parse_args()
     slow_down(_PLANTED)
