@@ -10,12 +10,18 @@ from edgeclip.profiles.machine import Machine
 from edgeclip.runtime.comparing.ratio_of_runs import RatioOfRuns, ratio_of_runs
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun, Part, Yardstick
-from edgeclip.runtime.measuring.timing_statistics import Runs, process_medians, round_ratios
+from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun, Part
+from edgeclip.runtime.measuring.timing_statistics import (
+    Runs,
+    process_medians,
+    process_minima,
+    round_ratios,
+)
 
 Samples = tuple[tuple[float, ...], ...]  # milliseconds: one tuple a process
 Side = Literal["now", "baseline"]
 _Side = tuple[Measurement, MeasurementRun]
+_Sticks = tuple[list[Runs], list[Runs]]  # of now and of the baseline, one array a process
 What = Literal[
     "machine", "input shape", "system", "packages", "workload", "engine", "threads", "bundle"
 ]
@@ -42,6 +48,8 @@ class Comparison:
         times: the ratio of the medians.
         to_yardstick: the ratio of the medians of (time / yardstick's time in the same round),
             which leaves out what the machine itself was worth; None without a common yardstick.
+        fastest: the ratio of the fastest runs of each process, divided by the yardstick's where
+            there is one: what other programs disturb least. None where a side has one process.
         differences: in which the runs differ.
         disturbed: the runs that say of themselves that other programs disturbed them.
     """
@@ -54,13 +62,19 @@ class Comparison:
     rounds: int
     times: RatioOfRuns
     to_yardstick: RatioOfRuns | None
+    fastest: RatioOfRuns | None
     differences: tuple[Difference, ...]
     disturbed: tuple[Side, ...]
 
     @property
     def ratio(self) -> RatioOfRuns:
-        """The ratio to judge by: to the yardstick where there is one."""
+        """The ratio of what is typical: to the yardstick where there is one."""
         return self.to_yardstick or self.times
+
+    @property
+    def evidence(self) -> tuple[RatioOfRuns, ...]:
+        """All that tells of a slowdown: what is typical, and the fastest where they are known."""
+        return (self.ratio,) if self.fastest is None else (self.ratio, self.fastest)
 
     def difference(self, what: What) -> Difference | None:
         """In what way the runs differ there, if they do."""
@@ -101,6 +115,7 @@ def _compare(
     ours: Measurement, theirs: Measurement, now: MeasurementRun, baseline: MeasurementRun
 ) -> Comparison:
     samples, before = _milliseconds(ours), _milliseconds(theirs)
+    sticks = _yardsticks(now, baseline)
     sides: dict[Side, _Side] = {"now": (ours, now), "baseline": (theirs, baseline)}
     return Comparison(
         part=ours.part,
@@ -110,7 +125,8 @@ def _compare(
         processes=(len(samples), len(before)),
         rounds=min(map(len, samples)),
         times=ratio_of_runs(process_medians(samples), process_medians(before)),
-        to_yardstick=_to_yardstick(samples, now.yardstick, before, baseline.yardstick),
+        to_yardstick=_to_yardstick(samples, before, sticks),
+        fastest=_fastest(samples, before, sticks),
         differences=tuple(_differences(sides["now"], sides["baseline"])),
         disturbed=tuple(
             which
@@ -120,20 +136,36 @@ def _compare(
     )
 
 
-def _to_yardstick(
-    ours: Sequence[Runs],
-    our_yardstick: Yardstick | None,
-    theirs: Sequence[Runs],
-    their_yardstick: Yardstick | None,
-) -> RatioOfRuns | None:
-    if our_yardstick is None or their_yardstick is None:
+def _yardsticks(now: MeasurementRun, baseline: MeasurementRun) -> _Sticks | None:
+    """The yardstick's runs on either side; None without a common one."""
+    ours, theirs = now.yardstick, baseline.yardstick
+    if ours is None or theirs is None or ours.name != theirs.name:
         return None
-    if our_yardstick.name != their_yardstick.name:
+    return _arrays(ours.samples_ms), _arrays(theirs.samples_ms)
+
+
+def _to_yardstick(
+    ours: Sequence[Runs], theirs: Sequence[Runs], sticks: _Sticks | None
+) -> RatioOfRuns | None:
+    if sticks is None:
         return None
     return ratio_of_runs(
-        process_medians(round_ratios(ours, _arrays(our_yardstick.samples_ms))),
-        process_medians(round_ratios(theirs, _arrays(their_yardstick.samples_ms))),
+        process_medians(round_ratios(ours, sticks[0])),
+        process_medians(round_ratios(theirs, sticks[1])),
     )
+
+
+def _fastest(
+    ours: Sequence[Runs], theirs: Sequence[Runs], sticks: _Sticks | None
+) -> RatioOfRuns | None:
+    if min(len(ours), len(theirs)) == 1:
+        return None
+    if sticks is not None:
+        ours, theirs = (
+            [runs / stick.min() for runs, stick in zip(side, beside, strict=True)]
+            for side, beside in zip((ours, theirs), sticks, strict=True)
+        )
+    return ratio_of_runs(process_minima(ours), process_minima(theirs))
 
 
 def _milliseconds(item: Measurement) -> list[Runs]:

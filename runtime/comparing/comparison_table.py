@@ -9,7 +9,15 @@ from edgeclip.runtime.comparing.regression_gate import GateVerdict, Judged
 from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.reporting.report_format import digits
 
-_HEADER = ("subject", "baseline ms", "now ms", "now / baseline", "95% interval", "plain times")
+_HEADER = (
+    "subject",
+    "baseline ms",
+    "now ms",
+    "now / baseline",
+    "95% interval",
+    "fastest runs",
+    "plain times",
+)
 _MARKS = {"passed": "✅ passed", "regressed": "❌ regressed", "undecided": "⚠️ undecided"}
 _OF_ALL: tuple[What, ...] = ("machine", "system", "packages", "workload")  # alike for all subjects
 
@@ -63,6 +71,7 @@ def _row(item: Comparison) -> tuple[str, ...]:
         digits(item.now_ms.value),
         f"{item.ratio.value:.3f}",
         _interval(item.ratio),
+        f"{item.fastest.value:.3f} ({_interval(item.fastest)})" if item.fastest else "unknown",
         f"{item.times.value:.3f} ({_interval(item.times)})" if item.to_yardstick else "as judged",
     )
 
@@ -73,7 +82,7 @@ def _notes(comparisons: Sequence[Comparison]) -> list[str]:
     if any(item.to_yardstick for item in comparisons):
         lines.append(
             "now / baseline is the ratio of times divided by the yardstick's in the same round; "
-            "plain times are not divided"
+            "plain times are not divided; fastest runs are those of each process"
         )
     if not all(item.to_yardstick for item in comparisons):
         lines.append(

@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measuring.student_t import chance_below, quantile
-from edgeclip.runtime.measuring.timing_statistics import ProcessMedians
+from edgeclip.runtime.measuring.timing_statistics import ProcessSummary
 
 _TAIL = 0.025  # beyond each end of a 95% interval
 _NORMAL = NormalDist()
@@ -61,7 +61,7 @@ class RatioOfRuns:
         return max(within, quantile(sureness, self.degrees) * self.error)
 
 
-def ratio_of_runs(now: ProcessMedians, baseline: ProcessMedians) -> RatioOfRuns:
+def ratio_of_runs(now: ProcessSummary, baseline: ProcessSummary) -> RatioOfRuns:
     """Compare two runs, each with the spread of its own processes."""
     error = degrees = None
     if now.spread is not None and baseline.spread is not None:
@@ -75,12 +75,12 @@ def ratio_of_runs(now: ProcessMedians, baseline: ProcessMedians) -> RatioOfRuns:
     )
 
 
-def _error(spread: float | None, side: ProcessMedians) -> float:
+def _error(spread: float | None, side: ProcessSummary) -> float:
     """Standard error of the mean of a side's processes that differ so much."""
     return (spread or 0.0) / math.sqrt(side.processes)
 
 
-def _welch(now: ProcessMedians, baseline: ProcessMedians) -> float:
+def _welch(now: ProcessSummary, baseline: ProcessSummary) -> float:
     """Degrees of freedom by the equation of Welch and Satterthwaite."""
     parts = [(_error(side.spread, side) ** 2, side.degrees) for side in (now, baseline)]
     below = sum(part**2 / degrees for part, degrees in parts)

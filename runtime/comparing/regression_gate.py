@@ -12,6 +12,10 @@ than M once enough is measured. Comparing the whole interval with the bound, as 
 and non-inferiority in medicine (Wellek, "Testing Statistical Hypotheses of Equivalence and
 Noninferiority", 2010), does neither. Criterion.rs judges by its noise threshold in the same way.
 
+Other programs disturb what is typical more than the fastest run of a process, and a change may
+cost some runs only. So both are evidence (see `Comparison.evidence`), each at half the level
+(Bonferroni): either shows a regression, or that there is none if neither says otherwise.
+
 With several subjects the evidence against each is held to Holm's levels (Scandinavian Journal of
 Statistics 6, 1979), so that a whole run without a regression fails with a chance of 5% at most.
 A run passes if every subject does, which needs no such correction (Berger, Technometrics 24,
@@ -27,6 +31,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgeclip.runtime.comparing.compare_runs import Comparison
+from edgeclip.runtime.comparing.ratio_of_runs import RatioOfRuns
 from edgeclip.runtime.comparing.what_would_decide import what_would_decide
 from edgeclip.runtime.errors import InputError
 
@@ -164,7 +169,10 @@ def _refuse_unlike(comparison: Comparison, allowed: bool) -> None:
 
 def _evidence(comparisons: Sequence[Comparison], bound: float) -> list[tuple[bool, float]]:
     """Whether each is shown to lie above `bound`, and how sure that had to be, by Holm's steps."""
-    chances = [item.ratio.chance(bound) for item in comparisons]
+    chances = [
+        len(item.evidence) * min(ratio.chance(bound) for ratio in item.evidence)
+        for item in comparisons
+    ]
     found = [(False, SURENESS)] * len(chances)
     shown = True
     for step, at in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
@@ -177,19 +185,24 @@ def _evidence(comparisons: Sequence[Comparison], bound: float) -> list[tuple[boo
 def _judge(
     comparison: Comparison, max_regression: float, regressed: bool, sureness: float
 ) -> Judged:
-    ratio = comparison.ratio
-    at_most = ratio.at_most(SURENESS)
+    evidence, bound = comparison.evidence, 1 + max_regression
+    at_most = min(ratio.at_most(_each(SURENESS, evidence)) for ratio in evidence)
     outcome: Outcome = "undecided"
-    if ratio.error is not None:  # a single process on either side shows nothing
+    if comparison.ratio.error is not None:  # a single process on either side shows nothing
         if regressed:
             outcome = "regressed"
-        elif at_most < 1 + max_regression:
+        elif at_most < bound and all(ratio.value < bound for ratio in evidence):
             outcome = "passed"
     undecided = outcome == "undecided"
     return Judged(
         comparison=comparison,
         outcome=outcome,
-        at_least=ratio.at_least(sureness),
+        at_least=max(ratio.at_least(_each(sureness, evidence)) for ratio in evidence),
         at_most=at_most,
         advice=what_would_decide(comparison, max_regression, sureness) if undecided else "",
     )
+
+
+def _each(sureness: float, evidence: Sequence[RatioOfRuns]) -> float:
+    """How sure each of several has to be, for all of them together to be as sure as that."""
+    return 1 - (1 - sureness) / len(evidence)

@@ -3,6 +3,7 @@
 import math
 
 from edgeclip.runtime.comparing.compare_runs import Comparison
+from edgeclip.runtime.comparing.ratio_of_runs import RatioOfRuns
 from edgeclip.runtime.measuring.student_t import quantile
 
 _MOST_PROCESSES = 50  # in each run; more are not worth the time
@@ -28,7 +29,7 @@ def what_would_decide(comparison: Comparison, max_regression: float, sureness: f
     advice = _more(comparison, bound, sureness, f"too noisy: {{}} {goal}")
     if advice is None:
         near = "the change lies near the bound: {} would decide, if it is what it seems"
-        distance = abs(math.log(comparison.ratio.value) - bound)
+        distance = abs(math.log(_sharpest(comparison).value) - bound)
         advice = _more(comparison, distance, sureness, near)
     return advice or "a little more of the same would decide"
 
@@ -52,7 +53,7 @@ def _more(comparison: Comparison, distance: float, sureness: float, words: str) 
 
 def _processes(comparison: Comparison, distance: float, sureness: float) -> int | None:
     """The fewest in each run that see that distance with a chance of `sureness`, if any."""
-    error = (comparison.ratio.error or 0.0) * math.sqrt(_mean_count(comparison))
+    error = (_sharpest(comparison).error or 0.0) * math.sqrt(_mean_count(comparison))
     for count in range(2, _MOST_PROCESSES + 1):
         # Two margins: one for the evidence, one that it is there when it should be.
         if 2 * quantile(sureness, 2 * (count - 1)) * error / math.sqrt(count) <= distance:
@@ -62,12 +63,17 @@ def _processes(comparison: Comparison, distance: float, sureness: float) -> int 
 
 def _repeats(comparison: Comparison, distance: float, sureness: float) -> int | None:
     """The fewest runs in each of the same processes that do so too, if any."""
-    ratio = comparison.ratio
+    ratio = _sharpest(comparison)
     margin = 2 * quantile(sureness, ratio.degrees or 1.0)
     between = max(0.0, (ratio.error or 0.0) ** 2 - ratio.noise**2)
     left = (distance / margin) ** 2 - between
     times = ratio.noise**2 / left if left > 0 else math.inf
     return math.ceil(times * comparison.rounds) if 1 < times <= _MOST_REPEATS else None
+
+
+def _sharpest(comparison: Comparison) -> RatioOfRuns:
+    """The evidence that says most."""
+    return min(comparison.evidence, key=lambda ratio: ratio.error or 0.0)
 
 
 def _mean_count(comparison: Comparison) -> float:

@@ -110,8 +110,8 @@ def rate_interval(seconds: Runs, items: int, *, seed: int = 0) -> Interval:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessMedians:
-    """The logarithms of the medians of some processes, summed up without their extremes.
+class ProcessSummary:
+    """The logarithms of one value of each of some processes, summed up without their extremes.
 
     On a shared machine now and then a whole process is disturbed. Of five processes and more a
     fifth is left out at either end (Yuen, "The two-sample trimmed t for unequal population
@@ -123,7 +123,7 @@ class ProcessMedians:
         spread: so large that spread / sqrt(processes) is the standard error of `mean`; without
             trimming the standard deviation. None for one process, which tells of no other.
         degrees: of freedom of `spread`.
-        noise: the standard deviation that a process's own runs explain.
+        noise: the standard deviation that a process's own runs explain; 0 where they cannot tell.
     """
 
     processes: int
@@ -133,14 +133,31 @@ class ProcessMedians:
     noise: float
 
 
-def process_medians(processes: Sequence[Runs], *, seed: int = 0) -> ProcessMedians:
+def process_medians(processes: Sequence[Runs], *, seed: int = 0) -> ProcessSummary:
     """Sum up the medians of positive values, one array [runs] a process.
 
     Raises:
         InputError: no process, or one without runs.
     """
     _check(processes)
-    logs = np.sort(_logs(processes, [50])[:, 0])
+    return _summed_up(_logs(processes, [50])[:, 0], float(_noise(processes, [50], seed)[0]))
+
+
+def process_minima(processes: Sequence[Runs]) -> ProcessSummary:
+    """Sum up the fastest of positive values, one array [runs] a process.
+
+    Other programs only ever add time, so the fastest run is the one they disturbed least (Chen
+    and Revels, "Robust benchmarking in noisy environments", arXiv:1608.04295, 2016).
+
+    Raises:
+        InputError: no process, or one without runs.
+    """
+    _check(processes)
+    return _summed_up(_logs(processes, [0])[:, 0], noise=0.0)
+
+
+def _summed_up(values: Runs, noise: float) -> ProcessSummary:
+    logs = np.sort(values)
     count, trim = len(logs), len(logs) // _TRIMMED
     kept = logs[trim : count - trim]
     spread = None
@@ -148,12 +165,12 @@ def process_medians(processes: Sequence[Runs], *, seed: int = 0) -> ProcessMedia
         variance = np.clip(logs, kept[0], kept[-1]).var(ddof=1)
         degrees = len(kept) - 1
         spread = math.sqrt(count * (count - 1) * variance / (len(kept) * degrees))
-    return ProcessMedians(
+    return ProcessSummary(
         processes=count,
         mean=float(kept.mean()),
         spread=spread,
         degrees=len(kept) - 1,
-        noise=float(_noise(processes, [50], seed)[0]),
+        noise=noise,
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from edgeclip.runtime.comparing.compare_runs import compare_runs, only_in
 from edgeclip.runtime.comparing.ratio_of_runs import ratio_of_runs
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.timing_statistics import ProcessMedians
+from edgeclip.runtime.measuring.timing_statistics import ProcessSummary
 from edgeclip.runtime.sensing.conditions import Interference
 from tests.runtime.measuring.run_cases import (
     MACHINE,
@@ -21,8 +21,8 @@ from tests.runtime.measuring.run_cases import (
 
 
 def test_a_ratio_is_welch_s_and_its_ends_have_their_chances() -> None:
-    now = ProcessMedians(processes=5, degrees=4, mean=np.log(1.1), spread=0.03, noise=0.01)
-    baseline = ProcessMedians(processes=10, degrees=9, mean=0.0, spread=0.01, noise=0.002)
+    now = ProcessSummary(processes=5, degrees=4, mean=np.log(1.1), spread=0.03, noise=0.01)
+    baseline = ProcessSummary(processes=10, degrees=9, mean=0.0, spread=0.01, noise=0.002)
     ratio = ratio_of_runs(now, baseline)
     assert ratio.value == pytest.approx(1.1)
     assert ratio.error == pytest.approx(np.sqrt(0.03**2 / 5 + 0.01**2 / 10))
@@ -36,7 +36,7 @@ def test_a_ratio_is_welch_s_and_its_ends_have_their_chances() -> None:
 
 
 def test_processes_that_agree_by_chance_leave_the_noise_of_their_runs() -> None:
-    side = ProcessMedians(processes=4, degrees=3, mean=0.0, spread=0.0, noise=0.02)
+    side = ProcessSummary(processes=4, degrees=3, mean=0.0, spread=0.0, noise=0.02)
     ratio = ratio_of_runs(side, side)
     assert ratio.error == 0
     assert ratio.degrees == 6
@@ -47,8 +47,8 @@ def test_processes_that_agree_by_chance_leave_the_noise_of_their_runs() -> None:
 
 
 def test_one_process_tells_nothing_of_others() -> None:
-    one = ProcessMedians(processes=1, degrees=0, mean=0.0, spread=None, noise=0.02)
-    five = ProcessMedians(processes=5, degrees=4, mean=0.0, spread=0.02, noise=0.02)
+    one = ProcessSummary(processes=1, degrees=0, mean=0.0, spread=None, noise=0.02)
+    five = ProcessSummary(processes=5, degrees=4, mean=0.0, spread=0.02, noise=0.02)
     ratio = ratio_of_runs(one, five)
     assert (ratio.value, ratio.error, ratio.degrees) == (1, None, None)
     assert ratio.noise == pytest.approx(0.02 * np.sqrt(1.2))
@@ -151,3 +151,20 @@ def test_everything_that_differs_is_named() -> None:
     assert packages.now == "numpy 2, onnxruntime 1.31"
     assert packages.baseline == "numpy absent, onnxruntime absent"
     assert found.disturbed == ("now", "baseline")
+
+
+def test_the_fastest_runs_are_those_of_each_process_over_the_yardstick_s() -> None:
+    """A machine of half the speed, on which other programs slow most runs of every process."""
+    stick = [np.array([1.0, 3.0, 1.2]), np.array([2.0, 4.0, 9.0])]
+    ours = [np.array([9.0, 2.0, 7.0]), np.array([8.0, 4.0, 5.0])]
+    before = [np.array([1.0, 1.5, 1.1]), np.array([1.0, 8.0, 2.0])]
+    now = run_of(measurement("fp32", ours), yardstick=yardstick(stick))
+    baseline = run_of(measurement("fp32", before), yardstick=yardstick([np.ones(3), np.ones(3)]))
+    (found,) = compare_runs(now, baseline)
+    assert found.fastest is not None
+    assert found.fastest.value == pytest.approx(2)
+    assert found.fastest.noise == 0
+    assert found.evidence == (found.ratio, found.fastest)
+    (plain,) = compare_runs(dataclasses.replace(now, yardstick=None), baseline)
+    assert plain.fastest is not None
+    assert plain.fastest.value == pytest.approx(8**0.5)

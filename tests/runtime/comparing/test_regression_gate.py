@@ -12,7 +12,7 @@ from edgeclip.runtime.comparing.regression_gate import (
     regression_gate,
 )
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.measuring.timing_statistics import ProcessMedians
+from edgeclip.runtime.measuring.timing_statistics import ProcessSummary
 from tests.runtime.measuring.run_cases import (
     MACHINE,
     compared,
@@ -35,7 +35,7 @@ def drawn(
     for truth in (ratio, 1.0):
         logs = np.log(truth) + rng.normal(0, spread, count)
         sides.append(
-            ProcessMedians(
+            ProcessSummary(
                 processes=count,
                 mean=logs.mean(),
                 spread=logs.std(ddof=1),
@@ -43,7 +43,9 @@ def drawn(
                 noise=spread / 10,
             )
         )
-    return dataclasses.replace(MODEL, times=ratio_of_runs(*sides), processes=(count, count))
+    return dataclasses.replace(
+        MODEL, times=ratio_of_runs(*sides), fastest=None, processes=(count, count)
+    )
 
 
 def share(outcome: Outcome, ratio: float, *, spread: float = 0.015, subjects: int = 1) -> float:
@@ -71,6 +73,35 @@ def test_many_subjects_together_raise_no_more_false_alarms_than_one() -> None:
 def test_noise_is_no_evidence() -> None:
     assert share("undecided", 1.10, spread=0.1) >= 0.8
     assert share("regressed", 1.00, spread=0.1) <= 0.01
+
+
+def with_fastest(typical: Comparison, fastest: Comparison) -> Comparison:
+    return dataclasses.replace(typical, fastest=fastest.times)
+
+
+def test_the_fastest_runs_decide_where_other_programs_hide_what_is_typical() -> None:
+    rng = np.random.default_rng(6)
+    found = {
+        ratio: [
+            regression_gate(
+                [with_fastest(drawn(rng, ratio, spread=0.1), drawn(rng, ratio, spread=0.01))], 0.05
+            ).outcome
+            for _ in range(TRIALS)
+        ]
+        for ratio in (1.0, 1.05, 1.1)
+    }
+    assert found[1.1].count("regressed") >= 0.95 * TRIALS
+    assert found[1.0].count("regressed") <= 0.01 * TRIALS
+    assert found[1.0].count("passed") >= 0.7 * TRIALS
+    assert found[1.05].count("regressed") <= 0.07 * TRIALS
+
+
+def test_a_slowdown_of_some_runs_only_is_found_and_never_passes() -> None:
+    rng = np.random.default_rng(7)
+    trials = [with_fastest(drawn(rng, 1.1), drawn(rng, 1.0)) for _ in range(TRIALS)]
+    outcomes = [regression_gate([trial], 0.05).outcome for trial in trials]
+    assert outcomes.count("regressed") >= 0.9 * TRIALS
+    assert outcomes.count("passed") <= 0.01 * TRIALS
 
 
 def test_a_verdict_says_what_is_shown() -> None:
@@ -120,11 +151,11 @@ def test_following_the_advice_decides() -> None:
     ],
 )
 def test_advice_is_about_what_limits(spread: float, noise: float, advice: str) -> None:
-    slower = ProcessMedians(
+    slower = ProcessSummary(
         processes=5, mean=float(np.log(1.045)), spread=spread, degrees=4, noise=noise
     )
     same = dataclasses.replace(slower, mean=0.0)
-    unsure = dataclasses.replace(MODEL, times=ratio_of_runs(slower, same))
+    unsure = dataclasses.replace(MODEL, times=ratio_of_runs(slower, same), fastest=None)
     assert re.search(advice, regression_gate([unsure], 0.05).judged[0].advice)
 
 
