@@ -11,33 +11,25 @@ from edgeclip.export.embed_pairs import graph_embedder, tower_inputs
 from edgeclip.export.explain_parity import explain_parity
 from edgeclip.export.gates import Judged, data_record, missed, refuse_missed
 from edgeclip.export.graph import data_path
-from edgeclip.export.judge_precisions import (
-    TowerEmbeddings,
-    Verdict,
-    compared,
-    embed_test,
-    judge_precisions,
-    judge_together,
-    judged_on,
-)
+from edgeclip.export.judge_precisions import TowerEmbeddings, compared, judge_together
 from edgeclip.export.label_head import add_label_head
-from edgeclip.export.quantize import Int8Settings
+from edgeclip.export.made_graphs import MadeGraphs, judge_graphs
+from edgeclip.export.mend_int8 import Passes, mend_int8
+from edgeclip.export.quantizing.searched_graph import apply_searched
 from edgeclip.export.to_onnx import STANDARD
 from edgeclip.export.tower_graph import TowerGraph
-from edgeclip.export.tune_graph import PassOutcome, tune_graph
-from edgeclip.export.write_bundle import write_golden, write_labels, write_manifest
+from edgeclip.export.tune_graph import PassOutcome
+from edgeclip.export.tune_tower import tune_tower
+from edgeclip.export.write_bundle import Making, write_golden, write_labels, write_manifest
 from edgeclip.export.write_engines import write_engines
 from edgeclip.export.write_precisions import write_interchange, write_others, write_reference
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.engine_key import EngineRecord
 from edgeclip.runtime.files import atomic_directory
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.tower_feed import tower_feed
 
 Progress = Callable[[str], None]
 Tuned = tuple[tuple[Tower, PassOutcome], ...]
-
-_TUNED_ON = 4  # inputs, on which a rewritten graph must give what it gave before
 
 _UNFAITHFUL = "The graph does not compute what the student does in torch: please report this"
 _TOO_COARSE = "Train the student longer, or do not ask for what misses its gates"
@@ -50,9 +42,11 @@ class BuiltBundle:
     Attributes:
         bundle: the bundle, opened.
         judged: all gates that were checked, those missed by a left-out precision included.
-        left_out: a line for each gate because of which a precision was left out.
+        left_out: a line for each precision that a search had no use for, and for each gate because
+            of which one was left out.
         choices: the precision that each tower ships in, why, and its measurements.
         tuned: what came of each rewrite that was tried on a tower's graph.
+        says: what came of int8 where it missed a gate, or what might help.
     """
 
     bundle: Bundle
@@ -60,6 +54,7 @@ class BuiltBundle:
     left_out: tuple[str, ...]
     choices: tuple[TowerChoice, ...]
     tuned: Tuned
+    says: str = ""
 
 
 def build_bundle(
@@ -87,46 +82,39 @@ def build_bundle(
         graphs, tuned = _export(plan, folder, progress)
         parity = _compare(plan, folder, graphs, progress)
         graphs += _quantize(plan, folder, progress)
-        embeddings, verdict = _judge(plan, graphs, progress)
-        graphs = _drop(plan, graphs, verdict)
+        made = _judge(plan, graphs, tuned, progress)
+        graphs = _drop(plan, made)
         _add_heads(plan, graphs)
         choices = _choose(plan, graphs, progress)
-        choices, mixed = settle(choices, embeddings, plan)
+        choices, mixed = settle(choices, made.embeddings, plan)
         engines = _build_engines(plan, folder, graphs, choices, progress)
-        judged = (*parity, *verdict.judged, *mixed)
+        judged = (*parity, *made.verdict.judged, *mixed)
         progress("writing the bundle")
-        _write_rest(plan, folder, graphs, judged, choices, engines, verdict)
+        _write_rest(plan, folder, graphs, judged, choices, engines, made)
     return BuiltBundle(
         bundle=Bundle.open(out),
         judged=judged,
-        left_out=verdict.left_out,
+        left_out=(*plan.unused, *made.verdict.left_out),
         choices=choices,
         tuned=tuned,
+        says=made.says,
     )
 
 
 def _export(
     plan: BundlePlan, folder: Path, progress: Progress
 ) -> tuple[tuple[TowerGraph, ...], Tuned]:
-    """Write both towers in fp32; where this machine is the device, in the form fastest on it."""
+    """Write both towers in fp32: as they were searched, or in the form fastest on this machine."""
     progress("exporting both towers to ONNX")
     graphs = write_reference(plan.student, folder, plan.form)
-    if plan.workload is None:
-        return graphs, ()
     tuned: list[tuple[Tower, PassOutcome]] = []
-    spec, tokenizer = plan.student.spec, plan.student.text_tokenizer
     for graph in (item for item in graphs if item.tower in plan.towers):
-        progress(f"trying what makes the {graph.tower} tower's graph faster")
-        values = next(tower_inputs(plan.test, graph.tower, spec, tokenizer, count=_TUNED_ON))
-        outcomes = tune_graph(
-            graph.path,
-            plan.runner,
-            tower_feed(values, graph.tower, graph.pixels, spec.image),
-            tower=graph.tower,
-            # Other runtimes read the text tower too, and an image tower in their form.
-            standard=graph.pixels in (None, STANDARD.pixels),
-        )
-        tuned += [(graph.tower, outcome) for outcome in outcomes]
+        if graph.tower in plan.searched:
+            apply_searched(graph, plan.searched[graph.tower])
+        elif plan.workload is not None:
+            progress(f"trying what makes the {graph.tower} tower's graph faster")
+            found = tune_tower(plan.student, graph, plan.runner, plan.test)
+            tuned += [(graph.tower, outcome) for outcome in found]
     return graphs, tuple(tuned)
 
 
@@ -154,11 +142,10 @@ def _quantize(plan: BundlePlan, folder: Path, progress: Progress) -> tuple[Tower
     return write_others(
         plan.student,
         folder,
-        plan.wanted,
+        plan.configs,
         pixels=plan.form.pixels,
         calibration=plan.calibration,
         device=plan.device,
-        towers=plan.towers,
     )
 
 
@@ -175,26 +162,42 @@ def _refuse_unfaithful(
 
 
 def _judge(
-    plan: BundlePlan, graphs: Sequence[TowerGraph], progress: Progress
-) -> tuple[TowerEmbeddings, Verdict]:
-    """Hold every precision against fp32 on the test pairs."""
+    plan: BundlePlan, graphs: Sequence[TowerGraph], tuned: Tuned, progress: Progress
+) -> MadeGraphs:
+    """Hold every precision against fp32 on the test pairs, and mend int8 if that is allowed."""
     progress(f"embedding {plan.test.name} in {', '.join(plan.wanted)}")
-    embeddings = embed_test(plan.student, graphs, plan.test, plan.runner)
-    zero_shot = plan.labelled if len(plan.wanted) > 1 else None
-    on = judged_on(plan.student, graphs, plan.test, zero_shot, embeddings, plan.runner)
-    verdict = judge_precisions(embeddings, plan.bounds, on)
+    made = judge_graphs(plan, graphs, plan.configs)
+    made = mend_int8(plan, made, _passes(plan, tuned), progress)
     if plan.precisions is not None:
-        refuse_missed(verdict.judged, "; ".join([_TOO_COARSE, *map(str, verdict.remarks)]))
-    return embeddings, verdict
+        refuse_asked(made)
+    return made
 
 
-def _drop(
-    plan: BundlePlan, graphs: Sequence[TowerGraph], verdict: Verdict
-) -> tuple[TowerGraph, ...]:
+def refuse_asked(made: MadeGraphs) -> None:
+    """Stop if a precision that was asked for misses its gates.
+
+    Raises:
+        GateError: names them, and ends in what might help.
+    """
+    remarks = map(str, made.verdict.remarks)
+    says = [made.says] if made.says else []
+    refuse_missed(made.verdict.judged, "; ".join([_TOO_COARSE, *remarks, *says]))
+
+
+def _passes(plan: BundlePlan, tuned: Tuned) -> Passes:
+    """The rewrites that the fp32 graphs have."""
+    kept = {tower: item.passes for tower, item in plan.searched.items()}
+    for tower, outcome in tuned:
+        if outcome.kept:
+            kept[tower] = (*kept.get(tower, ()), outcome.name)
+    return kept
+
+
+def _drop(plan: BundlePlan, made: MadeGraphs) -> tuple[TowerGraph, ...]:
     """Delete the graphs that missed their gates, and those of a tower that nobody asked for."""
     kept = []
-    for graph in graphs:
-        good = graph.precision == "fp32" or (graph.tower, graph.precision) in verdict.kept
+    for graph in made.graphs:
+        good = graph.precision == "fp32" or (graph.tower, graph.precision) in made.verdict.kept
         if good and graph.tower in plan.towers:
             kept.append(graph)
         else:
@@ -288,9 +291,10 @@ def _write_rest(
     judged: Sequence[Judged],
     choices: Sequence[TowerChoice],
     engines: tuple[EngineRecord, ...],
-    verdict: Verdict,
+    made: MadeGraphs,
 ) -> None:
     """Write all but the towers, the manifest last."""
+    data = f"tested on {plan.test.name}; calibrated on {plan.calibration.name}"
     plan.student.save_settings(folder, texts=plan.text_tower)
     write_labels(folder, plan.labels)
     write_golden(plan.student, folder, graphs, plan.test, plan.runner)
@@ -302,13 +306,13 @@ def _write_rest(
         judged=[item for item in judged if item.record.passed],
         choices=choices,
         engine=plan.runner.engine,
-        int8=Int8Settings.for_device(plan.device),
+        making=Making(configs=made.configs, device=plan.device, tuned=made.tuned),
         form=plan.form,
         engines=engines,
         label_head=plan.label_head,
-        data=f"tested on {plan.test.name}; calibrated on {plan.calibration.name}",
+        data=f"{data}; {made.note}" if made.note else data,
         origin=plan.origin,
-        remarks=verdict.remarks,
+        remarks=made.verdict.remarks,
     )
 
 

@@ -9,6 +9,13 @@ from edgeclip.export.calibrate import CalibrationSource
 from edgeclip.export.choose import CHOOSING
 from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
 from edgeclip.export.graph_form import GraphForm
+from edgeclip.export.quantizing.config import Config, default_config
+from edgeclip.export.quantizing.last_resort import Tuning
+from edgeclip.export.quantizing.quantization_file import (
+    FILE_NAME,
+    Quantization,
+    TowerQuantization,
+)
 from edgeclip.export.tower_graph import TOWERS
 from edgeclip.export.write_bundle import Origin
 from edgeclip.export.zero_shot import ZeroShot, find_zero_shot
@@ -43,10 +50,14 @@ class BundlePlan:
             and searches by pictures; the text tower is still made, to judge the image tower.
         workload: how the precisions are timed on this machine; None where this machine is
             not the device, and fp32 is chosen.
+        quantization: what a search chose for the towers; None for what suits the device. It
+            must have found its ranges on `calibration`.
+        tuning: the fine-tune that is allowed where int8 misses a gate; None for none.
 
     Raises:
         ConfigError: a source that is empty or lacks captions, one for calibration that is of
-            another split or too small, or a precision that the device does not allow.
+            another split or too small, or a precision that the device does not allow,
+            a search for something else, or one that found no use in a precision of `precisions`.
         SpaceMismatchError: a label set of another embedding space.
     """
 
@@ -64,6 +75,8 @@ class BundlePlan:
     zero_shot: ZeroShot | None = None
     text_tower: bool = True
     workload: Workload | None = CHOOSING
+    quantization: Quantization | None = None
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         for source in (self.calibration, self.test):
@@ -80,13 +93,22 @@ class BundlePlan:
                 f"device {self.device.name!r} does not allow {', '.join(wrong)}: "
                 f"choose from {', '.join(self.device.precisions)}"
             )
-
+        self._check_quantization()
         if self.label_head is not None and self.label_head not in self.labels:
             raise ConfigError(f"there is no label set {self.label_head!r} for the label head")
         for label_set in self.labels.values():
             label_set.check_space(self.space)
         if self.zero_shot is not None:
             self.zero_shot.labels.check_space(self.space)
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        self.quantization.basis.check(self.device, self.calibration)
+        if self.precisions is not None and self.unused:
+            raise ConfigError(
+                f"{'; '.join(self.unused)}: do not ask for it, or export without {FILE_NAME}"
+            )
 
     @property
     def wanted(self) -> tuple[Precision, ...]:
@@ -98,6 +120,36 @@ class BundlePlan:
     def towers(self) -> tuple[Tower, ...]:
         """The towers that the bundle holds."""
         return TOWERS if self.text_tower else ("image",)
+
+    @property
+    def searched(self) -> Mapping[Tower, TowerQuantization]:
+        """What a search chose, for the towers that were searched."""
+        return {} if self.quantization is None else self.quantization.towers
+
+    @property
+    def configs(self) -> dict[tuple[Tower, Precision], Config]:
+        """How each tower becomes each precision but fp32, if there is any use in it."""
+        return {place: config for place, config in self._configs.items() if config is not None}
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """A line for each precision of a tower that a search found no use in."""
+        return tuple(
+            f"{tower} {precision}: {FILE_NAME} has no use for it ({self.searched[tower].why})"
+            for (tower, precision), config in self._configs.items()
+            if config is None
+        )
+
+    @property
+    def _configs(self) -> dict[tuple[Tower, Precision], Config | None]:
+        found = self.quantization
+        return {
+            (tower, precision): default_config(precision, self.device)
+            if found is None
+            else found.config_for(tower, precision, self.device)
+            for precision in self.wanted[1:]
+            for tower in self.towers
+        }
 
     @property
     def labelled(self) -> ZeroShot | None:

@@ -3,6 +3,7 @@
 from edgeclip.export.write_engines import can_build_ahead
 from edgeclip.profiles.device import DeviceProfile, device_names, load_device
 from edgeclip.runtime.errors import EdgeClipError
+from edgeclip.runtime.planning.text_columns import columns
 
 
 def targets_table() -> str:
@@ -11,11 +12,7 @@ def targets_table() -> str:
     for name in device_names():
         device = load_device(name)
         rows.append((name, device.engine, " ".join(device.precisions), what_can_be_done(device)))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    )
+    return columns(rows, left=4)
 
 
 def what_can_be_done(device: DeviceProfile) -> str:

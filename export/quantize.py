@@ -11,17 +11,13 @@ no kernel for that; a ConvNext takes 0.62, or 0.65 with its depthwise convolutio
 
 import shutil
 import tempfile
-from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import onnx
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from edgeclip.export.activation_bounds import (
     EXTREMES,
-    Ranging,
     activation_ranges,
     quiet,
     save_ranges,
@@ -30,102 +26,61 @@ from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
 from edgeclip.export.fp16 import normalisation
 from edgeclip.export.graph import constant_names, data_path, load_graph, save_graph
+from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.range_cache import cache_file
 from edgeclip.export.symmetric import INT8, write_symmetric
-from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.files import atomic_file
 
 _OPERATORS = ("MatMul", "Gemm", "Conv")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Int8Settings:
-    """How a tower is quantized for an engine.
-
-    Attributes:
-        symmetric: activations are signed with zero point 0 and biases stay float, as
-            TensorRT asks. On a CPU, unsigned and asymmetric activations are faster.
-        reduce_range: weights take 7 bits, because 8-bit products can saturate on a CPU
-            without int8 dot products.
-        float_precision: what all that is not int8 is computed in.
-        ranging: how the range of an activation follows from what calibration saw.
-        per_channel: weights have one scale for each output channel, not one for all.
-
-    Raises:
-        ValueError: what only goes with asymmetric activations, or only with symmetric ones.
-    """
-
-    symmetric: bool
-    reduce_range: bool = False
-    float_precision: Literal["fp32", "fp16"] = "fp32"
-    ranging: Ranging = EXTREMES
-    per_channel: bool = True
-
-    def __post_init__(self) -> None:
-        if self.symmetric and self.reduce_range:
-            raise ValueError("reduce_range is for asymmetric int8, which runs on CPUs")
-        if not self.symmetric and self.float_precision != "fp32":
-            raise ValueError("asymmetric int8 runs on CPUs: its float_precision must be fp32")
-
-    @property
-    def needs_vnni(self) -> bool:
-        """Whether the products overflow on a CPU without int8 dot products."""
-        return not self.symmetric and not self.reduce_range
-
-    @classmethod
-    def for_device(cls, device: DeviceProfile) -> "Int8Settings":
-        """Return what suits the device's engine."""
-        if device.on_cpu:
-            return cls(symmetric=False, reduce_range=not device.vnni)
-        return cls(symmetric=True, float_precision="fp16")
 
 
 def write_int8(
     source: Path,
     target: Path,
     data: CalibrationData,
-    settings: Int8Settings,
+    config: StaticInt8,
     *,
-    kept: Collection[str] = (),
     cache: Path | None = None,
 ) -> None:
-    """Quantize an fp32 tower by what it sees in `data`.
+    """Quantize the products of an fp32 tower by what it sees in `data`.
+
+    What a config changes before and after that (smoothing, equalisation, biases, tables) is
+    `write_config`'s to do.
 
     Args:
         source, target: the ONNX files.
         data: what is seen.
-        settings: how it is quantized.
-        kept: names of nodes that stay in float.
+        config: how it is quantized.
         cache: a folder for ranges that were found, which belongs to this data alone.
 
     Raises:
         ExportError: nothing in the graph can be quantized, or the result is not valid ONNX.
     """
     able = quantizable_nodes(source)
-    nodes = [name for name in able if name not in kept]
+    nodes = [name for name in able if name not in config.kept]
     if not nodes:
         raise ExportError(f"{source.name}: everything that could be quantized is to stay in float")
-    if settings.symmetric:
+    if config.symmetric:
         write_symmetric(
             source,
             target,
             data,
             nodes=nodes,
             grid=INT8,
-            half=settings.float_precision == "fp16",
-            ranging=settings.ranging,
-            per_channel=settings.per_channel,
+            half=config.float_precision == "fp16",
+            ranging=config.ranging,
+            per_channel=config.per_channel,
             cache=cache,
         )
         return
     with tempfile.TemporaryDirectory() as folder, quiet():
         ranges = Path(folder) / "ranges.json"
-        found = None if cache is None else cache_file(cache, source, "ranges", settings.ranging)
+        found = None if cache is None else cache_file(cache, source, "ranges", config.ranging)
         if found is not None and found.exists():
             shutil.copyfile(found, ranges)
-        elif settings.ranging != EXTREMES:
-            save_ranges(activation_ranges(source, data, settings.ranging, able), ranges)
-        _write_asymmetric(source, target, data, settings, nodes, ranges)
+        elif config.ranging != EXTREMES:
+            save_ranges(activation_ranges(source, data, config.ranging, able), ranges)
+        _write_asymmetric(source, target, data, config, nodes, ranges)
         if found is not None and not found.exists():
             with atomic_file(found) as temporary:
                 shutil.copyfile(ranges, temporary)
@@ -135,7 +90,7 @@ def _write_asymmetric(
     source: Path,
     target: Path,
     data: CalibrationData,
-    settings: Int8Settings,
+    config: StaticInt8,
     nodes: list[str],
     ranges: Path,
 ) -> None:
@@ -153,8 +108,8 @@ def _write_asymmetric(
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=list(_OPERATORS),
         nodes_to_quantize=nodes,
-        per_channel=settings.per_channel,
-        reduce_range=settings.reduce_range,
+        per_channel=config.per_channel,
+        reduce_range=config.reduce_range,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         use_external_data_format=data_path(source).exists(),

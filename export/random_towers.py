@@ -21,7 +21,8 @@ from edgeclip.export.capture import capture
 from edgeclip.export.device_form import to_device_form
 from edgeclip.export.graph import limit_masks, save_graph
 from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.quantize import Int8Settings, write_int8
+from edgeclip.export.quantize import write_int8
+from edgeclip.export.quantizing.config import default_config
 from edgeclip.export.to_onnx import export_tower
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.predicting.tower_pieces import AnyTower, ConvTower, TransformerTower
@@ -116,7 +117,7 @@ def quantize_random(
     draw = np.random.default_rng(seed)
     values = [example(tower, device, draw) for _ in range(_CALIBRATION)]
     data = CalibrationData(len(values), lambda index: values[index])
-    write_int8(source, target, data, Int8Settings.for_device(device))
+    write_int8(source, target, data, default_config("int8", device))
 
 
 def example(

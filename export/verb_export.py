@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import open_source
+from edgeclip.compress.quantization_aware import gentle_settings
+from edgeclip.compress.sources import Source, open_source
 from edgeclip.compress.verb_options import add_teacher, load_teacher
 from edgeclip.export.bake_labels import bake_by_teacher, read_label_names
 from edgeclip.export.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.choose import CHOOSING
 from edgeclip.export.list_targets import targets_table
+from edgeclip.export.quantizing.last_resort import Tuning
+from edgeclip.export.quantizing.quantization_file import FILE_NAME, Quantization
+from edgeclip.export.quantizing.search_task import open_calibration
 from edgeclip.export.write_bundle import Origin
 from edgeclip.export.zero_shot import EMOJI_COUNT, emoji_zero_shot
 from edgeclip.profiles.device import THIS_MACHINE, load_device
@@ -26,6 +30,8 @@ from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.verb_options import positive
 
 _HEAD = "head"  # the label set of the label head, if it has no other name
+_CALIBRATION = 256  # emoji scenes to find ranges on
+_TUNING_SCENES = 8192  # to fine-tune on, at most; they are embedded first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "is inside its gates; fp32 is always there)",
     )
     parser.add_argument("--test-count", type=positive, default=1000, help="of emoji scenes")
-    parser.add_argument("--calibration-count", type=positive, default=256, help="of emoji scenes")
+    parser.add_argument(
+        "--calibration-count",
+        type=positive,
+        help=f"of emoji scenes (default: {_CALIBRATION}, or what --quantization says)",
+    )
+    _add_int8_options(parser)
     _add_label_options(parser)
     parser.add_argument(
         "--patch-features",
@@ -71,6 +82,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="what to call the model (default: the name of --out)")
     parser.add_argument("--licence", default="unknown", help="of the weights, as SPDX identifier")
     parser.add_argument("--replace", action="store_true", help="replace a bundle that is there")
+
+
+def _add_int8_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantization",
+        type=Path,
+        metavar="FILE",
+        help=f"{FILE_NAME} of `edgeclip quantize`: make what it chose, of the same student for the "
+        "same device on the same data",
+    )
+    parser.add_argument(
+        "--qat-steps",
+        type=_steps,
+        default=0,
+        metavar="N",
+        help="where int8 misses a gate, fine-tune the student for it for N steps on the train "
+        "split of --data, and try again; a rerun goes on in OUT-qat (default: 0, never)",
+    )
 
 
 def _add_label_options(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
 def verdict(built: BuiltBundle) -> str:
     """What was left out, what each tower ships in, and where the bundle is."""
     lines = [f"left out: {reason}" for reason in built.left_out]
+    lines += [f"int8: {built.says}"] if built.says else []
     lines += [f"{tower} tower: {item}" for tower, item in built.tuned if item.places]
     lines += [f"{item.tower} tower: {item.precision} ({item.why})" for item in built.choices]
     return "\n".join([*lines, f"bundle written to {built.bundle.path}"])
@@ -126,12 +156,11 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
     teacher, size = load_teacher(args), student.image_spec.size
     check_space(teacher.space, student.space, f"the student {args.student}")
     templates = tuple(args.template or DEFAULT_TEMPLATES)
+    quantization = None if args.quantization is None else Quantization.load(args.quantization)
     plan = BundlePlan(
         student=student,
         space=teacher.space,
-        calibration=open_source(
-            args.data, split="calibration", count=args.calibration_count, size=size
-        ),
+        calibration=_calibration(args, quantization, size),
         test=open_source(args.data, split="test", count=args.test_count, size=size),
         device=device,
         origin=Origin(
@@ -147,6 +176,8 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
         patch_features=args.patch_features,
         text_tower=not args.no_text,
         workload=CHOOSING if args.device == THIS_MACHINE else None,
+        quantization=quantization,
+        tuning=_tuning(args, size),
     )
     if args.data != "emoji" or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
         return plan
@@ -154,6 +185,51 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
     bake = partial(bake_by_teacher, teacher, truncate=True)
     count = min(EMOJI_COUNT, args.test_count)
     return replace(plan, zero_shot=emoji_zero_shot(bake, count=count, size=size))
+
+
+def _calibration(args: argparse.Namespace, quantization: Quantization | None, size: int) -> Source:
+    """The pairs that ranges are found on: with a search, those that it found them on.
+
+    Raises:
+        ConfigError: there are too few.
+        InputError: no pictures, or another number is asked for than was searched with.
+    """
+    count = args.calibration_count
+    if quantization is None:
+        return open_source(args.data, split="calibration", count=count or _CALIBRATION, size=size)
+    basis = quantization.basis
+    if count not in (None, basis.pairs):
+        raise InputError(
+            f"{args.quantization} was searched with {basis.pairs} calibration pairs: leave out "
+            "--calibration-count"
+        )
+    found, _ = open_calibration(args.data, pairs=basis.pairs, ranges=basis.ranges, size=size)
+    return found
+
+
+def _tuning(args: argparse.Namespace, size: int) -> Tuning | None:
+    """The fine-tune for int8 that is allowed.
+
+    Raises:
+        ConfigError: there are no pictures to train on.
+        InputError: see `open_source`.
+    """
+    if not args.qat_steps:
+        return None
+    settings = gentle_settings(args.qat_steps)
+    scenes = min(args.qat_steps * settings.batch_size, _TUNING_SCENES)
+    return Tuning(
+        source=open_source(args.data, split="train", count=scenes, size=size),
+        settings=settings,
+        folder=args.out.with_name(f"{args.out.name}-qat"),
+    )
+
+
+def _steps(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
 
 
 def _labels(args: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], str | None]:

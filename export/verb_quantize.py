@@ -1,6 +1,7 @@
 """`edgeclip quantize`: the fastest form of a tower on a device that stays inside its gates."""
 
 import argparse
+import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -10,13 +11,14 @@ from typing import get_args
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source, open_source
-from edgeclip.compress.verb_options import add_teacher, load_teacher
+from edgeclip.compress.verb_options import BUILT_IN, add_teacher, load_teacher
 from edgeclip.export.bake_labels import bake_by_teacher, read_label_names
 from edgeclip.export.quantizing.evaluate_point import open_trial
 from edgeclip.export.quantizing.point_latency import SEARCHING
 from edgeclip.export.quantizing.quantization_file import (
     FILE_NAME,
     Quantization,
+    SearchBasis,
     TowerQuantization,
 )
 from edgeclip.export.quantizing.search import SearchResult, search
@@ -25,14 +27,13 @@ from edgeclip.export.quantizing.search_sections import SearchedTower
 from edgeclip.export.quantizing.search_space import space_for
 from edgeclip.export.quantizing.search_table import search_table
 from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask, open_calibration
-from edgeclip.export.quantizing.searched_graph import SearchedGraph, export_searched
+from edgeclip.export.quantizing.searched_graph import SearchedGraph, export_searched, graph_sha256
 from edgeclip.export.zero_shot import EMOJI_COUNT, ZeroShot, emoji_zero_shot, find_zero_shot
 from edgeclip.profiles.device import THIS_MACHINE, DeviceProfile, load_device
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.embeddings import check_space
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.verb_options import positive
 
@@ -93,10 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, print the table, and write the choice."""
     device = load_device(args.device)
-    known = _known(args, device)
     data = _data(args)
-    folder = args.out / args.tower
     here = args.device == THIS_MACHINE
+    known = _known(args, device, data.ranges, here=here)
+    folder = args.out / args.tower
     _say(f"exporting the {args.tower} tower")
     sample = data.ranges if here else None
     exported = export_searched(data.student, args.tower, device, folder, sample=sample)
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     print(search_table(result))
     found = replace(known, towers={**known.towers, args.tower: _choice(exported, result)})
     found.save(args.out / FILE_NAME)
-    print(f"written to {args.out / FILE_NAME}: edgeclip export --quantization takes it")
+    print(f"written to {args.out / FILE_NAME}; next: {_export_command(args)}")
     if args.page is not None:
         search_page(result, args.page, _about(args, data, here))
         print(f"page: {args.page}")
@@ -186,24 +187,28 @@ def _zero_shot(
     return None, None
 
 
-def _known(args: argparse.Namespace, device: DeviceProfile) -> Quantization:
+def _known(
+    args: argparse.Namespace, device: DeviceProfile, found: Source, *, here: bool
+) -> Quantization:
     """What is there already for the other tower.
 
     Raises:
-        InputError: it is for another device, or on other pairs.
+        InputError: it is for another device or machine, or on other pairs.
         ConfigError: it cannot be read.
     """
     path: Path = args.out / FILE_NAME
-    asked = Quantization(
-        device=device.name, pairs=args.calibration_count, ranges=args.ranges, towers={}
+    basis = SearchBasis.of(
+        device, found, pairs=args.calibration_count, ranges=args.ranges, timed=here
     )
     if not path.exists():
-        return asked
+        return Quantization(basis=basis, towers={})
     known = Quantization.load(path)
-    if replace(known, towers={}) != asked:
+    if known.basis != basis:
+        at = "" if known.basis.machine is None else f" timed on {known.basis.machine},"
         raise InputError(
-            f"{path} is for {known.device}, with {known.pairs} calibration pairs and ranges on "
-            f"{known.ranges}: choose the same, or another --out"
+            f"{path} is for {known.basis.device},{at} with ranges on {known.basis.ranges} of "
+            f"{known.basis.pairs} calibration pairs: choose the same device and the same data, as "
+            "it was, or another --out"
         )
     return known
 
@@ -211,10 +216,20 @@ def _known(args: argparse.Namespace, device: DeviceProfile) -> Quantization:
 def _choice(exported: SearchedGraph, result: SearchResult) -> TowerQuantization:
     return TowerQuantization(
         config=result.chosen.config,
-        graph=sha256_file(exported.graph.path),
+        graph=graph_sha256(exported.graph.path),
         passes=exported.passes,
         why=result.why,
     )
+
+
+def _export_command(args: argparse.Namespace) -> str:
+    """What to type to have the choice in a bundle."""
+    words = ["edgeclip", "export", args.student, "--quantization", str(args.out / FILE_NAME)]
+    defaults = {"teacher": BUILT_IN, "data": _EMOJI, "device": THIS_MACHINE}
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            words += [f"--{name}", getattr(args, name)]
+    return shlex.join([*words, "--out", "bundle"])
 
 
 def _about(args: argparse.Namespace, data: _Data, here: bool) -> SearchedTower:

@@ -1,6 +1,7 @@
 """What a bundle holds beside its towers: settings, tokenizer, golden inputs, manifest."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,12 @@ from edgeclip.export.embed_pairs import graph_embedder
 from edgeclip.export.gates import Judged
 from edgeclip.export.graph import data_path
 from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.quantize import Int8Settings
+from edgeclip.export.quantizing.config import (
+    Config,
+    config_to_data,
+    describe,
+    needs_vnni,
+)
 from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.machine import detect_machine
@@ -29,11 +35,12 @@ from edgeclip.runtime.manifest import (
     GateRemark,
     Manifest,
     Provenance,
+    Recipe,
     TowerFile,
     TowerManifest,
 )
 from edgeclip.runtime.preprocess import crop_batch
-from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.tokenize_text import TextTokenizer
 
 _GOLDEN_PAIRS = 8
@@ -59,6 +66,40 @@ class Origin:
     student: str
     command: str
     licence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Making:
+    """How the graphs of a bundle were made of those in fp32.
+
+    Attributes:
+        configs: of each.
+        device: that they were made for.
+        tuned: towers whose int8 is of a student that was fine-tuned for it.
+    """
+
+    configs: Mapping[tuple[Tower, Precision], Config]
+    device: DeviceProfile
+    tuned: Collection[Tower] = ()
+
+    def recipe(self, graph: TowerGraph) -> Recipe | None:
+        """What the manifest says of a graph; None for fp32."""
+        config = self.configs.get((graph.tower, graph.precision))
+        if config is None:
+            return None
+        tuned = graph.precision == "int8" and graph.tower in self.tuned
+        return Recipe(
+            says=describe(config) + (", fine-tuned for it" if tuned else ""),
+            config=json.loads(json.dumps(config_to_data(config))),  # lists, as a reader finds them
+        )
+
+    def needs_vnni(self, graph: TowerGraph) -> bool:
+        """Whether it is only right on CPUs with int8 dot products.
+
+        What a search chose on a CPU without them was judged with its overflows.
+        """
+        config = self.configs.get((graph.tower, graph.precision))
+        return config is not None and self.device.vnni and needs_vnni(config)
 
 
 def write_golden(
@@ -106,7 +147,7 @@ def write_manifest(
     judged: Sequence[Judged],
     choices: Sequence[TowerChoice],
     engine: str,
-    int8: Int8Settings,
+    making: Making,
     form: GraphForm,
     engines: tuple[EngineRecord, ...],
     label_head: str | None,
@@ -122,7 +163,8 @@ def write_manifest(
         space=space,
         spec=student.spec,
         towers=tuple(
-            _tower_manifest(choice, folder, graphs, judged, int8, form.batch) for choice in choices
+            _tower_manifest(choice, folder, graphs, judged, making, form.batch)
+            for choice in choices
         ),
         gates=tuple(item.record for item in judged if item.subject == "bundle"),
         measured_on=f"{detect_machine().cpu}, {engine}" if measured else "",
@@ -142,7 +184,7 @@ def _tower_manifest(
     folder: Path,
     graphs: Sequence[TowerGraph],
     judged: Sequence[Judged],
-    int8: Int8Settings,
+    making: Making,
     batch: int | None,
 ) -> TowerManifest:
     files = tuple(
@@ -155,7 +197,8 @@ def _tower_manifest(
             gates=tuple(item.record for item in judged if item.subject == graph.subject),
             latency_ms=choice.latency_ms(graph.precision),
             golden_tolerance=_GOLDEN_TOLERANCE[graph.precision],
-            needs_vnni=graph.precision == "int8" and int8.needs_vnni,
+            needs_vnni=making.needs_vnni(graph),
+            recipe=making.recipe(graph),
         )
         for graph in graphs
         if graph.tower == choice.tower

@@ -102,6 +102,8 @@ def write_cuts(
     found = _chosen(find_cuts(model, feed, bundle.manifest.spec.image.size, opener), points)
     with atomic_directory(out, replace=replace, marker=CUTS_NAME) as folder:
         _write_pictures(folder / PICTURES_NAME, pictures, count)
+        if (bundle.path / "config.json").is_file():  # the sizes of the tower, for predictions
+            shutil.copyfile(bundle.path / "config.json", folder / "config.json")
         say(f"writing {len(found)} cuts")
         _write_graphs(folder, model, found)
         manifest = _manifest(bundle, file, found, folder)

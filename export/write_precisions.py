@@ -1,20 +1,22 @@
 """Every tower in every precision that was asked for, as ONNX files."""
 
-from collections.abc import Collection, Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
-from edgeclip.export.fp8 import write_fp8
-from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.quantize import Int8Settings, write_int8
+from edgeclip.export.quantizing.config import Config
+from edgeclip.export.quantizing.write_config import write_config
 from edgeclip.export.to_onnx import STANDARD, export_tower
 from edgeclip.export.tower_graph import TOWERS, TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.bundle_paths import tower_path
 from edgeclip.runtime.spec import PixelForm, Precision, Tower
+
+Configs = Mapping[tuple[Tower, Precision], Config]  # how each tower becomes each precision
 
 
 def write_reference(student: DualEncoder, folder: Path, form: GraphForm) -> tuple[TowerGraph, ...]:
@@ -23,7 +25,7 @@ def write_reference(student: DualEncoder, folder: Path, form: GraphForm) -> tupl
     Raises:
         ExportError: torch cannot capture a tower.
     """
-    graphs = _graphs(folder, ["fp32"], form.pixels)
+    graphs = _graphs(folder, ((tower, "fp32") for tower in TOWERS), form.pixels)
     for graph in graphs:
         export_tower(student, graph.tower, graph.path, form)
     return graphs
@@ -43,44 +45,40 @@ def write_interchange(student: DualEncoder, folder: Path) -> TowerGraph:
 def write_others(
     student: DualEncoder,
     folder: Path,
-    precisions: Sequence[Precision],
+    configs: Configs,
     *,
     pixels: PixelForm,
     calibration: Source,
     device: DeviceProfile,
-    towers: Collection[Tower] = TOWERS,
 ) -> tuple[TowerGraph, ...]:
-    """Make the other precisions of `towers` from the fp32 files in `folder`.
+    """Make the other precisions, in the order of `configs`, from the fp32 files in `folder`.
 
     `calibration` shows int8 and fp8 their ranges, and fp16 what is too large for it.
 
     Raises:
         ConfigError: the calibration source is empty or has no captions.
-        ExportError: a graph that is not valid, or has nothing to quantize.
+        ExportError: a graph that is not valid, has nothing to quantize, or lacks a node that
+            its config names.
     """
-    others = _graphs(folder, [item for item in precisions if item != "fp32"], pixels)
-    graphs = tuple(graph for graph in others if graph.tower in towers)
-    settings = Int8Settings.for_device(device)
-    for graph in graphs:
-        reference = folder / tower_path(graph.tower, "fp32", pixels)
-        data = _calibration(student, graph, calibration, device.static_batch)
-        if graph.precision == "fp16":
-            write_fp16(reference, graph.path, data)
-        elif graph.precision == "fp8":
-            write_fp8(reference, graph.path, data)
-        else:
-            write_int8(reference, graph.path, data, settings)
+    graphs = _graphs(folder, configs, pixels)
+    # A file there is named after its graph, so both towers can share the folder.
+    with tempfile.TemporaryDirectory(prefix="edgeclip-ranges-") as cache:
+        for graph in graphs:
+            reference = folder / tower_path(graph.tower, "fp32", graph.pixels)
+            data = _calibration(student, graph, calibration, device.static_batch)
+            config = configs[graph.tower, graph.precision]
+            write_config(reference, graph.path, config, data, cache=Path(cache))
     return graphs
 
 
 def _graphs(
-    folder: Path, precisions: Iterable[Precision], pixels: PixelForm
+    folder: Path, wanted: Iterable[tuple[Tower, Precision]], pixels: PixelForm
 ) -> tuple[TowerGraph, ...]:
     forms: dict[Tower, PixelForm | None] = {"image": pixels, "text": None}
     return tuple(
         TowerGraph(tower, precision, folder / tower_path(tower, precision, form), form)
-        for precision in precisions
-        for tower, form in forms.items()
+        for tower, precision in wanted
+        for form in [forms[tower]]
     )
 
 

@@ -24,7 +24,7 @@ from edgeclip.export.probe_plan import (
     ProbePlan,
 )
 from edgeclip.export.probe_sizes import STANDARD
-from edgeclip.export.quantize import Int8Settings
+from edgeclip.export.quantizing.config import default_config, needs_vnni
 from edgeclip.export.random_towers import (
     example,
     export_stem,
@@ -162,7 +162,7 @@ def _index(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         device=device.name,
-        needs_vnni=Int8Settings.for_device(device).needs_vnni,
+        needs_vnni=needs_vnni(default_config("int8", device)),
         seed=seed,
         probes=tuple(
             Probe(

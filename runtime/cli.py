@@ -33,6 +33,9 @@ VERBS: dict[str, Verb] = {
     "pretrain": Verb("edgeclip.compress.verb_pretrain", "train the built-in teacher", "compress"),
     "cache": Verb("edgeclip.compress.verb_cache", "compute a teacher's answers once", "compress"),
     "distill": Verb("edgeclip.compress.verb_distill", "train a student of a teacher", "compress"),
+    "quantize": Verb(
+        "edgeclip.export.verb_quantize", "find the fastest form inside its gates", "export"
+    ),
     "export": Verb("edgeclip.export.verb_export", "turn a student into a bundle", "export"),
     "verify": Verb("edgeclip.runtime.verb_verify", "check a bundle and replay it on this device"),
     "embed": Verb("edgeclip.runtime.verb_embed", "turn images or texts into an index"),

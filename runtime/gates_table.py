@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from edgeclip.runtime.manifest import DataRecord, GateRecord, GateRemark
 from edgeclip.runtime.model_card import plain_text
+from edgeclip.runtime.planning.text_columns import columns
 
 Named = tuple[str, GateRecord]  # what a gate is about, such as "image int8", and the gate
 
@@ -18,11 +19,7 @@ def gates_table(gates: Sequence[Named], remarks: Iterable[GateRemark] = ()) -> s
     data = list(dict.fromkeys(gate.data for _, gate in gates if gate.data is not None))
     rows: list[tuple[str, ...]] = [("what", "gate", "value", "95% interval", "bound", "data", "")]
     rows += [_row(subject, gate, data) for subject, gate in gates]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = [columns(rows, left=len(rows[0]))]
     lines += [f"data [{number}]: {data_text(item)}" for number, item in enumerate(data, start=1)]
     lines += [f"warning: {plain_text(str(remark))}" for remark in remarks]
     return "\n".join(lines)

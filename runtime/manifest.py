@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.schema import parse
@@ -99,6 +99,19 @@ class GateRemark:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a file was made from the fp32 graph.
+
+    Attributes:
+        says: in a few words.
+        config: all settings as plain data, which `edgeclip export` knows how to read.
+    """
+
+    says: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TowerFile:
     """One tower in one precision, and what was measured on it.
 
@@ -113,6 +126,7 @@ class TowerFile:
         golden_tolerance: largest absolute difference of one embedding value from
             `golden.npz` that `edgeclip verify` accepts.
         needs_vnni: int8 with 8-bit weights for a CPU: exact only with int8 dot products.
+        recipe: how it was made; None for fp32, and in bundles that do not say.
     """
 
     path: str
@@ -124,6 +138,7 @@ class TowerFile:
     batch: int | None = None
     data_path: str | None = None
     needs_vnni: bool = False
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         check_path(self.path)
@@ -261,6 +276,13 @@ class Manifest:
             for file in item.files:
                 yield from ((f"{item.tower} {file.precision}", gate) for gate in file.gates)
         yield from (("bundle", gate) for gate in self.gates)
+
+    def recipes(self) -> Iterable[tuple[str, Recipe]]:
+        """Yield how each file was made that says so, with what it is, such as "image int8"."""
+        for item in self.towers:
+            for file in item.files:
+                if file.recipe is not None:
+                    yield f"{item.tower} {file.precision}", file.recipe
 
     def to_json(self) -> str:
         """Return the text of `edgeclip.json`; `from_json` gives an equal manifest back."""

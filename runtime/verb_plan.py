@@ -1,4 +1,4 @@
-"""`edgeclip plan`: what should run on the device and what on a server, from measured times."""
+"""`edgeclip plan`: what should run on the device and what on a server, by what was measured."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ from edgeclip.runtime.planning.plan_picture import plan_page, plan_picture
 from edgeclip.runtime.planning.plan_table import plan_table
 from edgeclip.runtime.planning.planner import Choice, Objective, choose, estimate_all
 from edgeclip.runtime.planning.stage_times import StageTimes
+from edgeclip.runtime.predicting.measured_device import measured_names
+from edgeclip.runtime.predicting.times_of_sides import Sides, headings, load_sides, remarks
 
 _HTTP_MS = 1.5
 
@@ -25,9 +27,14 @@ _HTTP_MS = 1.5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb to argparse."""
     parser.add_argument("cuts", type=Path, help="directory that `edgeclip cut` wrote")
-    what = "what `edgeclip measure-cuts` wrote on the {}"
-    parser.add_argument("--device-times", type=Path, required=True, help=what.format("device"))
-    parser.add_argument("--server-times", type=Path, required=True, help=what.format("server"))
+    what = (
+        "what `edgeclip measure-cuts` wrote on the {}; for one of both also a measured device, by "
+        f"which they are predicted: a file of `edgeclip measure-probes`{_measured_names()}"
+    )
+    for side in ("device", "server"):
+        parser.add_argument(
+            f"--{side}-times", metavar="TIMES", required=True, help=what.format(side)
+        )
     parser.add_argument(
         "--link", required=True, help=f"a YAML file, or one of: {', '.join(link_names())}"
     )
@@ -58,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--picture", type=Path, help="draw the plans: NAME.svg or NAME.html")
 
 
+def _measured_names() -> str:
+    names = ", ".join(measured_names())
+    return f", or one of: {names}" if names else ""
+
+
 def _add_conditions(parser: argparse.ArgumentParser) -> None:
     numbers = {
         "--deadline-ms": (None, "bound of the 95th percentile"),
@@ -77,26 +89,26 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print all plans and the chosen one; write what was asked for."""
     cuts = CutSet.open(args.cuts)
-    device, server = StageTimes.load(args.device_times), StageTimes.load(args.server_times)
+    sides = load_sides(args.device_times, args.server_times, cuts)
     link = load_link(args.link)
     try:
         objective, conditions = _objective(args), _conditions(args, cuts, link)
     except ValueError as error:
         raise InputError(str(error)) from None
-    estimates = estimate_all(
-        cuts.manifest,
-        device,
-        server,
-        conditions,
-        deadline_ms=args.deadline_ms,
-        index=args.index,
-    )
-    choice = choose(estimates, objective)
-    words = "\n".join([explain(choice, objective), *_notes(args, device, server)])
-    print(plan_table(choice, all_codecs=args.all))
+
+    def chosen(sides: Sides) -> Choice:
+        found = estimate_all(
+            cuts.manifest, *sides, conditions, deadline_ms=args.deadline_ms, index=args.index
+        )
+        return choose(found, objective)
+
+    choice = chosen(sides)
+    notes = [*remarks(sides, choice, chosen), *_notes(args, *sides)]
+    words = "\n".join([explain(choice, objective), *notes])
+    print("\n".join([*headings(sides), plan_table(choice, all_codecs=args.all)]))
     print(f"\n{words}")
     for path in args.measured:
-        print("\n".join(_errors(path, estimates)))
+        print("\n".join(_errors(path, (*choice.allowed, *choice.refused))))
     if args.out is not None:
         choice.best.plan.save(args.out)
         print(f"plan written to {args.out}")

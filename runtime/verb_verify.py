@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.gates_table import gates_table
+from edgeclip.runtime.model_card import plain_text
 from edgeclip.runtime.replay_golden import Replay, replay_golden
 from edgeclip.runtime.verb_options import add_device_option, add_json_option, print_json
 
@@ -42,6 +43,9 @@ def _as_json(bundle: Bundle, replays: tuple[Replay, ...], *, passed: bool) -> di
         "bundle": manifest.name,
         "passed": passed,
         "replays": [dataclasses.asdict(item) | {"passed": item.passed} for item in replays],
+        "recipes": [
+            {"what": what, **dataclasses.asdict(recipe)} for what, recipe in manifest.recipes()
+        ],
         "gates": [
             {"what": what, **dataclasses.asdict(gate)} for what, gate in manifest.all_gates()
         ],
@@ -59,6 +63,11 @@ def _print_table(bundle: Bundle, replays: tuple[Replay, ...]) -> None:
             f"{item.tower:<6} {item.precision:<9} {item.deviation:>9.2g} {item.tolerance:>9.2g} "
             f"{item.cosine:>9.6f}  {'ok' if item.passed else 'OUT OF TOLERANCE'}"
         )
+    recipes = list(bundle.manifest.recipes())
+    if recipes:
+        print("\nhow each was made:")
+        for what, recipe in recipes:
+            print(f"{what}: {plain_text(recipe.says)}")
     gates = list(bundle.manifest.all_gates())
     if gates:
         print("\ngates, as measured when the bundle was written:")

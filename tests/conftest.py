@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle_paths import (
     GOLDEN_NAME,
     MANIFEST_NAME,
@@ -56,6 +57,26 @@ PIXELS: dict[Precision, PixelForm] = {"fp32": "float32-nchw", "int8": "uint8-nhw
 CHOSEN: dict[Tower, Precision] = {"image": "int8", "text": "fp32"}
 SPECIALS = ["<pad>", "<start>", "<end>"]
 SENTENCES = ["a photo of a red apple", "a green tree", "the blue sea", "a red car on a green hill"]
+QUICK = Workload(
+    name="test",
+    description="as little as possible",
+    batch_sizes=(1,),
+    min_warmup_runs=2,
+    max_warmup_seconds=0.01,
+    repeats=12,
+    seconds_per_batch=0.001,
+    cold_starts=0,
+)
+GATE = GateRecord(
+    name="mean cosine",
+    value=0.999,
+    low=0.998,
+    high=1.0,
+    bound=0.99,
+    direction=">=",
+    unit="cosine",
+    passed=True,
+)
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -343,22 +364,12 @@ def _file_records(root: Path) -> tuple[FileRecord, ...]:
 
 
 def _tower(tower: Tower) -> TowerManifest:
-    gate = GateRecord(
-        name="mean cosine",
-        value=0.999,
-        low=0.998,
-        high=1.0,
-        bound=0.99,
-        direction=">=",
-        unit="cosine",
-        passed=True,
-    )
     files = tuple(
         TowerFile(
             path=tower_path(tower, precision, PIXELS[precision]),
             pixels=PIXELS[precision] if tower == "image" else None,
             precision=precision,
-            gates=(gate,),
+            gates=(GATE,),
             latency_ms=None,
             golden_tolerance=1e-4,
         )

@@ -17,8 +17,8 @@ from transformers import CLIPConfig, CLIPModel
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.verb_options import BUILT_IN_TEACHER
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.spec import ImageSpec, Tower
+from tests.conftest import QUICK
 
 _BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(_BENCHMARKS))  # scripts import each other by name
@@ -31,16 +31,6 @@ from _gpu_rows import Row, bars, table  # noqa: E402
 from _gpu_torch import REFERENCE, torch_variants  # noqa: E402
 
 _SCRIPT = _BENCHMARKS / "gpu_latency.py"
-_WORKLOAD = Workload(
-    name="test",
-    description="hardly anything",
-    batch_sizes=(1,),
-    min_warmup_runs=1,
-    max_warmup_seconds=0.1,
-    repeats=5,
-    seconds_per_batch=0.1,
-    cold_starts=0,
-)
 _HOPPER = GpuMachine(
     name="test GPU",
     capability="9.0",
@@ -124,7 +114,7 @@ def test_candidates_are_compared_and_timed(
     both: dict[Tower, Case], on_cpu: list[Variant], tower: Tower
 ) -> None:
     case = both[tower]
-    rows = measure_case(case, on_cpu, _WORKLOAD, quick=False)
+    rows = measure_case(case, on_cpu, QUICK, quick=False)
     assert [row.candidate for row in rows] == [item.name for item in on_cpu]
     assert len(rows) == 5
     for row in rows:
@@ -149,7 +139,7 @@ def test_what_cannot_run_here_is_listed_with_its_reason(
     both: dict[Tower, Case], tmp_path: Path
 ) -> None:
     variants = [*torch_variants("cuda"), *engine_variants(_HOPPER, tmp_path)]
-    rows = measure_case(both["image"], variants, _WORKLOAD, quick=True)
+    rows = measure_case(both["image"], variants, QUICK, quick=True)
     found = by_name(rows)
     assert len(found) == len(variants) == 19
     text = table(rows)
@@ -198,7 +188,7 @@ def test_wrong_outputs_are_never_timed(both: dict[Tower, Case], change: Any, wor
     assert tried.wrong
     assert list(tried.runs) == ["host"]
     assert words in tried.reasons[0]
-    (row,) = measure_case(case, [variant], _WORKLOAD, quick=False)
+    (row,) = measure_case(case, [variant], QUICK, quick=False)
     assert row.host is not None
     assert row.device is None
     assert "skewed  not timed: device: wrong" in table([row])

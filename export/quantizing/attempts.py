@@ -104,7 +104,7 @@ class Attempts:
         self.check_time()
         try:
             whole = self.bench.with_islands(config)
-        except ExportError as error:
+        except (ExportError, EngineError) as error:
             self.fail(config, error)
             return None
         return self.point(whole)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from edgeclip.export.activation_bounds import EXTREMES, Ranging
 from edgeclip.profiles.device import DeviceProfile
@@ -202,6 +202,14 @@ def needs_vnni(config: Config) -> bool:
             return not config.reduce_range
         case _:
             return False
+
+
+@overload
+def default_config(precision: Literal["int8"], device: DeviceProfile) -> StaticInt8: ...
+
+
+@overload
+def default_config(precision: Precision, device: DeviceProfile) -> Config: ...
 
 
 def default_config(precision: Precision, device: DeviceProfile) -> Config:

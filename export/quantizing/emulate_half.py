@@ -93,7 +93,8 @@ def half_values(model: onnx.ModelProto) -> frozenset[str]:
         item.name for item in graph.input if item.type.tensor_type.elem_type == TensorProto.FLOAT16
     }
     for node in graph.node:
-        halves.update(_half_outputs(node, halves, versions))
+        # An output that is left out, as of SkipLayerNormalization, has no name.
+        halves.update(filter(None, _half_outputs(node, halves, versions)))
     return frozenset(halves)
 
 

@@ -5,6 +5,7 @@ int8 alone: the student in float stays what it was, and everything is held again
 """
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +18,10 @@ from edgeclip.compress.teacher_cache import build_cache
 from edgeclip.compress.train_loop import TrainSettings
 from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
 from edgeclip.export.gates import Bounds, Judged, missed
+from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.judge_precisions import (
     TowerEmbeddings,
-    Verdict,
     embed_test,
     judge_precisions,
     judged_on,
@@ -30,8 +31,8 @@ from edgeclip.export.quantizing.searched_graph import apply_passes
 from edgeclip.export.quantizing.smooth_student import smooth_student
 from edgeclip.export.quantizing.student_products import norm_names, product_grids
 from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.to_onnx import export_tower
-from edgeclip.export.tower_graph import TOWERS, TowerGraph
+from edgeclip.export.to_onnx import STANDARD, export_tower
+from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.export.zero_shot import ZeroShot
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.bundle_paths import tower_path
@@ -45,17 +46,17 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Int8Task:
-    """What is quantized, and what decides whether it is good.
+    """What was quantized, and what decides whether it is good.
 
     Attributes:
         student: the model; it is put into evaluation mode, and its weights stay.
-        configs: how the towers are quantized that are.
+        configs: of the towers in static int8; no other can be fine-tuned.
         calibration: pairs with captions that ranges are found on.
         test: pairs with captions that the gates are measured on.
         runner: what runs the graphs.
         bounds: of the gates of int8.
         form: how the towers are captured.
-        passes: names of the rewrites that the fp32 graph of a tower has.
+        passes: names of the rewrites that the fp32 graph of a tower has, in order.
         zero_shot: labelled pictures, if there are any.
     """
 
@@ -87,74 +88,44 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Attempt:
-    """Quantized towers, and what the gates say.
+class Outcome:
+    """What came of it.
 
     Attributes:
-        graphs: both towers of the task's student in fp32, then those in int8.
-        embeddings: of the test pairs, by each graph.
-        verdict: int8 held against fp32.
+        judged: the gates of int8 as it is now.
+        tuned: whether the fine-tuned towers are what is there now.
+        note: for a bundle's provenance; empty unless `tuned`.
+        says: for a person; empty where nothing had to be mended.
     """
 
-    graphs: tuple[TowerGraph, ...]
-    embeddings: TowerEmbeddings
-    verdict: Verdict
-
-    @property
-    def judged(self) -> tuple[Judged, ...]:
-        """Every gate that was checked."""
-        return self.verdict.judged
+    judged: tuple[Judged, ...]
+    tuned: bool = False
+    note: str = ""
+    says: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether all gates hold."""
-        return not needs_qat(item.record for item in self.judged)
-
-    def graph(self, tower: Tower, precision: Precision) -> TowerGraph | None:
-        """Return one of the graphs, if it is there."""
-        found = (item for item in self.graphs if (item.tower, item.precision) == (tower, precision))
-        return next(found, None)
+        return not missed(self.judged)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Outcome:
-    """What came of quantizing, and of the fine-tune if there was one.
-
-    Attributes:
-        plain: quantized as it was.
-        tuned: quantized after the fine-tune; None where there was none.
-        chosen: the better of them.
-        note: for a bundle's provenance; empty unless the fine-tune is in what was chosen.
-        says: for a person; empty where quantizing alone passed.
-    """
-
-    plain: Attempt
-    tuned: Attempt | None = None
-    chosen: Attempt
-    note: str = ""
-    says: str = ""
-
-
-def needs_qat(records: Iterable[GateRecord]) -> bool:
-    """Tell whether a gate was missed: else a fine-tune has nothing to mend."""
-    return not all(record.passed for record in records)
-
-
-def quantize_or_tune(
+def tune_int8(
     task: Int8Task,
-    folder: Path,
-    tuning: Tuning | None = None,
-    *,
-    plain: Attempt | None = None,
+    graphs: Sequence[TowerGraph],
+    embeddings: TowerEmbeddings,
+    tuning: Tuning,
     progress: Progress = lambda line: None,
 ) -> Outcome:
-    """Quantize; if that misses a gate and `tuning` is there, fine-tune and quantize again.
+    """Fine-tune the towers whose int8 misses a gate, and quantize them again; others stay.
+
+    Where that is better, it takes the place of the int8 files in `graphs`; no other is touched.
+    Nothing is done, and no training data is read, if all gates hold.
 
     Args:
-        task: what is quantized, and what decides.
-        folder: where graphs are written.
-        tuning: the fine-tune that is allowed; None for none.
-        plain: what quantizing gave, if that was done before.
+        task: what was quantized, and what decides.
+        graphs: both towers in fp32, and what was made of them; other precisions do not matter.
+        embeddings: of the test pairs, by each graph.
+        tuning: the fine-tune that is allowed.
         progress: called with a line for a person before each step.
 
     Raises:
@@ -163,54 +134,56 @@ def quantize_or_tune(
         EngineError: a graph cannot be run.
         KeyboardInterrupt: Ctrl-C; the same call goes on from the last checkpoint.
     """
-    plain = plain or quantize(task, folder / "plain")
-    if plain.passed:
-        return Outcome(plain=plain, chosen=plain)
-    misses = "; ".join(missed(plain.judged))
-    if tuning is None:
-        return Outcome(plain=plain, chosen=plain, says=f"{misses}. {HINT}")
+    before = _Attempt(
+        graphs={_place(graph): graph for graph in graphs if _matters(graph.precision)},
+        embeddings={place: item for place, item in embeddings.items() if _matters(place[1])},
+    )
+    judged = before.judge(task)
+    misses = "; ".join(missed(judged))
+    if not misses:
+        return Outcome(judged=judged)
+    towers = missed_towers(judged, task.configs)
+    if not towers:
+        return Outcome(judged=judged, says=f"{misses}. Only static int8 can be fine-tuned")
     progress(f"fine-tuning for int8, because {misses}")
-    tuned = _tune(task, plain, folder, tuning, progress)
-    chosen = better(plain, tuned)
-    if chosen is plain:
-        says = f"{misses}. Fine-tuning for int8 made it no better, so it is left as it was"
-        return Outcome(plain=plain, tuned=tuned, chosen=plain, says=says)
+    tuning.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="graphs-", dir=tuning.folder) as folder:
+        after = _tune(task, before, towers, tuning, Path(folder), progress)
+        found = after.judge(task)
+        if not better(found, judged):
+            says = f"{misses}. Fine-tuning for int8 made it no better, so it is left as it was"
+            return Outcome(judged=judged, says=says)
+        for tower in towers:
+            made, place = (item.graphs[tower, "int8"].path for item in (after, before))
+            save_graph(load_graph(made), place)
     note = (
         f"int8 fine-tuned for {tuning.settings.steps} steps of {tuning.settings.batch_size} on "
         f"{tuning.source.name}, because without that {misses}"
     )
-    left = "; ".join(missed(tuned.judged))
-    says = f"fine-tuned for int8, but {left}" if left else "fine-tuned for int8"
-    return Outcome(plain=plain, tuned=tuned, chosen=tuned, note=note, says=says)
+    says = "; ".join(["fine-tuned for int8", *missed(found)])
+    return Outcome(judged=found, tuned=True, note=note, says=says)
 
 
-def quantize(task: Int8Task, folder: Path) -> Attempt:
-    """Export both towers, quantize those that have a config, and judge them.
-
-    Raises:
-        ExportError: a tower cannot be exported or quantized.
-        EngineError: a graph cannot be run.
-    """
-    float_graphs = tuple(_float(task, task.student, tower, folder) for tower in TOWERS)
-    graphs = [
-        *float_graphs,
-        *(
-            _quantized(task, graph, task.configs[graph.tower], folder)
-            for graph in float_graphs
-            if graph.tower in task.configs
-        ),
-    ]
-    embeddings = embed_test(task.student, graphs, task.test, task.runner)
-    return _judged(task, graphs, embeddings)
+def missed_towers(judged: Iterable[Judged], quantized: Iterable[Tower]) -> tuple[Tower, ...]:
+    """Return which of the quantized towers miss a gate; if none does alone, all of them."""
+    subjects = {item.subject for item in judged if not item.record.passed}
+    if subjects == {"bundle"}:
+        return tuple(quantized)
+    return tuple(tower for tower in quantized if f"{tower} int8" in subjects)
 
 
-def better(plain: Attempt, tuned: Attempt) -> Attempt:
-    """Return the one that misses fewer gates, or misses the worst by less; if alike, `plain`."""
-    return min(plain, tuned, key=_badness)
+def better(found: Iterable[Judged], than: Iterable[Judged]) -> bool:
+    """Tell whether fewer gates are missed, or as many and the worst of them by less."""
+    return _badness(found) < _badness(than)
 
 
-def _badness(attempt: Attempt) -> tuple[int, float]:
-    records = [item.record for item in attempt.judged if not item.record.passed]
+def plainly(config: StaticInt8) -> StaticInt8:
+    """Return a config without what would move weights or biases off those that were trained."""
+    return replace(config, smoothing=(), equalised=False, bias_corrected=False)
+
+
+def _badness(judged: Iterable[Judged]) -> tuple[int, float]:
+    records = [item.record for item in judged if not item.record.passed]
     return len(records), max(map(_excess, records), default=0.0)
 
 
@@ -221,24 +194,41 @@ def _excess(record: GateRecord) -> float:
     return (1 - record.value) / (1 - record.bound) if record.bound < 1 else float("inf")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Attempt:
+    """The task's student in fp32, and towers in int8; with embeddings of the test pairs."""
+
+    graphs: Mapping[tuple[Tower, Precision], TowerGraph]
+    embeddings: TowerEmbeddings
+
+    def judge(self, task: Int8Task) -> tuple[Judged, ...]:
+        """Hold int8 against fp32."""
+        graphs = [*self.graphs.values()]
+        on = judged_on(
+            task.student, graphs, task.test, task.zero_shot, self.embeddings, task.runner
+        )
+        return judge_precisions(self.embeddings, {"int8": task.bounds}, on).judged
+
+
 def _tune(
-    task: Int8Task, plain: Attempt, folder: Path, tuning: Tuning, progress: Progress
-) -> Attempt:
-    """Fine-tune the towers that missed a gate, and quantize them again."""
-    towers = missed_towers(plain, task.configs)
-    configs = {tower: plainly(task.configs[tower]) for tower in towers}
+    task: Int8Task,
+    before: _Attempt,
+    towers: Sequence[Tower],
+    tuning: Tuning,
+    folder: Path,
+    progress: Progress,
+) -> _Attempt:
+    """Fine-tune some towers of a copy of the student, and quantize them again."""
     student = _copy(task.student)
     grids: dict[str, ProductGrid] = {}
     for tower in towers:
-        _smooth(task, student, tower, plain)
-        start = _float(task, student, tower, folder / "start")
-        rounded = _quantized(task, start, configs[tower], folder / "start")
-        grids |= product_grids(student, tower, start.path, rounded.path, configs[tower])
+        source, rounded = _start(task, before, student, tower, folder / "start")
+        config = plainly(task.configs[tower])
+        grids |= product_grids(student, tower, source.path, rounded.path, config)
     progress(f"embedding {tuning.source.name} with the student as it is")
-    cache = build_cache(task.student, tuning.source, tuning.folder / "cache")
     fine_tune(
         student,
-        cache,
+        build_cache(task.student, tuning.source, tuning.folder / "cache"),
         tuning.source,
         grids=grids,
         settings=tuning.settings,
@@ -246,58 +236,38 @@ def _tune(
     )
     student.save(tuning.folder / "student")
     progress("quantizing and judging the fine-tuned student")
-    return _requantized(task, plain, student, configs, folder / "tuned")
+    made = [_quantized(task, _float(task, student, tower, folder), folder) for tower in towers]
+    return _Attempt(
+        graphs={**before.graphs, **{_place(graph): graph for graph in made}},
+        embeddings={**before.embeddings, **embed_test(student, made, task.test, task.runner)},
+    )
 
 
-def missed_towers(attempt: Attempt, quantized: Iterable[Tower]) -> tuple[Tower, ...]:
-    """Return the quantized towers that miss a gate; if none does alone, all of them."""
-    mine = tuple(quantized)
-    misses = {item.subject for item in attempt.judged if not item.record.passed}
-    return tuple(tower for tower in mine if f"{tower} int8" in misses) or mine
+def _start(
+    task: Int8Task, before: _Attempt, student: DualEncoder, tower: Tower, folder: Path
+) -> tuple[TowerGraph, TowerGraph]:
+    """Return the graphs, in fp32 and int8, of the student as its fine-tune begins.
+
+    It is smoothed, in place, where its config smooths the graph.
+    """
+    config, source = task.configs[tower], before.graphs[tower, "fp32"]
+    if config == plainly(config):
+        return source, before.graphs[tower, "int8"]
+    if config.smoothing:
+        _smooth(task, student, source)
+        source = _float(task, student, tower, folder)
+    return source, _quantized(task, source, folder)
 
 
-def plainly(config: StaticInt8) -> StaticInt8:
-    """Return a config without what would move weights or biases off those that were trained."""
-    return replace(config, smoothing=(), equalised=False, bias_corrected=False)
-
-
-def _smooth(task: Int8Task, student: DualEncoder, tower: Tower, plain: Attempt) -> None:
-    """Smooth the student itself, where the config smooths its graph."""
-    alphas = dict(task.configs[tower].smoothing)
-    graph = plain.graph(tower, "fp32")
-    if not alphas or graph is None:
-        return
-    names = norm_names(student, tower, graph.path, tuple(alphas))
+def _smooth(task: Int8Task, student: DualEncoder, graph: TowerGraph) -> None:
+    """Smooth the student itself, as its config smooths a graph."""
+    alphas = dict(task.configs[graph.tower].smoothing)
+    names = norm_names(student, graph.tower, graph.path, tuple(alphas))
     by_norm: dict[str, float] = {}
     for node, name in names.items():  # the last layer's norm may be two nodes
         by_norm[name] = max(alphas[node], by_norm.get(name, 0.0))
-    standard = None if tower == "text" else GraphForm().pixels
-    smooth_student(student, tower, by_norm, _calibration(task, tower, standard))
-
-
-def _requantized(
-    task: Int8Task,
-    plain: Attempt,
-    student: DualEncoder,
-    configs: Mapping[Tower, StaticInt8],
-    folder: Path,
-) -> Attempt:
-    """Quantize some towers of another student, and hold them against the task's own in fp32."""
-    made = [
-        _quantized(task, _float(task, student, tower, folder / "float"), config, folder)
-        for tower, config in configs.items()
-    ]
-    kept = [
-        graph for graph in plain.graphs if graph.precision == "fp32" or graph.tower not in configs
-    ]
-    embeddings = dict(plain.embeddings) | embed_test(student, made, task.test, task.runner)
-    return _judged(task, [*kept, *made], embeddings)
-
-
-def _judged(task: Int8Task, graphs: Sequence[TowerGraph], embeddings: TowerEmbeddings) -> Attempt:
-    on = judged_on(task.student, graphs, task.test, task.zero_shot, embeddings, task.runner)
-    verdict = judge_precisions(embeddings, {"int8": task.bounds}, on)
-    return Attempt(graphs=tuple(graphs), embeddings=embeddings, verdict=verdict)
+    pixels = None if graph.tower == "text" else STANDARD.pixels
+    smooth_student(student, graph.tower, by_norm, _calibration(task, graph.tower, pixels))
 
 
 def _float(task: Int8Task, student: DualEncoder, tower: Tower, folder: Path) -> TowerGraph:
@@ -308,8 +278,10 @@ def _float(task: Int8Task, student: DualEncoder, tower: Tower, folder: Path) -> 
     return TowerGraph(tower, "fp32", path, pixels)
 
 
-def _quantized(task: Int8Task, graph: TowerGraph, config: StaticInt8, folder: Path) -> TowerGraph:
+def _quantized(task: Int8Task, graph: TowerGraph, folder: Path) -> TowerGraph:
+    """Quantize the graph of a student that is smoothed already."""
     target = folder / tower_path(graph.tower, "int8", graph.pixels)
+    config = plainly(task.configs[graph.tower])
     write_config(graph.path, target, config, _calibration(task, graph.tower, graph.pixels))
     return replace(graph, precision="int8", path=target)
 
@@ -325,3 +297,11 @@ def _copy(student: DualEncoder) -> DualEncoder:
     """Return a copy to train, whose embeddings stay in the student's space."""
     model = copy.deepcopy(student.model)
     return DualEncoder(model, student.image_spec, student.tokenizer, space=student.space).eval()
+
+
+def _place(graph: TowerGraph) -> tuple[Tower, Precision]:
+    return graph.tower, graph.precision
+
+
+def _matters(precision: Precision) -> bool:
+    return precision in ("fp32", "int8")

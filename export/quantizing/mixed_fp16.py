@@ -54,6 +54,7 @@ def find_islands(
 
     Raises:
         ExportError: the tower differs with every node in fp32, or cannot be read.
+        EngineError: it cannot be run here.
     """
     tower = _Tower(source, data, bounds, cache)
     if tower.passes(()):

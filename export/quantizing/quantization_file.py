@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from edgeclip.compress.sources import Source
+from edgeclip.export.gates import data_record
 from edgeclip.export.quantizing.config import (
     Config,
     config_from_data,
@@ -15,6 +17,7 @@ from edgeclip.export.quantizing.config import (
 )
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
+from edgeclip.profiles.machine import detect_machine
 from edgeclip.profiles.schema import parse
 from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.spec import Precision, Tower
@@ -31,7 +34,7 @@ class TowerQuantization:
 
     Attributes:
         config: the choice; fp32 says that nothing else is worth shipping.
-        graph: sha256 of the fp32 graph that its names of nodes belong to.
+        graph: of the fp32 graph that its names of nodes belong to; see `graph_sha256`.
         passes: rewrites that this graph has, in order.
         why: it and no other.
     """
@@ -43,19 +46,72 @@ class TowerQuantization:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SearchBasis:
+    """What the choices hold for.
+
+    Attributes:
+        device: name of its profile.
+        machine: the processor that configs were timed on; None where none was timed.
+        pairs: how many calibration pairs were asked for (of emoji scenes; a folder has its own).
+        ranges: on how many of them ranges were to be found; see `open_calibration`.
+        calibration: sha256 of the identity of the pairs that ranges were found on.
+    """
+
+    device: str
+    machine: str | None
+    pairs: int
+    ranges: int
+    calibration: str
+
+    @classmethod
+    def of(
+        cls, device: DeviceProfile, found: Source, *, pairs: int, ranges: int, timed: bool
+    ) -> "SearchBasis":
+        """Return that of a search with ranges found on `found`, on this machine."""
+        return cls(
+            device=device.name,
+            machine=detect_machine().cpu if timed else None,
+            pairs=pairs,
+            ranges=ranges,
+            calibration=data_record(found).sha256,
+        )
+
+    def check(self, device: DeviceProfile, found: Source) -> None:
+        """Refuse what was not searched: what is made of it would not be what was judged.
+
+        Raises:
+            ConfigError: another device or machine, or other pairs to find ranges on.
+        """
+        asked = SearchBasis.of(
+            device, found, pairs=self.pairs, ranges=self.ranges, timed=self.machine is not None
+        )
+        if asked.device != self.device:
+            raise ConfigError(
+                f"{FILE_NAME} is for the device {self.device!r}, not {device.name!r}: name that "
+                f"--device, or {_MEND}"
+            )
+        if asked.machine != self.machine:
+            raise ConfigError(
+                f"{FILE_NAME} was timed on {self.machine}, and this is {asked.machine}: {_MEND} "
+                "here, or name a --device for both"
+            )
+        if asked.calibration != self.calibration:
+            raise ConfigError(
+                f"{FILE_NAME} has ranges of other pairs than {found.name}: name the --data that "
+                f"was searched with, as it was, or {_MEND}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
     """The choices for a device.
 
     Attributes:
-        device: name of its profile.
-        pairs: how many calibration pairs there were (of emoji scenes; a folder has its own).
-        ranges: on how many of them ranges were found; see `split_calibration`.
+        basis: what they hold for.
         towers: those that were searched.
     """
 
-    device: str
-    pairs: int
-    ranges: int
+    basis: SearchBasis
     towers: Mapping[Tower, TowerQuantization]
 
     def config_for(
@@ -77,9 +133,7 @@ class Quantization:
         """
         data = {
             "schema_version": _VERSION,
-            "device": self.device,
-            "pairs": self.pairs,
-            "ranges": self.ranges,
+            **asdict(self.basis),
             "towers": {
                 tower: {
                     "config": config_to_data(item.config),
@@ -108,26 +162,15 @@ class Quantization:
         if not isinstance(data, Mapping) or data.get("schema_version") != _VERSION:
             raise ConfigError(f"{path} is no {FILE_NAME} of version {_VERSION}: {_MEND}")
         rest = {name: data[name] for name in data if name not in ("schema_version", "towers")}
-        head = parse(_Head, rest, source=str(path))
+        basis = parse(SearchBasis, rest, source=str(path))
         towers = data.get("towers")
         known = get_args(Tower)
         if not isinstance(towers, Mapping) or not set(towers) <= set(known):
             raise ConfigError(f"{path}: towers must map {' and '.join(known)} to configs: {_MEND}")
         return cls(
-            device=head.device,
-            pairs=head.pairs,
-            ranges=head.ranges,
+            basis=basis,
             towers={name: _read(item, f"{path}, {name} tower") for name, item in towers.items()},
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """All but the towers."""
-
-    device: str
-    pairs: int
-    ranges: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,8 +190,11 @@ def cut_squared_error(histogram: Histogram, levels: Levels) -> Range:
         histogram, [Range(share * seen.low, share * seen.high) for share in shares], levels
     )
     for _ in range(_ROUNDS):
+        before = best
         best = _best(histogram, [Range(best.low, share * seen.high) for share in shares], levels)
         best = _best(histogram, [Range(share * seen.low, best.high) for share in shares], levels)
+        if best == before:
+            break
     return best
 
 
@@ -207,11 +210,15 @@ def squared_error(histogram: Histogram, kept: Range, levels: Levels) -> float:
     if total == 0:
         return 0.0
     if step == 0:
-        whole = edges**3 / 3
+        whole = _cube(edges) / 3
     else:
-        nearest = np.clip(np.rint(edges / step), least, most)
-        whole = nearest * step**3 / 12 + (edges - nearest * step) ** 3 / 3
+        nearest = np.clip(np.rint(edges / step), least, most) * step
+        whole = nearest * step**2 / 12 + _cube(edges - nearest) / 3
     return float(counts @ np.diff(whole) / (edges[1] - edges[0]) / total)
+
+
+def _cube(values: Edges) -> Edges:
+    return values * values * values  # many times as fast as **3
 
 
 def _best(histogram: Histogram, tried: list[Range], levels: Levels) -> Range:

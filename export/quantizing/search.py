@@ -13,6 +13,7 @@ intervals would lie.
 import time
 from dataclasses import dataclass, replace
 
+from edgeclip.export.errors import ExportError
 from edgeclip.export.quantizing.attempts import Attempts, Bench, Clock, Progress, TimeUpError
 from edgeclip.export.quantizing.config import Float16, Float32, StaticInt8
 from edgeclip.export.quantizing.evaluate_point import Judgement
@@ -22,6 +23,7 @@ from edgeclip.export.quantizing.point import MEAN_COSINE, Point
 from edgeclip.export.quantizing.rank_points import front_of, ranked
 from edgeclip.export.quantizing.search_space import SearchSpace
 from edgeclip.export.quantizing.sensitivity import Sensitivity
+from edgeclip.runtime.errors import EngineError
 
 _LOOKS = 3  # configs that are held against the test pairs, at most
 _NEAR = 8.0  # times the loss of cosine that is allowed: finer ranges make no more good
@@ -75,7 +77,7 @@ def search(
         clock: seconds, from any zero.
 
     Raises:
-        ExportError: the tower has nothing that can be quantized, or fp32 cannot be made.
+        ExportError: fp32 cannot be made.
         EngineError: the tower cannot be run in fp32.
     """
     return _Search(Attempts(bench, minutes, progress, clock), space, rank).run()
@@ -96,7 +98,7 @@ class _Search:
         complete = True
         try:
             if self._space.recipe is not None:
-                self._quantize(self._space.recipe)
+                self._try_int8(self._space.recipe)
             for config in self._space.others:
                 if isinstance(config, Float16):
                     attempts.half(config)
@@ -118,6 +120,13 @@ class _Search:
             failed=tuple(attempts.failed.items()),
             complete=complete,
         )
+
+    def _try_int8(self, recipe: StaticInt8) -> None:
+        """Look among static int8; where that cannot go on, what was found so far counts."""
+        try:
+            self._quantize(recipe)
+        except (ExportError, EngineError) as error:  # of looking, such as the engine's profiler
+            self._attempts.fail(recipe, error)
 
     def _quantize(self, recipe: StaticInt8) -> None:
         """Find the fastest static int8 inside the gates."""

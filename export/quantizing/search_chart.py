@@ -1,27 +1,16 @@
 """The picture of a search: what each point loses against what it takes, with its gate as a line."""
 
-import itertools
-import math
 from dataclasses import dataclass
 from html import escape
 
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.reporting.chart_parts import NARROW, WIDE, fit, held, marker, named_ticks
-from edgeclip.runtime.reporting.report_charts import (
-    Axis,
-    axes,
-    line,
-    path,
-    svg,
-    text,
-    text_width,
-    tick_name,
-)
-from edgeclip.runtime.reporting.report_labels import Anchor, Box, place_labels
+from edgeclip.runtime.reporting.chart_parts import NARROW, WIDE, fit, marker, named_ticks
+from edgeclip.runtime.reporting.chart_scatter import Spot, spot_at, spot_labels, thin_line
+from edgeclip.runtime.reporting.report_charts import Axis, axes, line, svg, text, tick_name
+from edgeclip.runtime.reporting.report_labels import Box
 
-_FONT = 13.0
 _CIRCLE, _TRIANGLE, _CROSS = 0, 3, 4  # in SHAPES
-_SIZE = 4.5
+_SIZE, _RING = 4.5, 11.0  # pixels: the radius of a mark, and of the ring around the chosen one
 _DECADES = 6  # of a logarithmic axis, at most
 
 
@@ -85,7 +74,10 @@ def front_chart(chart: FrontChart, *, narrow: bool) -> str:
     width, height = (NARROW, 400) if narrow else (WIDE, 420)
     x = _cost_axis(chart, start=58, end=width - 12)
     y = _loss_axis(chart, start=height - 46, end=38)
-    spoken = "; ".join(point.spoken for point in chart.points)
+    spots = {point.number: _spot(point, x, y, narrow) for point in chart.points}
+    best = sorted((p for p in chart.points if p.front), key=lambda point: point.cost.value)
+    front, at = [spots[point.number] for point in best], y.at(chart.gate)
+    gate = [Box(x.start, at - 1, x.end - x.start, 2), Box(x.end - 96, at - 18, 96, 18)]
     parts = [
         text(2, 16, fit(f"{chart.loss_name}, lower is better", width - 4)),
         *axes(
@@ -96,10 +88,11 @@ def front_chart(chart: FrontChart, *, narrow: bool) -> str:
         ),
         text(x.end, height - 6, f"{chart.cost_name}, lower is better", anchor="end"),
         *_lines(chart, x, y),
-        *_front(chart, x, y),
-        *(_mark(point, x, y) for point in chart.points),
-        *_labels(chart, x, y, narrow),
+        thin_line(front),
+        *(_mark(point, spots[point.number], y) for point in chart.points),
+        *spot_labels([*spots.values()], front, gate, x, y),
     ]
+    spoken = "; ".join(point.spoken for point in chart.points)
     label = f"{chart.loss_name} against {chart.cost_name}: {spoken}"
     return svg(width, height, parts, label=label, css="narrow" if narrow else "wide")
 
@@ -138,86 +131,31 @@ def _lines(chart: FrontChart, x: Axis, y: Axis) -> list[str]:
     return parts
 
 
-def _front(chart: FrontChart, x: Axis, y: Axis) -> list[str]:
-    on_front = sorted((p for p in chart.points if p.front), key=lambda point: point.cost.value)
-    places = [(x.at(point.cost.value), held(y, point.loss.value)) for point in on_front]
-    return [path(places, "front")] if len(places) > 1 else []
+def _spot(point: ChartPoint, x: Axis, y: Axis, narrow: bool) -> Spot:
+    return spot_at(
+        x,
+        y,
+        point.cost,
+        point.loss,
+        radius=_RING if point.chosen else _SIZE,
+        css=("s2" if point.passed else "s1") + (" chosen" if point.chosen else ""),
+        lines=(_words(point, narrow),),
+    )
 
 
-def _mark(point: ChartPoint, x: Axis, y: Axis) -> str:
-    across, up = x.at(point.cost.value), held(y, point.loss.value)
-    flat = line(held(x, point.cost.low), up, held(x, point.cost.high), up, "whisker")
-    tall = line(across, held(y, point.loss.low), across, held(y, point.loss.high), "whisker")
-    ring = ""
-    if point.chosen:
-        ring = f'<circle cx="{across:.1f}" cy="{up:.1f}" r="11" class="area"/>'
-    outline = _CIRCLE if point.passed else _CROSS
-    if point.loss.value > y.high:
-        outline, tall = _TRIANGLE, ""
-    shape = marker(outline, across, up, size=_SIZE)
-    title = f"<title>{escape(point.spoken)}</title>"
-    return f'<g class="{_style(point)}">{title}{ring}{flat}{tall}{shape}</g>'
-
-
-def _style(point: ChartPoint) -> str:
-    return ("s2" if point.passed else "s1") + (" chosen" if point.chosen else "")
-
-
-def _labels(chart: FrontChart, x: Axis, y: Axis, narrow: bool) -> list[str]:
-    longest = 120 if narrow else 300
-    words = [_words(point, longest, narrow) for point in chart.points]
-    anchors = [
-        Anchor(
-            x=x.at(point.cost.value),
-            y=held(y, point.loss.value),
-            radius=11.0 if point.chosen else _SIZE,
-            width=text_width(content, _FONT),
-            height=16,
-        )
-        for point, content in zip(chart.points, words, strict=True)
-    ]
-    area = Box(x.start + 2, y.end - 8, x.end - x.start - 2, y.start - y.end + 6)
-    boxes = place_labels(anchors, [*_obstacles(chart, x, y)], area)
-    return [
-        _label(point, anchor, box, content)
-        for point, anchor, box, content in zip(chart.points, anchors, boxes, words, strict=True)
-        if box is not None
-    ]
-
-
-def _words(point: ChartPoint, longest: float, narrow: bool) -> str:
+def _words(point: ChartPoint, narrow: bool) -> str:
     if not point.name or narrow:
         return f"{point.number} chosen" if point.chosen else str(point.number)
-    return fit(f"{point.number}: {point.name}{', chosen' if point.chosen else ''}", longest)
+    return fit(f"{point.number}: {point.name}{', chosen' if point.chosen else ''}", 300)
 
 
-def _obstacles(chart: FrontChart, x: Axis, y: Axis) -> list[Box]:
-    """The gate with its name, whiskers, and small boxes along the thin line."""
-    at = y.at(chart.gate)
-    boxes = [Box(x.start, at - 1, x.end - x.start, 2), Box(x.end - 96, at - 18, 96, 18)]
-    for point in chart.points:
-        across, up = x.at(point.cost.value), held(y, point.loss.value)
-        left, right = held(x, point.cost.low), held(x, point.cost.high)
-        top, foot = held(y, point.loss.high), held(y, point.loss.low)
-        boxes += [Box(left, up - 1, right - left, 2), Box(across - 1, top, 2, foot - top)]
-    on_front = sorted((p for p in chart.points if p.front), key=lambda point: point.cost.value)
-    ends = [(x.at(point.cost.value), held(y, point.loss.value)) for point in on_front]
-    for (left, foot), (right, top) in itertools.pairwise(ends):
-        steps = max(1, int(math.dist((left, foot), (right, top)) // 6))
-        for share in (step / steps for step in range(steps + 1)):
-            boxes.append(Box(left + share * (right - left), foot + share * (top - foot), 1, 1))
-    return boxes
-
-
-def _label(point: ChartPoint, anchor: Anchor, box: Box, content: str) -> str:
-    near = box.nearest(anchor.x, anchor.y)
-    away = math.dist(near, (anchor.x, anchor.y))
-    leader = line(anchor.x, anchor.y, *near, "leader") if away > anchor.radius + 14 else ""
-    if box.x + box.width < anchor.x:
-        at, side = box.x + box.width, "end"
-    elif box.x > anchor.x:
-        at, side = box.x, "start"
-    else:
-        at, side = box.x + box.width / 2, "middle"
-    words = text(at, box.y + 12, content, css="name", anchor=side)
-    return f'<g class="{_style(point)}">{leader}{words}</g>'
+def _mark(point: ChartPoint, spot: Spot, y: Axis) -> str:
+    ring = ""
+    if point.chosen:
+        ring = f'<circle cx="{spot.x:.1f}" cy="{spot.y:.1f}" r="{_RING:g}" class="area"/>'
+    outline = _CIRCLE if point.passed else _CROSS
+    if point.loss.value > y.high:
+        outline = _TRIANGLE
+    shape = marker(outline, spot.x, spot.y, size=_SIZE)
+    title = f"<title>{escape(point.spoken)}</title>"
+    return f'<g class="{spot.css}">{title}{ring}{spot.whiskers}{shape}</g>'

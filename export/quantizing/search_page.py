@@ -14,13 +14,10 @@ from edgeclip.export.quantizing.search_sections import (
     method_section,
     points_section,
 )
-from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.reporting.profile_report import _environment
+from edgeclip.runtime.reporting.html_page import render_sections, write_page
 from edgeclip.runtime.reporting.profile_summary import Alarm, Card, Summary
 from edgeclip.runtime.reporting.report_format import digits, megabytes, seconds
-
-_TEMPLATE = "profile_template.html.j2"
 
 
 def search_page(result: SearchResult, path: Path, about: SearchedTower) -> None:
@@ -30,10 +27,7 @@ def search_page(result: SearchResult, path: Path, about: SearchedTower) -> None:
         InputError: it cannot be written.
         MissingExtraError: jinja2 is not installed.
     """
-    html = render_search(result, about)
-    with atomic_file(path) as temporary:
-        # A file's name may hold what UTF-8 cannot say.
-        temporary.write_bytes(html.encode("utf-8", "replace"))
+    write_page(render_search(result, about), path)
 
 
 def render_search(result: SearchResult, about: SearchedTower) -> str:
@@ -42,24 +36,19 @@ def render_search(result: SearchResult, about: SearchedTower) -> str:
     Raises:
         MissingExtraError: jinja2 is not installed.
     """
-    found = (
-        front_section(result),
-        points_section(result),
-        judged_section(result),
-        damage_section(result),
-        failed_section(result),
-        method_section(about),
-    )
-    return (
-        _environment()
-        .get_template(_TEMPLATE)
-        .render(
-            title=about.title,
-            lead=_lead(result, about),
-            summary=_summary(result),
-            sections=[section for section in found if section is not None],
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+    return render_sections(
+        title=about.title,
+        lead=_lead(result, about),
+        summary=_summary(result),
+        sections=(
+            front_section(result),
+            points_section(result),
+            judged_section(result),
+            damage_section(result),
+            failed_section(result),
+            method_section(about),
+        ),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 

@@ -60,7 +60,6 @@ def space_for(
     if "int8" not in device.precisions:
         return SearchSpace(recipe=None, others=tuple(others))
     recipe = default_config("int8", device)
-    assert isinstance(recipe, StaticInt8)
     cheaper: list[Change] = []
     if here and device.on_cpu:
         cheaper.append(_one_scale)

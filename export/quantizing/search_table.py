@@ -1,11 +1,10 @@
 """A search as text: a line for each point, the choice, and what would not go."""
 
-from collections.abc import Sequence
-
 from edgeclip.export.quantizing.point import Point
 from edgeclip.export.quantizing.search import SearchResult
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import GateRecord
+from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.reporting.report_format import digits
 
 _SHOWN = 8  # groups whose damage is printed
@@ -14,14 +13,13 @@ _HEAD = (
     *("mean cosine", "1st pct", "R@1 loss", "zero-shot loss", "gates"),
 )
 _DAMAGE_HEAD = ("group", "divergence, nats", "1 - cosine", "time saved")
-_LEFT = (1, 10)  # columns of words
 
 
 def search_table(result: SearchResult) -> str:
     """Everything that a terminal should see; gates of points are on the steering pairs."""
     points = ordered(result)
     rows = [_HEAD, *(_row(number, point, result) for number, point in enumerate(points, 1))]
-    lines = [*_aligned(rows), "", f"chosen: {result.chosen.name} ({result.why})"]
+    lines = [columns(rows, left=2), "", f"chosen: {result.chosen.name} ({result.why})"]
     for judgement in result.judged:
         name = next(point.name for point in points if point.key == judgement.config)
         lines.append(f"on the test pairs: {name}")
@@ -32,7 +30,7 @@ def search_table(result: SearchResult) -> str:
             "",
             f"damage of each group alone, on {result.damage.inputs} inputs ({rate:.0f}/s)",
         ]
-        lines += _aligned([_DAMAGE_HEAD, *_damage_rows(result)])
+        lines.append(columns([_DAMAGE_HEAD, *_damage_rows(result)]))
     lines += [f"not possible here: {name}: {reason}" for name, reason in result.failed]
     if not result.complete:
         lines.append("time was up before all was tried: run it again to go on")
@@ -88,17 +86,4 @@ def _damage_rows(result: SearchResult) -> list[tuple[str, ...]]:
             "" if result.gains is None else f"{100 * result.gains.of(item.nodes):+.1f}%",
         )
         for item in result.damage.groups[:_SHOWN]
-    ]
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns of one width each: names to the left, figures to the right."""
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    left = _LEFT if len(widths) == len(_HEAD) else (0,)
-    return [
-        "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
     ]

@@ -5,6 +5,7 @@ names of nodes in a config belong to one graph, therefore the rewrites that were
 written down and applied again.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +13,20 @@ from typing import ClassVar
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
-from edgeclip.export.embed_pairs import tower_inputs
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph, save_graph
+from edgeclip.export.graph import data_path, load_graph, save_graph
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.graph_passes import PASSES
-from edgeclip.export.to_onnx import STANDARD, export_tower
+from edgeclip.export.quantizing.quantization_file import FILE_NAME, TowerQuantization
+from edgeclip.export.to_onnx import export_tower
 from edgeclip.export.tower_graph import TowerGraph
-from edgeclip.export.tune_graph import tune_graph
+from edgeclip.export.tune_tower import tune_tower
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.bundle_paths import tower_path
 from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.json_record import JsonRecord
 from edgeclip.runtime.spec import Tower
-from edgeclip.runtime.tower_feed import tower_feed
-
-_TUNED_ON = 4  # inputs, on which a rewritten graph must give what it gave before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +34,7 @@ class KeptPasses(JsonRecord):
     """Which rewrites made a graph faster.
 
     Attributes:
-        graph: sha256 of the file as the exporter wrote it.
+        graph: `graph_sha256` of what the exporter wrote.
         passes: names of what was kept, in order.
     """
 
@@ -85,7 +83,7 @@ def export_searched(
     export_tower(student, tower, graph.path, form)
     if sample is None:
         return SearchedGraph(graph=graph, passes=())
-    plain, note = sha256_file(graph.path), folder / f"{tower}-passes.json"
+    plain, note = graph_sha256(graph.path), folder / f"{tower}-passes.json"
     try:
         known = KeptPasses.load(note)
     except ConfigError:
@@ -93,7 +91,8 @@ def export_searched(
     if known.graph == plain:
         apply_passes(graph.path, known.passes)
         return SearchedGraph(graph=graph, passes=known.passes)
-    kept = _tune(student, graph, device, sample)
+    outcomes = tune_tower(student, graph, device, sample)
+    kept = tuple(outcome.name for outcome in outcomes if outcome.kept)
     KeptPasses(graph=plain, passes=kept).save(note)
     return SearchedGraph(graph=graph, passes=kept)
 
@@ -115,17 +114,25 @@ def apply_passes(path: Path, names: Sequence[str]) -> None:
         save_graph(changed, path)
 
 
-def _tune(
-    student: DualEncoder, graph: TowerGraph, device: DeviceProfile, sample: Source
-) -> tuple[str, ...]:
-    spec, tokenizer = student.spec, student.text_tokenizer
-    values = next(tower_inputs(sample, graph.tower, spec, tokenizer, count=_TUNED_ON))
-    outcomes = tune_graph(
-        graph.path,
-        device,
-        tower_feed(values, graph.tower, graph.pixels, spec.image),
-        tower=graph.tower,
-        # As in a bundle: what other runtimes read too is left in operators that they know.
-        standard=graph.pixels in (None, STANDARD.pixels),
-    )
-    return tuple(outcome.name for outcome in outcomes if outcome.kept)
+def apply_searched(graph: TowerGraph, found: TowerQuantization) -> None:
+    """Rewrite a tower, as the exporter wrote it, into the graph that was searched.
+
+    Raises:
+        ConfigError: that gives another graph.
+        ExportError: see `apply_passes`.
+    """
+    apply_passes(graph.path, found.passes)
+    if graph_sha256(graph.path) != found.graph:
+        raise ConfigError(
+            f"the {graph.tower} tower is not the one that was searched for {FILE_NAME}: the "
+            "student, an option of the export (such as --patch-features) or a package is another; "
+            "search again with `edgeclip quantize`"
+        )
+
+
+def graph_sha256(path: Path) -> str:
+    """Return the sha256 of a graph, its weights included if they lie in a second file."""
+    digests = [sha256_file(file) for file in (path, data_path(path)) if file.is_file()]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -10,7 +10,7 @@ from edgeclip.export.errors import ExportError
 from edgeclip.export.fp8 import write_fp8
 from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantize import Int8Settings, write_int8
+from edgeclip.export.quantize import write_int8
 from edgeclip.export.quantizing.config import (
     Config,
     DynamicInt8,
@@ -99,19 +99,12 @@ def refuse_unknown(source: Path, config: Config) -> None:
 def _write_static(
     source: Path, target: Path, config: StaticInt8, data: CalibrationData, cache: Path | None
 ) -> None:
-    settings = Int8Settings(
-        symmetric=config.symmetric,
-        reduce_range=config.reduce_range,
-        float_precision=config.float_precision,
-        ranging=config.ranging,
-        per_channel=config.per_channel,
-    )
     with tempfile.TemporaryDirectory() as folder:
         plain = source
         if config.smoothing or config.equalised:
             plain = Path(folder) / source.name
             save_graph(apply_transforms(load_graph(source), config, data), plain)
-        write_int8(plain, target, data, settings, kept=config.kept, cache=cache)
+        write_int8(plain, target, data, config, cache=cache)
         if config.bias_corrected:
             save_graph(correct_biases(load_graph(target), load_graph(plain), data), target)
     if config.int8_tables:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from edgeclip.profiles.link import LinkProfile
 from edgeclip.runtime.cascade.trial import Trial
 from edgeclip.runtime.intervals import Interval, bootstrap, bootstrap_ratio
+from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.reporting.report_format import digits, percent, percent_interval
 
 
@@ -99,11 +100,7 @@ def curve_table(points: Sequence[CurvePoint], costs: Costs | None) -> str:
     head = ["escalated", "quality", "95% interval", "kept", "95% interval", "certified"]
     head += [] if costs is None else ["mean ms", "of teacher", "bytes up"]
     rows = [head, *(_row(point, costs) for point in points)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
+    return columns(rows, left=0)
 
 
 def _point(trial: Trial, threshold: float, certified: bool, costs: Costs | None) -> CurvePoint:

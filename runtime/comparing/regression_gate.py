@@ -186,6 +186,7 @@ def _judge(
     comparison: Comparison, max_regression: float, regressed: bool, sureness: float
 ) -> Judged:
     evidence, bound = comparison.evidence, 1 + max_regression
+    each = _each(sureness, evidence)
     at_most = min(ratio.at_most(_each(SURENESS, evidence)) for ratio in evidence)
     outcome: Outcome = "undecided"
     if comparison.ratio.error is not None:  # a single process on either side shows nothing
@@ -197,9 +198,9 @@ def _judge(
     return Judged(
         comparison=comparison,
         outcome=outcome,
-        at_least=max(ratio.at_least(_each(sureness, evidence)) for ratio in evidence),
+        at_least=max(ratio.at_least(each) for ratio in evidence),
         at_most=at_most,
-        advice=what_would_decide(comparison, max_regression, sureness) if undecided else "",
+        advice=what_would_decide(comparison, max_regression, each) if undecided else "",
     )
 
 

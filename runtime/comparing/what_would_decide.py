@@ -20,7 +20,7 @@ def what_would_decide(comparison: Comparison, max_regression: float, sureness: f
     Args:
         comparison: what could not be decided.
         max_regression: the slowdown that is tolerated, 0.05 for 5%.
-        sureness: that the gate demands, such as 0.95.
+        sureness: that the gate demands of each evidence, such as 0.975.
     """
     if comparison.ratio.error is None:
         return "one process tells nothing of others: measure both runs with 5 processes or more"

@@ -8,8 +8,8 @@ MEASURE_AGAIN = "measure again"
 def measure_again(case: Case) -> Advice | None:
     """The run, this measurement or the roofline was made on a machine that was not at rest.
 
-    That is: the run was disturbed or throttled; the measurement contended or never warm; layers
-    computed faster than the peak. What cannot be told (None) is no reason.
+    That is: the run or its roofline was disturbed or throttled; the measurement contended or never
+    warm; layers computed faster than the peak. What cannot be told (None) is no reason.
     """
     reasons = [*_of_the_run(case), *_of_the_measurement(case), *_of_the_roofline(case)]
     if not reasons:
@@ -50,7 +50,9 @@ def _of_the_measurement(case: Case) -> list[str]:
 
 
 def _of_the_roofline(case: Case) -> list[str]:
-    above = case.above_the_roof()
-    if above is None:
-        return []
-    return [f"layers computed {above:.1f} times as fast as the peak that was measured"]
+    roof, above = case.roofline, case.above_the_roof()
+    found = None if roof is None else roof.interference
+    reasons = [] if found is None else [f"{why} while peaks were measured" for why in found.reasons]
+    if above is not None:
+        reasons.append(f"layers computed {above:.1f} times as fast as the peak that was measured")
+    return reasons

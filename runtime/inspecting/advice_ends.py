@@ -61,7 +61,7 @@ def prebuilt_engine(case: Case) -> Advice | None:
     start = case.measurement.cold_start
     if start is None or start.load_ms < _SLOW_START_MS:
         return None
-    total = start.import_ms + start.load_ms + start.first_run_ms
+    total = start.total_ms
     engine, name = case.device.engine, case.device.name
     provider = PROVIDERS.get(engine)
     if start.load_ms <= _MOST * total or (provider is not None and not provider.has_context):

@@ -72,8 +72,7 @@ def find_roofline(
 
     fp32 is always measured, fp16 and int8 where the device allows them. fp16 is left out where
     it is no faster than fp32: such an engine converts to fp32 and back. A peak is the rate of
-    the fastest tenth of the runs at the best size, with the block bootstrap's interval. Where
-    something disturbed the machine meanwhile, `Roofline.method` says so.
+    the fastest tenth of the runs at the best size, with the block bootstrap's interval.
 
     Args:
         device: says which engine, and how many threads.
@@ -91,13 +90,7 @@ def find_roofline(
         raise InputError(f"a roofline needs more than {seconds} seconds")
     with InterferenceWatch() as watch:
         measured = _measure(device, seconds, array_bytes)
-    if not watch.found.disturbed:
-        return measured
-    # With one of two processors taken by others, even the fastest runs have half the peak.
-    reasons = "; ".join(watch.found.reasons)
-    return replace(
-        measured, method=f"{measured.method}; DISTURBED, peaks may be too low: {reasons}"
-    )
+    return replace(measured, interference=watch.found)
 
 
 def _measure(device: DeviceProfile, seconds: float, array_bytes: int | None) -> Roofline:

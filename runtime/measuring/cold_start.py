@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeclip.profiles.device import DeviceProfile
-    from edgeclip.runtime.measuring.measurement import ColdStart
+    from edgeclip.runtime.intervals import Interval
+    from edgeclip.runtime.measuring.measurement import ColdStart, StartIntervals
 
 _TIMEOUT_S = 600
 
@@ -35,7 +36,7 @@ def measure_cold_start(
     device: "DeviceProfile",
     processes: int = 3,
 ) -> "ColdStart":
-    """Start `processes` fresh processes one after the other, and take the medians.
+    """Start `processes` fresh processes one after the other, and take their means.
 
     Importing means `edgeclip.runtime.encoder` with the engine's package; Python's own start
     is not counted. The operating system may hold the file in its cache already.
@@ -65,14 +66,33 @@ def measure_cold_start(
             shape = "x".join(map(str, value.shape))
             command += ["--input", f"{name}={value.dtype.name}:{shape}"]
         runs = [_run_child(command) for _ in range(processes)]
-    memory = [run["peak_memory_mb"] for run in runs]
+    found, memory = _intervals(runs), [run["peak_memory_mb"] for run in runs]
     return ColdStart(
         processes=processes,
-        import_ms=statistics.median(run["import_ms"] for run in runs),
-        load_ms=statistics.median(run["load_ms"] for run in runs),
-        first_run_ms=statistics.median(run["first_run_ms"] for run in runs),
+        import_ms=found.import_ms.value,
+        load_ms=found.load_ms.value,
+        first_run_ms=found.first_run_ms.value,
         peak_memory_mb=None if None in memory else statistics.median(memory),
         file_bytes=model.stat().st_size,
+        intervals=found if processes > 1 else None,
+    )
+
+
+def _intervals(runs: Sequence[Mapping[str, float]]) -> "StartIntervals":
+    """Means over processes; of a single one the intervals say nothing."""
+    import numpy as np
+
+    from edgeclip.runtime.measuring.measurement import StartIntervals
+    from edgeclip.runtime.measuring.timing_statistics import latency_of
+
+    def over(*steps: str) -> "Interval":
+        return latency_of([np.array([sum(run[step] for step in steps)]) for run in runs]).p50_ms
+
+    return StartIntervals(
+        import_ms=over("import_ms"),
+        load_ms=over("load_ms"),
+        first_run_ms=over("first_run_ms"),
+        total_ms=over("import_ms", "load_ms", "first_run_ms"),
     )
 
 

@@ -147,9 +147,11 @@ def _figures(item: Measurement) -> Iterator[_Figure]:
         if result.latency is not None:
             yield from _latencies(result.scenario, result.latency, batch)
     if item.cold_start is not None:
+        start = item.cold_start
         for metric in ("import", "load", "first_run"):
-            value = getattr(item.cold_start, f"{metric}_ms")
-            yield _Figure("cold start", metric, "ms", _exactly(value))
+            ms = getattr(start.intervals or start, f"{metric}_ms")
+            ms = ms if isinstance(ms, Interval) else _exactly(ms)
+            yield _Figure("cold start", metric, "ms", ms)
     if item.energy is not None:
         yield _Figure("turns", "energy", "J", item.energy.joules)
     if item.peak_memory_mb is not None:

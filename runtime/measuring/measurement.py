@@ -106,11 +106,25 @@ class ScenarioResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ColdStart:
-    """A fresh process that loads one model and runs it once; medians over `processes`.
+class StartIntervals:
+    """The steps of a cold start in milliseconds, with 95% intervals over processes; see `Latency`.
 
-    Times are in milliseconds. `peak_memory_mb` (MB of 10^6 bytes, the whole process) is
-    None where the platform does not report it.
+    `total_ms` is of whole starts.
+    """
+
+    import_ms: Interval
+    load_ms: Interval
+    first_run_ms: Interval
+    total_ms: Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdStart:
+    """A fresh process that loads one model and runs it once.
+
+    Times are in milliseconds, geometric means over `processes`. `peak_memory_mb` (MB of 10^6
+    bytes, the whole process, median) is None where the platform does not report it, `intervals`
+    of a single process, which tells of no other.
     """
 
     processes: int
@@ -119,6 +133,12 @@ class ColdStart:
     first_run_ms: float
     peak_memory_mb: float | None
     file_bytes: int
+    intervals: StartIntervals | None = None
+
+    @property
+    def total_ms(self) -> float:
+        """All three steps."""
+        return self.import_ms + self.load_ms + self.first_run_ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +175,8 @@ class Identity:
         sha256: of the bundle's manifest, or of a peer's file: 64 hexadecimal digits.
         precision: that ran; None for a peer.
         engine: as a `DeviceProfile` calls it.
-        provider: that computed, as the engine itself says, such as "CPUExecutionProvider".
+        provider: that computed, as the session itself says, such as "CPUExecutionProvider"; where
+            the device allows a fallback all that may, the preferred one first.
         threads: of the engine.
         bytes_on_disk: what must be stored for it: graph and weights.
         input_shape: of one item at batch 1; a text tower's time depends on its length.

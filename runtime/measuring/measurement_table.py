@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
+from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.reporting.report_format import MISSING, digits, megabytes
 
 _HEADER = ("tower", "name", "p50 ms", "95% interval", "p90 ms", "p99 ms", "ratio", "95% interval")
@@ -14,13 +15,15 @@ def measurement_table(run: MeasurementRun) -> str:
     parts = [
         f"{run.machine.cpu}, {run.machine.cores} cores, {run.machine.os}; workload "
         f"{run.workload.name}: {run.workload.repeats} runs at batch 1",
-        _columns([_HEADER, *map(_latency_row, measured)]),
-        _columns([("tower", "items per second", *_batches(measured)), *map(_rate_row, measured)]),
+        columns([_HEADER, *map(_latency_row, measured)], left=2),
+        columns(
+            [("tower", "items per second", *_batches(measured)), *map(_rate_row, measured)], left=2
+        ),
     ]
     started = [m for m in measured if m.cold_start is not None]
     if started:
         head = ("tower", "cold start", "import ms", "load ms", "first ms", "memory", "file")
-        parts.append(_columns([head, *map(_cold_row, started)]))
+        parts.append(columns([head, *map(_cold_row, started)], left=2))
     return "\n\n".join([*parts, *_warnings(measured)])
 
 
@@ -75,16 +78,3 @@ def _warnings(measured: Sequence[Measurement]) -> list[str]:
     if restless:
         lines.append(f"Not steady after warm-up: {', '.join(restless)}.")
     return lines
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows in aligned columns: the first two to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if at < 2 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -73,8 +73,7 @@ def open_split(spec: SubjectSpec, bundle: Bundle) -> OpenSubject:
     with ExitStack() as stack:
         runtime = connect(spec, bundle, stack)
         _ask_once(runtime, contents[0], spec.split.server)
-        precision = runtime.encoder.precisions["image"]
-        identity = identity_of(spec, bundle, "image", precision, shape)
+        identity = identity_of(spec, bundle, "image", runtime.encoder._image_tower, shape)
         run = SplitRun(runtime)
         return OpenSubject(
             candidate=Candidate(spec.title, run, repeat_rows(contents), spec.device.threads),

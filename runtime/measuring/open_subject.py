@@ -14,13 +14,13 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.bundle_paths import MANIFEST_NAME
 from edgeclip.runtime.choose_precision import choose_precision
 from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.engine_ort import OrtEngine
 from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.load_image import load_picture
 from edgeclip.runtime.measuring.interleave import Candidate, repeat_rows
 from edgeclip.runtime.measuring.measurement import Identity
 from edgeclip.runtime.measuring.sample_pictures import sample_pictures
 from edgeclip.runtime.measuring.subject import SubjectSpec
-from edgeclip.runtime.providers import PROVIDERS
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.tower_runner import TowerRunner
 
@@ -121,7 +121,7 @@ def _open_tower(spec: SubjectSpec, bundle: Bundle, tower: Tower) -> OpenSubject:
     inputs = bundle.golden().inputs(tower)
     return OpenSubject(
         candidate=Candidate(spec.title, runner.run, repeat_rows(inputs), spec.device.threads),
-        identity=identity_of(spec, bundle, tower, precision, inputs[:1].shape),
+        identity=identity_of(spec, bundle, tower, runner, inputs[:1].shape),
     )
 
 
@@ -135,7 +135,7 @@ def _open_file(spec: SubjectSpec, bundle: Bundle) -> OpenSubject:
 
     return OpenSubject(
         candidate=Candidate(spec.title, run, repeat_rows(contents), spec.device.threads),
-        identity=identity_of(spec, bundle, "image", encoder.precisions["image"], shape),
+        identity=identity_of(spec, bundle, "image", encoder._image_tower, shape),
     )
 
 
@@ -143,19 +143,19 @@ def identity_of(
     spec: SubjectSpec,
     bundle: Bundle,
     tower: Tower,
-    precision: Precision,
+    runner: TowerRunner,
     input_shape: Sequence[int],
 ) -> Identity:
-    """What a tower of a bundle is, once its engine was opened."""
-    file = bundle.manifest.tower(tower).file(precision)
+    """What a tower of a bundle is; `runner` is what runs it."""
+    file = bundle.manifest.tower(tower).file(runner.precision)
     sizes = {item.path: item.bytes for item in bundle.manifest.files}
     weights = 0 if file.data_path is None else sizes[file.data_path]
     return Identity(
         bundle=bundle.manifest.name,
         sha256=sha256_file(bundle.path / MANIFEST_NAME),
-        precision=precision,
+        precision=runner.precision,
         engine=spec.device.engine,
-        provider=_provider_of(spec.device),
+        provider=_provider_of(runner),
         threads=spec.device.threads,
         bytes_on_disk=sizes[file.path] + weights,
         input_shape=tuple(input_shape),
@@ -177,13 +177,12 @@ def read_pictures(spec: SubjectSpec) -> tuple[NDArray[Any], tuple[int, int, int,
     return contents, (1, height, width, 3)
 
 
-def _provider_of(device: "DeviceProfile") -> str:
-    """What computes once a tower was opened.
-
-    `OrtEngine` refuses a session whose first provider, as the session tells, is another one.
-    """
-    if device.engine in PROVIDERS:
-        return PROVIDERS[device.engine].name
+def _provider_of(runner: TowerRunner) -> str:
+    """What computes, as the session tells; all that may, where the device lets others help out."""
+    engine = runner._engine
+    if isinstance(engine, OrtEngine):
+        used = list(map(str, engine._session.get_providers()))
+        return ", ".join(used if runner.device.cpu_fallback else used[:1])
     from edgeclip.runtime.tensorrt_library import open_library
 
-    return open_library(device).title
+    return open_library(runner.device).title

@@ -6,6 +6,7 @@ weights.onnx_data    the tower's weights, once for all graphs
 head_K.onnx          pixels -> cut K; there is no head 0, which would hand the pixels on
 tail_K.onnx          cut K -> image_embeds; tail 0 is the whole tower
 pictures/            some pictures to measure with
+config.json          of the bundle, as Hugging Face writes it: the sizes of the tower
 ```
 """
 

@@ -131,6 +131,7 @@ def measure_cuts(
         steal_share=denied.steal_share,
         contended=denied.contended,
         energy_sensor=None if meter is None else meter.name,
+        on_cpu=device.on_cpu,
     )
 
 

@@ -75,8 +75,25 @@ class Payload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """How far stage times can be believed that were not measured themselves.
+
+    Attributes:
+        within: about nine in ten towers differ from what was predicted by at most this share.
+        method: how heads and tails were predicted, for a person.
+        others: device whose times of pictures and codecs were taken.
+        others_factor: by which they were multiplied.
+    """
+
+    within: float
+    method: str
+    others: str
+    others_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes(JsonRecord):
-    """What was measured of a cut set on one machine.
+    """What was measured of a cut set on one machine, or predicted.
 
     Attributes:
         created: ISO 8601 in UTC.
@@ -91,6 +108,8 @@ class StageTimes(JsonRecord):
         waiting_share, steal_share: CPU time denied, see `cpu_time.CpuTime`.
         contended: whether more than a tenth was denied; None if it cannot be told.
         energy_sensor: what measured `joules`; None if nothing did.
+        on_cpu: whether heads and tails ran on the CPU; None if it is not known.
+        predicted: None of what was measured.
     """
 
     WHAT: ClassVar[str] = "stage times"
@@ -111,6 +130,8 @@ class StageTimes(JsonRecord):
     steal_share: float | None
     contended: bool | None
     energy_sensor: str | None = None
+    on_cpu: bool | None = None
+    predicted: Predicted | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.pictures <= self.rounds:

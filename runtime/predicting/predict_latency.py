@@ -17,7 +17,7 @@ import numpy as np
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.predicting.block_costs import BlockCosts
 from edgeclip.runtime.predicting.measured_device import MeasuredDevice
-from edgeclip.runtime.predicting.tower_pieces import AnyTower, Part
+from edgeclip.runtime.predicting.tower_pieces import AnyTower, Part, Piece
 from edgeclip.runtime.spec import Precision
 
 LEVEL = 0.9  # of the errors of whole towers that the interval allows for
@@ -95,6 +95,10 @@ class Predictor:
             method=self._method(max(factors)),
             parts=tuple(PartTime(kind=kind, ms=time) for kind, time in ordered),
         )
+
+    def piece_ms(self, piece: Piece, precision: Precision) -> float:
+        """Milliseconds that one piece adds to a tower; see `predict`."""
+        return self._costs.ms(piece, precision)
 
     def _piece_error(self, part: Part, precision: Precision) -> float:
         errors = np.abs(self._costs.errors(part.piece, precision))

@@ -60,6 +60,10 @@ def roofline_chart(
         ),
         text(x.end, height - 6, "operations a byte (log)", anchor="end"),
     ]
+    disturbed = roof.interference is not None and roof.interference.disturbed
+    if disturbed:
+        words = "disturbed" if narrow else "disturbed: roofs may be too low"
+        parts.append(text(x.end, 16, words, css="barname", anchor="end"))
     roofs, boxes = _roofs(roof, x, y)
     parts += roofs
     parts += [_mark(point, x, y, narrow) for point in points]
@@ -70,7 +74,7 @@ def roofline_chart(
         f"{percent(p.share)} of the time"
         for p in points[:named]
     )
-    label = f"Roofline of {title}. {spoken}"
+    label = f"Roofline of {title}{', disturbed' if disturbed else ''}. {spoken}"
     return svg(width, height, parts, label=label, css="narrow" if narrow else "wide")
 
 

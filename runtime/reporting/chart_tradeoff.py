@@ -1,37 +1,29 @@
 """Quality in any unit against latency: file size as area, every point labelled."""
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.reporting.chart_parts import (
-    BOLD,
     NARROW,
     WIDE,
     bounds,
     even_names,
     fit,
-    held,
     named_ticks,
 )
+from edgeclip.runtime.reporting.chart_scatter import Spot, spot_at, spot_labels, thin_line
 from edgeclip.runtime.reporting.profile_data import QualityUnit
-from edgeclip.runtime.reporting.report_charts import (
-    Axis,
-    axes,
-    line,
-    path,
-    svg,
-    text,
-    text_width,
-)
+from edgeclip.runtime.reporting.report_charts import Axis, axes, line, svg, text
 from edgeclip.runtime.reporting.report_data import ParetoPoint
-from edgeclip.runtime.reporting.report_labels import Anchor, Box, place_labels
-from edgeclip.runtime.reporting.report_pareto import frontier
+from edgeclip.runtime.reporting.report_format import percent
+from edgeclip.runtime.reporting.report_labels import Box
 
-_MOST = {"share": 1.0, "cosine": 1.0, "points": math.inf}
+_ENDS = {"share": (0.0, 1.0), "cosine": (-1.0, 1.0), "points": (-math.inf, math.inf)}
 _LEAST_RANGE = {"share": 0.02, "cosine": 1e-6, "points": 0.2}
+_DOT = 3.0  # pixels: the radius of what marks a centre
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +33,11 @@ class TradePoint:
     point: ParetoPoint
     facts: tuple[str, ...]
 
+    @property
+    def spoken(self) -> str:
+        """What a pointer or a screen reader is told."""
+        return f"{self.point.name}: {', '.join(self.facts)}"
+
 
 def trade_chart(
     points: Sequence[TradePoint],
@@ -49,49 +46,51 @@ def trade_chart(
     unit: QualityUnit,
     latency_name: str,
     narrow: bool,
+    bar: float | None = None,
 ) -> str:
     """Draw the points at 358 pixels (`narrow`) or 760 pixels wide; empty without points.
 
     A circle's area is proportional to the bytes on disk; whiskers are 95% intervals. A thin
-    line joins the points that no other beats in both.
+    line joins the points that no other beats in both. `bar` is a share to reach.
     """
     if not points:
         return ""
-    width, height, largest = (NARROW, 380, 22.0) if narrow else (WIDE, 400, 32.0)
+    width, height = (NARROW, 380) if narrow else (WIDE, 400)
     these = [entry.point for entry in points]
-    names = _value_names(these, unit)
     x = _latency_axis(these, start=74, end=width - 12)
-    y = _quality_axis(these, unit, start=height - 46, end=36)
+    y = _quality_axis(these, unit, bar, start=height - 46, end=36)
+    radii = _radii(these, 22.0 if narrow else 32.0)
+    spots = [_spot(entry, r, x, y, narrow) for entry, r in zip(points, radii, strict=True)]
+    front = [spots[these.index(point)] for point in frontier(these)]
+    dashed, covered = _bar(bar, x, y)
     parts = [
         text(2, 16, fit(f"{quality_name}, higher is better", width - 4)),
         *axes(
-            x,
-            y,
-            x_ticks=named_ticks(x, 4 if narrow else 7, width),
-            y_ticks=names(y),
+            x, y, x_ticks=named_ticks(x, 4 if narrow else 7, width), y_ticks=_value_names(y, unit)
         ),
         text(x.end, height - 6, f"{latency_name}, ms (log), lower is better", anchor="end"),
-        path([(x.at(p.latency_ms.value), y.at(p.quality.value)) for p in frontier(these)], "front"),
+        dashed,
+        thin_line(front),
+        *(_mark(e, s, r) for e, s, r in zip(points, spots, radii, strict=True)),
+        *spot_labels(spots, front, covered, x, y),
     ]
-    biggest = max(1, *(p.bytes for p in these))
-    radii = [largest * math.sqrt(p.bytes / biggest) for p in these]
-    parts += [_mark(p, r, x, y) for p, r in zip(these, radii, strict=True)]
-    parts += _labels(points, radii, x, y, narrow)
-    spoken = "; ".join(f"{entry.point.name}: {', '.join(entry.facts)}" for entry in points)
-    label = f"{quality_name} against {latency_name}: {spoken}"
+    label = f"{quality_name} against {latency_name}: {'; '.join(e.spoken for e in points)}"
     return svg(width, height, parts, label=label, css="narrow" if narrow else "wide")
 
 
-def _value_names(
-    points: Sequence[ParetoPoint], unit: QualityUnit
-) -> Callable[[Axis], list[tuple[float, str]]]:
+def frontier(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
+    """The points that no other point beats in quality and latency, fastest first."""
+    best: list[ParetoPoint] = []
+    for point in sorted(points, key=lambda p: (p.latency_ms.value, -p.quality.value)):
+        if not best or point.quality.value > best[-1].quality.value:
+            best.append(point)
+    return best
+
+
+def _value_names(axis: Axis, unit: QualityUnit) -> list[tuple[float, str]]:
     scale, ending = (100.0, "%") if unit == "share" else (1.0, "")
-
-    def names(axis: Axis) -> list[tuple[float, str]]:
-        ticks = even_names(scale * axis.low, scale * axis.high, 5)
-        return [(value / scale, name + ending) for value, name in ticks]
-
-    return names
+    ticks = even_names(scale * axis.low, scale * axis.high, 5)
+    return [(value / scale, name + ending) for value, name in ticks]
 
 
 def _latency_axis(points: Sequence[ParetoPoint], *, start: float, end: float) -> Axis:
@@ -101,96 +100,62 @@ def _latency_axis(points: Sequence[ParetoPoint], *, start: float, end: float) ->
 
 
 def _quality_axis(
-    points: Sequence[ParetoPoint], unit: QualityUnit, *, start: float, end: float
+    points: Sequence[ParetoPoint],
+    unit: QualityUnit,
+    bar: float | None,
+    *,
+    start: float,
+    end: float,
 ) -> Axis:
-    low, high = bounds(p.quality for p in points)
+    seen = [p.quality for p in points]
+    seen += [] if bar is None else [Interval(bar, bar, bar)]
+    low, high = bounds(seen)
     least = _LEAST_RANGE[unit]
     if high - low < least:
         low, high = low - least / 2, high + least / 2
     room = (high - low) * 0.15
-    high = min(high + room, max(high, _MOST[unit]) + room / 2)
-    return Axis(low=low - room, high=high, start=start, end=end)
-
-
-def _mark(point: ParetoPoint, radius: float, x: Axis, y: Axis) -> str:
-    across, up = x.at(point.latency_ms.value), y.at(point.quality.value)
-    left, right = held(x, point.latency_ms.low), held(x, point.latency_ms.high)
-    foot, top = held(y, point.quality.low), held(y, point.quality.high)
-    place = f'cx="{across:.1f}" cy="{up:.1f}"'
-    return (
-        f'<g class="{_style(point)}"><title>{escape(point.name)}</title>'
-        f'<circle {place} r="{radius:.1f}" class="area"/>'
-        f"{line(left, up, right, up, 'whisker')}{line(across, foot, across, top, 'whisker')}"
-        f'<circle {place} r="3" class="dot"/></g>'
+    worst, best = _ENDS[unit]
+    return Axis(
+        low=max(low - room, min(low, worst) - room / 2),
+        high=min(high + room, max(high, best) + room / 2),
+        start=start,
+        end=end,
     )
 
 
-def _style(point: ParetoPoint) -> str:
-    return point.role + (" chosen" if point.chosen else "")
+def _radii(points: Sequence[ParetoPoint], largest: float) -> list[float]:
+    biggest = max(1, *(p.bytes for p in points))
+    return [largest * math.sqrt(p.bytes / biggest) for p in points]
 
 
-def _labels(
-    points: Sequence[TradePoint], radii: Sequence[float], x: Axis, y: Axis, narrow: bool
-) -> list[str]:
-    longest = 150 if narrow else 320
-    texts = [
-        (
-            fit(entry.point.name, longest),
-            fit(" · ".join(entry.facts[-2:] if narrow else entry.facts), longest),
-        )
-        for entry in points
-    ]
-    anchors = [
-        Anchor(
-            x=x.at(entry.point.latency_ms.value),
-            y=y.at(entry.point.quality.value),
-            radius=max(3.0, radius),
-            width=max(BOLD * text_width(lines[0], 13), text_width(lines[1], 13)),
-            height=32,
-        )
-        for entry, radius, lines in zip(points, radii, texts, strict=True)
-    ]
-    area = Box(x.start + 2, y.end - 8, x.end - x.start - 2, y.start - y.end + 6)
-    these = [entry.point for entry in points]
-    boxes = place_labels(anchors, [*_whiskers(these, x, y), *_front(these, x, y)], area)
-    return [
-        _label(_style(entry.point), anchor, box, lines)
-        for entry, anchor, box, lines in zip(points, anchors, boxes, texts, strict=True)
-        if box is not None
-    ]
+def _spot(entry: TradePoint, radius: float, x: Axis, y: Axis, narrow: bool) -> Spot:
+    point, longest = entry.point, 160 if narrow else 320
+    facts = entry.facts[-2:] if narrow else entry.facts
+    return spot_at(
+        x,
+        y,
+        point.latency_ms,
+        point.quality,
+        radius=max(_DOT, radius),
+        css=point.role + (" chosen" if point.chosen else ""),
+        lines=(fit(point.name, longest), fit(" · ".join(facts), longest)),
+    )
 
 
-def _whiskers(points: Sequence[ParetoPoint], x: Axis, y: Axis) -> list[Box]:
-    boxes = []
-    for p in points:
-        across, up = x.at(p.latency_ms.value), y.at(p.quality.value)
-        left, right = held(x, p.latency_ms.low), held(x, p.latency_ms.high)
-        top, foot = held(y, p.quality.high), held(y, p.quality.low)
-        boxes += [Box(left, up - 1, right - left, 2), Box(across - 1, top, 2, foot - top)]
-    return boxes
+def _mark(entry: TradePoint, spot: Spot, radius: float) -> str:
+    place = f'cx="{spot.x:.1f}" cy="{spot.y:.1f}"'
+    return (
+        f'<g class="{spot.css}"><title>{escape(entry.spoken)}</title>'
+        f'<circle {place} r="{radius:.1f}" class="area"/>{spot.whiskers}'
+        f'<circle {place} r="{_DOT:g}" class="dot"/></g>'
+    )
 
 
-def _front(points: Sequence[ParetoPoint], x: Axis, y: Axis) -> list[Box]:
-    """Small boxes along the thin line."""
-    ends = [(x.at(p.latency_ms.value), y.at(p.quality.value)) for p in frontier(points)]
-    boxes = []
-    for (left, foot), (right, top) in itertools.pairwise(ends):
-        steps = max(1, int(math.dist((left, foot), (right, top)) // 6))
-        for share in (step / steps for step in range(steps + 1)):
-            boxes.append(Box(left + share * (right - left), foot + share * (top - foot), 1, 1))
-    return boxes
-
-
-def _label(css: str, anchor: Anchor, box: Box, lines: tuple[str, str]) -> str:
-    near = box.nearest(anchor.x, anchor.y)
-    away = math.dist(near, (anchor.x, anchor.y))
-    leader = line(anchor.x, anchor.y, *near, "leader") if away > anchor.radius + 14 else ""
-    # Centred where the box sits above or below, else towards the circle.
-    if box.x + box.width < anchor.x:
-        at, side = box.x + box.width, "end"
-    elif box.x > anchor.x:
-        at, side = box.x, "start"
-    else:
-        at, side = box.x + box.width / 2, "middle"
-    name = text(at, box.y + 12, lines[0], css="name", anchor=side)
-    return f'<g class="{css}">{leader}{name}{text(at, box.y + 28, lines[1], anchor=side)}</g>'
+def _bar(bar: float | None, x: Axis, y: Axis) -> tuple[str, list[Box]]:
+    """The share to reach as a dashed line with its name below, and what both cover."""
+    if bar is None:
+        return "", []
+    at = y.at(bar)
+    dashed = line(x.start, at, x.end, at, "bar")
+    name = text(x.end, at + 14, f"bar {percent(bar)}", css="barname", anchor="end")
+    return dashed + name, [Box(x.start, at - 1, x.end - x.start, 2), Box(x.end - 76, at, 76, 18)]

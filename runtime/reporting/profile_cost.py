@@ -43,8 +43,8 @@ def start_section(subjects: Sequence[Subject]) -> Section | None:
 
 _START = (
     "A fresh process imports the runtime, loads one model and runs it once; Python's own start is "
-    "not counted, and the file may lie in the system's cache. Medians over a few processes, too "
-    "few for an interval."
+    "not counted, and the file may lie in the system's cache. Means over processes with 95% "
+    "intervals, which are wide where there are few; a single process has none."
 )
 
 
@@ -61,8 +61,7 @@ def _start_bar(subject: Subject, start: ColdStart) -> Bar:
         ("load", start.load_ms),
         ("first run", start.first_run_ms),
     )
-    total = sum(ms for _, ms in parts)
-    return Bar(full_name(subject), parts, f"{digits(total)} ms")
+    return Bar(full_name(subject), parts, f"{digits(start.total_ms)} ms")
 
 
 def _memory_table(subjects: Sequence[Subject]) -> Table:
@@ -72,12 +71,10 @@ def _memory_table(subjects: Sequence[Subject]) -> Table:
         identity = item.identity
         empty = Cell("")
         times = (
-            (empty, empty, empty, empty, empty)
+            (empty,) * 6
             if start is None
             else (
-                Cell(digits(start.import_ms)),
-                Cell(digits(start.load_ms)),
-                Cell(digits(start.first_run_ms)),
+                *_steps(start),
                 Cell(str(start.processes)),
                 Cell(_memory(start.peak_memory_mb)),
             )
@@ -87,10 +84,19 @@ def _memory_table(subjects: Sequence[Subject]) -> Table:
         head = Cell(subject.label, PART_NAMES[item.part])
         rows.append((head, *times, Cell(_memory(item.peak_memory_mb)), Cell(megabytes(size))))
     head_row = columns(
-        "<subject", "import ms", "load ms", "first run ms", "processes", "peak memory, one run",
-        "peak memory, all runs", "on disk",
+        "<subject", "import ms", "load ms", "first run ms", "all three ms", "processes",
+        "peak memory, one run", "peak memory, all runs", "on disk",
     )  # fmt: skip
     return Table(name="Cold start and memory", columns=head_row, rows=tuple(rows))
+
+
+def _steps(start: ColdStart) -> tuple[Cell, ...]:
+    """Import, load, first run and all three, with their intervals where there are some."""
+    of = start if start.intervals is None else start.intervals
+    steps = (of.import_ms, of.load_ms, of.first_run_ms, of.total_ms)
+    return tuple(
+        interval_cell(ms) if isinstance(ms, Interval) else Cell(digits(ms)) for ms in steps
+    )
 
 
 def _memory(megabyte: float | None) -> str:

@@ -185,9 +185,20 @@ def _roofline(
         lambda narrow: roofline_chart(points, roof, title=name, named=_NAMED, narrow=narrow)
     )
     caption = f"{percent(drawn)} of the time is in layers that can be drawn."
-    return [
-        Figure(picture=picture, caption=f"{caption} {_explained(roof)}" if explain else caption)
-    ]
+    figure = Figure(
+        picture=picture, caption=f"{caption} {_explained(roof)}" if explain else caption
+    )
+    return [*_disturbed(roof), figure]
+
+
+def _disturbed(roof: Roofline) -> list[Note]:
+    """That the roofs cannot be trusted, and why."""
+    found = roof.interference
+    if found is None or not found.disturbed:
+        return []
+    reasons = "; ".join(found.reasons)
+    words = f"DISTURBED while the peaks were measured: {reasons}. The roofs may be too low."
+    return [Note(words, "miss")]
 
 
 def _explained(roof: Roofline) -> str:

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from edgeclip.runtime.errors import InputError, MissingExtraError
-from edgeclip.runtime.files import atomic_file
-from edgeclip.runtime.reporting.profile_blocks import AdviceList, Section, code_parts
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.reporting.html_page import render_sections, write_page
+from edgeclip.runtime.reporting.profile_blocks import AdviceList, Section
 from edgeclip.runtime.reporting.profile_cost import (
     ENERGY_KEYS,
     MEMORY_KEYS,
@@ -44,10 +43,6 @@ from edgeclip.runtime.reporting.profile_spread import spread_section
 from edgeclip.runtime.reporting.profile_summary import summary_of
 from edgeclip.runtime.reporting.profile_sweep import sweep_section
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-_TEMPLATE = "profile_template.html.j2"
 _CLAIMED = (*MEMORY_KEYS, *ENERGY_KEYS, *STAGE_KEYS, *LAYER_KEYS, *SCENARIO_KEYS)
 
 
@@ -70,10 +65,7 @@ def write_profile_report(
         InputError: no run, or the file cannot be written.
         MissingExtraError: jinja2 is not installed.
     """
-    html = render_profile_report(runs, quality=quality, advice=advice)
-    with atomic_file(out) as temporary:
-        # A file's name may hold what UTF-8 cannot say.
-        temporary.write_bytes(html.encode("utf-8", "replace"))
+    write_page(render_profile_report(runs, quality=quality, advice=advice), out)
 
 
 def render_profile_report(
@@ -91,16 +83,12 @@ def render_profile_report(
     if not runs:
         raise InputError("a report needs a measurement: give a file of `edgeclip profile --out`")
     subjects = subjects_of(runs)
-    return (
-        _environment()
-        .get_template(_TEMPLATE)
-        .render(
-            title=title_of(subjects),
-            lead=_lead(runs),
-            summary=summary_of(runs, subjects, quality),
-            sections=sections_of(runs, quality=quality, advice=advice),
-            created=max(source.run.created for source in runs),
-        )
+    return render_sections(
+        title=title_of(subjects),
+        lead=_lead(runs),
+        summary=summary_of(runs, subjects, quality),
+        sections=sections_of(runs, quality=quality, advice=advice),
+        created=max(source.run.created for source in runs),
     )
 
 
@@ -154,19 +142,3 @@ def _advice(advice: Sequence[AdviceNote]) -> Section | None:
     return Section(
         anchor="advice", title="What is worth trying", blocks=(AdviceList(tuple(advice)),)
     )
-
-
-def _environment() -> "Environment":
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError("a report needs jinja2: pip install 'edgeclip[report]'") from error
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["code_parts"] = code_parts
-    return environment

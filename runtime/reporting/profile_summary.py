@@ -239,10 +239,11 @@ def _start_card(subject: Subject) -> Card | None:
     start = subject.item.cold_start
     if start is None:
         return None
-    total = start.import_ms + start.load_ms + start.first_run_ms
+    found = start.intervals
+    total = start.total_ms if found is None else found.total_ms.value
     return Card(
         name="From a fresh process to its first answer",
         figure=f"{digits(total)} ms",
-        interval=f"median of {start.processes}",
+        interval="no interval" if found is None else span(found.total_ms),
         note=subject.label,
     )

@@ -2,17 +2,17 @@
 
 import base64
 import io
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from edgeclip.runtime.errors import InputError, MissingExtraError
-from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.reporting.chart_parts import both_widths
+from edgeclip.runtime.reporting.chart_tradeoff import TradePoint, trade_chart
+from edgeclip.runtime.reporting.html_page import page_template, write_page
 from edgeclip.runtime.reporting.report_charts import headline_chart, loss_chart
-from edgeclip.runtime.reporting.report_data import Gate, Picture, ReportData
+from edgeclip.runtime.reporting.report_data import Gate, ParetoPoint, Picture, ReportData
 from edgeclip.runtime.reporting.report_format import (
     MISSING,
     digits,
@@ -21,12 +21,7 @@ from edgeclip.runtime.reporting.report_format import (
     percent_interval,
     seconds,
 )
-from edgeclip.runtime.reporting.report_pareto import pareto_chart
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-_TEMPLATE = "report_template.html.j2"
 _PICTURE_SIDE = 256  # px; shown at half of that, so that it is sharp on dense screens
 
 
@@ -37,10 +32,7 @@ def write_report(data: ReportData, path: Path) -> None:
         InputError: the file cannot be written, or a picture cannot be read.
         MissingExtraError: jinja2 is not installed.
     """
-    html = render_report(data)
-    with atomic_file(path) as temporary:
-        # A caption from a file name may hold what UTF-8 cannot say.
-        temporary.write_bytes(html.encode("utf-8", "replace"))
+    write_page(render_report(data), path)
 
 
 def render_report(data: ReportData) -> str:
@@ -50,20 +42,23 @@ def render_report(data: ReportData) -> str:
         InputError: a picture cannot be read.
         MissingExtraError: jinja2 is not installed.
     """
-    template = _environment().get_template(_TEMPLATE)
+    template = page_template(
+        "report_template.html.j2",
+        data_uri=data_uri,
+        digits=digits,
+        gate_number=gate_number,
+        megabytes=megabytes,
+        percent=percent,
+        percent_interval=percent_interval,
+        seconds=seconds,
+        failed=_failed,
+    )
     from markupsafe import Markup  # comes with jinja2
 
-    pareto = partial(
-        pareto_chart,
-        data.pareto,
-        quality_name=data.quality_name,
-        latency_name=data.latency_name,
-        quality_bar=data.quality_bar,
-    )
     return template.render(
         data=data,
         missing=MISSING,
-        pareto=Markup(pareto(narrow=False) + pareto(narrow=True)),
+        pareto=Markup(both_widths(lambda narrow: _pareto(data, narrow))),
         losses=[Markup(loss_chart(curve)) for curve in data.losses],
         headline_chart=lambda headline: Markup(headline_chart(headline)),
     )
@@ -91,31 +86,22 @@ def gate_number(value: float, unit: str) -> str:
     return f"{value:.5g} {unit}".strip()
 
 
-def _environment() -> "Environment":
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError("a report needs jinja2: pip install 'edgeclip[report]'") from error
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters: dict[str, Callable[..., Any]] = {
-        "data_uri": data_uri,
-        "digits": digits,
-        "gate_number": gate_number,
-        "megabytes": megabytes,
-        "percent": percent,
-        "percent_interval": percent_interval,
-        "seconds": seconds,
-        "failed": _failed,
-    }
-    environment.filters.update(filters)
-    return environment
-
-
 def _failed(gates: tuple[Gate, ...]) -> list[Gate]:
     return [gate for gate in gates if not gate.record.passed]
+
+
+def _pareto(data: ReportData, narrow: bool) -> str:
+    return trade_chart(
+        [_trade_point(point) for point in data.pareto],
+        quality_name=data.quality_name,
+        unit="share",
+        latency_name=data.latency_name,
+        narrow=narrow,
+        bar=data.quality_bar,
+    )
+
+
+def _trade_point(point: ParetoPoint) -> TradePoint:
+    facts = (percent(point.quality.value), f"{digits(point.latency_ms.value)} ms")
+    named = replace(point, name=f"{point.name} (ships)") if point.chosen else point
+    return TradePoint(named, (*facts, megabytes(point.bytes)))

@@ -19,7 +19,6 @@ _SM_CLOCK, _MEMORY_CLOCK = 1, 2
 _GPU_TEMPERATURE = 0
 _THERMAL_POLICY = 1
 _NO_VALUE = 2**64 - 1
-_MOST_PROCESSES = 256
 # Why clocks are lower than they could be, bit by bit (nvmlClocksEventReason...).
 _REASONS = {
     0x001: "idle",
@@ -45,17 +44,6 @@ SLOWDOWNS = frozenset(
 
 class _Violation(ctypes.Structure):
     _fields_ = (("reference_us", ctypes.c_ulonglong), ("violation_ns", ctypes.c_ulonglong))
-
-
-class _Process(ctypes.Structure):
-    """nvmlProcessInfo_t, as nvmlDeviceGetComputeRunningProcesses_v3 fills it."""
-
-    _fields_ = (
-        ("pid", ctypes.c_uint),
-        ("used_bytes", ctypes.c_ulonglong),
-        ("gpu_instance", ctypes.c_uint),
-        ("compute_instance", ctypes.c_uint),
-    )
 
 
 class NvmlGpu:
@@ -138,19 +126,6 @@ class NvmlGpu:
         if not self._ask("nvmlDeviceGetViolationStatus", policy, ctypes.byref(found)):
             return None
         return None if found.violation_ns == _NO_VALUE else found.violation_ns / 1e6
-
-    def memory_mb(self, pid: int) -> float | None:
-        """Memory of the GPU that a process holds now, MB of 10^6 bytes.
-
-        None in a container that numbers its processes itself: the driver tells the host's numbers.
-        """
-        found, count = (_Process * _MOST_PROCESSES)(), ctypes.c_uint(_MOST_PROCESSES)
-        name = "nvmlDeviceGetComputeRunningProcesses_v3"
-        if not self._ask(name, ctypes.byref(count), found):
-            return None
-        held = [item.used_bytes for item in found[: count.value] if item.pid == pid]
-        known = [used for used in held if used != _NO_VALUE]
-        return sum(known) / 1e6 if known else None
 
     def _uint(self, name: str, *arguments: Any) -> int | None:
         value = ctypes.c_uint()

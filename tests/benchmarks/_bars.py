@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.intervals import Interval
@@ -51,13 +51,14 @@ def command() -> str:
     return shlex.join(["python", *sys.argv])
 
 
-def finish(bars: Sequence[Bar], out: Path | None) -> int:
-    """Write the JSON file, print a line a bar; the exit status, 1 if a bar was missed."""
+def finish(bars: Sequence[Bar], out: Path | None, **found: Any) -> int:
+    """Write the JSON file, `found` in it; print a line a bar; the exit status, 1 for a miss."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "command": command(),
             "machine": asdict(detect_machine()),
+            **found,
             "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars],
         }
         out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from _consumer_cases import Case, FloatArray
 
+from edgeclip.runtime.planning.text_columns import columns
+
 # What is held to the bar, by tower and kind of input, and what it is called there.
 HELD = {
     ("image", "same"): "image",
@@ -133,8 +135,4 @@ def table(rows: Iterable[Row]) -> str:
         lines.setdefault(key, Lines()).rows.append(row)
     cells: list[tuple[str, ...]] = [("consumer", "class", "tower", "input", "max abs difference")]
     cells += [(*key, line.text()) for key, line in lines.items()]
-    widths = [max(len(row[column]) for row in cells) for column in range(4)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
-        for row in cells
-    )
+    return columns(cells, left=5)

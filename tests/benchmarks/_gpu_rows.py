@@ -8,6 +8,7 @@ from _bars import Bar
 from _gpu_torch import REFERENCE
 
 from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.spec import Tower
 
 Column = Literal["host", "device"]
@@ -66,11 +67,8 @@ def table(rows: Sequence[Row]) -> str:
         ("candidate", "host to host: ms, ratio", "on the device: ms, ratio", "cosine"),
         *(_cells(row) for row in rows if row.host or row.device),
     ]
-    widths = [max(len(row[column]) for row in cells) for column in range(4)]
-    lines = [f"{first.model}, {first.tower} tower, batch {first.batch}, input {shape}"]
-    for row in cells:
-        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join(padded).rstrip())
+    title = f"{first.model}, {first.tower} tower, batch {first.batch}, input {shape}"
+    lines = [title, columns(cells, left=4)]
     for why in dict.fromkeys(row.why for row in rows if row.why):
         names = ", ".join(row.candidate for row in rows if row.why == why)
         lines.append(f"{names}  not timed: {why}")

@@ -57,7 +57,7 @@ class Sizes:
     minutes: float | None
 
 
-FULL = Sizes(ranges=128, steering=256, test=500, labelled=400, minutes=10)
+FULL = Sizes(ranges=96, steering=128, test=400, labelled=200, minutes=4)
 QUICK = Sizes(ranges=16, steering=32, test=60, labelled=40, minutes=None)
 
 
@@ -154,7 +154,7 @@ def open_case(
     device: DeviceProfile,
     sizes: Sizes,
     *,
-    folder: Path,
+    work: Path,
     scratch: Path,
 ) -> Case:
     """Export a tower and prepare its data.
@@ -165,9 +165,12 @@ def open_case(
         tower: which one.
         device: this machine.
         sizes: of the data.
-        folder: where graphs and the search are kept between runs.
+        work: where graphs and the search are kept between runs, for all benchmarks; those of a
+            quick run are apart.
         scratch: where inputs are written.
     """
+    part = "quick" if sizes.minutes is None else "full"
+    folder = work / "cases" / part / f"{name}-{tower}"
     folder.mkdir(parents=True, exist_ok=True)
     size = dual.image_spec.size
     count = sizes.ranges + sizes.steering

@@ -148,6 +148,22 @@ def nncf_onnx(source: str, target: str, path: str) -> None:
     onnx.save(model, target)
 
 
+def autocast(source: str, target: str, path: str) -> None:
+    """Model-Optimizer's AutoCast with its defaults; inputs and outputs keep their types."""
+    import onnx
+    from modelopt.onnx.autocast import (  # type: ignore[import-not-found]
+        convert_to_mixed_precision,
+    )
+
+    seen = f"{target}.seen.npz"
+    values: Any = np.array(Rows(path).values)
+    np.savez(seen, **{input_name(source): values})
+    model = convert_to_mixed_precision(
+        source, low_precision_type="fp16", keep_io_types=True, calibration_data=seen
+    )
+    onnx.save(model, target)
+
+
 RECIPES: dict[str, Callable[[str, str, str], None]] = {
     "ort-static": ort_static,
     "ort-dynamic": ort_dynamic,
@@ -155,6 +171,7 @@ RECIPES: dict[str, Callable[[str, str, str], None]] = {
     "optimum-dynamic": lambda *paths: optimum(*paths, static=False),
     "nncf-openvino": nncf_openvino,
     "nncf-onnx": nncf_onnx,
+    "autocast": autocast,
 }
 
 
@@ -173,7 +190,7 @@ def open_onnxruntime(model: str, threads: int, example: Array) -> Run:
     return lambda values: np.asarray(session.run(wanted, {name: values})[0])
 
 
-def open_openvino(model: str, threads: int, example: Array, **config: str) -> Run:
+def open_openvino(model: str, threads: int, example: Array) -> Run:
     """Compiled for latency, and where all inputs are alike, for their shape."""
     import openvino
 
@@ -181,7 +198,7 @@ def open_openvino(model: str, threads: int, example: Array, **config: str) -> Ru
     graph = core.read_model(model)
     if example.ndim == 4:
         graph.reshape(list(example.shape))
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(threads), **config}
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(threads)}
     compiled = core.compile_model(graph, "CPU", settings)
     return lambda values: np.asarray(compiled([values])[0])
 
@@ -189,7 +206,6 @@ def open_openvino(model: str, threads: int, example: Array, **config: str) -> Ru
 ENGINES: dict[str, Callable[[str, int, Array], Run]] = {
     "onnxruntime": open_onnxruntime,
     "openvino": open_openvino,
-    "openvino-f32": lambda *given: open_openvino(*given, INFERENCE_PRECISION_HINT="f32"),
 }
 
 

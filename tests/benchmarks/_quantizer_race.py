@@ -54,6 +54,9 @@ class Effort:
     rounds: int
 
 
+QUICK_EFFORT = Effort(sets=3, rounds=8)  # fewer sets have no interval to speak of
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Raced:
     """What came of a race.

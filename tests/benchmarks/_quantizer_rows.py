@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from _bars import Bar
 from _quantizer_race import Raced
 
+from edgeclip.profiles.device import THIS_MACHINE, load_device
+from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import GateRecord
 
@@ -103,6 +105,13 @@ def print_quality(rows: Sequence[Row]) -> None:
         told = ", ".join(f"{item.name} {item.value:.4g}" for item in missed)
         verdict = f"missed: {told}" if missed else "inside" if row.records else ""
         print(f"{form:<34}{cells[0]:<30}{cells[1]:<28}{r1:<22}{verdict}")
+
+
+def ran_on() -> str:
+    """Which machine this is, and whether it has what makes 8-bit products fast and exact."""
+    machine, device = detect_machine(), load_device(THIS_MACHINE)
+    without = "with" if device.vnni else "without"
+    return f"on {machine.cpu}, {machine.cores} cores, {without} int8 dot products (VNNI)"
 
 
 def span(interval: Interval, digits: int) -> str:

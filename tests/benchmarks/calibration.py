@@ -25,8 +25,8 @@ from edgeclip.export.embed_pairs import embed_all, graph_embedder, tower_inputs
 from edgeclip.export.fp8 import write_fp8
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.quantize import Int8Settings, write_int8
-from edgeclip.export.quantizing.config import StaticInt8
+from edgeclip.export.quantize import write_int8
+from edgeclip.export.quantizing.config import StaticInt8, default_config
 from edgeclip.export.quantizing.correct_bias import correct_biases
 from edgeclip.export.quantizing.smooth import search_alphas
 from edgeclip.export.quantizing.transform import apply_transforms
@@ -86,7 +86,7 @@ def main() -> int:
             trial = Trial(dual, graph, _data(dual, graph, seen), unseen)
             trial.try_fp8()
             for name, device in (("cpu", THIS_MACHINE), ("symmetric", "rtx-4000-ada")):
-                settings = Int8Settings.for_device(load_device(device))
+                settings = default_config("int8", load_device(device))
                 ways = {**_RANGINGS, **_CHANGES}
                 means = {key: trial.try_int8(name, key, way, settings) for key, way in ways.items()}
                 bars += _bars(f"{tower}_{name}", means)
@@ -112,7 +112,7 @@ class Trial:
         self._dual, self._graph, self._data, self._unseen = dual, graph, data, unseen
         self._reference = self._embed(graph)
 
-    def try_int8(self, name: str, key: str, way: Way, settings: Int8Settings) -> float:
+    def try_int8(self, name: str, key: str, way: Way, settings: StaticInt8) -> float:
         """Print a row of the table; return the mean cosine."""
         changed, target = (
             self._graph.path.with_name(f"trial_{what}.onnx") for what in ("fp32", "int8")

@@ -100,12 +100,7 @@ def main() -> int:
             except InstallError as error:
                 absent.append(f"{consumer}  not run: {error}")
     print("\n".join([table(rows), *absent]))
-    status = finish(bars(rows, expected), args.out)
-    if args.out is not None:
-        record = json.loads(args.out.read_text(encoding="utf-8"))
-        record["rows"] = [asdict(row) for row in rows]
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return status
+    return finish(bars(rows, expected), args.out, rows=[asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

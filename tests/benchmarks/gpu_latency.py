@@ -14,7 +14,6 @@ differs from what torch computes on the CPU is refused, and what cannot run here
 """
 
 import gc
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -91,13 +90,13 @@ def main() -> int:
         for found in measure(variants, quick=args.quick):
             print(f"\n{table(found)}", flush=True)
             rows += found
-    status = finish(bars(rows), args.out)
-    if args.out is not None:
-        record = json.loads(args.out.read_text(encoding="utf-8"))
-        record |= {"gpu": asdict(gpu), "workload": asdict(workload(quick=args.quick))}
-        record["rows"] = [asdict(row) for row in rows]
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return status
+    return finish(
+        bars(rows),
+        args.out,
+        gpu=asdict(gpu),
+        workload=asdict(workload(quick=args.quick)),
+        rows=[asdict(row) for row in rows],
+    )
 
 
 if __name__ == "__main__":

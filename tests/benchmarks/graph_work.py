@@ -6,7 +6,6 @@ also a CLIP ViT-B/32 with random weights.
 """
 
 import functools
-import json
 import logging
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from _bars import Bar, command, options
+from _bars import Bar, finish, options
 from numpy.typing import NDArray
 from onnxruntime.transformers import optimizer
 from transformers import CLIPConfig, CLIPModel
@@ -34,7 +33,6 @@ from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.towers import PlainImageTower, PlainTextTower
 from edgeclip.export.tune_graph import TUNING
 from edgeclip.profiles.device import DeviceProfile, load_device
-from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved
@@ -242,17 +240,7 @@ def main() -> int:
             print(f"\n{name}, {tower} tower, one thread, batch 1", flush=True)
             print_rows(found)
             rows += found
-    judged = bars(rows)
-    if args.out is not None:
-        record = {
-            "command": command(),
-            "machine": asdict(detect_machine()),
-            "rows": [asdict(item) for item in rows],
-            "bars": [asdict(bar) | {"passed": bar.passed} for bar in judged],
-        }
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print("\n" + "\n".join(bar.line() for bar in judged))
-    return 0 if all(bar.passed for bar in judged) else 1
+    return finish(bars(rows), args.out, rows=[asdict(item) for item in rows])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,11 @@ Both run in ONNX Runtime with the same options, in turns, at batch 1, each in it
 The towers are the built-in teacher grown to a ViT of 8 M parameters (patch 16) and to a
 ViT-B/32, and taught for a few minutes: see `_quantizer_grow.py`, also for what that is not.
 They are kept in build/quantizers. A third one, which no bar is about, is the first with large
-channels planted behind its LayerNorms, as trained ViTs have them and as ruin naive int8.
+channels planted behind its LayerNorms, such as ruin naive int8.
+
+The bars were set for a CPU without int8 dot products (VNNI). On one that has them the same command
+may choose another point, and "chosen, 7-bit weights" is what the other CPU would have to take. On
+which of them figures were made is printed, and `machine.flags` of the JSON file says it.
 
 `--quick` neither searches nor grows more than the small one, and teaches nothing.
 """
@@ -21,13 +25,13 @@ from pathlib import Path
 
 from _bars import Bar, finish, options
 from _quantizer_case import FULL, OURS, PLAIN, QUICK, Case, Sizes, chosen_config, open_case, size_mb
-from _quantizer_grow import VIT_8M, VIT_B32, grown, plant_outliers
-from _quantizer_race import Effort, race
-from _quantizer_rows import Row, gate_bars, print_quality, print_speed
+from _quantizer_grow import BUILD, VIT_8M, VIT_B32, grown, plant_outliers
+from _quantizer_race import QUICK_EFFORT, Effort, race
+from _quantizer_rows import Row, gate_bars, print_quality, print_speed, ran_on
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.profiles.device import DeviceProfile, load_device
+from edgeclip.profiles.device import load_device
 
 PLAIN_NAME, FLOAT, CHOSEN, REDUCED = "plain fp32", "our fp32", "chosen", "chosen, 7-bit weights"
 BARS = {VIT_8M.name: 1.8, VIT_B32.name: 2.1}
@@ -99,16 +103,17 @@ def models(folder: Path, *, quick: bool) -> Iterator[tuple[str, DualEncoder]]:
 def main() -> int:
     """Measure, print tables, write the figures."""
     parser = options(__doc__ or "")
-    build = Path(__file__).parents[2] / "build" / "quantizers"
-    parser.add_argument("--work", type=Path, default=build, help="where towers are kept")
+    parser.add_argument("--work", type=Path, default=BUILD, help="where towers are kept")
     args = parser.parse_args()
-    sizes, effort = (QUICK, Effort(sets=2, rounds=5)) if args.quick else (FULL, FULL_EFFORT)
+    work, sizes = args.work.resolve(), QUICK if args.quick else FULL
+    effort = QUICK_EFFORT if args.quick else Effort(sets=5, rounds=16)
     device = load_device("this-machine")
     threads = sorted({1, device.threads})
     found: list[Measured] = []
-    for name, dual in models(args.work.resolve(), quick=args.quick):
+    print(ran_on(), flush=True)
+    for name, dual in models(work, quick=args.quick):
         with tempfile.TemporaryDirectory() as scratch:
-            case = opened(name, dual, device, sizes, args.work.resolve(), Path(scratch))
+            case = open_case(name, dual, "image", device, sizes, work=work, scratch=Path(scratch))
             found.append(measure(case, sizes, effort, threads))
         print(f"\n{name}; chosen: {found[-1].why}")
         print_speed(found[-1].rows)
@@ -122,17 +127,6 @@ def main() -> int:
         args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return status
 
-
-def opened(
-    name: str, dual: DualEncoder, device: DeviceProfile, sizes: Sizes, work: Path, scratch: Path
-) -> Case:
-    """A model's image tower; what a quick run leaves is apart from the rest."""
-    part = "quick" if sizes.minutes is None else "full"
-    folder = work / "cases" / part / f"{name}-image"
-    return open_case(name, dual, "image", device, sizes, folder=folder, scratch=scratch)
-
-
-FULL_EFFORT = Effort(sets=5, rounds=24)
 
 if __name__ == "__main__":
     sys.exit(main())

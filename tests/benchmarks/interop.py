@@ -188,12 +188,8 @@ def main() -> int:
         tower = _BUNDLE / tower_path("image", "fp32", "uint8-nhwc")  # as the encoder has it
         rows.append(own_row(work, tower, pixels, embeddings))
     print("\n".join(row.line() for row in rows))
-    status = finish(bars(rows, clients if args.quick else (*clients, "edgeclip")), args.out)
-    if args.out is not None:
-        record = json.loads(args.out.read_text(encoding="utf-8"))
-        record["rows"] = [asdict(row) for row in rows]
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return status
+    judged = bars(rows, clients if args.quick else (*clients, "edgeclip"))
+    return finish(judged, args.out, rows=[asdict(row) for row in rows])
 
 
 def absent(client: str, why: str) -> Row:

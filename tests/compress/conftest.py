@@ -11,6 +11,7 @@ from PIL import Image
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.pretrain import TeacherShape, new_teacher
+from edgeclip.compress.sources import FolderSource
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that tests start
 
@@ -53,6 +54,12 @@ def teacher_folder(teacher: DualEncoder, tmp_path_factory: pytest.TempPathFactor
 def few_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 20 pictures with captions."""
     return write_pictures(tmp_path_factory.mktemp("pictures") / "few", 20)
+
+
+@pytest.fixture(scope="session")
+def source(few_pictures: Path) -> FolderSource:
+    """The same as a source."""
+    return FolderSource(few_pictures)
 
 
 @pytest.fixture(scope="session")

@@ -30,11 +30,6 @@ SETTINGS = TrainSettings(steps=12, batch_size=8, warmup_steps=3, compute="fp32")
 
 
 @pytest.fixture(scope="module")
-def source(few_pictures: Path) -> FolderSource:
-    return FolderSource(few_pictures)
-
-
-@pytest.fixture(scope="module")
 def cache_folder(
     teacher: DualEncoder, source: FolderSource, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

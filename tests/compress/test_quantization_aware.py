@@ -35,11 +35,6 @@ def new(teacher: DualEncoder) -> DualEncoder:
 
 
 @pytest.fixture(scope="module")
-def source(few_pictures: Path) -> FolderSource:
-    return FolderSource(few_pictures)
-
-
-@pytest.fixture(scope="module")
 def cache(
     teacher: DualEncoder, source: FolderSource, tmp_path_factory: pytest.TempPathFactory
 ) -> TeacherCache:

@@ -22,11 +22,6 @@ SHARD = "shard-00000.npz"
 
 
 @pytest.fixture
-def source(few_pictures: Path) -> FolderSource:
-    return FolderSource(few_pictures)
-
-
-@pytest.fixture
 def cache(teacher: DualEncoder, source: FolderSource, tmp_path: Path) -> TeacherCache:
     return build_cache(teacher, source, tmp_path / "cache", views=2)
 

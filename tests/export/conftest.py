@@ -1,7 +1,7 @@
 """Tiny students with random weights, a tiny source of pairs, and what is exported of them."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from edgeclip.export.gates import DEFAULT_BOUNDS
 from edgeclip.export.to_onnx import TowerPaths, export_towers
 from edgeclip.export.write_bundle import Origin
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.spec import ImageSpec
+from tests.compress.conftest import one_thread  # noqa: F401 (a fixture)
+from tests.conftest import QUICK
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that tests start
 
@@ -47,17 +48,6 @@ SIZE = 32
 DIM = 16
 SPACE = "7" * 64
 COLOURS = ("red", "green", "blue", "white", "black", "pink", "teal", "brown")
-QUICK = Workload(
-    name="test",
-    description="hardly anything",
-    batch_sizes=(1,),
-    min_warmup_runs=1,
-    max_warmup_seconds=0.1,
-    repeats=5,
-    seconds_per_batch=0.1,
-    cold_starts=0,
-)
-
 
 # Weights without training tell few pictures apart, so that rounding alone can cost a rank,
 # and with 40 pairs a rank is more than a point.
@@ -165,15 +155,6 @@ def _dual(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> DualEnc
     half = (0.5, 0.5, 0.5)
     image = ImageSpec(size=SIZE, resize=SIZE, mean=half, std=half)
     return DualEncoder(model.eval(), image, tokenizer)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Fast where many run at once, and the same sums on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,12 @@ from edgeclip.export.choose import TowerChoice
 from edgeclip.export.embed_pairs import torch_embedder
 from edgeclip.export.errors import GateError
 from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds, data_record
-from edgeclip.export.quantize import Int8Settings
+from edgeclip.export.quantizing.config import (
+    config_from_data,
+    default_config,
+    describe,
+    needs_vnni,
+)
 from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.bundle import Bundle
@@ -299,8 +304,8 @@ def test_the_manifest_says_what_int8_needs(built: BuiltBundle, cpu_device: Devic
     assert not cpu_device.vnni
     files = [file for item in built.bundle.manifest.towers for file in item.files]
     assert not any(file.needs_vnni for file in files)
-    assert Int8Settings.for_device(load_device("x86-avx512-vnni")).needs_vnni
-    assert not Int8Settings.for_device(load_device("jetson-orin-nano")).needs_vnni
+    assert needs_vnni(default_config("int8", load_device("x86-avx512-vnni")))
+    assert not needs_vnni(default_config("int8", load_device("jetson-orin-nano")))
 
 
 def test_patch_features_and_label_head_come_out_of_the_encoder(
@@ -340,3 +345,16 @@ def test_rewrites_are_tried_where_this_machine_is_the_device(built: BuiltBundle)
     assert ("text", "fuse attention") not in tried  # other runtimes read that file too
     model = onnx.load(built.bundle.tower_path("text", "fp32"), load_external_data=False)
     assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_the_manifest_says_how_each_file_was_made(built: BuiltBundle, plan: BundlePlan) -> None:
+    manifest = built.bundle.manifest
+    recipes = dict(manifest.recipes())
+    assert set(recipes) == {"image fp16", "image int8", "text fp16", "text int8"}
+    for tower in manifest.towers:
+        assert tower.file("fp32").recipe is None
+        for precision in ("fp16", "int8"):
+            recipe = recipes[f"{tower.tower} {precision}"]
+            config = default_config(precision, plan.device)
+            assert config_from_data(recipe.config, source="manifest") == config
+            assert recipe.says == describe(config)

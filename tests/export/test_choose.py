@@ -8,20 +8,10 @@ from numpy.typing import NDArray
 
 from edgeclip.export.choose import choose_fastest
 from edgeclip.export.embed_pairs import Embedder, FloatArray
-from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.spec import Precision
+from tests.conftest import QUICK
 
 INPUTS = np.zeros((2, 3), np.float32)
-WORKLOAD = Workload(
-    name="test",
-    description="sleeps",
-    batch_sizes=(1,),
-    min_warmup_runs=1,
-    max_warmup_seconds=0.01,
-    repeats=8,
-    seconds_per_batch=0.01,
-    cold_starts=0,
-)
 
 
 def sleeper(milliseconds: float) -> Embedder:
@@ -37,7 +27,7 @@ def chosen(**milliseconds: float) -> tuple[Precision, str, Callable[[Precision],
         name: sleeper(value)  # type: ignore[misc]
         for name, value in milliseconds.items()
     }
-    choice = choose_fastest("image", embedders, INPUTS, WORKLOAD)
+    choice = choose_fastest("image", embedders, INPUTS, QUICK)
     return choice.precision, choice.why, choice.latency_ms
 
 
@@ -63,7 +53,7 @@ def test_what_is_not_surely_faster_is_not_chosen() -> None:
         time.sleep(0.001 if pace["wall"] % 2 else 0.02)
         return np.zeros((len(values), 4), np.float32)
 
-    choice = choose_fastest("text", {"fp32": sleeper(8), "int8": erratic}, INPUTS, WORKLOAD)
+    choice = choose_fastest("text", {"fp32": sleeper(8), "int8": erratic}, INPUTS, QUICK)
     assert choice.precision == "fp32"
 
 
@@ -80,14 +70,14 @@ def test_the_first_input_alone_is_timed() -> None:
         seen.add(values.shape)
         return np.zeros((len(values), 4), np.float32)
 
-    choose_fastest("image", {"fp32": record}, INPUTS, WORKLOAD)
+    choose_fastest("image", {"fp32": record}, INPUTS, QUICK)
     assert seen == {(1, 3)}
 
 
 @pytest.mark.parametrize("slow", [12.0, 20.0])
 def test_the_ratio_is_that_of_the_rounds(slow: float) -> None:
     embedders: dict[Precision, Embedder] = {"fp32": sleeper(slow), "int8": sleeper(slow / 4)}
-    choice = choose_fastest("image", embedders, INPUTS, WORKLOAD)
+    choice = choose_fastest("image", embedders, INPUTS, QUICK)
     found = choice.measurements[1].ratio
     assert found is not None
     assert found.reference == "fp32"

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.build_bundle import BuiltBundle
@@ -24,6 +24,7 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.engine import Engine, open_engine
 from edgeclip.runtime.spec import ImageSpec, Precision
 from edgeclip.runtime.tower_feed import tower_feed
+from tests.export.quantizing.small_graphs import graph_of
 
 SIZE = 32
 IMAGE = ImageSpec(size=SIZE, resize=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -192,14 +193,8 @@ def residual_model(heavy_between: bool) -> onnx.ModelProto:
         nodes.append(helper.make_node("Slice", ["summed", "starts", "ends", "axes"], ["small"]))
         last = "small"
     nodes.append(helper.make_node("MatMul", [last, "c"], ["image_embeds"]))
-    graph = helper.make_graph(
-        nodes,
-        "residual",
-        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 12])],
-        [helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, ["batch", 4])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    outputs = {"image_embeds": ["batch", 4]}
+    return graph_of(nodes, constants, name="pixel_values", given=["batch", 12], outputs=outputs)
 
 
 @pytest.mark.parametrize(("heavy_between", "expected"), [(True, "summed"), (False, "small")])
@@ -214,13 +209,12 @@ def test_no_cut_through_a_skip_and_the_smallest_of_equals(
 
 
 def test_tower_of_one_product_can_only_be_cut_before_it(tmp_path: Path, opener: Opener) -> None:
-    graph = helper.make_graph(
+    model = graph_of(
         [helper.make_node("MatMul", ["pixel_values", "a"], ["image_embeds"])],
-        "one",
-        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 12])],
-        [helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, ["batch", 4])],
-        [numpy_helper.from_array(np.ones((12, 4), np.float32), "a")],
+        {"a": np.ones((12, 4))},
+        name="pixel_values",
+        given=["batch", 12],
+        outputs={"image_embeds": ["batch", 4]},
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     found = find_cuts(model, {"pixel_values": np.ones((2, 12), np.float32)}, 2, opener)
     assert [cut.point.name for cut in found] == ["pixels"]

@@ -25,7 +25,8 @@ from edgeclip.export.find_difference import (
 )
 from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantize import Int8Settings, write_int8
+from edgeclip.export.quantize import write_int8
+from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.engine import Engine, open_engine
@@ -57,7 +58,7 @@ def towers(
 ) -> dict[tuple[Tower, Precision], onnx.ModelProto]:
     folder = tmp_path_factory.mktemp("towers")
     found: dict[tuple[Tower, Precision], onnx.ModelProto] = {}
-    settings = Int8Settings(symmetric=False, reduce_range=True)
+    settings = StaticInt8(symmetric=False, reduce_range=True)
     for tower in TOWERS:
         source = clip_towers.image if tower == "image" else clip_towers.text
         found[tower, "fp32"] = load_graph(source)

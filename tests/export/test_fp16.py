@@ -1,12 +1,9 @@
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.calibrate import CalibrationData
@@ -14,8 +11,9 @@ from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.to_onnx import TowerPaths, export_tower
 from edgeclip.runtime.spec import Tower
+from tests.export.conftest import RunGraph
+from tests.export.quantizing.small_graphs import graph_of
 
-RunGraph = Callable[[Path, NDArray[Any]], dict[str, NDArray[Any]]]
 NODES = {"first", "up", "gain_up", "relu", "gain_down", "down", "residual", "project", "norm"}
 
 
@@ -85,15 +83,9 @@ def test_huge_masks_and_large_norms_survive_fp16(run_graph: RunGraph, tmp_path: 
         "weights": weights,
         "last": np.array([-1]),
     }
-    graph = helper.make_graph(
-        nodes,
-        "masked",
-        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [2, 3, 4, 4])],
-        [helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, [2, 16])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "f.onnx")
+    outputs = {"image_embeds": [2, 16]}
+    model = graph_of(nodes, constants, name="pixel_values", given=[2, 3, 4, 4], outputs=outputs)
+    onnx.save(model, tmp_path / "f.onnx")
     write_fp16(tmp_path / "f.onnx", tmp_path / "half.onnx")
     values = np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)
     (half,) = run_graph(tmp_path / "half.onnx", values).values()
@@ -125,15 +117,9 @@ def wide_mlp(path: Path) -> None:
         make("ReduceL2", ["h", "last"], ["norm"], "norm", keepdims=1),
         make("Div", ["h", "norm"], ["image_embeds"], "div"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "wide",
-        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 6])],
-        [helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, ["batch", 5])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    outputs = {"image_embeds": ["batch", 5]}
+    model = graph_of(nodes, constants, name="pixel_values", given=["batch", 6], outputs=outputs)
+    onnx.save(model, path)
 
 
 def test_what_overflows_fp16_stays_fp32_and_nothing_else(

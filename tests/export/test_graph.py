@@ -9,6 +9,7 @@ from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import clean_graph, data_path, limit_masks, load_graph, save_graph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.engine import open_engine
+from tests.export.quantizing.small_graphs import graph_of
 
 
 def model_with(value: float, *, kind: str = "Add") -> onnx.ModelProto:
@@ -30,19 +31,13 @@ def wide_model(lowest: float = -1.0) -> onnx.ModelProto:
     draw = np.random.default_rng(0)
     weights = [draw.normal(size=(40, 40)).astype(np.float32) for _ in range(2)]
     weights[0][0, 0] = lowest
-    constants = [*weights, np.array(3.0, np.float32)]
-    graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "c0"], ["p"]),
-            helper.make_node("MatMul", ["p", "c1"], ["q"]),
-            helper.make_node("Add", ["q", "c2"], ["y"]),
-        ],
-        "test",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 40])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 40])],
-        [numpy_helper.from_array(item, f"c{index}") for index, item in enumerate(constants)],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    nodes = [
+        helper.make_node("MatMul", ["x", "c0"], ["p"]),
+        helper.make_node("MatMul", ["p", "c1"], ["q"]),
+        helper.make_node("Add", ["q", "c2"], ["y"]),
+    ]
+    constants = {"c0": weights[0], "c1": weights[1], "c2": np.array(3.0)}
+    return graph_of(nodes, constants, given=[None, 40], outputs={"y": [None, 40]})
 
 
 def cleaned(model: onnx.ModelProto) -> onnx.ModelProto:

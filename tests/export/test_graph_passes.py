@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.embed_pairs import tower_inputs
@@ -20,6 +20,7 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.tower_feed import tower_feed
+from tests.export.quantizing.small_graphs import graph_of
 
 BY_NAME = {item.name: item for item in PASSES}
 # How often a pass applies to the tiny towers. The two layers of a CLIP text tower have
@@ -127,14 +128,7 @@ def test_standard_files_get_standard_operators_only(cpu_device: DeviceProfile) -
 
 
 def model_of(nodes: list[onnx.NodeProto], **constants: NDArray[Any]) -> onnx.ModelProto:
-    graph = helper.make_graph(
-        nodes,
-        "test",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return graph_of(nodes, constants, given=[None, 4], outputs={"y": [None, 4]})
 
 
 def test_simplify_folds_and_drops() -> None:

@@ -14,7 +14,8 @@ from edgeclip.compress.sources import Source
 from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
 from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.gates import DEFAULT_BOUNDS
-from edgeclip.export.quantize import Int8Settings, write_int8
+from edgeclip.export.quantize import write_int8
+from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.runtime.quality import cosines
 from edgeclip.runtime.spec import Precision, Tower
@@ -28,8 +29,8 @@ CONFIG = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
 INPUTS: dict[Tower, str] = {"image": "pixel_values", "text": "input_ids"}
 OUTPUTS: dict[Tower, str] = {"image": "image_embeds", "text": "text_embeds"}
 INT8 = {
-    "asymmetric": Int8Settings(symmetric=False, reduce_range=True),
-    "symmetric": Int8Settings(symmetric=True),
+    "asymmetric": StaticInt8(symmetric=False, reduce_range=True),
+    "symmetric": StaticInt8(symmetric=True),
 }
 
 

@@ -3,7 +3,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,23 +16,24 @@ from edgeclip.export.calibrate import calibration_images, calibration_texts
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import data_path, load_graph, save_graph
 from edgeclip.export.label_head import add_label_head
-from edgeclip.export.quantize import Int8Settings, quantizable_nodes, write_int8
+from edgeclip.export.quantize import quantizable_nodes, write_int8
+from edgeclip.export.quantizing.config import StaticInt8, default_config
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.profiles.device import load_device
 from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.quality import cosines
 from edgeclip.runtime.spec import Tower
-
-RunGraph = Callable[[Path, NDArray[Any]], dict[str, NDArray[Any]]]
+from tests.export.conftest import RunGraph
+from tests.export.quantizing.small_graphs import graph_of
 
 Make = Callable[..., Source]
-CPU = Int8Settings(symmetric=False, reduce_range=True)
-TENSORRT = Int8Settings(symmetric=True, float_precision="fp16")
-SYMMETRIC = Int8Settings(symmetric=True)
+CPU = StaticInt8(symmetric=False, reduce_range=True)
+TENSORRT = StaticInt8(symmetric=True, float_precision="fp16")
+SYMMETRIC = StaticInt8(symmetric=True)
 
 
 def quantized(
-    tower: Tower, dual: DualEncoder, paths: TowerPaths, source: Source, settings: Int8Settings
+    tower: Tower, dual: DualEncoder, paths: TowerPaths, source: Source, settings: StaticInt8
 ) -> Path:
     fp32 = paths.image if tower == "image" else paths.text
     target = fp32.with_name(f"{tower}_{settings.symmetric}_{settings.float_precision}.onnx")
@@ -60,7 +60,7 @@ def makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 def test_int8_embeds_nearly_as_fp32(
     family: str,
     tower: Tower,
-    settings: Int8Settings,
+    settings: StaticInt8,
     blobs: Make,
     run_graph: RunGraph,
     request: pytest.FixtureRequest,
@@ -121,7 +121,7 @@ def test_results_of_products_stay_float(
 
 @pytest.mark.parametrize("settings", [CPU, TENSORRT], ids=["cpu", "tensorrt"])
 def test_weights_are_symmetric_per_channel_int8(
-    settings: Int8Settings, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
+    settings: StaticInt8, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
 ) -> None:
     model = onnx.load(quantized("image", clip, clip_towers, blobs(16), settings))
     values = constants(model)
@@ -144,7 +144,7 @@ def test_weights_are_symmetric_per_channel_int8(
 
 @pytest.mark.parametrize("settings", [SYMMETRIC, TENSORRT], ids=["fp32", "tensorrt"])
 def test_scales_have_the_type_of_all_that_is_not_int8(
-    settings: Int8Settings, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
+    settings: StaticInt8, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
 ) -> None:
     model = onnx.load(quantized("text", clip, clip_towers, blobs(16), settings))
     values = constants(model)
@@ -192,18 +192,14 @@ def test_dense_convolutions_are_quantized_with_their_results(
         make("GlobalAveragePool", ["c"], ["d"], "pool"),
         make("Flatten", ["d"], ["image_embeds"], "flatten"),
     ]
-    graph = helper.make_graph(
+    model = graph_of(
         nodes,
-        "convolutions",
-        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 32, 32])],
-        [helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, ["batch", 16])],
-        [
-            numpy_helper.from_array(draw.normal(size=shape).astype(np.float32), name)
-            for name, shape in weights.items()
-        ],
+        {name: draw.normal(size=shape) for name, shape in weights.items()},
+        name="pixel_values",
+        given=["batch", 3, 32, 32],
+        outputs={"image_embeds": ["batch", 16]},
     )
-    opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "f.onnx")
+    onnx.save(model, tmp_path / "f.onnx")
     assert quantizable_nodes(tmp_path / "f.onnx") == ["dense"]
     data = calibration_images(blobs(8), clip.spec.image)
     write_int8(tmp_path / "f.onnx", tmp_path / "int8.onnx", data, CPU)
@@ -218,27 +214,27 @@ def test_dense_convolutions_are_quantized_with_their_results(
 @pytest.mark.parametrize(
     ("device", "settings"),
     [
-        ("x86-avx2", Int8Settings(symmetric=False, reduce_range=True)),
-        ("x86-avx512-vnni", Int8Settings(symmetric=False, reduce_range=False)),
-        ("arm64-dotprod", Int8Settings(symmetric=False, reduce_range=False)),
-        ("jetson-orin-nano", Int8Settings(symmetric=True, float_precision="fp16")),
-        ("rtx-4000-ada", Int8Settings(symmetric=True, float_precision="fp16")),
+        ("x86-avx2", StaticInt8(symmetric=False, reduce_range=True)),
+        ("x86-avx512-vnni", StaticInt8(symmetric=False, reduce_range=False)),
+        ("arm64-dotprod", StaticInt8(symmetric=False, reduce_range=False)),
+        ("jetson-orin-nano", StaticInt8(symmetric=True, float_precision="fp16")),
+        ("rtx-4000-ada", StaticInt8(symmetric=True, float_precision="fp16")),
     ],
 )
-def test_settings_follow_the_device(device: str, settings: Int8Settings) -> None:
-    assert Int8Settings.for_device(load_device(device)) == settings
+def test_settings_follow_the_device(device: str, settings: StaticInt8) -> None:
+    assert default_config("int8", load_device(device)) == settings
 
 
 def test_settings_of_openvino_are_those_of_a_cpu() -> None:
     device = replace(load_device("x86-avx512-vnni"), engine="onnxruntime-openvino")
-    assert Int8Settings.for_device(device) == Int8Settings(symmetric=False)
+    assert default_config("int8", device) == StaticInt8(symmetric=False)
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="reduce_range"):
-        Int8Settings(symmetric=True, reduce_range=True)
+        StaticInt8(symmetric=True, reduce_range=True)
     with pytest.raises(ValueError, match="float_precision"):
-        Int8Settings(symmetric=False, float_precision="fp16")
+        StaticInt8(symmetric=False, float_precision="fp16")
 
 
 def test_labels_at_the_end_of_a_tower_are_not_quantized(
@@ -252,7 +248,7 @@ def test_labels_at_the_end_of_a_tower_are_not_quantized(
 
 @pytest.mark.parametrize("settings", [CPU, TENSORRT], ids=["cpu", "tensorrt"])
 def test_a_tower_with_its_weights_in_a_second_file_gives_the_same(
-    settings: Int8Settings, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, tmp_path: Path
+    settings: StaticInt8, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, tmp_path: Path
 ) -> None:
     save_graph(load_graph(clip_towers.text), tmp_path / "large.onnx", limit=1000)
     assert data_path(tmp_path / "large.onnx").exists()

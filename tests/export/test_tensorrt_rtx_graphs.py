@@ -26,7 +26,8 @@ from edgeclip.export.calibrate import CalibrationData, calibration_images, calib
 from edgeclip.export.fp8 import write_fp8
 from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.quantize import Int8Settings, write_int8
+from edgeclip.export.quantize import write_int8
+from edgeclip.export.quantizing.config import default_config
 from edgeclip.export.to_onnx import export_towers
 from edgeclip.profiles.device import load_device
 from edgeclip.runtime.build_engine import build_engine
@@ -97,7 +98,7 @@ def graphs(
     dual = {"clip": clip, "convnext": convnext}.get(request.param) or tiny_vit(clip)
     folder = tmp_path_factory.mktemp(request.param)
     towers = export_towers(dual, folder, GraphForm.for_device(load_device(ADA)))
-    settings = Int8Settings.for_device(load_device(ADA))
+    settings = default_config("int8", load_device(ADA))
     inputs: dict[Tower, NDArray[Any]] = {}
     made = Graphs(dual, folder, inputs)
     for tower in ("image", "text"):

@@ -1,9 +1,11 @@
 """What tests of several parts of the runtime start from.
 
 Graphs in miniature; TensorRT for RTX, which builds engines without a GPU; the built-in
-bundle's image tower, cut everywhere and measured once.
+bundle's image tower, cut everywhere and measured once; the tiny bundle, opened and served.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,53 @@ import pytest
 from edgeclip.export.write_cuts import write_cuts
 from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.engine_key import GraphSource
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.measure_cuts import measure_cuts
 from edgeclip.runtime.planning.stage_times import StageTimes
+from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.tensorrt_library import TensorRtLibrary, open_library
+from tests.runtime.serving.models_of_bundle import RULES, answer_by, models_of
+from tests.runtime.split.raw_server import RawServer, serving
 from tests.runtime.tiny_graphs import TOKENS, image_content, source_of, text_content
 
 EMOJI_BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
+
+
+@dataclass
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
+    """The tiny bundle with one thread."""
+    return Encoder.open(tiny_bundle, device=cpu_device)
+
+
+@pytest.fixture
+def raw(encoder: Encoder, tmp_path: Path) -> Iterator[RawServer]:
+    """A server that answers by its models, and can be told to misbehave."""
+    with serving(RawServer(answer=answer_by(models_of(encoder, tmp_path)))) as server:
+        yield server
+
+
+@pytest.fixture
+def server(raw: RawServer) -> Iterator[Server]:
+    """That server, as its client sees it."""
+    with Server(raw.url, rules=RULES) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -28,11 +28,6 @@ from edgeclip.runtime.load_image import ImageInput
 TEXTS = ["a red apple", "green", "a photo of the blue sea and a red car", "hill", ""]
 
 
-@pytest.fixture
-def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
-    return Encoder.open(tiny_bundle, device=cpu_device)
-
-
 def picture(colour: str) -> Image.Image:
     return Image.new("RGB", (11, 9), colour)
 

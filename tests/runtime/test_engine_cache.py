@@ -13,22 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeclip.runtime.engine_cache import ENTRY_VERSION, EngineCache, EngineEntry, engine_folder
-from edgeclip.runtime.manifest import GateRecord
+from tests.conftest import GATE
 from tests.runtime.tiny_graphs import a_key
 
 KEY = a_key()
 STEM = KEY.stem("vision")
 CONTENT = b"an engine" * 100
-GATE = GateRecord(
-    name="mean cosine",
-    value=0.999,
-    low=0.998,
-    high=1.0,
-    bound=0.99,
-    direction=">=",
-    unit="",
-    passed=True,
-)
 ENTRY = EngineEntry(
     schema_version=ENTRY_VERSION,
     key=KEY,

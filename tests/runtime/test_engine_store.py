@@ -19,6 +19,7 @@ from edgeclip.runtime.engine_store import OpenEngine, find_or_build
 from edgeclip.runtime.errors import EngineError, EngineParityError
 from edgeclip.runtime.manifest import GateRecord
 from edgeclip.runtime.tensorrt_library import TensorRtLibrary
+from tests.conftest import GATE
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
 Find = Callable[..., Engine]
@@ -34,17 +35,8 @@ class Counter:
     def __call__(self, engine: Engine) -> tuple[GateRecord, ...]:
         self.calls += 1
         assert engine.run({"pixels": PIXELS})["image_embeds"].shape == (3, 4)
-        gate = GateRecord(
-            name="mean cosine",
-            value=self.value,
-            low=self.value,
-            high=self.value,
-            bound=0.99,
-            direction=">=",
-            unit="",
-            passed=self.value >= 0.99,
-        )
-        return (gate,)
+        value = self.value
+        return (dataclasses.replace(GATE, value=value, low=value, passed=value >= GATE.bound),)
 
 
 class Opened:
@@ -197,7 +189,7 @@ def test_engine_that_misses_its_gate_is_refused_and_not_built_again(
     find: Find, tmp_path: Path, said: list[str], value: float
 ) -> None:
     gate = Counter(value)
-    expected = rf"mean cosine: {value:g} \(bound >= 0\.99\): choose another precision"
+    expected = rf"mean cosine: {value:g} cosine \(bound >= 0\.99\): choose another precision"
     for _ in range(2):
         with pytest.raises(EngineParityError, match=expected):
             find(gate)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +15,11 @@ from edgeclip.profiles.errors import EdgeClipError
 from edgeclip.runtime import verb_measure_cuts, verb_plan
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.device_yaml import device_yaml
+from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.planning.stage_times import StageTimes
+from tests.runtime.predicting.known_device import known_device
+from tests.runtime.predicting.test_predict_stages import sealed
 
 
 def run(verb: ModuleType, *words: str | Path) -> int:
@@ -127,3 +131,26 @@ def test_predictions_are_held_against_what_was_measured(
     replace(measured, measurements=(replace(split, name="other"),)).save(tmp_path / "other.json")
     with pytest.raises(EdgeClipError, match="measured none of these plans"):
         plan(cuts, times, "--measured", tmp_path / "other.json")
+
+
+def test_a_side_may_be_predicted_from_probes(
+    tmp_path: Path,
+    emoji_cuts: CutSet,
+    emoji_times: StageTimes,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cuts = sealed(shutil.copytree(emoji_cuts.path, tmp_path / "cuts"), with_config=True).path
+    times, probes = tmp_path / "times.json", tmp_path / "board.json"
+    emoji_times.save(times)
+    known_device(name="board", off=0.1).save(probes)
+    page = tmp_path / "plan.html"
+    assert plan(cuts, times, "--device-times", probes, "--picture", page) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("device: towers predicted for board, within 1")
+    assert "not measured there, but predicted: sum of pieces measured on board." in printed
+    assert "Pictures and codecs are assumed to take" in printed
+    assert "as on test-cpu, as the whole tower does" in printed
+    assert "these towers" in printed  # whether the choice holds
+    assert "but predicted" in page.read_text()
+    with pytest.raises(EdgeClipError, match="probes tell nothing of pictures"):
+        plan(cuts, probes)

@@ -20,20 +20,21 @@ def graph_of(
     *,
     given: Shape,
     outputs: Mapping[str, Shape],
+    name: str = "x",
     opset: int = 18,
 ) -> onnx.ModelProto:
-    """A graph with the input `x` of a shape, and constants by their names."""
+    """A graph with the input `name` of a shape, and constants by their names."""
     kind = TensorProto.FLOAT
     graph = helper.make_graph(
         list(nodes),
         "small",
-        [helper.make_tensor_value_info("x", kind, given)],
-        [helper.make_tensor_value_info(name, kind, shape) for name, shape in outputs.items()],
+        [helper.make_tensor_value_info(name, kind, given)],
+        [helper.make_tensor_value_info(key, kind, shape) for key, shape in outputs.items()],
         [
-            numpy_helper.from_array(value.astype(np.float32), name)
+            numpy_helper.from_array(value.astype(np.float32), key)
             if np.issubdtype(value.dtype, np.floating)
-            else numpy_helper.from_array(value, name)
-            for name, value in weights.items()
+            else numpy_helper.from_array(value, key)
+            for key, value in weights.items()
         ],
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]

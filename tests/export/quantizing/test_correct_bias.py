@@ -14,7 +14,8 @@ from edgeclip.export.calibrate import CalibrationData, calibration_images, calib
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.graph_passes import PASSES
-from edgeclip.export.quantize import Int8Settings, write_int8
+from edgeclip.export.quantize import write_int8
+from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.correct_bias import correct_biases
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.runtime.quality import cosines
@@ -22,13 +23,13 @@ from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.small_graphs import batches, copy_of, graph_of, run
 
 Make = Callable[..., Source]
-CPU = Int8Settings(symmetric=False)
-SYMMETRIC = Int8Settings(symmetric=True)
-TENSORRT = Int8Settings(symmetric=True, float_precision="fp16")
+CPU = StaticInt8(symmetric=False)
+SYMMETRIC = StaticInt8(symmetric=True)
+TENSORRT = StaticInt8(symmetric=True, float_precision="fp16")
 
 
 def quantized(
-    model: onnx.ModelProto, data: CalibrationData, settings: Int8Settings, folder: Path
+    model: onnx.ModelProto, data: CalibrationData, settings: StaticInt8, folder: Path
 ) -> onnx.ModelProto:
     save_graph(copy_of(model), folder / "f.onnx")
     write_int8(folder / "f.onnx", folder / "q.onnx", data, settings)
@@ -55,7 +56,7 @@ def kinds(model: onnx.ModelProto) -> Counter[str]:
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_the_mean_error_of_a_tower_falls_and_its_cosine_does_not(
     tower: Tower,
-    settings: Int8Settings,
+    settings: StaticInt8,
     clip: DualEncoder,
     clip_towers: TowerPaths,
     blobs: Make,
@@ -85,7 +86,7 @@ def test_the_mean_error_of_a_tower_falls_and_its_cosine_does_not(
 @pytest.mark.parametrize("settings", [CPU, SYMMETRIC], ids=["cpu", "fp32"])
 @pytest.mark.parametrize("biased", [True, False], ids=["biased", "plain"])
 def test_convolutions_are_corrected_in_a_bias_of_their_own(
-    settings: Int8Settings, biased: bool, tmp_path: Path
+    settings: StaticInt8, biased: bool, tmp_path: Path
 ) -> None:
     """Weights that all round the same way, and activations that are never negative."""
     draw = np.random.default_rng(0)

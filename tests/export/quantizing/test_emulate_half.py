@@ -12,7 +12,8 @@ from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.graph import load_graph
-from edgeclip.export.quantize import Int8Settings, write_int8
+from edgeclip.export.quantize import write_int8
+from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.emulate_half import emulate_half, half_values, stored_in_half
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.export.tower_graph import TowerGraph
@@ -82,6 +83,22 @@ def test_constants_and_foreign_operators_are_rounded_too() -> None:
     assert found[0, 0] == pytest.approx(0.498, abs=1e-3)
 
 
+def test_outputs_that_are_left_out_stay_so() -> None:
+    """Both of the nodes leave out the same two, which have no name."""
+    ones, given = np.ones(4, np.float16), ["h", "h", "ones"]
+    model = typed(
+        [
+            make("SkipLayerNormalization", given, ["n", "", "", "s"], "n", domain="com.microsoft"),
+            make("SkipLayerNormalization", ["n", "s", "ones"], ["z", "", ""], domain="com.microsoft"),
+        ],
+        ones=ones,
+    )
+    assert half_values(model) == {"h", "ones", "n", "s", "z"}
+    (found,) = run(emulate_half(model), np.arange(8, dtype=np.float32).reshape(2, 4))
+    np.testing.assert_array_equal(found, found.astype(np.float16).astype(np.float32))
+    assert found[0] == pytest.approx([-1.34, -0.45, 0.45, 1.34], abs=0.01)
+
+
 @pytest.mark.parametrize("int8", [False, True], ids=["fp16", "int8"])
 def test_the_types_of_a_tower_are_those_that_onnx_infers(
     int8: bool, clip: DualEncoder, clip_towers: TowerPaths, tmp_path: Path
@@ -89,9 +106,7 @@ def test_the_types_of_a_tower_are_those_that_onnx_infers(
     ids = clip.text_tokenizer.encode(["red", "a picture of a white blob, perhaps"])
     data, path = CalibrationData(1, lambda _: ids), tmp_path / "half.onnx"
     if int8:
-        write_int8(
-            clip_towers.text, path, data, Int8Settings(symmetric=True, float_precision="fp16")
-        )
+        write_int8(clip_towers.text, path, data, StaticInt8(symmetric=True, float_precision="fp16"))
     else:
         write_fp16(clip_towers.text, path, data)
     model = load_graph(path)

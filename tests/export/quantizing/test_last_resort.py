@@ -1,6 +1,6 @@
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +11,89 @@ from torch import nn
 from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.quantization_aware import gentle_settings
 from edgeclip.compress.sources import Pair, Source
-from edgeclip.export.gates import Bounds, Judged
+from edgeclip.export.calibrate import calibration_images, calibration_texts
+from edgeclip.export.embed_pairs import FloatArray
+from edgeclip.export.gates import Bounds, Judged, missed
 from edgeclip.export.graph import load_graph
 from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.judge_precisions import Verdict
+from edgeclip.export.judge_precisions import embed_test
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.last_resort import (
-    Attempt,
     Int8Task,
+    Outcome,
     Tuning,
     better,
     missed_towers,
-    needs_qat,
     plainly,
-    quantize,
-    quantize_or_tune,
+    tune_int8,
 )
 from edgeclip.export.quantizing.smooth import smoothable
-from edgeclip.export.tower_graph import TOWERS
+from edgeclip.export.quantizing.write_config import write_config
+from edgeclip.export.to_onnx import TowerPaths, export_tower
+from edgeclip.export.tower_graph import TOWERS, TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.manifest import GateRecord
-from edgeclip.runtime.spec import Tower
-
-pytestmark = pytest.mark.skip(reason="in work: no verb uses the last resort yet")
-
+from edgeclip.runtime.spec import Precision, Tower
 
 Make = Callable[..., Source]
 
 CPU = StaticInt8(symmetric=False, reduce_range=True)
 # Weights without training tell few pictures apart: rounding alone can cost a rank.
 BOUNDS = Bounds(mean_cosine=0.995, p1_cosine=0.98, r1_loss=25.0)
-
-
 FACTOR = 30.0
 
 
-def planted(
-    student: DualEncoder, factor: float, towers: Sequence[Tower] = ("image", "text")
-) -> DualEncoder:
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A student quantized as it is: its graphs, and their embeddings of the test pairs."""
+
+    task: Int8Task
+    graphs: tuple[TowerGraph, ...]
+    embeddings: dict[tuple[Tower, Precision], FloatArray]
+
+    def tuned(self, tuning: Tuning, lines: list[str] | None = None) -> Outcome:
+        said: list[str] = [] if lines is None else lines
+        return tune_int8(self.task, self.graphs, self.embeddings, tuning, said.append)
+
+    def files(self) -> dict[tuple[Tower, Precision], bytes]:
+        return {(item.tower, item.precision): item.path.read_bytes() for item in self.graphs}
+
+
+def quantized(task: Int8Task, graphs: Sequence[TowerGraph], folder: Path) -> Made:
+    """Quantize the towers of a task that have a config; `graphs` are both of them in fp32."""
+    made = []
+    spec, tokenizer = task.student.spec, task.student.text_tokenizer
+    for graph in (item for item in graphs if item.tower in task.configs):
+        path = folder / f"{graph.tower}_model_int8.onnx"
+        data = (
+            calibration_images(task.calibration, spec.image)
+            if graph.tower == "image"
+            else calibration_texts(task.calibration, tokenizer)
+        )
+        write_config(graph.path, path, task.configs[graph.tower], data)
+        made.append(replace(graph, precision="int8", path=path))
+    found = (*graphs, *made)
+    return Made(task, found, embed_test(task.student, found, task.test, task.runner))
+
+
+def exported(student: DualEncoder, tower: Tower, folder: Path) -> TowerGraph:
+    path = folder / f"{tower}_model.onnx"
+    export_tower(student, tower, path)
+    return TowerGraph(tower, "fp32", path, GraphForm().pixels if tower == "image" else None)
+
+
+def short(student: DualEncoder, towers: Sequence[Tower] = TOWERS) -> DualEncoder:
+    """A copy with one layer in some towers, which is soon exported."""
+    made = copy.deepcopy(student)
+    model: Any = made.model
+    for tower in towers:
+        part = model.vision_model if tower == "image" else model.text_model
+        part.encoder.layers = part.encoder.layers[:1]
+        part.config.num_hidden_layers = 1
+    return made
+
+
+def planted(student: DualEncoder, factor: float, towers: Sequence[Tower] = TOWERS) -> DualEncoder:
     """A copy that computes the same, but whose weights have outliers that int8 cannot hold.
 
     A channel of each norm is divided, and multiplied again by the weights behind it. Smoothing
@@ -87,15 +132,23 @@ def task(clip: DualEncoder, blobs: Make, cpu_device: DeviceProfile) -> Int8Task:
 
 
 @pytest.fixture(scope="module")
-def failing(task: Int8Task) -> Int8Task:
-    """The same with a student that int8 ruins."""
-    return replace(task, student=planted(task.student, FACTOR))
+def ruined(task: Int8Task, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A student that int8 ruins; its files are read and never altered."""
+    folder = tmp_path_factory.mktemp("ruined")
+    student = planted(short(task.student), FACTOR)
+    graphs = [exported(student, tower, folder) for tower in TOWERS]
+    return quantized(replace(task, student=student), graphs, folder)
 
 
-@pytest.fixture(scope="module")
-def missed(failing: Int8Task, tmp_path_factory: pytest.TempPathFactory) -> Attempt:
-    """What quantizing alone makes of that."""
-    return quantize(failing, tmp_path_factory.mktemp("missed"))
+@pytest.fixture
+def failing(ruined: Made, tmp_path: Path) -> Made:
+    """The same, whose int8 files may be replaced."""
+    graphs = []
+    for graph in ruined.graphs:
+        path = tmp_path / graph.path.name
+        path.write_bytes(graph.path.read_bytes())
+        graphs.append(replace(graph, path=path))
+    return replace(ruined, graphs=tuple(graphs))
 
 
 @pytest.fixture
@@ -122,96 +175,112 @@ class Untouchable:
 
 
 def test_a_student_that_passes_is_never_tuned(
-    task: Int8Task, tuning: Tuning, tmp_path: Path
+    task: Int8Task, clip_towers: TowerPaths, tuning: Tuning, tmp_path: Path
 ) -> None:
-    forbidden = replace(tuning, source=Untouchable())
-    outcome = quantize_or_tune(task, tmp_path / "graphs", forbidden)
-    assert outcome.plain.passed
-    assert outcome.chosen is outcome.plain
-    assert outcome.tuned is None
+    made = quantized(task, [clip_towers.graph(tower) for tower in TOWERS], tmp_path)
+    before = made.files()
+    # fp16 is nothing to this: that its embeddings are no use at all changes nothing.
+    broken = replace(
+        made, embeddings=made.embeddings | {("image", "fp16"): -made.embeddings["image", "fp32"]}
+    )
+    outcome = broken.tuned(replace(tuning, source=Untouchable()))
+    assert outcome.passed
+    assert not outcome.tuned
     assert (outcome.note, outcome.says) == ("", "")
+    assert {item.subject for item in outcome.judged} == {"image int8", "text int8", "bundle"}
+    assert made.files() == before
     assert not tuning.folder.exists()
 
 
-def test_a_student_that_fails_is_only_tuned_where_that_is_allowed(
-    failing: Int8Task, missed: Attempt, tmp_path: Path
-) -> None:
-    outcome = quantize_or_tune(failing, tmp_path, plain=missed)
-    assert outcome.chosen is missed
-    assert not missed.passed
-    assert outcome.tuned is None
-    assert "image int8: mean cosine is 0.9" in outcome.says
-    assert outcome.says.endswith(
-        "--qat-steps 300 would fine-tune the student for int8 and try again"
-    )
-    assert outcome.note == ""
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_few_dozen_steps_bring_a_failing_student_inside_its_gates(
-    failing: Int8Task, missed: Attempt, tuning: Tuning, tmp_path: Path
+    failing: Made, tuning: Tuning
 ) -> None:
-    before = space_fingerprint(failing.student)
+    student, before = failing.task.student, failing.files()
+    fingerprint = space_fingerprint(student)
     lines: list[str] = []
-    outcome = quantize_or_tune(
-        failing, tmp_path / "graphs", tuning, plain=missed, progress=lines.append
-    )
-    assert not outcome.plain.passed
-    assert outcome.tuned is not None
-    assert outcome.tuned.passed
-    assert outcome.chosen is outcome.tuned
+    outcome = failing.tuned(tuning, lines)
+    assert outcome.tuned
+    assert outcome.passed
     assert outcome.note.startswith(
         "int8 fine-tuned for 40 steps of 16 on 64 blobs, because without that image int8: mean"
     )
     assert outcome.says == "fine-tuned for int8"
-    assert lines[0].startswith("fine-tuning for int8, because image int8: mean cosine is")
+    assert lines[0].startswith("fine-tuning for int8, because image int8: mean cosine is 0.9")
     # What it was held against is the student that was given, which is still the same.
-    assert space_fingerprint(failing.student) == before
-    for tower in TOWERS:
-        assert outcome.tuned.graph(tower, "fp32") == missed.graph(tower, "fp32")
-        assert outcome.tuned.graph(tower, "int8") != missed.graph(tower, "int8")
+    assert space_fingerprint(student) == fingerprint
+    after = failing.files()
+    changed = {place for place, content in before.items() if after[place] != content}
+    assert changed == {("image", "int8"), ("text", "int8")}
+    # The files that are there now are those that were judged.
+    embeddings = embed_test(student, failing.graphs, failing.task.test, failing.task.runner)
+    again = tune_int8(
+        failing.task, failing.graphs, embeddings, replace(tuning, source=Untouchable())
+    )
+    assert again.judged == outcome.judged
     saved = DualEncoder.load(tuning.folder / "student")
-    assert saved.space == failing.student.space
-    assert space_fingerprint(saved) != before
+    assert saved.space == student.space
+    assert space_fingerprint(saved) != fingerprint
+    assert {item.name for item in tuning.folder.iterdir()} == {"cache", "run", "student"}
 
 
-def test_a_tuning_that_makes_it_worse_is_left(
-    failing: Int8Task, missed: Attempt, tuning: Tuning, tmp_path: Path
-) -> None:
+def test_a_tuning_that_makes_it_worse_is_left(failing: Made, tuning: Tuning) -> None:
+    task = replace(failing.task, configs={"image": CPU})
+    graphs = tuple(
+        item for item in failing.graphs if (item.tower, item.precision) != ("text", "int8")
+    )
+    embeddings = {
+        place: failing.embeddings[place]
+        for place in failing.embeddings
+        if place != ("text", "int8")
+    }
+    alone = Made(task, graphs, embeddings)
+    before = alone.files()
     wild = replace(tuning, settings=replace(tuning.settings, steps=2, learning_rate=1.0))
-    outcome = quantize_or_tune(failing, tmp_path / "graphs", wild, plain=missed)
-    assert outcome.tuned is not None
-    assert outcome.chosen is missed
+    outcome = alone.tuned(wild)
+    assert not outcome.tuned
+    assert not outcome.passed
     assert outcome.note == ""
+    assert outcome.says.startswith("image int8: mean cosine is 0.9")
     assert outcome.says.endswith("made it no better, so it is left as it was")
+    assert alone.files() == before
+
+
+def test_what_is_not_static_int8_cannot_be_tuned(failing: Made, tuning: Tuning) -> None:
+    weight_only = replace(failing, task=replace(failing.task, configs={}))
+    outcome = weight_only.tuned(replace(tuning, source=Untouchable()))
+    assert not outcome.passed
+    assert outcome.says.endswith("Only static int8 can be fine-tuned")
 
 
 def test_only_the_tower_that_missed_is_tuned_and_smoothed_as_its_config_says(
-    task: Int8Task, tuning: Tuning, tmp_path: Path
+    task: Int8Task, clip_towers: TowerPaths, tuning: Tuning, tmp_path: Path
 ) -> None:
     # Outliers of activations, which smoothing hands on to the weights.
-    student = planted(task.student, 1 / FACTOR, towers=("image",))
-    mine = replace(task, student=student, configs={"image": CPU})
-    rough = quantize(mine, tmp_path / "rough")
-    graph = rough.graph("image", "fp32")
-    assert graph is not None
-    norms = smoothable(load_graph(graph.path))
+    student = planted(short(task.student, ("image",)), 0.01, towers=("image",))
+    graphs = [exported(student, "image", tmp_path), clip_towers.graph("text")]
+    rough = quantized(replace(task, student=student), graphs, tmp_path)
+    norms = smoothable(load_graph(graphs[0].path))
     smoothed = replace(CPU, smoothing=tuple((name, 0.5) for name in norms))
+    made = replace(rough, task=replace(rough.task, configs={"image": smoothed, "text": CPU}))
+    before = made.files()
     few = replace(tuning, settings=replace(tuning.settings, steps=1, learning_rate=1e-9))
-    outcome = quantize_or_tune(
-        replace(mine, configs={"image": smoothed}), tmp_path / "smooth", few, plain=rough
-    )
-    assert outcome.tuned is not None
-    assert mean_cosine(rough) < 0.995
-    assert mean_cosine(outcome.tuned) > 0.997
-    after = DualEncoder.load(few.folder / "student").state_dict()
-    changed = {name for name, value in student.state_dict().items() if not after[name].equal(value)}
+    lines: list[str] = []
+    outcome = made.tuned(few, lines)
+    assert "image int8: mean cosine is 0.9" in lines[0]
+    assert "text int8" not in lines[0]
+    assert outcome.tuned
+    cosines = {
+        item.subject: item.record.value
+        for item in outcome.judged
+        if item.record.name == "mean cosine"
+    }
+    assert cosines["image int8"] > 0.997
+    after = made.files()
+    assert {place for place in before if before[place] != after[place]} == {("image", "int8")}
+    saved = DualEncoder.load(few.folder / "student").state_dict()
+    changed = {name for name, value in student.state_dict().items() if not saved[name].equal(value)}
     assert changed
     assert all(name.startswith(("model.vision", "model.visual")) for name in changed)
-
-
-def mean_cosine(found: Attempt) -> float:
-    return next(item.record.value for item in found.judged if item.record.name == "mean cosine")
 
 
 def record(name: str, value: float, bound: float, *, at_most: bool = False) -> GateRecord:
@@ -227,40 +296,33 @@ def record(name: str, value: float, bound: float, *, at_most: bool = False) -> G
     )
 
 
-def attempt(*judged: Judged) -> Attempt:
-    verdict = Verdict(judged=judged, kept=frozenset(), left_out=())
-    return Attempt(graphs=(), embeddings={}, verdict=verdict)
+def cosine(value: float, tower: Tower = "image") -> Judged:
+    return Judged(f"{tower} int8", record("mean cosine", value, 0.995))
+
+
+LOSS = Judged("bundle", record("R@1 loss", 3.0, 1.0, at_most=True))
 
 
 def test_fewer_misses_are_better_then_smaller_ones() -> None:
-    cosine = [Judged("image int8", record("mean cosine", value, 0.995)) for value in (0.99, 0.98)]
-    loss = Judged("bundle", record("R@1 loss", 3.0, 1.0, at_most=True))
-    good = attempt(Judged("image int8", record("mean cosine", 0.999, 0.995)))
-    near, far, both = attempt(cosine[0]), attempt(cosine[1]), attempt(cosine[0], loss)
-    assert good.passed
-    assert not near.passed
-    assert better(far, near) is near
-    assert better(near, far) is near
-    assert better(both, far) is far
-    assert better(both, good) is good
-    same = attempt(cosine[0])
-    assert better(near, same) is near
+    good, near, far = ([cosine(value)] for value in (0.999, 0.99, 0.98))
+    both = [*near, LOSS]
+    assert missed(good) == []
+    assert better(near, far)
+    assert not better(far, near)
+    assert better(far, both)
+    assert better(good, both)
+    assert not better(near, [cosine(0.99)])
     # Three points where one may be lost are worse than 1.6 times as much in cosine.
-    third = attempt(Judged("image int8", record("mean cosine", 0.992, 0.995)))
-    assert better(attempt(loss), third) is third
-
-
-def test_a_missed_gate_asks_for_tuning() -> None:
-    good, bad = record("mean cosine", 0.999, 0.995), record("R@1 loss", 2.0, 1.0, at_most=True)
-    assert not needs_qat([])
-    assert not needs_qat([good])
-    assert needs_qat([good, bad])
+    assert better([cosine(0.992)], [LOSS])
 
 
 def test_if_only_both_towers_together_miss_both_are_tuned() -> None:
-    together = attempt(Judged("bundle", record("R@1 loss", 2.0, 1.0, at_most=True)))
-    assert missed_towers(together, ("image", "text")) == ("image", "text")
-    assert missed_towers(together, ("image",)) == ("image",)
+    good = [cosine(0.999), cosine(0.999, "text")]
+    assert missed_towers([*good, LOSS], ("image", "text")) == ("image", "text")
+    assert missed_towers([*good, LOSS], ("image",)) == ("image",)
+    assert missed_towers([cosine(0.9), good[1]], ("image", "text")) == ("image",)
+    assert missed_towers([cosine(0.9), good[1], LOSS], ("image", "text")) == ("image",)
+    assert missed_towers([cosine(0.9), good[1]], ("text",)) == ()
 
 
 def test_what_would_move_trained_weights_is_left_out_of_a_config() -> None:

@@ -298,7 +298,7 @@ def test_a_real_tower_is_timed_against_fp32_and_judged_once(
     blobs: Make,
     tmp_path: Path,
 ) -> None:
-    from tests.export.conftest import QUICK
+    from tests.conftest import QUICK
 
     task = replace(tower_task(clip, clip_towers.image, cpu_device, blobs), workload=QUICK)
     with open_trial(task, tmp_path) as trial:

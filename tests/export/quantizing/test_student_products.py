@@ -12,11 +12,12 @@ from edgeclip.compress.fake_quantize import fake_quantized
 from edgeclip.compress.sources import Source
 from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
 from edgeclip.export.errors import ExportError
+from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.searched_graph import apply_passes
 from edgeclip.export.quantizing.student_products import norm_names, product_grids
 from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.to_onnx import TowerPaths, export_tower
+from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.export.towers import tower_module
 from edgeclip.runtime.quality import cosines
 from edgeclip.runtime.spec import Tower
@@ -38,7 +39,6 @@ def batches(dual: DualEncoder, tower: Tower, source: Source) -> CalibrationData:
     return calibration_texts(source, dual.text_tokenizer)
 
 
-@pytest.mark.xfail(reason="ConvNeXt's text tower is off", strict=False)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("family", ["clip", "convnext"])
@@ -58,8 +58,6 @@ def test_a_fake_quantized_student_gives_what_its_int8_graph_gives(
     grids = product_grids(dual, tower, source, tmp_path / "int8.onnx", config)
     data = batches(dual, tower, blobs(40))
     module, embed = tower_module(dual, tower), getattr(dual, f"embed_{tower}")
-    # A BERT's norms also go to the residual sums, which read them rounded in a graph for CPUs.
-    share = 0.6 if (family, tower, config.symmetric) == ("convnext", "text", False) else 0.1
     for index in range(data.count):
         values = data.batch(index)
         (in_int8,) = run_graph(tmp_path / "int8.onnx", values).values()
@@ -70,7 +68,7 @@ def test_a_fake_quantized_student_gives_what_its_int8_graph_gives(
         for imitated in (as_exported, as_trained):
             found = cosines(imitated, in_int8)
             assert found.min() > 0.999
-            assert 1 - found.mean() < share * (1 - cosines(in_int8, in_float).mean())
+            assert 1 - found.mean() < 0.1 * (1 - cosines(in_int8, in_float).mean())
 
 
 def test_layers_are_named_whatever_became_of_their_nodes(
@@ -78,7 +76,7 @@ def test_layers_are_named_whatever_became_of_their_nodes(
 ) -> None:
     data = batches(clip, "image", blobs(16))
     plain, merged = clip_towers.image, tmp_path / "merged.onnx"
-    export_tower(clip, "image", merged)
+    save_graph(load_graph(plain), merged)
     apply_passes(merged, ["simplify", "merge projections"])
     grids = []
     for source in (plain, merged):

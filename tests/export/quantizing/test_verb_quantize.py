@@ -1,29 +1,49 @@
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.export import verb_quantize
+from edgeclip.export import bundle_plan, tune_graph
 from edgeclip.export.graph import load_graph
+from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.graph_passes import PASSES
-from edgeclip.export.quantizing.config import Float16, Float32, StaticInt8, default_config
-from edgeclip.export.quantizing.quantization_file import Quantization, TowerQuantization
-from edgeclip.export.quantizing.searched_graph import apply_passes, export_searched
+from edgeclip.export.quantizing import evaluate_point, search_task
+from edgeclip.export.quantizing.config import (
+    Config,
+    Float16,
+    Float32,
+    StaticInt8,
+    config_from_data,
+    default_config,
+    key,
+)
+from edgeclip.export.quantizing.quantization_file import (
+    Quantization,
+    SearchBasis,
+    TowerQuantization,
+)
+from edgeclip.export.quantizing.searched_graph import (
+    apply_passes,
+    apply_searched,
+    export_searched,
+    graph_sha256,
+)
+from edgeclip.export.quantizing.write_config import write_config
 from edgeclip.export.to_onnx import TowerPaths, export_tower
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
-from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.cli import main
+from tests.export.conftest import LOOSE
+
+BASIS = SearchBasis(device="test-cpu", machine=None, pairs=9, ranges=3, calibration="2" * 64)
 
 
 def run(*words: object) -> int:
-    parser = argparse.ArgumentParser(prog="edgeclip quantize")
-    verb_quantize.add_arguments(parser)
-    typed = argparse.Namespace(command="edgeclip quantize")
-    return verb_quantize.run(parser.parse_args([str(word) for word in words], typed))
+    return main(["quantize", *map(str, words)])
 
 
 @pytest.fixture
@@ -51,12 +71,12 @@ def test_a_tower_is_searched_and_the_choice_written(
     printed = capsys.readouterr()
     assert "mean cosine" in printed.out
     assert "chosen: " in printed.out
-    assert "edgeclip export --quantization" in printed.out
+    assert f"next: edgeclip export {student} --quantization {out}/quantization.json" in printed.out
     chosen = Quantization.load(out / "quantization.json")
-    assert chosen.device == "rtx-4000-ada"
+    assert chosen.basis.device == "rtx-4000-ada"
     assert set(chosen.towers) == {"image"}
     graph = next((out / "image" / "onnx").glob("*.onnx"))
-    assert chosen.towers["image"].graph == sha256_file(graph)
+    assert chosen.towers["image"].graph == graph_sha256(graph)
     assert "<html" in page.read_text(encoding="utf-8")
 
     # The other tower joins it, and a rerun measures nothing again.
@@ -68,12 +88,67 @@ def test_a_tower_is_searched_and_the_choice_written(
     assert run(*words, "--out", out) == 0
     after = {path: path.stat().st_mtime_ns for path in (out / "image").glob("point-*.json")}
     assert after == before
-    with pytest.raises(InputError, match="is for rtx-4000-ada"):
-        run(*words[:-1], "x86-avx2", "--out", out)
+    capsys.readouterr()
+    assert run(*words[:-1], "x86-avx2", "--out", out) == 2
+    assert "is for rtx-4000-ada" in capsys.readouterr().err
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """What the search makes, by the key of its config; nothing is changed."""
+    made: dict[str, bytes] = {}
+
+    def remembering(source: Path, target: Path, config: Config, *rest: Any, **more: Any) -> None:
+        write_config(source, target, config, *rest, **more)
+        made[key(config)] = target.read_bytes()
+
+    monkeypatch.setattr(evaluate_point, "write_config", remembering)
+    return made
+
+
+def test_a_bundle_ships_the_very_file_that_the_search_judged(
+    clip: DualEncoder,
+    pairs: Path,
+    judged: dict[str, bytes],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (search_task, bundle_plan):  # eight pairs decide nothing
+        monkeypatch.setattr(module, "DEFAULT_BOUNDS", LOOSE)
+    clip.save(tmp_path / "student")
+    student, found = str(tmp_path / "student"), tmp_path / "out"
+    words = ["--teacher", student, "--data", str(pairs), "--device", "x86-avx2"]
+    assert run(student, *words, "--out", found, "--minutes", "1") == 0
+    (chosen,) = Quantization.load(found / "quantization.json").towers.values()
+    export = ["export", student, "--quantization", str(found / "quantization.json")]
+    bundle, printed = tmp_path / "bundle", capsys.readouterr().out
+    assert f"edgeclip {' '.join([*export, *words])} --out bundle" in printed
+    assert main([*export, *words, "--out", str(bundle)]) == 0
+    manifest = Bundle.open(bundle).manifest
+    file = manifest.tower("image").file("int8")
+    assert (bundle / file.path).read_bytes() == judged[key(chosen.config)]
+    assert file.recipe is not None
+    assert config_from_data(file.recipe.config, source="manifest") == chosen.config
+    capsys.readouterr()
+    assert main(["verify", str(bundle)]) == 0
+    printed = capsys.readouterr().out
+    assert "how each was made:\nimage int8: " in printed
+
+    # Whatever else is named, nothing is written.
+    for more, says in (
+        (["--device", "x86-avx512-vnni"], "is for the device 'x86-avx2'"),
+        (["--calibration-count", "5"], "leave out --calibration-count"),
+        (["--quantization", "none.json"], "cannot read none.json"),
+        (["--qat-steps", "5"], "it needs train as well"),
+    ):
+        assert main([*export, *words, *more, "--out", str(tmp_path / "other")]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_pairs_without_captions_and_too_few_are_refused(
-    clip: DualEncoder, pairs: Path, tmp_path: Path
+    clip: DualEncoder, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clip.save(tmp_path / "student")
     words = [tmp_path / "student", "--teacher", tmp_path / "student", "--out", tmp_path / "out"]
@@ -85,12 +160,12 @@ def test_pairs_without_captions_and_too_few_are_refused(
     for picture in (pairs / "calibration").glob("*.png"):
         if not picture.with_suffix(".txt").exists():
             picture.unlink()
-    with pytest.raises(ConfigError, match="give at least 16"):
-        run(*words, "--data", pairs)
+    assert run(*words, "--data", pairs) == 2
+    assert "give at least 16" in capsys.readouterr().err
     for path in pairs.rglob("*.txt"):
         path.unlink()
-    with pytest.raises(ConfigError, match="captions"):
-        run(*words, "--data", pairs)
+    assert run(*words, "--data", pairs) == 2
+    assert "captions" in capsys.readouterr().err
 
 
 def test_the_file_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -101,9 +176,7 @@ def test_the_file_comes_back_as_it_was(tmp_path: Path) -> None:
         why="fastest inside its gates",
     )
     text = TowerQuantization(config=Float16(), graph="1" * 64, passes=(), why="so")
-    whole = Quantization(
-        device="this-machine", pairs=9, ranges=3, towers={"image": image, "text": text}
-    )
+    whole = Quantization(basis=BASIS, towers={"image": image, "text": text})
     whole.save(tmp_path / "q.json")
     assert Quantization.load(tmp_path / "q.json") == whole
 
@@ -111,7 +184,7 @@ def test_the_file_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_export_takes_what_was_chosen_and_the_defaults_elsewhere(cpu_device: DeviceProfile) -> None:
     chosen = StaticInt8(symmetric=False, kept=("a",))
     image = TowerQuantization(config=chosen, graph="0" * 64, passes=(), why="")
-    only = Quantization(device="test-cpu", pairs=9, ranges=3, towers={"image": image})
+    only = Quantization(basis=BASIS, towers={"image": image})
     assert only.config_for("image", "int8", cpu_device) == chosen
     assert only.config_for("image", "fp16", cpu_device) == Float16()
     assert only.config_for("text", "int8", cpu_device) == default_config("int8", cpu_device)
@@ -134,7 +207,7 @@ def test_a_file_that_is_not_one_is_refused(
     change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "q.json"
-    Quantization(device="this-machine", pairs=9, ranges=3, towers={}).save(path)
+    Quantization(basis=BASIS, towers={}).save(path)
     data = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**data, **change}), encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
@@ -164,6 +237,30 @@ def test_a_second_run_starts_from_the_same_graph(
         assert again.graph.path.read_bytes() == content
     names = {node.name for node in load_graph(again.graph.path).graph.node}
     assert any(name.endswith("_wide") for name in names)
+
+
+def test_a_bundle_can_make_the_graph_that_was_tuned(
+    clip: DualEncoder,
+    cpu_device: DeviceProfile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its rewrites are named, and that is enough to get the same bytes."""
+    from tests.export.conftest import Blobs
+
+    monkeypatch.setattr(tune_graph, "WORTH", 100.0)  # keep all that can be run
+    tuned = export_searched(clip, "image", cpu_device, tmp_path, sample=Blobs(8))
+    assert tuned.passes
+    found = TowerQuantization(
+        config=Float32(), graph=graph_sha256(tuned.graph.path), passes=tuned.passes, why=""
+    )
+    fresh = replace(tuned.graph, path=tmp_path / "fresh.onnx")
+    form = GraphForm.for_device(cpu_device)
+    export_tower(clip, "image", fresh.path, form)
+    apply_searched(fresh, found)
+    export_tower(clip, "image", fresh.path, form)
+    with pytest.raises(ConfigError, match="search again"):
+        apply_searched(fresh, replace(found, passes=found.passes[1:]))
 
 
 def test_passes_that_are_applied_give_the_graph_that_was_tuned(

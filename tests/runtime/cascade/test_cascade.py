@@ -35,11 +35,6 @@ def pictures(count: int, *, mixed: float, seed: int = 0) -> Pixels:
     return np.broadcast_to(flat[:, None, None], (count, 8, 8, 3)).copy()
 
 
-@pytest.fixture
-def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
-    return Encoder.open(tiny_bundle, device=cpu_device)
-
-
 def evidence(encoder: Encoder, pixels: Pixels) -> Evidence:
     return Evidence.against(encoder.encode_pixels(pixels), encoder.encode_text(NAMES))
 

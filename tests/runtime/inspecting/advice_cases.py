@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 
 from edgeclip.profiles.device import DeviceProfile, load_device
-from edgeclip.profiles.machine import Machine
-from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.inspecting.advice import advise
 from edgeclip.runtime.inspecting.advice_case import Advice
 from edgeclip.runtime.inspecting.layer_times import LayerProfile, LayerTime
@@ -16,7 +14,6 @@ from edgeclip.runtime.inspecting.roofline import Roofline
 from edgeclip.runtime.inspecting.roofline_distance import distances
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measuring.measurement import (
-    Identity,
     Latency,
     Measurement,
     MeasurementRun,
@@ -28,10 +25,8 @@ from edgeclip.runtime.measuring.measurement import (
 from edgeclip.runtime.sensing.conditions import Interference
 from edgeclip.runtime.sensing.cpu_time import CpuTime
 from edgeclip.runtime.spec import Precision
+from tests.runtime.measuring.run_cases import MACHINE, SHAPE, identity, run_of
 
-MACHINE = Machine(
-    cpu="test", cores=2, flags=(), memory_mb=8000, os="test", python="test", packages=()
-)
 CPU = dataclasses.replace(load_device("x86-avx512-vnni"), threads=2, latency_budget_ms=None)
 ROOFLINE = Roofline(
     threads=2,
@@ -56,26 +51,12 @@ def cpu_time(process_s: float = 0.2, waiting: float | None = 0.0) -> CpuTime:
     )
 
 
-def identity(precision: Precision | None = "fp32", **changes: Any) -> Identity:
-    fields: dict[str, Any] = {
-        "bundle": "b",
-        "sha256": "a" * 64,
-        "precision": precision,
-        "engine": "onnxruntime-cpu",
-        "provider": "CPUExecutionProvider",
-        "threads": 2,
-        "bytes_on_disk": 1000,
-        "input_shape": (1, 3, 64, 64),
-    }
-    return Identity(**(fields | changes))
-
-
 def measurement(**changes: Any) -> Measurement:
     """Quiet and unremarkable: 10 ms in fp32 with two threads."""
     fields: dict[str, Any] = {
         "name": "fp32",
         "part": "image",
-        "input_shape": (1, 3, 64, 64),
+        "input_shape": SHAPE,
         "warm_up": WarmUp(runs=10, settled=True),
         "latency": latency(10.0),
         "ratio": None,
@@ -85,17 +66,6 @@ def measurement(**changes: Any) -> Measurement:
         "identity": identity(),
     }
     return Measurement(**(fields | changes))
-
-
-def run_of(*measurements: Measurement, **changes: Any) -> MeasurementRun:
-    fields: dict[str, Any] = {
-        "created": "2026-11-21T00:00:00+00:00",
-        "command": "edgeclip profile bundle",
-        "workload": load_workload("quick"),
-        "machine": MACHINE,
-        "measurements": measurements,
-    }
-    return MeasurementRun(**(fields | changes))
 
 
 def advice(
@@ -157,7 +127,7 @@ def rounds(ms: float, seed: int) -> tuple[tuple[float, ...], ...]:
 def in_precision(precision: Precision, ms: float, **changes: Any) -> Measurement:
     return measurement(
         name=precision,
-        identity=identity(precision, **changes),
+        identity=identity(precision=precision, **changes),
         latency=latency(ms),
         samples_ms=rounds(ms, seed=round(10 * ms)),
     )

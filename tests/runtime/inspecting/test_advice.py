@@ -13,8 +13,8 @@ from edgeclip.runtime.measuring.measurement import (
 from edgeclip.runtime.sensing.conditions import Interference
 from tests.runtime.inspecting.advice_cases import (
     CPU,
-    MACHINE,
     REST,
+    ROOFLINE,
     SLOW,
     WAITING,
     advice,
@@ -26,9 +26,9 @@ from tests.runtime.inspecting.advice_cases import (
     node,
     only,
     point,
-    run_of,
     stages,
 )
+from tests.runtime.measuring.run_cases import MACHINE, run_of
 
 
 def test_nothing_is_said_of_what_is_unremarkable() -> None:
@@ -71,6 +71,19 @@ def test_a_disturbed_run_is_made_again_before_all_else(found: Interference, word
     first, second = advice(item, run=run_of(item, interference=found))
     assert (first.topic, second.topic) == ("measure again", "pictures")
     assert words in first.evidence
+
+
+def test_peaks_of_a_disturbed_machine_are_measured_again() -> None:
+    item = measurement()
+    for found, topics in (
+        (interference("others used 40%", disturbed=True), ["measure again"]),
+        (interference(disturbed=False), []),
+        (interference(disturbed=None), []),
+    ):
+        roof = dataclasses.replace(ROOFLINE, interference=found)
+        told = advise(item, roof, (), CPU, MACHINE, run_of(item))
+        assert [each.topic for each in told] == topics
+        assert all("others used 40% while peaks were measured" in each.text for each in told)
 
 
 def test_what_cannot_be_told_is_no_disturbance() -> None:

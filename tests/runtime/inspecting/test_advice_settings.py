@@ -11,13 +11,12 @@ from tests.runtime.inspecting.advice_cases import (
     CPU,
     advice,
     cpu_time,
-    identity,
     in_precision,
     measurement,
     only,
     point,
-    run_of,
 )
+from tests.runtime.measuring.run_cases import identity, run_of
 
 
 def test_more_threads_that_are_faster() -> None:
@@ -137,7 +136,7 @@ def test_precisions_are_compared_by_medians_where_rounds_differ() -> None:
         in_precision("int8", 5.0, threads=4),
         dataclasses.replace(in_precision("int8", 5.0), part="text"),
         dataclasses.replace(in_precision("int8", 5.0), identity=None),
-        dataclasses.replace(in_precision("int8", 5.0), identity=identity(None)),
+        dataclasses.replace(in_precision("int8", 5.0), identity=identity(precision=None)),
     ],
 )
 def test_what_is_not_comparable_is_not_compared(other: Measurement) -> None:

@@ -225,9 +225,10 @@ def test_a_disturbed_roofline_says_so(
         lambda watch, *_: setattr(watch, "found", judged(others_share=share)),
     )
     device = dataclasses.replace(cpu_device, precisions=("fp32",))
-    method = find_roofline(device, seconds=0.01, array_bytes=MIB).method
-    assert ("DISTURBED" in method) is bool(disturbed)
-    assert ("other programs used 40%" in method) is bool(disturbed)
+    found = find_roofline(device, seconds=0.01, array_bytes=MIB).interference
+    assert found is not None
+    assert found.disturbed is disturbed
+    assert ("other programs used 40% of the processors" in found.reasons) is bool(disturbed)
 
 
 def test_a_larger_size_that_does_not_fit_the_time_is_left_out(cpu_device: DeviceProfile) -> None:

@@ -1,6 +1,5 @@
 """The tiny bundle behind a real server, and the built-in one cut in two."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,9 @@ from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.split.http_client import Server, Transfer
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 from edgeclip.runtime.wire.messages import SPACE_ID, InferRequest, InferResponse
-from tests.runtime.serving.models_of_bundle import AMPLE_MS, RULES, answer_by, models_of, plan
+from tests.runtime.serving.models_of_bundle import AMPLE_MS, RULES, plan
 from tests.runtime.split import raw_server
 from tests.runtime.split.raw_server import RawServer, serving
-
-
-@pytest.fixture
-def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
-    return Encoder(Bundle.open(tiny_bundle), cpu_device)
-
-
-@pytest.fixture
-def raw(encoder: Encoder, tmp_path: Path) -> Iterator[RawServer]:
-    with serving(RawServer(answer=answer_by(models_of(encoder, tmp_path)))) as server:
-        yield server
 
 
 def test_a_picture_that_is_sent(encoder: Encoder, raw: RawServer, photos: Path) -> None:

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime import load_image, preprocess, tower_runner
-from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.engine_ort import OrtEngine
 from edgeclip.runtime.errors import InputError
@@ -22,11 +20,6 @@ from edgeclip.runtime.inspecting.measure_stages import (
 )
 from edgeclip.runtime.tokenize_text import TextTokenizer
 from edgeclip.runtime.tower_runner import TowerRunner
-
-
-@pytest.fixture
-def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
-    return Encoder(Bundle.open(tiny_bundle), cpu_device)
 
 
 @pytest.fixture

@@ -7,18 +7,48 @@ import pytest
 
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.errors import EngineError, InputError
-from edgeclip.runtime.measuring.cold_start import main, measure_cold_start
+from edgeclip.runtime.measuring.cold_start import _intervals, main, measure_cold_start
 from edgeclip.runtime.sensing.memory import peak_memory_mb
 
 PIXELS = {"pixel_values": np.zeros((1, 3, 8, 8), np.float32)}
 
 
-def test_takes_medians_of_fresh_processes(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
+def test_processes_tell_means_and_intervals(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
     model = tiny_bundle / "onnx" / "vision_model.onnx"
     start = measure_cold_start(model, PIXELS, device=cpu_device, processes=2)
     assert start.processes == 2
     assert start.file_bytes == model.stat().st_size
     assert min(start.import_ms, start.load_ms, start.first_run_ms) > 0
+    found = start.intervals
+    assert found is not None
+    for ms, told in (
+        (start.import_ms, found.import_ms),
+        (start.load_ms, found.load_ms),
+        (start.first_run_ms, found.first_run_ms),
+        (start.total_ms, found.total_ms),
+    ):
+        assert told.low < told.value < told.high
+        assert ms == pytest.approx(told.value, rel=0.05)
+
+
+def test_one_process_tells_of_no_other(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
+    model = tiny_bundle / "onnx" / "vision_model.onnx"
+    start = measure_cold_start(model, PIXELS, device=cpu_device, processes=1)
+    assert start.load_ms > 0
+    assert start.intervals is None
+
+
+def test_intervals_are_student_s_over_processes() -> None:
+    runs = [
+        {"import_ms": ms, "load_ms": 2 * ms, "first_run_ms": 1.0} for ms in (90.0, 100.0, 110.0)
+    ]
+    found = _intervals(runs)
+    logs = np.log([90.0, 100.0, 110.0])
+    half = 4.302653 * logs.std(ddof=1) / np.sqrt(3)  # of two degrees of freedom
+    assert found.import_ms.value == pytest.approx(np.exp(logs.mean()))
+    assert found.import_ms.high == pytest.approx(np.exp(logs.mean() + half))
+    assert found.first_run_ms.low == pytest.approx(1.0)
+    assert found.load_ms.value < found.total_ms.value < found.load_ms.value + 120
 
 
 def test_says_why_a_process_failed(tmp_path: Path, cpu_device: DeviceProfile) -> None:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.profiles.errors import ConfigError
-from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cli import main
 from edgeclip.runtime.errors import EngineError, InputError
@@ -34,17 +33,9 @@ from edgeclip.runtime.measuring.timing_statistics import (
     percentile_interval,
     rate_interval,
 )
+from tests.conftest import QUICK
 
-WORKLOAD = Workload(
-    name="test",
-    description="as little as possible",
-    batch_sizes=(1, 3),
-    min_warmup_runs=2,
-    max_warmup_seconds=0.01,
-    repeats=12,
-    seconds_per_batch=0.001,
-    cold_starts=0,
-)
+WORKLOAD = dataclasses.replace(QUICK, batch_sizes=(1, 3))
 
 
 class Clock:

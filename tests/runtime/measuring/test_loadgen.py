@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.workload import Scenario, Workload
+from edgeclip.profiles.workload import Scenario
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.errors import EngineError, InputError, MissingExtraError
 from edgeclip.runtime.measuring import loadgen, loadgen_sut
@@ -24,20 +24,16 @@ from edgeclip.runtime.measuring.loadgen import run_scenario
 from edgeclip.runtime.measuring.loadgen_log import Answers, read_answers, read_verdict
 from edgeclip.runtime.measuring.measurement import ScenarioResult
 from edgeclip.runtime.tower_runner import TowerRunner
+from tests.conftest import QUICK
 
 pytest.importorskip("mlperf_loadgen")
 
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
-WORKLOAD = Workload(
-    name="test",
-    description="as little as possible",
+WORKLOAD = dataclasses.replace(
+    QUICK,
     batch_sizes=(1, 3),
-    min_warmup_runs=2,
-    max_warmup_seconds=0.01,
     repeats=3,
-    seconds_per_batch=0.001,
-    cold_starts=0,
     scenario_seconds=0.2,
     scenario_queries=30,
     multi_stream=4,

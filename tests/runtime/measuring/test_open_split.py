@@ -1,7 +1,6 @@
 """A bundle on the device, and its own models behind a server that can misbehave."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,9 @@ from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.plan import SplitPlan
 from tests.conftest import SPACE
 from tests.runtime.conftest import EMOJI_BUNDLE
-from tests.runtime.serving.models_of_bundle import AMPLE_MS, answer_by, models_of, plan
+from tests.runtime.serving.models_of_bundle import AMPLE_MS, answer_by, plan
 from tests.runtime.split import raw_server
 from tests.runtime.split.raw_server import RawServer, refusing_address, serving
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
-    return Encoder(Bundle.open(tiny_bundle), cpu_device)
-
-
-@pytest.fixture
-def raw(encoder: Encoder, tmp_path: Path) -> Iterator[RawServer]:
-    with serving(RawServer(answer=answer_by(models_of(encoder, tmp_path)))) as server:
-        yield server
 
 
 def spec_of(

@@ -14,9 +14,10 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import BundleError, EngineParityError, InputError
 from edgeclip.runtime.files import sha256_file
-from edgeclip.runtime.measuring.open_subject import open_subject
+from edgeclip.runtime.measuring.open_subject import _provider_of, open_subject
 from edgeclip.runtime.measuring.sample_pictures import sample_pictures
 from edgeclip.runtime.measuring.subject import SubjectSpec
+from edgeclip.runtime.tower_runner import TowerRunner
 
 GRAPH = "onnx/vision_model.onnx"
 
@@ -49,6 +50,16 @@ def test_a_tower_runs_golden_inputs(
     assert identity.bytes_on_disk == bundle.tower_path(tower, precision).stat().st_size
     assert identity.input_shape == (1, *golden.inputs(tower).shape[1:])
     assert subject.remarks() == ()
+
+
+def test_the_session_says_what_computes(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
+    runner = TowerRunner(Bundle.open(tiny_bundle), "image", "fp32", cpu_device)
+    for fallback in (False, True):
+        # Whatever the device asks for, here after the session was made.
+        runner.device = dataclasses.replace(
+            cpu_device, engine="onnxruntime-openvino", cpu_fallback=fallback
+        )
+        assert _provider_of(runner) == "CPUExecutionProvider"
 
 
 def test_by_default_it_is_what_the_bundle_chose(

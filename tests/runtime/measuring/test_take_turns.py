@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.measuring import take_turns as module
 from edgeclip.runtime.measuring.measurement import Identity, PairedRatio, WarmUp, Yardstick
@@ -24,18 +23,9 @@ from edgeclip.runtime.measuring.take_turns import (
 from edgeclip.runtime.measuring.timing_statistics import latency_of, paired_ratio_of
 from edgeclip.runtime.sensing.cpu_time import CpuTime
 from edgeclip.runtime.sensing.memory import peak_memory_mb
+from tests.conftest import QUICK
 
-WORKLOAD = Workload(
-    name="test",
-    description="as little as possible",
-    batch_sizes=(1,),
-    min_warmup_runs=2,
-    max_warmup_seconds=0.01,
-    repeats=12,
-    seconds_per_batch=0.001,
-    cold_starts=0,
-    processes=2,
-)
+WORKLOAD = dataclasses.replace(QUICK, processes=2)
 IDENTITY = Identity(
     bundle="b",
     sha256="0" * 64,

@@ -16,6 +16,7 @@ from edgeclip.runtime.planning.link_state import (
     slow_start_ms,
     transfer_ms,
 )
+from tests.runtime.conftest import Clock
 
 PLAIN = LinkState(name="plain", rtt_ms=(20.0,), up_mbps=(8.0,), down_mbps=(16.0,))
 
@@ -120,13 +121,6 @@ def test_states_without_samples_are_refused(field: str, values: tuple[float, ...
     fields: dict[str, Any] = {"rtt_ms": (1.0,), "up_mbps": (1.0,), "down_mbps": (1.0,)}
     with pytest.raises(ValueError, match=field):
         LinkState(name="x", **{**fields, field: values})
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @given(

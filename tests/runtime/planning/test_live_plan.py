@@ -12,6 +12,7 @@ from edgeclip.runtime.planning.link_state import LinkState
 from edgeclip.runtime.planning.live_plan import Hysteresis, LivePlan
 from edgeclip.runtime.planning.planner import Objective
 from edgeclip.runtime.planning.stage_times import StageTimes
+from tests.runtime.conftest import Clock
 from tests.runtime.planning.test_planner import made_up
 
 NAMES = ("a", "b", "c")
@@ -80,18 +81,6 @@ def test_interrupted_gain_begins_anew() -> None:
 def test_choice_that_is_gone_is_replaced_at_once() -> None:
     chosen = Hysteresis("a")
     assert chosen.step(0.0, {"b": 3.0, "c": 2.0}) == "c"
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

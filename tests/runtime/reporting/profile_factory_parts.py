@@ -12,6 +12,7 @@ from edgeclip.runtime.measuring.measurement import (
     ScenarioResult,
     StageName,
     StageTime,
+    StartIntervals,
 )
 
 STAGES: tuple[tuple[StageName, float], ...] = (
@@ -30,14 +31,22 @@ def around(value: float, share: float = 0.02) -> Interval:
 
 
 def cold_start_of(ms: float, size: int) -> ColdStart:
-    """Medians over five processes."""
+    """Means over five processes."""
+    steps = (182.0, 12 + size / 2e5, ms * 2.4)
+    import_ms, load_ms, first_run_ms = steps
     return ColdStart(
         processes=5,
-        import_ms=182.0,
-        load_ms=12 + size / 2e5,
-        first_run_ms=ms * 2.4,
+        import_ms=import_ms,
+        load_ms=load_ms,
+        first_run_ms=first_run_ms,
         peak_memory_mb=61 + 2.2 * size / 1e6,
         file_bytes=size,
+        intervals=StartIntervals(
+            import_ms=around(import_ms, 0.2),
+            load_ms=around(load_ms, 0.2),
+            first_run_ms=around(first_run_ms, 0.2),
+            total_ms=around(math.fsum(steps), 0.1),
+        ),
     )
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import re
 import xml.etree.ElementTree as ElementTree
@@ -23,10 +24,11 @@ from edgeclip.runtime.reporting.chart_parts import (
 from edgeclip.runtime.reporting.chart_roofline import RoofPoint, roofline_chart
 from edgeclip.runtime.reporting.chart_rows import Dot, Row, RowChart, row_chart
 from edgeclip.runtime.reporting.chart_stack import Bar, stack_chart
-from edgeclip.runtime.reporting.chart_tradeoff import TradePoint, trade_chart
+from edgeclip.runtime.reporting.chart_tradeoff import TradePoint, frontier, trade_chart
 from edgeclip.runtime.reporting.profile_data import QualityUnit
 from edgeclip.runtime.reporting.report_charts import text_width
 from edgeclip.runtime.reporting.report_data import ParetoPoint
+from edgeclip.runtime.sensing.interference import judged
 
 LONG = "a subject with a name <b>far</b> too long & more, in int8 · on a device of some name"
 both = pytest.mark.parametrize("narrow", [False, True])
@@ -264,6 +266,32 @@ def test_tradeoff_in_any_unit(
     assert radii[0] / radii[1] == pytest.approx(2, rel=0.02)
 
 
+def test_frontier_keeps_only_what_nothing_beats() -> None:
+    slow, fast, beaten = (
+        trade(name, quality, ms).point
+        for name, quality, ms in (("slow", 0.9, 9.0), ("fast", 0.8, 1.0), ("no", 0.79, 2.0))
+    )
+    assert frontier([slow, beaten, fast]) == [fast, slow]
+
+
+@both
+def test_tradeoff_shows_a_share_to_reach_and_says_every_fact(narrow: bool) -> None:
+    points = [trade("fp32", 0.8, 2.0), trade("int8 & <friends>", 0.84, 1.0)]
+    root = inside(
+        trade_chart(
+            points,
+            quality_name="R@1",
+            unit="share",
+            latency_name="pair",
+            narrow=narrow,
+            bar=0.6,
+        )
+    )
+    assert "bar 60.0%" in texts(root)
+    assert "int8 & <friends>: 1.0 ms, 12 mJ" in root.attrib["aria-label"]
+    assert root.findtext("title") == root.attrib["aria-label"]
+
+
 @both
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.floats(-5, 1), positive), min_size=1, max_size=7))
@@ -307,6 +335,16 @@ def test_roofline_names_roofs_and_layers(narrow: bool) -> None:
     assert ("1" if narrow else "1 layers.1/fc1") in shown
     assert "4 layers.4/fc1" not in shown
     assert len(list(root.iter("circle"))) == 8
+
+
+@both
+def test_a_disturbed_roofline_is_marked(narrow: bool) -> None:
+    point = RoofPoint(number=1, name="a", intensity=1.0, gflops=10.0, share=1.0)
+    for share in (0.01, 0.4):
+        marked = dataclasses.replace(roof(), interference=judged(others_share=share))
+        picture = roofline_chart([point], marked, title="int8", named=1, narrow=narrow)
+        assert any(each.startswith("disturbed") for each in texts(inside(picture))) is (share > 0.1)
+        assert ("int8, disturbed." in picture) is (share > 0.1)
 
 
 def test_the_slope_meets_the_roofs_at_their_ridges() -> None:

@@ -23,6 +23,7 @@ from edgeclip.runtime.reporting.profile_report import (
     sections_of,
     write_profile_report,
 )
+from edgeclip.runtime.sensing.interference import judged
 from tests.runtime.reporting.profile_factory import (
     advice,
     alone,
@@ -209,6 +210,16 @@ def test_a_roofline_that_was_not_measured_is_told() -> None:
     assert "peaks of this machine were not measured" in visible(
         render_profile_report((NamedRun(name="laptop", run=disturbed_run()),))
     )
+
+
+def test_a_disturbed_roofline_is_told_with_its_reason() -> None:
+    run = quiet_run()
+    assert run.roofline is not None
+    for share, told in ((0.4, True), (0.01, False)):
+        roof = dataclasses.replace(run.roofline, interference=judged(others_share=share))
+        page = visible(render_profile_report(alone(dataclasses.replace(run, roofline=roof))))
+        words = "DISTURBED while the peaks were measured: other programs used 40%"
+        assert (words in page) is told
 
 
 def hostile_run() -> MeasurementRun:

@@ -1,5 +1,4 @@
 import math
-import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -16,26 +15,9 @@ from edgeclip.runtime.reporting.report_charts import (
     text,
     tick_name,
 )
-from edgeclip.runtime.reporting.report_data import Headline, LossCurve, ParetoPoint
+from edgeclip.runtime.reporting.report_data import Headline, LossCurve
 from edgeclip.runtime.reporting.report_format import digits, megabytes, seconds
 from edgeclip.runtime.reporting.report_labels import Anchor, Box, place_labels
-from edgeclip.runtime.reporting.report_pareto import frontier, pareto_chart
-
-
-def point(name: str, quality: float, ms: float, size: int = 1_000_000) -> ParetoPoint:
-    return ParetoPoint(
-        name=name,
-        role="student",
-        quality=Interval(quality, quality - 0.01, quality + 0.01),
-        latency_ms=Interval(ms, ms * 0.98, ms * 1.02),
-        bytes=size,
-    )
-
-
-def draw(points: list[ParetoPoint], *, narrow: bool = False, bar: float | None = None) -> str:
-    return pareto_chart(
-        points, quality_name="R@1", latency_name="image", quality_bar=bar, narrow=narrow
-    )
 
 
 def floats(low: float, high: float) -> st.SearchStrategy[float]:
@@ -105,48 +87,6 @@ def test_a_lone_label_stands_to_the_right() -> None:
     )
     assert box is not None
     assert (box.x, box.y) == (115, 90)
-
-
-def test_circle_area_is_proportional_to_bytes() -> None:
-    svg = draw([point("a", 0.8, 2.0, 9_000_000), point("b", 0.7, 1.0, 1_000_000)])
-    radii = [float(r) for r in re.findall(r'r="([\d.]+)" class="area"', svg)]
-    assert radii[0] / radii[1] == pytest.approx(3, rel=0.01)
-
-
-def test_frontier_keeps_only_what_nothing_beats() -> None:
-    slow, fast, beaten = point("slow", 0.9, 9.0), point("fast", 0.8, 1.0), point("no", 0.79, 2.0)
-    assert frontier([slow, beaten, fast]) == [fast, slow]
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-def test_pareto_is_valid_svg_with_every_name_and_a_description(narrow: bool) -> None:
-    names = ["teacher", "student fp32", "student int8 & <friends>"]
-    points = [point(name, 0.8 + 0.02 * k, 2.0 + k) for k, name in enumerate(names)]
-    root = ElementTree.fromstring(draw(points, narrow=narrow, bar=0.79))
-    texts = [element.text for element in root.iter("text")]
-    assert set(names) <= set(texts)
-    assert "bar 79.0%" in texts
-    label = root.attrib["aria-label"]
-    assert "student int8 & <friends> 84.0% (83.0 to 85.0%) at 4.00 ms, 1.00 MB" in label
-    assert root.findtext("title") == label
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(floats(0, 1), floats(0.01, 1e4)), min_size=1, max_size=6))
-def test_pareto_stays_inside_its_frame(narrow: bool, spots: list[tuple[float, float]]) -> None:
-    root = ElementTree.fromstring(
-        draw([point(f"m{k}", q, ms) for k, (q, ms) in enumerate(spots)], narrow=narrow)
-    )
-    width, height = map(float, root.attrib["viewBox"].split()[2:])
-    for element in root.iter():
-        for key, limit in (("x", width), ("cx", width), ("y", height), ("cy", height)):
-            if key in element.attrib:
-                assert 0 <= float(element.attrib[key]) <= limit
-
-
-def test_pareto_of_nothing_is_nothing() -> None:
-    assert draw([]) == ""
 
 
 def test_loss_chart_draws_few_points_and_ignores_what_is_not_finite() -> None:

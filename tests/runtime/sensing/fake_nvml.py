@@ -21,7 +21,7 @@ class FakeNvml:
 
     Args:
         values: "sm", "memory", "temperature", "milliwatts", "millijoules", "reasons",
-            "violation_ns", "processes" as (pid, bytes) pairs. A callable is called each time.
+            "violation_ns". A callable is called each time.
         lacks: functions that this version of the library does not have.
     """
 
@@ -60,9 +60,6 @@ class FakeNvml:
             "nvmlDeviceGetViolationStatus": CFUNCTYPE(c_int, c_void_p, c_int, c_void_p)(
                 self._violation
             ),
-            "nvmlDeviceGetComputeRunningProcesses_v3": CFUNCTYPE(c_int, c_void_p, UINT, c_void_p)(
-                self._processes
-            ),
         }
 
     def _open(self, which: int | bytes, out: Any) -> int:
@@ -91,13 +88,4 @@ class FakeNvml:
         if "violation_ns" not in self._values or policy != 1:
             return NOT_SUPPORTED
         ctypes.memmove(out, struct.pack("=QQ", 17, self._values["violation_ns"]), 16)
-        return 0
-
-    def _processes(self, handle: int, count: Any, out: int) -> int:
-        if "processes" not in self._values:
-            return NOT_SUPPORTED
-        packed = [struct.pack("@IQII", pid, used, 0, 0) for pid, used in self._values["processes"]]
-        assert len(packed) <= count[0]
-        count[0] = len(packed)
-        ctypes.memmove(out, b"".join(packed), sum(map(len, packed)))
         return 0

@@ -15,7 +15,6 @@ BUSY = {
     "millijoules": 2**40 + 5,
     "reasons": 0x44,
     "violation_ns": 2_500_000_000,
-    "processes": [(41, 10**9), (42, 5 * 10**9), (42, 10**9), (43, 2**64 - 1)],
 }
 
 
@@ -35,21 +34,13 @@ def test_values_come_in_their_units() -> None:
     assert gpu.slowed_by_heat_ms() == pytest.approx(2500)
 
 
-def test_memory_is_that_of_one_process() -> None:
-    gpu = gpu_of(FakeNvml(BUSY))
-    assert gpu.memory_mb(41) == pytest.approx(1000)
-    assert gpu.memory_mb(42) == pytest.approx(6000)
-    assert gpu.memory_mb(43) is None  # the driver does not tell how much
-    assert gpu.memory_mb(44) is None
-
-
 def test_what_a_gpu_does_not_tell_is_none() -> None:
     gpu = gpu_of(FakeNvml({}))
     told = (
         *(gpu.sm_mhz(), gpu.memory_mhz(), gpu.temperature_c(), gpu.power_w(), gpu.energy_mj()),
-        *(gpu.clock_reasons(), gpu.slowed_by_heat_ms(), gpu.memory_mb(1)),
+        *(gpu.clock_reasons(), gpu.slowed_by_heat_ms()),
     )
-    assert told == (None,) * 8
+    assert told == (None,) * 7
 
 
 def test_older_drivers_have_another_name_for_the_reasons() -> None:

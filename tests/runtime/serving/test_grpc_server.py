@@ -12,7 +12,6 @@ import grpc
 import numpy as np
 import pytest
 
-from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.serving.bundle_models import bundle_models
 from edgeclip.runtime.serving.grpc_messages import message_type
@@ -46,11 +45,6 @@ def named(name: str, model: str, version: str = "") -> Any:
 def page(url: str) -> Any:
     with urllib.request.urlopen(url) as answer:
         return json.load(answer)
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
-    return Encoder.open(tiny_bundle, device=cpu_device)
 
 
 @pytest.fixture(scope="module")

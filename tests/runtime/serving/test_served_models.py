@@ -26,11 +26,6 @@ NAMES = tuple(COLOURS)
 
 
 @pytest.fixture
-def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
-    return Encoder.open(tiny_bundle, device=cpu_device)
-
-
-@pytest.fixture
 def models(encoder: Encoder) -> dict[str, Model]:
     return {model.name: model for model in bundle_models(encoder, "tiny")}
 

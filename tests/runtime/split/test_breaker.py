@@ -6,23 +6,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.split.breaker import BreakerRules, CircuitBreaker, Permit
+from tests.runtime.conftest import Clock
 
 RULES = BreakerRules(
     fewest_calls=4, window_calls=8, window_s=10, first_open_s=0.1, longest_open_s=1
 )
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 def longest(low: float, high: float) -> float:

@@ -18,22 +18,15 @@ from edgeclip.runtime.split.errors import OutboxError
 from edgeclip.runtime.split.outbox import Outbox
 from edgeclip.runtime.split.outbox_entry import EntryKind, OutboxRules
 from edgeclip.runtime.wire.messages import InferRequest, WireError
+from tests.runtime.conftest import Clock
 from tests.runtime.split.raw_server import RawServer, serving
 
 NOW = 1_800_000_000.0
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = NOW
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(NOW)
 
 
 @pytest.fixture

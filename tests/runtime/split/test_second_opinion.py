@@ -1,6 +1,5 @@
 """A student asks a teacher, both real, through a server that may be away."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.scores import Agreement, Margin
 from edgeclip.runtime.encoder import Encoder
@@ -27,30 +24,10 @@ from tests.conftest import SPACE
 from tests.runtime.serving.models_of_bundle import (
     AMPLE_MS,
     COLOURS,
-    RULES,
-    answer_by,
-    models_of,
     plan,
 )
 from tests.runtime.split import raw_server
-from tests.runtime.split.raw_server import RawServer, serving
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
-    return Encoder(Bundle.open(tiny_bundle), cpu_device)
-
-
-@pytest.fixture
-def raw(encoder: Encoder, tmp_path: Path) -> Iterator[RawServer]:
-    with serving(RawServer(answer=answer_by(models_of(encoder, tmp_path)))) as server:
-        yield server
-
-
-@pytest.fixture
-def server(raw: RawServer) -> Iterator[Server]:
-    with Server(raw.url, rules=RULES) as server:
-        yield server
+from tests.runtime.split.raw_server import RawServer
 
 
 @pytest.mark.parametrize("score", [Margin(), Agreement(views=2)])

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.scores import Margin
 from edgeclip.runtime.encoder import Encoder
@@ -21,7 +18,7 @@ from edgeclip.runtime.index import Index
 from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.serving.app import App
-from edgeclip.runtime.serving.models import Model, Registry
+from edgeclip.runtime.serving.models import Registry
 from edgeclip.runtime.serving.serve import in_background
 from edgeclip.runtime.split.breaker import BreakerRules
 from edgeclip.runtime.split.deadline import Deadline
@@ -34,35 +31,11 @@ from tests.conftest import SPACE
 from tests.runtime.serving.models_of_bundle import (
     AMPLE_MS,
     COLOURS,
-    RULES,
-    answer_by,
     models_of,
     plan,
 )
 from tests.runtime.split import raw_server
-from tests.runtime.split.raw_server import Behaviour, RawServer, serving
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_bundle: Path, cpu_device: DeviceProfile) -> Encoder:
-    return Encoder(Bundle.open(tiny_bundle), cpu_device)
-
-
-@pytest.fixture(scope="module")
-def models(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    return models_of(encoder, tmp_path_factory.mktemp("index"))
-
-
-@pytest.fixture
-def raw(models: dict[str, Model]) -> Iterator[RawServer]:
-    with serving(RawServer(answer=answer_by(models))) as server:
-        yield server
-
-
-@pytest.fixture
-def server(raw: RawServer) -> Iterator[Server]:
-    with Server(raw.url, rules=RULES) as server:
-        yield server
+from tests.runtime.split.raw_server import Behaviour, RawServer
 
 
 @pytest.fixture
@@ -280,10 +253,10 @@ def test_hits_that_are_none_are_refused(
 
 
 def test_against_the_server_that_comes_with_it(
-    encoder: Encoder, models: dict[str, Model], photos: Path
+    encoder: Encoder, photos: Path, tmp_path: Path
 ) -> None:
     registry = Registry()
-    for model in models.values():
+    for model in models_of(encoder, tmp_path).values():
         registry.add(model)
     with in_background(App(registry)) as url, Server(url) as server:
         reply = SplitRuntime(encoder, plan(), server).encode_image(
