@@ -27,6 +27,7 @@ from edgeclip.export.errors import ExportError
 from edgeclip.export.fp16 import normalisation
 from edgeclip.export.graph import constant_names, data_path, load_graph, save_graph
 from edgeclip.export.quantizing.config import StaticInt8
+from edgeclip.export.quantizing.float_readers import spare_other_readers
 from edgeclip.export.quantizing.range_cache import cache_file
 from edgeclip.export.symmetric import INT8, write_symmetric
 from edgeclip.runtime.files import atomic_file
@@ -123,7 +124,9 @@ def _write_asymmetric(
             "CalibStridedMinMax": 1,  # batch by batch, or memory grows with the data
         },
     )
-    save_graph(load_graph(raw), target)
+    model = load_graph(raw)
+    spare_other_readers(model)
+    save_graph(model, target)
 
 
 def quantizable_nodes(source: Path) -> list[str]:

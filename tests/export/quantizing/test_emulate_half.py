@@ -89,7 +89,9 @@ def test_outputs_that_are_left_out_stay_so() -> None:
     model = typed(
         [
             make("SkipLayerNormalization", given, ["n", "", "", "s"], "n", domain="com.microsoft"),
-            make("SkipLayerNormalization", ["n", "s", "ones"], ["z", "", ""], domain="com.microsoft"),
+            make(
+                "SkipLayerNormalization", ["n", "s", "ones"], ["z", "", ""], domain="com.microsoft"
+            ),
         ],
         ones=ones,
     )

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
-from edgeclip.export.quantizing.config import Float16, Float32, StaticInt8, key
+from edgeclip.export.quantizing.config import Float16, Float32, StaticInt8, describe, key
 from edgeclip.export.quantizing.evaluate_point import open_trial
+from edgeclip.export.quantizing.group_gains import Gains
 from edgeclip.export.quantizing.search import SearchResult, search
 from edgeclip.export.quantizing.search_space import SearchSpace, space_for
 from edgeclip.export.quantizing.search_table import search_table
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.profiles.device import DeviceProfile, load_device
+from edgeclip.runtime.errors import EngineError
 from tests.export.quantizing.search_cases import (
     RECIPE,
     SumBench,
@@ -135,6 +137,20 @@ def test_what_misses_on_the_test_pairs_is_not_shipped_and_each_is_looked_at_once
     assert result.chosen.config == Float32()
     assert "missed on the test pairs" in result.why
     assert len({key(config) for config in bench.judged}) == len(bench.judged)
+
+
+def test_where_looking_fails_what_was_found_so_far_counts() -> None:
+    class Unprofiled(SumBench):
+        def gains(self, config: StaticInt8) -> Gains:
+            raise EngineError("no profile")
+
+        def with_islands(self, config: Float16) -> Float16:
+            raise EngineError("cannot be run")
+
+    bench = Unprofiled(damages={"a": 0.001}, saved={"a": 0.1})
+    result = search(bench, replace(PLAIN, others=(Float16(),)))
+    assert result.chosen.config == RECIPE
+    assert dict(result.failed) == {describe(RECIPE): "no profile", "fp16": "cannot be run"}
 
 
 def test_configs_that_cannot_be_made_are_told_and_the_search_goes_on() -> None:
