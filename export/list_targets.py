@@ -3,7 +3,7 @@
 from edgeclip.export.write_engines import can_build_ahead
 from edgeclip.profiles.device import DeviceProfile, device_names, load_device
 from edgeclip.runtime.errors import EdgeClipError
-from edgeclip.runtime.planning.text_columns import columns
+from edgeclip.runtime.text_columns import columns
 
 
 def targets_table() -> str:

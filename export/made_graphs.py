@@ -12,6 +12,7 @@ from edgeclip.export.judge_precisions import (
     judge_precisions,
     judged_on,
 )
+from edgeclip.export.quantizing.emulate_half import stored_in_half
 from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.export.write_precisions import Configs
 from edgeclip.runtime.spec import Tower
@@ -45,12 +46,15 @@ class MadeGraphs:
 def judge_graphs(plan: BundlePlan, graphs: Sequence[TowerGraph], configs: Configs) -> MadeGraphs:
     """Embed the test pairs with every graph, and hold every precision against fp32.
 
+    Where the device is no CPU, fp16 is rounded as it will be there, see `stored_in_half`.
+
     Raises:
         EngineError: a graph cannot be run.
     """
-    embeddings = embed_test(plan.student, graphs, plan.test, plan.runner)
     zero_shot = plan.labelled if len(plan.wanted) > 1 else None
-    on = judged_on(plan.student, graphs, plan.test, zero_shot, embeddings, plan.runner)
+    with stored_in_half(graphs, plan.device) as shown:
+        embeddings = embed_test(plan.student, shown, plan.test, plan.runner)
+        on = judged_on(plan.student, shown, plan.test, zero_shot, embeddings, plan.runner)
     return MadeGraphs(
         graphs=tuple(graphs),
         configs=configs,

@@ -49,7 +49,7 @@ def mend_int8(
         configs=configs,
         calibration=plan.calibration,
         test=plan.test,
-        runner=plan.runner,
+        device=plan.device,
         bounds=plan.bounds["int8"],
         form=plan.form,
         passes=passes,

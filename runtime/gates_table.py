@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from edgeclip.runtime.manifest import DataRecord, GateRecord, GateRemark
 from edgeclip.runtime.model_card import plain_text
-from edgeclip.runtime.planning.text_columns import columns
+from edgeclip.runtime.text_columns import columns
 
 Named = tuple[str, GateRecord]  # what a gate is about, such as "image int8", and the gate
 

@@ -50,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a graph of somebody else beside them, such as image:plain=model.onnx",
     )
     parser.add_argument(
+        "--peer-axis",
+        action="append",
+        default=[],
+        type=_axis,
+        metavar="AXIS=SIZE",
+        help="how long an axis of a --peer is that varies beside the batch, such as "
+        "sequence_length=16",
+    )
+    parser.add_argument(
         "--workload",
         default="standard",
         help=f"a YAML file, or one of: {', '.join(workload_names())} (default: standard)",
@@ -107,16 +116,17 @@ def run(args: argparse.Namespace) -> int:
     baseline = _baseline(args)
     workload, device = load_workload(args.workload), load_device(args.device)
     bundles = [_bundle(given) for given in args.bundles]
-    specs = (*_subjects(args, bundles, device), *(_peer(given, device) for given in args.peer))
-    _say(f"measuring {names_of(specs)}")
+    peers = [_peer(given, device, args.peer_axis) for given in args.peer]
+    specs = (*_subjects(args, bundles, device), *peers)
     plan = ProfilePlan(
         specs=specs,
         device=device,
         workload=workload,
         command=args.command,
-        reference=args.reference or _reference(specs),
+        reference=_reference(args.reference, specs),
         inside=not args.brief,
     )
+    _say(f"measuring {names_of(specs)}")
     measured = profile_subjects(plan, _say)
     if args.out is not None:
         measured.save(args.out)  # before anything else can go wrong
@@ -155,6 +165,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--max-regression needs --against, the run to compare with")
     if args.plan is None and (args.server or args.cuts):
         raise InputError("--server and --cuts go with --plan, which `edgeclip plan --out` writes")
+    if args.peer_axis and not args.peer:
+        raise InputError("--peer-axis goes with --peer, whose graph has such an axis")
 
 
 def _bundle(given: str) -> tuple[str, Bundle]:
@@ -178,7 +190,8 @@ def _subjects(
     for name, bundle in bundles:
         prefix = name or (bundle.manifest.name if len(bundles) > 1 else "")
         parts = [*(asked or parts_of(bundle)), *(["split"] if args.plan else [])]
-        for spec in subjects_of(bundle, device, parts, pictures, split=split):
+        each_once = tuple(dict.fromkeys(parts))
+        for spec in subjects_of(bundle, device, each_once, pictures, split=split):
             found.append(replace(spec, name=f"{prefix} {spec.name}".strip()))
     return found
 
@@ -194,7 +207,7 @@ def _split(args: argparse.Namespace) -> SplitSpec:
     )
 
 
-def _peer(given: str, device: DeviceProfile) -> SubjectSpec:
+def _peer(given: str, device: DeviceProfile, axes: Sequence[tuple[str, int]]) -> SubjectSpec:
     part, colon, rest = given.partition(":")
     name, equals, path = rest.partition("=")
     if not (colon and equals and name and path) or part not in ("image", "text"):
@@ -202,13 +215,22 @@ def _peer(given: str, device: DeviceProfile) -> SubjectSpec:
             f"--peer {given!r}: write PART:NAME=FILE.onnx, such as image:plain=model.onnx"
         )
     return SubjectSpec(
-        name=name, part="image" if part == "image" else "text", device=device, model=path
+        name=name,
+        part="image" if part == "image" else "text",
+        device=device,
+        model=path,
+        axes=tuple(axes),
     )
 
 
-def _reference(specs: Sequence[SubjectSpec]) -> str | None:
-    """The first subject in fp32, if any."""
-    return next((spec.name for spec in specs if spec.precision == "fp32"), None)
+def _reference(asked: str | None, specs: Sequence[SubjectSpec]) -> str | None:
+    """What was asked for; else the first subject in fp32, if any."""
+    if asked is None:
+        return next((spec.name for spec in specs if spec.precision == "fp32"), None)
+    names = tuple(dict.fromkeys(spec.name for spec in specs))
+    if asked not in names:
+        raise InputError(f"--reference {asked!r} is no subject: choose from {', '.join(names)}")
+    return asked
 
 
 def _compare(
@@ -251,6 +273,15 @@ def _write(
     for path in (args.out, args.report, args.markdown, args.parquet):
         if path is not None:
             print(f"written: {path}")
+
+
+def _axis(text: str) -> tuple[str, int]:
+    name, equals, size = text.partition("=")
+    if not (name and equals and size.isdecimal() and int(size) > 0):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write AXIS=SIZE with a size above 0, such as sequence_length=16"
+        )
+    return name, int(size)
 
 
 def _share(text: str) -> float:

@@ -51,11 +51,11 @@ def _caption(result: SearchResult) -> str:
 
 
 def _measured_in(result: SearchResult) -> str:
-    assert result.damage is not None
-    rate = result.damage.inputs * (len(result.damage.groups) + 1) / result.damage.seconds
+    damage = result.damage
+    assert damage is not None
     return (
-        f"Measured on {result.damage.inputs} steering inputs in "
-        f"{seconds(result.damage.seconds)}, {rate:.0f} inputs a second. A group goes back to float "
+        f"Measured on {damage.inputs} steering inputs in {seconds(damage.seconds)}, "
+        f"{damage.rate:.0f} inputs a second. A group goes back to float "
         "the earlier, the more it damages for the time that it saves."
     )
 

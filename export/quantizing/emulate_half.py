@@ -18,6 +18,7 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from edgeclip.export.graph import load_graph, write_unchecked
 from edgeclip.export.tower_graph import TowerGraph
+from edgeclip.profiles.device import DeviceProfile
 
 # Give values that they were given.
 _MOVES = frozenset(
@@ -62,11 +63,13 @@ def emulate_half(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextlib.contextmanager
-def stored_in_half(graphs: Sequence[TowerGraph]) -> Iterator[tuple[TowerGraph, ...]]:
-    """Give towers to run on a CPU in place of such as a GPU will run, in the same order.
+def stored_in_half(
+    graphs: Sequence[TowerGraph], device: DeviceProfile
+) -> Iterator[tuple[TowerGraph, ...]]:
+    """Give towers to judge on a CPU in place of those that a device will run, in the same order.
 
-    Those without fp16 are given as they are, of the others graphs made by `emulate_half`, which
-    are gone when the block ends.
+    Those in fp32, without fp16, or for a CPU are given as they are, of the others graphs made by
+    `emulate_half`, which are gone when the block ends.
 
     Raises:
         ExportError: a graph cannot be read.
@@ -74,8 +77,11 @@ def stored_in_half(graphs: Sequence[TowerGraph]) -> Iterator[tuple[TowerGraph, .
     with tempfile.TemporaryDirectory() as folder:
         shown = []
         for place, graph in enumerate(graphs):
-            model = load_graph(graph.path)
             path = graph.path
+            if device.on_cpu or graph.precision == "fp32":
+                shown.append(graph)
+                continue
+            model = load_graph(path)
             if half_values(model):
                 path = Path(folder) / str(place) / path.name
                 path.parent.mkdir()

@@ -2,8 +2,8 @@
 
 On the device itself ONNX Runtime's profiler tells how long every node takes, in float and
 quantized: two short runs for all groups. A group's time is that of its products, of the
-quantizing before them and of what directly reads their results, because engines merge biases
-into some kinds of products. Some products are slower in int8 than in float: small ones, and
+quantizing before them and of the sums that directly read their results, because engines merge
+biases into some kinds of products. Some products are slower in int8 than in float: small ones, and
 those that an engine has no good kernel for. Elsewhere the share of the tower's multiply-adds
 stands in.
 """
@@ -133,7 +133,7 @@ def _spent(figures: Mapping[str, float], names: Iterable[str]) -> float:
 
 
 def _around(graph: onnx.GraphProto, group: NodeGroup) -> set[str]:
-    """Names of a group's products, of what quantizes for them, and of what reads them."""
+    """Names of a group's products, of what quantizes for them, and of sums that read them."""
     products = [node for node in graph.node if node.name in group.nodes]
     made = {name for node in products for name in node.output}
     given = {name for node in products for name in node.input}

@@ -18,6 +18,7 @@ from edgeclip.export.embed_pairs import (
 )
 from edgeclip.export.gates import data_record
 from edgeclip.export.judge_precisions import JudgedOn, judge_alone
+from edgeclip.export.quantizing.emulate_half import stored_in_half
 from edgeclip.export.quantizing.held_inputs import hold_inputs
 from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask
 from edgeclip.export.tower_graph import TOWERS, TowerGraph
@@ -94,14 +95,15 @@ class PreparedPairs:
 
     def _embed(self, graph: TowerGraph) -> tuple[FloatArray, FloatArray | None]:
         """Embeddings of the pairs and of the labelled pictures, if there are any."""
-        embed = open_embedder(self._task, graph)
-        (found,) = embed_all(iter(self.inputs), [embed])
-        if self._task.tower != "image" or self._judged.zero_shot is None:
-            return found, None
-        if self._rows is not None:
-            return found, found[list(self._rows)]
-        (labelled,) = embed_all(iter(self.labelled), [embed])
-        return found, labelled
+        with stored_in_half([graph], self._task.device) as (shown,):
+            embed = open_embedder(self._task, shown)
+            (found,) = embed_all(iter(self.inputs), [embed])
+            if self._task.tower != "image" or self._judged.zero_shot is None:
+                return found, None
+            if self._rows is not None:
+                return found, found[list(self._rows)]
+            (labelled,) = embed_all(iter(self.labelled), [embed])
+            return found, labelled
 
     def _batches(self, source: Source, tower: Tower) -> Iterator[NDArray[Any]]:
         student = self._task.student

@@ -27,6 +27,8 @@ from edgeclip.export.judge_precisions import (
     judged_on,
 )
 from edgeclip.export.quantizing.config import StaticInt8
+from edgeclip.export.quantizing.emulate_half import stored_in_half
+from edgeclip.export.quantizing.search_task import runner_of
 from edgeclip.export.quantizing.searched_graph import apply_passes
 from edgeclip.export.quantizing.smooth_student import smooth_student
 from edgeclip.export.quantizing.student_products import norm_names, product_grids
@@ -53,7 +55,7 @@ class Int8Task:
         configs: of the towers in static int8; no other can be fine-tuned.
         calibration: pairs with captions that ranges are found on.
         test: pairs with captions that the gates are measured on.
-        runner: what runs the graphs.
+        device: that int8 is for.
         bounds: of the gates of int8.
         form: how the towers are captured.
         passes: names of the rewrites that the fp32 graph of a tower has, in order.
@@ -64,11 +66,16 @@ class Int8Task:
     configs: Mapping[Tower, StaticInt8]
     calibration: Source
     test: Source
-    runner: DeviceProfile
+    device: DeviceProfile
     bounds: Bounds
     form: GraphForm
     passes: Mapping[Tower, Sequence[str]] = field(default_factory=dict)
     zero_shot: ZeroShot | None = None
+
+    @property
+    def runner(self) -> DeviceProfile:
+        """What runs graphs while they are judged: the device, if it is a CPU."""
+        return runner_of(self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -204,9 +211,10 @@ class _Attempt:
     def judge(self, task: Int8Task) -> tuple[Judged, ...]:
         """Hold int8 against fp32."""
         graphs = [*self.graphs.values()]
-        on = judged_on(
-            task.student, graphs, task.test, task.zero_shot, self.embeddings, task.runner
-        )
+        with stored_in_half(graphs, task.device) as shown:
+            on = judged_on(
+                task.student, shown, task.test, task.zero_shot, self.embeddings, task.runner
+            )
         return judge_precisions(self.embeddings, {"int8": task.bounds}, on).judged
 
 
@@ -237,9 +245,11 @@ def _tune(
     student.save(tuning.folder / "student")
     progress("quantizing and judging the fine-tuned student")
     made = [_quantized(task, _float(task, student, tower, folder), folder) for tower in towers]
+    with stored_in_half(made, task.device) as shown:
+        found = embed_test(student, shown, task.test, task.runner)
     return _Attempt(
         graphs={**before.graphs, **{_place(graph): graph for graph in made}},
-        embeddings={**before.embeddings, **embed_test(student, made, task.test, task.runner)},
+        embeddings={**before.embeddings, **found},
     )
 
 

@@ -18,7 +18,7 @@ from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.files import atomic_file
 from edgeclip.runtime.json_record import JsonRecord
 
-_VERSION = 1  # of how points are made and measured: a change counts it up
+_VERSION = 2  # of how points are made and measured: a change counts it up
 
 Made = TypeVar("Made", bound=JsonRecord)
 

@@ -184,7 +184,7 @@ def _loss(point: Point, gate: str) -> Interval | None:
 
 
 def _bound(points: Sequence[Point], gate: str) -> float | None:
-    """The most that configs other than fp32 may lose; the strictest, where they differ."""
+    """The most that configs other than fp32 may lose; the loosest, where they differ."""
     bounds = [
         1 - record.bound if gate == MEAN_COSINE else record.bound
         for point in points[1:]

@@ -4,8 +4,8 @@ from edgeclip.export.quantizing.point import Point
 from edgeclip.export.quantizing.search import SearchResult
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import GateRecord
-from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.reporting.report_format import digits
+from edgeclip.runtime.text_columns import columns
 
 _SHOWN = 8  # groups whose damage is printed
 _HEAD = (
@@ -25,10 +25,10 @@ def search_table(result: SearchResult) -> str:
         lines.append(f"on the test pairs: {name}")
         lines += [f"  {_gate(record)}" for record in judgement.records]
     if result.damage is not None:
-        rate = result.damage.inputs * len(result.damage.groups) / max(result.damage.seconds, 1e-9)
+        damage = result.damage
         lines += [
             "",
-            f"damage of each group alone, on {result.damage.inputs} inputs ({rate:.0f}/s)",
+            f"damage of each group alone, on {damage.inputs} inputs ({damage.rate:.0f}/s)",
         ]
         lines.append(columns([_DAMAGE_HEAD, *_damage_rows(result)]))
     lines += [f"not possible here: {name}: {reason}" for name, reason in result.failed]

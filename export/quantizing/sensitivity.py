@@ -61,17 +61,25 @@ class Sensitivity(JsonRecord):
         config: key of the config whose numbers were switched on.
         groups: the most damaging first.
         inputs: how many each was measured on.
+        runs: how many inputs the tower was run on in all: in float and with each group, those
+            that were taken apart then too.
         seconds: that it took.
     """
 
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
     WHAT: ClassVar[str] = "sensitivities"
     MEND: ClassVar[str] = "delete it and search again"
 
     config: str
     groups: tuple[GroupDamage, ...]
     inputs: int
+    runs: int
     seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Runs a second."""
+        return self.runs / max(self.seconds, 1e-9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,15 +128,19 @@ def measure_damage(
     with switched_tower(source, written, threads=probe.threads) as tower:
         there = [group for group in groups if set(group.nodes) <= set(tower.nodes)]
         found = _damages(tower, there, probe)
-        for group in _bad(there, found):
+        bad = _bad(there, found)
+        for group in bad:
             singles = _damages(tower, group.singles(), probe)
             worst = max(item.divergence.value for item in singles)
             if min(item.divergence.value for item in singles) < _SPARED * worst:
                 found = [item for item in found if item.nodes != group.nodes] + singles
+    inputs = sum(map(len, probe.inputs))
+    passes = [len(there), *(len(group.nodes) for group in bad)]
     return Sensitivity(
         config=config,
         groups=tuple(sorted(found, key=lambda item: -item.divergence.value)),
-        inputs=sum(map(len, probe.inputs)),
+        inputs=inputs,
+        runs=inputs * sum(count + 1 for count in passes if count),  # one more in float
         seconds=time.monotonic() - began,
     )
 

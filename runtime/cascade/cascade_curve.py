@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from edgeclip.profiles.link import LinkProfile
 from edgeclip.runtime.cascade.trial import Trial
 from edgeclip.runtime.intervals import Interval, bootstrap, bootstrap_ratio
-from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.reporting.report_format import digits, percent, percent_interval
+from edgeclip.runtime.text_columns import columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

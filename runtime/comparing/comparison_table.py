@@ -6,8 +6,8 @@ from math import ceil, floor
 from edgeclip.runtime.comparing.compare_runs import Comparison, What
 from edgeclip.runtime.comparing.ratio_of_runs import RatioOfRuns
 from edgeclip.runtime.comparing.regression_gate import GateVerdict, Judged
-from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.reporting.report_format import digits
+from edgeclip.runtime.text_columns import columns
 
 _HEADER = (
     "subject",

@@ -38,11 +38,12 @@ def measure_cold_start(
 ) -> "ColdStart":
     """Start `processes` fresh processes one after the other, and take their means.
 
-    Importing means `edgeclip.runtime.encoder` with the engine's package; Python's own start
-    is not counted. The operating system may hold the file in its cache already.
+    Importing means `edgeclip.runtime.encoder` with the engine's package, and reading the device's
+    profile, which says which engine that is; Python's own start is not counted. The operating
+    system may hold the files in its cache already.
 
     Args:
-        model: the ONNX file; files beside it are not counted.
+        model: the ONNX file; files beside it that hold its weights count as its own.
         inputs: an example of the first run's inputs, of which shapes and types are used.
         device: says which engine to use.
         processes: at least 1.
@@ -53,6 +54,7 @@ def measure_cold_start(
     """
     from edgeclip.runtime.device_yaml import device_yaml
     from edgeclip.runtime.measuring.measurement import ColdStart
+    from edgeclip.runtime.measuring.onnx_data import data_files
 
     if processes < 1:
         raise InputError(f"processes must be at least 1, got {processes}")
@@ -73,7 +75,7 @@ def measure_cold_start(
         load_ms=found.load_ms.value,
         first_run_ms=found.first_run_ms.value,
         peak_memory_mb=None if None in memory else statistics.median(memory),
-        file_bytes=model.stat().st_size,
+        file_bytes=sum(file.stat().st_size for file in (model, *data_files(model))),
         intervals=found if processes > 1 else None,
     )
 
@@ -111,10 +113,10 @@ def _run_child(command: list[str]) -> dict[str, Any]:
 
 def _cold_start(model: Path, inputs: list[str], device_name: str) -> dict[str, float | None]:
     """Import, load and run once in this process."""
+    began = time.perf_counter()
     from edgeclip.profiles.device import load_device
 
     device = load_device(device_name)
-    began = time.perf_counter()
     import edgeclip.runtime.encoder  # noqa: F401  (imported for its cost)
 
     if device.engine.startswith("onnxruntime"):

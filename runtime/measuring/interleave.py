@@ -246,7 +246,6 @@ def _run_rounds(
     candidates: Sequence[Candidate],
     batches: Sequence[NDArray[Any]],
     go_on: Callable[[int], bool],
-    step: Callable[[], None] = lambda: None,
 ) -> list[RunTimes]:
     """Rounds of one timed run each, while `go_on(rounds done)`."""
     times = [RunTimes() for _ in candidates]
@@ -255,7 +254,6 @@ def _run_rounds(
             break
         for at in round_order(len(candidates), number):
             _timed_run(candidates[at], batches[at], times[at])
-        step()
     return times
 
 

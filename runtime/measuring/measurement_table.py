@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 
 from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
-from edgeclip.runtime.planning.text_columns import columns
+from edgeclip.runtime.reporting.profile_sweep import threads_name
 from edgeclip.runtime.reporting.report_format import MISSING, digits, megabytes
+from edgeclip.runtime.text_columns import columns
+
+_Place = tuple[int, int | None]  # batch and threads
 
 _HEADER = ("tower", "name", "p50 ms", "95% interval", "p90 ms", "p99 ms", "ratio", "95% interval")
 
@@ -12,13 +15,13 @@ _HEADER = ("tower", "name", "p50 ms", "95% interval", "p90 ms", "p99 ms", "ratio
 def measurement_table(run: MeasurementRun) -> str:
     """Latency, throughput and cold start of every measurement, the machine, and warnings."""
     measured = run.measurements
+    places = _places(measured)
+    rates = (_rate_row(item, places) for item in measured)
     parts = [
         f"{run.machine.cpu}, {run.machine.cores} cores, {run.machine.os}; workload "
         f"{run.workload.name}: {run.workload.repeats} runs at batch 1",
         columns([_HEADER, *map(_latency_row, measured)], left=2),
-        columns(
-            [("tower", "items per second", *_batches(measured)), *map(_rate_row, measured)], left=2
-        ),
+        columns([("tower", "items per second", *_heads(places)), *rates], left=2),
     ]
     started = [m for m in measured if m.cold_start is not None]
     if started:
@@ -42,12 +45,22 @@ def _latency_row(item: Measurement) -> tuple[str, ...]:
     )
 
 
-def _batches(measured: Sequence[Measurement]) -> list[str]:
-    return [f"batch {rate.batch}" for rate in measured[0].sweep] if measured else []
+def _places(measured: Sequence[Measurement]) -> list[_Place]:
+    """Where anything was measured; a graph for one batch size only is not measured everywhere."""
+    found = {(point.batch, point.threads) for item in measured for point in item.sweep}
+    return sorted(found, key=lambda place: (place[1] or 0, place[0]))
 
 
-def _rate_row(item: Measurement) -> tuple[str, ...]:
-    return (item.part, item.name, *(digits(r.items_per_s.value) for r in item.sweep))
+def _heads(places: Sequence[_Place]) -> list[str]:
+    if len({threads for _, threads in places}) < 2:
+        return [f"batch {batch}" for batch, _ in places]
+    return [f"batch {batch}, {threads_name(threads)}" for batch, threads in places]
+
+
+def _rate_row(item: Measurement, places: Sequence[_Place]) -> tuple[str, ...]:
+    rates = {(point.batch, point.threads): point.items_per_s.value for point in item.sweep}
+    cells = (digits(rates[place]) if place in rates else MISSING for place in places)
+    return (item.part, item.name, *cells)
 
 
 def _cold_row(item: Measurement) -> tuple[str, ...]:

@@ -164,7 +164,18 @@ def _input(path: Path, item: Any, axes: dict[str, int]) -> ModelInput:
         if isinstance(side, int):
             shape.append(side)
         else:
-            shape.append(None if place == 0 else axes.get(str(side), 1))
+            shape.append(None if place == 0 else _size(path, item.name, side, place, axes))
     if math.prod(side for side in shape if side is not None) < 1:
         raise InputError(f"{path} has an input {item.name!r} of shape {item.shape}: nothing to run")
     return ModelInput(item.name, np.dtype(_DTYPES[item.type]), tuple(shape))
+
+
+def _size(path: Path, given: str, side: str | None, place: int, axes: dict[str, int]) -> int:
+    """How long a varying axis is to be; one without a name is called INPUT.PLACE."""
+    name = side or f"{given}.{place}"
+    if name not in axes:
+        raise InputError(
+            f"{path} leaves open how long the axis {name!r} of its input {given!r} is: say so with "
+            f"--peer-axis {name}=SIZE"
+        )
+    return axes[name]

@@ -97,7 +97,8 @@ def connect(
     """
     split = spec.split
     assert split is not None
-    plan, cuts = SplitPlan.load(Path(split.plan)), _cuts(split)
+    plan = SplitPlan.load(Path(split.plan))
+    cuts = None if split.cuts is None else CutSet.open(split.cuts)
     encoder = ExactEncoder(bundle, spec.device, spec.precision)
     try:
         from edgeclip.runtime.split.http_client import Server
@@ -130,17 +131,12 @@ def _ask_once(runtime: "SplitRuntime", picture: bytes, server: str | None) -> No
         )
 
 
-def _cuts(split: SplitSpec) -> CutSet | None:
-    return None if split.cuts is None else CutSet.open(split.cuts)
-
-
 def _with_server(identity: Identity, plan: SplitPlan, split: SplitSpec) -> Identity:
     """Add what the device stores for its part of a cut tower, and who computes the rest."""
-    cuts = _cuts(split)
-    files = {} if cuts is None else {item.path: item.bytes for item in cuts.manifest.files}
     head = 0
-    if cuts is not None and plan.cut:
-        head = files[head_name(plan.cut)] + files.get(WEIGHTS_NAME, 0)
+    if split.cuts is not None and plan.cut:
+        files = (Path(split.cuts, name) for name in (head_name(plan.cut), WEIGHTS_NAME))
+        head = sum(file.stat().st_size for file in files if file.is_file())  # checked when opened
     provider = identity.provider
     if plan.kind in _ASKS_A_TOWER:
         provider += f" and {plan.model} at {split.server}"

@@ -24,6 +24,7 @@ from edgeclip.runtime.measuring.cold_start import measure_cold_start
 from edgeclip.runtime.measuring.loadgen import import_loadgen, run_scenario
 from edgeclip.runtime.measuring.measurement import (
     ColdStart,
+    Identity,
     Measurement,
     MeasurementRun,
     ScenarioResult,
@@ -136,7 +137,7 @@ def _more(plan: ProfilePlan, spec: SubjectSpec, item: Measurement) -> Measuremen
     return replace(
         item,
         sweep=sweep,
-        cold_start=_cold_start(spec, workload.cold_starts),
+        cold_start=_cold_start(spec, item.identity, workload.cold_starts),
         scenarios=scenarios,
         energy=None if isinstance(energy, str) else energy,
         stages=() if isinstance(stages, str) else stages,
@@ -183,14 +184,16 @@ def _scenarios(
     return tuple(found)
 
 
-def _cold_start(spec: SubjectSpec, processes: int) -> ColdStart | None:
+def _cold_start(spec: SubjectSpec, found: Identity | None, processes: int) -> ColdStart | None:
     """Time fresh processes that load a tower; None for what is more than one tower."""
-    if not processes or spec.bundle is None or spec.part not in ("image", "text"):
+    precision = None if found is None else found.precision
+    if not processes or spec.bundle is None or precision is None:
+        return None
+    if spec.part not in ("image", "text"):
         return None
     bundle = Bundle.open(spec.bundle)
-    assert spec.precision is not None
-    feed: dict[str, Any] = example_feed(bundle, spec.part, spec.precision)
-    path = bundle.tower_path(spec.part, spec.precision)
+    feed: dict[str, Any] = example_feed(bundle, spec.part, precision)
+    path = bundle.tower_path(spec.part, precision)
     return measure_cold_start(path, feed, device=spec.device, processes=processes)
 
 

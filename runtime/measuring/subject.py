@@ -51,8 +51,8 @@ class SubjectSpec:
         pictures: image files of "file" and "split", the first of which runs at batch 1; some
             that look like photos by default.
         split: for "split" alone.
-        axes: (name, size) of a model's varying axes; the others are 1, and the batch is what is
-            asked for.
+        axes: (name, size) of each varying axis that a model has beside the batch, which is what
+            is asked for.
 
     Raises:
         ValueError: fields that contradict each other; all of them in one message.

@@ -2,8 +2,8 @@
 
 from edgeclip.runtime.planning.estimate import Estimate
 from edgeclip.runtime.planning.planner import Choice
-from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.reporting.report_format import digits
+from edgeclip.runtime.text_columns import columns
 
 _HEADER = (
     *("", "plan", "p50 ms", "p95 ms", "bytes", "cosine", "least"),

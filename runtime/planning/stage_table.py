@@ -4,8 +4,8 @@ import numpy as np
 
 from edgeclip.runtime.planning.cut_set import CutManifest
 from edgeclip.runtime.planning.stage_times import Payload, Stage, StageTimes
-from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.reporting.report_format import digits
+from edgeclip.runtime.text_columns import columns
 
 
 def stage_table(times: StageTimes, manifest: CutManifest) -> str:

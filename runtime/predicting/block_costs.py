@@ -176,7 +176,8 @@ class BlockCosts:
 
     def _key(self, piece: Piece, precision: Precision) -> tuple[Kind, Precision]:
         """Pieces that stay float in int8 are measured in fp32 only."""
-        for known in (precision, "fp32"):
+        likely: tuple[Precision, ...] = ("int8", "fp32") if precision == "int8" else (precision,)
+        for known in likely:
             if (piece.kind, known) in self._fits and precision in self.precisions:
                 return piece.kind, known
         raise InputError(

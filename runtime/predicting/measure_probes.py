@@ -68,8 +68,8 @@ def measure_probes(
     samples: dict[str, Samples] = {}
     with InterferenceWatch() as watch:
         for number, group in enumerate(groups):
-            runs = {item.name: _runner(probes, item.graph, device) for item in group}
-            samples |= time_in_turns(runs, rounds, _step(progress, number, len(groups), rounds))
+            step = _step(progress, number, len(groups), rounds)
+            samples |= _time_group(probes, group, device, rounds, step)
     return MeasuredDevice(
         name=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -92,6 +92,18 @@ def measure_probes(
         after=watch.after,
         interference=watch.found,
     )
+
+
+def _time_group(
+    probes: ProbeSet,
+    group: Sequence[Item],
+    device: DeviceProfile,
+    rounds: int,
+    step: Callable[[int], None],
+) -> dict[str, Samples]:
+    """Load some probes and time them; their memory is free again when this returns."""
+    runs = {item.name: _runner(probes, item.graph, device) for item in group}
+    return time_in_turns(runs, rounds, step)
 
 
 def time_in_turns(

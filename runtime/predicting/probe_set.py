@@ -10,6 +10,7 @@ Times depend on the values of weights in one way only: equal ones are packed onc
 caches. So no two weights of a graph are equal, and sharing the file saves disk space alone.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -128,10 +129,30 @@ class ProbeIndex(JsonRecord):
         lost = [probe.name for probe in self.probes if probe.beyond not in (None, *known)]
         if lost:
             raise ValueError(f"{lost[0]} is compared with a probe that is not there")
+        _check_comparisons({probe.name: probe for probe in self.probes})
         files = {file.path for file in self.files}
         missing = {item.graph.path for item in items} - files
         if missing:
             raise ValueError(f"files does not list {min(missing)}")
+
+
+def _check_comparisons(probes: Mapping[str, Probe]) -> None:
+    """Refuse what would be measured without the probe that it is compared with, and circles."""
+    for probe in probes.values():
+        other = None if probe.beyond is None else probes[probe.beyond]
+        if other is not None and probe.few and not other.few:
+            raise ValueError(f"{probe.name} is one of the few, and {other.name} before it is not")
+        if other is not None and other.precision not in ("fp32", probe.precision):
+            raise ValueError(
+                f"{probe.name} in {probe.precision} is compared with {other.name} in "
+                f"{other.precision}, which a device may not run"
+            )
+        seen = {probe.name}
+        while other is not None:
+            if other.name in seen:
+                raise ValueError(f"{probe.name} is compared with others in a circle")
+            seen.add(other.name)
+            other = None if other.beyond is None else probes[other.beyond]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from _bars import Bar
 from _gpu_torch import REFERENCE
 
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.planning.text_columns import columns
 from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.text_columns import columns
 
 Column = Literal["host", "device"]
 COLUMNS: tuple[Column, ...] = get_args(Column)

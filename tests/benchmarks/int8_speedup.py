@@ -13,7 +13,8 @@ The bars were set for a CPU without int8 dot products (VNNI). On one that has th
 may choose another point, and "chosen, 7-bit weights" is what the other CPU would have to take. On
 which of them figures were made is printed, and `machine.flags` of the JSON file says it.
 
-`--quick` neither searches nor grows more than the small one, and teaches nothing.
+It takes nearly half an hour on two cores, more on a first run, which grows the towers. `--quick`
+neither searches nor grows more than the small one, and teaches nothing: some minutes.
 """
 
 import json

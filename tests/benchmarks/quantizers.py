@@ -17,7 +17,9 @@ runs of the same file differ by, 5% at most. OpenVINO is another engine: its row
 held. So is "ours, dynamic", `DynamicInt8` of EdgeCLIP, which the search leaves out because an
 embedding then depends on what else is in its batch, however fast it is.
 
-optimum and NNCF are installed under `--work`; `--quick` leaves them and the large tower out.
+optimum and NNCF are installed under `--work`; `--quick` leaves them and the large tower out, and
+takes some minutes. The whole takes about a quarter of an hour on two cores, and more on a first
+run, which installs and grows.
 """
 
 import json

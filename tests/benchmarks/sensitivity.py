@@ -3,10 +3,10 @@
 One channel of one LayerNorm of the built-in teacher's image tower is made 300 times as large;
 what the tower computes stays the same. All in int8 it collapses. (It is the LayerNorm before the
 first MLP: what is lost behind a later one, the residual stream around it makes up for.) Trained
-transformers have channels that are 1,000 times larger than others and more (Sun et al. 2024,
+transformers have activations that are up to 100,000 times larger than others (Sun et al. 2024,
 Massive Activations in Large Language Models, arXiv:2402.17762). The sensitivity pass must
 name the layer behind it, and the search, which may not smooth it here, must keep that layer
-in float and still be faster than fp32. That takes some minutes, `--quick` about one.
+in float and still be faster than fp32. That takes some minutes.
 """
 
 import sys

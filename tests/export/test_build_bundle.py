@@ -19,13 +19,16 @@ from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.choose import TowerChoice
 from edgeclip.export.embed_pairs import torch_embedder
 from edgeclip.export.errors import GateError
+from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds, data_record
+from edgeclip.export.made_graphs import judge_graphs
 from edgeclip.export.quantizing.config import (
     config_from_data,
     default_config,
     describe,
     needs_vnni,
 )
+from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.bundle import Bundle
@@ -34,6 +37,7 @@ from edgeclip.runtime.errors import InputError, SpaceMismatchError
 from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.preprocess import crop_batch
 from edgeclip.runtime.replay_golden import replay_golden
+from edgeclip.runtime.spec import Tower
 
 Make = Callable[..., Source]
 IMPOSSIBLE = Bounds(mean_cosine=1.1, p1_cosine=0.5, r1_loss=25)
@@ -238,6 +242,22 @@ def test_a_device_that_cannot_run_here_is_judged_on_the_cpu(plan: BundlePlan) ->
     assert other.runner.engine == "onnxruntime-cpu"
     assert other.wanted == ("fp32", "fp16")
     assert plan.runner is plan.device
+
+
+def test_fp16_is_judged_as_a_gpu_rounds_it(
+    plan: BundlePlan, clip: DualEncoder, clip_towers: TowerPaths, tmp_path: Path
+) -> None:
+    towers: tuple[Tower, ...] = ("image", "text")
+    graphs = [clip_towers.graph(tower) for tower in towers]
+    for graph in graphs[:2]:
+        path = tmp_path / f"{graph.tower}_fp16.onnx"
+        write_fp16(graph.path, path)
+        graphs.append(replace(graph, precision="fp16", path=path))
+    gpu = load_device("jetson-orin-nano")
+    gpu = replace(gpu, batch_min=1, batch_best=8, batch_max=32)
+    made = judge_graphs(replace(plan, device=gpu), graphs, {}).embeddings["image", "fp16"]
+    plain = judge_graphs(plan, graphs, {}).embeddings["image", "fp16"]
+    assert 0 < np.abs(made - plain).max() < 0.01
 
 
 def test_a_mixed_choice_that_fails_together_falls_back(plan: BundlePlan) -> None:

@@ -3,6 +3,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -209,6 +210,33 @@ def test_dense_convolutions_are_quantized_with_their_results(
     assert [made_by[name].op_type for name in dense.input] == ["DequantizeLinear"] * 2
     readers = [node.op_type for node in model.graph.node if dense.output[0] in node.input]
     assert readers == ["QuantizeLinear"]
+
+
+def test_only_patches_and_depthwise_convolutions_stay_float(tmp_path: Path) -> None:
+    """As in a ResNet or ResNeXt: single pixels and groups are products like others."""
+    kinds: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+        "patches": ((8, 3, 4, 4), {"strides": [4, 4]}),
+        "pixels": ((8, 8, 1, 1), {"strides": [1, 1]}),
+        "fewer": ((8, 8, 1, 1), {"strides": [2, 2]}),
+        "bare": ((8, 8, 1, 1), {}),
+        "groups": ((8, 4, 3, 3), {"group": 2}),
+        "depthwise": ((8, 1, 1, 1), {"group": 8}),
+    }
+    nodes, given = [], "pixel_values"
+    for name, (_, settings) in kinds.items():
+        made = "image_embeds" if name == "depthwise" else f"{name}_made"
+        nodes.append(helper.make_node("Conv", [given, f"{name}_w"], [made], name, **settings))
+        given = made
+    draw = np.random.default_rng(0)
+    model = graph_of(
+        nodes,
+        {f"{name}_w": draw.normal(size=shape) for name, (shape, _) in kinds.items()},
+        name="pixel_values",
+        given=["batch", 3, 32, 32],
+        outputs={"image_embeds": ["batch", 8, 2, 2]},
+    )
+    onnx.save(model, tmp_path / "f.onnx")
+    assert quantizable_nodes(tmp_path / "f.onnx") == ["pixels", "fewer", "bare", "groups"]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from edgeclip.runtime.cli import main
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.measuring.long_table import long_table, write_parquet
 from edgeclip.runtime.measuring.measurement import MeasurementRun
+from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.reporting.profile_advice import advice_of
 from edgeclip.runtime.reporting.profile_data import NamedRun
+from tests.conftest import SPACE
 
 WORKLOAD = """\
 name: tiny
@@ -129,17 +131,30 @@ def test_a_baseline_of_another_machine_is_refused_at_once(
 def test_several_bundles_take_turns_with_a_peer(
     folder: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
+    """The texts of a peer are as long as they are told to be."""
     peer = tiny_bundle / "onnx" / "text_model.onnx"
     out = tmp_path / "b.json"
     words = (f"a={tiny_bundle}", f"b={tiny_bundle}", "--peer", f"text:plain={peer}", "--out", out)
-    assert brief(folder, *words) == 0
+    assert brief(folder, *words, "--peer-axis", "input_ids.1=7", "--reference", "b int8") == 0
     found = MeasurementRun.load(out)
     assert [item.name for item in found.measurements] == [
         *("a fp32", "a int8", "b fp32", "b int8"),
         "plain",
     ]
     assert found.measurements[1].ratio is not None
+    assert found.measurements[1].ratio.reference == "b int8"
+    assert found.measurements[4].input_shape == (1, 7)
     assert found.roofline is None
+
+
+def test_a_part_that_is_asked_for_twice_is_there_once(
+    folder: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    made, out = tmp_path / "plan.json", tmp_path / "c.json"
+    SplitPlan(name="alone", kind="device", space=SPACE).save(made)
+    words = (tiny_bundle, "--parts", "split,split", "--plan", made, "--brief", "--out", out)
+    assert main(["profile", *map(str, words), "--workload", str(folder / "brief.yaml")]) == 0
+    assert [item.name for item in MeasurementRun.load(out).measurements] == ["alone"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +165,8 @@ def test_several_bundles_take_turns_with_a_peer(
         (["BUNDLE", "--max-regression", "5%"], "--max-regression needs --against"),
         (["BUNDLE", "--server", "http://x"], "go with --plan"),
         (["BUNDLE", "--peer", "model.onnx"], "write PART:NAME=FILE.onnx"),
+        (["BUNDLE", "--peer-axis", "length=7"], "--peer-axis goes with --peer"),
+        (["BUNDLE", "--reference", "fp23"], "'fp23' is no subject: choose from fp32, int8"),
         (["BUNDLE", "--workload", "huge"], "huge"),
         (["nowhere"], "nowhere"),
     ],

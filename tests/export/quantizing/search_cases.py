@@ -102,7 +102,9 @@ class SumBench:
             )
             for name, value in sorted(self.damages.items(), key=lambda item: -item[1])
         ]
-        return Sensitivity(config=key_of(config), groups=tuple(groups), inputs=8, seconds=1.0)
+        return Sensitivity(
+            config=key_of(config), groups=tuple(groups), inputs=8, runs=800, seconds=4.0
+        )
 
     def gains(self, config: StaticInt8) -> Gains:
         found = [GroupGain(nodes=(name,), saved=value) for name, value in self.saved.items()]

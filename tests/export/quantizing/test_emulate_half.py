@@ -17,6 +17,7 @@ from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.emulate_half import emulate_half, half_values, stored_in_half
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.export.tower_graph import TowerGraph
+from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.runtime.quality import cosines
 from tests.export.quantizing.small_graphs import run
 
@@ -126,12 +127,14 @@ def test_the_types_of_a_tower_are_those_that_onnx_infers(
 
 
 def test_towers_are_judged_as_a_gpu_runs_them(
-    clip: DualEncoder, clip_towers: TowerPaths, tmp_path: Path
+    clip: DualEncoder, clip_towers: TowerPaths, tmp_path: Path, cpu_device: DeviceProfile
 ) -> None:
     half = tmp_path / "text_model_fp16.onnx"
     write_fp16(clip_towers.text, half)
     graphs = [clip_towers.graph("text"), TowerGraph("text", "fp16", half, None)]
-    with stored_in_half(graphs) as (plain, shown):
+    with stored_in_half(graphs, cpu_device) as found:
+        assert found == tuple(graphs)
+    with stored_in_half(graphs, load_device("jetson-orin-nano")) as (plain, shown):
         assert plain == graphs[0]
         assert (shown.tower, shown.precision, shown.pixels) == ("text", "fp16", None)
         assert shown.path.name == half.name

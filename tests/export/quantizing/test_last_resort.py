@@ -125,7 +125,7 @@ def task(clip: DualEncoder, blobs: Make, cpu_device: DeviceProfile) -> Int8Task:
         configs={"image": CPU, "text": CPU},
         calibration=blobs(32, seed=1),
         test=blobs(60),
-        runner=cpu_device,
+        device=cpu_device,
         bounds=BOUNDS,
         form=GraphForm(),
     )

@@ -175,4 +175,6 @@ def test_the_table_has_a_line_for_each_config_and_marks_the_choice(found: Search
     assert found.chosen.name in chosen
     assert any("<bad> & co" in line and "9.00e-01" in line for line in lines)
     assert any(line.startswith("chosen: int8") for line in lines)
+    assert any("on 8 inputs (200/s)" in line for line in lines)
+    assert "in 4.00 s, 200 inputs a second" in render_search(found, ABOUT)
     assert found.points[0].config == Float32()

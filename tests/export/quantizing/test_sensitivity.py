@@ -208,6 +208,9 @@ def test_a_group_is_taken_apart_if_some_of_its_nodes_are_not_to_blame(
     assert found.groups[0].nodes == (bad,)
     assert wide.nodes not in by_nodes
     assert {(node,) for node in wide.nodes} <= set(by_nodes)
+    # In float and with each group, then in float and with each node of that one.
+    assert found.runs == 20 * (1 + len(groups) + 1 + len(wide.nodes))
+    assert found.rate == pytest.approx(found.runs / found.seconds)
 
 
 def _coarsen(model, name: str) -> None:  # type: ignore[no-untyped-def]

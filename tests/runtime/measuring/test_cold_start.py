@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from edgeclip.profiles.device import DeviceProfile
@@ -29,6 +30,43 @@ def test_processes_tell_means_and_intervals(tiny_bundle: Path, cpu_device: Devic
     ):
         assert told.low < told.value < told.high
         assert ms == pytest.approx(told.value, rel=0.05)
+
+
+def test_weights_beside_the_graph_count(
+    tiny_bundle: Path, cpu_device: DeviceProfile, tmp_path: Path
+) -> None:
+    path = tmp_path / "vision.onnx"
+    onnx.save(
+        onnx.load(tiny_bundle / "onnx" / "vision_model.onnx"),
+        path,
+        save_as_external_data=True,
+        location="vision.onnx_data",
+        size_threshold=64,
+    )
+    start = measure_cold_start(path, PIXELS, device=cpu_device, processes=1)
+    sizes = [file.stat().st_size for file in tmp_path.iterdir()]
+    assert len(sizes) == 2
+    assert start.file_bytes == sum(sizes)
+
+
+def test_the_clock_starts_before_anything_is_imported(tiny_bundle: Path) -> None:
+    script = """
+import sys, time
+seen, clock = [], time.perf_counter
+def looked_at():
+    seen.append({"numpy", "yaml", "onnxruntime"} & set(sys.modules))
+    return clock()
+time.perf_counter = looked_at
+from edgeclip.runtime.measuring.cold_start import main
+assert main(sys.argv[1:]) == 0
+print(sorted(seen[0]), len(seen[-1]))
+"""
+    words = [str(tiny_bundle / "onnx" / "vision_model.onnx"), "--device", "x86-avx2"]
+    words += ["--input", "pixel_values=float32:1x3x8x8"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[] 3"
 
 
 def test_one_process_tells_of_no_other(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:

@@ -66,7 +66,7 @@ def test_weights_beside_the_graph_count(
         location="text.onnx_data",
         size_threshold=64,
     )
-    with opened(path, cpu_device) as subject:
+    with opened(path, cpu_device, axes=(("input_ids.1", 5),)) as subject:
         sizes = [file.stat().st_size for file in tmp_path.iterdir()]
         assert len(sizes) == 2
         assert subject.identity.bytes_on_disk == sum(sizes)
@@ -86,8 +86,19 @@ def test_every_input_is_made_up(tmp_path: Path, cpu_device: DeviceProfile) -> No
     with opened(path, cpu_device, axes=axes) as subject:
         assert shapes_seen(subject, 2) == [[2, 77], [2, 3, 6, 5], [2, 4], [2]]
         assert subject.identity.input_shape == (1, 77)
-    with opened(path, cpu_device) as subject:
-        assert shapes_seen(subject, 1) == [[1, 1], [1, 3, 1, 5], [1, 4], [2]]
+    for given, missing in (((), "length"), (axes[:1], "height")):
+        with pytest.raises(InputError, match=f"the axis '{missing}' .*: say so with --peer-axis"):
+            opened(path, cpu_device, axes=given)
+
+
+def test_an_axis_without_a_name_goes_by_its_place(
+    tmp_path: Path, cpu_device: DeviceProfile
+) -> None:
+    path = write_model(tmp_path / "m.onnx", {"ids": (TensorProto.INT64, ["n", None])})
+    with pytest.raises(InputError, match=r"--peer-axis ids\.1=SIZE"):
+        opened(path, cpu_device)
+    with opened(path, cpu_device, axes=(("ids.1", 5),)) as subject:
+        assert shapes_seen(subject, 2) == [[2, 5]]
 
 
 def test_a_fixed_batch_is_all_it_takes(tmp_path: Path, cpu_device: DeviceProfile) -> None:

@@ -68,6 +68,19 @@ def test_float_pieces_of_int8_are_those_of_fp32() -> None:
         COSTS.ms(stem, "fp16")
 
 
+def test_fp16_is_never_told_by_fp32() -> None:
+    costs = [
+        dataclasses.replace(cost, precision="fp16")
+        for cost in DEVICE.costs
+        if cost.piece.kind == "image-block" and cost.precision == "fp32"
+    ]
+    both = BlockCosts(dataclasses.replace(DEVICE, costs=(*DEVICE.costs, *costs)))
+    assert both.ms(block(256, 65), "fp16") == both.ms(block(256, 65), "fp32")
+    stem = ConvTower(widths=(48,), depths=(0,), image_size=64, dim=8).stem()
+    with pytest.raises(InputError, match="no times of conv-stem in fp16"):
+        both.ms(stem, "fp16")
+
+
 def test_each_piece_is_told_by_the_others() -> None:
     piece = block(256, 65)
     errors = COSTS.errors(piece, "fp32")

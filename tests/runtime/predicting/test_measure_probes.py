@@ -2,6 +2,7 @@ import argparse
 import dataclasses
 import shlex
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from onnx import TensorProto, helper
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime import verb_measure_probes
+from edgeclip.runtime.engine import Engine, open_engine
+from edgeclip.runtime.engine_ort import OrtEngine
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.manifest import FileRecord
+from edgeclip.runtime.predicting import measure_probes as module
 from edgeclip.runtime.predicting import measured_device
 from edgeclip.runtime.predicting.measure_probes import measure_probes, time_in_turns
 from edgeclip.runtime.predicting.measured_device import (
@@ -169,6 +173,25 @@ def test_int8_for_dot_products_is_not_run_without_them(
     assert found.precisions == ("fp32",)
 
 
+def test_one_group_is_let_go_before_the_next_is_loaded(
+    probes: Path, cpu_device: DeviceProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions: list[weakref.ref[object]] = []
+    alive: list[int] = []
+
+    def counted(path: Path, *, device: DeviceProfile) -> Engine:
+        alive.append(sum(session() is not None for session in sessions))
+        engine = open_engine(path, device=device)
+        assert isinstance(engine, OrtEngine)
+        sessions.append(weakref.ref(engine._session))
+        return engine
+
+    monkeypatch.setattr(module, "open_engine", counted)
+    monkeypatch.setattr(module, "_MEMORY", -1)  # each family is a group
+    measure_probes(ProbeSet.open(probes), device=cpu_device, name="x", command="typed", rounds=5)
+    assert alive == [0, 1, 2, 0]
+
+
 def test_too_few_rounds(probes: Path, cpu_device: DeviceProfile) -> None:
     with pytest.raises(InputError, match="at least 5 rounds, got 4"):
         measure_probes(
@@ -231,6 +254,22 @@ def test_a_set_must_hold_what_it_compares(probes: Path) -> None:
     lost = dataclasses.replace(index.probes[1], beyond="nobody")
     with pytest.raises(ValueError, match="compared with a probe that is not there"):
         dataclasses.replace(index, probes=(lost,), checks=())
+    stem, head, blocks = index.probes
+    for wrong, message in (
+        ((dataclasses.replace(stem, few=False), head), "head is one of the few, and stem before"),
+        (
+            (stem, dataclasses.replace(head, few=False), dataclasses.replace(blocks, few=True)),
+            "blocks is one of the few, and head before it is not",
+        ),
+        ((dataclasses.replace(stem, beyond="head"), head), "compared with others in a circle"),
+        ((dataclasses.replace(stem, beyond="stem"),), "compared with others in a circle"),
+        (
+            (dataclasses.replace(stem, precision="int8"), head),
+            "head in fp32 is compared with stem in int8",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(index, probes=wrong, checks=())
     with pytest.raises(ValueError, match="the same name"):
         dataclasses.replace(index, probes=(index.probes[0],) * 2)
     with pytest.raises(ValueError, match=r"does not list a\.onnx"):
