@@ -6,7 +6,8 @@ vision transformers collapse.
 
 Measured with ONNX Runtime on one CPU core at batch 1, as shares of the time in fp32: a
 ResNet takes 0.39 (its 1x1 convolutions in float), or 1.01 if the results of its convolutions
-stay float, because there is no kernel for that; a ConvNext takes 0.62, or 0.65 with its depthwise convolutions in int8.
+stay float, because there is no kernel for that; a ConvNext takes 0.62, or 0.65 with its
+depthwise convolutions in int8.
 """
 
 import shutil
