@@ -33,13 +33,13 @@ def main() -> int:
     """Measure all profiles, then look at each pair."""
     parser = options(__doc__ or "")
     parser.add_argument("--pairs", type=int, help="default: 40, or 2 with --quick")
-    standard = load_workload("standard")
+    gate = load_workload("ci")
     for name, default in {
-        "processes": standard.processes,
-        "repeats": standard.repeats,
-        "seconds": 1.0,  # half of what `edgeclip profile` takes, as there are many
+        "processes": gate.processes,
+        "repeats": gate.repeats,
+        "seconds": gate.turn_seconds,
     }.items():
-        words = f"of each profile (default: {default})"
+        words = f"of each profile (default: {default}, as in the workload ci)"
         parser.add_argument(f"--{name}", type=type(default), default=default, help=words)
     parser.add_argument("--precision", choices=("fp32", "int8"), default="int8")
     args = parser.parse_args()

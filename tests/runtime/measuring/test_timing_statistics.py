@@ -148,3 +148,12 @@ def test_without_trimming_the_spread_is_the_standard_deviation() -> None:
     assert found.mean == pytest.approx(logs.mean())
     assert found.spread == pytest.approx(logs.std(ddof=1))
     assert found.degrees == 3
+
+
+def test_a_machine_with_slower_minutes_makes_intervals_wider() -> None:
+    """The same ten processes: in turns fast and slow, and first the fast, then the slow ones."""
+    fast, slow = np.full(50, 1.0), np.full(50, 1.2)
+    turns = latency_of([fast, slow] * 5).p50_ms
+    minutes = latency_of([fast] * 5 + [slow] * 5).p50_ms
+    assert turns.value == pytest.approx(minutes.value)
+    assert minutes.high / minutes.low > 1.2 > turns.high / turns.low
