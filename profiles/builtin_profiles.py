@@ -1,6 +1,7 @@
 """Finding a profile by its built-in name or by the path of the user's own YAML file."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -37,11 +38,16 @@ def load_profile(
     if name_or_path in names:
         return read_yaml(kind, _ROOT / folder / f"{name_or_path}.yaml")
     known = (*extra_names, *names)
-    close = difflib.get_close_matches(name_or_path, known, n=1)
+    raise unknown_name(folder.removesuffix("s"), name_or_path, known, "a .yaml file")
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str], file: str) -> ConfigError:
+    """The error that no `kind` has this name; `file` says what a path may lead to instead."""
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ConfigError(
-        f"no {folder.removesuffix('s')} is named {name_or_path!r}{hint}; known names: "
-        f"{', '.join(known)}; or give the path of a .yaml file"
+    return ConfigError(
+        f"no {kind} is named {name!r}{hint}; known names: {', '.join(known)}; or give the path "
+        f"of {file}"
     )
 
 

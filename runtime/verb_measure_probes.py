@@ -6,7 +6,7 @@ from pathlib import Path
 from edgeclip.profiles.device import load_device
 from edgeclip.runtime.predicting.carry_over import carry_over
 from edgeclip.runtime.predicting.measure_probes import FEWEST_ROUNDS, measure_probes
-from edgeclip.runtime.predicting.measured_device import load_measured
+from edgeclip.runtime.predicting.measured_device import load_measured, measured_names
 from edgeclip.runtime.predicting.measured_table import measured_table
 from edgeclip.runtime.predicting.probe_set import ProbeSet
 from edgeclip.runtime.progress import progress_bar
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--few-from",
         metavar="MEASURED",
-        help="measure only a few probes, and carry the rest over from this measured device "
-        "(a name, or a file)",
+        help="measure only a few probes, and carry the rest over from this measured device: "
+        f"a file, or one of {', '.join(measured_names())}",
     )
     add_device_option(parser)
 

@@ -63,14 +63,20 @@ def _last(piece: Piece) -> tuple[float, ...]:
     return (2 * at * width**2, at * width, weights)
 
 
+def sizes_of(piece: Piece) -> dict[str, float]:
+    """The sizes that tell a piece from others of its kind, by their names."""
+    sizes: dict[str, float] = {"width": piece.width, "positions": piece.positions}
+    if piece.kind == "image-stem":
+        sizes["patch"] = piece.patch
+    if piece.heads:  # the same in nearly every CLIP
+        sizes["width of a head"] = piece.width / piece.heads
+        sizes["hidden / width"] = piece.hidden / piece.width
+    return sizes
+
+
 def place(piece: Piece) -> Values:
     """Where a piece lies among those of its kind: logarithms of its sizes."""
-    sizes: list[float] = [piece.width, piece.positions]
-    if piece.kind == "image-stem":
-        sizes.append(piece.patch)
-    if piece.heads:  # size of a head, ratio of the MLP: the same in nearly every CLIP
-        sizes += [piece.width / piece.heads, piece.hidden / piece.width]
-    return np.log(np.array(sizes, dtype=np.float64))
+    return np.log(np.array(list(sizes_of(piece).values()), dtype=np.float64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,14 +159,20 @@ class BlockCosts:
         key = self._key(piece, precision)
         factor = self._fits[key].outside(piece)
         if factor > FARTHEST * (1 + 1e-9):
-            sizes = [(item.width, item.positions) for item in self._fits[key].pieces]
-            widths, positions = zip(*sizes, strict=True)
-            raise InputError(
-                f"{piece.kind} of width {piece.width} at {piece.positions} positions is too far "
-                f"from what was measured on {self._name!r} (widths {min(widths)} to {max(widths)}, "
-                f"positions {min(positions)} to {max(positions)})"
-            )
+            raise InputError(self._too_far(piece, self._fits[key].pieces))
         return factor
+
+    def _too_far(self, piece: Piece, measured: Sequence[Piece]) -> str:
+        known = [sizes_of(item) for item in measured]
+        sizes = ", ".join(
+            f"{name} {size:g} (measured: {min(item[name] for item in known):g} to "
+            f"{max(item[name] for item in known):g})"
+            for name, size in sizes_of(piece).items()
+        )
+        return (
+            f"{piece.kind} is too far from what was measured on {self._name!r}: {sizes}: choose "
+            "sizes nearer to those, or measure the tower itself"
+        )
 
     def errors(self, piece: Piece, precision: Precision) -> Values:
         """Logarithmic errors with which the other pieces of its kind tell each one [N].

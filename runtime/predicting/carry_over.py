@@ -53,10 +53,11 @@ class _Line:
 def carry_over(source: MeasuredDevice, few: MeasuredDevice) -> MeasuredDevice:
     """The device of `few` with a cost for every piece of `source`.
 
-    What `few` measured stays as it is.
+    What `few` measured stays as it is. A precision of which it measured nothing is not carried
+    over: it may compute it another way, or not at all.
 
     Raises:
-        InputError: the two share fewer than `FEWEST_SHARED` pieces of one precision.
+        InputError: the two share fewer than `FEWEST_SHARED` pieces.
     """
     there = {(cost.piece, cost.precision): cost for cost in few.costs}
     here = {(cost.piece, cost.precision): cost for cost in source.costs}
@@ -69,7 +70,11 @@ def carry_over(source: MeasuredDevice, few: MeasuredDevice) -> MeasuredDevice:
         )
     lines = _lines(pairs)
     errors = [abs(math.expm1(_left_out(pairs, at))) for at in range(len(pairs))]
-    carried = [_moved(cost, lines) for key, cost in here.items() if key not in there]
+    carried = [
+        _moved(cost, lines)
+        for key, cost in here.items()
+        if key not in there and cost.precision in few.precisions
+    ]
     return replace(
         few,
         costs=(*few.costs, *carried),

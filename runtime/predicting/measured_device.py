@@ -3,14 +3,13 @@
 Files of them are kept in `profiles/measured/`, and are found there by name.
 """
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import edgeclip.profiles
+from edgeclip.profiles.builtin_profiles import unknown_name
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.machine import Machine
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.json_record import JsonRecord
@@ -130,13 +129,8 @@ def load_measured(name_or_path: str | Path) -> MeasuredDevice:
     names = measured_names()
     if text in names:
         return MeasuredDevice.load(_folder() / f"{text}.json")
-    close = difflib.get_close_matches(text, names, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    known = f"known names: {', '.join(names)}; or " if names else ""
-    raise ConfigError(
-        f"no measured device is named {text!r}{hint}; {known}give the path of a file that "
-        "`edgeclip measure-probes` wrote"
-    )
+    file = "a file that `edgeclip measure-probes` wrote"
+    raise unknown_name("measured device", text, names, file)
 
 
 def measured_names() -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """What was measured of a device, as a table for the terminal."""
 
+import statistics
+
 from edgeclip.runtime.predicting.measured_device import MeasuredDevice, PieceCost
 from edgeclip.runtime.predicting.predict_latency import Predictor
 
@@ -38,9 +40,10 @@ def _checks(measured: MeasuredDevice) -> list[str]:
         found = predictor.checks(precision)
         if not found:
             continue
-        errors = sorted(abs(predicted / ms - 1) for predicted, ms in found)
+        errors = [abs(predicted / ms - 1) for predicted, ms in found]
+        towers = "tower" if len(errors) == 1 else "towers"
         lines.append(
-            f"{len(errors)} whole towers in {precision}: predicted within "
-            f"{errors[len(errors) // 2]:.1%} (median; worst {errors[-1]:.1%})"
+            f"{len(errors)} whole {towers} in {precision}: predicted within "
+            f"{statistics.median(errors):.1%} (median; worst {max(errors):.1%})"
         )
     return lines

@@ -52,13 +52,16 @@ def test_sizes_far_from_the_measured_ones_are_refused() -> None:
     assert COSTS.outside(block(256, 65), "int8") == 1
     assert COSTS.outside(block(1024, 257), "int8") == pytest.approx(2)
     assert FARTHEST < 4
-    with pytest.raises(InputError, match=r"width 2048 at 65 positions is too far .* 64 to 512"):
+    with pytest.raises(InputError, match=r"is too far .*: width 2048 \(measured: 64 to 512\)"):
         COSTS.ms(block(2048, 65), "int8")
 
 
 def test_unusual_heads_lie_outside() -> None:
     half = dataclasses.replace(block(256, 65), heads=8)
     assert COSTS.outside(half, "fp32") == pytest.approx(2)
+    quarter = dataclasses.replace(block(256, 65), heads=1)
+    with pytest.raises(InputError, match=r"width of a head 256 \(measured: 64 to 64\)"):
+        COSTS.outside(quarter, "fp32")
 
 
 def test_float_pieces_of_int8_are_those_of_fp32() -> None:

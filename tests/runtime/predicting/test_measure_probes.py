@@ -12,7 +12,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime import verb_measure_probes
 from edgeclip.runtime.engine import Engine, open_engine
 from edgeclip.runtime.engine_ort import OrtEngine
@@ -20,13 +19,8 @@ from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.manifest import FileRecord
 from edgeclip.runtime.predicting import measure_probes as module
-from edgeclip.runtime.predicting import measured_device
 from edgeclip.runtime.predicting.measure_probes import measure_probes, time_in_turns
-from edgeclip.runtime.predicting.measured_device import (
-    MeasuredDevice,
-    load_measured,
-    measured_names,
-)
+from edgeclip.runtime.predicting.measured_device import MeasuredDevice, load_measured
 from edgeclip.runtime.predicting.measured_table import measured_table
 from edgeclip.runtime.predicting.probe_set import (
     PROBES_NAME,
@@ -38,7 +32,6 @@ from edgeclip.runtime.predicting.probe_set import (
     ProbeSetError,
 )
 from edgeclip.runtime.predicting.tower_pieces import ConvTower, Part
-from tests.runtime.predicting.known_device import known_device
 
 TOWER = ConvTower(widths=(8,), depths=(4,), image_size=16, dim=8)
 
@@ -143,7 +136,7 @@ def test_round_trip_and_table(measured: MeasuredDevice, tmp_path: Path) -> None:
     assert load_measured(path) == load_measured(str(path)) == measured
     table = measured_table(measured)
     assert "conv-block" in table
-    assert "1 whole towers in int8: predicted within" in table
+    assert "1 whole tower in int8: predicted within" in table
 
 
 def test_only_the_few_and_only_what_the_device_allows(
@@ -274,24 +267,6 @@ def test_a_set_must_hold_what_it_compares(probes: Path) -> None:
         dataclasses.replace(index, probes=(index.probes[0],) * 2)
     with pytest.raises(ValueError, match=r"does not list a\.onnx"):
         dataclasses.replace(index, files=())
-
-
-def test_measured_devices_are_found_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measured_device, "_folder", lambda: tmp_path)
-    known_device().save(tmp_path / "kitchen.json")
-    assert measured_names() == ("kitchen",)
-    assert load_measured("kitchen") == known_device()
-    with pytest.raises(ConfigError, match=r"'kitchn' \(did you mean 'kitchen'\?\)"):
-        load_measured("kitchn")
-    with pytest.raises(ConfigError, match="cannot read"):
-        load_measured(tmp_path / "none.json")
-
-
-def test_those_that_come_with_the_package_can_be_read() -> None:
-    for name in measured_names():
-        assert load_measured(name).checks
 
 
 def test_verb_measures_and_carries_over(

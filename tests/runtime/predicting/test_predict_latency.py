@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from edgeclip.runtime.errors import InputError
@@ -88,9 +90,18 @@ def test_what_was_measured_on_the_few_stays() -> None:
     assert carried.carried.worst == pytest.approx(0, abs=0.2)
 
 
-def test_devices_without_common_probes_are_refused() -> None:
-    import dataclasses
+def test_a_precision_that_the_device_cannot_run_is_not_carried_over() -> None:
+    few = known_device(few=True)
+    floats = dataclasses.replace(
+        few, costs=tuple(cost for cost in few.costs if cost.precision == "fp32")
+    )
+    carried = carry_over(known_device(), floats)
+    assert carried.precisions == ("fp32",)
+    with pytest.raises(InputError, match=r"no times of .* in int8"):
+        predict_latency(carried, TOWERS[0], "int8")
 
+
+def test_devices_without_common_probes_are_refused() -> None:
     source, few = known_device(), known_device(few=True, name="slow")
     one = dataclasses.replace(few, costs=few.costs[:2])
     with pytest.raises(InputError, match="'slow' shares 2 pieces with 'known'"):
