@@ -77,6 +77,14 @@ class Workload:
         if mistakes:
             raise ValueError("; ".join(mistakes))
 
+    @property
+    def turns(self) -> str:
+        """How much is timed at batch 1, for a person."""
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        if not self.turn_seconds:
+            return f"{processes} of {self.repeats} runs"
+        return f"{processes} of at least {self.repeats} runs and {self.turn_seconds:g} s"
+
 
 def load_workload(name_or_path: str | Path) -> Workload:
     """A built-in workload by name, or a YAML file by path.

@@ -206,10 +206,7 @@ def hardware(machine: Machine) -> str:
 
 def _workload(run: MeasurementRun) -> str:
     amount = run.workload
-    return (
-        f"{amount.name}: {amount.processes} processes of {amount.repeats} runs, at least "
-        f"{amount.min_warmup_runs} to warm up"
-    )
+    return f"{amount.name}: {amount.turns}, and at least {amount.min_warmup_runs} to warm up"
 
 
 def _engine(item: Measurement) -> str:

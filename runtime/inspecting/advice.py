@@ -6,11 +6,7 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.machine import Machine
 from edgeclip.runtime.inspecting.advice_case import Advice, Case
 from edgeclip.runtime.inspecting.advice_conditions import measure_again
-from edgeclip.runtime.inspecting.advice_ends import (
-    prebuilt_engine,
-    smaller_pictures,
-    unpadded_texts,
-)
+from edgeclip.runtime.inspecting.advice_ends import prebuilt_engine, smaller_pictures
 from edgeclip.runtime.inspecting.advice_layers import (
     islands,
     short_layers,
@@ -29,8 +25,6 @@ from edgeclip.runtime.inspecting.roofline_distance import LayerDistance
 from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun
 
 MOST = 3
-NOTHING = "Nothing stands out: no change of settings promises a gain that these figures support."
-
 _WORTH = 0.05  # of latency, throughput and so on; less is not worth a sentence
 # Where two rules have the same topic, the earlier one knows more.
 _RULES: tuple[Callable[[Case], Advice | None], ...] = (
@@ -44,7 +38,6 @@ _RULES: tuple[Callable[[Case], Advice | None], ...] = (
     smaller_weights,
     short_layers,
     islands,
-    unpadded_texts,
     prebuilt_engine,
 )
 
@@ -56,8 +49,6 @@ def advise(
     device: DeviceProfile,
     machine: Machine,
     run: MeasurementRun,
-    *,
-    text_tokens: float | None = None,
 ) -> tuple[Advice, ...]:
     """At most three things to try, the largest possible gain first; none where none is sure.
 
@@ -72,8 +63,6 @@ def advise(
         device: that ran it.
         machine: that ran it.
         run: that the measurement is of; its other measurements are compared with.
-        text_tokens: how many tokens the texts have that will be embedded, marks included and
-            padding not; None if it is not known.
     """
     case = Case(
         measurement=measurement,
@@ -82,7 +71,6 @@ def advise(
         device=device,
         machine=machine,
         run=run,
-        text_tokens=text_tokens,
     )
     first = measure_again(case)
     by_topic: dict[str, Advice] = {}
@@ -92,10 +80,3 @@ def advise(
             by_topic.setdefault(advice.topic, advice)
     ranked = sorted(by_topic.values(), key=lambda item: -item.saves)
     return tuple([*([first] if first else []), *ranked][:MOST])
-
-
-def advice_text(found: Sequence[Advice]) -> str:
-    """A numbered line for each, or the sentence that nothing stands out."""
-    if not found:
-        return NOTHING
-    return "\n".join(f"{number}. {item.text}" for number, item in enumerate(found, 1))

@@ -41,12 +41,6 @@ class Advice:
         """The largest share of what there is now that can be saved, 0 to 1."""
         return 0.0 if self.at_most is None else max(0.0, 1 - 1 / self.at_most)
 
-    @property
-    def text(self) -> str:
-        """All of it in a line or two."""
-        bound = "" if self.at_most is None else f"; {self.gains} at most {self.at_most:.2f} x"
-        return f"{self.what} ({self.evidence}{bound})"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -58,7 +52,6 @@ class Case:
     device: DeviceProfile
     machine: Machine
     run: MeasurementRun
-    text_tokens: float | None
 
     @property
     def precision(self) -> Precision | None:

@@ -30,7 +30,7 @@ def _of_the_run(case: Case) -> list[str]:
         return []
     reasons = list(found.reasons) if found.disturbed or found.throttled else []
     if found.throttled and not reasons:
-        reasons.append("a processor was slowed for its heat")
+        reasons.append("a processor was slowed for its heat or supply")
     return reasons or (["other work disturbed the run"] if found.disturbed else [])
 
 

@@ -1,11 +1,10 @@
-"""Advice on what lies around the graph: pictures, texts, and the start of a process."""
+"""Advice on what lies around the graph: pictures, and the start of a process."""
 
 from edgeclip.runtime.inspecting.advice_case import Advice, Case, amdahl, percent
 from edgeclip.runtime.providers import PROVIDERS
 
 _MOST = 0.5  # of the whole
 _SLOW_START_MS = 500
-_PADDED = 1.25  # times the tokens of the texts
 
 
 def smaller_pictures(case: Case) -> Advice | None:
@@ -30,33 +29,11 @@ def smaller_pictures(case: Case) -> Advice | None:
     )
 
 
-def unpadded_texts(case: Case) -> Advice | None:
-    """The text tower ran on at least 1.25 times as many tokens as the texts have.
-
-    Known only where the caller says how many they have. Time grows at least as fast as the
-    length, but not all of it does: the ratio of lengths is the bound.
-    """
-    shape, tokens = case.measurement.input_shape, case.text_tokens
-    if case.measurement.part != "text" or tokens is None or len(shape) != 2:
-        return None
-    length = shape[1]
-    if length < _PADDED * tokens:
-        return None
-    return Advice(
-        topic="texts",
-        what="Give the text tower the tokens of the text and no padding: `Encoder.encode_text` "
-        "does, one text at a time or texts of like length together; a graph of fixed length is "
-        "exported anew with `edgeclip export`",
-        evidence=f"it ran on {length} tokens, texts have {tokens:.3g}",
-        gains="latency",
-        at_most=length / tokens,
-    )
-
-
 def prebuilt_engine(case: Case) -> Advice | None:
     """Loading takes more than half of a cold start and 0.5 s, and the engine compiles then.
 
-    A CPU or CUDA session of ONNX Runtime has nothing that could be kept.
+    A CPU or CUDA session of ONNX Runtime has nothing that could be kept, and TensorRT's own
+    engines are built before any start.
     """
     start = case.measurement.cold_start
     if start is None or start.load_ms < _SLOW_START_MS:
@@ -64,17 +41,12 @@ def prebuilt_engine(case: Case) -> Advice | None:
     total = start.total_ms
     engine, name = case.device.engine, case.device.name
     provider = PROVIDERS.get(engine)
-    if start.load_ms <= _MOST * total or (provider is not None and not provider.has_context):
+    if start.load_ms <= _MOST * total or provider is None or not provider.has_context:
         return None
-    command = f"edgeclip build BUNDLE --device {name}"
-    what = (
-        f"Build the engines once on the device: `{command}`"
-        if provider is None
-        else f"Keep what {engine} compiles: `{command} --out FOLDER` writes EP contexts"
-    )
     return Advice(
         topic="start",
-        what=what,
+        what=f"Keep what {engine} compiles: `edgeclip build BUNDLE --device {name} --out FOLDER` "
+        "writes EP contexts",
         evidence=f"loading takes {start.load_ms:.0f} of {total:.0f} ms of a cold start",
         gains="start",
         at_most=amdahl(start.load_ms / total),

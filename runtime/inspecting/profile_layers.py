@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.profiles.device import DeviceProfile
@@ -28,10 +27,10 @@ from edgeclip.runtime.errors import EngineError
 from edgeclip.runtime.inspecting.layer_times import Layer, LayerProfile, layer_profile, run_in_turns
 from edgeclip.runtime.inspecting.node_costs import node_bytes, node_flops
 from edgeclip.runtime.inspecting.ort_trace import NodeKey, NodeRun, read_trace
+from edgeclip.runtime.measuring.bundle_candidates import example_feed
 from edgeclip.runtime.open_tower import open_tower
 from edgeclip.runtime.providers import CPU, provider_of
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.tower_feed import tower_feed
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -72,7 +71,7 @@ def profile_layers(
         InputError: `runs` is below 1 or `warm_up` below 0.
         MissingExtraError: the engine's package is not installed.
     """
-    feed = _golden_feed(bundle, tower, precision)
+    feed = example_feed(bundle, tower, precision)
     if device.engine in ("tensorrt", "tensorrt-rtx"):
         from edgeclip.runtime.inspecting.tensorrt_layers import profile_tensorrt
 
@@ -107,13 +106,6 @@ def profile_layers_of(
     else:
         graph = _Graph(path=model)
     return _profile(graph, feed, device, runs=runs, warm_up=warm_up)
-
-
-def _golden_feed(bundle: Bundle, tower: Tower, precision: Precision) -> Feed:
-    file = bundle.manifest.tower(tower).file(precision)
-    first = bundle.golden().inputs(tower)[:1]
-    rows = np.repeat(first, file.batch or 1, axis=0)
-    return tower_feed(rows, tower, file.pixels, bundle.manifest.spec.image)
 
 
 def _profile(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.profiles.device import DeviceProfile
@@ -63,7 +64,7 @@ def measurable_precisions(
     if not usable:
         raise InputError(
             f"device {device.name!r} can run none of {', '.join(manifest.precisions)}, which "
-            f"the bundle holds of the {tower} tower"
+            f"the bundle holds of the {tower} tower: export it anew for this device"
         )
     return tuple(precision for precision in manifest.precisions if precision in usable)
 
@@ -91,7 +92,7 @@ def _candidate(
 
 
 def example_feed(bundle: Bundle, tower: Tower, precision: Precision) -> dict[str, NDArray[Any]]:
-    """The first golden input as the graph of that precision takes it."""
-    first = golden_inputs(bundle, tower)[:1]
-    pixels = bundle.manifest.tower(tower).file(precision).pixels
-    return tower_feed(first, tower, pixels, bundle.manifest.spec.image)
+    """The first golden input as the graph of that precision takes it, in the batch it takes."""
+    file = bundle.manifest.tower(tower).file(precision)
+    rows = np.repeat(golden_inputs(bundle, tower)[:1], file.batch or 1, axis=0)
+    return tower_feed(rows, tower, file.pixels, bundle.manifest.spec.image)

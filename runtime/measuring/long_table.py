@@ -25,7 +25,7 @@ class Row:
         name, part: of the subject.
         threads: of the engine; 0 where unknown.
         scenario: "turns" for runs one after the other, "sweep", "cold start", or LoadGen's.
-        batch: images or texts in one run.
+        batch: images or texts in one run, or in one query of LoadGen.
         metric: such as "p50" or "rate".
         unit: of the figure.
         value, low, high: the interval is the value itself where none is known.

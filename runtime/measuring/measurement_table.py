@@ -19,7 +19,7 @@ def measurement_table(run: MeasurementRun) -> str:
     rates = (_rate_row(item, places) for item in measured)
     parts = [
         f"{run.machine.cpu}, {run.machine.cores} cores, {run.machine.os}; workload "
-        f"{run.workload.name}: {run.workload.repeats} runs at batch 1",
+        f"{run.workload.name}: {run.workload.turns} at batch 1",
         columns([_HEADER, *map(_latency_row, measured)], left=2),
         columns([("tower", "items per second", *_heads(places)), *rates], left=2),
     ]

@@ -5,8 +5,7 @@ subject. Clocks, temperatures and other load are watched all the while.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.errors import MissingExtraError
+from edgeclip.runtime.errors import EngineError, MissingExtraError
 from edgeclip.runtime.inspecting.find_roofline import find_roofline
 from edgeclip.runtime.inspecting.look_inside import layers_of, stages_of
 from edgeclip.runtime.measuring.bundle_candidates import example_feed
@@ -122,34 +121,29 @@ def _more(plan: ProfilePlan, spec: SubjectSpec, item: Measurement) -> Measuremen
             spec, workload.batch_sizes, workload.threads, workload.seconds_per_batch, progress
         )
     missing = list(item.missing)
-    with _opened(spec) as opened:
+    with open_subject(spec) as opened:
         energy = energy_or_reason(
             spec.device, _once(opened), seconds=_ENERGY_SECONDS, blocks=_ENERGY_BLOCKS
         )
         scenarios = _scenarios(plan, opened, item.latency.p50_ms.value, missing)
     if isinstance(energy, str):
         missing.append(("energy", energy))
+    start = _cold_start(spec, item.identity, workload.cold_starts)
     stages = stages_of(spec) if plan.inside else ()
     layers = layers_of(spec) if plan.inside else None
-    for what, found in (("stages", stages), ("layers", layers)):
+    for what, found in (("cold_start", start), ("stages", stages), ("layers", layers)):
         if isinstance(found, str):
             missing.append((what, found))
     return replace(
         item,
         sweep=sweep,
-        cold_start=_cold_start(spec, item.identity, workload.cold_starts),
+        cold_start=None if isinstance(start, str) else start,
         scenarios=scenarios,
         energy=None if isinstance(energy, str) else energy,
         stages=() if isinstance(stages, str) else stages,
         layers=None if isinstance(layers, str) else layers,
         missing=tuple(missing),
     )
-
-
-@contextmanager
-def _opened(spec: SubjectSpec) -> Iterator[OpenSubject]:
-    with open_subject(spec) as opened:
-        yield opened
 
 
 def _once(opened: OpenSubject) -> Callable[[], object]:
@@ -184,8 +178,14 @@ def _scenarios(
     return tuple(found)
 
 
-def _cold_start(spec: SubjectSpec, found: Identity | None, processes: int) -> ColdStart | None:
-    """Time fresh processes that load a tower; None for what is more than one tower."""
+def _cold_start(
+    spec: SubjectSpec, found: Identity | None, processes: int
+) -> ColdStart | str | None:
+    """Time fresh processes that load a tower; None for what is more than one tower.
+
+    A string says why it failed, as on TensorRT, whose engines are not loaded from a graph: all
+    else that was measured must not be lost with it.
+    """
     precision = None if found is None else found.precision
     if not processes or spec.bundle is None or precision is None:
         return None
@@ -194,7 +194,10 @@ def _cold_start(spec: SubjectSpec, found: Identity | None, processes: int) -> Co
     bundle = Bundle.open(spec.bundle)
     feed: dict[str, Any] = example_feed(bundle, spec.part, precision)
     path = bundle.tower_path(spec.part, precision)
-    return measure_cold_start(path, feed, device=spec.device, processes=processes)
+    try:
+        return measure_cold_start(path, feed, device=spec.device, processes=processes)
+    except EngineError as error:
+        return str(error)
 
 
 def names_of(specs: Sequence[SubjectSpec]) -> str:

@@ -22,7 +22,7 @@ from edgeclip.runtime.reporting.profile_blocks import (
 from edgeclip.runtime.reporting.profile_data import PART_NAMES, Subject, full_name
 from edgeclip.runtime.reporting.report_format import digits, megabytes
 
-MEMORY_KEYS = ("cold_start", "peak_memory_mb", "peak_memory", "memory")
+MEMORY_KEYS = ("cold_start", "memory")
 ENERGY_KEYS = ("energy",)
 
 

@@ -107,9 +107,8 @@ def repeat_section(runs: Sequence[NamedRun]) -> Section:
 
 
 def _workload(workload: Workload) -> str:
-    many = "" if workload.processes == 1 else f" in each of {workload.processes} processes"
     batches = ", ".join(map(str, workload.batch_sizes))
-    return f"{workload.name}: {count(workload.repeats)} runs{many}; batches {batches}"
+    return f"{workload.name}: {workload.turns}; batches {batches}"
 
 
 def _memory(run: MeasurementRun) -> str:

@@ -28,7 +28,7 @@ from edgeclip.runtime.reporting.profile_data import PART_NAMES, Subject, full_na
 from edgeclip.runtime.reporting.report_format import digits, percent
 
 STAGE_KEYS = ("stages",)
-LAYER_KEYS = ("layers", "roofline")
+LAYER_KEYS = ("layers",)
 _SHOWN_LAYERS = 12
 _SHOWN_OPS = 10
 _NAMED = 6  # points of the roofline

@@ -27,7 +27,7 @@ from edgeclip.runtime.reporting.profile_blocks import (
 from edgeclip.runtime.reporting.profile_data import PART_NAMES, Subject, by_part
 from edgeclip.runtime.reporting.report_format import digits
 
-SCENARIO_KEYS = ("scenarios", "scenario", "loadgen")
+SCENARIO_KEYS = ("scenarios",)
 _NOT_KNOWN = "too few runs"
 _PERCENTILES = ("p50", "p90", "p95", "p99", "p99.9")
 

@@ -118,7 +118,7 @@ def _disturbances(run: MeasurementRun, who: str) -> list[Alarm]:
         words = f"{who}DISTURBED while it was measured: {reasons}. Ratios hold better than times; "
         alarms.append(Alarm(f"{words}measure again on a quiet machine.", "miss"))
     if found is not None and found.throttled:
-        words = f"{who}THROTTLED: a processor was slowed for its heat. Cool it, or wait longer."
+        words = f"{who}THROTTLED: a processor was slowed. Cool it, or see to its power supply."
         alarms.append(Alarm(words, "miss"))
     contended = [f"{i.name} ({PART_NAMES[i.part]})" for i in run.measurements if i.contended]
     if contended and not (found is not None and found.disturbed):
@@ -157,7 +157,7 @@ def _differences(runs: Sequence[NamedRun]) -> list[Alarm]:
 
 
 def _workload(workload: Workload) -> tuple[object, ...]:
-    return (workload.repeats, workload.processes, workload.batch_sizes, workload.threads)
+    return (workload.turns, workload.batch_sizes, workload.threads)
 
 
 def _cards(subjects: Sequence[Subject], quality: Sequence[SubjectQuality]) -> list[Card]:
@@ -240,10 +240,9 @@ def _start_card(subject: Subject) -> Card | None:
     if start is None:
         return None
     found = start.intervals
-    total = start.total_ms if found is None else found.total_ms.value
     return Card(
         name="From a fresh process to its first answer",
-        figure=f"{digits(total)} ms",
+        figure=f"{digits(start.total_ms)} ms",
         interval="no interval" if found is None else span(found.total_ms),
         note=subject.label,
     )

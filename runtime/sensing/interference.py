@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from edgeclip.runtime.sensing.busy_time import BusyTime
@@ -44,12 +43,7 @@ class InterferenceWatch:
         self._began = time.perf_counter()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         seconds = time.perf_counter() - self._began
         cpu, busy = CpuSnapshot.take(), BusyTime.take(self._root)
         self.after = take_conditions(self._root, gpu=self._gpu)

@@ -9,7 +9,7 @@ from edgeclip.profiles.link import load_link
 from edgeclip.runtime.cascade.cascade_curve import Costs, CurvePoint, curve, curve_table
 from edgeclip.runtime.cascade.cascade_page import CascadePage, render_page
 from edgeclip.runtime.cascade.trial import ASK_ALWAYS, ASK_NEVER, Trial, threshold_grid
-from tests.runtime.reporting.test_write_report import Page
+from tests.page import Page
 
 COSTS = Costs(student_ms=2.0, teacher_ms=10.0, query_bytes=3000)
 

@@ -153,6 +153,17 @@ def test_everything_that_differs_is_named() -> None:
     assert found.disturbed == ("now", "baseline")
 
 
+def test_processes_that_lasted_longer_are_another_workload() -> None:
+    """At the same number of repeats: these are then the fewest, and the seconds decide."""
+    now = run_with({"fp32": processes(np.random.default_rng(6), 1.0)})
+    longer = dataclasses.replace(now.workload, turn_seconds=2.0)
+    (found,) = compare_runs(now, dataclasses.replace(now, workload=longer))
+    workload = found.difference("workload")
+    assert workload is not None
+    assert "1 process of 15 runs, " in workload.now
+    assert "1 process of at least 15 runs and 2 s, " in workload.baseline
+
+
 def test_the_fastest_runs_are_those_of_each_process_over_the_yardstick_s() -> None:
     """A machine of half the speed, on which other programs slow most runs of every process."""
     stick = [np.array([1.0, 3.0, 1.2]), np.array([2.0, 4.0, 9.0])]

@@ -73,7 +73,6 @@ def advice(
     *others: Measurement,
     device: DeviceProfile = CPU,
     run: MeasurementRun | None = None,
-    text_tokens: float | None = None,
 ) -> tuple[Advice, ...]:
     precision = item.identity.precision if item.identity else None
     layers = item.layers
@@ -85,7 +84,6 @@ def advice(
         device,
         MACHINE,
         run or run_of(item, *others),
-        text_tokens=text_tokens,
     )
 
 

@@ -18,6 +18,7 @@ from edgeclip.runtime.cli import main
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.measuring.bundle_candidates import (
     bundle_candidates,
+    example_feed,
     measurement_run,
 )
 from edgeclip.runtime.measuring.interleave import (
@@ -261,6 +262,18 @@ def test_batches_repeat_the_golden_inputs(tiny_bundle: Path, cpu_device: DeviceP
     pixels = bundle.golden().pixels
     batch = candidate.make_batch(len(pixels) + 1)
     assert np.array_equal(batch[-1], pixels[0])
+
+
+def test_a_graph_of_one_batch_size_is_fed_such_a_batch(
+    own_bundle: Path, edit_manifest: Callable[[Path, Callable[[dict[str, Any]], None]], None]
+) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["towers"][0]["files"][0]["batch"] = 3
+
+    edit_manifest(own_bundle, change)
+    bundle = Bundle.open(own_bundle)
+    assert example_feed(bundle, "image", "fp32")["pixel_values"].shape == (3, 3, 8, 8)
+    assert example_feed(bundle, "image", "int8")["pixels"].shape == (1, 8, 8, 3)
 
 
 def test_a_device_that_allows_nothing_the_bundle_holds(

@@ -18,6 +18,7 @@ from edgeclip.runtime.measuring.open_subject import _provider_of, open_subject
 from edgeclip.runtime.measuring.sample_pictures import sample_pictures
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from edgeclip.runtime.tower_runner import TowerRunner
+from tests.data_file import save_with_data
 
 GRAPH = "onnx/vision_model.onnx"
 
@@ -76,15 +77,7 @@ def test_weights_beside_the_graph_count(
     edit_manifest: Callable[[Path, Callable[[dict[str, Any]], None]], None],
     reseal: Callable[[Path], None],
 ) -> None:
-    import onnx
-
-    onnx.save(
-        onnx.load(own_bundle / GRAPH),
-        own_bundle / GRAPH,
-        save_as_external_data=True,
-        location="vision_model.onnx_data",
-        size_threshold=64,
-    )
+    size = save_with_data(own_bundle / GRAPH, own_bundle / GRAPH)
 
     def change(data: dict[str, Any]) -> None:
         data["files"].append({"path": f"{GRAPH}_data", "bytes": 0, "sha256": "0" * 64})
@@ -95,8 +88,7 @@ def test_weights_beside_the_graph_count(
     edit_manifest(own_bundle, change)
     reseal(own_bundle)
     with open_subject(spec_of(own_bundle, cpu_device, "image", precision="fp32")) as subject:
-        sizes = [(own_bundle / name).stat().st_size for name in (GRAPH, f"{GRAPH}_data")]
-        assert subject.identity.bytes_on_disk == sum(sizes)
+        assert subject.identity.bytes_on_disk == size
         subject.candidate.run(subject.candidate.make_batch(1))
 
 

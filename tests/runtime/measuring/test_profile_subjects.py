@@ -1,8 +1,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.measuring.profile_subjects import ProfilePlan, profile_subjects
+from edgeclip.profiles.device import DeviceProfile, load_device
+from edgeclip.runtime.measuring.measurement import Identity
+from edgeclip.runtime.measuring.profile_subjects import ProfilePlan, _cold_start, profile_subjects
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from tests.conftest import QUICK
 
@@ -23,3 +24,22 @@ def test_what_the_bundle_chose_starts_cold(tiny_bundle: Path, cpu_device: Device
     assert found.cold_start is not None
     size = (tiny_bundle / "onnx" / "vision_device_int8.onnx").stat().st_size
     assert found.cold_start.file_bytes == size
+
+
+def test_a_cold_start_that_fails_costs_nothing_else(tiny_bundle: Path) -> None:
+    """TensorRT loads engines, not graphs; the report says so where its figures would be."""
+    device = load_device("jetson-orin-nano")
+    spec = SubjectSpec(name="x", part="image", device=device, bundle=str(tiny_bundle))
+    identity = Identity(
+        bundle="tiny",
+        sha256="a" * 64,
+        precision="fp32",
+        engine=device.engine,
+        provider="TensorRT",
+        threads=1,
+        bytes_on_disk=1,
+        input_shape=(1, 8, 8, 3),
+    )
+    why = _cold_start(spec, identity, 1)
+    assert isinstance(why, str)
+    assert "runs TensorRT engines, not the graph" in why

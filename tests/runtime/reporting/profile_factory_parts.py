@@ -1,6 +1,7 @@
 """Parts of the measurements of `profile_factory` that look inside a subject."""
 
 import math
+from dataclasses import replace
 
 from edgeclip.runtime.inspecting.layer_times import LayerProfile, LayerTime
 from edgeclip.runtime.inspecting.roofline import Roofline
@@ -95,25 +96,20 @@ def scenarios_of(ms: float) -> tuple[ScenarioResult, ...]:
     )
     return (
         single,
-        ScenarioResult(
+        replace(
+            single,
             scenario="MultiStream",
             queries=1930,
             samples_per_query=8,
             seconds=10.2,
             latency=latency(7.4),
             samples_per_s=around(1081 / ms, 0.01),
-            target_qps=None,
-            bound_ms=None,
-            bound_percentile=None,
-            valid=True,
             loadgen_p50_ms=7.41 * ms,
-            reasons=(),
-            settings=(),
         ),
-        ScenarioResult(
+        replace(
+            single,
             scenario="Server",
             queries=7200,
-            samples_per_query=1,
             seconds=10.1,
             latency=latency(1.9),
             samples_per_s=around(490 / ms, 0.01),
@@ -123,22 +119,16 @@ def scenarios_of(ms: float) -> tuple[ScenarioResult, ...]:
             valid=False,
             loadgen_p50_ms=1.9 * ms,
             reasons=("Early stopping: 99.00 percentile latency bound was not met",),
-            settings=(("target_qps", "730"),),
         ),
-        ScenarioResult(
+        replace(
+            single,
             scenario="Offline",
             queries=1,
             samples_per_query=24576,
             seconds=11.4,
             latency=None,
             samples_per_s=around(1480 / ms, 0.01),
-            target_qps=None,
-            bound_ms=None,
-            bound_percentile=None,
-            valid=True,
             loadgen_p50_ms=None,
-            reasons=(),
-            settings=(),
         ),
     )
 

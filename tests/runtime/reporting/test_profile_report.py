@@ -24,6 +24,7 @@ from edgeclip.runtime.reporting.profile_report import (
     write_profile_report,
 )
 from edgeclip.runtime.sensing.interference import judged
+from tests.page import Page, visible
 from tests.runtime.reporting.profile_factory import (
     advice,
     alone,
@@ -33,7 +34,7 @@ from tests.runtime.reporting.profile_factory import (
     two_runs,
     with_items,
 )
-from tests.runtime.reporting.test_write_report import HOSTILE, Page, visible
+from tests.runtime.reporting.test_write_report import HOSTILE
 
 
 def bare(item: Measurement) -> Measurement:

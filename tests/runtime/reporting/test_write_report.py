@@ -2,9 +2,7 @@ import base64
 import dataclasses
 import io
 import math
-import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +38,7 @@ from edgeclip.runtime.reporting.report_data import (
 from edgeclip.runtime.reporting.write_report import data_uri, render_report, write_report
 from edgeclip.runtime.sensing.cpu_time import CpuTime
 from edgeclip.runtime.spec import Tower
+from tests.page import Page, visible
 
 HOSTILE = '<script>alert("x")</script> & "quotes" \'single\''
 MODELS: tuple[tuple[str, Role, float, float, int], ...] = (
@@ -248,34 +247,6 @@ def sample() -> ReportData:
             "EdgeCLIP is licensed under Apache-2.0; so are the weights trained by it.",
         ),
     )
-
-
-class Page(HTMLParser):
-    """Collects every address, tag and piece of text of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.tags: list[str] = []
-        self.text: list[str] = []
-        self.open: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in ("meta", "link", "img"):
-            self.open.append(tag)
-        self.addresses += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "action")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def visible(html: str) -> str:
-    return re.sub(r"\s+", " ", " ".join(Page(html).text))
 
 
 def test_page_is_well_formed_and_needs_no_network() -> None:
