@@ -21,7 +21,7 @@ from onnxruntime.quantization.calibrate import (
 
 from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import constant_names, data_path, load_graph
+from edgeclip.export.graph import PRODUCTS, constant_names, data_path, load_graph
 from edgeclip.export.quantizing.observe import observe
 from edgeclip.export.quantizing.ranging import (
     SIGNED,
@@ -36,7 +36,6 @@ from edgeclip.export.quantizing.ranging import (
 from edgeclip.runtime.progress import progress_bar
 
 Bounds = Mapping[str, float]
-PRODUCTS = ("MatMul", "Gemm", "Conv")  # what may be quantized
 Method = Literal["minmax", "percentile", "entropy", "mse"]
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader
 
+from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.emoji_scenes import Split
 from edgeclip.compress.sources import Pair, Source
 from edgeclip.profiles.errors import ConfigError
@@ -108,6 +109,19 @@ class CalibrationData:
     def reader(self, input_name: str) -> "BatchReader":
         """Return them as ONNX Runtime's quantizer reads them."""
         return BatchReader(self, input_name)
+
+
+def calibration_data(
+    student: DualEncoder, source: Source, pixels: PixelForm | None, *, batch: int | None
+) -> CalibrationData:
+    """What a tower of a student sees: pictures as `pixels` says, or captions where it is None.
+
+    Raises:
+        ConfigError: see `calibration_images` and `calibration_texts`.
+    """
+    if pixels is None:
+        return calibration_texts(source, student.text_tokenizer, batch=batch)
+    return calibration_images(source, student.spec.image, pixels, batch=batch)
 
 
 def calibration_images(

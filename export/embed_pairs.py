@@ -1,7 +1,7 @@
 """Embeddings of a source's pairs by several towers at once: each input is prepared once."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.tower_graph import TowerGraph
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.profiles.device import THIS_MACHINE, DeviceProfile, load_device
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.preprocess import crop_batch, normalise
@@ -34,6 +34,18 @@ class PairEmbeddings:
     def of(self, tower: Tower) -> FloatArray:
         """Return those of one tower."""
         return self.image if tower == "image" else self.text
+
+
+def runner_of(device: DeviceProfile) -> DeviceProfile:
+    """Return the device if ONNX Runtime runs on its CPU, else this machine with its batches."""
+    if device.engine == "onnxruntime-cpu":
+        return device
+    return replace(
+        load_device(THIS_MACHINE),
+        batch_min=device.batch_min,
+        batch_best=device.batch_best,
+        batch_max=device.batch_max,
+    )
 
 
 def graph_embedder(graph: TowerGraph, spec: ImageSpec, device: DeviceProfile) -> Embedder:
@@ -64,6 +76,19 @@ def torch_embedder(dual: DualEncoder, tower: Tower) -> Embedder:
         return embeddings
 
     return run
+
+
+def check_captions(source: Source, use: str) -> None:
+    """Refuse a source that is empty or has no captions.
+
+    Raises:
+        ConfigError: says that `use` needs them, and how to give them.
+    """
+    if len(source) == 0 or not source.has_captions:
+        raise ConfigError(
+            f"{source.name}: {use} needs pictures with captions; give each one a line in "
+            "captions.csv, or a NAME.txt beside it"
+        )
 
 
 def tower_inputs(

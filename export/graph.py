@@ -15,11 +15,15 @@ from onnx import external_data_helper, numpy_helper
 
 from edgeclip.export.errors import ExportError
 from edgeclip.export.towers import MASKED
+from edgeclip.runtime.engine_key import graph_sha256
 from edgeclip.runtime.errors import first_line
+from edgeclip.runtime.files import sha256_file
 
 # The largest graph, in bytes of its tensors, that is written as one file: 2 GiB less what
 # nodes and names can take.
 ONE_FILE_LIMIT = 2**31 - 2**26
+
+PRODUCTS = ("MatMul", "Gemm", "Conv")  # operators that are quantized
 
 _LOWEST_FP16 = float(np.finfo(np.float16).min)
 _SMALL_TENSOR = 1024  # bytes; smaller ones stay in the graph, where shape inference reads them
@@ -29,6 +33,17 @@ _PAGE = 4096  # large tensors begin at one, so that they can be mapped into memo
 def data_path(path: Path) -> Path:
     """Return the file that holds the weights of a graph too large for one file."""
     return path.with_name(f"{path.name}_data")
+
+
+def graph_files(path: Path) -> list[Path]:
+    """Return the files of a graph: its own, and that of its weights if there is one."""
+    data = data_path(path)
+    return [path, data] if data.is_file() else [path]
+
+
+def sha256_graph(path: Path) -> str:
+    """Return the sha256 of a graph with all its weights, as keys of engines have it."""
+    return graph_sha256(*map(sha256_file, graph_files(path)))
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -96,6 +111,23 @@ def write_unchecked(model: onnx.ModelProto, path: Path, *, limit: int = ONE_FILE
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def write_typed(source: Path, target: Path) -> Path:
+    """Return a graph in fp32 that tells the types of all values: `source`, or else `target`.
+
+    ONNX does not know ONNX Runtime's own operators. What they give has no type that it could
+    infer, and ONNX Runtime's quantizer leaves what reads that in float, or gives up.
+    """
+    model = load_graph(source)
+    foreign = [node for node in model.graph.node if node.domain not in ("", "ai.onnx")]
+    for name in (name for node in foreign for name in node.output if name):
+        note = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        model.graph.value_info.append(note)
+    if not foreign:
+        return source
+    write_unchecked(model, target)
+    return target
+
+
 def clean_graph(model: onnx.ModelProto) -> None:
     """Drop notes of the exporter, in place; what is computed stays the same.
 
@@ -133,6 +165,18 @@ def limit_masks(model: onnx.ModelProto) -> None:
 def constant_names(model: onnx.ModelProto) -> frozenset[str]:
     """Names of all values that are constants (weights) of the graph."""
     return frozenset(item.name for item in model.graph.initializer)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Version of the ONNX operator set that a graph is written in."""
+    return int(next(item.version for item in model.opset_import if item.domain == ""))
+
+
+def with_opset(model: onnx.ModelProto, wanted: int) -> onnx.ModelProto:
+    """Raise the operator set to `wanted`, unless it is as high."""
+    if opset_of(model) >= wanted:
+        return model
+    return onnx.version_converter.convert_version(model, wanted)
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -2,9 +2,9 @@
 
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from edgeclip.export.errors import ExportError
 from edgeclip.export.find_difference import relative_error
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.graph_passes import GraphPass, passes_for
+from edgeclip.export.time_twice import time_twice
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.errors import EngineError
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, repeat_rows
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.tower_feed import in_batches
 
@@ -39,9 +39,6 @@ EXACT = 1e-5
 # What a pass must save: the same graph again comes out up to 1% faster or slower, by where its
 # memory lies (tests/benchmarks/graph_work.py).
 WORTH = 0.99
-
-_SECONDS = 2.0  # for the timed runs of one measurement; there are two for each pass
-_FEWEST = 12  # runs, however slow a tower is
 
 Run = Callable[[NDArray[Any]], dict[str, NDArray[Any]]]
 
@@ -138,9 +135,8 @@ class _Trial:
         self.model = load_graph(path)
         self._path, self._folder, self._device, self._tower = path, folder, device, tower
         ((self._name, self._values),) = inputs.items()
-        run = self._open(path)
-        self._expected = run(self._values)
-        self._workload = replace(workload, repeats=_repeats(run, self._values, workload.repeats))
+        self._expected = self._open(path)(self._values)
+        self._workload = workload
 
     def attempt(self, item: GraphPass) -> PassOutcome:
         """Try a pass; keep its result if it helps."""
@@ -180,33 +176,12 @@ class _Trial:
         )
 
     def _ratio(self, path: Path) -> Interval:
-        """Measure twice, with engines loaded anew in both orders; return the worse result.
-
-        Of two engines with the same graph one can be some percent faster for as long as they
-        live, by where their memory lies, most often the one loaded later.
-        """
-        found = []
-        for order in ((self._path, path), (path, self._path)):
-            runs = {place: self._open(place) for place in order}
-            found.append(self._once(runs[self._path], runs[path]))
-        return max(found, key=lambda ratio: ratio.high)
-
-    def _once(self, before: Run, after: Run) -> Interval:
-        make_batch = repeat_rows(self._values[:1])
-        candidates = (
-            Candidate("before", before, make_batch),
-            Candidate("after", after, make_batch),
+        """Measure twice, with engines loaded anew in both orders; return the worse result."""
+        found = time_twice(
+            partial(self._open, self._path),
+            partial(self._open, path),
+            self._values,
+            tower=self._tower,
+            workload=self._workload,
         )
-        _, measured = measure_interleaved(
-            candidates, self._workload, part=self._tower, reference="before"
-        )
-        assert measured.ratio is not None
-        return measured.ratio.ratio
-
-
-def _repeats(run: Run, values: NDArray[Any], most: int) -> int:
-    """How often a run fits into the time for it."""
-    began = time.perf_counter()
-    run(values[:1])
-    seconds = time.perf_counter() - began
-    return max(min(most, _FEWEST), min(most, int(_SECONDS / (2 * seconds))))
+        return max((item.ratio for item in found), key=lambda ratio: ratio.high)

@@ -1,7 +1,7 @@
 """The configs that a search tries, each once, until its time is up."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from edgeclip.export.errors import ExportError
@@ -9,7 +9,7 @@ from edgeclip.export.quantizing.config import Config, Float16, StaticInt8, descr
 from edgeclip.export.quantizing.evaluate_point import Judgement
 from edgeclip.export.quantizing.group_gains import Gains
 from edgeclip.export.quantizing.node_groups import NodeGroup
-from edgeclip.export.quantizing.point import Point
+from edgeclip.export.quantizing.point import Point, PointLatency
 from edgeclip.export.quantizing.sensitivity import Sensitivity
 from edgeclip.runtime.errors import EngineError
 
@@ -41,6 +41,9 @@ class Bench(Protocol):
 
     def with_islands(self, config: Float16) -> Float16:
         """Return the config with the nodes in fp32 without which it misses its gates."""
+
+    def race(self, configs: Sequence[Config]) -> tuple[PointLatency, ...]:
+        """Time configs and fp32 in the same rounds; nothing where this is not the device."""
 
     def judge(self, config: Config) -> Judgement:
         """Judge a config on the test pairs."""

@@ -4,16 +4,16 @@ A `Config` says everything that `write_config` needs beside the graph and the ca
 data, so its `key` names a result: the same source, data and key give the same file.
 """
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal, overload
+
+from pydantic import Discriminator
 
 from edgeclip.export.activation_bounds import EXTREMES, Ranging
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.schema import parse
 from edgeclip.runtime.spec import Precision
 
@@ -24,6 +24,8 @@ Smoothing = tuple[tuple[str, float], ...]  # LayerNorm node, and how much of its
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Float32:
     """The reference, as the exporter writes it."""
+
+    kind: Literal["fp32"] = "fp32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,7 @@ class Float16:
         ValueError: an empty name, or one that is there twice.
     """
 
+    kind: Literal["fp16"] = "fp16"
     islands: Kept = ()
 
     def __post_init__(self) -> None:
@@ -68,6 +71,7 @@ class StaticInt8:
             names or alphas that cannot be. All of them in one message.
     """
 
+    kind: Literal["static-int8"] = "static-int8"
     symmetric: bool
     reduce_range: bool = False
     per_channel: bool = True
@@ -112,6 +116,7 @@ class DynamicInt8:
         ValueError: an empty name, or one that is there twice.
     """
 
+    kind: Literal["dynamic-int8"] = "dynamic-int8"
     reduce_range: bool = False
     kept: Kept = ()
     int8_tables: bool = False
@@ -122,7 +127,7 @@ class DynamicInt8:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightOnly:
-    """Weights stored in few bits and multiplied in float: for size, not for speed.
+    """Weights stored in few bits, activations given as float: for size, not for speed.
 
     Attributes:
         bits: of a product's weight. The last product and token tables take 8 bits.
@@ -134,6 +139,7 @@ class WeightOnly:
             twice.
     """
 
+    kind: Literal["weight-only"] = "weight-only"
     bits: Literal[4, 8]
     block: Literal[32, 64, 128] = 32
     kept: Kept = ()
@@ -158,23 +164,22 @@ class Float8:
         ValueError: an empty name, or one that is there twice.
     """
 
+    kind: Literal["fp8"] = "fp8"
     kept: Kept = ()
 
     def __post_init__(self) -> None:
         _refuse(_name_mistakes("kept", self.kept))
 
 
-Config = Float32 | Float16 | StaticInt8 | DynamicInt8 | WeightOnly | Float8
+# In a file, `kind` says which of them it is.
+Config = Annotated[
+    Float32 | Float16 | StaticInt8 | DynamicInt8 | WeightOnly | Float8, Discriminator("kind")
+]
 
-# How a file says which of them it holds.
-_KINDS: dict[str, type[Config]] = {
-    "fp32": Float32,
-    "fp16": Float16,
-    "static-int8": StaticInt8,
-    "dynamic-int8": DynamicInt8,
-    "weight-only": WeightOnly,
-    "fp8": Float8,
-}
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    config: Config
 
 
 def precision_of(config: Config) -> Precision:
@@ -253,7 +258,7 @@ def describe(config: Config) -> str:
 def key(config: Config) -> str:
     """Return the sha256 of the canonical JSON; the order of names does not change it."""
     # Read again, so that 1 and 1.0 are the same number.
-    data = config_to_data(config_from_data(config_to_data(config), source="config"))
+    data = asdict(config_from_data(asdict(config), source="config"))
     for name in ("kept", "islands", "smoothing"):
         if name in data:
             data[name] = sorted(data[name])
@@ -261,25 +266,13 @@ def key(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def config_to_data(config: Config) -> dict[str, Any]:
-    """Return plain data for JSON, with the kind of config under `kind`."""
-    kind = next(name for name, made in _KINDS.items() if type(config) is made)
-    return {"kind": kind, **dataclasses.asdict(config)}
-
-
 def config_from_data(data: object, *, source: str) -> Config:
-    """Read what `config_to_data` gave; `source` names it in messages.
+    """Read a config from its fields; `source` names it in messages.
 
     Raises:
         ConfigError: no such kind, or any mistake that `parse` finds.
     """
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{source}: expected a mapping of keys to values")
-    kind = data.get("kind")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise ConfigError(f"{source}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
-    fields = {name: value for name, value in data.items() if name != "kind"}
-    return parse(_KINDS[kind], fields, source=source)
+    return parse(_Holder, {"config": data}, source=source).config
 
 
 def _name_mistakes(field: str, names: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
+from edgeclip.export.graph import PRODUCTS, opset_of, with_opset
 from edgeclip.export.quantizing.edit_graph import GraphEdit, Values, attribute
 from edgeclip.export.quantizing.observe import run_batches
 
@@ -74,7 +75,7 @@ def correct_biases(
     products = _products(edit, source)
     if not products:
         raise ExportError("the graphs have no quantized product in common, so none is corrected")
-    compared = _compared(edit, products, source, _opset(corrected))
+    compared = _compared(edit, products, source, opset_of(corrected))
     for name, error in _mean_errors(compared, data).items():
         product = next(item for item in products if item.node.name == name)
         _subtract(edit, product, error)
@@ -86,7 +87,7 @@ def _products(edit: GraphEdit, source: onnx.ModelProto) -> list[_Product]:
     twins = {node.name: node for node in source.graph.node}
     found = []
     for node in edit.graph.node:
-        if node.op_type in ("MatMul", "Gemm", "Conv") and node.name in twins:
+        if node.op_type in PRODUCTS and node.name in twins:
             inside = _inside(edit, node)
             if inside:
                 found.append(_Product(node, inside, twins[node.name]))
@@ -118,11 +119,8 @@ def _compared(
 
     Outputs are the sum of the errors of each channel, and their number.
     """
-    if _opset(source) < opset:
-        both = onnx.version_converter.convert_version(source, opset)
-    else:
-        both = onnx.ModelProto()
-        both.CopyFrom(source)
+    both = onnx.ModelProto()
+    both.CopyFrom(with_opset(source, opset))
     del both.graph.output[:]
     known = {item.domain for item in both.opset_import}
     both.opset_import.extend(item for item in edit.opsets if item.domain not in known)
@@ -257,7 +255,3 @@ def _give_bias(edit: GraphEdit, product: _Product, bias: Values) -> None:
 
 def _as_int32(values: NDArray[np.floating]) -> NDArray[np.int32]:
     return np.asarray(np.clip(values, -_LARGEST_BIAS, _LARGEST_BIAS), np.int32)
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return int(next(item.version for item in model.opset_import if item.domain == ""))

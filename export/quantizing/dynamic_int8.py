@@ -19,7 +19,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from edgeclip.export.activation_bounds import quiet
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import data_path, load_graph, save_graph
+from edgeclip.export.graph import data_path, load_graph, save_graph, write_typed
 from edgeclip.export.quantize import quantizable_nodes
 from edgeclip.export.quantizing.int8_tables import store_tables
 
@@ -51,15 +51,16 @@ def write_dynamic_int8(
         raise ExportError(f"{source.name} has no MatMul or Gemm that could be quantized")
     with tempfile.TemporaryDirectory() as folder, quiet():
         raw = Path(folder) / "int8.onnx"
+        typed = write_typed(source, raw.with_name("typed.onnx"))
         quantize_dynamic(
-            source,
+            typed,
             raw,
             op_types_to_quantize=["MatMul"],
             per_channel=True,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
             nodes_to_quantize=nodes,
-            use_external_data_format=data_path(source).exists(),
+            use_external_data_format=data_path(typed).exists(),
         )
         model = load_graph(raw)
     if int8_tables:

@@ -1,12 +1,13 @@
 """A graph whose constants are changed in place: who makes and reads a value, and what it holds."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
+
+from edgeclip.export.cut_graph import captured
 
 Values = NDArray[np.float64]
 
@@ -30,7 +31,7 @@ class GraphEdit:
             self._makers.update(dict.fromkeys(node.output, node))
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
-            self._seen.update(_captured(node))
+            self._seen.update(captured(node))
 
     def node(self, name: str) -> onnx.NodeProto | None:
         """Return the node of a name; None if there is none."""
@@ -126,13 +127,3 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 def input_axis(node: onnx.NodeProto) -> int:
     """Axis of the weight of a MatMul or Gemm that counts what it reads."""
     return 1 if node.op_type == "Gemm" and attribute(node, "transB", 0) else 0
-
-
-def _captured(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that inner graphs of a node may take from outside."""
-    for item in node.attribute:
-        for graph in (item.g, *item.graphs):
-            yield from (output.name for output in graph.output)
-            for inner in graph.node:
-                yield from inner.input
-                yield from _captured(inner)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from edgeclip.export.graph import PRODUCTS
 from edgeclip.export.quantizing.edit_graph import GraphEdit, Values, attribute, input_axis
 
 # Give s times as much for s times as much, channel by channel, and keep the channels apart.
@@ -206,11 +207,7 @@ def _private_maker(edit: GraphEdit, value: str) -> onnx.NodeProto | None:
 
 def _is_layer(edit: GraphEdit, node: onnx.NodeProto) -> bool:
     """Tell whether a node is a product or convolution with a constant weight and bias."""
-    if (
-        node.op_type not in ("MatMul", "Gemm", "Conv")
-        or node.domain
-        or attribute(node, "transA", 0)
-    ):
+    if node.op_type not in PRODUCTS or node.domain or attribute(node, "transA", 0):
         return False
     weight = edit.constant(node, 1)
     biased = len(node.input) > 2 and node.input[2] != ""

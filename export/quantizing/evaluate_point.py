@@ -4,18 +4,18 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.calibrate import CalibrationData, calibration_data
 from edgeclip.export.embed_pairs import tower_inputs
-from edgeclip.export.graph import data_path, load_graph, write_unchecked
+from edgeclip.export.graph import graph_files, load_graph, write_unchecked
 from edgeclip.export.quantizing.config import (
     Config,
     Float16,
@@ -29,8 +29,8 @@ from edgeclip.export.quantizing.group_gains import Gains, counted_gains, measure
 from edgeclip.export.quantizing.judge_pairs import PreparedPairs, open_embedder
 from edgeclip.export.quantizing.mixed_fp16 import find_islands
 from edgeclip.export.quantizing.node_groups import NodeGroup, node_groups
-from edgeclip.export.quantizing.point import Point, PointLatency
-from edgeclip.export.quantizing.point_latency import measure_latency
+from edgeclip.export.quantizing.point import Point, PointLatency, key_of
+from edgeclip.export.quantizing.point_latency import measure_latency, race
 from edgeclip.export.quantizing.point_store import PointStore
 from edgeclip.export.quantizing.search_task import SearchTask
 from edgeclip.export.quantizing.sensitivity import Probe, Sensitivity, measure_damage
@@ -80,6 +80,17 @@ class Findings(JsonRecord):
     islands: Kept = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raced(JsonRecord):
+    """What configs took in the same rounds, in their order."""
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+    WHAT: ClassVar[str] = "a race"
+    MEND: ClassVar[str] = "delete it and search again"
+
+    latencies: tuple[PointLatency, ...]
+
+
 class TowerTrial:
     """Measures configs of one tower, each only once.
 
@@ -107,7 +118,7 @@ class TowerTrial:
 
     def knows(self, config: Config) -> bool:
         """Whether a point is there already."""
-        return self._store.get(config) is not None
+        return self._store.find(Point, key_of(config)) is not None
 
     def point(self, config: Config) -> Point:
         """Return a config's point, measured if it must be; it is kept before this returns.
@@ -116,11 +127,7 @@ class TowerTrial:
             ExportError: the config cannot be made of the graph.
             EngineError: the result cannot be run.
         """
-        found = self._store.get(config)
-        if found is None:
-            found = self._measure(config)
-            self._store.put(found)
-        return found
+        return self._store.remember(Point, key_of(config), lambda: self._measure(config))
 
     def damage(self, config: StaticInt8) -> Sensitivity:
         """Measure what each group suffers with the ranges of a config.
@@ -167,6 +174,17 @@ class TowerTrial:
 
         return replace(config, islands=self._store.remember(Findings, key(config), look).islands)
 
+    def race(self, configs: Sequence[Config]) -> tuple[PointLatency, ...]:
+        """Time configs and fp32 in the same rounds; nothing where this is not the device.
+
+        Raises:
+            ExportError, EngineError: see `point`.
+        """
+        if self.task.workload is None:
+            return ()
+        what = "\n".join(map(key, configs))
+        return self._store.remember(Raced, what, lambda: self._race(configs)).latencies
+
     def judge(self, config: Config) -> Judgement:
         """Judge a config on the test pairs.
 
@@ -178,11 +196,9 @@ class TowerTrial:
 
     @cached_property
     def _data(self) -> CalibrationData:
-        task, spec = self.task, self.task.student.spec
+        task = self.task
         batch = task.device.static_batch
-        if task.graph.pixels is not None:
-            return calibration_images(task.ranges, spec.image, task.graph.pixels, batch=batch)
-        return calibration_texts(task.ranges, task.student.text_tokenizer, batch=batch)
+        return calibration_data(task.student, task.ranges, task.graph.pixels, batch=batch)
 
     @cached_property
     def _single(self) -> NDArray[Any]:
@@ -206,8 +222,7 @@ class TowerTrial:
         with self._made(config) as graph:
             records = self._steering.judge(graph)
             latency = self._latency(graph)
-            files = [path for path in (graph.path, data_path(graph.path)) if path.is_file()]
-            size = sum(path.stat().st_size for path in files)
+            size = sum(path.stat().st_size for path in graph_files(graph.path))
         return Point(
             config=config,
             bytes=size,
@@ -231,6 +246,15 @@ class TowerTrial:
             tower=task.tower,
             workload=task.workload,
         )
+
+    def _race(self, configs: Sequence[Config]) -> Raced:
+        task = self.task
+        assert task.workload is not None
+        with ExitStack() as stack:
+            graphs = [stack.enter_context(self._made(config)) for config in configs]
+            first, *others = (partial(open_embedder, task, each) for each in (task.graph, *graphs))
+            found = race(first, others, self._single, tower=task.tower, workload=task.workload)
+        return Raced(latencies=found)
 
     def _damage(self, config: StaticInt8) -> Sensitivity:
         task, spec = self.task, self.task.student.spec

@@ -1,14 +1,15 @@
 """What quantizing each group of products saves, as a share of the float tower's time.
 
 On the device itself ONNX Runtime's profiler tells how long every node takes, in float and
-quantized: two short runs for all groups. A group's time is that of its products, of the
-quantizing before them and of the sums that directly read their results, because engines merge
-biases into some kinds of products. Some products are slower in int8 than in float: small ones, and
-those that an engine has no good kernel for. Elsewhere the share of the tower's multiply-adds
-stands in.
+quantized: two short runs for all groups. A group's time is that of its products, of all that
+quantizes and dequantizes around them, and of the sums that read their results, because engines
+merge those into some kinds of products. Some products are slower in int8 than in float: small
+ones, and those that an engine has no good kernel for. Elsewhere the share of the tower's
+multiply-adds stands in.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,14 +17,20 @@ from typing import Any, ClassVar
 import onnx
 from numpy.typing import NDArray
 
+from edgeclip.export.quantizing.edit_graph import GraphEdit
 from edgeclip.export.quantizing.node_groups import NodeGroup
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.inspecting.layer_times import LayerProfile
+from edgeclip.runtime.inspecting.layer_times import LayerTime
+from edgeclip.runtime.inspecting.node_costs import is_product
 from edgeclip.runtime.inspecting.profile_layers import profile_layers_of
 from edgeclip.runtime.json_record import JsonRecord
 
 _RUNS = 40
 _WARM_UP = 10
+_ROUNDING = ("QuantizeLinear", "DequantizeLinear")
+# What ONNX Runtime adds to the name of a node that it merges with others, or makes anew.
+_ADDED = re.compile(r"^fused |(/\w+Fusion/?)?(_token_\d+)?$")
+_BY_VALUE = "_nchwc"  # behind the name of a value: a convolution in another layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +56,7 @@ class Gains(JsonRecord):
         measured: whether they were timed on the device.
     """
 
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
     WHAT: ClassVar[str] = "gains"
     MEND: ClassVar[str] = "delete it and search again"
 
@@ -81,23 +88,15 @@ def measured_gains(
     Raises:
         EngineError: a graph cannot be run or profiled.
     """
-    graphs = [onnx.load(path, load_external_data=False).graph for path in (source, written)]
-    before, after = (
-        profile_layers_of(path, feed, device, runs=_RUNS, warm_up=_WARM_UP)
-        for path in (source, written)
+    before, whole = _times(source, groups, feed, device)
+    after, _ = _times(written, groups, feed, device)
+    return Gains(
+        groups=tuple(
+            GroupGain(nodes=group.nodes, saved=(float_ms - int8_ms) / (whole or 1.0))
+            for group, float_ms, int8_ms in zip(groups, before, after, strict=True)
+        ),
+        measured=True,
     )
-    times = [_times(profile) for profile in (before, after)]
-    # Medians by node: whole runs have some node stopped by another program more often.
-    total = sum(times[0].values()) or 1.0
-    gains = []
-    for group in groups:
-        float_ms, whole_ms = (
-            _spent(figures, _around(graph, group))
-            for figures, graph in zip(times, graphs, strict=True)
-        )
-        saved = (float_ms - whole_ms) / total
-        gains.append(GroupGain(nodes=group.nodes, saved=saved))
-    return Gains(groups=tuple(gains), measured=True)
 
 
 def counted_gains(
@@ -112,7 +111,8 @@ def counted_gains(
         EngineError: the graph cannot be run.
     """
     layers = profile_layers_of(source, feed, device, runs=1, warm_up=0).layers
-    work = {layer.name: layer.flops or 0.0 for layer in layers}
+    products = [layer for layer in layers if is_product(layer.op)]
+    work = _by_node(products, _open(source), lambda layer: layer.flops or 0.0)
     total = sum(work.values()) or 1.0
     gains = tuple(
         GroupGain(nodes=group.nodes, saved=_spent(work, group.nodes) / total) for group in groups
@@ -120,32 +120,62 @@ def counted_gains(
     return Gains(groups=gains, measured=False)
 
 
-def _times(profile: LayerProfile) -> dict[str, float]:
-    """Milliseconds by name; names may repeat."""
+def _times(
+    path: Path, groups: Sequence[NodeGroup], feed: Mapping[str, NDArray[Any]], device: DeviceProfile
+) -> tuple[list[float], float]:
+    """Milliseconds of each group with all around it, and of the whole graph."""
+    # Medians by node: whole runs have some node stopped by another program more often.
+    layers = profile_layers_of(path, feed, device, runs=_RUNS, warm_up=_WARM_UP).layers
+    edit = _open(path)
+    figures = _by_node(layers, edit, lambda layer: layer.ms)
+    return [_spent(figures, _around(edit, group)) for group in groups], sum(figures.values())
+
+
+def _open(path: Path) -> GraphEdit:
+    return GraphEdit(onnx.load(path, load_external_data=False))
+
+
+def _by_node(
+    layers: Iterable[LayerTime], edit: GraphEdit, figure: Callable[[LayerTime], float]
+) -> dict[str, float]:
+    """Sums of a figure of layers, by the names of the nodes that they come from."""
+    written = {node.name for node in edit.graph.node}
     found: dict[str, float] = {}
-    for layer in profile.layers:
-        found[layer.name] = found.get(layer.name, 0.0) + layer.ms
+    for layer in layers:
+        name = layer.name if layer.name in written else _origin(layer, edit)
+        found[name] = found.get(name, 0.0) + figure(layer)
     return found
+
+
+def _origin(layer: LayerTime, edit: GraphEdit) -> str:
+    """Name of the node that ONNX Runtime made a layer of, as far as the layer's name tells."""
+    name = _ADDED.sub("", layer.name)
+    if layer.op != "Conv" or not name.endswith(_BY_VALUE):
+        return name
+    node = edit.maker(name.removesuffix(_BY_VALUE))
+    while node is not None and node.op_type != "Conv":  # an activation that was merged into it
+        node = edit.maker(node.input[0])
+    return name if node is None else node.name
 
 
 def _spent(figures: Mapping[str, float], names: Iterable[str]) -> float:
     return sum(figures.get(name, 0.0) for name in names)
 
 
-def _around(graph: onnx.GraphProto, group: NodeGroup) -> set[str]:
-    """Names of a group's products, of what quantizes for them, and of sums that read them."""
-    products = [node for node in graph.node if node.name in group.nodes]
-    made = {name for node in products for name in node.output}
-    given = {name for node in products for name in node.input}
-    dequantized = [node for node in graph.node if given & set(node.output)]
-    whole = {
-        name
-        for node in dequantized
-        if node.op_type == "DequantizeLinear"
-        for name in node.input[:1]
-    }
-    quantizers = [
-        node for node in graph.node if node.op_type == "QuantizeLinear" and whole & set(node.output)
-    ]
-    readers = [node for node in graph.node if made & set(node.input) and node.op_type == "Add"]
-    return {node.name for node in (*products, *quantizers, *readers)}
+def _around(edit: GraphEdit, group: NodeGroup) -> set[str]:
+    """Names of a group's products, of what rounds for them, and of sums that read them."""
+    found = [node for node in edit.graph.node if node.name in group.nodes]
+    given = [name for node in found for name in node.input]
+    made = [name for node in found for name in node.output]
+    while given:
+        maker = edit.maker(given.pop())
+        if maker is not None and maker.op_type in _ROUNDING:
+            found.append(maker)
+            given += maker.input
+    while made:
+        for reader in edit.readers(made.pop()):
+            if reader.op_type in _ROUNDING:
+                made += reader.output
+            if reader.op_type in (*_ROUNDING, "Add"):
+                found.append(reader)
+    return {node.name for node in found}

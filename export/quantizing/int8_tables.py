@@ -5,8 +5,7 @@ and a token's vector is Q[id] * s[id]: no value is off by more than half a step 
 row. With one scale for the whole table, as `quantize_dynamic` makes it, one token of large
 values costs all others their digits.
 
-Only standard operators are used (Gather, Cast, Mul), which any engine reads. The CPU kernel of
-ONNX Runtime's GatherBlockQuantized gives the same bits in the same time.
+Only standard operators are used (Gather, Cast, Mul), which any engine reads.
 """
 
 from collections.abc import Collection

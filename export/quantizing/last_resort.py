@@ -16,7 +16,8 @@ from edgeclip.compress.quantization_aware import fine_tune
 from edgeclip.compress.sources import Source
 from edgeclip.compress.teacher_cache import build_cache
 from edgeclip.compress.train_loop import TrainSettings
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.calibrate import calibration_data
+from edgeclip.export.embed_pairs import runner_of
 from edgeclip.export.gates import Bounds, Judged, missed
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.graph_form import GraphForm
@@ -28,7 +29,6 @@ from edgeclip.export.judge_precisions import (
 )
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.emulate_half import stored_in_half
-from edgeclip.export.quantizing.search_task import runner_of
 from edgeclip.export.quantizing.searched_graph import apply_passes
 from edgeclip.export.quantizing.smooth_student import smooth_student
 from edgeclip.export.quantizing.student_products import norm_names, product_grids
@@ -39,7 +39,7 @@ from edgeclip.export.zero_shot import ZeroShot
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.bundle_paths import tower_path
 from edgeclip.runtime.manifest import GateRecord
-from edgeclip.runtime.spec import PixelForm, Precision, Tower
+from edgeclip.runtime.spec import Precision, Tower
 
 HINT = "--qat-steps 300 would fine-tune the student for int8 and try again"
 
@@ -100,13 +100,13 @@ class Outcome:
 
     Attributes:
         judged: the gates of int8 as it is now.
-        tuned: whether the fine-tuned towers are what is there now.
+        tuned: towers whose fine-tuned int8 is what is there now.
         note: for a bundle's provenance; empty unless `tuned`.
         says: for a person; empty where nothing had to be mended.
     """
 
     judged: tuple[Judged, ...]
-    tuned: bool = False
+    tuned: tuple[Tower, ...] = ()
     note: str = ""
     says: str = ""
 
@@ -168,7 +168,7 @@ def tune_int8(
         f"{tuning.source.name}, because without that {misses}"
     )
     says = "; ".join(["fine-tuned for int8", *missed(found)])
-    return Outcome(judged=found, tuned=True, note=note, says=says)
+    return Outcome(judged=found, tuned=towers, note=note, says=says)
 
 
 def missed_towers(judged: Iterable[Judged], quantized: Iterable[Tower]) -> tuple[Tower, ...]:
@@ -277,7 +277,8 @@ def _smooth(task: Int8Task, student: DualEncoder, graph: TowerGraph) -> None:
     for node, name in names.items():  # the last layer's norm may be two nodes
         by_norm[name] = max(alphas[node], by_norm.get(name, 0.0))
     pixels = None if graph.tower == "text" else STANDARD.pixels
-    smooth_student(student, graph.tower, by_norm, _calibration(task, graph.tower, pixels))
+    data = calibration_data(task.student, task.calibration, pixels, batch=task.form.batch)
+    smooth_student(student, graph.tower, by_norm, data)
 
 
 def _float(task: Int8Task, student: DualEncoder, tower: Tower, folder: Path) -> TowerGraph:
@@ -292,15 +293,9 @@ def _quantized(task: Int8Task, graph: TowerGraph, folder: Path) -> TowerGraph:
     """Quantize the graph of a student that is smoothed already."""
     target = folder / tower_path(graph.tower, "int8", graph.pixels)
     config = plainly(task.configs[graph.tower])
-    write_config(graph.path, target, config, _calibration(task, graph.tower, graph.pixels))
+    data = calibration_data(task.student, task.calibration, graph.pixels, batch=task.form.batch)
+    write_config(graph.path, target, config, data)
     return replace(graph, precision="int8", path=target)
-
-
-def _calibration(task: Int8Task, tower: Tower, pixels: PixelForm | None) -> CalibrationData:
-    batch = task.form.batch
-    if pixels is not None:
-        return calibration_images(task.calibration, task.student.spec.image, pixels, batch=batch)
-    return calibration_texts(task.calibration, task.student.text_tokenizer, batch=batch)
 
 
 def _copy(student: DualEncoder) -> DualEncoder:

@@ -49,7 +49,7 @@ class LayerError:
 
 
 def quantized_rows(rows: FloatArray, seen: Range, config: StaticInt8) -> FloatArray:
-    """Round what products read; `seen` has the extremes, of which `rows` may be a part."""
+    """Round what products read; `seen` has the extremes, which `rows` may go beyond."""
     levels = SIGNED if config.symmetric else UNSIGNED
     kept = seen
     if config.ranging.method != "minmax":

@@ -16,20 +16,17 @@ from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.embed_pairs import FloatArray
 from edgeclip.export.errors import ExportError
 from edgeclip.export.fp16 import to_fp16, too_large
-from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
+from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds, judge_tower
 from edgeclip.export.graph import limit_masks, load_graph, write_unchecked
 from edgeclip.export.quantizing.config import Kept
 from edgeclip.export.quantizing.emulate_half import emulate_half, half_values
+from edgeclip.export.quantizing.held_inputs import hold_inputs
 from edgeclip.export.quantizing.observe import open_engine_here
 from edgeclip.export.quantizing.range_cache import cached_bounds
-from edgeclip.runtime.quality import cosines
 
 Passes = Callable[[Collection[str]], bool]
 
-_TRIALS = 200
-# Other inputs lose more than those of calibration: half of what may be lost is left for them.
-_ROOM = 0.5
-_UNIT = 5e-3  # the largest difference of an embedding's length from 1
+_TRIALS = 200  # conversions and runs after which the best set so far is returned
 
 
 def find_islands(
@@ -37,36 +34,41 @@ def find_islands(
     data: CalibrationData,
     *,
     bounds: Bounds = DEFAULT_BOUNDS["fp16"],
-    trials: int = _TRIALS,
     cache: Path | None = None,
 ) -> Kept:
     """Return nodes to keep in fp32, so that a tower in fp16 loses at most half of what it may.
 
-    None of them can be left out, unless `trials` ran out. What is too large for fp16 stays in
-    fp32 anyhow and is not among them.
+    None of them can be left out, unless trials ran out, or one more made it worse (see
+    `fewest`). What is too large for fp16 stays in fp32 anyhow and is not among them.
 
     Args:
         source: the tower in fp32.
         data: what it is run on.
         bounds: the cosines that it must keep.
-        trials: conversions and runs after which the best set so far is returned.
         cache: a folder for ranges that were found, which belongs to this data alone.
 
     Raises:
-        ExportError: the tower differs with every node in fp32, or cannot be read.
+        ExportError: the tower misses its gates with every node in fp32, or cannot be read.
         EngineError: it cannot be run here.
     """
-    tower = _Tower(source, data, bounds, cache)
+    with tempfile.TemporaryDirectory() as folder:
+        # Pictures are decoded once, and not for each trial.
+        held = hold_inputs(map(data.batch, range(data.count)), Path(folder) / "inputs")
+        return _islands(_Tower(source, CalibrationData(len(held), held.__getitem__), bounds, cache))
+
+
+def _islands(tower: "_Tower") -> Kept:
     if tower.passes(()):
         return ()
     nodes = tower.nodes()
     if not tower.passes(nodes):
         raise ExportError(
-            f"{source.name} misses its gates with every node in fp32: check the calibration data"
+            f"{tower.name} misses its gates with every node in fp32: its embeddings of the "
+            "calibration data are not finite or not of length 1, export it again"
         )
     # fp16 has the fewest digits behind the point where values are large.
     likely = sorted(nodes, key=tower.bound, reverse=True)
-    found = set(fewest(likely, tower.passes, trials))
+    found = set(fewest(likely, tower.passes))
     return tuple(name for name in nodes if name in found)
 
 
@@ -104,9 +106,13 @@ class _Tower:
     def __init__(
         self, source: Path, data: CalibrationData, bounds: Bounds, cache: Path | None
     ) -> None:
-        self.model = load_graph(source)
+        self.name, self.model = source.name, load_graph(source)
         limit_masks(self.model)
-        self._data, self._bounds = data, bounds
+        self._data = data
+        # Other inputs lose more than those of calibration: half of what may be lost is theirs.
+        self._bounds = Bounds(
+            mean_cosine=(1 + bounds.mean_cosine) / 2, p1_cosine=(1 + bounds.p1_cosine) / 2
+        )
         self._ranges = cached_bounds(source, data, cache=cache)
         self._large = too_large(self.model, self._ranges)
         self._reference = embed(self.model, data)
@@ -129,23 +135,14 @@ class _Tower:
         key = frozenset(kept)
         if key not in self._seen:
             found = embed(emulate_half(self._converted(kept)), self._data)
-            self._seen[key] = self._close(found)
+            records = judge_tower(found, self._reference, self._bounds)
+            self._seen[key] = all(record.passed for record in records)
         return self._seen[key]
 
     def _converted(self, kept: Collection[str]) -> onnx.ModelProto:
         copy = onnx.ModelProto()
         copy.CopyFrom(self.model)
         return to_fp16(copy, self._large | set(kept))
-
-    def _close(self, found: FloatArray) -> bool:
-        lengths = np.linalg.norm(found.astype(np.float64), axis=1)
-        if not (np.abs(lengths - 1) <= _UNIT).all():  # NaN is not either
-            return False
-        alike = cosines(found, self._reference)
-        return bool(
-            1 - alike.mean() <= _ROOM * (1 - self._bounds.mean_cosine)
-            and 1 - np.percentile(alike, 1) <= _ROOM * (1 - self._bounds.p1_cosine)
-        )
 
 
 def embed(model: onnx.ModelProto, data: CalibrationData) -> FloatArray:

@@ -1,20 +1,12 @@
 """A point of a search: one config of a tower, and what was measured of it."""
 
 import functools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-from edgeclip.export.quantizing.config import (
-    Config,
-    config_from_data,
-    config_to_data,
-    describe,
-    key,
-)
-from edgeclip.profiles.errors import ConfigError
-from edgeclip.profiles.schema import parse
+from edgeclip.export.quantizing.config import Config, describe, key
 from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.json_record import JsonRecord
 from edgeclip.runtime.manifest import GateRecord
 
 # How the gates' names begin.
@@ -43,7 +35,7 @@ class PointLatency:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class Point(JsonRecord):
     """A config, and what came of it.
 
     Attributes:
@@ -53,6 +45,10 @@ class Point:
         records: its gates, on pairs that ranges were not found on, and never on the test pairs.
         seconds: that making and measuring it took.
     """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+    WHAT: ClassVar[str] = "a point"
+    MEND: ClassVar[str] = "delete it and search again"
 
     config: Config
     bytes: int
@@ -112,43 +108,3 @@ def measured(records: tuple[GateRecord, ...], name: str) -> Interval | None:
         if record.name.startswith(name):
             return Interval(record.value, record.low, record.high)
     return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Measured:
-    """All of a point but its config."""
-
-    bytes: int
-    latency: PointLatency | None
-    records: tuple[GateRecord, ...]
-    seconds: float
-
-
-def point_to_data(point: Point) -> dict[str, Any]:
-    """Return plain data for JSON."""
-    measured_part = _Measured(
-        bytes=point.bytes,
-        latency=point.latency,
-        records=point.records,
-        seconds=point.seconds,
-    )
-    return {"config": config_to_data(point.config), **asdict(measured_part)}
-
-
-def point_from_data(data: object, *, source: str) -> Point:
-    """Read what `point_to_data` gave; `source` names it in messages.
-
-    Raises:
-        ConfigError: wrong or missing fields.
-    """
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{source}: expected a mapping of keys to values")
-    rest = {name: value for name, value in data.items() if name != "config"}
-    found = parse(_Measured, rest, source=source)
-    return Point(
-        config=config_from_data(data.get("config"), source=source),
-        bytes=found.bytes,
-        latency=found.latency,
-        records=found.records,
-        seconds=found.seconds,
-    )

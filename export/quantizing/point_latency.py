@@ -1,20 +1,16 @@
-"""How long a graph takes on this machine, against another one in the same rounds."""
+"""How long graphs take on this machine, against another one in the same rounds."""
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.export.embed_pairs import Embedder
 from edgeclip.export.quantizing.point import PointLatency
+from edgeclip.export.time_twice import Opener, Timed, time_each_twice, time_twice
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, repeat_rows
-from edgeclip.runtime.measuring.measurement import Measurement
 from edgeclip.runtime.spec import Tower
 
 SEARCHING = Workload(
@@ -27,12 +23,7 @@ SEARCHING = Workload(
     seconds_per_batch=1,
     cold_starts=0,
 )
-
-_SECONDS = 2.0  # for the timed runs of one of the two measurements
-_FEWEST = 12  # runs, however slow a tower is
-_REFERENCE, _CANDIDATE = "fp32", "candidate"
-
-Opener = Callable[[], Embedder]
+_SECONDS_OF_RACE = 6.0  # see `time_each_twice`
 
 
 def measure_latency(
@@ -43,52 +34,35 @@ def measure_latency(
     tower: Tower,
     workload: Workload = SEARCHING,
 ) -> PointLatency:
-    """Time both in turns, twice, with engines loaded anew in both orders.
+    """Time both in turns, twice; for arguments and errors see `time_twice`.
 
-    Of two engines with the same graph one can be some percent faster for as long as they
-    live, by where their memory lies. So figures are the geometric means of both
-    measurements, and intervals hold those of both.
-
-    Args:
-        reference, candidate: open an engine; what they return embeds.
-        values: some of the tower's inputs [N, ...]; the first is what is timed.
-        tower: which one it is.
-        workload: how much to measure; slow towers are run less often.
-
-    Raises:
-        EngineError: an engine fails.
+    Figures are the geometric means of both measurements, and intervals hold those of both.
     """
-    found = []
-    for first in (True, False):
-        embedders: dict[str, Embedder] = {}
-        for name in (_REFERENCE, _CANDIDATE) if first else (_CANDIDATE, _REFERENCE):
-            embedders[name] = reference() if name == _REFERENCE else candidate()
-        found.append(_once(embedders, values, tower, workload))
-    return PointLatency(
-        ratio=_joined([mine.ratio.ratio for _, mine in found if mine.ratio is not None]),
-        ms=_joined([mine.latency.p50_ms for _, mine in found]),
-        reference_ms=_joined([theirs.latency.p50_ms for theirs, _ in found]),
-        contended=any(item.contended for pair in found for item in pair),
+    return _latency(time_twice(reference, candidate, values, tower=tower, workload=workload))
+
+
+def race(
+    reference: Opener,
+    candidates: Sequence[Opener],
+    values: NDArray[Any],
+    *,
+    tower: Tower,
+    workload: Workload = SEARCHING,
+) -> tuple[PointLatency, ...]:
+    """Time all in the same rounds, and for longer; otherwise as `measure_latency`."""
+    found = time_each_twice(
+        reference, candidates, values, tower=tower, workload=workload, seconds=_SECONDS_OF_RACE
     )
+    return tuple(map(_latency, found))
 
 
-def _once(
-    embedders: dict[str, Embedder], values: NDArray[Any], tower: Tower, workload: Workload
-) -> tuple[Measurement, Measurement]:
-    made = repeat_rows(values[:1])
-    fits = replace(workload, repeats=_repeats(embedders[_REFERENCE], made(1), workload.repeats))
-    candidates = [Candidate(name, embedders[name], made) for name in (_REFERENCE, _CANDIDATE)]
-    theirs, mine = measure_interleaved(candidates, fits, part=tower, reference=_REFERENCE)
-    return theirs, mine
-
-
-def _repeats(embed: Embedder, values: NDArray[Any], most: int) -> int:
-    """How many rounds fit into the time for them."""
-    embed(values)
-    began = time.perf_counter()
-    embed(values)
-    seconds = max(time.perf_counter() - began, 1e-9)
-    return max(min(most, _FEWEST), min(most, int(_SECONDS / (2 * seconds))))
+def _latency(found: Sequence[Timed]) -> PointLatency:
+    return PointLatency(
+        ratio=_joined([item.ratio for item in found]),
+        ms=_joined([item.candidate.latency.p50_ms for item in found]),
+        reference_ms=_joined([item.reference.latency.p50_ms for item in found]),
+        contended=any(item.reference.contended or item.candidate.contended for item in found),
+    )
 
 
 def _joined(intervals: Sequence[Interval]) -> Interval:

@@ -1,30 +1,24 @@
 """`quantization.json`: the config that a search chose for each tower, for `edgeclip export`."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import ClassVar
 
 from edgeclip.compress.sources import Source
 from edgeclip.export.gates import data_record
 from edgeclip.export.quantizing.config import (
     Config,
-    config_from_data,
-    config_to_data,
     default_config,
     precision_of,
 )
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.machine import detect_machine
-from edgeclip.profiles.schema import parse
-from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.json_record import JsonRecord
 from edgeclip.runtime.spec import Precision, Tower
 
 FILE_NAME = "quantization.json"
 
-_VERSION = 1
 _MEND = "search again with `edgeclip quantize`"
 
 
@@ -34,7 +28,7 @@ class TowerQuantization:
 
     Attributes:
         config: the choice; fp32 says that nothing else is worth shipping.
-        graph: of the fp32 graph that its names of nodes belong to; see `graph_sha256`.
+        graph: `sha256_graph` of the fp32 graph that its names of nodes belong to.
         passes: rewrites that this graph has, in order.
         why: it and no other.
     """
@@ -103,13 +97,17 @@ class SearchBasis:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quantization:
+class Quantization(JsonRecord):
     """The choices for a device.
 
     Attributes:
         basis: what they hold for.
         towers: those that were searched.
     """
+
+    SCHEMA_VERSION: ClassVar[int] = 2
+    WHAT: ClassVar[str] = FILE_NAME
+    MEND: ClassVar[str] = _MEND
 
     basis: SearchBasis
     towers: Mapping[Tower, TowerQuantization]
@@ -124,71 +122,3 @@ class Quantization:
         if precision_of(found.config) == precision:
             return found.config
         return None if precision == "int8" else default_config(precision, device)
-
-    def save(self, path: Path) -> None:
-        """Write the file, whole or not at all.
-
-        Raises:
-            InputError: it cannot be written.
-        """
-        data = {
-            "schema_version": _VERSION,
-            **asdict(self.basis),
-            "towers": {
-                tower: {
-                    "config": config_to_data(item.config),
-                    **asdict(_Rest(item.graph, item.passes, item.why)),
-                }
-                for tower, item in self.towers.items()
-            },
-        }
-        with atomic_file(path) as temporary:
-            text = json.dumps(data, indent=1, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> "Quantization":
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: missing, unreadable or invalid.
-        """
-        try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not JSON ({error}): {_MEND}") from None
-        if not isinstance(data, Mapping) or data.get("schema_version") != _VERSION:
-            raise ConfigError(f"{path} is no {FILE_NAME} of version {_VERSION}: {_MEND}")
-        rest = {name: data[name] for name in data if name not in ("schema_version", "towers")}
-        basis = parse(SearchBasis, rest, source=str(path))
-        towers = data.get("towers")
-        known = get_args(Tower)
-        if not isinstance(towers, Mapping) or not set(towers) <= set(known):
-            raise ConfigError(f"{path}: towers must map {' and '.join(known)} to configs: {_MEND}")
-        return cls(
-            basis=basis,
-            towers={name: _read(item, f"{path}, {name} tower") for name, item in towers.items()},
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Rest:
-    """All of a tower's choice but its config."""
-
-    graph: str
-    passes: tuple[str, ...]
-    why: str
-
-
-def _read(data: object, source: str) -> TowerQuantization:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{source}: expected a mapping of keys to values")
-    rest = parse(_Rest, {key: data[key] for key in data if key != "config"}, source=source)
-    return TowerQuantization(
-        config=config_from_data(data.get("config"), source=source),
-        graph=rest.graph,
-        passes=rest.passes,
-        why=rest.why,
-    )

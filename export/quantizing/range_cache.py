@@ -9,17 +9,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnxruntime
+
 from edgeclip.export.activation_bounds import EXTREMES, Bounds, Ranging, activation_bounds
 from edgeclip.export.calibrate import CalibrationData
-from edgeclip.export.graph import data_path
-from edgeclip.runtime.files import atomic_file, sha256_file
+from edgeclip.export.graph import sha256_graph
+from edgeclip.runtime.files import atomic_file
 
 
 def cache_file(cache: Path, source: Path, *what: object) -> Path:
     """Return the file in a cache's folder for `what` of a graph, whose content is in its name."""
-    parts = [sha256_file(path) for path in (source, data_path(source)) if path.exists()]
-    digest = hashlib.sha256("\n".join([*parts, *map(str, what)]).encode())
-    return cache / f"{digest.hexdigest()[:32]}.json"
+    parts = "\n".join([onnxruntime.__version__, sha256_graph(source), *map(str, what)])
+    return cache / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json"
 
 
 def cached_bounds(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 BINS = 4096  # on each side of 0; a power of two, because they are joined in pairs
 
 _BLOCK = 2**16  # values that are counted at a time
-_FEWEST_BINS = 64  # a cut keeps at least these of one side
+_LEAST = 1 / 64  # of the larger extreme, that a cut keeps
 _CANDIDATES = 128  # cuts that are tried
 _ROUNDS = 2  # of looking for one end of a range while the other stays
 _NOTHING = 1e-4  # the probability of what a quantized histogram says cannot be
@@ -226,12 +226,8 @@ def _best(histogram: Histogram, tried: list[Range], levels: Levels) -> Range:
 
 
 def _candidates(bound: float) -> list[float]:
-    """Bounds to try, the whole one first, down to the share that `_FEWEST_BINS` are."""
-    return [float(item) for item in bound * np.geomspace(1, _least_share(), _CANDIDATES)]
-
-
-def _least_share() -> float:
-    return _FEWEST_BINS / BINS
+    """Bounds to try, the whole one first, down to the least."""
+    return [float(item) for item in bound * np.geomspace(1, _LEAST, _CANDIDATES)]
 
 
 def _balanced(seen: Range) -> Range:

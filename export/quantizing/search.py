@@ -5,6 +5,10 @@ does, groups of products go back to float, those first that damage most for the 
 save, until the gates hold; then those that need not have gone are taken back. Products that
 int8 makes no faster go back in any case.
 
+Each point is timed against fp32 as it comes. A machine that others share can favour int8 in one
+minute and fp32 in the next, so that two such ratios do not compare: in the end those that may be
+shipped race each other, in the same rounds.
+
 What is tried next is decided on held-out calibration pairs. The test pairs are looked at in
 the end, once for each config that is about to be shipped: had they chosen it, their
 intervals would lie.
@@ -14,7 +18,14 @@ import time
 from dataclasses import dataclass, replace
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.quantizing.attempts import Attempts, Bench, Clock, Progress, TimeUpError
+from edgeclip.export.quantizing.attempts import (
+    Attempts,
+    Bench,
+    Clock,
+    Progress,
+    TimeUpError,
+    line_of,
+)
 from edgeclip.export.quantizing.config import Float16, Float32, StaticInt8
 from edgeclip.export.quantizing.evaluate_point import Judgement
 from edgeclip.export.quantizing.give_back import give_back, nodes_of
@@ -25,6 +36,7 @@ from edgeclip.export.quantizing.search_space import SearchSpace
 from edgeclip.export.quantizing.sensitivity import Sensitivity
 from edgeclip.runtime.errors import EngineError
 
+_FINALISTS = 4  # that race each other, at most
 _LOOKS = 3  # configs that are held against the test pairs, at most
 _NEAR = 8.0  # times the loss of cosine that is allowed: finer ranges make no more good
 
@@ -34,7 +46,8 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        points: all that were tried, in order; the first is fp32.
+        points: all that were tried, in order; the first is fp32. Those that took part in the race
+            have their times from it.
         front: those that no other beats in both time (or bytes, where no time was measured)
             and mean cosine, the fastest first.
         chosen: what to ship.
@@ -153,7 +166,7 @@ class _Search:
                 give_back(self._attempts, config, free, damage, gains, allowed=allowed)
 
     def _remedied(self, best: Point) -> Point:
-        """Return the most exact of a recipe and its remedied forms."""
+        """Return the first of a recipe's remedied forms inside the gates, else the most exact."""
         changes = [self._bench.smoothed] if self._space.smoothing else []
         for change in (*changes, *self._space.remedies):
             assert isinstance(best.config, StaticInt8)
@@ -162,7 +175,7 @@ class _Search:
             self._attempts.check_time()
             changed = change(best.config)
             point = None if changed == best.config else self._attempts.point(changed)
-            if point is not None and _exactness(point) > _exactness(best):
+            if point is not None and _worth(point) > _worth(best):
                 best = point
             if best.passed:
                 break
@@ -180,8 +193,23 @@ class _Search:
             assert isinstance(best.config, StaticInt8)
             self._attempts.point(change(best.config))
 
+    def _race(self, fp32: Point) -> None:
+        """Time in the same rounds what may be shipped, unless there is nothing to choose from."""
+        attempts = self._attempts
+        candidates, _ = ranked(list(attempts.points.values()), fp32)
+        finalists = candidates[:_FINALISTS]
+        if len(finalists) < 2 or fp32.latency is None:
+            return
+        attempts.say(f"{len(finalists)} that may be shipped: timed in the same rounds")
+        found = self._bench.race([point.config for point in finalists])
+        for point, latency in zip(finalists, found, strict=True):
+            raced = replace(point, latency=latency)
+            attempts.points[point.key] = raced
+            attempts.say(line_of(raced))
+
     def _judge(self, fp32: Point) -> tuple[Point, tuple[Judgement, ...], str]:
         """Hold what is to be shipped against the test pairs, the next best if it misses."""
+        self._race(fp32)
         candidates, reason = ranked(list(self._attempts.points.values()), fp32)
         judged: list[Judgement] = []
         for point in candidates[:_LOOKS]:
@@ -204,6 +232,11 @@ def _allowed(point: Point) -> float:
     """The loss of cosine that a point's gates allow; none is said if nothing is usable."""
     bounds = [record.bound for record in point.records if record.name == MEAN_COSINE]
     return 1 - bounds[0] if bounds else 0.0
+
+
+def _worth(point: Point) -> tuple[bool, float]:
+    """Of two points the one to go on with has more of it."""
+    return point.passed, _exactness(point)
 
 
 def _exactness(point: Point) -> float:

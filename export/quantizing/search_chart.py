@@ -26,7 +26,7 @@ class ChartPoint:
         loss: upwards.
         passed: inside its gates.
         chosen: it is shipped.
-        front: no other beats it.
+        front: the thin line goes through it.
     """
 
     number: int
@@ -67,7 +67,7 @@ def front_chart(chart: FrontChart, *, narrow: bool) -> str:
     """Draw the points at 358 pixels (`narrow`) or 760 pixels wide; empty without points.
 
     Circles are inside all gates, crosses are not, triangles are beyond the picture. Whiskers
-    are 95% intervals; a thin line joins the points that no other beats in both.
+    are 95% intervals; a thin line joins the points of the front.
     """
     if not chart.points:
         return ""

@@ -75,7 +75,7 @@ def _summary(result: SearchResult) -> Summary:
         value = measured(last, gate)
         if value is not None:
             cards.append(_card(title, value, places, "on the test pairs"))
-    verdict = f"{chosen.name}: {result.why}, and inside them on the test pairs."
+    verdict = f"{chosen.name}: {result.why}. On the test pairs it is inside them too."
     return Summary(verdict, "pass", _alarms(result), tuple(cards))
 
 

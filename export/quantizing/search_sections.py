@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgeclip.export.quantizing.point import MEAN_COSINE, P1_COSINE, R1_LOSS, Point
+from edgeclip.export.quantizing.point import (
+    MEAN_COSINE,
+    P1_COSINE,
+    R1_LOSS,
+    ZERO_SHOT_LOSS,
+    Point,
+    measured,
+)
 from edgeclip.export.quantizing.search import SearchResult
 from edgeclip.export.quantizing.search_chart import ChartPoint, FrontChart, front_chart
 from edgeclip.export.quantizing.search_names import key_points, short_name
@@ -27,6 +34,13 @@ from edgeclip.runtime.reporting.profile_blocks import (
 )
 from edgeclip.runtime.reporting.report_format import digits
 
+# Of the table, by how the gates' names begin; what no config was judged by has none.
+_GATES = {
+    MEAN_COSINE: "mean cosine",
+    P1_COSINE: "1st percentile",
+    R1_LOSS: "R@1 lost, points",
+    ZERO_SHOT_LOSS: "zero-shot lost, points",
+}
 _LEAST_LOSS = 1e-6  # of cosine: less is drawn at the foot of the picture
 _MOST_GATES = 5.0  # times the R@1 that may be lost: more is drawn at the top
 
@@ -56,10 +70,12 @@ def front_section(result: SearchResult) -> Section | None:
         _picture(result, MEAN_COSINE, "1 - mean cosine with fp32 (log)"),
         _picture(result, R1_LOSS, "R@1 lost, points"),
     )
+    cost = "bytes" if result.points[0].latency is None else "time"
     note = Note(
         "On the steering pairs, with 95% intervals. Circles are inside all gates, crosses are not, "
-        "triangles lie beyond the picture. The dashed line is the gate, the thin one joins what "
-        "no other config beats in both. Numbers are those of the table."
+        "triangles lie beyond the picture. The dashed line is the gate, the loosest where "
+        "precisions have different ones; the thin one joins what no other config beats in both "
+        f"mean cosine and {cost}. Numbers are those of the table."
     )
     figures: list[Block] = [Figure(picture=item, caption="") for item in pictures if item]
     blocks = [*figures, note] if figures else []
@@ -69,12 +85,19 @@ def front_section(result: SearchResult) -> Section | None:
 def points_section(result: SearchResult) -> Section | None:
     """A table of every config that was tried."""
     timed = result.points[0].latency is not None
+    gates = [
+        gate
+        for gate in _GATES
+        if any(measured(point.records, gate) is not None for point in result.points)
+    ]
     names = columns(
         "config",
         *(("time / fp32", "ms") if timed else ()),
-        *("MB", "mean cosine", "1st percentile", "R@1 lost, points", "<gates"),
+        "MB",
+        *(_GATES[gate] for gate in gates),
+        "<gates",
     )
-    rows = [_row(number, point, result) for number, point in enumerate(ordered(result), 1)]
+    rows = [_row(number, point, result, gates) for number, point in enumerate(ordered(result), 1)]
     table = Table(name="Every config", columns=names, rows=tuple(rows))
     note = "Gates as on the steering pairs, which decide what is tried; they prove nothing yet."
     return section_of("points", "Every config that was tried", [table, Note(note)])
@@ -194,7 +217,7 @@ def _bound(points: Sequence[Point], gate: str) -> float | None:
     return max(bounds, default=None)
 
 
-def _row(number: int, point: Point, result: SearchResult) -> tuple[Cell, ...]:
+def _row(number: int, point: Point, result: SearchResult, gates: Sequence[str]) -> tuple[Cell, ...]:
     chosen = point.key == result.chosen.key
     tone: Tone = "strong" if chosen else ""
     name = f"{number}: {short_name(point.config)}{', chosen' if chosen else ''}"
@@ -204,7 +227,7 @@ def _row(number: int, point: Point, result: SearchResult) -> tuple[Cell, ...]:
         Cell(name, tone=tone),
         *times,
         Cell(digits(point.bytes / 1e6)),
-        *(_gate_cell(point, gate) for gate in (MEAN_COSINE, P1_COSINE, R1_LOSS)),
+        *(_gate_cell(point, gate) for gate in gates),
         Cell("inside", tone="pass") if point.passed else Cell("misses", tone="miss"),
     )
 
@@ -214,6 +237,6 @@ def _gate_cell(point: Point, gate: str) -> Cell:
     found = [record for record in point.records if record.name.startswith(gate)]
     if not found:
         return Cell("")
-    record, places = found[0], 2 if gate == R1_LOSS else 5
+    record, places = found[0], 2 if gate in (R1_LOSS, ZERO_SHOT_LOSS) else 5
     span = f"{record.low:.{places}f} to {record.high:.{places}f}"
     return Cell(f"{record.value:.{places}f}", span, "" if record.passed else "miss")

@@ -1,7 +1,9 @@
 """A search as text: a line for each point, the choice, and what would not go."""
 
+from edgeclip.export.quantizing.group_gains import Gains
 from edgeclip.export.quantizing.point import Point
 from edgeclip.export.quantizing.search import SearchResult
+from edgeclip.export.quantizing.sensitivity import Sensitivity
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import GateRecord
 from edgeclip.runtime.reporting.report_format import digits
@@ -12,7 +14,6 @@ _HEAD = (
     *("", "config", "time/fp32", "95% interval", "ms", "MB"),
     *("mean cosine", "1st pct", "R@1 loss", "zero-shot loss", "gates"),
 )
-_DAMAGE_HEAD = ("group", "divergence, nats", "1 - cosine", "time saved")
 
 
 def search_table(result: SearchResult) -> str:
@@ -25,12 +26,7 @@ def search_table(result: SearchResult) -> str:
         lines.append(f"on the test pairs: {name}")
         lines += [f"  {_gate(record)}" for record in judgement.records]
     if result.damage is not None:
-        damage = result.damage
-        lines += [
-            "",
-            f"damage of each group alone, on {damage.inputs} inputs ({damage.rate:.0f}/s)",
-        ]
-        lines.append(columns([_DAMAGE_HEAD, *_damage_rows(result)]))
+        lines += ["", *_damage_lines(result.damage, result.gains)]
     lines += [f"not possible here: {name}: {reason}" for name, reason in result.failed]
     if not result.complete:
         lines.append("time was up before all was tried: run it again to go on")
@@ -76,14 +72,20 @@ def _gate(record: GateRecord) -> str:
     )
 
 
-def _damage_rows(result: SearchResult) -> list[tuple[str, ...]]:
-    assert result.damage is not None
-    return [
+def _damage_lines(damage: Sensitivity, gains: Gains | None) -> list[str]:
+    shown = damage.groups[:_SHOWN]
+    which = f", the worst {len(shown)} of {len(damage.groups)}" if damage.groups[_SHOWN:] else ""
+    saved = "time saved" if gains is not None and gains.measured else "multiply-adds"
+    rows = [
         (
             item.title,
             f"{item.divergence.value:.2e}",
             f"{item.cosine_loss.value:.2e}",
-            "" if result.gains is None else f"{100 * result.gains.of(item.nodes):+.1f}%",
+            "" if gains is None else f"{100 * gains.of(item.nodes):+.1f}%",
         )
-        for item in result.damage.groups[:_SHOWN]
+        for item in shown
+    ]
+    return [
+        f"damage of each group alone{which}, on {damage.inputs} inputs ({damage.rate:.0f}/s)",
+        columns([("group", "divergence, nats", "1 - cosine", saved), *rows]),
     ]

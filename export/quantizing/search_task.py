@@ -2,22 +2,22 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.sources import Source, open_source
 from edgeclip.export.calibrate import FEWEST, CalibrationSource
+from edgeclip.export.embed_pairs import runner_of
 from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
-from edgeclip.export.graph import data_path
+from edgeclip.export.graph import sha256_graph
 from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.export.zero_shot import Chosen, ZeroShot
-from edgeclip.profiles.device import THIS_MACHINE, DeviceProfile, load_device
+from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.spec import Precision, Tower
 
 
@@ -80,9 +80,8 @@ class SearchTask:
         """Everything beside the config that a point depends on."""
         machine = detect_machine()
         here = (machine.cpu, machine.cores) if self.workload is not None else ()
-        files = [path for path in (self.graph.path, data_path(self.graph.path)) if path.is_file()]
         parts = (
-            *(sha256_file(path) for path in files),
+            sha256_graph(self.graph.path),
             self.tower,
             self.student.spec,
             space_fingerprint(self.student),  # of the other tower
@@ -95,18 +94,6 @@ class SearchTask:
             machine.packages,
         )
         return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
-
-
-def runner_of(device: DeviceProfile) -> DeviceProfile:
-    """Return the device if ONNX Runtime runs on its CPU, else this machine with its batches."""
-    if device.engine == "onnxruntime-cpu":
-        return device
-    return replace(
-        load_device(THIS_MACHINE),
-        batch_min=device.batch_min,
-        batch_best=device.batch_best,
-        batch_max=device.batch_max,
-    )
 
 
 def open_calibration(data: str, *, pairs: int, ranges: int, size: int) -> tuple[Source, Source]:

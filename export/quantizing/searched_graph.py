@@ -5,7 +5,6 @@ names of nodes in a config belong to one graph, therefore the rewrites that were
 written down and applied again.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import ClassVar
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import data_path, load_graph, save_graph
+from edgeclip.export.graph import load_graph, save_graph, sha256_graph
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.quantizing.quantization_file import FILE_NAME, TowerQuantization
@@ -24,7 +23,6 @@ from edgeclip.export.tune_tower import tune_tower
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.bundle_paths import tower_path
-from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.json_record import JsonRecord
 from edgeclip.runtime.spec import Tower
 
@@ -34,7 +32,7 @@ class KeptPasses(JsonRecord):
     """Which rewrites made a graph faster.
 
     Attributes:
-        graph: `graph_sha256` of what the exporter wrote.
+        graph: `sha256_graph` of what the exporter wrote.
         passes: names of what was kept, in order.
     """
 
@@ -83,7 +81,7 @@ def export_searched(
     export_tower(student, tower, graph.path, form)
     if sample is None:
         return SearchedGraph(graph=graph, passes=())
-    plain, note = graph_sha256(graph.path), folder / f"{tower}-passes.json"
+    plain, note = sha256_graph(graph.path), folder / f"{tower}-passes.json"
     try:
         known = KeptPasses.load(note)
     except ConfigError:
@@ -122,17 +120,9 @@ def apply_searched(graph: TowerGraph, found: TowerQuantization) -> None:
         ExportError: see `apply_passes`.
     """
     apply_passes(graph.path, found.passes)
-    if graph_sha256(graph.path) != found.graph:
+    if sha256_graph(graph.path) != found.graph:
         raise ConfigError(
             f"the {graph.tower} tower is not the one that was searched for {FILE_NAME}: the "
             "student, an option of the export (such as --patch-features) or a package is another; "
             "search again with `edgeclip quantize`"
         )
-
-
-def graph_sha256(path: Path) -> str:
-    """Return the sha256 of a graph, its weights included if they lie in a second file."""
-    digests = [sha256_file(file) for file in (path, data_path(path)) if file.is_file()]
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -12,7 +12,7 @@ the intervals of the last judgement too narrow.
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,7 +66,7 @@ class Sensitivity(JsonRecord):
         seconds: that it took.
     """
 
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
     WHAT: ClassVar[str] = "sensitivities"
     MEND: ClassVar[str] = "delete it and search again"
 
@@ -116,7 +116,7 @@ def measure_damage(
     Args:
         source: the tower in fp32.
         written: the same with all groups quantized.
-        groups: what to switch on; those that `written` does not quantize are left out.
+        groups: what to switch on; of one that `written` quantizes in part, each product alone.
         probe: what is measured with.
         config: key of the config that `written` has.
 
@@ -126,7 +126,7 @@ def measure_damage(
     """
     began = time.monotonic()
     with switched_tower(source, written, threads=probe.threads) as tower:
-        there = [group for group in groups if set(group.nodes) <= set(tower.nodes)]
+        there = _switchable(groups, tower.nodes)
         found = _damages(tower, there, probe)
         bad = _bad(there, found)
         for group in bad:
@@ -163,6 +163,18 @@ def row_divergence(
         right = _log_softmax(reference[rows] @ targets)
         result[rows] = (np.exp(right) * (right - _log_softmax(found[rows] @ targets))).sum(axis=1)
     return np.maximum(result, 0.0)  # rounding can go below what is 0
+
+
+def _switchable(groups: Sequence[NodeGroup], nodes: Collection[str]) -> list[NodeGroup]:
+    """Groups all of whose nodes have a switch, and the single nodes that have one of the others.
+
+    Of three products of one value, one may stay in float because fp16 cannot hold its result.
+    """
+    found: list[NodeGroup] = []
+    for group in groups:
+        singles = [single for single in group.singles() if single.nodes[0] in nodes]
+        found += [group] if len(singles) == len(group.nodes) else singles
+    return found
 
 
 def _damages(tower: SwitchedTower, groups: Sequence[NodeGroup], probe: Probe) -> list[GroupDamage]:

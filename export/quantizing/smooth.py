@@ -27,7 +27,7 @@ from edgeclip.export.quantizing.edit_graph import GraphEdit, Values, attribute, 
 from edgeclip.export.quantizing.layer_error import FloatArray, LayerError
 from edgeclip.export.quantizing.observe import observe
 
-ALPHAS = tuple(step / 10 for step in range(11))
+_ALPHAS = tuple(step / 10 for step in range(11))
 
 _WORTH = 0.95  # of the error without smoothing; what saves less is not worth a change
 _SMALLEST = 1e-5  # of the largest channel: smaller ones are as good as never used
@@ -98,11 +98,7 @@ def factors(sizes: Values, weights: Sequence[Values], alpha: float) -> Values:
 
 
 def search_alphas(
-    source: Path | onnx.ModelProto,
-    data: CalibrationData,
-    config: StaticInt8,
-    *,
-    grid: Sequence[float] = ALPHAS,
+    source: Path | onnx.ModelProto, data: CalibrationData, config: StaticInt8
 ) -> Smoothing:
     """Find the alpha of each LayerNormalization with which quantizing loses least.
 
@@ -123,9 +119,7 @@ def search_alphas(
         weights = [_rows(edit, product) for product in norm.products]
         chosen = [_rows(edit, product) for product in _quantized(norm, config)]
         error = LayerError(sample.rows, sample.low, sample.high, chosen, config)
-        errors = {
-            alpha: error.of(factors(sample.largest, weights, alpha)) for alpha in sorted(grid)
-        }
+        errors = {alpha: error.of(factors(sample.largest, weights, alpha)) for alpha in _ALPHAS}
         alpha = min(errors, key=lambda item: errors[item])
         if errors[alpha] < _WORTH * error.of(np.ones_like(sample.largest)):
             found.append((norm.node.name, alpha))

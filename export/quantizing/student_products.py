@@ -18,7 +18,7 @@ from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.fake_quantize import InputGrid, ProductGrid, ProductGrids, WeightGrid
 from edgeclip.compress.quantization_aware import tower_parts
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph
+from edgeclip.export.graph import PRODUCTS, load_graph
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.edit_graph import GraphEdit, attribute
 from edgeclip.runtime.spec import Tower
@@ -88,7 +88,7 @@ def _layers(student: DualEncoder, tower: Tower, *kinds: type[nn.Module]) -> Laye
 
 def _input_grid(edit: GraphEdit, node: onnx.NodeProto) -> InputGrid | None:
     """How a product's input is quantized; None if it is not, or the node is no product."""
-    if node.op_type not in ("MatMul", "Gemm", "Conv"):
+    if node.op_type not in PRODUCTS:
         return None
     given, weight = (edit.maker(name) for name in node.input[:2])
     if given is None or weight is None:

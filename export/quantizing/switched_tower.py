@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph, write_unchecked
+from edgeclip.export.graph import PRODUCTS, load_graph, opset_of, with_opset, write_unchecked
 from edgeclip.runtime.engine_ort import OrtEngine
 from edgeclip.runtime.providers import CPU
 
-_PRODUCTS = ("MatMul", "Gemm", "Conv")
 _SWITCHES = "edgeclip_switches"
 
 
@@ -63,7 +62,7 @@ def switched_tower(source: Path, written: Path, *, threads: int) -> Iterator[Swi
         EngineError: ONNX Runtime cannot load the result.
     """
     quantized = _Quantized(load_graph(written))
-    model = _with_opset(load_graph(source), quantized.opset)
+    model = with_opset(load_graph(source), quantized.opset)
     nodes = _insert_switches(model, quantized)
     if not nodes:
         raise ExportError(f"{written.name} has no quantized product of {source.name}")
@@ -86,13 +85,13 @@ class _Quantized:
     """The products of a quantized graph, each with what its two factors are read through."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.opset = max(item.version for item in model.opset_import if item.domain == "")
+        self.opset = opset_of(model)
         self._constants = {item.name: item for item in model.graph.initializer}
         self._maker: dict[str, onnx.NodeProto] = {
             name: node for node in model.graph.node for name in node.output
         }
         self._nodes: dict[str, onnx.NodeProto] = {
-            node.name: node for node in model.graph.node if node.op_type in _PRODUCTS
+            node.name: node for node in model.graph.node if node.op_type in PRODUCTS
         }
 
     def product(self, name: str) -> onnx.NodeProto | None:
@@ -201,11 +200,3 @@ def _branch(nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
     result = onnx.ValueInfoProto(name=nodes[-1].output[0])
     result.type.tensor_type.elem_type = TensorProto.FLOAT
     return helper.make_graph(nodes, f"{nodes[-1].name}_branch", [], [result])
-
-
-def _with_opset(model: onnx.ModelProto, wanted: int) -> onnx.ModelProto:
-    """Raise the operator set to that of the quantized graph: float8 has come late."""
-    version = next(item.version for item in model.opset_import if item.domain == "")
-    if version >= wanted:
-        return model
-    return version_converter.convert_version(model, wanted)

@@ -10,7 +10,7 @@ bytes and spares it two thirds of what it loses.
 
 ONNX Runtime multiplies them as MatMulNBits (com.microsoft). With `accuracy_level` 4 its CPU
 kernels round each row of the activations to int8 block by block: several times faster with 8
-bits than to leave them in float, about as exact, and no row depends on another. So unlike with
+bits than to leave them in float, hardly less exact, and no row depends on another. So unlike with
 `dynamic_int8` an embedding does not depend on its batch, and nothing needs calibration. Engines
 without MatMulNBits, such as TensorRT and OpenVINO, do not read these graphs.
 """
@@ -27,7 +27,7 @@ from onnx import helper, numpy_helper
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.quantize import quantizable_nodes
-from edgeclip.export.quantizing.edit_graph import attribute
+from edgeclip.export.quantizing.edit_graph import GraphEdit, attribute
 from edgeclip.export.quantizing.int8_tables import store_tables
 
 _DOMAIN = "com.microsoft"
@@ -84,7 +84,7 @@ def write_weight_only(
     model.graph.initializer.extend(constants.values())
     if done + store_tables(model, kept) == 0:
         raise ExportError(f"{source.name} has no weights that could be stored in {bits} bits")
-    _drop_unread(model.graph, constants)
+    GraphEdit(model).drop_unread()
     if all(item.domain != _DOMAIN for item in model.opset_import):
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     save_graph(model, target)
@@ -187,12 +187,3 @@ def _packed_product(
         return [product]
     bias = helper.make_node("Add", [result, node.input[2]], [node.output[0]], f"{node.name}_bias")
     return [product, bias]
-
-
-def _drop_unread(graph: onnx.GraphProto, new: Collection[str]) -> None:
-    """Remove the constants that were packed, unless something else reads them."""
-    read = {name for node in graph.node for name in node.input}
-    read |= {item.name for item in graph.output} | set(new)
-    kept = [item for item in graph.initializer if item.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)

@@ -16,6 +16,7 @@ from edgeclip.compress.sources import Source
 from edgeclip.export.calibrate import calibration_images, calibration_texts
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import data_path, load_graph, save_graph
+from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.label_head import add_label_head
 from edgeclip.export.quantize import quantizable_nodes, write_int8
 from edgeclip.export.quantizing.config import StaticInt8, default_config
@@ -104,6 +105,27 @@ def test_only_products_with_constant_weights_are_quantized(
     # Two layers with q, k, v, out, and two in the MLP; QK^T and AV of both stay float.
     assert readers == {"MatMul": 12, "Gemm": 1}
     assert plain == {"MatMul": 4}
+
+
+def test_what_follows_a_fused_node_is_quantized_too(
+    clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, tmp_path: Path
+) -> None:
+    """Not its weights alone: ONNX cannot tell the type of what it reads."""
+    model = load_graph(clip_towers.image)
+    for item in PASSES:
+        model, _ = item.apply(model)
+    assert any(node.op_type == "MultiHeadAttention" for node in model.graph.node)
+    fused = tmp_path / "fused.onnx"
+    save_graph(model, fused)
+    data = calibration_images(blobs(16), clip.spec.image)
+    write_int8(fused, tmp_path / "q.onnx", data, CPU)
+    written = onnx.load(tmp_path / "q.onnx")
+    made_by, able = makers(written), set(quantizable_nodes(fused))
+    products = [node for node in written.graph.node if node.name in able]
+    assert len(products) == len(able)
+    for node in products:
+        assert [made_by[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
+    assert not written.graph.value_info
 
 
 def test_results_of_products_stay_float(

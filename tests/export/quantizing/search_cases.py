@@ -22,6 +22,7 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.intervals import Interval
 from edgeclip.runtime.manifest import GateRecord
 from edgeclip.runtime.spec import Precision
+from tests.conftest import GATE
 from tests.export.quantizing.planted import plant_outlier
 
 Make = Callable[..., Source]
@@ -44,15 +45,17 @@ def exact(value: float) -> Interval:
 
 
 def cosine_record(value: float, bound: float = 0.995) -> GateRecord:
-    return GateRecord(
-        name="mean cosine",
-        value=value,
-        low=value,
-        high=value,
-        bound=bound,
-        direction=">=",
-        unit="cosine",
-        passed=value >= bound,
+    return replace(GATE, value=value, low=value, high=value, bound=bound, passed=value >= bound)
+
+
+def loss_record(name: str, value: float, bound: float) -> GateRecord:
+    """Of points lost, at most `bound`."""
+    return replace(
+        cosine_record(value, bound),
+        name=name,
+        direction="<=",
+        unit="points",
+        passed=value <= bound,
     )
 
 
@@ -79,6 +82,7 @@ class SumBench:
     known: dict[str, Point] = field(default_factory=dict)
     made: list[Config] = field(default_factory=list)
     judged: list[Config] = field(default_factory=list)
+    raced: list[tuple[Config, ...]] = field(default_factory=list)
 
     @property
     def groups(self) -> tuple[NodeGroup, ...]:
@@ -116,6 +120,10 @@ class SumBench:
     def with_islands(self, config: Float16) -> Float16:
         return config
 
+    def race(self, configs: Sequence[Config]) -> tuple[PointLatency, ...]:
+        self.raced.append(tuple(configs))
+        return tuple(self._latency(config) for config in configs)
+
     def judge(self, config: Config) -> Judgement:
         self.judged.append(config)
         record = cosine_record(1 - self.loss(config) - self.test_loss)
@@ -143,18 +151,20 @@ class SumBench:
             return 1.1
         return 1 - sum(value for name, value in self.saved.items() if name not in config.kept)
 
-    def _point(self, config: Config) -> Point:
+    def _latency(self, config: Config) -> PointLatency:
         ratio = self.ratio(config)
         span = Interval(ratio, ratio - 0.001, ratio + 0.001)
-        latency = PointLatency(
+        return PointLatency(
             ratio=span, ms=exact(10 * ratio), reference_ms=exact(10.0), contended=False
         )
+
+    def _point(self, config: Config) -> Point:
         quantized = isinstance(config, StaticInt8)
         kept = len(config.kept) if isinstance(config, StaticInt8) else 0
         return Point(
             config=config,
             bytes=1000 + 100 * kept if quantized else 4000,
-            latency=latency if self.measured else None,
+            latency=self._latency(config) if self.measured else None,
             records=(cosine_record(1 - self.loss(config)),),
             seconds=1.0,
         )

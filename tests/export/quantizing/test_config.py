@@ -14,7 +14,6 @@ from edgeclip.export.quantizing.config import (
     StaticInt8,
     WeightOnly,
     config_from_data,
-    config_to_data,
     default_config,
     describe,
     key,
@@ -63,7 +62,7 @@ configs = pytest.mark.parametrize("config", [row[0] for row in EVERY], ids=[r[3]
 
 @configs
 def test_json_and_back(config: Config) -> None:
-    text = json.dumps(config_to_data(config))
+    text = json.dumps(dataclasses.asdict(config))
     assert config_from_data(json.loads(text), source="test") == config
     assert hash(config) == hash(config_from_data(json.loads(text), source="test"))
 
@@ -117,9 +116,9 @@ def test_bits_and_blocks_that_there_are_not_are_refused() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "expected a mapping"),
-        ({}, "kind must be one of fp32, fp16, static-int8"),
-        ({"kind": ["fp32"]}, "kind must be one of"),
+        ([], "config: input should be an object"),
+        ({}, "unable to extract tag using discriminator 'kind'"),
+        ({"kind": "int3"}, "expected tags: 'fp32', 'fp16', 'static-int8'"),
         ({"kind": "fp16", "kept": []}, "kept: unknown key"),
         ({"kind": "static-int8"}, "symmetric"),
         ({"kind": "static-int8", "symmetric": 1}, "valid boolean"),

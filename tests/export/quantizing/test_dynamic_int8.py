@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph
+from edgeclip.export.graph import load_graph, save_graph
+from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.quantize import quantizable_nodes
 from edgeclip.export.quantizing.config import DynamicInt8, StaticInt8
 from edgeclip.export.quantizing.dynamic_int8 import write_dynamic_int8
 from edgeclip.export.quantizing.write_config import write_config
+from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.runtime.quality import cosines
 from tests.export.quantizing.collapse_models import TEXT_TOWER, captions
 from tests.export.quantizing.small_graphs import run
@@ -89,3 +91,16 @@ def test_a_tower_with_everything_kept_is_refused(tmp_path: Path) -> None:
             kept=quantizable_nodes(TEXT_TOWER),
         )
     assert not (tmp_path / "q.onnx").exists()
+
+
+def test_fused_and_merged_graphs_are_quantized_too(clip_towers: TowerPaths, tmp_path: Path) -> None:
+    """What follows a fused node has no inferred type: ONNX does not know its operator."""
+    model = load_graph(clip_towers.image)
+    for item in PASSES:
+        model, _ = item.apply(model)
+    save_graph(model, tmp_path / "fused.onnx")
+    write_dynamic_int8(tmp_path / "fused.onnx", tmp_path / "q.onnx", reduce_range=False)
+    assert kinds(tmp_path / "q.onnx")["MatMulInteger"] > 0
+    assert not set(quantizable_nodes(tmp_path / "fused.onnx")) & {
+        node.name for node in onnx.load(tmp_path / "q.onnx").graph.node if node.op_type == "MatMul"
+    }

@@ -32,8 +32,8 @@ from edgeclip.export.quantizing.write_config import write_config
 from edgeclip.export.to_onnx import TowerPaths, export_tower
 from edgeclip.export.tower_graph import TOWERS, TowerGraph
 from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.manifest import GateRecord
 from edgeclip.runtime.spec import Precision, Tower
+from tests.export.quantizing.search_cases import cosine_record, loss_record
 
 Make = Callable[..., Source]
 
@@ -199,7 +199,7 @@ def test_a_few_dozen_steps_bring_a_failing_student_inside_its_gates(
     fingerprint = space_fingerprint(student)
     lines: list[str] = []
     outcome = failing.tuned(tuning, lines)
-    assert outcome.tuned
+    assert outcome.tuned == ("image", "text")
     assert outcome.passed
     assert outcome.note.startswith(
         "int8 fine-tuned for 40 steps of 16 on 64 blobs, because without that image int8: mean"
@@ -268,7 +268,7 @@ def test_only_the_tower_that_missed_is_tuned_and_smoothed_as_its_config_says(
     outcome = made.tuned(few, lines)
     assert "image int8: mean cosine is 0.9" in lines[0]
     assert "text int8" not in lines[0]
-    assert outcome.tuned
+    assert outcome.tuned == ("image",)
     cosines = {
         item.subject: item.record.value
         for item in outcome.judged
@@ -283,24 +283,11 @@ def test_only_the_tower_that_missed_is_tuned_and_smoothed_as_its_config_says(
     assert all(name.startswith(("model.vision", "model.visual")) for name in changed)
 
 
-def record(name: str, value: float, bound: float, *, at_most: bool = False) -> GateRecord:
-    return GateRecord(
-        name=name,
-        value=value,
-        low=value,
-        high=value,
-        bound=bound,
-        direction="<=" if at_most else ">=",
-        unit="",
-        passed=value <= bound if at_most else value >= bound,
-    )
-
-
 def cosine(value: float, tower: Tower = "image") -> Judged:
-    return Judged(f"{tower} int8", record("mean cosine", value, 0.995))
+    return Judged(f"{tower} int8", cosine_record(value))
 
 
-LOSS = Judged("bundle", record("R@1 loss", 3.0, 1.0, at_most=True))
+LOSS = Judged("bundle", loss_record("R@1 loss", 3.0, 1.0))
 
 
 def test_fewer_misses_are_better_then_smaller_ones() -> None:

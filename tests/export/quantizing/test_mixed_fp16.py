@@ -2,11 +2,14 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import helper
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.calibrate import CalibrationData
@@ -18,6 +21,7 @@ from edgeclip.export.quantizing.emulate_half import emulate_half
 from edgeclip.export.quantizing.mixed_fp16 import embed, fewest, find_islands
 from edgeclip.export.to_onnx import TowerPaths
 from tests.export.quantizing.collapse_models import with_offset, within
+from tests.export.quantizing.small_graphs import batches, graph_of
 
 BOUNDS = DEFAULT_BOUNDS["fp16"]
 
@@ -84,7 +88,14 @@ def test_digits_lost_in_a_large_offset_are_found_where_ranges_say_nothing(
     write_fp16(source, half, data)
     assert not within(embed(emulate_half(load_graph(half)), data), right, BOUNDS)
 
-    islands = find_islands(source, data)
+    asked = []
+
+    def batch(index: int) -> NDArray[Any]:
+        asked.append(index)
+        return data.batch(index)
+
+    islands = find_islands(source, CalibrationData(data.count, batch))
+    assert asked == list(range(data.count))  # pictures are slow to prepare
     write_fp16(source, half, data, islands=islands)
     assert within(embed(emulate_half(load_graph(half)), data), right, BOUNDS)
     nodes = {node.name: node.op_type for node in model.graph.node}
@@ -95,10 +106,9 @@ def test_digits_lost_in_a_large_offset_are_found_where_ranges_say_nothing(
     assert not within(embed(emulate_half(load_graph(half)), data), right, BOUNDS)
 
 
-def test_a_tower_that_is_never_the_same_is_refused(
-    clip: DualEncoder, clip_towers: TowerPaths
-) -> None:
-    draw = np.random.default_rng(0)
-    noise = CalibrationData(1, lambda _: draw.integers(3, 200, (4, 9)))
-    with pytest.raises(ExportError, match="every node in fp32"):
-        find_islands(clip_towers.text, noise)
+def test_a_tower_without_usable_embeddings_is_refused(tmp_path: Path) -> None:
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "product")
+    model = graph_of([node], {"w": np.eye(4)}, given=["b", 4], outputs={"y": ["b", 4]})
+    save_graph(model, tmp_path / "f.onnx")
+    with pytest.raises(ExportError, match=r"every node in fp32.*not of length 1"):
+        find_islands(tmp_path / "f.onnx", batches(np.full((4, 4), 9, np.float32)))

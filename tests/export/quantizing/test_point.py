@@ -13,22 +13,17 @@ from edgeclip.export.quantizing.config import (
     StaticInt8,
     WeightOnly,
 )
-from edgeclip.export.quantizing.point import point_from_data, point_to_data
+from edgeclip.export.quantizing.point import Point
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.manifest import DataRecord, GateRecord
-from tests.export.quantizing.search_cases import SumBench, cosine_record
+from edgeclip.runtime.manifest import DataRecord
+from tests.export.quantizing.search_cases import SumBench, cosine_record, loss_record
 
 BENCH = SumBench(damages={"a": 0.001}, saved={"a": 0.1})
-LOSS = GateRecord(
-    name="R@1 loss int8 images, fp32 texts",
-    value=1.5,
+LOSS = replace(
+    loss_record("R@1 loss int8 images, fp32 texts", 1.5, 1.0),
     low=0.5,
     high=2.5,
-    bound=1.0,
-    direction="<=",
-    unit="points",
-    passed=False,
     data=DataRecord("some", 32, "0" * 64),
 )
 
@@ -47,10 +42,9 @@ LOSS = GateRecord(
 )
 def test_points_of_every_kind_come_back_from_json_as_they_were(config: Config) -> None:
     point = replace(BENCH.point(Float32()), config=config, records=(cosine_record(0.99), LOSS))
-    text = json.dumps(point_to_data(point), allow_nan=False)
-    assert point_from_data(json.loads(text), source="point") == point
+    assert Point.from_json(point.to_json(), source="point") == point
     bare = replace(point, latency=None, records=())
-    assert point_from_data(json.loads(json.dumps(point_to_data(bare))), source="point") == bare
+    assert Point.from_json(bare.to_json(), source="point") == bare
 
 
 def test_gates_are_found_by_what_they_measure() -> None:
@@ -74,8 +68,6 @@ def test_the_order_of_names_does_not_make_another_point() -> None:
 
 @pytest.mark.parametrize("change", [{"bytes": "many"}, {"config": {"kind": "fp64"}}, {"more": 1}])
 def test_what_is_no_point_is_refused(change: dict[str, object]) -> None:
-    data: object = {**point_to_data(BENCH.point(Float32())), **change}
-    with pytest.raises(ConfigError, match="point"):
-        point_from_data(data, source="point")
-    with pytest.raises(ConfigError, match="mapping"):
-        point_from_data([], source="point")
+    data = {**json.loads(BENCH.point(Float32()).to_json()), **change}
+    with pytest.raises(ConfigError, match="point is not valid"):
+        Point.from_json(json.dumps(data), source="point")

@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
-from edgeclip.export.quantizing.config import Float16, Float32, StaticInt8, describe, key
+from edgeclip.export.quantizing.config import (
+    Config,
+    Float16,
+    Float32,
+    StaticInt8,
+    describe,
+    key,
+)
 from edgeclip.export.quantizing.evaluate_point import open_trial
 from edgeclip.export.quantizing.group_gains import Gains
+from edgeclip.export.quantizing.point import Point
 from edgeclip.export.quantizing.search import SearchResult, search
 from edgeclip.export.quantizing.search_space import SearchSpace, space_for
 from edgeclip.export.quantizing.search_table import search_table
@@ -24,6 +32,8 @@ from edgeclip.runtime.errors import EngineError
 from tests.export.quantizing.search_cases import (
     RECIPE,
     SumBench,
+    exact,
+    loss_record,
     planted_task,
     tower_task,
     without_seconds,
@@ -103,6 +113,27 @@ def test_remedies_come_before_float_and_only_as_far_as_they_are_needed() -> None
     assert kept_of(result) == set()
 
 
+def test_a_remedy_that_holds_all_gates_is_enough_though_another_form_is_closer_on_average() -> None:
+    class Tailed(SumBench):
+        """One gate is missed without smoothing, which costs some of the mean."""
+
+        def _point(self, config: Config) -> Point:
+            found = super()._point(config)
+            if not isinstance(config, StaticInt8):
+                return found
+            smoothed = bool(config.smoothing)
+            lost = loss_record("R@1 loss", 0.0 if smoothed else 2.0, bound=1.0)
+            return replace(found, records=(*found.records, lost))
+
+    bench = Tailed(damages={"a": 0.001, "b": 0.001}, saved={"a": 0.1, "b": 0.1})
+    bench.eased = {"smoothed": 1.5}
+    result = search(bench, replace(PLAIN, smoothing=True))
+    assert isinstance(result.chosen.config, StaticInt8)
+    assert result.chosen.config.smoothing
+    assert kept_of(result) == set()
+    assert result.damage is None
+
+
 def test_a_collapse_is_not_treated_with_finer_ranges() -> None:
     bench = SumBench(
         damages={"a": 0.9, "b": 0.001}, saved={"a": 0.3, "b": 0.3}, eased={"equalised": 0.999}
@@ -114,6 +145,38 @@ def test_a_collapse_is_not_treated_with_finer_ranges() -> None:
 
 def cpu() -> DeviceProfile:
     return load_device("x86-avx512-vnni")
+
+
+def test_what_may_be_shipped_races_each_other_and_the_race_decides() -> None:
+    """Each was timed in a minute of its own, in which int8 looked better or worse than it is."""
+
+    class Moody(SumBench):
+        def point(self, config: Config) -> Point:
+            found = super().point(config)
+            if isinstance(config, Float32) or found.latency is None:
+                return found
+            flattered = 0.3 if isinstance(config, StaticInt8) and config.per_channel else 0.9
+            latency = replace(found.latency, ratio=exact(flattered))
+            return replace(found, latency=latency)
+
+        def ratio(self, config: Config) -> float:
+            if isinstance(config, StaticInt8):
+                return 0.6 if config.per_channel else 0.5
+            return super().ratio(config)
+
+    space = replace(PLAIN, cheaper=(lambda config: replace(config, per_channel=False),))
+    bench = Moody(damages={"a": 0.001}, saved={"a": 0.1})
+    lines: list[str] = []
+    result = search(bench, space, progress=lines.append)
+    coarse = replace(RECIPE, per_channel=False)
+    assert bench.raced == [(RECIPE, coarse)]
+    assert result.chosen.config == coarse
+    assert result.chosen.ratio == 0.5
+    assert [point.ratio for point in result.points if point.config == RECIPE] == [0.6]
+    assert any("in the same rounds" in line for line in lines)
+    alone = Moody(damages={"a": 0.001}, saved={"a": 0.1})
+    search(alone, PLAIN)
+    assert alone.raced == []
 
 
 def test_nothing_is_shipped_that_is_not_surely_faster() -> None:

@@ -1,6 +1,5 @@
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,9 @@ from edgeclip.export.quantizing.search_space import SearchSpace
 from edgeclip.export.quantizing.search_table import search_table
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.manifest import GateRecord
-from tests.export.quantizing.search_cases import RECIPE, SumBench
+from tests.conftest import GATE
+from tests.export.quantizing.search_cases import RECIPE, SumBench, loss_record
+from tests.page import Page
 
 DAMAGES = {"fine": 0.001, "<bad> & co": 0.9, "middling": 0.004}
 ABOUT = SearchedTower(
@@ -39,38 +39,15 @@ def found() -> SearchResult:
     return search(bench, space, rank=True)
 
 
-class Reader(HTMLParser):
-    """Text, headings and the addresses that a page asks for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words: list[str] = []
-        self.addresses: list[str] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.open.append(tag)
-        self.addresses += [str(value) for name, value in attrs if name in ("src", "href", "action")]
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def read(html: str) -> Reader:
-    reader = Reader()
-    reader.feed(html)
-    return reader
-
-
 def test_the_page_needs_no_network_and_shows_every_config(
     found: SearchResult, tmp_path: Path
 ) -> None:
     search_page(found, tmp_path / "page.html", ABOUT)
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
-    page = read(html)
+    page = Page(html)
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
-    assert "script" not in page.open
-    words = " ".join(page.words)
+    assert "script" not in page.tags
+    words = " ".join(page.text)
     assert "<bad> & co" in words  # escaped, so that it comes back as it was
     assert "<bad>" not in html
     assert "<student>" not in html
@@ -99,19 +76,12 @@ def test_a_search_without_times_is_drawn_over_bytes() -> None:
 def test_a_config_without_usable_embeddings_is_in_the_table_and_not_in_the_picture(
     found: SearchResult,
 ) -> None:
-    broken = GateRecord(
-        name="usable embeddings",
-        value=0.5,
-        low=0.4,
-        high=0.6,
-        bound=1.0,
-        direction=">=",
-        unit="share",
-        passed=False,
+    broken = replace(
+        GATE, name="usable embeddings", value=0.5, low=0.4, high=0.6, bound=1.0, passed=False
     )
     point = replace(found.points[1], config=Float16(), records=(broken,))
     html = render_search(replace(found, points=(*found.points, point)), ABOUT)
-    words = " ".join(read(html).words)
+    words = " ".join(Page(html).text)
     assert re.search(r"\d: fp16", words)
     assert "nan" not in html.lower().replace("nano", "")
 
@@ -178,3 +148,26 @@ def test_the_table_has_a_line_for_each_config_and_marks_the_choice(found: Search
     assert any("on 8 inputs (200/s)" in line for line in lines)
     assert "in 4.00 s, 200 inputs a second" in render_search(found, ABOUT)
     assert found.points[0].config == Float32()
+
+
+def test_a_config_that_misses_its_zero_shot_gate_alone_shows_it(found: SearchResult) -> None:
+    record = loss_record("zero-shot top-1 loss", 4.321, 0.5)
+    (*others, last) = found.points
+    missed = replace(last, records=(*last.records, record))
+    words = Page(render_search(replace(found, points=(*others, missed)), ABOUT)).text
+    assert "zero-shot lost, points" in words
+    assert any("4.32" in word for word in words)
+    assert "zero-shot lost, points" not in Page(render_search(found, ABOUT)).text
+
+
+def test_the_table_says_what_gains_are_and_how_many_groups_are_left_out() -> None:
+    damages = {f"group {number}": 0.9 / (1 + number) for number in range(10)}
+    bench = SumBench(damages=damages, saved=dict.fromkeys(damages, 0.05), measured=False)
+    counted = search_table(search(bench, SearchSpace(recipe=RECIPE, smoothing=False)))
+    assert "the worst 8 of 10" in counted
+    assert "multiply-adds" in counted
+    assert "time saved" not in counted
+    few = SumBench(damages=DAMAGES, saved=dict.fromkeys(DAMAGES, 0.1))
+    timed = search_table(search(few, SearchSpace(recipe=RECIPE, smoothing=False)))
+    assert "time saved" in timed
+    assert "the worst" not in timed

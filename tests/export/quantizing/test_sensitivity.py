@@ -16,14 +16,12 @@ from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.quantize import quantizable_nodes
 from edgeclip.export.quantizing.config import Config, Float8, StaticInt8
-from edgeclip.export.quantizing.group_gains import counted_gains, measured_gains
 from edgeclip.export.quantizing.node_groups import NodeGroup, node_groups
 from edgeclip.export.quantizing.sensitivity import Probe, measure_damage, row_divergence
 from edgeclip.export.quantizing.switched_tower import switched_tower
 from edgeclip.export.quantizing.transform import apply_transforms
 from edgeclip.export.quantizing.write_config import write_config
 from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.engine_ort import OrtEngine
 from edgeclip.runtime.quality import cosines
 from edgeclip.runtime.spec import Tower
@@ -213,6 +211,26 @@ def test_a_group_is_taken_apart_if_some_of_its_nodes_are_not_to_blame(
     assert found.rate == pytest.approx(found.runs / found.seconds)
 
 
+def test_of_a_group_that_is_quantized_in_part_each_product_is_measured_alone(
+    clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, tmp_path: Path
+) -> None:
+    (wide,) = (group for group in node_groups(clip_towers.image) if len(group.nodes) == 3)
+    first, *rest = wide.nodes
+    data = data_for("image", clip, blobs(16, seed=1))
+    config = StaticInt8(symmetric=True, kept=(first,))
+    write_config(clip_towers.image, tmp_path / "q.onnx", config, data)
+    probe = probe_for("image", clip, blobs(8, seed=2))
+    groups = node_groups(clip_towers.image)
+    found = measure_damage(clip_towers.image, tmp_path / "q.onnx", groups, probe)
+    titles = {item.nodes: item.title for item in found.groups}
+    assert [titles[(node,)] for node in rest] == [
+        f"layers.0.self_attn.{name}_proj" for name in "kv"
+    ]
+    assert {node for nodes in titles for node in nodes} == {
+        *quantizable_nodes(clip_towers.image)
+    } - {first}
+
+
 def _coarsen(model, name: str) -> None:  # type: ignore[no-untyped-def]
     """Make a product's weight as coarse as 1 bit."""
     from onnx import numpy_helper
@@ -241,33 +259,6 @@ def test_damage_of_a_smoothed_config_is_that_of_its_smoothed_graph(
     assert max(item.cosine_loss.value for item in found.groups) < 0.01
 
 
-def test_gains_are_shares_of_the_float_towers_time(
-    clip: DualEncoder,
-    clip_towers: TowerPaths,
-    cpu_device: DeviceProfile,
-    blobs: Make,
-    tmp_path: Path,
-) -> None:
-    data = data_for("image", clip, blobs(16, seed=1))
-    write_config(clip_towers.image, tmp_path / "q.onnx", CPU, data)
-    groups = node_groups(clip_towers.image)
-    feed = {"pixel_values": data.batch(0)[:1]}
-    measured = measured_gains(clip_towers.image, tmp_path / "q.onnx", groups, feed, cpu_device)
-    assert measured.measured
-    assert [item.nodes for item in measured.groups] == [group.nodes for group in groups]
-    assert all(abs(item.saved) < 1 for item in measured.groups)
-    counted = counted_gains(clip_towers.image, groups, feed, cpu_device)
-    assert not counted.measured
-    shares = {item.nodes: item.saved for item in counted.groups}
-    assert 0.3 < sum(shares.values()) <= 1
-    (fc1,) = (group for group in groups if group.title == "layers.0.mlp.fc1")
-    (out,) = (group for group in groups if group.title == "layers.0.self_attn.out_proj")
-    assert shares[fc1.nodes] == pytest.approx(2 * shares[out.nodes])  # 32 x 64 against 32 x 32
-    (wide,) = (group for group in groups if len(group.nodes) == 3)
-    assert counted.of(wide.nodes[:1]) == pytest.approx(shares[wide.nodes] / 3)
-    assert counted.of(["no such node"]) == 0
-
-
 def test_the_other_tower_is_what_rows_are_compared_with(
     clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, tmp_path: Path
 ) -> None:
@@ -278,7 +269,8 @@ def test_the_other_tower_is_what_rows_are_compared_with(
     captions = [str(source.caption(number)) for number in range(12)]
     others = torch_embedder(clip, "text")(clip.text_tokenizer.encode(captions))
     probe = replace(probe_for("image", clip, source), others=others)
-    only = NodeGroup("all", tuple(quantizable_nodes(clip_towers.image)), ())
+    nodes = tuple(quantizable_nodes(clip_towers.image))
+    only = NodeGroup("all", nodes, nodes)
     found = measure_damage(clip_towers.image, tmp_path / "q.onnx", [only], probe)
     (whole,) = found.groups
     assert 0 < whole.divergence.value < 1

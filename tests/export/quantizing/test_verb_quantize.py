@@ -7,7 +7,7 @@ import pytest
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export import bundle_plan, tune_graph
-from edgeclip.export.graph import load_graph
+from edgeclip.export.graph import load_graph, sha256_graph
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.quantizing import evaluate_point, search_task
@@ -29,7 +29,6 @@ from edgeclip.export.quantizing.searched_graph import (
     apply_passes,
     apply_searched,
     export_searched,
-    graph_sha256,
 )
 from edgeclip.export.quantizing.write_config import write_config
 from edgeclip.export.to_onnx import TowerPaths, export_tower
@@ -38,6 +37,8 @@ from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cli import main
 from tests.export.conftest import LOOSE
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 BASIS = SearchBasis(device="test-cpu", machine=None, pairs=9, ranges=3, calibration="2" * 64)
 
@@ -76,7 +77,7 @@ def test_a_tower_is_searched_and_the_choice_written(
     assert chosen.basis.device == "rtx-4000-ada"
     assert set(chosen.towers) == {"image"}
     graph = next((out / "image" / "onnx").glob("*.onnx"))
-    assert chosen.towers["image"].graph == graph_sha256(graph)
+    assert chosen.towers["image"].graph == sha256_graph(graph)
     assert "<html" in page.read_text(encoding="utf-8")
 
     # The other tower joins it, and a rerun measures nothing again.
@@ -196,11 +197,11 @@ def test_export_takes_what_was_chosen_and_the_defaults_elsewhere(cpu_device: Dev
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 9}, "version 1"),
-        ({"device": None}, "device"),
+        ({"schema_version": 9}, "schema 9 of quantization.json is not 2"),
+        ({"basis": {"device": None}}, "basis.device: "),
         ({"more": 1}, "more: unknown key"),
-        ({"towers": {"sound": {}}}, "image and text"),
-        ({"towers": {"image": {"config": {"kind": "int3"}}}}, "image tower"),
+        ({"towers": {"sound": {}}}, "'image' or 'text'"),
+        ({"towers": {"image": {"config": {"kind": "int3"}}}}, "towers.image.config: "),
     ],
 )
 def test_a_file_that_is_not_one_is_refused(
@@ -252,7 +253,7 @@ def test_a_bundle_can_make_the_graph_that_was_tuned(
     tuned = export_searched(clip, "image", cpu_device, tmp_path, sample=Blobs(8))
     assert tuned.passes
     found = TowerQuantization(
-        config=Float32(), graph=graph_sha256(tuned.graph.path), passes=tuned.passes, why=""
+        config=Float32(), graph=sha256_graph(tuned.graph.path), passes=tuned.passes, why=""
     )
     fresh = replace(tuned.graph, path=tmp_path / "fresh.onnx")
     form = GraphForm.for_device(cpu_device)
