@@ -10,7 +10,7 @@ from edgeclip.export.choose import TowerChoice, choose_fastest
 from edgeclip.export.embed_pairs import graph_embedder, tower_inputs
 from edgeclip.export.explain_parity import explain_parity
 from edgeclip.export.gates import Judged, data_record, missed, refuse_missed
-from edgeclip.export.graph import data_path
+from edgeclip.export.graph import graph_files
 from edgeclip.export.judge_precisions import TowerEmbeddings, compared, judge_together
 from edgeclip.export.label_head import add_label_head
 from edgeclip.export.made_graphs import MadeGraphs, judge_graphs
@@ -201,8 +201,8 @@ def _drop(plan: BundlePlan, made: MadeGraphs) -> tuple[TowerGraph, ...]:
         if good and graph.tower in plan.towers:
             kept.append(graph)
         else:
-            graph.path.unlink()
-            data_path(graph.path).unlink(missing_ok=True)
+            for file in graph_files(graph.path):
+                file.unlink()
     return tuple(kept)
 
 

@@ -1,12 +1,13 @@
 """What goes into a bundle: everything `build_bundle` needs to know."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.calibrate import CalibrationSource
 from edgeclip.export.choose import CHOOSING
+from edgeclip.export.embed_pairs import check_captions, runner_of
 from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.quantizing.config import Config, default_config
@@ -19,7 +20,7 @@ from edgeclip.export.quantizing.quantization_file import (
 from edgeclip.export.tower_graph import TOWERS
 from edgeclip.export.write_bundle import Origin
 from edgeclip.export.zero_shot import ZeroShot, find_zero_shot
-from edgeclip.profiles.device import THIS_MACHINE, DeviceProfile, load_device
+from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.labels import LabelSet
@@ -80,11 +81,7 @@ class BundlePlan:
 
     def __post_init__(self) -> None:
         for source in (self.calibration, self.test):
-            if len(source) == 0 or not source.has_captions:
-                raise ConfigError(
-                    f"{source.name}: a bundle is calibrated and tested on pictures with captions; "
-                    "give each one a line in captions.csv, or a NAME.txt beside it"
-                )
+            check_captions(source, "a bundle")
         CalibrationSource(self.calibration)
         asked = self.precisions or ()
         wrong = [item for item in asked if item not in (*self.device.precisions, "fp32")]
@@ -164,9 +161,4 @@ class BundlePlan:
     @property
     def runner(self) -> DeviceProfile:
         """What runs the graphs while they are judged: the device, if it is a CPU."""
-        if self.device.engine == "onnxruntime-cpu":
-            return self.device
-        batch = (self.device.batch_min, self.device.batch_best, self.device.batch_max)
-        smallest, best, largest = batch
-        here = load_device(THIS_MACHINE)
-        return replace(here, batch_min=smallest, batch_best=best, batch_max=largest)
+        return runner_of(self.device)

@@ -39,7 +39,8 @@ class CascadePlan:
         command: what was typed.
 
     Raises:
-        InputError: bound or delta out of range.
+        InputError: bound or delta out of range, or student and teacher are the same tower, so
+            that asking the teacher changes no answer.
     """
 
     student: Encoder
@@ -55,6 +56,20 @@ class CascadePlan:
         if not (0 < self.bound <= 1 and 0 < self.delta < 1):
             raise InputError(
                 f"need 0 < share <= 1 and 0 < delta < 1, got {self.bound:g} and {self.delta:g}"
+            )
+        self._refuse_own_teacher()
+
+    def _refuse_own_teacher(self) -> None:
+        """A student never loses to itself: its certificate would say to ask nobody."""
+        query, both = self.questions.query, (self.student, self.teacher)
+        if not all(encoder.bundle.manifest.has(query) for encoder in both):
+            return  # who asks the questions says so
+        student, teacher = (_identity(encoder, query) for encoder in both)
+        if student.hashes == teacher.hashes:
+            raise InputError(
+                f"the teacher {self.teacher.bundle.path} has the {query} tower of its student in "
+                f"{student.precision}, so it would change no answer: name the bundle of a larger "
+                "model as the teacher"
             )
 
     def examiner(self) -> Examiner:

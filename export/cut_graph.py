@@ -121,10 +121,11 @@ class GraphValues:
 
 def _reads(node: onnx.NodeProto) -> frozenset[str]:
     """Names of the values that a node reads, those that its inner graphs take from outside too."""
-    return frozenset(name for name in (*node.input, *_captured(node)) if name)
+    return frozenset(name for name in (*node.input, *captured(node)) if name)
 
 
-def _captured(node: onnx.NodeProto) -> Iterator[str]:
+def captured(node: onnx.NodeProto) -> Iterator[str]:
+    """Names of the values that the inner graphs of a node may take from outside."""
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:

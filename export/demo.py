@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from edgeclip.compress.distill import distill
@@ -17,7 +16,6 @@ from edgeclip.compress.student import StudentShape, new_student
 from edgeclip.compress.teacher_cache import build_cache
 from edgeclip.compress.train_loop import TrainSettings
 from edgeclip.compress.verb_options import BUILT_IN_TEACHER
-from edgeclip.export.bake_labels import bake_by_teacher
 from edgeclip.export.build_bundle import build_bundle
 from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.demo_latency import measure
@@ -27,7 +25,7 @@ from edgeclip.export.demo_summary import Summary, summarise, summary_rows, table
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.to_onnx import export_towers
 from edgeclip.export.write_bundle import Origin
-from edgeclip.export.zero_shot import EMOJI_COUNT, emoji_zero_shot
+from edgeclip.export.zero_shot import emoji_zero_shot
 from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.bundle import Bundle
@@ -46,7 +44,7 @@ KEPT_BUNDLE = Path(__file__).parent / "emoji_bundle"
 class DemoSettings:
     """How much of everything; the defaults take about 10 minutes on two cores.
 
-    Args:
+    Attributes:
         quick: measure the bundle kept in the repository instead of training a student.
         scenes: training scenes, each embedded once by the teacher.
         steps: distillation steps.
@@ -187,11 +185,7 @@ def bundle_student(
             command=command,
             licence="CC-BY-SA-4.0",
         ),
-        zero_shot=emoji_zero_shot(
-            partial(bake_by_teacher, teacher),
-            count=min(EMOJI_COUNT, settings.test_scenes),
-            size=size,
-        ),
+        zero_shot=emoji_zero_shot(teacher, count=settings.test_scenes, size=size),
     )
     built = build_bundle(
         plan,

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from edgeclip.compress.sources import Source
-from edgeclip.export.questions import Entries, FloatArray, Questions
+from edgeclip.export.embed_pairs import FloatArray
+from edgeclip.export.questions import Entries, Questions
 from edgeclip.runtime.cascade.scores import Evidence, Score, check_score
 from edgeclip.runtime.cascade.trial import Flags, Trial, Values
 from edgeclip.runtime.embeddings import check_space

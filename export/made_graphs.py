@@ -38,7 +38,7 @@ class MadeGraphs:
     embeddings: TowerEmbeddings
     on: JudgedOn
     verdict: Verdict
-    tuned: frozenset[Tower] = frozenset()
+    tuned: tuple[Tower, ...] = ()
     note: str = ""
     says: str = ""
 

@@ -41,9 +41,10 @@ def mend_int8(
         KeyboardInterrupt: Ctrl-C; the same call goes on from the last checkpoint.
     """
     configs = _static(made)
-    towers = missed_towers(filter(_of_int8, made.verdict.judged), configs)
-    if plan.tuning is None or not towers:
-        return replace(made, says=HINT if towers else "")
+    if not missed_towers(filter(_of_int8, made.verdict.judged), configs):
+        return made
+    if plan.tuning is None:
+        return replace(made, says=HINT)
     task = Int8Task(
         student=plan.student,
         configs=configs,
@@ -59,11 +60,11 @@ def mend_int8(
     if not outcome.tuned:
         return replace(made, says=outcome.says)
     learnt: dict[tuple[Tower, Precision], Config] = {
-        (tower, "int8"): plainly(configs[tower]) for tower in towers
+        (tower, "int8"): plainly(configs[tower]) for tower in outcome.tuned
     }
     return replace(
         judge_graphs(plan, made.graphs, {**made.configs, **learnt}),
-        tuned=frozenset(towers),
+        tuned=outcome.tuned,
         note=outcome.note,
         says=outcome.says,
     )

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeclip.compress.sources import FolderSource, Source, open_source
+from edgeclip.export.embed_pairs import FloatArray, check_captions
 from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.cascade.views import embed_views
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.preprocess import crop_batch
 from edgeclip.runtime.spec import Tower
 
-FloatArray = NDArray[np.float32]
 _BATCH = 64
 
 
@@ -62,12 +61,9 @@ class Questions:
     def __post_init__(self) -> None:
         if self.gallery is None and (self.query == "text" or len(self.labels) < 2):
             raise ConfigError("classification is of pictures, with two labels or more")
-        for source in (self.calibration, self.test):
-            if self.gallery is not None and not source.has_captions:
-                raise ConfigError(
-                    f"{source.name}: retrieval needs captions; give each picture a line in "
-                    "captions.csv, or a NAME.txt beside it (or say --labels)"
-                )
+        if self.gallery is not None:
+            for source in (self.calibration, self.test):
+                check_captions(source, "retrieval (without --labels)")
 
     @property
     def task(self) -> Literal["retrieval", "zero-shot"]:

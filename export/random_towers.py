@@ -23,7 +23,6 @@ from edgeclip.export.graph import limit_masks, save_graph
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.quantize import write_int8
 from edgeclip.export.quantizing.config import default_config
-from edgeclip.export.to_onnx import export_tower
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.predicting.tower_pieces import AnyTower, ConvTower, TransformerTower
 from edgeclip.runtime.spec import PIXEL_INPUTS, TEXT_INPUT, ImageSpec
@@ -77,19 +76,6 @@ def random_dual(tower: AnyTower, *, seed: int = 0, context: int = 77) -> DualEnc
     size = tower.image_size
     image = {**sizes, "image_size": size, "patch_size": tower.patch}
     return _clip(image, _tiny(), size, tower.dim, context)
-
-
-def export_random(
-    tower: AnyTower, path: Path, device: DeviceProfile, *, seed: int = 0, context: int = 77
-) -> DualEncoder:
-    """Write such a tower in fp32 as `edgeclip export` does for a device.
-
-    Raises:
-        ExportError: torch cannot capture it.
-    """
-    dual = random_dual(tower, seed=seed, context=context)
-    export_tower(dual, tower.part, path, GraphForm.for_device(device))
-    return dual
 
 
 def export_stem(dual: DualEncoder, path: Path, device: DeviceProfile) -> None:

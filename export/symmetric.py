@@ -20,7 +20,7 @@ from edgeclip.export.activation_bounds import EXTREMES, Bounds, Ranging
 from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
 from edgeclip.export.fp16 import to_fp16, too_large
-from edgeclip.export.graph import limit_masks, load_graph, save_graph
+from edgeclip.export.graph import PRODUCTS, limit_masks, load_graph, save_graph, with_opset
 from edgeclip.export.quantizing.range_cache import cached_bounds
 
 
@@ -81,27 +81,18 @@ def write_symmetric(
     extremes = cached_bounds(source, data, cache=cache)
     bounds = extremes
     if ranging != EXTREMES:
-        operators = ("MatMul", "Gemm", "Conv")
-        bounds = cached_bounds(source, data, ranging, operators, cache=cache)
+        bounds = cached_bounds(source, data, ranging, PRODUCTS, cache=cache)
     kept = too_large(model, extremes) if half else set()
     reads = {node.name: bounds[node.input[0]] for node in model.graph.node if node.name in nodes}
     chosen = {name: bound for name, bound in reads.items() if name not in kept}
     if not chosen:
         raise ExportError(f"{source.name}: everything that could be quantized is too large for it")
     if half or grid == FLOAT8:
-        model = _with_opset(model, grid.opset)
+        model = with_opset(model, grid.opset)
     if half:
         model = to_fp16(model, kept)
     insert_qdq(model, chosen, grid, per_channel=per_channel)
     save_graph(model, target)
-
-
-def _with_opset(model: onnx.ModelProto, wanted: int) -> onnx.ModelProto:
-    """Raise the operator set to `wanted`, unless it is as high."""
-    version = next(item.version for item in model.opset_import if item.domain == "")
-    if version >= wanted:
-        return model
-    return onnx.version_converter.convert_version(model, wanted)
 
 
 def insert_qdq(

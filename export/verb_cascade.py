@@ -1,7 +1,6 @@
 """`edgeclip cascade`: which answers of a student its teacher should give, with a certificate."""
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from edgeclip.export.add_to_bundle import add_to_bundle
 from edgeclip.export.certify_cascade import CascadePlan, Certified, certify
 from edgeclip.export.measure_cascade import measure_costs
 from edgeclip.export.questions import Questions, retrieval, zero_shot
+from edgeclip.export.verb_options import add_pairs_option, say
 from edgeclip.profiles.link import link_names, load_link
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.profiles.workload import load_workload, workload_names
@@ -30,12 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("bundle", type=Path, help="the student's bundle, which gets a certificate")
     parser.add_argument("--teacher", type=Path, required=True, help="the teacher's bundle")
-    parser.add_argument(
-        "--data",
-        default="emoji",
-        help="emoji, or a folder of pictures with captions, best with the subfolders test and "
-        "calibration (default: emoji)",
-    )
+    add_pairs_option(parser)
     parser.add_argument(
         "--share", type=float, default=0.95, help="of the teacher's quality to keep (default: 0.95)"
     )
@@ -121,8 +116,8 @@ def run(args: argparse.Namespace) -> int:
     link = None if args.link is None else load_link(args.link)
     workload = load_workload(args.workload)
     examiner = plan.examiner()
-    found = certify(plan, examiner, progress=_say)
-    _say("measuring student and teacher")
+    found = certify(plan, examiner, progress=say)
+    say("measuring student and teacher")
     costs, _ = measure_costs(
         student,
         teacher,
@@ -138,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     if found.certificate is not None and not args.dry_run:
         content = found.certificate.to_json().encode()
         written = add_to_bundle(student.bundle, found.certificate.path, content)
-        _say(f"certificate written to {written.path / found.certificate.path}")
+        say(f"certificate written to {written.path / found.certificate.path}")
     return 1 if found.certificate is None else 0
 
 
@@ -206,7 +201,3 @@ def _score(args: argparse.Namespace, spec: EncoderSpec) -> Score:
     if args.score == "entropy":
         return Entropy(logit_scale=spec.logit_scale)
     return Agreement(views=args.views)
-
-
-def _say(line: str) -> None:
-    print(f"{line} ...", file=sys.stderr, flush=True)

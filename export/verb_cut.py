@@ -2,10 +2,10 @@
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import get_args
 
+from edgeclip.export.verb_options import say
 from edgeclip.export.write_cuts import EMOJI, WrittenCuts, write_cuts
 from edgeclip.profiles.device import load_device
 from edgeclip.runtime.bundle import Bundle
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         pictures=args.pictures,
         count=args.count,
         replace=args.replace,
-        say=_say,
+        say=say,
     )
     print(_summary(written))
     return 0
@@ -86,7 +86,3 @@ def _summary(written: WrittenCuts) -> str:
     )
     lines.append(f"cut set written to {cuts.path}, {weights / 1e6:,.1f} MB of weights, kept once")
     return "\n".join(lines)
-
-
-def _say(line: str) -> None:
-    print(f"{line} ...", file=sys.stderr, flush=True)

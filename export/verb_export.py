@@ -1,9 +1,7 @@
 """`edgeclip export`: turn a student into a verified bundle for a device."""
 
 import argparse
-import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -19,15 +17,16 @@ from edgeclip.export.list_targets import targets_table
 from edgeclip.export.quantizing.last_resort import Tuning
 from edgeclip.export.quantizing.quantization_file import FILE_NAME, Quantization
 from edgeclip.export.quantizing.search_task import open_calibration
+from edgeclip.export.verb_options import EMOJI, add_pairs_option, say
 from edgeclip.export.write_bundle import Origin
-from edgeclip.export.zero_shot import EMOJI_COUNT, emoji_zero_shot
+from edgeclip.export.zero_shot import emoji_zero_shot
 from edgeclip.profiles.device import THIS_MACHINE, load_device
 from edgeclip.runtime.embeddings import check_space
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.gates_table import gates_table
 from edgeclip.runtime.spec import Precision
-from edgeclip.runtime.verb_options import positive
+from edgeclip.runtime.verb_options import add_device_option, positive
 
 _HEAD = "head"  # the label set of the label head, if it has no other name
 _CALIBRATION = 256  # emoji scenes to find ranges on
@@ -42,17 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--list", action="store_true", help="list the devices, and what can be done for each here"
     )
-    parser.add_argument(
-        "--data",
-        default="emoji",
-        help="emoji, or a folder of pictures with captions, with the subfolders test and "
-        "calibration if they are to differ (default: emoji)",
-    )
-    parser.add_argument(
-        "--device",
-        default=THIS_MACHINE,
-        help=f"name of a device, or its YAML file (default: {THIS_MACHINE})",
-    )
+    add_pairs_option(parser)
+    add_device_option(parser)
     parser.add_argument(
         "--precisions",
         nargs="+",
@@ -133,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if args.student is None or args.out is None:
         raise InputError("name a student and --out, the bundle's directory (or ask for --list)")
     plan = _plan(args)
-    built = build_bundle(plan, args.out, replace=args.replace, progress=_say)
+    built = build_bundle(plan, args.out, replace=args.replace, progress=say)
     gates = [(item.subject, item.record) for item in built.judged]
     print(gates_table(gates, built.bundle.manifest.remarks))
     print(verdict(built))
@@ -179,12 +169,10 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
         quantization=quantization,
         tuning=_tuning(args, size),
     )
-    if args.data != "emoji" or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
+    if args.data != EMOJI or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
         return plan
-    _say("embedding the names of emoji")
-    bake = partial(bake_by_teacher, teacher, truncate=True)
-    count = min(EMOJI_COUNT, args.test_count)
-    return replace(plan, zero_shot=emoji_zero_shot(bake, count=count, size=size))
+    say("embedding the names of emoji")
+    return replace(plan, zero_shot=emoji_zero_shot(teacher, count=args.test_count, size=size))
 
 
 def _calibration(args: argparse.Namespace, quantization: Quantization | None, size: int) -> Source:
@@ -247,7 +235,3 @@ def _labels(args: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], str |
     if name in named:
         raise InputError(f"two label sets are called {name!r}: write NAME=LABELS")
     return {**named, name: labels}, name
-
-
-def _say(line: str) -> None:
-    print(f"{line} ...", file=sys.stderr, flush=True)

@@ -5,7 +5,6 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -13,6 +12,8 @@ from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source, open_source
 from edgeclip.compress.verb_options import BUILT_IN, add_teacher, load_teacher
 from edgeclip.export.bake_labels import bake_by_teacher, read_label_names
+from edgeclip.export.embed_pairs import check_captions
+from edgeclip.export.graph import sha256_graph
 from edgeclip.export.quantizing.evaluate_point import open_trial
 from edgeclip.export.quantizing.point_latency import SEARCHING
 from edgeclip.export.quantizing.quantization_file import (
@@ -27,29 +28,22 @@ from edgeclip.export.quantizing.search_sections import SearchedTower
 from edgeclip.export.quantizing.search_space import space_for
 from edgeclip.export.quantizing.search_table import search_table
 from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask, open_calibration
-from edgeclip.export.quantizing.searched_graph import SearchedGraph, export_searched, graph_sha256
-from edgeclip.export.zero_shot import EMOJI_COUNT, ZeroShot, emoji_zero_shot, find_zero_shot
+from edgeclip.export.quantizing.searched_graph import SearchedGraph, export_searched
+from edgeclip.export.verb_options import EMOJI, add_pairs_option
+from edgeclip.export.zero_shot import ZeroShot, emoji_zero_shot, find_zero_shot
 from edgeclip.profiles.device import THIS_MACHINE, DeviceProfile, load_device
-from edgeclip.profiles.errors import ConfigError
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.embeddings import check_space
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.verb_options import positive
 
-_EMOJI = "emoji"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("student", help="directory or hub id of the student")
     add_teacher(parser)
-    parser.add_argument(
-        "--data",
-        default=_EMOJI,
-        help="emoji, or a folder of pictures with captions, with the subfolders test and "
-        "calibration if they are to differ (default: emoji)",
-    )
+    add_pairs_option(parser)
     parser.add_argument(
         "--device",
         default=THIS_MACHINE,
@@ -157,11 +151,7 @@ def _data(args: argparse.Namespace) -> _Data:
     )
     test = open_source(args.data, split="test", count=args.test_count, size=size)
     for source in (steering, test):
-        if not source.has_captions:
-            raise ConfigError(
-                f"{source.name}: configs are compared on pictures with captions; give each one a "
-                "line in captions.csv, or a NAME.txt beside it"
-            )
+        check_captions(source, "comparing configs")
     steered, judged = _zero_shot(args, teacher, steering, test, size)
     return _Data(
         student=student,
@@ -181,9 +171,8 @@ def _zero_shot(
         _, names = read_label_names(args.labels)
         labels = [bake_by_teacher(teacher, names)]
         return find_zero_shot(steering, labels), find_zero_shot(test, labels)
-    if args.data == _EMOJI:
-        bake = partial(bake_by_teacher, teacher, truncate=True)
-        return None, emoji_zero_shot(bake, count=min(EMOJI_COUNT, args.test_count), size=size)
+    if args.data == EMOJI:
+        return None, emoji_zero_shot(teacher, count=args.test_count, size=size)
     return None, None
 
 
@@ -216,7 +205,7 @@ def _known(
 def _choice(exported: SearchedGraph, result: SearchResult) -> TowerQuantization:
     return TowerQuantization(
         config=result.chosen.config,
-        graph=graph_sha256(exported.graph.path),
+        graph=sha256_graph(exported.graph.path),
         passes=exported.passes,
         why=result.why,
     )
@@ -225,7 +214,7 @@ def _choice(exported: SearchedGraph, result: SearchResult) -> TowerQuantization:
 def _export_command(args: argparse.Namespace) -> str:
     """What to type to have the choice in a bundle."""
     words = ["edgeclip", "export", args.student, "--quantization", str(args.out / FILE_NAME)]
-    defaults = {"teacher": BUILT_IN, "data": _EMOJI, "device": THIS_MACHINE}
+    defaults = {"teacher": BUILT_IN, "data": EMOJI, "device": THIS_MACHINE}
     for name, default in defaults.items():
         if getattr(args, name) != default:
             words += [f"--{name}", getattr(args, name)]

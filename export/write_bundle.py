@@ -1,8 +1,8 @@
 """What a bundle holds beside its towers: settings, tokenizer, golden inputs, manifest."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.choose import TowerChoice
 from edgeclip.export.embed_pairs import graph_embedder
+from edgeclip.export.file_records import file_records
 from edgeclip.export.gates import Judged
 from edgeclip.export.graph import data_path
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.quantizing.config import (
     Config,
-    config_to_data,
     describe,
     needs_vnni,
 )
@@ -26,12 +26,10 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.bundle_paths import GOLDEN_NAME, MANIFEST_NAME, TOKENIZER_NAME, labels_path
 from edgeclip.runtime.engine_key import EngineRecord
-from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.golden import Expected, Golden
 from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.manifest import (
     SCHEMA_VERSION,
-    FileRecord,
     GateRemark,
     Manifest,
     Provenance,
@@ -80,7 +78,7 @@ class Making:
 
     configs: Mapping[tuple[Tower, Precision], Config]
     device: DeviceProfile
-    tuned: Collection[Tower] = ()
+    tuned: tuple[Tower, ...] = ()
 
     def recipe(self, graph: TowerGraph) -> Recipe | None:
         """What the manifest says of a graph; None for fp32."""
@@ -90,7 +88,7 @@ class Making:
         tuned = graph.precision == "int8" and graph.tower in self.tuned
         return Recipe(
             says=describe(config) + (", fine-tuned for it" if tuned else ""),
-            config=json.loads(json.dumps(config_to_data(config))),  # lists, as a reader finds them
+            config=json.loads(json.dumps(asdict(config))),  # lists, as a reader finds them
         )
 
     def needs_vnni(self, graph: TowerGraph) -> bool:
@@ -170,7 +168,7 @@ def write_manifest(
         measured_on=f"{detect_machine().cpu}, {engine}" if measured else "",
         provenance=_provenance(origin, data),
         licence=origin.licence,
-        files=_file_records(folder),
+        files=file_records(folder),
         patch_features=form.patch_features,
         label_head=label_head,
         engines=engines,
@@ -219,14 +217,6 @@ def _provenance(origin: Origin, data: str) -> Provenance:
         command=origin.command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=detect_machine().packages,
-    )
-
-
-def _file_records(folder: Path) -> tuple[FileRecord, ...]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return tuple(
-        FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_file(path))
-        for path in paths
     )
 
 

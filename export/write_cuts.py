@@ -16,6 +16,7 @@ from edgeclip.compress.sources import EmojiSource
 from edgeclip.export.cut_points import FoundCut, find_cuts
 from edgeclip.export.cut_tower import head, prepare, tail
 from edgeclip.export.errors import ExportError
+from edgeclip.export.file_records import file_records
 from edgeclip.export.find_difference import cpu_like
 from edgeclip.export.graph import data_path, load_graph, write_unchecked
 from edgeclip.profiles.device import DeviceProfile
@@ -23,9 +24,9 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.choose_precision import choose_precision
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.files import atomic_directory, sha256_file
+from edgeclip.runtime.files import atomic_directory
 from edgeclip.runtime.load_image import list_images
-from edgeclip.runtime.manifest import FileRecord, TowerFile
+from edgeclip.runtime.manifest import TowerFile
 from edgeclip.runtime.planning.cut_runner import CutHead, CutTail
 from edgeclip.runtime.planning.cut_set import (
     CUTS_NAME,
@@ -163,7 +164,6 @@ def _manifest(
     bundle: Bundle, file: TowerFile, found: Sequence[FoundCut], folder: Path
 ) -> CutManifest:
     spec = bundle.manifest.spec
-    written = sorted(path for path in folder.rglob("*") if path.is_file())
     return CutManifest(
         schema_version=SCHEMA_VERSION,
         bundle=bundle.manifest.name,
@@ -176,10 +176,7 @@ def _manifest(
         batch=file.batch,
         needs_vnni=file.needs_vnni,
         points=tuple(item.point for item in found),
-        files=tuple(
-            FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_file(path))
-            for path in written
-        ),
+        files=file_records(folder),
     )
 
 

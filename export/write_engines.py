@@ -4,13 +4,12 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edgeclip.export.graph import data_path
+from edgeclip.export.graph import sha256_graph
 from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.build_engine import build_engine
-from edgeclip.runtime.engine_key import EngineRecord, GraphSource, engine_path, graph_sha256
+from edgeclip.runtime.engine_key import EngineRecord, GraphSource, engine_path
 from edgeclip.runtime.errors import EdgeClipError
-from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.tensorrt_library import TensorRtLibrary, open_library
 
 BUILD_SCRIPT = "build_on_device.sh"
@@ -65,12 +64,10 @@ def write_engines(
 
 
 def _source(graph: TowerGraph, context_length: int) -> GraphSource:
-    data = data_path(graph.path)
-    files = [graph.path, *([data] if data.is_file() else [])]
     return GraphSource(
         name=graph.path.stem,
         content=graph.path,
-        sha256=graph_sha256(*map(sha256_file, files)),
+        sha256=sha256_graph(graph.path),
         text_length=context_length if graph.tower == "text" else None,
     )
 

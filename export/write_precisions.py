@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.calibrate import calibration_data
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.quantizing.config import Config
 from edgeclip.export.quantizing.write_config import write_config
@@ -65,7 +65,7 @@ def write_others(
     with tempfile.TemporaryDirectory(prefix="edgeclip-ranges-") as cache:
         for graph in graphs:
             reference = folder / tower_path(graph.tower, "fp32", graph.pixels)
-            data = _calibration(student, graph, calibration, device.static_batch)
+            data = calibration_data(student, calibration, graph.pixels, batch=device.static_batch)
             config = configs[graph.tower, graph.precision]
             write_config(reference, graph.path, config, data, cache=Path(cache))
     return graphs
@@ -80,11 +80,3 @@ def _graphs(
         for tower, precision in wanted
         for form in [forms[tower]]
     )
-
-
-def _calibration(
-    student: DualEncoder, graph: TowerGraph, source: Source, batch: int | None
-) -> CalibrationData:
-    if graph.pixels is not None:
-        return calibration_images(source, student.spec.image, graph.pixels, batch=batch)
-    return calibration_texts(source, student.text_tokenizer, batch=batch)

@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, external_data_helper, numpy_helper
 from tqdm import tqdm
 
+from edgeclip.export.file_records import file_records
 from edgeclip.export.graph import load_graph
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.probe_plan import (
@@ -35,8 +36,7 @@ from edgeclip.export.random_towers import (
 from edgeclip.export.to_onnx import export_tower
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.files import atomic_directory, sha256_file
-from edgeclip.runtime.manifest import FileRecord
+from edgeclip.runtime.files import atomic_directory
 from edgeclip.runtime.predicting.probe_set import (
     PROBES_NAME,
     WEIGHTS_NAME,
@@ -186,10 +186,7 @@ def _index(
             )
             for item in plan.whole()
         ),
-        files=tuple(
-            FileRecord(path.name, path.stat().st_size, sha256_file(path))
-            for path in sorted(folder.iterdir())
-        ),
+        files=file_records(folder),
     )
 
 

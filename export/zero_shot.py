@@ -2,23 +2,24 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.emoji_scenes import BACKGROUNDS, vocabulary
 from edgeclip.compress.sources import EmojiSource, FolderSource, Pair, Source
+from edgeclip.export.bake_labels import bake_by_teacher
 from edgeclip.runtime.labels import LabelSet
 
-Bake = Callable[[Sequence[str], Sequence[str]], LabelSet]  # names, templates
 # What the captions of scenes say of an emoji alone.
 EMOJI_TEMPLATES = tuple(
     f"{{}} on {'an' if name[0] in 'aeiou' else 'a'} {name} background" for name in BACKGROUNDS
 )
-EMOJI_COUNT = 500  # scenes that are enough: each is a fifth of a point
+_EMOJI_COUNT = 500  # scenes that are enough: each is a fifth of a point
 _SEARCHED = 64  # scenes for each picture that is wanted, at most: one in four shows one emoji
 
 
@@ -103,14 +104,15 @@ def find_zero_shot(test: Source, label_sets: Iterable[LabelSet]) -> ZeroShot | N
     return best
 
 
-def emoji_zero_shot(bake: Bake, *, count: int, size: int) -> ZeroShot:
+def emoji_zero_shot(teacher: DualEncoder, *, count: int, size: int) -> ZeroShot:
     """Test scenes of one emoji alone, which is to be told from all others that are shown.
 
     Args:
-        bake: makes a label set of names and templates, with the teacher's text tower.
-        count: how many pictures; no two have the same caption.
+        teacher: embeds the names in sentences; those too long for it are cut.
+        count: how many pictures, but no more than are enough; no two have the same caption.
         size: of a picture, in pixels.
     """
+    count = min(count, _EMOJI_COUNT)
     scenes = EmojiSource("test", _SEARCHED * count, size=size)
     numbers, captions = [], set()
     for number in range(len(scenes)):
@@ -126,7 +128,7 @@ def emoji_zero_shot(bake: Bake, *, count: int, size: int) -> ZeroShot:
     places = {name: place for place, name in enumerate(names)}
     return ZeroShot(
         source=Chosen(scenes, numbers, f"EmojiScenes test, {len(numbers)} scenes of one emoji"),
-        labels=bake(names, EMOJI_TEMPLATES),
+        labels=bake_by_teacher(teacher, names, EMOJI_TEMPLATES, truncate=True),
         right=np.array([places[name] for name in shown], dtype=np.int64),
     )
 

@@ -1,9 +1,11 @@
 """Tiny students with random weights, a tiny source of pairs, and what is exported of them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,19 +27,22 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.emoji_scenes import Split
 from edgeclip.compress.sources import Pair
 from edgeclip.compress.tokenizer import train_tokenizer
+from edgeclip.export import to_onnx
 from edgeclip.export.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle_plan import BundlePlan
+from edgeclip.export.capture import capture
 from edgeclip.export.gates import DEFAULT_BOUNDS
-from edgeclip.export.to_onnx import TowerPaths, export_towers
+from edgeclip.export.graph_form import GraphForm
+from edgeclip.export.to_onnx import STANDARD, TowerPaths, export_towers
 from edgeclip.export.write_bundle import Origin
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.labels import LabelSet
-from edgeclip.runtime.spec import ImageSpec
+from edgeclip.runtime.spec import ImageSpec, Tower
 from tests.compress.conftest import one_thread  # noqa: F401 (a fixture)
 from tests.conftest import QUICK
 
@@ -96,13 +101,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(texts, vocab_size=300, context_length=CONTEXT)
 
 
-def tiny_clip(*, legacy_eos: bool = False) -> DualEncoder:
+def tiny_clip(*, legacy_eos: bool = False, layers: int = 2) -> DualEncoder:
     """A CLIP of width 32; with `legacy_eos` its config has the eos_token_id 2 of old files."""
     tokenizer = tiny_tokenizer()
     shape = {
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "projection_dim": DIM,
     }
@@ -178,9 +183,48 @@ def convnext() -> DualEncoder:
     return tiny_convnext()
 
 
+Captured = dict[tuple[str, Tower, GraphForm], bytes]
+
+
 @pytest.fixture(scope="session")
-def clip_towers(clip: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> TowerPaths:
-    return export_towers(clip, tmp_path_factory.mktemp("clip"))
+def captured() -> Captured:
+    """What torch captured under `capturing_once`, by weights, tower and form."""
+    return {}
+
+
+@contextmanager
+def capturing_once(captured: Captured) -> Iterator[None]:
+    """Let torch, which takes seconds for it, capture a tower once; what follows is done anew.
+
+    A second capture would be the same: see `test_the_same_weights_give_the_same_bytes`.
+    """
+
+    def once(dual: DualEncoder, tower: Tower, form: GraphForm) -> SimpleNamespace:
+        patches = form.patch_features and tower == "image"
+        plain = replace(form, pixels=STANDARD.pixels, patch_features=patches)  # all that it reads
+        place = (space_fingerprint(dual), tower, plain)
+        if place not in captured:
+            captured[place] = capture(dual, tower, plain).model_proto.SerializeToString()
+        return SimpleNamespace(model_proto=onnx.load_model_from_string(captured[place]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "capture", once)
+        yield
+
+
+@pytest.fixture
+def captured_once(captured: Captured) -> Iterator[None]:
+    """`capturing_once` for a test, with all that others captured."""
+    with capturing_once(captured):
+        yield
+
+
+@pytest.fixture(scope="session")
+def clip_towers(
+    clip: DualEncoder, captured: Captured, tmp_path_factory: pytest.TempPathFactory
+) -> TowerPaths:
+    with capturing_once(captured):
+        return export_towers(clip, tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")
@@ -227,9 +271,12 @@ def fp32_plan(plan: BundlePlan) -> BundlePlan:
 
 
 @pytest.fixture(scope="session")
-def built(plan: BundlePlan, tmp_path_factory: pytest.TempPathFactory) -> BuiltBundle:
+def built(
+    plan: BundlePlan, captured: Captured, tmp_path_factory: pytest.TempPathFactory
+) -> BuiltBundle:
     """A bundle in all precisions; read it, do not alter it."""
-    return build_bundle(plan, Path(tmp_path_factory.mktemp("built")) / "bundle")
+    with capturing_once(captured):
+        return build_bundle(plan, Path(tmp_path_factory.mktemp("built")) / "bundle")
 
 
 @pytest.fixture

@@ -198,6 +198,12 @@ class TestCertify:
             with pytest.raises(InputError, match="0 < share <= 1 and 0 < delta < 1"):
                 dataclasses.replace(exam, bound=bound, delta=delta)
 
+    def test_a_student_is_no_teacher_of_its_own(self, exam: CascadePlan) -> None:
+        with pytest.raises(InputError, match="has the image tower of its student in fp32"):
+            dataclasses.replace(exam, teacher=exam.student)
+        rounded = Encoder(exam.student.bundle, exam.student.device, "int8")
+        dataclasses.replace(exam, student=rounded, teacher=exam.student)  # fp32 may teach int8
+
 
 class TestQuestions:
     def test_emoji_by_name(self) -> None:
@@ -216,7 +222,7 @@ class TestQuestions:
         with pytest.raises(ConfigError, match="needs a folder"):
             zero_shot("emoji", size=8)
         mute = blobs(4, has_captions=False)
-        with pytest.raises(ConfigError, match="needs captions"):
+        with pytest.raises(ConfigError, match="needs pictures with captions"):
             Questions(query="image", calibration=mute, test=mute, gallery=mute)
         with pytest.raises(ConfigError, match="two labels"):
             Questions(query="image", calibration=mute, test=mute, labels=("one",))
@@ -338,6 +344,14 @@ class TestVerb:
     ) -> None:
         assert self.run(*words, "--share", "1.0") == 1
         assert "Nothing is certified" in capsys.readouterr().out
+        assert read_certificate(Bundle.open(worse_bundle)) is None
+
+    def test_a_copy_of_the_student_is_refused_as_its_teacher(
+        self, words: list[object], worse_bundle: Path, tmp_path: Path
+    ) -> None:
+        words[2] = shutil.copytree(worse_bundle, tmp_path / "copy")
+        with pytest.raises(InputError, match="it would change no answer: name the bundle of a"):
+            self.run(*words)
         assert read_certificate(Bundle.open(worse_bundle)) is None
 
     def test_texts_are_not_classified(self, words: list[object]) -> None:

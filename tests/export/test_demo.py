@@ -9,6 +9,18 @@ import pytest
 from edgeclip.export.demo import DemoSettings, run_demo
 from edgeclip.export.demo_summary import Summary
 from edgeclip.profiles.device import load_device
+from tests.export.conftest import Captured, capturing_once
+
+LEAST = """\
+name: least
+description: latency at batch 1, hardly measured
+batch_sizes: [1]
+min_warmup_runs: 3
+max_warmup_seconds: 0.1
+repeats: 10
+seconds_per_batch: 0.05
+cold_starts: 0
+"""
 
 
 def runs_int8() -> bool:
@@ -17,11 +29,12 @@ def runs_int8() -> bool:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+def made(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
     """A quick run with few scenes, and what it says of itself."""
     out = tmp_path_factory.mktemp("demo")
     settings = DemoSettings(quick=True, test_scenes=60, unseen_scenes=20, workload="quick")
-    return out, run_demo(settings, out, command="edgeclip demo --quick")
+    with capturing_once(captured):
+        return out, run_demo(settings, out, command="edgeclip demo --quick")
 
 
 def test_summary_says_what_the_run_found(made: tuple[Path, Summary]) -> None:
@@ -65,12 +78,15 @@ def test_measurements_are_kept(made: tuple[Path, Summary]) -> None:
     assert ("student int8" in names) is runs_int8()
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_processor_without_int8_dot_products_gets_fp32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = replace(load_device("this-machine"), vnni=False)
     monkeypatch.setattr("edgeclip.export.demo.load_device", lambda _: plain)
-    settings = DemoSettings(quick=True, test_scenes=20, unseen_scenes=10, workload="quick")
-    summary = run_demo(settings, tmp_path, command="edgeclip demo --quick")
+    (tmp_path / "least.yaml").write_text(LEAST)
+    least = str(tmp_path / "least.yaml")
+    settings = DemoSettings(quick=True, test_scenes=20, unseen_scenes=10, workload=least)
+    summary = run_demo(settings, tmp_path / "demo", command="edgeclip demo --quick")
     assert "int8" not in summary.chosen
     assert summary.student_int8_r1 is None

@@ -11,6 +11,7 @@ from edgeclip.compress.sources import Source
 from edgeclip.export.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle_plan import BundlePlan
 from edgeclip.export.calibrate import calibration_images
+from edgeclip.export.graph import sha256_graph
 from edgeclip.export.quantize import quantizable_nodes
 from edgeclip.export.quantizing.config import (
     Config,
@@ -24,7 +25,6 @@ from edgeclip.export.quantizing.quantization_file import (
     SearchBasis,
     TowerQuantization,
 )
-from edgeclip.export.quantizing.searched_graph import graph_sha256
 from edgeclip.export.quantizing.write_config import write_config
 from edgeclip.export.tower_graph import TowerGraph
 from edgeclip.export.write_bundle import Making
@@ -60,7 +60,7 @@ def searched(plan: BundlePlan, built: BuiltBundle) -> Searched:
         towers={
             tower: TowerQuantization(
                 config=configs[tower],
-                graph=graph_sha256(path),
+                graph=sha256_graph(path),
                 passes=tuple(name for mine, name in passes if mine == tower),
                 why="nothing is faster",
             )

@@ -14,6 +14,9 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.cli import main
 from tests.export.conftest import LOOSE
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+ELSEWHERE = ("--device", "x86-avx2", "--precisions", "fp32")  # nothing is timed
+
 
 def test_a_folder_of_photos_makes_a_bundle(
     clip: DualEncoder,
@@ -25,7 +28,7 @@ def test_a_folder_of_photos_makes_a_bundle(
     student, out = str(tmp_path / "student"), str(tmp_path / "bundle")
     command = ["export", student, "--teacher", student, "--data", str(pair_folder)]
     # With eight pairs and untrained weights, the R@1 gate of any other is a matter of luck.
-    status = main([*command, "--precisions", "fp32", "--out", out])
+    status = main([*command, *ELSEWHERE, "--out", out])
     printed = capsys.readouterr()
     assert status == 0, printed.err
     assert "image fp32" in printed.out
@@ -71,7 +74,7 @@ def test_a_classifier_has_labels_and_no_text_tower(
     student, out = str(tmp_path / "student"), str(tmp_path / "bundle")
     (tmp_path / "colours.txt").write_text("red\nteal\n")
     command = ["export", student, "--teacher", student, "--data", str(pair_folder), "--no-text"]
-    command += ["--precisions", "fp32", "--out", out, "--label-head", "colours"]
+    command += [*ELSEWHERE, "--out", out, "--label-head", "colours"]
     command += ["--labels", str(tmp_path / "colours.txt"), "--labels", "pets=cat,dog"]
     assert main([*command, "--template", "a {}", "--template", "{} picture"]) == 0
     capsys.readouterr()

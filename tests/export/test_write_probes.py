@@ -10,6 +10,7 @@ from onnx import numpy_helper
 
 from edgeclip.export import verb_probes
 from edgeclip.export.graph import load_graph
+from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.probe_plan import (
     ConvPoint,
     ImagePoint,
@@ -17,7 +18,8 @@ from edgeclip.export.probe_plan import (
     TextPoint,
 )
 from edgeclip.export.probe_sizes import PLANS, STANDARD
-from edgeclip.export.random_towers import example, export_random, random_dual
+from edgeclip.export.random_towers import example, random_dual
+from edgeclip.export.to_onnx import export_tower
 from edgeclip.export.write_probes import write_probes
 from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.runtime.engine import open_engine
@@ -114,7 +116,8 @@ def test_random_towers_are_exported_as_they_are_described(
     tower: ConvTower | TransformerTower, device: DeviceProfile, tmp_path: Path
 ) -> None:
     path = tmp_path / "tower.onnx"
-    dual = export_random(tower, path, device)
+    dual = random_dual(tower)
+    export_tower(dual, tower.part, path, GraphForm.for_device(device))
     assert dual.spec.dim == 16
     (given,) = onnx.load(path).graph.input
     value = example(tower, device, np.random.default_rng(0))

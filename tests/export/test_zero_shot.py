@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ from PIL import Image
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.emoji_scenes import vocabulary
 from edgeclip.compress.sources import EmojiSource, FolderSource, Source
-from edgeclip.export.bake_labels import bake_by_teacher
 from edgeclip.export.zero_shot import (
     EMOJI_TEMPLATES,
     Chosen,
@@ -95,7 +93,7 @@ def test_chosen_pairs_are_those_of_the_source(blobs: Make) -> None:
 
 
 def test_the_built_in_scenes_are_named_by_the_teacher(clip: DualEncoder) -> None:
-    found = emoji_zero_shot(partial(bake_by_teacher, clip, truncate=True), count=6, size=32)
+    found = emoji_zero_shot(clip, count=6, size=32)
     assert found.source.name == "EmojiScenes test, 6 scenes of one emoji"
     assert found.labels.templates == EMOJI_TEMPLATES
     assert found.labels.space == clip.space
