@@ -19,6 +19,17 @@ _STUDENT = (
     *("--count", "48", "--steps", "6", "--batch-size", "16"),
     *("--image-heads", "1", "--image-layers", "1", "--text-heads", "1", "--text-layers", "1"),
 )
+_LEAST = """\
+name: least
+description: a bit of everything, hardly measured
+batch_sizes: [1, 3]
+min_warmup_runs: 3
+max_warmup_seconds: 0.1
+repeats: 10
+seconds_per_batch: 0.05
+cold_starts: 1
+roofline_seconds: 0.5
+"""
 
 
 def _run(*words: object) -> None:
@@ -79,7 +90,8 @@ def test_classify_and_eval_answer(road: Path, capsys: pytest.CaptureFixture[str]
 
 def test_profile_and_report(road: Path) -> None:
     measurements, page = road / "m.json", road / "r.html"
-    _run("profile", road / "bundle", "--workload", "quick", "--out", measurements)
+    (road / "least.yaml").write_text(_LEAST)
+    _run("profile", road / "bundle", "--workload", road / "least.yaml", "--out", measurements)
     assert json.loads(measurements.read_text(encoding="utf-8"))["measurements"]
     _run("report", road / "bundle", "--measurements", measurements, "--out", page)
     assert "Latency, throughput, memory" in page.read_text(encoding="utf-8")

@@ -12,10 +12,17 @@ from typing import Any, Literal
 from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.intervals import Interval
 
+EMOJI_BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"  # the built-in student's
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """A bound that a measured value must meet; `interval` where one was computed."""
+    """A bound that a measured value must meet.
+
+    Attributes:
+        interval: of 95%, where one was computed; the lowest and the highest of a few runs in
+            `server.py`.
+    """
 
     name: str
     value: float

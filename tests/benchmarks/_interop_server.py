@@ -1,4 +1,4 @@
-"""PyTriton, NVIDIA's Triton for Python, started in an environment of its own."""
+"""What `interop.py` installs; and PyTriton, NVIDIA's Triton for Python, started."""
 
 import os
 import socket
@@ -8,11 +8,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
-from _consumer_install import InstallError
-from _interop_install import REQUIREMENTS, environment
+from _environment import InstallError, environment
 
+REQUIREMENTS = {
+    "tritonclient": ("tritonclient[http,grpc]==2.73.0",),
+    "kserve": ("kserve==0.21.0",),
+    "nvidia-pytriton": ("nvidia-pytriton==0.7.0", f"onnxruntime=={version('onnxruntime')}"),
+}
 _SCRIPT = Path(__file__).with_name("_interop_pytriton.py")
 _HOST = "127.0.0.1"
 _SECONDS = 120

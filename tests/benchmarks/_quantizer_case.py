@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 from _quantizer_race import Entrant, FloatArray, embed
-from graph_work import plain_graph
+from graph_work import padded_ids, plain_graph
 from numpy.typing import NDArray
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import EmojiSource, Source
 from edgeclip.compress.verb_options import BUILT_IN_TEACHER
-from edgeclip.export.bake_labels import bake_by_teacher
 from edgeclip.export.calibrate import CalibrationSource, calibration_images, calibration_texts
 from edgeclip.export.embed_pairs import embed_all, torch_embedder, tower_inputs
 from edgeclip.export.gates import DEFAULT_BOUNDS, data_record
@@ -177,8 +176,10 @@ def open_case(
     pairs = EmojiSource("calibration", count, size=size, distinct=True)
     ranges, steering = split_calibration(pairs, sizes.ranges)
     test = EmojiSource("test", sizes.test, size=size, distinct=True)
-    bake = partial(bake_by_teacher, DualEncoder.load(BUILT_IN_TEACHER))
-    labelled = emoji_zero_shot(bake, count=sizes.labelled, size=size) if tower == "image" else None
+    labelled = None
+    if tower == "image":
+        teacher = DualEncoder.load(BUILT_IN_TEACHER)
+        labelled = emoji_zero_shot(teacher, count=sizes.labelled, size=size)
     exported = export_searched(dual, tower, device, folder, sample=ranges)
     task = SearchTask(
         student=dual,
@@ -245,17 +246,8 @@ def _texts(
     batches: Iterator[NDArray[np.int64]], dual: DualEncoder
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Token ids [N, context length], padded, and how many of each belong to the text."""
-    spec = dual.spec.text
-    padded = [
-        np.pad(
-            batch,
-            ((0, 0), (0, spec.context_length - batch.shape[1])),
-            constant_values=spec.pad_id,
-        )
-        for batch in batches
-    ]
-    values = np.concatenate(padded)
-    return values, 1 + (values == spec.eos_id).argmax(axis=1)
+    values = np.concatenate([padded_ids(dual, batch) for batch in batches])
+    return values, 1 + (values == dual.spec.text.eos_id).argmax(axis=1)
 
 
 def _say(name: str, line: str) -> None:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
+from _bars import EMOJI_BUNDLE
 from _slowed_process import SLOWED
 
 from edgeclip.profiles.device import THIS_MACHINE, load_device
@@ -17,7 +17,6 @@ from edgeclip.runtime.measuring.take_turns import measurements_of, take_turns
 from edgeclip.runtime.measuring.timing_statistics import latency_of
 from edgeclip.runtime.spec import Precision
 
-_BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
 _NAME = "student"
 
 
@@ -64,7 +63,7 @@ def profile(precision: Precision, amount: Workload) -> Profile:
     device = load_device(THIS_MACHINE)
     specs = [
         SubjectSpec(
-            name=name, part="image", device=device, bundle=str(_BUNDLE), precision=precision
+            name=name, part="image", device=device, bundle=str(EMOJI_BUNDLE), precision=precision
         )
         for name in (_NAME, SLOWED)
     ]

@@ -78,7 +78,8 @@ def main() -> int:
         f"{'tower':<6} {'int8':<10} {'way':<20} mean cosine  1st percentile   lowest  mean error"
         "  seconds"
     )
-    bars = []
+    bars: list[Bar] = []
+    rows: list[dict[str, str | float]] = []
     with tempfile.TemporaryDirectory() as folder:
         towers = export_towers(dual, Path(folder), GraphForm(opset=19, pixels="uint8-nhwc"))
         for tower in TOWERS:
@@ -90,7 +91,8 @@ def main() -> int:
                 ways = {**_RANGINGS, **_CHANGES}
                 means = {key: trial.try_int8(name, key, way, settings) for key, way in ways.items()}
                 bars += _bars(f"{tower}_{name}", means)
-    return finish(bars, args.out)
+            rows += trial.rows
+    return finish(bars, args.out, rows=rows)
 
 
 def _bars(title: str, means: dict[str, float]) -> list[Bar]:
@@ -104,12 +106,17 @@ def _bars(title: str, means: dict[str, float]) -> list[Bar]:
 
 
 class Trial:
-    """One tower, quantized again and again."""
+    """One tower, quantized again and again.
+
+    Attributes:
+        rows: what was printed, one for each way.
+    """
 
     def __init__(
         self, dual: DualEncoder, graph: TowerGraph, data: CalibrationData, unseen: Source
     ) -> None:
         self._dual, self._graph, self._data, self._unseen = dual, graph, data, unseen
+        self.rows: list[dict[str, str | float]] = []
         self._reference = self._embed(graph)
 
     def try_int8(self, name: str, key: str, way: Way, settings: StaticInt8) -> float:
@@ -144,13 +151,16 @@ class Trial:
     def _row(self, name: str, key: str, path: Path, seconds: float) -> float:
         embedded = self._embed(replace(self._graph, path=path))
         found = cosines(embedded, self._reference)
-        low, first, mean = found.min(), np.percentile(found, 1), float(found.mean())
+        low, first, mean = (float(v) for v in (found.min(), np.percentile(found, 1), found.mean()))
         error = float(np.linalg.norm((embedded - self._reference).mean(axis=0)))
+        tower = self._graph.tower
         print(
-            f"{self._graph.tower:<6} {name:<10} {key:<20} {mean:.6f} {first:15.5f} {low:8.5f}"
+            f"{tower:<6} {name:<10} {key:<20} {mean:.6f} {first:15.5f} {low:8.5f}"
             f"  {error:.6f} {seconds:10.1f}",
             flush=True,
         )
+        figures = {"mean": mean, "p1": first, "lowest": low, "mean_error": error}
+        self.rows.append({"tower": tower, "int8": name, "way": key, "seconds": seconds, **figures})
         return mean
 
     def _embed(self, graph: TowerGraph) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -158,8 +158,12 @@ def png_files(source: Source, count: int) -> list[bytes]:
 
 
 def more_bounds(found: Certified, fresh: Trial, times: Times) -> str:
-    """What other promises would cost, from the same answers; each is a certificate of its own."""
-    lines = [f"{'asked for':>9}  {'escalated':>9}  {'kept, fresh':>20}  {'of teacher':>10}"]
+    """What other promises would cost, from the same answers; each is a certificate of its own.
+
+    Their share of the teacher's time is reckoned: the student's, and the teacher's for those it is
+    asked about.
+    """
+    lines = [f"{'asked for':>9}  {'escalated':>9}  {'kept, fresh':>20}  {'time, reckoned':>14}"]
     student = float(times.ms[STUDENT].mean() / times.ms[TEACHER].mean())
     for bound in (BOUND, *MORE_BOUNDS):
         chosen = choose_threshold(found.trial, found.grid, bound=bound, delta=DELTA)
@@ -169,7 +173,7 @@ def more_bounds(found: Certified, fresh: Trial, times: Times) -> str:
         kept = bootstrap_ratio(fresh.right(chosen.threshold), fresh.teacher)
         share = fresh.escalated_share(chosen.threshold)
         interval = f"{kept.value:.1%} [{kept.low:.1%}, {kept.high:.1%}]"
-        lines.append(f"{bound:>9.0%}  {share:>9.1%}  {interval:>20}  {student + share:>10.1%}")
+        lines.append(f"{bound:>9.0%}  {share:>9.1%}  {interval:>20}  {student + share:>14.1%}")
     return "\n".join(lines)
 
 
@@ -214,14 +218,13 @@ def report(case: Case, found: Certified, fresh: Trial, times: Times, page: Path 
 
 
 def bars(found: Certified, fresh: Trial, times: Times) -> list[Bar]:
-    """The bars; the bound of the certificate itself is by construction the one asked for."""
+    """The bars; the first can only be missed where nothing is certified, see `main`."""
     certificate = found.certificate
     assert certificate is not None, "main ends before"
     kept = bootstrap_ratio(fresh.right(certificate.threshold), fresh.teacher)
     latency = times.ratio(CASCADE)
     return [
         Bar(name="cascade_certified", value=certificate.bound, direction=">=", bound=BOUND),
-        Bar(name="cascade_delta", value=certificate.delta, direction="<=", bound=DELTA),
         Bar(name="cascade_kept", value=kept.value, direction=">=", bound=BOUND, interval=kept),
         Bar(
             name="cascade_latency",
@@ -265,7 +268,9 @@ def main() -> int:
         count = 200 if args.quick else 400
         times = measure(case, written, examiner.entries.embeddings, count)
         report(case, found, fresh, times, args.page)
-    return finish(bars(found, fresh, times), args.out)
+    means = {name: bootstrap(ms) for name, ms in times.ms.items()}
+    told = {name: asdict(mean) for name, mean in means.items()}
+    return finish(bars(found, fresh, times), args.out, ms=told, contended=times.contended)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from typing import Any
 
 from _bars import Bar, finish, options
 from _consumer_cases import write_cases
-from _consumer_install import HERE, REQUIREMENTS, InstallError, node_command, python_command
+from _consumer_install import HERE, REQUIREMENTS, node_command, python_command
 from _consumer_rows import HELD, Row, rows_of, table, torch_rows
+from _environment import InstallError
 
 _BOUND = 1e-3
 _QUICK = ("onnxruntime", "openvino")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _bars import Bar, finish, options
+from _bars import Bar, command, finish, options
 from _cascade_case import Case, Sizes, open_case, say
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
@@ -199,7 +199,7 @@ def main() -> int:
             teacher=case.teacher,
             questions=case.questions,
             score=Margin(),
-            command="tests/benchmarks/drift.py",
+            command=command(),
         )
         examiner = plan.examiner()
         found = certify(plan, examiner, progress=say)

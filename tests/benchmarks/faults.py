@@ -3,7 +3,8 @@
 A real server process serves the built-in bundle behind a proxy that can misbehave; the device
 sends pictures to it with a deadline, and falls back to the same bundle. Shown are, for each
 fault, the share of calls that were answered in time, the slowest one, and when all was well
-again; what an open breaker adds to the device's own time; and an hour with faults in it.
+again; what an open breaker adds to the device's own time; and what the calls of an hour with faults
+in it come to (see `_faults_hour.py`: between the faults they follow each other at once).
 """
 
 import io
@@ -11,9 +12,10 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-from _bars import Bar, finish, options
+from _bars import EMOJI_BUNDLE, Bar, finish, options
 from _faults_cases import DEADLINE_MS, GRACE_MS, Bench, Case, run_case
 from _faults_hour import Hour, run_hour
 from _faults_overhead import Overhead, measure_overhead
@@ -26,7 +28,6 @@ from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 
-BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
 SLOW_S = 2 * DEADLINE_MS / 1e3
 PER_SECOND = 4.0
 FULL_SHARE = 0.992
@@ -35,7 +36,9 @@ FULL_SHARE = 0.992
 def main() -> int:
     """Run everything; 1 if a bar was missed."""
     parser = options(__doc__ or "")
-    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="(default: the built-in one)")
+    parser.add_argument(
+        "--bundle", type=Path, default=EMOJI_BUNDLE, help="(default: the built-in one)"
+    )
     args = parser.parse_args()
     encoder = Encoder.open(args.bundle)
     overhead = measure_overhead(encoder, plan_for(encoder), 300 if args.quick else 3000)
@@ -48,7 +51,13 @@ def main() -> int:
         some = dict(list(bench.faults().items())[::part])
         hour = run_hour(bench, some, seconds=3600 / part, faulty_s=20 / part, per_second=PER_SECOND)
     show(cases, overhead, hour)
-    return finish([*case_bars(cases), *other_bars(overhead, hour)], args.out)
+    return finish(
+        [*case_bars(cases), *other_bars(overhead, hour)],
+        args.out,
+        cases=[asdict(case) for case in cases],
+        overhead=asdict(overhead),
+        hour=asdict(hour),
+    )
 
 
 def plan_for(encoder: Encoder) -> SplitPlan:
@@ -106,7 +115,7 @@ def show(cases: Sequence[Case], overhead: Overhead, hour: Hour) -> None:
         f"{overhead.alone.value:.3f} ms"
     )
     print(
-        f"{hour.seconds / 60:.0f} minutes, {hour.calls} calls, {hour.faults} faults of "
+        f"the {hour.calls} calls of {hour.seconds / 60:.0f} minutes, {hour.faults} faults of "
         f"{hour.faulty_s:.1f} s together: {hour.answered:.3%} in time, {hour.full:.3%} at full "
         f"quality, slowest {hour.worst_ms:+.1f} ms after the deadline; CPU denied: "
         f"{share(hour.denied)}"

@@ -14,7 +14,6 @@ gates of fp16 on all towers.
 AutoCast is installed under `--work`; `--quick` leaves it out. The whole takes a few minutes.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,19 +24,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 from _bars import Bar, finish, options
-from _consumer_install import InstallError
+from _environment import InstallError, environment
 from _fp16_cases import Case, open_cases, write_naive
-from _interop_install import environment
 from _quantizer_grow import BUILD
 from _quantizer_race import FloatArray, make
 from _quantizer_rows import Row as GateRow
 from _quantizer_rows import gate_bars
 
-from edgeclip.export.activation_bounds import PRODUCTS
 from edgeclip.export.errors import ExportError
 from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.gates import DEFAULT_BOUNDS, judge_tower
-from edgeclip.export.graph import load_graph
+from edgeclip.export.graph import PRODUCTS, load_graph
 from edgeclip.export.quantizing.emulate_half import emulate_half, half_values
 from edgeclip.export.quantizing.mixed_fp16 import embed, find_islands
 from edgeclip.runtime.errors import EngineError, first_line
@@ -214,12 +211,7 @@ def main() -> int:
         if row.form == OURS:
             model = row.model.replace(",", "").replace(" ", "_")
             bars += gate_bars(GateRow(model=model, form=OURS, records=row.records))
-    status = finish(bars, args.out)
-    if args.out is not None:
-        record = json.loads(args.out.read_text(encoding="utf-8"))
-        record |= {"requirements": REQUIREMENTS, "rows": [asdict(row) for row in rows]}
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return status
+    return finish(bars, args.out, requirements=REQUIREMENTS, rows=[asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

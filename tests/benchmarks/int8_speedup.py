@@ -17,7 +17,6 @@ It takes nearly half an hour on two cores, more on a first run, which grows the 
 neither searches nor grows more than the small one, and teaches nothing: some minutes.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -121,12 +120,7 @@ def main() -> int:
         print_quality(found[-1].rows)
         sys.stdout.flush()
     rows = [row for item in found for row in item.rows]
-    status = finish(list(bars(rows)), args.out)
-    if args.out is not None:
-        record = json.loads(args.out.read_text(encoding="utf-8"))
-        record["models"] = [asdict(item) for item in found]
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return status
+    return finish(list(bars(rows)), args.out, models=[asdict(item) for item in found])
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _bars import Bar, finish, options
-from _consumer_install import InstallError
-from _interop_install import REQUIREMENTS, environment
-from _interop_server import pytriton
+from _bars import EMOJI_BUNDLE, Bar, finish, options
+from _environment import InstallError, environment
+from _interop_server import REQUIREMENTS, pytriton
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -38,7 +37,6 @@ from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.wire.messages import InferRequest
 
 _HERE = Path(__file__).parent
-_BUNDLE = _HERE.parents[1] / "export" / "emoji_bundle"
 _TEXTS = ("an owl on a blue background", "café, 3 stars!", "RED Apple", "☕ über 東京")
 _PICTURES = 4
 _BOUND = 1e-6
@@ -169,7 +167,7 @@ def main() -> int:
     work: Path = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     clients = _CLIENTS[:1] if args.quick else _CLIENTS
-    encoder = Encoder.open(_BUNDLE, precision="fp32")
+    encoder = Encoder.open(EMOJI_BUNDLE, precision="fp32")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -185,7 +183,7 @@ def main() -> int:
                 except InstallError as error:
                     rows.append(absent(client, str(error)))
     if not args.quick:
-        tower = _BUNDLE / tower_path("image", "fp32", "uint8-nhwc")  # as the encoder has it
+        tower = EMOJI_BUNDLE / tower_path("image", "fp32", "uint8-nhwc")  # as the encoder has it
         rows.append(own_row(work, tower, pixels, embeddings))
     print("\n".join(row.line() for row in rows))
     judged = bars(rows, clients if args.quick else (*clients, "edgeclip"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _bars import Bar, finish, options
+from _bars import EMOJI_BUNDLE, Bar, finish, options
 from numpy.typing import NDArray
 
 from edgeclip.profiles.workload import Workload
@@ -29,7 +29,6 @@ from edgeclip.runtime.ort_session import import_onnxruntime, session_options
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.tower_feed import tower_feed
 
-EMOJI_BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
 PRECISIONS: tuple[Precision, ...] = ("int8", "fp32")
 BARE, AGAIN = "bare loop", "bare loop again"
 INTERLEAVED, OURS, THEIRS = "measure_interleaved", "SingleStream, ours", "SingleStream, LoadGen's"

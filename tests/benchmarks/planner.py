@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _bars import Bar, command, options
+from _bars import EMOJI_BUNDLE, Bar, command, options
 from _network import Network, NetworkUnavailableError, Shape, shaped_network
 from _planner_device import ONE_THREAD, TIMES_SLOWER, Device, slower
 from _planner_samples import (
@@ -52,7 +52,6 @@ from edgeclip.runtime.planning.stage_times import Stage, StageTimes
 from edgeclip.runtime.planning.stage_works import StageWork
 from edgeclip.runtime.split.http_client import ClientRules, Server
 
-BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"
 BANDWIDTHS = (0.5, 2.0, 8.0, 30.0, 100.0)
 ERROR_BAR, REGRET_BAR = 0.10, 0.05
 _TURNS = 2  # of a plan that sends nothing, in a round: its tail is the machine's alone
@@ -82,7 +81,7 @@ def serving(network: Network, cuts: CutSet) -> Iterator[str]:
     """Run `edgeclip serve` on its side of the link, and give its address."""
     profile = cuts.path.with_name("one-thread.yaml")
     profile.write_text(device_yaml(ONE_THREAD), encoding="utf-8")
-    words = [sys.executable, "-m", "edgeclip.runtime.cli", "serve", str(BUNDLE), "--echo"]
+    words = [sys.executable, "-m", "edgeclip.runtime.cli", "serve", str(EMOJI_BUNDLE), "--echo"]
     words += ["--cuts", str(cuts.path), "--device", str(profile), "--insecure"]
     words += ["--host", network.server_address, "--port", "0"]
     process = subprocess.Popen(network.command("server", words), stdout=subprocess.PIPE, text=True)
@@ -201,7 +200,7 @@ def bars_of(rows: Sequence[Row]) -> list[Bar]:
 
 def run(folder: Path, bandwidths: Sequence[float], rounds: int) -> tuple[list[Row], list[Bar]]:
     """Cut, time, and measure over every link."""
-    cuts = write_cuts(Bundle.open(BUNDLE), folder / "cuts", device=ONE_THREAD).cuts
+    cuts = write_cuts(Bundle.open(EMOJI_BUNDLE), folder / "cuts", device=ONE_THREAD).cuts
     shape = Shape(up_mbps=bandwidths[0], down_mbps=bandwidths[0], rtt_ms=RTT_MS)
     rows, bars = list[Row](), list[Bar]()
     with shaped_network(shape) as network, serving(network, cuts) as address:
@@ -227,11 +226,17 @@ def _known(value: float | None) -> float:
 
 
 def merged(out: Path, rows: Sequence[Row], bars: Sequence[Bar]) -> dict[str, Any]:
-    """The record in `out` with these links put in place of what it has of them."""
+    """The record in `out` with these links put in place of what it has of them.
+
+    What another machine measured is dropped: the record names one machine.
+    """
+    machine = asdict(detect_machine())
     links = {row.mbps for row in rows}
     kept: dict[str, Any] = {"rows": [], "bars": []}
     if out.exists():
-        kept = json.loads(out.read_text(encoding="utf-8"))
+        found = json.loads(out.read_text(encoding="utf-8"))
+        same = all(found["machine"][name] == machine[name] for name in ("cpu", "cores"))
+        kept = found if same else kept
     ends = tuple(f"_at_{mbps:g}_mbps" for mbps in links)
     new_rows = [
         asdict(row) | {"error": row.error, "measured": time.strftime("%FT%TZ", time.gmtime())}
@@ -242,7 +247,7 @@ def merged(out: Path, rows: Sequence[Row], bars: Sequence[Bar]) -> dict[str, Any
     old_bars = [bar for bar in kept["bars"] if not bar["name"].endswith(ends)]
     return {
         "command": command(),
-        "machine": asdict(detect_machine()),
+        "machine": machine,
         "rows": sorted(old_rows + new_rows, key=lambda row: row["mbps"]),
         "bars": old_bars + new_bars,
     }
@@ -267,6 +272,7 @@ def main() -> int:
         return 2
     if args.out is not None:
         record = merged(args.out, rows, bars)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print("\n" + "\n".join(bar.line() for bar in bars))
     return 0 if all(bar.passed for bar in bars) else 1

@@ -5,7 +5,6 @@ their times are then predicted from the probes alone. The same is done with the 
 a few probes carried over: from one thread to two and back, and from fp32 to int8.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from _bars import Bar, command, options
+from _bars import Bar, command, finish, options
 
 from edgeclip.export.probe_plan import ProbePlan
 from edgeclip.export.probe_sizes import STANDARD
 from edgeclip.export.write_probes import write_probes
 from edgeclip.profiles.device import THIS_MACHINE, load_device
-from edgeclip.profiles.machine import detect_machine
 from edgeclip.runtime.predicting.carry_over import carry_over
 from edgeclip.runtime.predicting.measure_probes import measure_probes
 from edgeclip.runtime.predicting.measured_device import CheckTime, MeasuredDevice
@@ -258,21 +256,10 @@ def main() -> int:
             everything = replace(plan, checks=(*plan.checks, *towers))
             write_probes(out, device=device, command=command(), plan=everything)
         rows, disturbed = evaluate(ProbeSet.open(out), plan, 8 if args.quick else 40)
-    judged = bars(rows)
     if disturbed:
         print("\nDISTURBED: other programs slowed this machine meanwhile")
-    if args.out is not None:
-        record = {
-            "command": command(),
-            "machine": asdict(detect_machine()),
-            "disturbed": disturbed,
-            "rows": [asdict(row) | {"error": row.error, "inside": row.inside} for row in rows],
-            "bars": [asdict(bar) | {"passed": bar.passed} for bar in judged],
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print("\n" + "\n".join(bar.line() for bar in judged))
-    return 0 if all(bar.passed for bar in judged) else 1
+    told = [asdict(row) | {"error": row.error, "inside": row.inside} for row in rows]
+    return finish(bars(rows), args.out, disturbed=disturbed, rows=told)
 
 
 if __name__ == "__main__":

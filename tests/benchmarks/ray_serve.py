@@ -6,7 +6,6 @@ more processes; on few cores its proxy takes what the replicas need. Ray is inst
 `--work`, with EdgeCLIP as it is.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from _bars import Bar, finish, options
-from _consumer_install import InstallError
-from _interop_install import environment
+from _bars import EMOJI_BUNDLE, Bar, finish, options
+from _environment import InstallError, environment
 from _server_load import Load, load, tool
 
 from edgeclip.runtime.encoder import Encoder
@@ -30,7 +28,6 @@ from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.wire.messages import JSON_LENGTH_HEADER, InferRequest, encode_request
 
 _ROOT = Path(__file__).parents[2]
-_BUNDLE = _ROOT / "export" / "emoji_bundle"
 _PARTS = ("profiles", "runtime", "compress", "export")
 _FILES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")
 _EXTRAS = ("cpu", "split", "serve", "ray")
@@ -133,35 +130,24 @@ def main() -> int:
     python = str(install(args.work.resolve()))
     seconds = 2 if args.quick else 10
     print(f"load by {tool()}, {_CONNECTIONS} connections, one text each")
-    shown = [str(_BUNDLE), "--port", "0"]
+    shown = [str(EMOJI_BUNDLE), "--port", "0"]
     ray = [python, "-m", "edgeclip.runtime.serving.ray_app", *shown, "--cpus", "0.5"]
     commands = {
         "edgeclip serve": [python, "-m", "edgeclip.runtime.cli", "serve", *shown],
         "Ray Serve, 1 replica": ray,
         "Ray Serve, 2 replicas": [*ray, "--replicas", "2"],
     }
-    encoder = Encoder.open(_BUNDLE)
+    encoder = Encoder.open(EMOJI_BUNDLE)
     rows = [measure(name, command, encoder, seconds) for name, command in commands.items()]
     for row in rows[1:]:
         print(f"{row.server}: {row.rate / rows[0].rate:.0%} of the requests of {rows[0].server}")
     errors = sum(row.load.errors for row in rows)
-    status = finish(
-        [
-            Bar(
-                name="ray_max_abs",
-                value=max(row.max_abs for row in rows),
-                direction="<=",
-                bound=1e-6,
-            ),
-            Bar(name="ray_errors", value=errors, direction="<=", bound=0),
-        ],
-        args.out,
-    )
-    if args.out is not None:
-        record = json.loads(args.out.read_text(encoding="utf-8"))
-        record["rows"] = [asdict(row) for row in rows]
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return status
+    largest = max(row.max_abs for row in rows)
+    bars = [
+        Bar(name="ray_max_abs", value=largest, direction="<=", bound=1e-6),
+        Bar(name="ray_errors", value=errors, direction="<=", bound=0),
+    ]
+    return finish(bars, args.out, load_by=tool(), rows=[asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

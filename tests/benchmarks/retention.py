@@ -5,6 +5,7 @@
 
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from _bars import Bar, command, finish, options
@@ -61,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         settings = DemoSettings(quick=args.quick)
         summary = run_demo(settings, Path(folder), command=command())
-    return finish(bars(summary, quick=args.quick), args.out)
+    return finish(bars(summary, quick=args.quick), args.out, summary=asdict(summary))
 
 
 if __name__ == "__main__":

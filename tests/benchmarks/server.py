@@ -133,7 +133,7 @@ def main() -> int:
         Bar(name="start", value=middle, direction="<=", bound=1.5, unit="s", interval=spread),
         Bar(name="memory", value=max(idle, loaded), direction="<=", bound=80, unit="MB"),
     ]
-    return finish(bars, args.out)
+    return finish(bars, args.out, load_by=tool())
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _bars import Bar, finish, options
+from _bars import Bar, command, finish, options
 from _cascade_case import QUICK, Case, open_case, say
 from _network import Network, NetworkUnavailableError, Shape, shaped_network
+from _planner_device import ONE_THREAD
 from _service_client import Log, Settings
 from _service_watch import Watch
 from PIL import Image
@@ -33,6 +34,7 @@ from edgeclip.export.questions import embed_captions
 from edgeclip.profiles.link import load_link
 from edgeclip.profiles.traffic import Traffic, load_traffic
 from edgeclip.runtime.cascade.scores import Margin
+from edgeclip.runtime.device_yaml import device_yaml
 from edgeclip.runtime.index import Index
 from edgeclip.runtime.intervals import bootstrap
 
@@ -40,15 +42,6 @@ _PICTURES = 500
 _SEED = 2  # of the pictures that are asked about
 _SHORTEST_GROWTH = 60.0  # seconds
 _TEACHER = "teacher"  # its name on the server
-_ONE_THREAD = """\
-name: one-thread
-description: this machine, one thread
-engine: onnxruntime-cpu
-precisions: [fp32, int8]
-threads: 1
-memory_mb: null
-vnni: true
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +64,7 @@ def prepare(folder: Path, traffic: Traffic, seconds: float) -> tuple[Case, Setti
         bound=0.95,
         delta=0.05,
         index_by="teacher",
-        command="tests/benchmarks/service_level.py",
+        command=command(),
     )
     examiner = plan.examiner()
     found = certify(plan, examiner, progress=say)
@@ -91,7 +84,7 @@ def prepare(folder: Path, traffic: Traffic, seconds: float) -> tuple[Case, Setti
     for number in range(_PICTURES):
         picture = Image.fromarray(np.asarray(asked[number].image))
         picture.save(folder / "pictures" / f"{number:04d}.png")
-    (folder / "one-thread.yaml").write_text(_ONE_THREAD, encoding="utf-8")
+    (folder / "one-thread.yaml").write_text(device_yaml(ONE_THREAD), encoding="utf-8")
     return case, Settings(
         student=str(folder / "student"),
         index=str(folder / "captions.npz"),
@@ -226,10 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with shaped_network(shape) as network:
                 result = run(folder, network, settings)
         except NetworkUnavailableError as error:
-            print(f"service_level was not run: {error}")
-            return 0
+            print(f"not measured: {error}")
+            return 2
     show(result, traffic)
-    return finish(bars(result, traffic), args.out)
+    outcomes = dict(Counter(result.log.outcome))
+    return finish(bars(result, traffic), args.out, traffic=traffic.name, outcomes=outcomes)
 
 
 if __name__ == "__main__":

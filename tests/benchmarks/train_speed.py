@@ -4,7 +4,6 @@ One forward and backward pass of a batch, all candidates in turns in one run. Th
 chose bfloat16, written-out attention and the sizes of the built-in teacher and student.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -12,10 +11,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from _bars import command, options
+from _bars import finish, options
 from transformers import CLIPVisionConfig, CLIPVisionModel
-
-from edgeclip.profiles.machine import detect_machine
 
 _BATCH, _SIZE = 64, 64
 
@@ -88,14 +85,11 @@ def main() -> int:
     print(f"{'tower':<32}{'images/s':>10}{'of the first':>14}")
     for case, rate, ratio in zip(_CASES, rates, ratios, strict=True):
         print(f"{case.name:<32}{rate:>10.0f}{ratio:>14.2f}")
-    if args.out is not None:
-        rows = [
-            asdict(case) | {"images_per_s": float(rate), "of_the_first": float(ratio)}
-            for case, rate, ratio in zip(_CASES, rates, ratios, strict=True)
-        ]
-        record = {"command": command(), "machine": asdict(detect_machine()), "rows": rows}
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return 0
+    rows = [
+        asdict(case) | {"images_per_s": float(rate), "of_the_first": float(ratio)}
+        for case, rate, ratio in zip(_CASES, rates, ratios, strict=True)
+    ]
+    return finish([], args.out, threads=torch.get_num_threads(), rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,20 @@
-"""Environments of their own for what speaks the Open Inference Protocol beside EdgeCLIP."""
+"""Virtual environments of their own for what does not go with EdgeCLIP's packages."""
 
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-from _consumer_install import InstallError
-
-_MARKER = "installed.txt"
+MARKER = "installed.txt"  # in a finished folder: what is in it
 _SECONDS = 1200
-REQUIREMENTS = {
-    "tritonclient": ("tritonclient[http,grpc]==2.73.0",),
-    "kserve": ("kserve==0.21.0",),
-    "nvidia-pytriton": ("nvidia-pytriton==0.7.0", f"onnxruntime=={version('onnxruntime')}"),
-}
+
+
+class InstallError(Exception):
+    """What is wanted cannot be installed or run here; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,19 +46,18 @@ def environment(folder: Path, requirements: Sequence[str]) -> Environment:
     Raises:
         InstallError: pip cannot install them here.
     """
-    marker, wanted = folder / _MARKER, "\n".join(requirements)
-    python = folder / "bin" / "python"
-    if marker.exists() and marker.read_text(encoding="utf-8") == wanted:
+    wanted = "\n".join(requirements)
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not is_stale(folder, wanted):
         return Environment(python=python, megabytes=_megabytes(folder), seconds=None)
     print(f"installing {requirements[0]} into {folder}", file=sys.stderr, flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
-    _run([sys.executable, "-m", "venv", str(folder)])
+    run_tool([sys.executable, "-m", "venv", str(folder)])
     # Isolated (-I): what PYTHONPATH offers is not there for others.
     pip = [str(python), "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run([*pip, *requirements])
+    run_tool([*pip, *requirements])
     seconds = time.perf_counter() - start
-    marker.write_text(wanted, encoding="utf-8")
+    (folder / MARKER).write_text(wanted, encoding="utf-8")
     return Environment(python=python, megabytes=_megabytes(folder), seconds=seconds)
 
 
@@ -70,10 +66,25 @@ def _megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in files) / 1e6
 
 
-def _run(command: Sequence[str]) -> None:
+def is_stale(folder: Path, wanted: str) -> bool:
+    """Whether to install; what another version or an interrupted installation left is removed."""
+    marker = folder / MARKER
+    if marker.exists() and marker.read_text(encoding="utf-8") == wanted:
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return True
+
+
+def run_tool(command: Sequence[str], folder: Path | None = None) -> None:
+    """Run an installer to its end, in a folder if it wants one.
+
+    Raises:
+        InstallError: it failed or took too long.
+    """
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_SECONDS, check=False
+            command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise InstallError(f"{Path(command[0]).name} took more than {_SECONDS} s") from error
