@@ -32,7 +32,7 @@ demo: $(STAMP) ## the whole road, teacher to report, in runs/demo (ARGS=--quick)
 	$(BIN)/edgeclip demo --out runs/demo $(ARGS)
 
 test: $(STAMP) ## the whole test suite (ARGS='-k bundle -x')
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff, its formatter, and mypy --strict on source and tests
 	$(BIN)/ruff check .
