@@ -23,6 +23,7 @@ from transformers import (
 from edgeclip.compress.model_record import MARKER, recorded_space, write_record
 from edgeclip.compress.tokenizer_config import write_portable_config
 from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.bundle_paths import MANIFEST_NAME
 from edgeclip.runtime.errors import first_line
 from edgeclip.runtime.files import atomic_directory
 from edgeclip.runtime.read_processor import image_spec_from_hugging_face
@@ -150,6 +151,8 @@ class DualEncoder(nn.Module):
             ConfigError: not found, not a supported family, or a part is missing.
         """
         folder = _local(source)
+        if (folder / MANIFEST_NAME).is_file():
+            raise ConfigError(f"{source} is a bundle: give the student that it was exported from")
         config = _json(folder / "config.json")
         family = config.get("model_type")
         if family not in SUPPORTED:

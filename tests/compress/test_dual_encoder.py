@@ -237,6 +237,12 @@ def test_missing_and_damaged_files(own_folder: Path, name: str, damage: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_a_bundle_is_no_student(own_folder: Path) -> None:
+    (own_folder / "edgeclip.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a bundle: give the student"):
+        DualEncoder.load(own_folder)
+
+
 def test_truncated_weights(own_folder: Path) -> None:
     path = own_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
