@@ -179,11 +179,7 @@ def _latency_card(subject: Subject, others: Sequence[Subject]) -> Card:
                      f"({ratio.ratio.low:.3f} to {ratio.ratio.high:.3f})")  # fmt: skip
     if latency.p99_ms is not None:
         notes.append(f"p99 {digits(latency.p99_ms.value)} ms ({span(latency.p99_ms)})")
-    near = [
-        s.label
-        for s in others
-        if s is not subject and s.item.latency.p50_ms.low <= latency.p50_ms.high
-    ]
+    near = [s.label for s in others if s is not subject and not _surely_faster(subject, s)]
     if near:
         notes.append(f"not surely faster than {', '.join(near)}")
     return Card(
@@ -192,6 +188,16 @@ def _latency_card(subject: Subject, others: Sequence[Subject]) -> Card:
         interval=span(latency.p50_ms),
         note="; ".join(notes),
     )
+
+
+def _surely_faster(one: Subject, other: Subject) -> bool:
+    """By the ratio of paired runs where there is one: what slows both is no part of it."""
+    if one.source is other.source:
+        for item, base in ((one.item, other.item), (other.item, one.item)):
+            if item.ratio is not None and item.ratio.reference == base.name:
+                ratio = item.ratio.ratio
+                return ratio.high < 1 if item is one.item else ratio.low > 1
+    return one.item.latency.p50_ms.high < other.item.latency.p50_ms.low
 
 
 def _throughput_card(subjects: Sequence[Subject]) -> Card | None:

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.measurement import Yardstick
+from edgeclip.runtime.measuring.measurement import Measurement, Yardstick
 from edgeclip.runtime.reporting.profile_advice import advice_of
 from edgeclip.runtime.reporting.profile_blocks import Note
 from edgeclip.runtime.reporting.profile_data import NamedRun, subjects_of
@@ -77,8 +77,34 @@ def test_cards_name_the_fastest_and_what_is_as_fast() -> None:
         )
         for item in quiet_run().measurements
     )
+    items = tuple(dataclasses.replace(item, ratio=None) for item in items)
+    assert "not surely faster than" in _first_note(items)
+
+
+def test_paired_runs_decide_whichever_of_two_the_ratio_is_noted_with() -> None:
+    fp32, int8 = (
+        next(item for item in quiet_run().measurements if item.name == name)
+        for name in ("student fp32", "student int8")
+    )
+    ratio = int8.ratio
+    assert ratio is not None
+    fp32, int8 = (
+        dataclasses.replace(item, latency=dataclasses.replace(item.latency, p50_ms=p50))
+        for item, p50 in ((fp32, Interval(1.1, 1.0, 1.2)), (int8, Interval(1.0, 0.9, 1.1)))
+    )
+    assert "not surely" not in _first_note((fp32, int8))
+    near = dataclasses.replace(ratio, ratio=Interval(0.98, 0.9, 1.02))
+    assert "not surely" in _first_note((fp32, dataclasses.replace(int8, ratio=near)))
+    slower = dataclasses.replace(ratio, ratio=Interval(1.3, 1.2, 1.4))
+    swapped = dataclasses.replace(int8, latency=fp32.latency, ratio=slower)
+    note = _first_note((dataclasses.replace(fp32, latency=int8.latency), swapped))
+    assert note.startswith("student fp32")
+    assert "not surely" not in note
+
+
+def _first_note(items: tuple[Measurement, ...]) -> str:
     runs = alone(dataclasses.replace(quiet_run(), measurements=items))
-    assert "not surely faster than" in summary_of(runs, subjects_of(runs), ()).cards[0].note
+    return summary_of(runs, subjects_of(runs), ()).cards[0].note
 
 
 def test_answers_without_the_server_are_told_loudly() -> None:
