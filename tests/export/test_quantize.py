@@ -16,7 +16,6 @@ from edgeclip.compress.sources import Source
 from edgeclip.export.calibrate import calibration_images, calibration_texts
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import data_path, load_graph, save_graph
-from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.label_head import add_label_head
 from edgeclip.export.quantize import quantizable_nodes, write_int8
 from edgeclip.export.quantizing.config import StaticInt8, default_config
@@ -26,7 +25,7 @@ from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.quality import cosines
 from edgeclip.runtime.spec import Tower
 from tests.export.conftest import RunGraph
-from tests.export.quantizing.small_graphs import graph_of
+from tests.export.quantizing.small_graphs import fused, graph_of
 
 Make = Callable[..., Source]
 CPU = StaticInt8(symmetric=False, reduce_range=True)
@@ -112,15 +111,14 @@ def test_what_follows_a_fused_node_is_quantized_too(
 ) -> None:
     """Not its weights alone: ONNX cannot tell the type of what it reads."""
     model = load_graph(clip_towers.image)
-    for item in PASSES:
-        model, _ = item.apply(model)
+    model = fused(model)
     assert any(node.op_type == "MultiHeadAttention" for node in model.graph.node)
-    fused = tmp_path / "fused.onnx"
-    save_graph(model, fused)
+    path = tmp_path / "fused.onnx"
+    save_graph(model, path)
     data = calibration_images(blobs(16), clip.spec.image)
-    write_int8(fused, tmp_path / "q.onnx", data, CPU)
+    write_int8(path, tmp_path / "q.onnx", data, CPU)
     written = onnx.load(tmp_path / "q.onnx")
-    made_by, able = makers(written), set(quantizable_nodes(fused))
+    made_by, able = makers(written), set(quantizable_nodes(path))
     products = [node for node in written.graph.node if node.name in able]
     assert len(products) == len(able)
     for node in products:

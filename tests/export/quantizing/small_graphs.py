@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.export.calibrate import CalibrationData
+from edgeclip.export.graph_passes import PASSES
 
 Shape = Sequence[Any]
 
@@ -49,6 +50,13 @@ def run(model: onnx.ModelProto, values: NDArray[Any]) -> list[NDArray[Any]]:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     return [np.asarray(item) for item in session.run(None, {model.graph.input[0].name: values})]
+
+
+def fused(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph with all rewrites that there are, ONNX Runtime's own operators among them."""
+    for item in PASSES:
+        model, _ = item.apply(model)
+    return model
 
 
 def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -13,14 +13,13 @@ from edgeclip.compress.sources import Source
 from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.quantize import write_int8
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.correct_bias import correct_biases
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.runtime.quality import cosines
 from edgeclip.runtime.spec import Tower
-from tests.export.quantizing.small_graphs import batches, copy_of, graph_of, run
+from tests.export.quantizing.small_graphs import batches, copy_of, fused, graph_of, run
 
 Make = Callable[..., Source]
 CPU = StaticInt8(symmetric=False)
@@ -130,8 +129,7 @@ def test_fused_biases_are_corrected_too(
     convnext: DualEncoder, convnext_towers: TowerPaths, blobs: Make, tmp_path: Path
 ) -> None:
     model = load_graph(convnext_towers.image)
-    for item in PASSES:
-        model, _ = item.apply(model)
+    model = fused(model)
     assert kinds(model)["BiasGelu"] == 2
     data = calibration_images(blobs(32), convnext.spec.image)
     before = quantized(model, data, SYMMETRIC, tmp_path)

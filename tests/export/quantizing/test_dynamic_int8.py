@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.quantize import quantizable_nodes
 from edgeclip.export.quantizing.config import DynamicInt8, StaticInt8
 from edgeclip.export.quantizing.dynamic_int8 import write_dynamic_int8
@@ -19,7 +18,7 @@ from edgeclip.export.quantizing.write_config import write_config
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.runtime.quality import cosines
 from tests.export.quantizing.collapse_models import TEXT_TOWER, captions
-from tests.export.quantizing.small_graphs import run
+from tests.export.quantizing.small_graphs import fused, run
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +95,7 @@ def test_a_tower_with_everything_kept_is_refused(tmp_path: Path) -> None:
 def test_fused_and_merged_graphs_are_quantized_too(clip_towers: TowerPaths, tmp_path: Path) -> None:
     """What follows a fused node has no inferred type: ONNX does not know its operator."""
     model = load_graph(clip_towers.image)
-    for item in PASSES:
-        model, _ = item.apply(model)
+    model = fused(model)
     save_graph(model, tmp_path / "fused.onnx")
     write_dynamic_int8(tmp_path / "fused.onnx", tmp_path / "q.onnx", reduce_range=False)
     assert kinds(tmp_path / "q.onnx")["MatMulInteger"] > 0

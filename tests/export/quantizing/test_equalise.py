@@ -12,14 +12,13 @@ from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.calibrate import calibration_images, calibration_texts
 from edgeclip.export.graph import load_graph
-from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.equalise import equalisable, equalise
 from edgeclip.export.quantizing.layer_error import quantized_weight
 from edgeclip.export.quantizing.transform import apply_transforms
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.runtime.spec import Tower
-from tests.export.quantizing.small_graphs import batches, close, copy_of, graph_of, run
+from tests.export.quantizing.small_graphs import batches, close, copy_of, fused, graph_of, run
 
 Make = Callable[..., Source]
 
@@ -167,16 +166,20 @@ def test_a_channel_that_is_never_made_or_read_stays() -> None:
         ("convnext", "image", 0),
     ],
 )
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("rewritten", [False, True], ids=["plain", "fused"])
 def test_towers_compute_the_same(
-    family: str, tower: Tower, pairs: int, fused: bool, blobs: Make, request: pytest.FixtureRequest
+    family: str,
+    tower: Tower,
+    pairs: int,
+    rewritten: bool,
+    blobs: Make,
+    request: pytest.FixtureRequest,
 ) -> None:
     dual: DualEncoder = request.getfixturevalue(family)
     paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
     model = load_graph(paths.graph(tower).path)
-    if fused:
-        for item in PASSES:
-            model, _ = item.apply(model)
+    if rewritten:
+        model = fused(model)
     data = (
         calibration_images(blobs(8), dual.spec.image)
         if tower == "image"

@@ -26,7 +26,6 @@ from edgeclip.export.activation_bounds import (
 from edgeclip.export.calibrate import CalibrationData, calibration_images
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.quantize import quantizable_nodes, write_int8
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.observe import observe
@@ -42,7 +41,7 @@ from edgeclip.export.quantizing.ranging import (
     squared_error,
 )
 from edgeclip.export.to_onnx import TowerPaths
-from tests.export.quantizing.small_graphs import batches, graph_of
+from tests.export.quantizing.small_graphs import batches, fused, graph_of
 
 Make = Callable[..., Source]
 CUTS: tuple[Method, ...] = ("percentile", "entropy", "mse")
@@ -240,8 +239,7 @@ def test_what_fused_operators_give_has_a_bound_too(
 ) -> None:
     """ONNX cannot infer the types of ONNX Runtime's own operators."""
     model = load_graph(clip_towers.image)
-    for item in PASSES:
-        model, _ = item.apply(model)
+    model = fused(model)
     attention = [n.output[0] for n in model.graph.node if n.op_type == "MultiHeadAttention"]
     save_graph(model, tmp_path / "fused.onnx")
     data = calibration_images(blobs(8), clip.spec.image)

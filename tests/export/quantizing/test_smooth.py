@@ -14,7 +14,6 @@ from edgeclip.export.calibrate import CalibrationData, calibration_images, calib
 from edgeclip.export.errors import ExportError
 from edgeclip.export.gates import Bounds, Judged, judge_tower, missed
 from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.graph_passes import PASSES
 from edgeclip.export.quantize import write_int8
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.smooth import rescale, search_alphas, smooth, smoothable
@@ -22,7 +21,7 @@ from edgeclip.export.quantizing.transform import apply_transforms
 from edgeclip.export.to_onnx import TowerPaths
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.planted import plant_outlier
-from tests.export.quantizing.small_graphs import batches, close, copy_of, graph_of, run
+from tests.export.quantizing.small_graphs import batches, close, copy_of, fused, graph_of, run
 
 Make = Callable[..., Source]
 CPU, SYMMETRIC = StaticInt8(symmetric=False), StaticInt8(symmetric=True)
@@ -127,8 +126,7 @@ def test_fused_and_merged_graphs_are_smoothed_alike(
     clip: DualEncoder, clip_towers: TowerPaths, blobs: Make
 ) -> None:
     model, data = load_graph(clip_towers.image), calibration_images(blobs(20), clip.spec.image)
-    for item in PASSES:
-        model, _ = item.apply(model)
+    model = fused(model)
     kinds = {node.op_type for node in model.graph.node}
     assert {"Split", "MultiHeadAttention", "SkipLayerNormalization"} <= kinds
     norms = smoothable(model)
