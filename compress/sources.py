@@ -14,6 +14,8 @@ from edgeclip.profiles.errors import ConfigError
 from edgeclip.runtime.captions import read_captions
 from edgeclip.runtime.load_image import list_images, load_image
 
+EMOJI = "emoji"  # what `--data` calls the built-in scenes
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -177,7 +179,7 @@ def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
         ConfigError: some of the subfolders are there, but not the one for `split`.
         InputError: see `FolderSource`.
     """
-    if data == "emoji":
+    if data == EMOJI:
         return EmojiSource(split, count, size=size, distinct=split != "train")
     folder = Path(data)
     there = [name for name in get_args(Split) if (folder / name).is_dir()]

@@ -6,7 +6,7 @@ from pathlib import Path
 from edgeclip.compress.compute import best_device
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.emoji_scenes import Split
-from edgeclip.compress.sources import Source, open_source
+from edgeclip.compress.sources import EMOJI, Source, open_source
 from edgeclip.profiles.errors import ConfigError
 
 BUILT_IN = "built-in"
@@ -27,7 +27,7 @@ def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
     """`--data` and `--count`."""
     parser.add_argument(
         "--data",
-        default="emoji",
+        default=EMOJI,
         help="folder of pictures, with captions.csv or NAME.txt beside each for captions; "
         "'emoji' for the built-in scenes (default)",
     )

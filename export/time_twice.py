@@ -74,31 +74,29 @@ def time_each_twice(
     Raises:
         EngineError: an engine fails.
     """
-    openers = {str(number): opener for number, opener in enumerate((reference, *candidates))}
+    openers = (reference, *candidates)
     found: list[list[Timed]] = [[] for _ in candidates]
-    for order in (list(openers), list(openers)[::-1]):
-        first, *others = _in_turns(
-            {name: openers[name] for name in order}, values, tower, workload, seconds
-        )
+    for order in (range(len(openers)), range(len(openers))[::-1]):
+        first, *others = _in_turns(openers, order, values, tower, workload, seconds)
         for timed, other in zip(found, others, strict=True):
             timed.append(Timed(first, other))
     return [tuple(timed) for timed in found]
 
 
 def _in_turns(
-    openers: dict[str, Opener],
+    openers: Sequence[Opener],
+    order: Sequence[int],
     values: NDArray[Any],
     tower: Tower,
     workload: Workload,
     seconds: float,
 ) -> tuple[Measurement, ...]:
-    """Load engines in this order and time them; measurements in the order of their names."""
-    runs = {name: opened() for name, opened in openers.items()}
-    make_batch, names = repeat_rows(values[:1]), sorted(runs, key=int)
-    repeats = _repeats(runs[names[0]], make_batch(1), workload.repeats, seconds)
-    candidates = [Candidate(name, runs[name], make_batch) for name in names]
+    """Load engines in an order and time them; measurements in the order of `openers`."""
+    runs, make_batch = {at: openers[at]() for at in order}, repeat_rows(values[:1])
+    repeats = _repeats(runs[0], make_batch(1), workload.repeats, seconds)
+    candidates = [Candidate(str(at), runs[at], make_batch) for at in range(len(openers))]
     fits = replace(workload, repeats=repeats)
-    return measure_interleaved(candidates, fits, part=tower, reference=names[0])
+    return measure_interleaved(candidates, fits, part=tower, reference=candidates[0].name)
 
 
 def _repeats(run: Run, values: NDArray[Any], most: int, seconds: float) -> int:

@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 from typing import get_args
 
+from edgeclip.compress.sources import EMOJI
 from edgeclip.export.verb_options import say
-from edgeclip.export.write_cuts import EMOJI, WrittenCuts, write_cuts
+from edgeclip.export.write_cuts import WrittenCuts, write_cuts
 from edgeclip.profiles.device import load_device
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.errors import InputError

@@ -7,7 +7,7 @@ from typing import get_args
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.quantization_aware import gentle_settings
-from edgeclip.compress.sources import Source, open_source
+from edgeclip.compress.sources import EMOJI, Source, open_source
 from edgeclip.compress.verb_options import add_teacher, load_teacher
 from edgeclip.export.bake_labels import bake_by_teacher, read_label_names
 from edgeclip.export.build_bundle import BuiltBundle, build_bundle
@@ -17,7 +17,7 @@ from edgeclip.export.list_targets import targets_table
 from edgeclip.export.quantizing.last_resort import Tuning
 from edgeclip.export.quantizing.quantization_file import FILE_NAME, Quantization
 from edgeclip.export.quantizing.search_task import open_calibration
-from edgeclip.export.verb_options import EMOJI, add_pairs_option, say
+from edgeclip.export.verb_options import add_pairs_option, say
 from edgeclip.export.write_bundle import Origin
 from edgeclip.export.zero_shot import emoji_zero_shot
 from edgeclip.profiles.device import THIS_MACHINE, load_device

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-EMOJI = "emoji"  # what `open_source` calls the built-in scenes
+from edgeclip.compress.sources import EMOJI
 
 
 def add_pairs_option(parser: argparse.ArgumentParser) -> None:

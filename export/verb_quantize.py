@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source, open_source
+from edgeclip.compress.sources import EMOJI, Source, open_source
 from edgeclip.compress.verb_options import BUILT_IN, add_teacher, load_teacher
 from edgeclip.export.bake_labels import bake_by_teacher, read_label_names
 from edgeclip.export.embed_pairs import check_captions
@@ -29,7 +29,7 @@ from edgeclip.export.quantizing.search_space import space_for
 from edgeclip.export.quantizing.search_table import search_table
 from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask, open_calibration
 from edgeclip.export.quantizing.searched_graph import SearchedGraph, export_searched
-from edgeclip.export.verb_options import EMOJI, add_pairs_option
+from edgeclip.export.verb_options import add_pairs_option
 from edgeclip.export.zero_shot import ZeroShot, emoji_zero_shot, find_zero_shot
 from edgeclip.profiles.device import THIS_MACHINE, DeviceProfile, load_device
 from edgeclip.profiles.machine import detect_machine

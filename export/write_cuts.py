@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeclip.compress.sources import EmojiSource
+from edgeclip.compress.sources import EMOJI, EmojiSource
 from edgeclip.export.cut_points import FoundCut, find_cuts
 from edgeclip.export.cut_tower import head, prepare, tail
 from edgeclip.export.errors import ExportError
@@ -42,7 +42,6 @@ from edgeclip.runtime.spec import OUTPUT_NAMES, Precision
 from edgeclip.runtime.tower_feed import tower_feed
 from edgeclip.runtime.tower_runner import TowerRunner
 
-EMOJI = "emoji"
 # The largest difference of one value of an embedding between the halves and the whole.
 EXACT = 1e-4
 

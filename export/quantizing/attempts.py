@@ -43,7 +43,7 @@ class Bench(Protocol):
         """Return the config with the nodes in fp32 without which it misses its gates."""
 
     def race(self, configs: Sequence[Config]) -> tuple[PointLatency, ...]:
-        """Time configs and fp32 in the same rounds; nothing where this is not the device."""
+        """Time configs and fp32 in the same rounds, where points have times."""
 
     def judge(self, config: Config) -> Judgement:
         """Judge a config on the test pairs."""

@@ -175,13 +175,11 @@ class TowerTrial:
         return replace(config, islands=self._store.remember(Findings, key(config), look).islands)
 
     def race(self, configs: Sequence[Config]) -> tuple[PointLatency, ...]:
-        """Time configs and fp32 in the same rounds; nothing where this is not the device.
+        """Time configs and fp32 in the same rounds, on the device that this machine must be.
 
         Raises:
             ExportError, EngineError: see `point`.
         """
-        if self.task.workload is None:
-            return ()
         what = "\n".join(map(key, configs))
         return self._store.remember(Raced, what, lambda: self._race(configs)).latencies
 
