@@ -5,10 +5,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from edgeclip.export.graph import write_unchecked
+from edgeclip.export.towers import MASKED
 from edgeclip.runtime.engine import Engine
 
 Opener = Callable[[Path], Engine]
@@ -131,3 +133,28 @@ def captured(node: onnx.NodeProto) -> Iterator[str]:
             for inner in graph.node:
                 yield from _reads(inner)
             yield from (item.name for item in graph.output)
+
+
+def relative_error(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
+    """Length of the difference divided by the length of the reference.
+
+    Masked scores (at most half of `MASKED`) do not count, since they would hide what is
+    wrong with the others. Infinite if shapes differ, or where one of the arrays is NaN or
+    infinite and the other is something else. For integers and booleans 1 if any differs.
+    """
+    if reference.shape != candidate.shape:
+        return float("inf")
+    if not np.issubdtype(reference.dtype, np.floating):
+        return float(np.any(reference != candidate))
+    right, found = reference.astype(np.float64), candidate.astype(np.float64)
+    finite = np.isfinite(right) & np.isfinite(found)
+    if not np.array_equal(right[~finite], found[~finite], equal_nan=True):
+        return float("inf")
+    counted = finite & (right > MASKED / 2)
+    if not counted.any():
+        counted = finite
+    length = float(np.linalg.norm(right[counted]))
+    off = float(np.linalg.norm(found[counted] - right[counted]))
+    if off == 0:
+        return 0.0
+    return off / length if length > 0 else float("inf")

@@ -17,14 +17,9 @@ from torch import Tensor, nn
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import Source
 from edgeclip.export.capture import capture
-from edgeclip.export.cut_graph import GraphValues
+from edgeclip.export.cut_graph import GraphValues, relative_error
 from edgeclip.export.embed_pairs import Embedder, graph_embedder, torch_embedder, tower_inputs
-from edgeclip.export.find_difference import (
-    TOLERANCES,
-    find_difference,
-    first_difference,
-    relative_error,
-)
+from edgeclip.export.find_difference import TOLERANCES, find_difference, first_difference
 from edgeclip.export.graph import load_graph
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.torch_values import TorchValues

@@ -10,14 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeclip.export.cut_graph import GraphValues, Opener
+from edgeclip.export.cut_graph import GraphValues, Opener, relative_error
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph import load_graph
-from edgeclip.export.towers import MASKED
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.engine import open_engine
 from edgeclip.runtime.spec import Precision
@@ -203,31 +201,6 @@ class _Search:
             right, found = self._reference.values([name]), self._candidate.values([name])
             self._errors[name] = relative_error(right[name], found[name])
         return self._errors[name]
-
-
-def relative_error(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
-    """Length of the difference divided by the length of the reference.
-
-    Masked scores (at most half of `MASKED`) do not count, since they would hide what is
-    wrong with the others. Infinite if shapes differ, or where one of the arrays is NaN or
-    infinite and the other is something else. For integers and booleans 1 if any differs.
-    """
-    if reference.shape != candidate.shape:
-        return float("inf")
-    if not np.issubdtype(reference.dtype, np.floating):
-        return float(np.any(reference != candidate))
-    right, found = reference.astype(np.float64), candidate.astype(np.float64)
-    finite = np.isfinite(right) & np.isfinite(found)
-    if not np.array_equal(right[~finite], found[~finite], equal_nan=True):
-        return float("inf")
-    counted = finite & (right > MASKED / 2)
-    if not counted.any():
-        counted = finite
-    length = float(np.linalg.norm(right[counted]))
-    off = float(np.linalg.norm(found[counted] - right[counted]))
-    if off == 0:
-        return 0.0
-    return off / length if length > 0 else float("inf")
 
 
 def cpu_like(device: DeviceProfile) -> DeviceProfile:

@@ -11,8 +11,8 @@ from typing import Any
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from edgeclip.export.cut_graph import relative_error
 from edgeclip.export.errors import ExportError
-from edgeclip.export.find_difference import relative_error
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.graph_passes import GraphPass, passes_for
 from edgeclip.export.time_twice import time_twice

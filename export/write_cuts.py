@@ -27,7 +27,7 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.files import atomic_directory
 from edgeclip.runtime.load_image import list_images
 from edgeclip.runtime.manifest import TowerFile
-from edgeclip.runtime.planning.cut_runner import CutHead, CutTail
+from edgeclip.runtime.planning.cut_head import CutHead
 from edgeclip.runtime.planning.cut_set import (
     CUTS_NAME,
     PICTURES_NAME,
@@ -38,6 +38,7 @@ from edgeclip.runtime.planning.cut_set import (
     head_name,
     tail_name,
 )
+from edgeclip.runtime.serving.cut_tail import CutTail
 from edgeclip.runtime.spec import OUTPUT_NAMES, Precision
 from edgeclip.runtime.tower_feed import tower_feed
 from edgeclip.runtime.tower_runner import TowerRunner

@@ -1,5 +1,7 @@
 """Checks shared by everything that takes embeddings or compares them."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,3 +87,35 @@ def check_space(expected: str, found: str, what: str) -> None:
             f"{what} was made in the embedding space {found[:12]}, not in {expected[:12]}: "
             "make it again with an encoder of this space"
         )
+
+
+def check_keyed(what: str, keys: Sequence[object], embeddings: NDArray[Any], space: object) -> None:
+    """Check that unique texts name the rows of unit float32 embeddings.
+
+    Raises:
+        InputError: repeated, empty or too few keys, or embeddings that are not float32
+            [len(keys), dim] with rows of length 1, or no space.
+    """
+    check_unit_rows(embeddings, f"{what} embeddings")
+    if embeddings.dtype != np.float32:
+        raise InputError(f"{what} embeddings must be float32, not {embeddings.dtype}")
+    if len(keys) != len(embeddings):
+        raise InputError(f"{len(keys)} {what} names cannot name {len(embeddings)} embeddings")
+    if not all(isinstance(key, str) and key for key in keys):
+        raise InputError(f"every {what} name must be a text that is not empty")
+    if len(set(keys)) != len(keys):
+        first = Counter(keys).most_common(1)[0][0]
+        raise InputError(f"the {what} name {first!r} comes twice: make the names unique")
+    if not isinstance(space, str) or not space:
+        raise InputError(f"{what} embeddings need the fingerprint of their embedding space")
+
+
+def text_tuple(value: object) -> tuple[str, ...]:
+    """Turn what JSON gave for a list of texts into a tuple.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InputError("a list of texts was expected")
+    return tuple(value)

@@ -17,7 +17,7 @@ from pathlib import Path
 from edgeclip.profiles.errors import EdgeClipError
 from edgeclip.profiles.schema import parse
 from edgeclip.runtime.engine_key import ENGINE_FOLDER, ENGINE_SUFFIX, EngineKey
-from edgeclip.runtime.files import atomic_file
+from edgeclip.runtime.files import atomic_file, cache_root
 from edgeclip.runtime.manifest import GateRecord
 
 ENTRY_VERSION = 1
@@ -147,16 +147,8 @@ class EngineCache:
 
 
 def engine_folder() -> Path:
-    """Where engines are kept: $EDGECLIP_CACHE/engines, by default ~/.cache/edgeclip/engines.
-
-    $XDG_CACHE_HOME replaces ~/.cache (XDG Base Directory Specification: if it is absolute).
-    """
-    own = os.environ.get("EDGECLIP_CACHE")
-    if own:
-        return Path(own).expanduser() / ENGINE_FOLDER
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    base = shared if shared.is_absolute() else Path.home() / ".cache"
-    return base / "edgeclip" / ENGINE_FOLDER
+    """Where engines are kept: the folder `engines` of `cache_root()`."""
+    return cache_root() / ENGINE_FOLDER
 
 
 def _write(path: Path, content: bytes) -> None:

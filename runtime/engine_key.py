@@ -5,12 +5,13 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 from edgeclip.profiles.device import DeviceProfile, Portability
 from edgeclip.runtime.bundle_paths import check_path
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.tensorrt_library import LibraryName, TensorRtLibrary, sm
 
+LibraryName = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_FOLDER = "engines"
 ENGINE_SUFFIX = ".engine"
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -19,6 +20,20 @@ _CAPABILITY = re.compile(r"([1-9]\d?)\.(\d)")
 _NAME = re.compile(r"[a-z0-9_]+")
 _FIRST_AMPERE = (8, 0)
 _SHORT_HASH = 8
+
+
+class InstalledLibrary(Protocol):
+    """What a key needs to know of an installed TensorRT (see `TensorRtLibrary`)."""
+
+    @property
+    def name(self) -> LibraryName:
+        """The package: "tensorrt" or "tensorrt-rtx"."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Its version, such as "10.3.0"."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +119,7 @@ class EngineKey:
 
     @classmethod
     def of(
-        cls, source: GraphSource, device: DeviceProfile, library: TensorRtLibrary
+        cls, source: GraphSource, device: DeviceProfile, library: InstalledLibrary
     ) -> "EngineKey":
         """The key of the engine that a device asks for.
 
@@ -197,7 +212,7 @@ class EngineRecord:
             raise ValueError(f"{self.path}: an engine lies at {ENGINE_FOLDER}/NAME{ENGINE_SUFFIX}")
 
     def misfit(
-        self, source: GraphSource, device: DeviceProfile, library: TensorRtLibrary
+        self, source: GraphSource, device: DeviceProfile, library: InstalledLibrary
     ) -> str | None:
         """Why it does not suit a graph on a device with that library; None if it does.
 
@@ -226,3 +241,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _check_hash(name: str, value: str) -> None:
     if not _HEX.fullmatch(value):
         raise ValueError(f"{name} must be 64 lower-case hexadecimal digits")
+
+
+def sm(capability: str) -> str:
+    """The short name of a compute capability: "sm89" for "8.9"."""
+    return "sm" + capability.replace(".", "")

@@ -175,3 +175,16 @@ def _fsync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def cache_root() -> Path:
+    """Where this user's caches are kept: $EDGECLIP_CACHE, by default ~/.cache/edgeclip.
+
+    $XDG_CACHE_HOME replaces ~/.cache (XDG Base Directory Specification: if it is absolute).
+    """
+    own = os.environ.get("EDGECLIP_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = shared if shared.is_absolute() else Path.home() / ".cache"
+    return base / "edgeclip"

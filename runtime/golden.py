@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.embeddings import text_tuple
 from edgeclip.runtime.errors import BundleError, InputError
-from edgeclip.runtime.labels import text_tuple
 from edgeclip.runtime.manifest import Manifest
 from edgeclip.runtime.npz import read_npz, write_npz
 from edgeclip.runtime.spec import Precision, Tower

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeclip.runtime.engine_cache import engine_folder
 from edgeclip.runtime.errors import EngineError
+from edgeclip.runtime.files import cache_root
 from edgeclip.runtime.ort_session import data_entries, import_onnxruntime, session_options
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def cache_folder(content: bytes, data_folder: Path | None) -> Path:
         for file in sorted(data_folder.iterdir()) if data_folder else ():
             state = file.stat()
             digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
-        folder = engine_folder().with_name("onnxruntime") / digest.hexdigest()[:32]
+        folder = cache_root() / "onnxruntime" / digest.hexdigest()[:32]
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise EngineError(

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.embeddings import check_space, check_unit_rows
+from edgeclip.runtime.embeddings import check_keyed, check_space, check_unit_rows, text_tuple
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.labels import check_keyed, text_tuple
 from edgeclip.runtime.npz import read_npz, write_npz
 
 _KIND = "edgeclip-index-1"

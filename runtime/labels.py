@@ -1,15 +1,13 @@
 """Label sets: class names and their text embeddings, ready for zero-shot classification."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.embeddings import check_space, check_unit_rows
+from edgeclip.runtime.embeddings import check_keyed, check_space, text_tuple
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.npz import read_npz, write_npz
 
@@ -114,35 +112,3 @@ def split_names(text: str) -> tuple[str, ...]:
     if not all(names):
         raise InputError(f"{text!r} holds an empty name: write NAME,NAME,...")
     return names
-
-
-def check_keyed(what: str, keys: Sequence[object], embeddings: NDArray[Any], space: object) -> None:
-    """Check that unique texts name the rows of unit float32 embeddings.
-
-    Raises:
-        InputError: repeated, empty or too few keys, or embeddings that are not float32
-            [len(keys), dim] with rows of length 1, or no space.
-    """
-    check_unit_rows(embeddings, f"{what} embeddings")
-    if embeddings.dtype != np.float32:
-        raise InputError(f"{what} embeddings must be float32, not {embeddings.dtype}")
-    if len(keys) != len(embeddings):
-        raise InputError(f"{len(keys)} {what} names cannot name {len(embeddings)} embeddings")
-    if not all(isinstance(key, str) and key for key in keys):
-        raise InputError(f"every {what} name must be a text that is not empty")
-    if len(set(keys)) != len(keys):
-        first = Counter(keys).most_common(1)[0][0]
-        raise InputError(f"the {what} name {first!r} comes twice: make the names unique")
-    if not isinstance(space, str) or not space:
-        raise InputError(f"{what} embeddings need the fingerprint of their embedding space")
-
-
-def text_tuple(value: object) -> tuple[str, ...]:
-    """Turn what JSON gave for a list of texts into a tuple.
-
-    Raises:
-        InputError: it is something else.
-    """
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise InputError("a list of texts was expected")
-    return tuple(value)

@@ -2,13 +2,12 @@
 
 import importlib
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.engine_key import LibraryName, sm
 from edgeclip.runtime.errors import EngineError, MissingExtraError, first_line
 from edgeclip.runtime.tensorrt_cuda import gpu_capability
-
-LibraryName = Literal["tensorrt", "tensorrt-rtx"]
 
 _MENDS: dict[LibraryName, str] = {
     "tensorrt": (
@@ -76,11 +75,6 @@ class TensorRtLibrary:
         """TensorRT for RTX's name for a compute capability; None of one it does not know."""
         kinds = getattr(self.module, "ComputeCapability", None)
         return getattr(kinds, sm(capability).upper(), None)
-
-
-def sm(capability: str) -> str:
-    """The short name of a compute capability: "sm89" for "8.9"."""
-    return "sm" + capability.replace(".", "")
 
 
 def open_library(device: DeviceProfile) -> TensorRtLibrary:

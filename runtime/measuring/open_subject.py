@@ -16,7 +16,7 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.engine_ort import OrtEngine
 from edgeclip.runtime.files import sha256_file
 from edgeclip.runtime.load_image import load_picture
-from edgeclip.runtime.measuring.interleave import Candidate, repeat_rows
+from edgeclip.runtime.measuring.interleave import Candidate
 from edgeclip.runtime.measuring.measurement import Identity
 from edgeclip.runtime.measuring.sample_pictures import sample_pictures
 from edgeclip.runtime.measuring.subject import SubjectSpec
@@ -78,59 +78,6 @@ class ExactEncoder(Encoder):
         tower = bundle.manifest.tower("image")
         self.precisions["image"] = choose_precision(tower, device, precision)
         self._is_wanted = True
-
-
-def open_subject(spec: SubjectSpec, *, bundle: Bundle | None = None) -> OpenSubject:
-    """Load a subject.
-
-    Args:
-        spec: which one.
-        bundle: that of the spec, where it is open already; checking a bundle reads all of it.
-
-    Raises:
-        BundleError: not a bundle, or it does not hold the precision.
-        InputError: the device does not allow the precision, or a picture or model that is
-            missing or cannot be read.
-        EngineError: it cannot be loaded, computes wrongly, or its server does not answer.
-        MissingExtraError: a package is not installed.
-        ConfigError, CutSetError, SpaceMismatchError: see `SplitRuntime`.
-    """
-    if spec.model is not None:
-        from edgeclip.runtime.measuring.open_model import open_model
-
-        return open_model(spec)
-    opened = bundle or Bundle.open(str(spec.bundle))
-    if spec.part == "split":
-        from edgeclip.runtime.measuring.open_split import open_split
-
-        return open_split(spec, opened)
-    if spec.part == "file":
-        return _open_file(spec, opened)
-    return _open_tower(spec, opened, spec.part)
-
-
-def _open_tower(spec: SubjectSpec, bundle: Bundle, tower: Tower) -> OpenSubject:
-    precision = choose_precision(bundle.manifest.tower(tower), spec.device, spec.precision)
-    runner = TowerRunner(bundle, tower, precision, spec.device)
-    inputs = bundle.golden().inputs(tower)
-    return OpenSubject(
-        candidate=Candidate(spec.title, runner.run, repeat_rows(inputs), spec.device.threads),
-        identity=identity_of(spec, bundle, tower, runner, inputs[:1].shape),
-    )
-
-
-def _open_file(spec: SubjectSpec, bundle: Bundle) -> OpenSubject:
-    encoder = ExactEncoder(bundle, spec.device, spec.precision)
-    contents, shape = read_pictures(spec)
-    encoder.encode_image(list(contents[:1]))  # loads the tower
-
-    def run(batch: NDArray[Any]) -> NDArray[np.float32]:
-        return encoder.encode_image(list(batch), batch_size=len(batch))
-
-    return OpenSubject(
-        candidate=Candidate(spec.title, run, repeat_rows(contents), spec.device.threads),
-        identity=identity_of(spec, bundle, "image", encoder._image_tower, shape),
-    )
 
 
 def identity_of(

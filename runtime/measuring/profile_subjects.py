@@ -28,7 +28,8 @@ from edgeclip.runtime.measuring.measurement import (
     MeasurementRun,
     ScenarioResult,
 )
-from edgeclip.runtime.measuring.open_subject import OpenSubject, open_subject
+from edgeclip.runtime.measuring.open_any import open_subject
+from edgeclip.runtime.measuring.open_subject import OpenSubject
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from edgeclip.runtime.measuring.take_turns import measurements_of, sweep_subject, take_turns
 from edgeclip.runtime.progress import progress_bar

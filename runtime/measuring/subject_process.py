@@ -15,7 +15,8 @@ from edgeclip.profiles.errors import EdgeClipError
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.measuring.measurement import Yardstick
-from edgeclip.runtime.measuring.open_subject import OpenSubject, open_subject
+from edgeclip.runtime.measuring.open_any import open_subject
+from edgeclip.runtime.measuring.open_subject import OpenSubject
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from edgeclip.runtime.measuring.subject_request import ERROR, STEP, Answer, Request, SubjectTurns
 from edgeclip.runtime.sensing.memory import peak_memory_mb

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from edgeclip.runtime.planning.cut_runner import tail_model
+from edgeclip.runtime.planning.cut_head import tail_model
 from edgeclip.runtime.planning.cut_set import CutManifest
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.planning.stage_times import Payload, Stage, StageTimes

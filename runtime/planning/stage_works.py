@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.planning.cut_runner import CutHead, CutTail, tail_model
+from edgeclip.runtime.planning.cut_head import CutHead, tail_model
 from edgeclip.runtime.planning.cut_set import CutPoint, CutSet
 from edgeclip.runtime.planning.stage_times import Payload, Stage
 from edgeclip.runtime.preprocess import crop_batch, resize_and_crop
 from edgeclip.runtime.quality import cosines
+from edgeclip.runtime.serving.cut_tail import CutTail
 from edgeclip.runtime.wire.codec import FLOAT_CODECS, PIXEL_CODECS, CodecName, decode, encode
 from edgeclip.runtime.wire.codec_image import IMAGE_CODECS, encode_picture
 from edgeclip.runtime.wire.messages import (

@@ -86,8 +86,8 @@ def _add_bundle(registry: Registry, given: str, device: str) -> None:
 
 def _add_tails(registry: Registry, given: str, device: str) -> None:
     from edgeclip.profiles.device import load_device
-    from edgeclip.runtime.planning.cut_runner import tail_models
     from edgeclip.runtime.planning.cut_set import CutSet
+    from edgeclip.runtime.serving.cut_tail import tail_models
 
     name, path = _named(given)
     for tail in tail_models(CutSet.open(path), load_device(device), name or None):

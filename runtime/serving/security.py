@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 
-from edgeclip.runtime.engine_cache import engine_folder
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.files import cache_root
 from edgeclip.runtime.serving.auth import own_token, read_token
 from edgeclip.runtime.serving.tls import TlsFiles, own_certificate
 
@@ -76,7 +76,7 @@ def security_for(
 
 def server_folder() -> Path:
     """Where a server keeps what it makes: `server` beside the engines' folder."""
-    return engine_folder().with_name("server")
+    return cache_root() / "server"
 
 
 def _own_token(folder: Path, lines: list[str]) -> str:

@@ -11,7 +11,7 @@ from edgeclip.runtime.embeddings import check_embeddings, check_space
 from edgeclip.runtime.encoder import Answer, Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.index import Hit
-from edgeclip.runtime.planning.cut_runner import CutHead
+from edgeclip.runtime.planning.cut_head import CutHead
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.split.deadline import Deadline
 from edgeclip.runtime.split.errors import BadReplyError

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from edgeclip.profiles.device import load_device
-from edgeclip.runtime.planning.cut_runner import CutHead, CutTail
+from edgeclip.runtime.planning.cut_head import CutHead
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.planning.stage_works import StageWork
 from edgeclip.runtime.preprocess import resize_and_crop
+from edgeclip.runtime.serving.cut_tail import CutTail
 from edgeclip.runtime.split.deadline import Deadline
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.wire.codec import codec_name, encode

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.measuring import ask_process, subject_process
-from edgeclip.runtime.measuring.open_subject import OpenSubject, open_subject
+from edgeclip.runtime.measuring.open_any import open_subject
+from edgeclip.runtime.measuring.open_subject import OpenSubject
 from edgeclip.runtime.measuring.subject import SubjectSpec
 
 SLOWED = "slowed"

@@ -25,8 +25,8 @@ from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.compress.sources import EmojiSource
 from edgeclip.compress.verb_options import BUILT_IN_TEACHER
 from edgeclip.export.capture import capture
+from edgeclip.export.cut_graph import relative_error
 from edgeclip.export.embed_pairs import tower_inputs
-from edgeclip.export.find_difference import relative_error
 from edgeclip.export.graph import limit_masks, load_graph, save_graph
 from edgeclip.export.graph_form import GraphForm
 from edgeclip.export.graph_passes import PASSES

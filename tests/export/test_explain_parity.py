@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export import explain_parity as explain
 from edgeclip.export.capture import capture
-from edgeclip.export.cut_graph import GraphValues
+from edgeclip.export.cut_graph import GraphValues, relative_error
 from edgeclip.export.embed_pairs import tower_inputs
 from edgeclip.export.explain_parity import explain_parity, explain_precision
-from edgeclip.export.find_difference import relative_error
 from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.graph_form import GraphForm

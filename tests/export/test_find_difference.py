@@ -14,15 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.compress.dual_encoder import DualEncoder
 from edgeclip.export.calibrate import calibration_images, calibration_texts
-from edgeclip.export.cut_graph import GraphValues
+from edgeclip.export.cut_graph import GraphValues, relative_error
 from edgeclip.export.embed_pairs import tower_inputs
 from edgeclip.export.errors import ExportError
-from edgeclip.export.find_difference import (
-    TOLERANCES,
-    Difference,
-    find_difference,
-    relative_error,
-)
+from edgeclip.export.find_difference import TOLERANCES, Difference, find_difference
 from edgeclip.export.fp16 import write_fp16
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.quantize import write_int8

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.export.cut_graph import relative_error
 from edgeclip.export.embed_pairs import tower_inputs
-from edgeclip.export.find_difference import relative_error
 from edgeclip.export.graph import load_graph, save_graph
 from edgeclip.export.graph_passes import PASSES, GraphPass, passes_for
 from edgeclip.export.to_onnx import TowerPaths

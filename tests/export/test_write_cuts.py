@@ -17,8 +17,9 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.errors import EdgeClipError
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.errors import BundleError, InputError
-from edgeclip.runtime.planning.cut_runner import CutHead, CutTail
+from edgeclip.runtime.planning.cut_head import CutHead
 from edgeclip.runtime.planning.cut_set import CUTS_NAME, CutSet
+from edgeclip.runtime.serving.cut_tail import CutTail
 
 
 def run(*words: str | Path) -> int:

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.build_engine import build_engine
-from edgeclip.runtime.engine_key import GraphSource
+from edgeclip.runtime.engine_key import GraphSource, sm
 from edgeclip.runtime.engine_ort import OrtEngine
 from edgeclip.runtime.engine_tensorrt import TensorRtEngine
 from edgeclip.runtime.errors import EngineError
 from edgeclip.runtime.tensorrt_cuda import gpu_capability
-from edgeclip.runtime.tensorrt_library import TensorRtLibrary, open_library, sm
+from edgeclip.runtime.tensorrt_library import TensorRtLibrary, open_library
 
 
 def test_without_a_gpu_it_says_so(

@@ -14,7 +14,7 @@ from edgeclip.runtime.cli import main
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import BundleError, InputError
 from edgeclip.runtime.index import Index
-from edgeclip.runtime.measuring.open_subject import open_subject
+from edgeclip.runtime.measuring.open_any import open_subject
 from edgeclip.runtime.measuring.subject import parts_of, subjects_of
 from edgeclip.runtime.replay_golden import replay_golden
 from edgeclip.runtime.serving.bundle_models import bundle_models

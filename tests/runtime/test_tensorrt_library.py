@@ -5,8 +5,9 @@ import sys
 import pytest
 
 from edgeclip.profiles.device import DeviceProfile, load_device
+from edgeclip.runtime.engine_key import sm
 from edgeclip.runtime.errors import EngineError
-from edgeclip.runtime.tensorrt_library import TensorRtLibrary, open_library, sm
+from edgeclip.runtime.tensorrt_library import TensorRtLibrary, open_library
 
 ORIN = load_device("jetson-orin-nano")
 FULL = TensorRtLibrary("tensorrt", "10.3.0", object())

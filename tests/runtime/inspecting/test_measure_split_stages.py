@@ -9,8 +9,8 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inspecting.measure_split_stages import measure_split_stages
-from edgeclip.runtime.planning.cut_runner import CutTail
 from edgeclip.runtime.planning.cut_set import CutSet
+from edgeclip.runtime.serving.cut_tail import CutTail
 from edgeclip.runtime.split.http_client import Server, Transfer
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 from edgeclip.runtime.wire.messages import SPACE_ID, InferRequest, InferResponse

@@ -10,7 +10,8 @@ from onnx import TensorProto, helper
 from edgeclip.profiles.device import DeviceProfile, load_device
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.files import sha256_file
-from edgeclip.runtime.measuring.open_subject import OpenSubject, open_subject
+from edgeclip.runtime.measuring.open_any import open_subject
+from edgeclip.runtime.measuring.open_subject import OpenSubject
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from tests.data_file import save_with_data
 

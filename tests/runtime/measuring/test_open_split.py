@@ -11,11 +11,11 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import EngineError, InputError, MissingExtraError
-from edgeclip.runtime.measuring.open_subject import open_subject
+from edgeclip.runtime.measuring.open_any import open_subject
 from edgeclip.runtime.measuring.subject import SplitSpec, SubjectSpec
-from edgeclip.runtime.planning.cut_runner import CutTail
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.plan import SplitPlan
+from edgeclip.runtime.serving.cut_tail import CutTail
 from tests.conftest import SPACE
 from tests.runtime.conftest import EMOJI_BUNDLE
 from tests.runtime.serving.models_of_bundle import AMPLE_MS, answer_by, plan

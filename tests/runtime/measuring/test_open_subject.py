@@ -14,7 +14,8 @@ from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import BundleError, EngineParityError, InputError
 from edgeclip.runtime.files import sha256_file
-from edgeclip.runtime.measuring.open_subject import _provider_of, open_subject
+from edgeclip.runtime.measuring.open_any import open_subject
+from edgeclip.runtime.measuring.open_subject import _provider_of
 from edgeclip.runtime.measuring.sample_pictures import sample_pictures
 from edgeclip.runtime.measuring.subject import SubjectSpec
 from edgeclip.runtime.tower_runner import TowerRunner

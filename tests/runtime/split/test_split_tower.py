@@ -11,9 +11,9 @@ from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.bundle import Bundle
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import SpaceMismatchError
-from edgeclip.runtime.planning.cut_runner import CutTail
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.plan import SplitPlan
+from edgeclip.runtime.serving.cut_tail import CutTail
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 from edgeclip.runtime.wire.messages import CUT, SPACE_ID, InferRequest, InferResponse

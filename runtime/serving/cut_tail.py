@@ -1,66 +1,21 @@
-"""The two halves of a cut tower: the head on the device, the tail as a model of the server."""
+"""Tails of cut towers as models of the server."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.profiles.device import DeviceProfile
 from edgeclip.runtime.embeddings import check_space, check_unit_rows
-from edgeclip.runtime.engine import Engine, open_engine
-from edgeclip.runtime.errors import EngineError, InputError
-from edgeclip.runtime.planning.cut_set import CUT_TENSOR, CutSet, head_name, tail_name
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.planning.cut_head import CutHead, open_half, run_half, tail_model
+from edgeclip.runtime.planning.cut_set import CutSet, tail_name
 from edgeclip.runtime.serving.models import Arrays, TensorSpec
 from edgeclip.runtime.spec import OUTPUT_NAMES
-from edgeclip.runtime.tower_feed import Outputs, in_batches, tower_feed
+from edgeclip.runtime.tower_feed import Outputs
 from edgeclip.runtime.wire.codec import FLOAT_CODECS, PIXEL_CODECS, codec_name, decode
 from edgeclip.runtime.wire.messages import CODEC, CUT, SPACE_ID, Parameter
-
-if TYPE_CHECKING:
-    from edgeclip.profiles.device import DeviceProfile
-
-FloatArray = NDArray[np.float32]
-
-
-class CutHead:
-    """The part of a tower before a cut.
-
-    Attributes:
-        point: the cut.
-
-    Raises:
-        CutSetError: the set has no such cut, or was altered.
-        InputError: the device does not allow the precision, or would compute it wrongly.
-        EngineError: the engine cannot load the graph; TensorRT's cannot load any.
-        MissingExtraError: the engine's package is not installed.
-    """
-
-    def __init__(self, cuts: CutSet, number: int, device: "DeviceProfile") -> None:
-        self.point = cuts.point(number)
-        self._cuts = cuts
-        self._most = device.batch_max
-        self._engine = _open(cuts, head_name(number), device) if number else None
-
-    def run(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
-        """Compute the value at the cut; float32 [N, *point.shape], or the pixels at cut 0.
-
-        Args:
-            pixels: uint8 [N, size, size, 3], as `crop_batch` makes them.
-
-        Raises:
-            InputError: another shape or dtype.
-            EngineError: the engine failed, or gave something else.
-        """
-        _check_pixels(pixels, self._cuts.manifest.image.size)
-        if self._engine is None:
-            return pixels
-        found = _run(self._cuts, self._engine, pixels, self._most)[CUT_TENSOR]
-        if found.dtype != np.float32 or found.shape[1:] != self.point.shape:
-            raise EngineError(
-                f"head {self.point.number} of {self._cuts.path} gave {found.dtype} "
-                f"{list(found.shape)}: cut the bundle again"
-            )
-        return found
 
 
 class CutTail:
@@ -96,7 +51,7 @@ class CutTail:
         self.outputs = (TensorSpec(name=self._output, datatype="FP32", shape=(-1, dim)),)
         self._cuts = cuts
         self._most = device.batch_max
-        self._engine = _open(cuts, tail_name(number), device)
+        self._engine = open_half(cuts, tail_name(number), device)
 
     def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> Outputs:
         """Answer a request.
@@ -114,7 +69,7 @@ class CutTail:
         values = decode(codec, inputs, shape=self.point.shape, axis=self.point.axis)
         return {self._output: self.embed(values)}
 
-    def embed(self, values: NDArray[Any]) -> FloatArray:
+    def embed(self, values: NDArray[Any]) -> NDArray[np.float32]:
         """Embed values at the cut; float32 [N, dim], L2-normalised.
 
         Args:
@@ -124,8 +79,8 @@ class CutTail:
             InputError: values so far from those of any picture that they have no embedding.
             EngineError: the engine failed.
         """
-        found = _run(self._cuts, self._engine, values, self._most, at_cut=self.point.number > 0)
-        embeddings: FloatArray = found[self._output]
+        found = run_half(self._cuts, self._engine, values, self._most, at_cut=self.point.number > 0)
+        embeddings: NDArray[np.float32] = found[self._output]
         try:
             check_unit_rows(embeddings, "what comes of the cut tensor")
         except InputError as error:
@@ -155,42 +110,3 @@ def tail_models(
         tail = CutTail(cuts, point.number, device, bundle)
         tail.embed(CutHead(cuts, point.number, device).run(pixels))
         yield tail
-
-
-def tail_model(bundle: str, number: int) -> str:
-    """The name of a tail among the server's models."""
-    return f"{bundle}-tail-{number}"
-
-
-def _open(cuts: CutSet, name: str, device: "DeviceProfile") -> Engine:
-    precision = cuts.manifest.precision
-    if precision not in device.precisions or (cuts.manifest.needs_vnni and not device.vnni):
-        why = "does not allow" if precision not in device.precisions else "computes wrongly"
-        raise InputError(
-            f"{cuts.path} is cut in {precision}, which device {device.name!r} {why}: cut the "
-            "bundle again with another --precision"
-        )
-    content = cuts.graph_bytes(name)
-    return open_engine(cuts.path / name, device=device, content=content, data_folder=cuts.path)
-
-
-def _run(
-    cuts: CutSet, engine: Engine, values: NDArray[Any], most: int, *, at_cut: bool = False
-) -> Outputs:
-    manifest = cuts.manifest
-
-    def run(part: NDArray[Any]) -> Outputs:
-        if at_cut:
-            return engine.run({CUT_TENSOR: part})
-        return engine.run(tower_feed(part, manifest.tower, manifest.pixels, manifest.image))
-
-    return in_batches(run, values, static=manifest.batch, most=most)
-
-
-def _check_pixels(pixels: NDArray[Any], size: int) -> None:
-    if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3) or pixels.dtype != np.uint8:
-        raise InputError(
-            f"pixels must be uint8 [N, {size}, {size}, 3], not {pixels.dtype} {list(pixels.shape)}"
-        )
-    if not len(pixels):
-        raise InputError("no pixels were given: a batch needs at least one picture")
