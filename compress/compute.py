@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from edgeclip.profiles.machine import detect_machine
+from edgeclip.runtime.device.machine import detect_machine
 
 ComputeType = Literal["auto", "fp32", "bf16"]
 

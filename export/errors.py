@@ -1,6 +1,6 @@
 """Errors of the export; each message says what was wrong and how to mend it."""
 
-from edgeclip.profiles.errors import EdgeClipError
+from edgeclip.runtime.errors import EdgeClipError
 
 
 class ExportError(EdgeClipError):

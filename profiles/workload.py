@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from edgeclip.profiles.builtin_profiles import builtin_names, load_profile
-from edgeclip.profiles.ranges import Range, check_ranges
+from edgeclip.runtime.device.schema import Range, builtin_names, check_ranges, load_profile
 
 # Those of MLPerf Inference (Reddi et al., "MLPerf Inference Benchmark", ISCA 2020).
 Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]

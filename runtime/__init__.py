@@ -9,7 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgeclip.runtime.bundle import Bundle
+    from edgeclip.runtime.bundle.bundle import Bundle
+    from edgeclip.runtime.bundle.index import Hit, Index
+    from edgeclip.runtime.bundle.labels import LabelSet
+    from edgeclip.runtime.bundle.manifest import Manifest
     from edgeclip.runtime.encoder import Answer, Encoder
     from edgeclip.runtime.errors import (
         BundleError,
@@ -20,13 +23,10 @@ if TYPE_CHECKING:
         MissingExtraError,
         SpaceMismatchError,
     )
-    from edgeclip.runtime.index import Hit, Index
-    from edgeclip.runtime.labels import LabelSet
-    from edgeclip.runtime.manifest import Manifest
-    from edgeclip.runtime.preprocess import crop_batch
-    from edgeclip.runtime.quality import retrieval, zero_shot
+    from edgeclip.runtime.inputs.preprocess import crop_batch
+    from edgeclip.runtime.inputs.tokenizer import TextTokenizer
+    from edgeclip.runtime.quality.retrieval import retrieval, zero_shot
     from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
-    from edgeclip.runtime.tokenize_text import TextTokenizer
 
 __all__ = [
     "Answer",
@@ -53,19 +53,19 @@ __all__ = [
 ]
 
 _MODULES = {
-    "bundle": ("Bundle",),
+    "bundle.bundle": ("Bundle",),
+    "bundle.index": ("Hit", "Index"),
+    "bundle.labels": ("LabelSet",),
+    "bundle.manifest": ("Manifest",),
     "encoder": ("Answer", "Encoder"),
     "errors": (
         *("BundleError", "ConfigError", "EdgeClipError", "EngineError", "InputError"),
         *("MissingExtraError", "SpaceMismatchError"),
     ),
-    "index": ("Hit", "Index"),
-    "labels": ("LabelSet",),
-    "manifest": ("Manifest",),
-    "preprocess": ("crop_batch",),
-    "quality": ("retrieval", "zero_shot"),
+    "inputs.preprocess": ("crop_batch",),
+    "inputs.tokenizer": ("TextTokenizer",),
+    "quality.retrieval": ("retrieval", "zero_shot"),
     "spec": ("EncoderSpec", "ImageSpec", "TextSpec"),
-    "tokenize_text": ("TextTokenizer",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.choose_precision import choose_precision
-from edgeclip.runtime.embeddings import check_embeddings
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.index import Hit, Index, check_embeddings
+from edgeclip.runtime.bundle.labels import LabelSet, bake_labels
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.fallback import open_or_fall_back
-from edgeclip.runtime.index import Hit, Index
-from edgeclip.runtime.labels import LabelSet, bake_labels
-from edgeclip.runtime.load_image import ImageInput, list_of_images
-from edgeclip.runtime.preprocess import crop_batch
+from edgeclip.runtime.inputs.images import ImageInput, list_of_images
+from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.spec import (
     LABEL_OUTPUTS,
     OUTPUT_NAMES,
@@ -26,12 +23,12 @@ from edgeclip.runtime.spec import (
     Precision,
     Tower,
 )
-from edgeclip.runtime.tower_feed import Outputs
-from edgeclip.runtime.tower_runner import TowerRunner
+from edgeclip.runtime.towers.fallback import choose_precision, open_or_fall_back
+from edgeclip.runtime.towers.tower_runner import Outputs, TowerRunner
 
 if TYPE_CHECKING:
-    from edgeclip.profiles.device import DeviceProfile
-    from edgeclip.runtime.tokenize_text import TextTokenizer
+    from edgeclip.runtime.device.device_profile import DeviceProfile
+    from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 
 FloatArray = NDArray[np.float32]
 DEFAULT_TEMPLATES = ("a photo of a {}",)
@@ -99,7 +96,7 @@ class Encoder:
             BundleError: see `Bundle.open`.
             ConfigError: no such device.
         """
-        from edgeclip.profiles.device import DeviceProfile, load_device
+        from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 
         profile = device if isinstance(device, DeviceProfile) else load_device(device)
         return cls(Bundle.open(path, check_hashes=check_hashes), profile, precision)
@@ -130,7 +127,7 @@ class Encoder:
 
     @functools.cached_property
     def _tokenizer(self) -> "TextTokenizer":
-        from edgeclip.runtime.tokenize_text import TextTokenizer
+        from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 
         return TextTokenizer.from_file(self.bundle.tokenizer_path, self.spec.text)
 

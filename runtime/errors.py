@@ -1,6 +1,13 @@
-"""Errors of the runtime; each message says what was wrong and how to mend it."""
+"""Errors that EdgeCLIP raises on purpose; each message says what was wrong and how to mend it."""
 
-from edgeclip.profiles.errors import ConfigError, EdgeClipError
+
+class EdgeClipError(Exception):
+    """Base class: a mistake that the user can mend, or a machine that lacks something."""
+
+
+class ConfigError(EdgeClipError):
+    """A setting, profile or file of settings that is not valid."""
+
 
 __all__ = [
     "BundleError",

@@ -17,20 +17,18 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeclip.profiles.device import DeviceProfile
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.bundle_paths import (
+from edgeclip.runtime.bundle.bundle import Expected, Golden
+from edgeclip.runtime.bundle.files import (
     GOLDEN_NAME,
     MANIFEST_NAME,
     TOKENIZER_NAME,
     labels_path,
+    sha256_file,
     tower_path,
 )
-from edgeclip.runtime.engine_ort import OrtEngine
-from edgeclip.runtime.files import sha256_file
-from edgeclip.runtime.golden import Expected, Golden
-from edgeclip.runtime.labels import LabelSet
-from edgeclip.runtime.manifest import (
+from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.manifest import (
     SCHEMA_VERSION,
     FileRecord,
     GateRecord,
@@ -39,10 +37,12 @@ from edgeclip.runtime.manifest import (
     TowerFile,
     TowerManifest,
 )
-from edgeclip.runtime.preprocess import crop_batch
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
+from edgeclip.runtime.inputs.preprocess import crop_batch
+from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.spec import EncoderSpec, ImageSpec, PixelForm, Precision, TextSpec, Tower
-from edgeclip.runtime.tokenize_text import TextTokenizer
-from edgeclip.runtime.tower_feed import tower_feed
+from edgeclip.runtime.towers.tower_runner import tower_feed
 
 # A busy machine must not fail a test that only asks for a right answer.
 settings.register_profile("edgeclip", deadline=None)

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import CLIPConfig, CLIPModel
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.verb_options import BUILT_IN_TEACHER
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import ImageSpec, Tower
 from tests.conftest import QUICK
 

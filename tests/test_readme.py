@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip.runtime.cli import VERBS, main
+from edgeclip.runtime.cli.main import VERBS, main
 
 _ROOT = Path(__file__).parents[1]
 _TEXT = (_ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgeclip.runtime import Encoder
-from edgeclip.runtime.cli import main
+from edgeclip.runtime.cli.main import main
 
 _TEACHER = (
     *("--steps", "8", "--batch-size", "16", "--image-size", "32", "--patch-size", "8"),
@@ -56,7 +56,7 @@ def test_the_bundle_verifies(road: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_student_and_teacher_share_one_space(road: Path) -> None:
     # The bundle carries the fingerprint of the teacher, not one of its own.
-    from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
+    from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 
     encoder = Encoder.open(road / "bundle")
     teacher = DualEncoder.load(road / "teacher")

@@ -61,7 +61,7 @@ def test_wheel_has_licences_and_the_command(built: Path) -> None:
         }
     assert "Apache License" in texts["licenses/LICENSE"]
     assert "CC BY-SA 4.0" in texts["licenses/NOTICE"]
-    assert "edgeclip = edgeclip.runtime.cli:main" in texts["entry_points.txt"]
+    assert "edgeclip = edgeclip.runtime.cli.main:main" in texts["entry_points.txt"]
 
 
 def test_source_distribution_holds_every_file(built: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Annotated, Literal, overload
 
 from pydantic import Discriminator
 
-from edgeclip.export.activation_bounds import EXTREMES, Ranging
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.schema import parse
+from edgeclip.export.quantizing.activation_ranges import EXTREMES, Ranging
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.spec import Precision
 
 Kept = tuple[str, ...]  # names of nodes that stay in float

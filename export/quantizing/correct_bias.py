@@ -15,11 +15,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import PRODUCTS, opset_of, with_opset
-from edgeclip.export.quantizing.edit_graph import GraphEdit, Values, attribute
-from edgeclip.export.quantizing.observe import run_batches
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph import PRODUCTS, opset_of, with_opset
+from edgeclip.export.graph.graph_values import GraphEdit, Values, attribute
+from edgeclip.export.quantizing.activation_ranges import run_batches
 
 _SUM, _COUNT = "sum_of_errors:", "count_of_errors:"  # outputs, followed by a node's name
 _INSIDE = "quantized:"  # begins all names that come from the quantized graph

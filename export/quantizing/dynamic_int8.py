@@ -1,27 +1,105 @@
-"""Dynamic int8: activations get their range in every call, over the whole batch.
-
-That needs no calibration, and is offered for it. It is never a default: the scale of an
-activation follows from the largest value in the batch, so an embedding depends on what else is
-in its batch. The same picture can then be nearest to another text when it is embedded with
-others, and an index built in batches does not hold what single queries give.
-
-Only products with constant weights are quantized, with a scale for each output channel.
-`quantize_dynamic` by itself takes the token table too, with one scale for all of it, and one
-for each weight: then one token or channel of large values costs all others their digits.
-"""
+"""Dynamic int8: activation ranges per call; token tables in int8."""
 
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from edgeclip.export.activation_bounds import quiet
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import data_path, load_graph, save_graph, write_typed
-from edgeclip.export.quantize import quantizable_nodes
-from edgeclip.export.quantizing.int8_tables import store_tables
+from edgeclip.export.graph.graph import data_path, load_graph, save_graph, write_typed
+from edgeclip.export.graph.graph_values import attribute
+from edgeclip.export.quantizing.activation_ranges import quiet
+from edgeclip.export.quantizing.static_int8 import quantizable_nodes
+
+_LARGEST = 127
+# What a token id may go through before it is looked up.
+_SAME_IDS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+
+
+def token_lookups(model: onnx.ModelProto) -> list[str]:
+    """Names of the nodes that look up the graph's input in a constant table [tokens, width]."""
+    graph = model.graph
+    tables = {
+        item.name
+        for item in graph.initializer
+        if item.data_type == TensorProto.FLOAT and len(item.dims) == 2
+    }
+    ids = {item.name for item in graph.input}
+    found = []
+    for node in graph.node:
+        if node.op_type in _SAME_IDS and node.input[0] in ids:
+            ids.update(node.output)
+        elif (
+            node.op_type == "Gather"
+            and node.input[0] in tables
+            and node.input[1] in ids
+            and attribute(node, "axis", 0) == 0
+        ):
+            found.append(node.name)
+    return found
+
+
+def store_tables(model: onnx.ModelProto, kept: Collection[str] = ()) -> int:
+    """Store the token tables in int8, in place; return how many.
+
+    `kept` names look-ups whose table stays as it is. A table that something else reads too
+    stays beside its copy. The weights must be in memory, as `load_graph` gives them.
+    """
+    graph = model.graph
+    chosen = set(token_lookups(model)) - set(kept)
+    tables = {item.name: item for item in graph.initializer}
+    constants: dict[str, onnx.TensorProto] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.name not in chosen:
+            nodes.append(node)
+            continue
+        name = node.input[0]
+        whole, scales = rounded_rows(numpy_helper.to_array(tables[name]))
+        for suffix, values in (("int8", whole), ("scale", scales)):
+            made = numpy_helper.from_array(values, f"{name}_{suffix}")
+            constants[made.name] = made
+        nodes += _lookup(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(constants.values())
+    read = {name for node in graph.node for name in node.input}
+    for item in tables.values():
+        if item.name not in read:
+            graph.initializer.remove(item)
+    return len(chosen)
+
+
+def rounded_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return a table [tokens, width] in int8, and the scale of each row [tokens, 1]."""
+    scales = (np.abs(table).max(axis=1, keepdims=True) / _LARGEST).astype(np.float32)
+    scales[scales == 0] = 1
+    whole = np.clip(np.rint(table / scales), -_LARGEST, _LARGEST)
+    return whole.astype(np.int8), scales
+
+
+def _lookup(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Return what looks up an int8 table in place of a node; the first keeps its name."""
+    (table, ids), result = node.input, node.output[0]
+    make = helper.make_node
+    return [
+        make("Gather", [f"{table}_int8", ids], [f"{result}_int8"], node.name),
+        make("Gather", [f"{table}_scale", ids], [f"{result}_scale"], f"{node.name}_scale"),
+        make(
+            "Cast",
+            [f"{result}_int8"],
+            [f"{result}_steps"],
+            f"{node.name}_cast",
+            to=TensorProto.FLOAT,
+        ),
+        make("Mul", [f"{result}_steps", f"{result}_scale"], [result], f"{node.name}_mul"),
+    ]
+
 
 _OPERATORS = ("MatMul", "Gemm")
 

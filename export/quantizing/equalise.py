@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from edgeclip.export.graph import PRODUCTS
-from edgeclip.export.quantizing.edit_graph import GraphEdit, Values, attribute, input_axis
+from edgeclip.export.graph.graph import PRODUCTS
+from edgeclip.export.graph.graph_values import GraphEdit, Values, attribute, input_axis
 
 # Give s times as much for s times as much, channel by channel, and keep the channels apart.
 _EQUIVARIANT = ("Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Identity")

@@ -6,23 +6,43 @@ in fp32, run with every fp16 value rounded, and held against fp32.
 """
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
-from edgeclip.export.calibrate import CalibrationData
-from edgeclip.export.embed_pairs import FloatArray
 from edgeclip.export.errors import ExportError
-from edgeclip.export.fp16 import to_fp16, too_large
-from edgeclip.export.gates import DEFAULT_BOUNDS, Bounds, judge_tower
-from edgeclip.export.graph import limit_masks, load_graph, write_unchecked
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds, judge_tower
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.embed_pairs import FloatArray
+from edgeclip.export.graph.graph import limit_masks, load_graph, write_unchecked
+from edgeclip.export.quantizing.activation_ranges import cached_bounds, open_engine_here
 from edgeclip.export.quantizing.config import Kept
-from edgeclip.export.quantizing.emulate_half import emulate_half, half_values
-from edgeclip.export.quantizing.held_inputs import hold_inputs
-from edgeclip.export.quantizing.observe import open_engine_here
-from edgeclip.export.quantizing.range_cache import cached_bounds
+from edgeclip.export.quantizing.fp16 import emulate_half, half_values, to_fp16, too_large
+
+
+def hold_inputs(batches: Iterator[NDArray[Any]], path: Path) -> tuple[NDArray[Any], ...]:
+    """Write batches to a file, one behind the other, and return them mapped into memory.
+
+    Pictures are decoded and cut only once, and memory holds one batch at a time, whatever
+    their number. The file must stay until the arrays are gone.
+    """
+    shapes: list[tuple[np.dtype[Any], tuple[int, ...]]] = []
+    with path.open("wb") as file:
+        for batch in batches:
+            shapes.append((batch.dtype, batch.shape))
+            file.write(np.ascontiguousarray(batch).data)
+    held: list[NDArray[Any]] = []
+    offset = 0
+    for kind, shape in shapes:
+        array = np.memmap(path, dtype=kind, mode="r", offset=offset, shape=shape)
+        held.append(array)
+        offset += array.nbytes
+    return tuple(held)
+
 
 Passes = Callable[[Collection[str]], bool]
 

@@ -1,20 +1,23 @@
-"""Groups of products that are quantized together, and names for them that a person knows.
-
-Products that read the same value share its quantizing: the projections to query, key and
-value of one block, or each of the other products alone. That holds for every family of
-models, so groups follow from the graph and not from names.
-"""
+"""Groups of products that are quantized together, and the time that each saves."""
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import onnx
+from numpy.typing import NDArray
 
-from edgeclip.export.graph import constant_names
-from edgeclip.export.quantize import quantizable_nodes
+from edgeclip.export.graph.graph import constant_names
+from edgeclip.export.graph.graph_values import GraphEdit
+from edgeclip.export.quantizing.static_int8 import quantizable_nodes
+from edgeclip.profiles.layers.layer_profile import profile_layers_of
+from edgeclip.profiles.layers.node_costs import is_product
+from edgeclip.profiles.record.measurement import LayerTime
+from edgeclip.runtime.bundle.files import JsonRecord
+from edgeclip.runtime.device.device_profile import DeviceProfile
 
 # A parameter's name from its block on: layers.3.mlp.fc1, stages.0.layers.2.pwconv1
 _BLOCK = re.compile(r"(?:^|\.)((?:layers?|blocks?|stages?|resblocks|h)\.\d+\..+)")
@@ -119,3 +122,159 @@ def _joined(names: Sequence[str]) -> str:
     same = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, levels)))
     head, tails = ".".join(parts[0][:same]), [".".join(part[same:]) for part in parts]
     return ".".join(filter(None, [head, "+".join(tails)]))
+
+
+_RUNS = 40
+_WARM_UP = 10
+_ROUNDING = ("QuantizeLinear", "DequantizeLinear")
+# What ONNX Runtime adds to the name of a node that it merges with others, or makes anew.
+_ADDED = re.compile(r"^fused |(/\w+Fusion/?)?(_token_\d+)?$")
+_BY_VALUE = "_nchwc"  # behind the name of a value: a convolution in another layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupGain:
+    """What a group saves.
+
+    Attributes:
+        nodes: names of its products.
+        saved: share of the float tower's time that quantizing it saves, below 0 if it costs
+            time; its share of the multiply-adds where nothing was measured.
+    """
+
+    nodes: tuple[str, ...]
+    saved: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gains(JsonRecord):
+    """What every group of a tower saves.
+
+    Attributes:
+        groups: in the graph's order.
+        measured: whether they were timed on the device.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 2
+    WHAT: ClassVar[str] = "gains"
+    MEND: ClassVar[str] = "delete it and search again"
+
+    groups: tuple[GroupGain, ...]
+    measured: bool
+
+    def of(self, nodes: Iterable[str]) -> float:
+        """Return what some products save; a part of a group takes its share by number."""
+        saved = {node: item.saved / len(item.nodes) for item in self.groups for node in item.nodes}
+        return sum(saved.get(node, 0.0) for node in nodes)
+
+
+def measured_gains(
+    source: Path,
+    written: Path,
+    groups: Sequence[NodeGroup],
+    feed: Mapping[str, NDArray[Any]],
+    device: DeviceProfile,
+) -> Gains:
+    """Profile both graphs on this machine, which is the device.
+
+    Args:
+        source: the tower in fp32.
+        written: the same with all groups quantized; its nodes have kept their names.
+        groups: what is asked about.
+        feed: one input by its name.
+        device: whose engine is ONNX Runtime.
+
+    Raises:
+        EngineError: a graph cannot be run or profiled.
+    """
+    before, whole = _times(source, groups, feed, device)
+    after, _ = _times(written, groups, feed, device)
+    return Gains(
+        groups=tuple(
+            GroupGain(nodes=group.nodes, saved=(float_ms - int8_ms) / (whole or 1.0))
+            for group, float_ms, int8_ms in zip(groups, before, after, strict=True)
+        ),
+        measured=True,
+    )
+
+
+def counted_gains(
+    source: Path,
+    groups: Sequence[NodeGroup],
+    feed: Mapping[str, NDArray[Any]],
+    device: DeviceProfile,
+) -> Gains:
+    """Count multiply-adds; `device` is any that can run the graph here.
+
+    Raises:
+        EngineError: the graph cannot be run.
+    """
+    layers = profile_layers_of(source, feed, device, runs=1, warm_up=0).layers
+    products = [layer for layer in layers if is_product(layer.op)]
+    work = _by_node(products, _open(source), lambda layer: layer.flops or 0.0)
+    total = sum(work.values()) or 1.0
+    gains = tuple(
+        GroupGain(nodes=group.nodes, saved=_spent(work, group.nodes) / total) for group in groups
+    )
+    return Gains(groups=gains, measured=False)
+
+
+def _times(
+    path: Path, groups: Sequence[NodeGroup], feed: Mapping[str, NDArray[Any]], device: DeviceProfile
+) -> tuple[list[float], float]:
+    """Milliseconds of each group with all around it, and of the whole graph."""
+    # Medians by node: whole runs have some node stopped by another program more often.
+    layers = profile_layers_of(path, feed, device, runs=_RUNS, warm_up=_WARM_UP).layers
+    edit = _open(path)
+    figures = _by_node(layers, edit, lambda layer: layer.ms)
+    return [_spent(figures, _around(edit, group)) for group in groups], sum(figures.values())
+
+
+def _open(path: Path) -> GraphEdit:
+    return GraphEdit(onnx.load(path, load_external_data=False))
+
+
+def _by_node(
+    layers: Iterable[LayerTime], edit: GraphEdit, figure: Callable[[LayerTime], float]
+) -> dict[str, float]:
+    """Sums of a figure of layers, by the names of the nodes that they come from."""
+    written = {node.name for node in edit.graph.node}
+    found: dict[str, float] = {}
+    for layer in layers:
+        name = layer.name if layer.name in written else _origin(layer, edit)
+        found[name] = found.get(name, 0.0) + figure(layer)
+    return found
+
+
+def _origin(layer: LayerTime, edit: GraphEdit) -> str:
+    """Name of the node that ONNX Runtime made a layer of, as far as the layer's name tells."""
+    name = _ADDED.sub("", layer.name)
+    if layer.op != "Conv" or not name.endswith(_BY_VALUE):
+        return name
+    node = edit.maker(name.removesuffix(_BY_VALUE))
+    while node is not None and node.op_type != "Conv":  # an activation that was merged into it
+        node = edit.maker(node.input[0])
+    return name if node is None else node.name
+
+
+def _spent(figures: Mapping[str, float], names: Iterable[str]) -> float:
+    return sum(figures.get(name, 0.0) for name in names)
+
+
+def _around(edit: GraphEdit, group: NodeGroup) -> set[str]:
+    """Names of a group's products, of what rounds for them, and of sums that read them."""
+    found = [node for node in edit.graph.node if node.name in group.nodes]
+    given = [name for node in found for name in node.input]
+    made = [name for node in found for name in node.output]
+    while given:
+        maker = edit.maker(given.pop())
+        if maker is not None and maker.op_type in _ROUNDING:
+            found.append(maker)
+            given += maker.input
+    while made:
+        for reader in edit.readers(made.pop()):
+            if reader.op_type in _ROUNDING:
+                made += reader.output
+            if reader.op_type in (*_ROUNDING, "Add"):
+                found.append(reader)
+    return {node.name for node in found}

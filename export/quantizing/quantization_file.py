@@ -1,20 +1,24 @@
-"""`quantization.json`: the config that a search chose for each tower, for `edgeclip export`."""
+"""`quantization.json`: the config chosen for each tower, and the fp32 graph it was chosen on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
-from edgeclip.compress.sources import Source
-from edgeclip.export.gates import data_record
-from edgeclip.export.quantizing.config import (
-    Config,
-    default_config,
-    precision_of,
-)
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.errors import ConfigError
-from edgeclip.profiles.machine import detect_machine
-from edgeclip.runtime.json_record import JsonRecord
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.errors import ExportError
+from edgeclip.export.gates.gates import data_record
+from edgeclip.export.graph.embed_pairs import TowerGraph
+from edgeclip.export.graph.graph import load_graph, save_graph, sha256_graph
+from edgeclip.export.graph.graph_passes import PASSES
+from edgeclip.export.graph.to_onnx import GraphForm, export_tower
+from edgeclip.export.graph.tune_passes import tune_tower
+from edgeclip.export.quantizing.config import Config, default_config, precision_of
+from edgeclip.runtime.bundle.files import JsonRecord, tower_path
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.device.machine import detect_machine
+from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Precision, Tower
 
 FILE_NAME = "quantization.json"
@@ -122,3 +126,104 @@ class Quantization(JsonRecord):
         if precision_of(found.config) == precision:
             return found.config
         return None if precision == "int8" else default_config(precision, device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptPasses(JsonRecord):
+    """Which rewrites made a graph faster.
+
+    Attributes:
+        graph: `sha256_graph` of what the exporter wrote.
+        passes: names of what was kept, in order.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+    WHAT: ClassVar[str] = "kept rewrites"
+    MEND: ClassVar[str] = "delete it and search again"
+
+    graph: str
+    passes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchedGraph:
+    """A tower in fp32, and the rewrites that it has."""
+
+    graph: TowerGraph
+    passes: tuple[str, ...]
+
+
+def export_searched(
+    student: DualEncoder,
+    tower: Tower,
+    device: DeviceProfile,
+    folder: Path,
+    *,
+    sample: Source | None,
+) -> SearchedGraph:
+    """Export one tower in fp32 as a bundle has it; where this is the device, as is fastest on it.
+
+    A second run with the same student gives the same bytes: it applies what the first one kept.
+
+    Args:
+        student: the model; it is put into evaluation mode.
+        tower: which one.
+        device: that it is for.
+        folder: where the graph and its rewrites are kept.
+        sample: pairs to try rewrites on, on this machine; None where it is not the device.
+
+    Raises:
+        ExportError: torch cannot capture the tower.
+        EngineError: the graph cannot be run here.
+    """
+    form = GraphForm.for_device(device)
+    pixels = form.pixels if tower == "image" else None
+    graph = TowerGraph(tower, "fp32", folder / tower_path(tower, "fp32", pixels), pixels)
+    export_tower(student, tower, graph.path, form)
+    if sample is None:
+        return SearchedGraph(graph=graph, passes=())
+    plain, note = sha256_graph(graph.path), folder / f"{tower}-passes.json"
+    try:
+        known = KeptPasses.load(note)
+    except ConfigError:
+        known = KeptPasses(graph="", passes=())
+    if known.graph == plain:
+        apply_passes(graph.path, known.passes)
+        return SearchedGraph(graph=graph, passes=known.passes)
+    outcomes = tune_tower(student, graph, device, sample)
+    kept = tuple(outcome.name for outcome in outcomes if outcome.kept)
+    KeptPasses(graph=plain, passes=kept).save(note)
+    return SearchedGraph(graph=graph, passes=kept)
+
+
+def apply_passes(path: Path, names: Sequence[str]) -> None:
+    """Rewrite a graph as `tune_graph` did when it kept these passes, in their order.
+
+    Raises:
+        ExportError: there is no such pass, or the result is not valid ONNX.
+    """
+    passes = {item.name: item for item in PASSES}
+    for name in names:
+        if name not in passes:
+            raise ExportError(
+                f"there is no rewrite {name!r}, only {', '.join(passes)}: search again with "
+                "`edgeclip quantize`"
+            )
+        changed, _ = passes[name].apply(load_graph(path))
+        save_graph(changed, path)
+
+
+def apply_searched(graph: TowerGraph, found: TowerQuantization) -> None:
+    """Rewrite a tower, as the exporter wrote it, into the graph that was searched.
+
+    Raises:
+        ConfigError: that gives another graph.
+        ExportError: see `apply_passes`.
+    """
+    apply_passes(graph.path, found.passes)
+    if sha256_graph(graph.path) != found.graph:
+        raise ConfigError(
+            f"the {graph.tower} tower is not the one that was searched for {FILE_NAME}: the "
+            "student, an option of the export (such as --patch-features) or a package is another; "
+            "search again with `edgeclip quantize`"
+        )

@@ -1,40 +1,252 @@
-"""The fastest form of a tower inside its gates: mixed precision, found by measuring.
-
-All in int8 first. If that misses a gate, remedies that cost no time are tried; if it still
-does, groups of products go back to float, those first that damage most for the time they
-save, until the gates hold; then those that need not have gone are taken back. Products that
-int8 makes no faster go back in any case.
-
-Each point is timed against fp32 as it comes. A machine that others share can favour int8 in one
-minute and fp32 in the next, so that two such ratios do not compare: in the end those that may be
-shipped race each other, in the same rounds.
-
-What is tried next is decided on held-out calibration pairs. The test pairs are looked at in
-the end, once for each config that is about to be shipped: had they chosen it, their
-intervals would lie.
-"""
+"""Search for the fastest form of a tower inside its gates: mixed precision, found by measuring."""
 
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.quantizing.attempts import (
-    Attempts,
-    Bench,
-    Clock,
-    Progress,
-    TimeUpError,
-    line_of,
+from edgeclip.export.quantizing.candidate_evaluator import Judgement
+from edgeclip.export.quantizing.config import Config, Float16, Float32, StaticInt8, describe
+from edgeclip.export.quantizing.node_groups import Gains, NodeGroup
+from edgeclip.export.quantizing.quantization_candidate import (
+    MEAN_COSINE,
+    Point,
+    PointLatency,
+    front_of,
+    ranked,
 )
-from edgeclip.export.quantizing.config import Float16, Float32, StaticInt8
-from edgeclip.export.quantizing.evaluate_point import Judgement
-from edgeclip.export.quantizing.give_back import give_back, nodes_of
-from edgeclip.export.quantizing.group_gains import Gains
-from edgeclip.export.quantizing.point import MEAN_COSINE, Point
-from edgeclip.export.quantizing.rank_points import front_of, ranked
-from edgeclip.export.quantizing.search_space import SearchSpace
-from edgeclip.export.quantizing.sensitivity import Sensitivity
+from edgeclip.export.quantizing.search_task import SearchSpace
+from edgeclip.export.quantizing.sensitivity import GroupDamage, Sensitivity
 from edgeclip.runtime.errors import EngineError
+
+Progress = Callable[[str], None]
+Clock = Callable[[], float]  # seconds
+
+
+class Bench(Protocol):
+    """What measures configs; see `TowerTrial`."""
+
+    @property
+    def groups(self) -> tuple[NodeGroup, ...]:
+        """What can be quantized."""
+
+    def knows(self, config: Config) -> bool:
+        """Whether a point is there already."""
+
+    def point(self, config: Config) -> Point:
+        """Return a config's point."""
+
+    def damage(self, config: StaticInt8) -> Sensitivity:
+        """Measure what each group suffers."""
+
+    def gains(self, config: StaticInt8) -> Gains:
+        """Measure what each group saves."""
+
+    def smoothed(self, config: StaticInt8) -> StaticInt8:
+        """Return the config with the smoothing that suits it best."""
+
+    def with_islands(self, config: Float16) -> Float16:
+        """Return the config with the nodes in fp32 without which it misses its gates."""
+
+    def race(self, configs: Sequence[Config]) -> tuple[PointLatency, ...]:
+        """Time configs and fp32 in the same rounds, where points have times."""
+
+    def judge(self, config: Config) -> Judgement:
+        """Judge a config on the test pairs."""
+
+
+class TimeUpError(Exception):
+    """Nothing new may be begun; it never leaves a search."""
+
+
+class Attempts:
+    """What was tried, and what came of it.
+
+    Args:
+        bench: measures configs; those that it knows already take no time.
+        minutes: nothing new is begun after so many; None for no limit.
+        progress: called with a line for a person after each step.
+        clock: seconds, from any zero.
+
+    Attributes:
+        points: in the order in which they were tried, by key.
+        failed: what could not be made or run, and the reason.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        minutes: float | None = None,
+        progress: Progress = lambda line: None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.bench, self.say = bench, progress
+        self.points: dict[str, Point] = {}
+        self.failed: dict[str, str] = {}
+        self._clock = clock
+        self._end = None if minutes is None else clock() + 60 * minutes
+
+    def point(self, config: Config) -> Point | None:
+        """Return a config's point; None if it cannot be made or run.
+
+        Raises:
+            TimeUpError: it would have to be measured, and time is up.
+        """
+        if not self.bench.knows(config):
+            self.check_time()
+        try:
+            point = self.bench.point(config)
+        except (ExportError, EngineError) as error:
+            self.fail(config, error)
+            return None
+        if point.key not in self.points:
+            self.points[point.key] = point
+            self.say(line_of(point))
+        return point
+
+    def half(self, config: Float16) -> Point | None:
+        """Return the point of a config in fp16 with the islands that it needs.
+
+        Raises:
+            TimeUpError: see `point`.
+        """
+        self.check_time()
+        try:
+            whole = self.bench.with_islands(config)
+        except (ExportError, EngineError) as error:
+            self.fail(config, error)
+            return None
+        return self.point(whole)
+
+    def fail(self, config: Config, error: Exception) -> None:
+        """Note that a config cannot be made or run."""
+        self.failed[describe(config)] = str(error)
+        self.say(f"{describe(config)}: not possible here ({error})")
+
+    def check_time(self) -> None:
+        """Stop the search if its time is up.
+
+        Raises:
+            TimeUpError: it is.
+        """
+        if self._end is not None and self._clock() >= self._end:
+            raise TimeUpError
+
+
+def line_of(point: Point) -> str:
+    """A point in a line, for a person who waits."""
+    words = [point.name]
+    if point.cosine is not None:
+        words.append(f"cosine {point.cosine.value:.5f}")
+    if point.latency is not None:
+        ratio = point.latency.ratio
+        words.append(f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of the time of fp32")
+    words.append("inside its gates" if point.passed else "misses its gates")
+    return ", ".join(words)
+
+
+_TRIED_BACK = 8  # groups that may be quantized again in the end
+
+
+def give_back(
+    attempts: Attempts,
+    config: StaticInt8,
+    free: tuple[str, ...],
+    damage: Sensitivity,
+    gains: Gains,
+    *,
+    allowed: float,
+) -> None:
+    """Try mixed forms of a config that misses its gates; what came of them is in `attempts`.
+
+    Args:
+        attempts: tries them.
+        config: with all products in int8.
+        free: nodes that int8 makes no faster: they stay in float in any case.
+        damage, gains: of each group, with that config.
+        allowed: loss of cosine that the gates allow.
+
+    Raises:
+        TimeUpError: time is up.
+    """
+    mixed = _Mixed(attempts, config, free)
+    for order in (by_damage_for_time(damage, gains, allowed), damage.groups):
+        left = [item for item in order if not set(item.nodes) <= set(free)]
+        fewest = mixed.fewest(left)
+        if fewest is not None:
+            mixed.take_back(left[:fewest], gains)
+            return
+
+
+def by_damage_for_time(
+    damage: Sensitivity, gains: Gains, allowed: float
+) -> tuple[GroupDamage, ...]:
+    """Groups in the order in which they should go back: most damage for the time first.
+
+    What saves no time goes first of all, then what loses more than is `allowed` all alone.
+    """
+
+    def worth(item: GroupDamage) -> tuple[bool, bool, float]:
+        saved = gains.of(item.nodes)
+        hopeless = item.cosine_loss.value > allowed
+        return saved <= 0, hopeless, item.divergence.value / (saved if saved > 0 else 1.0)
+
+    return tuple(sorted(damage.groups, key=worth, reverse=True))
+
+
+def nodes_of(groups: Iterable[NodeGroup | GroupDamage]) -> tuple[str, ...]:
+    """Names of all their products."""
+    return tuple(node for group in groups for node in group.nodes)
+
+
+class _Mixed:
+    """Forms of one config that differ in what stays in float."""
+
+    def __init__(self, attempts: Attempts, config: StaticInt8, free: tuple[str, ...]) -> None:
+        self._attempts, self._config, self._free = attempts, config, free
+
+    def fewest(self, order: Sequence[GroupDamage]) -> int | None:
+        """How many groups must go, the first of `order`; None if that would be all.
+
+        Steps grow until the gates hold, then the last one is halved: with a few groups that is
+        one after the other.
+        """
+        most = len(order) - 1  # without any int8 it would be fp32
+        low, high = 0, min(1, most)
+        while not _holds(point := self._point(order[:high])):
+            if high >= most or _surely_slower(point):
+                return None
+            low, high = high, min(2 * high, most)
+        while high - low > 1:
+            middle = (low + high) // 2
+            holds = _holds(self._point(order[:middle]))
+            low, high = (low, middle) if holds else (middle, high)
+        return high
+
+    def take_back(self, given: Sequence[GroupDamage], gains: Gains) -> None:
+        """Quantize again what saves most time, where the gates hold without it."""
+        left = list(given)
+        # The last one is needed: without it the gates did not hold.
+        worth = sorted(given[:-1], key=lambda item: -gains.of(item.nodes))
+        for item in worth[:_TRIED_BACK]:
+            fewer = [other for other in left if other is not item]
+            if _holds(self._point(fewer)):
+                left = fewer
+
+    def _point(self, given: Sequence[GroupDamage]) -> Point | None:
+        kept = (*self._free, *nodes_of(given))
+        return self._attempts.point(replace(self._config, kept=kept))
+
+
+def _holds(point: Point | None) -> bool:
+    return point is not None and point.passed
+
+
+def _surely_slower(point: Point | None) -> bool:
+    """Whether a point takes longer than fp32, so that with more in float it is no use either."""
+    return point is not None and point.latency is not None and point.latency.ratio.low >= 1
+
 
 _FINALISTS = 4  # that race each other, at most
 _LOOKS = 3  # configs that are held against the test pairs, at most

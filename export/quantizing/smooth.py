@@ -1,14 +1,4 @@
-"""SmoothQuant: the outliers of a LayerNormalization's channels are handed on to the weights.
-
-Channel j is divided by s_j in the norm's own scale and bias, and multiplied by s_j in the
-weights that read it. What is computed stays the same, with no operator more, but the
-channels are of one size, so one step of int8 fits all of them. With
-
-    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
-
-alpha is the share of the difficulty that the weights take. Xiao et al., SmoothQuant:
-Accurate and Efficient Post-Training Quantization for Large Language Models, ICML 2023.
-"""
+"""SmoothQuant (Xiao et al., 2023): move outliers of activations into the weights, in a graph."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +9,71 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.graph_values import GraphEdit, Values, attribute, input_axis
+from edgeclip.export.quantizing.activation_ranges import SIGNED, UNSIGNED, Histogram, Range, observe
 from edgeclip.export.quantizing.config import Smoothing, StaticInt8
-from edgeclip.export.quantizing.edit_graph import GraphEdit, Values, attribute, input_axis
-from edgeclip.export.quantizing.layer_error import FloatArray, LayerError
-from edgeclip.export.quantizing.observe import observe
+
+FloatArray = NDArray[np.float32]
+
+
+class LayerError:
+    """The squared error of what some products give, when channels and weights are rescaled.
+
+    Args:
+        rows: some of what the products read, [N, channels].
+        low, high: extremes of each channel in all that they read, [channels].
+        weights: of the products, [channels, outputs] each.
+        config: how they are quantized.
+    """
+
+    def __init__(
+        self,
+        rows: FloatArray,
+        low: NDArray[np.floating],
+        high: NDArray[np.floating],
+        weights: Sequence[NDArray[np.floating]],
+        config: StaticInt8,
+    ) -> None:
+        self._rows, self._low, self._high = rows, low, high
+        self._weights = weights
+        self._config = config
+        self._right = [rows @ weight.astype(np.float32) for weight in weights]
+
+    def of(self, divisors: NDArray[np.floating]) -> float:
+        """Return it for channels that are divided by `divisors` [channels], weights multiplied."""
+        rows = quantized_rows(
+            np.asarray(self._rows / divisors.astype(np.float32), np.float32),
+            Range(float((self._low / divisors).min()), float((self._high / divisors).max())),
+            self._config,
+        )
+        total = 0.0
+        for weight, right in zip(self._weights, self._right, strict=True):
+            found = rows @ quantized_weight(weight * divisors[:, None], self._config)
+            total += float(np.sum((found - right) ** 2, dtype=np.float64))
+        return total
+
+
+def quantized_rows(rows: FloatArray, seen: Range, config: StaticInt8) -> FloatArray:
+    """Round what products read; `seen` has the extremes, which `rows` may go beyond."""
+    levels = SIGNED if config.symmetric else UNSIGNED
+    kept = seen
+    if config.ranging.method != "minmax":
+        histogram = Histogram()
+        histogram.add(rows)
+        kept = config.ranging.cut(histogram, levels)
+    return levels.round(rows, kept).astype(np.float32)
+
+
+def quantized_weight(weight: NDArray[np.floating], config: StaticInt8) -> FloatArray:
+    """Round a weight [channels, outputs], with a scale for each output or one for all."""
+    largest = 64 if config.reduce_range else 127
+    bound = np.abs(weight).max(axis=0 if config.per_channel else None)
+    step = np.where(bound > 0, bound / largest, 1.0)
+    return np.asarray(np.rint(weight / step) * step, np.float32)
+
 
 _ALPHAS = tuple(step / 10 for step in range(11))
 

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantize import quantizable_nodes
-from edgeclip.export.quantizing.edit_graph import GraphEdit, attribute
-from edgeclip.export.quantizing.int8_tables import store_tables
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_values import GraphEdit, attribute
+from edgeclip.export.quantizing.dynamic_int8 import store_tables
+from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 
 _DOMAIN = "com.microsoft"
 _IN_INT8 = 4  # accuracy_level: what the activations are rounded to

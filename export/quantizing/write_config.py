@@ -1,16 +1,14 @@
-"""Any precision of a tower from its fp32 graph: one config in, one file out."""
+"""Write a tower in any precision from its fp32 graph: one config in, one file out."""
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx
 
-from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
-from edgeclip.export.fp8 import write_fp8
-from edgeclip.export.fp16 import write_fp16
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantize import write_int8
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph import load_graph, save_graph
 from edgeclip.export.quantizing.config import (
     Config,
     DynamicInt8,
@@ -21,10 +19,59 @@ from edgeclip.export.quantizing.config import (
     WeightOnly,
 )
 from edgeclip.export.quantizing.correct_bias import correct_biases
-from edgeclip.export.quantizing.dynamic_int8 import write_dynamic_int8
-from edgeclip.export.quantizing.int8_tables import store_tables
-from edgeclip.export.quantizing.transform import apply_transforms
+from edgeclip.export.quantizing.dynamic_int8 import store_tables, write_dynamic_int8
+from edgeclip.export.quantizing.equalise import equalise
+from edgeclip.export.quantizing.fp16 import write_fp16
+from edgeclip.export.quantizing.smooth import smooth
+from edgeclip.export.quantizing.static_int8 import quantizable_nodes, write_int8
+from edgeclip.export.quantizing.symmetric import FLOAT8, write_symmetric
 from edgeclip.export.quantizing.weight_only import write_weight_only
+
+
+def apply_transforms(
+    model: onnx.ModelProto, config: StaticInt8, data: CalibrationData
+) -> onnx.ModelProto:
+    """Return a copy that is equalised and smoothed as a config says.
+
+    Equalising comes first: smoothing looks at the weights that it leaves.
+
+    Args:
+        model: a tower in fp32, its weights in memory.
+        config: says what is done. Biases are corrected later (`correct_biases`).
+        data: shows how large the channels become.
+
+    Raises:
+        ExportError: a node that is to be smoothed cannot be.
+        EngineError: the graph cannot be run here.
+    """
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    if config.equalised:
+        equalise(changed)
+    if config.smoothing:
+        smooth(changed, config.smoothing, data)
+    return changed
+
+
+def write_fp8(
+    source: Path,
+    target: Path,
+    data: CalibrationData,
+    *,
+    kept: Collection[str] = (),
+    cache: Path | None = None,
+) -> None:
+    """Quantize an fp32 tower to float8 by what it sees in `data`.
+
+    The graph is raised to operator set 21, unless its own is higher. Nodes named in `kept`
+    are not quantized. `cache` is a folder for ranges that were found, which belongs to this
+    data alone.
+
+    Raises:
+        ExportError: nothing in the graph can be quantized, or the result is not valid ONNX.
+    """
+    nodes = [name for name in quantizable_nodes(source) if name not in kept]
+    write_symmetric(source, target, data, nodes=nodes, grid=FLOAT8, half=True, cache=cache)
 
 
 def write_config(

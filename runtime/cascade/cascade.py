@@ -10,11 +10,11 @@ from edgeclip.runtime.cascade.certificate import (
     Certificate,
     CertificateError,
     certificate_path,
+    is_unsure,
     read_certificate,
 )
 from edgeclip.runtime.cascade.drift import DriftWatch
 from edgeclip.runtime.cascade.scores import Evidence, Score
-from edgeclip.runtime.cascade.trial import is_unsure
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.spec import Tower
 

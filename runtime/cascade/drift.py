@@ -1,30 +1,146 @@
-"""Does the stream of scores still look like the one that a threshold was certified on?
+"""Drift: a test martingale over the scores, and its state on disk."""
 
-A conformal test martingale (Vovk, Nouretdinov and Gammerman 2003; Volkhonskiy et al. 2017).
-Each score is ranked among all that came before it, those of the certificate's own test
-included; such a rank is a p-value. As long as all of them are exchangeable, these p-values
-are independent and uniform, whatever the scores' distribution, and `martingale` bets that
-they are not.
-
-Ranks are taken among bins, with ties broken by a random number: the past is then a count
-for each bin, however long the stream. The edges of the bins come from other scores
-(the calibration part), or the test part would not be exchangeable with the stream.
-
-Frames of a video are not exchangeable even where nothing drifts: watch one frame of each scene.
-"""
-
+import dataclasses
+import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.profiles.ranges import Range, check_ranges
-from edgeclip.runtime.cascade.drift_state import DriftState
-from edgeclip.runtime.cascade.martingale import JumperMartingale
-from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.device.schema import Range, check_ranges, parse
+from edgeclip.runtime.errors import ConfigError, InputError
+
+_LINEAR = np.array([0.0, -0.95, -0.5, 0.5, 0.95, 0.0, 0.0])  # times 2p - 1
+_CURVED = np.array([0.0, 0.0, 0.0, 0.0, 0.0, -0.95, 1.9])  # times 6p^2 - 6p + 1
+_BETTORS = len(_LINEAR)
+_JUMPS = np.array([1e-4, 1e-3, 1e-2, 1e-1])[:, None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capital:
+    """How a bet stands, as plain numbers; `JumperMartingale.state` and its argument.
+
+    Attributes:
+        shares: for each jump rate, the share of its capital that each bettor holds.
+        logs: for each jump rate, the natural logarithm of its capital.
+
+    Raises:
+        ValueError: another number of jump rates or bettors, or shares that are not shares.
+    """
+
+    shares: tuple[tuple[float, ...], ...] = ((1 / _BETTORS,) * _BETTORS,) * len(_JUMPS)
+    logs: tuple[float, ...] = (0.0,) * len(_JUMPS)
+
+    def __post_init__(self) -> None:
+        rows = [len(row) for row in self.shares]
+        if rows != [_BETTORS] * len(_JUMPS) or len(self.logs) != len(_JUMPS):
+            raise ValueError("the capital was kept by another version: start a new watch")
+        sound = all(min(row) >= 0 and abs(sum(row) - 1) < 1e-6 for row in self.shares)
+        if not sound or not all(map(math.isfinite, self.logs)):
+            raise ValueError("the capital's shares must be shares, and its logarithms finite")
+
+
+class JumperMartingale:
+    """The capital of the bet, step by step.
+
+    Args:
+        capital: where to go on from; by default the beginning.
+    """
+
+    def __init__(self, capital: Capital | None = None) -> None:
+        start = capital or Capital()
+        self._shares = np.array(start.shares)
+        self._logs = np.array(start.logs)
+
+    @property
+    def log_capital(self) -> float:
+        """Natural logarithm of the capital, which is 0 at the beginning."""
+        return float(np.logaddexp.reduce(self._logs)) - math.log(len(_JUMPS))
+
+    @property
+    def state(self) -> Capital:
+        """All there is to know to go on later."""
+        shares = tuple(tuple(map(float, row)) for row in self._shares)
+        return Capital(shares=shares, logs=tuple(map(float, self._logs)))
+
+    def bet(self, p_value: float) -> float:
+        """Take the next p-value, in [0, 1]; return the logarithm of what the capital grew by."""
+        before = self.log_capital
+        moved = (1 - _JUMPS) * self._shares + _JUMPS / _BETTORS
+        moved *= _pays(p_value)
+        total = moved.sum(axis=1)
+        self._shares = moved / total[:, None]
+        self._logs = self._logs + np.log(total)
+        return self.log_capital - before
+
+
+def _pays(p_value: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """What one unit becomes with each bettor; at least 0.05, so that no capital is ever 0."""
+    curve = 6 * p_value * p_value - 6 * p_value + 1
+    return 1 + _LINEAR * (2 * p_value - 1) + _CURVED * curve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftState:
+    """All that a `DriftWatch` needs to go on, some 3 kB however long the stream was.
+
+    Attributes:
+        seed: of the random numbers that break ties.
+        counts: how many scores each bin holds, those of the certificate included.
+        seen: how many scores of the stream were looked at.
+        capital: how the bet stands.
+        restarts: natural logarithm of the Shiryaev-Roberts sum; None before the first score.
+        alarm_at: the number of the score that raised the alarm, from 1; None if none did.
+
+    Raises:
+        ValueError: a negative number.
+    """
+
+    seed: Annotated[int, Range(at_least=0)]
+    counts: tuple[int, ...]
+    seen: Annotated[int, Range(at_least=0)] = 0
+    capital: Capital = field(default_factory=Capital)
+    restarts: float | None = None
+    alarm_at: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        with atomic_file(path) as temporary:
+            text = json.dumps(dataclasses.asdict(self), allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> "DriftState | None":
+        """Read what `save` wrote; None if there is no such file.
+
+        Raises:
+            InputError: it cannot be read, or is damaged.
+        """
+        mend = "delete it to start a new watch"
+        try:
+            data: Any = json.loads(path.read_text(encoding="utf-8"))
+            return parse(DriftState, data, source=str(path))
+        except FileNotFoundError:
+            return None
+        except ConfigError as error:
+            raise InputError("; ".join(str(error).split("\n  ")) + f": {mend}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path} is not the state of a drift watch ({error}): {mend}"
+            ) from None
+
 
 _BINS = 50
 

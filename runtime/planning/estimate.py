@@ -1,12 +1,4 @@
-"""What a plan would cost: its time drawn from measured samples, part by part.
-
-    T(k) = phi e(k) + enc + 8 B / (eta BW) + RTT + Wq + dec + s(k)
-
-with e(k) the device's time up to cut k and s(k) the server's from there on, both measured on
-the halves themselves, phi the device's load, B the bytes that cross and Wq the wait for the
-server. After Kang et al., "Neurosurgeon: Collaborative Intelligence Between the Cloud and
-Mobile Edge", ASPLOS 2017, with samples in place of regressed means, so that T has percentiles.
-"""
+"""Estimate latency and bytes of a plan from measured samples, the link and the server's queue."""
 
 import dataclasses
 from dataclasses import dataclass, fields
@@ -15,11 +7,10 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.profiles.ranges import Range, check_ranges
-from edgeclip.runtime.planning.candidates import Candidate, Goal
+from edgeclip.runtime.device.schema import Range, check_ranges
+from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.link_state import LinkState, draw_exchange
-from edgeclip.runtime.planning.plan import SplitPlan
-from edgeclip.runtime.planning.queueing import draw_waiting
+from edgeclip.runtime.planning.plan import Candidate, Goal, SplitPlan
 from edgeclip.runtime.planning.stage_times import Stage, StageTimes
 from edgeclip.runtime.wire.messages import (
     BUNDLE,
@@ -31,6 +22,40 @@ from edgeclip.runtime.wire.messages import (
 )
 
 Values = NDArray[np.float64]
+
+
+def draw_waiting(service_ms: Values, utilisation: float, rng: np.random.Generator) -> Values:
+    """Draw as many waiting times of an M/G/1 queue as there are service times [N]; milliseconds.
+
+    The wait is a geometric number of residual service times (Pollaczek and Khinchine; Kleinrock,
+    "Queueing Systems", volume 1, 1975, section 5.7): P(n) = (1 - rho) rho^n, each of them a
+    uniform share of a service time drawn with a weight of its own length. Its mean is
+    rho E[S^2] / (2 E[S] (1 - rho)).
+
+    Args:
+        service_ms: of each request [N]; those of the others are taken to be alike.
+        utilisation: rho, the share of time that the server is busy, 0 to below 1.
+        rng: of the draws.
+
+    Raises:
+        InputError: a utilisation out of bounds.
+    """
+    if not 0 <= utilisation < 1:
+        raise InputError(
+            f"a utilisation of {utilisation:g} is out of bounds: give 0 to below 1, where a server "
+            "still keeps up"
+        )
+    count = len(service_ms)
+    waits = np.zeros(count)
+    total = service_ms.sum()
+    if utilisation == 0 or total == 0:
+        return waits
+    ahead = rng.geometric(1 - utilisation, count) - 1
+    lengths = rng.choice(service_ms, int(ahead.sum()), p=service_ms / total)
+    residuals = lengths * rng.random(len(lengths))
+    np.add.at(waits, np.repeat(np.arange(count), ahead), residuals)
+    return waits
+
 
 _HITS_BYTES = 600  # of the answer to a search: ten keys and scores
 

@@ -26,8 +26,8 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.profiles.link import LinkProfile
-from edgeclip.profiles.ranges import Range, check_ranges
+from edgeclip.runtime.device.link import LinkProfile
+from edgeclip.runtime.device.schema import Range, check_ranges
 
 Values = NDArray[np.float64]
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from edgeclip.profiles.ranges import Range, check_ranges
-from edgeclip.runtime.planning.candidates import all_candidates
+from edgeclip.runtime.device.schema import Range, check_ranges
 from edgeclip.runtime.planning.cut_set import CutManifest
 from edgeclip.runtime.planning.estimate import Conditions, Estimate, estimate
+from edgeclip.runtime.planning.plan import all_candidates
 from edgeclip.runtime.planning.stage_times import StageTimes
-from edgeclip.runtime.wire.codec_image import FILE
+from edgeclip.runtime.wire.codec import FILE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.profiles.machine import Machine
+from edgeclip.runtime.bundle.files import JsonRecord
+from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.json_record import JsonRecord
 from edgeclip.runtime.planning.cut_set import CutManifest
 from edgeclip.runtime.spec import Precision
 

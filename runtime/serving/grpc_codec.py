@@ -1,29 +1,47 @@
-"""Open Inference Protocol v2 over gRPC: requests and responses as protobuf messages.
-
-Tensors are sent raw, as in the binary extension over HTTP; those of a request may stand in
-typed contents instead. As over HTTP, whatever cannot be understood is a `WireError`.
-
-Source: https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol, "GRPC"
-"""
+"""Requests and responses of the Open Inference Protocol as protobuf messages."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClassesForFiles
 from numpy.typing import NDArray
 
-from edgeclip.runtime.serving.grpc_messages import message_type
 from edgeclip.runtime.serving.models import Model
 from edgeclip.runtime.wire.messages import BYTES, InferRequest, InferResponse, Parameter, WireError
-from edgeclip.runtime.wire.tensors import (
-    DTYPES,
-    datatype_of,
-    from_binary,
-    to_binary,
-)
+from edgeclip.runtime.wire.tensors import DTYPES, datatype_of, from_binary, to_binary
+
+PACKAGE = "inference"
+SERVICE = f"{PACKAGE}.GRPCInferenceService"
+_DESCRIPTORS = "grpc_oip.binpb"  # made from grpc_oip.proto, which says how
+
+
+def message_type(name: str) -> type[Message]:
+    """The class of a message, such as "ModelInferRequest".
+
+    Raises:
+        KeyError: the service has no such message.
+    """
+    return _message_types()[f"{PACKAGE}.{name}"]
+
+
+@cache
+def _message_types() -> dict[str, type[Message]]:
+    described = FileDescriptorSet.FromString(files(__package__).joinpath(_DESCRIPTORS).read_bytes())
+    pool = DescriptorPool()
+    for file in described.file:
+        pool.Add(file)
+    names = [file.name for file in described.file]
+    found: dict[str, type[Message]] = GetMessageClassesForFiles(names, pool)
+    return found
+
 
 VERSION = "1"  # of every model
 _PLATFORM = "edgeclip"

@@ -1,20 +1,256 @@
-"""The gRPC way into the server: a port of its own beside that of HTTP.
-
-gRPC's server with threads is used and not its asyncio one, which ends for good when anybody
-sends it a path that is not UTF-8 (grpcio 1.85).
-"""
+"""The Open Inference Protocol over gRPC, on a port of its own."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from importlib.metadata import version
+from typing import Any
 
 import grpc
+from google.protobuf.message import Message
+from grpc import StatusCode
 
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.serving.app import App
-from edgeclip.runtime.serving.grpc_messages import SERVICE
-from edgeclip.runtime.serving.grpc_service import GrpcService
-from edgeclip.runtime.serving.limits import ServerLimits
-from edgeclip.runtime.serving.tls import TlsFiles
+from edgeclip.runtime.serving.grpc_codec import (
+    SERVICE,
+    VERSION,
+    decode_request,
+    describe_model,
+    encode_response,
+    message_type,
+    parse,
+)
+from edgeclip.runtime.serving.limits import (
+    CLIENT_GONE,
+    ClientGoneError,
+    DrainingError,
+    RefusalError,
+    ServerLimits,
+    refusal_of,
+)
+from edgeclip.runtime.serving.security import TlsFiles, is_authorized
+from edgeclip.runtime.wire.messages import (
+    DEADLINE_MS,
+    InferRequest,
+    InferResponse,
+    WireError,
+    get_number,
+)
+
+# gRFC A6: when a client that retries by itself may do so.
+PUSHBACK = "grpc-retry-pushback-ms"
+
+# All others are for the client to mend up to 499, and for the server from 500.
+_CODES = {
+    401: StatusCode.UNAUTHENTICATED,
+    404: StatusCode.NOT_FOUND,
+    408: StatusCode.DEADLINE_EXCEEDED,
+    409: StatusCode.FAILED_PRECONDITION,
+    429: StatusCode.RESOURCE_EXHAUSTED,
+    CLIENT_GONE: StatusCode.CANCELLED,
+    503: StatusCode.UNAVAILABLE,
+    504: StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+def status_of(refusal: RefusalError) -> tuple[StatusCode, tuple[tuple[str, str], ...]]:
+    """The status code and the trailers that stand for a refusal's HTTP status and headers.
+
+    Source: https://grpc.io/docs/guides/status-codes
+    """
+    other = StatusCode.INVALID_ARGUMENT if refusal.status < 500 else StatusCode.INTERNAL
+    code = _CODES.get(refusal.status, other)
+    after = refusal.headers.get("retry-after")
+    return code, () if after is None else ((PUSHBACK, str(int(after) * 1000)),)
+
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """A call: its messages, of which at most the first is read, and what gRPC knows of it."""
+
+    messages: Iterator[bytes]
+    context: grpc.ServicerContext
+
+
+class GrpcService:
+    """Answers gRPC calls with the models, queues, token and limits of the HTTP application.
+
+    Calls come on gRPC's threads, and are read and waited for there; their models are asked in
+    the application's event loop.
+
+    Every call is taken as a stream of messages. On the wire that is no difference, and here
+    it lets a call be refused before its message is read.
+
+    Args:
+        app: the application.
+        loop: its event loop.
+    """
+
+    def __init__(self, app: App, loop: asyncio.AbstractEventLoop) -> None:
+        self._app = app
+        self._loop = loop
+        self._reading: dict[grpc.ServicerContext, float] = {}  # since when, time.monotonic()
+
+    def handlers(self) -> "dict[str, grpc.RpcMethodHandler[Any, Any]]":
+        """The handlers of all calls, by name."""
+        answers: dict[str, Callable[[_Call], Message]] = {
+            "ServerLive": self._live,
+            "ServerReady": self._ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._describe_server,
+            "ModelMetadata": self._describe_model,
+            "ModelInfer": self._infer,
+        }
+        return {
+            name: grpc.stream_unary_rpc_method_handler(
+                functools.partial(_serve, answer), response_serializer=_serialized
+            )
+            for name, answer in answers.items()
+        }
+
+    def end_slow_calls(self) -> None:
+        """Cancel calls whose message is still not here; to be called now and then."""
+        latest = time.monotonic() - self._app.limits.body_seconds
+        for context, since in self._reading.copy().items():
+            if since < latest:
+                context.cancel()
+
+    def _live(self, call: _Call) -> Message:
+        return message_type("ServerLiveResponse")(live=True)
+
+    def _ready(self, call: _Call) -> Message:
+        return message_type("ServerReadyResponse")(ready=not self._app.is_draining)
+
+    def _model_ready(self, call: _Call) -> Message:
+        request = self._read("ModelReadyRequest", call)
+        is_known = request.name in self._app.service.names and request.version in ("", VERSION)
+        return message_type("ModelReadyResponse")(ready=is_known and not self._app.is_draining)
+
+    def _describe_server(self, call: _Call) -> Message:
+        self._authorize(call)
+        return message_type("ServerMetadataResponse")(name="edgeclip", version=version("edgeclip"))
+
+    def _describe_model(self, call: _Call) -> Message:
+        request = self._read("ModelMetadataRequest", call)
+        _check_version(request.version)
+        return describe_model(self._app.service.find(request.name).model)
+
+    def _infer(self, call: _Call) -> Message:
+        if self._app.is_draining:
+            raise DrainingError
+        message = self._read("ModelInferRequest", call)
+        arrival = time.monotonic()
+        _check_version(message.model_version)
+        self._app.service.find(message.model_name)
+        status, metrics = 200, self._app.service.metrics(message.model_name)
+        try:
+            return encode_response(self._answer(message, call, arrival))
+        except Exception as error:
+            status = refusal_of(error).status
+            raise
+        finally:
+            metrics.answered(status, time.monotonic() - arrival)
+
+    def _answer(self, message: Any, call: _Call, arrival: float) -> InferResponse:
+        size, most = message.ByteSize(), self._app.limits.max_json
+        if size > most and not message.raw_input_contents:
+            # Typed contents are read one by one, as JSON is.
+            raise RefusalError(413, f"the message is larger than {most} bytes: send tensors raw")
+        request = _within(decode_request(message), call.context.time_remaining())
+        future = asyncio.run_coroutine_threadsafe(self._run(request, size, arrival), self._loop)
+
+        def give_up() -> None:
+            future.cancel()
+
+        if not call.context.add_callback(give_up):
+            give_up()
+        try:
+            return future.result()
+        except CancelledError:  # the client is gone, or its deadline passed
+            raise ClientGoneError from None
+
+    async def _run(self, request: InferRequest, size: int, arrival: float) -> InferResponse:
+        over = self._loop.create_future()
+        with self._app.under_way():
+            self._app.budget.take(size)
+            try:
+                return await self._app.service.infer(request, arrival=arrival, gone=lambda: over)
+            finally:
+                over.cancel()  # where this was cancelled, what waits is given up
+                self._app.budget.give_back(size)
+
+    def _read(self, name: str, call: _Call) -> Any:
+        """Read the message of a call.
+
+        Raises:
+            RefusalError: 401, without the token.
+            WireError: no message, or another one.
+            grpc.RpcError: the call is over.
+        """
+        self._authorize(call)
+        self._reading[call.context] = time.monotonic()
+        try:
+            data = next(call.messages, None)
+        finally:
+            del self._reading[call.context]
+        if data is None:
+            raise WireError("the call has no message")
+        return parse(name, data)
+
+    def _authorize(self, call: _Call) -> None:
+        shown = {
+            key.encode(): value.encode()
+            for key, value in call.context.invocation_metadata()
+            if key == "authorization" and isinstance(value, str)
+        }
+        if not is_authorized(shown, self._app.token):
+            raise RefusalError(
+                401, "show the server's token as metadata 'authorization: Bearer TOKEN'"
+            )
+
+
+def _serve(
+    answer: Callable[[_Call], Message], messages: Iterator[bytes], context: grpc.ServicerContext
+) -> Message:
+    try:
+        return answer(_Call(messages, context))
+    except grpc.RpcError:  # the call is over
+        raise
+    except Exception as error:
+        refusal = refusal_of(error)
+        if refusal.status == 500:
+            _LOG.error("a gRPC call failed", exc_info=error)
+    code, trailers = status_of(refusal)
+    context.set_trailing_metadata(trailers)
+    context.abort(code, str(refusal))
+
+
+def _within(request: InferRequest, left: float | None) -> InferRequest:
+    """The request, with a deadline that is no later than the call's, `left` seconds away."""
+    if left is None:
+        return request
+    own = get_number(request.parameters, DEADLINE_MS)
+    earliest = left * 1e3 if own is None else min(own, left * 1e3)
+    return dataclasses.replace(request, parameters={**request.parameters, DEADLINE_MS: earliest})
+
+
+def _check_version(asked: str) -> None:
+    if asked not in ("", VERSION):
+        raise RefusalError(404, f"models have the version {VERSION} only")
+
+
+def _serialized(message: Message) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
 
 _MOST_CALLS = 256  # each has a thread while it is answered
 _LAST_SECONDS = 1.0  # for the last answers to be sent

@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from edgeclip.profiles.ranges import Range, check_ranges
-from edgeclip.profiles.schema import parse
+from edgeclip.runtime.bundle.index import one_thread_for_products
+from edgeclip.runtime.device.schema import Range, check_ranges, parse
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.limits import BatchLimits, ServerLimits
-from edgeclip.runtime.serving.open_registry import Sources, open_registry
-from edgeclip.runtime.serving.serve import address_of, listen
-from edgeclip.runtime.serving.tls import TlsFiles
-from edgeclip.runtime.split.blas import one_thread_for_products
+from edgeclip.runtime.serving.registry import Sources, open_registry
+from edgeclip.runtime.serving.security import TlsFiles
+from edgeclip.runtime.serving.server import address_of, listen
 
 _NAME = "edgeclip"
 _BATCHES, _LIMITS = BatchLimits(), ServerLimits()

@@ -4,26 +4,61 @@ import functools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
-from edgeclip.runtime.split.backoff import Backoff, with_retries
-from edgeclip.runtime.split.breaker import BreakerRules, CircuitBreaker
+from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.split.connection import Address
-from edgeclip.runtime.split.deadline import Deadline
-from edgeclip.runtime.split.errors import (
-    BreakerOpenError,
-    ServerError,
+from edgeclip.runtime.split.errors import BreakerOpenError, ServerError
+from edgeclip.runtime.split.http_exchange import Endpoint, HttpReply, HttpRequest, Question
+from edgeclip.runtime.split.resilience import (
+    Attempt,
+    Backoff,
+    BreakerRules,
+    CircuitBreaker,
+    Deadline,
+    RetryBudget,
+    first_answer,
+    with_retries,
 )
-from edgeclip.runtime.split.hedge import Attempt, first_answer
-from edgeclip.runtime.split.http_endpoint import Endpoint
-from edgeclip.runtime.split.http_exchange import HttpReply, HttpRequest
-from edgeclip.runtime.split.question import Question
-from edgeclip.runtime.split.recent_times import RecentTimes
-from edgeclip.runtime.split.retry_budget import RetryBudget
 from edgeclip.runtime.wire.messages import InferRequest, InferResponse
+
+
+class RecentTimes:
+    """Quantiles of the last durations.
+
+    Args:
+        keep: how many durations count, at least 1.
+    """
+
+    def __init__(self, keep: int = 64) -> None:
+        if keep < 1:
+            raise InputError(f"keep is {keep}: remember at least 1 duration")
+        self._seconds: deque[float] = deque(maxlen=keep)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def add(self, seconds: float) -> None:
+        """Count one duration."""
+        with self._lock:
+            self._seconds.append(seconds)
+
+    def quantile(self, share: float) -> float | None:
+        """The duration that `share` of the runs did not exceed; None before the first run.
+
+        The nearest rank is taken, so that it is a duration that really occurred.
+        """
+        with self._lock:
+            ordered = sorted(self._seconds)
+        if not ordered:
+            return None
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
 
 _log = logging.getLogger(__name__)
 

@@ -1,11 +1,14 @@
-"""One HTTP request and its whole reply, blocking; every way to fail becomes a `ServerError`."""
+"""One HTTP request to a model and its whole reply; every failure becomes a `ServerError`."""
 
+import dataclasses
 import email.utils
 import http.client
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+from urllib.parse import quote
 
 from urllib3 import BaseHTTPResponse, HTTPConnectionPool, Timeout
 from urllib3.exceptions import (
@@ -17,9 +20,15 @@ from urllib3.exceptions import (
     TimeoutError,
 )
 
-from edgeclip.runtime.errors import first_line
-from edgeclip.runtime.split.connection import CutOff, cut_by
-from edgeclip.runtime.split.deadline import Deadline
+from edgeclip.runtime.errors import InputError, first_line
+from edgeclip.runtime.split.connection import (
+    Address,
+    CutOff,
+    Workers,
+    cut_by,
+    is_private,
+    open_pool,
+)
 from edgeclip.runtime.split.errors import (
     BadReplyError,
     DeadlineExceededError,
@@ -30,7 +39,19 @@ from edgeclip.runtime.split.errors import (
     ServerUntrustedError,
     WrongSpaceError,
 )
-from edgeclip.runtime.wire.messages import decode_error
+from edgeclip.runtime.split.resilience import Attempt, Deadline
+from edgeclip.runtime.wire.messages import (
+    DEADLINE_MS,
+    JSON_LENGTH_HEADER,
+    SPACE_ID,
+    InferRequest,
+    InferResponse,
+    WireError,
+    decode_error,
+    decode_response,
+    encode_request,
+    json_length,
+)
 
 _CHUNK = 1 << 16
 _LONGEST_MESSAGE = 200  # characters of what the server says
@@ -187,3 +208,138 @@ def retry_after(header: str | None, now: float | None = None) -> float | None:
 
 def _short(error: Exception) -> str:
     return first_line(error)[:_LONGEST_MESSAGE]
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question(Generic[T]):
+    """What a model is asked.
+
+    Attributes:
+        request: see `Server.ask`.
+        deadline: see `Server.ask`.
+        read: see `Server.ask`.
+    """
+
+    request: InferRequest
+    deadline: Deadline
+    read: Callable[[InferResponse], T]
+
+    def http_request(self) -> HttpRequest:
+        """What is sent at this moment.
+
+        Raises:
+            WireError: the request holds what the protocol cannot carry.
+        """
+        left = {DEADLINE_MS: self.deadline.left() * 1e3}
+        headers, body = encode_request(
+            dataclasses.replace(self.request, parameters={**self.request.parameters, **left})
+        )
+        path = f"/v2/models/{quote(self.request.model, safe='')}/infer"
+        return HttpRequest(method="POST", path=path, headers=headers, body=body)
+
+    def answer(self, reply: HttpReply) -> T:
+        """What `read` makes of the reply.
+
+        Raises:
+            BadReplyError: it is not of the protocol, or `read` refuses it.
+            WrongSpaceError: it is of another embedding space than the request.
+        """
+        try:
+            length = json_length(reply.headers.get(JSON_LENGTH_HEADER.lower()))
+            response = decode_response(reply.body, length)
+        except WireError as error:
+            raise BadReplyError(f"the server's reply cannot be read: {error}") from error
+        _check_space(self.request, response)
+        return self.read(response)
+
+
+def _check_space(request: InferRequest, response: InferResponse) -> None:
+    wanted = request.parameters.get(SPACE_ID)
+    found = response.parameters.get(SPACE_ID)
+    if wanted is not None and found != wanted:
+        theirs = "no embedding space" if found is None else f"the embedding space {str(found)[:12]}"
+        raise WrongSpaceError(
+            f"model {request.model} of the server has {theirs}, not {str(wanted)[:12]}: serve a "
+            "bundle of this space"
+        )
+
+
+class Endpoint:
+    """A server's address, with connections that are kept.
+
+    Args:
+        address: where it is.
+        token: sent as a bearer token; None for none.
+        connections: how many exchanges there may be at a time.
+
+    Raises:
+        InputError: an address or token that cannot be used. A token is sent only where nobody
+            else can read it.
+    """
+
+    def __init__(self, address: Address, *, token: str | None, connections: int) -> None:
+        self._address, self._connections = address, connections
+        self._pool, self._prefix = open_pool(address, connections)
+        self._headers = _authorization(token, address.url)
+        self._workers = Workers(connections, "edgeclip-call")
+
+    @property
+    def busy(self) -> int:
+        """How many exchanges are under way, those that were given up included."""
+        return self._workers.busy
+
+    def start(
+        self,
+        request: Callable[[], HttpRequest],
+        read: Callable[[HttpReply], T],
+        deadline: Deadline,
+        *,
+        most_bytes: int,
+    ) -> Attempt[T]:
+        """Begin an exchange and return at once.
+
+        Args:
+            request: makes what is sent, at the last moment.
+            read: makes the result of the reply.
+            deadline: see `exchange`.
+            most_bytes: see `exchange`.
+
+        Raises:
+            ClientBusyError: no thread is free, or this was closed.
+        """
+        cut_off = CutOff()
+
+        def work() -> T:
+            plain = request()
+            full = HttpRequest(
+                method=plain.method,
+                path=self._prefix + plain.path,
+                headers={**plain.headers, **self._headers},
+                body=plain.body,
+            )
+            return read(exchange(self._pool, full, deadline, cut_off, most_bytes=most_bytes))
+
+        return Attempt(self._workers.submit(work), cut_off)
+
+    def forget_connections(self) -> None:
+        """Connect anew from here on; exchanges under way go on."""
+        # The old pool closes its idle connections once nobody uses it.
+        self._pool, _ = open_pool(self._address, self._connections)
+
+    def close(self) -> None:
+        """Close idle connections and let the threads end; nothing can be started after that."""
+        self._workers.close()
+        self._pool.close()
+
+
+def _authorization(token: str | None, url: str) -> dict[str, str]:
+    if token is None:
+        return {}
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise InputError("a token is ASCII without spaces: check where it was read from")
+    if not is_private(url):
+        raise InputError(f"a token is not sent to {url} in the clear: use https://")
+    return {"Authorization": f"Bearer {token}"}

@@ -1,18 +1,263 @@
-"""Outbox: requests that wait on the disk until the server can be reached."""
+"""Outbox: requests kept on disk (SQLite) until the server can be reached."""
 
 import dataclasses
+import os
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.split.deadline import Clock
-from edgeclip.runtime.split.outbox_entry import Entry, EntryKind, OutboxCounts, OutboxRules
-from edgeclip.runtime.split.outbox_store import OutboxStore
-from edgeclip.runtime.wire.messages import InferRequest
+from edgeclip.runtime.split.errors import OutboxError
+from edgeclip.runtime.split.resilience import Clock
+from edgeclip.runtime.wire.messages import (
+    IDEMPOTENCY_KEY,
+    JSON_LENGTH_HEADER,
+    InferRequest,
+    decode_request,
+    encode_request,
+    json_length,
+)
+
+EntryKind = Literal["escalation", "telemetry"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A request that waits to be sent.
+
+    Attributes:
+        key: the same for two requests that must not both take effect; sent with the request.
+        kind: telemetry makes room for escalations, never the other way round.
+        model: the server's model that is asked.
+        body: the request as `wire.encode_request` wrote it.
+        json_length: where the JSON of the body ends; None if it is JSON alone.
+        created: seconds since 1970.
+        failures: how often the server answered, but not with a reply.
+    """
+
+    key: str
+    kind: EntryKind
+    model: str
+    body: bytes
+    json_length: int | None
+    created: float
+    failures: int = 0
+
+    @classmethod
+    def of(cls, key: str, request: InferRequest, kind: EntryKind, created: float) -> "Entry":
+        """Wrap a request.
+
+        Raises:
+            InputError: the key is empty.
+            WireError: the request holds what the protocol cannot carry.
+        """
+        if not key:
+            raise InputError("an outbox entry needs a key: give what makes the request unique")
+        headers, body = encode_request(request)
+        return cls(
+            key=key,
+            kind=kind,
+            model=request.model,
+            body=body,
+            json_length=json_length(headers.get(JSON_LENGTH_HEADER)),
+            created=created,
+        )
+
+    def request(self) -> InferRequest:
+        """The request again, its key beside it, and as its id.
+
+        Raises:
+            WireError: the body was damaged.
+        """
+        found = decode_request(self.model, self.body, self.json_length)
+        return InferRequest(
+            model=found.model,
+            inputs=found.inputs,
+            parameters={**found.parameters, IDEMPOTENCY_KEY: self.key},
+            id=self.key,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutboxRules:
+    """How much an outbox holds, and for how long.
+
+    Attributes:
+        most_bytes: of all bodies together.
+        most_entries: that wait; as many keys of sent ones are remembered.
+        lives_s: seconds after which an entry is not worth sending, and a key that was sent may
+            come again.
+        busy_s: how long to wait for another process that writes.
+
+    Raises:
+        InputError: a value that is not above 0.
+    """
+
+    most_bytes: int = 64 << 20
+    most_entries: int = 10_000
+    lives_s: float = 86_400.0
+    busy_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if min(self.most_bytes, self.most_entries, self.lives_s, self.busy_s) <= 0:
+            raise InputError(f"an outbox cannot have these rules: {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutboxCounts:
+    """What waits, and what became of the rest since the outbox was made.
+
+    Attributes:
+        escalations, telemetry: entries that wait.
+        waiting_bytes: of their bodies.
+        sent: confirmed by the server.
+        dropped_escalations, dropped_telemetry: for want of room.
+        expired: too old to be sent.
+        refused: taken out because the server would never take them.
+    """
+
+    escalations: int = 0
+    telemetry: int = 0
+    waiting_bytes: int = 0
+    sent: int = 0
+    dropped_escalations: int = 0
+    dropped_telemetry: int = 0
+    expired: int = 0
+    refused: int = 0
+
+
+_APPLICATION = 0x45434F42  # "ECOB": tells an outbox from other SQLite files
+_VERSION = 1
+_PAUSE_S = 0.01
+_MEND = "choose another name, or delete it"
+_SCHEMA = f"""
+CREATE TABLE entries (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL,
+    model TEXT NOT NULL,
+    json_length INTEGER,
+    size INTEGER NOT NULL,
+    created REAL NOT NULL,
+    expires REAL NOT NULL,
+    failures INTEGER NOT NULL DEFAULT 0,
+    body BLOB NOT NULL
+);
+CREATE INDEX entries_by_kind ON entries (kind, number, size);
+CREATE INDEX entries_by_end ON entries (expires);
+CREATE TABLE sent (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, expires REAL NOT NULL);
+CREATE TABLE counts (what TEXT PRIMARY KEY, value INTEGER NOT NULL);
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_VERSION};
+"""
+
+
+class OutboxStore:
+    """A connection to the file, for all threads of a process.
+
+    Args:
+        path: made if it is missing, for the owner's eyes only: it holds pictures.
+        busy_s: how long to wait for another process that writes.
+
+    Raises:
+        OutboxError: the file cannot be made, or is something else.
+    """
+
+    def __init__(self, path: Path, busy_s: float) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._connection = sqlite3.connect(
+                path, timeout=busy_s, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._prepare(busy_s)
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection; what the block did is on the disk once it ended well, or undone.
+
+        Raises:
+            OutboxError: the file cannot be written, such as on a full disk, or was closed.
+        """
+        with self._lock, self._explained():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection for a single query.
+
+        Raises:
+            OutboxError: the file cannot be read, or was closed.
+        """
+        with self._lock, self._explained():
+            yield self._connection
+
+    def _prepare(self, busy_s: float) -> None:
+        self._begin_log(busy_s)
+        self._value("PRAGMA synchronous = FULL")
+        self._value("PRAGMA journal_size_limit = 1048576")
+        self._value("BEGIN IMMEDIATE")  # two processes may be making it
+        if self._value("SELECT count(*) FROM sqlite_master") == 0:
+            for statement in _SCHEMA.split(";"):
+                self._value(statement)
+        found = self._value("PRAGMA application_id"), self._value("PRAGMA user_version")
+        if found != (_APPLICATION, _VERSION):
+            raise OutboxError(f"{self.path} is no outbox of this version: {_MEND}")
+        self._value("COMMIT")
+
+    def _begin_log(self, busy_s: float) -> None:
+        """Turn the write-ahead log on; SQLite does not wait for others by itself here."""
+        end = time.monotonic() + busy_s
+        while True:
+            try:
+                self._value("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                    raise
+                time.sleep(_PAUSE_S)
+
+    def _value(self, statement: str) -> object:
+        row = self._connection.execute(statement).fetchone()
+        return None if row is None else row[0]
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutboxError(f"outbox {self.path}: {error.strerror or error}") from error
+        except sqlite3.OperationalError as error:  # locked, a full disk, no permission
+            raise OutboxError(f"outbox {self.path}: {error}") from error
+        except sqlite3.ProgrammingError:
+            raise OutboxError(f"outbox {self.path} was closed: open it anew") from None
+        except sqlite3.DatabaseError as error:
+            raise OutboxError(f"outbox {self.path} cannot be read ({error}): {_MEND}") from error
+
 
 # A device without a battery for its clock begins in 1970, until it has reached a time server;
 # what was put before must not be too old at once.

@@ -12,11 +12,10 @@ from types import TracebackType
 from typing import Literal
 
 from edgeclip.runtime.errors import EdgeClipError, InputError
-from edgeclip.runtime.split.deadline import Deadline
 from edgeclip.runtime.split.errors import BadReplyError, ServerError, ServerRefusedError
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.split.outbox import Outbox
-from edgeclip.runtime.split.outbox_entry import Entry
+from edgeclip.runtime.split.outbox import Entry, Outbox
+from edgeclip.runtime.split.resilience import Deadline
 from edgeclip.runtime.wire.messages import InferResponse, WireError
 
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""SplitRuntime: an `Encoder` whose work a server does where the plan says so, and never must."""
+"""SplitRuntime: an `Encoder` that sends work to a server as a plan says, and works without one."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.embeddings import check_space
+from edgeclip.runtime.bundle.index import Hit, Index, check_space, one_thread_for_products
+from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.encoder import Answer, Encoder
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.index import Hit, Index
-from edgeclip.runtime.labels import LabelSet
-from edgeclip.runtime.load_image import ImageInput
+from edgeclip.runtime.inputs.images import ImageInput
 from edgeclip.runtime.planning.plan import SplitPlan
-from edgeclip.runtime.split.blas import one_thread_for_products
-from edgeclip.runtime.split.deadline import Deadline
-from edgeclip.runtime.split.device_time import DeviceTime, Work
-from edgeclip.runtime.split.far_models import FarModel, open_far_tower
+from edgeclip.runtime.split.escalation import Escalation, SecondOpinion
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.split.pictures import Pictures, is_pictures
-from edgeclip.runtime.split.reply import Call, Outcome, Reply
-from edgeclip.runtime.split.second_opinion import Escalation, SecondOpinion
-from edgeclip.runtime.split.server_or_device import ServerOrDevice
-from edgeclip.runtime.split.split_tower import SplitTower
+from edgeclip.runtime.split.remote_models import FarModel, Pictures, is_pictures, open_far_tower
+from edgeclip.runtime.split.remote_with_fallback import (
+    Call,
+    DeviceTime,
+    Outcome,
+    Reply,
+    ServerOrDevice,
+    SplitTower,
+    Work,
+)
+from edgeclip.runtime.split.resilience import Deadline
 
 if TYPE_CHECKING:
     from edgeclip.runtime.planning.cut_set import CutSet

@@ -17,8 +17,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgeclip.runtime.wire.strict_json import (
+from edgeclip.runtime.wire.tensors import (
+    BYTES,
     Parameter,
+    WireError,
+    datatype_of,
+    from_binary,
+    from_json,
     get_flag,
     get_number,
     get_objects,
@@ -27,13 +32,6 @@ from edgeclip.runtime.wire.strict_json import (
     get_text,
     parse_object,
     take_size,
-)
-from edgeclip.runtime.wire.tensors import (
-    BYTES,
-    WireError,
-    datatype_of,
-    from_binary,
-    from_json,
     to_binary,
     to_json,
 )

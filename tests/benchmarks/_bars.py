@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgeclip.profiles.machine import detect_machine
-from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.device.machine import detect_machine
+from edgeclip.runtime.quality.intervals import Interval
 
 EMOJI_BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"  # the built-in student's
 

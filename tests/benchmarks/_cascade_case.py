@@ -5,15 +5,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import EmojiSource
-from edgeclip.compress.verb_options import BUILT_IN_TEACHER
-from edgeclip.export.build_bundle import build_bundle
-from edgeclip.export.bundle_plan import BundlePlan
-from edgeclip.export.demo import KEPT_BUNDLE
-from edgeclip.export.questions import Questions
-from edgeclip.export.write_bundle import Origin
-from edgeclip.profiles.device import load_device
+from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.bundle.build_bundle import build_bundle
+from edgeclip.export.bundle.bundle_plan import BundlePlan
+from edgeclip.export.bundle.write_bundle import Origin
+from edgeclip.export.cascade.cascade_eval_set import Questions
+from edgeclip.export.demo.demo import KEPT_BUNDLE
+from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.encoder import Encoder
 
 _FRESH_SEED = 1  # another endless sequence of the same split

@@ -11,12 +11,12 @@ import torch
 from _consumer_models import convnext_bert, openai_layout
 from numpy.typing import NDArray
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import EmojiSource
-from edgeclip.export.to_onnx import export_towers
-from edgeclip.profiles.device import load_device
-from edgeclip.runtime.engine import open_engine
-from edgeclip.runtime.preprocess import preprocess_batch
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.to_onnx import export_towers
+from edgeclip.runtime.device.device_profile import load_device
+from edgeclip.runtime.engines.engine import open_engine
+from edgeclip.runtime.inputs.preprocess import preprocess_batch
 from edgeclip.runtime.spec import ImageSpec
 
 FloatArray = NDArray[np.float32]

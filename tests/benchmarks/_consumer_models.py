@@ -19,9 +19,9 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import EmojiSource
-from edgeclip.compress.tokenizer import train_tokenizer
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.train.pretrain import train_tokenizer
 from edgeclip.runtime.spec import ImageSpec
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from _consumer_cases import Case, FloatArray
 
-from edgeclip.runtime.text_columns import columns
+from edgeclip.runtime.console import columns
 
 # What is held to the bar, by tower and kind of input, and what it is called there.
 HELD = {

@@ -10,7 +10,7 @@ import numpy as np
 from _faults_proxy import FaultyProxy, Mode, can_drop_packets, packets_dropped
 from _faults_server import ServerProcess
 
-from edgeclip.runtime.sensing.cpu_time import CpuSnapshot
+from edgeclip.profiles.record.conditions import CpuSnapshot
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 
 DEADLINE_MS = 100.0

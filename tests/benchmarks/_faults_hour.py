@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from _faults_cases import DEADLINE_MS, GRACE_MS, Bench, Fault, Seen
 
-from edgeclip.runtime.sensing.cpu_time import CpuSnapshot
+from edgeclip.profiles.record.conditions import CpuSnapshot
 
 _AFTERWARDS_S = 3.0  # until time is left out again
 _AWAY_S = 0.5  # before a killed server is started again

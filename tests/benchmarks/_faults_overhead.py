@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeclip.profiles.record.timing_statistics import percentile_interval
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.timing_statistics import percentile_interval
 from edgeclip.runtime.planning.plan import SplitPlan
-from edgeclip.runtime.split.breaker import BreakerRules
-from edgeclip.runtime.split.deadline import Deadline
-from edgeclip.runtime.split.device_time import DeviceTime
+from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.split.http_client import ClientRules, Server
-from edgeclip.runtime.split.server_or_device import ServerOrDevice
+from edgeclip.runtime.split.remote_with_fallback import DeviceTime, ServerOrDevice
+from edgeclip.runtime.split.resilience import BreakerRules, Deadline
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 
 _NOBODY = "http://127.0.0.1:9"  # the discard port: nobody listens

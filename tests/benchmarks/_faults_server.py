@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from edgeclip.runtime.bundle_paths import MANIFEST_NAME
+from edgeclip.runtime.bundle.files import MANIFEST_NAME
 
-SERVE = (sys.executable, "-m", "edgeclip.runtime.cli", "serve")
+SERVE = (sys.executable, "-m", "edgeclip.runtime.cli.main", "serve")
 NAME = "B"  # what the bundle is called there
 
 

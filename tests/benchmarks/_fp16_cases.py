@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeclip.compress.sources import EmojiSource
-from edgeclip.export.calibrate import CalibrationData
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.preprocess import preprocess_batch
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.inputs.preprocess import preprocess_batch
 
 sys.path.append(str(Path(__file__).parents[2]))  # for `tests`, which is not installed
 from tests.export.quantizing.collapse_models import (

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import EmojiSource
-from edgeclip.export.calibrate import CalibrationData
-from edgeclip.export.embed_pairs import tower_inputs
-from edgeclip.export.fp16 import write_fp16
-from edgeclip.export.to_onnx import export_tower
-from edgeclip.export.towers import tower_module
-from edgeclip.runtime.bundle_paths import tower_path
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.embed_pairs import tower_inputs
+from edgeclip.export.graph.export_modules import tower_module
+from edgeclip.export.graph.to_onnx import export_tower
+from edgeclip.export.quantizing.fp16 import write_fp16
+from edgeclip.runtime.bundle.files import tower_path
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality import cosines
+from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import OUTPUT_NAMES, PIXEL_INPUTS, TEXT_INPUT, PixelForm, Tower
-from edgeclip.runtime.tower_feed import tower_feed
+from edgeclip.runtime.towers.tower_runner import tower_feed
 
 GpuPrecision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[GpuPrecision, ...] = ("fp32", "fp16")

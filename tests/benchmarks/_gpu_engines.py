@@ -14,15 +14,15 @@ from _gpu_case import PRECISIONS, Case, GpuPrecision, Resident, Runner, Variant
 from _gpu_machine import GpuMachine
 from numpy.typing import NDArray
 
-from edgeclip.profiles.device import DeviceProfile, EngineName
-from edgeclip.runtime.engine_key import GraphSource
-from edgeclip.runtime.engine_ort import open_ort_engine
-from edgeclip.runtime.engine_store import find_or_build
-from edgeclip.runtime.engine_tensorrt import TensorRtEngine
+from edgeclip.runtime.bundle.engine_records import GraphSource
+from edgeclip.runtime.bundle.files import sha256_file
+from edgeclip.runtime.device.device_profile import DeviceProfile, EngineName
+from edgeclip.runtime.engines.engine_cache import find_or_build
+from edgeclip.runtime.engines.onnxruntime_engine import open_ort_engine
+from edgeclip.runtime.engines.ort_session import import_onnxruntime
+from edgeclip.runtime.engines.tensorrt_engine import TensorRtEngine
+from edgeclip.runtime.engines.tensorrt_library import open_library
 from edgeclip.runtime.errors import EngineError
-from edgeclip.runtime.files import sha256_file
-from edgeclip.runtime.ort_session import import_onnxruntime
-from edgeclip.runtime.tensorrt_library import open_library
 
 _TITLES: dict[EngineName, str] = {
     "onnxruntime-cuda": "ONNX Runtime CUDA",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Versions beside those of `edgeclip.profiles.machine` that can change what a GPU does.
+# Versions beside those of `edgeclip.runtime.device.machine` that can change what a GPU does.
 _PACKAGES = (
     "cuda-bindings",
     "nvidia-cudnn-cu12",

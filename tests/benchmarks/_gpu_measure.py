@@ -11,9 +11,9 @@ from _gpu_rows import COLUMNS, Column, Row, Timing
 from _gpu_torch import REFERENCE
 from numpy.typing import NDArray
 
+from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import first_line
-from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved
 
 Run = Callable[[NDArray[Any]], object]
 

@@ -7,9 +7,9 @@ from typing import Literal, get_args
 from _bars import Bar
 from _gpu_torch import REFERENCE
 
-from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.console import columns
+from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Tower
-from edgeclip.runtime.text_columns import columns
 
 Column = Literal["host", "device"]
 COLUMNS: tuple[Column, ...] = get_args(Column)

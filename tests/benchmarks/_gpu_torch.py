@@ -16,7 +16,7 @@ from _gpu_case import PRECISIONS, Case, GpuPrecision, Resident, Runner, Variant
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgeclip.export.towers import PlainImageTower, PlainTextTower, tower_module
+from edgeclip.export.graph.export_modules import PlainImageTower, PlainTextTower, tower_module
 
 REFERENCE = "torch eager fp32"
 _WARM_UPS = 3  # before a capture, as the documentation of torch.cuda.graphs asks for

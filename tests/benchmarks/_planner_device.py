@@ -14,17 +14,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from edgeclip.profiles.device import load_device
-from edgeclip.runtime.planning.cut_head import CutHead
-from edgeclip.runtime.planning.cut_set import CutSet
+from edgeclip.profiles.cuts.measure_cuts import StageWork
+from edgeclip.runtime.device.device_profile import load_device
+from edgeclip.runtime.inputs.preprocess import resize_and_crop
+from edgeclip.runtime.planning.cut_set import CutHead, CutSet
 from edgeclip.runtime.planning.plan import SplitPlan
-from edgeclip.runtime.planning.stage_works import StageWork
-from edgeclip.runtime.preprocess import resize_and_crop
-from edgeclip.runtime.serving.cut_tail import CutTail
-from edgeclip.runtime.split.deadline import Deadline
+from edgeclip.runtime.serving.bundle_models import CutTail
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.wire.codec import codec_name, encode
-from edgeclip.runtime.wire.codec_image import encode_picture
+from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.wire.codec import codec_name, encode, encode_picture
 from edgeclip.runtime.wire.messages import BUNDLE, CODEC, CUT, SPACE_ID, InferRequest
 
 T = TypeVar("T")

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from _network import EFFICIENCY
 from _planner_device import ONE_THREAD, Device, slower
 
-from edgeclip.runtime.planning.candidates import Candidate
+from edgeclip.profiles.cuts.measure_cuts import StageSampler, StageWork, StageWorks
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import Conditions, Estimate, estimate
-from edgeclip.runtime.planning.link_estimator import LinkEstimator
 from edgeclip.runtime.planning.link_state import LinkState
-from edgeclip.runtime.planning.measure_cuts import StageSampler
+from edgeclip.runtime.planning.plan import Candidate
+from edgeclip.runtime.planning.replanning import LinkEstimator
 from edgeclip.runtime.planning.stage_times import Stage, StageTimes
-from edgeclip.runtime.planning.stage_works import StageWork, StageWorks
 
 RTT_MS = 20.0
 PAUSE_S = 0.25  # between requests: longer than TCP's timeout, so that slow start begins anew

@@ -13,30 +13,36 @@ from _quantizer_race import Entrant, FloatArray, embed
 from graph_work import padded_ids, plain_graph
 from numpy.typing import NDArray
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import EmojiSource, Source
-from edgeclip.compress.verb_options import BUILT_IN_TEACHER
-from edgeclip.export.calibrate import CalibrationSource, calibration_images, calibration_texts
-from edgeclip.export.embed_pairs import embed_all, torch_embedder, tower_inputs
-from edgeclip.export.gates import DEFAULT_BOUNDS, data_record
-from edgeclip.export.graph import data_path
-from edgeclip.export.judge_precisions import JudgedOn, judge_alone
+from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.data.sources import EmojiSource, Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS, data_record
+from edgeclip.export.gates.judge_precisions import JudgedOn, judge_alone
+from edgeclip.export.gates.zero_shot import emoji_zero_shot
+from edgeclip.export.graph.calibration import (
+    CalibrationSource,
+    calibration_images,
+    calibration_texts,
+)
+from edgeclip.export.graph.embed_pairs import TOWERS, embed_all, torch_embedder, tower_inputs
+from edgeclip.export.graph.graph import data_path
+from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, open_trial
 from edgeclip.export.quantizing.config import Config, default_config, describe
-from edgeclip.export.quantizing.evaluate_point import open_trial
-from edgeclip.export.quantizing.point_latency import SEARCHING
+from edgeclip.export.quantizing.quantization_file import export_searched
 from edgeclip.export.quantizing.search import search
-from edgeclip.export.quantizing.search_space import space_for
-from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask, split_calibration
-from edgeclip.export.quantizing.searched_graph import export_searched
+from edgeclip.export.quantizing.search_task import (
+    JudgedPairs,
+    SearchTask,
+    space_for,
+    split_calibration,
+)
 from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.tower_graph import TOWERS
-from edgeclip.export.zero_shot import emoji_zero_shot
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.intervals import Interval, bootstrap
-from edgeclip.runtime.manifest import GateRecord
-from edgeclip.runtime.quality import pair_ranks
+from edgeclip.runtime.bundle.manifest import GateRecord
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.quality.intervals import Interval, bootstrap
+from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Tower
-from edgeclip.runtime.tower_feed import tower_feed
+from edgeclip.runtime.towers.tower_runner import tower_feed
 
 _BATCH = 32
 OURS, PLAIN = "ours", "plain"  # forms of an input

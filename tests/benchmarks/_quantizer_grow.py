@@ -27,13 +27,13 @@ from _bars import command
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from edgeclip.compress.distill import distill
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.losses import LossWeights
-from edgeclip.compress.sources import EmojiSource
-from edgeclip.compress.teacher_cache import build_cache
-from edgeclip.compress.train_loop import TrainSettings
-from edgeclip.compress.verb_options import BUILT_IN_TEACHER
+from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.teacher_cache import build_cache
+from edgeclip.compress.train.distill import distill
+from edgeclip.compress.train.losses import LossWeights
+from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.runtime.spec import ImageSpec
 
 BUILD = Path(__file__).parents[2] / "build" / "quantizers"

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.profiles.measure.interleaved_runs import round_order
+from edgeclip.profiles.record.timing_statistics import latency_of, paired_ratio_of
 from edgeclip.runtime.errors import EngineError
-from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.interleave import round_order
-from edgeclip.runtime.measuring.timing_statistics import latency_of, paired_ratio_of
+from edgeclip.runtime.quality.intervals import Interval
 
 PROCESS = Path(__file__).parent / "_quantizer_process.py"
 _WARM = 0.5  # seconds

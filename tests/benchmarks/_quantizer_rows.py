@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from _bars import Bar
 from _quantizer_race import Raced
 
-from edgeclip.profiles.device import THIS_MACHINE, load_device
-from edgeclip.profiles.machine import detect_machine
-from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.manifest import GateRecord
+from edgeclip.runtime.bundle.manifest import GateRecord
+from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
+from edgeclip.runtime.device.machine import detect_machine
+from edgeclip.runtime.quality.intervals import Interval
 
 _MEAN, _P1 = "mean cosine", "1st-percentile cosine"
 

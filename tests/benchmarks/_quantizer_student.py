@@ -9,11 +9,11 @@ from onnx import GraphProto, numpy_helper
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.export.demo import KEPT_BUNDLE
-from edgeclip.export.graph import load_graph
-from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.bundle_paths import tower_path
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.demo.demo import KEPT_BUNDLE
+from edgeclip.export.graph.graph import load_graph
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.files import tower_path
 
 _PROJECTIONS = {"image": "visual_projection.weight", "text": "text_projection.weight"}
 

@@ -7,14 +7,13 @@ import numpy as np
 from _bars import EMOJI_BUNDLE
 from _slowed_process import SLOWED
 
-from edgeclip.profiles.device import THIS_MACHINE, load_device
+from edgeclip.profiles.compare.compare_runs import Comparison, compare_runs
+from edgeclip.profiles.measure.interleaved_benchmark import measurements_of, take_turns
+from edgeclip.profiles.measure.subject import SubjectSpec, measurement_run
+from edgeclip.profiles.record.measurement import Measurement, MeasurementRun, Yardstick
+from edgeclip.profiles.record.timing_statistics import latency_of
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.comparing.compare_runs import Comparison, compare_runs
-from edgeclip.runtime.measuring.bundle_candidates import measurement_run
-from edgeclip.runtime.measuring.measurement import Measurement, MeasurementRun, Yardstick
-from edgeclip.runtime.measuring.subject import SubjectSpec
-from edgeclip.runtime.measuring.take_turns import measurements_of, take_turns
-from edgeclip.runtime.measuring.timing_statistics import latency_of
+from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.spec import Precision
 
 _NAME = "student"

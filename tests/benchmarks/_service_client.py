@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.profiles.device import THIS_MACHINE, load_device
-from edgeclip.profiles.traffic import Traffic, load_traffic
+from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.cascade.cascade import Cascade
+from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.index import Index
 from edgeclip.runtime.planning.plan import SplitPlan
+from edgeclip.runtime.split.escalation import Escalation
 from edgeclip.runtime.split.http_client import ClientRules, Server
-from edgeclip.runtime.split.second_opinion import Escalation
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 
 _SEED = 0
@@ -31,6 +30,38 @@ _THREADS = 64  # requests under way at a time; a stall must not hold back those 
 _CONNECTIONS = 16
 _WARM_UPS = 5
 _LEAD = 1.0  # seconds until the first request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Open-loop traffic with its service level.
+
+    Requests are sent at times that were drawn before, whether or not earlier ones were
+    answered; latency counts from there, so that a server which stalls cannot hide it
+    (G. Tene, "How NOT to Measure Latency", 2013). Arrivals are a Poisson process.
+
+    Attributes:
+        requests_per_second: the mean rate.
+        seconds: how long it lasts.
+        link: name of the `LinkProfile` between device and server.
+        deadline_ms: of each request.
+        p99_ms: the service level's 99th percentile of latency.
+        answered: the least share of requests that must be answered, 0 to 1.
+    """
+
+    name: str
+    requests_per_second: float
+    seconds: float
+    link: str = "lan"
+    deadline_ms: float = 1000
+    p99_ms: float = 200
+    answered: float = 0.999
+
+
+TRAFFIC = {
+    "short": Traffic(name="short", requests_per_second=100, seconds=10),
+    "steady": Traffic(name="steady", requests_per_second=290, seconds=600),  # 25 million a day
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +97,6 @@ class Log:
 def schedule(traffic: Traffic, seconds: float) -> NDArray[np.float64]:
     """Seconds from the beginning at which requests are sent."""
     count = round(traffic.requests_per_second * seconds)
-    if traffic.arrivals == "even":
-        return np.arange(count) / traffic.requests_per_second
     rng = np.random.default_rng(_SEED)
     return np.cumsum(rng.exponential(1 / traffic.requests_per_second, count))
 
@@ -98,7 +127,7 @@ def drive(
     settings: Settings,
 ) -> Log:
     """Send every request at its time, whatever became of those before it."""
-    traffic = load_traffic(settings.traffic)
+    traffic = TRAFFIC[settings.traffic]
     times = schedule(traffic, settings.seconds)
     count = len(times)
     # Filled in beforehand: a log that grows would look like a program that does.

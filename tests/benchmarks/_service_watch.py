@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.quality.intervals import Interval
 
 _SETTLED = 0.5  # of the time, until caches, pools and heaps are as large as they get
 _BLOCKS = 10

@@ -13,11 +13,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.measuring import ask_process, subject_process
-from edgeclip.runtime.measuring.open_any import open_subject
-from edgeclip.runtime.measuring.open_subject import OpenSubject
-from edgeclip.runtime.measuring.subject import SubjectSpec
+from edgeclip.profiles.measure import benchmark_worker, worker_client
+from edgeclip.profiles.measure.open_subject import OpenSubject, open_subject
+from edgeclip.profiles.measure.subject import SubjectSpec
+from edgeclip.runtime.bundle.bundle import Bundle
 
 SLOWED = "slowed"
 _SHARE = "EDGECLIP_SLOWED_BY"
@@ -28,7 +27,7 @@ def slow_down(share: float) -> None:
     os.environ[_SHARE] = str(share)
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    ask_process._MODULE = Path(__file__).stem
+    worker_client._MODULE = Path(__file__).stem
 
 
 def _open_slowed(spec: SubjectSpec, *, bundle: Bundle | None = None) -> OpenSubject:
@@ -50,5 +49,5 @@ def _open_slowed(spec: SubjectSpec, *, bundle: Bundle | None = None) -> OpenSubj
 
 
 if __name__ == "__main__":
-    vars(subject_process)["open_subject"] = _open_slowed
-    sys.exit(subject_process.main())
+    vars(benchmark_worker)["open_subject"] = _open_slowed
+    sys.exit(benchmark_worker.main())

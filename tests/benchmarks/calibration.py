@@ -16,24 +16,27 @@ import numpy as np
 from _bars import Bar, finish, options
 from numpy.typing import NDArray
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source, open_source
-from edgeclip.compress.verb_options import BUILT_IN_TEACHER
-from edgeclip.export.activation_bounds import EXTREMES, Ranging
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
-from edgeclip.export.embed_pairs import embed_all, graph_embedder, tower_inputs
-from edgeclip.export.fp8 import write_fp8
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.quantize import write_int8
+from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.data.sources import Source, open_source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.graph.embed_pairs import (
+    TOWERS,
+    TowerGraph,
+    embed_all,
+    graph_embedder,
+    tower_inputs,
+)
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.to_onnx import GraphForm, export_towers
+from edgeclip.export.quantizing.activation_ranges import EXTREMES, Ranging
 from edgeclip.export.quantizing.config import StaticInt8, default_config
 from edgeclip.export.quantizing.correct_bias import correct_biases
 from edgeclip.export.quantizing.smooth import search_alphas
-from edgeclip.export.quantizing.transform import apply_transforms
-from edgeclip.export.to_onnx import export_towers
-from edgeclip.export.tower_graph import TOWERS, TowerGraph
-from edgeclip.profiles.device import THIS_MACHINE, load_device
-from edgeclip.runtime.quality import cosines
+from edgeclip.export.quantizing.static_int8 import write_int8
+from edgeclip.export.quantizing.write_config import apply_transforms, write_fp8
+from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
+from edgeclip.runtime.quality.retrieval import cosines
 
 _GAP = 1e-4  # in the mean cosine; less is not worth a slower method
 

@@ -20,24 +20,27 @@ from _bars import Bar, command, finish, options
 from _cascade_case import FULL, QUICK, Case, open_case, say
 from numpy.typing import NDArray
 
-from edgeclip.compress.sources import Source
-from edgeclip.export.add_to_bundle import add_to_bundle
-from edgeclip.export.certify_cascade import CascadePlan, Certified, certify
-from edgeclip.export.examine import Examiner
-from edgeclip.export.measure_cascade import query_bytes
-from edgeclip.profiles.machine import detect_machine
-from edgeclip.runtime.bundle import Bundle
+from edgeclip.compress.data.sources import Source
+from edgeclip.export.bundle.write_bundle import add_to_bundle
+from edgeclip.export.cascade.cascade_evaluator import Examiner, query_bytes
+from edgeclip.export.cascade.cascade_report import (
+    CascadePage,
+    Costs,
+    curve,
+    curve_table,
+    write_page,
+)
+from edgeclip.export.cascade.certify import CascadePlan, Certified, certify, choose_threshold
+from edgeclip.profiles.measure.interleaved_runs import round_order
+from edgeclip.profiles.record.conditions import CpuSnapshot
+from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cascade.cascade import Cascade
-from edgeclip.runtime.cascade.cascade_curve import Costs, curve, curve_table
-from edgeclip.runtime.cascade.cascade_page import CascadePage, write_page
-from edgeclip.runtime.cascade.risk_control import choose_threshold
+from edgeclip.runtime.cascade.certificate import Trial
 from edgeclip.runtime.cascade.scores import Evidence, Margin
-from edgeclip.runtime.cascade.trial import Trial
+from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.intervals import Interval, bootstrap, bootstrap_ratio
-from edgeclip.runtime.measuring.interleave import round_order
-from edgeclip.runtime.preprocess import crop_batch
-from edgeclip.runtime.sensing.cpu_time import CpuSnapshot
+from edgeclip.runtime.inputs.preprocess import crop_batch
+from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
 
 BOUND, DELTA, SLOWEST = 0.95, 0.05, 0.32
 MORE_BOUNDS = (0.97, 0.98, 0.99)

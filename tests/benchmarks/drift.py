@@ -18,13 +18,12 @@ from _cascade_case import Case, Sizes, open_case, say
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
-from edgeclip.compress.sources import EmojiSource, Pair, Source
-from edgeclip.export.certify_cascade import CascadePlan, certify
-from edgeclip.runtime.cascade.certificate import Certificate
+from edgeclip.compress.data.sources import EmojiSource, Pair, Source
+from edgeclip.export.cascade.certify import CascadePlan, certify
+from edgeclip.runtime.cascade.certificate import Certificate, Trial
 from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, ScoreSample
 from edgeclip.runtime.cascade.scores import Margin
-from edgeclip.runtime.cascade.trial import Trial
-from edgeclip.runtime.intervals import Interval, bootstrap, bootstrap_ratio
+from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
 
 Values = NDArray[np.float64]
 Alter = Callable[[Image.Image, np.random.Generator], Image.Image]

@@ -54,15 +54,15 @@ def child(folder: Path, device_name: str, quick: bool) -> None:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    from edgeclip.compress.dual_encoder import DualEncoder
-    from edgeclip.compress.sources import open_source
-    from edgeclip.compress.verb_options import BUILT_IN_TEACHER
-    from edgeclip.export.build_bundle import build_bundle
-    from edgeclip.export.bundle_plan import BundlePlan
-    from edgeclip.export.gates import DEFAULT_BOUNDS
-    from edgeclip.export.write_bundle import Origin
-    from edgeclip.profiles.device import load_device
-    from edgeclip.runtime.sensing.memory import peak_memory_mb
+    from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+    from edgeclip.compress.data.sources import open_source
+    from edgeclip.compress.teachers.dual_encoder import DualEncoder
+    from edgeclip.export.bundle.build_bundle import build_bundle
+    from edgeclip.export.bundle.bundle_plan import BundlePlan
+    from edgeclip.export.bundle.write_bundle import Origin
+    from edgeclip.export.gates.gates import DEFAULT_BOUNDS
+    from edgeclip.profiles.sensors.clocks import peak_memory_mb
+    from edgeclip.runtime.device.device_profile import load_device
     from edgeclip.runtime.spec import ImageSpec
 
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from _faults_overhead import Overhead, measure_overhead
 from _faults_proxy import FaultyProxy
 from _faults_server import NAME, ServerProcess, bundle_of_another_space
 
-from edgeclip.compress.emoji_scenes import EmojiScenes
+from edgeclip.compress.data.emoji_scenes import EmojiScenes
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.split.http_client import Server

@@ -32,14 +32,13 @@ from _quantizer_rows import Row as GateRow
 from _quantizer_rows import gate_bars
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.fp16 import write_fp16
-from edgeclip.export.gates import DEFAULT_BOUNDS, judge_tower
-from edgeclip.export.graph import PRODUCTS, load_graph
-from edgeclip.export.quantizing.emulate_half import emulate_half, half_values
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS, judge_tower
+from edgeclip.export.graph.graph import PRODUCTS, load_graph
+from edgeclip.export.quantizing.fp16 import emulate_half, half_values, write_fp16
 from edgeclip.export.quantizing.mixed_fp16 import embed, find_islands
+from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.errors import EngineError, first_line
-from edgeclip.runtime.manifest import GateRecord
-from edgeclip.runtime.quality import cosines
+from edgeclip.runtime.quality.retrieval import cosines
 
 REQUIREMENTS = (
     "nvidia-modelopt[onnx]==0.47.0",

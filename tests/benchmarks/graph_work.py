@@ -21,24 +21,23 @@ from numpy.typing import NDArray
 from onnxruntime.transformers import optimizer
 from transformers import CLIPConfig, CLIPModel
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import EmojiSource
-from edgeclip.compress.verb_options import BUILT_IN_TEACHER
-from edgeclip.export.capture import capture
-from edgeclip.export.cut_graph import relative_error
-from edgeclip.export.embed_pairs import tower_inputs
-from edgeclip.export.graph import limit_masks, load_graph, save_graph
-from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.graph_passes import PASSES
-from edgeclip.export.towers import PlainImageTower, PlainTextTower
-from edgeclip.export.tune_graph import TUNING
-from edgeclip.profiles.device import DeviceProfile, load_device
-from edgeclip.runtime.engine import open_engine
-from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved
-from edgeclip.runtime.measuring.measurement import Measurement
+from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.embed_pairs import tower_inputs
+from edgeclip.export.graph.export_modules import PlainImageTower, PlainTextTower
+from edgeclip.export.graph.graph import limit_masks, load_graph, save_graph
+from edgeclip.export.graph.graph_passes import PASSES
+from edgeclip.export.graph.graph_values import relative_error
+from edgeclip.export.graph.to_onnx import GraphForm, capture
+from edgeclip.export.graph.tune_passes import TUNING
+from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved
+from edgeclip.profiles.record.measurement import Measurement
+from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
+from edgeclip.runtime.engines.engine import open_engine
+from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import ImageSpec, Tower
-from edgeclip.runtime.tower_feed import tower_feed
+from edgeclip.runtime.towers.tower_runner import tower_feed
 
 FIRST, ONE_TOKEN, CUT = "whole last layer", "last layer for one token", "text cut at its end"
 FORM = GraphForm()

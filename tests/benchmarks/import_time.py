@@ -10,7 +10,7 @@ import sys
 import numpy as np
 from _bars import Bar, finish, options
 
-from edgeclip.runtime.measuring.timing_statistics import percentile_interval
+from edgeclip.profiles.record.timing_statistics import percentile_interval
 
 _CHILD = """
 import json, sys, time

@@ -29,9 +29,9 @@ from _quantizer_grow import BUILD, VIT_8M, VIT_B32, grown, plant_outliers
 from _quantizer_race import QUICK_EFFORT, Effort, race
 from _quantizer_rows import Row, gate_bars, print_quality, print_speed, ran_on
 
-from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.profiles.device import load_device
+from edgeclip.runtime.device.device_profile import load_device
 
 PLAIN_NAME, FLOAT, CHOSEN, REDUCED = "plain fp32", "our fp32", "chosen", "chosen, 7-bit weights"
 BARS = {VIT_8M.name: 1.8, VIT_B32.name: 2.1}

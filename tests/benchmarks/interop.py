@@ -24,16 +24,16 @@ from _interop_server import REQUIREMENTS, pytriton
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeclip.runtime.bundle_paths import tower_path
+from edgeclip.runtime.bundle.files import tower_path
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import EdgeClipError
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.bundle_models import bundle_models
 from edgeclip.runtime.serving.grpc_server import GrpcDoor
 from edgeclip.runtime.serving.models import Registry
-from edgeclip.runtime.serving.serve import in_background
-from edgeclip.runtime.split.deadline import Deadline
+from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.split.http_client import Server
+from edgeclip.runtime.split.resilience import Deadline
 from edgeclip.runtime.wire.messages import InferRequest
 
 _HERE = Path(__file__).parent

@@ -19,15 +19,15 @@ import numpy as np
 from _bars import EMOJI_BUNDLE, Bar, finish, options
 from numpy.typing import NDArray
 
+from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved, round_order
+from edgeclip.profiles.measure.loadgen import run_scenario
+from edgeclip.profiles.record.timing_statistics import paired_ratio
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.interleave import Candidate, measure_interleaved, round_order
-from edgeclip.runtime.measuring.loadgen import run_scenario
-from edgeclip.runtime.measuring.timing_statistics import paired_ratio
-from edgeclip.runtime.ort_session import import_onnxruntime, session_options
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.engines.ort_session import import_onnxruntime, session_options
+from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
-from edgeclip.runtime.tower_feed import tower_feed
+from edgeclip.runtime.towers.tower_runner import tower_feed
 
 PRECISIONS: tuple[Precision, ...] = ("int8", "fp32")
 BARE, AGAIN = "bare loop", "bare loop again"

@@ -37,19 +37,18 @@ from _planner_samples import (
     all_works,
 )
 
-from edgeclip.export.write_cuts import write_cuts
-from edgeclip.profiles.machine import detect_machine
-from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.device_yaml import device_yaml
-from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.measuring.timing_statistics import percentile_interval
-from edgeclip.runtime.planning.candidates import all_candidates
+from edgeclip.export.cuts.write_cuts import write_cuts
+from edgeclip.profiles.cuts.measure_cuts import StageWork, measure_cuts
+from edgeclip.profiles.record.timing_statistics import percentile_interval
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.device.device_profile import device_yaml
+from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import Conditions, Estimate
-from edgeclip.runtime.planning.measure_cuts import measure_cuts
+from edgeclip.runtime.planning.plan import all_candidates
 from edgeclip.runtime.planning.planner import Choice, Objective, choose, estimate_all
 from edgeclip.runtime.planning.stage_times import Stage, StageTimes
-from edgeclip.runtime.planning.stage_works import StageWork
+from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.split.http_client import ClientRules, Server
 
 BANDWIDTHS = (0.5, 2.0, 8.0, 30.0, 100.0)
@@ -81,7 +80,14 @@ def serving(network: Network, cuts: CutSet) -> Iterator[str]:
     """Run `edgeclip serve` on its side of the link, and give its address."""
     profile = cuts.path.with_name("one-thread.yaml")
     profile.write_text(device_yaml(ONE_THREAD), encoding="utf-8")
-    words = [sys.executable, "-m", "edgeclip.runtime.cli", "serve", str(EMOJI_BUNDLE), "--echo"]
+    words = [
+        sys.executable,
+        "-m",
+        "edgeclip.runtime.cli.main",
+        "serve",
+        str(EMOJI_BUNDLE),
+        "--echo",
+    ]
     words += ["--cuts", str(cuts.path), "--device", str(profile), "--insecure"]
     words += ["--host", network.server_address, "--port", "0"]
     process = subprocess.Popen(network.command("server", words), stdout=subprocess.PIPE, text=True)

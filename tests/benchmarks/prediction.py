@@ -14,22 +14,20 @@ from pathlib import Path
 import numpy as np
 from _bars import Bar, command, finish, options
 
-from edgeclip.export.probe_plan import ProbePlan
-from edgeclip.export.probe_sizes import STANDARD
-from edgeclip.export.write_probes import write_probes
-from edgeclip.profiles.device import THIS_MACHINE, load_device
-from edgeclip.runtime.predicting.carry_over import carry_over
-from edgeclip.runtime.predicting.measure_probes import measure_probes
-from edgeclip.runtime.predicting.measured_device import CheckTime, MeasuredDevice
-from edgeclip.runtime.predicting.predict_latency import Predictor
-from edgeclip.runtime.predicting.probe_set import ProbeSet
-from edgeclip.runtime.predicting.tower_pieces import (
+from edgeclip.export.probes.probe_plan import STANDARD, ProbePlan
+from edgeclip.export.probes.write_probes import write_probes
+from edgeclip.profiles.predict.measure_probes import carry_over, measure_probes
+from edgeclip.profiles.predict.measured_device import CheckTime, MeasuredDevice
+from edgeclip.profiles.predict.predict_latency import Predictor
+from edgeclip.profiles.predict.probe_set import ProbeSet
+from edgeclip.profiles.predict.tower_shapes import (
     AnyTower,
     ConvTower,
     TransformerTower,
     image_tokens,
 )
-from edgeclip.runtime.progress import progress_bar
+from edgeclip.runtime.console import progress_bar
+from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 
 BOUND = 0.10
 SEED = 20

@@ -49,11 +49,11 @@ from _quantizer_race import QUICK_EFFORT, Effort, Entrant, FloatArray, make, rac
 from _quantizer_rows import Row, gate_bars, print_quality, print_speed, ran_on
 from _quantizer_student import kept_student
 
-from edgeclip.compress.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.quantizing.config import DynamicInt8, default_config
-from edgeclip.profiles.device import load_device
+from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.errors import EngineError
-from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Tower
 
 # The test pairs are no part of what a search is known by: its points are those of int8_speedup.py.

@@ -23,8 +23,8 @@ from _environment import InstallError, environment
 from _server_load import Load, load, tool
 
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.split.deadline import Deadline
 from edgeclip.runtime.split.http_client import Server
+from edgeclip.runtime.split.resilience import Deadline
 from edgeclip.runtime.wire.messages import JSON_LENGTH_HEADER, InferRequest, encode_request
 
 _ROOT = Path(__file__).parents[2]
@@ -131,9 +131,9 @@ def main() -> int:
     seconds = 2 if args.quick else 10
     print(f"load by {tool()}, {_CONNECTIONS} connections, one text each")
     shown = [str(EMOJI_BUNDLE), "--port", "0"]
-    ray = [python, "-m", "edgeclip.runtime.serving.ray_app", *shown, "--cpus", "0.5"]
+    ray = [python, "-m", "edgeclip.runtime.cli.ray_app", *shown, "--cpus", "0.5"]
     commands = {
-        "edgeclip serve": [python, "-m", "edgeclip.runtime.cli", "serve", *shown],
+        "edgeclip serve": [python, "-m", "edgeclip.runtime.cli.main", "serve", *shown],
         "Ray Serve, 1 replica": ray,
         "Ray Serve, 2 replicas": [*ray, "--replicas", "2"],
     }

@@ -16,11 +16,10 @@ from _bars import Bar, finish, options
 from _repeatability_case import Pair, Profile, joined, paired, profile, workload
 from _slowed_process import slow_down
 
+from edgeclip.profiles.compare.compare_runs import Comparison, RatioOfRuns
+from edgeclip.profiles.compare.regression_gate import Outcome, regression_gate
 from edgeclip.profiles.workload import load_workload
-from edgeclip.runtime.comparing.compare_runs import Comparison
-from edgeclip.runtime.comparing.ratio_of_runs import RatioOfRuns
-from edgeclip.runtime.comparing.regression_gate import Outcome, regression_gate
-from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.quality.intervals import Interval
 
 _PLANTED, _TOLERATED = 0.10, 0.05
 _NORMAL = 1.96

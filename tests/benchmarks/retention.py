@@ -10,8 +10,8 @@ from pathlib import Path
 
 from _bars import Bar, command, finish, options
 
-from edgeclip.export.demo import DemoSettings, run_demo
-from edgeclip.export.demo_summary import Summary
+from edgeclip.export.demo.demo import DemoSettings, run_demo
+from edgeclip.export.demo.summary import Summary
 
 
 def bars(summary: Summary, *, quick: bool) -> list[Bar]:

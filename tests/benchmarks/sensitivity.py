@@ -19,22 +19,24 @@ import numpy as np
 import onnx
 from _bars import Bar, finish, options
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import open_source
-from edgeclip.compress.verb_options import BUILT_IN_TEACHER
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.graph_form import GraphForm
+from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.data.sources import open_source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.embed_pairs import TowerGraph
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.to_onnx import GraphForm, export_tower
+from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, open_trial
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.export.quantizing.evaluate_point import open_trial
-from edgeclip.export.quantizing.point_latency import SEARCHING
 from edgeclip.export.quantizing.search import SearchResult, search
-from edgeclip.export.quantizing.search_space import space_for
 from edgeclip.export.quantizing.search_table import search_table
-from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask, split_calibration
+from edgeclip.export.quantizing.search_task import (
+    JudgedPairs,
+    SearchTask,
+    space_for,
+    split_calibration,
+)
 from edgeclip.export.quantizing.smooth import rescale, smoothable
-from edgeclip.export.to_onnx import export_tower
-from edgeclip.export.tower_graph import TowerGraph
-from edgeclip.profiles.device import THIS_MACHINE, load_device
+from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 
 _FACTOR = 300.0
 

@@ -20,10 +20,10 @@ import numpy as np
 from _bars import Bar, finish, options
 from _server_load import Load, load, tool
 
-from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.wire.messages import JSON_LENGTH_HEADER, InferRequest, encode_request
 
-_SERVE = [sys.executable, "-m", "edgeclip.runtime.cli", "serve", "--echo", "--port", "0"]
+_SERVE = [sys.executable, "-m", "edgeclip.runtime.cli.main", "serve", "--echo", "--port", "0"]
 _CORES = 2
 
 

@@ -23,20 +23,19 @@ from _bars import Bar, command, finish, options
 from _cascade_case import QUICK, Case, open_case, say
 from _network import Network, NetworkUnavailableError, Shape, shaped_network
 from _planner_device import ONE_THREAD
-from _service_client import Log, Settings
+from _service_client import TRAFFIC, Log, Settings, Traffic
 from _service_watch import Watch
 from PIL import Image
 
-from edgeclip.compress.sources import EmojiSource
-from edgeclip.export.add_to_bundle import add_to_bundle
-from edgeclip.export.certify_cascade import CascadePlan, certify
-from edgeclip.export.questions import embed_captions
-from edgeclip.profiles.link import load_link
-from edgeclip.profiles.traffic import Traffic, load_traffic
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.export.bundle.write_bundle import add_to_bundle
+from edgeclip.export.cascade.cascade_eval_set import embed_captions
+from edgeclip.export.cascade.certify import CascadePlan, certify
+from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.cascade.scores import Margin
-from edgeclip.runtime.device_yaml import device_yaml
-from edgeclip.runtime.index import Index
-from edgeclip.runtime.intervals import bootstrap
+from edgeclip.runtime.device.device_profile import device_yaml
+from edgeclip.runtime.device.link import load_link
+from edgeclip.runtime.quality.intervals import bootstrap
 
 _PICTURES = 500
 _SEED = 2  # of the pictures that are asked about
@@ -99,7 +98,7 @@ def prepare(folder: Path, traffic: Traffic, seconds: float) -> tuple[Case, Setti
 @contextlib.contextmanager
 def served(folder: Path, network: Network) -> Iterator[tuple[str, int]]:
     """Serve the teacher on the server's side; gives its address and process."""
-    words = [sys.executable, "-m", "edgeclip.runtime.cli", "serve"]
+    words = [sys.executable, "-m", "edgeclip.runtime.cli.main", "serve"]
     words += [f"{_TEACHER}={folder / 'teacher'}", "--host", network.server_address, "--port", "0"]
     words += ["--insecure", "--device", str(folder / "one-thread.yaml")]
     process = subprocess.Popen(
@@ -206,10 +205,10 @@ def bars(result: Result, traffic: Traffic) -> list[Bar]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare, run, print; 1 if the service level was missed."""
     parser = options(__doc__ or "")
-    parser.add_argument("--traffic", help="name of a traffic profile (default: steady)")
+    parser.add_argument("--traffic", choices=TRAFFIC, help="default: steady")
     parser.add_argument("--seconds", type=float, help="default: what the profile says")
     args: Any = parser.parse_args(arguments)
-    traffic = load_traffic(args.traffic or ("short" if args.quick else "steady"))
+    traffic = TRAFFIC[args.traffic or ("short" if args.quick else "steady")]
     link = load_link(traffic.link)
     shape = Shape(up_mbps=link.up_mbps, down_mbps=link.down_mbps, rtt_ms=link.rtt_ms)
     with tempfile.TemporaryDirectory() as name:

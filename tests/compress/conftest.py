@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.pretrain import TeacherShape, new_teacher
-from edgeclip.compress.sources import FolderSource
+from edgeclip.compress.data.sources import FolderSource
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.train.pretrain import TeacherShape, new_teacher
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that tests start
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from edgeclip.compress.compute import ComputeType
-from edgeclip.compress.distill import distill
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.losses import LossWeights
-from edgeclip.compress.sources import FolderSource, Pair
-from edgeclip.compress.student import StudentShape, new_student
-from edgeclip.compress.teacher_cache import build_cache, open_cache
-from edgeclip.compress.train_loop import TrainSettings
+from edgeclip.compress.data.sources import FolderSource, Pair
+from edgeclip.compress.students.student import StudentShape, new_student
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.teacher_cache import build_cache, open_cache
+from edgeclip.compress.train.distill import distill
+from edgeclip.compress.train.losses import LossWeights
+from edgeclip.compress.train.train_loop import TrainSettings
 
 
 class DeadlySource(FolderSource):

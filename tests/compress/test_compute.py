@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from edgeclip.compress.compute import ComputeType, autocast, best_device
-from edgeclip.profiles.machine import detect_machine
+from edgeclip.runtime.device.machine import detect_machine
 
 
 def _product(compute: ComputeType) -> torch.dtype:

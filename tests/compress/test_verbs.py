@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgeclip.compress import verb_pretrain
-from edgeclip.compress.batches import embed_source
-from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
-from edgeclip.compress.model_record import recorded_space
-from edgeclip.compress.sources import EmojiSource
-from edgeclip.compress.teacher_cache import open_cache
-from edgeclip.compress.train_loop import read_log
-from edgeclip.runtime.cli import main
+from edgeclip.compress.cli import pretrain
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.teachers.dual_encoder import DualEncoder, recorded_space, space_fingerprint
+from edgeclip.compress.teachers.teacher_cache import embed_source, open_cache
+from edgeclip.compress.train.train_loop import read_log
+from edgeclip.runtime.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
 SMALL = ["--image-heads", "1", "--image-layers", "2", "--text-heads", "1", "--text-layers", "1"]
@@ -54,7 +52,7 @@ def test_pretrain_writes_a_teacher(
     weights.write_bytes(b"of before")
     log = tmp_path / "runs" / "teacher-run" / "log.jsonl"
     log.unlink()
-    monkeypatch.setattr(verb_pretrain, "pretrain", lambda *_: teacher)
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_: teacher)
     assert main(command) == 2
     assert weights.read_bytes() == b"of before"
     assert (out / "log.jsonl").exists()
@@ -157,7 +155,7 @@ def test_interrupted_distill_goes_on(
     command = _distill(teacher_folder, tmp_path / "student", *more)
     log = tmp_path / "student-run" / "log.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgeclip.runtime.cli", *command],
+        [sys.executable, "-m", "edgeclip.runtime.cli.main", *command],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

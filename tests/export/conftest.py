@@ -27,21 +27,19 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
-from edgeclip.compress.emoji_scenes import Split
-from edgeclip.compress.sources import Pair
-from edgeclip.compress.tokenizer import train_tokenizer
-from edgeclip.export import to_onnx
-from edgeclip.export.build_bundle import BuiltBundle, build_bundle
-from edgeclip.export.bundle_plan import BundlePlan
-from edgeclip.export.capture import capture
-from edgeclip.export.gates import DEFAULT_BOUNDS
-from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.to_onnx import STANDARD, TowerPaths, export_towers
-from edgeclip.export.write_bundle import Origin
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.engine import open_engine
-from edgeclip.runtime.labels import LabelSet
+from edgeclip.compress.data.emoji_scenes import Split
+from edgeclip.compress.data.sources import Pair
+from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.train.pretrain import train_tokenizer
+from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
+from edgeclip.export.bundle.bundle_plan import BundlePlan
+from edgeclip.export.bundle.write_bundle import Origin
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS
+from edgeclip.export.graph import to_onnx
+from edgeclip.export.graph.to_onnx import STANDARD, GraphForm, TowerPaths, capture, export_towers
+from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.spec import ImageSpec, Tower
 from tests.compress.conftest import one_thread  # noqa: F401 (a fixture)
 from tests.conftest import QUICK

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from edgeclip.compress.sources import Source
-from edgeclip.export.build_bundle import BuiltBundle, build_bundle
-from edgeclip.export.bundle_plan import BundlePlan
-from edgeclip.export.calibrate import calibration_images
-from edgeclip.export.graph import sha256_graph
-from edgeclip.export.quantize import quantizable_nodes
+from edgeclip.compress.data.sources import Source
+from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
+from edgeclip.export.bundle.bundle_plan import BundlePlan
+from edgeclip.export.bundle.write_bundle import Making
+from edgeclip.export.graph.calibration import calibration_images
+from edgeclip.export.graph.embed_pairs import TowerGraph
+from edgeclip.export.graph.graph import sha256_graph
 from edgeclip.export.quantizing.config import (
     Config,
     Float32,
@@ -25,10 +26,9 @@ from edgeclip.export.quantizing.quantization_file import (
     SearchBasis,
     TowerQuantization,
 )
+from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.tower_graph import TowerGraph
-from edgeclip.export.write_bundle import Making
-from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Tower
 
 Make = Callable[..., Source]

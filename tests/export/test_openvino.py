@@ -9,15 +9,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
-from edgeclip.export.fp16 import write_fp16
-from edgeclip.export.gates import DEFAULT_BOUNDS
-from edgeclip.export.quantize import write_int8
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS
+from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.runtime.quality import cosines
+from edgeclip.export.quantizing.fp16 import write_fp16
+from edgeclip.export.quantizing.static_int8 import write_int8
+from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import Precision, Tower
 
 Make = Callable[..., Source]

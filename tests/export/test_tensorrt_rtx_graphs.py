@@ -20,22 +20,21 @@ from transformers import (
     ViTModel,
 )
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
-from edgeclip.export.fp8 import write_fp8
-from edgeclip.export.fp16 import write_fp16
-from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.quantize import write_int8
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.graph.to_onnx import GraphForm, export_towers
 from edgeclip.export.quantizing.config import default_config
-from edgeclip.export.to_onnx import export_towers
-from edgeclip.profiles.device import load_device
-from edgeclip.runtime.build_engine import build_engine
-from edgeclip.runtime.engine_key import GraphSource
-from edgeclip.runtime.files import sha256_file
-from edgeclip.runtime.quality import cosines
+from edgeclip.export.quantizing.fp16 import write_fp16
+from edgeclip.export.quantizing.static_int8 import write_int8
+from edgeclip.export.quantizing.write_config import write_fp8
+from edgeclip.runtime.bundle.engine_records import GraphSource
+from edgeclip.runtime.bundle.files import sha256_file
+from edgeclip.runtime.device.device_profile import load_device
+from edgeclip.runtime.engines.tensorrt_build import build_engine
+from edgeclip.runtime.engines.tensorrt_library import open_library
+from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import Tower
-from edgeclip.runtime.tensorrt_library import open_library
 
 Make = Callable[..., Source]
 RunGraph = Callable[[Path, NDArray[Any]], dict[str, NDArray[Any]]]

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from edgeclip.profiles.errors import ConfigError
-from edgeclip.profiles.schema import parse
 from edgeclip.profiles.workload import Workload, load_workload, workload_names
+from edgeclip.runtime.device.schema import parse
+from edgeclip.runtime.errors import ConfigError
 
 
 def test_the_built_in_workloads_are_these() -> None:

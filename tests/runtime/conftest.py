@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip.export.write_cuts import write_cuts
-from edgeclip.profiles.device import DeviceProfile, load_device
-from edgeclip.runtime.bundle import Bundle
+from edgeclip.export.cuts.write_cuts import write_cuts
+from edgeclip.profiles.cuts.measure_cuts import measure_cuts
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.engine_records import GraphSource
+from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.engine_key import GraphSource
+from edgeclip.runtime.engines.tensorrt_library import TensorRtLibrary, open_library
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.measure_cuts import measure_cuts
 from edgeclip.runtime.planning.stage_times import StageTimes
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.tensorrt_library import TensorRtLibrary, open_library
 from tests.runtime.serving.models_of_bundle import RULES, answer_by, models_of
 from tests.runtime.split.raw_server import RawServer, serving
 from tests.runtime.tiny_graphs import TOKENS, image_content, source_of, text_content

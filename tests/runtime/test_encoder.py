@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.bundle.index import Index
+from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import (
     BundleError,
@@ -21,9 +23,7 @@ from edgeclip.runtime.errors import (
     InputError,
     SpaceMismatchError,
 )
-from edgeclip.runtime.index import Index
-from edgeclip.runtime.labels import LabelSet
-from edgeclip.runtime.load_image import ImageInput
+from edgeclip.runtime.inputs.images import ImageInput
 
 TEXTS = ["a red apple", "green", "a photo of the blue sea and a red car", "hill", ""]
 

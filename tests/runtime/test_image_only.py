@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.cli import main
+from edgeclip.profiles.measure.open_subject import open_subject
+from edgeclip.profiles.measure.subject import parts_of, subjects_of
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.index import Index
+from edgeclip.runtime.cli.main import main
+from edgeclip.runtime.cli.verify import replay_golden
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import BundleError, InputError
-from edgeclip.runtime.index import Index
-from edgeclip.runtime.measuring.open_any import open_subject
-from edgeclip.runtime.measuring.subject import parts_of, subjects_of
-from edgeclip.runtime.replay_golden import replay_golden
 from edgeclip.runtime.serving.bundle_models import bundle_models
 
 Capture = pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ImportError(name + " is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
-from edgeclip.runtime.cli import main
+from edgeclip.runtime.cli.main import main
 
 bundle, photos, index = sys.argv[1:]
 common = ["--bundle", bundle]

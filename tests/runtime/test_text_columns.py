@@ -1,4 +1,4 @@
-from edgeclip.runtime.text_columns import columns
+from edgeclip.runtime.console import columns
 
 
 def test_words_are_aligned_to_the_left_and_numbers_to_the_right() -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.cli import main
-from edgeclip.runtime.index import Index
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.index import Index
+from edgeclip.runtime.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
 
@@ -57,7 +57,7 @@ class TestVerify:
         golden.save(own_bundle / "golden.npz")
 
         def reseal_golden(data: dict[str, Any]) -> None:
-            from edgeclip.runtime.files import sha256_file
+            from edgeclip.runtime.bundle.files import sha256_file
 
             entry = next(item for item in data["files"] if item["path"] == "golden.npz")
             entry["sha256"] = sha256_file(own_bundle / "golden.npz")
@@ -202,7 +202,7 @@ class TestClassify:
     def test_label_file_of_another_space(
         self, tiny_bundle: Path, photos: Path, tmp_path: Path, capsys: Capture
     ) -> None:
-        from edgeclip.runtime.labels import LabelSet
+        from edgeclip.runtime.bundle.labels import LabelSet
 
         path = tmp_path / "labels.npz"
         rows = np.eye(2, 8, dtype=np.float32)

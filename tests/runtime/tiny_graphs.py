@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.engine_key import EngineKey, GraphSource
+from edgeclip.runtime.bundle.engine_records import EngineKey, GraphSource
 
 TOKENS = 24
 

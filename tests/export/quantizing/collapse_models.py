@@ -15,12 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from edgeclip.export.activation_bounds import quiet
-from edgeclip.export.calibrate import CalibrationData
-from edgeclip.export.gates import Bounds, judge_tower
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.tokenize_text import TextTokenizer
+from edgeclip.export.gates.gates import Bounds, judge_tower
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.quantizing.activation_ranges import quiet
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 
 BUNDLE = Path(__file__).parents[3] / "export" / "emoji_bundle"
 TEXT_TOWER = BUNDLE / "onnx" / "text_model.onnx"

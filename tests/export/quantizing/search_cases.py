@@ -4,23 +4,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.gates import Bounds
-from edgeclip.export.graph import load_graph, save_graph
+from edgeclip.export.gates.gates import Bounds
+from edgeclip.export.graph.embed_pairs import TowerGraph
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
+from edgeclip.export.quantizing.candidate_evaluator import Judgement
 from edgeclip.export.quantizing.config import Config, Float16, Float32, StaticInt8
-from edgeclip.export.quantizing.evaluate_point import Judgement
-from edgeclip.export.quantizing.group_gains import Gains, GroupGain
-from edgeclip.export.quantizing.node_groups import NodeGroup
-from edgeclip.export.quantizing.point import Point, PointLatency, key_of
+from edgeclip.export.quantizing.node_groups import Gains, GroupGain, NodeGroup
+from edgeclip.export.quantizing.quantization_candidate import Point, PointLatency, key_of
 from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask
 from edgeclip.export.quantizing.sensitivity import GroupDamage, Sensitivity
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.export.tower_graph import TowerGraph
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.manifest import GateRecord
+from edgeclip.runtime.bundle.manifest import GateRecord
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
 from tests.conftest import GATE
 from tests.export.quantizing.planted import plant_outlier

@@ -9,8 +9,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip.export.calibrate import CalibrationData
-from edgeclip.export.graph_passes import PASSES
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph_passes import PASSES
 
 Shape = Sequence[Any]
 

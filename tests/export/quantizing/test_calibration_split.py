@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.emoji_scenes import Split
-from edgeclip.compress.sources import EmojiSource, FolderSource, Pair, Source, open_source
-from edgeclip.export.bundle_plan import BundlePlan
-from edgeclip.export.calibrate import (
+from edgeclip.compress.data.emoji_scenes import Split
+from edgeclip.compress.data.sources import EmojiSource, FolderSource, Pair, Source, open_source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.bundle.bundle_plan import BundlePlan
+from edgeclip.export.graph.calibration import (
     BEST,
     FEWEST,
     CalibrationSource,
     calibration_images,
     calibration_texts,
 )
-from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.errors import ConfigError
 
 Make = Callable[..., Source]
 

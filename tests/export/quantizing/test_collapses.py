@@ -12,11 +12,11 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from edgeclip.export.calibrate import CalibrationData
-from edgeclip.export.gates import DEFAULT_BOUNDS
-from edgeclip.export.graph import load_graph, save_graph
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph import load_graph, save_graph
 from edgeclip.export.quantizing.config import Config, DynamicInt8, Float16, StaticInt8, WeightOnly
-from edgeclip.export.quantizing.emulate_half import emulate_half
+from edgeclip.export.quantizing.fp16 import emulate_half
 from edgeclip.export.quantizing.mixed_fp16 import embed
 from edgeclip.export.quantizing.write_config import write_config
 from tests.export.quantizing.collapse_models import (

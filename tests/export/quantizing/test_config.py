@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from edgeclip.export.activation_bounds import Ranging
+from edgeclip.export.quantizing.activation_ranges import Ranging
 from edgeclip.export.quantizing.config import (
     Config,
     DynamicInt8,
@@ -20,8 +20,8 @@ from edgeclip.export.quantizing.config import (
     needs_vnni,
     precision_of,
 )
-from edgeclip.profiles.device import load_device
-from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.device.device_profile import load_device
+from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Precision
 
 FULL = StaticInt8(

@@ -8,16 +8,16 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantize import write_int8
+from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.correct_bias import correct_biases
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.runtime.quality import cosines
+from edgeclip.export.quantizing.static_int8 import write_int8
+from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.small_graphs import batches, copy_of, fused, graph_of, run
 

@@ -8,15 +8,15 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantize import quantizable_nodes
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import DynamicInt8, StaticInt8
 from edgeclip.export.quantizing.dynamic_int8 import write_dynamic_int8
+from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.runtime.quality import cosines
+from edgeclip.runtime.quality.retrieval import cosines
 from tests.export.quantizing.collapse_models import TEXT_TOWER, captions
 from tests.export.quantizing.small_graphs import fused, run
 

@@ -8,17 +8,16 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.export.calibrate import CalibrationData
-from edgeclip.export.fp16 import write_fp16
-from edgeclip.export.graph import load_graph
-from edgeclip.export.quantize import write_int8
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.embed_pairs import TowerGraph
+from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.export.quantizing.emulate_half import emulate_half, half_values, stored_in_half
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.export.tower_graph import TowerGraph
-from edgeclip.profiles.device import DeviceProfile, load_device
-from edgeclip.runtime.quality import cosines
+from edgeclip.export.quantizing.fp16 import emulate_half, half_values, stored_in_half, write_fp16
+from edgeclip.export.quantizing.static_int8 import write_int8
+from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
+from edgeclip.runtime.quality.retrieval import cosines
 from tests.export.quantizing.small_graphs import run
 
 make = helper.make_node

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import calibration_images, calibration_texts
-from edgeclip.export.graph import load_graph
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.calibration import calibration_images, calibration_texts
+from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.equalise import equalisable, equalise
-from edgeclip.export.quantizing.layer_error import quantized_weight
-from edgeclip.export.quantizing.transform import apply_transforms
-from edgeclip.export.to_onnx import TowerPaths
+from edgeclip.export.quantizing.smooth import quantized_weight
+from edgeclip.export.quantizing.write_config import apply_transforms
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.small_graphs import batches, close, copy_of, fused, graph_of, run
 

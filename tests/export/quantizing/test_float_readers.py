@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import helper
 
-from edgeclip.export.graph import load_graph, save_graph
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_values import GraphEdit
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.export.quantizing.edit_graph import GraphEdit
-from edgeclip.export.quantizing.float_readers import spare_other_readers
+from edgeclip.export.quantizing.static_int8 import spare_other_readers
 from edgeclip.export.quantizing.write_config import write_config
 from tests.export.quantizing.small_graphs import batches, copy_of, graph_of, run
 

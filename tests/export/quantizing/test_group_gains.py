@@ -6,16 +6,15 @@ import onnx
 import pytest
 from onnx import helper
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import calibration_images
-from edgeclip.export.graph import save_graph
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.calibration import calibration_images
+from edgeclip.export.graph.graph import save_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.export.quantizing.group_gains import counted_gains, measured_gains
-from edgeclip.export.quantizing.node_groups import node_groups
+from edgeclip.export.quantizing.node_groups import counted_gains, measured_gains, node_groups
 from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from tests.export.quantizing.small_graphs import batches, graph_of
 
 Make = Callable[..., Source]

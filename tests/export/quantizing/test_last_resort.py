@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from edgeclip.compress.dual_encoder import DualEncoder, space_fingerprint
-from edgeclip.compress.quantization_aware import gentle_settings
-from edgeclip.compress.sources import Pair, Source
-from edgeclip.export.calibrate import calibration_images, calibration_texts
-from edgeclip.export.embed_pairs import FloatArray
-from edgeclip.export.gates import Bounds, Judged, missed
-from edgeclip.export.graph import load_graph
-from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.judge_precisions import embed_test
+from edgeclip.compress.data.sources import Pair, Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.train.quantization_aware import gentle_settings
+from edgeclip.export.gates.gates import Bounds, Judged, missed
+from edgeclip.export.gates.judge_precisions import embed_test
+from edgeclip.export.graph.calibration import calibration_images, calibration_texts
+from edgeclip.export.graph.embed_pairs import TOWERS, FloatArray, TowerGraph
+from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.to_onnx import GraphForm, TowerPaths, export_tower
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.export.quantizing.last_resort import (
+from edgeclip.export.quantizing.qat_finetune import (
     Int8Task,
     Outcome,
     Tuning,
@@ -29,9 +29,7 @@ from edgeclip.export.quantizing.last_resort import (
 )
 from edgeclip.export.quantizing.smooth import smoothable
 from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.to_onnx import TowerPaths, export_tower
-from edgeclip.export.tower_graph import TOWERS, TowerGraph
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Precision, Tower
 from tests.export.quantizing.search_cases import cosine_record, loss_record
 

@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.export.calibrate import CalibrationData
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.fp16 import write_fp16
-from edgeclip.export.gates import DEFAULT_BOUNDS
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantizing.emulate_half import emulate_half
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
+from edgeclip.export.quantizing.fp16 import emulate_half, write_fp16
 from edgeclip.export.quantizing.mixed_fp16 import embed, fewest, find_islands
-from edgeclip.export.to_onnx import TowerPaths
 from tests.export.quantizing.collapse_models import with_offset, within
 from tests.export.quantizing.small_graphs import batches, graph_of
 

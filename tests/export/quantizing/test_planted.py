@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.to_onnx import TowerPaths
+from edgeclip.export.quantizing.candidate_evaluator import open_trial
 from edgeclip.export.quantizing.config import Float32, StaticInt8
-from edgeclip.export.quantizing.evaluate_point import open_trial
 from edgeclip.export.quantizing.search import SearchResult, search
-from edgeclip.export.quantizing.search_space import SearchSpace
-from edgeclip.export.quantizing.search_task import SearchTask
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.export.quantizing.search_task import SearchSpace, SearchTask
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from tests.export.quantizing.search_cases import BEHIND_OUTLIER, RECIPE, planted_task, tower_task
 
 Make = Callable[..., Source]

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from edgeclip.export.activation_bounds import Ranging
+from edgeclip.export.quantizing.activation_ranges import Ranging
 from edgeclip.export.quantizing.config import (
     Config,
     DynamicInt8,
@@ -13,10 +13,10 @@ from edgeclip.export.quantizing.config import (
     StaticInt8,
     WeightOnly,
 )
-from edgeclip.export.quantizing.point import Point
-from edgeclip.profiles.errors import ConfigError
-from edgeclip.runtime.intervals import Interval
-from edgeclip.runtime.manifest import DataRecord
+from edgeclip.export.quantizing.quantization_candidate import Point
+from edgeclip.runtime.bundle.manifest import DataRecord
+from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.quality.intervals import Interval
 from tests.export.quantizing.search_cases import SumBench, cosine_record, loss_record
 
 BENCH = SumBench(damages={"a": 0.001}, saved={"a": 0.1})

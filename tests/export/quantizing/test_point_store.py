@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from edgeclip.export.quantizing.group_gains import Gains, GroupGain
-from edgeclip.export.quantizing.point_store import PointStore
+from edgeclip.export.quantizing.node_groups import Gains, GroupGain
+from edgeclip.export.quantizing.quantization_candidate import PointStore
 
 FOUND = Gains(groups=(GroupGain(nodes=("a",), saved=0.1),), measured=True)
 

@@ -13,34 +13,32 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization.calibrate import load_tensors_data
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
-from edgeclip.export.activation_bounds import (
-    EXTREMES,
-    Method,
-    Ranging,
-    activation_bounds,
-    activation_ranges,
-    save_ranges,
-)
-from edgeclip.export.calibrate import CalibrationData, calibration_images
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantize import quantizable_nodes, write_int8
-from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.export.quantizing.observe import observe
-from edgeclip.export.quantizing.ranging import (
+from edgeclip.export.graph.calibration import CalibrationData, calibration_images
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
+from edgeclip.export.quantizing.activation_ranges import (
+    EXTREMES,
     SIGNED,
     UNSIGNED,
     Histogram,
     Levels,
+    Method,
     Range,
+    Ranging,
+    activation_bounds,
+    activation_ranges,
     cut_information,
     cut_share,
     cut_squared_error,
+    observe,
+    save_ranges,
     squared_error,
 )
-from edgeclip.export.to_onnx import TowerPaths
+from edgeclip.export.quantizing.config import StaticInt8
+from edgeclip.export.quantizing.static_int8 import quantizable_nodes, write_int8
 from tests.export.quantizing.small_graphs import batches, fused, graph_of
 
 Make = Callable[..., Source]

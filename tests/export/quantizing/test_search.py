@@ -10,8 +10,10 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.to_onnx import TowerPaths
+from edgeclip.export.quantizing.candidate_evaluator import open_trial
 from edgeclip.export.quantizing.config import (
     Config,
     Float16,
@@ -20,14 +22,12 @@ from edgeclip.export.quantizing.config import (
     describe,
     key,
 )
-from edgeclip.export.quantizing.evaluate_point import open_trial
-from edgeclip.export.quantizing.group_gains import Gains
-from edgeclip.export.quantizing.point import Point
+from edgeclip.export.quantizing.node_groups import Gains
+from edgeclip.export.quantizing.quantization_candidate import Point
 from edgeclip.export.quantizing.search import SearchResult, search
-from edgeclip.export.quantizing.search_space import SearchSpace, space_for
 from edgeclip.export.quantizing.search_table import search_table
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.profiles.device import DeviceProfile, load_device
+from edgeclip.export.quantizing.search_task import SearchSpace, space_for
+from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.errors import EngineError
 from tests.export.quantizing.search_cases import (
     RECIPE,
@@ -302,10 +302,10 @@ def test_spaces_follow_the_device() -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from edgeclip.export.quantizing.evaluate_point import open_trial
+from edgeclip.export.quantizing.candidate_evaluator import open_trial
 from edgeclip.export.quantizing.search import search
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.export.graph.to_onnx import TowerPaths
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from tests.export.conftest import Blobs, tiny_clip
 from tests.export.quantizing.search_cases import planted_task
 from tests.export.quantizing.test_search import PLAIN

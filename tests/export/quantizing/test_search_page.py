@@ -6,13 +6,18 @@ import pytest
 
 from edgeclip.export.quantizing.config import Float16, Float32, key
 from edgeclip.export.quantizing.search import SearchResult, search
-from edgeclip.export.quantizing.search_chart import ChartPoint, FrontChart, front_chart
-from edgeclip.export.quantizing.search_page import render_search, search_page
-from edgeclip.export.quantizing.search_sections import SearchedTower
-from edgeclip.export.quantizing.search_space import SearchSpace
+from edgeclip.export.quantizing.search_page import (
+    ChartPoint,
+    FrontChart,
+    SearchedTower,
+    front_chart,
+    render_search,
+    search_page,
+)
 from edgeclip.export.quantizing.search_table import search_table
+from edgeclip.export.quantizing.search_task import SearchSpace
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.quality.intervals import Interval
 from tests.conftest import GATE
 from tests.export.quantizing.search_cases import RECIPE, SumBench, loss_record
 from tests.page import Page

@@ -8,22 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
-from edgeclip.export.embed_pairs import torch_embedder
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantize import quantizable_nodes
+from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.graph.embed_pairs import torch_embedder
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import Config, Float8, StaticInt8
 from edgeclip.export.quantizing.node_groups import NodeGroup, node_groups
-from edgeclip.export.quantizing.sensitivity import Probe, measure_damage, row_divergence
-from edgeclip.export.quantizing.switched_tower import switched_tower
-from edgeclip.export.quantizing.transform import apply_transforms
-from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.runtime.engine_ort import OrtEngine
-from edgeclip.runtime.quality import cosines
+from edgeclip.export.quantizing.sensitivity import (
+    Probe,
+    measure_damage,
+    row_divergence,
+    switched_tower,
+)
+from edgeclip.export.quantizing.static_int8 import quantizable_nodes
+from edgeclip.export.quantizing.write_config import apply_transforms, write_config
+from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
+from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.planted import plant_outlier
 from tests.export.quantizing.search_cases import BEHIND_OUTLIER, CHANNEL, OUTLIER

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.gates import Bounds, Judged, judge_tower, missed
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantize import write_int8
+from edgeclip.export.gates.gates import Bounds, Judged, judge_tower, missed
+from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.smooth import rescale, search_alphas, smooth, smoothable
-from edgeclip.export.quantizing.transform import apply_transforms
-from edgeclip.export.to_onnx import TowerPaths
+from edgeclip.export.quantizing.static_int8 import write_int8
+from edgeclip.export.quantizing.write_config import apply_transforms
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.planted import plant_outlier
 from tests.export.quantizing.small_graphs import batches, close, copy_of, fused, graph_of, run

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import calibration_images, calibration_texts
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.quantizing.smooth_student import smooth_student
+from edgeclip.export.graph.calibration import calibration_images, calibration_texts
+from edgeclip.export.quantizing.qat_finetune import smooth_student
 from edgeclip.runtime.spec import Tower
 
 Make = Callable[..., Source]

@@ -7,19 +7,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.fake_quantize import fake_quantized
-from edgeclip.compress.sources import Source
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.train.quantization_aware import fake_quantized
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph, save_graph
+from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.graph.export_modules import tower_module
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.export.quantizing.searched_graph import apply_passes
-from edgeclip.export.quantizing.student_products import norm_names, product_grids
+from edgeclip.export.quantizing.qat_finetune import norm_names, product_grids
+from edgeclip.export.quantizing.quantization_file import apply_passes
 from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.export.towers import tower_module
-from edgeclip.runtime.quality import cosines
+from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import Tower
 
 Make = Callable[..., Source]

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.export import bundle_plan, tune_graph
-from edgeclip.export.graph import load_graph, sha256_graph
-from edgeclip.export.graph_form import GraphForm
-from edgeclip.export.graph_passes import PASSES
-from edgeclip.export.quantizing import evaluate_point, search_task
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.bundle import bundle_plan
+from edgeclip.export.graph import tune_passes
+from edgeclip.export.graph.graph import load_graph, sha256_graph
+from edgeclip.export.graph.graph_passes import PASSES
+from edgeclip.export.graph.to_onnx import GraphForm, TowerPaths, export_tower
+from edgeclip.export.quantizing import candidate_evaluator, search_task
 from edgeclip.export.quantizing.config import (
     Config,
     Float16,
@@ -24,18 +25,15 @@ from edgeclip.export.quantizing.quantization_file import (
     Quantization,
     SearchBasis,
     TowerQuantization,
-)
-from edgeclip.export.quantizing.searched_graph import (
     apply_passes,
     apply_searched,
     export_searched,
 )
 from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.to_onnx import TowerPaths, export_tower
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.errors import ConfigError
-from edgeclip.runtime.bundle import Bundle
-from edgeclip.runtime.cli import main
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.cli.main import main
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.errors import ConfigError
 from tests.export.conftest import LOOSE
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -103,7 +101,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
         write_config(source, target, config, *rest, **more)
         made[key(config)] = target.read_bytes()
 
-    monkeypatch.setattr(evaluate_point, "write_config", remembering)
+    monkeypatch.setattr(candidate_evaluator, "write_config", remembering)
     return made
 
 
@@ -249,7 +247,7 @@ def test_a_bundle_can_make_the_graph_that_was_tuned(
     """Its rewrites are named, and that is enough to get the same bytes."""
     from tests.export.conftest import Blobs
 
-    monkeypatch.setattr(tune_graph, "WORTH", 100.0)  # keep all that can be run
+    monkeypatch.setattr(tune_passes, "WORTH", 100.0)  # keep all that can be run
     tuned = export_searched(clip, "image", cpu_device, tmp_path, sample=Blobs(8))
     assert tuned.passes
     found = TowerQuantization(

@@ -12,13 +12,13 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from edgeclip.export.calibrate import CalibrationData
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph, save_graph
-from edgeclip.export.quantize import quantizable_nodes
-from edgeclip.export.quantizing.int8_tables import token_lookups
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.quantizing.dynamic_int8 import token_lookups
+from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 from edgeclip.export.quantizing.weight_only import PackedWeight, pack, write_weight_only
-from edgeclip.runtime.quality import cosines
+from edgeclip.runtime.quality.retrieval import cosines
 from tests.export.quantizing.collapse_models import TEXT_TOWER, captions
 from tests.export.quantizing.small_graphs import graph_of, run
 

@@ -10,13 +10,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from edgeclip.compress.dual_encoder import DualEncoder
-from edgeclip.compress.sources import Source
-from edgeclip.export.activation_bounds import Ranging
-from edgeclip.export.calibrate import CalibrationData, calibration_images, calibration_texts
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph import load_graph
-from edgeclip.export.quantize import quantizable_nodes
+from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
+from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.to_onnx import TowerPaths
+from edgeclip.export.quantizing.activation_ranges import Ranging
 from edgeclip.export.quantizing.config import (
     Config,
     DynamicInt8,
@@ -27,10 +27,10 @@ from edgeclip.export.quantizing.config import (
     WeightOnly,
     describe,
 )
-from edgeclip.export.quantizing.int8_tables import token_lookups
+from edgeclip.export.quantizing.dynamic_int8 import token_lookups
+from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.export.to_onnx import TowerPaths
-from edgeclip.runtime.quality import cosines
+from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.small_graphs import run
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cascade.certificate import Certificate, Quality, QuerySet, TowerIdentity
 from edgeclip.runtime.cascade.drift import ScoreSample
 from edgeclip.runtime.cascade.scores import Margin
-from edgeclip.runtime.intervals import Interval
+from edgeclip.runtime.quality.intervals import Interval
 
 
 @pytest.fixture

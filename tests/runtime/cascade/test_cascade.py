@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.files import sha256_file
+from edgeclip.runtime.bundle.manifest import FileRecord
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.certificate import (
     Certificate,
@@ -17,9 +18,8 @@ from edgeclip.runtime.cascade.certificate import (
 )
 from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, ScoreSample
 from edgeclip.runtime.cascade.scores import Entropy, Evidence, Margin
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.files import sha256_file
-from edgeclip.runtime.manifest import FileRecord
 
 NAMES = ("red", "green", "blue")
 Pixels = NDArray[np.uint8]

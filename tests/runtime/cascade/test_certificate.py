@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from edgeclip.profiles.errors import ConfigError
-from edgeclip.runtime.bundle import Bundle
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.cascade.certificate import (
     Certificate,
     CertificateError,
@@ -17,8 +17,7 @@ from edgeclip.runtime.cascade.certificate import (
     read_certificate,
 )
 from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin
-from edgeclip.runtime.errors import BundleError
-from edgeclip.runtime.files import sha256_file
+from edgeclip.runtime.errors import BundleError, ConfigError
 from edgeclip.runtime.spec import Precision, Tower
 
 PRECISIONS: dict[Tower, Precision] = {"image": "int8", "text": "fp32"}

@@ -10,9 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, ScoreSample
-from edgeclip.runtime.cascade.drift_state import DriftState
-from edgeclip.runtime.cascade.martingale import Capital, JumperMartingale
+from edgeclip.runtime.cascade.drift import (
+    Capital,
+    DriftRule,
+    DriftState,
+    DriftWatch,
+    JumperMartingale,
+    ScoreSample,
+)
 from edgeclip.runtime.errors import InputError
 
 Values = NDArray[np.float64]

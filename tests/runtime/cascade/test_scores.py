@@ -6,16 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgeclip.runtime.cascade.certificate import ASK_ALWAYS, ASK_NEVER
 from edgeclip.runtime.cascade.scores import (
+    MOST_VIEWS,
     Agreement,
     Entropy,
     Evidence,
     Margin,
     Score,
     check_score,
+    embed_views,
+    view_pixels,
 )
-from edgeclip.runtime.cascade.trial import ASK_ALWAYS, ASK_NEVER
-from edgeclip.runtime.cascade.views import MOST_VIEWS, embed_views, view_pixels
 from edgeclip.runtime.errors import InputError
 
 Floats = NDArray[np.float32]

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeclip.export.write_cuts import write_cuts
-from edgeclip.profiles.device import DeviceProfile, load_device
-from edgeclip.runtime.bundle import Bundle
+from edgeclip.export.cuts.write_cuts import write_cuts
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import EngineError, InputError, SpaceMismatchError
-from edgeclip.runtime.planning.cut_head import CutHead
-from edgeclip.runtime.planning.cut_set import CUTS_NAME, CutSet, CutSetError
-from edgeclip.runtime.serving.cut_tail import CutTail, tail_models
+from edgeclip.runtime.planning.cut_set import CUTS_NAME, CutHead, CutSet, CutSetError
+from edgeclip.runtime.serving.bundle_models import CutTail, tail_models
 from edgeclip.runtime.serving.models import Registry
 from edgeclip.runtime.wire.codec import FLOAT_CODECS, PIXEL_CODECS, CodecName, encode
 from edgeclip.runtime.wire.messages import CODEC, CUT, SPACE_ID

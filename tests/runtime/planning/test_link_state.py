@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeclip.profiles.link import LinkProfile, load_link
-from edgeclip.runtime.planning.link_estimator import LinkEstimator
+from edgeclip.runtime.device.link import LinkProfile, load_link
 from edgeclip.runtime.planning.link_state import (
     HTTP_DOWN,
     HTTP_UP,
@@ -16,6 +15,7 @@ from edgeclip.runtime.planning.link_state import (
     slow_start_ms,
     transfer_ms,
 )
+from edgeclip.runtime.planning.replanning import LinkEstimator
 from tests.runtime.conftest import Clock
 
 PLAIN = LinkState(name="plain", rtt_ms=(20.0,), up_mbps=(8.0,), down_mbps=(16.0,))

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import Conditions
 from edgeclip.runtime.planning.link_state import LinkState
-from edgeclip.runtime.planning.live_plan import Hysteresis, LivePlan
 from edgeclip.runtime.planning.planner import Objective
+from edgeclip.runtime.planning.replanning import Hysteresis, LivePlan
 from edgeclip.runtime.planning.stage_times import StageTimes
 from tests.runtime.conftest import Clock
 from tests.runtime.planning.test_planner import made_up

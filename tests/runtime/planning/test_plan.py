@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.planning.plan import SplitPlan
 
 SPACE = "5" * 64

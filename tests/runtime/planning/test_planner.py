@@ -6,15 +6,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from edgeclip.profiles.link import load_link
+from edgeclip.profiles.cuts.plan_report import explain, plan_page, plan_picture, plan_table
+from edgeclip.runtime.device.link import load_link
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.planning.candidates import all_candidates
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import Conditions, Estimate, embedding_bytes, estimate
-from edgeclip.runtime.planning.explain_plan import explain
 from edgeclip.runtime.planning.link_state import LinkState
-from edgeclip.runtime.planning.plan_picture import plan_page, plan_picture
-from edgeclip.runtime.planning.plan_table import plan_table
+from edgeclip.runtime.planning.plan import all_candidates
 from edgeclip.runtime.planning.planner import Choice, Objective, choose, estimate_all
 from edgeclip.runtime.planning.stage_times import StageSamples, StageTimes
 

@@ -3,7 +3,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.planning.queueing import draw_waiting
+from edgeclip.runtime.planning.estimate import draw_waiting
 
 
 def simulated(service: NDArray[np.float64], utilisation: float, seed: int) -> NDArray[np.float64]:

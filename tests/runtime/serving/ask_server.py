@@ -25,7 +25,7 @@ from edgeclip.runtime.wire.messages import (
 )
 
 PATIENCE = 30.0  # seconds after which a test is broken, not slow
-_SERVE = (sys.executable, "-m", "edgeclip.runtime.cli", "serve")
+_SERVE = (sys.executable, "-m", "edgeclip.runtime.cli.main", "serve")
 
 
 @dataclass(frozen=True)

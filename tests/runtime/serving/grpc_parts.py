@@ -14,11 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeclip.runtime.serving.app import App
-from edgeclip.runtime.serving.grpc_messages import SERVICE, message_type
+from edgeclip.runtime.serving.grpc_codec import SERVICE, message_type
 from edgeclip.runtime.serving.grpc_server import GrpcDoor
 from edgeclip.runtime.serving.models import Arrays, Model, Registry, TensorSpec
-from edgeclip.runtime.serving.serve import in_background
-from edgeclip.runtime.serving.tls import TlsFiles
+from edgeclip.runtime.serving.security import TlsFiles
+from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.wire.messages import Parameter
 from edgeclip.runtime.wire.tensors import datatype_of, from_binary, to_binary
 

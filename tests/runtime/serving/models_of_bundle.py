@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.index import Index
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.serving.bundle_models import LabelModel, bundle_models
 from edgeclip.runtime.serving.models import Model
 from edgeclip.runtime.serving.search_model import SearchModel
-from edgeclip.runtime.split.breaker import BreakerRules
 from edgeclip.runtime.split.http_client import ClientRules
+from edgeclip.runtime.split.resilience import BreakerRules
 from edgeclip.runtime.wire.messages import SPACE_ID, InferRequest, InferResponse
 from tests.conftest import SPACE
 from tests.runtime.split.raw_server import Answer

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeclip.runtime.serving.answered import Answered, digest_of
-from edgeclip.runtime.serving.refusals import RefusalError
+from edgeclip.runtime.serving.infer_service import Answered, digest_of
+from edgeclip.runtime.serving.limits import RefusalError
 
 ONE, TWO = {"x": np.ones(2, np.float32)}, {"x": np.zeros(2, np.float32)}
 

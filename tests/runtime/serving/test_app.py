@@ -14,7 +14,7 @@ from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.echo_model import EchoModel
 from edgeclip.runtime.serving.limits import ServerLimits
 from edgeclip.runtime.serving.models import Registry
-from edgeclip.runtime.serving.serve import in_background
+from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.wire.messages import InferRequest, encode_request
 from tests.runtime.serving.ask_server import ask, connect, hear, infer, raw_socket
 from tests.runtime.serving.odd_models import SPACE, GatedModel, question, rows

@@ -11,17 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeclip.runtime.errors import EngineError, InputError
-from edgeclip.runtime.serving.batcher import Batcher, Waiting
-from edgeclip.runtime.serving.limits import BatchLimits
-from edgeclip.runtime.serving.metrics import ServerMetrics
-from edgeclip.runtime.serving.models import Arrays, Model, Served
-from edgeclip.runtime.serving.refusals import (
+from edgeclip.runtime.serving.batcher import Batcher, Share, Waiting, run_joined
+from edgeclip.runtime.serving.limits import (
+    BatchLimits,
     ClientGoneError,
     DeadlinePassedError,
     DrainingError,
     QueueFullError,
 )
-from edgeclip.runtime.serving.run_batch import Share, run_joined
+from edgeclip.runtime.serving.metrics import ServerMetrics
+from edgeclip.runtime.serving.models import Arrays, Model, Served
 from edgeclip.runtime.wire.messages import Parameter
 from tests.runtime.serving.odd_models import PATIENCE, GatedModel, rows
 

@@ -8,9 +8,8 @@ import pytest
 
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.models import Registry
-from edgeclip.runtime.serving.serve import in_background
-from edgeclip.runtime.serving.tls import TlsFiles, own_certificate
-from edgeclip.runtime.split.deadline import Deadline
+from edgeclip.runtime.serving.security import TlsFiles, own_certificate
+from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.split.errors import (
     ServerRefusedError,
     ServerUntrustedError,
@@ -19,6 +18,7 @@ from edgeclip.runtime.split.errors import (
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.outbox import Outbox
 from edgeclip.runtime.split.replayer import Replayer
+from edgeclip.runtime.split.resilience import Deadline
 from tests.runtime.serving.ask_server import PATIENCE
 from tests.runtime.serving.odd_models import SPACE, GatedModel, question
 

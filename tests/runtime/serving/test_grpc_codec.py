@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 from numpy.typing import NDArray
 
-from edgeclip.runtime.serving import grpc_messages
+from edgeclip.runtime.serving import grpc_codec
 from edgeclip.runtime.serving.echo_model import EchoModel
 from edgeclip.runtime.serving.grpc_codec import (
     decode_request,
     describe_model,
     encode_response,
+    message_type,
     parse,
 )
-from edgeclip.runtime.serving.grpc_messages import message_type
 from edgeclip.runtime.wire.messages import InferResponse, WireError
 from edgeclip.runtime.wire.tensors import DTYPES
 from tests.runtime.serving.grpc_parts import infer_message, outputs_of
 
-FOLDER = Path(grpc_messages.__file__).parent
+FOLDER = Path(grpc_codec.__file__).parent
 NAMES = st.text(min_size=1, max_size=8)
 NUMBERS = st.sampled_from(list(DTYPES.values())).flatmap(
     lambda dtype: arrays_of.arrays(dtype, arrays_of.array_shapes(min_side=0, max_side=4))

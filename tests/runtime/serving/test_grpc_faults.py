@@ -15,12 +15,11 @@ import pytest
 
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.serving.echo_model import EchoModel
-from edgeclip.runtime.serving.grpc_messages import SERVICE
-from edgeclip.runtime.serving.grpc_server import GrpcDoor
-from edgeclip.runtime.serving.grpc_status import PUSHBACK
+from edgeclip.runtime.serving.grpc_codec import SERVICE
+from edgeclip.runtime.serving.grpc_server import PUSHBACK, GrpcDoor
 from edgeclip.runtime.serving.limits import BatchLimits, ServerLimits
-from edgeclip.runtime.serving.serve import listen
-from edgeclip.runtime.serving.tls import TlsFiles, own_certificate
+from edgeclip.runtime.serving.security import TlsFiles, own_certificate
+from edgeclip.runtime.serving.server import listen
 from edgeclip.runtime.wire.messages import DEADLINE_MS
 from tests.runtime.serving.grpc_parts import (
     Held,

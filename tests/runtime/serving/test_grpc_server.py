@@ -14,10 +14,10 @@ import pytest
 
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.serving.bundle_models import bundle_models
-from edgeclip.runtime.serving.grpc_messages import message_type
-from edgeclip.runtime.serving.tls import own_certificate
-from edgeclip.runtime.split.deadline import Deadline
+from edgeclip.runtime.serving.grpc_codec import message_type
+from edgeclip.runtime.serving.security import own_certificate
 from edgeclip.runtime.split.http_client import Server
+from edgeclip.runtime.split.resilience import Deadline
 from edgeclip.runtime.wire.messages import DEADLINE_MS, SPACE_ID, InferRequest
 from tests.runtime.serving.grpc_parts import (
     SPACE,

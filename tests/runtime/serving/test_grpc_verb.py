@@ -7,11 +7,11 @@ import sys
 import grpc
 import pytest
 
-from edgeclip.runtime.cli import main
-from edgeclip.runtime.serving.serve import listen
+from edgeclip.runtime.cli.main import main
+from edgeclip.runtime.serving.server import listen
 from tests.runtime.serving.grpc_parts import call
 
-SERVE = (sys.executable, "-m", "edgeclip.runtime.cli", "serve", "--echo", "--port", "0")
+SERVE = (sys.executable, "-m", "edgeclip.runtime.cli.main", "serve", "--echo", "--port", "0")
 
 
 def test_both_ports_are_served_until_a_signal() -> None:

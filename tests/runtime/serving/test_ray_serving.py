@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.profiles.errors import ConfigError
+from edgeclip.runtime.cli import ray_app
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.errors import MissingExtraError
-from edgeclip.runtime.serving import ray_app
+from edgeclip.runtime.errors import ConfigError, MissingExtraError
 from edgeclip.runtime.serving.ray_serving import RayServing, application, deployment, on_ray
-from edgeclip.runtime.split.deadline import Deadline
 from edgeclip.runtime.split.errors import ServerRefusedError
 from edgeclip.runtime.split.http_client import Server
+from edgeclip.runtime.split.resilience import Deadline
 from edgeclip.runtime.wire.messages import SPACE_ID, InferRequest, InferResponse
 from tests.conftest import SPACE
 

@@ -9,10 +9,15 @@ import pytest
 from cryptography import x509
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.serving.auth import is_authorized, own_token, read_token
-from edgeclip.runtime.serving.private_file import write_private
-from edgeclip.runtime.serving.security import security_for
-from edgeclip.runtime.serving.tls import TlsFiles, own_certificate
+from edgeclip.runtime.serving.security import (
+    TlsFiles,
+    is_authorized,
+    own_certificate,
+    own_token,
+    read_token,
+    security_for,
+    write_private,
+)
 
 
 def mode(path: Path) -> int:

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.bundle.index import Index
+from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError, SpaceMismatchError
-from edgeclip.runtime.index import Index
-from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.serving.bundle_models import LabelModel, bundle_models
-from edgeclip.runtime.serving.function_model import FunctionModel
-from edgeclip.runtime.serving.models import Model, check_inputs
+from edgeclip.runtime.serving.models import FunctionModel, Model, check_inputs
 from edgeclip.runtime.serving.search_model import SearchModel
 from edgeclip.runtime.wire.messages import WireError
 from tests.conftest import COLOURS, DIM, SPACE

@@ -10,12 +10,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from edgeclip.profiles.device import DeviceProfile
+from edgeclip.runtime.bundle.index import Index
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.index import Index
-from edgeclip.runtime.planning.cut_head import CutHead
-from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.serving.cut_tail import CutTail
+from edgeclip.runtime.planning.cut_set import CutHead, CutSet
+from edgeclip.runtime.serving.bundle_models import CutTail
 from edgeclip.runtime.wire.codec import encode
 from edgeclip.runtime.wire.messages import CODEC, SPACE_ID, InferRequest
 from tests.conftest import COLOURS, DIM, SPACE

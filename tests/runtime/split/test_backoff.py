@@ -6,15 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.split.backoff import Backoff, with_retries
-from edgeclip.runtime.split.deadline import Deadline
 from edgeclip.runtime.split.errors import (
     ServerBusyError,
     ServerError,
     ServerRefusedError,
     ServerUnreachableError,
 )
-from edgeclip.runtime.split.retry_budget import RetryBudget
+from edgeclip.runtime.split.resilience import Backoff, Deadline, RetryBudget, with_retries
 
 
 class Time:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.split.breaker import BreakerRules, CircuitBreaker, Permit
+from edgeclip.runtime.split.resilience import BreakerRules, CircuitBreaker, Permit
 from tests.runtime.conftest import Clock
 
 RULES = BreakerRules(

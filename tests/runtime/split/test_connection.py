@@ -7,10 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from edgeclip.runtime.serving.tls import TlsFiles, own_certificate
-from edgeclip.runtime.split.backoff import Backoff
+from edgeclip.runtime.serving.security import TlsFiles, own_certificate
 from edgeclip.runtime.split.connection import Address, CutOff, is_private, open_pool
-from edgeclip.runtime.split.deadline import Deadline
 from edgeclip.runtime.split.errors import (
     DeadlineExceededError,
     ServerError,
@@ -18,6 +16,7 @@ from edgeclip.runtime.split.errors import (
 )
 from edgeclip.runtime.split.http_client import ClientRules, Server
 from edgeclip.runtime.split.http_exchange import HttpRequest, exchange, retry_after
+from edgeclip.runtime.split.resilience import Backoff, Deadline
 from tests.runtime.split import raw_server
 from tests.runtime.split.raw_server import RawServer, a_request, serving
 

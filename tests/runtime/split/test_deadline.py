@@ -3,7 +3,7 @@ import math
 import pytest
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.split.deadline import Deadline
+from edgeclip.runtime.split.resilience import Deadline
 
 
 def test_time_runs_out_and_never_below_zero() -> None:

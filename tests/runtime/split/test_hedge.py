@@ -7,10 +7,9 @@ from concurrent.futures import Future
 import pytest
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.split.deadline import Deadline
+from edgeclip.runtime.split.connection import Workers
 from edgeclip.runtime.split.errors import ClientBusyError, DeadlineExceededError
-from edgeclip.runtime.split.hedge import Attempt, first_answer
-from edgeclip.runtime.split.workers import Workers
+from edgeclip.runtime.split.resilience import Attempt, Deadline, first_answer
 
 AMPLE = 30_000.0
 

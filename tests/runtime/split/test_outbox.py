@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.split.errors import OutboxError
-from edgeclip.runtime.split.outbox import Outbox
-from edgeclip.runtime.split.outbox_entry import EntryKind, OutboxRules
+from edgeclip.runtime.split.outbox import EntryKind, Outbox, OutboxRules
 from edgeclip.runtime.wire.messages import InferRequest, WireError
 from tests.runtime.conftest import Clock
 from tests.runtime.split.raw_server import RawServer, serving

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.preprocess import crop_batch
+from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.spec import ImageSpec
-from edgeclip.runtime.split.pictures import Pictures, is_pictures, typical_file
+from edgeclip.runtime.split.remote_models import Pictures, is_pictures, typical_file
 
 WHOLE = ImageSpec(size=16, resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CROP = ImageSpec(size=12, resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

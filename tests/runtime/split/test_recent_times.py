@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.split.device_time import DeviceTime
-from edgeclip.runtime.split.recent_times import RecentTimes
+from edgeclip.runtime.split.http_client import RecentTimes
+from edgeclip.runtime.split.remote_with_fallback import DeviceTime
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=50), st.floats(0, 1))

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.split.breaker import BreakerRules
 from edgeclip.runtime.split.http_client import ClientRules, Server
-from edgeclip.runtime.split.outbox import Outbox
-from edgeclip.runtime.split.outbox_entry import Entry
+from edgeclip.runtime.split.outbox import Entry, Outbox
 from edgeclip.runtime.split.replayer import Replayer, ReplayRules
+from edgeclip.runtime.split.resilience import BreakerRules
 from edgeclip.runtime.wire.messages import InferRequest, InferResponse
 from tests.runtime.split import raw_server
 from tests.runtime.split.raw_server import RawServer, serving

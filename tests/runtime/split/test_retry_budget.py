@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.split.retry_budget import RetryBudget
+from edgeclip.runtime.split.resilience import RetryBudget
 
 
 @given(st.lists(st.booleans(), max_size=300), st.floats(0, 1), st.floats(0, 20))

@@ -9,15 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.scores import Agreement, Margin
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.index import Index
+from edgeclip.runtime.split.escalation import Escalation, request_key
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.split.outbox import Outbox
-from edgeclip.runtime.split.outbox_entry import Entry
+from edgeclip.runtime.split.outbox import Entry, Outbox
 from edgeclip.runtime.split.replayer import Replayer
-from edgeclip.runtime.split.second_opinion import Escalation, request_key
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 from edgeclip.runtime.wire.messages import InferRequest, InferResponse
 from tests.conftest import SPACE

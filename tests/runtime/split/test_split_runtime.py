@@ -10,21 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgeclip.runtime.bundle.index import Index
+from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.scores import Margin
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError, SpaceMismatchError
-from edgeclip.runtime.index import Index
-from edgeclip.runtime.labels import LabelSet
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.models import Registry
-from edgeclip.runtime.serving.serve import in_background
-from edgeclip.runtime.split.breaker import BreakerRules
-from edgeclip.runtime.split.deadline import Deadline
+from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.split.errors import ServerError, WrongSpaceError
+from edgeclip.runtime.split.escalation import Escalation
 from edgeclip.runtime.split.http_client import ClientRules, Server
-from edgeclip.runtime.split.second_opinion import Escalation
+from edgeclip.runtime.split.resilience import BreakerRules, Deadline
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 from edgeclip.runtime.wire.messages import SPACE_ID, InferRequest, InferResponse
 from tests.conftest import SPACE

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeclip.export.write_cuts import write_cuts
-from edgeclip.profiles.device import DeviceProfile
-from edgeclip.runtime.bundle import Bundle
+from edgeclip.export.cuts.write_cuts import write_cuts
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import SpaceMismatchError
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.plan import SplitPlan
-from edgeclip.runtime.serving.cut_tail import CutTail
+from edgeclip.runtime.serving.bundle_models import CutTail
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 from edgeclip.runtime.wire.messages import CUT, SPACE_ID, InferRequest, InferResponse

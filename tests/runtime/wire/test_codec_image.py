@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.preprocess import resize_and_crop
+from edgeclip.runtime.inputs.preprocess import resize_and_crop
 from edgeclip.runtime.spec import ImageSpec
-from edgeclip.runtime.wire.codec_image import IMAGE_CODECS, check_image_codec, encode_picture
+from edgeclip.runtime.wire.codec import IMAGE_CODECS, check_image_codec, encode_picture
 
 SPEC = ImageSpec(size=24, resize=24, mean=(0.5,) * 3, std=(0.5,) * 3)
 

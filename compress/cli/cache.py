@@ -1,0 +1,29 @@
+"""`edgeclip cache`: compute the teacher's embeddings once, before distilling."""
+
+import argparse
+from pathlib import Path
+
+from edgeclip.compress.cli.options import add_data, add_teacher, load_source, load_teacher
+from edgeclip.compress.data.sources import Augmentation
+from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_teacher(parser)
+    add_data(parser, count=32_768)
+    parser.add_argument("--views", type=int, default=1, help="augmented views of each picture")
+    parser.add_argument("--seed", type=int, default=0, help="of the augmentation")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the cache")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fill the cache; a run that was stopped goes on where it was."""
+    teacher = load_teacher(args)
+    source = load_source(args, teacher, split="train")
+    cache: TeacherCache = build_cache(
+        teacher, source, args.out, views=args.views, augmentation=Augmentation(seed=args.seed)
+    )
+    settings = cache.settings
+    print(f"{settings.count} pictures in {settings.views} views are in {args.out}")
+    return 0

@@ -1,0 +1,98 @@
+"""`edgeclip distill`: train a student in the teacher's embedding space."""
+
+import argparse
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from edgeclip.compress.cli.options import (
+    add_data,
+    add_teacher,
+    load_source,
+    load_teacher,
+    refuse_teacher_as_output,
+)
+from edgeclip.compress.students.student import StudentShape, new_student
+from edgeclip.compress.teachers.dual_encoder import MARKER
+from edgeclip.compress.teachers.teacher_cache import build_cache
+from edgeclip.compress.train.distill import distill
+from edgeclip.compress.train.losses import LossWeights
+from edgeclip.compress.train.train_loop import TrainSettings
+from edgeclip.runtime.bundle.files import check_target
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    shape = StudentShape()
+    add_teacher(parser)
+    add_data(parser, count=32_768)
+    parser.add_argument("--out", type=Path, required=True, help="where the student is written")
+    parser.add_argument("--run", type=Path, help="checkpoints and log (default: OUT-run)")
+    parser.add_argument(
+        "--cache", type=Path, help="of `edgeclip cache`, or to be made (default: RUN/cache)"
+    )
+    parser.add_argument(
+        "--views",
+        type=int,
+        help="augmented views of each picture (default: those of the cache that is there, else 1)",
+    )
+    parser.add_argument("--family", choices=("inherited", "convolutional"), default=shape.family)
+    for name in ("image-heads", "image-layers", "text-heads", "text-layers"):
+        default = getattr(shape, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name in ("conv-widths", "conv-depths"):
+        default = getattr(shape, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    for name, weight in asdict(LossWeights()).items():
+        parser.add_argument(f"--{name}", type=float, default=weight, help="weight of this loss")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Cache, distil and save; a run that was stopped goes on where it was."""
+    refuse_teacher_as_output(args)
+    check_target(args.out, replace=True, marker=MARKER)
+    teacher = load_teacher(args)
+    source = load_source(args, teacher, split="train")
+    folder = args.run or args.out.with_name(args.out.name + "-run")
+    weights, settings = _weights(args), _settings(args)
+    shape = StudentShape(
+        family=args.family,
+        image_heads=args.image_heads,
+        image_layers=args.image_layers,
+        text_heads=args.text_heads,
+        text_layers=args.text_layers,
+        conv_widths=tuple(args.conv_widths),
+        conv_depths=tuple(args.conv_depths),
+    )
+    if not source.has_captions:
+        print(f"{source.name}: no captions, so the teacher's text tower is kept as it is")
+        shape = replace(shape, whole_text=True)
+    student = new_student(teacher, shape, seed=args.seed).to(teacher.device)
+    cache = build_cache(teacher, source, args.cache or folder / "cache", views=args.views)
+    distill(
+        student,
+        cache,
+        source,
+        weights=weights,
+        settings=settings,
+        out=folder,
+    )
+    student.save(args.out)
+    print(f"student written to {args.out}; log and checkpoints in {folder}")
+    return 0
+
+
+def _weights(args: argparse.Namespace) -> LossWeights:
+    return LossWeights(**{field.name: getattr(args, field.name) for field in fields(LossWeights)})
+
+
+def _settings(args: argparse.Namespace) -> TrainSettings:
+    return TrainSettings(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+    )

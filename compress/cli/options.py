@@ -1,0 +1,63 @@
+"""Options that several commands of this room share, and what they stand for."""
+
+import argparse
+from pathlib import Path
+
+from edgeclip.compress.compute import best_device
+from edgeclip.compress.data.emoji_scenes import Split
+from edgeclip.compress.data.sources import EMOJI, Source, open_source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.runtime.errors import ConfigError
+
+BUILT_IN = "built-in"
+BUILT_IN_TEACHER = Path(__file__).parents[1] / "emoji_teacher"
+
+
+def add_teacher(parser: argparse.ArgumentParser) -> None:
+    """`--teacher`."""
+    parser.add_argument(
+        "--teacher",
+        default=BUILT_IN,
+        help="directory or hub id of a Hugging Face dual encoder (default: the built-in one, "
+        "trained on EmojiScenes)",
+    )
+
+
+def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
+    """`--data` and `--count`."""
+    parser.add_argument(
+        "--data",
+        default=EMOJI,
+        help="folder of pictures, with captions.csv or NAME.txt beside each for captions; "
+        "'emoji' for the built-in scenes (default)",
+    )
+    parser.add_argument(
+        "--count", type=int, default=count, help=f"how many built-in scenes (default: {count})"
+    )
+
+
+def load_teacher(args: argparse.Namespace) -> DualEncoder:
+    """The teacher that `--teacher` names, where training runs fastest."""
+    return DualEncoder.load(_teacher_source(args)).to(best_device())
+
+
+def refuse_teacher_as_output(args: argparse.Namespace) -> None:
+    """Keep the directory of the teacher from being replaced by what `--out` writes.
+
+    Raises:
+        ConfigError: `--out` is that directory, or holds it.
+    """
+    teacher = Path(_teacher_source(args))
+    if teacher.is_dir() and teacher.resolve().is_relative_to(args.out.resolve()):
+        raise ConfigError(
+            f"--out {args.out} would replace the teacher {teacher}: choose another directory"
+        )
+
+
+def _teacher_source(args: argparse.Namespace) -> str | Path:
+    return BUILT_IN_TEACHER if args.teacher == BUILT_IN else str(args.teacher)
+
+
+def load_source(args: argparse.Namespace, teacher: DualEncoder, *, split: Split) -> Source:
+    """The data that `--data` and `--count` name."""
+    return open_source(args.data, split=split, count=args.count, size=teacher.image_spec.size)

@@ -1,0 +1,86 @@
+"""`edgeclip plan-student`: how large a student may be for a latency on a measured device."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from typing import get_args
+
+from edgeclip.compress.cli.options import BUILT_IN, BUILT_IN_TEACHER, add_teacher
+from edgeclip.compress.students.plan_student import (
+    PlannedStudent,
+    StudentPlan,
+    TeacherSizes,
+    describe,
+    distill_options,
+    plan_student,
+    worth_showing,
+)
+from edgeclip.profiles.predict.measured_device import load_measured, measured_names
+from edgeclip.runtime.cli.options import positive
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.spec import Precision, Tower
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_teacher(parser)
+    names = ", ".join(measured_names())
+    parser.add_argument(
+        "--device",
+        required=True,
+        help="a measured device: a file that `edgeclip measure-probes` wrote"
+        + (f", or one of: {names}" if names else ""),
+    )
+    parser.add_argument(
+        "--latency-ms", type=float, required=True, help="the most one image or text may take"
+    )
+    parser.add_argument("--part", choices=get_args(Tower), default="image")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="of the graph that will run (default: fp32)",
+    )
+    parser.add_argument(
+        "--text-tokens",
+        type=positive,
+        help="length of a text, start and end included (default: the teacher's whole context)",
+    )
+    parser.add_argument("--all", action="store_true", help="list every student that was looked at")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the students, and how to train the largest that keeps the budget."""
+    if not args.latency_ms > 0:
+        raise InputError(f"--latency-ms must be above 0, got {args.latency_ms:g}")
+    source = BUILT_IN_TEACHER if args.teacher == BUILT_IN else args.teacher
+    plan = plan_student(
+        TeacherSizes.read(source),
+        load_measured(args.device),
+        latency_ms=args.latency_ms,
+        part=args.part,
+        precision=args.precision,
+        text_tokens=args.text_tokens,
+    )
+    print(_table(plan, plan.students if args.all else worth_showing(plan)))
+    print(f"\nHow: {plan.best.prediction.method}.")
+    if plan.unknown:
+        print(f"{plan.unknown} more sizes lie too far from what was measured to be predicted.")
+    words = ["edgeclip", "distill", "--teacher", str(args.teacher)]
+    words += [*distill_options(plan.best, args.part), "--out", "student"]
+    print(f"\nThe largest {args.part} tower that keeps {args.latency_ms:g} ms (*):")
+    print(shlex.join(words))
+    return 0
+
+
+def _table(plan: StudentPlan, students: Sequence[PlannedStudent]) -> str:
+    lines = [f"  {'student':<38}{'parameters':>11}{'of teacher':>11}{'ms':>9}  about nine in ten"]
+    for item in students:
+        mark = "*" if item is plan.best else "+" if item.keeps else " "
+        found = item.prediction
+        lines.append(
+            f"{mark} {describe(item):<38}{item.parameters / 1e6:>9.2f} M{item.share:>11.1%}"
+            f"{found.ms:>9.2f}  [{found.low:.2f}, {found.high:.2f}]"
+        )
+    lines.append("* the largest that keeps the budget, + others that do")
+    return "\n".join(lines)

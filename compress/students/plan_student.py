@@ -1,0 +1,314 @@
+"""Which students of a teacher keep a latency on a measured device, before any is trained."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import AutoConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
+from edgeclip.compress.students.student import StudentShape
+from edgeclip.profiles.predict.measured_device import MeasuredDevice
+from edgeclip.profiles.predict.predict_latency import Prediction, Predictor
+from edgeclip.profiles.predict.tower_shapes import (
+    CONV_PATCH,
+    AnyTower,
+    ConvTower,
+    TransformerTower,
+    image_tokens,
+)
+from edgeclip.runtime.errors import ConfigError, InputError, first_line
+from edgeclip.runtime.spec import Precision, Tower
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSizes:
+    """Both towers of a CLIP, as far as their sizes go.
+
+    Attributes:
+        image, text: the towers; `tokens` of the text tower is the whole context.
+        image_size: side of a picture in pixels.
+        vocab_size: token vectors of the text tower.
+    """
+
+    image: TransformerTower
+    text: TransformerTower
+    image_size: int
+    vocab_size: int
+
+    @classmethod
+    def read(cls, source: str | Path) -> "TeacherSizes":
+        """Read `config.json` of a directory or hub id; no weights are loaded.
+
+        Raises:
+            ConfigError: not found, or not a CLIP.
+        """
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except Exception as error:  # transformers raises many kinds on damaged files
+            raise ConfigError(
+                f"cannot read the configuration of the teacher {source}: {first_line(error)}"
+            ) from error
+        if not isinstance(config, CLIPConfig):
+            raise ConfigError("only a CLIP model can be a teacher of students so far")
+        vision, text = config.vision_config, config.text_config
+        assert isinstance(vision, CLIPVisionConfig)
+        assert isinstance(text, CLIPTextConfig)
+        size, patch = _whole(vision.image_size), _whole(vision.patch_size)
+        dim, tokens = _whole(config.projection_dim), image_tokens(size, patch)
+        return cls(
+            image=_tower("image", vision, tokens, dim, patch),
+            text=_tower("text", text, int(text.max_position_embeddings), dim, 0),
+            image_size=size,
+            vocab_size=int(text.vocab_size),
+        )
+
+    def tower(self, part: Tower) -> TransformerTower:
+        """One of the two."""
+        return self.image if part == "image" else self.text
+
+    def parameters(self, tower: AnyTower) -> int:
+        """Weights of a tower of this teacher or of a student, projection included."""
+        if isinstance(tower, ConvTower):
+            return _conv_parameters(tower)
+        width, hidden = tower.width, tower.hidden
+        layer = 4 * (width**2 + width) + 2 * width * hidden + hidden + width + 4 * width
+        around = 2 * width + width * tower.dim
+        if tower.part == "image":
+            before = width * (3 * tower.patch**2 + 1 + tower.tokens + 2)
+        else:
+            before = width * (self.vocab_size + self.text.tokens)
+        return before + tower.layers * layer + around
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int):
+        raise ConfigError(
+            f"config.json has {value} where one whole number is needed: only square pictures and "
+            "patches can be planned"
+        )
+    return value
+
+
+def _tower(
+    part: Tower, config: CLIPVisionConfig | CLIPTextConfig, tokens: int, dim: int, patch: int
+) -> TransformerTower:
+    return TransformerTower(
+        part=part,
+        width=int(config.hidden_size),
+        heads=int(config.num_attention_heads),
+        hidden=int(config.intermediate_size),
+        layers=int(config.num_hidden_layers),
+        tokens=tokens,
+        dim=dim,
+        patch=patch,
+        gelu=config.hidden_act != "quick_gelu",
+    )
+
+
+def _conv_parameters(tower: ConvTower) -> int:
+    first, last = tower.widths[0], tower.widths[-1]
+    count = first * (3 * CONV_PATCH**2 + 1 + 2) + 2 * last + last * tower.dim
+    for before, width in zip(tower.widths, tower.widths[1:], strict=False):
+        count += 2 * before + 4 * before * width + width
+    for width, depth in zip(tower.widths, tower.depths, strict=True):
+        count += depth * (8 * width**2 + (49 + 1 + 2 + 4 + 1) * width)
+    return count
+
+
+_CONV_WIDTHS = ((24, 48, 96), (32, 64, 128), (48, 96, 192), (64, 128, 256), (96, 192, 384))
+_CONV_DEPTHS = ((2, 2, 4), (2, 2, 6), (3, 3, 9))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStudent:
+    """One tower that a student could have.
+
+    Attributes:
+        shape: for `new_student`; what it says of the other tower is the default.
+        tower: its sizes.
+        parameters: weights of the tower.
+        share: of the teacher's tower of that part.
+        prediction: of its latency.
+        keeps: even the upper end of the prediction keeps the budget.
+    """
+
+    shape: StudentShape
+    tower: AnyTower
+    parameters: int
+    share: float
+    prediction: Prediction
+    keeps: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentPlan:
+    """All towers that were looked at, the largest first.
+
+    Attributes:
+        students: whose time could be predicted.
+        best: the largest that keeps the budget.
+        unknown: how many sizes lie too far from what was measured.
+    """
+
+    students: tuple[PlannedStudent, ...]
+    best: PlannedStudent
+    unknown: int
+
+
+def plan_student(
+    teacher: TeacherSizes,
+    measured: MeasuredDevice,
+    *,
+    latency_ms: float,
+    part: Tower = "image",
+    precision: Precision = "fp32",
+    text_tokens: int | None = None,
+) -> StudentPlan:
+    """Predict every student's tower, and choose the largest that keeps the budget.
+
+    Args:
+        teacher: its sizes.
+        measured: the device.
+        latency_ms: the most that one image or text may take.
+        part: which tower.
+        precision: of the graph that will run.
+        text_tokens: length of a text, start and end included; None for the whole context.
+
+    Raises:
+        InputError: no student keeps the budget; the message names the fastest. Or a precision
+            that was not measured, or sizes that are all too far from those that were.
+    """
+    predictor = Predictor(measured)
+    students, unknown, why = [], 0, ""
+    whole = teacher.parameters(teacher.tower(part))
+    for shape, tower in candidates(teacher, part, text_tokens):
+        try:
+            prediction = predictor.predict(tower, precision)
+        except InputError as error:
+            unknown, why = unknown + 1, str(error)
+            continue
+        count = teacher.parameters(tower)
+        students.append(
+            PlannedStudent(
+                shape=shape,
+                tower=tower,
+                parameters=count,
+                share=count / whole,
+                prediction=prediction,
+                keeps=prediction.high <= latency_ms,
+            )
+        )
+    if not students:
+        raise InputError(f"no student of this teacher can be predicted: {why}")
+    students.sort(key=lambda item: (-item.parameters, item.prediction.ms))
+    best = next((item for item in students if item.keeps), None)
+    if best is None:
+        raise InputError(_nothing_fits(students, latency_ms, precision, measured))
+    return StudentPlan(students=tuple(students), best=best, unknown=unknown)
+
+
+def candidates(
+    teacher: TeacherSizes, part: Tower, text_tokens: int | None = None
+) -> Iterator[tuple[StudentShape, AnyTower]]:
+    """Every number of heads and layers that can be inherited; for images also some ConvNeXts.
+
+    Raises:
+        InputError: a text longer than the teacher reads.
+    """
+    base = teacher.tower(part)
+    if part == "text" and text_tokens is not None:
+        if not 2 <= text_tokens <= base.tokens:
+            raise InputError(f"a text of this teacher has 2 to {base.tokens} tokens")
+        base = replace(base, tokens=text_tokens)
+    for heads in range(1, base.heads + 1):
+        for layers in range(1, base.layers + 1):
+            yield _inherited(part, heads, layers), _shrunk(base, heads, layers)
+    if part == "image":
+        yield from _convolutional(teacher)
+
+
+def distill_options(student: PlannedStudent, part: Tower) -> list[str]:
+    """What to add to `edgeclip distill` for this tower; the other one stays at its default."""
+    shape, usual = student.shape, StudentShape()
+    words = ["--family", shape.family]
+    if shape.family == "convolutional":
+        for name in ("conv_widths", "conv_depths"):
+            if getattr(shape, name) != getattr(usual, name):
+                words += [f"--{name.replace('_', '-')}", *map(str, getattr(shape, name))]
+        return words
+    for name in (f"{part}_heads", f"{part}_layers"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(shape, name))]
+    return words
+
+
+def worth_showing(plan: StudentPlan) -> tuple[PlannedStudent, ...]:
+    """Of each width the deepest student that keeps the budget, and the next that may not."""
+    shown: list[PlannedStudent] = []
+    for same in _by_width(plan.students):
+        keeping = [item for item in same if item.keeps]
+        beyond = [item for item in same if not item.keeps]
+        shown += [*beyond[-1:], *keeping[:1]]
+    return tuple(sorted(shown, key=lambda item: (-item.parameters, item.prediction.ms)))
+
+
+def _by_width(students: Sequence[PlannedStudent]) -> list[list[PlannedStudent]]:
+    groups: dict[object, list[PlannedStudent]] = {}
+    for item in students:
+        tower = item.tower
+        key = tower.widths if isinstance(tower, ConvTower) else tower.width
+        groups.setdefault(key, []).append(item)
+    return list(groups.values())
+
+
+def _inherited(part: Tower, heads: int, layers: int) -> StudentShape:
+    if part == "image":
+        return StudentShape(image_heads=heads, image_layers=layers)
+    return StudentShape(text_heads=heads, text_layers=layers)
+
+
+def _shrunk(base: TransformerTower, heads: int, layers: int) -> TransformerTower:
+    """As `new_student` does: heads keep their size, the MLP its ratio."""
+    width = heads * (base.width // base.heads)
+    hidden = round(width * (base.hidden / base.width))
+    return replace(base, width=width, heads=heads, hidden=hidden, layers=layers)
+
+
+def _convolutional(teacher: TeacherSizes) -> Iterator[tuple[StudentShape, AnyTower]]:
+    for widths in _CONV_WIDTHS:
+        for depths in _CONV_DEPTHS:
+            shape = StudentShape(family="convolutional", conv_widths=widths, conv_depths=depths)
+            tower = ConvTower(
+                widths=widths,
+                depths=depths,
+                image_size=teacher.image_size,
+                dim=teacher.image.dim,
+            )
+            if teacher.parameters(tower) <= teacher.parameters(teacher.image):
+                yield shape, tower
+
+
+def _nothing_fits(
+    students: Sequence[PlannedStudent],
+    latency_ms: float,
+    precision: Precision,
+    measured: MeasuredDevice,
+) -> str:
+    fastest = min(students, key=lambda item: item.prediction.high)
+    found = fastest.prediction
+    return (
+        f"no student surely keeps {latency_ms:g} ms in {precision} on {measured.name}: the "
+        f"fastest, {describe(fastest)}, takes about {found.ms:.2f} ms (up to {found.high:.2f}); "
+        "allow more time, or try another precision"
+    )
+
+
+def describe(student: PlannedStudent) -> str:
+    """Its sizes, in a few words."""
+    tower = student.tower
+    if isinstance(tower, ConvTower):
+        widths, depths = ("-".join(map(str, item)) for item in (tower.widths, tower.depths))
+        return f"ConvNeXt {widths}, blocks {depths}"
+    heads, layers = tower.heads, tower.layers
+    return (
+        f"{heads} head{'s' * (heads > 1)} (width {tower.width}), {layers} layer{'s' * (layers > 1)}"
+    )

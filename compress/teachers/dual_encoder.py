@@ -1,0 +1,378 @@
+"""One face for every Hugging Face dual encoder: teacher and student alike."""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    CLIPModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    VisionTextDualEncoderModel,
+)
+
+from edgeclip.runtime.bundle.files import MANIFEST_NAME, atomic_directory
+from edgeclip.runtime.device.schema import parse
+from edgeclip.runtime.errors import ConfigError, first_line
+from edgeclip.runtime.inputs.preprocess import image_spec_from_hugging_face
+from edgeclip.runtime.inputs.tokenizer import TextTokenizer
+from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
+
+# Of the process that saved them, not of the tokenizer.
+_PRIVATE = ("backend", "is_local", "local_files_only")
+
+
+def write_portable_config(folder: Path) -> None:
+    """Rewrite `tokenizer_config.json`, beside `tokenizer.json`, so that transformers 4 reads it.
+
+    transformers 5 calls a tokenizer without a class of its own "TokenizersBackend", a name
+    that older releases and optimum's runtimes do not know; they call it
+    "PreTrainedTokenizerFast". That class takes `add_prefix_space` from the settings, where
+    the new one leaves it to `tokenizer.json`.
+    """
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in _PRIVATE:
+        config.pop(name, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        prefix = (tokenizer.get("pre_tokenizer") or {}).get("add_prefix_space")
+        if prefix is not None:
+            config["add_prefix_space"] = prefix
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# Only EdgeCLIP writes this file, so a directory that holds it may be replaced by a model.
+MARKER = "edgeclip-model.json"
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """The embedding space that the weights live in: a student's is its teacher's.
+
+    `space` is a fingerprint as `dual_encoder.space_fingerprint` gives it, 64 hex digits.
+    """
+
+    schema_version: Literal[1]
+    space: str
+
+    def __post_init__(self) -> None:
+        if not _HEX.fullmatch(self.space):
+            raise ValueError(f"space must be 64 hexadecimal digits, got {self.space[:70]!r}")
+
+
+def write_record(folder: Path, space: str) -> None:
+    """Record `space` in a directory of a model."""
+    text = json.dumps(asdict(ModelRecord(1, space)), indent=2) + "\n"
+    (folder / MARKER).write_text(text, encoding="utf-8")
+
+
+def recorded_space(folder: Path) -> str | None:
+    """The space recorded in a directory; None where EdgeCLIP did not save the model.
+
+    Raises:
+        ConfigError: the record is damaged, or of another version.
+    """
+    path = folder / MARKER
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    return parse(ModelRecord, data, source=str(path)).space
+
+
+SUPPORTED: dict[str, type[PreTrainedModel]] = {
+    "clip": CLIPModel,
+    "vision-text-dual-encoder": VisionTextDualEncoderModel,
+}
+transformers.utils.logging.disable_progress_bar()  # a file or two is no long work
+transformers.utils.logging.set_verbosity_error()  # `load` says itself which weights are amiss
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+class DualEncoder(nn.Module):
+    """A CLIP-style pair of towers whose embeddings share one space.
+
+    Args:
+        model: `CLIPModel` or `VisionTextDualEncoderModel`.
+        image: how pictures are prepared for the image tower.
+        tokenizer: a fast tokenizer with bos, eos and pad tokens.
+        space: fingerprint of the teacher's embedding space, for a student; None if the
+            model defines a space of its own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image: ImageSpec,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        space: str | None = None,
+    ) -> None:
+        super().__init__()
+        # Written out, attention trains 1.4 to 1.7 times as fast as the fused kernel in bfloat16
+        # on a CPU, and exports to plain MatMul and Softmax.
+        model.set_attn_implementation("eager")
+        self.model = model
+        self.image_spec = image
+        self.tokenizer = tokenizer
+        self._space = space
+
+    @property
+    def space(self) -> str:
+        """Fingerprint of the embedding space that the weights live in, 64 hex digits."""
+        return self._space or space_fingerprint(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """Logarithm of the number that multiplies a cosine to give a logit."""
+        parameter = self.model.logit_scale
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
+    def _pad_id(self) -> int:
+        return _token(self.tokenizer, "pad_token_id", "eos_token_id")
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """Input contract and geometry, read from the model as it is now."""
+        text = self.model.config.text_config
+        return EncoderSpec(
+            dim=int(self.model.config.projection_dim),
+            image=self.image_spec,
+            text=TextSpec(
+                context_length=int(text.max_position_embeddings),
+                vocab_size=int(text.vocab_size),
+                bos_id=_token(self.tokenizer, "bos_token_id", "cls_token_id"),
+                eos_id=_token(self.tokenizer, "eos_token_id", "sep_token_id"),
+                pad_id=self._pad_id,
+            ),
+            logit_scale=float(self.logit_scale.detach().exp()),
+        )
+
+    def embed_image(self, pixel_values: Tensor) -> Tensor:
+        """float [N, 3, size, size], normalised pixels -> float32 [N, dim], L2-normalised."""
+        model: Any = self.model  # PreTrainedModel itself has no such method
+        features = model.get_image_features(pixel_values=pixel_values).pooler_output
+        return nn.functional.normalize(features.float(), dim=-1)
+
+    def embed_text(self, input_ids: Tensor) -> Tensor:
+        """int64 [N, length], bos .. eos then padding -> float32 [N, dim], L2-normalised.
+
+        A causal tower ignores what follows the end of the text; any other gets a mask.
+        """
+        mask = None
+        if not self.is_causal_text:
+            mask = (input_ids != self._pad_id).long()
+        model: Any = self.model
+        features = model.get_text_features(input_ids=input_ids, attention_mask=mask)
+        return nn.functional.normalize(features.pooler_output.float(), dim=-1)
+
+    @property
+    def is_causal_text(self) -> bool:
+        """True for CLIP's own text tower, which pools at the end-of-text token."""
+        return str(self.model.config.text_config.model_type).startswith("clip")
+
+    @functools.cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The runtime's tokenizer: training sees the ids that the device will see."""
+        return TextTokenizer(Tokenizer.from_str(self.tokenizer_json()), self.spec.text)
+
+    def tokenizer_json(self) -> str:
+        """The tokenizer as the `tokenizers` library reads it, without padding or truncation.
+
+        transformers leaves those of its last call in there; they are no part of the model.
+        """
+        tokenizer = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return str(tokenizer.to_str())
+
+    @classmethod
+    def load(cls, source: str | Path) -> Self:
+        """Load a directory or hub id as float32, in evaluation mode.
+
+        Raises:
+            ConfigError: not found, not a supported family, or a part is missing.
+        """
+        folder = _local(source)
+        if (folder / MANIFEST_NAME).is_file():
+            raise ConfigError(f"{source} is a bundle: give the student that it was exported from")
+        config = _json(folder / "config.json")
+        family = config.get("model_type")
+        if family not in SUPPORTED:
+            known = ", ".join(SUPPORTED)
+            raise ConfigError(f"{source}: model_type {family!r} is not supported; known: {known}")
+        image, space = _image_spec(folder), recorded_space(folder)
+        try:
+            loaded: Any = SUPPORTED[family].from_pretrained(
+                folder,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # told apart below, in one line
+                output_loading_info=True,
+            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # transformers raises many kinds on damaged files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"{source} cannot be loaded: {reason}") from error
+        model, found = loaded
+        _refuse_other_weights(found, source)
+        return cls(model, image, tokenizer, space=space).eval()
+
+    def save(self, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write weights (safetensors), config, tokenizer, processor and the record of the space.
+
+        Whole or not at all; only a directory that EdgeCLIP saved a model in is replaced.
+
+        Raises:
+            InputError: `directory` holds anything else.
+        """
+        with atomic_directory(directory, replace=True, marker=MARKER) as folder:
+            self.save_into(folder, dtype=dtype)
+
+    def save_into(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write the same files into an existing folder."""
+        state = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in self.model.state_dict().items()
+        }
+        self.model.config.dtype = dtype
+        self.model.save_pretrained(folder, state_dict=state)
+        self.save_settings(folder)
+        space = self.space
+        if space == space_fingerprint(self):  # its own: that of the weights as rounded
+            space = space_fingerprint(DualEncoder.load(folder))
+        write_record(folder, space)
+
+    def save_settings(self, folder: Path, *, texts: bool = True) -> None:
+        """Write only config, tokenizer and processor: what a bundle carries of them.
+
+        Without `texts` the tokenizer is left out, for who looks at pictures only.
+        """
+        self.model.config.save_pretrained(folder)
+        if texts:
+            self.tokenizer.save_pretrained(folder)
+            write_portable_config(folder)
+        processor = json.dumps(_processor_config(self.image_spec), indent=2) + "\n"
+        (folder / "preprocessor_config.json").write_text(processor, encoding="utf-8")
+
+
+def space_fingerprint(dual: DualEncoder) -> str:
+    """SHA-256 (64 hex digits) of the embedding space that `dual` defines.
+
+    Covers what changes an embedding: the towers' weights as float32, the input contract and
+    the tokenizer. Two files of the same weights in other formats have the same space. The
+    temperature is left out: it changes no embedding, and exp() differs between machines.
+    """
+    spec = asdict(dual.spec)
+    del spec["logit_scale"]
+    digest = hashlib.sha256()
+    digest.update(json.dumps(spec, sort_keys=True).encode())
+    digest.update(dual.tokenizer_json().encode())
+    for name, value in sorted(dual.model.state_dict().items()):
+        if name != "logit_scale":
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _local(source: str | Path) -> Path:
+    """`source` as a directory on this machine; a hub id is fetched into the hub's cache."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(source).startswith((".", "/", "~")):
+        raise ConfigError(f"{source} is not a directory with a Hugging Face dual encoder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = ["*.json", "*.txt", "*.safetensors"]
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"{source} is neither a directory here nor to be had from the hub ({first_line(error)})"
+        ) from error
+
+
+def _refuse_other_weights(found: Mapping[str, Iterable[Any]], source: str | Path) -> None:
+    """transformers fills what is missing with random numbers: such embeddings mean nothing."""
+    amiss = {
+        "missing": sorted(map(str, found["missing_keys"])),
+        "of another size": sorted(str(key[0]) for key in found["mismatched_keys"]),
+        "unknown": sorted(
+            str(key) for key in found["unexpected_keys"] if not str(key).endswith("position_ids")
+        ),
+    }
+    problems = [f"{len(names)} {how} (such as {names[0]})" for how, names in amiss.items() if names]
+    if problems:
+        raise ConfigError(
+            f"{source}: the weights do not fit config.json: {', '.join(problems)}; "
+            f"both files must come from one model"
+        )
+
+
+def _image_spec(folder: Path) -> ImageSpec:
+    """transformers 5 saves a whole processor as processor_config.json alone."""
+    path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if path.exists() or not whole.exists():
+        return image_spec_from_hugging_face(_json(path), source=str(path))
+    config = _json(whole).get("image_processor")
+    if not isinstance(config, dict):
+        raise ConfigError(f"{whole} has no image_processor, and there is no {path.name}")
+    return image_spec_from_hugging_face(config, source=str(whole))
+
+
+def _json(path: Path) -> dict[str, object]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return data
+
+
+def _token(tokenizer: PreTrainedTokenizerFast, *names: str) -> int:
+    for name in names:
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    raise ConfigError(f"the tokenizer defines none of {', '.join(names)}")
+
+
+def _processor_config(image: ImageSpec) -> dict[str, object]:
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": image.resize},
+        "resample": _RESAMPLE[image.resample],
+        "do_center_crop": True,
+        "crop_size": {"height": image.size, "width": image.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }

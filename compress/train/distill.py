@@ -1,0 +1,146 @@
+"""Distillation: the student learns to embed as the teacher does, from a teacher cache."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgeclip.compress.compute import full_precision
+from edgeclip.compress.data.sources import Source, augmented
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.teacher_cache import TeacherCache, captions_of, ids_of, pixels_of
+from edgeclip.compress.train.losses import LossWeights, distillation, feature
+from edgeclip.compress.train.train_loop import Task, TrainSettings, train
+from edgeclip.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step sees: inputs of the student and the teacher's embeddings of them.
+
+    `ids` and `teacher_text` are None for pictures without captions.
+    """
+
+    pixels: Tensor
+    teacher_image: Tensor
+    ids: Tensor | None = None
+    teacher_text: Tensor | None = None
+
+
+def distill(
+    student: DualEncoder,
+    cache: TeacherCache,
+    source: Source,
+    *,
+    weights: LossWeights,
+    settings: TrainSettings,
+    out: Path,
+) -> None:
+    """Train `student` in place; checkpoints and `log.jsonl` go to `out`.
+
+    Pictures without captions train the image tower alone, by the feature loss; the text
+    tower stays as it is, so it should be the teacher's own, whole.
+
+    Raises:
+        ConfigError: cache and source do not belong together, or the student's embeddings
+            have another length than the teacher's.
+    """
+    if cache.settings.source != source.identity:
+        raise ConfigError(f"the teacher cache was made from other data than {source.name}")
+    if cache.settings.dim != student.spec.dim:
+        raise ConfigError(
+            f"the teacher embeds to {cache.settings.dim} numbers, the student to "
+            f"{student.spec.dim}: they must share one space"
+        )
+    if cache.text is None:
+        student.model.text_model.requires_grad_(False)
+        student.model.text_projection.requires_grad_(False)
+    batches = Batches(student, cache, source, settings)
+
+    def losses(batch: Batch) -> dict[str, Tensor]:
+        image = student.embed_image(batch.pixels)
+        if batch.ids is None or batch.teacher_text is None:
+            return {"total": feature(image, batch.teacher_image)}
+        text = student.embed_text(batch.ids)
+        with full_precision(student.device):
+            return distillation(
+                weights,
+                image=image,
+                text=text,
+                teacher_image=batch.teacher_image,
+                teacher_text=batch.teacher_text,
+                scale=cache.settings.logit_scale,
+            )
+
+    train(
+        Task(
+            title="distill",
+            module=student,
+            batch=batches,
+            losses=losses,
+            identity=_identity(student, cache, weights),
+        ),
+        settings,
+        out,
+    )
+
+
+class Batches:
+    """Batch `step` of a run, a function of (seed, step) alone.
+
+    Every epoch is a new order of all pairs; epoch e shows view e modulo the views cached.
+    """
+
+    def __init__(
+        self, student: DualEncoder, cache: TeacherCache, source: Source, settings: TrainSettings
+    ) -> None:
+        self._student = student
+        self._cache = cache
+        self._source = source
+        self._settings = settings
+
+    def picks(self, step: int) -> tuple[list[int], list[int]]:
+        """Indices and views of the pairs in a batch."""
+        count, size = len(self._source), self._settings.batch_size
+        indices: list[int] = []
+        views: list[int] = []
+        position = step * size
+        while len(indices) < size:
+            epoch, offset = divmod(position + len(indices), count)
+            taken = self._order(epoch)[offset : offset + size - len(indices)].tolist()
+            indices += taken
+            views += [epoch % self._cache.settings.views] * len(taken)
+        return indices, views
+
+    def __call__(self, step: int) -> Batch:
+        indices, views = self.picks(step)
+        how = self._cache.settings.augmentation
+        pictures = [
+            augmented(self._source[index].image, how, index=index, view=view)
+            for index, view in zip(indices, views, strict=True)
+        ]
+        pixels = pixels_of(pictures, self._student)
+        teacher_image = self._tensor(self._cache.image[indices, views])
+        if self._cache.text is None:
+            return Batch(pixels, teacher_image)
+        ids = ids_of(captions_of(self._source, indices), self._student)
+        return Batch(pixels, teacher_image, ids, self._tensor(self._cache.text[indices]))
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng(np.random.SeedSequence((self._settings.seed, epoch)))
+        return rng.permutation(len(self._source))
+
+    def _tensor(self, rows: NDArray[np.float16]) -> Tensor:
+        tensor = torch.from_numpy(rows.astype(np.float32)).to(self._student.device)
+        return torch.nn.functional.normalize(tensor, dim=-1)  # float16 rounds lengths off 1
+
+
+def _identity(student: DualEncoder, cache: TeacherCache, weights: LossWeights) -> str:
+    """Not the student's config: that says where the teacher was loaded from, and when."""
+    sizes = {name: list(value.shape) for name, value in student.model.state_dict().items()}
+    parts = (asdict(cache.settings), student.model.config.model_type, sizes, asdict(weights))
+    return "distill " + json.dumps(parts, sort_keys=True)

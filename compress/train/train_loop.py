@@ -1,0 +1,267 @@
+"""The one training loop: progress, log, checkpoints, exact resume, safe to interrupt.
+
+A run is a pure function of its settings: batch `step` depends on (seed, step) alone, so a
+run that was killed and resumed ends with the weights of one that was not (on one CPU).
+"""
+
+import json
+import math
+import signal
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, TextIO, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from edgeclip.compress.compute import ComputeType, autocast
+from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.errors import ConfigError
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """How long and how fast to learn (AdamW, linear warm-up, cosine decay to 2%)."""
+
+    steps: int
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 60
+    clip_norm: float = 1.0
+    seed: int = 0
+    compute: ComputeType = "auto"
+    checkpoint_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "learning_rate", "clip_norm", "checkpoint_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, got {self.seed}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of `step` (0-based)."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
+        return self.learning_rate * warmup * (0.02 + 0.98 * cosine)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task(Generic[Batch]):
+    """What to train.
+
+    Args:
+        module: everything with weights to train.
+        batch: makes the batch of a step; runs in a thread of its own, one step ahead.
+        losses: named losses of a batch; `total` is minimised.
+        identity: data, teacher and student; resuming with another one is refused.
+    """
+
+    title: str
+    module: nn.Module
+    batch: Callable[[int], Batch]
+    losses: Callable[[Batch], dict[str, Tensor]]
+    identity: str
+
+
+def train(task: Task[Batch], settings: TrainSettings, out: Path) -> None:
+    """Train `task.module` in place, or go on from the checkpoint in `out`.
+
+    Writes `log.jsonl` (a line a step: step, seconds, rate, every loss) and
+    `checkpoint.pt`, and leaves both when done.
+
+    Raises:
+        ConfigError: `out` holds a run with other settings, or the loss is not finite.
+        KeyboardInterrupt: Ctrl-C, after the step in hand was saved.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    weights = [p for p in task.module.parameters() if p.requires_grad]
+    optimizer = _optimizer(weights, settings)
+    state = _Checkpoint(out, task, settings, optimizer)
+    start, seconds = state.resume()
+    bar = tqdm(
+        total=settings.steps * settings.batch_size,
+        initial=start * settings.batch_size,
+        desc=task.title,
+        unit="img",
+        unit_scale=True,
+        dynamic_ncols=True,
+    )
+    task.module.train()
+    clock = _Clock(seconds)
+    with bar, (out / "log.jsonl").open("a", encoding="utf-8") as log, _on_interrupt() as stop:
+        for step, batch in _prefetched(task.batch, start, settings.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(step)
+            with autocast(settings.compute, weights[0].device):
+                losses = task.losses(batch)
+            optimizer.zero_grad(set_to_none=True)
+            losses["total"].backward()
+            norm = nn.utils.clip_grad_norm_(weights, settings.clip_norm)
+            _check_finite(losses["total"], norm, step)
+            optimizer.step()
+            values = {name: value.item() for name, value in losses.items()}
+            _write_line(log, {"step": step + 1, "seconds": clock.now(), **values})
+            bar.update(settings.batch_size)
+            bar.set_postfix(loss=f"{values['total']:.3f}", refresh=False)
+            if stop.is_set or step + 1 == settings.steps or clock.due(settings.checkpoint_seconds):
+                log.flush()
+                state.save(step + 1, clock.now())
+            if stop.is_set and step + 1 < settings.steps:
+                raise KeyboardInterrupt(f"stopped at step {step + 1}; run it again to go on")
+    task.module.eval()
+
+
+def _check_finite(loss: Tensor, norm: Tensor, step: int) -> None:
+    """Stop before a NaN reaches the weights, so that the last checkpoint stays good."""
+    for name, value in (("loss", loss), ("gradient's norm", norm)):
+        if not torch.isfinite(value):
+            raise ConfigError(
+                f"the {name} is {value.item()} at step {step + 1}: lower the learning rate "
+                f"and start again in an empty directory"
+            )
+
+
+def read_log(path: Path) -> tuple[dict[str, float], ...]:
+    """The lines of a `log.jsonl`."""
+    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint(Generic[Batch]):
+    """`checkpoint.pt`: weights, optimizer and step of a run, and which run it is."""
+
+    out: Path
+    task: Task[Batch]
+    settings: TrainSettings
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def _path(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+    @property
+    def _run(self) -> str:
+        settings = asdict(self.settings)
+        del settings["checkpoint_seconds"]  # changes no weight
+        return json.dumps({"identity": self.task.identity, "settings": settings}, sort_keys=True)
+
+    def save(self, step: int, seconds: float) -> None:
+        with atomic_file(self._path) as path:
+            torch.save(
+                {
+                    "run": self._run,
+                    "step": step,
+                    "seconds": seconds,
+                    "weights": self.task.module.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                },
+                path,
+            )
+
+    def resume(self) -> tuple[int, float]:
+        """Load what is there; (steps done, seconds spent), (0, 0.0) for a new run."""
+        log = self.out / "log.jsonl"
+        if not self._path.exists():
+            log.unlink(missing_ok=True)
+            return 0, 0.0
+        saved = self._read()
+        if saved["run"] != self._run:
+            raise ConfigError(
+                f"{self.out} holds a run with other settings or data; choose another --out, "
+                f"or delete it to start again"
+            )
+        self.task.module.load_state_dict(saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        lines = log.read_text(encoding="utf-8").splitlines()[: saved["step"]]
+        with atomic_file(log) as path:  # lines past the checkpoint will be written again
+            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return int(saved["step"]), float(saved["seconds"])
+
+    def _read(self) -> dict[str, Any]:
+        message = f"{self._path} is damaged; delete it to start again"
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                if archive.testzip() is not None:  # torch does not look at the checksums
+                    raise ConfigError(message)
+            saved: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
+        except Exception as error:  # zip and pickle raise many kinds on damaged data
+            raise ConfigError(message) from error
+        return saved
+
+
+class _Clock:
+    """Seconds spent on a run over all its sittings, and since the last checkpoint."""
+
+    def __init__(self, before: float) -> None:
+        self._before = before
+        self._start = self._saved = time.monotonic()
+
+    def now(self) -> float:
+        return round(self._before + time.monotonic() - self._start, 3)
+
+    def due(self, every: float) -> bool:
+        if time.monotonic() - self._saved < every:
+            return False
+        self._saved = time.monotonic()
+        return True
+
+
+class _Stop:
+    """Set by the first Ctrl-C; a second one interrupts at once."""
+
+    is_set = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
+
+
+@contextmanager
+def _on_interrupt() -> Iterator[_Stop]:
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _prefetched(
+    batch: Callable[[int], Batch], start: int, stop: int
+) -> Iterator[tuple[int, Batch]]:
+    """Batches in order, the next one made while this one is used."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = pool.submit(batch, start) if start < stop else None
+        for step in range(start, stop):
+            assert waiting is not None
+            ready = waiting.result()
+            waiting = pool.submit(batch, step + 1) if step + 1 < stop else None
+            yield step, ready
+
+
+def _optimizer(weights: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    groups = [  # biases, norms and scales are not decayed
+        {"params": [w for w in weights if w.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def _write_line(log: TextIO, values: dict[str, float]) -> None:
+    log.write(json.dumps(values) + "\n")

@@ -1,0 +1,163 @@
+"""What goes into a bundle: everything `build_bundle` needs to know."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.bundle.write_bundle import Origin
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds
+from edgeclip.export.gates.select_precision import CHOOSING
+from edgeclip.export.gates.zero_shot import ZeroShot, find_zero_shot
+from edgeclip.export.graph.calibration import CalibrationSource
+from edgeclip.export.graph.embed_pairs import TOWERS, check_captions, runner_of
+from edgeclip.export.graph.to_onnx import GraphForm
+from edgeclip.export.quantizing.config import Config, default_config
+from edgeclip.export.quantizing.qat_finetune import Tuning
+from edgeclip.export.quantizing.quantization_file import (
+    FILE_NAME,
+    Quantization,
+    TowerQuantization,
+)
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.spec import Precision, Tower
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BundlePlan:
+    """A student, and how it becomes a bundle for a device.
+
+    Attributes:
+        student: the model; it is put into evaluation mode.
+        space: fingerprint of the teacher's embedding space.
+        calibration: pairs with captions that int8 is calibrated on; never those of the test
+            split.
+        test: pairs with captions that the gates are measured on.
+        device: says which precisions may be made, and how int8 looks there.
+        origin: what the manifest says about teacher and student.
+        precisions: those that must be in the bundle besides fp32, which always is; None
+            for whatever the device allows and is inside its gates.
+        labels: label sets by name, made by the teacher.
+        bounds: of the gates of each precision.
+        label_head: name of the label set of `labels` that the image towers carry, if any.
+        patch_features: image towers also give the last hidden state of each patch.
+        zero_shot: labelled pictures, on which the loss of zero-shot accuracy is judged; None
+            for the test pictures that a label set of `labels` names.
+        text_tower: whether the bundle holds it. Without it, a device classifies by label sets
+            and searches by pictures; the text tower is still made, to judge the image tower.
+        workload: how the precisions are timed on this machine; None where this machine is
+            not the device, and fp32 is chosen.
+        quantization: what a search chose for the towers; None for what suits the device. It
+            must have found its ranges on `calibration`.
+        tuning: the fine-tune that is allowed where int8 misses a gate; None for none.
+
+    Raises:
+        ConfigError: a source that is empty or lacks captions, one for calibration that is of
+            another split or too small, or a precision that the device does not allow,
+            a search for something else, or one that found no use in a precision of `precisions`.
+        SpaceMismatchError: a label set of another embedding space.
+    """
+
+    student: DualEncoder
+    space: str
+    calibration: Source
+    test: Source
+    device: DeviceProfile
+    origin: Origin
+    precisions: Sequence[Precision] | None = None
+    labels: Mapping[str, LabelSet] = field(default_factory=dict)
+    bounds: Mapping[Precision, Bounds] = field(default_factory=lambda: DEFAULT_BOUNDS)
+    label_head: str | None = None
+    patch_features: bool = False
+    zero_shot: ZeroShot | None = None
+    text_tower: bool = True
+    workload: Workload | None = CHOOSING
+    quantization: Quantization | None = None
+    tuning: Tuning | None = None
+
+    def __post_init__(self) -> None:
+        for source in (self.calibration, self.test):
+            check_captions(source, "a bundle")
+        CalibrationSource(self.calibration)
+        asked = self.precisions or ()
+        wrong = [item for item in asked if item not in (*self.device.precisions, "fp32")]
+        if wrong:
+            raise ConfigError(
+                f"device {self.device.name!r} does not allow {', '.join(wrong)}: "
+                f"choose from {', '.join(self.device.precisions)}"
+            )
+        self._check_quantization()
+        if self.label_head is not None and self.label_head not in self.labels:
+            raise ConfigError(f"there is no label set {self.label_head!r} for the label head")
+        for label_set in self.labels.values():
+            label_set.check_space(self.space)
+        if self.zero_shot is not None:
+            self.zero_shot.labels.check_space(self.space)
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        self.quantization.basis.check(self.device, self.calibration)
+        if self.precisions is not None and self.unused:
+            raise ConfigError(
+                f"{'; '.join(self.unused)}: do not ask for it, or export without {FILE_NAME}"
+            )
+
+    @property
+    def wanted(self) -> tuple[Precision, ...]:
+        """The precisions to make: fp32, which is the reference, comes first."""
+        asked = self.device.precisions if self.precisions is None else self.precisions
+        return tuple(dict.fromkeys(("fp32", *asked)))
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The towers that the bundle holds."""
+        return TOWERS if self.text_tower else ("image",)
+
+    @property
+    def searched(self) -> Mapping[Tower, TowerQuantization]:
+        """What a search chose, for the towers that were searched."""
+        return {} if self.quantization is None else self.quantization.towers
+
+    @property
+    def configs(self) -> dict[tuple[Tower, Precision], Config]:
+        """How each tower becomes each precision but fp32, if there is any use in it."""
+        return {place: config for place, config in self._configs.items() if config is not None}
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """A line for each precision of a tower that a search found no use in."""
+        return tuple(
+            f"{tower} {precision}: {FILE_NAME} has no use for it ({self.searched[tower].why})"
+            for (tower, precision), config in self._configs.items()
+            if config is None
+        )
+
+    @property
+    def _configs(self) -> dict[tuple[Tower, Precision], Config | None]:
+        found = self.quantization
+        return {
+            (tower, precision): default_config(precision, self.device)
+            if found is None
+            else found.config_for(tower, precision, self.device)
+            for precision in self.wanted[1:]
+            for tower in self.towers
+        }
+
+    @property
+    def labelled(self) -> ZeroShot | None:
+        """What zero-shot accuracy is judged on; None where no picture has a label."""
+        return self.zero_shot or find_zero_shot(self.test, self.labels.values())
+
+    @property
+    def form(self) -> GraphForm:
+        """How the towers are captured for the device."""
+        return GraphForm.for_device(self.device, patch_features=self.patch_features)
+
+    @property
+    def runner(self) -> DeviceProfile:
+        """What runs the graphs while they are judged: the device, if it is a CPU."""
+        return runner_of(self.device)

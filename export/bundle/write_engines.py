@@ -1,0 +1,123 @@
+"""Build TensorRT engines for a bundle's device; list which devices can be built for here."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edgeclip.export.graph.embed_pairs import TowerGraph
+from edgeclip.export.graph.graph import sha256_graph
+from edgeclip.runtime.bundle.engine_records import EngineRecord, GraphSource, engine_path
+from edgeclip.runtime.console import columns
+from edgeclip.runtime.device.device_profile import DeviceProfile, device_names, load_device
+from edgeclip.runtime.engines.tensorrt_build import build_engine
+from edgeclip.runtime.engines.tensorrt_library import TensorRtLibrary, open_library
+from edgeclip.runtime.errors import EdgeClipError
+
+BUILD_SCRIPT = "build_on_device.sh"
+
+
+def can_build_ahead(device: DeviceProfile) -> tuple[TensorRtLibrary | None, str]:
+    """The library that builds the device's engines on this machine, or None and why not."""
+    if device.engine not in ("tensorrt", "tensorrt-rtx"):
+        return None, f"{device.engine} needs no engines"
+    try:
+        library = open_library(device)
+    except EdgeClipError as error:
+        return None, str(error)
+    obstacle = library.why_not_build(device)
+    return (None, obstacle) if obstacle else (library, "")
+
+
+def write_engines(
+    folder: Path,
+    graphs: Sequence[TowerGraph],
+    device: DeviceProfile,
+    context_length: int,
+    progress: Callable[[str], None],
+) -> tuple[EngineRecord, ...]:
+    """Build the engines of the graphs into a bundle's folder, if this machine can.
+
+    Where it cannot, a script is left that builds them on the device; and a device that finds
+    no engine for itself builds one anyway when it first needs it.
+
+    Raises:
+        EngineError: the library cannot read a graph or build its engine.
+    """
+    if device.engine not in ("tensorrt", "tensorrt-rtx"):
+        return ()
+    library, obstacle = can_build_ahead(device)
+    if library is None:
+        progress(f"leaving {BUILD_SCRIPT}, for engines must be built on the device: {obstacle}")
+        _write_script(folder / BUILD_SCRIPT, device)
+        return ()
+    records = []
+    for graph in graphs:
+        progress(f"building the engine of the {graph.subject} tower with {library.title}")
+        source = _source(graph, context_length)
+        built = build_engine(source, device=device, library=library)
+        path = engine_path(source, built.key)
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(built.engine)
+        records.append(
+            EngineRecord(tower=graph.tower, precision=graph.precision, path=path, key=built.key)
+        )
+    return tuple(records)
+
+
+def _source(graph: TowerGraph, context_length: int) -> GraphSource:
+    return GraphSource(
+        name=graph.path.stem,
+        content=graph.path,
+        sha256=sha256_graph(graph.path),
+        text_length=context_length if graph.tower == "text" else None,
+    )
+
+
+def _write_script(path: Path, device: DeviceProfile) -> None:
+    """A POSIX shell script that needs the edgeclip runtime on the device, and no torch."""
+    name = shlex.quote(device.name)
+    path.write_text(
+        "#!/bin/sh\n"
+        f"# Builds this bundle's TensorRT engines on {device.name}, and holds each against the\n"
+        "# bundle's golden embeddings. Needs edgeclip and the device's own TensorRT, which a\n"
+        "# virtual environment sees when it is made with --system-site-packages.\n"
+        "set -eu\n"
+        'cd "$(dirname "$0")"\n'
+        f'edgeclip build . --device "${{1:-{name}}}"\n'
+        f'edgeclip verify . --device "${{1:-{name}}}"\n',
+        encoding="utf-8",
+    )
+    path.chmod(0o755)
+
+
+def targets_table() -> str:
+    """One line for each known device: engine, precisions, and what this machine can do."""
+    rows = [("device", "engine", "precisions", "here")]
+    for name in device_names():
+        device = load_device(name)
+        rows.append((name, device.engine, " ".join(device.precisions), what_can_be_done(device)))
+    return columns(rows, left=4)
+
+
+def what_can_be_done(device: DeviceProfile) -> str:
+    """Say whether towers run here, engines can be built here, or the device is needed."""
+    if device.engine.startswith("onnxruntime"):
+        return _runs(device)
+    library, obstacle = can_build_ahead(device)
+    if library is None:
+        return f"graphs only, engines are built on the device: {obstacle}"
+    return f"engines are built here, with {library.title}"
+
+
+def _runs(device: DeviceProfile) -> str:
+    from edgeclip.runtime.engines.providers import provider_of
+
+    try:
+        import onnxruntime
+
+        provider = provider_of(device)
+        if provider.name not in onnxruntime.get_available_providers():
+            return f"graphs only: this onnxruntime has no {provider.name}"
+    except (EdgeClipError, ImportError) as error:
+        return f"graphs only: {error}"
+    return "runs here" if device.name == "this-machine" else "runs here if the processor fits"

@@ -1,0 +1,188 @@
+"""The queries that a cascade is certified on: pictures or captions, entries, right answers."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from edgeclip.compress.data.sources import FolderSource, Source, open_source
+from edgeclip.export.graph.embed_pairs import FloatArray, check_captions
+from edgeclip.runtime.cascade.scores import embed_views
+from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
+from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.inputs.preprocess import crop_batch
+from edgeclip.runtime.spec import Tower
+
+_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries:
+    """What queries choose from, or what each of them should choose: names and embeddings.
+
+    `embeddings` is float32 [K, dim], L2-normalised; a name may come several times.
+    """
+
+    names: tuple[str, ...]
+    embeddings: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Questions:
+    """Queries against entries, in two parts that share no pair.
+
+    In retrieval a query belongs to the pair of its own, and chooses between that pair's other
+    side and those of all `gallery` pairs. So each answer depends on nothing but its own pair,
+    and the answers to pairs that are drawn independently are independent. In zero-shot
+    classification a picture chooses between all labels.
+
+    Attributes:
+        query: the side that is asked with.
+        calibration: pairs whose scores the thresholds are made of.
+        test: pairs that the thresholds are tested on.
+        gallery: pairs whose other sides all queries choose from; empty for zero-shot.
+        labels: names of the classes, for zero-shot; the class of a picture is its folder.
+        templates: sentences around a label.
+
+    Raises:
+        ConfigError: a part without captions or with too few pairs, or fewer than two labels.
+    """
+
+    query: Tower
+    calibration: Source
+    test: Source
+    gallery: Source | None = None
+    labels: tuple[str, ...] = ()
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+
+    def __post_init__(self) -> None:
+        if self.gallery is None and (self.query == "text" or len(self.labels) < 2):
+            raise ConfigError("classification is of pictures, with two labels or more")
+        if self.gallery is not None:
+            for source in (self.calibration, self.test):
+                check_captions(source, "retrieval (without --labels)")
+
+    @property
+    def task(self) -> Literal["retrieval", "zero-shot"]:
+        """What is asked."""
+        return "zero-shot" if self.gallery is None else "retrieval"
+
+    @property
+    def choices(self) -> int:
+        """How many entries a query chooses from."""
+        return len(self.labels) if self.gallery is None else len(self.gallery) + 1
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what identifies queries and entries: 64 hexadecimal digits."""
+        gallery = "" if self.gallery is None else self.gallery.identity
+        parts = (self.query, self.calibration.identity, self.test.identity, gallery)
+        return hashlib.sha256(
+            "\n".join((*parts, *self.labels, *self.templates)).encode()
+        ).hexdigest()
+
+    def entries(self, encoder: Encoder) -> Entries:
+        """Embed what all queries choose from."""
+        if self.gallery is None:
+            return Entries(self.labels, encoder.bake_labels(self.labels, self.templates).embeddings)
+        return Entries(_captions(self.gallery), self._others(encoder, self.gallery))
+
+    def wanted(self, encoder: Encoder, source: Source, entries: Entries) -> Entries:
+        """Embed what each query of a source should choose, in their order.
+
+        `entries` are those of the same encoder.
+        """
+        if self.gallery is not None:
+            return Entries(_captions(source), self._others(encoder, source))
+        names = _classes(source)
+        rows = [self.labels.index(name) for name in names]
+        return Entries(names, entries.embeddings[rows])
+
+    def asked(
+        self, encoder: Encoder, source: Source, views: int = 0
+    ) -> tuple[FloatArray, FloatArray | None]:
+        """Embed the queries of a source, and `views` altered views of each.
+
+        Returns:
+            float32 [N, dim], and float32 [views, N, dim] or None.
+        """
+        if self.query == "image":
+            return embed_pictures(encoder, source, views)
+        return embed_captions(encoder, source), None
+
+    def _others(self, encoder: Encoder, source: Source) -> FloatArray:
+        """Embed the sides of pairs that are not asked with."""
+        if self.query == "image":
+            return embed_captions(encoder, source)
+        return embed_pictures(encoder, source)[0]
+
+
+def retrieval(
+    data: str, query: Tower, *, calibration: int, test: int, gallery: int, size: int
+) -> Questions:
+    """Retrieval among pairs of `--data`; the counts are of emoji scenes.
+
+    A folder is divided as `open_source` does it, and its calibration part is the gallery.
+    """
+    return Questions(
+        query=query,
+        calibration=open_source(data, split="calibration", count=calibration, size=size),
+        test=open_source(data, split="test", count=test, size=size),
+        gallery=open_source(data, split="calibration", count=gallery, size=size),
+    )
+
+
+def zero_shot(folder: str, templates: Sequence[str] = DEFAULT_TEMPLATES, *, size: int) -> Questions:
+    """Classification of a folder's pictures, each class in a subfolder of its name.
+
+    The folder is divided as `open_source` does it.
+
+    Raises:
+        ConfigError: not a folder, or fewer than two classes.
+    """
+    calibration = open_source(folder, split="calibration", count=0, size=size)
+    test = open_source(folder, split="test", count=0, size=size)
+    return Questions(
+        query="image",
+        calibration=calibration,
+        test=test,
+        labels=tuple(sorted({*_classes(calibration), *_classes(test)})),
+        templates=tuple(templates),
+    )
+
+
+def embed_pictures(
+    encoder: Encoder, source: Source, views: int = 0
+) -> tuple[FloatArray, FloatArray | None]:
+    """Embed all pictures of a source, and `views` altered views of each.
+
+    Returns:
+        float32 [N, dim], and float32 [views, N, dim] or None.
+    """
+    found, seen = [], []
+    for start in range(0, len(source), _BATCH):
+        numbers = range(start, min(start + _BATCH, len(source)))
+        pixels = crop_batch([source[number].image for number in numbers], encoder.spec.image)
+        found.append(encoder.encode_pixels(pixels))
+        views_of = embed_views(encoder.encode_pixels, pixels, views)
+        seen += [] if views_of is None else [views_of]
+    return np.concatenate(found), np.concatenate(seen, axis=1) if seen else None
+
+
+def embed_captions(encoder: Encoder, source: Source) -> FloatArray:
+    """Embed all captions of a source, too long ones cut: float32 [N, dim]."""
+    return encoder.encode_text(_captions(source), truncate=True)
+
+
+def _captions(source: Source) -> tuple[str, ...]:
+    return tuple(str(source.caption(number)) for number in range(len(source)))
+
+
+def _classes(source: Source) -> tuple[str, ...]:
+    """The class of each picture: the name of its folder."""
+    if not isinstance(source, FolderSource):
+        raise ConfigError("classification needs a folder of pictures, in a subfolder per class")
+    return tuple(Path(path).parent.name.replace("_", " ") for path in source.paths)

@@ -1,0 +1,209 @@
+"""`edgeclip cascade`: which answers of a student its teacher should give, with a certificate."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from edgeclip.export.bundle.write_bundle import add_to_bundle
+from edgeclip.export.cascade.cascade_eval_set import Questions, retrieval, zero_shot
+from edgeclip.export.cascade.cascade_evaluator import measure_costs
+from edgeclip.export.cascade.cascade_report import (
+    CascadePage,
+    Costs,
+    CurvePoint,
+    curve,
+    curve_table,
+    write_page,
+)
+from edgeclip.export.cascade.certify import CascadePlan, Certified, certify
+from edgeclip.export.cli.options import add_pairs_option, say
+from edgeclip.profiles.workload import load_workload, workload_names
+from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin, Score
+from edgeclip.runtime.cli.options import (
+    add_device_option,
+    add_json_option,
+    positive,
+    print_json,
+)
+from edgeclip.runtime.device.link import link_names, load_link
+from edgeclip.runtime.device.machine import detect_machine
+from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.spec import EncoderSpec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("bundle", type=Path, help="the student's bundle, which gets a certificate")
+    parser.add_argument("--teacher", type=Path, required=True, help="the teacher's bundle")
+    add_pairs_option(parser)
+    parser.add_argument(
+        "--share", type=float, default=0.95, help="of the teacher's quality to keep (default: 0.95)"
+    )
+    parser.add_argument(
+        "--delta",
+        type=float,
+        default=0.05,
+        help="accepted chance of a wrong certificate (default: 0.05)",
+    )
+    _add_question_options(parser)
+    parser.add_argument(
+        "--score",
+        choices=("margin", "entropy", "agreement"),
+        default="margin",
+        help="how sure the student is: best against second cosine, entropy over all entries, or "
+        "agreement of altered views (default: margin)",
+    )
+    parser.add_argument("--views", type=positive, default=4, help="of agreement (default: 4)")
+    parser.add_argument(
+        "--workload",
+        default="quick",
+        help=f"how long to measure: a YAML file, or {', '.join(workload_names())} (default: quick)",
+    )
+    parser.add_argument(
+        "--link",
+        help=f"count the network of this profile in: a YAML file, or {', '.join(link_names())}",
+    )
+    add_device_option(parser)
+    parser.add_argument("--page", type=Path, help="write the curve to this HTML file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="leave the bundle without the certificate"
+    )
+    add_json_option(parser)
+
+
+def _add_question_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--query",
+        choices=("image", "text"),
+        default="image",
+        help="what is asked with (default: image)",
+    )
+    parser.add_argument(
+        "--labels",
+        action="store_true",
+        help="classify instead of retrieve: the pictures of each class lie in a subfolder",
+    )
+    parser.add_argument(
+        "--template",
+        action="append",
+        help=f"sentence around a class name; may be repeated (default: {DEFAULT_TEMPLATES[0]!r})",
+    )
+    parser.add_argument(
+        "--index-by",
+        choices=("teacher", "student"),
+        default="teacher",
+        help="whose bundle embeds what queries choose from (default: teacher)",
+    )
+    counts = (("test", 2000), ("calibration", 1000), ("gallery", 1000))
+    for name, count in counts:
+        parser.add_argument(
+            f"--{name}-count",
+            type=positive,
+            default=count,
+            help=f"of emoji scenes (default: {count})",
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Certify, measure, print the curve; 1 if nothing can be certified."""
+    student = Encoder.open(args.bundle, device=args.device)
+    teacher = Encoder.open(args.teacher, device=args.device)
+    plan = CascadePlan(
+        student=student,
+        teacher=teacher,
+        questions=_questions(args, student.spec),
+        score=_score(args, student.spec),
+        bound=args.share,
+        delta=args.delta,
+        index_by=args.index_by,
+        command=args.command,
+    )
+    link = None if args.link is None else load_link(args.link)
+    workload = load_workload(args.workload)
+    examiner = plan.examiner()
+    found = certify(plan, examiner, progress=say)
+    say("measuring student and teacher")
+    costs, _ = measure_costs(
+        student,
+        teacher,
+        plan.questions.test,
+        examiner.entries,
+        query=plan.questions.query,
+        score=plan.score,
+        workload=workload,
+        link=link,
+    )
+    points = curve(found.trial, found.grid, certified=found.count, costs=costs)
+    _show(args, plan, found, points, costs)
+    if found.certificate is not None and not args.dry_run:
+        content = found.certificate.to_json().encode()
+        written = add_to_bundle(student.bundle, found.certificate.path, content)
+        say(f"certificate written to {written.path / found.certificate.path}")
+    return 1 if found.certificate is None else 0
+
+
+def verdict(plan: CascadePlan, found: Certified) -> str:
+    """One sentence: the promise, or why there is none."""
+    if found.certificate is not None:
+        return found.certificate.promise
+    return (
+        f"Nothing is certified: with {len(found.trial):,} queries, no threshold is sure enough to "
+        f"keep {100 * plan.bound:.3g}% of the teacher's quality. Give more test pairs, or ask for "
+        "a smaller --share"
+    )
+
+
+def _show(
+    args: argparse.Namespace,
+    plan: CascadePlan,
+    found: Certified,
+    points: tuple[CurvePoint, ...],
+    costs: Costs,
+) -> None:
+    """Print the curve, and write its page."""
+    words = verdict(plan, found)
+    names = (plan.student.bundle.manifest.name, plan.teacher.bundle.manifest.name)
+    if args.page is not None:
+        page = CascadePage(
+            title=f"{names[0]} first, {names[1]} for the unsure",
+            verdict=words,
+            bound=plan.bound,
+            points=points,
+            costs=costs,
+            certificate=found.certificate,
+            machine=detect_machine().cpu,
+        )
+        write_page(page, args.page)
+    if args.json:
+        certificate = None if found.certificate is None else asdict(found.certificate)
+        curve_json = [asdict(point) for point in points]
+        print_json({"certificate": certificate, "costs": asdict(costs), "curve": curve_json})
+        return
+    print(curve_table(points, costs))
+    print(f"student with its score {costs.student_ms:.2f} ms, teacher {costs.teacher_ms:.2f} ms")
+    print(words)
+
+
+def _questions(args: argparse.Namespace, spec: EncoderSpec) -> Questions:
+    size = spec.image.size
+    if args.labels and args.query == "text":
+        raise InputError("only pictures are classified: leave out --labels or --query text")
+    if args.labels:
+        return zero_shot(args.data, args.template or DEFAULT_TEMPLATES, size=size)
+    return retrieval(
+        args.data,
+        args.query,
+        calibration=args.calibration_count,
+        test=args.test_count,
+        gallery=args.gallery_count,
+        size=size,
+    )
+
+
+def _score(args: argparse.Namespace, spec: EncoderSpec) -> Score:
+    if args.score == "margin":
+        return Margin()
+    if args.score == "entropy":
+        return Entropy(logit_scale=spec.logit_scale)
+    return Agreement(views=args.views)

@@ -1,0 +1,29 @@
+"""`edgeclip demo`: the whole road on the built-in data, with a report at its end."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from edgeclip.export.demo.demo import DemoSettings, run_demo
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where all goes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="train nothing: measure the bundle kept in the repository",
+    )
+    parser.add_argument("--steps", type=int, help="distillation steps")
+    parser.add_argument("--scenes", type=int, help="training scenes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo and say where the report is; 1 if a bar was missed."""
+    given = {name: getattr(args, name) for name in ("steps", "scenes")}
+    changed = {name: value for name, value in given.items() if value is not None}
+    settings = replace(DemoSettings(quick=args.quick), **changed)
+    summary = run_demo(settings, args.out, command=args.command)
+    print(f"\nreport: {args.out / 'report.html'}")
+    return 0 if summary.keeps_enough and summary.fast_enough else 1

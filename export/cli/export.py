@@ -1,0 +1,236 @@
+"""`edgeclip export`: turn a student into a verified bundle for a device."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from edgeclip.compress.cli.options import add_teacher, load_teacher
+from edgeclip.compress.data.sources import EMOJI, Source, open_source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.train.quantization_aware import gentle_settings
+from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
+from edgeclip.export.bundle.bundle_plan import BundlePlan
+from edgeclip.export.bundle.write_bundle import Origin
+from edgeclip.export.bundle.write_engines import targets_table
+from edgeclip.export.cli.options import add_pairs_option, say
+from edgeclip.export.gates.select_precision import CHOOSING
+from edgeclip.export.gates.zero_shot import bake_by_teacher, emoji_zero_shot, read_label_names
+from edgeclip.export.quantizing.qat_finetune import Tuning
+from edgeclip.export.quantizing.quantization_file import FILE_NAME, Quantization
+from edgeclip.export.quantizing.search_task import open_calibration
+from edgeclip.runtime.bundle.index import check_space
+from edgeclip.runtime.cli.options import add_device_option, positive
+from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
+from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.hub.model_card import gates_table
+from edgeclip.runtime.spec import Precision
+
+_HEAD = "head"  # the label set of the label head, if it has no other name
+_CALIBRATION = 256  # emoji scenes to find ranges on
+_TUNING_SCENES = 8192  # to fine-tune on, at most; they are embedded first
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("student", nargs="?", help="directory or hub id of the student")
+    add_teacher(parser)
+    parser.add_argument("--out", type=Path, help="the bundle's directory")
+    parser.add_argument(
+        "--list", action="store_true", help="list the devices, and what can be done for each here"
+    )
+    add_pairs_option(parser)
+    add_device_option(parser)
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=get_args(Precision),
+        help="refuse to write a bundle without these (default: what the device allows and "
+        "is inside its gates; fp32 is always there)",
+    )
+    parser.add_argument("--test-count", type=positive, default=1000, help="of emoji scenes")
+    parser.add_argument(
+        "--calibration-count",
+        type=positive,
+        help=f"of emoji scenes (default: {_CALIBRATION}, or what --quantization says)",
+    )
+    _add_int8_options(parser)
+    _add_label_options(parser)
+    parser.add_argument(
+        "--patch-features",
+        action="store_true",
+        help="let the image tower also give the last hidden state of each patch",
+    )
+    parser.add_argument(
+        "--no-text",
+        action="store_true",
+        help="leave out the text tower: the device classifies by label sets, and searches by "
+        "pictures",
+    )
+    parser.add_argument("--name", help="what to call the model (default: the name of --out)")
+    parser.add_argument("--licence", default="unknown", help="of the weights, as SPDX identifier")
+    parser.add_argument("--replace", action="store_true", help="replace a bundle that is there")
+
+
+def _add_int8_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantization",
+        type=Path,
+        metavar="FILE",
+        help=f"{FILE_NAME} of `edgeclip quantize`: make what it chose, of the same student for the "
+        "same device on the same data",
+    )
+    parser.add_argument(
+        "--qat-steps",
+        type=_steps,
+        default=0,
+        metavar="N",
+        help="where int8 misses a gate, fine-tune the student for it for N steps on the train "
+        "split of --data, and try again; a rerun goes on in OUT-qat (default: 0, never)",
+    )
+
+
+def _add_label_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labels",
+        action="append",
+        default=[],
+        metavar="[NAME=]LABELS",
+        help="a label set that the teacher embeds and the bundle carries: labels with commas "
+        "between, or a .txt file with one on each line; may be repeated",
+    )
+    parser.add_argument(
+        "--template",
+        action="append",
+        help=f"sentence around a label, which its embedding is the mean of; may be repeated "
+        f"(default: {DEFAULT_TEMPLATES[0]!r})",
+    )
+    parser.add_argument(
+        "--label-head",
+        metavar="LABELS",
+        help="labels that the image tower itself shall tell apart: as for --labels, or the name "
+        "of one of these sets",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the bundle, then print every gate, what is to be known of them, and the verdict."""
+    if args.list:
+        print(targets_table())
+        return 0
+    if args.student is None or args.out is None:
+        raise InputError("name a student and --out, the bundle's directory (or ask for --list)")
+    plan = _plan(args)
+    built = build_bundle(plan, args.out, replace=args.replace, progress=say)
+    gates = [(item.subject, item.record) for item in built.judged]
+    print(gates_table(gates, built.bundle.manifest.remarks))
+    print(verdict(built))
+    return 0
+
+
+def verdict(built: BuiltBundle) -> str:
+    """What was left out, what each tower ships in, and where the bundle is."""
+    lines = [f"left out: {reason}" for reason in built.left_out]
+    lines += [f"int8: {built.says}"] if built.says else []
+    lines += [f"{tower} tower: {item}" for tower, item in built.tuned if item.places]
+    lines += [f"{item.tower} tower: {item.precision} ({item.why})" for item in built.choices]
+    return "\n".join([*lines, f"bundle written to {built.bundle.path}"])
+
+
+def _plan(args: argparse.Namespace) -> BundlePlan:
+    named, head = _labels(args)
+    device = load_device(args.device)
+    student = DualEncoder.load(args.student)
+    teacher, size = load_teacher(args), student.image_spec.size
+    check_space(teacher.space, student.space, f"the student {args.student}")
+    templates = tuple(args.template or DEFAULT_TEMPLATES)
+    quantization = None if args.quantization is None else Quantization.load(args.quantization)
+    plan = BundlePlan(
+        student=student,
+        space=teacher.space,
+        calibration=_calibration(args, quantization, size),
+        test=open_source(args.data, split="test", count=args.test_count, size=size),
+        device=device,
+        origin=Origin(
+            name=args.name or args.out.name,
+            teacher=args.teacher,
+            student=args.student,
+            command=args.command,
+            licence=args.licence,
+        ),
+        precisions=args.precisions,
+        labels={name: bake_by_teacher(teacher, items, templates) for name, items in named.items()},
+        label_head=head,
+        patch_features=args.patch_features,
+        text_tower=not args.no_text,
+        workload=CHOOSING if args.device == THIS_MACHINE else None,
+        quantization=quantization,
+        tuning=_tuning(args, size),
+    )
+    if args.data != EMOJI or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
+        return plan
+    say("embedding the names of emoji")
+    return replace(plan, zero_shot=emoji_zero_shot(teacher, count=args.test_count, size=size))
+
+
+def _calibration(args: argparse.Namespace, quantization: Quantization | None, size: int) -> Source:
+    """The pairs that ranges are found on: with a search, those that it found them on.
+
+    Raises:
+        ConfigError: there are too few.
+        InputError: no pictures, or another number is asked for than was searched with.
+    """
+    count = args.calibration_count
+    if quantization is None:
+        return open_source(args.data, split="calibration", count=count or _CALIBRATION, size=size)
+    basis = quantization.basis
+    if count not in (None, basis.pairs):
+        raise InputError(
+            f"{args.quantization} was searched with {basis.pairs} calibration pairs: leave out "
+            "--calibration-count"
+        )
+    found, _ = open_calibration(args.data, pairs=basis.pairs, ranges=basis.ranges, size=size)
+    return found
+
+
+def _tuning(args: argparse.Namespace, size: int) -> Tuning | None:
+    """The fine-tune for int8 that is allowed.
+
+    Raises:
+        ConfigError: there are no pictures to train on.
+        InputError: see `open_source`.
+    """
+    if not args.qat_steps:
+        return None
+    settings = gentle_settings(args.qat_steps)
+    scenes = min(args.qat_steps * settings.batch_size, _TUNING_SCENES)
+    return Tuning(
+        source=open_source(args.data, split="train", count=scenes, size=size),
+        settings=settings,
+        folder=args.out.with_name(f"{args.out.name}-qat"),
+    )
+
+
+def _steps(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def _labels(args: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], str | None]:
+    """The label sets that are asked for, and which of them is the label head's."""
+    named: dict[str, tuple[str, ...]] = {}
+    for given in args.labels:
+        name, labels = read_label_names(given)
+        if name in named:
+            raise InputError(f"two label sets are called {name!r}: write NAME=LABELS")
+        named[name] = labels
+    if args.label_head is None or args.label_head in named:
+        return named, args.label_head
+    name, labels = read_label_names(args.label_head)
+    name = _HEAD if name == "labels" else name
+    if name in named:
+        raise InputError(f"two label sets are called {name!r}: write NAME=LABELS")
+    return {**named, name: labels}, name

@@ -1,0 +1,21 @@
+"""Options that verbs of this room have in common."""
+
+import argparse
+import sys
+
+from edgeclip.compress.data.sources import EMOJI
+
+
+def add_pairs_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--data`, which `open_source` divides."""
+    parser.add_argument(
+        "--data",
+        default=EMOJI,
+        help="emoji, or a folder of pictures with captions: it is divided by its subfolders "
+        "train, calibration and test if it has them, or else by itself (default: emoji)",
+    )
+
+
+def say(line: str) -> None:
+    """Tell a person on stderr what is done next."""
+    print(f"{line} ...", file=sys.stderr, flush=True)

@@ -1,0 +1,252 @@
+"""`edgeclip quantize`: the fastest form of a tower on a device that stays inside its gates."""
+
+import argparse
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from edgeclip.compress.cli.options import BUILT_IN, add_teacher, load_teacher
+from edgeclip.compress.data.sources import EMOJI, Source, open_source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.cli.options import add_pairs_option
+from edgeclip.export.gates.zero_shot import (
+    ZeroShot,
+    bake_by_teacher,
+    emoji_zero_shot,
+    find_zero_shot,
+    read_label_names,
+)
+from edgeclip.export.graph.embed_pairs import check_captions
+from edgeclip.export.graph.graph import sha256_graph
+from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, open_trial
+from edgeclip.export.quantizing.quantization_file import (
+    FILE_NAME,
+    Quantization,
+    SearchBasis,
+    SearchedGraph,
+    TowerQuantization,
+    export_searched,
+)
+from edgeclip.export.quantizing.search import SearchResult, search
+from edgeclip.export.quantizing.search_page import SearchedTower, search_page
+from edgeclip.export.quantizing.search_table import search_table
+from edgeclip.export.quantizing.search_task import (
+    JudgedPairs,
+    SearchTask,
+    open_calibration,
+    space_for,
+)
+from edgeclip.runtime.bundle.index import check_space
+from edgeclip.runtime.cli.options import positive
+from edgeclip.runtime.device.device_profile import THIS_MACHINE, DeviceProfile, load_device
+from edgeclip.runtime.device.machine import detect_machine
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.spec import Tower
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("student", help="directory or hub id of the student")
+    add_teacher(parser)
+    add_pairs_option(parser)
+    parser.add_argument(
+        "--device",
+        default=THIS_MACHINE,
+        help="name of a device, or its YAML file; times are only measured on this machine "
+        f"(default: {THIS_MACHINE})",
+    )
+    parser.add_argument(
+        "--tower", choices=get_args(Tower), default="image", help="which one (default: image)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help=f"folder for {FILE_NAME} and for all that was measured; a rerun goes on there",
+    )
+    parser.add_argument(
+        "--minutes", type=_minutes, default=15.0, help="begin nothing new after these (default: 15)"
+    )
+    parser.add_argument("--page", type=Path, help="write what was found as an HTML page")
+    parser.add_argument(
+        "--dynamic",
+        action="store_true",
+        help="try dynamic int8 too, whose embeddings depend on what else is in a batch",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="NAMES",
+        help="labels, or a text file with one on each line, that pictures are named by: zero-shot "
+        "accuracy is then a gate too",
+    )
+    parser.add_argument("--test-count", type=positive, default=1000, help="of emoji scenes")
+    parser.add_argument("--calibration-count", type=positive, default=768, help="of emoji scenes")
+    parser.add_argument(
+        "--ranges",
+        type=positive,
+        default=256,
+        help="how many of the calibration pairs ranges are found on; configs are compared on the "
+        "others (default: 256, and at most half)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, print the table, and write the choice."""
+    device = load_device(args.device)
+    data = _data(args)
+    here = args.device == THIS_MACHINE
+    known = _known(args, device, data.ranges, here=here)
+    folder = args.out / args.tower
+    _say(f"exporting the {args.tower} tower")
+    sample = data.ranges if here else None
+    exported = export_searched(data.student, args.tower, device, folder, sample=sample)
+    task = SearchTask(
+        student=data.student,
+        graph=exported.graph,
+        device=device,
+        ranges=data.ranges,
+        steering=data.steering,
+        test=data.test,
+        workload=SEARCHING if here else None,
+    )
+    result = _search(task, folder, args, here)
+    print(search_table(result))
+    found = replace(known, towers={**known.towers, args.tower: _choice(exported, result)})
+    found.save(args.out / FILE_NAME)
+    print(f"written to {args.out / FILE_NAME}; next: {_export_command(args)}")
+    if args.page is not None:
+        search_page(result, args.page, _about(args, data, here))
+        print(f"page: {args.page}")
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Data:
+    """The student, and the pairs that decide."""
+
+    student: DualEncoder
+    ranges: Source
+    steering: JudgedPairs
+    test: JudgedPairs
+
+
+def _search(task: SearchTask, folder: Path, args: argparse.Namespace, here: bool) -> SearchResult:
+    began = time.monotonic()
+
+    def progress(line: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - began), 60)
+        _say(f"[{minutes}:{seconds:02d}] {line}")
+
+    space = space_for(task.device, task.tower, here=here, dynamic=args.dynamic)
+    try:
+        with open_trial(task, folder) as trial:
+            return search(trial, space, minutes=args.minutes, rank=True, progress=progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted: what was measured is kept in {folder}, run the same command to go on"
+        ) from None
+
+
+def _data(args: argparse.Namespace) -> _Data:
+    student, teacher = DualEncoder.load(args.student), load_teacher(args)
+    check_space(teacher.space, student.space, f"the student {args.student}")
+    size = student.image_spec.size
+    ranges, steering = open_calibration(
+        args.data, pairs=args.calibration_count, ranges=args.ranges, size=size
+    )
+    test = open_source(args.data, split="test", count=args.test_count, size=size)
+    for source in (steering, test):
+        check_captions(source, "comparing configs")
+    steered, judged = _zero_shot(args, teacher, steering, test, size)
+    return _Data(
+        student=student,
+        ranges=ranges,
+        steering=JudgedPairs(pairs=steering, zero_shot=steered),
+        test=JudgedPairs(pairs=test, zero_shot=judged),
+    )
+
+
+def _zero_shot(
+    args: argparse.Namespace, teacher: DualEncoder, steering: Source, test: Source, size: int
+) -> tuple[ZeroShot | None, ZeroShot | None]:
+    """Labelled pictures to steer by and to judge on, for the image tower."""
+    if args.tower != "image":
+        return None, None
+    if args.labels is not None:
+        _, names = read_label_names(args.labels)
+        labels = [bake_by_teacher(teacher, names)]
+        return find_zero_shot(steering, labels), find_zero_shot(test, labels)
+    if args.data == EMOJI:
+        return None, emoji_zero_shot(teacher, count=args.test_count, size=size)
+    return None, None
+
+
+def _known(
+    args: argparse.Namespace, device: DeviceProfile, found: Source, *, here: bool
+) -> Quantization:
+    """What is there already for the other tower.
+
+    Raises:
+        InputError: it is for another device or machine, or on other pairs.
+        ConfigError: it cannot be read.
+    """
+    path: Path = args.out / FILE_NAME
+    basis = SearchBasis.of(
+        device, found, pairs=args.calibration_count, ranges=args.ranges, timed=here
+    )
+    if not path.exists():
+        return Quantization(basis=basis, towers={})
+    known = Quantization.load(path)
+    if known.basis != basis:
+        at = "" if known.basis.machine is None else f" timed on {known.basis.machine},"
+        raise InputError(
+            f"{path} is for {known.basis.device},{at} with ranges on {known.basis.ranges} of "
+            f"{known.basis.pairs} calibration pairs: choose the same device and the same data, as "
+            "it was, or another --out"
+        )
+    return known
+
+
+def _choice(exported: SearchedGraph, result: SearchResult) -> TowerQuantization:
+    return TowerQuantization(
+        config=result.chosen.config,
+        graph=sha256_graph(exported.graph.path),
+        passes=exported.passes,
+        why=result.why,
+    )
+
+
+def _export_command(args: argparse.Namespace) -> str:
+    """What to type to have the choice in a bundle."""
+    words = ["edgeclip", "export", args.student, "--quantization", str(args.out / FILE_NAME)]
+    defaults = {"teacher": BUILT_IN, "data": EMOJI, "device": THIS_MACHINE}
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            words += [f"--{name}", getattr(args, name)]
+    return shlex.join([*words, "--out", "bundle"])
+
+
+def _about(args: argparse.Namespace, data: _Data, here: bool) -> SearchedTower:
+    machine = detect_machine()
+    return SearchedTower(
+        title=f"The {args.tower} tower of {args.student}, for {args.device}",
+        command=args.command,
+        ranges=data.ranges.name,
+        steering=data.steering.pairs.name,
+        test=data.test.pairs.name,
+        here=f"{machine.cpu}, {machine.cores} cores" if here else None,
+    )
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

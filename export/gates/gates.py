@@ -1,0 +1,192 @@
+"""Gates: quality bounds that must hold before a bundle is written."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.compress.data.sources import Source
+from edgeclip.export.errors import GateError
+from edgeclip.export.graph.embed_pairs import FloatArray, PairEmbeddings
+from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord
+from edgeclip.runtime.quality.retrieval import (
+    Interval,
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_percentile,
+    cosines,
+    label_ranks,
+    pair_ranks,
+)
+from edgeclip.runtime.spec import Precision
+
+_UNIT = 5e-3  # the largest difference of an embedding's length from 1
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A bound on one measured value."""
+
+    name: str
+    direction: Literal[">=", "<="]
+    bound: float
+    unit: str
+
+    def judge(self, measured: Interval, data: DataRecord | None = None) -> GateRecord:
+        """Hold the measured value (not its interval) against the bound.
+
+        `data` is what it was measured on, for the record.
+        """
+        holds = measured.value >= self.bound
+        if self.direction == "<=":
+            holds = measured.value <= self.bound
+        return GateRecord(
+            name=self.name,
+            value=measured.value,
+            low=measured.low,
+            high=measured.high,
+            bound=self.bound,
+            direction=self.direction,
+            unit=self.unit,
+            passed=holds,
+            data=data,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a precision must keep. Cosines are with the reference's embeddings.
+
+    Attributes:
+        mean_cosine: the least mean.
+        p1_cosine: the least 1st percentile.
+        r1_loss: the most R@1 (mean of both directions) that may be lost, in points of 100.
+        zero_shot_loss: the most zero-shot top-1 accuracy that may be lost, in points of 100.
+    """
+
+    mean_cosine: float
+    p1_cosine: float
+    r1_loss: float = 1.0
+    zero_shot_loss: float = 0.5
+
+
+# fp32 is held against torch, the others against fp32.
+DEFAULT_BOUNDS: dict[Precision, Bounds] = {
+    "fp32": Bounds(mean_cosine=0.9999, p1_cosine=0.999),
+    "fp16": Bounds(mean_cosine=0.999, p1_cosine=0.995),
+    "int8": Bounds(mean_cosine=0.995, p1_cosine=0.98),
+    "fp8": Bounds(mean_cosine=0.995, p1_cosine=0.98),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A gate's outcome and what it is about, such as "image int8"."""
+
+    subject: str
+    record: GateRecord
+
+
+def data_record(source: Source, count: int | None = None) -> DataRecord:
+    """What says on which items of a source a gate was measured: its first `count`, or all."""
+    sha256 = hashlib.sha256(source.identity.encode()).hexdigest()
+    return DataRecord(source.name, len(source) if count is None else count, sha256)
+
+
+def judge_tower(
+    candidate: FloatArray,
+    reference: FloatArray,
+    bounds: Bounds,
+    data: DataRecord | None = None,
+) -> tuple[GateRecord, ...]:
+    """Judge one tower by its embeddings [N, dim] and the reference's for the same inputs.
+
+    Embeddings that are not finite or not of length 1, as an overflow in fp16 gives, are a
+    missed gate of their own; nothing else is then worth measuring.
+    """
+    usable = np.isfinite(candidate).all(axis=1)
+    usable &= np.abs(np.linalg.norm(candidate.astype(np.float64), axis=1) - 1) <= _UNIT
+    whole = Gate("usable embeddings", ">=", 1.0, "share").judge(bootstrap(usable), data)
+    if not whole.passed:
+        return (whole,)
+    found = cosines(candidate, reference)
+    mean = Gate("mean cosine", ">=", bounds.mean_cosine, "cosine")
+    low = Gate("1st-percentile cosine", ">=", bounds.p1_cosine, "cosine")
+    return (
+        whole,
+        mean.judge(bootstrap(found), data),
+        low.judge(bootstrap_percentile(found, 1), data),
+    )
+
+
+def judge_retrieval(
+    candidate: PairEmbeddings,
+    reference: PairEmbeddings,
+    bounds: Bounds,
+    name: str,
+    data: DataRecord | None = None,
+) -> GateRecord:
+    """Judge how much R@1 the two towers of the candidate lose together.
+
+    The value is in points of 100, the mean of both directions; its interval is a paired
+    bootstrap over the pairs. `name` says what is compared with the reference.
+    """
+    hits = [pair_ranks(item.image, item.text).hits(1) for item in (reference, candidate)]
+    loss = bootstrap_difference(100 * hits[0], 100 * hits[1])
+    return Gate(f"R@1 loss {name}", "<=", bounds.r1_loss, "points").judge(loss, data)
+
+
+def judge_zero_shot(
+    candidate: FloatArray,
+    reference: FloatArray,
+    labels: LabelSet,
+    right: NDArray[Any],
+    bounds: Bounds,
+    data: DataRecord | None = None,
+) -> GateRecord:
+    """Judge how much zero-shot top-1 accuracy an image tower loses.
+
+    The value is in points of 100; its interval is a paired bootstrap over the pictures.
+
+    Args:
+        candidate: embeddings of labelled pictures, float32 [N, dim].
+        reference: the reference's, of the same pictures.
+        labels: K labels, embedded by the teacher; the same for both.
+        right: integers [N], the label of each picture.
+        bounds: the most that may be lost.
+        data: what the pictures are.
+    """
+    first = [label_ranks(item, labels.embeddings, right) <= 1 for item in (reference, candidate)]
+    loss = bootstrap_difference(100.0 * first[0], 100.0 * first[1])
+    gate = Gate("zero-shot top-1 loss", "<=", bounds.zero_shot_loss, "points")
+    return gate.judge(loss, data)
+
+
+def missed(judged: Iterable[Judged]) -> list[str]:
+    """Say for each missed gate what was measured, the bound, and the gap between them."""
+    return [
+        f"{item.subject}: {item.record.name} is {item.record.value:.6g} (bound "
+        f"{item.record.direction} {item.record.bound:g} {item.record.unit}, missed by "
+        f"{abs(item.record.value - item.record.bound):.3g})"
+        for item in judged
+        if not item.record.passed
+    ]
+
+
+def refuse_missed(judged: Iterable[Judged], mend: str) -> None:
+    """Stop if a gate was missed.
+
+    Args:
+        judged: the outcomes.
+        mend: what the user can do about it.
+
+    Raises:
+        GateError: names every missed gate.
+    """
+    misses = missed(judged)
+    if misses:
+        raise GateError(f"no bundle was written: {'; '.join(misses)}. {mend}")

@@ -1,0 +1,250 @@
+"""Which precisions are inside their gates: embeddings of the test pairs, then a verdict."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.gates.gates import (
+    Bounds,
+    Judged,
+    data_record,
+    judge_retrieval,
+    judge_tower,
+    judge_zero_shot,
+    missed,
+)
+from edgeclip.export.gates.zero_shot import ZeroShot
+from edgeclip.export.graph.embed_pairs import (
+    TOWERS,
+    FloatArray,
+    PairEmbeddings,
+    TowerGraph,
+    embed_all,
+    graph_embedder,
+    tower_inputs,
+)
+from edgeclip.runtime.bundle.manifest import DataRecord, GateRemark
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.spec import Precision, Tower
+
+TowerEmbeddings = Mapping[tuple[Tower, Precision], FloatArray]
+# From so many on, one pair (in one direction) or one picture is half a point or less.
+FEWEST_PAIRS, FEWEST_LABELLED = 100, 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JudgedOn:
+    """What precisions are judged on, beside the embeddings of the test pairs.
+
+    Attributes:
+        data: which pairs these are; None leaves it out of the records.
+        zero_shot: labelled pictures; None where no picture has a label.
+        labelled: their embeddings, float32 [N, dim], by the image tower's precision.
+    """
+
+    data: DataRecord | None = None
+    zero_shot: ZeroShot | None = None
+    labelled: Mapping[Precision, FloatArray] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the gates say of the precisions other than fp32.
+
+    Attributes:
+        judged: every gate that was checked, those that were missed among them.
+        kept: tower and precision of each graph that is inside its gates.
+        left_out: for each of the others, which gate it missed and by how much.
+        remarks: of what is kept, the gates that were not judged, or on too little.
+    """
+
+    judged: tuple[Judged, ...]
+    kept: frozenset[tuple[Tower, Precision]]
+    left_out: tuple[str, ...]
+    remarks: tuple[GateRemark, ...] = ()
+
+
+def embed_test(
+    student: DualEncoder, graphs: Sequence[TowerGraph], test: Source, device: DeviceProfile
+) -> dict[tuple[Tower, Precision], FloatArray]:
+    """Embed the test pairs with every graph through the runtime's engine.
+
+    Raises:
+        EngineError: a graph cannot be run.
+    """
+    found: dict[tuple[Tower, Precision], FloatArray] = {}
+    for tower in TOWERS:
+        mine = [graph for graph in graphs if graph.tower == tower]
+        inputs = tower_inputs(test, tower, student.spec, student.text_tokenizer)
+        for graph, embeddings in zip(mine, _embed(student, mine, inputs, device), strict=True):
+            found[tower, graph.precision] = embeddings
+    return found
+
+
+def judged_on(
+    student: DualEncoder,
+    graphs: Sequence[TowerGraph],
+    test: Source,
+    zero_shot: ZeroShot | None,
+    embeddings: TowerEmbeddings,
+    device: DeviceProfile,
+) -> JudgedOn:
+    """Say what the test pairs are, and embed the labelled pictures with every image graph.
+
+    Args:
+        student: whose towers are judged.
+        graphs: of both towers; only those of the image tower are run.
+        test: the pairs.
+        zero_shot: labelled pictures, if there are any.
+        embeddings: of the pairs; pictures that are among them are not embedded again.
+        device: what runs the graphs.
+
+    Raises:
+        EngineError: a graph cannot be run.
+    """
+    data = data_record(test)
+    if zero_shot is None:
+        return JudgedOn(data=data)
+    mine = [graph for graph in graphs if graph.tower == "image"]
+    rows = zero_shot.rows_of(test)
+    if rows is not None:
+        found = [embeddings["image", graph.precision][list(rows)] for graph in mine]
+    else:
+        inputs = tower_inputs(zero_shot.source, "image", student.spec, student.text_tokenizer)
+        found = _embed(student, mine, inputs, device)
+    labelled = {graph.precision: item for graph, item in zip(mine, found, strict=True)}
+    return JudgedOn(data=data, zero_shot=zero_shot, labelled=labelled)
+
+
+def _embed(
+    student: DualEncoder,
+    graphs: Sequence[TowerGraph],
+    inputs: Iterator[NDArray[Any]],
+    device: DeviceProfile,
+) -> list[FloatArray]:
+    if not graphs:
+        return []
+    embedders = [graph_embedder(graph, student.spec.image, device) for graph in graphs]
+    name = f"{graphs[0].tower} tower"
+    bar = tqdm(inputs, desc=name, unit="batch", disable=not sys.stderr.isatty())
+    return embed_all(iter(bar), embedders)
+
+
+def judge_precisions(
+    embeddings: TowerEmbeddings,
+    bounds: Mapping[Precision, Bounds],
+    on: JudgedOn | None = None,
+) -> Verdict:
+    """Hold every precision against fp32.
+
+    Each tower is judged by itself, which for R@1 means beside the other tower in fp32. If
+    both are good, they are judged together as well.
+
+    Args:
+        embeddings: of the test pairs; in fp32 of both towers.
+        bounds: of each precision that is judged.
+        on: what was judged on beside them; by default neither data nor labels are known.
+    """
+    on = on or JudgedOn()
+    judged: list[Judged] = []
+    kept: set[tuple[Tower, Precision]] = set()
+    for precision in dict.fromkeys(item for _, item in embeddings if item != "fp32"):
+        good: list[Tower] = []
+        for tower in TOWERS:
+            if (tower, precision) in embeddings:
+                alone = judge_alone(tower, precision, embeddings, bounds[precision], on)
+                judged += alone
+                good += [] if missed(alone) else [tower]
+        if len(good) == len(TOWERS):
+            chosen = dict.fromkeys(TOWERS, precision)
+            together = judge_together(embeddings, chosen, bounds[precision], precision, on.data)
+            judged.append(together)
+            good = good if together.record.passed else []
+        kept |= {(tower, precision) for tower in good}
+    remarks = (*few_pairs(on.data if judged else None), *_remarks(kept, on))
+    return Verdict(tuple(judged), frozenset(kept), tuple(missed(judged)), remarks)
+
+
+def judge_alone(
+    tower: Tower,
+    precision: Precision,
+    embeddings: TowerEmbeddings,
+    bounds: Bounds,
+    on: JudgedOn,
+) -> tuple[Judged, ...]:
+    """Judge one tower in one precision, the other staying in fp32.
+
+    That is how most bundles are used: a device embeds pictures in int8, and texts lie in an
+    index that a workstation made in fp32.
+    """
+    reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
+    mine = embeddings[tower, precision]
+    records = list(judge_tower(mine, reference.of(tower), bounds, on.data))
+    if records[0].passed:  # else nothing can be compared
+        if tower == "image" and on.zero_shot is not None and on.labelled is not None:
+            found = on.labelled[precision], on.labelled["fp32"]
+            zero, data = on.zero_shot, data_record(on.zero_shot.source)
+            records.append(judge_zero_shot(*found, zero.labels, zero.right, bounds, data))
+        swapped: dict[Tower, Precision] = {**dict.fromkeys(TOWERS, "fp32"), tower: precision}
+        pairs = pair_embeddings(embeddings, swapped)
+        records.append(judge_retrieval(pairs, reference, bounds, compared(swapped), on.data))
+    return tuple(Judged(f"{tower} {precision}", record) for record in records)
+
+
+def judge_together(
+    embeddings: TowerEmbeddings,
+    chosen: Mapping[Tower, Precision],
+    bounds: Bounds,
+    name: str,
+    data: DataRecord | None = None,
+) -> Judged:
+    """Judge the R@1 that both towers lose together, each in its precision of `chosen`."""
+    candidate = pair_embeddings(embeddings, chosen)
+    reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
+    return Judged("bundle", judge_retrieval(candidate, reference, bounds, name, data))
+
+
+def compared(chosen: Mapping[Tower, Precision]) -> str:
+    """What a record calls two towers of unlike precisions: "int8 images, fp32 texts"."""
+    return f"{chosen['image']} images, {chosen['text']} texts"
+
+
+def pair_embeddings(
+    embeddings: TowerEmbeddings, chosen: Mapping[Tower, Precision]
+) -> PairEmbeddings:
+    """Return the embeddings of both towers, each in its precision of `chosen`."""
+    return PairEmbeddings(
+        image=embeddings["image", chosen["image"]], text=embeddings["text", chosen["text"]]
+    )
+
+
+def few_pairs(data: DataRecord | None) -> tuple[GateRemark, ...]:
+    """The remark that too few pairs deserve, if they are too few."""
+    if data is None or data.count >= FEWEST_PAIRS:
+        return ()
+    says = (
+        f"{data.count} test pairs, so it goes in steps of {50 / data.count:.2g} points and half a "
+        f"point cannot be told: test on {FEWEST_PAIRS} or more"
+    )
+    return (GateRemark("bundle", "R@1 loss", says),)
+
+
+def _remarks(kept: Iterable[tuple[Tower, Precision]], on: JudgedOn) -> list[GateRemark]:
+    """What the zero-shot records of the kept precisions do not show."""
+    count = 0 if on.zero_shot is None else len(on.zero_shot.right)
+    if count >= FEWEST_LABELLED:
+        return []
+    says = "not judged: no labels"
+    if count:
+        says = (
+            f"{count} labelled pictures, so it goes in steps of {100 / count:.2g} points and half "
+            f"a point cannot be told: label {FEWEST_LABELLED} or more"
+        )
+    images = sorted(precision for tower, precision in kept if tower == "image")
+    return [GateRemark(f"image {item}", "zero-shot top-1 loss", says) for item in images]

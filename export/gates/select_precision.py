@@ -1,0 +1,91 @@
+"""Select the precision a tower ships in: the fastest on the device inside its gates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgeclip.export.graph.embed_pairs import Embedder
+from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved, repeat_rows
+from edgeclip.profiles.record.measurement import Measurement
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.spec import Precision, Tower
+
+REFERENCE: Precision = "fp32"
+CHOOSING = Workload(
+    name="choose",
+    description="latency at batch 1, enough to tell which precision is faster",
+    batch_sizes=(1,),
+    min_warmup_runs=5,
+    max_warmup_seconds=2,
+    repeats=60,
+    seconds_per_batch=1,
+    cold_starts=0,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerChoice:
+    """The precision chosen for a tower, why, and the measurements, one for each precision.
+
+    `measurements` is empty where nothing was measured.
+    """
+
+    tower: Tower
+    precision: Precision
+    why: str
+    measurements: tuple[Measurement, ...] = ()
+
+    def latency_ms(self, precision: Precision) -> float | None:
+        """Median of one call at batch 1, if it was measured."""
+        found = [item for item in self.measurements if item.name == precision]
+        return found[0].latency.p50_ms.value if found else None
+
+
+def choose_fastest(
+    tower: Tower,
+    embedders: Mapping[Precision, Embedder],
+    inputs: NDArray[Any],
+    workload: Workload = CHOOSING,
+) -> TowerChoice:
+    """Measure the precisions of a tower in turns, and take the one that is surely fastest.
+
+    Another precision than fp32 is taken only if the whole interval of its time divided by
+    that of fp32, round by round, is below 1.
+
+    Args:
+        tower: which one.
+        embedders: one for each precision inside its gates; fp32 is among them.
+        inputs: a few of the tower's inputs [N, ...]; the first one is what is timed.
+        workload: how much to measure.
+
+    Raises:
+        EngineError: an engine fails.
+    """
+    candidates = [_candidate(name, embed, inputs) for name, embed in embedders.items()]
+    measured = measure_interleaved(candidates, workload, part=tower, reference=REFERENCE)
+    precision, why = fastest(tuple(embedders), measured)
+    return TowerChoice(tower=tower, precision=precision, why=why, measurements=measured)
+
+
+def fastest(
+    precisions: Sequence[Precision], measured: Sequence[Measurement]
+) -> tuple[Precision, str]:
+    """Return the precision to ship and the reason, from measurements in the same order."""
+    best, best_ratio = REFERENCE, 1.0
+    notes = []
+    for precision, item in zip(precisions, measured, strict=True):
+        if item.ratio is None:
+            continue
+        ratio = item.ratio.ratio
+        notes.append(f"{precision} takes {ratio.value:.2f} of the time of fp32")
+        if ratio.high < 1 and ratio.value < best_ratio:
+            best, best_ratio = precision, ratio.value
+    if not notes:
+        return best, "the only precision in the bundle"
+    return best, f"fastest inside its gates: {', '.join(notes)}"
+
+
+def _candidate(name: str, embed: Embedder, inputs: NDArray[Any]) -> Candidate:
+    return Candidate(name=name, run=embed, make_batch=repeat_rows(inputs))

@@ -1,0 +1,153 @@
+"""Embed pairs of pictures and captions by several towers at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.runtime.device.device_profile import THIS_MACHINE, DeviceProfile, load_device
+from edgeclip.runtime.engines.engine import open_engine
+from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.inputs.preprocess import crop_batch, normalise
+from edgeclip.runtime.inputs.tokenizer import TextTokenizer
+from edgeclip.runtime.spec import OUTPUT_NAMES, EncoderSpec, ImageSpec, PixelForm, Precision, Tower
+from edgeclip.runtime.towers.tower_runner import in_batches, tower_feed
+
+TOWERS: tuple[Tower, ...] = get_args(Tower)
+
+
+@dataclass(frozen=True, slots=True)
+class TowerGraph:
+    """An ONNX file; `pixels` says what an image tower takes, and is None for a text tower."""
+
+    tower: Tower
+    precision: Precision
+    path: Path
+    pixels: PixelForm | None
+
+    @property
+    def subject(self) -> str:
+        """What reports call it, such as "image int8"."""
+        return f"{self.tower} {self.precision}"
+
+
+FloatArray = NDArray[np.float32]
+Embedder = Callable[[NDArray[Any]], FloatArray]
+_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairEmbeddings:
+    """Embeddings of pairs, image i belonging to text i: float32 [N, dim] each."""
+
+    image: FloatArray
+    text: FloatArray
+
+    def of(self, tower: Tower) -> FloatArray:
+        """Return those of one tower."""
+        return self.image if tower == "image" else self.text
+
+
+def runner_of(device: DeviceProfile) -> DeviceProfile:
+    """Return the device if ONNX Runtime runs on its CPU, else this machine with its batches."""
+    if device.engine == "onnxruntime-cpu":
+        return device
+    return replace(
+        load_device(THIS_MACHINE),
+        batch_min=device.batch_min,
+        batch_best=device.batch_best,
+        batch_max=device.batch_max,
+    )
+
+
+def graph_embedder(graph: TowerGraph, spec: ImageSpec, device: DeviceProfile) -> Embedder:
+    """Embed with an ONNX file, through the runtime's own engine.
+
+    Raises:
+        EngineError: the engine cannot load the file.
+    """
+    engine = open_engine(graph.path, device=device)
+    wanted = OUTPUT_NAMES[graph.tower]
+
+    def run(values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return engine.run(tower_feed(values, graph.tower, graph.pixels, spec))
+
+    return lambda values: in_batches(run, values, static=device.static_batch)[wanted]
+
+
+def torch_embedder(dual: DualEncoder, tower: Tower) -> Embedder:
+    """Embed with torch, in evaluation mode, on the device where the model is."""
+    dual.eval()
+    device = next(dual.parameters()).device
+    embed = dual.embed_image if tower == "image" else dual.embed_text
+
+    def run(values: NDArray[Any]) -> FloatArray:
+        given = normalise(values, dual.image_spec) if tower == "image" else values
+        with torch.inference_mode():
+            embeddings: FloatArray = embed(torch.from_numpy(given).to(device)).cpu().numpy()
+        return embeddings
+
+    return run
+
+
+def check_captions(source: Source, use: str) -> None:
+    """Refuse a source that is empty or has no captions.
+
+    Raises:
+        ConfigError: says that `use` needs them, and how to give them.
+    """
+    if len(source) == 0 or not source.has_captions:
+        raise ConfigError(
+            f"{source.name}: {use} needs pictures with captions; give each one a line in "
+            "captions.csv, or a NAME.txt beside it"
+        )
+
+
+def tower_inputs(
+    source: Source,
+    tower: Tower,
+    spec: EncoderSpec,
+    tokenizer: TextTokenizer,
+    *,
+    count: int | None = None,
+    batch_size: int = _BATCH,
+) -> Iterator[NDArray[Any]]:
+    """Yield a tower's inputs in batches, in order: crops (uint8), or token ids of the captions.
+
+    They are those of the first `count` pairs, by default of all.
+
+    Captions that are too long are cut, for every candidate alike.
+
+    Raises:
+        ConfigError: a pair without a caption, where captions are asked for.
+        InputError: a picture that cannot be read.
+    """
+    end = len(source) if count is None else min(count, len(source))
+    for start in range(0, end, batch_size):
+        chosen = range(start, min(start + batch_size, end))
+        if tower == "image":
+            yield crop_batch([source[index].image for index in chosen], spec.image)
+        else:
+            yield tokenizer.encode([_caption(source, index) for index in chosen], truncate=True)
+
+
+def embed_all(inputs: Iterator[NDArray[Any]], embedders: Sequence[Embedder]) -> list[FloatArray]:
+    """Run every embedder on every batch; float32 [N, dim] for each embedder."""
+    parts: list[list[FloatArray]] = [[] for _ in embedders]
+    for batch in inputs:
+        for part, embed in zip(parts, embedders, strict=True):
+            part.append(embed(batch))
+    return [np.concatenate(part) for part in parts]
+
+
+def _caption(source: Source, index: int) -> str:
+    caption = source.caption(index)
+    if caption is None:
+        raise ConfigError(f"{source.name}: judging the text tower needs captions")
+    return caption

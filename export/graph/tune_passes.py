@@ -1,0 +1,314 @@
+"""Try each rewrite of a graph on this machine in an A/B benchmark, and keep what is faster."""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.errors import ExportError
+from edgeclip.export.graph.embed_pairs import TowerGraph, tower_inputs
+from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_passes import GraphPass, passes_for
+from edgeclip.export.graph.graph_values import relative_error
+from edgeclip.export.graph.to_onnx import STANDARD
+from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved, repeat_rows
+from edgeclip.profiles.record.measurement import Measurement
+from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.engines.engine import open_engine
+from edgeclip.runtime.errors import EngineError
+from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.towers.tower_runner import in_batches, tower_feed
+
+_SECONDS = 2.0  # for the timed runs of one of the two measurements, were both as slow
+_FEWEST = 12  # runs, however slow a tower is
+
+Run = Callable[[NDArray[Any]], object]
+Opener = Callable[[], Run]
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One measurement of both."""
+
+    reference: Measurement
+    candidate: Measurement
+
+    @property
+    def ratio(self) -> Interval:
+        """The candidate's time to the reference's, over paired runs."""
+        assert self.candidate.ratio is not None
+        return self.candidate.ratio.ratio
+
+
+def time_twice(
+    reference: Opener,
+    candidate: Opener,
+    values: NDArray[Any],
+    *,
+    tower: Tower,
+    workload: Workload,
+) -> tuple[Timed, ...]:
+    """Time two in turns; for arguments and errors see `time_each_twice`."""
+    return time_each_twice(reference, [candidate], values, tower=tower, workload=workload)[0]
+
+
+def time_each_twice(
+    reference: Opener,
+    candidates: Sequence[Opener],
+    values: NDArray[Any],
+    *,
+    tower: Tower,
+    workload: Workload,
+    seconds: float = _SECONDS,
+) -> list[tuple[Timed, ...]]:
+    """Time all in turns: with engines loaded in this order, the reference's first, and backwards.
+
+    Args:
+        reference, candidates: open an engine; what they return runs a batch.
+        values: some of the tower's inputs [N, ...]; the first is what is timed.
+        tower: which one it is.
+        workload: how much to measure; slow towers are run less often.
+        seconds: for the reference and one candidate as slow, in one of the two measurements.
+
+    Returns:
+        Both measurements of each candidate.
+
+    Raises:
+        EngineError: an engine fails.
+    """
+    openers = (reference, *candidates)
+    found: list[list[Timed]] = [[] for _ in candidates]
+    for order in (range(len(openers)), range(len(openers))[::-1]):
+        first, *others = _in_turns(openers, order, values, tower, workload, seconds)
+        for timed, other in zip(found, others, strict=True):
+            timed.append(Timed(first, other))
+    return [tuple(timed) for timed in found]
+
+
+def _in_turns(
+    openers: Sequence[Opener],
+    order: Sequence[int],
+    values: NDArray[Any],
+    tower: Tower,
+    workload: Workload,
+    seconds: float,
+) -> tuple[Measurement, ...]:
+    """Load engines in an order and time them; measurements in the order of `openers`."""
+    runs, make_batch = {at: openers[at]() for at in order}, repeat_rows(values[:1])
+    repeats = _repeats(runs[0], make_batch(1), workload.repeats, seconds)
+    candidates = [Candidate(str(at), runs[at], make_batch) for at in range(len(openers))]
+    fits = replace(workload, repeats=repeats)
+    return measure_interleaved(candidates, fits, part=tower, reference=candidates[0].name)
+
+
+def _repeats(run: Run, values: NDArray[Any], most: int, seconds: float) -> int:
+    """How many rounds fit into the time for them."""
+    run(values)
+    began = time.perf_counter()
+    run(values)
+    each = max(time.perf_counter() - began, 1e-9)
+    return max(min(most, _FEWEST), min(most, int(seconds / (2 * each))))
+
+
+TUNING = Workload(
+    name="tune",
+    description="latency at batch 1, enough to tell whether a rewrite helps",
+    batch_sizes=(1,),
+    min_warmup_runs=3,
+    max_warmup_seconds=1,
+    repeats=60,
+    seconds_per_batch=1,
+    cold_starts=0,
+)
+# The largest relative error of an output: summing in another order gives about 1e-7 in fp32.
+EXACT = 1e-5
+# What a pass must save: the same graph again comes out up to 1% faster or slower, by where its
+# memory lies (tests/benchmarks/graph_work.py).
+WORTH = 0.99
+
+RunGraph = Callable[[NDArray[Any]], dict[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassOutcome:
+    """What came of trying a pass.
+
+    Attributes:
+        name: the pass.
+        places: in how many places it changed the graph.
+        ratio: time with it divided by time without, over paired runs, the worse of two
+            measurements; None if not measured.
+        error: largest relative error of an output to the graph as it was given; None if it
+            changed nothing or the engine refused the result.
+        kept: whether the graph now has it.
+    """
+
+    name: str
+    places: int
+    ratio: Interval | None
+    error: float | None
+    kept: bool
+
+    def __str__(self) -> str:
+        verdict = "kept" if self.kept else "left out"
+        if self.places == 0:
+            return f"{self.name}: nothing to do"
+        if self.error is None:
+            return f"{self.name}: {verdict}, the engine cannot run it"
+        if self.ratio is None:
+            return f"{self.name}: {verdict}, not exact (relative error {self.error:.1g})"
+        took = f"{self.ratio.value:.3f} [{self.ratio.low:.3f}, {self.ratio.high:.3f}]"
+        return f"{self.name}: {verdict}, {self.places} places, {took} of the time"
+
+
+def tune_graph(
+    path: Path,
+    device: DeviceProfile,
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    tower: Tower,
+    standard: bool = False,
+    workload: Workload = TUNING,
+    passes: Sequence[GraphPass] | None = None,
+) -> tuple[PassOutcome, ...]:
+    """Apply to a graph the passes that make it faster on this machine, one after another.
+
+    A pass is measured against the graph with those kept before it, in turns, two times. It
+    is kept only if the whole interval of the ratio is below `WORTH` both times, and all
+    outputs are as exact as rounding allows.
+    The file is written anew only if a pass is kept.
+
+    Args:
+        path: the graph, in fp32; other precisions are made of the result.
+        device: its engine, which must run here.
+        inputs: a few of the tower's inputs [N, ...], by the one name; outputs are compared
+            on all of them, and the first is timed.
+        tower: which one it is.
+        standard: try only what any engine reads; other operators must stay out of files
+            that are meant for other runtimes too.
+        workload: how much to measure; slow towers are run less often.
+        passes: what to try; None for all that suit the device.
+
+    Raises:
+        EngineError: the engine cannot run the graph as it is.
+        ExportError: it cannot be read, or has several inputs.
+    """
+    if len(inputs) != 1:
+        raise ExportError(f"{path.name} is tuned on one input, but {len(inputs)} are given")
+    chosen = passes_for(device, standard=standard) if passes is None else tuple(passes)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        trial = _Trial(path, Path(folder), device, inputs, tower, workload)
+        for item in tqdm(chosen, desc="graph passes", disable=not sys.stderr.isatty()):
+            outcomes.append(trial.attempt(item))
+    if any(outcome.kept for outcome in outcomes):
+        save_graph(trial.model, path)
+    return tuple(outcomes)
+
+
+class _Trial:
+    """The graph with what was kept so far."""
+
+    def __init__(
+        self,
+        path: Path,
+        folder: Path,
+        device: DeviceProfile,
+        inputs: Mapping[str, NDArray[Any]],
+        tower: Tower,
+        workload: Workload,
+    ) -> None:
+        self.model = load_graph(path)
+        self._path, self._folder, self._device, self._tower = path, folder, device, tower
+        ((self._name, self._values),) = inputs.items()
+        self._expected = self._open(path)(self._values)
+        self._workload = workload
+
+    def attempt(self, item: GraphPass) -> PassOutcome:
+        """Try a pass; keep its result if it helps."""
+        changed, places = item.apply(self.model)
+        if places == 0:
+            return PassOutcome(name=item.name, places=0, ratio=None, error=None, kept=False)
+        path = self._folder / f"{item.name}.onnx"
+        save_graph(changed, path)
+        error = self._error(path)
+        ratio = self._ratio(path) if error is not None and error <= EXACT else None
+        kept = ratio is not None and ratio.high < WORTH
+        if kept:
+            self.model, self._path = load_graph(path), path
+        return PassOutcome(name=item.name, places=places, ratio=ratio, error=error, kept=kept)
+
+    def _open(self, path: Path) -> RunGraph:
+        engine = open_engine(path, device=self._device)
+
+        def run(values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+            return in_batches(
+                lambda piece: engine.run({self._name: piece}),
+                values,
+                static=self._device.static_batch,
+            )
+
+        return run
+
+    def _error(self, path: Path) -> float | None:
+        """Return the largest relative error of an output, None if the engine refuses."""
+        try:
+            found = self._open(path)(self._values)
+        except EngineError:
+            return None
+        return max(
+            relative_error(right, found[name]) if name in found else float("inf")
+            for name, right in self._expected.items()
+        )
+
+    def _ratio(self, path: Path) -> Interval:
+        """Measure twice, with engines loaded anew in both orders; return the worse result."""
+        found = time_twice(
+            partial(self._open, self._path),
+            partial(self._open, path),
+            self._values,
+            tower=self._tower,
+            workload=self._workload,
+        )
+        return max((item.ratio for item in found), key=lambda ratio: ratio.high)
+
+
+_TUNED_ON = 4  # inputs, on which a rewritten graph must give what it gave before
+
+
+def tune_tower(
+    student: DualEncoder, graph: TowerGraph, device: DeviceProfile, sample: Source
+) -> tuple[PassOutcome, ...]:
+    """Apply to a tower's graph, in place, what makes it faster on this machine.
+
+    Args:
+        student: whose tower it is.
+        graph: in fp32.
+        device: its engine, which must run here.
+        sample: pairs, of which the first few are looked at.
+
+    Raises:
+        EngineError: the graph cannot be run here.
+        ExportError: it cannot be read.
+    """
+    spec, tokenizer = student.spec, student.text_tokenizer
+    values = next(tower_inputs(sample, graph.tower, spec, tokenizer, count=_TUNED_ON))
+    return tune_graph(
+        graph.path,
+        device,
+        tower_feed(values, graph.tower, graph.pixels, spec.image),
+        tower=graph.tower,
+        # Other runtimes read the text tower too, and an image tower in their form.
+        standard=graph.pixels in (None, STANDARD.pixels),
+    )

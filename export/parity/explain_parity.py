@@ -1,0 +1,257 @@
+"""Parity of an exported tower with torch: the gate, and the first node that differs."""
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.gates.gates import Bounds, data_record, judge_tower
+from edgeclip.export.graph.embed_pairs import (
+    Embedder,
+    TowerGraph,
+    embed_all,
+    graph_embedder,
+    torch_embedder,
+    tower_inputs,
+)
+from edgeclip.export.graph.export_modules import tower_module
+from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.graph_values import GraphValues, relative_error
+from edgeclip.export.graph.to_onnx import GraphForm, capture
+from edgeclip.export.parity.find_difference import TOLERANCES, find_difference, first_difference
+from edgeclip.runtime.bundle.manifest import GateRecord
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.engines.engine import open_engine
+from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.towers.tower_runner import tower_feed
+
+
+class TorchValues:
+    """All values of a program that `torch.onnx.export` made a graph of, from one run.
+
+    The exporter names the results of ONNX nodes after those of torch's operators, so they
+    can be compared by name. (torch.onnx.verification compares the same values, but only
+    those of a program still in memory, and with one more session for every value.)
+
+    Args:
+        program: the exporter's result.
+        inputs: what the program takes, in order.
+    """
+
+    def __init__(self, program: torch.onnx.ONNXProgram, inputs: Sequence[Tensor]) -> None:
+        captured = program.exported_program
+        assert captured is not None
+        recorder = _Recorder(captured.module())
+        with torch.no_grad():
+            given = recorder.run(*inputs)
+        self.results: tuple[NDArray[Any], ...] = tuple(map(_array, _flat(given)))
+        names = [str(item.name) for item in program.model.graph.outputs]
+        self._values = recorder.values | dict(zip(names, self.results, strict=True))
+        self.names: tuple[str, ...] = tuple(self._values)
+
+    def values(self, names: Collection[str]) -> dict[str, NDArray[Any]]:
+        """Return the values of those names."""
+        return {name: self._values[name] for name in names}
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Runs a program operator by operator and keeps each tensor."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module)  # an exported module is a graph module
+        self.values: dict[str, NDArray[Any]] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_function" and isinstance(result, Tensor):
+            self.values[n.name] = _array(result)
+        return result
+
+
+def _flat(given: Any) -> tuple[Tensor, ...]:
+    return (given,) if isinstance(given, Tensor) else tuple(given)
+
+
+def _array(value: Tensor) -> NDArray[Any]:
+    """Copy a tensor; bfloat16, which numpy lacks, as float32."""
+    plain = value.detach().cpu()
+    found: NDArray[Any] = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+    return found.copy()
+
+
+_TOGETHER = 128  # pairs that are compared in batches
+_ALONE = 4  # of these, how many run once more by themselves
+
+
+def check_parity(
+    dual: DualEncoder, tower: Tower, embed: Embedder, source: Source, bounds: Bounds
+) -> tuple[GateRecord, ...]:
+    """Judge a tower against torch on the source's first pairs.
+
+    Inputs come from the runtime's own preprocessing and tokenizer. Some run once more at
+    batch 1, texts then without padding, and must give what torch gave for the batch.
+
+    Raises:
+        ConfigError: pairs without captions.
+        EngineError: the engine cannot run the tower.
+    """
+    spec, tokenizer = dual.spec, dual.text_tokenizer
+    together = tower_inputs(source, tower, spec, tokenizer, count=_TOGETHER)
+    candidate, reference = embed_all(together, [embed, torch_embedder(dual, tower)])
+    singles = tower_inputs(source, tower, spec, tokenizer, count=_ALONE, batch_size=1)
+    (alone,) = embed_all(singles, [embed])
+    return judge_tower(
+        np.concatenate([candidate, alone]),
+        np.concatenate([reference, reference[: len(alone)]]),
+        bounds,
+        data_record(source, min(len(source), _TOGETHER)),
+    )
+
+
+_SEARCHED = 128  # pairs, as many as the gate sees
+_WORST = 4  # of these, how many are looked at
+_UNSEEN = (
+    "no value differs on the worst inputs: the cause is in the engine's way of running batches"
+)
+
+
+def explain_parity(
+    dual: DualEncoder, graph: TowerGraph, source: Source, device: DeviceProfile, form: GraphForm
+) -> str:
+    """Say where an fp32 graph leaves torch, in one line; for the message of a missed gate.
+
+    The tower is captured once more, which takes as long as its export.
+
+    Args:
+        dual: the student.
+        graph: its tower in fp32.
+        source: the pairs of the gate; the worst are looked at.
+        device: what runs the graph.
+        form: how it was captured.
+
+    Raises:
+        EngineError: the engine cannot run the graph.
+        ExportError: torch cannot capture the tower.
+    """
+    embed = graph_embedder(graph, dual.spec.image, device)
+    reference = torch_embedder(dual, graph.tower)
+    values = _worst_inputs(dual, graph.tower, source, (reference, embed), form.batch)
+    module = tower_module(dual, graph.tower, patch_features=form.patch_features)
+    standard = tower_feed(values, graph.tower, "float32-nchw", dual.spec.image)
+    (given,) = (torch.from_numpy(item).to(dual.device) for item in standard.values())
+    forward = dual.embed_image if graph.tower == "image" else dual.embed_text
+    tolerance = TOLERANCES["fp32"]
+    in_torch = _differing_module(dual.model, (forward, module), given, tolerance)
+    if in_torch is not None:
+        return f"before any export, {type(module).__name__} differs from the student {in_torch}"
+    captured = TorchValues(capture(dual, graph.tower, form), (given,))
+    if relative_error(reference(values), captured.results[0]) > tolerance:
+        return f"torch.export captured something else than {type(module).__name__} computes"
+    feed = tower_feed(values, graph.tower, graph.pixels, dual.spec.image)
+    on_engine = GraphValues(load_graph(graph.path), feed, partial(open_engine, device=device))
+    return str(first_difference(captured, on_engine, tolerance) or _UNSEEN)
+
+
+def explain_precision(
+    dual: DualEncoder,
+    reference: TowerGraph,
+    graph: TowerGraph,
+    source: Source,
+    device: DeviceProfile,
+    form: GraphForm,
+) -> str:
+    """Say where a graph in another precision leaves the fp32 one, in one line.
+
+    Rounding adds up over a tower. Where no single node is to blame, the one is named after
+    which half of the final error is there.
+
+    Raises:
+        EngineError: an engine cannot run a graph.
+    """
+    spec = dual.spec.image
+    embedders = tuple(graph_embedder(item, spec, device) for item in (reference, graph))
+    values = _worst_inputs(dual, graph.tower, source, embedders, form.batch)
+    right, found = (embed(values) for embed in embedders)
+    tolerance = min(TOLERANCES[graph.precision], relative_error(right, found) / 2)
+    difference = find_difference(
+        reference.path,
+        graph.path,
+        tower_feed(values, graph.tower, reference.pixels, spec),
+        candidate_inputs=tower_feed(values, graph.tower, graph.pixels, spec),
+        device=device,
+        tolerance=tolerance,
+    )
+    return str(difference or _UNSEEN)
+
+
+def _worst_inputs(
+    dual: DualEncoder,
+    tower: Tower,
+    source: Source,
+    embedders: tuple[Embedder, ...],
+    batch: int | None,
+) -> NDArray[Any]:
+    """Return the inputs whose embeddings by the two embedders are furthest apart, of one batch."""
+    most, found = -1.0, None
+    inputs = tower_inputs(source, tower, dual.spec, dual.text_tokenizer, count=_SEARCHED)
+    for values in inputs:
+        right, other = (embed(values) for embed in embedders)
+        apart = np.nan_to_num(np.linalg.norm(other - right, axis=1), nan=np.inf)
+        if apart.max() > most:
+            worst = np.argsort(-apart)[: batch or _WORST]
+            most, found = float(apart.max()), values[np.resize(worst, batch or len(worst))]
+    assert found is not None
+    return found
+
+
+def _differing_module(
+    model: nn.Module,
+    forwards: tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]],
+    given: Tensor,
+    tolerance: float,
+) -> str | None:
+    """Compare two forward passes over the same modules; say from which one on they differ."""
+    right, found = (_module_results(model, forward, given) for forward in forwards)
+    if relative_error(right[""], found[""]) <= tolerance:
+        return None
+    for name, value in right.items():
+        other = found.get(name)
+        if other is None or other.shape != value.shape or not name:
+            continue
+        if relative_error(value, other) > tolerance:
+            return f"from {name} ({type(model.get_submodule(name)).__name__}) on"
+    return "behind its last module"
+
+
+def _module_results(
+    model: nn.Module, forward: Callable[[Tensor], Any], given: Tensor
+) -> dict[str, NDArray[Any]]:
+    """What each module without parts gives at its first call, in order; "" is the embedding."""
+    results: dict[str, NDArray[Any]] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def record(module: nn.Module, args: Any, result: Any) -> None:
+            if isinstance(result, Tensor) and name not in results:
+                results[name] = result.float().cpu().numpy().copy()
+
+        return record
+
+    hooks = [
+        part.register_forward_hook(recorder(name))
+        for name, part in model.named_modules()
+        if not any(part.children())
+    ]
+    try:
+        with torch.no_grad():
+            result = forward(given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    results[""] = (result if isinstance(result, Tensor) else result[0]).float().cpu().numpy()
+    return results

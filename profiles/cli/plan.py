@@ -1,0 +1,182 @@
+"""`edgeclip plan`: what should run on the device and what on a server, by what was measured."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from edgeclip.profiles.cuts.plan_report import explain, plan_page, plan_picture, plan_table
+from edgeclip.profiles.predict.measured_device import measured_names
+from edgeclip.profiles.predict.predict_stages import Sides, headings, load_sides, remarks
+from edgeclip.profiles.record.measurement import MeasurementRun
+from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.device.link import LinkProfile, link_names, load_link
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.planning.cut_set import CutSet
+from edgeclip.runtime.planning.estimate import Conditions, Estimate
+from edgeclip.runtime.planning.link_state import LinkState
+from edgeclip.runtime.planning.plan import Goal
+from edgeclip.runtime.planning.planner import Choice, Objective, choose, estimate_all
+from edgeclip.runtime.planning.stage_times import StageTimes
+
+_HTTP_MS = 1.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb to argparse."""
+    parser.add_argument("cuts", type=Path, help="directory that `edgeclip cut` wrote")
+    what = (
+        "what `edgeclip measure-cuts` wrote on the {}; for one of both also a measured device, by "
+        f"which they are predicted: a file of `edgeclip measure-probes`{_measured_names()}"
+    )
+    for side in ("device", "server"):
+        parser.add_argument(
+            f"--{side}-times", metavar="TIMES", required=True, help=what.format(side)
+        )
+    parser.add_argument(
+        "--link", required=True, help=f"a YAML file, or one of: {', '.join(link_names())}"
+    )
+    parser.add_argument(
+        "--http-ms",
+        type=float,
+        default=_HTTP_MS,
+        help=f"what HTTP costs both programs for one request (assumed: {_HTTP_MS})",
+    )
+    parser.add_argument(
+        "--goal",
+        choices=get_args(Goal),
+        default="embedding",
+        help="what is wanted: the embedding on the device, or a search on the server "
+        "(default: embedding)",
+    )
+    parser.add_argument("--index", default="index", help="the server's index, for --goal search")
+    _add_conditions(parser)
+    parser.add_argument("--all", action="store_true", help="list every plan in every codec")
+    parser.add_argument("--out", type=Path, help="write the chosen plan to this JSON file")
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        action="append",
+        default=[],
+        help="a run of `edgeclip profile --plan`, to hold what was predicted against",
+    )
+    parser.add_argument("--picture", type=Path, help="draw the plans: NAME.svg or NAME.html")
+
+
+def _measured_names() -> str:
+    names = ", ".join(measured_names())
+    return f", or one of: {names}" if names else ""
+
+
+def _add_conditions(parser: argparse.ArgumentParser) -> None:
+    numbers = {
+        "--deadline-ms": (None, "bound of the 95th percentile"),
+        "--load": (1.0, "by how much the device is slower than when it was measured"),
+        "--utilisation": (0.0, "share of time that the server is busy with others, below 1"),
+        "--ms-per-joule": (0.0, "what a joule of the device is worth, in milliseconds"),
+        "--ms-per-megabyte": (0.0, "what 10^6 bytes sent are worth, in milliseconds"),
+        "--ms-per-server-second": (0.0, "what a second of the server is worth, in milliseconds"),
+        "--mean-cosine": (0.99, "least mean cosine that a codec may leave"),
+        "--least-cosine": (0.97, "least cosine of any picture"),
+    }
+    for name, (default, words) in numbers.items():
+        note = "" if default is None else f" (default: {default:g})"
+        parser.add_argument(name, type=float, default=default, help=words + note)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print all plans and the chosen one; write what was asked for."""
+    cuts = CutSet.open(args.cuts)
+    sides = load_sides(args.device_times, args.server_times, cuts)
+    link = load_link(args.link)
+    try:
+        objective, conditions = _objective(args), _conditions(args, cuts, link)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+    def chosen(sides: Sides) -> Choice:
+        found = estimate_all(
+            cuts.manifest, *sides, conditions, deadline_ms=args.deadline_ms, index=args.index
+        )
+        return choose(found, objective)
+
+    choice = chosen(sides)
+    notes = [*remarks(sides, choice, chosen), *_notes(args, *sides)]
+    words = "\n".join([explain(choice, objective), *notes])
+    print("\n".join([*headings(sides), plan_table(choice, all_codecs=args.all)]))
+    print(f"\n{words}")
+    for path in args.measured:
+        print("\n".join(_errors(path, (*choice.allowed, *choice.refused))))
+    if args.out is not None:
+        choice.best.plan.save(args.out)
+        print(f"plan written to {args.out}")
+    if args.picture is not None:
+        _draw(args, choice, words)
+        print(f"picture written to {args.picture}")
+    return 0
+
+
+def _errors(path: Path, estimates: Sequence[Estimate]) -> list[str]:
+    """How far predictions are from what was measured, plan by plan."""
+    predicted = {item.plan.name: item.p95_ms for item in estimates}
+    measured = MeasurementRun.load(path).measurements
+    lines = [
+        f"{item.name}: predicted p95 {predicted[item.name]:.1f} ms, measured "
+        f"{item.latency.p95_ms.value:.1f} ms [{item.latency.p95_ms.low:.1f}, "
+        f"{item.latency.p95_ms.high:.1f}], error "
+        f"{predicted[item.name] / item.latency.p95_ms.value - 1:+.1%}"
+        for item in measured
+        if item.part == "split" and item.name in predicted
+    ]
+    if not lines:
+        raise InputError(
+            f"{path} measured none of these plans: run `edgeclip profile BUNDLE --plan PLAN.json`"
+        )
+    return lines
+
+
+def _objective(args: argparse.Namespace) -> Objective:
+    return Objective(
+        ms_per_joule=args.ms_per_joule,
+        ms_per_megabyte=args.ms_per_megabyte,
+        ms_per_server_second=args.ms_per_server_second,
+        deadline_ms=args.deadline_ms,
+        mean_cosine=args.mean_cosine,
+        least_cosine=args.least_cosine,
+    )
+
+
+def _conditions(args: argparse.Namespace, cuts: CutSet, link: LinkProfile) -> Conditions:
+    return Conditions(
+        link=LinkState.from_profile(link, http_ms=args.http_ms),
+        dim=cuts.manifest.dim,
+        load=args.load,
+        utilisation=args.utilisation,
+        goal=args.goal,
+    )
+
+
+def _notes(args: argparse.Namespace, device: StageTimes, server: StageTimes) -> list[str]:
+    notes = [
+        f"Link {args.link} as its profile describes it, and {args.http_ms:g} ms for HTTP: both "
+        "are assumed until they are measured there."
+    ]
+    notes += [
+        f"The times of the {side} were measured on a contended machine: measure again."
+        for side, times in (("device", device), ("server", server))
+        if times.contended
+    ]
+    if args.goal == "search":
+        notes.append("The search itself is left out: it takes as long in every plan.")
+    return notes
+
+
+def _draw(args: argparse.Namespace, choice: Choice, words: str) -> None:
+    if args.picture.suffix not in (".svg", ".html"):
+        raise InputError(f"--picture is {args.picture}: give a name that ends in .svg or .html")
+    title = f"Plans over {args.link}"
+    content = plan_picture(choice, title=title, deadline_ms=args.deadline_ms)
+    if args.picture.suffix == ".html":
+        content = plan_page(content, title=title, words=words)
+    with atomic_file(args.picture) as temporary:
+        temporary.write_text(content, encoding="utf-8")

@@ -1,0 +1,275 @@
+"""The blocks that a tower's latency adds up from, as the exporter writes them."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from edgeclip.runtime.device.schema import Range, check_ranges
+from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.spec import Tower
+
+Kind = Literal[
+    "image-stem",
+    "image-block",
+    "image-last",
+    "text-block",
+    "text-last",
+    "conv-stem",
+    "conv-block",
+    "conv-down",
+    "conv-head",
+]
+CONV_PATCH = 4  # side of the patches that a ConvNeXt begins with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of a tower whose time depends on its sizes alone; what it does not have is 0.
+
+    Attributes:
+        kind: which part.
+        width: channels that it gives.
+        positions: tokens, class token included; or pixels of a map, patches of a stem.
+        given: channels that a step down takes; length of the embedding that last and head give.
+        patch: side of a patch in pixels.
+        heads: of the attention.
+        hidden: width inside the MLP.
+        gelu: the MLP has the exact GELU in place of the quick one.
+    """
+
+    kind: Kind
+    width: Annotated[int, Range(at_least=1)]
+    positions: Annotated[int, Range(at_least=1)]
+    given: Annotated[int, Range(at_least=0)] = 0
+    patch: Annotated[int, Range(at_least=0)] = 0
+    heads: Annotated[int, Range(at_least=0)] = 0
+    hidden: Annotated[int, Range(at_least=0)] = 0
+    gelu: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """So many of a piece."""
+
+    piece: Piece
+    count: Annotated[int, Range(at_least=1)]
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerTower:
+    """Sizes of a CLIP's image or text tower.
+
+    Attributes:
+        part: which of the two.
+        width, heads, hidden, layers: as in a Hugging Face config: hidden_size,
+            num_attention_heads, intermediate_size, num_hidden_layers.
+        tokens: of an image (patches and class token), or of the text whose time is asked for.
+        dim: length of an embedding.
+        patch: side of a patch in pixels; 0 for text.
+        gelu: exact GELU in place of the quick one.
+    """
+
+    part: Tower
+    width: Annotated[int, Range(at_least=1)]
+    heads: Annotated[int, Range(at_least=1)]
+    hidden: Annotated[int, Range(at_least=1)]
+    layers: Annotated[int, Range(at_least=1)]
+    tokens: Annotated[int, Range(at_least=2)]
+    dim: Annotated[int, Range(at_least=1)]
+    patch: Annotated[int, Range(at_least=0)] = 0
+    gelu: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the picture in pixels."""
+        return math.isqrt(self.tokens - 1) * self.patch
+
+    def stem(self) -> Piece:
+        """From pixels to normalised tokens."""
+        return Piece(
+            kind="image-stem", width=self.width, positions=self.tokens - 1, patch=self.patch
+        )
+
+    def block(self) -> Piece:
+        """A layer for all tokens."""
+        return Piece(
+            kind="image-block" if self.part == "image" else "text-block",
+            width=self.width,
+            positions=self.tokens,
+            heads=self.heads,
+            hidden=self.hidden,
+            gelu=self.gelu,
+        )
+
+    def last(self) -> Piece:
+        """The last layer for one token and what follows; of a text, what comes first as well."""
+        return Piece(
+            kind="image-last" if self.part == "image" else "text-last",
+            width=self.width,
+            positions=self.tokens,
+            given=self.dim,
+            heads=self.heads,
+            hidden=self.hidden,
+            gelu=self.gelu,
+        )
+
+    def parts(self) -> tuple[Part, ...]:
+        """All that the tower consists of."""
+        pieces = Counter({self.last(): 1, self.block(): self.layers - 1})
+        if self.part == "image":
+            pieces[self.stem()] = 1
+        return _parts(pieces)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvTower:
+    """Sizes of a ConvNeXt image tower.
+
+    Attributes:
+        widths, depths: channels and blocks of each stage; a stage may have no block.
+        image_size: side of the picture in pixels.
+        dim: length of an embedding.
+    """
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    image_size: Annotated[int, Range(at_least=1)]
+    dim: Annotated[int, Range(at_least=1)]
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not self.widths or len(self.widths) != len(self.depths):
+            raise ValueError("widths and depths need one number for each stage")
+        if min(self.widths) < 1 or min(self.depths) < 0:
+            raise ValueError("widths must be at least 1, and depths at least 0")
+        if self.side(len(self.widths) - 1) < 1:
+            raise ValueError(f"a picture of {self.image_size} pixels is too small for these stages")
+
+    @property
+    def part(self) -> Tower:
+        """A ConvNeXt looks at pictures."""
+        return "image"
+
+    def side(self, stage: int) -> int:
+        """Side of the map in a stage, the first being 0."""
+        return self.image_size // CONV_PATCH >> stage
+
+    def stem(self) -> Piece:
+        """From pixels to the first map."""
+        return Piece(
+            kind="conv-stem", width=self.widths[0], positions=self.side(0) ** 2, patch=CONV_PATCH
+        )
+
+    def block(self, stage: int) -> Piece:
+        """A block of a stage."""
+        return Piece(kind="conv-block", width=self.widths[stage], positions=self.side(stage) ** 2)
+
+    def down(self, stage: int) -> Piece:
+        """The step from the stage before to this one."""
+        return Piece(
+            kind="conv-down",
+            width=self.widths[stage],
+            positions=self.side(stage) ** 2,
+            given=self.widths[stage - 1],
+        )
+
+    def head(self) -> Piece:
+        """Pooling, norm and projection."""
+        last = len(self.widths) - 1
+        return Piece(
+            kind="conv-head",
+            width=self.widths[last],
+            positions=self.side(last) ** 2,
+            given=self.dim,
+        )
+
+    def parts(self) -> tuple[Part, ...]:
+        """All that the tower consists of."""
+        pieces = Counter({self.stem(): 1})
+        for stage, depth in enumerate(self.depths):
+            pieces[self.block(stage)] += depth
+            if stage:
+                pieces[self.down(stage)] += 1
+        pieces[self.head()] += 1
+        return _parts(pieces)
+
+
+AnyTower = TransformerTower | ConvTower
+
+
+def image_tokens(image_size: int, patch: int) -> int:
+    """Patches of a picture, and the class token."""
+    return (image_size // patch) ** 2 + 1
+
+
+def _parts(pieces: Counter[Piece]) -> tuple[Part, ...]:
+    return tuple(Part(piece=piece, count=count) for piece, count in pieces.items() if count)
+
+
+_MOST_BYTES = 2**20
+
+
+def read_image_tower(path: Path, *, image_size: int, dim: int) -> AnyTower:
+    """Read what a CLIP's image tower consists of; no weights are looked at.
+
+    Args:
+        path: `config.json` of a `CLIPModel`, or of a dual encoder whose image tower is a ConvNeXt.
+        image_size: side of the picture in pixels.
+        dim: length of an embedding.
+
+    Raises:
+        ConfigError: unreadable, another kind of tower, or a size that is missing or is none.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{path} is too large for a configuration: export the bundle anew")
+        vision = json.loads(path.read_text(encoding="utf-8"))["vision_config"]
+        kind = vision.get("model_type", "clip_vision_model")
+        if kind == "convnext" and vision.get("patch_size", CONV_PATCH) == CONV_PATCH:
+            return ConvTower(
+                widths=tuple(map(_whole, vision["hidden_sizes"])),
+                depths=tuple(map(_whole, vision["depths"])),
+                image_size=image_size,
+                dim=dim,
+            )
+        if kind == "clip_vision_model":
+            return _transformer(vision, image_size, dim)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} does not tell the sizes of an image tower ({error!r})") from None
+    raise ConfigError(f"{path} is of a {kind}, whose pieces nobody knows: measure its cuts instead")
+
+
+def _transformer(vision: Mapping[str, Any], image_size: int, dim: int) -> TransformerTower:
+    patch = _whole(vision["patch_size"])
+    return TransformerTower(
+        part="image",
+        width=_whole(vision["hidden_size"]),
+        heads=_whole(vision["num_attention_heads"]),
+        hidden=_whole(vision["intermediate_size"]),
+        layers=_whole(vision["num_hidden_layers"]),
+        tokens=image_tokens(image_size, max(1, patch)),
+        dim=dim,
+        patch=patch,
+        gelu=vision.get("hidden_act", "quick_gelu") != "quick_gelu",
+    )
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value

@@ -1,0 +1,248 @@
+"""TensorRT engines of a bundle: the key of an engine, its file name, and where it may run."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from edgeclip.runtime.bundle.files import check_path
+from edgeclip.runtime.device.device_profile import DeviceProfile, Portability
+from edgeclip.runtime.spec import Precision, Tower
+
+LibraryName = Literal["tensorrt", "tensorrt-rtx"]
+ENGINE_FOLDER = "engines"
+ENGINE_SUFFIX = ".engine"
+_HEX = re.compile(r"[0-9a-f]{64}")
+_VERSION = re.compile(r"\d+(\.\d+)*[0-9a-z.+]*")
+_CAPABILITY = re.compile(r"([1-9]\d?)\.(\d)")
+_NAME = re.compile(r"[a-z0-9_]+")
+_FIRST_AMPERE = (8, 0)
+_SHORT_HASH = 8
+
+
+class InstalledLibrary(Protocol):
+    """What a key needs to know of an installed TensorRT (see `TensorRtLibrary`)."""
+
+    @property
+    def name(self) -> LibraryName:
+        """The package: "tensorrt" or "tensorrt-rtx"."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Its version, such as "10.3.0"."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSource:
+    """An ONNX graph that engines are made of.
+
+    Attributes:
+        name: a short name for files, such as "vision_int8".
+        content: the graph, or its file where the weights lie in another file beside it.
+        sha256: of all of it (see `graph_sha256`).
+        text_length: the most tokens of one text; None for an image tower.
+
+    Raises:
+        ValueError: a name or hash that is not one, or a length below 1.
+    """
+
+    name: str
+    content: bytes | Path
+    sha256: str
+    text_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name must be of a to z, 0 to 9 and _, got {self.name!r}")
+        _check_hash("sha256", self.sha256)
+        if self.text_length is not None and self.text_length < 1:
+            raise ValueError("text_length must be at least 1")
+
+
+def graph_sha256(*files: str) -> str:
+    """The hash of a graph from those of its files: the ONNX file's, then its data files'."""
+    if len(files) == 1:
+        return files[0]
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineKey:
+    """All that tells one engine from another.
+
+    Attributes:
+        library: "tensorrt" or "tensorrt-rtx".
+        version: of that library.
+        capability: compute capability that it was built for, such as "8.9".
+        graph_sha256: of the graph.
+        batch_min: the smallest batch that it takes.
+        batch_best: the batch that it is tuned for.
+        batch_max: the largest batch that it takes.
+        text_length: the most tokens of one text that it takes; None for an image tower.
+        hardware_portability: which other GPUs it runs on.
+        version_portability: whether it runs on later versions too.
+        sparse_weights: 2:4 sparse kernels were allowed.
+        workspace_mb: most GPU memory for intermediate results, MB of 10^6 bytes; None where
+            it was not bounded.
+
+    Raises:
+        ValueError: fields that are out of range or contradict each other.
+    """
+
+    library: LibraryName
+    version: str
+    capability: str
+    graph_sha256: str
+    batch_min: int
+    batch_best: int
+    batch_max: int
+    text_length: int | None
+    hardware_portability: Portability
+    version_portability: bool
+    sparse_weights: bool
+    workspace_mb: int | None
+
+    def __post_init__(self) -> None:
+        _check_hash("graph_sha256", self.graph_sha256)
+        if not _VERSION.fullmatch(self.version):
+            raise ValueError(f"version must look like '10.3.0', got {self.version!r}")
+        if not _CAPABILITY.fullmatch(self.capability):
+            raise ValueError(f"capability must look like '8.7', got {self.capability!r}")
+        if not 1 <= self.batch_min <= self.batch_best <= self.batch_max:
+            raise ValueError("batch sizes must be at least 1 and in rising order")
+        if any(value is not None and value < 1 for value in (self.text_length, self.workspace_mb)):
+            raise ValueError("text_length and workspace_mb must be at least 1")
+
+    @classmethod
+    def of(
+        cls, source: GraphSource, device: DeviceProfile, library: InstalledLibrary
+    ) -> "EngineKey":
+        """The key of the engine that a device asks for.
+
+        TensorRT for RTX knows no portability: its engines run on every GPU of their compute
+        capability, and on the version that built them only.
+
+        Raises:
+            ValueError: the device has no compute capability.
+        """
+        portable = library.name == "tensorrt"
+        return cls(
+            library=library.name,
+            version=library.version,
+            capability=device.compute_capability or "",
+            graph_sha256=source.sha256,
+            batch_min=device.batch_min,
+            batch_best=device.batch_best,
+            batch_max=device.batch_max,
+            text_length=source.text_length,
+            hardware_portability=device.hardware_portability if portable else "none",
+            version_portability=device.version_portability and portable,
+            sparse_weights=device.structured_sparsity,
+            workspace_mb=_workspace(device),
+        )
+
+    def stem(self, name: str) -> str:
+        """The name of its files without suffix; differs wherever two keys differ.
+
+        Such as "vision_int8-tensorrt-rtx-1.7.1.116-sm89-1a2b3c4d".
+        """
+        text = json.dumps(asdict(self), sort_keys=True)
+        short = hashlib.sha256(text.encode()).hexdigest()[:_SHORT_HASH]
+        return f"{name}-{self.library}-{self.version}-{sm(self.capability)}-{short}"
+
+    def misfit(self, wanted: "EngineKey") -> str | None:
+        """Why an engine of this key does not do for one of key `wanted`; None if it does.
+
+        An engine made for portability may be of an older version, or of another GPU.
+        """
+        if self.graph_sha256 != wanted.graph_sha256:
+            return "made of another graph"
+        if self.library != wanted.library:
+            return f"made for {self.library}, not {wanted.library}"
+        if not self._runs_on_version(wanted.version):
+            return f"made by version {self.version}, and {wanted.version} is installed"
+        if not self._runs_on_capability(wanted.capability):
+            return f"made for compute capability {self.capability}, not {wanted.capability}"
+        if not self.batch_min <= wanted.batch_min <= wanted.batch_max <= self.batch_max:
+            return f"made for batches of {self.batch_min} to {self.batch_max}"
+        if (self.text_length or 0) < (wanted.text_length or 0):
+            return f"made for texts of up to {self.text_length} tokens"
+        return None
+
+    def _runs_on_version(self, installed: str) -> bool:
+        if self.version == installed:
+            return True
+        newer = _numbers(installed) > _numbers(self.version)
+        return self.library == "tensorrt" and self.version_portability and newer
+
+    def _runs_on_capability(self, capability: str) -> bool:
+        if self.capability == capability:
+            return True
+        both = min(_numbers(self.capability), _numbers(capability))
+        return self.hardware_portability == "ampere-plus" and both >= _FIRST_AMPERE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRecord:
+    """An engine that a bundle holds.
+
+    Attributes:
+        tower: which tower it computes.
+        precision: of the graph that it was built from.
+        path: POSIX path in the bundle, under engines/; its size and hash are in
+            `Manifest.files`.
+        key: what it was built from and for.
+
+    Raises:
+        ValueError: an unsafe path, or one that is no engine's.
+    """
+
+    tower: Tower
+    precision: Precision
+    path: str
+    key: EngineKey
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+        if not self.path.startswith(f"{ENGINE_FOLDER}/") or not self.path.endswith(ENGINE_SUFFIX):
+            raise ValueError(f"{self.path}: an engine lies at {ENGINE_FOLDER}/NAME{ENGINE_SUFFIX}")
+
+    def misfit(
+        self, source: GraphSource, device: DeviceProfile, library: InstalledLibrary
+    ) -> str | None:
+        """Why it does not suit a graph on a device with that library; None if it does.
+
+        Raises:
+            ValueError: the device has no compute capability.
+        """
+        return self.key.misfit(EngineKey.of(source, device, library))
+
+
+def engine_path(source: GraphSource, key: EngineKey) -> str:
+    """Where an engine lies in a bundle."""
+    return f"{ENGINE_FOLDER}/{key.stem(source.name)}{ENGINE_SUFFIX}"
+
+
+def _workspace(device: DeviceProfile) -> int | None:
+    """Half of the GPU's memory; a quarter where the CPU needs its share of it."""
+    if device.memory_mb is None:
+        return None
+    return max(device.memory_mb // (4 if device.shared_memory else 2), 1)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))
+
+
+def _check_hash(name: str, value: str) -> None:
+    if not _HEX.fullmatch(value):
+        raise ValueError(f"{name} must be 64 lower-case hexadecimal digits")
+
+
+def sm(capability: str) -> str:
+    """The short name of a compute capability: "sm89" for "8.9"."""
+    return "sm" + capability.replace(".", "")

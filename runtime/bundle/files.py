@@ -1,0 +1,379 @@
+"""Files of a bundle and of the caches: paths, hashes, atomic writes, npz archives, JSON records."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.runtime.device.schema import parse
+from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.spec import PixelForm, Precision, Tower
+
+MANIFEST_NAME = "edgeclip.json"
+TOKENIZER_NAME = "tokenizer.json"
+GOLDEN_NAME = "golden.npz"
+
+
+def tower_path(
+    tower: Tower, precision: Precision, pixels: PixelForm | None = "float32-nchw"
+) -> str:
+    """Return the path of a tower in a bundle.
+
+    Graphs in the customary form are named as transformers.js and optimum name them; an image
+    tower that takes uint8 pixels would not run there, and has a name of its own.
+    """
+    stem = "text_model"
+    if tower == "image":
+        stem = "vision_device" if pixels == "uint8-nhwc" else "vision_model"
+    return f"onnx/{stem}{'' if precision == 'fp32' else '_' + precision}.onnx"
+
+
+def labels_path(name: str) -> str:
+    """Return the path of a label set in a bundle."""
+    return f"labels/{name}.npz"
+
+
+def check_path(path: str) -> None:
+    """Refuse any path that is not plain, relative and inside the bundle.
+
+    Raises:
+        ValueError: absolute, with `..`, a backslash, a drive, a control character or an
+            empty part, or the manifest itself.
+    """
+    parts = path.split("/")
+    plain = path.isprintable() and not {"\\", ":"} & set(path)
+    if not plain or not all(parts) or {".", ".."} & set(parts):
+        raise ValueError(f"unsafe path {path!r}: give a plain POSIX path inside the bundle")
+    if path.casefold() == MANIFEST_NAME:
+        raise ValueError(f"{MANIFEST_NAME} cannot list itself")
+
+
+# .edgeclip-tmp-PID-TOKEN.NAME is being written, .edgeclip-old-PID-TOKEN.NAME being replaced.
+# The name comes last so that the suffix (.npz) survives.
+_SIBLING = re.compile(r"\.edgeclip-(tmp|old)-(\d+)-[0-9a-f]{8}\.(.+)", re.DOTALL)
+_live: set[str] = set()  # names of the siblings in use by the threads of this process
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 lower-case hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Give a temporary path to write; it becomes `target` when the block ends well.
+
+    An existing file is replaced in one step. On an exception `target` stays as it was.
+    A killed writer leaves `.edgeclip-tmp-*` beside it, which the next write removes.
+
+    Raises:
+        InputError: the folder of `target` cannot be made, or `target` is a directory.
+    """
+    _prepare(target)
+    if target.is_dir():
+        raise InputError(f"{target} is a directory: give the name of a file to write")
+    with _sibling(target, "tmp") as temporary:
+        try:
+            yield temporary
+            _fsync(temporary)
+            temporary.replace(target)
+            _fsync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(
+    target: Path, *, replace: bool = False, marker: str = "edgeclip.json"
+) -> Iterator[Path]:
+    """Give a temporary directory to fill; it becomes `target` when the block ends well.
+
+    Everything in it is flushed to disk before the rename. On an exception `target` stays
+    as it was. A killed writer leaves `.edgeclip-tmp-*` beside it, which the next write to
+    the same target removes. A directory cannot be swapped in one portable step: a kill
+    between the two renames of a replacement leaves the old one aside as
+    `.edgeclip-old-*`, and the next write puts it back before it begins.
+
+    Args:
+        target: the directory to make. An empty one may exist.
+        replace: allow `target` to exist, if it holds `marker`.
+        marker: a file that shows that `target` is of the kind that may be deleted.
+
+    Raises:
+        InputError: `target` exists and may not be replaced, or its parent cannot be made.
+    """
+    _prepare(target)
+    check_target(target, replace=replace, marker=marker)
+    with _sibling(target, "tmp") as temporary:
+        temporary.mkdir()
+        try:
+            yield temporary
+            for folder, _, names in os.walk(temporary, topdown=False):
+                for name in names:
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            check_target(target, replace=replace, marker=marker)
+            _swap(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Rename `temporary` to `target`, setting an existing directory aside first."""
+    with _sibling(target, "old") as old:
+        if target.exists():
+            target.replace(old)
+        try:
+            temporary.replace(target)
+        except OSError:
+            if old.exists():
+                old.replace(target)
+            raise
+        _fsync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_target(target: Path, *, replace: bool, marker: str) -> None:
+    """Refuse a directory that `atomic_directory` would refuse; worth asking before long work.
+
+    Raises:
+        InputError: see `atomic_directory`.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise InputError(f"{target} exists and is not a directory: choose another name")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not replace:
+        raise InputError(f"{target} exists: choose another name, or ask to replace it")
+    if not (target / marker).is_file():
+        raise InputError(
+            f"{target} holds no {marker}, so it is not replaced: delete it yourself if you mean to"
+        )
+
+
+@contextmanager
+def _sibling(target: Path, kind: str) -> Iterator[Path]:
+    """Give a name beside `target` that no thread of this process clears away meanwhile."""
+    name = f".edgeclip-{kind}-{os.getpid()}-{secrets.token_hex(4)}.{target.name}"
+    _live.add(name)
+    try:
+        yield target.with_name(name)
+    finally:
+        _live.discard(name)
+
+
+def _prepare(target: Path) -> None:
+    """Make the parent of `target`, and clear away what killed writers left there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        siblings = list(target.parent.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}") from error
+    for path in siblings:
+        match = _SIBLING.fullmatch(path.name)
+        if match is None or match[3] != target.name:
+            continue
+        if path.name in _live or _is_running(int(match[2])):
+            continue
+        if match[1] == "old" and not target.exists():
+            path.replace(target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    """Tell whether another process of that id lives; its files are not ours to clear."""
+    if process == os.getpid():
+        return False  # an id used again after a restart, as in a container
+    if os.name != "posix":
+        return True  # os.kill would end it there: leave its files alone
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _fsync(path: Path) -> None:
+    """Flush a file to disk, or a directory on file systems that can."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def cache_root() -> Path:
+    """Where this user's caches are kept: $EDGECLIP_CACHE, by default ~/.cache/edgeclip.
+
+    $XDG_CACHE_HOME replaces ~/.cache (XDG Base Directory Specification: if it is absolute).
+    """
+    own = os.environ.get("EDGECLIP_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = shared if shared.is_absolute() else Path.home() / ".cache"
+    return base / "edgeclip"
+
+
+_META = "meta"
+
+
+def write_npz(
+    path: Path, kind: str, meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write arrays and their description; an existing file is replaced in one step.
+
+    Args:
+        path: the file to make; its folder is made where it is missing.
+        kind: what the file is, such as "edgeclip-index-1"; `read_npz` wants the same.
+        meta: plain JSON data.
+        arrays: numeric arrays by name; not "meta".
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if _META in arrays or any(array.dtype.hasobject for array in arrays.values()):
+        raise ValueError("arrays must be numeric, and none may be called 'meta'")
+    text = json.dumps({"kind": kind, **meta}, ensure_ascii=False, allow_nan=False)
+    described = {_META: np.frombuffer(text.encode(), dtype=np.uint8), **arrays}
+    try:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **cast("Mapping[str, Any]", described))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_npz(
+    path: Path, kind: str, meta_keys: frozenset[str], array_keys: frozenset[str]
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Read what `write_npz` wrote: the description without its kind, and the arrays.
+
+    Raises:
+        InputError: missing or damaged file, another kind, or other keys than the given.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: check the path")
+    try:
+        arrays = _read_arrays(path)
+        meta = json.loads(arrays.pop(_META).tobytes())
+    except Exception as error:  # zip and numpy raise many kinds on damaged data
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{path} is damaged or not EdgeCLIP's ({reason}): make it again"
+        ) from error
+    found = meta.pop("kind", None) if isinstance(meta, dict) else None
+    if found != kind:
+        raise InputError(f"{path} is of kind {found!r}, expected {kind!r}")
+    for wanted, got in ((meta_keys, frozenset(meta)), (array_keys, frozenset(arrays))):
+        if wanted != got:
+            raise InputError(
+                f"{path} is not a whole {kind}: missing keys {sorted(wanted - got)}, "
+                f"unknown keys {sorted(got - wanted)}"
+            )
+    return meta, arrays
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            # Nothing here is compressed: a small file cannot unpack to a huge one.
+            if entry.compress_type != zipfile.ZIP_STORED or not entry.filename.endswith(".npy"):
+                raise ValueError(f"unexpected entry {entry.filename!r}")
+            name = entry.filename.removesuffix(".npy")
+            if name in arrays:
+                raise ValueError(f"entry {name!r} comes twice")
+            with archive.open(entry) as stream:
+                arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+                # Reading to the very end is what checks the checksum.
+                if stream.read(1):
+                    raise ValueError(f"entry {name!r} is longer than its array")
+    return arrays
+
+
+class JsonRecord:
+    """Base of frozen dataclasses with a JSON round trip.
+
+    Attributes:
+        SCHEMA_VERSION: a change of the fields counts it up; the file's first key.
+        WHAT: what the file is called in messages.
+        MEND: what to do where the file is damaged, or of another version.
+    """
+
+    __slots__ = ()
+    SCHEMA_VERSION: ClassVar[int] = 1
+    WHAT: ClassVar[str]
+    MEND: ClassVar[str]
+
+    def to_json(self) -> str:
+        """This record as indented JSON; `from_json` gives an equal one back."""
+        # A subclass is a dataclass, which this base cannot be: it has no fields.
+        fields: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        data = {"schema_version": self.SCHEMA_VERSION, **fields}
+        return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str) -> Self:
+        """Read what `to_json` wrote; `source` names it in messages.
+
+        Raises:
+            ConfigError: not JSON, another schema version, or wrong fields.
+        """
+        try:
+            data: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{source} is not JSON ({error}): {cls.MEND}") from None
+        version = data.pop("schema_version", None) if isinstance(data, dict) else None
+        if type(version) is not int or version != cls.SCHEMA_VERSION:
+            raise ConfigError(
+                f"{source}: schema {version!r} of {cls.WHAT} is not {cls.SCHEMA_VERSION}: "
+                f"{cls.MEND}, or use the version of edgeclip that wrote it"
+            )
+        return parse(cls, data, source=source)
+
+    def save(self, path: Path) -> None:
+        """Write `to_json` to `path`, whole or not at all.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        with atomic_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: missing, unreadable or invalid file.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not text: {error}") from None
+        return cls.from_json(text, source=str(path))

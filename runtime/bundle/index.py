@@ -1,0 +1,248 @@
+"""Embeddings: checks of shape, length and space, and an index with exact search."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from edgeclip.runtime.bundle.files import read_npz, write_npz
+from edgeclip.runtime.errors import InputError, SpaceMismatchError
+
+# Rounding to fp16 moves a unit vector's length by less than this.
+_UNIT_TOLERANCE = 5e-3
+
+
+def check_matrix(array: object, what: str) -> None:
+    """Refuse anything but a finite floating-point matrix [rows >= 1, dim >= 1].
+
+    Args:
+        array: the embeddings.
+        what: their name in the message.
+
+    Raises:
+        InputError: not an array, not floats, another shape, empty, NaN or infinity.
+    """
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise InputError(f"{what} must be a numpy array of floats, not {kind}")
+    if array.ndim == 1:
+        raise InputError(f"{what} must have shape [N, dim], not {array.shape}: use array[None]")
+    if array.ndim != 2 or 0 in array.shape:
+        raise InputError(
+            f"{what} must have shape [N, dim] with at least one row, not {array.shape}"
+        )
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if bad.size:
+        raise InputError(
+            f"NaN or infinity in {bad.size} of {len(array)} rows of {what}, "
+            f"first in row {bad[0]}: look for what put it there"
+        )
+
+
+def check_unit_rows(array: NDArray[Any], what: str) -> None:
+    """Refuse anything but a finite matrix whose rows have length 1.
+
+    Raises:
+        InputError: as `check_matrix`, or a row that is not L2-normalised.
+    """
+    check_matrix(array, what)
+    lengths = np.linalg.norm(array.astype(np.float32, copy=False), axis=1)
+    off = np.flatnonzero(np.abs(lengths - 1) > _UNIT_TOLERANCE)
+    if off.size:
+        raise InputError(
+            f"{what} must be L2-normalised, but row {off[0]} has length "
+            f"{lengths[off[0]]:.4g}: divide each row by its length"
+        )
+
+
+def check_embeddings(array: object, dim: int, what: str) -> None:
+    """Refuse anything but float32 [N, dim] with rows of length 1; N may be 0.
+
+    Raises:
+        InputError: as `check_unit_rows`, or another shape or dtype.
+    """
+    wanted = f"{what} must be a float32 array [N, {dim}] of embeddings"
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{wanted}, not {type(array).__name__}")
+    if array.ndim != 2 or array.shape[1] != dim or array.dtype != np.float32:
+        raise InputError(f"{wanted}, not {array.dtype} {list(array.shape)}")
+    if len(array):
+        check_unit_rows(array, what)
+
+
+def check_space(expected: str, found: str, what: str) -> None:
+    """Refuse to compare embeddings of two embedding spaces.
+
+    Args:
+        expected: fingerprint of the encoder's embedding space.
+        found: fingerprint that `what` carries.
+        what: its name in the message, such as "the index photos.npz".
+
+    Raises:
+        SpaceMismatchError: the two differ.
+    """
+    if expected != found:
+        raise SpaceMismatchError(
+            f"{what} was made in the embedding space {found[:12]}, not in {expected[:12]}: "
+            "make it again with an encoder of this space"
+        )
+
+
+def check_keyed(what: str, keys: Sequence[object], embeddings: NDArray[Any], space: object) -> None:
+    """Check that unique texts name the rows of unit float32 embeddings.
+
+    Raises:
+        InputError: repeated, empty or too few keys, or embeddings that are not float32
+            [len(keys), dim] with rows of length 1, or no space.
+    """
+    check_unit_rows(embeddings, f"{what} embeddings")
+    if embeddings.dtype != np.float32:
+        raise InputError(f"{what} embeddings must be float32, not {embeddings.dtype}")
+    if len(keys) != len(embeddings):
+        raise InputError(f"{len(keys)} {what} names cannot name {len(embeddings)} embeddings")
+    if not all(isinstance(key, str) and key for key in keys):
+        raise InputError(f"every {what} name must be a text that is not empty")
+    if len(set(keys)) != len(keys):
+        first = Counter(keys).most_common(1)[0][0]
+        raise InputError(f"the {what} name {first!r} comes twice: make the names unique")
+    if not isinstance(space, str) or not space:
+        raise InputError(f"{what} embeddings need the fingerprint of their embedding space")
+
+
+def text_tuple(value: object) -> tuple[str, ...]:
+    """Turn what JSON gave for a list of texts into a tuple.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InputError("a list of texts was expected")
+    return tuple(value)
+
+
+_KIND = "edgeclip-index-1"
+_SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A key of an index and its cosine with the query."""
+
+    key: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Index:
+    """Keys (paths, say) and one embedding for each.
+
+    `embeddings` is float32 [N, dim], L2-normalised, made in the embedding space whose
+    fingerprint is `space`.
+    """
+
+    keys: tuple[str, ...]
+    embeddings: NDArray[np.float32]
+    space: str
+
+    def __post_init__(self) -> None:
+        """Check keys and embeddings.
+
+        Raises:
+            InputError: repeated or empty keys, or embeddings that do not fit them.
+        """
+        check_keyed("index", self.keys, self.embeddings, self.space)
+
+    def search(
+        self, queries: NDArray[Any], top: int = 10, *, space: str | None = None
+    ) -> tuple[tuple[Hit, ...], ...]:
+        """Find the `top` keys of highest cosine for each query, best first.
+
+        The search is exact. Equal scores come in the order of the index; an index smaller
+        than `top` gives all it has. Memory is bounded by chunks of queries.
+
+        Args:
+            queries: floats [Q, dim], L2-normalised.
+            top: how many hits to give, at least 1.
+            space: fingerprint of the queries' embedding space; give it wherever it is known.
+
+        Raises:
+            SpaceMismatchError: `space` is not the index's.
+            InputError: another shape, NaN, rows not L2-normalised, or `top` below 1.
+        """
+        if space is not None:
+            self.check_space(space)
+        check_unit_rows(queries, "queries")
+        if queries.shape[1] != self.embeddings.shape[1]:
+            raise InputError(
+                f"queries have {queries.shape[1]} dimensions, the index has "
+                f"{self.embeddings.shape[1]}: use the encoder that made the index"
+            )
+        if top < 1:
+            raise InputError(f"top is {top}: ask for at least 1 hit")
+        return tuple(
+            tuple(Hit(self.keys[row], float(scores[row])) for row in _best(scores, top))
+            for scores in self._scores(queries.astype(np.float32, copy=False))
+        )
+
+    def _scores(self, queries: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        """Yield the scores [N] of one query after the other."""
+        chunk = max(1, _SCORES_AT_ONCE // len(self.keys))
+        for start in range(0, len(queries), chunk):
+            yield from queries[start : start + chunk] @ self.embeddings.T
+
+    def save(self, path: Path) -> None:
+        """Write the index as an npz file, whole or not at all.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        meta = {"keys": self.keys, "space": self.space}
+        write_npz(path, _KIND, meta, {"embeddings": self.embeddings})
+
+    @classmethod
+    def load(cls, path: Path) -> "Index":
+        """Read an index.
+
+        Raises:
+            InputError: missing or damaged file, or not an index.
+        """
+        meta, arrays = read_npz(
+            path, _KIND, frozenset({"keys", "space"}), frozenset({"embeddings"})
+        )
+        try:
+            return cls(text_tuple(meta["keys"]), arrays["embeddings"], meta["space"])
+        except InputError as error:
+            raise InputError(f"{path} is damaged: {error}") from error
+
+    def check_space(self, space: str) -> None:
+        """Refuse to be used with an encoder of another embedding space.
+
+        Raises:
+            SpaceMismatchError: the fingerprints differ.
+        """
+        check_space(space, self.space, "the index")
+
+
+def _best(scores: NDArray[np.float32], top: int) -> NDArray[np.intp]:
+    """Return the rows of the `top` highest scores, best first, ties in order of the rows."""
+    count = min(top, len(scores))
+    threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
+    candidates = np.flatnonzero(scores >= threshold)
+    order = np.argsort(-scores[candidates], kind="stable")[:count]
+    best: NDArray[np.intp] = candidates[order]
+    return best
+
+
+def one_thread_for_products() -> None:
+    """Hold the BLAS of this process to one thread for each product, from here on.
+
+    A product over some thousand entries is shared between all processors by itself, and its
+    threads wait for each other by spinning. Where several threads of a busy program do that,
+    hundreds of milliseconds of processor time go into what takes a tenth of one alone.
+    """
+    threadpool_limits(limits=1, user_api="blas")

@@ -1,0 +1,332 @@
+"""The manifest of a bundle: `edgeclip.json` as frozen dataclasses."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edgeclip.runtime.bundle.engine_records import EngineRecord
+from edgeclip.runtime.bundle.files import (
+    GOLDEN_NAME,
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    check_path,
+    labels_path,
+)
+from edgeclip.runtime.device.schema import parse
+from edgeclip.runtime.errors import BundleError, ConfigError
+from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower
+
+SCHEMA_VERSION = 3
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of the bundle: POSIX path relative to it, size in bytes, SHA-256 in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+        if self.bytes < 0:
+            raise ValueError(f"{self.path}: a size cannot be negative")
+        if not _HEX.fullmatch(self.sha256):
+            raise ValueError(f"{self.path}: sha256 must be 64 lower-case hexadecimal digits")
+
+
+@dataclass(frozen=True, slots=True)
+class DataRecord:
+    """What something was measured on: a name for people, how many items, and which.
+
+    `sha256` is that of the source's identity, which changes whenever any of its items does.
+    """
+
+    name: str
+    count: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"{self.name}: nothing can be measured on {self.count} items")
+        if not _HEX.fullmatch(self.sha256):
+            raise ValueError(f"{self.name}: sha256 must be 64 lower-case hexadecimal digits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateRecord:
+    """A quality bound and what was measured against it.
+
+    `low` and `high` are the 95% interval of `value` (all three alike where none was
+    computed). `direction` reads "value >= bound" or "value <= bound". `data` is what it was
+    measured on; None for what a device measures itself, on the bundle's golden inputs.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    bound: float
+    direction: Literal[">=", "<="]
+    unit: str
+    passed: bool
+    data: DataRecord | None = None
+
+    def __post_init__(self) -> None:
+        holds = self.value >= self.bound if self.direction == ">=" else self.value <= self.bound
+        if self.passed and not holds:
+            raise ValueError(f"gate {self.name!r} is recorded as passed, but its value misses it")
+
+
+@dataclass(frozen=True, slots=True)
+class GateRemark:
+    """What must be known of a gate beside its value: that it was not judged, or on too little.
+
+    `subject` is what it is about, such as "image int8" or "bundle".
+    """
+
+    subject: str
+    gate: str
+    says: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.gate}: {self.says}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a file was made from the fp32 graph.
+
+    Attributes:
+        says: in a few words.
+        config: all settings as plain data, which `edgeclip export` knows how to read.
+    """
+
+    says: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerFile:
+    """One tower in one precision, and what was measured on it.
+
+    Attributes:
+        path: the ONNX file; its size and hash are in `Manifest.files`.
+        pixels: what an image tower takes; None for a text tower.
+        batch: the only batch size that the graph takes; None where it may vary.
+        data_path: the file that holds the weights of a graph over 2 GB; None if they are in
+            the ONNX file.
+        gates: bounds that this tower in this precision met.
+        latency_ms: median of one call at batch 1 on `Manifest.measured_on`; None if not measured.
+        golden_tolerance: largest absolute difference of one embedding value from
+            `golden.npz` that `edgeclip verify` accepts.
+        needs_vnni: int8 with 8-bit weights for a CPU: exact only with int8 dot products.
+        recipe: how it was made; None for fp32, and in bundles that do not say.
+    """
+
+    path: str
+    precision: Precision
+    gates: tuple[GateRecord, ...]
+    latency_ms: float | None
+    golden_tolerance: float
+    pixels: PixelForm | None = None
+    batch: int | None = None
+    data_path: str | None = None
+    needs_vnni: bool = False
+    recipe: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+        if self.data_path is not None:
+            check_path(self.data_path)
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"{self.path}: batch must be at least 1")
+        if not 0 < self.golden_tolerance < 2:
+            raise ValueError(f"{self.path}: golden_tolerance must lie between 0 and 2")
+
+
+@dataclass(frozen=True, slots=True)
+class TowerManifest:
+    """The precisions of one tower that the bundle holds, and the one to use by default."""
+
+    tower: Tower
+    chosen: Precision
+    files: tuple[TowerFile, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.precisions)) != len(self.files):
+            raise ValueError(f"{self.tower} tower: a precision is listed twice")
+        if self.chosen not in self.precisions:
+            raise ValueError(f"{self.tower} tower: the chosen {self.chosen} is not in the bundle")
+        if any((file.pixels is None) is (self.tower == "image") for file in self.files):
+            raise ValueError(f"{self.tower} tower: pixels is for image towers, and needed there")
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """The precisions at hand, in the order of `files`."""
+        return tuple(file.precision for file in self.files)
+
+    def file(self, precision: Precision | None = None) -> TowerFile:
+        """Return the file of a precision, by default the chosen one.
+
+        Raises:
+            BundleError: the bundle does not hold that precision.
+        """
+        wanted = precision or self.chosen
+        for file in self.files:
+            if file.precision == wanted:
+                return file
+        raise BundleError(
+            f"the bundle has no {wanted} {self.tower} tower; it has {', '.join(self.precisions)}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a bundle comes from: `created` in ISO 8601 UTC, `versions` as (package, version)."""
+
+    teacher: str
+    student: str
+    data: str
+    command: str
+    created: str
+    versions: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All that a bundle says about itself.
+
+    Attributes:
+        schema_version: `SCHEMA_VERSION` of the software that wrote it.
+        name: what people call the model.
+        space: SHA-256 fingerprint of the embedding space, which is the teacher's.
+        spec: input contract and geometry.
+        towers: image, and text if the bundle can embed texts, once each.
+        gates: bounds that both towers met together, R@1 loss in one precision or as chosen.
+        measured_on: machine and engine of every latency, empty if none was measured.
+        provenance: teacher, student, data, command, time, versions.
+        licence: SPDX identifier or a sentence.
+        files: every file of the bundle except `edgeclip.json` itself.
+        patch_features: the image towers also give the last hidden state of each patch.
+        label_head: name of the label set that is part of the image towers, if any.
+        engines: TensorRT engines that were built ahead of time.
+        remarks: what must be known of the gates, such as one that could not be judged.
+    """
+
+    schema_version: int
+    name: str
+    space: str
+    spec: EncoderSpec
+    towers: tuple[TowerManifest, ...]
+    gates: tuple[GateRecord, ...]
+    measured_on: str
+    provenance: Provenance
+    licence: str
+    files: tuple[FileRecord, ...]
+    patch_features: bool = False
+    label_head: str | None = None
+    engines: tuple[EngineRecord, ...] = ()
+    remarks: tuple[GateRemark, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _HEX.fullmatch(self.space):
+            raise ValueError("space must be 64 lower-case hexadecimal digits")
+        if sorted(item.tower for item in self.towers) not in (["image"], ["image", "text"]):
+            raise ValueError("towers must be image and text, once each, or image alone")
+        paths = [file.path for file in self.files]
+        # Compared without case, because some file systems do.
+        if len({path.casefold() for path in paths}) != len(paths):
+            raise ValueError("a file is listed twice")
+        graphs = [file for item in self.towers for file in item.files]
+        needed = [file.path for file in graphs]
+        needed += [file.data_path for file in graphs if file.data_path is not None]
+        needed += [engine.path for engine in self.engines]
+        needed += [] if self.label_head is None else [labels_path(self.label_head)]
+        needed += [TOKENIZER_NAME] if self.has("text") else []
+        missing = sorted({*needed, GOLDEN_NAME} - set(paths))
+        if missing:
+            raise ValueError(f"files does not list {', '.join(missing)}")
+
+    def has(self, tower: Tower) -> bool:
+        """Whether the bundle holds that tower."""
+        return any(item.tower == tower for item in self.towers)
+
+    def tower(self, tower: Tower) -> TowerManifest:
+        """Return the entry of one tower.
+
+        Raises:
+            BundleError: the bundle was exported without it.
+        """
+        for item in self.towers:
+            if item.tower == tower:
+                return item
+        raise BundleError(
+            f"the bundle {self.name} has no {tower} tower: export it without --no-text to have it"
+        )
+
+    def all_gates(self) -> Iterable[tuple[str, GateRecord]]:
+        """Yield every gate with what it is about, such as "image int8" or "bundle"."""
+        for item in self.towers:
+            for file in item.files:
+                yield from ((f"{item.tower} {file.precision}", gate) for gate in file.gates)
+        yield from (("bundle", gate) for gate in self.gates)
+
+    def recipes(self) -> Iterable[tuple[str, Recipe]]:
+        """Yield how each file was made that says so, with what it is, such as "image int8"."""
+        for item in self.towers:
+            for file in item.files:
+                if file.recipe is not None:
+                    yield f"{item.tower} {file.precision}", file.recipe
+
+    def to_json(self) -> str:
+        """Return the text of `edgeclip.json`; `from_json` gives an equal manifest back."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = MANIFEST_NAME) -> "Manifest":
+        """Read a manifest, its schema version before anything else.
+
+        Raises:
+            BundleError: not JSON, another schema version, a duplicate or unknown key, a wrong
+                type, an unsafe path, or parts that contradict each other.
+        """
+        twice: list[str] = []
+        data = _read_json(text, source, twice)
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise BundleError(_wrong_version(source, version))
+        if twice:
+            raise BundleError(f"{source} names a key twice: {', '.join(twice)}")
+        try:
+            return parse(cls, data, source=source)
+        except ConfigError as error:
+            head, *rest = str(error).splitlines()
+            raise BundleError(" ".join([head, "; ".join(map(str.strip, rest))]).strip()) from None
+
+
+def _read_json(text: str, source: str, twice: list[str]) -> object:
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, value in items:
+            if key in found:
+                twice.append(key)
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{source} is not whole JSON ({error}): write the bundle anew") from None
+
+
+def _wrong_version(source: str, version: object) -> str:
+    reads = f"this software reads version {SCHEMA_VERSION}"
+    if type(version) is not int:
+        return f"{source} gives no schema_version as an integer; {reads}"
+    mend = "update edgeclip" if version > SCHEMA_VERSION else "export the bundle anew"
+    return f"{source} has schema version {version}, but {reads}: {mend}"

@@ -1,1 +1,0 @@
-"""The student first, its teacher for the unsure: scores, certificates, drift."""

@@ -1,0 +1,87 @@
+"""`edgeclip classify`: the most likely labels of image files."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from edgeclip.runtime.bundle.labels import LabelSet, split_names
+from edgeclip.runtime.cli.options import (
+    add_encoder_options,
+    add_json_option,
+    open_encoder,
+    positive,
+    print_json,
+)
+from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.image_folder import embed_files, find_images, report_skipped
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb to argparse."""
+    parser.add_argument("paths", type=Path, nargs="+", help="image files, or folders of them")
+    parser.add_argument(
+        "--labels",
+        help="names with commas between, a label set of the bundle, or a label file (.npz) "
+        "(default: the label set of the bundle's label head, or the only one it has)",
+    )
+    parser.add_argument(
+        "--template",
+        action="append",
+        help=f"sentence around a name; may be repeated (default: {DEFAULT_TEMPLATES[0]!r})",
+    )
+    parser.add_argument("--top", type=positive, default=5, help="answers per image (default: 5)")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first image that cannot be read"
+    )
+    add_json_option(parser)
+    add_encoder_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print each image with its answers."""
+    paths = find_images(args.paths)
+    encoder = open_encoder(args)
+    labels = read_labels(encoder, args.labels or _head(encoder), args.template)
+    embedded = embed_files(encoder, paths, batch_size=args.batch_size, strict=args.strict)
+    report_skipped(embedded)
+    answers = encoder.classify_embeddings(embedded.embeddings, labels, top=args.top)
+    if args.json:
+        images = {
+            path.as_posix(): [dataclasses.asdict(item) for item in best]
+            for path, best in zip(embedded.paths, answers, strict=True)
+        }
+        skipped = {path.as_posix(): reason for path, reason in embedded.skipped}
+        print_json({"images": images, "skipped": skipped})
+        return 0
+    for path, best in zip(embedded.paths, answers, strict=True):
+        print(path.as_posix())
+        for item in best:
+            print(f"  {item.score:6.1%}  {item.label}")
+    return 0
+
+
+def _head(encoder: Encoder) -> str:
+    head, sets = encoder.bundle.manifest.label_head, encoder.bundle.label_names
+    if head is not None:
+        return head
+    if len(sets) == 1:
+        return sets[0]
+    raise InputError(
+        "this bundle has no label head: say which labels there are with --labels"
+        + (f", such as {sets[0]}" if sets else "")
+    )
+
+
+def read_labels(encoder: Encoder, labels: str, templates: list[str] | None) -> LabelSet:
+    """Load a label file or a label set of the bundle, or bake the names that are given.
+
+    Raises:
+        InputError: the file cannot be read, or no names.
+        SpaceMismatchError: labels of another embedding space.
+    """
+    if labels.endswith(".npz"):
+        return LabelSet.load(Path(labels))
+    if labels in encoder.bundle.label_names:
+        return encoder.bundle.labels(labels)
+    return encoder.bake_labels(split_names(labels), tuple(templates or DEFAULT_TEMPLATES))

@@ -1,0 +1,59 @@
+"""`edgeclip embed`: image files, or texts, into an index that `edgeclip search` reads."""
+
+import argparse
+from pathlib import Path
+
+from edgeclip.runtime.bundle.index import Index
+from edgeclip.runtime.cli.options import add_encoder_options, open_encoder
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.image_folder import embed_files, find_images, report_skipped
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb to argparse."""
+    parser.add_argument("paths", type=Path, nargs="*", help="image files, or folders of them")
+    parser.add_argument("--texts", type=Path, help="instead of images: a file with one text a line")
+    parser.add_argument("--out", type=Path, required=True, help="the index to write (.npz)")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first image that cannot be read (default: skip it, and count it)",
+    )
+    parser.add_argument(
+        "--truncate", action="store_true", help="cut texts that are too long (default: refuse)"
+    )
+    add_encoder_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed and write. Skipped images leave the exit status at 0."""
+    if bool(args.paths) == bool(args.texts):
+        raise InputError("give images or folders, or --texts FILE, and not both")
+    if args.out.suffix != ".npz":
+        raise InputError(f"{args.out}: the name of an index ends in .npz")
+    index = _embed_texts(args) if args.texts else _embed_images(args)
+    index.save(args.out)
+    print(f"{len(index.keys)} embeddings of length {index.embeddings.shape[1]} in {args.out}")
+    return 0
+
+
+def _embed_images(args: argparse.Namespace) -> Index:
+    paths = find_images(args.paths)
+    encoder = open_encoder(args)
+    embedded = embed_files(encoder, paths, batch_size=args.batch_size, strict=args.strict)
+    report_skipped(embedded)
+    keys = tuple(path.as_posix() for path in embedded.paths)
+    return Index(keys=keys, embeddings=embedded.embeddings, space=encoder.space)
+
+
+def _embed_texts(args: argparse.Namespace) -> Index:
+    try:
+        lines = args.texts.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {args.texts} as UTF-8 text: {error}") from error
+    texts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not texts:
+        raise InputError(f"{args.texts} holds no texts: write one a line")
+    encoder = open_encoder(args)
+    embeddings = encoder.encode_text(texts, truncate=args.truncate, batch_size=args.batch_size)
+    return Index(keys=texts, embeddings=embeddings, space=encoder.space)

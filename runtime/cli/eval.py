@@ -1,0 +1,147 @@
+"""`edgeclip eval`: retrieval or zero-shot quality of a bundle on a folder of images."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from edgeclip.runtime.cli.options import (
+    add_encoder_options,
+    add_json_option,
+    open_encoder,
+    print_json,
+)
+from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.image_folder import embed_files, read_captions, report_skipped
+from edgeclip.runtime.inputs.images import list_images
+from edgeclip.runtime.quality.retrieval import (
+    DirectionMetrics,
+    Interval,
+    bootstrap,
+    label_ranks,
+    pair_ranks,
+    retrieval_of_ranks,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb to argparse."""
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="images with captions.csv (columns file,caption) or NAME.txt beside each",
+    )
+    parser.add_argument(
+        "--labels",
+        action="store_true",
+        help="zero-shot instead: the images of each class lie in a subfolder of its name",
+    )
+    parser.add_argument(
+        "--template",
+        action="append",
+        help=f"sentence around a class name; may be repeated (default: {DEFAULT_TEMPLATES[0]!r})",
+    )
+    parser.add_argument(
+        "--truncate", action="store_true", help="cut captions that are too long (default: refuse)"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first image that cannot be read"
+    )
+    add_json_option(parser)
+    add_encoder_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    return _zero_shot(args) if args.labels else _retrieval(args)
+
+
+def _retrieval(args: argparse.Namespace) -> int:
+    images = list_images(args.folder)
+    captions = read_captions(args.folder, images)
+    if captions is None:
+        raise InputError(
+            f"{args.folder} has no captions: write captions.csv with the columns file,caption, or "
+            "NAME.txt beside each image; for a folder per class say --labels"
+        )
+    encoder = open_encoder(args)
+    embedded = embed_files(encoder, images, batch_size=args.batch_size, strict=args.strict)
+    report_skipped(embedded)
+    by_image = dict(zip(images, captions, strict=True))
+    texts = [by_image[path] for path in embedded.paths]
+    text_embeddings = encoder.encode_text(texts, truncate=args.truncate, batch_size=args.batch_size)
+    ranks = pair_ranks(embedded.embeddings, text_embeddings)
+    found = retrieval_of_ranks(ranks)
+    mean = bootstrap(ranks.hits(1))
+    directions = {
+        "image to text": (found.image_to_text, bootstrap(ranks.image_to_text <= 1)),
+        "text to image": (found.text_to_image, bootstrap(ranks.text_to_image <= 1)),
+    }
+    if args.json:
+        rows = {name: _direction_json(*values) for name, values in directions.items()}
+        counts = {"pairs": len(texts), "skipped": len(embedded.skipped)}
+        print_json({**counts, "mean_r1": _interval_json(mean), **rows})
+        return 0
+    print(f"{len(texts)} pairs; 95% intervals by bootstrap")
+    print(f"{'':<14}{'R@1':<24}{'R@5':>7}{'R@10':>8}{'median rank':>13}{'mean rank':>11}")
+    for name, (metrics, interval) in directions.items():
+        print(_direction_row(name, metrics, interval))
+    print(f"{'mean R@1':<14}{_percent(mean)}")
+    return 0
+
+
+def _zero_shot(args: argparse.Namespace) -> int:
+    images = list_images(args.folder)
+    loose = [path for path in images if path.parent == args.folder]
+    if loose:
+        raise InputError(f"{loose[0]} lies in no class: put each image into its class's subfolder")
+    classes = sorted({_class_of(path, args.folder) for path in images})
+    encoder = open_encoder(args)
+    names = [name.replace("_", " ") for name in classes]
+    labels = encoder.bake_labels(names, tuple(args.template or DEFAULT_TEMPLATES))
+    embedded = embed_files(encoder, images, batch_size=args.batch_size, strict=args.strict)
+    report_skipped(embedded)
+    right = np.array([classes.index(_class_of(path, args.folder)) for path in embedded.paths])
+    ranks = label_ranks(embedded.embeddings, labels.embeddings, right)
+    top1, top5 = bootstrap(ranks <= 1), bootstrap(ranks <= 5)
+    if args.json:
+        counts = {
+            "images": len(right),
+            "classes": len(classes),
+            "skipped": len(embedded.skipped),
+        }
+        print_json({**counts, "top1": _interval_json(top1), "top5": _interval_json(top5)})
+        return 0
+    print(f"{len(right)} images of {len(classes)} classes; 95% intervals by bootstrap")
+    print(f"top-1  {_percent(top1)}\ntop-5  {_percent(top5)}")
+    return 0
+
+
+def _class_of(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).parts[0]
+
+
+def _direction_row(name: str, metrics: DirectionMetrics, r1: Interval) -> str:
+    return (
+        f"{name:<14}{_percent(r1):<24}{metrics.r5:>7.1%}{metrics.r10:>8.1%}"
+        f"{metrics.median_rank:>13.1f}{metrics.mean_rank:>11.1f}"
+    )
+
+
+def _direction_json(metrics: DirectionMetrics, r1: Interval) -> dict[str, object]:
+    return {
+        "r1": _interval_json(r1),
+        "r5": metrics.r5,
+        "r10": metrics.r10,
+        "median_rank": metrics.median_rank,
+        "mean_rank": metrics.mean_rank,
+    }
+
+
+def _interval_json(interval: Interval) -> dict[str, float]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+
+def _percent(interval: Interval) -> str:
+    return f"{interval.value:.1%} [{interval.low:.1%}, {interval.high:.1%}]"

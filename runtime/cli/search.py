@@ -1,0 +1,55 @@
+"""`edgeclip search`: the entries of an index nearest to texts or images."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from edgeclip.runtime.bundle.index import Hit, Index
+from edgeclip.runtime.cli.options import (
+    add_encoder_options,
+    add_json_option,
+    open_encoder,
+    positive,
+    print_json,
+)
+from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb to argparse."""
+    parser.add_argument("texts", nargs="*", help="what to look for, in words")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], help="what to look for, as an image"
+    )
+    parser.add_argument("--index", type=Path, required=True, help="made by `edgeclip embed`")
+    parser.add_argument("--top", type=positive, default=10, help="hits per query (default: 10)")
+    add_json_option(parser)
+    add_encoder_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the hits of each query, the best first."""
+    if not args.texts and not args.image:
+        raise InputError("nothing to look for: give a text, or --image FILE")
+    index = Index.load(args.index)
+    found = _search(open_encoder(args), index, args)
+    if args.json:
+        print_json({query: [dataclasses.asdict(hit) for hit in hits] for query, hits in found})
+        return 0
+    for query, hits in found:
+        print(query)
+        for hit in hits:
+            print(f"  {hit.score:+.3f}  {hit.key}")
+    return 0
+
+
+def _search(
+    encoder: Encoder, index: Index, args: argparse.Namespace
+) -> list[tuple[str, tuple[Hit, ...]]]:
+    found: list[tuple[str, tuple[Hit, ...]]] = []
+    for queries in (args.texts, args.image):
+        if queries:
+            hits = encoder.search(queries, index, top=args.top)
+            found.extend(zip(map(str, queries), hits, strict=True))
+    return found

@@ -1,1 +1,0 @@
-"""Comparing: two runs of measurements, and whether one of them is surely slower."""

@@ -1,0 +1,75 @@
+"""Text for a terminal: numbers with units, aligned columns, progress bars."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from edgeclip.runtime.quality.intervals import Interval
+
+MISSING = "unavailable"
+
+
+def percent(share: float) -> str:
+    """A share as percent: 0.9213 is "92.1%"."""
+    return f"{100 * share:.1f}%"
+
+
+def percent_interval(value: Interval) -> str:
+    """The bounds of a share's interval: "90.3 to 93.6%"."""
+    return f"{100 * value.low:.1f} to {100 * value.high:.1f}%"
+
+
+def digits(value: float) -> str:
+    """Three significant digits, without an exponent: 0.0123, 1.23, 123, 12,346."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(places, 6)}f}"
+
+
+def megabytes(count: float | None) -> str:
+    """Bytes as MB of 10^6 bytes."""
+    return MISSING if count is None else f"{digits(count / 1e6)} MB"
+
+
+def seconds(value: float) -> str:
+    """A duration a person can read: "0.42 s", "12.3 s", "3 min 05 s", "1 h 02 min"."""
+    if value < 59.95:
+        return f"{digits(value)} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Align cells: the first `left` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+Progress = Callable[[int, int], None]  # steps done, steps in all
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """Give a function to call after each step; nothing is drawn where stderr is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield step

@@ -1,0 +1,52 @@
+"""LinkProfile: the network between a device and a server."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from edgeclip.runtime.device.schema import Range, builtin_names, check_ranges, load_profile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkProfile:
+    """A network link as the device sees it.
+
+    Attributes:
+        name: a short name.
+        description: one line for a person.
+        rtt_ms: round-trip time of a small packet on an idle link, median.
+        up_mbps: from device to server, 10^6 bits per second of payload.
+        down_mbps: from server to device, likewise.
+        loss: share of packets lost, 0 to below 1.
+        jitter_ms: standard deviation of the round-trip time.
+
+    Raises:
+        ValueError: a value out of bounds; all of them in one message.
+    """
+
+    name: str
+    description: str
+    rtt_ms: Annotated[float, Range(at_least=0)]
+    up_mbps: Annotated[float, Range(above=0)]
+    down_mbps: Annotated[float, Range(above=0)]
+    loss: Annotated[float, Range(at_least=0, below=1)]
+    jitter_ms: Annotated[float, Range(at_least=0)] = 0.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not self.name.strip():
+            raise ValueError("name must not be empty")
+
+
+def load_link(name_or_path: str | Path) -> LinkProfile:
+    """A built-in link by name, or a YAML file by path.
+
+    Raises:
+        ConfigError: an unknown name (the message lists the known ones) or a bad file.
+    """
+    return load_profile(LinkProfile, "links", name_or_path)
+
+
+def link_names() -> tuple[str, ...]:
+    """Names of the built-in links."""
+    return builtin_names("links")

@@ -1,0 +1,214 @@
+"""Machine: the computer that a measurement was made on, as Linux and macOS describe it."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Sysctl = Callable[[str], str]  # name of a macOS kernel value -> the value, "" if unknown
+
+# Names as in /proc/cpuinfo.
+RELEVANT_FLAGS = (
+    *(
+        "avx2",
+        "fma",
+        "avx512f",
+        "avx512_vnni",
+        "avx_vnni",
+        "avx_vnni_int8",
+        "amx_int8",
+        "avx512_bf16",
+        "amx_bf16",
+    ),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "sve"),
+)
+_MACOS_FLAGS = {
+    "asimd": "hw.optional.neon",
+    "asimdhp": "hw.optional.arm.FEAT_FP16",
+    "asimddp": "hw.optional.arm.FEAT_DotProd",
+    "i8mm": "hw.optional.arm.FEAT_I8MM",
+    "avx2": "hw.optional.avx2_0",
+    "avx512f": "hw.optional.avx512f",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """Model name, physical cores this process may use, and `RELEVANT_FLAGS` it has."""
+
+    model: str
+    cores: int
+    flags: tuple[str, ...]
+
+
+def detect_processor() -> Processor:
+    """The processor of this computer; the plainest answer where the system tells nothing."""
+    if sys.platform == "darwin":
+        return macos_processor(_sysctl)
+    text = _read(Path("/proc/cpuinfo"))
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    found = linux_processor(text, allowed if allowed else set(range(os.cpu_count() or 1)))
+    quota = cgroup_cores(Path("/sys/fs/cgroup"))
+    cores = found.cores if quota is None else max(1, min(found.cores, quota))
+    board = _read(Path("/proc/device-tree/model")).rstrip("\0\n")
+    model = found.model or board or platform.processor() or platform.machine()
+    return Processor(model, cores, found.flags)
+
+
+def linux_processor(cpuinfo: str, allowed: set[int]) -> Processor:
+    """Read the text of /proc/cpuinfo, for the logical processors in `allowed`.
+
+    Two logical processors with the same package and core number are one core. Where the
+    text does not number cores (Arm), each logical processor is one.
+    """
+    cores: set[tuple[str, str]] = set()
+    model, flags = "", set[str]()
+    for block in cpuinfo.split("\n\n"):
+        pairs = (line.partition(":") for line in block.splitlines() if ":" in line)
+        values = {key.strip(): value.strip() for key, _, value in pairs}
+        number = values.get("processor", "")
+        if not number.isdecimal() or int(number) not in allowed:
+            continue
+        cores.add((values.get("physical id", ""), values.get("core id", f"cpu{number}")))
+        model = model or values.get("model name", "")
+        flags.update((values.get("flags") or values.get("Features", "")).split())
+    relevant = tuple(flag for flag in RELEVANT_FLAGS if flag in flags)
+    return Processor(model, len(cores) or len(allowed), relevant)
+
+
+def macos_processor(sysctl: Sysctl) -> Processor:
+    """Read the same from macOS; performance cores only, where it tells them apart."""
+    counts = [sysctl("hw.perflevel0.physicalcpu"), sysctl("hw.physicalcpu")]
+    cores = next((int(count) for count in counts if count.isdecimal()), os.cpu_count() or 1)
+    found = {flag for flag, name in _MACOS_FLAGS.items() if sysctl(name) == "1"}
+    flags = tuple(flag for flag in RELEVANT_FLAGS if flag in found)
+    return Processor(sysctl("machdep.cpu.brand_string") or platform.machine(), cores, flags)
+
+
+def detect_memory_mb() -> int | None:
+    """Memory in MB of 10^6 bytes: the machine's, or the container's limit if lower.
+
+    None where neither is known.
+    """
+    if sys.platform == "darwin":
+        text = _sysctl("hw.memsize")
+        return int(text) // 10**6 if text.isdecimal() else None
+    limits = [memory_total(_read(Path("/proc/meminfo"))), cgroup_memory(Path("/sys/fs/cgroup"))]
+    known = [limit for limit in limits if limit]
+    return min(known) // 10**6 if known else None
+
+
+def memory_total(meminfo: str) -> int | None:
+    """Bytes of memory, from the text of /proc/meminfo."""
+    for line in meminfo.splitlines():
+        words = line.split()
+        if words[:1] == ["MemTotal:"] and len(words) == 3 and words[1].isdecimal():
+            return int(words[1]) * 1024
+    return None
+
+
+def cgroup_memory(root: Path) -> int | None:
+    """Bytes that a container may use (cgroup version 2, then 1), or None without a limit."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        text = _read(root / name).strip()
+        # Version 1 writes a huge number where there is no limit; `min` takes care of it.
+        if text.isdecimal():
+            return int(text)
+    return None
+
+
+def cgroup_cores(root: Path) -> int | None:
+    """Whole cores that a container's CPU quota allows, or None without a quota."""
+    words = _read(root / "cpu.max").split()
+    if not words:
+        words = [_read(root / f"cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]) > 0:
+        return max(1, int(words[0]) // int(words[1]))
+    return None
+
+
+def _sysctl(name: str) -> str:
+    try:
+        result = subprocess.run(
+            ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+# Packages whose version can change a measurement; only those installed are recorded.
+_PACKAGES = (
+    "edgeclip",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-openvino",
+    "openvino",
+    "pillow",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A computer as this process may use it.
+
+    Attributes:
+        cpu: the processor's model name.
+        cores: physical cores available (affinity and container quota count).
+        flags: the instruction sets that matter for inference, as Linux names them.
+        memory_mb: memory available in total, MB of 10^6 bytes; None where unknown.
+        os: system and version.
+        python: version of the interpreter.
+        packages: (package, version) of those installed that can change a measurement.
+    """
+
+    cpu: str
+    cores: int
+    flags: tuple[str, ...]
+    memory_mb: int | None
+    os: str
+    python: str
+    packages: tuple[tuple[str, str], ...]
+
+
+def detect_machine() -> Machine:
+    """Look at this computer. Never fails: what cannot be found out stays empty or None."""
+    processor = detect_processor()
+    return Machine(
+        cpu=processor.model,
+        cores=processor.cores,
+        flags=processor.flags,
+        memory_mb=detect_memory_mb(),
+        os=f"{platform.system()} {platform.release()}",
+        python=f"{platform.python_implementation()} {sys.version.split()[0]}",
+        packages=_installed(),
+    )
+
+
+def _installed() -> tuple[tuple[str, str], ...]:
+    """Versions by metadata alone: nothing is imported."""
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return tuple(found)

@@ -1,0 +1,210 @@
+"""Strict reading of profiles from YAML and JSON: types, ranges, all mistakes in one message."""
+
+import difflib
+import json
+import math
+import typing
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import yaml
+
+from edgeclip.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+    from pydantic_core import ErrorDetails
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Bounds of a number: `Annotated[int, Range(at_least=1)]`. `None` always passes.
+
+    `schema.parse` reports a value out of bounds together with every other mistake;
+    `check_ranges` does the same for an object made in Python.
+    """
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def check(self, value: float | None) -> float | None:
+        """Return `value` as it is.
+
+        Raises:
+            ValueError: it is out of bounds, infinite or not a number.
+        """
+        inside = value is None or (
+            math.isfinite(value) and self.at_least <= value and self.above < value < self.below
+        )
+        if not inside:
+            raise ValueError(f"must be {self}, got {value}")
+        return value
+
+    def __str__(self) -> str:
+        bounds = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("below", self.below),
+        )
+        words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
+        return " and ".join(words) or "a finite number"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Let pydantic call `check` after it has checked the type."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+
+def check_ranges(made: object) -> None:
+    """Check every field of a dataclass whose type carries a `Range`.
+
+    Raises:
+        ValueError: one message that names every field out of bounds.
+    """
+    mistakes = []
+    for name, hint in typing.get_type_hints(type(made), include_extras=True).items():
+        for mark in getattr(hint, "__metadata__", ()):
+            try:
+                if isinstance(mark, Range):
+                    mark.check(getattr(made, name))
+            except ValueError as error:
+                mistakes.append(f"{name} {error}")
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], data: object, *, source: str) -> T:
+    """Turn plain data into `kind`, a dataclass, refusing unknown keys and wrong types.
+
+    Nothing is converted, with two exceptions: a list becomes a tuple, and a whole number
+    is taken where a float is expected.
+
+    Args:
+        kind: a dataclass; nested dataclasses, `Literal`s, tuples and `Range`s are
+            followed.
+        data: what a JSON or YAML parser returned.
+        source: where it came from, for the message.
+
+    Raises:
+        ConfigError: one message that lists every mistake with its path. Rules that
+            compare fields (`__post_init__`) are looked at once the fields are sound.
+    """
+    # pydantic takes a tenth of a second to import, and most runs read few files.
+    from pydantic import ValidationError
+
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: expected a mapping of keys to values")
+    try:
+        # Strict JSON mode takes a list for a tuple, and nothing else that is not exact.
+        text = json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is not plain data: {error}") from None
+    try:
+        value: T = _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        lines = [_describe(item) for item in error.errors(include_url=False)]
+        raise ConfigError(f"{source} is not valid:\n" + "\n".join(lines)) from None
+    return value
+
+
+def _adapter(kind: type[Any]) -> "TypeAdapter[Any]":
+    """Pydantic's validator of a dataclass; nested dataclasses inherit its configuration."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    # pydantic takes the configuration of a dataclass from this attribute only.
+    kind.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    return TypeAdapter(kind)
+
+
+def _describe(item: "ErrorDetails") -> str:
+    path = ".".join(map(str, item["loc"])) or "(top)"
+    if item["type"] == "unexpected_keyword_argument":
+        return f"  {path}: unknown key"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if item["type"] not in {"value_error", "missing"}:
+        message += f", got {str(item['input'])[:60]!r}"
+    return f"  {path}: {message}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; this refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(kind: type[T], path: Path) -> T:
+    """Read one dataclass from a YAML file.
+
+    Raises:
+        ConfigError: missing or unreadable file, bad YAML, or any mistake `parse` finds.
+    """
+    try:
+        # A subclass of SafeLoader: plain data only, no objects.
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    return parse(kind, data, source=str(path))
+
+
+Folder = Literal["devices", "links", "workloads"]
+_ROOT = Path(__file__).parents[2] / "profiles"  # edgeclip/profiles, whose YAML files come with it
+
+
+def builtin_names(folder: Folder) -> tuple[str, ...]:
+    """Names of the profiles that come with the package, sorted."""
+    return tuple(sorted(path.stem for path in (_ROOT / folder).glob("*.yaml")))
+
+
+def load_profile(
+    kind: type[T], folder: Folder, name_or_path: str | Path, extra_names: tuple[str, ...] = ()
+) -> T:
+    """Read a profile: a `Path`, or a text that looks like one, is a file; else a name.
+
+    Args:
+        kind: the dataclass to read.
+        folder: where the built-in profiles of this kind are.
+        name_or_path: for example `"wifi"`, `"my/link.yaml"` or `Path("link.yaml")`.
+        extra_names: further names that the caller knows, for the message.
+
+    Raises:
+        ConfigError: no such name or file, or a file that is not valid.
+    """
+    if isinstance(name_or_path, Path) or _looks_like_path(name_or_path):
+        return read_yaml(kind, Path(name_or_path))
+    names = builtin_names(folder)
+    if name_or_path in names:
+        return read_yaml(kind, _ROOT / folder / f"{name_or_path}.yaml")
+    known = (*extra_names, *names)
+    raise unknown_name(folder.removesuffix("s"), name_or_path, known, "a .yaml file")
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str], file: str) -> ConfigError:
+    """The error that no `kind` has this name; `file` says what a path may lead to instead."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return ConfigError(
+        f"no {kind} is named {name!r}{hint}; known names: {', '.join(known)}; or give the path "
+        f"of {file}"
+    )
+
+
+def _looks_like_path(text: str) -> bool:
+    return text.lower().endswith((".yaml", ".yml")) or "/" in text or "\\" in text

@@ -1,0 +1,349 @@
+"""ONNX Runtime as an engine, on the execution provider that a device asks for."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.engines.ort_session import (
+    GraphFacts,
+    cache_folder,
+    data_entries,
+    import_onnxruntime,
+    is_plugin,
+    plugin_devices,
+    precision_of,
+    read_inputs,
+    session_options,
+)
+from edgeclip.runtime.engines.providers import (
+    CPU,
+    CUDA,
+    PROVIDERS,
+    Options,
+    cuda_options,
+    provider_of,
+)
+from edgeclip.runtime.errors import EngineError, first_line
+
+if TYPE_CHECKING:
+    from edgeclip.runtime.device.device_profile import DeviceProfile
+
+RECORD = "session.record_ep_graph_assignment_info"
+FORBID = "session.disable_cpu_ep_fallback"
+_SHOWN = 5
+_COMPUTES_NOTHING = frozenset(
+    (
+        "ArgMax",
+        "Cast",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Equal",
+        "Expand",
+        "Gather",
+        "Identity",
+        "Range",
+        "Reshape",
+        "Shape",
+        "Size",
+        "Slice",
+        "Squeeze",
+        "Unsqueeze",
+    )
+)
+
+
+def placement_entries(ort: Any) -> dict[str, str]:
+    """Session configuration under which a silent fallback cannot go unnoticed.
+
+    ONNX Runtime tells where nodes went since 1.24. Before that it can only be told to refuse
+    any node on the CPU, shape arithmetic included: too strict for CUDA and a varying batch,
+    but a false alarm with a way out is better than a silent fallback.
+    """
+    return {RECORD: "1"} if _can_tell(ort) else {FORBID: "1"}
+
+
+def check_placement(ort: Any, session: Any, provider: str, path: Path) -> None:
+    """Refuse a session that computes something elsewhere than on `provider`.
+
+    Does nothing before ONNX Runtime 1.24, which refuses by itself: see `placement_entries`.
+
+    Raises:
+        EngineError: some nodes compute elsewhere; it names the first few.
+    """
+    if not _can_tell(ort):
+        return
+    total, elsewhere = 0, []
+    for subgraph in session.get_provider_graph_assignment_info():
+        nodes = subgraph.get_nodes()
+        total += len(nodes)
+        if subgraph.ep_name != provider:
+            elsewhere += [node for node in nodes if node.op_type not in _COMPUTES_NOTHING]
+    if elsewhere:
+        names = ", ".join(f"{node.name} ({node.op_type})" for node in elsewhere[:_SHOWN])
+        more = ", ..." if len(elsewhere) > _SHOWN else ""
+        raise EngineError(
+            f"{provider} leaves {len(elsewhere)} of the {total} nodes of {path} to another "
+            f"provider: {names}{more}: use another precision or engine, or set cpu_fallback: true "
+            "in the device profile"
+        )
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether ONNX Runtime itself refused to place nodes on the CPU."""
+    return "fallback to CPU EP has been explicitly disabled" in str(error)
+
+
+def _can_tell(ort: Any) -> bool:
+    return hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
+
+
+Made = TypeVar("Made", bound="OrtEngine")
+
+
+class OrtEngine:
+    """One ONNX graph in one ONNX Runtime session; the graph may be a compiled EP context.
+
+    Inputs are copied to a GPU once and outputs back once by `session.run` itself, so binding
+    them by hand would save nothing for arrays that come from and go to the host.
+
+    Args:
+        path: the ONNX file.
+        providers: execution providers, the one that must be used first. ONNX Runtime falls
+            back to the CPU in silence, for a whole graph or for single nodes; here both are
+            errors.
+        threads: CPU threads inside one operator.
+        content: what is loaded in place of the file, `path` being its name in messages.
+        data_folder: where the data files of such a graph lie, which the caller has verified.
+            Without it the graph can have none.
+        options: a provider's options, by its name.
+        cpu_fallback: single nodes may run elsewhere than on the first provider.
+        entries: further session configuration.
+
+    Raises:
+        EngineError: the provider is not there, leaves nodes to another one, or the graph
+            cannot be loaded.
+        MissingExtraError: onnxruntime is not installed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        providers: tuple[str, ...],
+        threads: int,
+        content: bytes | None = None,
+        data_folder: Path | None = None,
+        options: Mapping[str, Options] | None = None,
+        cpu_fallback: bool = False,
+        entries: Mapping[str, str] | None = None,
+    ) -> None:
+        ort = import_onnxruntime()
+        asked = providers[0]
+        engines = {provider.name: engine for engine, provider in PROVIDERS.items()}
+        self.name = engines.get(asked, asked)
+        self._path = path
+        checked = asked != CPU and not cpu_fallback
+        configured = session_options(ort, threads)
+        for key, value in {
+            **data_entries(path, content, data_folder),
+            **(placement_entries(ort) if checked else {}),
+            **(entries or {}),
+        }.items():
+            configured.add_session_config_entry(key, value)
+        chain = _reach(ort, configured, providers, options or {})
+        self._session = self._load(ort, path if content is None else content, configured, chain)
+        used = self._session.get_providers()
+        if used[0] != asked:
+            raise EngineError(
+                f"{asked} could not start and ONNX Runtime fell back to {used[0]}: check "
+                "the driver and libraries, or use a device whose engine is onnxruntime-cpu"
+            )
+        if checked:
+            check_placement(ort, self._session, asked, path)
+        self._outputs = [item.name for item in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the graph once.
+
+        Raises:
+            EngineError: the inputs do not fit the graph, or it fails.
+        """
+        try:
+            values = self._session.run(self._outputs, dict(feeds))
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise EngineError(f"{self.name} failed on {self._path}: {first_line(error)}") from error
+        return dict(zip(self._outputs, map(np.asarray, values), strict=True))
+
+    def _load(self, ort: Any, graph: Path | bytes, options: Any, chain: list[Any]) -> Any:
+        source = graph if isinstance(graph, bytes) else str(graph)
+        try:
+            # Its own fallback prints to stdout and goes on with the CPU, also when a run fails.
+            session = ort.InferenceSession(source, options, providers=chain, enable_fallback=0)
+        except Exception as error:  # as above
+            reason = first_line(error)
+            if is_refusal(error):
+                reason = (
+                    "some nodes would run on the CPU: set cpu_fallback: true in the device "
+                    "profile, or install onnxruntime>=1.24, which tells which nodes"
+                )
+            raise EngineError(f"{self.name} cannot load {self._path}: {reason}") from error
+        session._model_bytes = None  # kept for good otherwise, beside what was made of it
+        return session
+
+
+def open_ort_engine(
+    path: Path,
+    *,
+    device: "DeviceProfile",
+    content: bytes | None = None,
+    data_folder: Path | None = None,
+    context_length: int | None = None,
+    entries: Mapping[str, str] | None = None,
+) -> OrtEngine:
+    """Load a graph with the provider and the options that the device asks for.
+
+    Args:
+        path, content, data_folder, entries: see `OrtEngine`.
+        device: which provider; a precision that it must know comes from the file's name.
+        context_length: the longest text in tokens, where the graph is a text tower.
+
+    Raises:
+        EngineError, MissingExtraError: see `OrtEngine`.
+    """
+    return make_ort_engine(
+        OrtEngine,
+        path,
+        device=device,
+        content=content,
+        data_folder=data_folder,
+        context_length=context_length,
+        entries=entries,
+    )
+
+
+def make_ort_engine(
+    make: Callable[..., Made],
+    path: Path,
+    *,
+    device: "DeviceProfile",
+    content: bytes | None = None,
+    data_folder: Path | None = None,
+    context_length: int | None = None,
+    entries: Mapping[str, str] | None = None,
+) -> Made:
+    """As `open_ort_engine`, where `make` is called as `OrtEngine` is and may give more.
+
+    Args:
+        path, content, data_folder, entries: see `OrtEngine`.
+        device: which provider; a precision that it must know comes from the file's name.
+        context_length: the longest text in tokens, where the graph is a text tower.
+
+    Raises:
+        EngineError, MissingExtraError: see `OrtEngine`.
+    """
+    provider = provider_of(device)
+    # What TensorRT compiles is kept for a graph whose content is known, verified that is.
+    facts = GraphFacts(
+        precision=precision_of(path),
+        inputs=read_inputs(path, content, data_folder) if provider.compiles else (),
+        context_length=context_length,
+        cache=cache_folder(content, data_folder) if provider.compiles and content else None,
+    )
+    options = {provider.name: provider.options(device, facts)}
+    providers: tuple[str, ...] = (provider.name,)
+    if device.engine == "onnxruntime-tensorrt" and device.cpu_fallback:
+        options[CUDA] = cuda_options(device, facts)  # what TensorRT lacks is better off there
+        providers = (provider.name, CUDA)
+    return make(
+        path,
+        providers=providers,
+        threads=device.threads,
+        content=content,
+        data_folder=data_folder,
+        options=options,
+        cpu_fallback=device.cpu_fallback,
+        entries=entries,
+    )
+
+
+def _reach(
+    ort: Any, configured: Any, names: tuple[str, ...], options: Mapping[str, Options]
+) -> list[tuple[str, Options]]:
+    """Return the providers to name to a session, or put a plugin into its options instead.
+
+    The CPU's is always there, and ONNX Runtime refuses to forbid it where it is named.
+    """
+    first, available = names[0], ort.get_available_providers()
+    known = next((item for item in PROVIDERS.values() if item.name == first), None)
+    plugin = known.plugin if known else None
+    if first in available and not (plugin and is_plugin(ort, first)):
+        rest = [name for name in names[1:] if name != CPU and name in available]
+        return [(name, options.get(name, {})) for name in (first, *rest)]
+    try:
+        if plugin is None:
+            raise ImportError(first)
+        devices = plugin_devices(ort, first, plugin)
+    except ImportError as error:
+        mend = f"install {known.package}" if known else "choose another device"
+        raise EngineError(
+            f"this onnxruntime has no {first} (it has {', '.join(available)}): {mend}"
+        ) from error
+    configured.add_provider_for_devices(devices, options.get(first, {}))
+    return []
+
+
+def embed_context(
+    graph: Path, *, device: "DeviceProfile", target: Path, context_length: int | None = None
+) -> None:
+    """Compile a graph with a device's provider and write the result as one ONNX file.
+
+    The file is loaded once before it appears under its name: not every build of a provider
+    can read what it writes.
+
+    Args:
+        graph: the ONNX file.
+        device: where the file will run; its provider must be here, and its hardware too.
+        target: the file to write; an existing one is replaced.
+        context_length: the longest text in tokens, where the graph is a text tower.
+
+    Raises:
+        EngineError: the provider has no contexts, is not there, or cannot compile the graph
+            or read it back.
+        InputError: `target` cannot be written.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    provider = provider_of(device)
+    if not provider.has_context:
+        able = ", ".join(engine for engine, item in PROVIDERS.items() if item.has_context)
+        raise EngineError(
+            f"{provider.name} compiles nothing ahead of time, so there is no context to embed: "
+            f"use a device whose engine is one of {able}"
+        )
+    with atomic_file(target) as file:
+        open_ort_engine(
+            graph,
+            device=device,
+            context_length=context_length,
+            entries={
+                "ep.context_enable": "1",
+                "ep.context_file_path": str(file),
+                "ep.context_embed_mode": "1",
+            },
+        )
+        if not file.is_file():
+            raise EngineError(
+                f"{provider.name} compiled no context of {graph}: where its shapes vary, give "
+                "their bounds"
+            )
+        try:
+            open_ort_engine(file, device=device)
+        except EngineError as error:
+            raise EngineError(
+                f"{provider.name} cannot read back the context that it made of {graph}: install "
+                f"another build of it: {error}"
+            ) from error

@@ -1,0 +1,197 @@
+"""Execution providers of ONNX Runtime: which one a device asks for, and with which options.
+
+Names and values were checked against ONNX Runtime's documentation of each provider
+(onnxruntime.ai/docs/execution-providers), the keys that onnxruntime-gpu 1.31 and
+onnxruntime-openvino 1.24 accept, and `tensorrt_rtx_provider_options.h` of
+onnxruntime-ep-nv-tensorrt-rtx 0.5. All values are strings.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgeclip.runtime.engines.ort_session import GraphFacts
+from edgeclip.runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from edgeclip.runtime.device.device_profile import DeviceProfile
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+Options = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """One execution provider.
+
+    Attributes:
+        name: as ONNX Runtime calls it.
+        package: what to install to have it.
+        options: makes its options; raises EngineError for a device that it cannot serve.
+        plugin: the module of a package that adds it to a plain onnxruntime, if there is one.
+        compiles: it builds an engine for a range of shapes, which is worth keeping.
+        has_context: it can store what it compiled in an ONNX file.
+    """
+
+    name: str
+    package: str
+    options: Callable[["DeviceProfile", GraphFacts], Options]
+    plugin: str | None = None
+    compiles: bool = False
+    has_context: bool = False
+
+
+def provider_of(device: "DeviceProfile") -> Provider:
+    """The provider that a device asks for.
+
+    Raises:
+        EngineError: the device's engine is not ONNX Runtime.
+    """
+    if device.engine not in PROVIDERS:
+        raise EngineError(
+            f"device {device.name!r} has engine {device.engine}, which is not ONNX Runtime: use "
+            f"a device whose engine is one of {', '.join(PROVIDERS)}"
+        )
+    return PROVIDERS[device.engine]
+
+
+def cuda_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
+    """Options of CUDA: a bounded arena, the same algorithms in every run, no TF32.
+
+    Fp32 means fp32: whoever wants tensor cores chooses fp16. cuDNN's exhaustive search, the
+    default, tries every algorithm anew for every batch size.
+    """
+    options = {
+        "device_id": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": "0",
+    }
+    if device.memory_mb is not None:
+        options["gpu_mem_limit"] = str(device.memory_mb * 10**6)
+    return options
+
+
+def tensorrt_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
+    """Options of TensorRT, whose booleans must be `True` or `False`.
+
+    The provider makes weakly typed networks of TensorRT 10: a graph with fp16 tensors or
+    int8 Q/DQ pairs is refused unless the builder's flag for it is set, and fp8 has no flag.
+    With the fp16 flag TensorRT may also run an fp16 graph's fp32 islands in fp16, and it
+    uses TF32 for fp32 unless NVIDIA_TF32_OVERRIDE=0. `edgeclip verify` shows what that costs.
+
+    Raises:
+        EngineError: the precision is fp8, or a portability that the provider cannot give.
+    """
+    _check_tensorrt(device, facts)
+    options = {"device_id": "0", **_profile("trt_profile_{}_shapes", device, facts)}
+    if device.memory_mb is not None:  # weights, activations and the other tower need the rest
+        options["trt_max_workspace_size"] = str(device.memory_mb * 10**6 // 2)
+    if facts.precision in ("fp16", "int8"):
+        options[f"trt_{facts.precision}_enable"] = "True"
+    if device.hardware_portability == "ampere-plus":
+        options["trt_engine_hw_compatible"] = "True"
+    if device.structured_sparsity:
+        options["trt_sparsity_enable"] = "True"
+    if facts.cache is not None:
+        folder = str(facts.cache)
+        options |= {"trt_engine_cache_enable": "True", "trt_engine_cache_path": folder}
+        options |= {"trt_timing_cache_enable": "True", "trt_timing_cache_path": folder}
+    return options
+
+
+def rtx_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
+    """Options of TensorRT for RTX, whose networks are strongly typed: no flags for precision."""
+    options = _profile("nv_profile_{}_shapes", device, facts)
+    if device.memory_mb is not None:
+        options["nv_max_workspace_size"] = str(device.memory_mb * 10**6 // 2)
+    if facts.cache is not None:
+        options["nv_runtime_cache_path"] = str(facts.cache)
+    return options
+
+
+def openvino_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
+    """Options of OpenVINO on the CPU, as its own properties: since ONNX Runtime 1.23.
+
+    Left alone it may compute in bf16 where the CPU has it. f32 is exact for fp32 and fp16
+    graphs, and int8 Q/DQ pairs still run as int8. Compiling is quick: nothing is cached.
+    """
+    properties = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": str(device.threads),
+        "NUM_STREAMS": "1",
+    }
+    return {"device_type": "CPU", "load_config": json.dumps({"CPU": properties})}
+
+
+def _no_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
+    return {}
+
+
+def _check_tensorrt(device: "DeviceProfile", facts: GraphFacts) -> None:
+    if facts.precision == "fp8":
+        raise EngineError(
+            "ONNX Runtime's TensorRT provider cannot run fp8: use another precision, or engine "
+            "tensorrt"
+        )
+    if device.hardware_portability == "same-compute-capability":
+        raise EngineError(
+            f"device {device.name!r} asks for hardware_portability same-compute-capability, which "
+            "ONNX Runtime's TensorRT provider lacks: use none, ampere-plus, or engine tensorrt"
+        )
+    if device.version_portability:
+        raise EngineError(
+            f"device {device.name!r} asks for version_portability, which ONNX Runtime's TensorRT "
+            "provider lacks: drop it, or use engine tensorrt"
+        )
+
+
+def _profile(key: str, device: "DeviceProfile", facts: GraphFacts) -> Options:
+    """Smallest, usual and largest shapes; none where no shape varies, or a bound is unknown.
+
+    Without them the provider builds for the shapes that it meets, anew when they grow.
+    """
+    batches = {"min": device.batch_min, "opt": device.batch_best, "max": device.batch_max}
+    lengths = {"min": 1, "opt": facts.context_length, "max": facts.context_length}
+    shapes: dict[str, list[str]] = {end: [] for end in batches}
+    for name, shape in facts.inputs:
+        for end, parts in shapes.items():
+            varying = iter((batches[end], lengths[end]))
+            dims = [next(varying, None) if size is None else size for size in shape]
+            if None in dims:
+                return {}
+            parts.append(f"{name}:{'x'.join(map(str, dims))}")
+    if all(None not in shape for _, shape in facts.inputs):
+        return {}
+    return {key.format(end): ",".join(parts) for end, parts in shapes.items()}
+
+
+PROVIDERS: dict[str, Provider] = {
+    "onnxruntime-cpu": Provider(name=CPU, package="edgeclip[cpu]", options=_no_options),
+    "onnxruntime-openvino": Provider(
+        name="OpenVINOExecutionProvider",
+        package="onnxruntime-openvino>=1.23 in place of onnxruntime, or onnxruntime-ep-openvino "
+        "beside it on an Intel CPU",
+        options=openvino_options,
+        plugin="onnxruntime_ep_openvino",
+        has_context=True,
+    ),
+    "onnxruntime-cuda": Provider(name=CUDA, package="edgeclip[gpu]", options=cuda_options),
+    "onnxruntime-tensorrt": Provider(
+        name="TensorrtExecutionProvider",
+        package="edgeclip[gpu] and the TensorRT 10 libraries",
+        options=tensorrt_options,
+        compiles=True,
+        has_context=True,
+    ),
+    "onnxruntime-tensorrt-rtx": Provider(
+        name="NvTensorRTRTXExecutionProvider",
+        package="onnxruntime-ep-nv-tensorrt-rtx beside onnxruntime>=1.24",
+        options=rtx_options,
+        plugin="onnxruntime_ep_nv_tensorrt_rtx",
+        compiles=True,
+        has_context=True,
+    ),
+}

@@ -1,0 +1,233 @@
+"""Build a TensorRT engine from an ONNX graph, for one device."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgeclip.runtime.bundle.engine_records import EngineKey, GraphSource
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.engines.tensorrt_engine import shape_range
+from edgeclip.runtime.engines.tensorrt_library import (
+    MessageLog,
+    PhaseBars,
+    PhaseSink,
+    TensorRtLibrary,
+    gpu_capability,
+    make_monitor,
+)
+from edgeclip.runtime.errors import EngineError, MissingExtraError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """A TensorRT engine, fresh from the builder.
+
+    Attributes:
+        engine: its bytes.
+        key: what it was built from and for.
+        timing_cache: the times of the kernels that were tried, for the next build on the
+            same GPU; None with TensorRT for RTX, which tries none.
+        report: TensorRT's JSON about its layers; None where this machine has no GPU that
+            can load the engine.
+        seconds: how long the build took.
+    """
+
+    engine: bytes
+    key: EngineKey
+    timing_cache: bytes | None
+    report: str | None
+    seconds: float
+
+
+def build_engine(
+    source: GraphSource,
+    *,
+    device: DeviceProfile,
+    library: TensorRtLibrary,
+    timing_cache: bytes | None = None,
+    progress: PhaseSink | None = None,
+) -> BuiltEngine:
+    """Build the engine that a device asks for.
+
+    Args:
+        source: the graph. Its batch axes take `batch_min` to `batch_max` of the device and
+            are tuned for `batch_best`; the text axis takes 1 to `text_length` tokens.
+        device: where the engine will run.
+        library: what builds it.
+        timing_cache: `BuiltEngine.timing_cache` of an earlier build; one of another GPU or
+            version is dropped.
+        progress: told of the phases; by default progress bars on stderr, if it is a terminal.
+
+    Raises:
+        EngineError: the library cannot build for the device, or cannot read or build the
+            graph; the message names the nodes and all that TensorRT said.
+        KeyboardInterrupt: Ctrl-C was pressed; the build has stopped.
+    """
+    obstacle = library.why_not_build(device)
+    if obstacle is not None:
+        raise EngineError(obstacle)
+    key = EngineKey.of(source, device, library)
+    bars = PhaseBars(f"building {source.name} for {device.name}")
+    start = time.perf_counter()
+
+    def work(cancel: threading.Event) -> tuple[bytes, bytes | None]:
+        return _Build(source, key, library).run(timing_cache, progress or bars, cancel)
+
+    try:
+        engine, timings = _interruptible(work)
+    finally:
+        bars.close()  # TensorRT does not finish the phases of a build that stops
+    return BuiltEngine(
+        engine=engine,
+        key=key,
+        timing_cache=timings,
+        report=_report(engine, key, library),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _interruptible(work: Callable[[threading.Event], T]) -> T:
+    """Run `work` in a thread of its own, and set its event on Ctrl-C.
+
+    Python tells the main thread alone of Ctrl-C, and only between two steps of Python: one
+    that waits inside TensorRT would hear of it too late, or raise through C++.
+    """
+    cancel = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work, cancel)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            cancel.set()
+            raise
+
+
+class _Build:
+    """One run of TensorRT's builder; it lives in one thread."""
+
+    def __init__(self, source: GraphSource, key: EngineKey, library: TensorRtLibrary) -> None:
+        self._source, self._key, self._library = source, key, library
+        self._trt = trt = library.module
+        self._log = MessageLog(trt)
+        self._builder = trt.Builder(self._log.logger)
+        flags = 0
+        strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        if strong is not None:
+            flags |= 1 << int(strong)
+        self._network = self._builder.create_network(flags)
+
+    def run(
+        self, timing_cache: bytes | None, sink: PhaseSink, cancel: threading.Event
+    ) -> tuple[bytes, bytes | None]:
+        """Parse and build; return the engine and the new timing cache."""
+        # The network may point into the parser's memory: keep it until the build is done.
+        parser = self._parse()
+        config = self._builder.create_builder_config()
+        self._configure(config)
+        self._add_shapes(config)
+        cache = self._attach_timings(config, timing_cache)
+        monitor = make_monitor(self._trt, sink, cancel)
+        config.progress_monitor = monitor
+        engine = self._builder.build_serialized_network(self._network, config)
+        del parser
+        if engine is None:
+            raise EngineError(
+                f"TensorRT cannot build {self._source.name} for compute capability "
+                f"{self._key.capability}: {self._log.summary()}"
+            )
+        return bytes(engine), None if cache is None else bytes(cache.serialize())
+
+    def _parse(self) -> Any:
+        parser = self._trt.OnnxParser(self._network, self._log.logger)
+        content = self._source.content
+        if isinstance(content, Path):
+            read = parser.parse_from_file(str(content))
+        else:
+            read = parser.parse(content)
+        if not read or not self._network.num_outputs:  # no bytes at all parse as no graph
+            raise EngineError(_unreadable(self._source.name, parser, self._log))
+        return parser
+
+    def _configure(self, config: Any) -> None:
+        trt, key = self._trt, self._key
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        # The fp32 towers are what the others are held against: no 10-bit mantissas in them.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        if key.workspace_mb is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, key.workspace_mb * 1_000_000)
+        if key.sparse_weights:
+            config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+        if key.version_portability:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if key.hardware_portability != "none":
+            wanted = key.hardware_portability.replace("-", "_").upper()
+            level = getattr(trt.HardwareCompatibilityLevel, wanted, None)
+            if level is None:  # same-compute-capability came with a later TensorRT 10
+                raise EngineError(
+                    f"{self._library.title} does not know hardware_portability "
+                    f"{key.hardware_portability}: set another in the device's YAML file"
+                )
+            config.hardware_compatibility_level = level
+        if self._library.builds_without_gpu:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(self._library.target(key.capability), 0)
+
+    def _add_shapes(self, config: Any) -> None:
+        profile = self._builder.create_optimization_profile()
+        for index in range(self._network.num_inputs):
+            tensor = self._network.get_input(index)
+            chosen = shape_range(tensor.name, tuple(tensor.shape), self._key)
+            profile.set_shape(chosen.name, chosen.least, chosen.best, chosen.most)
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError(
+                f"TensorRT refuses the input shapes of {self._source.name}: {self._log.summary()}"
+            )
+
+    def _attach_timings(self, config: Any, content: bytes | None) -> Any | None:
+        if self._library.name == "tensorrt-rtx":
+            return None
+        cache = config.create_timing_cache(content or b"")
+        if cache is None or not config.set_timing_cache(cache, False):
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
+        return cache
+
+
+def _unreadable(name: str, parser: Any, log: MessageLog) -> str:
+    """All parser errors in one line, and what to do about those that are known."""
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    lines = []
+    for error in errors:
+        node = " ".join(part for part in (error.node_operator(), error.node_name()) if part)
+        words = " ".join(error.desc().split())
+        lines.append(f"node {node}: {words}" if node else words)
+    text = "; ".join(dict.fromkeys(lines)) or log.summary()
+    mend = ""
+    if "symmetric quantization" in text or "shiftIsAllZeros" in text:
+        mend = ": export int8 for a device whose engine is TensorRT, which makes it symmetric"
+    return f"TensorRT cannot read {name}: {text}{mend}"
+
+
+def _report(engine: bytes, key: EngineKey, library: TensorRtLibrary) -> str | None:
+    """The layers of an engine as TensorRT's JSON, where it can be loaded."""
+    try:
+        if gpu_capability() != key.capability:
+            return None
+    except (EngineError, MissingExtraError):
+        return None
+    trt = library.module
+    log = MessageLog(trt)
+    runtime = trt.Runtime(log.logger)
+    if key.version_portability:
+        runtime.engine_host_code_allowed = True  # this process has just built it
+    loaded = runtime.deserialize_cuda_engine(engine)
+    if loaded is None:
+        return None
+    inspector = loaded.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))

@@ -1,0 +1,382 @@
+"""The model card of a bundle: its manifest as the Hub's README.md, its gates as a table."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, GateRemark, Manifest, TowerFile
+from edgeclip.runtime.console import columns
+
+_HUB_IDS = frozenset(
+    re.findall(
+        r"\S+",
+        """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+    bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause
+    bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0
+    cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0
+    cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
+    eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl
+    apple-ascl apple-amlr mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa
+    unlicense zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3
+    llama4 gemma unknown
+    """,
+    )
+)
+# SPDX identifiers that the Hub spells in another way.
+_SPDX = {
+    "c-uda-1.0": "c-uda",
+    "lgpllr": "lgpl-lr",
+    "odbl-1.0": "odbl",
+    "odc-by-1.0": "odc-by",
+    "pddl-1.0": "pddl",
+}
+_GNU = re.compile(r"((?:a|l)?gpl-\d\.\d)-(?:only|or-later)")
+
+
+def hub_licence(licence: str) -> dict[str, str]:
+    """Return the fields of the front matter that name a licence.
+
+    Args:
+        licence: SPDX identifier, or any words; empty counts as unknown.
+
+    Returns:
+        `license`, and `license_name` in lower-case letters, digits, "-" and "." where the Hub
+        has no identifier of its own for it.
+    """
+    name = licence.strip().casefold() or "unknown"
+    gnu = _GNU.fullmatch(name)
+    known = gnu[1] if gnu else _SPDX.get(name, name)
+    if known in _HUB_IDS:
+        return {"license": known}
+    slug = re.sub(r"[^a-z0-9.]+", "-", name)[:80].strip("-.")
+    return {"license": "other", "license_name": slug or "see-model-card"}
+
+
+CARD_NAME = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_SPECIAL = re.compile(r"[\\`*_\[\]<|~$&#{}]")
+_PLAIN_PATH = re.compile(r"[\w./+-]+", re.ASCII)
+# What transformers.js opens for a model of type "clip".
+_BROWSER_FILES = ("onnx/vision_model.onnx", "onnx/text_model.onnx")
+
+
+def base_model(manifest: Manifest) -> str | None:
+    """Return the teacher if it looks like a repository of the Hub, and is no path here."""
+    teacher = manifest.provenance.teacher
+    if len(teacher) > 96 or not _HUB_ID.fullmatch(teacher) or Path(teacher).exists():
+        return None
+    return None if "--" in teacher or ".." in teacher else teacher
+
+
+def render_card(bundle: Bundle, repo: str, *, base_model: str | None) -> str:
+    """Return the text of the model card.
+
+    Whatever comes from the manifest is escaped: it can neither end the front matter nor be
+    taken for markup.
+
+    Args:
+        bundle: the opened bundle.
+        repo: USER/NAME of the repository that the card is for.
+        base_model: the teacher's repository on the Hub, if it has one.
+    """
+    manifest = bundle.manifest
+    sections = [
+        _front_matter(manifest, base_model),
+        f"# {_text(manifest.name) or repo}",
+        _what_it_is(manifest),
+        _how_to_run(bundle, repo),
+        _towers(manifest),
+        _gates(manifest),
+        _provenance(manifest),
+        _licence(manifest),
+        _limits(manifest),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(manifest: Manifest, base_model: str | None) -> str:
+    import yaml
+
+    fields: dict[str, object] = {
+        **hub_licence(manifest.licence),
+        "library_name": "edgeclip",
+        # With both towers, the Hub files CLIP under the first of these tasks.
+        "pipeline_tag": "zero-shot-image-classification"
+        if manifest.has("text")
+        else "image-feature-extraction",
+    }
+    if "license_name" in fields and any(file.path == "LICENSE" for file in manifest.files):
+        fields["license_link"] = "LICENSE"
+    if base_model is not None:
+        fields["base_model"] = base_model
+    fields["tags"] = ["edgeclip", "clip", "onnx", "edge", "feature-extraction"]
+    return "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _what_it_is(manifest: Manifest) -> str:
+    spec, total = manifest.spec, sum(file.bytes for file in manifest.files)
+    holds, texts = "an image tower and a text tower in ONNX, the tokenizer", spec.text
+    if not manifest.has("text"):
+        holds = "an image tower in ONNX, but no text tower"
+    lines = [
+        f"A CLIP dual encoder for devices, as an EdgeCLIP bundle: {holds}, a manifest with the "
+        "SHA-256 of every file, and reference inputs and outputs to check a device against.",
+        "",
+        f"- Embeddings: {spec.dim} values, float32, of length 1",
+        f"- Images: {spec.image.size} × {spec.image.size} pixels, RGB",
+        f"- Texts: at most {texts.context_length} tokens"
+        if manifest.has("text")
+        else "- Texts: none; label sets and indexes of the same embedding space bring their own",
+        f"- Size: {len(manifest.files)} files, {_megabytes(total)}",
+    ]
+    labels = [file for file in manifest.files if file.path.startswith("labels/")]
+    engines = [file for file in manifest.files if file.path.startswith("engines/")]
+    for what, files in (("Label sets", labels), ("Engines", engines)):
+        if files:
+            lines.append(f"- {what}: {', '.join(_path(file.path) for file in files)}")
+    if manifest.label_head is not None:
+        lines.append(f"- Labels inside the image towers: {_text(manifest.label_head)}")
+    if manifest.patch_features:
+        lines.append("- The image towers also give the features of each patch")
+    lines += [
+        f"- Embedding space: `{manifest.space}`. Indexes and label sets fit only if they were "
+        "made in this space.",
+    ]
+    return "\n".join(lines)
+
+
+def _how_to_run(bundle: Bundle, repo: str) -> str:
+    folder = repo.split("/")[1]
+    commands = [f"edgeclip pull {repo} --out {folder}", f"edgeclip verify {folder}"]
+    program = ["from edgeclip.runtime import Encoder", "", f'encoder = Encoder.open("{folder}")']
+    program += ['image = encoder.encode_image(["photo.jpg"])']
+    if bundle.manifest.has("text"):
+        commands += [f'edgeclip classify photo.jpg --bundle {folder} --labels "cat,dog,car"']
+        program += ['text = encoder.encode_text(["a photo of a cat"])', "print(image @ text.T)"]
+    elif bundle.label_names and _PLAIN_PATH.fullmatch(bundle.label_names[0]):
+        labels = bundle.label_names[0]
+        commands += [f"edgeclip classify photo.jpg --bundle {folder} --labels {labels}"]
+        program += [f'labels = encoder.bundle.labels("{labels}")']
+        program += ["print(encoder.classify_embeddings(image, labels))"]
+    parts = [
+        "## How to run it",
+        _fenced("\n".join(commands), "sh"),
+        _fenced("\n".join(program), "python"),
+    ]
+    if _runs_in_browser(bundle):
+        parts += ["The graphs also have the names and inputs that transformers.js expects:"]
+        parts += [_fenced(_JAVASCRIPT.format(repo=repo), "js")]
+    return "\n\n".join(parts)
+
+
+_JAVASCRIPT = """\
+import {{ AutoProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection,
+         RawImage }} from '@huggingface/transformers';
+
+const options = {{ dtype: 'fp32' }};
+const processor = await AutoProcessor.from_pretrained('{repo}');
+const tokenizer = await AutoTokenizer.from_pretrained('{repo}');
+const vision = await CLIPVisionModelWithProjection.from_pretrained('{repo}', options);
+const text = await CLIPTextModelWithProjection.from_pretrained('{repo}', options);
+
+const image = await RawImage.read('photo.jpg');
+const {{ image_embeds }} = await vision(await processor(image));
+const {{ text_embeds }} = await text(tokenizer(['a photo of a cat'], {{ padding: true }}));"""
+
+
+def _runs_in_browser(bundle: Bundle) -> bool:
+    """Tell whether the standard graphs are there, and a configuration that names them CLIP."""
+    declared = {file.path for file in bundle.manifest.files}
+    if not declared.issuperset({*_BROWSER_FILES, "config.json", "preprocessor_config.json"}):
+        return False
+    try:
+        config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "clip"
+
+
+def _towers(manifest: Manifest) -> str:
+    sizes = {file.path: file.bytes for file in manifest.files}
+    rows = []
+    for tower in manifest.towers:
+        for file in tower.files:
+            size = sizes[file.path] + sizes.get(file.data_path or "", 0)
+            latency = "not measured" if file.latency_ms is None else f"{file.latency_ms:.4g} ms"
+            chosen = "yes" if file.precision == tower.chosen else ""
+            what = (tower.tower, file.precision, chosen, _path(file.path), _takes(file))
+            rows.append((*what, _megabytes(size), latency))
+    head = ("tower", "precision", "default", "file", "takes", "size", "latency, batch 1")
+    lines = ["## Towers", _table(head, rows)]
+    if any(file.latency_ms is not None for tower in manifest.towers for file in tower.files):
+        lines.append(f"Median latency of one call, on: {_text(manifest.measured_on)}.")
+    return "\n\n".join(lines)
+
+
+def _takes(file: TowerFile) -> str:
+    return (file.pixels or "token ids") + (f", batch {file.batch}" if file.batch else "")
+
+
+def _gates(manifest: Manifest) -> str:
+    data = list(
+        dict.fromkeys(gate.data for _, gate in manifest.all_gates() if gate.data is not None)
+    )
+    rows = [
+        (
+            *(_text(what), _text(gate.name)),
+            *(f"{gate.value:.9g}", f"{gate.low:.9g} to {gate.high:.9g}"),
+            *(f"{gate.direction} {gate.bound:.9g}", _text(gate.unit)),
+            "" if gate.data is None else f"[{data.index(gate.data) + 1}]",
+            "met" if gate.passed else "missed",
+        )
+        for what, gate in manifest.all_gates()
+    ]
+    if not rows:
+        return "## Quality gates\n\nNone was measured."
+    head = ("what", "gate", "value", "95% interval", "bound", "unit", "data", "")
+    notes = [
+        f"- [{number}]: {_text(item.name)}, {item.count:,} measured, of SHA-256 `{item.sha256}`"
+        for number, item in enumerate(data, start=1)
+    ]
+    notes += [f"- {_text(str(remark))}" for remark in manifest.remarks]
+    return "\n\n".join(
+        [
+            "## Quality gates",
+            "A quality bound that had to hold before this bundle was written, and what was "
+            "measured against it. Figures are rounded to nine digits; `edgeclip.json` has them in "
+            "full. Where an interval has no width, none was computed or all samples were alike.",
+            _table(head, rows),
+            *(["\n".join(notes)] if notes else []),
+        ]
+    )
+
+
+def _provenance(manifest: Manifest) -> str:
+    origin = manifest.provenance
+    versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in origin.versions)
+    return "\n".join(
+        [
+            "## Where it comes from",
+            "",
+            f"- Teacher: {_text(origin.teacher) or 'not recorded'}",
+            f"- Student: {_text(origin.student) or 'not recorded'}",
+            f"- Data: {_text(origin.data) or 'not recorded'}",
+            f"- Created: {_text(origin.created) or 'not recorded'}",
+            f"- Made with: {versions or 'not recorded'}",
+            "- Command:",
+            "",
+            _fenced(plain_text(origin.command) or "not recorded", "sh"),
+        ]
+    )
+
+
+def _licence(manifest: Manifest) -> str:
+    return "\n".join(
+        [
+            "## Licence",
+            "",
+            f"- Weights: {_text(manifest.licence) or 'unknown'}",
+            "- Data: the manifest names no licence of its own for the data; what it says of "
+            f"them is: {_text(manifest.provenance.data) or 'nothing'}",
+        ]
+    )
+
+
+def _limits(manifest: Manifest) -> str:
+    files = [(tower.tower, file) for tower in manifest.towers for file in tower.files]
+    unmeasured = [f"{tower} {file.precision}" for tower, file in files if file.latency_ms is None]
+    ungated = [f"{tower} {file.precision}" for tower, file in files if not file.gates]
+    lines = ["## Limits", ""]
+    if unmeasured:
+        lines.append(f"- Latency was not measured for: {', '.join(unmeasured)}.")
+    if len(unmeasured) < len(files):
+        lines.append("- Latency on any other machine was not measured: `edgeclip profile` does it.")
+    if ungated:
+        lines.append(f"- No gate was measured for: {', '.join(ungated)}.")
+    if manifest.gates or len(ungated) < len(files):
+        lines.append("- The gates hold on the data named above; on other data, nothing is known.")
+    if any(file.needs_vnni for _, file in files):
+        lines.append(
+            "- int8 is exact only on processors with 8-bit dot products (VNNI); `edgeclip verify` "
+            "tells whether a device is one."
+        )
+    lines.append("- Bias, safety and languages: nothing was measured.")
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def lines() -> Iterator[str]:
+        yield line(head)
+        yield line(["---"] * len(head))
+        yield from map(line, rows)
+
+    return "\n".join(lines())
+
+
+def _fenced(code: str, language: str) -> str:
+    """A code block that no run of backticks inside can end."""
+    longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def _text(value: str) -> str:
+    """Text as it is: every character that could be markup becomes an HTML entity."""
+    return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", plain_text(value))
+
+
+def _path(path: str) -> str:
+    return f"`{path}`" if _PLAIN_PATH.fullmatch(path) else _text(path)
+
+
+def plain_text(value: str) -> str:
+    """One line without control characters or halves of surrogate pairs, safe to print."""
+    whole = value.encode("utf-8", "replace").decode()
+    return " ".join("".join(c if c.isprintable() else " " for c in whole).split())
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB"
+
+
+Named = tuple[str, GateRecord]  # what a gate is about, such as "image int8", and the gate
+
+
+def gates_table(gates: Sequence[Named], remarks: Iterable[GateRemark] = ()) -> str:
+    """A table of gates with their data, and a line for each remark; safe to print.
+
+    Args:
+        gates: see `Manifest.all_gates`.
+        remarks: see `Manifest.remarks`.
+    """
+    data = list(dict.fromkeys(gate.data for _, gate in gates if gate.data is not None))
+    rows: list[tuple[str, ...]] = [("what", "gate", "value", "95% interval", "bound", "data", "")]
+    rows += [_row(subject, gate, data) for subject, gate in gates]
+    lines = [columns(rows, left=len(rows[0]))]
+    lines += [f"data [{number}]: {data_text(item)}" for number, item in enumerate(data, start=1)]
+    lines += [f"warning: {plain_text(str(remark))}" for remark in remarks]
+    return "\n".join(lines)
+
+
+def data_text(data: DataRecord) -> str:
+    """What a gate was measured on, and the beginning of its hash."""
+    return f"{plain_text(data.name)}; {data.count:,} measured; sha256 {data.sha256[:16]}"
+
+
+def _row(subject: str, gate: GateRecord, data: Sequence[DataRecord]) -> tuple[str, ...]:
+    return (
+        plain_text(subject),
+        plain_text(gate.name),
+        f"{gate.value:.5f}",
+        f"{gate.low:.5f} to {gate.high:.5f}",
+        f"{gate.direction} {gate.bound:g} {plain_text(gate.unit)}",
+        "" if gate.data is None else f"[{data.index(gate.data) + 1}]",
+        "pass" if gate.passed else "miss",
+    )

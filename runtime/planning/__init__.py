@@ -1,1 +1,0 @@
-"""What runs on the device and what on the server, from measured times."""

@@ -1,1 +1,0 @@
-"""Predicting: how fast a tower would be that was never run on a device."""

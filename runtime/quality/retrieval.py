@@ -1,0 +1,225 @@
+"""Quality of embeddings: retrieval in both directions, zero-shot classification, cosines.
+
+Every rank is pessimistic: a target ranks behind everything that scores as high as it
+does. A collapsed tower that gives one embedding for all therefore has R@1 = 0, where
+optimistic ranks would call it perfect. Scores are cosines in float64; those closer than
+`TIE` count as equal, since matrix products of equal rows may differ in the last bits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.runtime.bundle.index import check_matrix
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.quality.intervals import (
+    Interval,
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_percentile,
+    bootstrap_ratio,
+)
+
+__all__ = [
+    "TIE",
+    "DirectionMetrics",
+    "Interval",
+    "Ranks",
+    "Retrieval",
+    "ZeroShot",
+    "bootstrap",
+    "bootstrap_difference",
+    "bootstrap_percentile",
+    "bootstrap_ratio",
+    "cosines",
+    "label_ranks",
+    "pair_ranks",
+    "retrieval",
+    "retrieval_of_ranks",
+    "zero_shot",
+]
+
+TIE = 1e-9  # far above float64 rounding, far below a float32 embedding's resolution
+_SCORES_AT_ONCE = 1 << 23  # 64 MiB of float64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranks:
+    """Where each pair's partner came, 1 being first: int64 [N] for either direction.
+
+    Keep it to bootstrap: `hits(1)` of teacher and student are paired per-item values.
+    """
+
+    image_to_text: NDArray[np.int64]
+    text_to_image: NDArray[np.int64]
+
+    def hits(self, k: int) -> NDArray[np.float64]:
+        """Return for each pair the share of directions (0, 0.5, 1) with a rank within k.
+
+        Its mean is R@k, averaged over both directions.
+        """
+        found = (self.image_to_text <= k).astype(np.float64) + (self.text_to_image <= k)
+        return found / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectionMetrics:
+    """Retrieval in one direction: R@k as shares in [0, 1], ranks from 1."""
+
+    r1: float
+    r5: float
+    r10: float
+    median_rank: float
+    mean_rank: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """Retrieval in both directions, and the mean of their R@1."""
+
+    image_to_text: DirectionMetrics
+    text_to_image: DirectionMetrics
+    mean_r1: float
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroShot:
+    """Shares in [0, 1] of images whose label came first, or among the first five."""
+
+    top1: float
+    top5: float
+
+
+def retrieval(image_embeddings: NDArray[Any], text_embeddings: NDArray[Any]) -> Retrieval:
+    """Measure retrieval among pairs: image i belongs to text i.
+
+    Args:
+        image_embeddings: floats [N, dim].
+        text_embeddings: floats [N, dim].
+
+    Raises:
+        InputError: shapes that differ, NaN or infinity, or an embedding of length 0.
+    """
+    return retrieval_of_ranks(pair_ranks(image_embeddings, text_embeddings))
+
+
+def pair_ranks(image_embeddings: NDArray[Any], text_embeddings: NDArray[Any]) -> Ranks:
+    """Rank each pair's partner among all [N], in both directions.
+
+    Raises:
+        InputError: as `retrieval`.
+    """
+    images, texts = _unit_pair(image_embeddings, text_embeddings)
+    own = np.arange(len(images))
+    return Ranks(_ranks(images, texts, own), _ranks(texts, images, own))
+
+
+def retrieval_of_ranks(ranks: Ranks) -> Retrieval:
+    """Summarise ranks that are at hand already."""
+    image_to_text = _direction(ranks.image_to_text)
+    text_to_image = _direction(ranks.text_to_image)
+    return Retrieval(image_to_text, text_to_image, (image_to_text.r1 + text_to_image.r1) / 2)
+
+
+def zero_shot(
+    image_embeddings: NDArray[Any], label_embeddings: NDArray[Any], labels: NDArray[Any]
+) -> ZeroShot:
+    """Measure zero-shot classification.
+
+    Args:
+        image_embeddings: floats [N, dim].
+        label_embeddings: floats [K, dim], one for each class.
+        labels: integers [N], the right class of each image, from 0 to K - 1.
+
+    Raises:
+        InputError: shapes that do not fit, NaN or infinity, or labels out of range.
+    """
+    ranks = label_ranks(image_embeddings, label_embeddings, labels)
+    return ZeroShot(float((ranks <= 1).mean()), float((ranks <= 5).mean()))
+
+
+def label_ranks(
+    image_embeddings: NDArray[Any], label_embeddings: NDArray[Any], labels: NDArray[Any]
+) -> NDArray[np.int64]:
+    """Rank each image's right class among all K: int64 [N], 1 being first.
+
+    Raises:
+        InputError: as `zero_shot`.
+    """
+    images = _unit(image_embeddings, "image embeddings")
+    classes = _unit(label_embeddings, "label embeddings")
+    if images.shape[1] != classes.shape[1]:
+        raise InputError(
+            f"image embeddings have {images.shape[1]} dimensions, label embeddings "
+            f"{classes.shape[1]}: take both from one embedding space"
+        )
+    right = np.asarray(labels)
+    if right.shape != (len(images),) or right.dtype.kind not in "iu":
+        raise InputError(
+            f"labels have shape {right.shape} and dtype {right.dtype}: "
+            f"give {len(images)} integers, one for each image"
+        )
+    if right.min() < 0 or right.max() >= len(classes):
+        raise InputError(
+            f"labels span {right.min()} to {right.max()}, but classes go from 0 to "
+            f"{len(classes) - 1}"
+        )
+    return _ranks(images, classes, right)
+
+
+def cosines(ours: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the cosine of each row with the reference's: float64 [N].
+
+    Raises:
+        InputError: shapes that differ, NaN or infinity, or an embedding of length 0.
+    """
+    first, second = _unit_pair(ours, reference)
+    result: NDArray[np.float64] = np.einsum("nd,nd->n", first, second)
+    return np.clip(result, -1.0, 1.0)
+
+
+def _ranks(
+    queries: NDArray[np.float64], targets: NDArray[np.float64], right: NDArray[Any]
+) -> NDArray[np.int64]:
+    """Count for each query the targets that score at least as high as the right one."""
+    ranks = np.empty(len(queries), dtype=np.int64)
+    chunk = max(1, _SCORES_AT_ONCE // len(targets))
+    for start in range(0, len(queries), chunk):
+        part = slice(start, start + chunk)
+        scores = queries[part] @ targets.T
+        own = np.take_along_axis(scores, right[part, None], axis=1)
+        ranks[part] = (scores >= own - TIE).sum(axis=1)
+    return ranks
+
+
+def _direction(ranks: NDArray[np.int64]) -> DirectionMetrics:
+    return DirectionMetrics(
+        r1=float((ranks <= 1).mean()),
+        r5=float((ranks <= 5).mean()),
+        r10=float((ranks <= 10).mean()),
+        median_rank=float(np.median(ranks)),
+        mean_rank=float(ranks.mean()),
+    )
+
+
+def _unit_pair(
+    first: NDArray[Any], second: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if np.shape(first) != np.shape(second):
+        raise InputError(
+            f"paired embeddings have shapes {np.shape(first)} and {np.shape(second)}: "
+            "row i of both must be one pair"
+        )
+    return _unit(first, "the first embeddings"), _unit(second, "the second embeddings")
+
+
+def _unit(array: NDArray[Any], what: str) -> NDArray[np.float64]:
+    check_matrix(array, what)
+    wide = array.astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    if not lengths.all():
+        raise InputError(f"{what} include a row of length 0, which has no direction")
+    unit: NDArray[np.float64] = wide / lengths
+    return unit

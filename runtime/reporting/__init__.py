@@ -1,1 +1,0 @@
-"""Reporting: what was made and measured, as one HTML page."""

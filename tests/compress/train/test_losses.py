@@ -1,0 +1,189 @@
+"""The numbers on the right are worked by hand, in the comments, not by another program."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, tensor
+from torch.nn.functional import normalize
+
+from edgeclip.compress.train.losses import (
+    LossWeights,
+    affinity,
+    contrastive,
+    distillation,
+    feature,
+    interactive,
+)
+from edgeclip.runtime.errors import ConfigError
+
+# Two pairs in two dimensions; 0.6 and 0.8 have length 1.
+IMAGE = tensor([[1.0, 0.0], [0.0, 1.0]])
+TEXT = tensor([[0.6, 0.8], [0.0, 1.0]])
+TEACHER_IMAGE = tensor([[1.0, 0.0], [0.8, 0.6]])
+TEACHER_TEXT = tensor([[1.0, 0.0], [0.0, 1.0]])
+
+
+def _log1pexp(x: float) -> float:
+    """Minus the log probability of the lesser of two logits that are x apart."""
+    return math.log(1 + math.exp(x))
+
+
+def _kl(p: float, q: float) -> float:
+    """KL divergence of (p, 1 - p) from (q, 1 - q)."""
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_contrastive() -> None:
+    # image @ text.T = [[.6, 0], [.8, 1]]; twice that is [[1.2, 0], [1.6, 2]].
+    # Rows, right minus wrong: 1.2 and 0.4. Columns: 1.2 - 1.6 = -0.4 and 2 - 0 = 2.
+    rows = (_log1pexp(-1.2) + _log1pexp(-0.4)) / 2
+    columns = (_log1pexp(0.4) + _log1pexp(-2.0)) / 2
+    assert contrastive(IMAGE, TEXT, 2.0).item() == pytest.approx((rows + columns) / 2, abs=1e-6)
+    assert contrastive(IMAGE, TEXT, tensor(2.0)).item() == pytest.approx(0.4541, abs=1e-4)
+
+
+def test_contrastive_of_one_pair_is_zero() -> None:
+    assert contrastive(IMAGE[:1], TEXT[:1], 3.0).item() == 0
+
+
+def test_feature() -> None:
+    # Cosines of images: 1 and 0.6, so 5 (0 + 0.4) / 2. Of texts: 0.6 and 1, the same.
+    assert feature(IMAGE, TEACHER_IMAGE).item() == pytest.approx(1.0, abs=1e-6)
+    assert feature(TEXT, TEACHER_TEXT).item() == pytest.approx(1.0, abs=1e-6)
+    assert feature(-IMAGE, IMAGE).item() == pytest.approx(10.0)
+    assert feature(IMAGE, IMAGE).item() == 0
+
+
+def test_affinity() -> None:
+    # Student logits at scale 2: [[1.2, 0], [1.6, 2]]; teacher's: 2 [[1, 0], [.8, .6]].
+    # Rows: the first of two has probability sigmoid(difference).
+    rows = _kl(_sigmoid(2.0), _sigmoid(1.2)) + _kl(_sigmoid(0.4), _sigmoid(-0.4))
+    # Columns of the teacher: 2 - 1.6 and 0 - 1.2; of the student: 1.2 - 1.6 and 0 - 2.
+    columns = _kl(_sigmoid(0.4), _sigmoid(-0.4)) + _kl(_sigmoid(-1.2), _sigmoid(-2.0))
+    value = affinity(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0).item()
+    assert value == pytest.approx((rows / 2 + columns / 2) / 2, abs=1e-6)
+    assert value == pytest.approx(0.0619, abs=1e-4)
+
+
+def test_affinity_of_equals_is_zero() -> None:
+    assert affinity(IMAGE, TEXT, IMAGE, TEXT, 50.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_interactive() -> None:
+    # Image against teacher's text: 2 [[1, 0], [0, 1]]: right minus wrong is 2, 2.
+    images = _log1pexp(-2.0)
+    # Text against teacher's image: 2 [[.6, .96], [0, .6]]: right minus wrong -0.72, 1.2.
+    texts = (_log1pexp(0.72) + _log1pexp(-1.2)) / 2
+    value = interactive(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0).item()
+    assert value == pytest.approx((images + texts) / 2, abs=1e-6)
+    assert value == pytest.approx(0.4084, abs=1e-4)
+
+
+def _random(seed: int, count: int = 6, dim: int = 5) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(normalize(torch.randn(count, dim, generator=generator)) for _ in range(4))
+
+
+def _all(rows: tuple[Tensor, ...], weights: LossWeights) -> dict[str, Tensor]:
+    image, text, teacher_image, teacher_text = rows
+    return distillation(
+        weights,
+        image=image,
+        text=text,
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+        scale=10.0,
+    )
+
+
+EVERY = LossWeights(affinity=0.5, feature=2.0, interactive=3.0, contrastive=0.25)
+
+
+def test_the_order_of_a_batch_does_not_matter() -> None:
+    rows = _random(0)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = _all(tuple(row[order] for row in rows), EVERY)
+    for name, value in _all(rows, EVERY).items():
+        assert shuffled[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_the_pairing_matters() -> None:
+    image, text, teacher_image, teacher_text = _random(1)
+    mixed = _all((image, text.flip(0), teacher_image, teacher_text), EVERY)
+    for name, value in _all((image, text, teacher_image, teacher_text), EVERY).items():
+        assert mixed[name].item() != pytest.approx(value.item(), rel=1e-3), name
+
+
+def test_total_is_the_weighted_sum_of_what_counts() -> None:
+    parts = _all(_random(2), EVERY)
+    assert list(parts) == ["total", "affinity", "feature", "interactive", "contrastive"]
+    by_hand = (
+        0.5 * parts["affinity"]
+        + 2 * parts["feature"]
+        + 3 * parts["interactive"]
+        + 0.25 * parts["contrastive"]
+    )
+    assert parts["total"].item() == pytest.approx(by_hand.item(), rel=1e-6)
+    only = _all(_random(2), LossWeights(affinity=0, feature=0, interactive=0, contrastive=2))
+    assert set(only) == {"total", "contrastive"}
+    assert only["total"].item() == pytest.approx(2 * only["contrastive"].item())
+
+
+@pytest.mark.parametrize("name", ["affinity", "feature", "interactive", "contrastive"])
+def test_gradients_reach_both_towers_of_the_student(name: str) -> None:
+    image, text, teacher_image, teacher_text = _random(3)
+    image.requires_grad_()
+    text.requires_grad_()
+    none = {"affinity": 0.0, "feature": 0.0, "interactive": 0.0, "contrastive": 0.0}
+    weights = LossWeights(**{**none, name: 1.0})
+    _all((image, text, teacher_image, teacher_text), weights)["total"].backward()
+    for tower in (image, text):
+        assert tower.grad is not None
+        assert tower.grad.abs().sum() > 1e-3
+    assert teacher_image.grad is None
+    assert teacher_text.grad is None
+
+
+def test_affinity_gives_the_teacher_no_gradient() -> None:
+    rows = [row.requires_grad_() for row in _random(4)]
+    affinity(rows[0], rows[1], rows[2], rows[3], 10.0).backward()
+    assert [row.grad is not None for row in rows] == [True, True, False, False]
+
+
+def test_learning_by_each_loss_finds_the_teacher() -> None:
+    _, _, teacher_image, teacher_text = _random(5)
+    for name in ("affinity", "feature", "interactive"):
+        generator = torch.Generator().manual_seed(6)
+        free = [torch.randn(6, 5, generator=generator, requires_grad=True) for _ in range(2)]
+        optimizer = torch.optim.Adam(free, lr=0.05)
+        none = {"affinity": 0.0, "feature": 0.0, "interactive": 0.0, "contrastive": 0.0}
+        weights = LossWeights(**{**none, name: 1.0})
+        values = []
+        for _ in range(60):
+            rows = (normalize(free[0]), normalize(free[1]), teacher_image, teacher_text)
+            total = _all(rows, weights)["total"]
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            values.append(total.item())
+        assert values[-1] < 0.5 * values[0], name
+
+
+def test_default_weights_leave_plain_contrast_out() -> None:
+    assert LossWeights() == LossWeights(affinity=1, feature=1, interactive=1, contrastive=0)
+
+
+@pytest.mark.parametrize("wrong", [{"affinity": -1.0}, dict.fromkeys(LossWeights.__slots__, 0.0)])
+def test_impossible_weights(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="must be >= 0 and not all 0"):
+        LossWeights(**wrong)
+
+
+def test_weights_that_are_not_numbers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="loss weights"):
+        LossWeights(affinity=math.nan)

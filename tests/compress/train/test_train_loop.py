@@ -1,0 +1,335 @@
+"""The loop on a line fit of two numbers: every step can be checked in no time."""
+
+import json
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeclip.compress.train.train_loop import Task, TrainSettings, read_log, train
+from edgeclip.runtime.errors import ConfigError
+
+SETTINGS = TrainSettings(
+    steps=10, batch_size=4, warmup_steps=2, compute="fp32", checkpoint_seconds=1e-6
+)
+Batch = tuple[Tensor, Tensor]
+
+
+class InterruptedRunError(Exception):
+    """Stands for whatever ends a run between two checkpoints."""
+
+
+def _module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+def _batch(step: int) -> Batch:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+    return x, x.sum(dim=1, keepdim=True)
+
+
+def _task(
+    module: nn.Module,
+    *,
+    at_step: Callable[[int], None] = lambda _step: None,
+    loss_factor: Callable[[int], float] = lambda _step: 1.0,
+    identity: str = "line",
+) -> Task[tuple[int, Batch]]:
+    def losses(numbered: tuple[int, Batch]) -> dict[str, Tensor]:
+        step, (x, y) = numbered
+        at_step(step)
+        square = (module(x) - y).square().mean()
+        return {"total": square * loss_factor(step), "square": square}
+
+    return Task(
+        title="test",
+        module=module,
+        batch=lambda step: (step, _batch(step)),
+        losses=losses,
+        identity=identity,
+    )
+
+
+def _stop_at(stop: int) -> Callable[[int], None]:
+    def at_step(step: int) -> None:
+        if step == stop:
+            raise InterruptedRunError
+
+    return at_step
+
+
+def _trained(out: Path, settings: TrainSettings = SETTINGS) -> nn.Module:
+    module = _module()
+    train(_task(module), settings, out)
+    return module
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def _steps(out: Path) -> list[float]:
+    return [line["step"] for line in read_log(out / "log.jsonl")]
+
+
+def test_log_and_checkpoint(tmp_path: Path) -> None:
+    module = _trained(tmp_path / "run")
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    assert [line["step"] for line in log] == list(range(1, 11))
+    assert all(set(line) == {"step", "seconds", "total", "square"} for line in log)
+    seconds = [line["seconds"] for line in log]
+    assert seconds == sorted(seconds)
+    assert log[0]["square"] == pytest.approx(
+        (_module()(_batch(0)[0]) - _batch(0)[1]).square().mean().item()
+    )
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoint.pt",
+        "log.jsonl",
+    ]
+    assert not module.training
+
+
+def test_learning_lowers_the_loss(tmp_path: Path) -> None:
+    _trained(
+        tmp_path,
+        replace(
+            SETTINGS, steps=300, learning_rate=0.05, weight_decay=0.0, checkpoint_seconds=1000.0
+        ),
+    )
+    log = read_log(tmp_path / "log.jsonl")
+    assert log[-1]["total"] < 0.01 * log[0]["total"]
+
+
+def test_first_step_by_hand(tmp_path: Path) -> None:
+    # AdamW's first step moves every weight by the rate against the sign of its gradient,
+    # after shrinking those that decay by rate x decay.
+    module = _module()
+    assert isinstance(module, nn.Linear)
+    x, y = _batch(0)
+    (module(x) - y).square().mean().backward()
+    assert module.weight.grad is not None
+    assert module.bias.grad is not None
+    settings = replace(SETTINGS, steps=1, warmup_steps=1, learning_rate=0.01, weight_decay=0.5)
+    with torch.no_grad():
+        weight = module.weight * (1 - 0.01 * 0.5) - 0.01 * module.weight.grad.sign()
+        bias = module.bias - 0.01 * module.bias.grad.sign()
+    trained = _trained(tmp_path, settings)
+    assert isinstance(trained, nn.Linear)
+    torch.testing.assert_close(trained.weight.detach(), weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(trained.bias.detach(), bias, atol=1e-6, rtol=0)
+
+
+def test_frozen_weights_stay(tmp_path: Path) -> None:
+    module = _module()
+    assert isinstance(module, nn.Linear)
+    module.weight.requires_grad_(False)
+    before = module.weight.clone()
+    train(_task(module), SETTINGS, tmp_path)
+    assert torch.equal(module.weight, before)
+    assert not torch.equal(module.bias, _module().get_parameter("bias"))
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9])
+def test_resuming_gives_the_same_weights(tmp_path: Path, stop: int) -> None:
+    whole = _trained(tmp_path / "whole")
+    with pytest.raises(InterruptedRunError):
+        train(_task(_module(), at_step=_stop_at(stop)), SETTINGS, tmp_path / "parts")
+    done: list[int] = []
+    module = _module()
+    train(_task(module, at_step=done.append), SETTINGS, tmp_path / "parts")
+    assert done == list(range(stop, 10))
+    assert _equal(module, whole)
+    assert _steps(tmp_path / "parts") == list(range(1, 11))
+    losses = [
+        [line["total"] for line in read_log(tmp_path / name / "log.jsonl")]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_lines_after_the_checkpoint_are_not_kept_twice(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        train(_task(_module(), at_step=_stop_at(6)), SETTINGS, tmp_path)
+    log = tmp_path / "log.jsonl"
+    line = json.dumps({"step": 7, "seconds": 1.0, "total": 1.0})
+    with log.open("a", encoding="utf-8") as stream:  # steps of a run that was killed
+        stream.write(f"{line}\n{line[:20]}")
+    _trained(tmp_path)
+    assert _steps(tmp_path) == list(range(1, 11))
+
+
+def test_stopped_before_the_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    rare = replace(SETTINGS, checkpoint_seconds=1000.0)
+    with pytest.raises(InterruptedRunError):
+        train(_task(_module(), at_step=_stop_at(4)), rare, tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    done: list[int] = []
+    train(_task(_module(), at_step=done.append), rare, tmp_path)
+    assert done == list(range(10))
+    assert _steps(tmp_path) == list(range(1, 11))
+
+
+def test_a_finished_run_trains_no_more(tmp_path: Path) -> None:
+    module = _trained(tmp_path)
+    done: list[int] = []
+    again = _module()
+    train(_task(again, at_step=done.append), SETTINGS, tmp_path)
+    assert done == []
+    assert _equal(again, module)
+
+
+def test_how_often_to_save_may_change(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        train(_task(_module(), at_step=_stop_at(5)), SETTINGS, tmp_path)
+    module = _trained(tmp_path, replace(SETTINGS, checkpoint_seconds=60.0))
+    assert _equal(module, _trained(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 11), ("batch_size", 5), ("learning_rate", 0.1), ("seed", 1), ("compute", "bf16")],
+)
+def test_other_settings_are_refused(tmp_path: Path, name: str, value: float | str) -> None:
+    _trained(tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run with other settings or data; choose anot"):
+        _trained(tmp_path, replace(SETTINGS, **{name: value}))  # type: ignore[arg-type]
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert len(_steps(tmp_path)) == 10
+
+
+def test_another_task_is_refused(tmp_path: Path) -> None:
+    _trained(tmp_path)
+    with pytest.raises(ConfigError, match="other settings or data"):
+        train(_task(_module(), identity="circle"), SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, loss: float) -> None:
+    task = _task(_module(), loss_factor=lambda step: loss if step == 6 else 1.0)
+    with pytest.raises(ConfigError, match=rf"the loss is {loss} at step 7: lower the learning"):
+        train(task, SETTINGS, tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 6
+    assert all(value.isfinite().all() for value in saved["weights"].values())
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def _flip_a_weight(path: Path) -> None:
+    weight = torch.load(path, weights_only=True)["weights"]["weight"].numpy().tobytes()
+    data = path.read_bytes()
+    assert weight in data
+    path.write_bytes(data.replace(weight, bytes([weight[0] ^ 0xFF]) + weight[1:]))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate,
+        _flip_a_weight,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"hello"),
+        lambda path: path.write_bytes(b"PK\3\4"),
+    ],
+)
+def test_damaged_checkpoint(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    _trained(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    damage(path)
+    with pytest.raises(ConfigError, match=r"checkpoint\.pt is damaged; delete it to start again"):
+        _trained(tmp_path)
+    path.unlink()
+    _trained(tmp_path)
+
+
+def test_interruption_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    rare = replace(SETTINGS, checkpoint_seconds=1000.0)
+    before = signal.getsignal(signal.SIGINT)
+    task = _task(
+        _module(), at_step=lambda step: signal.raise_signal(signal.SIGINT) if step == 3 else None
+    )
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 4; run it again to go on"):
+        train(task, rare, tmp_path / "parts")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert _steps(tmp_path / "parts") == [1, 2, 3, 4]
+    assert _equal(_trained(tmp_path / "parts", rare), _trained(tmp_path / "whole"))
+    assert _steps(tmp_path / "parts") == list(range(1, 11))
+
+
+def test_a_second_interruption_does_not_wait(tmp_path: Path) -> None:
+    def twice(step: int) -> None:
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(_task(_module(), at_step=twice), SETTINGS, tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
+def test_interruption_in_the_last_step_is_no_loss(tmp_path: Path) -> None:
+    task = _task(
+        _module(), at_step=lambda step: signal.raise_signal(signal.SIGINT) if step == 9 else None
+    )
+    train(task, SETTINGS, tmp_path)
+    assert len(_steps(tmp_path)) == 10
+
+
+def test_training_in_another_thread(tmp_path: Path) -> None:
+    modules: list[nn.Module] = []
+    thread = threading.Thread(target=lambda: modules.append(_trained(tmp_path / "thread")))
+    thread.start()
+    thread.join()
+    assert _equal(modules[0], _trained(tmp_path / "main"))
+
+
+def test_a_failing_batch_fails_the_run(tmp_path: Path) -> None:
+    def batch(step: int) -> tuple[int, Batch]:
+        if step == 5:
+            raise ConfigError("picture 17 is damaged")
+        return step, _batch(step)
+
+    with pytest.raises(ConfigError, match="picture 17"):
+        train(replace(_task(_module()), batch=batch), SETTINGS, tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 5
+
+
+def test_rate_warms_up_and_decays() -> None:
+    settings = TrainSettings(steps=100, learning_rate=1.0, warmup_steps=10)
+    assert settings.rate(0) == pytest.approx(0.1)  # a tenth, at the top of the cosine
+    assert settings.rate(9) == pytest.approx(0.02 + 0.98 * 0.98015, abs=1e-4)  # cos 16.2 degrees
+    assert settings.rate(50) == pytest.approx(0.02 + 0.98 / 2)
+    assert settings.rate(99) == pytest.approx(0.02, abs=1e-3)
+    rates = [settings.rate(step) for step in range(100)]
+    assert max(rates) == rates[9]
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_rate_without_warm_up() -> None:
+    assert TrainSettings(steps=3, learning_rate=0.5, warmup_steps=0).rate(0) == 0.5
+
+
+def test_the_rate_is_the_one_used(tmp_path: Path) -> None:
+    _trained(tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    rates = {group["lr"] for group in saved["optimizer"]["param_groups"]}
+    assert rates == {SETTINGS.rate(9)}
+
+
+@pytest.mark.parametrize(
+    "name", ["steps", "batch_size", "learning_rate", "clip_norm", "checkpoint_seconds"]
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_settings_must_be_positive(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be positive, got {value}"):
+        replace(SETTINGS, **{name: value})  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""int8 that misses a gate: what the export says of it, and the fine-tune that it may try."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import space_fingerprint
+from edgeclip.compress.train.quantization_aware import gentle_settings
+from edgeclip.export.bundle.build_bundle import build_bundle, refuse_asked
+from edgeclip.export.bundle.bundle_plan import BundlePlan
+from edgeclip.export.bundle.precision_candidates import MadeGraphs, mend_int8
+from edgeclip.export.cli.export import verdict
+from edgeclip.export.errors import GateError
+from edgeclip.export.gates.gates import Gate, Judged
+from edgeclip.export.gates.judge_precisions import JudgedOn, Verdict
+from edgeclip.export.quantizing.config import (
+    Config,
+    StaticInt8,
+    WeightOnly,
+    config_from_data,
+)
+from edgeclip.export.quantizing.qat_finetune import HINT, Tuning
+from edgeclip.runtime.quality.intervals import Interval
+from tests.export.quantizing.test_last_resort import FACTOR, planted
+
+Make = Callable[..., Source]
+CPU = StaticInt8(symmetric=False, reduce_range=True)
+
+
+@pytest.fixture(scope="module")
+def failing(plan: BundlePlan) -> BundlePlan:
+    """A student whose image tower int8 ruins."""
+    student = planted(plan.student, FACTOR, towers=("image",))
+    return replace(plan, student=student, workload=None)
+
+
+@pytest.fixture
+def tuning(blobs: Make, tmp_path: Path) -> Tuning:
+    settings = replace(gentle_settings(40, batch_size=16), learning_rate=1e-3)
+    return Tuning(source=blobs(64, seed=2), settings=settings, folder=tmp_path / "qat")
+
+
+def made(value: float, *, subject: str = "image int8", config: Config = CPU) -> MadeGraphs:
+    """What was judged, with one mean cosine."""
+    record = Gate("mean cosine", ">=", 0.995, "cosine").judge(Interval(value, value, value))
+    judged = Verdict(judged=(Judged(subject, record),), kept=frozenset(), left_out=())
+    configs = {("image", "int8"): config}
+    return MadeGraphs(graphs=(), configs=configs, embeddings={}, on=JudgedOn(), verdict=judged)  # type: ignore[arg-type]
+
+
+def test_the_message_of_a_missed_gate_ends_in_how_to_go_on(plan: BundlePlan) -> None:
+    mended = mend_int8(plan, made(0.9), {})
+    with pytest.raises(GateError, match=r"image int8: mean cosine is 0\.9") as caught:
+        refuse_asked(mended)
+    assert str(caught.value).endswith(HINT)
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        made(0.999),
+        made(0.9, subject="image fp16"),
+        made(0.9, config=WeightOnly(bits=4)),
+    ],
+    ids=["passed", "not int8", "cannot be learnt for"],
+)
+def test_where_a_fine_tune_would_not_help_there_is_none(
+    outcome: MadeGraphs, plan: BundlePlan, tuning: Tuning
+) -> None:
+    assert mend_int8(plan, outcome, {}).says == ""
+    assert mend_int8(replace(plan, tuning=tuning), outcome, {}).says == ""
+    assert not tuning.folder.exists()
+
+
+def test_what_is_left_out_says_how_to_go_on(failing: BundlePlan, tmp_path: Path) -> None:
+    built = build_bundle(failing, tmp_path / "bundle")
+    manifest = built.bundle.manifest
+    assert "int8" not in manifest.tower("image").precisions
+    assert "int8" in manifest.tower("text").precisions
+    assert f"int8: {HINT}" in verdict(built).splitlines()
+
+
+def test_a_fine_tune_that_is_allowed_brings_int8_inside_its_gates(
+    failing: BundlePlan, tuning: Tuning, tmp_path: Path
+) -> None:
+    before = space_fingerprint(failing.student)
+    lines: list[str] = []
+    allowed = replace(failing, precisions=("int8",), tuning=tuning)
+    built = build_bundle(allowed, tmp_path / "bundle", progress=lines.append)
+    assert any(line.startswith("fine-tuning for int8, because image int8") for line in lines)
+    assert built.says == "fine-tuned for int8"
+    manifest = built.bundle.manifest
+    assert "int8 fine-tuned for 40 steps of 16 on 64 blobs" in manifest.provenance.data
+    recipes = dict(manifest.recipes())
+    assert recipes["image int8"].says == "int8, asymmetric, 7-bit weights, fine-tuned for it"
+    assert recipes["text int8"].says == "int8, asymmetric, 7-bit weights"
+    assert config_from_data(recipes["image int8"].config, source="manifest") == CPU
+    # What it was held against is the student that was given.
+    assert space_fingerprint(failing.student) == before

@@ -1,0 +1,161 @@
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeclip.export.errors import GateError
+from edgeclip.export.gates.gates import (
+    DEFAULT_BOUNDS,
+    Bounds,
+    Gate,
+    Judged,
+    judge_retrieval,
+    judge_tower,
+    judge_zero_shot,
+    missed,
+    refuse_missed,
+)
+from edgeclip.export.graph.embed_pairs import PairEmbeddings
+from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.manifest import DataRecord
+from edgeclip.runtime.quality.intervals import Interval
+
+Floats = NDArray[np.float32]
+BOUNDS = Bounds(mean_cosine=0.99, p1_cosine=0.97)
+
+
+def unit(rows: NDArray[np.float64]) -> Floats:
+    found: Floats = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return found
+
+
+def random_rows(count: int = 200, seed: int = 0) -> Floats:
+    return unit(np.random.default_rng(seed).normal(size=(count, 16)))
+
+
+def turned(rows: Floats, cosine: float) -> Floats:
+    """Rows whose cosine with the given ones is exactly `cosine`."""
+    other = np.roll(rows, 1, axis=1).astype(np.float64)
+    across = other - (other * rows).sum(axis=1, keepdims=True) * rows
+    return unit(cosine * rows + np.sqrt(1 - cosine**2) * unit(across))
+
+
+@pytest.mark.parametrize(
+    ("direction", "value", "passed"),
+    [
+        (">=", 0.99, True),
+        (">=", 0.9899, False),
+        ("<=", 0.99, True),
+        ("<=", 0.9901, False),
+        (">=", float("nan"), False),
+        ("<=", float("nan"), False),
+    ],
+)
+def test_the_value_is_held_against_the_bound(direction: str, value: float, passed: bool) -> None:
+    gate = Gate("cosine", direction, 0.99, "cosine")  # type: ignore[arg-type]
+    assert gate.judge(Interval(value, 0.0, 1.0)).passed is passed
+
+
+def test_equal_embeddings_pass_every_gate() -> None:
+    rows = random_rows()
+    records = judge_tower(rows, rows, DEFAULT_BOUNDS["fp32"])
+    assert [record.name for record in records] == [
+        "usable embeddings",
+        "mean cosine",
+        "1st-percentile cosine",
+    ]
+    assert all(record.passed for record in records)
+    assert records[1].value == pytest.approx(1)
+
+
+def test_a_small_turn_of_every_row_is_measured() -> None:
+    rows = random_rows()
+    _, mean, low = judge_tower(turned(rows, 0.98), rows, BOUNDS)
+    assert mean.value == pytest.approx(0.98, abs=1e-6)
+    assert mean.passed is False
+    assert low.value == pytest.approx(0.98, abs=1e-6)
+    assert low.passed is True
+
+
+def test_a_few_ruined_rows_are_seen_by_the_percentile() -> None:
+    rows = random_rows()
+    candidate = rows.copy()
+    candidate[:4] = turned(rows[:4], 0.5)
+    _, mean, low = judge_tower(candidate, rows, BOUNDS)
+    assert mean.value == pytest.approx(0.99, abs=1e-6)
+    assert low.value == pytest.approx(0.5, abs=1e-6)
+    assert low.passed is False
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_embeddings_that_are_none_miss_a_gate_of_their_own(value: float) -> None:
+    rows = random_rows()
+    candidate = rows.copy()
+    candidate[7] = value
+    (record,) = judge_tower(candidate, rows, BOUNDS)
+    assert (record.name, record.passed) == ("usable embeddings", False)
+    assert record.value == pytest.approx(199 / 200)
+
+
+def test_lost_retrieval_is_counted_in_points() -> None:
+    rows = random_rows(100)
+    reference = PairEmbeddings(rows, rows)
+    swapped = rows.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]  # two of a hundred pairs are lost, both ways
+    record = judge_retrieval(PairEmbeddings(swapped, rows), reference, BOUNDS, "int8")
+    assert record.name == "R@1 loss int8"
+    assert record.value == pytest.approx(2)
+    assert record.low < 2 < record.high
+    assert not record.passed
+    # What is gained is a negative loss.
+    gained = judge_retrieval(reference, PairEmbeddings(swapped, rows), BOUNDS, "int8")
+    assert gained.value == pytest.approx(-2)
+    assert gained.passed is True
+
+
+def test_lost_labels_are_counted_in_points() -> None:
+    labels = LabelSet(names=("a", "b"), embeddings=np.eye(2, 16, dtype=np.float32), space="7" * 64)
+    right = np.arange(100) % 2
+    reference = np.eye(2, 16, dtype=np.float32)[right]
+    candidate = reference.copy()
+    candidate[:3] = candidate[:3, ::-1]  # three of a hundred pictures now look like no label
+    data = DataRecord("pictures", 100, "0" * 64)
+    record = judge_zero_shot(candidate, reference, labels, right, BOUNDS, data)
+    assert (record.name, record.unit, record.bound) == ("zero-shot top-1 loss", "points", 0.5)
+    assert record.value == pytest.approx(3)
+    assert record.low < 3 < record.high
+    assert not record.passed
+    assert record.data == data
+    # A picture that neither gets right is no loss.
+    wrong = judge_zero_shot(candidate, candidate, labels, right, BOUNDS)
+    assert (wrong.value, wrong.low, wrong.high) == (0, 0, 0)
+
+
+def test_what_is_quantized_keeps_these_bounds() -> None:
+    for precision in ("int8", "fp8"):
+        bounds = DEFAULT_BOUNDS[precision]
+        assert (bounds.mean_cosine, bounds.p1_cosine) == (0.995, 0.98)
+        assert (bounds.r1_loss, bounds.zero_shot_loss) == (1.0, 0.5)
+    stricter = DEFAULT_BOUNDS["fp16"]
+    assert stricter.mean_cosine > 0.995
+    assert stricter.p1_cosine > 0.98
+
+
+def test_a_refusal_names_every_missed_gate_with_its_gap() -> None:
+    low = Gate("mean cosine", ">=", 0.99, "cosine").judge(Interval(0.9, 0.8, 0.95))
+    high = Gate("R@1 loss int8", "<=", 1.0, "points").judge(Interval(3.5, 2, 5))
+    good = Gate("1st-percentile cosine", ">=", 0.97, "cosine").judge(Interval(0.98, 0.97, 0.99))
+    judged = [Judged("image int8", low), Judged("image int8", good), Judged("bundle", high)]
+    assert len(missed(judged)) == 2
+    with pytest.raises(GateError) as caught:
+        refuse_missed(judged, "Train longer.")
+    message = str(caught.value)
+    assert "image int8: mean cosine is 0.9 (bound >= 0.99 cosine, missed by 0.09)" in message
+    assert "bundle: R@1 loss int8 is 3.5 (bound <= 1 points, missed by 2.5)" in message
+    assert "1st-percentile" not in message
+    assert message.endswith("Train longer.")
+    assert "\n" not in message
+
+
+def test_nothing_missed_is_no_refusal() -> None:
+    good = Gate("mean cosine", ">=", 0.9, "cosine").judge(Interval(0.98, 0.97, 0.99))
+    refuse_missed([Judged("image int8", good)], "")

@@ -1,0 +1,225 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds, data_record
+from edgeclip.export.gates.judge_precisions import (
+    FEWEST_LABELLED,
+    FEWEST_PAIRS,
+    JudgedOn,
+    embed_test,
+    judge_precisions,
+    judged_on,
+)
+from edgeclip.export.gates.zero_shot import Chosen, ZeroShot
+from edgeclip.export.graph.embed_pairs import TowerGraph
+from edgeclip.export.graph.to_onnx import STANDARD, TowerPaths
+from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.manifest import DataRecord, GateRemark
+from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.spec import Precision, Tower
+
+Make = Callable[..., Source]
+Embeddings = dict[tuple[Tower, Precision], NDArray[np.float32]]
+SPACE = "7" * 64
+
+
+def rows(noise: float = 0.0, *, seed: int = 0) -> NDArray[np.float32]:
+    base = np.random.default_rng(0).normal(size=(200, 16))
+    base += noise * np.random.default_rng(seed).normal(size=base.shape)
+    unit: NDArray[np.float64] = base / np.linalg.norm(base, axis=1, keepdims=True)
+    return unit.astype(np.float32)
+
+
+def of(**noise: float) -> Embeddings:
+    """Embeddings by name such as `image_int8`; fp32 is the same for both towers."""
+    found: Embeddings = {("image", "fp32"): rows(), ("text", "fp32"): rows()}
+    for number, (name, amount) in enumerate(noise.items(), start=1):
+        tower, precision = name.split("_")
+        found[tower, precision] = rows(amount, seed=number)  # type: ignore[index]
+    return found
+
+
+def pairs(count: int) -> DataRecord:
+    return DataRecord(f"{count} pairs", count, "0" * 64)
+
+
+def labelled(
+    source: Source, embeddings: NDArray[np.float32], right: NDArray[np.int64] | None = None
+) -> ZeroShot:
+    """Pictures whose labels lie on the axes of the space."""
+    labels = LabelSet(names=tuple("abcd"), embeddings=np.eye(4, 16, dtype=np.float32), space=SPACE)
+    found = (embeddings @ labels.embeddings.T).argmax(axis=1) if right is None else right
+    return ZeroShot(source=Chosen(source, range(len(found)), "some"), labels=labels, right=found)
+
+
+def test_what_is_close_to_fp32_is_kept() -> None:
+    noise = {"image_fp16": 1e-4, "text_fp16": 1e-4, "image_int8": 0.03, "text_int8": 0.03}
+    verdict = judge_precisions(of(**noise), DEFAULT_BOUNDS)
+    assert verdict.kept == {(t, p) for t in ("image", "text") for p in ("fp16", "int8")}
+    assert verdict.left_out == ()
+    assert [item.record.name for item in verdict.judged if item.subject == "bundle"] == [
+        "R@1 loss fp16",
+        "R@1 loss int8",
+    ]
+
+
+def test_one_tower_may_fail_without_the_other() -> None:
+    verdict = judge_precisions(of(image_int8=0.03, text_int8=1.0), DEFAULT_BOUNDS)
+    assert verdict.kept == {("image", "int8")}
+    assert [line.split(" is ")[0] for line in verdict.left_out] == [
+        "text int8: mean cosine",
+        "text int8: 1st-percentile cosine",
+        "text int8: R@1 loss fp32 images, int8 texts",
+    ]
+    # Nobody will run both towers in int8, so nothing is claimed of them together.
+    assert not [item for item in verdict.judged if item.subject == "bundle"]
+
+
+def test_each_tower_is_judged_beside_the_other_in_fp32() -> None:
+    verdict = judge_precisions(of(image_int8=0.03, text_int8=0.03), DEFAULT_BOUNDS)
+    names = {(item.subject, item.record.name) for item in verdict.judged}
+    assert ("image int8", "R@1 loss int8 images, fp32 texts") in names
+    assert ("text int8", "R@1 loss fp32 images, int8 texts") in names
+    assert ("bundle", "R@1 loss int8") in names
+
+
+def test_an_image_tower_that_only_agrees_with_its_own_texts_is_refused() -> None:
+    # Both towers turn the space in the same way: together they lose nothing, but an index of
+    # fp32 texts is of no use to such pictures.
+    turned = np.roll(rows(), 1, axis=1)
+    embeddings: Embeddings = {
+        **of(),
+        ("image", "int8"): turned,
+        ("text", "int8"): turned,
+    }
+    loose: dict[Precision, Bounds] = {"int8": Bounds(mean_cosine=-1.0, p1_cosine=-1.0)}
+    verdict = judge_precisions(embeddings, loose)
+    assert verdict.kept == frozenset()
+    losses = {item.subject: item.record.value for item in verdict.judged if not item.record.passed}
+    assert set(losses) == {"image int8", "text int8"}
+    assert min(losses.values()) > 90
+
+
+def test_zero_shot_accuracy_can_refuse_what_retrieval_allows(blobs: Make) -> None:
+    embeddings = of(image_int8=1e-3)
+    seen = rows()
+    confused = np.roll(seen, 1, axis=1)  # every picture now looks like the next label
+    asked = labelled(blobs(len(seen)), seen)
+    on = JudgedOn(zero_shot=asked, labelled={"fp32": seen, "int8": confused})
+    verdict = judge_precisions(embeddings, DEFAULT_BOUNDS, on)
+    assert verdict.kept == frozenset()
+    (line,) = verdict.left_out
+    assert line.startswith("image int8: zero-shot top-1 loss is ")
+    record = next(item.record for item in verdict.judged if "zero-shot" in item.record.name)
+    assert record.low <= record.value <= record.high
+    assert record.data == data_record(asked.source)
+    same = JudgedOn(zero_shot=asked, labelled={"fp32": seen, "int8": seen})
+    assert judge_precisions(embeddings, DEFAULT_BOUNDS, same).kept == {("image", "int8")}
+
+
+def test_without_labels_the_record_says_so() -> None:
+    verdict = judge_precisions(of(image_fp16=1e-4, text_fp16=1e-4), DEFAULT_BOUNDS)
+    assert verdict.remarks == (
+        GateRemark("image fp16", "zero-shot top-1 loss", "not judged: no labels"),
+    )
+    assert not any("zero-shot" in item.record.name for item in verdict.judged)
+
+
+@pytest.mark.parametrize("count", [1, FEWEST_PAIRS - 1, FEWEST_PAIRS])
+def test_too_few_pairs_are_told(count: int) -> None:
+    verdict = judge_precisions(of(text_int8=1e-4), DEFAULT_BOUNDS, JudgedOn(data=pairs(count)))
+    told = [str(remark) for remark in verdict.remarks]
+    if count >= FEWEST_PAIRS:
+        assert told == []
+        return
+    (line,) = told
+    assert line.startswith(f"bundle: R@1 loss: {count} test pairs, so it goes in steps of ")
+    assert line.endswith("half a point cannot be told: test on 100 or more")
+
+
+def test_too_few_pairs_are_told_even_if_nothing_is_kept() -> None:
+    on = JudgedOn(data=pairs(20))
+    verdict = judge_precisions(of(text_int8=1.0), DEFAULT_BOUNDS, on)
+    assert verdict.kept == frozenset()
+    assert "20 test pairs, so it goes in steps of 2.5 points" in str(verdict.remarks[0])
+    assert judge_precisions(of(), DEFAULT_BOUNDS, on).remarks == ()  # fp32 has no such gate
+
+
+@pytest.mark.parametrize("count", [FEWEST_LABELLED - 1, FEWEST_LABELLED])
+def test_too_few_labelled_pictures_are_told(count: int, blobs: Make) -> None:
+    seen = rows()[:count]
+    asked = labelled(blobs(count), seen)
+    on = JudgedOn(zero_shot=asked, labelled={"fp32": seen, "int8": seen})
+    (*told,) = judge_precisions(of(image_int8=1e-4), DEFAULT_BOUNDS, on).remarks
+    assert len(told) == (count < FEWEST_LABELLED)
+    assert all("199 labelled pictures, so it goes in steps of 0.5 points" in i.says for i in told)
+
+
+def test_records_name_the_pairs(blobs: Make) -> None:
+    data = data_record(blobs(200))
+    verdict = judge_precisions(of(text_int8=1e-4), DEFAULT_BOUNDS, JudgedOn(data=data))
+    assert {item.record.data for item in verdict.judged} == {data}
+    assert (data.name, data.count) == ("200 blobs", 200)
+    assert data != data_record(blobs(200, seed=1))
+
+
+def test_labelled_pictures_are_embedded_by_every_image_graph(
+    clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, cpu_device: DeviceProfile
+) -> None:
+    graphs = [
+        TowerGraph("image", "fp32", clip_towers.image, STANDARD.pixels),
+        TowerGraph("image", "fp16", clip_towers.image, STANDARD.pixels),
+        TowerGraph("text", "fp32", clip_towers.text, None),
+    ]
+    test, others = blobs(6), blobs(5, seed=1)
+    embeddings = embed_test(clip, graphs, test, cpu_device)
+    right = np.array([0, 1, 2], dtype=np.int64)
+    taken = labelled(test, embeddings["image", "fp32"], right)
+    on = judged_on(clip, graphs, test, taken, embeddings, cpu_device)
+    assert on.labelled is not None
+    assert set(on.labelled) == {"fp32", "fp16"}
+    np.testing.assert_array_equal(on.labelled["fp32"], embeddings["image", "fp32"][:3])
+    strange = labelled(others, embeddings["image", "fp32"], right)
+    on = judged_on(clip, graphs, test, strange, embeddings, cpu_device)
+    assert on.labelled is not None
+    assert on.labelled["fp32"].shape == (3, 16)
+    assert not np.allclose(on.labelled["fp32"], embeddings["image", "fp32"][:3])
+    assert judged_on(clip, graphs, test, None, embeddings, cpu_device).labelled is None
+
+
+def test_a_tower_that_overflows_fails_without_stopping_anything() -> None:
+    embeddings = of(image_fp16=1e-4, text_fp16=1e-4)
+    embeddings["text", "fp16"][3] = np.nan
+    verdict = judge_precisions(embeddings, DEFAULT_BOUNDS)
+    assert verdict.kept == {("image", "fp16")}
+    assert "usable embeddings" in verdict.left_out[0]
+
+
+def test_retrieval_can_refuse_what_cosines_allow() -> None:
+    loose: dict[Precision, Bounds] = {"int8": Bounds(mean_cosine=0.1, p1_cosine=-1.0)}
+    verdict = judge_precisions(of(image_int8=1.0, text_int8=1.0), loose)
+    assert verdict.kept == frozenset()
+    assert [line.split(" is ")[0] for line in verdict.left_out] == [
+        "image int8: R@1 loss int8 images, fp32 texts",
+        "text int8: R@1 loss fp32 images, int8 texts",
+    ]
+
+
+def test_both_towers_together_can_lose_more_than_either_alone() -> None:
+    bounds: dict[Precision, Bounds] = {"int8": Bounds(mean_cosine=0, p1_cosine=-1, r1_loss=25)}
+    verdict = judge_precisions(of(image_int8=0.75, text_int8=0.75), bounds)
+    losses = {item.subject: item.record for item in verdict.judged if "R@1" in item.record.name}
+    assert losses["image int8"].passed
+    assert losses["text int8"].passed
+    assert not losses["bundle"].passed
+    assert verdict.kept == frozenset()
+
+
+def test_fp32_alone_has_nothing_to_judge() -> None:
+    verdict = judge_precisions(of(), DEFAULT_BOUNDS)
+    assert (verdict.judged, verdict.kept, verdict.left_out) == ((), frozenset(), ())

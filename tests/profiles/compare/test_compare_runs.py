@@ -1,0 +1,180 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from edgeclip.profiles.compare.compare_runs import compare_runs, only_in, ratio_of_runs
+from edgeclip.profiles.record.conditions import Interference
+from edgeclip.profiles.record.timing_statistics import ProcessSummary
+from edgeclip.runtime.errors import InputError
+from tests.profiles.measure.run_cases import (
+    MACHINE,
+    compared,
+    identity,
+    measurement,
+    processes,
+    run_of,
+    run_with,
+    yardstick,
+)
+
+
+def test_a_ratio_is_welch_s_and_its_ends_have_their_chances() -> None:
+    now = ProcessSummary(processes=5, degrees=4, mean=np.log(1.1), spread=0.03, noise=0.01)
+    baseline = ProcessSummary(processes=10, degrees=9, mean=0.0, spread=0.01, noise=0.002)
+    ratio = ratio_of_runs(now, baseline)
+    assert ratio.value == pytest.approx(1.1)
+    assert ratio.error == pytest.approx(np.sqrt(0.03**2 / 5 + 0.01**2 / 10))
+    # (0.00018 + 0.00001)^2 / (0.00018^2 / 4 + 0.00001^2 / 9)
+    assert ratio.degrees == pytest.approx(4.4506, abs=1e-3)
+    assert ratio.noise == pytest.approx(np.sqrt(0.01**2 / 5 + 0.002**2 / 10))
+    assert ratio.interval.low < ratio.at_least(0.95) < 1.1 < ratio.at_most(0.95)
+    for sureness in (0.6, 0.95, 0.999):
+        assert ratio.chance(ratio.at_least(sureness)) == pytest.approx(1 - sureness)
+        assert ratio.at_least(sureness) * ratio.at_most(sureness) == pytest.approx(1.1**2)
+
+
+def test_processes_that_agree_by_chance_leave_the_noise_of_their_runs() -> None:
+    side = ProcessSummary(processes=4, degrees=3, mean=0.0, spread=0.0, noise=0.02)
+    ratio = ratio_of_runs(side, side)
+    assert ratio.error == 0
+    assert ratio.degrees == 6
+    assert ratio.at_most(0.975) == pytest.approx(np.exp(1.96 * ratio.noise), rel=1e-4)
+    exact = dataclasses.replace(side, noise=0.0)
+    assert ratio_of_runs(exact, exact).chance(1.0) == pytest.approx(1)
+    assert ratio_of_runs(exact, exact).chance(0.99) == pytest.approx(0)
+
+
+def test_one_process_tells_nothing_of_others() -> None:
+    one = ProcessSummary(processes=1, degrees=0, mean=0.0, spread=None, noise=0.02)
+    five = ProcessSummary(processes=5, degrees=4, mean=0.0, spread=0.02, noise=0.02)
+    ratio = ratio_of_runs(one, five)
+    assert (ratio.value, ratio.error, ratio.degrees) == (1, None, None)
+    assert ratio.noise == pytest.approx(0.02 * np.sqrt(1.2))
+
+
+def test_intervals_hold_the_true_ratio_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    found = [compared(rng, 1.2).ratio.interval for _ in range(150)]
+    hits = sum(item.low <= 1.2 <= item.high for item in found)
+    assert 134 <= hits <= 149  # 142 expected
+
+
+def test_the_yardstick_takes_the_machine_out_of_the_ratio() -> None:
+    rng = np.random.default_rng(1)
+    stick, subject = processes(rng, 1.0), processes(rng, 3.0)
+    # Another hour: each process half as fast again, or more, and slower as it goes on.
+    pace = [np.linspace(1.5, 1.5 + 0.2 * number, len(stick[0])) for number in range(5)]
+    later = [runs * 1.1 * by for runs, by in zip(processes(rng, 3.0), pace, strict=True)]
+    stick_later = [runs * by for runs, by in zip(processes(rng, 1.0), pace, strict=True)]
+    now = run_with({"fp32": later}, yardstick=yardstick(stick_later))
+    baseline = run_with({"fp32": subject}, yardstick=yardstick(stick))
+    (found,) = compare_runs(now, baseline)
+    assert found.ratio is found.to_yardstick
+    assert found.ratio.value == pytest.approx(1.1, rel=0.02)
+    assert found.ratio.interval.low > 1.05
+    assert found.times.value == pytest.approx(1.1 * 1.7, rel=0.05)
+    assert found.times.interval.low < 1.1 * 1.6 < 1.1 * 1.8 < found.times.interval.high
+    for other in (None, yardstick(stick, "another")):
+        (plain,) = compare_runs(dataclasses.replace(now, yardstick=other), baseline)
+        assert plain.to_yardstick is None
+        assert plain.ratio is plain.times
+
+
+def test_a_yardstick_that_did_not_run_beside_the_subject_is_refused() -> None:
+    rng = np.random.default_rng(2)
+    run = run_with({"fp32": processes(rng, 1.0)}, yardstick=yardstick(processes(rng, 1.0)[:4]))
+    with pytest.raises(InputError, match="same processes and rounds"):
+        compare_runs(run, run)
+
+
+def test_subjects_are_paired_by_part_and_name() -> None:
+    rng = np.random.default_rng(3)
+    names = {name: processes(rng, ms) for name, ms in (("fp32", 4.0), ("int8", 1.0))}
+    text = measurement("fp32", processes(rng, 2.0), part="text")
+    now = run_of(*run_with(names).measurements, text)
+    baseline = run_with({"int8": names["int8"], "fp16": names["fp32"]})
+    (found,) = compare_runs(now, baseline)
+    assert (found.part, found.name, found.processes, found.rounds) == ("image", "int8", (5, 5), 20)
+    assert found.ratio.value == pytest.approx(1)
+    assert found.differences == ()
+    assert only_in(now, baseline) == ("image fp32", "text fp32")
+    assert only_in(baseline, now) == ("image fp16",)
+    with pytest.raises(InputError, match="now text fp32; in the baseline image int8, image fp16"):
+        compare_runs(run_of(text), baseline)
+
+
+def test_measurements_without_single_runs_are_refused() -> None:
+    run = run_of(measurement("fp32", processes(np.random.default_rng(4), 1.0), samples_ms=()))
+    with pytest.raises(InputError, match="image fp32 kept no single runs"):
+        compare_runs(run, run)
+
+
+def test_everything_that_differs_is_named() -> None:
+    rng = np.random.default_rng(5)
+    samples = processes(rng, 1.0)
+    machine = dataclasses.replace(
+        MACHINE, cpu="other", os="Linux 7", packages=(("numpy", "2"), ("onnxruntime", "1.31"))
+    )
+    other = identity(threads=4, engine="tensorrt", sha256="b" * 64, input_shape=(1, 96, 96, 3))
+    workload = dataclasses.replace(run_of().workload, repeats=40)
+    interference = Interference(
+        waiting_share=0.3,
+        steal_share=None,
+        others_share=None,
+        throttled=None,
+        disturbed=True,
+        reasons=("much",),
+    )
+    now = run_of(
+        measurement("fp32", samples, identity=other, input_shape=(1, 96, 96, 3)),
+        machine=machine,
+        workload=workload,
+        interference=interference,
+    )
+    (found,) = compare_runs(now, run_of(measurement("fp32", samples, contended=True)))
+    assert [item.what for item in found.differences] == [
+        "machine",
+        "input shape",
+        "system",
+        "workload",
+        "engine",
+        "threads",
+        "bundle",
+        "packages",
+    ]
+    shape, packages = found.difference("input shape"), found.difference("packages")
+    assert shape is not None
+    assert packages is not None
+    assert (shape.now, shape.baseline) == ("1 x 96 x 96 x 3", "1 x 64 x 64 x 3")
+    assert packages.now == "numpy 2, onnxruntime 1.31"
+    assert packages.baseline == "numpy absent, onnxruntime absent"
+    assert found.disturbed == ("now", "baseline")
+
+
+def test_processes_that_lasted_longer_are_another_workload() -> None:
+    """At the same number of repeats: these are then the fewest, and the seconds decide."""
+    now = run_with({"fp32": processes(np.random.default_rng(6), 1.0)})
+    longer = dataclasses.replace(now.workload, turn_seconds=2.0)
+    (found,) = compare_runs(now, dataclasses.replace(now, workload=longer))
+    workload = found.difference("workload")
+    assert workload is not None
+    assert "1 process of 15 runs, " in workload.now
+    assert "1 process of at least 15 runs and 2 s, " in workload.baseline
+
+
+def test_the_fastest_runs_are_those_of_each_process_over_the_yardstick_s() -> None:
+    """A machine of half the speed, on which other programs slow most runs of every process."""
+    stick = [np.array([1.0, 3.0, 1.2]), np.array([2.0, 4.0, 9.0])]
+    ours = [np.array([9.0, 2.0, 7.0]), np.array([8.0, 4.0, 5.0])]
+    before = [np.array([1.0, 1.5, 1.1]), np.array([1.0, 8.0, 2.0])]
+    now = run_of(measurement("fp32", ours), yardstick=yardstick(stick))
+    baseline = run_of(measurement("fp32", before), yardstick=yardstick([np.ones(3), np.ones(3)]))
+    (found,) = compare_runs(now, baseline)
+    assert found.fastest is not None
+    assert found.fastest.value == pytest.approx(2)
+    assert found.fastest.noise == 0
+    assert found.evidence == (found.ratio, found.fastest)
+    (plain,) = compare_runs(dataclasses.replace(now, yardstick=None), baseline)
+    assert plain.fastest is not None
+    assert plain.fastest.value == pytest.approx(8**0.5)

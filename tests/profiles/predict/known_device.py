@@ -1,0 +1,92 @@
+"""A measured device whose costs follow a known law, so that predictions have a right answer."""
+
+from collections.abc import Callable
+
+from edgeclip.export.probes.probe_plan import STANDARD
+from edgeclip.profiles.predict.measured_device import CheckTime, MeasuredDevice, PieceCost
+from edgeclip.profiles.predict.tower_shapes import AnyTower, Piece
+from edgeclip.runtime.device.device_profile import DeviceProfile, device_from_machine
+from edgeclip.runtime.device.machine import Machine
+from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.spec import Precision
+
+Law = Callable[[Piece, Precision], float]
+
+MACHINE = Machine(
+    cpu="Known CPU",
+    cores=2,
+    flags=("avx2", "avx_vnni"),
+    memory_mb=8000,
+    os="Linux",
+    python="CPython 3.11",
+    packages=(),
+)
+_SPEED = {"fp32": 50e6, "fp16": 50e6, "int8": 120e6, "fp8": 50e6}  # multiply-adds a millisecond
+
+
+def multiply_adds(piece: Piece) -> float:
+    """Products and sums of a piece; the same for every kind, near enough for a law."""
+    width, at = piece.width, piece.positions
+    if piece.kind in ("image-stem", "conv-stem"):
+        return 3 * piece.patch**2 * at * width
+    if piece.kind in ("image-block", "text-block"):
+        return at * (4 * width**2 + 2 * width * piece.hidden) + 2 * at**2 * width
+    if piece.kind in ("image-last", "text-last"):
+        return 2 * at * width**2 + 2 * width**2 + 2 * width * piece.hidden + width * piece.given
+    if piece.kind == "conv-block":
+        return at * (8 * width**2 + 49 * width)
+    return 4 * at * max(1, piece.given) * width if piece.kind == "conv-down" else width * 512
+
+
+def law(piece: Piece, precision: Precision) -> float:
+    """Milliseconds: nodes to start, products, and values to move; narrow pieces run slower."""
+    stays_float = piece.kind in ("image-stem", "conv-stem", "conv-down")
+    speed = _SPEED["fp32" if stays_float else precision]
+    products = multiply_adds(piece) / speed * (1 + 20 / piece.width)
+    return 0.01 + products + piece.positions * piece.width / 2e6
+
+
+def tower_ms(tower: AnyTower, precision: Precision, ms: Law = law) -> float:
+    """What a tower takes by a law."""
+    return sum(part.count * ms(part.piece, precision) for part in tower.parts())
+
+
+def known_device(
+    ms: Law = law, *, name: str = "known", few: bool = False, off: float = 0.0
+) -> MeasuredDevice:
+    """All that the standard probes would find, or only the few; whole towers take `off` more."""
+    device: DeviceProfile = device_from_machine(MACHINE)
+    return MeasuredDevice(
+        name=name,
+        created="2026-11-21T12:00:00+00:00",
+        command="edgeclip measure-probes probes --out known.json",
+        device=device,
+        machine=MACHINE,
+        rounds=30,
+        costs=tuple(
+            PieceCost(
+                probe=probe.name,
+                piece=probe.piece,
+                precision=probe.graph.precision,
+                ms=_exactly(ms(probe.piece, probe.graph.precision)),
+                samples_ms=(ms(probe.piece, probe.graph.precision),),
+                few=probe.few,
+            )
+            for probe in STANDARD.probes()
+            if probe.few or not few
+        ),
+        checks=tuple(
+            CheckTime(
+                name=check.name,
+                precision=check.graph.precision,
+                parts=check.graph.tower.parts(),
+                ms=_exactly((1 + off) * tower_ms(check.graph.tower, check.graph.precision, ms)),
+            )
+            for check in STANDARD.whole()
+            if check.few or not few
+        ),
+    )
+
+
+def _exactly(value: float) -> Interval:
+    return Interval(value, value, value)

@@ -1,0 +1,313 @@
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.images import ImageInput, list_images, load_image, load_picture
+from edgeclip.runtime.inputs.preprocess import preprocess
+from edgeclip.runtime.spec import ImageSpec
+
+ORIENTATION = 0x0112
+SPEC = ImageSpec(size=16, resize=20, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Smooth, and different in every corner and channel."""
+    x = np.linspace(0, 1, width)[None, :, None]
+    y = np.linspace(0, 1, height)[:, None, None]
+    weights = np.array([[200.0, 20.0], [30.0, 210.0], [90.0, 110.0]])
+    values = 15 + x * weights[:, 0] + y * weights[:, 1]
+    return Image.fromarray(values.round().astype(np.uint8))
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def oriented(width: int, height: int, orientation: int, form: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return encoded(gradient(width, height), form, exif=exif, **_quality(form))
+
+
+def _quality(form: str) -> dict[str, object]:
+    return {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
+
+
+def difference(first: Image.Image, second: Image.Image) -> float:
+    assert first.size == second.size
+    gap = np.asarray(first).astype(float) - np.asarray(second).astype(float)
+    return float(np.abs(gap).mean())
+
+
+def test_every_kind_of_input_gives_the_same_picture(tmp_path: Path) -> None:
+    picture = gradient(9, 6)
+    data = encoded(picture, "PNG")
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    inputs: list[ImageInput] = [path, str(path), data, picture, np.asarray(picture)]
+    for source in inputs:
+        loaded = load_image(source)
+        assert loaded.mode == "RGB"
+        assert loaded.tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
+def test_formats(form: str) -> None:
+    loaded = load_image(encoded(gradient(24, 16), form))
+    # GIF has 256 colours; the lossy ones are near.
+    assert difference(loaded, gradient(24, 16)) < 6
+
+
+def upright(picture: Image.Image, orientation: int) -> Image.Image:
+    """Turn as the EXIF table says: where the stored first row and column are shown."""
+    pixels = np.asarray(picture)
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_rotation_is_applied(orientation: int, form: str) -> None:
+    loaded = load_image(oriented(48, 32, orientation, form))
+    assert difference(loaded, upright(gradient(48, 32), orientation)) < 3
+    picture = load_picture(oriented(48, 32, orientation, form))
+    assert picture.full_size == loaded.size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_rotation_is_applied_once(orientation: int, form: str) -> None:
+    data = oriented(48, 32, orientation, form)
+    assert np.array_equal(preprocess(load_image(data), SPEC), preprocess(data, SPEC))
+
+
+def test_rotation_by_other_tags_is_applied_once() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    raw = exif.tobytes()
+    for key, value in (
+        ("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n"),
+        ("xmp", b'<x tiff:Orientation="6"/>'),
+        ("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>'),
+    ):
+        turned = gradient(48, 32)
+        turned.info[key] = value
+        once = load_image(turned)
+        assert once.size == (32, 48)
+        assert load_image(once).size == (32, 48)
+        assert key in turned.info
+
+
+def test_exif_rotation_of_a_pillow_image_leaves_the_callers_alone() -> None:
+    with Image.open(io.BytesIO(oriented(48, 32, 6))) as opened:
+        assert load_image(opened).size == (32, 48)
+        assert opened.size == (48, 32)
+
+
+def test_damaged_exif_does_not_spoil_the_picture() -> None:
+    data = encoded(gradient(16, 16), "JPEG", exif=b"Exif\0\0no EXIF data at all")
+    assert load_image(data).size == (16, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_reduced_jpeg_keeps_its_geometry(orientation: int) -> None:
+    width, height = 1003, 773  # no multiple of any reduction
+    picture = load_picture(oriented(width, height, orientation), min_side=30)
+    reduced_size = (126, 97)  # a reduction by 8, rounded up
+    whole = (width, height)
+    if orientation >= 5:
+        reduced_size, whole = reduced_size[::-1], whole[::-1]
+    assert picture.image.size == reduced_size
+    assert picture.full_size == whole
+    left, upper, right, lower = picture.region
+    assert right - left == pytest.approx(whole[0] / 8)
+    assert lower - upper == pytest.approx(whole[1] / 8)
+    # The region shows exactly the full picture: resampled, the two agree.
+    shown = picture.image.resize((60, 60), Image.Resampling.BICUBIC, box=picture.region)
+    full = load_image(oriented(width, height, orientation)).resize((60, 60))
+    assert difference(shown, full) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("min_side", "shortest"), [(30, 97), (40, 194), (64, 194), (100, 387), (400, 773)]
+)
+def test_reduction_leaves_three_times_the_side_that_is_needed(min_side: int, shortest: int) -> None:
+    picture = load_image(oriented(1003, 773, 1), min_side=min_side)
+    assert min(picture.size) == shortest
+    assert shortest == 773 or shortest >= 3 * min_side
+
+
+def test_cmyk_jpeg() -> None:
+    loaded = load_image(encoded(gradient(32, 32).convert("CMYK"), "JPEG", quality=95))
+    assert difference(loaded, gradient(32, 32)) < 4
+
+
+def test_ycck_jpeg() -> None:
+    # Pillow writes CMYK only. Write Y, Cb, Cr, K in its four planes and mark it as YCCK.
+    cyan, magenta, yellow, black = 200, 80, 30, 60
+    chroma = Image.new("RGB", (32, 32), (cyan, magenta, yellow)).convert("YCbCr")
+    planes = [plane.point(lambda value: 255 - value) for plane in chroma.split()]
+    stored = Image.merge("CMYK", (*planes, Image.new("L", (32, 32), black)))
+    data = bytearray(encoded(stored, "JPEG", quality=100))
+    marker = data.index(b"Adobe")
+    assert data[marker + 11] == 0
+    data[marker + 11] = 2
+    ink = Image.new("CMYK", (32, 32), (cyan, magenta, yellow, black))
+    assert difference(load_image(bytes(data)), ink.convert("RGB")) < 3
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PGM"])
+def test_sixteen_bit_grey_files(form: str) -> None:
+    grey = np.linspace(0, 65_535, 64).astype(np.uint16).reshape(8, 8)
+    if form == "PGM":
+        data = b"P5 8 8 65535\n" + grey.astype(">u2").tobytes()
+    else:
+        data = encoded(Image.fromarray(grey), form)
+    pixels = np.asarray(load_image(data)).astype(float)
+    assert np.abs(pixels[:, :, 1] - grey / 257).max() <= 0.5
+
+
+def test_float_tiff_outside_the_unit_range_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "depth.tiff"
+    Image.fromarray(np.full((4, 4), 7.5, dtype=np.float32)).save(path)
+    with pytest.raises(InputError, match=r"depth\.tiff.*must lie in \[0, 1\]"):
+        load_image(path)
+
+
+def test_transparent_palette_files() -> None:
+    picture = Image.new("P", (4, 4))
+    picture.putpalette([0, 0, 0, 200, 100, 50])
+    picture.putpixel((1, 1), 1)
+    for form in ("PNG", "GIF"):
+        pixels = np.asarray(load_image(encoded(picture, form, transparency=0)))
+        assert pixels[0, 0].tolist() == [255, 255, 255]
+        assert pixels[1, 1].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_animated_files_give_their_first_frame(form: str) -> None:
+    red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(red, form, save_all=True, append_images=[blue], duration=50, **options)
+    assert load_image(data).getpixel((4, 4)) == (255, 0, 0)
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.seek(1)
+        assert load_image(opened).getpixel((4, 4)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_truncated_files_name_the_path(form: str, share: float, tmp_path: Path) -> None:
+    data = encoded(gradient(64, 48), form)
+    path = tmp_path / "half.img"
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(InputError, match=r"half\.img"):
+        load_image(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"]),
+    st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=8),
+)
+def test_corrupt_bytes_give_a_picture_or_one_clear_error(
+    form: str, changes: list[tuple[float, int]]
+) -> None:
+    data = bytearray(encoded(gradient(20, 14), form))
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    try:
+        loaded = load_image(bytes(data))
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert loaded.mode == "RGB"
+
+
+def test_png_bomb_is_refused() -> None:
+    data = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
+    data[16:24] = struct.pack(">II", 30_000, 30_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(InputError, match="too many pixels"):
+        load_image(bytes(data))
+
+
+def test_postscript_is_not_run() -> None:
+    with pytest.raises(InputError, match="not an image of a known format"):
+        load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"", "0 bytes is not an image"),
+        (b"hello", "known format"),
+        ("missing.jpg", r"missing\.jpg does not exist"),
+        ("null\0.jpg", "cannot be used"),
+        ("x" * 5000, "cannot be used"),
+        (".", "is a directory"),
+        (Image.new("RGB", (0, 4)), "empty"),
+        (np.full((4, 4, 3), np.nan), "NaN"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(source: ImageInput, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_image(source)
+
+
+@pytest.mark.parametrize("source", [None, 7, [1, 2]])
+def test_other_types_are_refused(source: object) -> None:
+    with pytest.raises(InputError, match="give a path, bytes"):
+        load_image(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
+def test_unreadable_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "secret.png"
+    path.write_bytes(encoded(gradient(4, 4), "PNG"))
+    path.chmod(0)
+    with pytest.raises(InputError, match="permissions"):
+        load_image(path)
+
+
+def test_closed_pillow_image_is_refused() -> None:
+    image = Image.open(io.BytesIO(encoded(gradient(4, 4), "PNG")))
+    image.close()
+    with pytest.raises(InputError, match="Pillow image"):
+        load_image(image)
+
+
+def test_list_images_is_sorted_recursive_and_by_suffix(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a/z.png", "a/notes.txt", "c.webp", "._c.jpg", ".hidden/d.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    names = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
+    assert names == ["a/z.png", "b.JPG", "c.webp"]
+
+
+def test_list_images_refuses_what_holds_none(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="holds no images"):
+        list_images(tmp_path)
+    with pytest.raises(InputError, match="is a file"):
+        list_images(tmp_path / "notes.txt")
+    with pytest.raises(InputError, match="does not exist"):
+        list_images(tmp_path / "missing")
