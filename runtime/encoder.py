@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import FloatArray, Outputs
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.index import Hit, Index, check_embeddings
 from edgeclip.runtime.bundle.labels import LabelSet, bake_labels
@@ -24,13 +25,12 @@ from edgeclip.runtime.spec import (
     Tower,
 )
 from edgeclip.runtime.towers.fallback import choose_precision, open_or_fall_back
-from edgeclip.runtime.towers.tower_runner import Outputs, TowerRunner
+from edgeclip.runtime.towers.tower_runner import TowerRunner
 
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
     from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 
-FloatArray = NDArray[np.float32]
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 
 

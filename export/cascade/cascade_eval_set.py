@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 
 from edgeclip.compress.data.sources import FolderSource, Source, open_source
-from edgeclip.export.graph.embed_pairs import FloatArray, check_captions
+from edgeclip.export.graph.embed_pairs import check_captions
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.cascade.scores import embed_views
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.errors import ConfigError

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from edgeclip.compress.data.sources import FolderSource, Source
 from edgeclip.export.cascade.cascade_eval_set import Entries, Questions
 from edgeclip.export.cascade.cascade_report import Costs
-from edgeclip.export.graph.embed_pairs import FloatArray
-from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved
+from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, measure_interleaved
 from edgeclip.profiles.record.measurement import Measurement
 from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.arrays import FloatArray, Values
 from edgeclip.runtime.bundle.index import check_space
-from edgeclip.runtime.cascade.certificate import Flags, Trial, Values
+from edgeclip.runtime.cascade.certificate import Flags, Trial
 from edgeclip.runtime.cascade.scores import Evidence, Margin, Score, check_score, embed_views
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.link import LinkProfile
@@ -209,8 +209,8 @@ def measure_costs(
     first = np.empty(1, dtype=object)
     first[0] = source[0].image if query == "image" else str(source.caption(0))
     candidates = (
-        Candidate(STUDENT, asker(student, query, score, entries), first.repeat),
-        Candidate(TEACHER, asker(teacher, query, Margin(), entries), first.repeat),
+        BenchmarkTarget(STUDENT, asker(student, query, score, entries), first.repeat),
+        BenchmarkTarget(TEACHER, asker(teacher, query, Margin(), entries), first.repeat),
     )
     single = replace(workload, batch_sizes=(1,), cold_starts=0)
     with progress_bar("latency") as progress:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeclip.export.cascade.cascade_eval_set import Questions
 from edgeclip.export.cascade.cascade_evaluator import Examiner, IndexBy
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.cascade.certificate import (
     ASK_ALWAYS,
     Certificate,
@@ -26,7 +26,6 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
 from edgeclip.runtime.spec import Tower
 
-Values = NDArray[np.float64]
 PValue = Callable[[Values, float, float], float]  # of values in [low, high]
 
 _STAKES = 30

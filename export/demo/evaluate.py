@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
@@ -13,7 +12,11 @@ from edgeclip.compress.teachers.teacher_cache import embed_source
 from edgeclip.export.graph.embed_pairs import TowerGraph, graph_embedder, torch_embedder
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.profiles.measure.cold_start import measure_cold_start
-from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved, repeat_rows
+from edgeclip.profiles.measure.interleaved_runs import (
+    BenchmarkTarget,
+    measure_interleaved,
+    repeat_rows,
+)
 from edgeclip.profiles.measure.subject import (
     bundle_candidates,
     example_feed,
@@ -29,6 +32,7 @@ from edgeclip.profiles.report.report_data import (
     ShownAnswer,
 )
 from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -40,7 +44,6 @@ from edgeclip.runtime.towers.fallback import usable_precisions
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
 TEACHER, STUDENT, SHIPPED = "teacher", "student ", "student as shipped"
-Matrix = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,8 +52,8 @@ class Embedded:
 
     name: str
     role: Role
-    image: Matrix
-    text: Matrix
+    image: FloatArray
+    text: FloatArray
     ranks: Ranks
 
     @property
@@ -196,8 +199,8 @@ def measure_tower(
     inputs = golden_inputs(bundle, tower)
     teacher_embed = graph_embedder(teacher_onnx, spec, device)
     candidates = (
-        Candidate(TEACHER_TORCH, torch_embedder(teacher, tower), repeat_rows(inputs)),
-        Candidate(TEACHER_ONNX, teacher_embed, repeat_rows(inputs)),
+        BenchmarkTarget(TEACHER_TORCH, torch_embedder(teacher, tower), repeat_rows(inputs)),
+        BenchmarkTarget(TEACHER_ONNX, teacher_embed, repeat_rows(inputs)),
         *bundle_candidates(bundle, tower, device, prefix=STUDENT),
     )
     with progress_bar(f"{tower} tower") as progress:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.export.errors import GateError
-from edgeclip.export.graph.embed_pairs import FloatArray, PairEmbeddings
+from edgeclip.export.graph.embed_pairs import PairEmbeddings
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord
 from edgeclip.runtime.quality.retrieval import (

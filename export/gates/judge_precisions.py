@@ -22,13 +22,13 @@ from edgeclip.export.gates.gates import (
 from edgeclip.export.gates.zero_shot import ZeroShot
 from edgeclip.export.graph.embed_pairs import (
     TOWERS,
-    FloatArray,
     PairEmbeddings,
     TowerGraph,
     embed_all,
     graph_embedder,
     tower_inputs,
 )
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRemark
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Precision, Tower

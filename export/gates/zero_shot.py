@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from edgeclip.compress.data.emoji_scenes import BACKGROUNDS, vocabulary
 from edgeclip.compress.data.sources import EmojiSource, FolderSource, Pair, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.graph.embed_pairs import FloatArray, torch_embedder
+from edgeclip.export.graph.embed_pairs import torch_embedder
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.labels import LabelSet, bake_labels, split_names
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, DeviceProfile, load_device
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import ConfigError
@@ -37,7 +38,6 @@ class TowerGraph:
         return f"{self.tower} {self.precision}"
 
 
-FloatArray = NDArray[np.float32]
 Embedder = Callable[[NDArray[Any]], FloatArray]
 _BATCH = 32
 

@@ -161,9 +161,6 @@ def relative_error(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
     return off / length if length > 0 else float("inf")
 
 
-Values = NDArray[np.float64]
-
-
 class GraphEdit:
     """Nodes by the values that they make and read, and constants that can be replaced.
 

@@ -29,6 +29,7 @@ from edgeclip.export.graph.graph import (
     write_unchecked,
 )
 from edgeclip.export.graph.graph_values import GraphValues
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
@@ -99,8 +100,6 @@ _LEAST = 1 / 64  # of the larger extreme, that a cut keeps
 _CANDIDATES = 128  # cuts that are tried
 _ROUNDS = 2  # of looking for one end of a range while the other stays
 _NOTHING = 1e-4  # the probability of what a quantized histogram says cannot be
-
-Edges = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +205,7 @@ class Histogram:
         return self._counts
 
     @property
-    def edges(self) -> Edges:
+    def edges(self) -> Values:
         """Where the bins begin and end: float64 [2 * bins + 1], rising."""
         limit = self._limit or 1.0
         return np.linspace(-limit, limit, 2 * self._bins + 1)
@@ -298,7 +297,7 @@ def squared_error(histogram: Histogram, kept: Range, levels: Levels) -> float:
     return float(counts @ np.diff(whole) / (edges[1] - edges[0]) / total)
 
 
-def _cube(values: Edges) -> Edges:
+def _cube(values: Values) -> Values:
     return values * values * values  # many times as fast as **3
 
 
@@ -315,13 +314,13 @@ def _balanced(seen: Range) -> Range:
     return Range(-seen.bound, seen.bound)
 
 
-def _quantile(counts: NDArray[np.int64], edges: Edges, share: float) -> float:
+def _quantile(counts: NDArray[np.int64], edges: Values, share: float) -> float:
     """Return the value below which a share of the values lies."""
     below = np.concatenate([[0], np.cumsum(counts)])
     return float(np.interp(share * below[-1], below, edges))
 
 
-def _divergence(counts: NDArray[np.int64], edges: Edges, kept: Range, levels: int) -> float:
+def _divergence(counts: NDArray[np.int64], edges: Values, kept: Range, levels: int) -> float:
     """Divergence of the clipped values from their quantized histogram, in nats.
 
     What is clipped goes to the last bin on its side. The histogram is quantized by joining

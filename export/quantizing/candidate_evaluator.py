@@ -21,7 +21,6 @@ from edgeclip.export.graph.calibration import CalibrationData, calibration_data
 from edgeclip.export.graph.embed_pairs import (
     TOWERS,
     Embedder,
-    FloatArray,
     TowerGraph,
     embed_all,
     graph_embedder,
@@ -59,6 +58,7 @@ from edgeclip.export.quantizing.sensitivity import Probe, Sensitivity, measure_d
 from edgeclip.export.quantizing.smooth import search_alphas
 from edgeclip.export.quantizing.write_config import apply_transforms, write_config
 from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.quality.intervals import Interval

@@ -18,8 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
 from edgeclip.export.graph.graph import PRODUCTS, opset_of, with_opset
-from edgeclip.export.graph.graph_values import GraphEdit, Values, attribute
+from edgeclip.export.graph.graph_values import GraphEdit, attribute
 from edgeclip.export.quantizing.activation_ranges import run_batches
+from edgeclip.runtime.arrays import Values
 
 _SUM, _COUNT = "sum_of_errors:", "count_of_errors:"  # outputs, followed by a node's name
 _INSIDE = "quantized:"  # begins all names that come from the quantized graph

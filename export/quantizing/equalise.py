@@ -23,7 +23,8 @@ import numpy as np
 import onnx
 
 from edgeclip.export.graph.graph import PRODUCTS
-from edgeclip.export.graph.graph_values import GraphEdit, Values, attribute, input_axis
+from edgeclip.export.graph.graph_values import GraphEdit, attribute, input_axis
+from edgeclip.runtime.arrays import Values
 
 # Give s times as much for s times as much, channel by channel, and keep the channels apart.
 _EQUIVARIANT = ("Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Identity")

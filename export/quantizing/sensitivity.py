@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.embed_pairs import FloatArray
 from edgeclip.export.graph.graph import PRODUCTS, load_graph, opset_of, with_opset, write_unchecked
 from edgeclip.export.quantizing.node_groups import NodeGroup
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
 from edgeclip.runtime.engines.providers import CPU

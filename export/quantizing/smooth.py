@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
 from edgeclip.export.graph.graph import load_graph
-from edgeclip.export.graph.graph_values import GraphEdit, Values, attribute, input_axis
+from edgeclip.export.graph.graph_values import GraphEdit, attribute, input_axis
 from edgeclip.export.quantizing.activation_ranges import SIGNED, UNSIGNED, Histogram, Range, observe
 from edgeclip.export.quantizing.config import Smoothing, StaticInt8
-
-FloatArray = NDArray[np.float32]
+from edgeclip.runtime.arrays import FloatArray, Values
 
 
 class LayerError:

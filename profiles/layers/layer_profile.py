@@ -1,25 +1,26 @@
 """How long each node of a tower takes in ONNX Runtime, from the trace of a profiled session."""
 
 import json
+import statistics
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from edgeclip.profiles.layers.node_costs import TensorType, node_bytes, node_flops
 from edgeclip.profiles.measure.subject import example_feed
-from edgeclip.profiles.record.measurement import Layer, LayerProfile, layer_profile, run_in_turns
+from edgeclip.profiles.record.measurement import LayerProfile
+from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine, make_ort_engine
 from edgeclip.runtime.engines.providers import CPU, provider_of
-from edgeclip.runtime.errors import EngineError
+from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.towers.tower_runner import open_tower
 
@@ -96,8 +97,6 @@ def _tensors(listed: Sequence[dict[str, list[int]]]) -> tuple[TensorType, ...]:
     return tuple((kind, tuple(shape)) for item in listed for kind, shape in item.items())
 
 
-Feed = Mapping[str, NDArray[Any]]
-
 _NO_PREPACKING = {"session.disable_prepacking": "1"}
 
 
@@ -152,7 +151,7 @@ def profile_layers(
 
 
 def profile_layers_of(
-    model: Path | bytes, feed: Feed, device: DeviceProfile, *, runs: int = 50, warm_up: int = 10
+    model: Path | bytes, feed: Tensors, device: DeviceProfile, *, runs: int = 50, warm_up: int = 10
 ) -> LayerProfile:
     """Time each layer of any ONNX graph; see `profile_layers`.
 
@@ -173,7 +172,7 @@ def profile_layers_of(
 
 
 def _profile(
-    graph: _Graph, feed: Feed, device: DeviceProfile, *, runs: int, warm_up: int
+    graph: _Graph, feed: Tensors, device: DeviceProfile, *, runs: int, warm_up: int
 ) -> LayerProfile:
     provider = provider_of(device).name
     times, counted = _run(graph, feed, device, runs, warm_up)
@@ -181,13 +180,13 @@ def _profile(
     nodes = {node.key: node for run in counted for node in run}
     layers = {key: _layer(known.get(key, node), node.provider) for key, node in nodes.items()}
     where = "" if device.on_cpu else ", the host's time alone"
-    return layer_profile(
+    return summarize_layers(
         f"ONNX Runtime profiling{where}", layers, [_sums(run) for run in counted], times
     )
 
 
 def _run(
-    graph: _Graph, feed: Feed, device: DeviceProfile, runs: int, warm_up: int
+    graph: _Graph, feed: Tensors, device: DeviceProfile, runs: int, warm_up: int
 ) -> tuple[tuple[float, ...], list[list[NodeRun]]]:
     """Milliseconds of the plain runs, and the nodes of the profiled ones."""
     plain = open_engine(
@@ -199,7 +198,7 @@ def _run(
     )
     with ExitStack() as stack:
         traced = _open_traced(graph, device, stack)
-        times = run_in_turns(
+        times = run_alternately(
             partial(plain.run, feed), partial(traced.run, feed), runs=runs, warm_up=warm_up
         )
         counted = traced.finish()[warm_up:]
@@ -208,7 +207,7 @@ def _run(
     return times, counted
 
 
-def _with_weights(graph: _Graph, feed: Feed, device: DeviceProfile) -> dict[NodeKey, NodeRun]:
+def _with_weights(graph: _Graph, feed: Tensors, device: DeviceProfile) -> dict[NodeKey, NodeRun]:
     """Nodes with the weights among their inputs; none where the graph does not run like that."""
     with ExitStack() as stack, suppress(EngineError):
         engine = _open_traced(graph, device, stack, _NO_PREPACKING)
@@ -284,3 +283,73 @@ def _open_traced(
     )
     stack.callback(engine.finish)  # it would write its file after the folder is gone
     return engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What is known of a layer before it is timed; see `LayerTime`."""
+
+    name: str
+    op: str
+    provider: str
+    flops: float | None
+    bytes: float | None
+
+
+def summarize_layers(
+    source: str,
+    layers: Mapping[Key, Layer],
+    runs: Sequence[Mapping[Key, float]],
+    plain_ms: Sequence[float],
+) -> LayerProfile:
+    """Medians over runs, the slowest layer first.
+
+    Args:
+        source: see `LayerProfile`.
+        layers: every layer that ran, by whatever tells it from the others.
+        runs: milliseconds of each layer, one mapping a run; a layer that a run lacks took none.
+        plain_ms: whole runs without profiling.
+    """
+    medians = {key: statistics.median(run.get(key, 0.0) for run in runs) for key in layers}
+    total = sum(medians.values())
+    times = (
+        LayerTime(
+            name=layer.name,
+            op=layer.op,
+            provider=layer.provider,
+            ms=medians[key],
+            share=medians[key] / total if total else 0.0,
+            flops=layer.flops,
+            bytes=layer.bytes,
+        )
+        for key, layer in layers.items()
+    )
+    return LayerProfile(
+        source=source,
+        runs=len(runs),
+        total_ms=statistics.median(sum(run.values()) for run in runs),
+        plain_ms=statistics.median(plain_ms),
+        layers=tuple(sorted(times, key=lambda layer: -layer.ms)),
+    )
+
+
+def run_alternately(
+    plain: Callable[[], object], profiled: Callable[[], object], *, runs: int, warm_up: int
+) -> tuple[float, ...]:
+    """Run both `warm_up` times and then `runs` times, in turns; milliseconds of the plain runs.
+
+    Raises:
+        InputError: fewer than one run, or less than no warm-up.
+    """
+    if runs < 1 or warm_up < 0:
+        raise InputError(f"profile at least 1 run after 0 or more, not {runs} after {warm_up}")
+    times = []
+    for number in range(warm_up + runs):
+        if number % 2:
+            profiled()
+        start = time.perf_counter()
+        plain()
+        times.append(1e3 * (time.perf_counter() - start))
+        if not number % 2:
+            profiled()
+    return tuple(times[warm_up:])

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeclip.profiles.measure.interleaved_runs import no_garbage_collection, round_order
 from edgeclip.profiles.predict.measured_device import Carried, CheckTime, MeasuredDevice, PieceCost
@@ -17,6 +16,7 @@ from edgeclip.profiles.predict.probe_set import CheckTower, GraphInput, Probe, P
 from edgeclip.profiles.predict.tower_shapes import Kind, Piece
 from edgeclip.profiles.record.timing_statistics import percentile_interval
 from edgeclip.profiles.sensors.interference import InterferenceWatch
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.console import Progress
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import detect_machine
@@ -33,7 +33,6 @@ _WARM_RUNS = 3
 
 Item = Probe | CheckTower
 Run = Callable[[], object]
-Samples = NDArray[np.float64]
 
 
 def measure_probes(
@@ -65,7 +64,7 @@ def measure_probes(
         raise InputError(f"give at least {FEWEST_ROUNDS} rounds, got {rounds}")
     items = _chosen(probes, device, few)
     groups = list(_groups(items))
-    samples: dict[str, Samples] = {}
+    samples: dict[str, Values] = {}
     with InterferenceWatch() as watch:
         for number, group in enumerate(groups):
             step = _step(progress, number, len(groups), rounds)
@@ -100,7 +99,7 @@ def _time_group(
     device: DeviceProfile,
     rounds: int,
     step: Callable[[int], None],
-) -> dict[str, Samples]:
+) -> dict[str, Values]:
     """Load some probes and time them; their memory is free again when this returns."""
     runs = {item.name: _runner(probes, item.graph, device) for item in group}
     return time_in_turns(runs, rounds, step)
@@ -108,7 +107,7 @@ def _time_group(
 
 def time_in_turns(
     runs: Mapping[str, Run], rounds: int, step: Callable[[int], None] = lambda done: None
-) -> dict[str, Samples]:
+) -> dict[str, Values]:
     """Milliseconds of one run, by name, one value a round: [rounds].
 
     A round's value is the median of the later half of the turn's runs.
@@ -193,7 +192,7 @@ def _runner(probes: ProbeSet, graph: GraphInput, device: DeviceProfile) -> Run:
     return lambda: engine.run(feeds)
 
 
-def _cost(probe: Probe, samples: Mapping[str, Samples]) -> PieceCost:
+def _cost(probe: Probe, samples: Mapping[str, Values]) -> PieceCost:
     """The time of one piece, round by round; noise can take that of a small one below 0."""
     beyond = 0.0 if probe.beyond is None else samples[probe.beyond]
     ms = (samples[probe.name] - beyond) / probe.count

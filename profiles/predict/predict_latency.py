@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from edgeclip.profiles.predict.measured_device import MeasuredDevice, PieceCost
 from edgeclip.profiles.predict.tower_shapes import AnyTower, Kind, Part, Piece
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Precision
-
-Values = NDArray[np.float64]
 
 FARTHEST = 3.0  # times the largest measured size, or part of the smallest: beyond, nothing is said
 _REACH = 1.0  # of the Gaussian process, in natural logarithms of a size

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import (
     GOLDEN_NAME,
     MANIFEST_NAME,
@@ -26,7 +27,6 @@ from edgeclip.runtime.spec import Precision, Tower
 if TYPE_CHECKING:
     from edgeclip.runtime.bundle.labels import LabelSet
 
-FloatArray = NDArray[np.float32]
 _KIND = "edgeclip-golden-2"
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.manifest import FileRecord, Manifest
@@ -23,7 +24,6 @@ ASK_ALWAYS = 3.0  # a threshold above every score
 ASK_NEVER = -2.0  # one below every score
 
 Flags = NDArray[np.bool_]
-Values = NDArray[np.float64]
 
 
 def is_unsure(scores: Values, threshold: float) -> Flags:

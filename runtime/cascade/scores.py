@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.bundle.index import check_matrix
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Tower
@@ -73,9 +74,6 @@ def _enlarged(picture: Image.Image, corner: Sequence[float], share: float) -> ND
     side = picture.width * share
     box = (left, upper, left + side, upper + side)
     return np.asarray(picture.resize(picture.size, Image.Resampling.BICUBIC, box=box))
-
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

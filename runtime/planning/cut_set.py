@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Outputs
 from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.bundle.manifest import FileRecord
 from edgeclip.runtime.device.schema import Range, check_ranges, parse
 from edgeclip.runtime.engines.engine import Engine, open_engine
 from edgeclip.runtime.errors import ConfigError, EdgeClipError, EngineError, InputError
 from edgeclip.runtime.spec import ImageSpec, PixelForm, Precision, Tower
-from edgeclip.runtime.towers.tower_runner import Outputs, in_batches, tower_feed
+from edgeclip.runtime.towers.tower_runner import in_batches, tower_feed
 
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile

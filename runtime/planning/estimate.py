@@ -7,6 +7,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.device.schema import Range, check_ranges
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.link_state import LinkState, draw_exchange
@@ -20,8 +21,6 @@ from edgeclip.runtime.wire.messages import (
     encode_request,
     encode_response,
 )
-
-Values = NDArray[np.float64]
 
 
 def draw_waiting(service_ms: Values, utilisation: float, rng: np.random.Generator) -> Values:

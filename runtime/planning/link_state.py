@@ -24,12 +24,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.device.link import LinkProfile
 from edgeclip.runtime.device.schema import Range, check_ranges
-
-Values = NDArray[np.float64]
 
 SEGMENT = 1448  # bytes of payload in an Ethernet frame, with TCP timestamps
 FIRST_WINDOW = 10  # segments, RFC 6928

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.errors import InputError
-
-Values = NDArray[np.float64]
 
 _INDICES_AT_ONCE = 1 << 21  # 16 MiB of indices, and as much of values
 

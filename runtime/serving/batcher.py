@@ -6,11 +6,10 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Outputs, Tensors
 from edgeclip.runtime.errors import EngineError
 from edgeclip.runtime.serving.limits import (
     BatchLimits,
@@ -19,11 +18,10 @@ from edgeclip.runtime.serving.limits import (
     QueueFullError,
 )
 from edgeclip.runtime.serving.metrics import ModelMetrics
-from edgeclip.runtime.serving.models import Arrays, Model, Served
+from edgeclip.runtime.serving.models import Model, Served
 from edgeclip.runtime.wire.messages import Parameter
 from edgeclip.runtime.wire.tensors import WireError, datatype_of
 
-Outputs = dict[str, NDArray[Any]]
 Answer = Outputs | BaseException
 
 
@@ -31,7 +29,7 @@ Answer = Outputs | BaseException
 class Share:
     """What one request brings to a run: arrays whose first axis has `rows`, and parameters."""
 
-    inputs: Arrays
+    inputs: Tensors
     parameters: Mapping[str, Parameter]
     rows: int
 
@@ -187,7 +185,7 @@ class Batcher:
 
     def submit(
         self,
-        inputs: Arrays,
+        inputs: Tensors,
         parameters: Mapping[str, Parameter],
         *,
         rows: int,

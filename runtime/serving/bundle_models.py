@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Outputs, Tensors
 from edgeclip.runtime.bundle.index import check_space, check_unit_rows
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -19,9 +20,8 @@ from edgeclip.runtime.planning.cut_set import (
     tail_model,
     tail_name,
 )
-from edgeclip.runtime.serving.models import Arrays, Model, TensorSpec, take_top
+from edgeclip.runtime.serving.models import Model, TensorSpec, take_top
 from edgeclip.runtime.spec import OUTPUT_NAMES, PATCH_OUTPUT
-from edgeclip.runtime.towers.tower_runner import Outputs
 from edgeclip.runtime.wire.codec import FLOAT_CODECS, PIXEL_CODECS, codec_name, decode
 from edgeclip.runtime.wire.messages import CODEC, CUT, SPACE_ID, Parameter
 from edgeclip.runtime.wire.tensors import BYTES, get_flag
@@ -84,7 +84,7 @@ class ImageModel(_BundleModel):
         super().__init__(encoder, name)
         self.outputs = (self._embeddings(OUTPUT_NAMES["image"]),)
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Embed them; see `Encoder.encode_image`."""
         return {OUTPUT_NAMES["image"]: self._encoder.encode_image(inputs["images"].tolist())}
 
@@ -98,7 +98,7 @@ class PixelModel(_BundleModel):
         self.inputs = (TensorSpec(name="pixels", datatype="UINT8", shape=(-1, size, size, 3)),)
         self.outputs = (self._embeddings(OUTPUT_NAMES["image"]),)
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Embed them; see `Encoder.encode_pixels`."""
         return {OUTPUT_NAMES["image"]: self._encoder.encode_pixels(inputs["pixels"])}
 
@@ -112,7 +112,7 @@ class TextModel(_BundleModel):
         super().__init__(encoder, name)
         self.outputs = (self._embeddings(OUTPUT_NAMES["text"]),)
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Embed them; see `Encoder.encode_text`."""
         try:
             texts = [text.decode() for text in inputs["texts"]]
@@ -128,7 +128,7 @@ class PatchModel(_BundleModel):
     inputs = (_IMAGES,)
     outputs = (TensorSpec(name=PATCH_OUTPUT, datatype="FP32", shape=(-1, -1, -1, -1)),)
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Look at them; see `Encoder.encode_patches`."""
         return {PATCH_OUTPUT: self._encoder.encode_patches(inputs["images"].tolist())}
 
@@ -149,7 +149,7 @@ class LabelModel(_BundleModel):
         self.inputs = (self._embeddings(OUTPUT_NAMES["image"]),)
         self._labels = labels
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Classify them; see `Encoder.classify_embeddings`."""
         top = take_top(parameters, _TOP, len(self._labels.names))
         embeddings = inputs[OUTPUT_NAMES["image"]]
@@ -194,7 +194,7 @@ class CutTail:
         self._most = device.batch_max
         self._engine = open_half(cuts, tail_name(number), device)
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> Outputs:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> Outputs:
         """Answer a request.
 
         Raises:

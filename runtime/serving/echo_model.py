@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.serving.models import Arrays, TensorSpec
+from edgeclip.runtime.arrays import Tensors
+from edgeclip.runtime.serving.models import TensorSpec
 from edgeclip.runtime.wire.messages import Parameter
 
 
@@ -18,7 +19,7 @@ class EchoModel:
     outputs = (TensorSpec(name="size", datatype="INT64", shape=(-1,)),)
     space: str | None = None
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Answer a request."""
         rows, size = inputs["data"].shape
         return {"size": np.full(rows, size, np.int64)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Outputs
 from edgeclip.runtime.bundle.index import check_space
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.serving.batcher import Batcher
@@ -24,8 +25,6 @@ from edgeclip.runtime.wire.messages import (
     Parameter,
     get_number,
 )
-
-Outputs = dict[str, NDArray[Any]]
 
 _MOST_ENTRIES = 10_000
 _MOST_BYTES = 64 << 20

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.wire.messages import TOP, Parameter, get_number
 from edgeclip.runtime.wire.tensors import datatype_of
 
-Arrays = Mapping[str, NDArray[Any]]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # a part of a path, without escapes
 
 
@@ -73,7 +73,7 @@ class Model(Protocol):
         """Fingerprint of the embedding space that it works in, if it has one."""
         ...
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Answer; the arrays are read-only.
 
         Raises:
@@ -130,7 +130,7 @@ class Registry:
         return iter(self._served.values())
 
 
-def check_inputs(model: Model, inputs: Arrays) -> int:
+def check_inputs(model: Model, inputs: Tensors) -> int:
     """Check what a request gives against what a model takes; return the number of its rows.
 
     Where the model does not say what it takes, that is the longest first axis.
@@ -175,7 +175,7 @@ def _names(names: Any) -> str:
     return ", ".join(repr(name[:40]) for name in sorted(names)) or "none"
 
 
-Function = Callable[[Arrays, Mapping[str, Parameter]], dict[str, NDArray[Any]]]
+Function = Callable[[Tensors, Mapping[str, Parameter]], dict[str, NDArray[Any]]]
 
 
 class FunctionModel:
@@ -227,7 +227,7 @@ class FunctionModel:
             raise InputError(f"{path!r} is no function, but {type(function).__name__}")
         return cls(function, name)
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Call the function."""
         return self._function(inputs, parameters)
 

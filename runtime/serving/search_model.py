@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.bundle.index import Hit, Index, check_embeddings
-from edgeclip.runtime.serving.models import Arrays, TensorSpec, take_top
+from edgeclip.runtime.serving.models import TensorSpec, take_top
 from edgeclip.runtime.wire.messages import Parameter
 from edgeclip.runtime.wire.tensors import BYTES
 
@@ -158,7 +159,7 @@ class SearchModel:
         self._search, how = _exact(index) if is_exact else _approximate(index, folder)
         self.about = f"{name}: {count:,} entries, {how}"
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Search; see `Index.search`."""
         queries = inputs["embeddings"]
         check_embeddings(queries, self._dim, "embeddings")

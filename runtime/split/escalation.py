@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.scores import Evidence, embed_views
 from edgeclip.runtime.encoder import Encoder
@@ -19,7 +20,6 @@ from edgeclip.runtime.wire.messages import InferRequest
 
 _log = logging.getLogger(__name__)
 
-FloatArray = NDArray[np.float32]
 Defer = Callable[[str, InferRequest], object]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import Hit, check_embeddings, check_space
 from edgeclip.runtime.encoder import Answer, Encoder
 from edgeclip.runtime.errors import InputError
@@ -158,7 +159,6 @@ def _small_file(image: ImageInput) -> bytes | None:
         return None
 
 
-FloatArray = NDArray[np.float32]
 Item = TypeVar("Item", Answer, Hit)
 
 _EMBEDDINGS = "image_embeds"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.split.errors import ServerError
 from edgeclip.runtime.split.http_client import RecentTimes, Server
@@ -144,8 +144,6 @@ class ServerOrDevice:
         reserve = self._time.reserve_s(*works, count=count)
         return deadline.earlier(reserve) if reserve < deadline.left() else deadline
 
-
-FloatArray = NDArray[np.float32]
 
 _WARM_RUNS = 5
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import Hit, Index, check_space, one_thread_for_products
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.encoder import Answer, Encoder
@@ -31,7 +32,6 @@ from edgeclip.runtime.split.resilience import Deadline
 if TYPE_CHECKING:
     from edgeclip.runtime.planning.cut_set import CutSet
 
-FloatArray = NDArray[np.float32]
 T = TypeVar("T")
 Answers = list[tuple[Answer, ...]]
 Hits = list[tuple[Hit, ...]]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Outputs
 from edgeclip.runtime.bundle.bundle import Bundle, Golden
 from edgeclip.runtime.bundle.index import check_unit_rows
 from edgeclip.runtime.bundle.manifest import GateRecord
@@ -28,8 +29,6 @@ from edgeclip.runtime.spec import (
 if TYPE_CHECKING:
     from edgeclip.runtime.bundle.engine_records import GraphSource
     from edgeclip.runtime.device.device_profile import DeviceProfile
-
-Outputs = dict[str, NDArray[Any]]
 
 
 def tower_feed(

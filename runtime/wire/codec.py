@@ -5,7 +5,6 @@ import io
 import math
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from edgeclip.runtime.arrays import FloatArray, Tensors
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.inputs.images import ImageInput
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
 from edgeclip.runtime.spec import ImageSpec
 
 CodecName = Literal["fp32", "fp16", "int8", "int8-zstd", "uint8", "uint8-zstd"]
-FloatArray = NDArray[np.float32]
-Tensors = Mapping[str, NDArray[Any]]
 Shape = tuple[int, ...]
 
 FLOAT_CODECS: tuple[CodecName, ...] = ("fp32", "fp16", "int8", "int8-zstd")

@@ -17,6 +17,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.wire.tensors import (
     BYTES,
     Parameter,
@@ -78,7 +79,6 @@ _MOST_TENSORS = 256
 _ALIGNMENT = 64  # bytes: the first tensor lies so, and is read without a copy
 
 Body = bytes | bytearray | memoryview
-Tensors = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from _consumer_models import convnext_bert, openai_layout
 from numpy.typing import NDArray
@@ -14,12 +13,12 @@ from numpy.typing import NDArray
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.to_onnx import export_towers
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.inputs.preprocess import preprocess_batch
 from edgeclip.runtime.spec import ImageSpec
 
-FloatArray = NDArray[np.float32]
 TEACHER = Path(__file__).parents[2] / "compress" / "emoji_teacher"
 _SIZES = ((240, 240), (240, 180), (150, 240), (64, 64), (48, 48), (37, 29))  # px, wide and high
 _AWKWARD = ("RED Apple", "café, 3 stars!", "two  spaces and\ta tab", "", "☕ über 東京", "a-b_c's")

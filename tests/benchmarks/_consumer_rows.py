@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from _consumer_cases import Case, FloatArray
+from _consumer_cases import Case
 
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.console import columns
 
 # What is held to the bar, by tower and kind of input, and what it is called there.

@@ -16,6 +16,7 @@ from edgeclip.export.graph.embed_pairs import tower_inputs
 from edgeclip.export.graph.export_modules import tower_module
 from edgeclip.export.graph.to_onnx import export_tower
 from edgeclip.export.quantizing.fp16 import write_fp16
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import tower_path
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.quality.retrieval import cosines
@@ -24,7 +25,6 @@ from edgeclip.runtime.towers.tower_runner import tower_feed
 
 GpuPrecision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[GpuPrecision, ...] = ("fp32", "fp16")
-FloatArray = NDArray[np.float32]
 
 _PIXELS: PixelForm = "float32-nchw"
 _INPUTS = 32  # how many different pictures and captions there are

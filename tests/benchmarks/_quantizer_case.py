@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _quantizer_race import Entrant, FloatArray, embed
+from _quantizer_race import Entrant, embed
 from graph_work import padded_ids, plain_graph
 from numpy.typing import NDArray
 
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import EmojiSource, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, data_record
@@ -37,6 +37,7 @@ from edgeclip.export.quantizing.search_task import (
     split_calibration,
 )
 from edgeclip.export.quantizing.write_config import write_config
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.quality.intervals import Interval, bootstrap

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from edgeclip.profiles.measure.interleaved_runs import round_order
 from edgeclip.profiles.record.timing_statistics import latency_of, paired_ratio_of
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.errors import EngineError
 from edgeclip.runtime.quality.intervals import Interval
 
 PROCESS = Path(__file__).parent / "_quantizer_process.py"
 _WARM = 0.5  # seconds
 _CONTENDED = 0.1  # share of the time that a process was ready to run but had no core
-FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

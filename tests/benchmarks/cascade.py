@@ -33,6 +33,7 @@ from edgeclip.export.cascade.cascade_report import (
 from edgeclip.export.cascade.certify import CascadePlan, Certified, certify, choose_threshold
 from edgeclip.profiles.measure.interleaved_runs import round_order
 from edgeclip.profiles.record.conditions import CpuSnapshot
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.certificate import Trial
@@ -48,7 +49,6 @@ STUDENT, TEACHER, CASCADE = "student", "teacher", "cascade"
 WARM_UP, PASSES = 20, 5
 CONTENDED = 0.1
 
-FloatArray = NDArray[np.float32]
 Run = Callable[[bytes], int]
 
 

@@ -15,17 +15,16 @@ from pathlib import Path
 import numpy as np
 from _bars import Bar, command, finish, options
 from _cascade_case import Case, Sizes, open_case, say
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
 from edgeclip.compress.data.sources import EmojiSource, Pair, Source
 from edgeclip.export.cascade.certify import CascadePlan, certify
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.cascade.certificate import Certificate, Trial
 from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, ScoreSample
 from edgeclip.runtime.cascade.scores import Margin
 from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
 
-Values = NDArray[np.float64]
 Alter = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 ALPHA = 0.05  # of the bar; so many streams tell 1% from 0.8% by chance only

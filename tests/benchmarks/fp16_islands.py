@@ -27,7 +27,7 @@ from _bars import Bar, finish, options
 from _environment import InstallError, environment
 from _fp16_cases import Case, open_cases, write_naive
 from _quantizer_grow import BUILD
-from _quantizer_race import FloatArray, make
+from _quantizer_race import make
 from _quantizer_rows import Row as GateRow
 from _quantizer_rows import gate_bars
 
@@ -36,6 +36,7 @@ from edgeclip.export.gates.gates import DEFAULT_BOUNDS, judge_tower
 from edgeclip.export.graph.graph import PRODUCTS, load_graph
 from edgeclip.export.quantizing.fp16 import emulate_half, half_values, write_fp16
 from edgeclip.export.quantizing.mixed_fp16 import embed, find_islands
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.errors import EngineError, first_line
 from edgeclip.runtime.quality.retrieval import cosines

@@ -24,6 +24,7 @@ from _interop_server import REQUIREMENTS, pytriton
 from numpy.typing import NDArray
 from PIL import Image
 
+from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.bundle.files import tower_path
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import EdgeClipError
@@ -44,7 +45,6 @@ _CLIENTS = ("tritonclient", "kserve")
 _SECONDS = 120
 _HOST = "127.0.0.1"
 _PYTRITON = REQUIREMENTS["nvidia-pytriton"][0].replace("==", " ")
-Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ def asked_by(client: str, work: Path, addresses: tuple[str, str], folder: Path) 
     return found
 
 
-def client_rows(client: str, found: Mapping[str, Any], wanted: Arrays) -> Iterator[Row]:
+def client_rows(client: str, found: Mapping[str, Any], wanted: Tensors) -> Iterator[Row]:
     """Compare what a client was given with what the encoder gives."""
     for row in found["rows"]:
         embeddings, model = row["embeddings"], row["model"]

@@ -45,12 +45,13 @@ from _quantizer_case import (
     size_mb,
 )
 from _quantizer_grow import BUILD, VIT_8M, grown
-from _quantizer_race import QUICK_EFFORT, Effort, Entrant, FloatArray, make, race
+from _quantizer_race import QUICK_EFFORT, Effort, Entrant, make, race
 from _quantizer_rows import Row, gate_bars, print_quality, print_speed, ran_on
 from _quantizer_student import kept_student
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.quantizing.config import DynamicInt8, default_config
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.errors import EngineError
 from edgeclip.runtime.quality.intervals import Interval

@@ -17,12 +17,12 @@ from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.fp16 import write_fp16
 from edgeclip.export.quantizing.static_int8 import write_int8
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import Precision, Tower
 
 Make = Callable[..., Source]
 Values = NDArray[np.generic]
-FloatArray = NDArray[np.float32]
 
 # Without the first, OpenVINO computes in bfloat16 on processors that can.
 CONFIG = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}

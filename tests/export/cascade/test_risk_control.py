@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from edgeclip.export.cascade.certify import (
     PValue,
@@ -16,6 +15,7 @@ from edgeclip.export.cascade.certify import (
     hoeffding_bentkus,
     share_error,
 )
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.cascade.certificate import (
     ASK_ALWAYS,
     ASK_NEVER,
@@ -27,7 +27,6 @@ from edgeclip.runtime.errors import InputError
 
 BOUND, DELTA = 0.95, 0.05
 TESTS = (betting, hoeffding_bentkus)
-Values = NDArray[np.float64]
 
 
 def surplus(

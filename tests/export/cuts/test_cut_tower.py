@@ -1,6 +1,6 @@
 """Every cut of real towers: where it is, and that its halves compute what the whole does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from tests.export.quantizing.small_graphs import graph_of
 SIZE = 32
 IMAGE = ImageSpec(size=SIZE, resize=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)
-Feed = Mapping[str, NDArray[Any]]
 Opener = Callable[[Path], Engine]
 
 

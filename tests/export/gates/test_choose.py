@@ -7,7 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeclip.export.gates.select_precision import choose_fastest
-from edgeclip.export.graph.embed_pairs import Embedder, FloatArray
+from edgeclip.export.graph.embed_pairs import Embedder
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.spec import Precision
 from tests.conftest import QUICK
 

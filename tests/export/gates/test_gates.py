@@ -15,24 +15,24 @@ from edgeclip.export.gates.gates import (
     refuse_missed,
 )
 from edgeclip.export.graph.embed_pairs import PairEmbeddings
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord
 from edgeclip.runtime.quality.intervals import Interval
 
-Floats = NDArray[np.float32]
 BOUNDS = Bounds(mean_cosine=0.99, p1_cosine=0.97)
 
 
-def unit(rows: NDArray[np.float64]) -> Floats:
-    found: Floats = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+def unit(rows: NDArray[np.float64]) -> FloatArray:
+    found: FloatArray = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     return found
 
 
-def random_rows(count: int = 200, seed: int = 0) -> Floats:
+def random_rows(count: int = 200, seed: int = 0) -> FloatArray:
     return unit(np.random.default_rng(seed).normal(size=(count, 16)))
 
 
-def turned(rows: Floats, cosine: float) -> Floats:
+def turned(rows: FloatArray, cosine: float) -> FloatArray:
     """Rows whose cosine with the given ones is exactly `cosine`."""
     other = np.roll(rows, 1, axis=1).astype(np.float64)
     across = other - (other * rows).sum(axis=1, keepdims=True) * rows

@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS
-from edgeclip.export.graph.embed_pairs import FloatArray, graph_embedder
+from edgeclip.export.graph.embed_pairs import graph_embedder
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.parity.explain_parity import check_parity
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Tower
 

@@ -23,6 +23,7 @@ from edgeclip.export.parity.find_difference import TOLERANCES, Difference, find_
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.fp16 import write_fp16
 from edgeclip.export.quantizing.static_int8 import write_int8
+from edgeclip.runtime.arrays import Outputs
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import Engine, open_engine
 from edgeclip.runtime.spec import Precision, Tower
@@ -31,13 +32,12 @@ from edgeclip.runtime.towers.tower_runner import tower_feed
 # Those of the two tiny CLIP towers whose second input is a weight: six in each of two layers.
 PRODUCTS = range(12)
 TOWERS: tuple[Tower, ...] = ("image", "text")
-Feed = dict[str, NDArray[Any]]
 
 
 @pytest.fixture(scope="module")
-def feeds(clip: DualEncoder, blobs: Callable[..., Any]) -> dict[Tower, Feed]:
+def feeds(clip: DualEncoder, blobs: Callable[..., Any]) -> dict[Tower, Outputs]:
     """Four inputs for each tower; the texts are shorter than the context."""
-    found: dict[Tower, Feed] = {}
+    found: dict[Tower, Outputs] = {}
     for tower in TOWERS:
         values = next(tower_inputs(blobs(4), tower, clip.spec, clip.text_tokenizer))
         found[tower] = tower_feed(values, tower, "float32-nchw", clip.spec.image)
@@ -104,7 +104,7 @@ def test_a_product_with_wrong_weights_is_found(
     precision: Precision,
     product: int,
     towers: dict[tuple[Tower, Precision], onnx.ModelProto],
-    feeds: dict[Tower, Feed],
+    feeds: dict[Tower, Outputs],
     cpu_device: DeviceProfile,
 ) -> None:
     candidate, node = broken(towers[tower, precision], product)
@@ -128,7 +128,7 @@ def test_a_sound_tower_differs_nowhere(
     tower: Tower,
     precision: Precision,
     towers: dict[tuple[Tower, Precision], onnx.ModelProto],
-    feeds: dict[Tower, Feed],
+    feeds: dict[Tower, Outputs],
     cpu_device: DeviceProfile,
 ) -> None:
     reference, candidate = (
@@ -156,7 +156,7 @@ def test_a_sound_tower_differs_nowhere(
 
 def test_a_shorter_text_finds_the_same_node(
     towers: dict[tuple[Tower, Precision], onnx.ModelProto],
-    feeds: dict[Tower, Feed],
+    feeds: dict[Tower, Outputs],
     cpu_device: DeviceProfile,
 ) -> None:
     candidate, node = broken(towers["text", "fp32"], 7)
@@ -172,7 +172,7 @@ def test_a_shorter_text_finds_the_same_node(
 
 
 def test_an_overflow_in_fp16_is_found(
-    clip_towers: TowerPaths, feeds: dict[Tower, Feed], cpu_device: DeviceProfile, tmp_path: Path
+    clip_towers: TowerPaths, feeds: dict[Tower, Outputs], cpu_device: DeviceProfile, tmp_path: Path
 ) -> None:
     model = load_graph(clip_towers.image)
     node, weight = weight_of(model, 4)  # the first layer's MLP
@@ -195,7 +195,7 @@ def test_an_overflow_in_fp16_is_found(
 
 def test_nan_is_found(
     towers: dict[tuple[Tower, Precision], onnx.ModelProto],
-    feeds: dict[Tower, Feed],
+    feeds: dict[Tower, Outputs],
     cpu_device: DeviceProfile,
 ) -> None:
     candidate, node = broken(towers["text", "fp32"], 3)
@@ -211,7 +211,7 @@ def test_nan_is_found(
 
 def test_few_runs_are_enough(
     towers: dict[tuple[Tower, Precision], onnx.ModelProto],
-    feeds: dict[Tower, Feed],
+    feeds: dict[Tower, Outputs],
     cpu_device: DeviceProfile,
 ) -> None:
     reference = towers["image", "fp32"]

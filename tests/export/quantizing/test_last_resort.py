@@ -14,7 +14,7 @@ from edgeclip.compress.train.quantization_aware import gentle_settings
 from edgeclip.export.gates.gates import Bounds, Judged, missed
 from edgeclip.export.gates.judge_precisions import embed_test
 from edgeclip.export.graph.calibration import calibration_images, calibration_texts
-from edgeclip.export.graph.embed_pairs import TOWERS, FloatArray, TowerGraph
+from edgeclip.export.graph.embed_pairs import TOWERS, TowerGraph
 from edgeclip.export.graph.graph import load_graph
 from edgeclip.export.graph.to_onnx import GraphForm, TowerPaths, export_tower
 from edgeclip.export.quantizing.config import StaticInt8
@@ -29,6 +29,7 @@ from edgeclip.export.quantizing.qat_finetune import (
 )
 from edgeclip.export.quantizing.smooth import smoothable
 from edgeclip.export.quantizing.write_config import write_config
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Precision, Tower
 from tests.export.quantizing.search_cases import cosine_record, loss_record

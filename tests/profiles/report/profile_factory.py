@@ -9,9 +9,8 @@ import functools
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgeclip.profiles.record.conditions import Conditions, CpuTime, Interference
+from edgeclip.profiles.record.conditions import CpuTime, Interference, MachineConditions
 from edgeclip.profiles.record.measurement import (
     Identity,
     Latency,
@@ -25,6 +24,7 @@ from edgeclip.profiles.record.measurement import (
 )
 from edgeclip.profiles.report.profile_data import AdviceNote, NamedRun, SubjectQuality
 from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.quality.intervals import Interval
@@ -38,8 +38,6 @@ from tests.profiles.report.profile_factory_parts import (
     scenarios_of,
     stages_of,
 )
-
-Floats = NDArray[np.float64]
 
 PROCESSES, RUNS = 5, 220
 BUNDLES = {"student": "5a" * 32, "teacher": "7e" * 32}
@@ -197,10 +195,10 @@ def _machine(disturbed: bool) -> Machine:
     )
 
 
-def _conditions(when: str, disturbed: bool) -> Conditions:
+def _conditions(when: str, disturbed: bool) -> MachineConditions:
     after = when == "after"
     if not disturbed:
-        return Conditions(
+        return MachineConditions(
             taken="2026-11-21T18:30:00+00:00",
             cpu_mhz=(3701.2, 3698.0, 3702.9, 3700.1),
             governor="performance",
@@ -209,7 +207,7 @@ def _conditions(when: str, disturbed: bool) -> Conditions:
             throttle_counts=(("core_throttle_count", 0),),
             gpu=(),
         )
-    return Conditions(
+    return MachineConditions(
         taken="2026-11-20T09:00:00+00:00",
         cpu_mhz=(1600.0, 1587.0, 1612.0, 1599.0) if after else (3390.0, 3401.0, 3397.0, 3400.0),
         governor="powersave",
@@ -245,7 +243,7 @@ def _samples(seed: str, ms: float, disturbed: bool) -> tuple[tuple[float, ...], 
     rng = np.random.default_rng(sum(map(ord, seed)))
     processes = []
     for _ in range(PROCESSES):
-        times: Floats = ms * rng.normal(1.0, 0.012) * np.exp(rng.gamma(2.0, 0.008, RUNS))
+        times: Values = ms * rng.normal(1.0, 0.012) * np.exp(rng.gamma(2.0, 0.008, RUNS))
         times *= np.where(rng.random(RUNS) < 0.006, rng.uniform(1.5, 4, RUNS), 1.0)
         if disturbed:
             times *= np.where(rng.random(RUNS) < 0.35, 1.6, 1.0)

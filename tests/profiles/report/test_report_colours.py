@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import edgeclip.profiles.report as reporting
+from edgeclip.runtime.arrays import Values
 
 STYLE = (Path(reporting.__path__[0]) / "report_style.css").read_text(encoding="utf-8")
 SERIES = ("s0", "s1", "s2", "s3", "s4", "s5")
-Floats = NDArray[np.float64]
 # Machado, Oliveira, Fernandes, "A Physiologically-based Model for Simulation of Color Vision
 # Deficiency", 2009: severity 1.0, for linear RGB.
 BLIND = {
@@ -41,7 +40,7 @@ def themes() -> dict[str, dict[str, str]]:
     return dict(zip(("light", "dark"), (root for root in named if root), strict=True))
 
 
-def linear(colour: str) -> Floats:
+def linear(colour: str) -> Values:
     parts = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
     return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
 
@@ -51,7 +50,7 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def lab(rgb: Floats) -> Floats:
+def lab(rgb: Values) -> Values:
     """CIE L*a*b* (D65) of linear RGB."""
     matrix = np.array(
         [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]

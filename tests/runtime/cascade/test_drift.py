@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from edgeclip.runtime.cascade.drift import (
     Capital,
@@ -20,7 +19,6 @@ from edgeclip.runtime.cascade.drift import (
 )
 from edgeclip.runtime.errors import InputError
 
-Values = NDArray[np.float64]
 ALPHA = 0.05
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.cascade.certificate import ASK_ALWAYS, ASK_NEVER
 from edgeclip.runtime.cascade.scores import (
     MOST_VIEWS,
@@ -20,7 +21,6 @@ from edgeclip.runtime.cascade.scores import (
 )
 from edgeclip.runtime.errors import InputError
 
-Floats = NDArray[np.float32]
 SCORES: tuple[Score, ...] = (
     Margin(),
     Entropy(logit_scale=40.0),
@@ -29,7 +29,7 @@ SCORES: tuple[Score, ...] = (
 )
 
 
-def units(seed: int, *shape: int) -> Floats:
+def units(seed: int, *shape: int) -> FloatArray:
     found = np.random.default_rng(seed).normal(size=shape)
     found /= np.linalg.norm(found, axis=-1, keepdims=True)
     return found.astype(np.float32)

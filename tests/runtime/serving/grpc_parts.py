@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.grpc_codec import SERVICE, message_type
 from edgeclip.runtime.serving.grpc_server import GrpcDoor
-from edgeclip.runtime.serving.models import Arrays, Model, Registry, TensorSpec
+from edgeclip.runtime.serving.models import Model, Registry, TensorSpec
 from edgeclip.runtime.serving.security import TlsFiles
 from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.wire.messages import Parameter
@@ -64,7 +65,7 @@ class Held:
         self.began = threading.Semaphore(0)
         self.go = threading.Event()
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         self.runs.append(len(inputs["data"]))
         self.began.release()
         assert self.go.wait(TOO_LONG)
@@ -76,11 +77,11 @@ class Broken(Held):
 
     name = "broken"
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         raise RuntimeError("a secret")
 
 
-def infer_message(model: str, inputs: Arrays, parameters: Any = None, **fields: Any) -> Any:
+def infer_message(model: str, inputs: Tensors, parameters: Any = None, **fields: Any) -> Any:
     """A ModelInferRequest with raw inputs; parameters are Python values."""
     parts = [to_binary(array) for array in inputs.values()]
     return message_type("ModelInferRequest")(

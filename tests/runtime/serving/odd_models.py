@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.serving.models import Arrays, TensorSpec
+from edgeclip.runtime.serving.models import TensorSpec
 from edgeclip.runtime.wire.messages import InferRequest, Parameter
 
 SPACE = "a" * 64
@@ -40,7 +41,7 @@ class GatedModel:
         if is_open:
             self.gate.set()
 
-    def run(self, inputs: Arrays, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Wait and sum."""
         rows = inputs["x"]
         self.batches.append(len(rows))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.serving.batcher import Batcher, Share, Waiting, run_joined
 from edgeclip.runtime.serving.limits import (
@@ -20,7 +21,7 @@ from edgeclip.runtime.serving.limits import (
     QueueFullError,
 )
 from edgeclip.runtime.serving.metrics import ServerMetrics
-from edgeclip.runtime.serving.models import Arrays, Model, Served
+from edgeclip.runtime.serving.models import Model, Served
 from edgeclip.runtime.wire.messages import Parameter
 from tests.runtime.serving.odd_models import PATIENCE, GatedModel, rows
 
@@ -242,7 +243,7 @@ def test_the_end_is_told_to_all_who_wait_or_run() -> None:
 class WrongRows(GatedModel):
     """Gives one row, whatever it is given."""
 
-    def run(self, inputs: Arrays, parameters: Any) -> dict[str, Any]:
+    def run(self, inputs: Tensors, parameters: Any) -> dict[str, Any]:
         self.batches.append(len(inputs["x"]))
         return {"sum": np.zeros(1, np.float32)}
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.serving.echo_model import EchoModel
-from edgeclip.runtime.serving.models import Arrays, Registry, TensorSpec, check_inputs, take_top
+from edgeclip.runtime.serving.models import Registry, TensorSpec, check_inputs, take_top
 from edgeclip.runtime.wire.messages import Parameter, WireError
 from tests.runtime.serving.odd_models import GatedModel, rows
 
@@ -64,7 +65,7 @@ def test_rows_are_counted() -> None:
         ({"x": np.zeros((0, 2), np.float32)}, "no rows"),
     ],
 )
-def test_other_inputs_are_refused(inputs: Arrays, words: str) -> None:
+def test_other_inputs_are_refused(inputs: Tensors, words: str) -> None:
     with pytest.raises(InputError, match=words):
         check_inputs(GatedModel(), inputs)
 
