@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from edgeclip.runtime.device.schema import Range, builtin_names, check_ranges, load_profile
+from annotated_types import Ge, Gt
+
+from edgeclip.runtime.device.schema import builtin_names, check_bounds, load_profile
 
 # Those of MLPerf Inference (Reddi et al., "MLPerf Inference Benchmark", ISCA 2020).
 Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]
@@ -45,24 +47,24 @@ class Workload:
     name: str
     description: str
     batch_sizes: tuple[int, ...]
-    min_warmup_runs: Annotated[int, Range(at_least=1)]
-    max_warmup_seconds: Annotated[float, Range(above=0)]
-    repeats: Annotated[int, Range(at_least=3)]
-    seconds_per_batch: Annotated[float, Range(above=0)]
-    cold_starts: Annotated[int, Range(at_least=0)]
+    min_warmup_runs: Annotated[int, Ge(1)]
+    max_warmup_seconds: Annotated[float, Gt(0)]
+    repeats: Annotated[int, Ge(3)]
+    seconds_per_batch: Annotated[float, Gt(0)]
+    cold_starts: Annotated[int, Ge(0)]
     threads: tuple[int, ...] = ()
-    turn_seconds: Annotated[float, Range(at_least=0)] = 0.0
-    processes: Annotated[int, Range(at_least=1)] = 1
+    turn_seconds: Annotated[float, Ge(0)] = 0.0
+    processes: Annotated[int, Ge(1)] = 1
     scenarios: tuple[Scenario, ...] = ()
-    scenario_seconds: Annotated[float, Range(above=0)] = 10.0
-    scenario_queries: Annotated[int, Range(at_least=1)] = 100
-    multi_stream: Annotated[int, Range(at_least=1)] = 8
-    server_load: Annotated[float, Range(above=0)] = 0.5
-    server_bound_ms: Annotated[float | None, Range(above=0)] = None
-    roofline_seconds: Annotated[float, Range(above=0)] = 10.0
+    scenario_seconds: Annotated[float, Gt(0)] = 10.0
+    scenario_queries: Annotated[int, Ge(1)] = 100
+    multi_stream: Annotated[int, Ge(1)] = 8
+    server_load: Annotated[float, Gt(0)] = 0.5
+    server_bound_ms: Annotated[float | None, Gt(0)] = None
+    roofline_seconds: Annotated[float, Gt(0)] = 10.0
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
         mistakes = []
         if not self.name.strip():
             mistakes.append("name must not be empty")

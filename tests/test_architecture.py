@@ -17,6 +17,7 @@ ROOMS = ("runtime", "profiles", "compress", "export")  # each may import those b
 DEVICE_PACKAGES = {
     "runtime": {
         "PIL",
+        "annotated_types",
         "cryptography",
         "cuda",
         "google",
@@ -42,6 +43,7 @@ DEVICE_PACKAGES = {
     },
     "profiles": {
         "PIL",
+        "annotated_types",
         "jinja2",
         "markupsafe",
         "mlperf_loadgen",

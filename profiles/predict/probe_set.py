@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from annotated_types import Ge
 from numpy.typing import NDArray
 
 from edgeclip.profiles.predict.tower_shapes import Part, Piece
 from edgeclip.runtime.bundle.files import JsonRecord, sha256_file
 from edgeclip.runtime.bundle.manifest import FileRecord
-from edgeclip.runtime.device.schema import Range, check_ranges
+from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import ConfigError, EdgeClipError
 from edgeclip.runtime.spec import Precision
 
@@ -47,10 +48,10 @@ class GraphInput:
     name: str
     dtype: Literal["uint8", "float32", "int64"]
     shape: tuple[int, ...]
-    weight_bytes: Annotated[int, Range(at_least=0)]
+    weight_bytes: Annotated[int, Ge(0)]
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
     def value(self) -> NDArray[Any]:
         """An input; no time depends on its values."""
@@ -74,12 +75,12 @@ class Probe:
     precision: Precision
     graph: GraphInput
     piece: Piece
-    count: Annotated[int, Range(at_least=1)] = 1
+    count: Annotated[int, Ge(1)] = 1
     beyond: str | None = None
     few: bool = False
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from edgeclip.runtime.device.schema import Range, check_ranges
+from annotated_types import Ge
+
+from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Tower
 
@@ -42,16 +44,16 @@ class Piece:
     """
 
     kind: Kind
-    width: Annotated[int, Range(at_least=1)]
-    positions: Annotated[int, Range(at_least=1)]
-    given: Annotated[int, Range(at_least=0)] = 0
-    patch: Annotated[int, Range(at_least=0)] = 0
-    heads: Annotated[int, Range(at_least=0)] = 0
-    hidden: Annotated[int, Range(at_least=0)] = 0
+    width: Annotated[int, Ge(1)]
+    positions: Annotated[int, Ge(1)]
+    given: Annotated[int, Ge(0)] = 0
+    patch: Annotated[int, Ge(0)] = 0
+    heads: Annotated[int, Ge(0)] = 0
+    hidden: Annotated[int, Ge(0)] = 0
     gelu: bool = False
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +61,10 @@ class Part:
     """So many of a piece."""
 
     piece: Piece
-    count: Annotated[int, Range(at_least=1)]
+    count: Annotated[int, Ge(1)]
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,17 +82,17 @@ class TransformerTower:
     """
 
     part: Tower
-    width: Annotated[int, Range(at_least=1)]
-    heads: Annotated[int, Range(at_least=1)]
-    hidden: Annotated[int, Range(at_least=1)]
-    layers: Annotated[int, Range(at_least=1)]
-    tokens: Annotated[int, Range(at_least=2)]
-    dim: Annotated[int, Range(at_least=1)]
-    patch: Annotated[int, Range(at_least=0)] = 0
+    width: Annotated[int, Ge(1)]
+    heads: Annotated[int, Ge(1)]
+    hidden: Annotated[int, Ge(1)]
+    layers: Annotated[int, Ge(1)]
+    tokens: Annotated[int, Ge(2)]
+    dim: Annotated[int, Ge(1)]
+    patch: Annotated[int, Ge(0)] = 0
     gelu: bool = False
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
     @property
     def image_size(self) -> int:
@@ -146,11 +148,11 @@ class ConvTower:
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
-    image_size: Annotated[int, Range(at_least=1)]
-    dim: Annotated[int, Range(at_least=1)]
+    image_size: Annotated[int, Ge(1)]
+    dim: Annotated[int, Ge(1)]
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
         if not self.widths or len(self.widths) != len(self.depths):
             raise ValueError("widths and depths need one number for each stage")
         if min(self.widths) < 1 or min(self.depths) < 0:

@@ -1,37 +1,35 @@
-"""MeasurementRun: what was measured, on which machine, by which command, as JSON."""
+"""Schema of a profile: MeasurementRun (one JSON file) and the dataclasses inside it."""
 
-import statistics
-import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeVar
+from datetime import UTC, datetime
+from typing import Annotated, ClassVar, Literal
 
-from edgeclip.profiles.record.conditions import Conditions, CpuTime, Interference
+from annotated_types import Ge
+
+from edgeclip.profiles.record.conditions import CpuTime, Interference, MachineConditions
 from edgeclip.profiles.workload import Scenario, Workload
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
-from edgeclip.runtime.device.machine import Machine
-from edgeclip.runtime.device.schema import Range, check_ranges
-from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.device.machine import Machine, detect_machine
+from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTime:
-    """One node of the graph that the engine really ran (after its own fusions).
+    """Time and cost of one node of the graph that the engine ran (after its own fusions).
 
     Attributes:
-        name: as the engine calls it.
+        name: the engine's name of the node.
         op: operator, such as "MatMul".
-        provider: that ran it.
-        ms: median over runs.
-        share: of the sum of all layers.
-        flops: floating-point (or integer) operations of one run, 2 for a multiply-add; None
-            where they cannot be told from shapes.
-        bytes: read and written at least once: inputs, weights and outputs; None likewise.
+        provider: execution provider that ran it.
+        ms: median over runs, milliseconds.
+        share: of the sum of all layers, 0 to 1.
+        flops: floating-point (or integer) operations of one run, a multiply-add counts as 2;
+            None if the shapes do not determine it.
+        bytes: least memory traffic: inputs, weights and outputs, each once; None if unknown.
     """
 
     name: str
@@ -45,14 +43,14 @@ class LayerTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProfile:
-    """All layers of one tower at batch 1.
+    """Layer times of one tower at batch 1.
 
     Attributes:
-        source: what told the times, such as "ONNX Runtime profiling".
-        runs: how many were profiled.
-        total_ms: median of the sums.
-        plain_ms: median without profiling, to see what profiling itself costs.
-        layers: the slowest first.
+        source: the profiler that reported the times, such as "ONNX Runtime profiling".
+        runs: number of profiled runs.
+        total_ms: median over runs of the sum of all layers.
+        plain_ms: median of runs without profiling; the difference is the profiler's overhead.
+        layers: slowest first.
     """
 
     source: str
@@ -63,86 +61,17 @@ class LayerProfile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """What is known of a layer before it is timed; see `LayerTime`."""
-
-    name: str
-    op: str
-    provider: str
-    flops: float | None
-    bytes: float | None
-
-
-def layer_profile(
-    source: str,
-    layers: Mapping[Key, Layer],
-    runs: Sequence[Mapping[Key, float]],
-    plain_ms: Sequence[float],
-) -> LayerProfile:
-    """Medians over runs, the slowest layer first.
-
-    Args:
-        source: see `LayerProfile`.
-        layers: every layer that ran, by whatever tells it from the others.
-        runs: milliseconds of each layer, one mapping a run; a layer that a run lacks took none.
-        plain_ms: whole runs without profiling.
-    """
-    medians = {key: statistics.median(run.get(key, 0.0) for run in runs) for key in layers}
-    total = sum(medians.values())
-    times = (
-        LayerTime(
-            name=layer.name,
-            op=layer.op,
-            provider=layer.provider,
-            ms=medians[key],
-            share=medians[key] / total if total else 0.0,
-            flops=layer.flops,
-            bytes=layer.bytes,
-        )
-        for key, layer in layers.items()
-    )
-    return LayerProfile(
-        source=source,
-        runs=len(runs),
-        total_ms=statistics.median(sum(run.values()) for run in runs),
-        plain_ms=statistics.median(plain_ms),
-        layers=tuple(sorted(times, key=lambda layer: -layer.ms)),
-    )
-
-
-def run_in_turns(
-    plain: Callable[[], object], profiled: Callable[[], object], *, runs: int, warm_up: int
-) -> tuple[float, ...]:
-    """Run both `warm_up` times and then `runs` times, in turns; milliseconds of the plain runs.
-
-    Raises:
-        InputError: fewer than one run, or less than no warm-up.
-    """
-    if runs < 1 or warm_up < 0:
-        raise InputError(f"profile at least 1 run after 0 or more, not {runs} after {warm_up}")
-    times = []
-    for number in range(warm_up + runs):
-        if number % 2:
-            profiled()
-        start = time.perf_counter()
-        plain()
-        times.append(1e3 * (time.perf_counter() - start))
-        if not number % 2:
-            profiled()
-    return tuple(times[warm_up:])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
-    """Measured peaks of this machine with the threads of the device profile.
+    """Measured peak compute and memory bandwidth of a machine, for the roofline model.
 
     Attributes:
-        threads: that were used.
-        peak_gflops: 10^9 operations a second of a large product, by precision ("fp32", "int8").
-        bandwidth_gb_s: 10^9 bytes a second, reading and writing memory far larger than caches.
-        method: how they were measured, for a person.
-        interference: what else the machine did meanwhile; where it was disturbed, even the fastest
-            runs may be far below the peak. None where nobody watched.
+        threads: number of threads used.
+        peak_gflops: (precision, 10^9 operations per second) of a large matrix product, for
+            "fp32", "int8" and so on.
+        bandwidth_gb_s: 10^9 bytes per second read and written, in a buffer far larger than caches.
+        method: how the peaks were measured, in words.
+        interference: other load during the measurement; on a disturbed machine the peaks may be
+            far too low. None if it was not watched.
     """
 
     threads: int
@@ -152,14 +81,14 @@ class Roofline:
     interference: Interference | None = None
 
 
-# "file" is the whole way from an image file to its embedding, "split" the same with a server.
+# "file": from an image file to its embedding; "split": the same with a server's help.
 Part = Literal["image", "text", "file", "split"]
 StageName = Literal["read", "decode", "resize", "tokenize", "copy", "run", "post", "network"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmUp:
-    """Runs before the timed ones. `settled` is False if the median was still moving."""
+    """Number of warm-up runs; `settled` is False if the median was still changing at the end."""
 
     runs: int
     settled: bool
@@ -167,14 +96,13 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """Wall time of `runs` timed runs or queries in milliseconds, with 95% intervals.
+    """Percentiles of the wall time of `runs` runs or queries in milliseconds, with 95% intervals.
 
-    With several processes a value is the geometric mean of the processes' own percentiles. One is
-    None where too few runs lie beyond it to know it: the 99th needs 100 runs in each process, the
-    99.9th 1,000.
+    With several processes a value is the geometric mean of the processes' own percentiles. The
+    99th percentile is None with fewer than 100 runs in a process, the 99.9th with fewer than 1,000.
     """
 
-    runs: Annotated[int, Range(at_least=1)]
+    runs: Annotated[int, Ge(1)]
     p50_ms: Interval
     p90_ms: Interval
     p95_ms: Interval
@@ -182,12 +110,12 @@ class Latency:
     p99_9_ms: Interval | None
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedRatio:
-    """Median over rounds of this subject's time divided by the reference's."""
+    """Median over rounds of this subject's time divided by the reference's, paired by round."""
 
     reference: str
     ratio: Interval
@@ -195,9 +123,9 @@ class PairedRatio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPoint:
-    """Images or texts per second in batches of `batch`, and how long one batch takes.
+    """Throughput (images or texts per second) and median batch latency at one batch size.
 
-    `threads` are the engine's; None where they are not known.
+    `threads` are the engine's; None if unknown.
     """
 
     batch: int
@@ -208,23 +136,23 @@ class SweepPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScenarioResult:
-    """What MLPerf LoadGen found in one scenario.
+    """Result of one MLPerf LoadGen scenario.
 
     Attributes:
-        scenario: which.
-        queries: how many were answered.
-        samples_per_query: images or texts in each.
-        seconds: how long it took.
-        latency: of a query from its scheduled time (Server), else from its issue; None for
-            Offline, which is one query.
-        samples_per_s: images or texts a second.
-        target_qps: queries a second that were asked for; Server only.
-        bound_ms: the latency that `bound_percentile` of the queries must keep; Server only.
+        scenario: name of the scenario.
+        queries: number of completed queries.
+        samples_per_query: images or texts in each query.
+        seconds: duration of the test.
+        latency: of a query, from its scheduled time (Server), else from its issue; None for
+            Offline, which is a single query.
+        samples_per_s: images or texts per second.
+        target_qps: requested queries per second; Server only.
+        bound_ms: latency bound for `bound_percentile` of the queries; Server only.
         bound_percentile: in percent; Server only.
-        valid: LoadGen's own verdict.
-        loadgen_p50_ms: the median in LoadGen's own log, to compare ours with.
-        reasons: why it is not valid, in LoadGen's words.
-        settings: those of LoadGen that differ from its defaults; for Offline also our batch.
+        valid: whether LoadGen judged the test valid.
+        loadgen_p50_ms: median latency in LoadGen's own log, as a cross-check.
+        reasons: why the test is invalid, in LoadGen's words.
+        settings: LoadGen settings that differ from its defaults; for Offline also the batch size.
     """
 
     scenario: Scenario
@@ -244,9 +172,9 @@ class ScenarioResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartIntervals:
-    """The steps of a cold start in milliseconds, with 95% intervals over processes; see `Latency`.
+    """Steps of a cold start in milliseconds, with 95% intervals over processes as in `Latency`.
 
-    `total_ms` is of whole starts.
+    `total_ms` is computed from whole starts.
     """
 
     import_ms: Interval
@@ -257,11 +185,11 @@ class StartIntervals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColdStart:
-    """A fresh process that loads one model and runs it once.
+    """Cost of a fresh process that imports the runtime, loads one model and runs it once.
 
-    Times are in milliseconds, geometric means over `processes`. `peak_memory_mb` (MB of 10^6
-    bytes, the whole process, median) is None where the platform does not report it, `intervals`
-    of a single process, which tells of no other.
+    Times are milliseconds, geometric means over `processes`. `peak_memory_mb` (MB of 10^6 bytes,
+    of the whole process, median) is None if the platform does not report it. `intervals` is None
+    for a single process.
     """
 
     processes: int
@@ -274,7 +202,7 @@ class ColdStart:
 
     @property
     def total_ms(self) -> float:
-        """All three steps: the mean of whole starts, which is not quite the sum of the means."""
+        """Mean of whole starts; slightly different from the sum of the steps' means."""
         if self.intervals is not None:
             return self.intervals.total_ms.value
         return self.import_ms + self.load_ms + self.first_run_ms
@@ -282,13 +210,13 @@ class ColdStart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
-    """Energy of one image or text while it runs again and again at batch 1.
+    """Energy per image or text during continuous runs at batch 1.
 
     Attributes:
-        sensor: what measured it.
+        sensor: name of the sensor.
         covers: what the sensor counts, such as "processor package".
-        joules: for each item, idle power included.
-        idle_watts: of the same sensor, before; None where that was not measured.
+        joules: per item, idle power included.
+        idle_watts: power before the runs by the same sensor; None if it was not measured.
     """
 
     sensor: str
@@ -299,7 +227,7 @@ class Energy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTime:
-    """One step of an answer, at batch 1, in milliseconds."""
+    """Time of one stage of a request at batch 1, in milliseconds."""
 
     name: StageName
     ms: Interval
@@ -307,18 +235,18 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What a measurement is of, so that it can be found again.
+    """The exact model and engine that a measurement belongs to.
 
     Attributes:
-        bundle: name of the bundle, or of a peer's file.
-        sha256: of the bundle's manifest, or of a peer's file: 64 hexadecimal digits.
-        precision: that ran; None for a peer.
-        engine: as a `DeviceProfile` calls it.
-        provider: that computed, as the session itself says, such as "CPUExecutionProvider"; where
-            the device allows a fallback all that may, the preferred one first.
+        bundle: name of the bundle; for a peer, its file name.
+        sha256: of the bundle's manifest or of the peer's file, 64 hexadecimal digits.
+        precision: the precision that ran; None for a peer.
+        engine: name of the engine in the `DeviceProfile`.
+        provider: execution provider reported by the session, such as "CPUExecutionProvider"; if
+            the device allows a fallback, all providers in order of preference.
         threads: of the engine.
-        bytes_on_disk: what must be stored for it: graph and weights.
-        input_shape: of one item at batch 1; a text tower's time depends on its length.
+        bytes_on_disk: size of graph and weights.
+        input_shape: at batch 1; a text tower's time depends on the sequence length.
     """
 
     bundle: str
@@ -333,23 +261,23 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One subject (a part of a bundle in some precision on some engine) under one workload.
+    """All results of one subject (a part of a bundle in one precision, or a peer's graph).
 
     Attributes:
-        name: unique in its run and part.
-        part: what is run.
+        name: unique among the subjects of the same part.
+        part: the part of a bundle that runs.
         input_shape: at batch 1.
-        warm_up: before the timed runs.
-        latency: one run after the other at batch 1, all subjects taking turns.
-        ratio: to the reference of the run.
-        sweep: batches and threads.
-        cpu, contended: see `CpuTime`.
-        samples_ms: wall time of each run behind `latency`, one tuple a process, in order; round
-            i of a process is round i of every subject in it.
-        identity: None for what is not of a bundle.
-        cold_start, scenarios, energy, stages, layers: where they were asked for.
-        peak_memory_mb: of the process that ran this subject alone, MB of 10^6 bytes.
-        missing: what could not be measured, and why, such as ("energy", "no sensor").
+        warm_up: runs before the timed ones.
+        latency: at batch 1, runs interleaved with those of the other subjects.
+        ratio: to the run's reference subject.
+        sweep: throughput by batch size and threads.
+        cpu, contended: where the time went, see `CpuTime`.
+        samples_ms: wall time of each run behind `latency`, one tuple for each process; entry i
+            is from round i, in which every subject ran once.
+        identity: None if the target is no bundle or file.
+        cold_start, scenarios, energy, stages, layers: present if requested.
+        peak_memory_mb: of a process that runs this subject alone, MB of 10^6 bytes.
+        missing: (name, reason) of what could not be measured, such as ("energy", "no sensor").
     """
 
     name: str
@@ -374,13 +302,12 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Yardstick:
-    """A small fixed graph that takes turns with the subjects: what the machine was worth.
+    """Run times of a small fixed graph, interleaved with the subjects: how fast the machine was.
 
-    Times of two runs of `edgeclip profile` differ where the machine was faster or slower; times
-    divided by the yardstick's differ less.
+    The machine's speed may change between two profiles; dividing by the yardstick cancels it.
 
     Attributes:
-        name: of the graph; another name is another yardstick.
+        name: of the graph; only times of graphs with the same name may be compared.
         samples_ms: as in `Measurement`.
     """
 
@@ -390,19 +317,19 @@ class Yardstick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementRun(JsonRecord):
-    """Everything needed to believe, and to repeat, some measurements.
+    """One profile: the measurements with machine, workload and conditions, enough to repeat it.
 
     Attributes:
-        created: ISO 8601 in UTC.
-        command: what was typed.
-        workload: how much was measured.
-        machine: where; versions of packages are part of it.
-        measurements: of the subjects.
-        device: the profile that chose the engine; None where each subject had its own.
-        before, after: clocks and temperatures around the timed runs.
-        interference: what else the machine did meanwhile.
-        yardstick: None where none took part.
-        roofline: what this machine can do at most; None where it was not measured.
+        created: time in UTC, ISO 8601.
+        command: the command line that the user typed.
+        workload: batch sizes, repeats and processes.
+        machine: hardware, operating system and package versions.
+        measurements: one for each subject.
+        device: the device profile that chose the engine; None if subjects had different ones.
+        before, after: clocks and temperatures before and after the timed runs.
+        interference: other load during the measurement.
+        yardstick: None if no yardstick ran.
+        roofline: peak speed of this machine; None if it was not measured.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 2
@@ -415,8 +342,21 @@ class MeasurementRun(JsonRecord):
     machine: Machine
     measurements: tuple[Measurement, ...]
     device: DeviceProfile | None = None
-    before: Conditions | None = None
-    after: Conditions | None = None
+    before: MachineConditions | None = None
+    after: MachineConditions | None = None
     interference: Interference | None = None
     yardstick: Yardstick | None = None
     roofline: Roofline | None = None
+
+
+def measurement_run(
+    measurements: Sequence[Measurement], *, workload: Workload, command: str
+) -> MeasurementRun:
+    """Wrap measurements in a MeasurementRun with this machine and the current time."""
+    return MeasurementRun(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        workload=workload,
+        machine=detect_machine(),
+        measurements=tuple(measurements),
+    )

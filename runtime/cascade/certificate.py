@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, IsFinite, Lt
 from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import Values
@@ -14,25 +15,25 @@ from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.manifest import FileRecord, Manifest
 from edgeclip.runtime.cascade.drift import ScoreSample
 from edgeclip.runtime.cascade.scores import Score
-from edgeclip.runtime.device.schema import Range, check_ranges
+from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import BundleError, ConfigError, InputError
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision, Tower
 
 # All scores lie between these two, so that thresholds stay finite numbers.
-ASK_ALWAYS = 3.0  # a threshold above every score
-ASK_NEVER = -2.0  # one below every score
+ESCALATE_ALL = 3.0  # a threshold above every score
+ESCALATE_NONE = -2.0  # one below every score
 
 Flags = NDArray[np.bool_]
 
 
-def is_unsure(scores: Values, threshold: float) -> Flags:
+def needs_teacher(scores: Values, threshold: float) -> Flags:
     """Tell which queries go to the teacher: bool [N]; a score that is NaN always does."""
     return ~(scores >= threshold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Trial:
+class PairedOutcomes:
     """Answers to N independent queries, right or wrong.
 
     Attributes:
@@ -61,11 +62,11 @@ class Trial:
 
     def right(self, threshold: float) -> Flags:
         """Whether the cascade answers right, query by query: bool [N]."""
-        return np.where(is_unsure(self.scores, threshold), self.escalated, self.student)
+        return np.where(needs_teacher(self.scores, threshold), self.escalated, self.student)
 
     def escalated_share(self, threshold: float) -> float:
         """The share of queries that go to the teacher."""
-        return float(is_unsure(self.scores, threshold).mean())
+        return float(needs_teacher(self.scores, threshold).mean())
 
     def surplus(self, threshold: float, bound: float) -> Values:
         """Right answers of the cascade minus `bound` times the teacher's: [N], in [-bound, 1].
@@ -77,7 +78,7 @@ class Trial:
 
 
 def threshold_grid(calibration: Values, steps: int = 100) -> tuple[float, ...]:
-    """Thresholds to try, from `ASK_ALWAYS` down to `ASK_NEVER`: distinct, descending.
+    """Thresholds to try, from `ESCALATE_ALL` down to `ESCALATE_NONE`: distinct, descending.
 
     Between them lie the quantiles of the calibration scores [M], `steps` of equal share. They
     must not be the scores that the thresholds are then tested on.
@@ -89,7 +90,7 @@ def threshold_grid(calibration: Values, steps: int = 100) -> tuple[float, ...]:
         raise InputError("thresholds need calibration scores, all of them finite")
     levels = np.arange(1, steps) / steps
     between = np.unique(np.quantile(calibration, levels))
-    return (ASK_ALWAYS, *map(float, between[::-1]), ASK_NEVER)
+    return (ESCALATE_ALL, *map(float, between[::-1]), ESCALATE_NONE)
 
 
 class CertificateError(BundleError):
@@ -143,13 +144,13 @@ class QuerySet:
 
     data: str
     identity: str
-    count: Annotated[int, Range(at_least=1)]
-    entries: Annotated[int, Range(at_least=2)]
+    count: Annotated[int, Ge(1)]
+    entries: Annotated[int, Ge(2)]
     index_by: Literal["teacher", "student"]
     task: Literal["retrieval", "zero-shot"]
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,15 +195,15 @@ class Certificate(JsonRecord):
     MEND: ClassVar[str] = "certify again"
 
     query: Tower
-    bound: Annotated[float, Range(above=0)]
-    delta: Annotated[float, Range(above=0, below=1)]
-    p_value: Annotated[float, Range(at_least=0)]
+    bound: Annotated[float, Gt(0)]
+    delta: Annotated[float, Gt(0), Lt(1)]
+    p_value: Annotated[float, Ge(0)]
     space: str
     student: TowerIdentity
     student_index: TowerIdentity | None
     teacher: TowerIdentity
     score: Score
-    threshold: Annotated[float, Range()]
+    threshold: IsFinite[float]
     escalated: Interval
     quality: Quality
     sample: ScoreSample
@@ -211,7 +212,7 @@ class Certificate(JsonRecord):
     command: str
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
         if self.bound > 1:
             raise ValueError("bound is a share, 1 at most")
         if self.p_value > self.delta:

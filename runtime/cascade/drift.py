@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Gt, Lt
 from numpy.typing import NDArray
 
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.device.schema import Range, check_ranges, parse
+from edgeclip.runtime.device.schema import check_bounds, parse
 from edgeclip.runtime.errors import ConfigError, InputError
 
 _LINEAR = np.array([0.0, -0.95, -0.5, 0.5, 0.95, 0.0, 0.0])  # times 2p - 1
@@ -22,7 +23,7 @@ _JUMPS = np.array([1e-4, 1e-3, 1e-2, 1e-1])[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Capital:
+class MartingaleState:
     """How a bet stands, as plain numbers; `JumperMartingale.state` and its argument.
 
     Attributes:
@@ -52,8 +53,8 @@ class JumperMartingale:
         capital: where to go on from; by default the beginning.
     """
 
-    def __init__(self, capital: Capital | None = None) -> None:
-        start = capital or Capital()
+    def __init__(self, capital: MartingaleState | None = None) -> None:
+        start = capital or MartingaleState()
         self._shares = np.array(start.shares)
         self._logs = np.array(start.logs)
 
@@ -63,10 +64,10 @@ class JumperMartingale:
         return float(np.logaddexp.reduce(self._logs)) - math.log(len(_JUMPS))
 
     @property
-    def state(self) -> Capital:
+    def state(self) -> MartingaleState:
         """All there is to know to go on later."""
         shares = tuple(tuple(map(float, row)) for row in self._shares)
-        return Capital(shares=shares, logs=tuple(map(float, self._logs)))
+        return MartingaleState(shares=shares, logs=tuple(map(float, self._logs)))
 
     def bet(self, p_value: float) -> float:
         """Take the next p-value, in [0, 1]; return the logarithm of what the capital grew by."""
@@ -87,7 +88,7 @@ def _pays(p_value: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriftState:
-    """All that a `DriftWatch` needs to go on, some 3 kB however long the stream was.
+    """All that a `DriftDetector` needs to go on, some 3 kB however long the stream was.
 
     Attributes:
         seed: of the random numbers that break ties.
@@ -101,15 +102,15 @@ class DriftState:
         ValueError: a negative number.
     """
 
-    seed: Annotated[int, Range(at_least=0)]
+    seed: Annotated[int, Ge(0)]
     counts: tuple[int, ...]
-    seen: Annotated[int, Range(at_least=0)] = 0
-    capital: Capital = field(default_factory=Capital)
+    seen: Annotated[int, Ge(0)] = 0
+    capital: MartingaleState = field(default_factory=MartingaleState)
     restarts: float | None = None
     alarm_at: int | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all.
@@ -189,11 +190,11 @@ class DriftRule:
         ValueError: a value out of bounds.
     """
 
-    alpha: Annotated[float, Range(above=0, below=1)] = 0.01
-    mean_queries: Annotated[float | None, Range(at_least=1)] = None
+    alpha: Annotated[float, Gt(0), Lt(1)] = 0.01
+    mean_queries: Annotated[float | None, Ge(1)] = None
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
     @property
     def log_limit(self) -> float:
@@ -201,7 +202,7 @@ class DriftRule:
         return -math.log(self.alpha) if self.mean_queries is None else math.log(self.mean_queries)
 
 
-class DriftWatch:
+class DriftDetector:
     """Looks at one score after the other; the alarm, once raised, stays.
 
     With S the capital of the bet, the alarm of `DriftRule.alpha` is raised where S reaches

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
+from annotated_types import Ge, Gt
 
 from edgeclip.runtime.device.machine import Machine, detect_machine
-from edgeclip.runtime.device.schema import Range, builtin_names, check_ranges, load_profile
+from edgeclip.runtime.device.schema import builtin_names, check_bounds, load_profile
 
 EngineName = Literal[
     "onnxruntime-cpu",
@@ -75,11 +76,11 @@ class DeviceProfile:
     description: str
     engine: EngineName
     precisions: tuple[DevicePrecision, ...]
-    threads: Annotated[int, Range(at_least=1)]
-    memory_mb: Annotated[int | None, Range(at_least=1)]
-    batch_min: Annotated[int, Range(at_least=1)] = 1
-    batch_best: Annotated[int, Range(at_least=1)] = 1
-    batch_max: Annotated[int, Range(at_least=1)] = 32
+    threads: Annotated[int, Ge(1)]
+    memory_mb: Annotated[int | None, Ge(1)]
+    batch_min: Annotated[int, Ge(1)] = 1
+    batch_best: Annotated[int, Ge(1)] = 1
+    batch_max: Annotated[int, Ge(1)] = 32
     pixels: PixelForm = "uint8-nhwc"
     hardware_portability: Portability = "none"
     version_portability: bool = False
@@ -88,12 +89,12 @@ class DeviceProfile:
     vnni: bool = False
     compute_capability: str | None = None
     structured_sparsity: bool = False
-    tensorrt_major: Annotated[int | None, Range(at_least=1)] = None
-    latency_budget_ms: Annotated[float | None, Range(above=0)] = None
-    size_budget_mb: Annotated[float | None, Range(above=0)] = None
+    tensorrt_major: Annotated[int | None, Ge(1)] = None
+    latency_budget_ms: Annotated[float | None, Gt(0)] = None
+    size_budget_mb: Annotated[float | None, Gt(0)] = None
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
         mistakes = [
             *_name_mistakes(self),
             *_precision_mistakes(self),

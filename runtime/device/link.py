@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from edgeclip.runtime.device.schema import Range, builtin_names, check_ranges, load_profile
+from annotated_types import Ge, Gt, Lt
+
+from edgeclip.runtime.device.schema import builtin_names, check_bounds, load_profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,14 +28,14 @@ class LinkProfile:
 
     name: str
     description: str
-    rtt_ms: Annotated[float, Range(at_least=0)]
-    up_mbps: Annotated[float, Range(above=0)]
-    down_mbps: Annotated[float, Range(above=0)]
-    loss: Annotated[float, Range(at_least=0, below=1)]
-    jitter_ms: Annotated[float, Range(at_least=0)] = 0.0
+    rtt_ms: Annotated[float, Ge(0)]
+    up_mbps: Annotated[float, Gt(0)]
+    down_mbps: Annotated[float, Gt(0)]
+    loss: Annotated[float, Ge(0), Lt(1)]
+    jitter_ms: Annotated[float, Ge(0)] = 0.0
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
         if not self.name.strip():
             raise ValueError("name must not be empty")
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge
 from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import Outputs
 from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.bundle.manifest import FileRecord
-from edgeclip.runtime.device.schema import Range, check_ranges, parse
+from edgeclip.runtime.device.schema import check_bounds, parse
 from edgeclip.runtime.engines.engine import Engine, open_engine
 from edgeclip.runtime.errors import ConfigError, EdgeClipError, EngineError, InputError
 from edgeclip.runtime.spec import ImageSpec, PixelForm, Precision, Tower
@@ -49,14 +50,14 @@ class CutPoint:
         axis: that of the channels in [N, *shape], for the int8 codec.
     """
 
-    number: Annotated[int, Range(at_least=0)]
+    number: Annotated[int, Ge(0)]
     name: str
     shape: tuple[int, ...]
     dtype: Literal["uint8", "float16", "float32"]
-    axis: Annotated[int, Range(at_least=1)]
+    axis: Annotated[int, Ge(1)]
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
         if not self.shape or min(self.shape) < 1 or self.axis > len(self.shape):
             raise ValueError(f"cut {self.number}: shape and axis do not fit each other")
         if (self.dtype == "uint8") is not (self.number == 0):
@@ -86,16 +87,16 @@ class CutManifest:
     space: str
     tower: Literal["image"]
     precision: Precision
-    dim: Annotated[int, Range(at_least=1)]
+    dim: Annotated[int, Ge(1)]
     image: ImageSpec
     pixels: PixelForm
-    batch: Annotated[int | None, Range(at_least=1)]
+    batch: Annotated[int | None, Ge(1)]
     needs_vnni: bool
     points: tuple[CutPoint, ...]
     files: tuple[FileRecord, ...]
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
         if not _HEX.fullmatch(self.space):
             raise ValueError("space must be 64 lower-case hexadecimal digits")
         numbers = [point.number for point in self.points]
@@ -104,8 +105,8 @@ class CutManifest:
         paths = [file.path for file in self.files]
         if len({path.casefold() for path in paths}) != len(paths):
             raise ValueError("a file is listed twice")
-        heads = {head_name(number) for number in numbers if number}
-        missing = sorted((heads | {tail_name(number) for number in numbers}) - set(paths))
+        heads = {head_file_name(number) for number in numbers if number}
+        missing = sorted((heads | {tail_file_name(number) for number in numbers}) - set(paths))
         if missing:
             raise ValueError(f"files does not list {', '.join(missing)}")
 
@@ -114,12 +115,12 @@ class CutManifest:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
-def head_name(number: int) -> str:
+def head_file_name(number: int) -> str:
     """The file of a head."""
     return f"head_{number}.onnx"
 
 
-def tail_name(number: int) -> str:
+def tail_file_name(number: int) -> str:
     """The file of a tail."""
     return f"tail_{number}.onnx"
 
@@ -260,7 +261,7 @@ class CutHead:
         self.point = cuts.point(number)
         self._cuts = cuts
         self._most = device.batch_max
-        self._engine = open_half(cuts, head_name(number), device) if number else None
+        self._engine = open_cut_graph(cuts, head_file_name(number), device) if number else None
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         """Compute the value at the cut; float32 [N, *point.shape], or the pixels at cut 0.
@@ -275,7 +276,7 @@ class CutHead:
         _check_pixels(pixels, self._cuts.manifest.image.size)
         if self._engine is None:
             return pixels
-        found = run_half(self._cuts, self._engine, pixels, self._most)[CUT_TENSOR]
+        found = run_cut_graph(self._cuts, self._engine, pixels, self._most)[CUT_TENSOR]
         if found.dtype != np.float32 or found.shape[1:] != self.point.shape:
             raise EngineError(
                 f"head {self.point.number} of {self._cuts.path} gave {found.dtype} "
@@ -284,12 +285,12 @@ class CutHead:
         return found
 
 
-def tail_model(bundle: str, number: int) -> str:
+def tail_model_name(bundle: str, number: int) -> str:
     """The name of a tail among the server's models."""
     return f"{bundle}-tail-{number}"
 
 
-def open_half(cuts: CutSet, name: str, device: "DeviceProfile") -> Engine:
+def open_cut_graph(cuts: CutSet, name: str, device: "DeviceProfile") -> Engine:
     """Load a head or a tail on a device's engine.
 
     Raises:
@@ -307,7 +308,7 @@ def open_half(cuts: CutSet, name: str, device: "DeviceProfile") -> Engine:
     return open_engine(cuts.path / name, device=device, content=content, data_folder=cuts.path)
 
 
-def run_half(
+def run_cut_graph(
     cuts: CutSet, engine: Engine, values: NDArray[Any], most: int, *, at_cut: bool = False
 ) -> Outputs:
     """Run a head on pixels, or a tail on values at the cut, in batches that it takes.

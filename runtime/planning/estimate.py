@@ -5,14 +5,15 @@ from dataclasses import dataclass, fields
 from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Gt, Lt
 from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import Values
-from edgeclip.runtime.device.schema import Range, check_ranges
+from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.link_state import LinkState, draw_exchange
-from edgeclip.runtime.planning.plan import Candidate, Goal, SplitPlan
-from edgeclip.runtime.planning.stage_times import Stage, StageTimes
+from edgeclip.runtime.planning.plan import Goal, PlanCandidate, SplitPlan
+from edgeclip.runtime.planning.stage_times import SplitStage, StageTimes
 from edgeclip.runtime.wire.messages import (
     BUNDLE,
     SPACE_ID,
@@ -60,7 +61,7 @@ _HITS_BYTES = 600  # of the answer to a search: ten keys and scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
+class PlanConditions:
     """Under what a plan is judged.
 
     Attributes:
@@ -73,19 +74,19 @@ class Conditions:
     """
 
     link: LinkState
-    dim: Annotated[int, Range(at_least=1)]
-    load: Annotated[float, Range(above=0)] = 1.0
-    utilisation: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    dim: Annotated[int, Ge(1)]
+    load: Annotated[float, Gt(0)] = 1.0
+    utilisation: Annotated[float, Ge(0), Lt(1)] = 0.0
     goal: Goal = "embedding"
     seed: int = 0
-    draws: Annotated[int, Range(at_least=100)] = 20_000
+    draws: Annotated[int, Ge(100)] = 20_000
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class LatencyParts:
     """Mean milliseconds of the parts of a plan; they add up to its mean time."""
 
     device: float = 0.0
@@ -104,7 +105,7 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class PlanEstimate:
     """A plan with all that is predicted of it.
 
     Attributes:
@@ -116,7 +117,7 @@ class Estimate:
     """
 
     plan: SplitPlan
-    parts: Parts
+    parts: LatencyParts
     bytes_p50: int
     cosine_mean: float
     cosine_least: float
@@ -134,9 +135,9 @@ class Estimate:
         return self.parts.decode + self.parts.server
 
 
-def estimate(
-    candidate: Candidate, device: StageTimes, server: StageTimes, conditions: Conditions
-) -> Estimate:
+def estimate_plan(
+    candidate: PlanCandidate, device: StageTimes, server: StageTimes, conditions: PlanConditions
+) -> PlanEstimate:
     """Predict a plan.
 
     Raises:
@@ -158,9 +159,9 @@ def estimate(
         parts["queue"] = draw_waiting(service, conditions.utilisation, rng)
         parts |= _network(candidate, sent, conditions, rng)
     cosines = (1.0,) if candidate.payload is None else candidate.payload.cosines
-    return Estimate(
+    return PlanEstimate(
         plan=_with_prediction(candidate.plan, np.sum(list(parts.values()), axis=0), sent),
-        parts=Parts(**{name: float(np.mean(values)) for name, values in parts.items()}),
+        parts=LatencyParts(**{name: float(np.mean(values)) for name, values in parts.items()}),
         bytes_p50=round(float(np.median(sent))),
         cosine_mean=float(np.mean(cosines)),
         cosine_least=min(cosines),
@@ -177,7 +178,7 @@ def embedding_bytes(dim: int) -> tuple[int, int]:
 
 
 def _network(
-    candidate: Candidate, sent: Values, conditions: Conditions, rng: np.random.Generator
+    candidate: PlanCandidate, sent: Values, conditions: PlanConditions, rng: np.random.Generator
 ) -> dict[str, Values]:
     asked, answered = embedding_bytes(conditions.dim)
     asking, hits, embedding = (
@@ -194,21 +195,21 @@ def _network(
     }
 
 
-def _sent(candidate: Candidate, conditions: Conditions) -> Values:
+def _sent(candidate: PlanCandidate, conditions: PlanConditions) -> Values:
     """Bytes of the request's body for each picture [pictures], or one for all [1]."""
     if candidate.payload is not None:
         return np.array(candidate.payload.bytes, np.float64)
     return np.array([float(embedding_bytes(conditions.dim)[0]) if candidate.asks else 0.0])
 
 
-def _sum(times: StageTimes, stages: tuple[Stage, ...], rounds: NDArray[np.int64]) -> Values:
+def _sum(times: StageTimes, stages: tuple[SplitStage, ...], rounds: NDArray[np.int64]) -> Values:
     found = np.zeros(len(rounds))
     for stage in stages:
         found += times.ms(stage)[rounds]
     return found
 
 
-def _joules(device: StageTimes, stages: tuple[Stage, ...]) -> float | None:
+def _joules(device: StageTimes, stages: tuple[SplitStage, ...]) -> float | None:
     found = [item.joules for item in map(device.find, stages) if item is not None]
     known = [joules for joules in found if joules is not None]
     return sum(known) if len(known) == len(found) and device.energy_sensor else None

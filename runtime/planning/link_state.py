@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Gt, Lt
 
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.device.link import LinkProfile
-from edgeclip.runtime.device.schema import Range, check_ranges
+from edgeclip.runtime.device.schema import check_bounds
 
 SEGMENT = 1448  # bytes of payload in an Ethernet frame, with TCP timestamps
 FIRST_WINDOW = 10  # segments, RFC 6928
@@ -60,13 +61,13 @@ class LinkState:
     rtt_ms: tuple[float, ...]
     up_mbps: tuple[float, ...]
     down_mbps: tuple[float, ...]
-    loss: Annotated[float, Range(at_least=0, below=1)] = 0.0
-    efficiency: Annotated[float, Range(above=0)] = 1.0
-    http_ms: Annotated[float, Range(at_least=0)] = 0.0
-    window: Annotated[int, Range(at_least=1)] = FIRST_WINDOW
+    loss: Annotated[float, Ge(0), Lt(1)] = 0.0
+    efficiency: Annotated[float, Gt(0)] = 1.0
+    http_ms: Annotated[float, Ge(0)] = 0.0
+    window: Annotated[int, Ge(1)] = FIRST_WINDOW
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
         for name in ("rtt_ms", "up_mbps", "down_mbps"):
             values = getattr(self, name)
             least = 0.0 if name == "rtt_ms" else math.ulp(0.0)

@@ -4,10 +4,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge, Gt
+
 from edgeclip.runtime.bundle.files import JsonRecord
-from edgeclip.runtime.device.schema import Range, check_ranges
-from edgeclip.runtime.planning.cut_set import CutManifest, tail_model
-from edgeclip.runtime.planning.stage_times import Payload, Stage, StageTimes
+from edgeclip.runtime.device.schema import check_bounds
+from edgeclip.runtime.planning.cut_set import CutManifest, tail_model_name
+from edgeclip.runtime.planning.stage_times import Payload, SplitStage, StageTimes
 from edgeclip.runtime.wire.codec import FILE
 
 PlanKind = Literal["device", "image", "embedding", "cut"]
@@ -43,14 +45,14 @@ class SplitPlan(JsonRecord):
     space: str
     model: str | None = None
     codec: str | None = None
-    cut: Annotated[int | None, Range(at_least=0)] = None
-    deadline_ms: Annotated[float | None, Range(above=0)] = None
-    p50_ms: Annotated[float | None, Range(at_least=0)] = None
-    p95_ms: Annotated[float | None, Range(at_least=0)] = None
-    bytes_p95: Annotated[int | None, Range(at_least=0)] = None
+    cut: Annotated[int | None, Ge(0)] = None
+    deadline_ms: Annotated[float | None, Gt(0)] = None
+    p50_ms: Annotated[float | None, Ge(0)] = None
+    p95_ms: Annotated[float | None, Ge(0)] = None
+    bytes_p95: Annotated[int | None, Ge(0)] = None
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
         given = {
             "model": (self.model, self.kind != "device"),
             "codec": (self.codec, self.kind in ("image", "cut")),
@@ -67,11 +69,11 @@ class SplitPlan(JsonRecord):
 
 Goal = Literal["embedding", "search"]
 
-_PREPARE, _WHOLE = Stage(kind="prepare"), Stage(kind="tail", cut=0)
+_PREPARE, _WHOLE = SplitStage(kind="prepare"), SplitStage(kind="tail", cut=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class PlanCandidate:
     """A plan, the stages that each side runs for it, and what crosses.
 
     Attributes:
@@ -84,23 +86,23 @@ class Candidate:
     """
 
     plan: SplitPlan
-    device: tuple[Stage, ...] = ()
-    encode: tuple[Stage, ...] = ()
-    decode: tuple[Stage, ...] = ()
-    server: tuple[Stage, ...] = ()
+    device: tuple[SplitStage, ...] = ()
+    encode: tuple[SplitStage, ...] = ()
+    decode: tuple[SplitStage, ...] = ()
+    server: tuple[SplitStage, ...] = ()
     payload: Payload | None = None
     asks: bool = True
     searches: bool = False
 
 
-def all_candidates(
+def list_candidates(
     manifest: CutManifest,
     device: StageTimes,
     *,
     goal: Goal = "embedding",
     index: str = "index",
     deadline_ms: float | None = None,
-) -> tuple[Candidate, ...]:
+) -> tuple[PlanCandidate, ...]:
     """List the device alone, and each thing that can cross in each codec.
 
     Args:
@@ -115,10 +117,10 @@ def all_candidates(
     alone = SplitPlan(
         name="device only", kind="device", space=manifest.space, deadline_ms=deadline_ms
     )
-    found = [Candidate(plan=alone, device=(_PREPARE, _WHOLE), asks=False)]
+    found = [PlanCandidate(plan=alone, device=(_PREPARE, _WHOLE), asks=False)]
     if goal == "search":
         plan = dataclasses.replace(alone, name="send the embedding", kind="embedding", model=index)
-        found.append(Candidate(plan=plan, device=(_PREPARE, _WHOLE)))
+        found.append(PlanCandidate(plan=plan, device=(_PREPARE, _WHOLE)))
     for payload in device.payloads:
         if payload.cut is None:
             made = _of_picture(alone, manifest, payload)
@@ -128,10 +130,10 @@ def all_candidates(
     return tuple(found)
 
 
-def _of_picture(alone: SplitPlan, manifest: CutManifest, payload: Payload) -> Candidate:
+def _of_picture(alone: SplitPlan, manifest: CutManifest, payload: Payload) -> PlanCandidate:
     codec = payload.codec
     what = "the file as it is" if codec == FILE else f"the picture, {codec}"
-    return Candidate(
+    return PlanCandidate(
         plan=dataclasses.replace(
             alone,
             name=f"send {what}",
@@ -139,29 +141,31 @@ def _of_picture(alone: SplitPlan, manifest: CutManifest, payload: Payload) -> Ca
             model=f"{manifest.bundle}-image",
             codec=codec,
         ),
-        encode=(Stage(kind="compress", codec=codec),),
-        decode=(Stage(kind="open", codec=codec),),
+        encode=(SplitStage(kind="compress", codec=codec),),
+        decode=(SplitStage(kind="open", codec=codec),),
         server=(_WHOLE,),
         payload=payload,
     )
 
 
-def _of_cut(alone: SplitPlan, manifest: CutManifest, payload: Payload, number: int) -> Candidate:
+def _of_cut(
+    alone: SplitPlan, manifest: CutManifest, payload: Payload, number: int
+) -> PlanCandidate:
     codec = payload.codec
     where = next(point.name for point in manifest.points if point.number == number)
     name = f"cut {number} ({where}), {codec}" if number else f"send the pixels, {codec}"
-    return Candidate(
+    return PlanCandidate(
         plan=dataclasses.replace(
             alone,
             name=name,
             kind="cut",
-            model=tail_model(manifest.bundle, number),
+            model=tail_model_name(manifest.bundle, number),
             codec=codec,
             cut=number,
         ),
-        device=(_PREPARE, Stage(kind="head", cut=number)) if number else (_PREPARE,),
-        encode=(Stage(kind="encode", cut=number, codec=codec),),
-        decode=(Stage(kind="decode", cut=number, codec=codec),),
-        server=(Stage(kind="tail", cut=number),),
+        device=(_PREPARE, SplitStage(kind="head", cut=number)) if number else (_PREPARE,),
+        encode=(SplitStage(kind="encode", cut=number, codec=codec),),
+        decode=(SplitStage(kind="decode", cut=number, codec=codec),),
+        server=(SplitStage(kind="tail", cut=number),),
         payload=payload,
     )

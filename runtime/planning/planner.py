@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from edgeclip.runtime.device.schema import Range, check_ranges
+from annotated_types import Ge, Gt
+
+from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.planning.cut_set import CutManifest
-from edgeclip.runtime.planning.estimate import Conditions, Estimate, estimate
-from edgeclip.runtime.planning.plan import all_candidates
+from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate, estimate_plan
+from edgeclip.runtime.planning.plan import list_candidates
 from edgeclip.runtime.planning.stage_times import StageTimes
 from edgeclip.runtime.wire.codec import FILE
 
@@ -27,17 +29,17 @@ class Objective:
         mean_cosine, least_cosine: bounds of what a codec may cost, over the pictures.
     """
 
-    ms_per_joule: Annotated[float, Range(at_least=0)] = 0.0
-    ms_per_megabyte: Annotated[float, Range(at_least=0)] = 0.0
-    ms_per_server_second: Annotated[float, Range(at_least=0)] = 0.0
-    deadline_ms: Annotated[float | None, Range(above=0)] = None
-    mean_cosine: Annotated[float, Range(at_least=-1)] = 0.99
-    least_cosine: Annotated[float, Range(at_least=-1)] = 0.97
+    ms_per_joule: Annotated[float, Ge(0)] = 0.0
+    ms_per_megabyte: Annotated[float, Ge(0)] = 0.0
+    ms_per_server_second: Annotated[float, Ge(0)] = 0.0
+    deadline_ms: Annotated[float | None, Gt(0)] = None
+    mean_cosine: Annotated[float, Ge(-1)] = 0.99
+    least_cosine: Annotated[float, Ge(-1)] = 0.97
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
-    def cost(self, item: Estimate) -> float:
+    def cost(self, item: PlanEstimate) -> float:
         """What a plan costs, in milliseconds; energy that was not measured is left out."""
         sent = (item.plan.bytes_p95 or 0) / 1e6
         return (
@@ -47,14 +49,14 @@ class Objective:
             + self.ms_per_server_second * item.server_ms / 1e3
         )
 
-    def too_inexact(self, item: Estimate) -> bool:
+    def too_inexact(self, item: PlanEstimate) -> bool:
         """Whether its codec costs more than is allowed."""
         inexact = item.cosine_mean < self.mean_cosine or item.cosine_least < self.least_cosine
         return inexact and item.plan.codec is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class PlanChoice:
     """The plan that was chosen.
 
     Attributes:
@@ -64,32 +66,32 @@ class Choice:
         meets_deadline: False if no plan does; `best` is then the soonest.
     """
 
-    best: Estimate
-    allowed: tuple[Estimate, ...]
-    refused: tuple[Estimate, ...]
+    best: PlanEstimate
+    allowed: tuple[PlanEstimate, ...]
+    refused: tuple[PlanEstimate, ...]
     meets_deadline: bool
 
-    def best_of_each(self) -> tuple[Estimate, ...]:
+    def best_of_each(self) -> tuple[PlanEstimate, ...]:
         """The allowed plans without those that send the same in a dearer codec."""
-        found: dict[object, Estimate] = {self._sends(self.best): self.best}
+        found: dict[object, PlanEstimate] = {self._sends(self.best): self.best}
         for item in self.allowed:
             found.setdefault(self._sends(item), item)
         return tuple(item for item in self.allowed if found[self._sends(item)] is item)
 
     @staticmethod
-    def _sends(item: Estimate) -> object:
+    def _sends(item: PlanEstimate) -> object:
         return item.plan.kind, item.plan.cut, item.plan.codec == FILE
 
 
-def estimate_all(
+def estimate_plans(
     manifest: CutManifest,
     device: StageTimes,
     server: StageTimes,
-    conditions: Conditions,
+    conditions: PlanConditions,
     *,
     deadline_ms: float | None = None,
     index: str = "index",
-) -> tuple[Estimate, ...]:
+) -> tuple[PlanEstimate, ...]:
     """Predict every plan of a cut set.
 
     Args:
@@ -105,13 +107,13 @@ def estimate_all(
     """
     device.check_same_tower(manifest, "the cut set")
     device.check_same_tower(server, "what was measured on the server")
-    candidates = all_candidates(
+    candidates = list_candidates(
         manifest, device, goal=conditions.goal, index=index, deadline_ms=deadline_ms
     )
-    return tuple(estimate(item, device, server, conditions) for item in candidates)
+    return tuple(estimate_plan(item, device, server, conditions) for item in candidates)
 
 
-def choose(estimates: Sequence[Estimate], objective: Objective) -> Choice:
+def choose_plan(estimates: Sequence[PlanEstimate], objective: Objective) -> PlanChoice:
     """Take the plan of least cost among those that are exact enough and keep the deadline.
 
     The device alone sends nothing and is always exact enough.
@@ -122,4 +124,4 @@ def choose(estimates: Sequence[Estimate], objective: Objective) -> Choice:
     bound = objective.deadline_ms
     in_time = [item for item in allowed if bound is None or item.p95_ms <= bound]
     best = in_time[0] if in_time else min(allowed, key=lambda item: item.p95_ms)
-    return Choice(best=best, allowed=allowed, refused=refused, meets_deadline=bool(in_time))
+    return PlanChoice(best=best, allowed=allowed, refused=refused, meets_deadline=bool(in_time))

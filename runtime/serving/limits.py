@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from edgeclip.runtime.device.schema import Range, check_ranges
+from annotated_types import Ge, Gt
+
+from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import EdgeClipError, EngineError, InputError, SpaceMismatchError
 from edgeclip.runtime.wire.messages import WireError
 
@@ -25,12 +27,12 @@ class BatchLimits:
         ValueError: a value out of bounds.
     """
 
-    max_batch: Annotated[int, Range(at_least=1)] = 32
-    max_wait_ms: Annotated[float, Range(at_least=0)] = 0.0
-    queue: Annotated[int, Range(at_least=1)] = 128
+    max_batch: Annotated[int, Ge(1)] = 32
+    max_wait_ms: Annotated[float, Ge(0)] = 0.0
+    queue: Annotated[int, Ge(1)] = 128
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,22 +52,22 @@ class ServerLimits:
         ValueError: a value out of bounds.
     """
 
-    max_body: Annotated[int, Range(at_least=1)] = 16 * _MIB
-    max_json: Annotated[int, Range(at_least=1)] = 4 * _MIB
-    max_memory: Annotated[int, Range(at_least=1)] = 1024 * _MIB
-    body_seconds: Annotated[float, Range(above=0)] = 60.0
-    head_seconds: Annotated[float, Range(above=0)] = 20.0
-    idle_seconds: Annotated[int, Range(at_least=1)] = 75
-    grace_seconds: Annotated[float, Range(at_least=0)] = 30.0
+    max_body: Annotated[int, Ge(1)] = 16 * _MIB
+    max_json: Annotated[int, Ge(1)] = 4 * _MIB
+    max_memory: Annotated[int, Ge(1)] = 1024 * _MIB
+    body_seconds: Annotated[float, Gt(0)] = 60.0
+    head_seconds: Annotated[float, Gt(0)] = 20.0
+    idle_seconds: Annotated[int, Ge(1)] = 75
+    grace_seconds: Annotated[float, Ge(0)] = 30.0
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
 
 
 CLIENT_GONE = 499  # never sent; for the metrics
 
 
-class RefusalError(EdgeClipError):
+class HttpError(EdgeClipError):
     """A request that is answered with an HTTP status instead of a result.
 
     Attributes:
@@ -79,7 +81,7 @@ class RefusalError(EdgeClipError):
         self.headers = headers or {}
 
 
-class QueueFullError(RefusalError):
+class QueueFullError(HttpError):
     """More requests wait than the server takes; `seconds` is when to come again."""
 
     def __init__(self, seconds: float) -> None:
@@ -87,7 +89,7 @@ class QueueFullError(RefusalError):
         super().__init__(429, "too many requests wait: try again later", after)
 
 
-class DrainingError(RefusalError):
+class DrainingError(HttpError):
     """The server is about to end."""
 
     def __init__(self, seconds: float = 1.0) -> None:
@@ -95,14 +97,14 @@ class DrainingError(RefusalError):
         super().__init__(503, "the server is ending: try again, or use another", after)
 
 
-class DeadlinePassedError(RefusalError):
+class DeadlinePassedError(HttpError):
     """The client's deadline passed before the model began."""
 
     def __init__(self) -> None:
         super().__init__(504, "the deadline passed before the model began")
 
 
-class ClientGoneError(RefusalError):
+class ClientGoneError(HttpError):
     """The client closed the connection."""
 
     def __init__(self) -> None:
@@ -114,14 +116,14 @@ def retry_after(seconds: float) -> dict[str, str]:
     return {"retry-after": str(min(60, max(1, math.ceil(seconds))))}
 
 
-def refusal_of(error: BaseException) -> RefusalError:
+def http_error_of(error: BaseException) -> HttpError:
     """The answer to a request that failed; what is not EdgeCLIP's own error tells nothing."""
-    if isinstance(error, RefusalError):
+    if isinstance(error, HttpError):
         return error
     if isinstance(error, WireError | InputError):
-        return RefusalError(400, str(error))
+        return HttpError(400, str(error))
     if isinstance(error, SpaceMismatchError):
-        return RefusalError(409, str(error))
+        return HttpError(409, str(error))
     if isinstance(error, EngineError):
-        return RefusalError(500, str(error))
-    return RefusalError(500, f"the model failed ({type(error).__name__}): see the server's log")
+        return HttpError(500, str(error))
+    return HttpError(500, f"the model failed ({type(error).__name__}): see the server's log")

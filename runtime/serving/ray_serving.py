@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from annotated_types import Ge
+
 from edgeclip.runtime.bundle.index import one_thread_for_products
-from edgeclip.runtime.device.schema import Range, check_ranges, parse
+from edgeclip.runtime.device.schema import check_bounds, parse
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.limits import BatchLimits, ServerLimits
 from edgeclip.runtime.serving.registry import Sources, open_registry
 from edgeclip.runtime.serving.security import TlsFiles
-from edgeclip.runtime.serving.server import address_of, listen
+from edgeclip.runtime.serving.server import listen, url_of
 
 _NAME = "edgeclip"
 _BATCHES, _LIMITS = BatchLimits(), ServerLimits()
@@ -52,17 +54,17 @@ class RayServing:
     indexes: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     device: str = "this-machine"
-    replicas: Annotated[int, Range(at_least=1)] = 1
-    max_replicas: Annotated[int | None, Range(at_least=1)] = None
-    cpus: Annotated[float, Range(at_least=0)] = 1.0
-    gpus: Annotated[float, Range(at_least=0)] = 0.0
-    max_batch: Annotated[int, Range(at_least=1)] = _BATCHES.max_batch
-    queue: Annotated[int, Range(at_least=1)] = _BATCHES.queue
-    grace_seconds: Annotated[float, Range(at_least=0)] = _LIMITS.grace_seconds
+    replicas: Annotated[int, Ge(1)] = 1
+    max_replicas: Annotated[int | None, Ge(1)] = None
+    cpus: Annotated[float, Ge(0)] = 1.0
+    gpus: Annotated[float, Ge(0)] = 0.0
+    max_batch: Annotated[int, Ge(1)] = _BATCHES.max_batch
+    queue: Annotated[int, Ge(1)] = _BATCHES.queue
+    grace_seconds: Annotated[float, Ge(0)] = _LIMITS.grace_seconds
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_bounds(self)
         _ = self.sources  # refuses to be empty
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas must be at least replicas, {self.replicas}")
@@ -142,7 +144,7 @@ def on_ray(
     import ray
 
     with listen(host, port) as bound:  # Ray binds it by itself
-        address, free = address_of(bound, tls), bound.getsockname()[1]
+        address, free = url_of(bound, tls), bound.getsockname()[1]
     options: dict[str, Any] = {"host": host, "port": free}
     if tls is not None:
         options |= {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)}

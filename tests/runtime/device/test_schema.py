@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 import pytest
 import yaml
+from annotated_types import Ge
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeclip.runtime.device.schema import Range, parse, read_yaml
+from edgeclip.runtime.device.schema import parse, read_yaml
 from edgeclip.runtime.errors import ConfigError
 
 
@@ -22,7 +23,7 @@ class Part:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Car:
     name: str
-    seats: Annotated[int, Range(at_least=1)]
+    seats: Annotated[int, Ge(1)]
     electric: bool
     parts: tuple[Part, ...] = ()
     owner: str | None = None
