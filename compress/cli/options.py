@@ -3,14 +3,12 @@
 import argparse
 from pathlib import Path
 
+from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
 from edgeclip.compress.compute import best_device
 from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.errors import ConfigError
-
-BUILT_IN = "built-in"
-BUILT_IN_TEACHER = Path(__file__).parents[1] / "emoji_teacher"
 
 
 def add_teacher(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +53,7 @@ def refuse_teacher_as_output(args: argparse.Namespace) -> None:
 
 
 def _teacher_source(args: argparse.Namespace) -> str | Path:
-    return BUILT_IN_TEACHER if args.teacher == BUILT_IN else str(args.teacher)
+    return built_in_teacher() if args.teacher == BUILT_IN else str(args.teacher)
 
 
 def load_source(args: argparse.Namespace, teacher: DualEncoder, *, split: Split) -> Source:

@@ -5,7 +5,8 @@ import shlex
 from collections.abc import Sequence
 from typing import get_args
 
-from edgeclip.compress.cli.options import BUILT_IN, BUILT_IN_TEACHER, add_teacher
+from edgeclip.compress.built_in import BUILT_IN, BUILT_IN_TEACHER
+from edgeclip.compress.cli.options import add_teacher
 from edgeclip.compress.students.plan_student import (
     PlannedStudent,
     StudentPlan,

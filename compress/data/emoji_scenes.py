@@ -49,7 +49,7 @@ class Emoji:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacedEmoji:
     """An emoji in a scene. Coordinates and side are shares of the image side."""
 
     emoji: int
@@ -65,7 +65,7 @@ class Scene:
 
     caption: str
     background: str
-    objects: tuple[Placed, ...]
+    objects: tuple[PlacedEmoji, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ class EmojiScenes:
             jitter = rng.uniform(-0.03, 0.03, size=2)
             side = layout.side * scale * float(rng.uniform(0.92, 1.08))
             objects.append(
-                Placed(number, x + jitter[0], y + jitter[1], side, float(rng.uniform(-20, 20)))
+                PlacedEmoji(number, x + jitter[0], y + jitter[1], side, float(rng.uniform(-20, 20)))
             )
         phrase = layout.phrase.format(*words)
         article = "an" if background[0] in "aeiou" else "a"

@@ -35,7 +35,7 @@ class Augmentation:
             raise ValueError(f"need 0 < crop <= 1 and 0 <= colour < 1, got {self}")
 
 
-def augmented(image: Image.Image, how: Augmentation, *, index: int, view: int) -> Image.Image:
+def augment(image: Image.Image, how: Augmentation, *, index: int, view: int) -> Image.Image:
     """View `view` of picture `index`; view 0 is the picture itself."""
     if view == 0:
         return image

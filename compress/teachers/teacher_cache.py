@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from edgeclip.compress.compute import autocast
-from edgeclip.compress.data.sources import Augmentation, Source, augmented
+from edgeclip.compress.data.sources import Augmentation, Source, augment
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.runtime.bundle.files import atomic_file, read_npz, write_npz
 from edgeclip.runtime.device.schema import parse
@@ -192,7 +192,7 @@ def _embed_shard(
             pairs = [source[index] for index in chunk]
             for view in range(settings.views):
                 pictures = [
-                    augmented(pair.image, settings.augmentation, index=index, view=view)
+                    augment(pair.image, settings.augmentation, index=index, view=view)
                     for pair, index in zip(pairs, chunk, strict=True)
                 ]
                 image[rows, view] = _half(teacher.embed_image(pixels_of(pictures, teacher)))

@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeclip.compress.compute import full_precision
-from edgeclip.compress.data.sources import Source, augmented
+from edgeclip.compress.data.sources import Source, augment
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, captions_of, ids_of, pixels_of
 from edgeclip.compress.train.losses import LossWeights, distillation, feature
-from edgeclip.compress.train.train_loop import Task, TrainSettings, train
+from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class DistillationBatch:
     """What one step sees: inputs of the student and the teacher's embeddings of them.
 
     `ids` and `teacher_text` are None for pictures without captions.
@@ -59,9 +59,9 @@ def distill(
     if cache.text is None:
         student.model.text_model.requires_grad_(False)
         student.model.text_projection.requires_grad_(False)
-    batches = Batches(student, cache, source, settings)
+    batches = DistillationBatches(student, cache, source, settings)
 
-    def losses(batch: Batch) -> dict[str, Tensor]:
+    def losses(batch: DistillationBatch) -> dict[str, Tensor]:
         image = student.embed_image(batch.pixels)
         if batch.ids is None or batch.teacher_text is None:
             return {"total": feature(image, batch.teacher_image)}
@@ -77,7 +77,7 @@ def distill(
             )
 
     train(
-        Task(
+        TrainTask(
             title="distill",
             module=student,
             batch=batches,
@@ -89,7 +89,7 @@ def distill(
     )
 
 
-class Batches:
+class DistillationBatches:
     """Batch `step` of a run, a function of (seed, step) alone.
 
     Every epoch is a new order of all pairs; epoch e shows view e modulo the views cached.
@@ -116,19 +116,21 @@ class Batches:
             views += [epoch % self._cache.settings.views] * len(taken)
         return indices, views
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> DistillationBatch:
         indices, views = self.picks(step)
         how = self._cache.settings.augmentation
         pictures = [
-            augmented(self._source[index].image, how, index=index, view=view)
+            augment(self._source[index].image, how, index=index, view=view)
             for index, view in zip(indices, views, strict=True)
         ]
         pixels = pixels_of(pictures, self._student)
         teacher_image = self._tensor(self._cache.image[indices, views])
         if self._cache.text is None:
-            return Batch(pixels, teacher_image)
+            return DistillationBatch(pixels, teacher_image)
         ids = ids_of(captions_of(self._source, indices), self._student)
-        return Batch(pixels, teacher_image, ids, self._tensor(self._cache.text[indices]))
+        return DistillationBatch(
+            pixels, teacher_image, ids, self._tensor(self._cache.text[indices])
+        )
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         rng = np.random.default_rng(np.random.SeedSequence((self._settings.seed, epoch)))

@@ -15,7 +15,7 @@ from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import captions_of, ids_of, pixels_of
 from edgeclip.compress.train.losses import contrastive
-from edgeclip.compress.train.train_loop import Task, TrainSettings, train
+from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import ImageSpec
 
@@ -144,7 +144,7 @@ def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEnc
         with full_precision(teacher.device):
             return {"total": contrastive(image, text, scale)}
 
-    task = Task(
+    task = TrainTask(
         title="pretrain",
         module=teacher,
         batch=batch,

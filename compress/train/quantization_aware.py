@@ -14,9 +14,9 @@ from edgeclip.compress.compute import full_precision
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
-from edgeclip.compress.train.distill import Batch, Batches
+from edgeclip.compress.train.distill import DistillationBatch, DistillationBatches
 from edgeclip.compress.train.losses import feature
-from edgeclip.compress.train.train_loop import Task, TrainSettings, train
+from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Tower
 
@@ -171,7 +171,7 @@ def fine_tune(
     towers = quantized_towers(grids)
     _check(student, cache, source, towers)
 
-    def losses(batch: Batch) -> dict[str, Tensor]:
+    def losses(batch: DistillationBatch) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         with full_precision(student.device):  # a bfloat16 has no more digits than an int8
             if "image" in towers:
@@ -182,10 +182,10 @@ def fine_tune(
                 parts["text"] = feature(student.embed_text(batch.ids), batch.teacher_text)
         return {"total": torch.stack([*parts.values()]).mean(), **parts}
 
-    task = Task(
+    task = TrainTask(
         title="fine-tune",
         module=student,
-        batch=Batches(student, cache, source, settings),
+        batch=DistillationBatches(student, cache, source, settings),
         losses=losses,
         identity=_identity(student, cache, grids),
     )

@@ -58,7 +58,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task(Generic[Batch]):
+class TrainTask(Generic[Batch]):
     """What to train.
 
     Args:
@@ -75,7 +75,7 @@ class Task(Generic[Batch]):
     identity: str
 
 
-def train(task: Task[Batch], settings: TrainSettings, out: Path) -> None:
+def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> None:
     """Train `task.module` in place, or go on from the checkpoint in `out`.
 
     Writes `log.jsonl` (a line a step: step, seconds, rate, every loss) and
@@ -143,7 +143,7 @@ class _Checkpoint(Generic[Batch]):
     """`checkpoint.pt`: weights, optimizer and step of a run, and which run it is."""
 
     out: Path
-    task: Task[Batch]
+    task: TrainTask[Batch]
     settings: TrainSettings
     optimizer: torch.optim.Optimizer
 

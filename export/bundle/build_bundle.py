@@ -6,25 +6,30 @@ from pathlib import Path
 
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.bundle.precision_candidates import (
-    MadeGraphs,
     Passes,
-    judge_graphs,
-    mend_int8,
-    write_interchange,
-    write_others,
-    write_reference,
+    PrecisionCandidates,
+    evaluate_candidates,
+    export_fp32,
+    export_interchange,
+    qat_fallback,
+    quantize_towers,
 )
-from edgeclip.export.bundle.write_bundle import Making, write_golden, write_labels, write_manifest
+from edgeclip.export.bundle.write_bundle import (
+    BuildRecipe,
+    write_golden,
+    write_labels,
+    write_manifest,
+)
 from edgeclip.export.bundle.write_engines import write_engines
-from edgeclip.export.gates.gates import Judged, data_record, missed, refuse_missed
-from edgeclip.export.gates.judge_precisions import TowerEmbeddings, compared, judge_together
-from edgeclip.export.gates.select_precision import TowerChoice, choose_fastest
-from edgeclip.export.graph.embed_pairs import TowerGraph, graph_embedder, tower_inputs
-from edgeclip.export.graph.graph import graph_files
+from edgeclip.export.gates.gates import GateOutcome, data_record, describe_missed, raise_if_missed
+from edgeclip.export.gates.judge_precisions import TowerEmbeddings, describe_pairing, judge_together
+from edgeclip.export.gates.select_precision import SelectedPrecision, select_precision
+from edgeclip.export.graph.embedders import TowerGraph, graph_embedder, tower_inputs
+from edgeclip.export.graph.graph_io import graph_files
 from edgeclip.export.graph.label_head import add_label_head
 from edgeclip.export.graph.to_onnx import STANDARD
 from edgeclip.export.graph.tune_passes import PassOutcome, tune_tower
-from edgeclip.export.parity.explain_parity import check_parity, explain_parity
+from edgeclip.export.parity.torch_parity import check_parity, explain_parity
 from edgeclip.export.quantizing.quantization_file import apply_searched
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.engine_records import EngineRecord
@@ -53,9 +58,9 @@ class BuiltBundle:
     """
 
     bundle: Bundle
-    judged: tuple[Judged, ...]
+    judged: tuple[GateOutcome, ...]
     left_out: tuple[str, ...]
-    choices: tuple[TowerChoice, ...]
+    choices: tuple[SelectedPrecision, ...]
     tuned: Tuned
     says: str = ""
 
@@ -89,7 +94,7 @@ def build_bundle(
         graphs = _drop(plan, made)
         _add_heads(plan, graphs)
         choices = _choose(plan, graphs, progress)
-        choices, mixed = settle(choices, made.embeddings, plan)
+        choices, mixed = check_mixed_precisions(choices, made.embeddings, plan)
         engines = _build_engines(plan, folder, graphs, choices, progress)
         judged = (*parity, *made.verdict.judged, *mixed)
         progress("writing the bundle")
@@ -109,7 +114,7 @@ def _export(
 ) -> tuple[tuple[TowerGraph, ...], Tuned]:
     """Write both towers in fp32: as they were searched, or in the form fastest on this machine."""
     progress("exporting both towers to ONNX")
-    graphs = write_reference(plan.student, folder, plan.form)
+    graphs = export_fp32(plan.student, folder, plan.form)
     tuned: list[tuple[Tower, PassOutcome]] = []
     for graph in (item for item in graphs if item.tower in plan.towers):
         if graph.tower in plan.searched:
@@ -123,17 +128,17 @@ def _export(
 
 def _compare(
     plan: BundlePlan, folder: Path, graphs: Sequence[TowerGraph], progress: Progress
-) -> tuple[Judged, ...]:
+) -> tuple[GateOutcome, ...]:
     """Hold all fp32 graphs against torch, the one for other runtimes too."""
     named = [(graph.subject, graph) for graph in graphs]
     if plan.form.pixels != STANDARD.pixels:
-        named.append(("image fp32 for others", write_interchange(plan.student, folder)))
+        named.append(("image fp32 for others", export_interchange(plan.student, folder)))
     progress("comparing them with torch")
-    parity: list[Judged] = []
+    parity: list[GateOutcome] = []
     for subject, graph in named:
         embed = graph_embedder(graph, plan.student.spec.image, plan.runner)
         found = check_parity(plan.student, graph.tower, embed, plan.test, plan.bounds["fp32"])
-        parity += [Judged(subject, record) for record in found]
+        parity += [GateOutcome(subject, record) for record in found]
     _refuse_unfaithful(plan, graphs, parity)
     return tuple(parity)
 
@@ -142,7 +147,7 @@ def _quantize(plan: BundlePlan, folder: Path, progress: Progress) -> tuple[Tower
     """Make the other precisions of the fp32 graphs."""
     if len(plan.wanted) > 1:
         progress(f"making {' and '.join(plan.wanted[1:])}; calibrating on {plan.calibration.name}")
-    return write_others(
+    return quantize_towers(
         plan.student,
         folder,
         plan.configs,
@@ -153,30 +158,30 @@ def _quantize(plan: BundlePlan, folder: Path, progress: Progress) -> tuple[Tower
 
 
 def _refuse_unfaithful(
-    plan: BundlePlan, graphs: Sequence[TowerGraph], parity: Sequence[Judged]
+    plan: BundlePlan, graphs: Sequence[TowerGraph], parity: Sequence[GateOutcome]
 ) -> None:
     """Stop if an fp32 graph differs from torch, and say at which node it begins to."""
     found = [
         f"{graph.subject}: {explain_parity(plan.student, graph, plan.test, plan.runner, plan.form)}"
         for graph in graphs
-        if missed(item for item in parity if item.subject == graph.subject)
+        if describe_missed(item for item in parity if item.subject == graph.subject)
     ]
-    refuse_missed(parity, "; ".join([*found, _UNFAITHFUL]))
+    raise_if_missed(parity, "; ".join([*found, _UNFAITHFUL]))
 
 
 def _judge(
     plan: BundlePlan, graphs: Sequence[TowerGraph], tuned: Tuned, progress: Progress
-) -> MadeGraphs:
+) -> PrecisionCandidates:
     """Hold every precision against fp32 on the test pairs, and mend int8 if that is allowed."""
     progress(f"embedding {plan.test.name} in {', '.join(plan.wanted)}")
-    made = judge_graphs(plan, graphs, plan.configs)
-    made = mend_int8(plan, made, _passes(plan, tuned), progress)
+    made = evaluate_candidates(plan, graphs, plan.configs)
+    made = qat_fallback(plan, made, _passes(plan, tuned), progress)
     if plan.precisions is not None:
-        refuse_asked(made)
+        require_asked_precisions(made)
     return made
 
 
-def refuse_asked(made: MadeGraphs) -> None:
+def require_asked_precisions(made: PrecisionCandidates) -> None:
     """Stop if a precision that was asked for misses its gates.
 
     Raises:
@@ -184,7 +189,7 @@ def refuse_asked(made: MadeGraphs) -> None:
     """
     remarks = map(str, made.verdict.remarks)
     says = [made.says] if made.says else []
-    refuse_missed(made.verdict.judged, "; ".join([_TOO_COARSE, *remarks, *says]))
+    raise_if_missed(made.verdict.judged, "; ".join([_TOO_COARSE, *remarks, *says]))
 
 
 def _passes(plan: BundlePlan, tuned: Tuned) -> Passes:
@@ -196,7 +201,7 @@ def _passes(plan: BundlePlan, tuned: Tuned) -> Passes:
     return kept
 
 
-def _drop(plan: BundlePlan, made: MadeGraphs) -> tuple[TowerGraph, ...]:
+def _drop(plan: BundlePlan, made: PrecisionCandidates) -> tuple[TowerGraph, ...]:
     """Delete the graphs that missed their gates, and those of a tower that nobody asked for."""
     kept = []
     for graph in made.graphs:
@@ -220,7 +225,7 @@ def _add_heads(plan: BundlePlan, graphs: Sequence[TowerGraph]) -> None:
 
 def _choose(
     plan: BundlePlan, graphs: Sequence[TowerGraph], progress: Progress
-) -> tuple[TowerChoice, ...]:
+) -> tuple[SelectedPrecision, ...]:
     """Time the precisions of each tower against each other, if this machine is the device."""
     if plan.workload is None:
         return tuple(_unmeasured(plan, tower, graphs) for tower in plan.towers)
@@ -234,11 +239,11 @@ def _choose(
         }
         spec, tokenizer = plan.student.spec, plan.student.text_tokenizer
         first = next(tower_inputs(plan.test, tower, spec, tokenizer, count=1))
-        choices.append(choose_fastest(tower, embedders, first, plan.workload))
+        choices.append(select_precision(tower, embedders, first, plan.workload))
     return tuple(choices)
 
 
-def _unmeasured(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) -> TowerChoice:
+def _unmeasured(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) -> SelectedPrecision:
     """What to ship to a device that is not at hand: fp32, or fp16 where a GPU runs it.
 
     int8 and fp8 are for the device's own measurement to choose: they are not always faster.
@@ -248,14 +253,14 @@ def _unmeasured(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) ->
     if not plan.device.on_cpu and "fp16" in kept:
         precision = "fp16"
     why = f"not measured: {plan.device.name} is not this machine"
-    return TowerChoice(tower=tower, precision=precision, why=why)
+    return SelectedPrecision(tower=tower, precision=precision, why=why)
 
 
 def _build_engines(
     plan: BundlePlan,
     folder: Path,
     graphs: Sequence[TowerGraph],
-    choices: Sequence[TowerChoice],
+    choices: Sequence[SelectedPrecision],
     progress: Progress,
 ) -> tuple[EngineRecord, ...]:
     """Build the engines of what the device will choose from: all but fp32, if there is more."""
@@ -267,9 +272,9 @@ def _build_engines(
     return write_engines(folder, wanted, plan.device, length, progress)
 
 
-def settle(
-    choices: tuple[TowerChoice, ...], embeddings: TowerEmbeddings, plan: BundlePlan
-) -> tuple[tuple[TowerChoice, ...], tuple[Judged, ...]]:
+def check_mixed_precisions(
+    choices: tuple[SelectedPrecision, ...], embeddings: TowerEmbeddings, plan: BundlePlan
+) -> tuple[tuple[SelectedPrecision, ...], tuple[GateOutcome, ...]]:
     """Judge a mixed choice, which no gate has seen together yet; fall back to fp32 if it fails.
 
     Returns the choices and, for a mixed one, its gate.
@@ -280,7 +285,7 @@ def settle(
     others = set(chosen.values()) - {"fp32"}
     bounds = max((plan.bounds[item] for item in others), key=lambda item: item.r1_loss)
     data = data_record(plan.test)
-    judged = judge_together(embeddings, chosen, bounds, compared(chosen), data)
+    judged = judge_together(embeddings, chosen, bounds, describe_pairing(chosen), data)
     if judged.record.passed:
         return choices, (judged,)
     why = f"the precisions that are fastest lose {judged.record.value:.2f} points R@1 together"
@@ -291,10 +296,10 @@ def _write_rest(
     plan: BundlePlan,
     folder: Path,
     graphs: Sequence[TowerGraph],
-    judged: Sequence[Judged],
-    choices: Sequence[TowerChoice],
+    judged: Sequence[GateOutcome],
+    choices: Sequence[SelectedPrecision],
     engines: tuple[EngineRecord, ...],
-    made: MadeGraphs,
+    made: PrecisionCandidates,
 ) -> None:
     """Write all but the towers, the manifest last."""
     data = f"tested on {plan.test.name}; calibrated on {plan.calibration.name}"
@@ -309,7 +314,7 @@ def _write_rest(
         judged=[item for item in judged if item.record.passed],
         choices=choices,
         engine=plan.runner.engine,
-        making=Making(configs=made.configs, device=plan.device, tuned=made.tuned),
+        making=BuildRecipe(configs=made.configs, device=plan.device, tuned=made.tuned),
         form=plan.form,
         engines=engines,
         label_head=plan.label_head,
@@ -319,5 +324,5 @@ def _write_rest(
     )
 
 
-def _chosen(choices: Sequence[TowerChoice]) -> dict[Tower, Precision]:
+def _chosen(choices: Sequence[SelectedPrecision]) -> dict[Tower, Precision]:
     return {choice.tower: choice.precision for choice in choices}

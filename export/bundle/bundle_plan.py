@@ -7,10 +7,10 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle.write_bundle import Origin
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds
-from edgeclip.export.gates.select_precision import CHOOSING
-from edgeclip.export.gates.zero_shot import ZeroShot, find_zero_shot
+from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
+from edgeclip.export.gates.zero_shot import ZeroShotSet, find_zero_shot
 from edgeclip.export.graph.calibration import CalibrationSource
-from edgeclip.export.graph.embed_pairs import TOWERS, check_captions, runner_of
+from edgeclip.export.graph.embedders import TOWERS, check_captions, runner_of
 from edgeclip.export.graph.to_onnx import GraphForm
 from edgeclip.export.quantizing.config import Config, default_config
 from edgeclip.export.quantizing.qat_finetune import Tuning
@@ -72,9 +72,9 @@ class BundlePlan:
     bounds: Mapping[Precision, Bounds] = field(default_factory=lambda: DEFAULT_BOUNDS)
     label_head: str | None = None
     patch_features: bool = False
-    zero_shot: ZeroShot | None = None
+    zero_shot: ZeroShotSet | None = None
     text_tower: bool = True
-    workload: Workload | None = CHOOSING
+    workload: Workload | None = SELECTION_WORKLOAD
     quantization: Quantization | None = None
     tuning: Tuning | None = None
 
@@ -148,7 +148,7 @@ class BundlePlan:
         }
 
     @property
-    def labelled(self) -> ZeroShot | None:
+    def labelled(self) -> ZeroShotSet | None:
         """What zero-shot accuracy is judged on; None where no picture has a label."""
         return self.zero_shot or find_zero_shot(self.test, self.labels.values())
 

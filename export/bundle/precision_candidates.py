@@ -8,17 +8,17 @@ from pathlib import Path
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.gates.gates import Judged
+from edgeclip.export.gates.gates import GateOutcome
 from edgeclip.export.gates.judge_precisions import (
-    JudgedOn,
+    GateInputs,
+    PrecisionVerdict,
     TowerEmbeddings,
-    Verdict,
-    embed_test,
+    embed_test_pairs,
+    gate_inputs,
     judge_precisions,
-    judged_on,
 )
 from edgeclip.export.graph.calibration import calibration_data
-from edgeclip.export.graph.embed_pairs import TOWERS, TowerGraph
+from edgeclip.export.graph.embedders import TOWERS, TowerGraph
 from edgeclip.export.graph.to_onnx import STANDARD, GraphForm, export_tower
 from edgeclip.export.quantizing.config import Config, StaticInt8
 from edgeclip.export.quantizing.fp16 import stored_in_half
@@ -37,7 +37,7 @@ from edgeclip.runtime.spec import PixelForm, Precision, Tower
 Configs = Mapping[tuple[Tower, Precision], Config]  # how each tower becomes each precision
 
 
-def write_reference(student: DualEncoder, folder: Path, form: GraphForm) -> tuple[TowerGraph, ...]:
+def export_fp32(student: DualEncoder, folder: Path, form: GraphForm) -> tuple[TowerGraph, ...]:
     """Export both towers in fp32 into a bundle's folder.
 
     Raises:
@@ -49,7 +49,7 @@ def write_reference(student: DualEncoder, folder: Path, form: GraphForm) -> tupl
     return graphs
 
 
-def write_interchange(student: DualEncoder, folder: Path) -> TowerGraph:
+def export_interchange(student: DualEncoder, folder: Path) -> TowerGraph:
     """Export the image tower in the customary form, for transformers.js, optimum and others.
 
     Raises:
@@ -60,7 +60,7 @@ def write_interchange(student: DualEncoder, folder: Path) -> TowerGraph:
     return TowerGraph("image", "fp32", path, STANDARD.pixels)
 
 
-def write_others(
+def quantize_towers(
     student: DualEncoder,
     folder: Path,
     configs: Configs,
@@ -101,7 +101,7 @@ def _graphs(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MadeGraphs:
+class PrecisionCandidates:
     """What was made, before anything is left out.
 
     Attributes:
@@ -118,14 +118,16 @@ class MadeGraphs:
     graphs: tuple[TowerGraph, ...]
     configs: Configs
     embeddings: TowerEmbeddings
-    on: JudgedOn
-    verdict: Verdict
+    on: GateInputs
+    verdict: PrecisionVerdict
     tuned: tuple[Tower, ...] = ()
     note: str = ""
     says: str = ""
 
 
-def judge_graphs(plan: BundlePlan, graphs: Sequence[TowerGraph], configs: Configs) -> MadeGraphs:
+def evaluate_candidates(
+    plan: BundlePlan, graphs: Sequence[TowerGraph], configs: Configs
+) -> PrecisionCandidates:
     """Embed the test pairs with every graph, and hold every precision against fp32.
 
     Where the device is no CPU, fp16 is rounded as it will be there, see `stored_in_half`.
@@ -135,9 +137,9 @@ def judge_graphs(plan: BundlePlan, graphs: Sequence[TowerGraph], configs: Config
     """
     zero_shot = plan.labelled if len(plan.wanted) > 1 else None
     with stored_in_half(graphs, plan.device) as shown:
-        embeddings = embed_test(plan.student, shown, plan.test, plan.runner)
-        on = judged_on(plan.student, shown, plan.test, zero_shot, embeddings, plan.runner)
-    return MadeGraphs(
+        embeddings = embed_test_pairs(plan.student, shown, plan.test, plan.runner)
+        on = gate_inputs(plan.student, shown, plan.test, zero_shot, embeddings, plan.runner)
+    return PrecisionCandidates(
         graphs=tuple(graphs),
         configs=configs,
         embeddings=embeddings,
@@ -150,9 +152,12 @@ Passes = Mapping[Tower, Sequence[str]]
 Progress = Callable[[str], None]
 
 
-def mend_int8(
-    plan: BundlePlan, made: MadeGraphs, passes: Passes, progress: Progress = lambda line: None
-) -> MadeGraphs:
+def qat_fallback(
+    plan: BundlePlan,
+    made: PrecisionCandidates,
+    passes: Passes,
+    progress: Progress = lambda line: None,
+) -> PrecisionCandidates:
     """Fine-tune the student for int8 and quantize it again, if int8 missed a gate.
 
     Files in int8 are replaced where that is better.
@@ -193,14 +198,14 @@ def mend_int8(
         (tower, "int8"): plainly(configs[tower]) for tower in outcome.tuned
     }
     return replace(
-        judge_graphs(plan, made.graphs, {**made.configs, **learnt}),
+        evaluate_candidates(plan, made.graphs, {**made.configs, **learnt}),
         tuned=outcome.tuned,
         note=outcome.note,
         says=outcome.says,
     )
 
 
-def _static(made: MadeGraphs) -> dict[Tower, StaticInt8]:
+def _static(made: PrecisionCandidates) -> dict[Tower, StaticInt8]:
     """The configs that can be learnt for."""
     return {
         tower: config
@@ -209,6 +214,6 @@ def _static(made: MadeGraphs) -> dict[Tower, StaticInt8]:
     }
 
 
-def _of_int8(judged: Judged) -> bool:
+def _of_int8(judged: GateOutcome) -> bool:
     """Whether a gate is of int8: of a tower alone, or of both together."""
     return judged.subject.endswith(" int8") or judged.record.name == "R@1 loss int8"

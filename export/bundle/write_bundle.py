@@ -12,10 +12,10 @@ import numpy as np
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.gates.gates import Judged
-from edgeclip.export.gates.select_precision import TowerChoice
-from edgeclip.export.graph.embed_pairs import TowerGraph, graph_embedder
-from edgeclip.export.graph.graph import data_path
+from edgeclip.export.gates.gates import GateOutcome
+from edgeclip.export.gates.select_precision import SelectedPrecision
+from edgeclip.export.graph.embedders import TowerGraph, graph_embedder
+from edgeclip.export.graph.graph_io import data_path
 from edgeclip.export.graph.to_onnx import GraphForm
 from edgeclip.export.quantizing.config import Config, describe, needs_vnni
 from edgeclip.runtime.bundle.bundle import Bundle, Expected, Golden
@@ -82,7 +82,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Making:
+class BuildRecipe:
     """How the graphs of a bundle were made of those in fp32.
 
     Attributes:
@@ -157,10 +157,10 @@ def write_manifest(
     graphs: Sequence[TowerGraph],
     *,
     space: str,
-    judged: Sequence[Judged],
-    choices: Sequence[TowerChoice],
+    judged: Sequence[GateOutcome],
+    choices: Sequence[SelectedPrecision],
     engine: str,
-    making: Making,
+    making: BuildRecipe,
     form: GraphForm,
     engines: tuple[EngineRecord, ...],
     label_head: str | None,
@@ -193,11 +193,11 @@ def write_manifest(
 
 
 def _tower_manifest(
-    choice: TowerChoice,
+    choice: SelectedPrecision,
     folder: Path,
     graphs: Sequence[TowerGraph],
-    judged: Sequence[Judged],
-    making: Making,
+    judged: Sequence[GateOutcome],
+    making: BuildRecipe,
     batch: int | None,
 ) -> TowerManifest:
     files = tuple(

@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edgeclip.export.graph.embed_pairs import TowerGraph
-from edgeclip.export.graph.graph import sha256_graph
+from edgeclip.export.graph.embedders import TowerGraph
+from edgeclip.export.graph.graph_io import sha256_graph
 from edgeclip.runtime.bundle.engine_records import EngineRecord, GraphSource, engine_path
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.device.device_profile import DeviceProfile, device_names, load_device

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from edgeclip.compress.data.sources import FolderSource, Source, open_source
-from edgeclip.export.graph.embed_pairs import check_captions
+from edgeclip.export.graph.embedders import check_captions
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.cascade.scores import embed_views
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
@@ -32,7 +32,7 @@ class Entries:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Questions:
+class CascadeEvalSet:
     """Queries against entries, in two parts that share no pair.
 
     In retrieval a query belongs to the pair of its own, and chooses between that pair's other
@@ -121,14 +121,14 @@ class Questions:
         return embed_pictures(encoder, source)[0]
 
 
-def retrieval(
+def retrieval_eval_set(
     data: str, query: Tower, *, calibration: int, test: int, gallery: int, size: int
-) -> Questions:
+) -> CascadeEvalSet:
     """Retrieval among pairs of `--data`; the counts are of emoji scenes.
 
     A folder is divided as `open_source` does it, and its calibration part is the gallery.
     """
-    return Questions(
+    return CascadeEvalSet(
         query=query,
         calibration=open_source(data, split="calibration", count=calibration, size=size),
         test=open_source(data, split="test", count=test, size=size),
@@ -136,7 +136,9 @@ def retrieval(
     )
 
 
-def zero_shot(folder: str, templates: Sequence[str] = DEFAULT_TEMPLATES, *, size: int) -> Questions:
+def zero_shot_eval_set(
+    folder: str, templates: Sequence[str] = DEFAULT_TEMPLATES, *, size: int
+) -> CascadeEvalSet:
     """Classification of a folder's pictures, each class in a subfolder of its name.
 
     The folder is divided as `open_source` does it.
@@ -146,7 +148,7 @@ def zero_shot(folder: str, templates: Sequence[str] = DEFAULT_TEMPLATES, *, size
     """
     calibration = open_source(folder, split="calibration", count=0, size=size)
     test = open_source(folder, split="test", count=0, size=size)
-    return Questions(
+    return CascadeEvalSet(
         query="image",
         calibration=calibration,
         test=test,

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import FolderSource, Source
-from edgeclip.export.cascade.cascade_eval_set import Entries, Questions
+from edgeclip.export.cascade.cascade_eval_set import CascadeEvalSet, Entries
 from edgeclip.export.cascade.cascade_report import Costs
 from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, measure_interleaved
 from edgeclip.profiles.record.measurement import Measurement
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.arrays import FloatArray, Values
 from edgeclip.runtime.bundle.index import check_space
-from edgeclip.runtime.cascade.certificate import Flags, Trial
-from edgeclip.runtime.cascade.scores import Evidence, Margin, Score, check_score, embed_views
+from edgeclip.runtime.cascade.certificate import Flags, PairedOutcomes
+from edgeclip.runtime.cascade.scores import Margin, Score, Similarities, check_score, embed_views
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.link import LinkProfile
 from edgeclip.runtime.encoder import Encoder
@@ -30,7 +30,7 @@ IndexBy = Literal["teacher", "student"]
 _AT_ONCE = 128  # queries whose cosines with all entries are held at a time
 
 
-class Examiner:
+class CascadeEvaluator:
     """Asks a student and its teacher; what they choose from is embedded once.
 
     Args:
@@ -50,7 +50,7 @@ class Examiner:
         self,
         student: Encoder,
         teacher: Encoder,
-        questions: Questions,
+        questions: CascadeEvalSet,
         score: Score,
         index_by: IndexBy = "teacher",
     ) -> None:
@@ -81,7 +81,7 @@ class Examiner:
         wanted = self._questions.wanted(self._indexer, source, self.entries)
         return self._student_answers(source, wanted)[0]
 
-    def trial(self, source: Source) -> Trial:
+    def trial(self, source: Source) -> PairedOutcomes:
         """What both answer to a source's queries.
 
         Raises:
@@ -96,7 +96,7 @@ class Examiner:
         if self._indexer is not self._teacher:
             own = questions.wanted(self._teacher, source, self._teachers_entries)
             teacher = _right(queries, self._teachers_entries, own)
-        return Trial(scores=scores, student=student, escalated=escalated, teacher=teacher)
+        return PairedOutcomes(scores=scores, student=student, escalated=escalated, teacher=teacher)
 
     def _student_answers(self, source: Source, wanted: Entries) -> tuple[Values, Flags]:
         queries, views = self._questions.asked(self._student, source, self._score.views)
@@ -112,7 +112,7 @@ def _right(queries: FloatArray, entries: Entries, wanted: Entries) -> Flags:
     return np.concatenate(found)
 
 
-def _is_right(evidence: Evidence) -> Flags:
+def _is_right(evidence: Similarities) -> Flags:
     """Whether the wanted entry, which is the last, beats all others; a tie does not count."""
     others, own = evidence.cosines[:, :-1], evidence.cosines[:, -1]
     return np.asarray(own > others.max(axis=1) + TIE)
@@ -120,7 +120,7 @@ def _is_right(evidence: Evidence) -> Flags:
 
 def _evidence(
     queries: FloatArray, views: FloatArray | None, entries: Entries, wanted: Entries
-) -> Iterator[Evidence]:
+) -> Iterator[Similarities]:
     """Yield for some queries at a time their cosines with all other entries and the wanted one.
 
     An entry that has the wanted one's name is the wanted one itself, or another copy of it.
@@ -135,7 +135,7 @@ def _evidence(
         wide = queries[part].astype(np.float64)
         seen = np.zeros((0, *wide.shape)) if views is None else views[:, part].astype(np.float64)
         right = wanted.embeddings[part].astype(np.float64)
-        yield Evidence(
+        yield Similarities(
             _cosines(wide, targets, right, copies),
             _cosines(seen, targets, right, copies),
             np.einsum("vnd,nd->vn", seen, wide),
@@ -161,10 +161,10 @@ def _cosines(given: Values, targets: Values, right: Values, copies: Flags) -> Va
 STUDENT, TEACHER = "student and score", "teacher"
 _SIZED = 100  # queries whose bytes are averaged
 
-Ask = Callable[[NDArray[Any]], NDArray[np.float64]]
+ScoreFunction = Callable[[NDArray[Any]], NDArray[np.float64]]
 
 
-def asker(encoder: Encoder, query: Tower, score: Score, entries: Entries) -> Ask:
+def score_function(encoder: Encoder, query: Tower, score: Score, entries: Entries) -> ScoreFunction:
     """A function from pictures or texts, object [N], to how sure the encoder is, float64 [N]."""
 
     def ask(queries: NDArray[Any]) -> NDArray[np.float64]:
@@ -174,7 +174,7 @@ def asker(encoder: Encoder, query: Tower, score: Score, entries: Entries) -> Ask
             pixels = crop_batch(list(queries), encoder.spec.image)
             embeddings = encoder.encode_pixels(pixels)
             views = embed_views(encoder.encode_pixels, pixels, score.views)
-        return score.of(Evidence.against(embeddings, entries.embeddings, views))
+        return score.of(Similarities.against(embeddings, entries.embeddings, views))
 
     return ask
 
@@ -209,8 +209,8 @@ def measure_costs(
     first = np.empty(1, dtype=object)
     first[0] = source[0].image if query == "image" else str(source.caption(0))
     candidates = (
-        BenchmarkTarget(STUDENT, asker(student, query, score, entries), first.repeat),
-        BenchmarkTarget(TEACHER, asker(teacher, query, Margin(), entries), first.repeat),
+        BenchmarkTarget(STUDENT, score_function(student, query, score, entries), first.repeat),
+        BenchmarkTarget(TEACHER, score_function(teacher, query, Margin(), entries), first.repeat),
     )
     single = replace(workload, batch_sizes=(1,), cold_starts=0)
     with progress_bar("latency") as progress:

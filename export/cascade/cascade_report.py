@@ -8,7 +8,12 @@ from pathlib import Path
 
 from edgeclip.profiles.report.report_charts import Axis, axes, line, path, svg, text
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.cascade.certificate import ASK_ALWAYS, ASK_NEVER, Certificate, Trial
+from edgeclip.runtime.cascade.certificate import (
+    ESCALATE_ALL,
+    ESCALATE_NONE,
+    Certificate,
+    PairedOutcomes,
+)
 from edgeclip.runtime.console import columns, digits, percent, percent_interval
 from edgeclip.runtime.device.link import LinkProfile
 from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
@@ -71,7 +76,7 @@ class CurvePoint:
 
 
 def curve(
-    trial: Trial,
+    trial: PairedOutcomes,
     grid: Sequence[float],
     *,
     certified: int,
@@ -107,7 +112,9 @@ def curve_table(points: Sequence[CurvePoint], costs: Costs | None) -> str:
     return columns(rows, left=0)
 
 
-def _point(trial: Trial, threshold: float, certified: bool, costs: Costs | None) -> CurvePoint:
+def _point(
+    trial: PairedOutcomes, threshold: float, certified: bool, costs: Costs | None
+) -> CurvePoint:
     right, share = trial.right(threshold), trial.escalated_share(threshold)
     return CurvePoint(
         threshold=threshold,
@@ -326,7 +333,7 @@ def _html_row(point: CurvePoint, costs: Costs | None, chosen: bool) -> str:
 
 
 def _threshold(value: float) -> str:
-    return {ASK_ALWAYS: "all", ASK_NEVER: "none"}.get(value, f"{value:.4f}")
+    return {ESCALATE_ALL: "all", ESCALATE_NONE: "none"}.get(value, f"{value:.4f}")
 
 
 def _facts(page: CascadePage) -> str:

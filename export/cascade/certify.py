@@ -7,16 +7,16 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from edgeclip.export.cascade.cascade_eval_set import Questions
-from edgeclip.export.cascade.cascade_evaluator import Examiner, IndexBy
+from edgeclip.export.cascade.cascade_eval_set import CascadeEvalSet
+from edgeclip.export.cascade.cascade_evaluator import CascadeEvaluator, IndexBy
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.cascade.certificate import (
-    ASK_ALWAYS,
+    ESCALATE_ALL,
     Certificate,
+    PairedOutcomes,
     Quality,
     QuerySet,
     TowerIdentity,
-    Trial,
     threshold_grid,
 )
 from edgeclip.runtime.cascade.drift import ScoreSample
@@ -95,7 +95,7 @@ def share_error(count: int, delta: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class CertifiedThreshold:
     """The boldest certified threshold, its p-value, and how many were certified in all."""
 
     threshold: float
@@ -104,13 +104,13 @@ class Chosen:
 
 
 def choose_threshold(
-    trial: Trial,
+    trial: PairedOutcomes,
     grid: Sequence[float],
     *,
     bound: float,
     delta: float,
     p_value: PValue = betting,
-) -> Chosen | None:
+) -> CertifiedThreshold | None:
     """Choose the lowest threshold that is certified; None if not even the first one is.
 
     Args:
@@ -131,7 +131,7 @@ def choose_threshold(
     certified = fixed_sequence(tested(), delta)
     if certified == 0:
         return None
-    return Chosen(grid[certified - 1], found[certified - 1], certified)
+    return CertifiedThreshold(grid[certified - 1], found[certified - 1], certified)
 
 
 def _relative_entropy(seen: float, null: float) -> float:
@@ -173,7 +173,7 @@ class CascadePlan:
 
     student: Encoder
     teacher: Encoder
-    questions: Questions
+    questions: CascadeEvalSet
     score: Score
     bound: float = 0.95
     delta: float = 0.05
@@ -200,20 +200,20 @@ class CascadePlan:
                 "model as the teacher"
             )
 
-    def examiner(self) -> Examiner:
+    def examiner(self) -> CascadeEvaluator:
         """Who asks the questions.
 
         Raises:
             SpaceMismatchError: student and teacher are of different embedding spaces.
             InputError: a score that such queries do not have.
         """
-        return Examiner(
+        return CascadeEvaluator(
             self.student, self.teacher, self.questions, self.score, index_by=self.index_by
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Certified:
+class CertificationResult:
     """What came of it.
 
     Attributes:
@@ -223,9 +223,9 @@ class Certified:
         certificate: for it; None if every query would have to be escalated.
     """
 
-    trial: Trial
+    trial: PairedOutcomes
     grid: tuple[float, ...]
-    chosen: Chosen | None
+    chosen: CertifiedThreshold | None
     certificate: Certificate | None
 
     @property
@@ -236,9 +236,9 @@ class Certified:
 
 def certify(
     plan: CascadePlan,
-    examiner: Examiner | None = None,
+    examiner: CascadeEvaluator | None = None,
     progress: Progress = lambda line: None,
-) -> Certified:
+) -> CertificationResult:
     """Ask student and teacher the questions, and choose the boldest certified threshold.
 
     Args:
@@ -263,13 +263,13 @@ def certify(
     progress(f"testing {len(grid)} thresholds")
     chosen = choose_threshold(trial, grid, bound=plan.bound, delta=plan.delta)
     certificate = None
-    if chosen is not None and chosen.threshold < ASK_ALWAYS:
+    if chosen is not None and chosen.threshold < ESCALATE_ALL:
         certificate = _certificate(plan, trial, calibration, chosen)
-    return Certified(trial=trial, grid=grid, chosen=chosen, certificate=certificate)
+    return CertificationResult(trial=trial, grid=grid, chosen=chosen, certificate=certificate)
 
 
 def _certificate(
-    plan: CascadePlan, trial: Trial, calibration: Values, chosen: Chosen
+    plan: CascadePlan, trial: PairedOutcomes, calibration: Values, chosen: CertifiedThreshold
 ) -> Certificate:
     questions, right = plan.questions, trial.right(chosen.threshold)
     other: Tower = "text" if questions.query == "image" else "image"

@@ -5,7 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from edgeclip.export.bundle.write_bundle import add_to_bundle
-from edgeclip.export.cascade.cascade_eval_set import Questions, retrieval, zero_shot
+from edgeclip.export.cascade.cascade_eval_set import (
+    CascadeEvalSet,
+    retrieval_eval_set,
+    zero_shot_eval_set,
+)
 from edgeclip.export.cascade.cascade_evaluator import measure_costs
 from edgeclip.export.cascade.cascade_report import (
     CascadePage,
@@ -15,7 +19,7 @@ from edgeclip.export.cascade.cascade_report import (
     curve_table,
     write_page,
 )
-from edgeclip.export.cascade.certify import CascadePlan, Certified, certify
+from edgeclip.export.cascade.certify import CascadePlan, CertificationResult, certify
 from edgeclip.export.cli.options import add_pairs_option, say
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin, Score
@@ -143,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if found.certificate is None else 0
 
 
-def verdict(plan: CascadePlan, found: Certified) -> str:
+def verdict(plan: CascadePlan, found: CertificationResult) -> str:
     """One sentence: the promise, or why there is none."""
     if found.certificate is not None:
         return found.certificate.promise
@@ -157,7 +161,7 @@ def verdict(plan: CascadePlan, found: Certified) -> str:
 def _show(
     args: argparse.Namespace,
     plan: CascadePlan,
-    found: Certified,
+    found: CertificationResult,
     points: tuple[CurvePoint, ...],
     costs: Costs,
 ) -> None:
@@ -185,13 +189,13 @@ def _show(
     print(words)
 
 
-def _questions(args: argparse.Namespace, spec: EncoderSpec) -> Questions:
+def _questions(args: argparse.Namespace, spec: EncoderSpec) -> CascadeEvalSet:
     size = spec.image.size
     if args.labels and args.query == "text":
         raise InputError("only pictures are classified: leave out --labels or --query text")
     if args.labels:
-        return zero_shot(args.data, args.template or DEFAULT_TEMPLATES, size=size)
-    return retrieval(
+        return zero_shot_eval_set(args.data, args.template or DEFAULT_TEMPLATES, size=size)
+    return retrieval_eval_set(
         args.data,
         args.query,
         calibration=args.calibration_count,

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from edgeclip.export.demo.demo import DemoSettings, run_demo
+from edgeclip.compress.built_in import built_in_teacher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo and say where the report is; 1 if a bar was missed."""
+    built_in_teacher()  # before torch is imported, which someone may install for nothing
+    from edgeclip.export.demo.demo import DemoSettings, run_demo
+
     given = {name: getattr(args, name) for name in ("steps", "scenes")}
     changed = {name: value for name, value in given.items() if value is not None}
     settings = replace(DemoSettings(quick=args.quick), **changed)

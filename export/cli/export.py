@@ -14,17 +14,21 @@ from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.bundle.write_bundle import Origin
 from edgeclip.export.bundle.write_engines import targets_table
 from edgeclip.export.cli.options import add_pairs_option, say
-from edgeclip.export.gates.select_precision import CHOOSING
-from edgeclip.export.gates.zero_shot import bake_by_teacher, emoji_zero_shot, read_label_names
+from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
+from edgeclip.export.gates.zero_shot import (
+    bake_labels_with_teacher,
+    emoji_zero_shot,
+    read_label_names,
+)
 from edgeclip.export.quantizing.qat_finetune import Tuning
 from edgeclip.export.quantizing.quantization_file import FILE_NAME, Quantization
 from edgeclip.export.quantizing.search_task import open_calibration
+from edgeclip.runtime.bundle.gates_table import gates_table
 from edgeclip.runtime.bundle.index import check_space
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.hub.model_card import gates_table
 from edgeclip.runtime.spec import Precision
 
 _HEAD = "head"  # the label set of the label head, if it has no other name
@@ -160,11 +164,14 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
             licence=args.licence,
         ),
         precisions=args.precisions,
-        labels={name: bake_by_teacher(teacher, items, templates) for name, items in named.items()},
+        labels={
+            name: bake_labels_with_teacher(teacher, items, templates)
+            for name, items in named.items()
+        },
         label_head=head,
         patch_features=args.patch_features,
         text_tower=not args.no_text,
-        workload=CHOOSING if args.device == THIS_MACHINE else None,
+        workload=SELECTION_WORKLOAD if args.device == THIS_MACHINE else None,
         quantization=quantization,
         tuning=_tuning(args, size),
     )

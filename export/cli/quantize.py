@@ -8,19 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from edgeclip.compress.cli.options import BUILT_IN, add_teacher, load_teacher
+from edgeclip.compress.built_in import BUILT_IN
+from edgeclip.compress.cli.options import add_teacher, load_teacher
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.cli.options import add_pairs_option
 from edgeclip.export.gates.zero_shot import (
-    ZeroShot,
-    bake_by_teacher,
+    ZeroShotSet,
+    bake_labels_with_teacher,
     emoji_zero_shot,
     find_zero_shot,
     read_label_names,
 )
-from edgeclip.export.graph.embed_pairs import check_captions
-from edgeclip.export.graph.graph import sha256_graph
+from edgeclip.export.graph.embedders import check_captions
+from edgeclip.export.graph.graph_io import sha256_graph
 from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, open_trial
 from edgeclip.export.quantizing.quantization_file import (
     FILE_NAME,
@@ -171,13 +172,13 @@ def _data(args: argparse.Namespace) -> _Data:
 
 def _zero_shot(
     args: argparse.Namespace, teacher: DualEncoder, steering: Source, test: Source, size: int
-) -> tuple[ZeroShot | None, ZeroShot | None]:
+) -> tuple[ZeroShotSet | None, ZeroShotSet | None]:
     """Labelled pictures to steer by and to judge on, for the image tower."""
     if args.tower != "image":
         return None, None
     if args.labels is not None:
         _, names = read_label_names(args.labels)
-        labels = [bake_by_teacher(teacher, names)]
+        labels = [bake_labels_with_teacher(teacher, names)]
         return find_zero_shot(steering, labels), find_zero_shot(test, labels)
     if args.data == EMOJI:
         return None, emoji_zero_shot(teacher, count=args.test_count, size=size)

@@ -18,7 +18,7 @@ _SKIP_NORM = "SkipLayerNormalization"
 _KINDS = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
 
 
-def prepare(
+def prepare_for_cutting(
     model: onnx.ModelProto, output: str, feed: Mapping[str, NDArray[Any]], open_engine: Opener
 ) -> onnx.ModelProto:
     """Return the part of a tower that computes `output`, in a form that can be cut anywhere.
@@ -42,11 +42,11 @@ def prepare(
     return part
 
 
-def head(model: onnx.ModelProto, cut: FoundCut) -> onnx.ModelProto:
+def cut_head(model: onnx.ModelProto, cut: FoundCut) -> onnx.ModelProto:
     """Return the graph from the input to `cut`, float32 [N, *shape].
 
     Args:
-        model: as `prepare` gives it.
+        model: as `prepare_for_cutting` gives it.
         cut: not the input.
     """
     given = model.graph.input[0].name
@@ -61,11 +61,11 @@ def head(model: onnx.ModelProto, cut: FoundCut) -> onnx.ModelProto:
     return part
 
 
-def tail(model: onnx.ModelProto, cut: FoundCut) -> onnx.ModelProto:
+def cut_tail(model: onnx.ModelProto, cut: FoundCut) -> onnx.ModelProto:
     """Return the graph from `cut`, float32 [N, *shape], to the output; from the input at cut 0.
 
     Args:
-        model: as `prepare` gives it.
+        model: as `prepare_for_cutting` gives it.
         cut: where it begins.
     """
     _ask_batch_of(model, cut.value)

@@ -1,6 +1,5 @@
 """A bundle's image tower, cut at several places, as one directory that is whole or not there."""
 
-import dataclasses
 import io
 import shutil
 from collections.abc import Callable, Collection, Sequence
@@ -15,10 +14,9 @@ from numpy.typing import NDArray
 from edgeclip.compress.data.sources import EMOJI, EmojiSource
 from edgeclip.export.bundle.write_bundle import file_records
 from edgeclip.export.cuts.cut_points import FoundCut, find_cuts
-from edgeclip.export.cuts.cut_tower import head, prepare, tail
+from edgeclip.export.cuts.cut_tower import cut_head, cut_tail, prepare_for_cutting
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.graph import data_path, load_graph, write_unchecked
-from edgeclip.export.parity.find_difference import cpu_like
+from edgeclip.export.graph.graph_io import data_path, load_graph, write_unchecked
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_directory
 from edgeclip.runtime.bundle.manifest import TowerFile
@@ -34,8 +32,8 @@ from edgeclip.runtime.planning.cut_set import (
     CutHead,
     CutManifest,
     CutSet,
-    head_name,
-    tail_name,
+    head_file_name,
+    tail_file_name,
 )
 from edgeclip.runtime.serving.bundle_models import CutTail
 from edgeclip.runtime.spec import OUTPUT_NAMES, Precision
@@ -43,7 +41,7 @@ from edgeclip.runtime.towers.fallback import choose_precision
 from edgeclip.runtime.towers.tower_runner import TowerRunner, tower_feed
 
 # The largest difference of one value of an embedding between the halves and the whole.
-EXACT = 1e-4
+MAX_DIFFERENCE = 1e-4
 
 _PICTURE_SIDE = 320  # of a drawn scene, some times larger than what a small tower looks at
 _JPEG_QUALITY = 90
@@ -92,13 +90,15 @@ def write_cuts(
     """
     tower = bundle.manifest.tower("image")
     file = tower.file(choose_precision(tower, device, precision))
-    on_cpu = dataclasses.replace(cpu_like(device), vnni=device.vnni)
+    on_cpu = _cpu_like(device)
     opener = partial(open_engine, device=on_cpu)
     bundle.tower_bytes("image", file.precision)  # refuses what was altered
     pixels = _some(bundle.golden().pixels, file.batch)
     feed = tower_feed(pixels, "image", file.pixels, bundle.manifest.spec.image)
     say(f"looking for the cuts of the {file.precision} image tower")
-    model = prepare(load_graph(bundle.path / file.path), OUTPUT_NAMES["image"], feed, opener)
+    model = prepare_for_cutting(
+        load_graph(bundle.path / file.path), OUTPUT_NAMES["image"], feed, opener
+    )
     found = _chosen(find_cuts(model, feed, bundle.manifest.spec.image.size, opener), points)
     with atomic_directory(out, replace=replace, marker=CUTS_NAME) as folder:
         _write_pictures(folder / PICTURES_NAME, pictures, count)
@@ -112,6 +112,19 @@ def write_cuts(
         whole = TowerRunner(bundle, "image", file.precision, on_cpu).run(pixels)
         difference = _check(CutSet.open(folder), pixels, whole, file, on_cpu)
     return WrittenCuts(CutSet.open(out), difference)
+
+
+def _cpu_like(device: DeviceProfile) -> DeviceProfile:
+    """Return a CPU with the threads of `device`, on which every precision may run."""
+    return DeviceProfile(
+        name="cpu",
+        description="the CPU of this machine",
+        engine="onnxruntime-cpu",
+        precisions=("fp32", "fp16", "int8"),
+        threads=device.threads,
+        memory_mb=None,
+        vnni=device.vnni,
+    )
 
 
 def _some(pixels: NDArray[np.uint8], batch: int | None) -> NDArray[np.uint8]:
@@ -139,9 +152,9 @@ def _write_graphs(folder: Path, model: onnx.ModelProto, found: Sequence[FoundCut
     if data_path(whole).stat().st_size == 0:
         data_path(whole).unlink()
     for cut in found:
-        parts = {tail_name(cut.point.number): tail(model, cut)}
+        parts = {tail_file_name(cut.point.number): cut_tail(model, cut)}
         if cut.point.number:
-            parts[head_name(cut.point.number)] = head(model, cut)
+            parts[head_file_name(cut.point.number)] = cut_head(model, cut)
         for name, part in parts.items():
             (folder / name).write_bytes(part.SerializeToString(deterministic=True))
 
@@ -191,7 +204,9 @@ def _check(
     In half precision and int8 a rounding error on the way can become a whole step, so there
     the bundle's own tolerance counts.
     """
-    bound = EXACT if file.precision == "fp32" else max(EXACT, file.golden_tolerance)
+    bound = (
+        MAX_DIFFERENCE if file.precision == "fp32" else max(MAX_DIFFERENCE, file.golden_tolerance)
+    )
     worst = 0.0
     for point in cuts.manifest.points:
         before, behind = CutHead(cuts, point.number, device), CutTail(cuts, point.number, device)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.built_in import BUILT_IN_TEACHER, built_in_teacher, require_checkout
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder
@@ -18,11 +18,11 @@ from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.export.bundle.build_bundle import build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.bundle.write_bundle import Origin
-from edgeclip.export.demo.evaluate import evaluate, evaluate_unseen, measure
-from edgeclip.export.demo.summary import Summary, report_data, summarise, summary_rows, table
+from edgeclip.export.demo.evaluate import evaluate, evaluate_unseen, measure_latency
+from edgeclip.export.demo.summary import DemoSummary, report_data, summarise, summary_rows, table
 from edgeclip.export.gates.zero_shot import emoji_zero_shot
 from edgeclip.export.graph.to_onnx import GraphForm, export_towers
-from edgeclip.profiles.measure.subject import measurement_run
+from edgeclip.profiles.record.measurement import measurement_run
 from edgeclip.profiles.report.report_data import Stage
 from edgeclip.profiles.report.write_report import write_report
 from edgeclip.profiles.workload import load_workload
@@ -58,7 +58,7 @@ class DemoSettings:
     workload: str = "demo"
 
 
-class Stages:
+class StageTimer:
     """Names each stage on the terminal, and keeps how long it took."""
 
     def __init__(self) -> None:
@@ -73,17 +73,17 @@ class Stages:
         self.done.append(Stage(name, time.monotonic() - start))
 
 
-def run_demo(settings: DemoSettings, out: Path, *, command: str) -> Summary:
+def run_demo(settings: DemoSettings, out: Path, *, command: str) -> DemoSummary:
     """Do everything, write `summary.json`, `measurements.json`, `report.html` and the bundle.
 
     A run that was stopped goes on where it was, if `out` is the same.
     """
     check_target(out / "student", replace=True, marker=MARKER)
     check_target(out / "bundle", replace=True, marker=MANIFEST_NAME)
-    stages, device = Stages(), load_device("this-machine")
+    stages, device = StageTimer(), load_device("this-machine")
     workload = load_workload(settings.workload)
     with stages.stage("teacher", "load the teacher and write its towers as ONNX"):
-        teacher = DualEncoder.load(BUILT_IN_TEACHER)
+        teacher = DualEncoder.load(built_in_teacher())
         teacher_onnx = export_towers(teacher, out / "teacher", GraphForm.for_device(device))
     if settings.quick:
         bundle, log = kept_bundle(teacher, out), None
@@ -96,7 +96,7 @@ def run_demo(settings: DemoSettings, out: Path, *, command: str) -> Summary:
         models = evaluate(teacher, bundle, device, test)
         unseen = evaluate_unseen(teacher, bundle, device, settings.unseen_scenes)
     with stages.stage("latency", "latency of teacher and student, side by side"):
-        measured = measure(teacher, teacher_onnx, bundle, device, workload)
+        measured = measure_latency(teacher, teacher_onnx, bundle, device, workload)
     shipped = Encoder(bundle, device).precisions
     rows = summary_rows(models, BUILT_IN_TEACHER, teacher_onnx, bundle, shipped, measured)
     summary = summarise(
@@ -123,8 +123,10 @@ def kept_bundle(teacher: DualEncoder, out: Path) -> Bundle:
 
     Raises:
         BundleError: it was altered.
+        ConfigError: it is not here, as in an installed wheel.
         SpaceMismatchError: it is another teacher's.
     """
+    require_checkout(KEPT_BUNDLE / MANIFEST_NAME, "the files of the built-in student")
     bundle = Bundle.open(KEPT_BUNDLE)
     check_space(teacher.space, bundle.manifest.space, f"the bundle {KEPT_BUNDLE}")
     with atomic_directory(out / "bundle", replace=True) as folder:
@@ -133,7 +135,7 @@ def kept_bundle(teacher: DualEncoder, out: Path) -> Bundle:
 
 
 def train_student(
-    teacher: DualEncoder, settings: DemoSettings, out: Path, stages: Stages
+    teacher: DualEncoder, settings: DemoSettings, out: Path, stages: StageTimer
 ) -> tuple[DualEncoder, Path]:
     """Cache the teacher, distil, save; the student and the log of its training."""
     size = teacher.image_spec.size

@@ -9,7 +9,7 @@ import numpy as np
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import embed_source
-from edgeclip.export.graph.embed_pairs import TowerGraph, graph_embedder, torch_embedder
+from edgeclip.export.graph.embedders import TowerGraph, graph_embedder, torch_embedder
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.profiles.measure.cold_start import measure_cold_start
 from edgeclip.profiles.measure.interleaved_runs import (
@@ -17,12 +17,8 @@ from edgeclip.profiles.measure.interleaved_runs import (
     measure_interleaved,
     repeat_rows,
 )
-from edgeclip.profiles.measure.subject import (
-    bundle_candidates,
-    example_feed,
-    golden_inputs,
-    measurable_precisions,
-)
+from edgeclip.profiles.measure.open_subject import bundle_targets
+from edgeclip.profiles.measure.subject import example_feed, golden_inputs, measurable_precisions
 from edgeclip.profiles.record.measurement import Measurement
 from edgeclip.profiles.report.report_data import (
     DirectionQuality,
@@ -47,7 +43,7 @@ TEACHER, STUDENT, SHIPPED = "teacher", "student ", "student as shipped"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Embedded:
+class EvaluatedModel:
     """One model's embeddings of the test pairs, float32 [N, dim], and what they rank."""
 
     name: str
@@ -64,7 +60,7 @@ class Embedded:
 
 def evaluate(
     teacher: DualEncoder, bundle: Bundle, device: DeviceProfile, source: EmojiSource
-) -> tuple[Embedded, ...]:
+) -> tuple[EvaluatedModel, ...]:
     """The teacher, then the student in each precision that both towers have, and as it ships.
 
     The last is left out if both towers ship in one precision; `shipped_name` says which it is.
@@ -86,7 +82,7 @@ def shipped_name(shipped: Mapping[Tower, Precision]) -> str:
 
 def evaluate_unseen(
     teacher: DualEncoder, bundle: Bundle, device: DeviceProfile, count: int
-) -> tuple[Embedded, Embedded]:
+) -> tuple[EvaluatedModel, EvaluatedModel]:
     """Teacher and student as it ships, on scenes of emoji that no training showed."""
     source = EmojiSource("unseen", count, size=teacher.image_spec.size, distinct=True)
     return (
@@ -95,10 +91,10 @@ def evaluate_unseen(
     )
 
 
-def _embed_with_torch(name: str, model: DualEncoder, source: EmojiSource) -> Embedded:
+def _embed_with_torch(name: str, model: DualEncoder, source: EmojiSource) -> EvaluatedModel:
     """Embed with the torch model, in full precision."""
     image, text = (part.numpy() for part in embed_source(model, source))
-    return Embedded(name, "teacher", image, text, pair_ranks(image, text))
+    return EvaluatedModel(name, "teacher", image, text, pair_ranks(image, text))
 
 
 def _embed_with_bundle(
@@ -107,16 +103,16 @@ def _embed_with_bundle(
     device: DeviceProfile,
     source: EmojiSource,
     precision: Precision | None = None,
-) -> Embedded:
+) -> EvaluatedModel:
     """Embed as a device does: the bundle's towers on its engine, from pictures and texts."""
     encoder = Encoder(bundle, device, precision)
     numbers = range(len(source))
     image = encoder.encode_image([source[number].image for number in numbers])
     text = encoder.encode_text([source.caption(number) for number in numbers])
-    return Embedded(name, "student", image, text, pair_ranks(image, text))
+    return EvaluatedModel(name, "student", image, text, pair_ranks(image, text))
 
 
-def quality_row(model: Embedded) -> ModelQuality:
+def quality_row(model: EvaluatedModel) -> ModelQuality:
     """The row of a report."""
     metrics = retrieval_of_ranks(model.ranks)
     rows = []
@@ -139,7 +135,7 @@ def quality_row(model: Embedded) -> ModelQuality:
 
 
 def gallery(
-    source: EmojiSource, teacher: Embedded, student: Embedded, numbers: Iterable[int]
+    source: EmojiSource, teacher: EvaluatedModel, student: EvaluatedModel, numbers: Iterable[int]
 ) -> tuple[GalleryEntry, ...]:
     """Test pictures with the three captions that each model finds nearest."""
     return tuple(
@@ -153,14 +149,14 @@ def gallery(
     )
 
 
-def failures(student: Embedded, *, most: int) -> list[int]:
+def failures(student: EvaluatedModel, *, most: int) -> list[int]:
     """Pictures whose caption the student ranks worst, among those it does not rank first."""
     ranks = student.ranks.image_to_text
     worst = np.argsort(-ranks, kind="stable")[:most]
     return [int(number) for number in worst if ranks[number] > 1]
 
 
-def _nearest(source: EmojiSource, model: Embedded, number: int) -> tuple[ShownAnswer, ...]:
+def _nearest(source: EmojiSource, model: EvaluatedModel, number: int) -> tuple[ShownAnswer, ...]:
     scores = model.text @ model.image[number]
     return tuple(
         ShownAnswer(source.caption(int(at)), float(scores[at]), int(at) == number)
@@ -169,10 +165,10 @@ def _nearest(source: EmojiSource, model: Embedded, number: int) -> tuple[ShownAn
 
 
 TEACHER_TORCH, TEACHER_ONNX = "teacher torch", "teacher ONNX"
-Names = dict[Tower, str]  # which candidate stands for each tower
+CandidateNames = dict[Tower, str]  # which candidate stands for each tower
 
 
-def measure(
+def measure_latency(
     teacher: DualEncoder,
     teacher_onnx: TowerPaths,
     bundle: Bundle,
@@ -201,7 +197,7 @@ def measure_tower(
     candidates = (
         BenchmarkTarget(TEACHER_TORCH, torch_embedder(teacher, tower), repeat_rows(inputs)),
         BenchmarkTarget(TEACHER_ONNX, teacher_embed, repeat_rows(inputs)),
-        *bundle_candidates(bundle, tower, device, prefix=STUDENT),
+        *bundle_targets(bundle, tower, device, prefix=STUDENT),
     )
     with progress_bar(f"{tower} tower") as progress:
         measured = measure_interleaved(
@@ -228,7 +224,7 @@ def measure_tower(
     )
 
 
-def pair_latency(measured: Sequence[Measurement], names: Names) -> Interval:
+def pair_latency(measured: Sequence[Measurement], names: CandidateNames) -> Interval:
     """Milliseconds for one image and one caption: the sum of both towers' medians.
 
     The ends of the interval are sums of ends, so it covers at least as surely as each.
@@ -241,7 +237,7 @@ def pair_latency(measured: Sequence[Measurement], names: Names) -> Interval:
     )
 
 
-def pair_ratio(measured: Sequence[Measurement], names: Names) -> Interval:
+def pair_ratio(measured: Sequence[Measurement], names: CandidateNames) -> Interval:
     """Time of a student's two towers over the teacher's in ONNX.
 
     The mean of the towers' paired ratios (medians over rounds), weighted by the teacher's

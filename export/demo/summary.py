@@ -15,8 +15,8 @@ from edgeclip.export.demo.evaluate import (
     TEACHER,
     TEACHER_ONNX,
     TEACHER_TORCH,
-    Embedded,
-    Names,
+    CandidateNames,
+    EvaluatedModel,
     failures,
     gallery,
     pair_latency,
@@ -24,7 +24,7 @@ from edgeclip.export.demo.evaluate import (
     quality_row,
     shipped_name,
 )
-from edgeclip.export.graph.embed_pairs import TOWERS
+from edgeclip.export.graph.embedders import TOWERS
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.profiles.record.measurement import Measurement
 from edgeclip.profiles.report.report_data import (
@@ -44,7 +44,7 @@ from edgeclip.runtime.spec import Precision, Tower
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class ModelRow:
     """One model: R@1 (mean of both directions), time for one image and one caption, size."""
 
     name: str
@@ -54,7 +54,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class DemoSummary:
     """The figures of one run; R@1 and ratios are shares in [0, 1].
 
     Attributes:
@@ -104,13 +104,13 @@ class Summary:
 
 
 def summary_rows(
-    models: Sequence[Embedded],
+    models: Sequence[EvaluatedModel],
     teacher_weights: Path,
     teacher_onnx: TowerPaths,
     bundle: Bundle,
     shipped: Mapping[Tower, Precision],
     measured: Sequence[Measurement],
-) -> tuple[Row, ...]:
+) -> tuple[ModelRow, ...]:
     """One row a model; the teacher's two engines share its R@1."""
     teacher, *students = models
     files = {
@@ -125,28 +125,28 @@ def summary_rows(
 
 
 def _student_row(
-    student: Embedded,
+    student: EvaluatedModel,
     bundle: Bundle,
     shipped: Mapping[Tower, Precision],
     measured: Sequence[Measurement],
-) -> Row:
+) -> ModelRow:
     precisions = dict(shipped)
     if student.name != SHIPPED:
         (precision,) = (p for p in get_args(Precision) if student.name == STUDENT + p)
         precisions = dict.fromkeys(TOWERS, precision)
-    names: Names = {tower: STUDENT + precision for tower, precision in precisions.items()}
+    names: CandidateNames = {tower: STUDENT + precision for tower, precision in precisions.items()}
     files = [bundle.tower_path(tower, precision) for tower, precision in precisions.items()]
     return _row(student.name, student, names, files, measured)
 
 
 def _row(
     name: str,
-    model: Embedded,
-    names: Names,
+    model: EvaluatedModel,
+    names: CandidateNames,
     files: Iterable[Path],
     measured: Sequence[Measurement],
-) -> Row:
-    return Row(
+) -> ModelRow:
+    return ModelRow(
         name=name,
         r1=model.mean_r1,
         pair_ms=pair_latency(measured, names),
@@ -157,17 +157,17 @@ def _row(
 def summarise(
     student: str,
     *,
-    models: Sequence[Embedded],
-    unseen: tuple[Embedded, Embedded],
+    models: Sequence[EvaluatedModel],
+    unseen: tuple[EvaluatedModel, EvaluatedModel],
     shipped: Mapping[Tower, Precision],
     measured: Sequence[Measurement],
     stages: Sequence[Stage],
     command: str,
-) -> Summary:
+) -> DemoSummary:
     """All figures of a run; `models` as `evaluate` gives them."""
     by_name = {model.name: model for model in models}
     teacher, chosen = by_name[TEACHER], by_name[shipped_name(shipped)]
-    names: Names = {tower: STUDENT + item for tower, item in shipped.items()}
+    names: CandidateNames = {tower: STUDENT + item for tower, item in shipped.items()}
     intervals = {
         "teacher_r1": teacher.mean_r1,
         "teacher_image_to_text_r1": bootstrap(teacher.ranks.image_to_text <= 1),
@@ -184,7 +184,7 @@ def summarise(
         if STUDENT + precision in by_name:
             intervals[f"student_{precision}_r1"] = by_name[STUDENT + precision].mean_r1
     values = {name: interval.value for name, interval in intervals.items()}
-    return Summary(
+    return DemoSummary(
         student=student,
         chosen=", ".join(f"{tower} {item}" for tower, item in shipped.items()),
         teacher_r1=values["teacher_r1"],
@@ -205,10 +205,10 @@ def summarise(
 
 
 def table(
-    rows: Sequence[Row],
+    rows: Sequence[ModelRow],
     measured: Sequence[Measurement],
     stages: Sequence[Stage],
-    summary: Summary,
+    summary: DemoSummary,
 ) -> str:
     """The end of a run, for a person at a terminal."""
     lines = [f"{'model':<20}{'R@1':>8}{'95% interval':>18}{'ms a pair':>12}{'MB':>8}"]
@@ -254,13 +254,13 @@ _SHOWN = 9
 
 
 def report_data(
-    summary: Summary,
+    summary: DemoSummary,
     bundle: Bundle,
     shipped: Mapping[Tower, Precision],
     source: EmojiSource,
-    models: Sequence[Embedded],
-    unseen: Sequence[Embedded],
-    rows: Sequence[Row],
+    models: Sequence[EvaluatedModel],
+    unseen: Sequence[EvaluatedModel],
+    rows: Sequence[ModelRow],
     measured: Sequence[Measurement],
     stages: Sequence[Stage],
     log: Path | None,
@@ -291,7 +291,7 @@ def report_data(
     )
 
 
-def _sentence(summary: Summary) -> str:
+def _sentence(summary: DemoSummary) -> str:
     return (
         f"A student {summary.student}, {summary.chosen}, keeps {summary.retention:.1%} of the "
         f"teacher's R@1 in {summary.latency_ratio:.1%} of its time. On emoji that no training "
@@ -300,7 +300,7 @@ def _sentence(summary: Summary) -> str:
     )
 
 
-def _headlines(summary: Summary) -> tuple[Headline, ...]:
+def _headlines(summary: DemoSummary) -> tuple[Headline, ...]:
     return (
         Headline(
             name="of the teacher's R@1 kept",
@@ -332,7 +332,7 @@ def _choices(bundle: Bundle, shipped: Mapping[Tower, Precision]) -> tuple[Choice
     return tuple(choices)
 
 
-def _pareto(rows: Sequence[Row], shipped: str) -> tuple[ParetoPoint, ...]:
+def _pareto(rows: Sequence[ModelRow], shipped: str) -> tuple[ParetoPoint, ...]:
     return tuple(
         ParetoPoint(
             name=row.name,

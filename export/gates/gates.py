@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.export.errors import GateError
-from edgeclip.export.graph.embed_pairs import PairEmbeddings
+from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord
@@ -85,7 +85,7 @@ DEFAULT_BOUNDS: dict[Precision, Bounds] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class GateOutcome:
     """A gate's outcome and what it is about, such as "image int8"."""
 
     subject: str
@@ -167,7 +167,7 @@ def judge_zero_shot(
     return gate.judge(loss, data)
 
 
-def missed(judged: Iterable[Judged]) -> list[str]:
+def describe_missed(judged: Iterable[GateOutcome]) -> list[str]:
     """Say for each missed gate what was measured, the bound, and the gap between them."""
     return [
         f"{item.subject}: {item.record.name} is {item.record.value:.6g} (bound "
@@ -178,7 +178,7 @@ def missed(judged: Iterable[Judged]) -> list[str]:
     ]
 
 
-def refuse_missed(judged: Iterable[Judged], mend: str) -> None:
+def raise_if_missed(judged: Iterable[GateOutcome], mend: str) -> None:
     """Stop if a gate was missed.
 
     Args:
@@ -188,6 +188,6 @@ def refuse_missed(judged: Iterable[Judged], mend: str) -> None:
     Raises:
         GateError: names every missed gate.
     """
-    misses = missed(judged)
+    misses = describe_missed(judged)
     if misses:
         raise GateError(f"no bundle was written: {'; '.join(misses)}. {mend}")

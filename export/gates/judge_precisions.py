@@ -12,15 +12,15 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import (
     Bounds,
-    Judged,
+    GateOutcome,
     data_record,
+    describe_missed,
     judge_retrieval,
     judge_tower,
     judge_zero_shot,
-    missed,
 )
-from edgeclip.export.gates.zero_shot import ZeroShot
-from edgeclip.export.graph.embed_pairs import (
+from edgeclip.export.gates.zero_shot import ZeroShotSet
+from edgeclip.export.graph.embedders import (
     TOWERS,
     PairEmbeddings,
     TowerGraph,
@@ -39,7 +39,7 @@ FEWEST_PAIRS, FEWEST_LABELLED = 100, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class JudgedOn:
+class GateInputs:
     """What precisions are judged on, beside the embeddings of the test pairs.
 
     Attributes:
@@ -49,12 +49,12 @@ class JudgedOn:
     """
 
     data: DataRecord | None = None
-    zero_shot: ZeroShot | None = None
+    zero_shot: ZeroShotSet | None = None
     labelled: Mapping[Precision, FloatArray] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PrecisionVerdict:
     """What the gates say of the precisions other than fp32.
 
     Attributes:
@@ -64,13 +64,13 @@ class Verdict:
         remarks: of what is kept, the gates that were not judged, or on too little.
     """
 
-    judged: tuple[Judged, ...]
+    judged: tuple[GateOutcome, ...]
     kept: frozenset[tuple[Tower, Precision]]
     left_out: tuple[str, ...]
     remarks: tuple[GateRemark, ...] = ()
 
 
-def embed_test(
+def embed_test_pairs(
     student: DualEncoder, graphs: Sequence[TowerGraph], test: Source, device: DeviceProfile
 ) -> dict[tuple[Tower, Precision], FloatArray]:
     """Embed the test pairs with every graph through the runtime's engine.
@@ -87,14 +87,14 @@ def embed_test(
     return found
 
 
-def judged_on(
+def gate_inputs(
     student: DualEncoder,
     graphs: Sequence[TowerGraph],
     test: Source,
-    zero_shot: ZeroShot | None,
+    zero_shot: ZeroShotSet | None,
     embeddings: TowerEmbeddings,
     device: DeviceProfile,
-) -> JudgedOn:
+) -> GateInputs:
     """Say what the test pairs are, and embed the labelled pictures with every image graph.
 
     Args:
@@ -110,7 +110,7 @@ def judged_on(
     """
     data = data_record(test)
     if zero_shot is None:
-        return JudgedOn(data=data)
+        return GateInputs(data=data)
     mine = [graph for graph in graphs if graph.tower == "image"]
     rows = zero_shot.rows_of(test)
     if rows is not None:
@@ -119,7 +119,7 @@ def judged_on(
         inputs = tower_inputs(zero_shot.source, "image", student.spec, student.text_tokenizer)
         found = _embed(student, mine, inputs, device)
     labelled = {graph.precision: item for graph, item in zip(mine, found, strict=True)}
-    return JudgedOn(data=data, zero_shot=zero_shot, labelled=labelled)
+    return GateInputs(data=data, zero_shot=zero_shot, labelled=labelled)
 
 
 def _embed(
@@ -139,8 +139,8 @@ def _embed(
 def judge_precisions(
     embeddings: TowerEmbeddings,
     bounds: Mapping[Precision, Bounds],
-    on: JudgedOn | None = None,
-) -> Verdict:
+    on: GateInputs | None = None,
+) -> PrecisionVerdict:
     """Hold every precision against fp32.
 
     Each tower is judged by itself, which for R@1 means beside the other tower in fp32. If
@@ -151,8 +151,8 @@ def judge_precisions(
         bounds: of each precision that is judged.
         on: what was judged on beside them; by default neither data nor labels are known.
     """
-    on = on or JudgedOn()
-    judged: list[Judged] = []
+    on = on or GateInputs()
+    judged: list[GateOutcome] = []
     kept: set[tuple[Tower, Precision]] = set()
     for precision in dict.fromkeys(item for _, item in embeddings if item != "fp32"):
         good: list[Tower] = []
@@ -160,7 +160,7 @@ def judge_precisions(
             if (tower, precision) in embeddings:
                 alone = judge_alone(tower, precision, embeddings, bounds[precision], on)
                 judged += alone
-                good += [] if missed(alone) else [tower]
+                good += [] if describe_missed(alone) else [tower]
         if len(good) == len(TOWERS):
             chosen = dict.fromkeys(TOWERS, precision)
             together = judge_together(embeddings, chosen, bounds[precision], precision, on.data)
@@ -168,7 +168,7 @@ def judge_precisions(
             good = good if together.record.passed else []
         kept |= {(tower, precision) for tower in good}
     remarks = (*few_pairs(on.data if judged else None), *_remarks(kept, on))
-    return Verdict(tuple(judged), frozenset(kept), tuple(missed(judged)), remarks)
+    return PrecisionVerdict(tuple(judged), frozenset(kept), tuple(describe_missed(judged)), remarks)
 
 
 def judge_alone(
@@ -176,8 +176,8 @@ def judge_alone(
     precision: Precision,
     embeddings: TowerEmbeddings,
     bounds: Bounds,
-    on: JudgedOn,
-) -> tuple[Judged, ...]:
+    on: GateInputs,
+) -> tuple[GateOutcome, ...]:
     """Judge one tower in one precision, the other staying in fp32.
 
     That is how most bundles are used: a device embeds pictures in int8, and texts lie in an
@@ -193,8 +193,10 @@ def judge_alone(
             records.append(judge_zero_shot(*found, zero.labels, zero.right, bounds, data))
         swapped: dict[Tower, Precision] = {**dict.fromkeys(TOWERS, "fp32"), tower: precision}
         pairs = pair_embeddings(embeddings, swapped)
-        records.append(judge_retrieval(pairs, reference, bounds, compared(swapped), on.data))
-    return tuple(Judged(f"{tower} {precision}", record) for record in records)
+        records.append(
+            judge_retrieval(pairs, reference, bounds, describe_pairing(swapped), on.data)
+        )
+    return tuple(GateOutcome(f"{tower} {precision}", record) for record in records)
 
 
 def judge_together(
@@ -203,14 +205,14 @@ def judge_together(
     bounds: Bounds,
     name: str,
     data: DataRecord | None = None,
-) -> Judged:
+) -> GateOutcome:
     """Judge the R@1 that both towers lose together, each in its precision of `chosen`."""
     candidate = pair_embeddings(embeddings, chosen)
     reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
-    return Judged("bundle", judge_retrieval(candidate, reference, bounds, name, data))
+    return GateOutcome("bundle", judge_retrieval(candidate, reference, bounds, name, data))
 
 
-def compared(chosen: Mapping[Tower, Precision]) -> str:
+def describe_pairing(chosen: Mapping[Tower, Precision]) -> str:
     """What a record calls two towers of unlike precisions: "int8 images, fp32 texts"."""
     return f"{chosen['image']} images, {chosen['text']} texts"
 
@@ -235,7 +237,7 @@ def few_pairs(data: DataRecord | None) -> tuple[GateRemark, ...]:
     return (GateRemark("bundle", "R@1 loss", says),)
 
 
-def _remarks(kept: Iterable[tuple[Tower, Precision]], on: JudgedOn) -> list[GateRemark]:
+def _remarks(kept: Iterable[tuple[Tower, Precision]], on: GateInputs) -> list[GateRemark]:
     """What the zero-shot records of the kept precisions do not show."""
     count = 0 if on.zero_shot is None else len(on.zero_shot.right)
     if count >= FEWEST_LABELLED:

@@ -6,14 +6,18 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgeclip.export.graph.embed_pairs import Embedder
-from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved, repeat_rows
+from edgeclip.export.graph.embedders import Embedder
+from edgeclip.profiles.measure.interleaved_runs import (
+    BenchmarkTarget,
+    measure_interleaved,
+    repeat_rows,
+)
 from edgeclip.profiles.record.measurement import Measurement
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.spec import Precision, Tower
 
 REFERENCE: Precision = "fp32"
-CHOOSING = Workload(
+SELECTION_WORKLOAD = Workload(
     name="choose",
     description="latency at batch 1, enough to tell which precision is faster",
     batch_sizes=(1,),
@@ -26,7 +30,7 @@ CHOOSING = Workload(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TowerChoice:
+class SelectedPrecision:
     """The precision chosen for a tower, why, and the measurements, one for each precision.
 
     `measurements` is empty where nothing was measured.
@@ -43,12 +47,12 @@ class TowerChoice:
         return found[0].latency.p50_ms.value if found else None
 
 
-def choose_fastest(
+def select_precision(
     tower: Tower,
     embedders: Mapping[Precision, Embedder],
     inputs: NDArray[Any],
-    workload: Workload = CHOOSING,
-) -> TowerChoice:
+    workload: Workload = SELECTION_WORKLOAD,
+) -> SelectedPrecision:
     """Measure the precisions of a tower in turns, and take the one that is surely fastest.
 
     Another precision than fp32 is taken only if the whole interval of its time divided by
@@ -66,7 +70,7 @@ def choose_fastest(
     candidates = [_candidate(name, embed, inputs) for name, embed in embedders.items()]
     measured = measure_interleaved(candidates, workload, part=tower, reference=REFERENCE)
     precision, why = fastest(tuple(embedders), measured)
-    return TowerChoice(tower=tower, precision=precision, why=why, measurements=measured)
+    return SelectedPrecision(tower=tower, precision=precision, why=why, measurements=measured)
 
 
 def fastest(
@@ -87,5 +91,5 @@ def fastest(
     return best, f"fastest inside its gates: {', '.join(notes)}"
 
 
-def _candidate(name: str, embed: Embedder, inputs: NDArray[Any]) -> Candidate:
-    return Candidate(name=name, run=embed, make_batch=repeat_rows(inputs))
+def _candidate(name: str, embed: Embedder, inputs: NDArray[Any]) -> BenchmarkTarget:
+    return BenchmarkTarget(name=name, run=embed, make_batch=repeat_rows(inputs))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgeclip.compress.data.emoji_scenes import BACKGROUNDS, vocabulary
 from edgeclip.compress.data.sources import EmojiSource, FolderSource, Pair, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.graph.embed_pairs import torch_embedder
+from edgeclip.export.graph.embedders import torch_embedder
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.labels import LabelSet, bake_labels, split_names
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
@@ -22,7 +22,7 @@ _AT_ONCE = 64  # texts
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # it becomes the name of a file
 
 
-def bake_by_teacher(
+def bake_labels_with_teacher(
     teacher: DualEncoder,
     names: Sequence[str],
     templates: Sequence[str] = DEFAULT_TEMPLATES,
@@ -86,7 +86,7 @@ _EMOJI_COUNT = 500  # scenes that are enough: each is a fifth of a point
 _SEARCHED = 64  # scenes for each picture that is wanted, at most: one in four shows one emoji
 
 
-class Chosen:
+class SubsetSource:
     """Some pairs of another source.
 
     Args:
@@ -115,7 +115,7 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ZeroShot:
+class ZeroShotSet:
     """Pictures whose label is known, and the label set that they are told apart by.
 
     Attributes:
@@ -139,12 +139,12 @@ class ZeroShot:
 
     def rows_of(self, test: Source) -> tuple[int, ...] | None:
         """The numbers of the pictures in `test`, if they were taken from it."""
-        if isinstance(self.source, Chosen) and self.source.base is test:
+        if isinstance(self.source, SubsetSource) and self.source.base is test:
             return self.source.numbers
         return None
 
 
-def find_zero_shot(test: Source, label_sets: Iterable[LabelSet]) -> ZeroShot | None:
+def find_zero_shot(test: Source, label_sets: Iterable[LabelSet]) -> ZeroShotSet | None:
     """The pictures of `test` that a label set names; of several sets, that which names most.
 
     A picture's label is the name of its folder; else the only label that its caption names.
@@ -154,20 +154,20 @@ def find_zero_shot(test: Source, label_sets: Iterable[LabelSet]) -> ZeroShot | N
     Returns:
         None if no picture has a label.
     """
-    best: ZeroShot | None = None
+    best: ZeroShotSet | None = None
     for labels in label_sets:
         found = list(_labelled(test, labels.names))
         if found and (best is None or len(found) > len(best.right)):
             numbers, right = zip(*found, strict=True)
-            best = ZeroShot(
-                source=Chosen(test, numbers, f"{len(numbers)} labelled of {test.name}"),
+            best = ZeroShotSet(
+                source=SubsetSource(test, numbers, f"{len(numbers)} labelled of {test.name}"),
                 labels=labels,
                 right=np.array(right, dtype=np.int64),
             )
     return best
 
 
-def emoji_zero_shot(teacher: DualEncoder, *, count: int, size: int) -> ZeroShot:
+def emoji_zero_shot(teacher: DualEncoder, *, count: int, size: int) -> ZeroShotSet:
     """Test scenes of one emoji alone, which is to be told from all others that are shown.
 
     Args:
@@ -189,9 +189,11 @@ def emoji_zero_shot(teacher: DualEncoder, *, count: int, size: int) -> ZeroShot:
     shown = [emoji[scenes.scene(number).objects[0].emoji].name for number in numbers]
     names = tuple(sorted(set(shown)))
     places = {name: place for place, name in enumerate(names)}
-    return ZeroShot(
-        source=Chosen(scenes, numbers, f"EmojiScenes test, {len(numbers)} scenes of one emoji"),
-        labels=bake_by_teacher(teacher, names, EMOJI_TEMPLATES, truncate=True),
+    return ZeroShotSet(
+        source=SubsetSource(
+            scenes, numbers, f"EmojiScenes test, {len(numbers)} scenes of one emoji"
+        ),
+        labels=bake_labels_with_teacher(teacher, names, EMOJI_TEMPLATES, truncate=True),
         right=np.array([places[name] for name in shown], dtype=np.int64),
     )
 

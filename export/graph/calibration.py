@@ -21,7 +21,7 @@ from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.spec import ImageSpec, PixelForm
 
 CALIBRATION_SPLITS: tuple[Split, ...] = ("calibration", "train")
-FEWEST = 8  # pairs of a bundle's calibration; fewer show too little of any range
+FEWEST_PAIRS = 8  # pairs of a bundle's calibration; fewer show too little of any range
 BEST = (128, 512)  # more than these change no range worth mentioning, and take their time
 
 _BATCH = 16
@@ -44,7 +44,7 @@ class CalibrationSource:
     """
 
     source: Source
-    fewest: int = FEWEST
+    fewest: int = FEWEST_PAIRS
 
     def __post_init__(self) -> None:
         if self.split not in CALIBRATION_SPLITS:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edgeclip.export.graph.export_modules import MASKED
-from edgeclip.export.graph.graph import write_unchecked
+from edgeclip.export.graph.graph_io import write_unchecked
 from edgeclip.runtime.engines.engine import Engine
 
 Opener = Callable[[Path], Engine]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.spec import LABEL_OUTPUTS, OUTPUT_NAMES
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.embed_pairs import TowerGraph
+from edgeclip.export.graph.embedders import TowerGraph
 from edgeclip.export.graph.export_modules import tower_module
-from edgeclip.export.graph.graph import limit_masks, save_graph
+from edgeclip.export.graph.graph_io import limit_masks, save_graph
 from edgeclip.runtime.bundle.files import tower_path
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import first_line

@@ -15,12 +15,16 @@ from tqdm import tqdm
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.embed_pairs import TowerGraph, tower_inputs
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.embedders import TowerGraph, tower_inputs
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.graph_passes import GraphPass, passes_for
 from edgeclip.export.graph.graph_values import relative_error
 from edgeclip.export.graph.to_onnx import STANDARD
-from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved, repeat_rows
+from edgeclip.profiles.measure.interleaved_runs import (
+    BenchmarkTarget,
+    measure_interleaved,
+    repeat_rows,
+)
 from edgeclip.profiles.record.measurement import Measurement
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -38,7 +42,7 @@ Opener = Callable[[], Run]
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class ABTiming:
     """One measurement of both."""
 
     reference: Measurement
@@ -51,19 +55,19 @@ class Timed:
         return self.candidate.ratio.ratio
 
 
-def time_twice(
+def ab_benchmark(
     reference: Opener,
     candidate: Opener,
     values: NDArray[Any],
     *,
     tower: Tower,
     workload: Workload,
-) -> tuple[Timed, ...]:
-    """Time two in turns; for arguments and errors see `time_each_twice`."""
-    return time_each_twice(reference, [candidate], values, tower=tower, workload=workload)[0]
+) -> tuple[ABTiming, ...]:
+    """Time two in turns; for arguments and errors see `ab_benchmark_each`."""
+    return ab_benchmark_each(reference, [candidate], values, tower=tower, workload=workload)[0]
 
 
-def time_each_twice(
+def ab_benchmark_each(
     reference: Opener,
     candidates: Sequence[Opener],
     values: NDArray[Any],
@@ -71,7 +75,7 @@ def time_each_twice(
     tower: Tower,
     workload: Workload,
     seconds: float = _SECONDS,
-) -> list[tuple[Timed, ...]]:
+) -> list[tuple[ABTiming, ...]]:
     """Time all in turns: with engines loaded in this order, the reference's first, and backwards.
 
     Args:
@@ -88,11 +92,11 @@ def time_each_twice(
         EngineError: an engine fails.
     """
     openers = (reference, *candidates)
-    found: list[list[Timed]] = [[] for _ in candidates]
+    found: list[list[ABTiming]] = [[] for _ in candidates]
     for order in (range(len(openers)), range(len(openers))[::-1]):
         first, *others = _in_turns(openers, order, values, tower, workload, seconds)
         for timed, other in zip(found, others, strict=True):
-            timed.append(Timed(first, other))
+            timed.append(ABTiming(first, other))
     return [tuple(timed) for timed in found]
 
 
@@ -107,7 +111,7 @@ def _in_turns(
     """Load engines in an order and time them; measurements in the order of `openers`."""
     runs, make_batch = {at: openers[at]() for at in order}, repeat_rows(values[:1])
     repeats = _repeats(runs[0], make_batch(1), workload.repeats, seconds)
-    candidates = [Candidate(str(at), runs[at], make_batch) for at in range(len(openers))]
+    candidates = [BenchmarkTarget(str(at), runs[at], make_batch) for at in range(len(openers))]
     fits = replace(workload, repeats=repeats)
     return measure_interleaved(candidates, fits, part=tower, reference=candidates[0].name)
 
@@ -121,7 +125,7 @@ def _repeats(run: Run, values: NDArray[Any], most: int, seconds: float) -> int:
     return max(min(most, _FEWEST), min(most, int(seconds / (2 * each))))
 
 
-TUNING = Workload(
+TUNING_WORKLOAD = Workload(
     name="tune",
     description="latency at batch 1, enough to tell whether a rewrite helps",
     batch_sizes=(1,),
@@ -132,10 +136,10 @@ TUNING = Workload(
     cold_starts=0,
 )
 # The largest relative error of an output: summing in another order gives about 1e-7 in fp32.
-EXACT = 1e-5
+MAX_RELATIVE_ERROR = 1e-5
 # What a pass must save: the same graph again comes out up to 1% faster or slower, by where its
 # memory lies (tests/benchmarks/graph_work.py).
-WORTH = 0.99
+MAX_TIME_RATIO = 0.99
 
 RunGraph = Callable[[NDArray[Any]], dict[str, NDArray[Any]]]
 
@@ -179,13 +183,13 @@ def tune_graph(
     *,
     tower: Tower,
     standard: bool = False,
-    workload: Workload = TUNING,
+    workload: Workload = TUNING_WORKLOAD,
     passes: Sequence[GraphPass] | None = None,
 ) -> tuple[PassOutcome, ...]:
     """Apply to a graph the passes that make it faster on this machine, one after another.
 
     A pass is measured against the graph with those kept before it, in turns, two times. It
-    is kept only if the whole interval of the ratio is below `WORTH` both times, and all
+    is kept only if the whole interval of the ratio is below `MAX_TIME_RATIO` both times, and all
     outputs are as exact as rounding allows.
     The file is written anew only if a pass is kept.
 
@@ -243,8 +247,8 @@ class _Trial:
         path = self._folder / f"{item.name}.onnx"
         save_graph(changed, path)
         error = self._error(path)
-        ratio = self._ratio(path) if error is not None and error <= EXACT else None
-        kept = ratio is not None and ratio.high < WORTH
+        ratio = self._ratio(path) if error is not None and error <= MAX_RELATIVE_ERROR else None
+        kept = ratio is not None and ratio.high < MAX_TIME_RATIO
         if kept:
             self.model, self._path = load_graph(path), path
         return PassOutcome(name=item.name, places=places, ratio=ratio, error=error, kept=kept)
@@ -274,7 +278,7 @@ class _Trial:
 
     def _ratio(self, path: Path) -> Interval:
         """Measure twice, with engines loaded anew in both orders; return the worse result."""
-        found = time_twice(
+        found = ab_benchmark(
             partial(self._open, self._path),
             partial(self._open, path),
             self._values,

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from edgeclip.export.graph.graph import save_graph
+from edgeclip.export.graph.graph_io import save_graph
 from edgeclip.profiles.layers.roofline import (
     GRAPHS,
     INPUT,

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import limit_masks, save_graph
+from edgeclip.export.graph.graph_io import limit_masks, save_graph
 from edgeclip.export.graph.to_onnx import GraphForm, capture, to_device_form
 from edgeclip.export.quantizing.config import default_config
 from edgeclip.export.quantizing.static_int8 import write_int8
@@ -170,4 +170,6 @@ def _clip(
 
 @functools.cache
 def _tokenizer() -> PreTrainedTokenizerFast:
-    return DualEncoder.load(BUILT_IN_TEACHER).tokenizer
+    """Load the built-in teacher's tokenizer alone: an installed wheel leaves its weights out."""
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(BUILT_IN_TEACHER)
+    return tokenizer

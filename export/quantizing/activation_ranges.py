@@ -20,7 +20,7 @@ from onnxruntime.quantization.calibrate import TensorsData, create_calibrator, s
 
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import (
+from edgeclip.export.graph.graph_io import (
     PRODUCTS,
     constant_names,
     data_path,

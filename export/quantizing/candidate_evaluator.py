@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.export.gates.gates import data_record
-from edgeclip.export.gates.judge_precisions import JudgedOn, judge_alone
+from edgeclip.export.gates.judge_precisions import GateInputs, judge_alone
 from edgeclip.export.graph.calibration import CalibrationData, calibration_data
-from edgeclip.export.graph.embed_pairs import (
+from edgeclip.export.graph.embedders import (
     TOWERS,
     Embedder,
     TowerGraph,
@@ -27,8 +27,8 @@ from edgeclip.export.graph.embed_pairs import (
     torch_embedder,
     tower_inputs,
 )
-from edgeclip.export.graph.graph import graph_files, load_graph, write_unchecked
-from edgeclip.export.graph.tune_passes import Opener, Timed, time_each_twice, time_twice
+from edgeclip.export.graph.graph_io import graph_files, load_graph, write_unchecked
+from edgeclip.export.graph.tune_passes import ABTiming, Opener, ab_benchmark, ab_benchmark_each
 from edgeclip.export.quantizing.config import (
     Config,
     Float16,
@@ -125,7 +125,7 @@ class PreparedPairs:
                 (other, "fp32"): self.others,
             },
             task.bounds[precision],
-            JudgedOn(
+            GateInputs(
                 data=data_record(self._judged.pairs),
                 zero_shot=self._judged.zero_shot,
                 labelled=by_precision or None,
@@ -180,11 +180,11 @@ def measure_latency(
     tower: Tower,
     workload: Workload = SEARCHING,
 ) -> PointLatency:
-    """Time both in turns, twice; for arguments and errors see `time_twice`.
+    """Time both in turns, twice; for arguments and errors see `ab_benchmark`.
 
     Figures are the geometric means of both measurements, and intervals hold those of both.
     """
-    return _latency(time_twice(reference, candidate, values, tower=tower, workload=workload))
+    return _latency(ab_benchmark(reference, candidate, values, tower=tower, workload=workload))
 
 
 def race(
@@ -196,13 +196,13 @@ def race(
     workload: Workload = SEARCHING,
 ) -> tuple[PointLatency, ...]:
     """Time all in the same rounds, and for longer; otherwise as `measure_latency`."""
-    found = time_each_twice(
+    found = ab_benchmark_each(
         reference, candidates, values, tower=tower, workload=workload, seconds=_SECONDS_OF_RACE
     )
     return tuple(map(_latency, found))
 
 
-def _latency(found: Sequence[Timed]) -> PointLatency:
+def _latency(found: Sequence[ABTiming]) -> PointLatency:
     return PointLatency(
         ratio=_joined([item.ratio for item in found]),
         ms=_joined([item.candidate.latency.p50_ms for item in found]),

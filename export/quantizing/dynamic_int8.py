@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.graph import data_path, load_graph, save_graph, write_typed
+from edgeclip.export.graph.graph_io import data_path, load_graph, save_graph, write_typed
 from edgeclip.export.graph.graph_values import attribute
 from edgeclip.export.quantizing.activation_ranges import quiet
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes

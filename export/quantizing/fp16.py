@@ -14,8 +14,8 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.embed_pairs import TowerGraph
-from edgeclip.export.graph.graph import limit_masks, load_graph, save_graph, write_unchecked
+from edgeclip.export.graph.embedders import TowerGraph
+from edgeclip.export.graph.graph_io import limit_masks, load_graph, save_graph, write_unchecked
 from edgeclip.export.quantizing.activation_ranges import Bounds, cached_bounds
 from edgeclip.runtime.device.device_profile import DeviceProfile
 

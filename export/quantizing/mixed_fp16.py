@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgeclip.export.errors import ExportError
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds, judge_tower
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import limit_masks, load_graph, write_unchecked
+from edgeclip.export.graph.graph_io import limit_masks, load_graph, write_unchecked
 from edgeclip.export.quantizing.activation_ranges import cached_bounds, open_engine_here
 from edgeclip.export.quantizing.config import Kept
 from edgeclip.export.quantizing.fp16 import emulate_half, half_values, to_fp16, too_large

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import onnx
 from numpy.typing import NDArray
 
-from edgeclip.export.graph.graph import constant_names
+from edgeclip.export.graph.graph_io import constant_names
 from edgeclip.export.graph.graph_values import GraphEdit
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 from edgeclip.profiles.layers.layer_profile import profile_layers_of

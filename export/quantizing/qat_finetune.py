@@ -28,17 +28,17 @@ from edgeclip.compress.train.quantization_aware import (
 )
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.export.errors import ExportError
-from edgeclip.export.gates.gates import Bounds, Judged, missed
+from edgeclip.export.gates.gates import Bounds, GateOutcome, describe_missed
 from edgeclip.export.gates.judge_precisions import (
     TowerEmbeddings,
-    embed_test,
+    embed_test_pairs,
+    gate_inputs,
     judge_precisions,
-    judged_on,
 )
-from edgeclip.export.gates.zero_shot import ZeroShot
+from edgeclip.export.gates.zero_shot import ZeroShotSet
 from edgeclip.export.graph.calibration import CalibrationData, calibration_data
-from edgeclip.export.graph.embed_pairs import TowerGraph, runner_of
-from edgeclip.export.graph.graph import PRODUCTS, load_graph, save_graph
+from edgeclip.export.graph.embedders import TowerGraph, runner_of
+from edgeclip.export.graph.graph_io import PRODUCTS, load_graph, save_graph
 from edgeclip.export.graph.graph_values import GraphEdit, attribute
 from edgeclip.export.graph.to_onnx import STANDARD, GraphForm, export_tower
 from edgeclip.export.quantizing.config import StaticInt8
@@ -295,7 +295,7 @@ class Int8Task:
     bounds: Bounds
     form: GraphForm
     passes: Mapping[Tower, Sequence[str]] = field(default_factory=dict)
-    zero_shot: ZeroShot | None = None
+    zero_shot: ZeroShotSet | None = None
 
     @property
     def runner(self) -> DeviceProfile:
@@ -330,7 +330,7 @@ class Outcome:
         says: for a person; empty where nothing had to be mended.
     """
 
-    judged: tuple[Judged, ...]
+    judged: tuple[GateOutcome, ...]
     tuned: tuple[Tower, ...] = ()
     note: str = ""
     says: str = ""
@@ -338,7 +338,7 @@ class Outcome:
     @property
     def passed(self) -> bool:
         """Whether all gates hold."""
-        return not missed(self.judged)
+        return not describe_missed(self.judged)
 
 
 def tune_int8(
@@ -371,7 +371,7 @@ def tune_int8(
         embeddings={place: item for place, item in embeddings.items() if _matters(place[1])},
     )
     judged = before.judge(task)
-    misses = "; ".join(missed(judged))
+    misses = "; ".join(describe_missed(judged))
     if not misses:
         return Outcome(judged=judged)
     towers = missed_towers(judged, task.configs)
@@ -392,11 +392,11 @@ def tune_int8(
         f"int8 fine-tuned for {tuning.settings.steps} steps of {tuning.settings.batch_size} on "
         f"{tuning.source.name}, because without that {misses}"
     )
-    says = "; ".join(["fine-tuned for int8", *missed(found)])
+    says = "; ".join(["fine-tuned for int8", *describe_missed(found)])
     return Outcome(judged=found, tuned=towers, note=note, says=says)
 
 
-def missed_towers(judged: Iterable[Judged], quantized: Iterable[Tower]) -> tuple[Tower, ...]:
+def missed_towers(judged: Iterable[GateOutcome], quantized: Iterable[Tower]) -> tuple[Tower, ...]:
     """Return which of the quantized towers miss a gate; if none does alone, all of them."""
     subjects = {item.subject for item in judged if not item.record.passed}
     if subjects == {"bundle"}:
@@ -404,7 +404,7 @@ def missed_towers(judged: Iterable[Judged], quantized: Iterable[Tower]) -> tuple
     return tuple(tower for tower in quantized if f"{tower} int8" in subjects)
 
 
-def better(found: Iterable[Judged], than: Iterable[Judged]) -> bool:
+def better(found: Iterable[GateOutcome], than: Iterable[GateOutcome]) -> bool:
     """Tell whether fewer gates are missed, or as many and the worst of them by less."""
     return _badness(found) < _badness(than)
 
@@ -414,7 +414,7 @@ def plainly(config: StaticInt8) -> StaticInt8:
     return replace(config, smoothing=(), equalised=False, bias_corrected=False)
 
 
-def _badness(judged: Iterable[Judged]) -> tuple[int, float]:
+def _badness(judged: Iterable[GateOutcome]) -> tuple[int, float]:
     records = [item.record for item in judged if not item.record.passed]
     return len(records), max(map(_excess, records), default=0.0)
 
@@ -433,11 +433,11 @@ class _Attempt:
     graphs: Mapping[tuple[Tower, Precision], TowerGraph]
     embeddings: TowerEmbeddings
 
-    def judge(self, task: Int8Task) -> tuple[Judged, ...]:
+    def judge(self, task: Int8Task) -> tuple[GateOutcome, ...]:
         """Hold int8 against fp32."""
         graphs = [*self.graphs.values()]
         with stored_in_half(graphs, task.device) as shown:
-            on = judged_on(
+            on = gate_inputs(
                 task.student, shown, task.test, task.zero_shot, self.embeddings, task.runner
             )
         return judge_precisions(self.embeddings, {"int8": task.bounds}, on).judged
@@ -471,7 +471,7 @@ def _tune(
     progress("quantizing and judging the fine-tuned student")
     made = [_quantized(task, _float(task, student, tower, folder), folder) for tower in towers]
     with stored_in_half(made, task.device) as shown:
-        found = embed_test(student, shown, task.test, task.runner)
+        found = embed_test_pairs(student, shown, task.test, task.runner)
     return _Attempt(
         graphs={**before.graphs, **{_place(graph): graph for graph in made}},
         embeddings={**before.embeddings, **found},

@@ -9,8 +9,8 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.export.gates.gates import data_record
-from edgeclip.export.graph.embed_pairs import TowerGraph
-from edgeclip.export.graph.graph import load_graph, save_graph, sha256_graph
+from edgeclip.export.graph.embedders import TowerGraph
+from edgeclip.export.graph.graph_io import load_graph, save_graph, sha256_graph
 from edgeclip.export.graph.graph_passes import PASSES
 from edgeclip.export.graph.to_onnx import GraphForm, export_tower
 from edgeclip.export.graph.tune_passes import tune_tower

@@ -9,10 +9,10 @@ import numpy as np
 from edgeclip.compress.data.sources import Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds
-from edgeclip.export.gates.zero_shot import Chosen, ZeroShot
-from edgeclip.export.graph.calibration import FEWEST, CalibrationSource
-from edgeclip.export.graph.embed_pairs import TowerGraph, runner_of
-from edgeclip.export.graph.graph import sha256_graph
+from edgeclip.export.gates.zero_shot import SubsetSource, ZeroShotSet
+from edgeclip.export.graph.calibration import FEWEST_PAIRS, CalibrationSource
+from edgeclip.export.graph.embedders import TowerGraph, runner_of
+from edgeclip.export.graph.graph_io import sha256_graph
 from edgeclip.export.quantizing.activation_ranges import Ranging
 from edgeclip.export.quantizing.config import (
     Config,
@@ -40,7 +40,7 @@ class JudgedPairs:
     """
 
     pairs: Source
-    zero_shot: ZeroShot | None = None
+    zero_shot: ZeroShotSet | None = None
 
     @property
     def identity(self) -> str:
@@ -119,9 +119,9 @@ def open_calibration(data: str, *, pairs: int, ranges: int, size: int) -> tuple[
         InputError: see `open_source`.
     """
     source = open_source(data, split="calibration", count=pairs, size=size)
-    if len(source) < 2 * FEWEST:
+    if len(source) < 2 * FEWEST_PAIRS:
         raise ConfigError(
-            f"{source.name}: give at least {2 * FEWEST} pairs to calibrate on, half of which are "
+            f"{source.name}: give at least {2 * FEWEST_PAIRS} pairs to calibrate on, half of which are "
             "held out to compare configs on"
         )
     found, steering = split_calibration(source, min(ranges, len(source) // 2))
@@ -137,8 +137,8 @@ def split_calibration(source: Source, ranges: int) -> tuple[Source, Source]:
     first, rest = (sorted(map(int, part)) for part in (drawn[:ranges], drawn[ranges:]))
     name = source.name
     return (
-        Chosen(source, first, f"{len(first)} of {name}"),
-        Chosen(source, rest, f"{len(rest)} others of {name}"),
+        SubsetSource(source, first, f"{len(first)} of {name}"),
+        SubsetSource(source, rest, f"{len(rest)} others of {name}"),
     )
 
 
@@ -199,7 +199,7 @@ def space_for(
         others += [WeightOnly(bits=8), WeightOnly(bits=4)]
     return SearchSpace(
         recipe=recipe,
-        remedies=(_percentile, _least_error, _equalised, _corrected),
+        remedies=(_percentile,),
         cheaper=tuple(cheaper),
         others=tuple(others),
     )
@@ -207,18 +207,6 @@ def space_for(
 
 def _percentile(config: StaticInt8) -> StaticInt8:
     return replace(config, ranging=Ranging(method="percentile", percentile=99.99))
-
-
-def _least_error(config: StaticInt8) -> StaticInt8:
-    return replace(config, ranging=Ranging(method="mse"))
-
-
-def _equalised(config: StaticInt8) -> StaticInt8:
-    return replace(config, equalised=True)
-
-
-def _corrected(config: StaticInt8) -> StaticInt8:
-    return replace(config, bias_corrected=True)
 
 
 def _one_scale(config: StaticInt8) -> StaticInt8:

@@ -16,7 +16,13 @@ from onnx import TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.graph import PRODUCTS, load_graph, opset_of, with_opset, write_unchecked
+from edgeclip.export.graph.graph_io import (
+    PRODUCTS,
+    load_graph,
+    opset_of,
+    with_opset,
+    write_unchecked,
+)
 from edgeclip.export.quantizing.node_groups import NodeGroup
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import JsonRecord

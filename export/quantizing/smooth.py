@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.graph_io import load_graph
 from edgeclip.export.graph.graph_values import GraphEdit, attribute, input_axis
 from edgeclip.export.quantizing.activation_ranges import SIGNED, UNSIGNED, Histogram, Range, observe
 from edgeclip.export.quantizing.config import Smoothing, StaticInt8

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import PRODUCTS, limit_masks, load_graph, save_graph, with_opset
+from edgeclip.export.graph.graph_io import PRODUCTS, limit_masks, load_graph, save_graph, with_opset
 from edgeclip.export.quantizing.activation_ranges import EXTREMES, Bounds, Ranging, cached_bounds
 from edgeclip.export.quantizing.fp16 import to_fp16, too_large
 

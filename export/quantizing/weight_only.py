@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.graph_values import GraphEdit, attribute
 from edgeclip.export.quantizing.dynamic_int8 import store_tables
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes

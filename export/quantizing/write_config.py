@@ -8,7 +8,7 @@ import onnx
 
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.quantizing.config import (
     Config,
     DynamicInt8,
@@ -18,9 +18,7 @@ from edgeclip.export.quantizing.config import (
     StaticInt8,
     WeightOnly,
 )
-from edgeclip.export.quantizing.correct_bias import correct_biases
 from edgeclip.export.quantizing.dynamic_int8 import store_tables, write_dynamic_int8
-from edgeclip.export.quantizing.equalise import equalise
 from edgeclip.export.quantizing.fp16 import write_fp16
 from edgeclip.export.quantizing.smooth import smooth
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes, write_int8

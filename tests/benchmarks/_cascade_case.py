@@ -5,13 +5,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle.build_bundle import build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.bundle.write_bundle import Origin
-from edgeclip.export.cascade.cascade_eval_set import Questions
+from edgeclip.export.cascade.cascade_eval_set import CascadeEvalSet
 from edgeclip.export.demo.demo import KEPT_BUNDLE
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.encoder import Encoder
@@ -40,7 +40,7 @@ class Case:
 
     student: Encoder
     teacher: Encoder
-    questions: Questions
+    questions: CascadeEvalSet
     fresh: EmojiSource
 
 
@@ -71,7 +71,7 @@ def open_case(folder: Path, sizes: Sizes) -> Case:
     teacher = build_bundle(plan, folder / "teacher").bundle
     shutil.copytree(KEPT_BUNDLE, folder / "student")
     gallery = EmojiSource("calibration", sizes.gallery, size=size, distinct=True)
-    questions = Questions(
+    questions = CascadeEvalSet(
         query="image",
         calibration=EmojiSource("calibration", sizes.calibration, size=size, distinct=True),
         test=EmojiSource("test", sizes.test, size=size, distinct=True),

@@ -11,7 +11,7 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.split.http_client import ClientRules, Server
-from edgeclip.runtime.split.remote_with_fallback import DeviceTime, ServerOrDevice
+from edgeclip.runtime.split.remote_with_fallback import DeviceTimes, RemoteWithFallback
 from edgeclip.runtime.split.resilience import BreakerRules, Deadline
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 
@@ -42,7 +42,7 @@ def measure_overhead(encoder: Encoder, plan: SplitPlan, runs: int) -> Overhead:
     with Server(_NOBODY, rules=_AT_ONCE) as server:
         runtime = SplitRuntime(encoder, plan, server)
         runtime.encode_pixels(pixels)
-        chooser = ServerOrDevice(server, DeviceTime())
+        chooser = RemoteWithFallback(server, DeviceTimes())
 
         def nothing() -> object:
             deadline = Deadline.after_ms(100)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.inputs.preprocess import preprocess_batch
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.embed_pairs import tower_inputs
+from edgeclip.export.graph.embedders import tower_inputs
 from edgeclip.export.graph.export_modules import tower_module
 from edgeclip.export.graph.to_onnx import export_tower
 from edgeclip.export.quantizing.fp16 import write_fp16

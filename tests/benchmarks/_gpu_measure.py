@@ -11,7 +11,7 @@ from _gpu_rows import COLUMNS, Column, Row, Timing
 from _gpu_torch import REFERENCE
 from numpy.typing import NDArray
 
-from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved
+from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, measure_interleaved
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import first_line
 
@@ -139,11 +139,13 @@ def _take_turns(
     }
 
 
-def _candidates(case: Case, attempts: Sequence[Attempt], column: Column) -> Iterator[Candidate]:
+def _candidates(
+    case: Case, attempts: Sequence[Attempt], column: Column
+) -> Iterator[BenchmarkTarget]:
     for item in attempts:
         run = item.runs.get(column)
         if run is not None:
-            yield Candidate(
+            yield BenchmarkTarget(
                 item.variant.name,
                 functools.partial(_run_first, run),
                 lambda size: case.values[None].repeat(size, 0),

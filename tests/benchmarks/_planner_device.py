@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from edgeclip.profiles.cuts.measure_cuts import StageWork
+from edgeclip.profiles.cuts.measure_cuts import TimedStage
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
 from edgeclip.runtime.planning.cut_set import CutHead, CutSet
@@ -39,9 +39,9 @@ def slowly(run: Callable[[], T]) -> T:
     return run()
 
 
-def slower(work: StageWork) -> StageWork:
+def slower(work: TimedStage) -> TimedStage:
     """A stage as this device would need for it."""
-    return StageWork(work.stage, lambda at: slowly(lambda: work.run(at)))
+    return TimedStage(work.stage, lambda at: slowly(lambda: work.run(at)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from _network import EFFICIENCY
 from _planner_device import ONE_THREAD, Device, slower
 
-from edgeclip.profiles.cuts.measure_cuts import StageSampler, StageWork, StageWorks
+from edgeclip.profiles.cuts.measure_cuts import StageBuilder, StageSampler, TimedStage
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.estimate import Conditions, Estimate, estimate
+from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate, estimate_plan
 from edgeclip.runtime.planning.link_state import LinkState
-from edgeclip.runtime.planning.plan import Candidate
+from edgeclip.runtime.planning.plan import PlanCandidate
 from edgeclip.runtime.planning.replanning import LinkEstimator
-from edgeclip.runtime.planning.stage_times import Stage, StageTimes
+from edgeclip.runtime.planning.stage_times import SplitStage, StageTimes
 
 RTT_MS = 20.0
 PAUSE_S = 0.25  # between requests: longer than TCP's timeout, so that slow start begins anew
@@ -51,7 +51,9 @@ class Probe:
 class PlanSamples:
     """The stages of one plan, on both sides, each time that a request for it is due."""
 
-    def __init__(self, candidate: Candidate, works: Mapping[Stage, StageWork], count: int) -> None:
+    def __init__(
+        self, candidate: PlanCandidate, works: Mapping[SplitStage, TimedStage], count: int
+    ) -> None:
         self.candidate = candidate
         here = [slower(works[stage]) for stage in (*candidate.device, *candidate.encode)]
         there = [works[stage] for stage in (*candidate.decode, *candidate.server)]
@@ -68,7 +70,7 @@ class PlanSamples:
         self._rounds += 1
         return self._rounds - 1
 
-    def predict(self, known: StageTimes, rounds: int, conditions: Conditions) -> Estimate:
+    def predict(self, known: StageTimes, rounds: int, conditions: PlanConditions) -> PlanEstimate:
         """What the planner makes of them; `known` says all but the stages."""
         here, there = (
             dataclasses.replace(
@@ -86,12 +88,12 @@ class PlanSamples:
                 payload, bytes=payload.bytes[:rounds], cosines=payload.cosines[:rounds]
             )
         candidate = dataclasses.replace(self.candidate, payload=payload)
-        return estimate(candidate, here, there, conditions)
+        return estimate_plan(candidate, here, there, conditions)
 
 
-def all_works(cuts: CutSet) -> dict[Stage, StageWork]:
+def all_works(cuts: CutSet) -> dict[SplitStage, TimedStage]:
     """Every stage of a cut set, at the machine's own speed."""
-    works = StageWorks(cuts, ONE_THREAD, cuts.pictures)
+    works = StageBuilder(cuts, ONE_THREAD, cuts.pictures)
     made = list(works.of_pictures())
     for point in cuts.manifest.points:
         made += works.of_cut(point)[0]

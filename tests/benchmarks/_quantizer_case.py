@@ -17,15 +17,15 @@ from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import EmojiSource, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, data_record
-from edgeclip.export.gates.judge_precisions import JudgedOn, judge_alone
+from edgeclip.export.gates.judge_precisions import GateInputs, judge_alone
 from edgeclip.export.gates.zero_shot import emoji_zero_shot
 from edgeclip.export.graph.calibration import (
     CalibrationSource,
     calibration_images,
     calibration_texts,
 )
-from edgeclip.export.graph.embed_pairs import TOWERS, embed_all, torch_embedder, tower_inputs
-from edgeclip.export.graph.graph import data_path
+from edgeclip.export.graph.embedders import TOWERS, embed_all, torch_embedder, tower_inputs
+from edgeclip.export.graph.graph_io import data_path
 from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, open_trial
 from edgeclip.export.quantizing.config import Config, default_config, describe
 from edgeclip.export.quantizing.quantization_file import export_searched
@@ -125,7 +125,7 @@ class Case:
                 (other, "fp32"): self.others,
             },
             DEFAULT_BOUNDS["int8"],
-            JudgedOn(
+            GateInputs(
                 data=data_record(test.pairs),
                 zero_shot=zero,
                 labelled=None

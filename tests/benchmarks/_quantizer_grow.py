@@ -27,7 +27,7 @@ from _bars import command
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import build_cache

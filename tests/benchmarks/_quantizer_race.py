@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.profiles.measure.interleaved_runs import round_order
-from edgeclip.profiles.record.timing_statistics import latency_of, paired_ratio_of
+from edgeclip.profiles.record.timing_statistics import latency_of, paired_ratio
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.errors import EngineError
 from edgeclip.runtime.quality.intervals import Interval
@@ -81,7 +81,7 @@ class Raced:
 
     def ratio(self, name: str, reference: str) -> Interval:
         """Median of the time divided by the reference's in the same round."""
-        return paired_ratio_of(self.seconds[name], self.seconds[reference])
+        return paired_ratio(self.seconds[name], self.seconds[reference])
 
 
 class _Process:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.demo.demo import KEPT_BUNDLE
-from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.graph_io import load_graph
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import tower_path
 

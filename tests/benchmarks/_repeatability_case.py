@@ -8,9 +8,17 @@ from _bars import EMOJI_BUNDLE
 from _slowed_process import SLOWED
 
 from edgeclip.profiles.compare.compare_runs import Comparison, compare_runs
-from edgeclip.profiles.measure.interleaved_benchmark import measurements_of, take_turns
-from edgeclip.profiles.measure.subject import SubjectSpec, measurement_run
-from edgeclip.profiles.record.measurement import Measurement, MeasurementRun, Yardstick
+from edgeclip.profiles.measure.interleaved_benchmark import (
+    run_interleaved_benchmark,
+    to_measurements,
+)
+from edgeclip.profiles.measure.subject import SubjectSpec
+from edgeclip.profiles.record.measurement import (
+    Measurement,
+    MeasurementRun,
+    Yardstick,
+    measurement_run,
+)
 from edgeclip.profiles.record.timing_statistics import latency_of
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
@@ -66,8 +74,8 @@ def profile(precision: Precision, amount: Workload) -> Profile:
         )
         for name in (_NAME, SLOWED)
     ]
-    result = take_turns(specs, amount, memory=False)
-    plain, slowed = measurements_of(result)
+    result = run_interleaved_benchmark(specs, amount, memory=False)
+    plain, slowed = to_measurements(result)
     return Profile(
         plain=_run(plain, result.yardstick, amount), slowed=_run(slowed, result.yardstick, amount)
     )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.export.bundle.write_bundle import add_to_bundle
-from edgeclip.export.cascade.cascade_evaluator import Examiner, query_bytes
+from edgeclip.export.cascade.cascade_evaluator import CascadeEvaluator, query_bytes
 from edgeclip.export.cascade.cascade_report import (
     CascadePage,
     Costs,
@@ -30,14 +30,19 @@ from edgeclip.export.cascade.cascade_report import (
     curve_table,
     write_page,
 )
-from edgeclip.export.cascade.certify import CascadePlan, Certified, certify, choose_threshold
+from edgeclip.export.cascade.certify import (
+    CascadePlan,
+    CertificationResult,
+    certify,
+    choose_threshold,
+)
 from edgeclip.profiles.measure.interleaved_runs import round_order
 from edgeclip.profiles.record.conditions import CpuSnapshot
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cascade.cascade import Cascade
-from edgeclip.runtime.cascade.certificate import Trial
-from edgeclip.runtime.cascade.scores import Evidence, Margin
+from edgeclip.runtime.cascade.certificate import PairedOutcomes
+from edgeclip.runtime.cascade.scores import Margin, Similarities
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.inputs.preprocess import crop_batch
@@ -104,7 +109,7 @@ class Ways:
         return int((embedding @ self._entries.T).argmax())
 
     def _cascaded(self, picture: bytes) -> int:
-        evidence = Evidence.against(self._embed(STUDENT, picture), self._entries)
+        evidence = Similarities.against(self._embed(STUDENT, picture), self._entries)
         if self._cascade.unsure(evidence)[0]:
             self.asked += 1
             return self._best(self._embed(TEACHER, picture))
@@ -160,7 +165,7 @@ def png_files(source: Source, count: int) -> list[bytes]:
     return found
 
 
-def more_bounds(found: Certified, fresh: Trial, times: Times) -> str:
+def more_bounds(found: CertificationResult, fresh: PairedOutcomes, times: Times) -> str:
     """What other promises would cost, from the same answers; each is a certificate of its own.
 
     Their share of the teacher's time is reckoned: the student's, and the teacher's for those it is
@@ -180,7 +185,9 @@ def more_bounds(found: Certified, fresh: Trial, times: Times) -> str:
     return "\n".join(lines)
 
 
-def report(case: Case, found: Certified, fresh: Trial, times: Times, page: Path | None) -> None:
+def report(
+    case: Case, found: CertificationResult, fresh: PairedOutcomes, times: Times, page: Path | None
+) -> None:
     """Print the whole curve, on the fresh scenes, and perhaps draw it."""
     certificate = found.certificate
     assert certificate is not None, "main ends before"
@@ -220,7 +227,7 @@ def report(case: Case, found: Certified, fresh: Trial, times: Times, page: Path 
         )
 
 
-def bars(found: Certified, fresh: Trial, times: Times) -> list[Bar]:
+def bars(found: CertificationResult, fresh: PairedOutcomes, times: Times) -> list[Bar]:
     """The bars; the first can only be missed where nothing is certified, see `main`."""
     certificate = found.certificate
     assert certificate is not None, "main ends before"
@@ -256,7 +263,7 @@ def main() -> int:
             delta=DELTA,
             command=command(),
         )
-        examiner = Examiner(case.student, case.teacher, case.questions, plan.score)
+        examiner = CascadeEvaluator(case.student, case.teacher, case.questions, plan.score)
         found = certify(plan, examiner, progress=say)
         if found.certificate is None:
             print("nothing is certified")

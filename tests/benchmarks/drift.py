@@ -20,8 +20,8 @@ from PIL import Image, ImageEnhance, ImageFilter
 from edgeclip.compress.data.sources import EmojiSource, Pair, Source
 from edgeclip.export.cascade.certify import CascadePlan, certify
 from edgeclip.runtime.arrays import Values
-from edgeclip.runtime.cascade.certificate import Certificate, Trial
-from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, ScoreSample
+from edgeclip.runtime.cascade.certificate import Certificate, PairedOutcomes
+from edgeclip.runtime.cascade.drift import DriftDetector, DriftRule, ScoreSample
 from edgeclip.runtime.cascade.scores import Margin
 from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
 
@@ -122,7 +122,7 @@ def false_alarms(scores: Values, edges: Values, rule: DriftRule, effort: Effort)
     for seed in range(effort.streams):
         rng = np.random.default_rng(seed)
         sample = ScoreSample.of(edges, rng.choice(scores, 1000))
-        raised.append(DriftWatch(sample, rule, seed=seed).see(rng.choice(scores, effort.length)))
+        raised.append(DriftDetector(sample, rule, seed=seed).see(rng.choice(scores, effort.length)))
     return np.array(raised, dtype=np.float64)
 
 
@@ -135,7 +135,7 @@ def endless(scores: Values, edges: Values, effort: Effort) -> Values:
     for seed in range(effort.endless):
         rng = np.random.default_rng(seed)
         sample = ScoreSample.of(edges, rng.choice(scores, 1000))
-        watch = DriftWatch(sample, DriftRule(mean_queries=MEAN_QUERIES), seed=seed)
+        watch = DriftDetector(sample, DriftRule(mean_queries=MEAN_QUERIES), seed=seed)
         for _ in range(10):
             if watch.see(rng.choice(scores, MEAN_QUERIES)):
                 break
@@ -151,7 +151,7 @@ def delays(certificate: Certificate, clean: Values, shifted: Values, streams: in
     found = []
     for seed in range(streams):
         rng = np.random.default_rng(seed)
-        watch = DriftWatch(certificate.sample, seed=seed)
+        watch = DriftDetector(certificate.sample, seed=seed)
         if watch.see(rng.choice(clean, BEFORE)):
             found.append(np.inf)
             continue
@@ -170,7 +170,7 @@ def shifted_sources(case: Case, count: int) -> dict[str, Source]:
     return found
 
 
-def row(name: str, trial: Trial, threshold: float, found: Values | None) -> str:
+def row(name: str, trial: PairedOutcomes, threshold: float, found: Values | None) -> str:
     """A line of the table of shifts."""
     kept = "few answers right"
     if trial.teacher.sum() >= FEWEST_RIGHT:

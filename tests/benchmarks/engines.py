@@ -54,7 +54,7 @@ def child(folder: Path, device_name: str, quick: bool) -> None:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+    from edgeclip.compress.built_in import BUILT_IN_TEACHER
     from edgeclip.compress.data.sources import open_source
     from edgeclip.compress.teachers.dual_encoder import DualEncoder
     from edgeclip.export.bundle.build_bundle import build_bundle

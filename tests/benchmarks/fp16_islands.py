@@ -33,7 +33,7 @@ from _quantizer_rows import gate_bars
 
 from edgeclip.export.errors import ExportError
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, judge_tower
-from edgeclip.export.graph.graph import PRODUCTS, load_graph
+from edgeclip.export.graph.graph_io import PRODUCTS, load_graph
 from edgeclip.export.quantizing.fp16 import emulate_half, half_values, write_fp16
 from edgeclip.export.quantizing.mixed_fp16 import embed, find_islands
 from edgeclip.runtime.arrays import FloatArray

@@ -31,7 +31,7 @@ from _gpu_rows import Row, bars, table
 from _gpu_torch import torch_variants
 from graph_work import random_vit_b32
 
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.spec import Tower

@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from onnxruntime.transformers import optimizer
 from transformers import CLIPConfig, CLIPModel
 
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.graph.embed_pairs import tower_inputs
+from edgeclip.export.graph.embedders import tower_inputs
 from edgeclip.export.graph.export_modules import PlainImageTower, PlainTextTower
-from edgeclip.export.graph.graph import limit_masks, load_graph, save_graph
+from edgeclip.export.graph.graph_io import limit_masks, load_graph, save_graph
 from edgeclip.export.graph.graph_passes import PASSES
 from edgeclip.export.graph.graph_values import relative_error
 from edgeclip.export.graph.to_onnx import GraphForm, capture
-from edgeclip.export.graph.tune_passes import TUNING
-from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved
+from edgeclip.export.graph.tune_passes import TUNING_WORKLOAD
+from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, measure_interleaved
 from edgeclip.profiles.record.measurement import Measurement
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.engines.engine import open_engine
@@ -132,8 +132,8 @@ def measure_tower(
         for base in dict.fromkeys(item.base for item in made):
             group = [item for item in made if base in (item.name, item.base)]
             measured = measure_interleaved(
-                [Candidate(item.name, runs[item.name], fixed(item.values)) for item in group],
-                replace(TUNING, repeats=repeats),
+                [BenchmarkTarget(item.name, runs[item.name], fixed(item.values)) for item in group],
+                replace(TUNING_WORKLOAD, repeats=repeats),
                 part=tower,
                 reference=base,
             )

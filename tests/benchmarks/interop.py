@@ -30,7 +30,7 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import EdgeClipError
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.bundle_models import bundle_models
-from edgeclip.runtime.serving.grpc_server import GrpcDoor
+from edgeclip.runtime.serving.grpc_server import GrpcListener
 from edgeclip.runtime.serving.models import Registry
 from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.split.http_client import Server
@@ -82,9 +82,9 @@ def served(encoder: Encoder) -> Iterator[tuple[str, str]]:
     for model in bundle_models(encoder, "B"):
         registry.add(model)
     app = App(registry)
-    door = GrpcDoor(app, host=_HOST, port=0)
-    with in_background(app, host=_HOST, doors=(door,)) as url:
-        yield url, door.address
+    listener = GrpcListener(app, host=_HOST, port=0)
+    with in_background(app, host=_HOST, listeners=(listener,)) as url:
+        yield url, listener.address
 
 
 def asked_by(client: str, work: Path, addresses: tuple[str, str], folder: Path) -> dict[str, Any]:

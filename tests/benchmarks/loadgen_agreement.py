@@ -19,7 +19,11 @@ import numpy as np
 from _bars import EMOJI_BUNDLE, Bar, finish, options
 from numpy.typing import NDArray
 
-from edgeclip.profiles.measure.interleaved_runs import Candidate, measure_interleaved, round_order
+from edgeclip.profiles.measure.interleaved_runs import (
+    BenchmarkTarget,
+    measure_interleaved,
+    round_order,
+)
 from edgeclip.profiles.measure.loadgen import run_scenario
 from edgeclip.profiles.record.timing_statistics import paired_ratio
 from edgeclip.profiles.workload import Workload
@@ -45,13 +49,13 @@ class Subject:
     feed: dict[str, NDArray[Any]]
 
     def run(self, _batch: NDArray[Any]) -> object:
-        """As a `Candidate` runs; the batch is the feed's."""
+        """As a `BenchmarkTarget` runs; the batch is the feed's."""
         return self.session.run(None, self.feed)
 
     @property
-    def candidate(self) -> Candidate:
+    def candidate(self) -> BenchmarkTarget:
         """For `measure_interleaved` and `run_scenario`."""
-        return Candidate(self.name, self.run, lambda size: np.zeros((size, 1)), threads=1)
+        return BenchmarkTarget(self.name, self.run, lambda size: np.zeros((size, 1)), threads=1)
 
 
 def main() -> int:
@@ -70,7 +74,7 @@ def main() -> int:
     print("tower  way                      median ms  ratio to the bare loop (95% interval)")
     bars = []
     for (name, way), medians in found.items():
-        ratio = paired_ratio(np.array(medians), np.array(found[name, BARE]))
+        ratio = paired_ratio([np.array(medians)], [np.array(found[name, BARE])])
         print(
             f"{name:<6} {way:<24} {np.median(medians):8.4f}   "
             f"{ratio.value:.4f} ({ratio.low:.4f} to {ratio.high:.4f})"

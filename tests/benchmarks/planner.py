@@ -38,22 +38,23 @@ from _planner_samples import (
 )
 
 from edgeclip.export.cuts.write_cuts import write_cuts
-from edgeclip.profiles.cuts.measure_cuts import StageWork, measure_cuts
+from edgeclip.profiles.cuts.measure_cuts import TimedStage, measure_cuts
 from edgeclip.profiles.record.timing_statistics import percentile_interval
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import device_yaml
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.estimate import Conditions, Estimate
-from edgeclip.runtime.planning.plan import all_candidates
-from edgeclip.runtime.planning.planner import Choice, Objective, choose, estimate_all
-from edgeclip.runtime.planning.stage_times import Stage, StageTimes
+from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate
+from edgeclip.runtime.planning.plan import list_candidates
+from edgeclip.runtime.planning.planner import Objective, PlanChoice, choose_plan, estimate_plans
+from edgeclip.runtime.planning.stage_times import SplitStage, StageTimes
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.split.http_client import ClientRules, Server
 
 BANDWIDTHS = (0.5, 2.0, 8.0, 30.0, 100.0)
 ERROR_BAR, REGRET_BAR = 0.10, 0.05
 _TURNS = 2  # of a plan that sends nothing, in a round: its tail is the machine's alone
+_ROOT = Path(__file__).parents[2]  # where the server finds tests/echo_function.py
 _CUTS = 3  # inside the tower, the soonest by prediction
 
 
@@ -86,11 +87,14 @@ def serving(network: Network, cuts: CutSet) -> Iterator[str]:
         "edgeclip.runtime.cli.main",
         "serve",
         str(EMOJI_BUNDLE),
-        "--echo",
+        "--function",
+        "tests.echo_function:echo",
     ]
     words += ["--cuts", str(cuts.path), "--device", str(profile), "--insecure"]
     words += ["--host", network.server_address, "--port", "0"]
-    process = subprocess.Popen(network.command("server", words), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        network.command("server", words), cwd=_ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         yield process.stdout.readline().rpartition(" at ")[2].strip()
@@ -99,7 +103,7 @@ def serving(network: Network, cuts: CutSet) -> Iterator[str]:
         process.wait()
 
 
-def worth_measuring(choice: Choice) -> list[Estimate]:
+def worth_measuring(choice: PlanChoice) -> list[PlanEstimate]:
     """The device alone, the picture and the pixels in each codec, and the best cuts inside."""
     inside = [item for item in choice.best_of_each() if item.plan.kind == "cut" and item.plan.cut]
     others = [item for item in choice.allowed if not item.plan.cut]
@@ -131,7 +135,7 @@ def take_turns(
 def measure_link(
     mbps: float,
     device: Device,
-    works: Mapping[Stage, StageWork],
+    works: Mapping[SplitStage, TimedStage],
     times: tuple[StageTimes, StageTimes],
     rounds: int,
 ) -> list[Row]:
@@ -140,17 +144,17 @@ def measure_link(
     probe = Probe(device, mbps)
     for size in (SMALL,) * 8 + (LARGE,) * 4:
         probe.send(size)
-    conditions = Conditions(link=probe.state(), dim=manifest.dim)
-    choice = choose(estimate_all(manifest, *times, conditions), Objective())
+    conditions = PlanConditions(link=probe.state(), dim=manifest.dim)
+    choice = choose_plan(estimate_plans(manifest, *times, conditions), Objective())
     wanted = {item.plan.name for item in worth_measuring(choice)}
     count = len(device.pictures)
     plans = [
         PlanSamples(item, works, count)
-        for item in all_candidates(manifest, times[0])
+        for item in list_candidates(manifest, times[0])
         if item.plan.name in wanted
     ]
     latencies = take_turns(device, plans, probe, rounds)
-    conditions = Conditions(link=probe.state(), dim=manifest.dim)
+    conditions = PlanConditions(link=probe.state(), dim=manifest.dim)
     rows = []
     for item in plans:
         values = np.array(latencies[item.candidate.plan.name])

@@ -17,7 +17,7 @@ from _repeatability_case import Pair, Profile, joined, paired, profile, workload
 from _slowed_process import slow_down
 
 from edgeclip.profiles.compare.compare_runs import Comparison, RatioOfRuns
-from edgeclip.profiles.compare.regression_gate import Outcome, regression_gate
+from edgeclip.profiles.compare.regression_gate import GateOutcome, regression_gate
 from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.quality.intervals import Interval
 
@@ -122,7 +122,7 @@ def _bar(name: str, hits: Sequence[bool], direction: Literal[">=", "<="], bound:
     return Bar(name=name, value=share, direction=direction, bound=bound, interval=_wilson(hits))
 
 
-def _outcome(comparison: Comparison) -> Outcome:
+def _outcome(comparison: Comparison) -> GateOutcome:
     return regression_gate([comparison], _TOLERATED).outcome
 
 

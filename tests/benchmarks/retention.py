@@ -11,10 +11,10 @@ from pathlib import Path
 from _bars import Bar, command, finish, options
 
 from edgeclip.export.demo.demo import DemoSettings, run_demo
-from edgeclip.export.demo.summary import Summary
+from edgeclip.export.demo.summary import DemoSummary
 
 
-def bars(summary: Summary, *, quick: bool) -> list[Bar]:
+def bars(summary: DemoSummary, *, quick: bool) -> list[Bar]:
     """The bars of the road from teacher to device."""
     intervals = summary.intervals
     teacher = [

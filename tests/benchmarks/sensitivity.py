@@ -19,11 +19,11 @@ import numpy as np
 import onnx
 from _bars import Bar, finish, options
 
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.graph.embed_pairs import TowerGraph
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.embedders import TowerGraph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import GraphForm, export_tower
 from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, open_trial
 from edgeclip.export.quantizing.config import StaticInt8

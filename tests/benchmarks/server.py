@@ -1,7 +1,7 @@
 """How many requests the server takes without a model, how quickly it starts, what it holds.
 
-Server and load share two cores, each in a process of its own. The model is `--echo`, which
-says how large its input is; everything else (HTTP, wire format, queue, thread of the model,
+Server and load share two cores, each in a process of its own. The model is a function that
+returns the size of its input; everything else (HTTP, wire format, queue, thread of the model,
 metrics) is as with any other. The load is made by `wrk` where it is installed.
 """
 
@@ -23,8 +23,10 @@ from _server_load import Load, load, tool
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.wire.messages import JSON_LENGTH_HEADER, InferRequest, encode_request
 
-_SERVE = [sys.executable, "-m", "edgeclip.runtime.cli.main", "serve", "--echo", "--port", "0"]
+_SERVE = [sys.executable, "-m", "edgeclip.runtime.cli.main", "serve"]
+_SERVE += ["--function", "tests.echo_function:echo", "--port", "0"]
 _CORES = 2
+_ROOT = Path(__file__).parents[2]  # where the server finds tests/echo_function.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class Running:
 def running() -> Iterator[Running]:
     """Start a server, and let it end."""
     start = time.perf_counter()
-    process = subprocess.Popen(_SERVE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(_SERVE, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split(" at ")[1].strip()

@@ -10,10 +10,10 @@ import pytest
 from edgeclip.compress.data.sources import Source
 from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.bundle.write_bundle import Making
+from edgeclip.export.bundle.write_bundle import BuildRecipe
 from edgeclip.export.graph.calibration import calibration_images
-from edgeclip.export.graph.embed_pairs import TowerGraph
-from edgeclip.export.graph.graph import sha256_graph
+from edgeclip.export.graph.embedders import TowerGraph
+from edgeclip.export.graph.graph_io import sha256_graph
 from edgeclip.export.quantizing.config import (
     Config,
     Float32,
@@ -125,6 +125,8 @@ def test_another_device_machine_or_other_pairs_are_refused(searched: Searched, b
 def test_a_file_needs_the_instructions_that_it_was_judged_with(
     config: Config, vnni: bool, needs: bool, plan: BundlePlan
 ) -> None:
-    making = Making(configs={("image", "int8"): config}, device=replace(plan.device, vnni=vnni))
+    making = BuildRecipe(
+        configs={("image", "int8"): config}, device=replace(plan.device, vnni=vnni)
+    )
     assert making.needs_vnni(TowerGraph("image", "int8", Path("x"), None)) == needs
     assert not making.needs_vnni(TowerGraph("image", "fp32", Path("x"), None))

@@ -17,7 +17,7 @@ from edgeclip.compress.data import emoji_scenes
 from edgeclip.compress.data.emoji_scenes import (
     BACKGROUNDS,
     EmojiScenes,
-    Placed,
+    PlacedEmoji,
     Scene,
     Split,
     emoji_of,
@@ -142,14 +142,14 @@ def test_distinct_scenes_are_the_first_with_new_captions() -> None:
     assert chosen == list(first.values())[:3000]
 
 
-def _word(placed: Placed, count: int) -> str:
+def _word(placed: PlacedEmoji, count: int) -> str:
     """Size and name, the size read off the geometry."""
     ratio = placed.side / SIDES[count]
     size = "small " if ratio < 0.85 else "large " if ratio > 1.15 else ""
     return size + vocabulary()[placed.emoji].name
 
 
-RELATIONS: dict[str, Callable[[Placed, Placed], bool]] = {
+RELATIONS: dict[str, Callable[[PlacedEmoji, PlacedEmoji], bool]] = {
     "left of": lambda one, other: one.x < other.x - 0.2,
     "right of": lambda one, other: one.x > other.x + 0.2,
     "above": lambda one, other: one.y < other.y - 0.2,  # y grows downwards

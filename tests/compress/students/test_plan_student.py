@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, CLIPConfig
 
+from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.cli import distill as distill_command
 from edgeclip.compress.cli import plan_student as plan_student_command
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
 from edgeclip.compress.students.plan_student import (
     StudentPlan,
     TeacherSizes,

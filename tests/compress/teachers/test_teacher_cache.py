@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip.compress.data.sources import Augmentation, EmojiSource, FolderSource, augmented
+from edgeclip.compress.data.sources import Augmentation, EmojiSource, FolderSource, augment
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import (
     TeacherCache,
@@ -51,7 +51,7 @@ def test_cached_embeddings_are_the_teachers(
     how = cache.settings.augmentation
     indices = range(len(source))
     for view in (0, 1):
-        pictures = [augmented(source[i].image, how, index=i, view=view) for i in indices]
+        pictures = [augment(source[i].image, how, index=i, view=view) for i in indices]
         pixels = pixels_of(pictures, teacher)
         with inference(teacher):
             direct = teacher.embed_image(pixels).numpy()

@@ -18,7 +18,7 @@ from edgeclip.compress.data.sources import Augmentation, EmojiSource, FolderSour
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import CacheSettings, TeacherCache, build_cache
-from edgeclip.compress.train.distill import Batches, distill
+from edgeclip.compress.train.distill import DistillationBatches, distill
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings, read_log
 from edgeclip.runtime.errors import ConfigError
@@ -82,7 +82,7 @@ def test_an_epoch_shows_every_pair_once(
 ) -> None:
     data = EmojiSource("train", count, size=8)
     how = TrainSettings(steps=1, batch_size=size, seed=seed)
-    batches = Batches(teacher, _empty_cache(count, views), data, how)
+    batches = DistillationBatches(teacher, _empty_cache(count, views), data, how)
     epochs = views + 1
     shown: list[tuple[int, int]] = []
     for step in range(-(-epochs * count // size)):
@@ -99,7 +99,7 @@ def test_every_epoch_and_seed_has_an_order_of_its_own(teacher: DualEncoder) -> N
     data = EmojiSource("train", 40, size=8)
     orders = {
         tuple(
-            Batches(
+            DistillationBatches(
                 teacher,
                 _empty_cache(40, 1),
                 data,
@@ -116,7 +116,7 @@ def test_a_batch_holds_what_belongs_together(
     teacher: DualEncoder, cache: TeacherCache, source: FolderSource
 ) -> None:
     # The cache was made by this very model, so its answers must be those in the batch.
-    batches = Batches(teacher, cache, source, replace(SETTINGS, batch_size=15))
+    batches = DistillationBatches(teacher, cache, source, replace(SETTINGS, batch_size=15))
     for step in (0, 1, 2):  # the second one crosses from view 0 to view 1
         batch = batches(step)
         assert batch.ids is not None

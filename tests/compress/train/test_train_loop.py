@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeclip.compress.train.train_loop import Task, TrainSettings, read_log, train
+from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, read_log, train
 from edgeclip.runtime.errors import ConfigError
 
 SETTINGS = TrainSettings(
@@ -40,14 +40,14 @@ def _task(
     at_step: Callable[[int], None] = lambda _step: None,
     loss_factor: Callable[[int], float] = lambda _step: 1.0,
     identity: str = "line",
-) -> Task[tuple[int, Batch]]:
+) -> TrainTask[tuple[int, Batch]]:
     def losses(numbered: tuple[int, Batch]) -> dict[str, Tensor]:
         step, (x, y) = numbered
         at_step(step)
         square = (module(x) - y).square().mean()
         return {"total": square * loss_factor(step), "square": square}
 
-    return Task(
+    return TrainTask(
         title="test",
         module=module,
         batch=lambda step: (step, _batch(step)),

@@ -14,13 +14,13 @@ import pytest
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle, settle
+from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle, check_mixed_precisions
 from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.bundle.precision_candidates import judge_graphs
+from edgeclip.export.bundle.precision_candidates import evaluate_candidates
 from edgeclip.export.errors import GateError
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds, data_record
-from edgeclip.export.gates.select_precision import TowerChoice
-from edgeclip.export.graph.embed_pairs import torch_embedder
+from edgeclip.export.gates.select_precision import SelectedPrecision
+from edgeclip.export.graph.embedders import torch_embedder
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import (
     config_from_data,
@@ -257,8 +257,8 @@ def test_fp16_is_judged_as_a_gpu_rounds_it(
         graphs.append(replace(graph, precision="fp16", path=path))
     gpu = load_device("jetson-orin-nano")
     gpu = replace(gpu, batch_min=1, batch_best=8, batch_max=32)
-    made = judge_graphs(replace(plan, device=gpu), graphs, {}).embeddings["image", "fp16"]
-    plain = judge_graphs(plan, graphs, {}).embeddings["image", "fp16"]
+    made = evaluate_candidates(replace(plan, device=gpu), graphs, {}).embeddings["image", "fp16"]
+    plain = evaluate_candidates(plan, graphs, {}).embeddings["image", "fp16"]
     assert 0 < np.abs(made - plain).max() < 0.01
 
 
@@ -266,15 +266,15 @@ def test_a_mixed_choice_that_fails_together_falls_back(plan: BundlePlan) -> None
     draw = np.random.default_rng(0).normal(size=(100, 16)).astype(np.float32)
     draw /= np.linalg.norm(draw, axis=1, keepdims=True)
     choices = (
-        TowerChoice(tower="image", precision="int8", why="fast"),
-        TowerChoice(tower="text", precision="fp32", why="fast"),
+        SelectedPrecision(tower="image", precision="int8", why="fast"),
+        SelectedPrecision(tower="text", precision="fp32", why="fast"),
     )
     good = {("image", "fp32"): draw, ("text", "fp32"): draw, ("image", "int8"): draw}
-    kept, judged = settle(choices, good, plan)  # type: ignore[arg-type]
+    kept, judged = check_mixed_precisions(choices, good, plan)  # type: ignore[arg-type]
     assert kept == choices
     assert [item.record.name for item in judged] == ["R@1 loss int8 images, fp32 texts"]
     bad = {**good, ("image", "int8"): draw[::-1]}
-    fallen, judged = settle(choices, bad, plan)  # type: ignore[arg-type]
+    fallen, judged = check_mixed_precisions(choices, bad, plan)  # type: ignore[arg-type]
     assert [choice.precision for choice in fallen] == ["fp32", "fp32"]
     assert "points R@1" in fallen[0].why
     assert judged == ()

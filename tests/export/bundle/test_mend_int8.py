@@ -9,13 +9,13 @@ import pytest
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import space_fingerprint
 from edgeclip.compress.train.quantization_aware import gentle_settings
-from edgeclip.export.bundle.build_bundle import build_bundle, refuse_asked
+from edgeclip.export.bundle.build_bundle import build_bundle, require_asked_precisions
 from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.bundle.precision_candidates import MadeGraphs, mend_int8
+from edgeclip.export.bundle.precision_candidates import PrecisionCandidates, qat_fallback
 from edgeclip.export.cli.export import verdict
 from edgeclip.export.errors import GateError
-from edgeclip.export.gates.gates import Gate, Judged
-from edgeclip.export.gates.judge_precisions import JudgedOn, Verdict
+from edgeclip.export.gates.gates import Gate, GateOutcome
+from edgeclip.export.gates.judge_precisions import GateInputs, PrecisionVerdict
 from edgeclip.export.quantizing.config import (
     Config,
     StaticInt8,
@@ -43,18 +43,20 @@ def tuning(blobs: Make, tmp_path: Path) -> Tuning:
     return Tuning(source=blobs(64, seed=2), settings=settings, folder=tmp_path / "qat")
 
 
-def made(value: float, *, subject: str = "image int8", config: Config = CPU) -> MadeGraphs:
+def made(value: float, *, subject: str = "image int8", config: Config = CPU) -> PrecisionCandidates:
     """What was judged, with one mean cosine."""
     record = Gate("mean cosine", ">=", 0.995, "cosine").judge(Interval(value, value, value))
-    judged = Verdict(judged=(Judged(subject, record),), kept=frozenset(), left_out=())
+    judged = PrecisionVerdict(judged=(GateOutcome(subject, record),), kept=frozenset(), left_out=())
     configs = {("image", "int8"): config}
-    return MadeGraphs(graphs=(), configs=configs, embeddings={}, on=JudgedOn(), verdict=judged)  # type: ignore[arg-type]
+    return PrecisionCandidates(
+        graphs=(), configs=configs, embeddings={}, on=GateInputs(), verdict=judged
+    )  # type: ignore[arg-type]
 
 
 def test_the_message_of_a_missed_gate_ends_in_how_to_go_on(plan: BundlePlan) -> None:
-    mended = mend_int8(plan, made(0.9), {})
+    mended = qat_fallback(plan, made(0.9), {})
     with pytest.raises(GateError, match=r"image int8: mean cosine is 0\.9") as caught:
-        refuse_asked(mended)
+        require_asked_precisions(mended)
     assert str(caught.value).endswith(HINT)
 
 
@@ -68,10 +70,10 @@ def test_the_message_of_a_missed_gate_ends_in_how_to_go_on(plan: BundlePlan) -> 
     ids=["passed", "not int8", "cannot be learnt for"],
 )
 def test_where_a_fine_tune_would_not_help_there_is_none(
-    outcome: MadeGraphs, plan: BundlePlan, tuning: Tuning
+    outcome: PrecisionCandidates, plan: BundlePlan, tuning: Tuning
 ) -> None:
-    assert mend_int8(plan, outcome, {}).says == ""
-    assert mend_int8(replace(plan, tuning=tuning), outcome, {}).says == ""
+    assert qat_fallback(plan, outcome, {}).says == ""
+    assert qat_fallback(replace(plan, tuning=tuning), outcome, {}).says == ""
     assert not tuning.folder.exists()
 
 

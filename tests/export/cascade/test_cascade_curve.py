@@ -13,7 +13,12 @@ from edgeclip.export.cascade.cascade_report import (
     curve_table,
     render_page,
 )
-from edgeclip.runtime.cascade.certificate import ASK_ALWAYS, ASK_NEVER, Trial, threshold_grid
+from edgeclip.runtime.cascade.certificate import (
+    ESCALATE_ALL,
+    ESCALATE_NONE,
+    PairedOutcomes,
+    threshold_grid,
+)
 from edgeclip.runtime.device.link import load_link
 from tests.page import Page
 
@@ -21,30 +26,30 @@ COSTS = Costs(student_ms=2.0, teacher_ms=10.0, query_bytes=3000)
 
 
 @pytest.fixture
-def trial() -> Trial:
+def trial() -> PairedOutcomes:
     rng = np.random.default_rng(0)
     scores = rng.random(400)
     teacher = rng.random(400) < 0.9
     student = teacher & (rng.random(400) < 0.5 + 0.5 * scores)
-    return Trial(scores=scores, student=student, escalated=teacher, teacher=teacher)
+    return PairedOutcomes(scores=scores, student=student, escalated=teacher, teacher=teacher)
 
 
 @pytest.fixture
-def points(trial: Trial) -> tuple[CurvePoint, ...]:
+def points(trial: PairedOutcomes) -> tuple[CurvePoint, ...]:
     return curve(trial, threshold_grid(trial.scores), certified=60, costs=COSTS)
 
 
-def test_goes_from_all_to_none(trial: Trial, points: tuple[CurvePoint, ...]) -> None:
+def test_goes_from_all_to_none(trial: PairedOutcomes, points: tuple[CurvePoint, ...]) -> None:
     first, last = points[0], points[-1]
-    assert (first.threshold, first.escalated, first.kept.value) == (ASK_ALWAYS, 1.0, 1.0)
-    assert (last.threshold, last.escalated) == (ASK_NEVER, 0.0)
+    assert (first.threshold, first.escalated, first.kept.value) == (ESCALATE_ALL, 1.0, 1.0)
+    assert (last.threshold, last.escalated) == (ESCALATE_NONE, 0.0)
     assert last.quality.value == trial.student.mean()
     shares = [point.escalated for point in points]
     assert shares == sorted(shares, reverse=True)
     assert 10 <= len(points) <= 26
 
 
-def test_both_sides_of_the_last_certified_point_are_there(trial: Trial) -> None:
+def test_both_sides_of_the_last_certified_point_are_there(trial: PairedOutcomes) -> None:
     grid = threshold_grid(trial.scores)
     for certified in (0, 1, 37, len(grid)):
         found = [p.threshold for p in curve(trial, grid, certified=certified) if p.certified]

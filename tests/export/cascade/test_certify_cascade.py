@@ -18,15 +18,19 @@ from PIL import Image
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.export.bundle.build_bundle import BuiltBundle
 from edgeclip.export.bundle.write_bundle import add_to_bundle
-from edgeclip.export.cascade.cascade_eval_set import Questions, retrieval, zero_shot
-from edgeclip.export.cascade.cascade_evaluator import Examiner, IndexBy, query_bytes
+from edgeclip.export.cascade.cascade_eval_set import (
+    CascadeEvalSet,
+    retrieval_eval_set,
+    zero_shot_eval_set,
+)
+from edgeclip.export.cascade.cascade_evaluator import CascadeEvaluator, IndexBy, query_bytes
 from edgeclip.export.cascade.certify import CascadePlan, certify
 from edgeclip.export.cli import cascade
 from edgeclip.export.errors import ExportError
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.certificate import read_certificate
-from edgeclip.runtime.cascade.scores import Agreement, Entropy, Evidence, Margin, Score
+from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin, Score, Similarities
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import ConfigError, EdgeClipError, InputError, SpaceMismatchError
@@ -76,7 +80,7 @@ def exam(
     return CascadePlan(
         student=Encoder.open(worse_bundle, device=cpu_device, precision="fp32"),
         teacher=Encoder.open(tiny_bundle, device=cpu_device, precision="fp32"),
-        questions=zero_shot(str(colours), size=8),
+        questions=zero_shot_eval_set(str(colours), size=8),
         score=Margin(),
         command="pytest",
     )
@@ -107,8 +111,8 @@ class TestExaminer:
         student = Encoder.open(built.bundle.path, device=cpu_device, precision="fp16")
         teacher = Encoder.open(built.bundle.path, device=cpu_device, precision="fp32")
         gallery, test = blobs(9, seed=1), blobs(6, seed=4)  # no caption comes twice
-        asked = Questions(query=query, calibration=gallery, test=test, gallery=gallery)
-        trial = Examiner(student, teacher, asked, score, index_by).trial(test)
+        asked = CascadeEvalSet(query=query, calibration=gallery, test=test, gallery=gallery)
+        trial = CascadeEvaluator(student, teacher, asked, score, index_by).trial(test)
         for number in range(len(test)):
             indexer = teacher if index_by == "teacher" else student
             found = _one(student, indexer, query, gallery, test, number, score.views)
@@ -124,8 +128,8 @@ class TestExaminer:
     ) -> None:
         encoder = Encoder.open(built.bundle.path, device=cpu_device, precision="fp32")
         gallery = blobs(8, seed=1)
-        asked = Questions(query="text", calibration=gallery, test=gallery, gallery=gallery)
-        trial = Examiner(encoder, encoder, asked, Margin()).trial(gallery)
+        asked = CascadeEvalSet(query="text", calibration=gallery, test=gallery, gallery=gallery)
+        trial = CascadeEvaluator(encoder, encoder, asked, Margin()).trial(gallery)
         texts = encoder.encode_text([gallery.caption(i) for i in range(8)])
         images = encoder.encode_image([gallery[i].image for i in range(8)])
         cosines = texts @ images.T
@@ -141,11 +145,11 @@ class TestExaminer:
         first = Encoder.open(built.bundle.path, device=cpu_device)
         second = Encoder.open(tiny_bundle, device=cpu_device)
         pairs = blobs(4)
-        asked = Questions(query="text", calibration=pairs, test=pairs, gallery=pairs)
+        asked = CascadeEvalSet(query="text", calibration=pairs, test=pairs, gallery=pairs)
         with pytest.raises(SpaceMismatchError):
-            Examiner(first, second, asked, Margin())
+            CascadeEvaluator(first, second, asked, Margin())
         with pytest.raises(InputError, match="views"):
-            Examiner(first, first, asked, Agreement())
+            CascadeEvaluator(first, first, asked, Agreement())
 
 
 class TestCertify:
@@ -187,7 +191,7 @@ class TestCertify:
             (few / "test" / colour).mkdir(parents=True)
             for path in sorted((colours / "test" / colour).iterdir())[:5]:
                 shutil.copy(path, few / "test" / colour)
-        found = certify(dataclasses.replace(exam, questions=zero_shot(str(few), size=8)))
+        found = certify(dataclasses.replace(exam, questions=zero_shot_eval_set(str(few), size=8)))
         assert found.certificate is None
         assert found.count == 0
 
@@ -205,31 +209,31 @@ class TestCertify:
 
 class TestQuestions:
     def test_emoji_by_name(self) -> None:
-        asked = retrieval("emoji", "image", calibration=3, test=4, gallery=5, size=16)
+        asked = retrieval_eval_set("emoji", "image", calibration=3, test=4, gallery=5, size=16)
         assert (asked.task, asked.choices) == ("retrieval", 6)
-        other = retrieval("emoji", "text", calibration=3, test=4, gallery=5, size=16)
+        other = retrieval_eval_set("emoji", "text", calibration=3, test=4, gallery=5, size=16)
         assert asked.identity != other.identity
         assert len(asked.identity) == 64
 
     def test_classes_are_the_folders(self, colours: Path) -> None:
-        asked = zero_shot(str(colours), size=8)
+        asked = zero_shot_eval_set(str(colours), size=8)
         assert asked.labels == COLOURS
         assert (asked.task, asked.choices) == ("zero-shot", 3)
 
     def test_what_cannot_be_asked_is_refused(self, photos: Path, blobs: Blobs) -> None:
         with pytest.raises(ConfigError, match="needs a folder"):
-            zero_shot("emoji", size=8)
+            zero_shot_eval_set("emoji", size=8)
         mute = blobs(4, has_captions=False)
         with pytest.raises(ConfigError, match="needs pictures with captions"):
-            Questions(query="image", calibration=mute, test=mute, gallery=mute)
+            CascadeEvalSet(query="image", calibration=mute, test=mute, gallery=mute)
         with pytest.raises(ConfigError, match="two labels"):
-            Questions(query="image", calibration=mute, test=mute, labels=("one",))
+            CascadeEvalSet(query="image", calibration=mute, test=mute, labels=("one",))
 
     def test_bytes_of_a_query(self, colours: Path) -> None:
         drawn = EmojiSource("test", 2, size=32)
         assert 100 < query_bytes(drawn, "image") < 32 * 32 * 3
         assert query_bytes(drawn, "text") == np.mean([len(drawn.caption(i)) for i in range(2)])
-        folder = zero_shot(str(colours), size=8).test
+        folder = zero_shot_eval_set(str(colours), size=8).test
         sizes = [path.stat().st_size for path in folder.paths[:100]]  # type: ignore[attr-defined]
         assert query_bytes(folder, "image") == np.mean(sizes)
 
@@ -374,7 +378,7 @@ def _one(
     test: Any,
     number: int,
     views: int,
-) -> Evidence:
+) -> Similarities:
     """Cosines of one query with the gallery's other sides and its own, which comes last."""
     from edgeclip.runtime.cascade.scores import embed_views
     from edgeclip.runtime.inputs.preprocess import crop_batch
@@ -389,8 +393,8 @@ def _one(
     else:
         entries = indexer.encode_image([pair.image for pair in pairs])
         asked = asker.encode_text(str(test[number].caption))
-    return Evidence.against(asked, entries, seen)
+    return Similarities.against(asked, entries, seen)
 
 
-def _own_is_best(found: Evidence) -> bool:
+def _own_is_best(found: Similarities) -> bool:
     return bool(found.cosines[0, -1] > found.cosines[0, :-1].max() + 1e-7)

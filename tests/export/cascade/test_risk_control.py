@@ -17,10 +17,10 @@ from edgeclip.export.cascade.certify import (
 )
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.cascade.certificate import (
-    ASK_ALWAYS,
-    ASK_NEVER,
-    Trial,
-    is_unsure,
+    ESCALATE_ALL,
+    ESCALATE_NONE,
+    PairedOutcomes,
+    needs_teacher,
     threshold_grid,
 )
 from edgeclip.runtime.errors import InputError
@@ -37,7 +37,7 @@ def surplus(
     return rng.choice([-BOUND, 1 - BOUND, 1.0, 0.0], p=shares, size=count)
 
 
-def planted(rng: np.random.Generator, count: int, *, wrong_below: float) -> Trial:
+def planted(rng: np.random.Generator, count: int, *, wrong_below: float) -> PairedOutcomes:
     """A trial with uniform scores; the teacher is right in 90%.
 
     The student is right with it, but in a part of the queries that it scores below
@@ -46,10 +46,10 @@ def planted(rng: np.random.Generator, count: int, *, wrong_below: float) -> Tria
     scores = rng.random(count)
     teacher = rng.random(count) < 0.9
     student = teacher & ((scores >= wrong_below) | (rng.random(count) < 0.5))
-    return Trial(scores=scores, student=student, escalated=teacher, teacher=teacher)
+    return PairedOutcomes(scores=scores, student=student, escalated=teacher, teacher=teacher)
 
 
-GRID = (ASK_ALWAYS, *(1 - np.arange(1, 40) / 40), ASK_NEVER)
+GRID = (ESCALATE_ALL, *(1 - np.arange(1, 40) / 40), ESCALATE_NONE)
 
 
 class TestPValues:
@@ -120,12 +120,12 @@ class TestFixedSequence:
             rng = np.random.default_rng(seed)
             teacher = rng.random(600) < 0.9
             student = teacher & (rng.random(600) < 0.949)
-            trial = Trial(
+            trial = PairedOutcomes(
                 scores=rng.random(600), student=student, escalated=teacher, teacher=teacher
             )
-            found = choose_threshold(trial, (ASK_ALWAYS, ASK_NEVER), bound=BOUND, delta=DELTA)
+            found = choose_threshold(trial, (ESCALATE_ALL, ESCALATE_NONE), bound=BOUND, delta=DELTA)
             assert found is not None  # everything escalated is as good as the teacher
-            wrong += found.threshold == ASK_NEVER
+            wrong += found.threshold == ESCALATE_NONE
         assert 0 < wrong <= DELTA * 1000
 
     def test_power_where_quality_is_above(self) -> None:
@@ -154,10 +154,12 @@ class TestFixedSequence:
     def test_a_student_as_good_as_its_teacher_escalates_nothing(self) -> None:
         rng = np.random.default_rng(0)
         teacher = rng.random(500) < 0.9
-        trial = Trial(scores=rng.random(500), student=teacher, escalated=teacher, teacher=teacher)
+        trial = PairedOutcomes(
+            scores=rng.random(500), student=teacher, escalated=teacher, teacher=teacher
+        )
         found = choose_threshold(trial, GRID, bound=BOUND, delta=DELTA)
         assert found is not None
-        assert found.threshold == ASK_NEVER
+        assert found.threshold == ESCALATE_NONE
         assert found.certified == len(GRID)
 
     def test_too_few_queries_certify_nothing(self) -> None:
@@ -183,8 +185,8 @@ def test_share_error_covers_all_thresholds_at_once() -> None:
 class TestTrial:
     def test_unsure_goes_to_the_teacher(self) -> None:
         scores = np.array([0.1, 0.5, 0.9, np.nan])
-        assert is_unsure(scores, 0.5).tolist() == [True, False, False, True]
-        trial = Trial(
+        assert needs_teacher(scores, 0.5).tolist() == [True, False, False, True]
+        trial = PairedOutcomes(
             scores=scores,
             student=np.array([False, False, True, False]),
             escalated=np.array([True, True, False, True]),
@@ -193,18 +195,18 @@ class TestTrial:
         assert trial.right(0.5).tolist() == [True, False, True, True]
         assert trial.escalated_share(0.5) == 0.5
         assert trial.surplus(0.5, 0.95) == pytest.approx([0.05, 0.0, 1.0, 0.05])
-        assert trial.right(ASK_ALWAYS).tolist() == trial.escalated.tolist()
+        assert trial.right(ESCALATE_ALL).tolist() == trial.escalated.tolist()
 
     def test_arrays_that_do_not_fit_are_refused(self) -> None:
         flags = np.ones(3, dtype=np.bool_)
         with pytest.raises(InputError, match="one score"):
-            Trial(scores=np.zeros(2), student=flags, escalated=flags, teacher=flags)
+            PairedOutcomes(scores=np.zeros(2), student=flags, escalated=flags, teacher=flags)
 
     @given(st.lists(st.floats(-1, 2), min_size=1, max_size=40))
     def test_grid_descends_between_all_and_none(self, scores: list[float]) -> None:
         grid = threshold_grid(np.array(scores))
-        assert grid[0] == ASK_ALWAYS
-        assert grid[-1] == ASK_NEVER
+        assert grid[0] == ESCALATE_ALL
+        assert grid[-1] == ESCALATE_NONE
         assert list(grid) == sorted(set(grid), reverse=True)
 
     def test_grid_needs_finite_scores(self) -> None:

@@ -9,7 +9,7 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerpri
 from edgeclip.export.bundle import bundle_plan
 from edgeclip.export.bundle.build_bundle import BuiltBundle
 from edgeclip.export.cli.export import verdict
-from edgeclip.export.gates.zero_shot import bake_by_teacher
+from edgeclip.export.gates.zero_shot import bake_labels_with_teacher
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cli.main import main
 from tests.export.conftest import LOOSE
@@ -85,7 +85,7 @@ def test_a_classifier_has_labels_and_no_text_tower(
     labels = bundle.labels("colours")
     assert (labels.names, labels.templates) == (("red", "teal"), ("a {}", "{} picture"))
     teacher = DualEncoder.load(student)
-    expected = bake_by_teacher(teacher, labels.names, labels.templates)
+    expected = bake_labels_with_teacher(teacher, labels.names, labels.templates)
     np.testing.assert_allclose(labels.embeddings, expected.embeddings, atol=1e-6)
     assert main(["verify", out]) == 0
     picture = str(next((pair_folder / "test").glob("*.png")))

@@ -15,8 +15,8 @@ from onnx import helper
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle.build_bundle import BuiltBundle
 from edgeclip.export.cuts.cut_points import FoundCut, find_cuts
-from edgeclip.export.cuts.cut_tower import head, prepare, tail
-from edgeclip.export.graph.graph import load_graph, write_unchecked
+from edgeclip.export.cuts.cut_tower import cut_head, cut_tail, prepare_for_cutting
+from edgeclip.export.graph.graph_io import load_graph, write_unchecked
 from edgeclip.export.graph.graph_passes import PASSES
 from edgeclip.export.graph.to_onnx import GraphForm, TowerPaths, export_tower
 from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -43,7 +43,7 @@ def feed(count: int, form: Any = "float32-nchw") -> dict[str, NDArray[Any]]:
 def cuts_of(
     model: onnx.ModelProto, opener: Opener, form: Any = "float32-nchw"
 ) -> tuple[onnx.ModelProto, tuple[FoundCut, ...]]:
-    model = prepare(model, "image_embeds", feed(3, form), opener)
+    model = prepare_for_cutting(model, "image_embeds", feed(3, form), opener)
     return model, find_cuts(model, feed(3, form), SIZE, opener)
 
 
@@ -60,9 +60,9 @@ def differences(
     model, found = cuts_of(load_graph(whole), opener, form)
     found_by_name = {}
     for cut in found:
-        behind = opened(tail(model, cut), folder / "tail.onnx", opener)
+        behind = opened(cut_tail(model, cut), folder / "tail.onnx", opener)
         before = (
-            opened(head(model, cut), folder / "head.onnx", opener) if cut.point.number else None
+            opened(cut_head(model, cut), folder / "head.onnx", opener) if cut.point.number else None
         )
         worst = 0.0
         for count in (1, 3):
@@ -137,13 +137,13 @@ def test_graph_for_one_batch_size_with_patch_features(
     form = GraphForm(pixels="uint8-nhwc", batch=2, patch_features=True)
     export_tower(clip, "image", path, form)
     given = feed(2, "uint8-nhwc")
-    model = prepare(load_graph(path), "image_embeds", given, opener)
+    model = prepare_for_cutting(load_graph(path), "image_embeds", given, opener)
     expected = opener(path).run(given)["image_embeds"]
     found = find_cuts(model, given, SIZE, opener)
     assert {"after block 0", "in block 1"} <= {cut.point.name for cut in found}
     for cut in found[1:]:
-        value = opened(head(model, cut), tmp_path / "head.onnx", opener).run(given)
-        behind = opened(tail(model, cut), tmp_path / "tail.onnx", opener)
+        value = opened(cut_head(model, cut), tmp_path / "head.onnx", opener).run(given)
+        behind = opened(cut_tail(model, cut), tmp_path / "tail.onnx", opener)
         np.testing.assert_allclose(behind.run(value)["image_embeds"], expected, atol=1e-4)
 
 
@@ -162,7 +162,7 @@ def test_head_and_tail_share_no_heavy_node(clip_towers: TowerPaths, opener: Open
     model, found = cuts_of(load_graph(clip_towers.image), opener)
     total = sum(node.op_type in ("MatMul", "Gemm", "Conv") for node in model.graph.node)
     for cut in found[1:]:
-        halves = (head(model, cut), tail(model, cut))
+        halves = (cut_head(model, cut), cut_tail(model, cut))
         counts = [
             sum(node.op_type in ("MatMul", "Gemm", "Conv") for node in half.graph.node)
             for half in halves

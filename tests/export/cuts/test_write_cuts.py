@@ -10,7 +10,7 @@ import pytest
 
 from edgeclip.export.cli import cut
 from edgeclip.export.cuts import write_cuts as module
-from edgeclip.export.cuts.cut_tower import tail
+from edgeclip.export.cuts.cut_tower import cut_tail
 from edgeclip.export.cuts.write_cuts import write_cuts
 from edgeclip.export.errors import ExportError
 from edgeclip.runtime.bundle.bundle import Bundle
@@ -39,9 +39,9 @@ def test_cut_set_of_both_forms_of_input(
     # The mean colour, three numbers, is what crosses after nothing was computed.
     assert [point.shape for point in cuts.manifest.points] == [(8, 8, 3), (3,)]
     pixels = bundle.golden().pixels
-    head, tail = CutHead(cuts, 1, cpu_device), CutTail(cuts, 1, cpu_device)
+    head, cut_tail = CutHead(cuts, 1, cpu_device), CutTail(cuts, 1, cpu_device)
     expected = bundle.golden().expected[0].embeddings
-    np.testing.assert_allclose(tail.embed(head.run(pixels)), expected, atol=0.02)
+    np.testing.assert_allclose(cut_tail.embed(head.run(pixels)), expected, atol=0.02)
 
 
 def test_verb_writes_and_lists(
@@ -95,7 +95,7 @@ def test_halves_that_differ_are_not_written(
     tiny_bundle: Path, cpu_device: DeviceProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(model: onnx.ModelProto, cut: Any) -> onnx.ModelProto:
-        part = tail(model, cut)
+        part = cut_tail(model, cut)
         for node in part.graph.node:
             if node.op_type == "Gemm":
                 node.attribute.append(onnx.helper.make_attribute("transB", 1))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgeclip.export.demo.demo import DemoSettings, run_demo
-from edgeclip.export.demo.summary import Summary
+from edgeclip.export.demo.summary import DemoSummary
 from edgeclip.runtime.device.device_profile import load_device
 from tests.export.conftest import Captured, capturing_once
 
@@ -29,7 +29,7 @@ def runs_int8() -> bool:
 
 
 @pytest.fixture(scope="module")
-def made(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+def made(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoSummary]:
     """A quick run with few scenes, and what it says of itself."""
     out = tmp_path_factory.mktemp("demo")
     settings = DemoSettings(quick=True, test_scenes=60, unseen_scenes=20, workload="quick")
@@ -37,7 +37,7 @@ def made(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         return out, run_demo(settings, out, command="edgeclip demo --quick")
 
 
-def test_summary_says_what_the_run_found(made: tuple[Path, Summary]) -> None:
+def test_summary_says_what_the_run_found(made: tuple[Path, DemoSummary]) -> None:
     out, summary = made
     written = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for name in (
@@ -51,7 +51,7 @@ def test_summary_says_what_the_run_found(made: tuple[Path, Summary]) -> None:
     assert interval["low"] <= written["retention"] <= interval["high"]
 
 
-def test_the_kept_student_knows_the_scenes(made: tuple[Path, Summary]) -> None:
+def test_the_kept_student_knows_the_scenes(made: tuple[Path, DemoSummary]) -> None:
     # Among 60 captions, chance is under 2%.
     _, summary = made
     assert summary.teacher_r1 > 0.9
@@ -63,7 +63,7 @@ def test_the_kept_student_knows_the_scenes(made: tuple[Path, Summary]) -> None:
         assert summary.student_int8_r1 is None
 
 
-def test_the_report_is_one_whole_page(made: tuple[Path, Summary]) -> None:
+def test_the_report_is_one_whole_page(made: tuple[Path, DemoSummary]) -> None:
     page = (made[0] / "report.html").read_text(encoding="utf-8")
     assert page.rstrip().endswith("</html>")
     assert "teacher ONNX" in page
@@ -71,7 +71,7 @@ def test_the_report_is_one_whole_page(made: tuple[Path, Summary]) -> None:
     assert "http-equiv" in page  # the policy that keeps the page from fetching anything
 
 
-def test_measurements_are_kept(made: tuple[Path, Summary]) -> None:
+def test_measurements_are_kept(made: tuple[Path, DemoSummary]) -> None:
     run = json.loads((made[0] / "measurements.json").read_text(encoding="utf-8"))
     names = {item["name"] for item in run["measurements"]}
     assert {"teacher torch", "teacher ONNX", "student fp32"} <= names

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.gates.zero_shot import bake_by_teacher, read_label_names
-from edgeclip.export.graph.embed_pairs import torch_embedder
+from edgeclip.export.gates.zero_shot import bake_labels_with_teacher, read_label_names
+from edgeclip.export.graph.embedders import torch_embedder
 from edgeclip.runtime.errors import InputError
 
 
 def test_a_label_is_the_mean_of_the_teachers_texts(clip: DualEncoder) -> None:
     templates = ("a {}", "{} picture")
     names = tuple(f"label {number}" for number in range(40))  # more texts than go in one batch
-    labels = bake_by_teacher(clip, names, templates)
+    labels = bake_labels_with_teacher(clip, names, templates)
     assert (labels.names, labels.templates, labels.space) == (names, templates, clip.space)
     texts = ["a label 39", "label 39 picture"]
     mean = torch_embedder(clip, "text")(clip.text_tokenizer.encode(texts)).mean(axis=0)
@@ -21,7 +21,7 @@ def test_a_label_is_the_mean_of_the_teachers_texts(clip: DualEncoder) -> None:
 
 def test_a_label_that_is_too_long_is_refused(clip: DualEncoder) -> None:
     with pytest.raises(InputError, match=r"too long|tokens"):
-        bake_by_teacher(clip, ["red " * 100])
+        bake_labels_with_teacher(clip, ["red " * 100])
 
 
 def test_labels_come_from_a_line_or_a_file(tmp_path: Path) -> None:

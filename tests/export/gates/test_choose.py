@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeclip.export.gates.select_precision import choose_fastest
-from edgeclip.export.graph.embed_pairs import Embedder
+from edgeclip.export.gates.select_precision import select_precision
+from edgeclip.export.graph.embedders import Embedder
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.spec import Precision
 from tests.conftest import QUICK
@@ -28,7 +28,7 @@ def chosen(**milliseconds: float) -> tuple[Precision, str, Callable[[Precision],
         name: sleeper(value)  # type: ignore[misc]
         for name, value in milliseconds.items()
     }
-    choice = choose_fastest("image", embedders, INPUTS, QUICK)
+    choice = select_precision("image", embedders, INPUTS, QUICK)
     return choice.precision, choice.why, choice.latency_ms
 
 
@@ -54,7 +54,7 @@ def test_what_is_not_surely_faster_is_not_chosen() -> None:
         time.sleep(0.001 if pace["wall"] % 2 else 0.02)
         return np.zeros((len(values), 4), np.float32)
 
-    choice = choose_fastest("text", {"fp32": sleeper(8), "int8": erratic}, INPUTS, QUICK)
+    choice = select_precision("text", {"fp32": sleeper(8), "int8": erratic}, INPUTS, QUICK)
     assert choice.precision == "fp32"
 
 
@@ -71,14 +71,14 @@ def test_the_first_input_alone_is_timed() -> None:
         seen.add(values.shape)
         return np.zeros((len(values), 4), np.float32)
 
-    choose_fastest("image", {"fp32": record}, INPUTS, QUICK)
+    select_precision("image", {"fp32": record}, INPUTS, QUICK)
     assert seen == {(1, 3)}
 
 
 @pytest.mark.parametrize("slow", [12.0, 20.0])
 def test_the_ratio_is_that_of_the_rounds(slow: float) -> None:
     embedders: dict[Precision, Embedder] = {"fp32": sleeper(slow), "int8": sleeper(slow / 4)}
-    choice = choose_fastest("image", embedders, INPUTS, QUICK)
+    choice = select_precision("image", embedders, INPUTS, QUICK)
     found = choice.measurements[1].ratio
     assert found is not None
     assert found.reference == "fp32"

@@ -7,14 +7,14 @@ from edgeclip.export.gates.gates import (
     DEFAULT_BOUNDS,
     Bounds,
     Gate,
-    Judged,
+    GateOutcome,
+    describe_missed,
     judge_retrieval,
     judge_tower,
     judge_zero_shot,
-    missed,
-    refuse_missed,
+    raise_if_missed,
 )
-from edgeclip.export.graph.embed_pairs import PairEmbeddings
+from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord
@@ -144,10 +144,14 @@ def test_a_refusal_names_every_missed_gate_with_its_gap() -> None:
     low = Gate("mean cosine", ">=", 0.99, "cosine").judge(Interval(0.9, 0.8, 0.95))
     high = Gate("R@1 loss int8", "<=", 1.0, "points").judge(Interval(3.5, 2, 5))
     good = Gate("1st-percentile cosine", ">=", 0.97, "cosine").judge(Interval(0.98, 0.97, 0.99))
-    judged = [Judged("image int8", low), Judged("image int8", good), Judged("bundle", high)]
-    assert len(missed(judged)) == 2
+    judged = [
+        GateOutcome("image int8", low),
+        GateOutcome("image int8", good),
+        GateOutcome("bundle", high),
+    ]
+    assert len(describe_missed(judged)) == 2
     with pytest.raises(GateError) as caught:
-        refuse_missed(judged, "Train longer.")
+        raise_if_missed(judged, "Train longer.")
     message = str(caught.value)
     assert "image int8: mean cosine is 0.9 (bound >= 0.99 cosine, missed by 0.09)" in message
     assert "bundle: R@1 loss int8 is 3.5 (bound <= 1 points, missed by 2.5)" in message
@@ -158,4 +162,4 @@ def test_a_refusal_names_every_missed_gate_with_its_gap() -> None:
 
 def test_nothing_missed_is_no_refusal() -> None:
     good = Gate("mean cosine", ">=", 0.9, "cosine").judge(Interval(0.98, 0.97, 0.99))
-    refuse_missed([Judged("image int8", good)], "")
+    raise_if_missed([GateOutcome("image int8", good)], "")

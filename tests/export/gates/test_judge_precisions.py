@@ -10,13 +10,13 @@ from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds, data_record
 from edgeclip.export.gates.judge_precisions import (
     FEWEST_LABELLED,
     FEWEST_PAIRS,
-    JudgedOn,
-    embed_test,
+    GateInputs,
+    embed_test_pairs,
+    gate_inputs,
     judge_precisions,
-    judged_on,
 )
-from edgeclip.export.gates.zero_shot import Chosen, ZeroShot
-from edgeclip.export.graph.embed_pairs import TowerGraph
+from edgeclip.export.gates.zero_shot import SubsetSource, ZeroShotSet
+from edgeclip.export.graph.embedders import TowerGraph
 from edgeclip.export.graph.to_onnx import STANDARD, TowerPaths
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRemark
@@ -50,11 +50,13 @@ def pairs(count: int) -> DataRecord:
 
 def labelled(
     source: Source, embeddings: NDArray[np.float32], right: NDArray[np.int64] | None = None
-) -> ZeroShot:
+) -> ZeroShotSet:
     """Pictures whose labels lie on the axes of the space."""
     labels = LabelSet(names=tuple("abcd"), embeddings=np.eye(4, 16, dtype=np.float32), space=SPACE)
     found = (embeddings @ labels.embeddings.T).argmax(axis=1) if right is None else right
-    return ZeroShot(source=Chosen(source, range(len(found)), "some"), labels=labels, right=found)
+    return ZeroShotSet(
+        source=SubsetSource(source, range(len(found)), "some"), labels=labels, right=found
+    )
 
 
 def test_what_is_close_to_fp32_is_kept() -> None:
@@ -110,7 +112,7 @@ def test_zero_shot_accuracy_can_refuse_what_retrieval_allows(blobs: Make) -> Non
     seen = rows()
     confused = np.roll(seen, 1, axis=1)  # every picture now looks like the next label
     asked = labelled(blobs(len(seen)), seen)
-    on = JudgedOn(zero_shot=asked, labelled={"fp32": seen, "int8": confused})
+    on = GateInputs(zero_shot=asked, labelled={"fp32": seen, "int8": confused})
     verdict = judge_precisions(embeddings, DEFAULT_BOUNDS, on)
     assert verdict.kept == frozenset()
     (line,) = verdict.left_out
@@ -118,7 +120,7 @@ def test_zero_shot_accuracy_can_refuse_what_retrieval_allows(blobs: Make) -> Non
     record = next(item.record for item in verdict.judged if "zero-shot" in item.record.name)
     assert record.low <= record.value <= record.high
     assert record.data == data_record(asked.source)
-    same = JudgedOn(zero_shot=asked, labelled={"fp32": seen, "int8": seen})
+    same = GateInputs(zero_shot=asked, labelled={"fp32": seen, "int8": seen})
     assert judge_precisions(embeddings, DEFAULT_BOUNDS, same).kept == {("image", "int8")}
 
 
@@ -132,7 +134,7 @@ def test_without_labels_the_record_says_so() -> None:
 
 @pytest.mark.parametrize("count", [1, FEWEST_PAIRS - 1, FEWEST_PAIRS])
 def test_too_few_pairs_are_told(count: int) -> None:
-    verdict = judge_precisions(of(text_int8=1e-4), DEFAULT_BOUNDS, JudgedOn(data=pairs(count)))
+    verdict = judge_precisions(of(text_int8=1e-4), DEFAULT_BOUNDS, GateInputs(data=pairs(count)))
     told = [str(remark) for remark in verdict.remarks]
     if count >= FEWEST_PAIRS:
         assert told == []
@@ -143,7 +145,7 @@ def test_too_few_pairs_are_told(count: int) -> None:
 
 
 def test_too_few_pairs_are_told_even_if_nothing_is_kept() -> None:
-    on = JudgedOn(data=pairs(20))
+    on = GateInputs(data=pairs(20))
     verdict = judge_precisions(of(text_int8=1.0), DEFAULT_BOUNDS, on)
     assert verdict.kept == frozenset()
     assert "20 test pairs, so it goes in steps of 2.5 points" in str(verdict.remarks[0])
@@ -154,7 +156,7 @@ def test_too_few_pairs_are_told_even_if_nothing_is_kept() -> None:
 def test_too_few_labelled_pictures_are_told(count: int, blobs: Make) -> None:
     seen = rows()[:count]
     asked = labelled(blobs(count), seen)
-    on = JudgedOn(zero_shot=asked, labelled={"fp32": seen, "int8": seen})
+    on = GateInputs(zero_shot=asked, labelled={"fp32": seen, "int8": seen})
     (*told,) = judge_precisions(of(image_int8=1e-4), DEFAULT_BOUNDS, on).remarks
     assert len(told) == (count < FEWEST_LABELLED)
     assert all("199 labelled pictures, so it goes in steps of 0.5 points" in i.says for i in told)
@@ -162,7 +164,7 @@ def test_too_few_labelled_pictures_are_told(count: int, blobs: Make) -> None:
 
 def test_records_name_the_pairs(blobs: Make) -> None:
     data = data_record(blobs(200))
-    verdict = judge_precisions(of(text_int8=1e-4), DEFAULT_BOUNDS, JudgedOn(data=data))
+    verdict = judge_precisions(of(text_int8=1e-4), DEFAULT_BOUNDS, GateInputs(data=data))
     assert {item.record.data for item in verdict.judged} == {data}
     assert (data.name, data.count) == ("200 blobs", 200)
     assert data != data_record(blobs(200, seed=1))
@@ -177,19 +179,19 @@ def test_labelled_pictures_are_embedded_by_every_image_graph(
         TowerGraph("text", "fp32", clip_towers.text, None),
     ]
     test, others = blobs(6), blobs(5, seed=1)
-    embeddings = embed_test(clip, graphs, test, cpu_device)
+    embeddings = embed_test_pairs(clip, graphs, test, cpu_device)
     right = np.array([0, 1, 2], dtype=np.int64)
     taken = labelled(test, embeddings["image", "fp32"], right)
-    on = judged_on(clip, graphs, test, taken, embeddings, cpu_device)
+    on = gate_inputs(clip, graphs, test, taken, embeddings, cpu_device)
     assert on.labelled is not None
     assert set(on.labelled) == {"fp32", "fp16"}
     np.testing.assert_array_equal(on.labelled["fp32"], embeddings["image", "fp32"][:3])
     strange = labelled(others, embeddings["image", "fp32"], right)
-    on = judged_on(clip, graphs, test, strange, embeddings, cpu_device)
+    on = gate_inputs(clip, graphs, test, strange, embeddings, cpu_device)
     assert on.labelled is not None
     assert on.labelled["fp32"].shape == (3, 16)
     assert not np.allclose(on.labelled["fp32"], embeddings["image", "fp32"][:3])
-    assert judged_on(clip, graphs, test, None, embeddings, cpu_device).labelled is None
+    assert gate_inputs(clip, graphs, test, None, embeddings, cpu_device).labelled is None
 
 
 def test_a_tower_that_overflows_fails_without_stopping_anything() -> None:

@@ -10,8 +10,8 @@ from edgeclip.compress.data.sources import EmojiSource, FolderSource, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.zero_shot import (
     EMOJI_TEMPLATES,
-    Chosen,
-    ZeroShot,
+    SubsetSource,
+    ZeroShotSet,
     emoji_zero_shot,
     find_zero_shot,
 )
@@ -41,7 +41,7 @@ def found_in(source: FolderSource, labels: LabelSet) -> dict[str, str]:
     found = find_zero_shot(source, [labels])
     if found is None:
         return {}
-    assert isinstance(found.source, Chosen)
+    assert isinstance(found.source, SubsetSource)
     assert found.rows_of(source) == found.source.numbers
     paths = [source.paths[number].stem for number in found.source.numbers]
     return dict(zip(paths, [labels.names[place] for place in found.right], strict=True))
@@ -84,11 +84,11 @@ def test_the_label_set_that_names_most_is_taken(blobs: Make) -> None:
 
 def test_chosen_pairs_are_those_of_the_source(blobs: Make) -> None:
     base = blobs(10)
-    chosen = Chosen(base, [7, 2], "two")
+    chosen = SubsetSource(base, [7, 2], "two")
     assert (len(chosen), chosen.name, chosen.has_captions) == (2, "two", True)
     assert chosen.caption(0) == base.caption(7)
     assert chosen[1].image.tobytes() == base[2].image.tobytes()
-    others = Chosen(base, [2, 7], "two"), Chosen(blobs(10, seed=1), [7, 2], "two")
+    others = SubsetSource(base, [2, 7], "two"), SubsetSource(blobs(10, seed=1), [7, 2], "two")
     assert len({chosen.identity, *(item.identity for item in others)}) == 3
 
 
@@ -114,4 +114,4 @@ def test_labels_must_fit_the_pictures(blobs: Make) -> None:
     labels = label_set("a", "b")
     for right in ([0], [0, 1, 2], [0, -1]):
         with pytest.raises(ValueError, match="2 blobs"):
-            ZeroShot(source=blobs(2), labels=labels, right=np.array(right))
+            ZeroShotSet(source=blobs(2), labels=labels, right=np.array(right))

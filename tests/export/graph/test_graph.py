@@ -6,7 +6,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.graph import clean_graph, data_path, limit_masks, load_graph, save_graph
+from edgeclip.export.graph.graph_io import (
+    clean_graph,
+    data_path,
+    limit_masks,
+    load_graph,
+    save_graph,
+)
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from tests.export.quantizing.small_graphs import graph_of

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.embed_pairs import graph_embedder, torch_embedder
+from edgeclip.export.graph.embedders import graph_embedder, torch_embedder
 from edgeclip.export.graph.export_modules import tower_module
 from edgeclip.export.graph.to_onnx import (
     PLAIN_OPSET,

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.graph.embed_pairs import tower_inputs
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.embedders import tower_inputs
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.graph_passes import PASSES, GraphPass, passes_for
 from edgeclip.export.graph.graph_values import relative_error
 from edgeclip.export.graph.to_onnx import TowerPaths

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.export.graph.tune_passes import time_twice
+from edgeclip.export.graph.tune_passes import ab_benchmark
 from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, measure_latency, race
 
 Run = Callable[[NDArray[Any]], NDArray[Any]]
@@ -35,7 +35,7 @@ class Openers:
 
 def test_engines_are_loaded_anew_in_both_orders_and_run_on_the_first_input() -> None:
     made = Openers()
-    found = time_twice(
+    found = ab_benchmark(
         made.opener("old"), made.opener("new"), VALUES, tower="image", workload=QUICK
     )
     assert made.loaded == ["old", "new", "new", "old"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.embed_pairs import graph_embedder, torch_embedder
+from edgeclip.export.graph.embedders import graph_embedder, torch_embedder
 from edgeclip.export.graph.to_onnx import PLAIN_OPSET, TowerPaths, export_tower
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Tower

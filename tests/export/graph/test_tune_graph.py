@@ -10,15 +10,20 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.graph_passes import PASSES, GraphPass
 from edgeclip.export.graph.to_onnx import GraphForm, TowerPaths, export_tower
-from edgeclip.export.graph.tune_passes import TUNING, WORTH, PassOutcome, tune_graph
+from edgeclip.export.graph.tune_passes import (
+    MAX_TIME_RATIO,
+    TUNING_WORKLOAD,
+    PassOutcome,
+    tune_graph,
+)
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.quality.intervals import Interval
 
-QUICK = replace(TUNING, repeats=20, max_warmup_seconds=0.1)
+QUICK = replace(TUNING_WORKLOAD, repeats=20, max_warmup_seconds=0.1)
 IDS = np.array([[1, 9, 8, 7, 6, 2], [1, 20, 30, 2, 0, 0]])
 
 
@@ -108,7 +113,7 @@ def test_what_is_faster_is_kept(graph: Path, cpu_device: DeviceProfile) -> None:
     )
     assert outcome.kept
     assert outcome.ratio is not None
-    assert outcome.ratio.high < WORTH
+    assert outcome.ratio.high < MAX_TIME_RATIO
     assert "large" not in {item.name for item in load_graph(graph).graph.initializer}
     np.testing.assert_allclose(embed(graph, cpu_device), expected, atol=1e-6)
 
@@ -145,7 +150,7 @@ def test_the_passes_that_suit_the_device_are_tried(graph: Path, cpu_device: Devi
         assert outcome.error is not None
         assert outcome.error < 1e-5
         assert outcome.ratio is not None
-        assert outcome.kept == (outcome.ratio.high < WORTH)
+        assert outcome.kept == (outcome.ratio.high < MAX_TIME_RATIO)
     np.testing.assert_allclose(embed(graph, cpu_device), expected, atol=1e-5)
 
 

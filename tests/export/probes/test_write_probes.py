@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper
 
 from edgeclip.export.cli import probes as probes_command
-from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.graph_io import load_graph
 from edgeclip.export.graph.to_onnx import GraphForm, export_tower
 from edgeclip.export.probes.probe_plan import (
     PLANS,

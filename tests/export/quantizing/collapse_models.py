@@ -17,7 +17,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from edgeclip.export.gates.gates import Bounds, judge_tower
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.quantizing.activation_ranges import quiet
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer

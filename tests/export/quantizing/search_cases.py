@@ -8,8 +8,8 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.export.gates.gates import Bounds
-from edgeclip.export.graph.embed_pairs import TowerGraph
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.embedders import TowerGraph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.candidate_evaluator import Judgement
 from edgeclip.export.quantizing.config import Config, Float16, Float32, StaticInt8

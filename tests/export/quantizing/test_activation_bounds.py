@@ -9,7 +9,7 @@ import pytest
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.calibration import calibration_images
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.activation_ranges import Method, Ranging, activation_bounds
 

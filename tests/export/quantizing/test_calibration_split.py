@@ -11,7 +11,7 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.graph.calibration import (
     BEST,
-    FEWEST,
+    FEWEST_PAIRS,
     CalibrationSource,
     calibration_images,
     calibration_texts,
@@ -76,10 +76,12 @@ def test_pairs_for_anything_else_are_refused_wherever_they_come_from(
 def test_too_few_pairs_are_refused_and_few_are_spoken_of() -> None:
     with pytest.raises(ConfigError, match="is empty"):
         CalibrationSource(Part("train", 0))
-    with pytest.raises(ConfigError, match=f"give at least {FEWEST} \\(128 to 512 are best\\)"):
-        CalibrationSource(Part("train", FEWEST - 1))
-    few = CalibrationSource(Part("train", FEWEST))
-    assert few.advice == f"{FEWEST} pairs are few to calibrate on: 128 to 512 are best"
+    with pytest.raises(
+        ConfigError, match=f"give at least {FEWEST_PAIRS} \\(128 to 512 are best\\)"
+    ):
+        CalibrationSource(Part("train", FEWEST_PAIRS - 1))
+    few = CalibrationSource(Part("train", FEWEST_PAIRS))
+    assert few.advice == f"{FEWEST_PAIRS} pairs are few to calibrate on: 128 to 512 are best"
     assert CalibrationSource(Part("train", BEST[0])).advice is None
 
 
@@ -114,4 +116,4 @@ def test_no_bundle_is_planned_with_test_pairs_or_hardly_any(plan: BundlePlan) ->
     with pytest.raises(ConfigError, match="its split is test"):
         replace(plan, calibration=Part("test"))
     with pytest.raises(ConfigError, match="too few to calibrate on"):
-        replace(plan, calibration=Part("calibration", FEWEST - 1))
+        replace(plan, calibration=Part("calibration", FEWEST_PAIRS - 1))

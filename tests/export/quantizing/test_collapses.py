@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.quantizing.config import Config, DynamicInt8, Float16, StaticInt8, WeightOnly
 from edgeclip.export.quantizing.fp16 import emulate_half
 from edgeclip.export.quantizing.mixed_fp16 import embed

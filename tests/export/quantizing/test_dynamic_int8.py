@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import DynamicInt8, StaticInt8
 from edgeclip.export.quantizing.dynamic_int8 import write_dynamic_int8

@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.embed_pairs import TowerGraph
-from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.embedders import TowerGraph
+from edgeclip.export.graph.graph_io import load_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.fp16 import emulate_half, half_values, stored_in_half, write_fp16

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.graph_values import GraphEdit
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.static_int8 import spare_other_readers

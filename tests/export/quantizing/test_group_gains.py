@@ -9,7 +9,7 @@ from onnx import helper
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.calibration import calibration_images
-from edgeclip.export.graph.graph import save_graph
+from edgeclip.export.graph.graph_io import save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.node_groups import counted_gains, measured_gains, node_groups

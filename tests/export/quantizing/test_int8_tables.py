@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.graph_io import load_graph
 from edgeclip.export.quantizing.dynamic_int8 import rounded_rows, store_tables, token_lookups
 from tests.export.quantizing.collapse_models import TEXT_TOWER, TOKENS, captions
 from tests.export.quantizing.small_graphs import copy_of, run

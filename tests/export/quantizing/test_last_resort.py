@@ -11,11 +11,11 @@ from torch import nn
 from edgeclip.compress.data.sources import Pair, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.train.quantization_aware import gentle_settings
-from edgeclip.export.gates.gates import Bounds, Judged, missed
-from edgeclip.export.gates.judge_precisions import embed_test
+from edgeclip.export.gates.gates import Bounds, GateOutcome, describe_missed
+from edgeclip.export.gates.judge_precisions import embed_test_pairs
 from edgeclip.export.graph.calibration import calibration_images, calibration_texts
-from edgeclip.export.graph.embed_pairs import TOWERS, TowerGraph
-from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.embedders import TOWERS, TowerGraph
+from edgeclip.export.graph.graph_io import load_graph
 from edgeclip.export.graph.to_onnx import GraphForm, TowerPaths, export_tower
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.qat_finetune import (
@@ -72,7 +72,7 @@ def quantized(task: Int8Task, graphs: Sequence[TowerGraph], folder: Path) -> Mad
         write_config(graph.path, path, task.configs[graph.tower], data)
         made.append(replace(graph, precision="int8", path=path))
     found = (*graphs, *made)
-    return Made(task, found, embed_test(task.student, found, task.test, task.runner))
+    return Made(task, found, embed_test_pairs(task.student, found, task.test, task.runner))
 
 
 def exported(student: DualEncoder, tower: Tower, folder: Path) -> TowerGraph:
@@ -211,7 +211,7 @@ def test_a_few_dozen_steps_bring_a_failing_student_inside_its_gates(
     changed = {place for place, content in before.items() if after[place] != content}
     assert changed == {("image", "int8"), ("text", "int8")}
     # The files that are there now are those that were judged.
-    embeddings = embed_test(student, failing.graphs, failing.task.test, failing.task.runner)
+    embeddings = embed_test_pairs(student, failing.graphs, failing.task.test, failing.task.runner)
     again = tune_int8(
         failing.task, failing.graphs, embeddings, replace(tuning, source=Untouchable())
     )
@@ -282,17 +282,17 @@ def test_only_the_tower_that_missed_is_tuned_and_smoothed_as_its_config_says(
     assert all(name.startswith(("model.vision", "model.visual")) for name in changed)
 
 
-def cosine(value: float, tower: Tower = "image") -> Judged:
-    return Judged(f"{tower} int8", cosine_record(value))
+def cosine(value: float, tower: Tower = "image") -> GateOutcome:
+    return GateOutcome(f"{tower} int8", cosine_record(value))
 
 
-LOSS = Judged("bundle", loss_record("R@1 loss", 3.0, 1.0))
+LOSS = GateOutcome("bundle", loss_record("R@1 loss", 3.0, 1.0))
 
 
 def test_fewer_misses_are_better_then_smaller_ones() -> None:
     good, near, far = ([cosine(value)] for value in (0.999, 0.99, 0.98))
     both = [*near, LOSS]
-    assert missed(good) == []
+    assert describe_missed(good) == []
     assert better(near, far)
     assert not better(far, near)
     assert better(far, both)

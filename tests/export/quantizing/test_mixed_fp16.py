@@ -15,7 +15,7 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.fp16 import emulate_half, write_fp16
 from edgeclip.export.quantizing.mixed_fp16 import embed, fewest, find_islands

@@ -15,7 +15,7 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import calibration_images, calibration_texts
-from edgeclip.export.graph.graph import data_path, load_graph, save_graph
+from edgeclip.export.graph.graph_io import data_path, load_graph, save_graph
 from edgeclip.export.graph.label_head import add_label_head
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8, default_config

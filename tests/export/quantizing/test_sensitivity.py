@@ -12,8 +12,8 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
-from edgeclip.export.graph.embed_pairs import torch_embedder
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.embedders import torch_embedder
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import Config, Float8, StaticInt8
 from edgeclip.export.quantizing.node_groups import NodeGroup, node_groups

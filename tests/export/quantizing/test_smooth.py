@@ -11,9 +11,9 @@ from onnx import helper
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.gates.gates import Bounds, Judged, judge_tower, missed
+from edgeclip.export.gates.gates import Bounds, GateOutcome, describe_missed, judge_tower
 from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.smooth import rescale, search_alphas, smooth, smoothable
@@ -209,7 +209,9 @@ def test_a_planted_outlier_ruins_naive_int8_and_smoothing_repairs_it(
         settings = StaticInt8(symmetric=symmetric)
         write_int8(tmp_path / "f.onnx", tmp_path / "q.onnx", data, settings)
         (found,) = run(load_graph(tmp_path / "q.onnx"), test)
-        return missed(Judged("image int8", item) for item in judge_tower(found, reference, GATE))
+        return describe_missed(
+            GateOutcome("image int8", item) for item in judge_tower(found, reference, GATE)
+        )
 
     assert misses(model) == []
     assert misses(planted) != []

@@ -13,7 +13,7 @@ from edgeclip.compress.train.quantization_aware import fake_quantized
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
 from edgeclip.export.graph.export_modules import tower_module
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.qat_finetune import norm_names, product_grids

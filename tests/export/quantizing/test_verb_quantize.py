@@ -8,7 +8,7 @@ import pytest
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle import bundle_plan
 from edgeclip.export.graph import tune_passes
-from edgeclip.export.graph.graph import load_graph, sha256_graph
+from edgeclip.export.graph.graph_io import load_graph, sha256_graph
 from edgeclip.export.graph.graph_passes import PASSES
 from edgeclip.export.graph.to_onnx import GraphForm, TowerPaths, export_tower
 from edgeclip.export.quantizing import candidate_evaluator, search_task
@@ -247,7 +247,7 @@ def test_a_bundle_can_make_the_graph_that_was_tuned(
     """Its rewrites are named, and that is enough to get the same bytes."""
     from tests.export.conftest import Blobs
 
-    monkeypatch.setattr(tune_passes, "WORTH", 100.0)  # keep all that can be run
+    monkeypatch.setattr(tune_passes, "MAX_TIME_RATIO", 100.0)  # keep all that can be run
     tuned = export_searched(clip, "image", cpu_device, tmp_path, sample=Blobs(8))
     assert tuned.passes
     found = TowerQuantization(

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.quantizing.dynamic_int8 import token_lookups
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 from edgeclip.export.quantizing.weight_only import PackedWeight, pack, write_weight_only

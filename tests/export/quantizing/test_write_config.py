@@ -14,7 +14,7 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
-from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.graph_io import load_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.activation_ranges import Ranging
 from edgeclip.export.quantizing.config import (

@@ -1,47 +1,37 @@
-"""The first node at which a graph goes another way than its reference.
+"""Find the first node at which a graph's values differ from a reference's.
 
-Values that both have by the same name are compared, most of all those of an fp32 graph:
-writers of other precisions keep their names and add casts or Q/DQ between them.
+Values are compared by name. A graph in another precision keeps the names of the fp32 graph it was
+made from, with casts or Q/DQ nodes between them.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
-import onnx
 from numpy.typing import NDArray
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.graph.graph import load_graph
-from edgeclip.export.graph.graph_values import GraphValues, Opener, relative_error
-from edgeclip.runtime.device.device_profile import DeviceProfile
-from edgeclip.runtime.engines.engine import open_engine
-from edgeclip.runtime.spec import Precision
-
-# Relative errors beyond what rounding alone does to a value inside a sound tower.
-TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.1, "fp8": 0.1}
+from edgeclip.export.graph.graph_values import GraphValues, relative_error
 
 _TOGETHER = 64  # values compared in one run: few enough for memory
 
 
-class Reference(Protocol):
-    """Right values by name."""
+class ReferenceValues(Protocol):
+    """Source of reference values by name: another graph, or a torch program."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What it can tell."""
+        """Names of the values it can give."""
         ...
 
     def values(self, names: Collection[str]) -> Mapping[str, NDArray[Any]]:
-        """Return some of them."""
+        """Return the values of some names."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """Where a graph first differs: all that the node depends on still agrees.
+class GraphDifference:
+    """The first node whose result differs, while everything it depends on agrees.
 
     Attributes:
         node: name of the node in the candidate.
@@ -50,9 +40,9 @@ class Difference:
         behind: names of the nodes before it whose values the reference does not have, back to
             those that agree; one of these may be the cause.
         error: its relative error, see `relative_error`.
-        tolerance: what it was held against.
+        tolerance: the largest relative error of a value that agrees.
         agreed: the last compared value that it depends on, None if it depends on inputs only.
-        agreed_error: that one's error.
+        agreed_error: the relative error of `agreed`.
     """
 
     node: str
@@ -75,59 +65,28 @@ class Difference:
         )
 
 
-def find_difference(
-    reference: onnx.ModelProto | Path,
-    candidate: onnx.ModelProto | Path,
-    inputs: Mapping[str, NDArray[Any]],
-    *,
-    device: DeviceProfile,
-    tolerance: float,
-    candidate_inputs: Mapping[str, NDArray[Any]] | None = None,
-    open_candidate: Opener | None = None,
-) -> Difference | None:
+def find_first_difference(
+    reference: ReferenceValues, candidate: GraphValues, tolerance: float
+) -> GraphDifference | None:
     """Find the first node of `candidate` whose result is not that of `reference`.
 
+    If an output differs, bisection finds a node where a difference begins, with a run of both
+    graphs for each of about log2(values) steps. An earlier node may differ as well: a softmax or a
+    residual sum can hide a fault that shows again later. So everything that the node depends on
+    (or the whole graph, where the outputs agree) is then compared from its beginning, many values
+    in each run.
+
     Args:
-        reference: the right graph, run on the CPU.
-        candidate: the graph in question.
-        inputs: both graphs' inputs by name.
-        device: how the candidate is run.
-        tolerance: the largest relative error of a value that agrees; see `TOLERANCES`.
-        candidate_inputs: the candidate's, where they are not the reference's.
-        open_candidate: opens the candidate in place of the device's engine.
+        reference: the right values.
+        candidate: the graph in question, with its inputs.
+        tolerance: the largest relative error of a value that agrees.
 
     Returns:
         None if all values agree.
 
     Raises:
-        ExportError: no output has the same name in both, or a graph cannot be read.
+        ExportError: no output has the same name in both.
         EngineError: an engine cannot run a graph.
-    """
-    on_cpu = cpu_like(device)
-    return first_difference(
-        GraphValues(_loaded(reference), inputs, partial(open_engine, device=on_cpu)),
-        GraphValues(
-            _loaded(candidate),
-            inputs if candidate_inputs is None else candidate_inputs,
-            open_candidate or partial(open_engine, device=device),
-        ),
-        tolerance,
-    )
-
-
-def first_difference(
-    reference: Reference, candidate: GraphValues, tolerance: float
-) -> Difference | None:
-    """Find the first node as `find_difference` does.
-
-    If an output differs, bisection finds a node where a difference begins, with a run of
-    both graphs for each of about log2(values) steps. What lies before may differ all the
-    same: a graph is no chain, and a softmax or a residual sum can hide a fault that shows
-    again later. So all that the node depends on, or where the outputs agree the whole
-    graph, is looked through from its beginning, many values in each run.
-
-    Raises:
-        ExportError, EngineError: see `find_difference`.
     """
     search = _Search(reference, candidate, tolerance)
     found = search.bisect()
@@ -136,9 +95,11 @@ def first_difference(
 
 
 class _Search:
-    """Both graphs' values of the same name, and what was compared so far."""
+    """Compares values of the same name in both graphs, and remembers their errors."""
 
-    def __init__(self, reference: Reference, candidate: GraphValues, tolerance: float) -> None:
+    def __init__(
+        self, reference: ReferenceValues, candidate: GraphValues, tolerance: float
+    ) -> None:
         self._reference, self._candidate = reference, candidate
         self._tolerance = tolerance
         self._shared = frozenset(reference.names) & frozenset(candidate.names)
@@ -163,7 +124,7 @@ class _Search:
         return None
 
     def earliest(self, last: str | None) -> str | None:
-        """Return the first value before `last` that differs, in a run of its own too."""
+        """Return the first value before `last` that differs, also when it is computed alone."""
         names = self._before(last) if last else self._candidate.names
         names = [name for name in names if name in self._shared]
         for start in range(0, len(names), _TOGETHER):
@@ -175,11 +136,11 @@ class _Search:
                     return name
         return None
 
-    def describe(self, name: str) -> Difference:
-        """Say what is known of a value that differs."""
+    def describe(self, name: str) -> GraphDifference:
+        """Describe the node that computes a value that differs."""
         nearest, (*before, node) = self._candidate.nearest(name, self._shared)
         agreed = nearest[-1] if nearest else None
-        return Difference(
+        return GraphDifference(
             node=node.name or "(without a name)",
             op_type=node.op_type,
             value=name,
@@ -201,19 +162,3 @@ class _Search:
             right, found = self._reference.values([name]), self._candidate.values([name])
             self._errors[name] = relative_error(right[name], found[name])
         return self._errors[name]
-
-
-def cpu_like(device: DeviceProfile) -> DeviceProfile:
-    """Return a CPU with the threads of `device`, on which every precision may run."""
-    return DeviceProfile(
-        name="cpu",
-        description="the CPU of this machine",
-        engine="onnxruntime-cpu",
-        precisions=("fp32", "fp16", "int8"),
-        threads=device.threads,
-        memory_mb=None,
-    )
-
-
-def _loaded(graph: onnx.ModelProto | Path) -> onnx.ModelProto:
-    return load_graph(graph) if isinstance(graph, Path) else graph

@@ -7,24 +7,59 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.graph.embed_pairs import TowerGraph, tower_inputs
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS
+from edgeclip.export.graph.embedders import TowerGraph, graph_embedder, tower_inputs
 from edgeclip.export.graph.export_modules import tower_module
-from edgeclip.export.graph.graph import load_graph, save_graph
+from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.graph_values import GraphValues, relative_error
 from edgeclip.export.graph.to_onnx import GraphForm, TowerPaths, capture, export_tower
-from edgeclip.export.parity import explain_parity as explain
-from edgeclip.export.parity.explain_parity import TorchValues, explain_parity, explain_precision
-from edgeclip.export.quantizing.fp16 import write_fp16
+from edgeclip.export.parity import torch_parity as explain
+from edgeclip.export.parity.torch_parity import TorchValues, check_parity, explain_parity
+from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
 STANDARD = GraphForm()
+BOUNDS = DEFAULT_BOUNDS["fp32"]
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_an_exported_tower_agrees_with_torch(
+    tower: Tower,
+    clip: DualEncoder,
+    clip_towers: TowerPaths,
+    blobs: Callable[..., Any],
+    cpu_device: DeviceProfile,
+) -> None:
+    embed = graph_embedder(clip_towers.graph(tower), clip.spec.image, cpu_device)
+    records = check_parity(clip, tower, embed, blobs(6), BOUNDS)
+    assert len(records) == 3
+    assert all(record.passed for record in records)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_one_that_is_wrong_alone_only_is_found(
+    tower: Tower,
+    clip: DualEncoder,
+    clip_towers: TowerPaths,
+    blobs: Callable[..., Any],
+    cpu_device: DeviceProfile,
+) -> None:
+    embed = graph_embedder(clip_towers.graph(tower), clip.spec.image, cpu_device)
+
+    def fails_alone(values: NDArray[Any]) -> FloatArray:
+        found = embed(values)
+        return np.roll(found, 1, axis=1) if len(values) == 1 else found
+
+    records = check_parity(clip, tower, fails_alone, blobs(6), BOUNDS)
+    assert not all(record.passed for record in records)
 
 
 def break_product(path: Path, number: int) -> str:
@@ -147,19 +182,3 @@ def test_a_tower_unlike_the_student_is_told_before_any_export(
         "before any export, Forgetful differs from the student from "
         "vision_model.post_layernorm (LayerNorm) on"
     )
-
-
-def test_a_broken_fp16_graph_is_explained_by_its_node(
-    clip: DualEncoder,
-    clip_towers: TowerPaths,
-    blobs: Callable[..., Any],
-    cpu_device: DeviceProfile,
-    tmp_path: Path,
-) -> None:
-    right = clip_towers.graph("image")
-    wrong = copied(clip_towers, "image", tmp_path)
-    broken = break_product(wrong.path, 5)
-    half = TowerGraph("image", "fp16", tmp_path / "half.onnx", right.pixels)
-    write_fp16(wrong.path, half.path)
-    line = explain_precision(clip, right, half, blobs(8), cpu_device, STANDARD)
-    assert line.startswith(f"the first node that differs is {broken}")

@@ -1,4 +1,4 @@
-"""Parity of an exported tower with torch: the gate, and the first node that differs."""
+"""Compare an exported fp32 tower with torch: judge parity, and name the first node that differs."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import Bounds, data_record, judge_tower
-from edgeclip.export.graph.embed_pairs import (
+from edgeclip.export.graph.embedders import (
     Embedder,
     TowerGraph,
     embed_all,
@@ -21,10 +21,10 @@ from edgeclip.export.graph.embed_pairs import (
     tower_inputs,
 )
 from edgeclip.export.graph.export_modules import tower_module
-from edgeclip.export.graph.graph import load_graph
+from edgeclip.export.graph.graph_io import load_graph
 from edgeclip.export.graph.graph_values import GraphValues, relative_error
 from edgeclip.export.graph.to_onnx import GraphForm, capture
-from edgeclip.export.parity.find_difference import TOLERANCES, find_difference, first_difference
+from edgeclip.export.parity.graph_difference import find_first_difference
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
@@ -114,6 +114,7 @@ def check_parity(
     )
 
 
+_TOLERANCE = 1e-3  # relative error of a value, beyond what rounding in fp32 does in a sound tower
 _SEARCHED = 128  # pairs, as many as the gate sees
 _WORST = 4  # of these, how many are looked at
 _UNSEEN = (
@@ -146,7 +147,7 @@ def explain_parity(
     standard = tower_feed(values, graph.tower, "float32-nchw", dual.spec.image)
     (given,) = (torch.from_numpy(item).to(dual.device) for item in standard.values())
     forward = dual.embed_image if graph.tower == "image" else dual.embed_text
-    tolerance = TOLERANCES["fp32"]
+    tolerance = _TOLERANCE
     in_torch = _differing_module(dual.model, (forward, module), given, tolerance)
     if in_torch is not None:
         return f"before any export, {type(module).__name__} differs from the student {in_torch}"
@@ -155,39 +156,7 @@ def explain_parity(
         return f"torch.export captured something else than {type(module).__name__} computes"
     feed = tower_feed(values, graph.tower, graph.pixels, dual.spec.image)
     on_engine = GraphValues(load_graph(graph.path), feed, partial(open_engine, device=device))
-    return str(first_difference(captured, on_engine, tolerance) or _UNSEEN)
-
-
-def explain_precision(
-    dual: DualEncoder,
-    reference: TowerGraph,
-    graph: TowerGraph,
-    source: Source,
-    device: DeviceProfile,
-    form: GraphForm,
-) -> str:
-    """Say where a graph in another precision leaves the fp32 one, in one line.
-
-    Rounding adds up over a tower. Where no single node is to blame, the one is named after
-    which half of the final error is there.
-
-    Raises:
-        EngineError: an engine cannot run a graph.
-    """
-    spec = dual.spec.image
-    embedders = tuple(graph_embedder(item, spec, device) for item in (reference, graph))
-    values = _worst_inputs(dual, graph.tower, source, embedders, form.batch)
-    right, found = (embed(values) for embed in embedders)
-    tolerance = min(TOLERANCES[graph.precision], relative_error(right, found) / 2)
-    difference = find_difference(
-        reference.path,
-        graph.path,
-        tower_feed(values, graph.tower, reference.pixels, spec),
-        candidate_inputs=tower_feed(values, graph.tower, graph.pixels, spec),
-        device=device,
-        tolerance=tolerance,
-    )
-    return str(difference or _UNSEEN)
+    return str(find_first_difference(captured, on_engine, tolerance) or _UNSEEN)
 
 
 def _worst_inputs(
