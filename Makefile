@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOMS := runtime profiles compress export
-EXTRAS := cpu,serve,grpc,export,profile,dev
+EXTRAS := cpu,hub,serve,grpc,export,profile,dev
 ARGS ?=
 NAME ?=
 

@@ -73,3 +73,9 @@ def progress_bar(title: str) -> Iterator[Progress]:
             bar.update(done - bar.n)
 
         yield step
+
+
+def plain_text(value: str) -> str:
+    """One line without control characters or halves of surrogate pairs, safe to print."""
+    whole = value.encode("utf-8", "replace").decode()
+    return " ".join("".join(c if c.isprintable() else " " for c in whole).split())

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from edgeclip.runtime.bundle.files import read_npz, write_npz
 from edgeclip.runtime.errors import InputError, SpaceMismatchError
@@ -245,4 +244,6 @@ def one_thread_for_products() -> None:
     threads wait for each other by spinning. Where several threads of a busy program do that,
     hundreds of milliseconds of processor time go into what takes a tenth of one alone.
     """
+    from threadpoolctl import threadpool_limits  # which searching on a device does not need
+
     threadpool_limits(limits=1, user_api="blas")

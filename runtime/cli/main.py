@@ -61,8 +61,8 @@ VERBS: dict[str, Verb] = {
     "cascade": Verb(
         "edgeclip.export.cli.cascade", "certify when the teacher is asked instead", "export"
     ),
-    "push": Verb("edgeclip.runtime.cli.push", "send a bundle to the Hugging Face hub"),
-    "pull": Verb("edgeclip.runtime.cli.pull", "fetch a bundle from the Hugging Face hub"),
+    "push": Verb("edgeclip.runtime.cli.push", "send a bundle to the Hugging Face hub", "hub"),
+    "pull": Verb("edgeclip.runtime.cli.pull", "fetch a bundle from the Hugging Face hub", "hub"),
     "device": Verb("edgeclip.runtime.cli.device", "list device profiles, or show one"),
 }
 _ENGINES = "'edgeclip[cpu]' or 'edgeclip[gpu]'"

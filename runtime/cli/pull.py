@@ -5,8 +5,8 @@ import shlex
 from pathlib import Path
 
 from edgeclip.runtime.bundle.manifest import Manifest
+from edgeclip.runtime.console import plain_text
 from edgeclip.runtime.hub.hub import pull
-from edgeclip.runtime.hub.model_card import plain_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, GateRemark, Manifest, TowerFile
-from edgeclip.runtime.console import columns
+from edgeclip.runtime.bundle.manifest import Manifest, TowerFile
+from edgeclip.runtime.console import plain_text
 
 _HUB_IDS = frozenset(
     re.findall(
@@ -336,47 +336,5 @@ def _path(path: str) -> str:
     return f"`{path}`" if _PLAIN_PATH.fullmatch(path) else _text(path)
 
 
-def plain_text(value: str) -> str:
-    """One line without control characters or halves of surrogate pairs, safe to print."""
-    whole = value.encode("utf-8", "replace").decode()
-    return " ".join("".join(c if c.isprintable() else " " for c in whole).split())
-
-
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB"
-
-
-Named = tuple[str, GateRecord]  # what a gate is about, such as "image int8", and the gate
-
-
-def gates_table(gates: Sequence[Named], remarks: Iterable[GateRemark] = ()) -> str:
-    """A table of gates with their data, and a line for each remark; safe to print.
-
-    Args:
-        gates: see `Manifest.all_gates`.
-        remarks: see `Manifest.remarks`.
-    """
-    data = list(dict.fromkeys(gate.data for _, gate in gates if gate.data is not None))
-    rows: list[tuple[str, ...]] = [("what", "gate", "value", "95% interval", "bound", "data", "")]
-    rows += [_row(subject, gate, data) for subject, gate in gates]
-    lines = [columns(rows, left=len(rows[0]))]
-    lines += [f"data [{number}]: {data_text(item)}" for number, item in enumerate(data, start=1)]
-    lines += [f"warning: {plain_text(str(remark))}" for remark in remarks]
-    return "\n".join(lines)
-
-
-def data_text(data: DataRecord) -> str:
-    """What a gate was measured on, and the beginning of its hash."""
-    return f"{plain_text(data.name)}; {data.count:,} measured; sha256 {data.sha256[:16]}"
-
-
-def _row(subject: str, gate: GateRecord, data: Sequence[DataRecord]) -> tuple[str, ...]:
-    return (
-        plain_text(subject),
-        plain_text(gate.name),
-        f"{gate.value:.5f}",
-        f"{gate.low:.5f} to {gate.high:.5f}",
-        f"{gate.direction} {gate.bound:g} {plain_text(gate.unit)}",
-        "" if gate.data is None else f"[{data.index(gate.data) + 1}]",
-        "pass" if gate.passed else "miss",
-    )

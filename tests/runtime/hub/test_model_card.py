@@ -21,7 +21,8 @@ from edgeclip.runtime.bundle.manifest import (
     Manifest,
     Provenance,
 )
-from edgeclip.runtime.hub.model_card import base_model, plain_text, render_card
+from edgeclip.runtime.console import plain_text
+from edgeclip.runtime.hub.model_card import base_model, render_card
 
 REPO = "someone/tiny"
 NASTY = st.one_of(

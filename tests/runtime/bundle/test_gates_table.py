@@ -6,9 +6,9 @@ import pytest
 
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME
+from edgeclip.runtime.bundle.gates_table import gates_table
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, GateRemark
 from edgeclip.runtime.cli.main import main
-from edgeclip.runtime.hub.model_card import gates_table
 
 DATA = DataRecord("photos, 1,000 pictures", 1000, "ab" * 32)
 GATE = GateRecord(
