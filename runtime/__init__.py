@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgeclip.runtime.bundle.index import Hit, Index
     from edgeclip.runtime.bundle.labels import LabelSet
     from edgeclip.runtime.bundle.manifest import Manifest
-    from edgeclip.runtime.encoder import Answer, Encoder
+    from edgeclip.runtime.encoder import Encoder, LabelScore
     from edgeclip.runtime.errors import (
         BundleError,
         ConfigError,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
 
 __all__ = [
-    "Answer",
+    "LabelScore",
     "Bundle",
     "BundleError",
     "ConfigError",
@@ -57,7 +57,7 @@ _MODULES = {
     "bundle.index": ("Hit", "Index"),
     "bundle.labels": ("LabelSet",),
     "bundle.manifest": ("Manifest",),
-    "encoder": ("Answer", "Encoder"),
+    "encoder": ("LabelScore", "Encoder"),
     "errors": (
         *("BundleError", "ConfigError", "EdgeClipError", "EngineError", "InputError"),
         *("MissingExtraError", "SpaceMismatchError"),

@@ -14,7 +14,7 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.index import Hit, Index, check_embeddings
 from edgeclip.runtime.bundle.labels import LabelSet, bake_labels
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.images import ImageInput, list_of_images
+from edgeclip.runtime.inputs.images import ImageInput, as_image_list
 from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.spec import (
     LABEL_OUTPUTS,
@@ -24,7 +24,7 @@ from edgeclip.runtime.spec import (
     Precision,
     Tower,
 )
-from edgeclip.runtime.towers.fallback import choose_precision, open_or_fall_back
+from edgeclip.runtime.towers.fallback import choose_precision, open_with_fallback
 from edgeclip.runtime.towers.tower_runner import TowerRunner
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ DEFAULT_TEMPLATES = ("a photo of a {}",)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LabelScore:
     """A label and its share of the softmax over all labels of the set, 0 to 1."""
 
     label: str
@@ -54,7 +54,7 @@ class Encoder:
         device: what may run here, and how.
         precision: of both towers; by default what the bundle chose for each, or the first
             that the device allows, and something more exact where an engine is wrong on this
-            machine (see `open_or_fall_back`).
+            machine (see `open_with_fallback`).
 
     Attributes:
         precisions: that of each tower; of one that is loaded, the one that really runs.
@@ -120,7 +120,7 @@ class Encoder:
         return self._open_tower("text")
 
     def _open_tower(self, tower: Tower) -> TowerRunner:
-        load = TowerRunner if self._is_wanted else open_or_fall_back
+        load = TowerRunner if self._is_wanted else open_with_fallback
         runner = load(self.bundle, tower, self.precisions[tower], self.device)
         self.precisions[tower] = runner.precision
         return runner
@@ -243,7 +243,7 @@ class Encoder:
         labels: LabelSet | Sequence[str],
         *,
         top: int = 5,
-    ) -> list[tuple[Answer, ...]]:
+    ) -> list[tuple[LabelScore, ...]]:
         """Give each image its `top` labels, the most likely first.
 
         Args:
@@ -261,7 +261,7 @@ class Encoder:
 
     def classify_embeddings(
         self, embeddings: FloatArray, labels: LabelSet, *, top: int = 5
-    ) -> list[tuple[Answer, ...]]:
+    ) -> list[tuple[LabelScore, ...]]:
         """As `classify`, for image embeddings float32 [N, dim] that are there already.
 
         Raises:
@@ -277,13 +277,13 @@ class Encoder:
         scores /= scores.sum(axis=1, keepdims=True)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
         return [
-            tuple(Answer(labels.names[i], float(row[i])) for i in best)
+            tuple(LabelScore(labels.names[i], float(row[i])) for i in best)
             for row, best in zip(scores, order, strict=True)
         ]
 
     def classify_by_head(
         self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32
-    ) -> list[Answer]:
+    ) -> list[LabelScore]:
         """Give each image the best label of the label head that is part of the image tower.
 
         Raises:
@@ -299,7 +299,7 @@ class Encoder:
             )
         names, (index, score) = self.bundle.labels(head).names, LABEL_OUTPUTS
         return [
-            Answer(names[int(best)], float(share))
+            LabelScore(names[int(best)], float(share))
             for part in self._image_outputs(images, batch_size)
             for best, share in zip(part[index], part[score], strict=True)
         ]
@@ -338,7 +338,7 @@ class Encoder:
             what = "a query of floats (a grey image is given as uint8)"
             check_embeddings(query, self.spec.dim, what)
             return query
-        several = [query] if isinstance(query, str) else list_of_images(query)
+        several = [query] if isinstance(query, str) else as_image_list(query)
         texts = [item for item in several if isinstance(item, str)]
         if not several:
             raise InputError("nothing to search for: give at least one text or image")
@@ -349,7 +349,7 @@ class Encoder:
     def _image_outputs(
         self, images: ImageInput | Sequence[ImageInput], batch_size: int
     ) -> Iterator[Outputs]:
-        for start, chunk in _chunks(list_of_images(images), batch_size):
+        for start, chunk in _chunks(as_image_list(images), batch_size):
             yield self._image_tower.outputs(crop_batch(chunk, self.spec.image, first=start))
 
     def _joined(self, parts: list[FloatArray]) -> FloatArray:

@@ -154,7 +154,7 @@ class EngineKey:
         short = hashlib.sha256(text.encode()).hexdigest()[:_SHORT_HASH]
         return f"{name}-{self.library}-{self.version}-{sm(self.capability)}-{short}"
 
-    def misfit(self, wanted: "EngineKey") -> str | None:
+    def mismatch(self, wanted: "EngineKey") -> str | None:
         """Why an engine of this key does not do for one of key `wanted`; None if it does.
 
         An engine made for portability may be of an older version, or of another GPU.
@@ -211,7 +211,7 @@ class EngineRecord:
         if not self.path.startswith(f"{ENGINE_FOLDER}/") or not self.path.endswith(ENGINE_SUFFIX):
             raise ValueError(f"{self.path}: an engine lies at {ENGINE_FOLDER}/NAME{ENGINE_SUFFIX}")
 
-    def misfit(
+    def mismatch(
         self, source: GraphSource, device: DeviceProfile, library: InstalledLibrary
     ) -> str | None:
         """Why it does not suit a graph on a device with that library; None if it does.
@@ -219,7 +219,7 @@ class EngineRecord:
         Raises:
             ValueError: the device has no compute capability.
         """
-        return self.key.misfit(EngineKey.of(source, device, library))
+        return self.key.mismatch(EngineKey.of(source, device, library))
 
 
 def engine_path(source: GraphSource, key: EngineKey) -> str:

@@ -326,7 +326,7 @@ class JsonRecord:
     __slots__ = ()
     SCHEMA_VERSION: ClassVar[int] = 1
     WHAT: ClassVar[str]
-    MEND: ClassVar[str]
+    HINT: ClassVar[str]
 
     def to_json(self) -> str:
         """This record as indented JSON; `from_json` gives an equal one back."""
@@ -345,12 +345,12 @@ class JsonRecord:
         try:
             data: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{source} is not JSON ({error}): {cls.MEND}") from None
+            raise ConfigError(f"{source} is not JSON ({error}): {cls.HINT}") from None
         version = data.pop("schema_version", None) if isinstance(data, dict) else None
         if type(version) is not int or version != cls.SCHEMA_VERSION:
             raise ConfigError(
                 f"{source}: schema {version!r} of {cls.WHAT} is not {cls.SCHEMA_VERSION}: "
-                f"{cls.MEND}, or use the version of edgeclip that wrote it"
+                f"{cls.HINT}, or use the version of edgeclip that wrote it"
             )
         return parse(cls, data, source=source)
 

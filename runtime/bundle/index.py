@@ -237,7 +237,7 @@ def _best(scores: NDArray[np.float32], top: int) -> NDArray[np.intp]:
     return best
 
 
-def one_thread_for_products() -> None:
+def limit_blas_to_one_thread() -> None:
     """Hold the BLAS of this process to one thread for each product, from here on.
 
     A product over some thousand entries is shared between all processors by itself, and its

@@ -25,7 +25,7 @@ Compile = Callable[[Bundle, Tower, Precision], object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument(
         "--device", required=True, help="name of a device whose engine compiles, or its YAML file"

@@ -18,7 +18,7 @@ from edgeclip.runtime.inputs.image_folder import embed_files, find_images, repor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("paths", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument(
         "--labels",

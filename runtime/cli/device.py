@@ -13,7 +13,7 @@ from edgeclip.runtime.device.device_profile import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument(
         "name",
         nargs="?",

@@ -26,7 +26,7 @@ from edgeclip.runtime.quality.retrieval import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument(
         "folder",
         type=Path,

@@ -14,7 +14,7 @@ from edgeclip.runtime.errors import EdgeClipError, MissingExtraError
 
 
 @dataclass(frozen=True, slots=True)
-class Verb:
+class Command:
     """A command: `module` gives `add_arguments(parser)` and `run(args) -> exit status`.
 
     `args.command` is what was typed, for the record.
@@ -27,43 +27,47 @@ class Verb:
     extra: str | None = None
 
 
-VERBS: dict[str, Verb] = {
-    "demo": Verb("edgeclip.export.cli.demo", "the whole road on the built-in data", "export"),
-    "scenes": Verb("edgeclip.compress.cli.scenes", "draw some built-in scenes", "scenes"),
-    "pretrain": Verb("edgeclip.compress.cli.pretrain", "train the built-in teacher", "compress"),
-    "cache": Verb("edgeclip.compress.cli.cache", "compute a teacher's answers once", "compress"),
-    "distill": Verb("edgeclip.compress.cli.distill", "train a student of a teacher", "compress"),
-    "quantize": Verb(
+COMMANDS: dict[str, Command] = {
+    "demo": Command("edgeclip.export.cli.demo", "the whole road on the built-in data", "export"),
+    "scenes": Command("edgeclip.compress.cli.scenes", "draw some built-in scenes", "scenes"),
+    "pretrain": Command("edgeclip.compress.cli.pretrain", "train the built-in teacher", "compress"),
+    "cache": Command("edgeclip.compress.cli.cache", "compute a teacher's answers once", "compress"),
+    "distill": Command("edgeclip.compress.cli.distill", "train a student of a teacher", "compress"),
+    "quantize": Command(
         "edgeclip.export.cli.quantize", "find the fastest form inside its gates", "export"
     ),
-    "export": Verb("edgeclip.export.cli.export", "turn a student into a bundle", "export"),
-    "verify": Verb("edgeclip.runtime.cli.verify", "check a bundle and replay it on this device"),
-    "embed": Verb("edgeclip.runtime.cli.embed", "turn images or texts into an index"),
-    "classify": Verb("edgeclip.runtime.cli.classify", "name what images show"),
-    "search": Verb("edgeclip.runtime.cli.search", "look for texts or images in an index"),
-    "eval": Verb("edgeclip.runtime.cli.eval", "measure retrieval or zero-shot quality"),
-    "profile": Verb("edgeclip.profiles.cli.profile", "measure speed, memory and energy", "profile"),
-    "report": Verb("edgeclip.profiles.cli.report", "write a report, HTML or Markdown", "report"),
-    "probes": Verb("edgeclip.export.cli.probes", "write graphs that tell a speed", "export"),
-    "measure-probes": Verb("edgeclip.profiles.cli.measure_probes", "measure such graphs here"),
-    "plan-student": Verb(
+    "export": Command("edgeclip.export.cli.export", "turn a student into a bundle", "export"),
+    "verify": Command("edgeclip.runtime.cli.verify", "check a bundle and replay it on this device"),
+    "embed": Command("edgeclip.runtime.cli.embed", "turn images or texts into an index"),
+    "classify": Command("edgeclip.runtime.cli.classify", "name what images show"),
+    "search": Command("edgeclip.runtime.cli.search", "look for texts or images in an index"),
+    "eval": Command("edgeclip.runtime.cli.eval", "measure retrieval or zero-shot quality"),
+    "profile": Command(
+        "edgeclip.profiles.cli.profile", "measure speed, memory and energy", "profile"
+    ),
+    "report": Command("edgeclip.profiles.cli.report", "write a report, HTML or Markdown", "report"),
+    "probes": Command("edgeclip.export.cli.probes", "write graphs that tell a speed", "export"),
+    "measure-probes": Command("edgeclip.profiles.cli.measure_probes", "measure such graphs here"),
+    "plan-student": Command(
         "edgeclip.compress.cli.plan_student",
         "find students that a device is fast with",
         "compress",
     ),
-    "build": Verb("edgeclip.runtime.cli.build", "compile a bundle's towers on the device"),
-    "serve": Verb("edgeclip.runtime.cli.serve", "answer devices over the network", "serve"),
-    "cut": Verb("edgeclip.export.cli.cut", "cut a tower wherever it can be cut", "export"),
-    "measure-cuts": Verb(
+    "build": Command("edgeclip.runtime.cli.build", "compile a bundle's towers on the device"),
+    "serve": Command("edgeclip.runtime.cli.serve", "answer devices over the network", "serve"),
+    "cut": Command("edgeclip.export.cli.cut", "cut a tower wherever it can be cut", "export"),
+    "measure-cuts": Command(
         "edgeclip.profiles.cli.measure_cuts", "measure the parts of a cut tower here", "split"
     ),
-    "plan": Verb("edgeclip.profiles.cli.plan", "say what should run on device and server", "split"),
-    "cascade": Verb(
+    "plan": Command(
+        "edgeclip.profiles.cli.plan", "say what should run on device and server", "split"
+    ),
+    "cascade": Command(
         "edgeclip.export.cli.cascade", "certify when the teacher is asked instead", "export"
     ),
-    "push": Verb("edgeclip.runtime.cli.push", "send a bundle to the Hugging Face hub", "hub"),
-    "pull": Verb("edgeclip.runtime.cli.pull", "fetch a bundle from the Hugging Face hub", "hub"),
-    "device": Verb("edgeclip.runtime.cli.device", "list device profiles, or show one"),
+    "push": Command("edgeclip.runtime.cli.push", "send a bundle to the Hugging Face hub", "hub"),
+    "pull": Command("edgeclip.runtime.cli.pull", "fetch a bundle from the Hugging Face hub", "hub"),
+    "device": Command("edgeclip.runtime.cli.device", "list device profiles, or show one"),
 }
 _ENGINES = "'edgeclip[cpu]' or 'edgeclip[gpu]'"
 _USAGE = 2
@@ -104,12 +108,12 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"edgeclip {importlib.metadata.version('edgeclip')}")
         return 0
     name, *rest = arguments
-    if name not in VERBS:
+    if name not in COMMANDS:
         return _fail(_unknown(name))
-    return _run(name, VERBS[name], rest)
+    return _run(name, COMMANDS[name], rest)
 
 
-def _run(name: str, verb: Verb, rest: list[str]) -> int:
+def _run(name: str, verb: Command, rest: list[str]) -> int:
     try:
         module = importlib.import_module(verb.module)
         parser = argparse.ArgumentParser(prog=f"edgeclip {name}", description=module.__doc__)
@@ -139,8 +143,8 @@ def _release_stdout() -> None:
 
 
 def _overview() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in COMMANDS.items()]
     return "\n".join(
         [
             "usage: edgeclip VERB [options]",
@@ -155,7 +159,7 @@ def _overview() -> str:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, VERBS, n=1)
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
     mend = f"did you mean {near[0]!r}?" if near else "edgeclip --help lists all"
     return f"no verb {name!r}: {mend}"
 

@@ -10,7 +10,7 @@ from edgeclip.runtime.hub.hub import pull
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("repo", metavar="USER/NAME", help="model repository that holds a bundle")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
     parser.add_argument("--revision", help="branch, tag or commit (default: the main branch)")

@@ -9,7 +9,7 @@ from edgeclip.runtime.hub.push import PushPlan, plan_push, push
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument("repo", metavar="USER/NAME", help="model repository to send it to")
     parser.add_argument("--private", action="store_true", help="make the repository private")

@@ -17,7 +17,7 @@ from edgeclip.runtime.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("texts", nargs="*", help="what to look for, in words")
     parser.add_argument(
         "--image", type=Path, action="append", default=[], help="what to look for, as an image"

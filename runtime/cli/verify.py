@@ -94,7 +94,7 @@ def _replay(bundle: Bundle, device: "DeviceProfile", golden: Golden, item: Expec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     add_device_option(parser)
     add_json_option(parser)

@@ -115,7 +115,7 @@ class DeviceProfile:
         """The one batch that graphs are made for; None where it may vary."""
         return self.batch_min if self.batch_min == self.batch_max else None
 
-    def on_its_cpu(self) -> "DeviceProfile":
+    def cpu_profile(self) -> "DeviceProfile":
         """The same device with ONNX Runtime on its CPU, in fp32: what runs where all else fails."""
         return DeviceProfile(
             name=f"{self.name}-cpu",

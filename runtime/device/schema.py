@@ -182,10 +182,10 @@ def load_profile(
     if name_or_path in names:
         return read_yaml(kind, _ROOT / folder / f"{name_or_path}.yaml")
     known = (*extra_names, *names)
-    raise unknown_name(folder.removesuffix("s"), name_or_path, known, "a .yaml file")
+    raise unknown_name_error(folder.removesuffix("s"), name_or_path, known, "a .yaml file")
 
 
-def unknown_name(kind: str, name: str, known: Sequence[str], file: str) -> ConfigError:
+def unknown_name_error(kind: str, name: str, known: Sequence[str], file: str) -> ConfigError:
     """The error that no `kind` has this name; `file` says what a path may lead to instead."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""

@@ -155,7 +155,7 @@ class EngineCache:
             os.close(descriptor)
 
 
-def engine_folder() -> Path:
+def engine_cache_folder() -> Path:
     """Where engines are kept: the folder `engines` of `cache_root()`."""
     return cache_root() / ENGINE_FOLDER
 
@@ -187,8 +187,8 @@ def _wait_for(descriptor: int, say_waiting: Callable[[], None]) -> None:
         return  # a file system without locks
 
 
-Gate = Callable[[Engine], tuple[GateRecord, ...]]
-Shipped = Sequence[tuple[EngineRecord, Callable[[], bytes]]]
+EngineCheck = Callable[[Engine], tuple[GateRecord, ...]]
+BundledEngines = Sequence[tuple[EngineRecord, Callable[[], bytes]]]
 # Turns a serialized engine into one that runs; the path is for what it compiles at run time.
 OpenEngine = Callable[[bytes, EngineKey, Path], Engine]
 
@@ -198,9 +198,9 @@ def find_or_build(
     *,
     device: DeviceProfile,
     library: TensorRtLibrary,
-    gate: Gate,
+    gate: EngineCheck,
     say: Say,
-    shipped: Shipped = (),
+    shipped: BundledEngines = (),
     folder: Path | None = None,
     opened_by: OpenEngine | None = None,
 ) -> Engine:
@@ -218,7 +218,7 @@ def find_or_build(
         say: told in one line of what takes time, and of what cannot be used.
         shipped: engines of the bundle, each with a function that reads it and checks its
             hash.
-        folder: where engines are kept; `engine_folder()` by default.
+        folder: where engines are kept; `engine_cache_folder()` by default.
         opened_by: makes a running engine; `TensorRtEngine` by default.
 
     Raises:
@@ -232,7 +232,7 @@ def find_or_build(
         where = gpu_name()
     else:
         where = device.name
-    cache = EngineCache(folder or engine_folder(), say)
+    cache = EngineCache(folder or engine_cache_folder(), say)
     finder = _Finder(source, device, library, gate, say, cache, opened_by, where)
     return finder.shipped(shipped) or finder.kept_or_new(shipped)
 
@@ -267,7 +267,7 @@ class _Finder:
         source: GraphSource,
         device: DeviceProfile,
         library: TensorRtLibrary,
-        gate: Gate,
+        gate: EngineCheck,
         say: Say,
         cache: EngineCache,
         open_engine: OpenEngine,
@@ -279,10 +279,10 @@ class _Finder:
         self._key = EngineKey.of(source, device, library)
         self._stem = self._key.stem(source.name)
 
-    def shipped(self, shipped: Shipped) -> Engine | None:
+    def shipped(self, shipped: BundledEngines) -> Engine | None:
         """The first engine of the bundle that suits and passes."""
         for record, load in shipped:
-            if record.key.misfit(self._key) is None:
+            if record.key.mismatch(self._key) is None:
                 engine = self._try_shipped(record, load)
                 if engine is not None:
                     return engine
@@ -308,7 +308,7 @@ class _Finder:
         self._say(f"the bundle's {record.path} is not used, it misses {entry.failed}")
         return None
 
-    def kept_or_new(self, shipped: Shipped) -> Engine:
+    def kept_or_new(self, shipped: BundledEngines) -> Engine:
         """The engine that was kept, or a new one."""
         with self._cache.lock(self._stem):
             return self._kept() or self._new(shipped)
@@ -328,7 +328,7 @@ class _Finder:
             self._say(f"{self._cache.path(self._stem)} cannot be used any more ({error})")
             return None
 
-    def _new(self, shipped: Shipped) -> Engine:
+    def _new(self, shipped: BundledEngines) -> Engine:
         path = self._cache.path(self._stem)
         obstacle = self._library.why_not_build(self._device)
         lacking = f"no usable engine of {self._source.name} for {self._where} in this bundle"
@@ -392,8 +392,8 @@ def _words(gate: GateRecord) -> str:
     return f"{gate.name}: {value} (bound {gate.direction} {gate.bound:g})"
 
 
-def _reasons(shipped: Shipped, key: EngineKey) -> str:
+def _reasons(shipped: BundledEngines, key: EngineKey) -> str:
     """Why the engines that the bundle has of this graph do not suit, in brackets."""
     same = [record.key for record, _ in shipped if record.key.graph_sha256 == key.graph_sha256]
-    misfits = dict.fromkeys(misfit for known in same if (misfit := known.misfit(key)))
-    return f" (only one {' and one '.join(misfits)})" if misfits else ""
+    mismatches = dict.fromkeys(mismatch for known in same if (mismatch := known.mismatch(key)))
+    return f" (only one {' and one '.join(mismatches)})" if mismatches else ""

@@ -164,7 +164,7 @@ _TRANSPOSE = {
 }
 
 
-def list_of_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+def as_image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
     """Make a list of one image or several; only an array of four dimensions is a batch."""
     if isinstance(images, np.ndarray):
         return list(images) if images.ndim == 4 else [images]
@@ -174,7 +174,7 @@ def list_of_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DecodedImage:
     """A decoded picture, perhaps reduced while decoding, and where it came from.
 
     `image` is RGB and upright. `full_size` is the (width, height) it has undiminished,
@@ -205,10 +205,10 @@ def load_image(source: ImageInput, *, min_side: int | None = None) -> Image.Imag
         InputError: no such file, a directory, damaged or unknown data, a decompression
             bomb by Pillow's guard, or an array that is not a picture.
     """
-    return load_picture(source, min_side=min_side).image
+    return decode_image(source, min_side=min_side).image
 
 
-def load_picture(source: ImageInput, *, min_side: int | None = None) -> Picture:
+def decode_image(source: ImageInput, *, min_side: int | None = None) -> DecodedImage:
     """Like `load_image`, and also say the full size and the region that shows it."""
     if isinstance(source, np.ndarray):
         return _whole(array_to_rgb(source))
@@ -265,7 +265,7 @@ def _existing_file(source: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _open_and_decode(file: Path | io.BytesIO, name: str, min_side: int | None) -> Picture:
+def _open_and_decode(file: Path | io.BytesIO, name: str, min_side: int | None) -> DecodedImage:
     try:
         with Image.open(file, formats=_FORMATS) as image:
             return _decode(image, name, min_side)
@@ -275,7 +275,7 @@ def _open_and_decode(file: Path | io.BytesIO, name: str, min_side: int | None) -
         raise _unreadable(name, error) from error
 
 
-def _decode(image: Image.Image, name: str, min_side: int | None) -> Picture:
+def _decode(image: Image.Image, name: str, min_side: int | None) -> DecodedImage:
     full_size = image.size
     if 0 in full_size:
         raise InputError(f"{name} is empty, {full_size[0]} x {full_size[1]} pixels")
@@ -310,11 +310,13 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _turn(image: Image.Image, full_size: tuple[int, int], region: Box, orientation: int) -> Picture:
+def _turn(
+    image: Image.Image, full_size: tuple[int, int], region: Box, orientation: int
+) -> DecodedImage:
     """Make a picture upright, and its region and full size with it."""
     method = _TRANSPOSE.get(orientation)
     if method is None:
-        return Picture(image, full_size, region)
+        return DecodedImage(image, full_size, region)
     left, upper, right, lower = region
     upright = image.transpose(method)
     for key in _ORIENTED_BY:  # it was obeyed, and must not be when the result is loaded again
@@ -327,11 +329,11 @@ def _turn(image: Image.Image, full_size: tuple[int, int], region: Box, orientati
         left, right = upright.width - right, upright.width - left
     if orientation in (3, 4, 7, 8):
         upper, lower = upright.height - lower, upright.height - upper
-    return Picture(upright, full_size, (left, upper, right, lower))
+    return DecodedImage(upright, full_size, (left, upper, right, lower))
 
 
-def _whole(image: Image.Image) -> Picture:
-    return Picture(image, image.size, (0.0, 0.0, float(image.width), float(image.height)))
+def _whole(image: Image.Image) -> DecodedImage:
+    return DecodedImage(image, image.size, (0.0, 0.0, float(image.width), float(image.height)))
 
 
 def _unreadable(name: str, error: Exception) -> InputError:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeclip.runtime.errors import ConfigError, InputError
-from edgeclip.runtime.inputs.images import Box, ImageInput, Picture, load_picture
+from edgeclip.runtime.inputs.images import Box, DecodedImage, ImageInput, decode_image
 from edgeclip.runtime.spec import ImageSpec, Resample
 
 _FILTERS: dict[Resample, Image.Resampling] = {
@@ -82,7 +82,7 @@ def resize_and_crop(image: ImageInput, spec: ImageSpec) -> NDArray[np.uint8]:
     Raises:
         InputError: the picture cannot be loaded, see `load_image`.
     """
-    picture = load_picture(image, min_side=spec.resize)
+    picture = decode_image(image, min_side=spec.resize)
     width, height = _resized(*picture.full_size, spec.resize)
     left, upper = (width - spec.size) // 2, (height - spec.size) // 2
     crop = (left, upper, left + spec.size, upper + spec.size)
@@ -95,7 +95,7 @@ def resize_and_crop(image: ImageInput, spec: ImageSpec) -> NDArray[np.uint8]:
 
 
 def _box_of_crop(
-    picture: Picture, resized: tuple[int, int], crop: tuple[int, int, int, int]
+    picture: DecodedImage, resized: tuple[int, int], crop: tuple[int, int, int, int]
 ) -> Box:
     """Return the part of `picture.image` that `crop` of the resized picture shows."""
     first_x, first_y, last_x, last_y = picture.region

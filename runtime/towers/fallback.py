@@ -72,7 +72,7 @@ OpenRunner = Callable[[Bundle, Tower, Precision, "DeviceProfile"], TowerRunner]
 _EXACTNESS: tuple[Precision, ...] = ("fp8", "int8", "fp16", "fp32")
 
 
-def open_or_fall_back(
+def open_with_fallback(
     bundle: Bundle,
     tower: Tower,
     precision: Precision,
@@ -119,4 +119,4 @@ def _attempts(
         if more_exact in usable:
             yield more_exact, device
     if device.engine != "onnxruntime-cpu" and "fp32" in bundle.manifest.tower(tower).precisions:
-        yield "fp32", device.on_its_cpu()
+        yield "fp32", device.cpu_profile()

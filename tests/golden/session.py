@@ -231,7 +231,7 @@ class Session:
 def _asked(address: str) -> str:
     """What a server says of itself and of its models."""
     lines = []
-    for path in ("/v2", "/v2/health/ready", "/v2/models/echo"):
+    for path in ("/v2", "/v2/health/ready", "/v2/models/emoji-student-image"):
         with urllib.request.urlopen(address + path, timeout=30) as response:
             lines.append(f"{path}: {response.status} {response.read().decode()}")
     return "\n".join(lines)

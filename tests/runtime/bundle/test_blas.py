@@ -4,9 +4,9 @@ import sys
 _SCRIPT = """
 import numpy
 from threadpoolctl import threadpool_info
-from edgeclip.runtime.bundle.index import one_thread_for_products
+from edgeclip.runtime.bundle.index import limit_blas_to_one_thread
 
-one_thread_for_products()
+limit_blas_to_one_thread()
 blas = [item for item in threadpool_info() if item["user_api"] == "blas"]
 print(len(blas), {item["num_threads"] for item in blas})
 """

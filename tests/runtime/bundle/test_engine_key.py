@@ -128,7 +128,7 @@ def test_device_without_gpu_has_no_engine() -> None:
 
 @given(keys())
 def test_an_engine_does_for_its_own_key(key: EngineKey) -> None:
-    assert key.misfit(key) is None
+    assert key.mismatch(key) is None
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_an_engine_does_for_its_own_key(key: EngineKey) -> None:
 def test_where_an_engine_does(
     shipped: dict[str, Any], wanted: dict[str, Any], expected: str | None
 ) -> None:
-    found = a_key(**shipped).misfit(a_key(**wanted))
+    found = a_key(**shipped).mismatch(a_key(**wanted))
     if expected is None:
         assert found is None
     else:
@@ -167,15 +167,15 @@ def test_where_an_engine_does(
 
 def test_rtx_engine_needs_the_exact_version() -> None:
     rtx = {"library": "tensorrt-rtx", "version_portability": True}
-    older = a_key(**rtx, version="1.6.0.5").misfit(a_key(**rtx, version="1.7.1.116"))
+    older = a_key(**rtx, version="1.6.0.5").mismatch(a_key(**rtx, version="1.7.1.116"))
     assert "1.7.1.116 is installed" in str(older)
 
 
 def test_record_asks_its_key() -> None:
     device = dataclasses.replace(ORIN, batch_best=4)
     record = EngineRecord(tower="image", precision="int8", path="engines/a.engine", key=a_key())
-    assert record.misfit(SOURCE, device, TENSORRT) is None
-    assert record.misfit(SOURCE, load_device("rtx-a2000"), RTX) is not None
+    assert record.mismatch(SOURCE, device, TENSORRT) is None
+    assert record.mismatch(SOURCE, load_device("rtx-a2000"), RTX) is not None
 
 
 def test_hash_of_a_graph_of_several_files() -> None:

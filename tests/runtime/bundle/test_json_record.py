@@ -17,7 +17,7 @@ from edgeclip.runtime.errors import ConfigError
 class Weather(JsonRecord):
     SCHEMA_VERSION: ClassVar[int] = 3
     WHAT: ClassVar[str] = "weather"
-    MEND: ClassVar[str] = "look out of the window"
+    HINT: ClassVar[str] = "look out of the window"
 
     place: str
     degrees: tuple[float, ...] = ()

@@ -23,7 +23,7 @@ def edgeclip(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_every_verb(arguments: list[str], capsys: Capture) -> None:
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines if line.startswith("  ")} == set(cli.VERBS)
+    assert {line.split()[0] for line in lines if line.startswith("  ")} == set(cli.COMMANDS)
 
 
 def test_nothing_asked_for(capsys: Capture) -> None:
@@ -57,9 +57,9 @@ def test_unknown_verb_suggests_a_near_one(capsys: Capture) -> None:
     assert "edgeclip --help lists all" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", cli.VERBS)
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_verb_explains_itself(name: str, capsys: Capture) -> None:
-    verb = cli.VERBS[name]
+    verb = cli.COMMANDS[name]
     assert find_spec(verb.module) is not None, f"{verb.module} does not exist"
     with pytest.raises(SystemExit) as caught:
         cli.main([name, "--help"])
@@ -91,8 +91,8 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def install(module: Any) -> None:
         monkeypatch.setitem(sys.modules, "edgeclip_test_verb", module)
-        monkeypatch.setitem(cli.VERBS, "try", cli.Verb("edgeclip_test_verb", "try", "export"))
-        monkeypatch.setitem(cli.VERBS, "plain", cli.Verb("edgeclip_test_verb", "plain"))
+        monkeypatch.setitem(cli.COMMANDS, "try", cli.Command("edgeclip_test_verb", "try", "export"))
+        monkeypatch.setitem(cli.COMMANDS, "plain", cli.Command("edgeclip_test_verb", "plain"))
 
     return install
 
@@ -168,7 +168,7 @@ def test_extra_missing_at_import(
 ) -> None:
     (tmp_path / "needs_torch.py").write_text("import torch_that_is_absent\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(cli.VERBS, "try", cli.Verb("needs_torch", "try", "compress"))
+    monkeypatch.setitem(cli.COMMANDS, "try", cli.Command("needs_torch", "try", "compress"))
     assert cli.main(["try", "--help"]) == 2
     assert "pip install 'edgeclip[compress]'" in capsys.readouterr().err
 

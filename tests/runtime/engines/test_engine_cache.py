@@ -16,7 +16,7 @@ from edgeclip.runtime.engines.engine_cache import (
     ENTRY_VERSION,
     EngineCache,
     EngineEntry,
-    engine_folder,
+    engine_cache_folder,
 )
 from tests.conftest import GATE
 from tests.runtime.tiny_graphs import a_key
@@ -194,10 +194,10 @@ def test_folder_that_cannot_be_written_is_said(tmp_path: Path, said: list[str]) 
 def test_where_engines_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("EDGECLIP_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert engine_folder() == Path.home() / ".cache" / "edgeclip" / "engines"
+    assert engine_cache_folder() == Path.home() / ".cache" / "edgeclip" / "engines"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert engine_folder() == Path.home() / ".cache" / "edgeclip" / "engines"
+    assert engine_cache_folder() == Path.home() / ".cache" / "edgeclip" / "engines"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert engine_folder() == tmp_path / "edgeclip" / "engines"
+    assert engine_cache_folder() == tmp_path / "edgeclip" / "engines"
     monkeypatch.setenv("EDGECLIP_CACHE", str(tmp_path / "own"))
-    assert engine_folder() == tmp_path / "own" / "engines"
+    assert engine_cache_folder() == tmp_path / "own" / "engines"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.images import ImageInput, list_images, load_image, load_picture
+from edgeclip.runtime.inputs.images import ImageInput, decode_image, list_images, load_image
 from edgeclip.runtime.inputs.preprocess import preprocess
 from edgeclip.runtime.spec import ImageSpec
 
@@ -86,7 +86,7 @@ def upright(picture: Image.Image, orientation: int) -> Image.Image:
 def test_exif_rotation_is_applied(orientation: int, form: str) -> None:
     loaded = load_image(oriented(48, 32, orientation, form))
     assert difference(loaded, upright(gradient(48, 32), orientation)) < 3
-    picture = load_picture(oriented(48, 32, orientation, form))
+    picture = decode_image(oriented(48, 32, orientation, form))
     assert picture.full_size == loaded.size
 
 
@@ -128,7 +128,7 @@ def test_damaged_exif_does_not_spoil_the_picture() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_reduced_jpeg_keeps_its_geometry(orientation: int) -> None:
     width, height = 1003, 773  # no multiple of any reduction
-    picture = load_picture(oriented(width, height, orientation), min_side=30)
+    picture = decode_image(oriented(width, height, orientation), min_side=30)
     reduced_size = (126, 97)  # a reduction by 8, rounded up
     whole = (width, height)
     if orientation >= 5:

@@ -12,7 +12,7 @@ from edgeclip.runtime.engines import engine_cache
 from edgeclip.runtime.engines.engine import Engine
 from edgeclip.runtime.errors import EngineError, EngineParityError
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.fallback import open_or_fall_back
+from edgeclip.runtime.towers.fallback import open_with_fallback
 from edgeclip.runtime.towers.tower_runner import TowerRunner
 
 Capture = pytest.CaptureFixture[str]
@@ -41,7 +41,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 def test_what_is_right_is_taken(bundle: Bundle, cpu_device: DeviceProfile, capsys: Capture) -> None:
     opener = Opener("fp32")
-    runner = open_or_fall_back(bundle, "image", "int8", cpu_device, open_runner=opener)
+    runner = open_with_fallback(bundle, "image", "int8", cpu_device, open_runner=opener)
     assert (runner.precision, opener.asked) == ("int8", [("int8", "test-cpu")])
     assert capsys.readouterr().err == ""
 
@@ -50,7 +50,7 @@ def test_the_next_more_exact_precision_takes_its_place(
     bundle: Bundle, cpu_device: DeviceProfile, capsys: Capture
 ) -> None:
     opener = Opener("int8")
-    runner = open_or_fall_back(bundle, "image", "int8", cpu_device, open_runner=opener)
+    runner = open_with_fallback(bundle, "image", "int8", cpu_device, open_runner=opener)
     assert (runner.precision, runner.device) == ("fp32", cpu_device)
     assert capsys.readouterr().err == (
         "edgeclip: the engine of image int8 is wrong; using fp32 for the image tower\n"
@@ -60,15 +60,15 @@ def test_the_next_more_exact_precision_takes_its_place(
 def test_at_last_the_cpu(bundle: Bundle, cpu_device: DeviceProfile, capsys: Capture) -> None:
     device = replace(cpu_device, name="jetson-cpu", engine="onnxruntime-openvino")
     opener = Opener("int8", "fp32")
-    runner = open_or_fall_back(bundle, "image", "int8", device, open_runner=opener)
-    assert runner.device == device.on_its_cpu()
+    runner = open_with_fallback(bundle, "image", "int8", device, open_runner=opener)
+    assert runner.device == device.cpu_profile()
     assert [name for _, name in opener.asked] == ["jetson-cpu", "jetson-cpu", "jetson-cpu-cpu"]
     assert "ONNX Runtime on the CPU, which is slow" in capsys.readouterr().err
 
 
 def test_where_nothing_is_right_the_error_stays(bundle: Bundle, cpu_device: DeviceProfile) -> None:
     with pytest.raises(EngineParityError, match="image fp32 is wrong"):
-        open_or_fall_back(
+        open_with_fallback(
             bundle, "image", "int8", cpu_device, open_runner=Opener("int8", "fp16", "fp32")
         )
 
@@ -78,7 +78,7 @@ def test_other_failures_are_for_a_person_to_mend(bundle: Bundle, cpu_device: Dev
         raise EngineError("no GPU")
 
     with pytest.raises(EngineError, match="no GPU"):
-        open_or_fall_back(bundle, "image", "int8", cpu_device, open_runner=no_gpu)
+        open_with_fallback(bundle, "image", "int8", cpu_device, open_runner=no_gpu)
 
 
 @pytest.fixture
