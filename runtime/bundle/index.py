@@ -247,3 +247,35 @@ def limit_blas_to_one_thread() -> None:
     from threadpoolctl import threadpool_limits  # which searching on a device does not need
 
     threadpool_limits(limits=1, user_api="blas")
+
+
+def cosines(ours: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the cosine of each row with the reference's: float64 [N].
+
+    Raises:
+        InputError: shapes that differ, NaN or infinity, or an embedding of length 0.
+    """
+    first, second = paired_unit_rows(ours, reference)
+    result: NDArray[np.float64] = np.einsum("nd,nd->n", first, second)
+    return np.clip(result, -1.0, 1.0)
+
+
+def paired_unit_rows(
+    first: NDArray[Any], second: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if np.shape(first) != np.shape(second):
+        raise InputError(
+            f"paired embeddings have shapes {np.shape(first)} and {np.shape(second)}: "
+            "row i of both must be one pair"
+        )
+    return unit_rows(first, "the first embeddings"), unit_rows(second, "the second embeddings")
+
+
+def unit_rows(array: NDArray[Any], what: str) -> NDArray[np.float64]:
+    check_matrix(array, what)
+    wide = array.astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    if not lengths.all():
+        raise InputError(f"{what} include a row of length 0, which has no direction")
+    unit: NDArray[np.float64] = wide / lengths
+    return unit

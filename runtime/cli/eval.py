@@ -15,10 +15,9 @@ from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.image_folder import embed_files, read_captions, report_skipped
 from edgeclip.runtime.inputs.images import list_images
+from edgeclip.runtime.quality.intervals import Interval, bootstrap
 from edgeclip.runtime.quality.retrieval import (
     DirectionMetrics,
-    Interval,
-    bootstrap,
     label_ranks,
     pair_ranks,
     retrieval_of_ranks,

@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt
 
 from edgeclip.runtime.device.machine import Machine, detect_machine
 from edgeclip.runtime.device.schema import builtin_names, check_bounds, load_profile
+from edgeclip.runtime.spec import PixelForm, Precision
 
 EngineName = Literal[
     "onnxruntime-cpu",
@@ -21,8 +22,6 @@ EngineName = Literal[
     "tensorrt",
     "tensorrt-rtx",
 ]
-DevicePrecision = Literal["fp32", "fp16", "int8", "fp8"]
-PixelForm = Literal["uint8-nhwc", "float32-nchw"]
 Portability = Literal["none", "same-compute-capability", "ampere-plus"]
 THIS_MACHINE = "this-machine"
 
@@ -75,7 +74,7 @@ class DeviceProfile:
     name: str
     description: str
     engine: EngineName
-    precisions: tuple[DevicePrecision, ...]
+    precisions: tuple[Precision, ...]
     threads: Annotated[int, Ge(1)]
     memory_mb: Annotated[int | None, Ge(1)]
     batch_min: Annotated[int, Ge(1)] = 1

@@ -1,5 +1,7 @@
 """ONNX Runtime as an engine, on the execution provider that a device asks for."""
 
+import hashlib
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -7,31 +9,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.engines.ort_session import (
-    GraphFacts,
-    cache_folder,
-    data_entries,
-    import_onnxruntime,
-    is_plugin,
-    plugin_devices,
-    precision_of,
-    read_inputs,
-    session_options,
-)
+from edgeclip.runtime.bundle.files import atomic_file, cache_root
 from edgeclip.runtime.engines.providers import (
     CPU,
     CUDA,
     PROVIDERS,
+    GraphFacts,
+    Inputs,
     Options,
     cuda_options,
     provider_of,
 )
-from edgeclip.runtime.errors import EngineError, first_line
+from edgeclip.runtime.errors import EngineError, MissingExtraError, first_line
 
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
+    from edgeclip.runtime.spec import Precision
 
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+_registered: set[str] = set()  # onnxruntime keeps a plugin's library until the process ends
 RECORD = "session.record_ep_graph_assignment_info"
 FORBID = "session.disable_cpu_ep_fallback"
 _SHOWN = 5
@@ -55,53 +51,6 @@ _COMPUTES_NOTHING = frozenset(
         "Unsqueeze",
     )
 )
-
-
-def placement_entries(ort: Any) -> dict[str, str]:
-    """Session configuration under which a silent fallback cannot go unnoticed.
-
-    ONNX Runtime tells where nodes went since 1.24. Before that it can only be told to refuse
-    any node on the CPU, shape arithmetic included: too strict for CUDA and a varying batch,
-    but a false alarm with a way out is better than a silent fallback.
-    """
-    return {RECORD: "1"} if _can_tell(ort) else {FORBID: "1"}
-
-
-def check_placement(ort: Any, session: Any, provider: str, path: Path) -> None:
-    """Refuse a session that computes something elsewhere than on `provider`.
-
-    Does nothing before ONNX Runtime 1.24, which refuses by itself: see `placement_entries`.
-
-    Raises:
-        EngineError: some nodes compute elsewhere; it names the first few.
-    """
-    if not _can_tell(ort):
-        return
-    total, elsewhere = 0, []
-    for subgraph in session.get_provider_graph_assignment_info():
-        nodes = subgraph.get_nodes()
-        total += len(nodes)
-        if subgraph.ep_name != provider:
-            elsewhere += [node for node in nodes if node.op_type not in _COMPUTES_NOTHING]
-    if elsewhere:
-        names = ", ".join(f"{node.name} ({node.op_type})" for node in elsewhere[:_SHOWN])
-        more = ", ..." if len(elsewhere) > _SHOWN else ""
-        raise EngineError(
-            f"{provider} leaves {len(elsewhere)} of the {total} nodes of {path} to another "
-            f"provider: {names}{more}: use another precision or engine, or set cpu_fallback: true "
-            "in the device profile"
-        )
-
-
-def is_refusal(error: Exception) -> bool:
-    """Whether ONNX Runtime itself refused to place nodes on the CPU."""
-    return "fallback to CPU EP has been explicitly disabled" in str(error)
-
-
-def _can_tell(ort: Any) -> bool:
-    return hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
-
-
 Made = TypeVar("Made", bound="OrtEngine")
 
 
@@ -271,32 +220,6 @@ def make_ort_engine(
     )
 
 
-def _reach(
-    ort: Any, configured: Any, names: tuple[str, ...], options: Mapping[str, Options]
-) -> list[tuple[str, Options]]:
-    """Return the providers to name to a session, or put a plugin into its options instead.
-
-    The CPU's is always there, and ONNX Runtime refuses to forbid it where it is named.
-    """
-    first, available = names[0], ort.get_available_providers()
-    known = next((item for item in PROVIDERS.values() if item.name == first), None)
-    plugin = known.plugin if known else None
-    if first in available and not (plugin and is_plugin(ort, first)):
-        rest = [name for name in names[1:] if name != CPU and name in available]
-        return [(name, options.get(name, {})) for name in (first, *rest)]
-    try:
-        if plugin is None:
-            raise ImportError(first)
-        devices = plugin_devices(ort, first, plugin)
-    except ImportError as error:
-        mend = f"install {known.package}" if known else "choose another device"
-        raise EngineError(
-            f"this onnxruntime has no {first} (it has {', '.join(available)}): {mend}"
-        ) from error
-    configured.add_provider_for_devices(devices, options.get(first, {}))
-    return []
-
-
 def embed_context(
     graph: Path, *, device: "DeviceProfile", target: Path, context_length: int | None = None
 ) -> None:
@@ -347,3 +270,205 @@ def embed_context(
                 f"{provider.name} cannot read back the context that it made of {graph}: install "
                 f"another build of it: {error}"
             ) from error
+
+
+def _reach(
+    ort: Any, configured: Any, names: tuple[str, ...], options: Mapping[str, Options]
+) -> list[tuple[str, Options]]:
+    """Return the providers to name to a session, or put a plugin into its options instead.
+
+    The CPU's is always there, and ONNX Runtime refuses to forbid it where it is named.
+    """
+    first, available = names[0], ort.get_available_providers()
+    known = next((item for item in PROVIDERS.values() if item.name == first), None)
+    plugin = known.plugin if known else None
+    if first in available and not (plugin and is_plugin(ort, first)):
+        rest = [name for name in names[1:] if name != CPU and name in available]
+        return [(name, options.get(name, {})) for name in (first, *rest)]
+    try:
+        if plugin is None:
+            raise ImportError(first)
+        devices = plugin_devices(ort, first, plugin)
+    except ImportError as error:
+        mend = f"install {known.package}" if known else "choose another device"
+        raise EngineError(
+            f"this onnxruntime has no {first} (it has {', '.join(available)}): {mend}"
+        ) from error
+    configured.add_provider_for_devices(devices, options.get(first, {}))
+    return []
+
+
+def import_onnxruntime() -> Any:
+    """Import onnxruntime.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError(
+            "onnxruntime is not installed: pip install 'edgeclip[cpu]' or 'edgeclip[gpu]'"
+        ) from error
+    return onnxruntime
+
+
+def session_options(ort: Any, threads: int) -> Any:
+    """Options of a session with so many threads inside one operator."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3  # errors only: they come as exceptions too
+    # Threads stop spinning between calls, which frees the CPU at no cost in latency.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def data_entries(path: Path, content: bytes | None, data_folder: Path | None) -> dict[str, str]:
+    """Where ONNX Runtime looks for the data files of a graph that comes as bytes.
+
+    It would look in the current directory. Below a file there are none, so external data,
+    which nobody verified, is impossible unless the caller names a folder.
+    """
+    return {} if content is None else {_DATA_FOLDER: str(data_folder or path)}
+
+
+def is_plugin(ort: Any, name: str) -> bool:
+    """Whether a provider is reached by device: one of a plugin that was registered."""
+    return name in _registered or bool(_devices(ort, name))
+
+
+def plugin_devices(ort: Any, name: str, module: str) -> list[Any]:
+    """Register a provider's plugin and return the one device that it will use, in a list.
+
+    Args:
+        ort: onnxruntime.
+        name: the provider, which the plugin must provide under that very name.
+        module: the plugin's module; it tells where its library is.
+
+    Raises:
+        ImportError: the plugin is not installed, or this onnxruntime knows no plugins.
+        EngineError: it cannot be loaded, or supports no hardware of this machine.
+    """
+    if not is_plugin(ort, name):
+        plugin = importlib.import_module(module)
+        if not hasattr(ort, "get_ep_devices"):
+            raise ImportError("onnxruntime before 1.23")
+        try:
+            ort.register_execution_provider_library(name, plugin.get_library_path())
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise EngineError(
+                f"{module} cannot be loaded: {first_line(error)}: check the driver and libraries"
+            ) from error
+        _registered.add(name)
+    # OpenVINO also finds Intel's GPUs and NPUs.
+    kind = "CPU" if "OpenVINO" in name else "GPU"
+    found = [item for item in _devices(ort, name) if item.device.type.name == kind]
+    if not found:
+        raise EngineError(f"{module} supports no hardware of this machine: choose another device")
+    return found[:1]
+
+
+def _devices(ort: Any, name: str) -> list[Any]:
+    if not hasattr(ort, "get_ep_devices"):
+        return []
+    return [item for item in ort.get_ep_devices() if item.ep_name == name]
+
+
+def placement_entries(ort: Any) -> dict[str, str]:
+    """Session configuration under which a silent fallback cannot go unnoticed.
+
+    ONNX Runtime tells where nodes went since 1.24. Before that it can only be told to refuse
+    any node on the CPU, shape arithmetic included: too strict for CUDA and a varying batch,
+    but a false alarm with a way out is better than a silent fallback.
+    """
+    return {RECORD: "1"} if _can_tell(ort) else {FORBID: "1"}
+
+
+def check_placement(ort: Any, session: Any, provider: str, path: Path) -> None:
+    """Refuse a session that computes something elsewhere than on `provider`.
+
+    Does nothing before ONNX Runtime 1.24, which refuses by itself: see `placement_entries`.
+
+    Raises:
+        EngineError: some nodes compute elsewhere; it names the first few.
+    """
+    if not _can_tell(ort):
+        return
+    total, elsewhere = 0, []
+    for subgraph in session.get_provider_graph_assignment_info():
+        nodes = subgraph.get_nodes()
+        total += len(nodes)
+        if subgraph.ep_name != provider:
+            elsewhere += [node for node in nodes if node.op_type not in _COMPUTES_NOTHING]
+    if elsewhere:
+        names = ", ".join(f"{node.name} ({node.op_type})" for node in elsewhere[:_SHOWN])
+        more = ", ..." if len(elsewhere) > _SHOWN else ""
+        raise EngineError(
+            f"{provider} leaves {len(elsewhere)} of the {total} nodes of {path} to another "
+            f"provider: {names}{more}: use another precision or engine, or set cpu_fallback: true "
+            "in the device profile"
+        )
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether ONNX Runtime itself refused to place nodes on the CPU."""
+    return "fallback to CPU EP has been explicitly disabled" in str(error)
+
+
+def _can_tell(ort: Any) -> bool:
+    return hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
+
+
+def precision_of(path: Path) -> "Precision":
+    """The precision of a bundle's graph, which its name tells: `text_model_int8.onnx`."""
+    named: dict[str, Precision] = {"fp16": "fp16", "int8": "int8", "fp8": "fp8"}
+    return named.get(path.stem.rpartition("_")[2], "fp32")
+
+
+def read_inputs(path: Path, content: bytes | None, data_folder: Path | None) -> Inputs:
+    """Names and shapes of a graph's inputs; none of an EP context, which needs no shapes.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+    ort = import_onnxruntime()
+    options = session_options(ort, threads=1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    for key, value in data_entries(path, content, data_folder).items():
+        options.add_session_config_entry(key, value)
+    try:
+        graph = str(path) if content is None else content
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception:  # no graph, or not one for the CPU: the provider itself will say
+        return ()
+    return tuple(
+        (item.name, tuple(size if isinstance(size, int) else None for size in item.shape))
+        for item in session.get_inputs()
+    )
+
+
+def cache_folder(content: bytes, data_folder: Path | None) -> Path:
+    """Make the user's folder for what is compiled of exactly this graph and its data files.
+
+    TensorRT's provider knows a graph by its names and shapes: with other weights in it, it
+    would use the engine of the old ones.
+
+    Raises:
+        EngineError: the folder cannot be made, or `data_folder` cannot be read.
+    """
+    digest = hashlib.sha256(hashlib.sha256(content).digest())
+    try:
+        for file in sorted(data_folder.iterdir()) if data_folder else ():
+            state = file.stat()
+            digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+        folder = cache_root() / "onnxruntime" / digest.hexdigest()[:32]
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise EngineError(
+            f"cannot make a cache folder for compiled graphs: {error}: set EDGECLIP_CACHE to a "
+            "folder that can be written"
+        ) from error
+    return folder

@@ -9,10 +9,11 @@ onnxruntime-ep-nv-tensorrt-rtx 0.5. All values are strings.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeclip.runtime.engines.ort_session import GraphFacts
 from edgeclip.runtime.errors import EngineError
+from edgeclip.runtime.spec import Precision
 
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -20,6 +21,27 @@ if TYPE_CHECKING:
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 Options = dict[str, str]
+
+
+Inputs = tuple[tuple[str, tuple[int | None, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphFacts:
+    """Facts of one graph.
+
+    Attributes:
+        precision: of the graph's weights.
+        inputs: name and shape of each input, None for a dimension that varies. The first of
+            those is the batch. Empty where nothing need be known.
+        context_length: the longest text, in tokens, where a second dimension varies.
+        cache: a folder for what is compiled, of this graph alone; None for none.
+    """
+
+    precision: "Precision"
+    inputs: Inputs = ()
+    context_length: int | None = None
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

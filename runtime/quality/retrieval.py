@@ -12,34 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.bundle.index import check_matrix
+from edgeclip.runtime.bundle.index import paired_unit_rows, unit_rows
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality.intervals import (
-    Interval,
-    bootstrap,
-    bootstrap_difference,
-    bootstrap_percentile,
-    bootstrap_ratio,
-)
-
-__all__ = [
-    "TIE",
-    "DirectionMetrics",
-    "Interval",
-    "Ranks",
-    "Retrieval",
-    "ZeroShot",
-    "bootstrap",
-    "bootstrap_difference",
-    "bootstrap_percentile",
-    "bootstrap_ratio",
-    "cosines",
-    "label_ranks",
-    "pair_ranks",
-    "retrieval",
-    "retrieval_of_ranks",
-    "zero_shot",
-]
 
 TIE = 1e-9  # far above float64 rounding, far below a float32 embedding's resolution
 _SCORES_AT_ONCE = 1 << 23  # 64 MiB of float64
@@ -111,7 +85,7 @@ def pair_ranks(image_embeddings: NDArray[Any], text_embeddings: NDArray[Any]) ->
     Raises:
         InputError: as `retrieval`.
     """
-    images, texts = _unit_pair(image_embeddings, text_embeddings)
+    images, texts = paired_unit_rows(image_embeddings, text_embeddings)
     own = np.arange(len(images))
     return Ranks(_ranks(images, texts, own), _ranks(texts, images, own))
 
@@ -148,8 +122,8 @@ def label_ranks(
     Raises:
         InputError: as `zero_shot`.
     """
-    images = _unit(image_embeddings, "image embeddings")
-    classes = _unit(label_embeddings, "label embeddings")
+    images = unit_rows(image_embeddings, "image embeddings")
+    classes = unit_rows(label_embeddings, "label embeddings")
     if images.shape[1] != classes.shape[1]:
         raise InputError(
             f"image embeddings have {images.shape[1]} dimensions, label embeddings "
@@ -167,17 +141,6 @@ def label_ranks(
             f"{len(classes) - 1}"
         )
     return _ranks(images, classes, right)
-
-
-def cosines(ours: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the cosine of each row with the reference's: float64 [N].
-
-    Raises:
-        InputError: shapes that differ, NaN or infinity, or an embedding of length 0.
-    """
-    first, second = _unit_pair(ours, reference)
-    result: NDArray[np.float64] = np.einsum("nd,nd->n", first, second)
-    return np.clip(result, -1.0, 1.0)
 
 
 def _ranks(
@@ -202,24 +165,3 @@ def _direction(ranks: NDArray[np.int64]) -> DirectionMetrics:
         median_rank=float(np.median(ranks)),
         mean_rank=float(ranks.mean()),
     )
-
-
-def _unit_pair(
-    first: NDArray[Any], second: NDArray[Any]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    if np.shape(first) != np.shape(second):
-        raise InputError(
-            f"paired embeddings have shapes {np.shape(first)} and {np.shape(second)}: "
-            "row i of both must be one pair"
-        )
-    return _unit(first, "the first embeddings"), _unit(second, "the second embeddings")
-
-
-def _unit(array: NDArray[Any], what: str) -> NDArray[np.float64]:
-    check_matrix(array, what)
-    wide = array.astype(np.float64)
-    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    if not lengths.all():
-        raise InputError(f"{what} include a row of length 0, which has no direction")
-    unit: NDArray[np.float64] = wide / lengths
-    return unit

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import Outputs
 from edgeclip.runtime.bundle.bundle import Bundle, Golden
-from edgeclip.runtime.bundle.index import check_unit_rows
+from edgeclip.runtime.bundle.index import check_unit_rows, cosines
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.engines.engine import Engine, open_engine
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.inputs.preprocess import normalise
-from edgeclip.runtime.quality.retrieval import Interval, cosines
+from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import (
     OUTPUT_NAMES,
     PIXEL_INPUTS,

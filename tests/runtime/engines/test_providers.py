@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
-from edgeclip.runtime.engines.ort_session import GraphFacts
 from edgeclip.runtime.engines.providers import (
     PROVIDERS,
+    GraphFacts,
     cuda_options,
     openvino_options,
     provider_of,

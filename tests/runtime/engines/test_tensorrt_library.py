@@ -1,12 +1,27 @@
+"""TensorRT installations: CUDA calls, the library's version, its log and progress."""
+
 import dataclasses
+import shutil
 import subprocess
 import sys
+import threading
 
+import numpy as np
 import pytest
 
 from edgeclip.runtime.bundle.engine_records import sm
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
-from edgeclip.runtime.engines.tensorrt_library import TensorRtLibrary, open_library
+from edgeclip.runtime.engines.tensorrt_library import (
+    CudaBuffers,
+    MessageLog,
+    PhaseBars,
+    TensorRtLibrary,
+    call,
+    gpu_capability,
+    gpu_name,
+    make_monitor,
+    open_library,
+)
 from edgeclip.runtime.errors import EngineError
 
 ORIN = load_device("jetson-orin-nano")
@@ -86,3 +101,142 @@ def test_full_tensorrt_builds_for_the_gpu_at_hand() -> None:
         ORIN, compute_capability=gpu_capability(), precisions=("fp32", "fp16")
     )
     assert FULL.why_not_build(device) is None
+
+
+def test_without_a_gpu_every_call_is_an_error_in_words() -> None:
+    pytest.importorskip("cuda.bindings.runtime")
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a GPU")
+    for attempt in (CudaBuffers, gpu_name, gpu_capability):
+        with pytest.raises(EngineError, match=r"cuda\w+ failed: .*\(cudaError\w+\): .*NVIDIA"):
+            attempt()
+    with pytest.raises(EngineError, match=r"cudaMalloc failed"):
+        call("cudaMalloc", 16)
+
+
+def test_missing_cuda_bindings_names_the_extras() -> None:
+    code = (
+        "import sys; sys.modules['cuda'] = None\n"
+        "from edgeclip.runtime.engines.tensorrt_library import gpu_name\n"
+        "from edgeclip.runtime.errors import MissingExtraError\n"
+        "try: gpu_name()\n"
+        "except MissingExtraError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'edgeclip[tensorrt]' or 'edgeclip[tensorrt-rtx]'" in done.stdout
+
+
+@pytest.mark.gpu
+def test_arrays_go_to_the_gpu_and_back() -> None:
+    pytest.importorskip("cuda.bindings.runtime")
+    buffers = CudaBuffers()
+    for size in (5, 1000, 3):  # grows once, is then kept
+        array = np.arange(size, dtype=np.int64)
+        buffers.send("a", array)
+        back = buffers.fetch("a", array.shape, array.dtype)
+        buffers.wait()
+        np.testing.assert_array_equal(back, array)
+    address = buffers.at_least("a", 8000)
+    assert buffers.at_least("a", 1) == address
+    buffers.close()
+    buffers.close()
+
+
+@pytest.mark.gpu
+def test_too_much_memory_is_an_error_with_advice() -> None:
+    pytest.importorskip("cuda.bindings.runtime")
+    buffers = CudaBuffers()
+    with pytest.raises(EngineError, match=r"cudaErrorMemoryAllocation.*lower batch_max"):
+        buffers.at_least("huge", 1 << 50)
+    buffers.close()
+
+
+def test_messages_are_kept_by_severity(rtx: TensorRtLibrary) -> None:
+    log = MessageLog(rtx.module)
+    severity = rtx.module.ILogger.Severity
+    assert log.summary() == "it gives no reason"
+    log.logger.log(severity.INFO, "nothing to see")
+    log.logger.log(severity.WARNING, "odd\n  shapes")
+    assert log.summary() == "odd shapes"
+    for _ in range(2):
+        log.logger.log(severity.ERROR, "out of memory")
+    log.logger.log(severity.INTERNAL_ERROR, "x" * 1000)
+    assert log.summary() == "out of memory; " + "x" * 500
+    log.clear()
+    assert log.summary() == "it gives no reason"
+
+
+def test_many_messages_are_cut_short(rtx: TensorRtLibrary) -> None:
+    log = MessageLog(rtx.module)
+    for number in range(20):
+        log.logger.log(rtx.module.ILogger.Severity.ERROR, f"fault {number}")
+    assert log.summary().endswith("fault 7; and 12 more")
+
+
+def test_bars_nest_and_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bars = PhaseBars("building it")
+    bars.start("all", None, 2)
+    bars.start("parts", "all", 4)
+    for done in (1, 4):
+        bars.step("parts", done)
+    bars.finish("parts")
+    bars.start("never finished", "all", 3)
+    bars.close()
+    bars.step("never finished", 2)  # TensorRT may speak of it once more
+    text = capsys.readouterr().err
+    assert "building it:   0%" in text
+    assert "  parts: " in text
+    assert not bars._bars
+
+
+def test_nothing_is_drawn_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = PhaseBars("building it")
+    bars.start("all", None, 2)
+    bars.close()
+    assert capsys.readouterr().err == ""
+
+
+class Recorder:
+    """Writes down what it is told; raises at a step past `most`."""
+
+    def __init__(self, most: int = 100) -> None:
+        self.told: list[tuple[object, ...]] = []
+        self._most = most
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        self.told.append(("start", phase, parent, steps))
+
+    def step(self, phase: str, done: int) -> None:
+        if done > self._most:
+            raise ValueError("the display broke")
+        self.told.append(("step", phase, done))
+
+    def finish(self, phase: str) -> None:
+        self.told.append(("finish", phase))
+
+
+def test_monitor_passes_phases_on_and_cancels(rtx: TensorRtLibrary) -> None:
+    recorder, cancel = Recorder(), threading.Event()
+    monitor = make_monitor(rtx.module, recorder, cancel)
+    monitor.phase_start("all", None, 2)
+    assert monitor.step_complete("all", 0)
+    cancel.set()
+    assert not monitor.step_complete("all", 1)
+    monitor.phase_finish("all")
+    assert recorder.told == [
+        ("start", "all", None, 2),
+        ("step", "all", 1),
+        ("step", "all", 2),
+        ("finish", "all"),
+    ]
+
+
+def test_broken_display_does_not_reach_tensorrt(rtx: TensorRtLibrary) -> None:
+    recorder = Recorder(most=0)
+    monitor = make_monitor(rtx.module, recorder, threading.Event())
+    assert monitor.step_complete("all", 0)
+    monitor.phase_finish("all")
+    assert recorder.told == []

@@ -6,16 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.quality import retrieval as module
+from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_ratio
 from edgeclip.runtime.quality.retrieval import (
     TIE,
     DirectionMetrics,
     Ranks,
     ZeroShot,
-    bootstrap,
-    bootstrap_ratio,
-    cosines,
     label_ranks,
     pair_ranks,
     retrieval,
