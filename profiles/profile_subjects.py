@@ -1,23 +1,22 @@
-"""Everything that is measured of some subjects: in turns, in batches, under traffic, inside.
+"""Profile subjects: latency, throughput, cold start, MLPerf scenarios, energy, stages and layers.
 
-What can be compared takes turns in fresh processes (`take_turns`); the rest follows subject by
-subject. Clocks, temperatures and other load are watched all the while.
+Latencies at batch 1 come from interleaved runs of all subjects in fresh processes; the rest is
+measured subject by subject. Clocks, temperatures and other load are recorded all the while.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from edgeclip.profiles.layers.roofline import find_roofline
+from edgeclip.profiles.layers.roofline import measure_roofline
 from edgeclip.profiles.layers.stages import layers_of, stages_of
 from edgeclip.profiles.measure.cold_start import measure_cold_start
 from edgeclip.profiles.measure.interleaved_benchmark import (
-    measurements_of,
+    run_interleaved_benchmark,
     sweep_subject,
-    take_turns,
+    to_measurements,
 )
 from edgeclip.profiles.measure.loadgen import import_loadgen, run_scenario
 from edgeclip.profiles.measure.open_subject import OpenSubject, open_subject
@@ -40,20 +39,18 @@ from edgeclip.runtime.errors import EngineError, MissingExtraError
 
 _ENERGY_SECONDS, _ENERGY_BLOCKS = 0.5, 10
 
-Say = Callable[[str], object]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfilePlan:
-    """What is to be measured.
+    """What to measure.
 
     Attributes:
         specs: the subjects.
-        device: of the roofline, and for the record.
-        workload: how much.
-        command: what was typed.
-        reference: name of the subject that others of its part are divided by.
-        inside: look at stages, layers and the machine's roofline, too.
+        device: for the roofline, and for the record.
+        workload: batch sizes, repeats, processes and scenarios.
+        command: the command line that the user typed.
+        reference: name of the subject that others of the same part are divided by.
+        inside: also measure stages, layers and the machine's roofline.
     """
 
     specs: tuple[SubjectSpec, ...]
@@ -64,31 +61,33 @@ class ProfilePlan:
     inside: bool = True
 
 
-def profile_subjects(plan: ProfilePlan, say: Say = lambda line: None) -> MeasurementRun:
-    """Measure all subjects.
+def profile_subjects(
+    plan: ProfilePlan, report: Callable[[str], object] = lambda line: None
+) -> MeasurementRun:
+    """Measure all subjects of a plan.
 
     Args:
-        plan: what, and how much.
-        say: told of each step in one line.
+        plan: what to measure.
+        report: called with one line of text at the start of each step.
 
     Raises:
         EngineError: a subject cannot be opened or run.
-        InputError: no subject, a name twice, or a picture that is missing.
+        InputError: no subject, a repeated name, or a missing picture.
     """
     workload = plan.workload
     with InterferenceWatch() as watch:
-        say(f"{len(plan.specs)} subjects take turns in {workload.processes} processes")
-        with progress_bar("turns") as progress:
-            result = take_turns(plan.specs, workload, progress)
-        found = measurements_of(result, plan.reference)
+        report(f"{len(plan.specs)} subjects, interleaved, in {workload.processes} processes")
+        with progress_bar("interleaved runs") as progress:
+            result = run_interleaved_benchmark(plan.specs, workload, progress)
         measured = []
-        for spec, item in zip(plan.specs, found, strict=True):
-            say(f"{spec.title}: {', '.join(_steps(plan))}")
-            measured.append(_more(plan, spec, item))
+        interleaved = to_measurements(result, plan.reference)
+        for spec, item in zip(plan.specs, interleaved, strict=True):
+            report(f"{spec.title}: {', '.join(_step_names(plan))}")
+            measured.append(_complete(plan, spec, item))
         roofline = None
         if plan.inside:
-            say("what this machine can compute and move at most")
-            roofline = find_roofline(plan.device, seconds=workload.roofline_seconds)
+            report("peak compute and memory bandwidth of this machine")
+            roofline = measure_roofline(plan.device, seconds=workload.roofline_seconds)
     return MeasurementRun(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=plan.command,
@@ -104,7 +103,7 @@ def profile_subjects(plan: ProfilePlan, say: Say = lambda line: None) -> Measure
     )
 
 
-def _steps(plan: ProfilePlan) -> list[str]:
+def _step_names(plan: ProfilePlan) -> list[str]:
     workload = plan.workload
     steps = {
         "sweep": len(workload.batch_sizes) > 1 or bool(workload.threads),
@@ -116,8 +115,8 @@ def _steps(plan: ProfilePlan) -> list[str]:
     return [name for name, wanted in steps.items() if wanted]
 
 
-def _more(plan: ProfilePlan, spec: SubjectSpec, item: Measurement) -> Measurement:
-    """Add to what turns said all that one subject tells by itself."""
+def _complete(plan: ProfilePlan, spec: SubjectSpec, item: Measurement) -> Measurement:
+    """Add to a measurement all that is measured of the subject alone."""
     workload = plan.workload
     with progress_bar(spec.title) as progress:
         sweep = sweep_subject(
@@ -125,16 +124,23 @@ def _more(plan: ProfilePlan, spec: SubjectSpec, item: Measurement) -> Measuremen
         )
     missing = list(item.missing)
     with open_subject(spec) as opened:
+        batch = opened.target.make_batch(1)
         energy = energy_or_reason(
-            spec.device, _once(opened), seconds=_ENERGY_SECONDS, blocks=_ENERGY_BLOCKS
+            spec.device,
+            lambda: opened.target.run(batch),
+            seconds=_ENERGY_SECONDS,
+            blocks=_ENERGY_BLOCKS,
         )
-        scenarios = _scenarios(plan, opened, item.latency.p50_ms.value, missing)
-    if isinstance(energy, str):
-        missing.append(("energy", energy))
+        scenarios = _run_scenarios(plan, opened, item.latency.p50_ms.value, missing)
     start = _cold_start(spec, item.identity, workload.cold_starts)
     stages = stages_of(spec) if plan.inside else ()
     layers = layers_of(spec) if plan.inside else None
-    for what, found in (("cold_start", start), ("stages", stages), ("layers", layers)):
+    for what, found in (
+        ("energy", energy),
+        ("cold_start", start),
+        ("stages", stages),
+        ("layers", layers),
+    ):
         if isinstance(found, str):
             missing.append((what, found))
     return replace(
@@ -149,14 +155,10 @@ def _more(plan: ProfilePlan, spec: SubjectSpec, item: Measurement) -> Measuremen
     )
 
 
-def _once(opened: OpenSubject) -> Callable[[], object]:
-    batch = opened.candidate.make_batch(1)
-    return lambda: opened.candidate.run(batch)
-
-
-def _scenarios(
+def _run_scenarios(
     plan: ProfilePlan, opened: OpenSubject, single_ms: float, missing: list[tuple[str, str]]
 ) -> tuple[ScenarioResult, ...]:
+    """Run the workload's scenarios; without LoadGen, add the reason to `missing`."""
     if not plan.workload.scenarios:
         return ()
     try:
@@ -171,7 +173,7 @@ def _scenarios(
                 found.append(
                     run_scenario(
                         scenario,
-                        opened.candidate,
+                        opened.target,
                         plan.workload,
                         single_ms=single_ms,
                         folder=Path(folder),
@@ -184,10 +186,10 @@ def _scenarios(
 def _cold_start(
     spec: SubjectSpec, found: Identity | None, processes: int
 ) -> ColdStart | str | None:
-    """Time fresh processes that load a tower; None for what is more than one tower.
+    """Measure the cold start of a bundle's tower; None for other subjects.
 
-    A string says why it failed, as on TensorRT, whose engines are not loaded from a graph: all
-    else that was measured must not be lost with it.
+    Returns the reason as a string if it fails, as with TensorRT, whose engines are not loaded
+    from a graph: the other results must not be lost with it.
     """
     precision = None if found is None else found.precision
     if not processes or spec.bundle is None or precision is None:
@@ -195,14 +197,9 @@ def _cold_start(
     if spec.part not in ("image", "text"):
         return None
     bundle = Bundle.open(spec.bundle)
-    feed: dict[str, Any] = example_feed(bundle, spec.part, precision)
+    feed = example_feed(bundle, spec.part, precision)
     path = bundle.tower_path(spec.part, precision)
     try:
         return measure_cold_start(path, feed, device=spec.device, processes=processes)
     except EngineError as error:
         return str(error)
-
-
-def names_of(specs: Sequence[SubjectSpec]) -> str:
-    """The subjects in one line, for a person."""
-    return ", ".join(spec.title for spec in specs)

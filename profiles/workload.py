@@ -1,4 +1,4 @@
-"""Workload: what `edgeclip profile` runs, and how often."""
+"""Workload: batch sizes, repeats, processes and scenarios of a profile, read from YAML."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt
 
 from edgeclip.runtime.device.schema import builtin_names, check_bounds, load_profile
 
-# Those of MLPerf Inference (Reddi et al., "MLPerf Inference Benchmark", ISCA 2020).
+# Scenarios of MLPerf Inference (Reddi et al., "MLPerf Inference Benchmark", ISCA 2020).
 Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]
 
 
@@ -18,27 +18,28 @@ class Workload:
 
     Attributes:
         name: a short name.
-        description: one line for a person.
-        batch_sizes: the throughput sweep, strictly ascending; batch 1 comes first, since
+        description: one line of text.
+        batch_sizes: of the throughput sweep, strictly ascending; batch 1 comes first, since
             latency is measured there.
-        threads: of the sweep, strictly ascending; empty for those of the device alone.
-        min_warmup_runs: runs before timing starts, at least.
-        max_warmup_seconds: warm-up of one candidate ends here even if its median still
-            moves; the measurement says so.
-        repeats: timed runs at batch 1, per candidate and process, at least; they take turns.
-        turn_seconds: each process goes on with the turns for at least so long. What disturbs a
-            shared machine lasts some tenths of a second; a median over less may be all disturbed.
-        processes: fresh processes that do these runs, one after the other. Two processes differ
-            more than two runs of one do, so that intervals from a single one are too narrow.
-        seconds_per_batch: time given to each size of the sweep, per candidate.
-        cold_starts: fresh processes whose start is timed, per candidate; 0 for none.
-        scenarios: those of LoadGen to run.
-        scenario_seconds: each lasts at least this long.
-        scenario_queries: and has at least so many queries (Offline: samples).
+        threads: of the throughput sweep, strictly ascending; if empty, those of the device.
+        min_warmup_runs: least number of runs before timing starts.
+        max_warmup_seconds: warm-up of one target ends after this time even if its median is
+            still changing; the measurement says so.
+        repeats: least number of timed runs at batch 1, per target and process; the targets' runs
+            are interleaved.
+        turn_seconds: least duration of the timed runs of each process. A disturbance of a shared
+            machine lasts some tenths of a second; a shorter process may be disturbed as a whole.
+        processes: number of fresh processes, one after the other. Two processes differ more than
+            two runs of one process, so that intervals from a single process are too narrow.
+        seconds_per_batch: time for each point of the throughput sweep.
+        cold_starts: number of fresh processes whose start is timed, per target; 0 for none.
+        scenarios: MLPerf LoadGen scenarios to run.
+        scenario_seconds: least duration of a scenario.
+        scenario_queries: least number of queries of a scenario (Offline: of samples).
         multi_stream: samples in a query of MultiStream; MLPerf has 8.
-        server_load: queries a second of Server, as a share of what one stream manages.
-        server_bound_ms: the latency that 99% of Server's queries must keep; None for none.
-        roofline_seconds: time given to the machine's own peaks.
+        server_load: query rate of Server as a share of the rate of one stream.
+        server_bound_ms: latency bound of 99% of Server's queries; None for none.
+        roofline_seconds: time to measure the machine's peak speed.
 
     Raises:
         ValueError: a value out of bounds; all of them in one message.
@@ -79,8 +80,8 @@ class Workload:
             raise ValueError("; ".join(mistakes))
 
     @property
-    def turns(self) -> str:
-        """How much is timed at batch 1, for a person."""
+    def timed_runs(self) -> str:
+        """Number of processes and of timed runs at batch 1, in words."""
         processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
         if not self.turn_seconds:
             return f"{processes} of {self.repeats} runs"
@@ -88,14 +89,14 @@ class Workload:
 
 
 def load_workload(name_or_path: str | Path) -> Workload:
-    """A built-in workload by name, or a YAML file by path.
+    """Load a built-in workload by name, or a YAML file by path.
 
     Raises:
-        ConfigError: an unknown name (the message lists the known ones) or a bad file.
+        ConfigError: an unknown name (the message lists the known ones) or an invalid file.
     """
     return load_profile(Workload, "workloads", name_or_path)
 
 
 def workload_names() -> tuple[str, ...]:
-    """Names of the built-in workloads."""
+    """List the names of the built-in workloads."""
     return builtin_names("workloads")

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgeclip.profiles.compare.compare_runs import compare_runs, hardware, only_in
+from edgeclip.profiles.compare.compare_runs import compare_runs, hardware, subjects_only_in
 from edgeclip.profiles.compare.comparison_table import comparison_markdown, comparison_text
 from edgeclip.profiles.compare.regression_gate import parse_max_regression, regression_gate
-from edgeclip.profiles.measure.subject import SplitSpec, SubjectSpec, parts_of, subjects_of
+from edgeclip.profiles.measure.subject import SplitSpec, SubjectSpec, bundle_parts, bundle_subjects
 from edgeclip.profiles.profile_subjects import ProfilePlan, names_of, profile_subjects
 from edgeclip.profiles.record.measurement import MeasurementRun
 from edgeclip.profiles.report.profile_advice import advice_of
@@ -37,7 +37,7 @@ _REGRESSED = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument(
         "bundles", nargs="*", metavar="[NAME=]BUNDLE", help="bundles, measured side by side"
     )
@@ -188,9 +188,9 @@ def _subjects(
     found = []
     for name, bundle in bundles:
         prefix = name or (bundle.manifest.name if len(bundles) > 1 else "")
-        parts = [*(asked or parts_of(bundle)), *(["split"] if args.plan else [])]
+        parts = [*(asked or bundle_parts(bundle)), *(["split"] if args.plan else [])]
         each_once = tuple(dict.fromkeys(parts))
-        for spec in subjects_of(bundle, device, each_once, pictures, split=split):
+        for spec in bundle_subjects(bundle, device, each_once, pictures, split=split):
             found.append(replace(spec, name=f"{prefix} {spec.name}".strip()))
     return found
 
@@ -246,7 +246,7 @@ def _compare(
             comparisons,
             args.max_regression,
             allow_difference=args.other_machine,
-            not_measured=only_in(baseline, measured),
+            not_measured=subjects_only_in(baseline, measured),
         )
     print(f"\n{comparison_text(comparisons, verdict)}")
     failed = verdict is not None and verdict.fails(undecided_fails=args.undecided_fails)

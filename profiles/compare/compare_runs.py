@@ -12,11 +12,11 @@ from edgeclip.profiles.record.measurement import Measurement, MeasurementRun, Pa
 from edgeclip.profiles.record.timing_statistics import (
     ProcessSummary,
     Runs,
-    chance_below,
     process_medians,
     process_minima,
-    quantile,
     round_ratios,
+    student_t_cdf,
+    student_t_quantile,
 )
 from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.errors import InputError
@@ -66,13 +66,13 @@ class RatioOfRuns:
         within = 1 - _NORMAL.cdf(_over(above, self.noise))
         if self.error is None or self.degrees is None:
             return within
-        return max(within, 1 - chance_below(_over(above, self.error), self.degrees))
+        return max(within, 1 - student_t_cdf(_over(above, self.error), self.degrees))
 
     def _margin(self, sureness: float) -> float:
         within = _NORMAL.inv_cdf(sureness) * self.noise
         if self.error is None or self.degrees is None:
             return within
-        return max(within, quantile(sureness, self.degrees) * self.error)
+        return max(within, student_t_quantile(sureness, self.degrees) * self.error)
 
 
 def ratio_of_runs(now: ProcessSummary, baseline: ProcessSummary) -> RatioOfRuns:
@@ -120,7 +120,7 @@ What = Literal[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class SetupDifference:
     """Something besides time in which two runs differ, in words for a person."""
 
     what: What
@@ -155,7 +155,7 @@ class Comparison:
     times: RatioOfRuns
     to_yardstick: RatioOfRuns | None
     fastest: RatioOfRuns | None
-    differences: tuple[Difference, ...]
+    differences: tuple[SetupDifference, ...]
     disturbed: tuple[Side, ...]
 
     @property
@@ -168,7 +168,7 @@ class Comparison:
         """All that tells of a slowdown: what is typical, and the fastest where they are known."""
         return (self.ratio,) if self.fastest is None else (self.ratio, self.fastest)
 
-    def difference(self, what: What) -> Difference | None:
+    def difference(self, what: What) -> SetupDifference | None:
         """In what way the runs differ there, if they do."""
         return next((item for item in self.differences if item.what == what), None)
 
@@ -193,7 +193,7 @@ def compare_runs(now: MeasurementRun, baseline: MeasurementRun) -> tuple[Compari
     return tuple(_compare(ours, theirs, now, baseline) for ours, theirs in pairs)
 
 
-def only_in(run: MeasurementRun, other: MeasurementRun) -> tuple[str, ...]:
+def subjects_only_in(run: MeasurementRun, other: MeasurementRun) -> tuple[str, ...]:
     """The subjects, such as "image int8", that `run` measured and `other` did not."""
     known = {(item.part, item.name) for item in other.measurements}
     return tuple(
@@ -273,11 +273,11 @@ def _arrays(samples: Samples) -> list[Runs]:
     return [np.array(runs, dtype=np.float64) for runs in samples]
 
 
-def _differences(*sides: _Side) -> Iterator[Difference]:
+def _differences(*sides: _Side) -> Iterator[SetupDifference]:
     for what, describe in _DESCRIPTIONS.items():
         now, baseline = (describe(item, run) for item, run in sides)
         if now != baseline:
-            yield Difference(what=what, now=now, baseline=baseline)
+            yield SetupDifference(what=what, now=now, baseline=baseline)
     ours, theirs = (dict(run.machine.packages) for _, run in sides)
     changed = [
         name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)
@@ -287,7 +287,7 @@ def _differences(*sides: _Side) -> Iterator[Difference]:
             ", ".join(f"{name} {packages.get(name, 'absent')}" for name in changed)
             for packages in (ours, theirs)
         )
-        yield Difference(what="packages", now=now, baseline=baseline)
+        yield SetupDifference(what="packages", now=now, baseline=baseline)
 
 
 def hardware(machine: Machine) -> str:
@@ -298,7 +298,7 @@ def hardware(machine: Machine) -> str:
 
 def _workload(run: MeasurementRun) -> str:
     amount = run.workload
-    return f"{amount.name}: {amount.turns}, and at least {amount.min_warmup_runs} to warm up"
+    return f"{amount.name}: {amount.timed_runs}, and at least {amount.min_warmup_runs} to warm up"
 
 
 def _engine(item: Measurement) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import ceil, floor
 
 from edgeclip.profiles.compare.compare_runs import Comparison, RatioOfRuns, What
-from edgeclip.profiles.compare.regression_gate import GateVerdict, Judged
+from edgeclip.profiles.compare.regression_gate import GateVerdict, SubjectVerdict
 from edgeclip.runtime.console import columns, digits
 
 _HEADER = (
@@ -102,7 +102,7 @@ def _judgements(verdict: GateVerdict) -> list[str]:
     return [f"{_title(item.comparison)}: {_judgement(item)}" for item in verdict.judged]
 
 
-def _judgement(item: Judged) -> str:
+def _judgement(item: SubjectVerdict) -> str:
     least, most = floor(1000 * (item.at_least - 1)) / 10, ceil(1000 * (item.at_most - 1)) / 10
     if item.outcome == "regressed":
         return f"regressed, slower by {least:.1f}% at least"

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgeclip.profiles.compare.compare_runs import Comparison, RatioOfRuns
-from edgeclip.profiles.record.timing_statistics import quantile
+from edgeclip.profiles.record.timing_statistics import student_t_quantile
 from edgeclip.runtime.errors import InputError
 
 _MOST_PROCESSES = 50  # in each run; more are not worth the time
 _MOST_REPEATS = 20  # times those of now
 
 
-def what_would_decide(comparison: Comparison, max_regression: float, sureness: float) -> str:
+def required_samples(comparison: Comparison, max_regression: float, sureness: float) -> str:
     """One sentence that says how many processes, or repeats, would decide.
 
     Noise comes first: what is measured should tell a slowdown of nothing from one of twice what
@@ -59,7 +59,7 @@ def _processes(comparison: Comparison, distance: float, sureness: float) -> int 
     error = (_sharpest(comparison).error or 0.0) * math.sqrt(_mean_count(comparison))
     for count in range(2, _MOST_PROCESSES + 1):
         # Two margins: one for the evidence, one that it is there when it should be.
-        if 2 * quantile(sureness, 2 * (count - 1)) * error / math.sqrt(count) <= distance:
+        if 2 * student_t_quantile(sureness, 2 * (count - 1)) * error / math.sqrt(count) <= distance:
             return count
     return None
 
@@ -67,7 +67,7 @@ def _processes(comparison: Comparison, distance: float, sureness: float) -> int 
 def _repeats(comparison: Comparison, distance: float, sureness: float) -> int | None:
     """The fewest runs in each of the same processes that do so too, if any."""
     ratio = _sharpest(comparison)
-    margin = 2 * quantile(sureness, ratio.degrees or 1.0)
+    margin = 2 * student_t_quantile(sureness, ratio.degrees or 1.0)
     between = max(0.0, (ratio.error or 0.0) ** 2 - ratio.noise**2)
     left = (distance / margin) ** 2 - between
     times = ratio.noise**2 / left if left > 0 else math.inf
@@ -86,11 +86,11 @@ def _mean_count(comparison: Comparison) -> float:
 
 
 SURENESS = 0.95
-Outcome = Literal["passed", "regressed", "undecided"]
+GateOutcome = Literal["passed", "regressed", "undecided"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class SubjectVerdict:
     """One subject and what the gate made of it.
 
     Attributes:
@@ -102,7 +102,7 @@ class Judged:
     """
 
     comparison: Comparison
-    outcome: Outcome
+    outcome: GateOutcome
     at_least: float
     at_most: float
     advice: str
@@ -119,9 +119,9 @@ class GateVerdict:
         not_measured: subjects of the baseline that this run left out.
     """
 
-    outcome: Outcome
+    outcome: GateOutcome
     max_regression: float
-    judged: tuple[Judged, ...]
+    judged: tuple[SubjectVerdict, ...]
     not_measured: tuple[str, ...]
 
     def fails(self, *, undecided_fails: bool = False) -> bool:
@@ -162,7 +162,7 @@ def regression_gate(
     )
     outcomes = {item.outcome for item in judged}
     if "regressed" in outcomes:
-        outcome: Outcome = "regressed"
+        outcome: GateOutcome = "regressed"
     else:
         outcome = "undecided" if "undecided" in outcomes or not_measured else "passed"
     return GateVerdict(
@@ -234,23 +234,23 @@ def _evidence(comparisons: Sequence[Comparison], bound: float) -> list[tuple[boo
 
 def _judge(
     comparison: Comparison, max_regression: float, regressed: bool, sureness: float
-) -> Judged:
+) -> SubjectVerdict:
     evidence, bound = comparison.evidence, 1 + max_regression
     each = _each(sureness, evidence)
     at_most = min(ratio.at_most(_each(SURENESS, evidence)) for ratio in evidence)
-    outcome: Outcome = "undecided"
+    outcome: GateOutcome = "undecided"
     if comparison.ratio.error is not None:  # a single process on either side shows nothing
         if regressed:
             outcome = "regressed"
         elif at_most < bound and all(ratio.value < bound for ratio in evidence):
             outcome = "passed"
     undecided = outcome == "undecided"
-    return Judged(
+    return SubjectVerdict(
         comparison=comparison,
         outcome=outcome,
         at_least=max(ratio.at_least(each) for ratio in evidence),
         at_most=at_most,
-        advice=what_would_decide(comparison, max_regression, each) if undecided else "",
+        advice=required_samples(comparison, max_regression, each) if undecided else "",
     )
 
 

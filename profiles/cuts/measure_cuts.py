@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgeclip.profiles.measure.interleaved_runs import round_order
 from edgeclip.profiles.record.conditions import CpuSnapshot, CpuTime
 from edgeclip.profiles.sensors.energy import EnergyMeter, find_meter, joules_of
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.console import Progress, columns, digits
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError
@@ -27,10 +28,9 @@ from edgeclip.runtime.planning.cut_set import (
     CutManifest,
     CutPoint,
     CutSet,
-    tail_model,
+    tail_model_name,
 )
-from edgeclip.runtime.planning.stage_times import Payload, Stage, StageSamples, StageTimes
-from edgeclip.runtime.quality.retrieval import cosines
+from edgeclip.runtime.planning.stage_times import Payload, SplitStage, StageSamples, StageTimes
 from edgeclip.runtime.serving.bundle_models import CutTail
 from edgeclip.runtime.wire.codec import (
     FLOAT_CODECS,
@@ -57,10 +57,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class StageWork:
+class TimedStage:
     """A stage, and what does it for a picture by its number; it returns what comes of it."""
 
-    stage: Stage
+    stage: SplitStage
     run: Callable[[int], object]
 
 
@@ -76,7 +76,7 @@ class _Message:
         return decode_request("", self.body, int(self.headers[JSON_LENGTH_HEADER]))
 
 
-class StageWorks:
+class StageBuilder:
     """Pictures in every form that a stage begins with.
 
     Args:
@@ -97,9 +97,9 @@ class StageWorks:
         self._whole = CutTail(cuts, 0, device)
         self._exact = self._whole.embed(self._pixels)
 
-    def of_pictures(self) -> Iterator[StageWork]:
+    def of_pictures(self) -> Iterator[TimedStage]:
         """Stages that have nothing to do with a cut."""
-        yield StageWork(Stage(kind="prepare"), self._prepare)
+        yield TimedStage(SplitStage(kind="prepare"), self._prepare)
         for codec in IMAGE_CODECS:
             sent = [self._sent(codec, file) for file in self._files]
             yield self._compress(codec)
@@ -113,7 +113,7 @@ class StageWorks:
             sizes = [len(self._sent(codec, file).body) for file in self._files]
             yield _payload(None, codec, sizes, cosines(found, self._exact))
 
-    def of_cut(self, point: CutPoint) -> tuple[list[StageWork], list[Payload]]:
+    def of_cut(self, point: CutPoint) -> tuple[list[TimedStage], list[Payload]]:
         """The stages of one cut, and what crosses there."""
         head = CutHead(self._cuts, point.number, self._device)
         tail = CutTail(self._cuts, point.number, self._device) if point.number else self._whole
@@ -125,8 +125,8 @@ class StageWorks:
         def run_head(at: int) -> object:
             return head.run(self._pixels[at : at + 1])
 
-        works = [StageWork(Stage(kind="tail", cut=number), run_tail)]
-        works += [StageWork(Stage(kind="head", cut=number), run_head)] if number else []
+        works = [TimedStage(SplitStage(kind="tail", cut=number), run_tail)]
+        works += [TimedStage(SplitStage(kind="head", cut=number), run_head)] if number else []
         payloads = []
         for codec in _codecs(point):
             made, payload = self._of_codec(point, codec, values, tail)
@@ -136,12 +136,12 @@ class StageWorks:
 
     def _of_codec(
         self, point: CutPoint, codec: CodecName, values: NDArray[Any], tail: CutTail
-    ) -> tuple[list[StageWork], Payload]:
+    ) -> tuple[list[TimedStage], Payload]:
         number = point.number
 
         def pack(at: int) -> _Message:
             tensors = encode(codec, values[at : at + 1], axis=point.axis)
-            model = tail_model(self._cuts.manifest.bundle, number)
+            model = tail_model_name(self._cuts.manifest.bundle, number)
             return self._message(model, tensors, {CODEC: codec, CUT: str(number)})
 
         messages = [pack(at) for at in range(len(values))]
@@ -153,26 +153,26 @@ class StageWorks:
         found = np.concatenate([tail.embed(unpack(at)) for at in range(len(messages))])
         sizes = [len(message.body) for message in messages]
         works = [
-            StageWork(Stage(kind="encode", cut=number, codec=codec), pack),
-            StageWork(Stage(kind="decode", cut=number, codec=codec), unpack),
+            TimedStage(SplitStage(kind="encode", cut=number, codec=codec), pack),
+            TimedStage(SplitStage(kind="decode", cut=number, codec=codec), unpack),
         ]
         return works, _payload(number, codec, sizes, cosines(found, self._exact))
 
     def _prepare(self, at: int) -> object:
         return resize_and_crop(self._files[at], self._spec)
 
-    def _compress(self, codec: str) -> StageWork:
+    def _compress(self, codec: str) -> TimedStage:
         def run(at: int) -> object:
             return self._sent(codec, self._files[at])
 
-        return StageWork(Stage(kind="compress", codec=codec), run)
+        return TimedStage(SplitStage(kind="compress", codec=codec), run)
 
-    def _open(self, codec: str, sent: Sequence[_Message]) -> StageWork:
+    def _open(self, codec: str, sent: Sequence[_Message]) -> TimedStage:
         def run(at: int) -> object:
             (content,) = sent[at].read().inputs["images"]
             return resize_and_crop(content, self._spec)
 
-        return StageWork(Stage(kind="open", codec=codec), run)
+        return TimedStage(SplitStage(kind="open", codec=codec), run)
 
     def _sent(self, codec: str, file: bytes) -> _Message:
         images = np.array([encode_picture(codec, file, self._spec)], dtype=object)
@@ -219,7 +219,7 @@ class StageSampler:
         pictures: how many there are; round i looks at picture i modulo that.
     """
 
-    def __init__(self, works: Sequence[StageWork], pictures: int) -> None:
+    def __init__(self, works: Sequence[TimedStage], pictures: int) -> None:
         self._works, self._pictures = works, pictures
         self._rounds: list[NDArray[np.float64]] = []
 
@@ -258,7 +258,7 @@ def measure_cuts(
     pictures: Sequence[Path] = (),
     rounds: int = 100,
     progress: Progress | None = None,
-    altered: Callable[[StageWork], StageWork] = lambda work: work,
+    altered: Callable[[TimedStage], TimedStage] = lambda work: work,
 ) -> StageTimes:
     """Measure all stages of both sides, what crosses, and what each codec costs.
 
@@ -278,7 +278,7 @@ def measure_cuts(
         EngineError, CutSetError, MissingExtraError: see `CutHead`.
     """
     files = _files(cuts, pictures, rounds)
-    all_works, meter = StageWorks(cuts, device, files), find_meter(device)
+    all_works, meter = StageBuilder(cuts, device, files), find_meter(device)
     payloads, stages = list[Payload](all_works.picture_payloads()), list[StageSamples]()
     groups = list(_groups(cuts))
     with _watched() as cpu:
@@ -324,7 +324,7 @@ def _files(cuts: CutSet, pictures: Sequence[Path], rounds: int) -> list[Path]:
 
 
 def _sampled(
-    works: Sequence[StageWork],
+    works: Sequence[TimedStage],
     rounds: int,
     pictures: int,
     meter: EnergyMeter | None,
@@ -383,8 +383,8 @@ def stage_table(times: StageTimes, manifest: CutManifest) -> str:
     """Medians of every stage, bytes and cosines of every codec, and warnings."""
     cuts = [("cut", "where", "head ms", "tail ms")]
     for point in manifest.points:
-        head = times.find(Stage(kind="head", cut=point.number))
-        tail = times.ms(Stage(kind="tail", cut=point.number))
+        head = times.find(SplitStage(kind="head", cut=point.number))
+        tail = times.ms(SplitStage(kind="tail", cut=point.number))
         before = "" if head is None else _median(np.array(head.ms))
         cuts.append((str(point.number), point.name, before, _median(tail)))
     what = f"{times.rounds} rounds over {times.pictures} pictures, batch 1; medians"
@@ -406,11 +406,11 @@ def stage_table(times: StageTimes, manifest: CutManifest) -> str:
 
 def _codec_row(times: StageTimes, payload: Payload) -> tuple[str, ...]:
     if payload.cut is None:
-        sending = Stage(kind="compress", codec=payload.codec)
-        receiving = Stage(kind="open", codec=payload.codec)
+        sending = SplitStage(kind="compress", codec=payload.codec)
+        receiving = SplitStage(kind="open", codec=payload.codec)
     else:
-        sending = Stage(kind="encode", cut=payload.cut, codec=payload.codec)
-        receiving = Stage(kind="decode", cut=payload.cut, codec=payload.codec)
+        sending = SplitStage(kind="encode", cut=payload.cut, codec=payload.codec)
+        receiving = SplitStage(kind="decode", cut=payload.cut, codec=payload.codec)
     return (
         "picture" if payload.cut is None else f"cut {payload.cut}",
         payload.codec,

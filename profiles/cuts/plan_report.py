@@ -12,8 +12,8 @@ from edgeclip.profiles.report.report_charts import (
     tick_name,
 )
 from edgeclip.runtime.console import columns, digits, percent
-from edgeclip.runtime.planning.estimate import Estimate
-from edgeclip.runtime.planning.planner import Choice, Objective
+from edgeclip.runtime.planning.estimate import PlanEstimate
+from edgeclip.runtime.planning.planner import Objective, PlanChoice
 
 _HEADER = (
     *("", "plan", "p50 ms", "p95 ms", "bytes", "cosine", "least"),
@@ -21,7 +21,7 @@ _HEADER = (
 )
 
 
-def plan_table(choice: Choice, *, all_codecs: bool = False) -> str:
+def plan_table(choice: PlanChoice, *, all_codecs: bool = False) -> str:
     """One line for each plan, the cheapest first: times, bytes, cosines, and the parts' means.
 
     Args:
@@ -39,7 +39,7 @@ def plan_table(choice: Choice, *, all_codecs: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _row(item: Estimate, choice: Choice) -> tuple[str, ...]:
+def _row(item: PlanEstimate, choice: PlanChoice) -> tuple[str, ...]:
     parts = item.parts
     values = (
         *(parts.device, parts.encode, parts.up, parts.rtt),
@@ -57,7 +57,7 @@ def _row(item: Estimate, choice: Choice) -> tuple[str, ...]:
     )
 
 
-def explain(choice: Choice, objective: Objective) -> str:
+def explain(choice: PlanChoice, objective: Objective) -> str:
     """A few sentences: what was chosen, by how much, and why no cut in the middle was."""
     lines = [_headline(choice, objective)]
     if choice.best.plan.kind != "cut" or choice.best.plan.cut == 0:
@@ -74,7 +74,7 @@ def explain(choice: Choice, objective: Objective) -> str:
     return "\n".join(lines)
 
 
-def _headline(choice: Choice, objective: Objective) -> str:
+def _headline(choice: PlanChoice, objective: Objective) -> str:
     best = choice.best
     start = f"Chosen: {best.plan.name}, p95 {digits(best.p95_ms)} ms."
     if not choice.meets_deadline:
@@ -91,7 +91,7 @@ def _headline(choice: Choice, objective: Objective) -> str:
     return f"{start} The next one, {following.plan.name}, costs {digits(gain)} ms ({share}) more."
 
 
-def _why_no_cut(choice: Choice, objective: Objective) -> list[str]:
+def _why_no_cut(choice: PlanChoice, objective: Objective) -> list[str]:
     middle = [item for item in choice.allowed if item.plan.kind == "cut" and item.plan.cut]
     if not middle:
         return []
@@ -109,7 +109,7 @@ def _why_no_cut(choice: Choice, objective: Objective) -> list[str]:
     return lines
 
 
-def _wide(middle: Sequence[Estimate], picture: Estimate) -> list[str]:
+def _wide(middle: Sequence[PlanEstimate], picture: PlanEstimate) -> list[str]:
     if not middle:
         return []
     smallest = min(middle, key=_bytes)
@@ -122,7 +122,7 @@ def _wide(middle: Sequence[Estimate], picture: Estimate) -> list[str]:
     ]
 
 
-def _narrow(middle: Sequence[Estimate], choice: Choice, objective: Objective) -> list[str]:
+def _narrow(middle: Sequence[PlanEstimate], choice: PlanChoice, objective: Objective) -> list[str]:
     if not middle:
         return []
     best = min(middle, key=objective.cost)
@@ -136,11 +136,11 @@ def _narrow(middle: Sequence[Estimate], choice: Choice, objective: Objective) ->
     ]
 
 
-def _bytes(item: Estimate) -> int:
+def _bytes(item: PlanEstimate) -> int:
     return item.bytes_p50
 
 
-def _quoted(item: Estimate) -> str:
+def _quoted(item: PlanEstimate) -> str:
     return f"{item.plan.name!r}"
 
 
@@ -171,7 +171,7 @@ text { fill: #3d454f; paint-order: stroke; stroke: #ffffff; stroke-width: 3px; }
 """
 
 
-def plan_picture(choice: Choice, *, title: str, deadline_ms: float | None = None) -> str:
+def plan_picture(choice: PlanChoice, *, title: str, deadline_ms: float | None = None) -> str:
     """Draw the plans, each in its best codec, as SVG that stands by itself.
 
     A bar is as long as the mean time, its parts as their means; a black mark is the 95th
@@ -212,7 +212,7 @@ def plan_page(picture: str, *, title: str, words: str) -> str:
     )
 
 
-def _legend(shown: Sequence[Estimate]) -> list[str]:
+def _legend(shown: Sequence[PlanEstimate]) -> list[str]:
     """The parts that occur, in two rows if need be, and the mark."""
     parts: list[str] = []
     at, row = 12.0, 48.0
@@ -246,7 +246,7 @@ def _grid(x: Axis, top: float, bottom: float) -> list[str]:
     ]
 
 
-def _bar(item: Estimate, x: Axis, top: float, *, chosen: bool) -> list[str]:
+def _bar(item: PlanEstimate, x: Axis, top: float, *, chosen: bool) -> list[str]:
     base = top + _ROW / 2
     name = f"▸ {item.plan.name}" if chosen else item.plan.name
     parts = [text(x.start - 10, base + 5, name, css="strong" if chosen else "", anchor="end")]

@@ -16,8 +16,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from edgeclip.profiles.layers.layer_profile import Layer, run_alternately, summarize_layers
 from edgeclip.profiles.layers.node_costs import TensorType, node_bytes
-from edgeclip.profiles.record.measurement import Layer, LayerProfile, layer_profile, run_in_turns
+from edgeclip.profiles.record.measurement import LayerProfile
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import Engine
 from edgeclip.runtime.engines.tensorrt_engine import TensorRtEngine
@@ -111,7 +112,7 @@ def profile_tensorrt(
     profiler = make_profiler(library.module, recorder)  # kept alive here until all is done
     context.profiler = profiler
     context.enqueue_emits_profile = False
-    times = run_in_turns(
+    times = run_alternately(
         partial(plain.run, feed),
         partial(_run_once, profiled, context, recorder, feed),
         runs=runs,
@@ -123,7 +124,7 @@ def profile_tensorrt(
         raise EngineError(f"{library.title} reported no layers: build the engine again")
     known = read_layers(_inspect(library.module, context), library.title)
     layers = {name: known.get(name, _unknown(name, library.title)) for name in names}
-    return layer_profile(f"{library.title} IProfiler", layers, counted, times)
+    return summarize_layers(f"{library.title} IProfiler", layers, counted, times)
 
 
 def read_layers(report: str, provider: str) -> dict[str, Layer]:

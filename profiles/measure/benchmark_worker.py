@@ -1,4 +1,8 @@
-"""The benchmark worker: a fresh process that runs subjects in turns and returns their times."""
+"""The benchmark worker: a fresh process that runs one job and writes its result to a file.
+
+`python -m edgeclip.profiles.measure.benchmark_worker REQUEST.json RESULT.json`; `worker_client`
+starts it.
+"""
 
 import argparse
 import sys
@@ -10,10 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.profiles.measure.interleaved_runs import Candidate
+from edgeclip.profiles.measure.interleaved_runs import (
+    BenchmarkTarget,
+    run_interleaved,
+    run_sweep,
+    warm_up,
+)
 from edgeclip.profiles.measure.open_subject import OpenSubject, open_subject
 from edgeclip.profiles.measure.subject import SubjectSpec
-from edgeclip.profiles.measure.worker_client import ERROR, STEP, Answer, Request, SubjectTurns
+from edgeclip.profiles.measure.worker_client import (
+    ERROR,
+    STEP,
+    SubjectRuns,
+    WorkerRequest,
+    WorkerResult,
+)
 from edgeclip.profiles.record.measurement import Yardstick
 from edgeclip.profiles.sensors.clocks import peak_memory_mb
 from edgeclip.runtime.bundle.bundle import Bundle
@@ -21,82 +36,58 @@ from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
 from edgeclip.runtime.engines.providers import CPU
 from edgeclip.runtime.errors import EdgeClipError, EngineError, InputError
 
-NAME = "transformer-layer-1"  # another graph has another name: their times do not compare
-TOKENS, WIDTH = 64, 256
-YARDSTICK = Path(__file__).with_name("graphs") / "yardstick.onnx"
+YARDSTICK_NAME = "transformer-layer-1"  # rename it with the graph: other graphs do not compare
+YARDSTICK_GRAPH = Path(__file__).with_name("graphs") / "yardstick.onnx"
+TOKENS, WIDTH = 64, 256  # of the yardstick's input
+
+_SECONDS_BETWEEN_STEPS = 0.5  # each step wakes the process that reads it
+_MEMORY_RUNS = 3  # the first allocates memory, and later ones may need some more
+_MIN_SWEEP_WARM_UPS = 3
 
 
-def yardstick_candidate(threads: int) -> Candidate:
-    """The yardstick as something to measure, on so many threads.
-
-    Raises:
-        EngineError: onnxruntime cannot load the graph.
-        MissingExtraError: onnxruntime is not installed.
-    """
-    engine = OrtEngine(YARDSTICK, providers=(CPU,), threads=threads)
-
-    def run(values: NDArray[Any]) -> object:
-        return engine.run({"values": values})["result"]
-
-    return Candidate(NAME, run, _values, threads)
-
-
-def _values(size: int) -> NDArray[np.float32]:
-    """float32 [size, TOKENS, WIDTH] between -1 and 1, always the same."""
-    count = size * TOKENS * WIDTH
-    return np.sin(np.arange(count)).astype(np.float32).reshape(size, TOKENS, WIDTH)
+def main(arguments: list[str] | None = None) -> int:
+    """Read the request file, run the job, write the result file."""
+    parser = argparse.ArgumentParser(prog="python -m edgeclip.profiles.measure.benchmark_worker")
+    parser.add_argument("request", type=Path, help="JSON file of a WorkerRequest")
+    parser.add_argument("result", type=Path, help="JSON file to write, a WorkerResult")
+    args = parser.parse_args(arguments)
+    try:
+        run_request(WorkerRequest.load(args.request)).save(args.result)
+    except EdgeClipError as error:
+        print(ERROR + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
 
 
-_SECONDS_BETWEEN_STEPS = 0.5  # each wakes the process that reads them
-_MEMORY_RUNS = 3  # the first plans memory, and later ones may still take some
-_LEAST_WARM_UPS = 3
-
-
-class _Steps:
-    """Tells how far it is, rarely enough not to disturb what is measured."""
-
-    def __init__(self, total: int) -> None:
-        self._done, self._total, self._told = 0, total, -float("inf")
-
-    def __call__(self) -> None:
-        self._done += 1
-        now = time.monotonic()
-        if now - self._told >= _SECONDS_BETWEEN_STEPS:
-            self._told = now
-            print(STEP, self._done, self._total, flush=True)
-
-
-def answer_to(request: Request) -> Answer:
-    """Do what is asked for.
+def run_request(request: WorkerRequest) -> WorkerResult:
+    """Run one job in this process.
 
     Raises:
         EngineError: a subject cannot be opened or run; the message names it.
-        InputError: a request that does not hold what its errand needs.
+        InputError: the request lacks something that its task needs.
     """
-    if request.errand == "turns":
-        return _turns(request)
+    if request.task == "interleaved":
+        return _run_interleaved(request)
     if len(request.subjects) != 1:
-        raise InputError(f"{request.errand} is measured of one subject at a time")
-    if request.errand == "memory":
-        return _memory(request.subjects[0])
-    return _sweep(request)
+        raise InputError(f"{request.task} is measured of one subject at a time")
+    if request.task == "memory":
+        return _measure_memory(request.subjects[0])
+    return _run_sweep(request)
 
 
-def _turns(request: Request) -> Answer:
-    from edgeclip.profiles.measure.interleaved_runs import run_turns
-
+def _run_interleaved(request: WorkerRequest) -> WorkerResult:
     workload, specs = request.workload, request.subjects
     if workload is None or not specs:
-        raise InputError("turns need a workload and at least one subject")
+        raise InputError("interleaved runs need a workload and at least one subject")
     with ExitStack() as stack:
         bundles: dict[str, Bundle] = {}
         subjects = [stack.enter_context(_open(spec, bundles)) for spec in specs]
-        yardstick = yardstick_candidate(specs[0].device.threads)
-        candidates = [*(subject.candidate for subject in subjects), yardstick]
-        steps = _Steps(len(candidates) + workload.repeats)
-        *turns, measure = run_turns(candidates, workload, steps)
+        targets = [subject.target for subject in subjects]
+        targets.append(yardstick_target(specs[0].device.threads))
+        steps = _StepPrinter(len(targets) + workload.repeats)
+        *runs, yardstick = run_interleaved(targets, workload, steps)
         found = tuple(
-            SubjectTurns(
+            SubjectRuns(
                 samples_ms=each.times.wall_ms,
                 warm_up=each.warm_up,
                 cpu=each.cpu,
@@ -104,38 +95,37 @@ def _turns(request: Request) -> Answer:
                 identity=subject.identity,
                 remarks=subject.remarks(),
             )
-            for subject, each in zip(subjects, turns, strict=True)
+            for subject, each in zip(subjects, runs, strict=True)
         )
-    return Answer(turns=found, yardstick=Yardstick(name=NAME, samples_ms=(measure.times.wall_ms,)))
+    samples = (yardstick.times.wall_ms,)
+    return WorkerResult(runs=found, yardstick=Yardstick(name=YARDSTICK_NAME, samples_ms=samples))
 
 
-def _memory(spec: SubjectSpec) -> Answer:
+def _measure_memory(spec: SubjectSpec) -> WorkerResult:
     with _open(spec, {}) as subject:
-        batch = subject.candidate.make_batch(1)
+        batch = subject.target.make_batch(1)
         for _ in range(_MEMORY_RUNS):
-            subject.candidate.run(batch)
-        return Answer(peak_memory_mb=peak_memory_mb())
+            subject.target.run(batch)
+        return WorkerResult(peak_memory_mb=peak_memory_mb())
 
 
-def _sweep(request: Request) -> Answer:
-    from edgeclip.profiles.measure.interleaved_runs import run_sweep, settle
-
-    points, steps = [], _Steps(len(request.batch_sizes))
+def _run_sweep(request: WorkerRequest) -> WorkerResult:
+    points, steps = [], _StepPrinter(len(request.batch_sizes))
     with _open(request.subjects[0], {}) as subject:
-        candidate = subject.candidate
+        target = subject.target
         for size in request.batch_sizes:
             try:
-                batch = candidate.make_batch(size)
-            except InputError:  # a graph of somebody else that takes one batch only
+                batch = target.make_batch(size)
+            except InputError:  # a peer's graph that takes one batch size only
                 continue
-            settle(candidate, batch, least=_LEAST_WARM_UPS, seconds=request.seconds)
-            points += run_sweep([candidate], size, request.seconds)
+            warm_up(target, batch, min_runs=_MIN_SWEEP_WARM_UPS, max_seconds=request.seconds)
+            points += run_sweep([target], size, request.seconds)
             steps()
-    return Answer(sweep=tuple(points))
+    return WorkerResult(sweep=tuple(points))
 
 
 def _open(spec: SubjectSpec, bundles: dict[str, Bundle]) -> OpenSubject:
-    """Open a subject, and its bundle once for all subjects of it."""
+    """Open a subject; `bundles` holds those that are open already, by their directory."""
     try:
         if spec.bundle is None:
             return open_subject(spec)
@@ -146,18 +136,37 @@ def _open(spec: SubjectSpec, bundles: dict[str, Bundle]) -> OpenSubject:
         raise EngineError(f"{spec.title}: {error}") from error
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Answer the request in one file with another."""
-    parser = argparse.ArgumentParser(prog="python -m edgeclip.profiles.measure.benchmark_worker")
-    parser.add_argument("request", type=Path, help="JSON file of a Request")
-    parser.add_argument("answer", type=Path, help="JSON file to write")
-    args = parser.parse_args(arguments)
-    try:
-        answer_to(Request.load(args.request)).save(args.answer)
-    except EdgeClipError as error:
-        print(ERROR + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+def yardstick_target(threads: int) -> BenchmarkTarget:
+    """Load the yardstick: one transformer layer on ONNX Runtime's CPU provider.
+
+    Raises:
+        EngineError: onnxruntime cannot load the graph.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    engine = OrtEngine(YARDSTICK_GRAPH, providers=(CPU,), threads=threads)
+
+    def run(values: NDArray[Any]) -> object:
+        return engine.run({"values": values})["result"]
+
+    def make_batch(size: int) -> NDArray[np.float32]:
+        values = np.sin(np.arange(size * TOKENS * WIDTH)).astype(np.float32)
+        return values.reshape(size, TOKENS, WIDTH)
+
+    return BenchmarkTarget(YARDSTICK_NAME, run, make_batch, threads)
+
+
+class _StepPrinter:
+    """Prints progress on stdout, rarely enough not to disturb the timed runs."""
+
+    def __init__(self, total: int) -> None:
+        self._done, self._total, self._printed = 0, total, -float("inf")
+
+    def __call__(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._printed >= _SECONDS_BETWEEN_STEPS:
+            self._printed = now
+            print(STEP, self._done, self._total, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What a fresh process pays before its first embedding: import, load, first run, memory.
+"""Measure the cold start of a fresh process: import, load, first run, peak memory.
 
 `measure_cold_start` starts such processes. The process itself is this module:
 `python -m edgeclip.profiles.measure.cold_start MODEL --input NAME=DTYPE:SHAPE --device DEVICE`
-prints one line of JSON. It imports nothing heavy before its clock runs.
+prints one line of JSON. It imports nothing heavy before its clock starts, hence the imports
+inside functions.
 """
 
 import argparse
@@ -35,23 +36,23 @@ def measure_cold_start(
     device: "DeviceProfile",
     processes: int = 3,
 ) -> "ColdStart":
-    """Start `processes` fresh processes one after the other, and take their means.
+    """Start fresh processes one after the other, and average their steps.
 
-    Importing means `edgeclip.runtime.encoder` with the engine's package, and reading the device's
-    profile, which says which engine that is; Python's own start is not counted. The operating
-    system may hold the files in its cache already.
+    The import step covers `edgeclip.runtime.encoder`, the engine's package and the device
+    profile; Python's own start is not counted. The operating system may have the files in its
+    cache already.
 
     Args:
-        model: the ONNX file; files beside it that hold its weights count as its own.
-        inputs: an example of the first run's inputs, of which shapes and types are used.
+        model: the ONNX file; its external data files count towards its size.
+        inputs: example inputs by name; only their shapes and types are used.
         device: says which engine to use.
-        processes: at least 1.
+        processes: number of processes, at least 1.
 
     Raises:
         EngineError: a process failed; the message ends with its own last line.
         InputError: `processes` is below 1, or the file is missing.
     """
-    from edgeclip.profiles.measure.open_subject import data_files
+    from edgeclip.profiles.measure.onnx_model import data_files
     from edgeclip.profiles.record.measurement import ColdStart
     from edgeclip.runtime.device.device_profile import device_yaml
 
@@ -80,24 +81,25 @@ def measure_cold_start(
 
 
 def _intervals(runs: Sequence[Mapping[str, float]]) -> "StartIntervals":
-    """Means over processes; of a single one the intervals say nothing."""
+    """Average each step over the processes; the intervals of a single process mean nothing."""
     import numpy as np
 
     from edgeclip.profiles.record.measurement import StartIntervals
     from edgeclip.profiles.record.timing_statistics import latency_of
 
-    def over(*steps: str) -> "Interval":
+    def mean(*steps: str) -> "Interval":
         return latency_of([np.array([sum(run[step] for step in steps)]) for run in runs]).p50_ms
 
     return StartIntervals(
-        import_ms=over("import_ms"),
-        load_ms=over("load_ms"),
-        first_run_ms=over("first_run_ms"),
-        total_ms=over("import_ms", "load_ms", "first_run_ms"),
+        import_ms=mean("import_ms"),
+        load_ms=mean("load_ms"),
+        first_run_ms=mean("first_run_ms"),
+        total_ms=mean("import_ms", "load_ms", "first_run_ms"),
     )
 
 
 def _run_child(command: list[str]) -> dict[str, Any]:
+    """Run the command and parse the JSON in the last line that it prints."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -110,8 +112,8 @@ def _run_child(command: list[str]) -> dict[str, Any]:
     return result
 
 
-def _cold_start(model: Path, inputs: list[str], device_name: str) -> dict[str, float | None]:
-    """Import, load and run once in this process."""
+def _time_cold_start(model: Path, inputs: list[str], device_name: str) -> dict[str, float | None]:
+    """Time import, load and first run in this process."""
     began = time.perf_counter()
     from edgeclip.runtime.device.device_profile import load_device
 
@@ -124,7 +126,7 @@ def _cold_start(model: Path, inputs: list[str], device_name: str) -> dict[str, f
     from edgeclip.runtime.engines.engine import open_engine
 
     imported = time.perf_counter()
-    feeds = dict(_feed(item) for item in inputs)
+    feeds = dict(_parse_input(item) for item in inputs)
     loading = time.perf_counter()
     engine = open_engine(model, device=device)
     loaded = time.perf_counter()
@@ -138,8 +140,8 @@ def _cold_start(model: Path, inputs: list[str], device_name: str) -> dict[str, f
     }
 
 
-def _feed(item: str) -> "tuple[str, NDArray[Any]]":
-    """Ones of the type and shape that `NAME=DTYPE:SHAPE` says."""
+def _parse_input(item: str) -> "tuple[str, NDArray[Any]]":
+    """Make an input of ones from NAME=DTYPE:SHAPE; returns its name and value."""
     import numpy as np
 
     try:
@@ -160,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="this-machine", help="name, or path of a YAML file")
     args = parser.parse_args(arguments)
     try:
-        print(json.dumps(_cold_start(args.model, args.input, args.device)))
+        print(json.dumps(_time_cold_start(args.model, args.input, args.device)))
     except EdgeClipError as error:
         print(f"edgeclip: error: {error}", file=sys.stderr)
         return 2

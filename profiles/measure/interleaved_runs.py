@@ -1,4 +1,9 @@
-"""Latency and throughput of several candidates, interleaved in one process."""
+"""Time several targets in one process, interleaved run by run: latency, ratios, throughput.
+
+In each round every target runs once. The order is rotated and reversed from round to round, so
+that each target takes each place equally often; a change of the machine's speed affects all
+targets alike, and ratios of runs of the same round are free of it.
+"""
 
 import gc
 import itertools
@@ -30,20 +35,20 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.console import Progress
 from edgeclip.runtime.errors import InputError
 
-_WINDOW = 5  # runs whose median is compared with that of the 5 before
-_STEADY = 0.05  # largest relative change of that median once warm
-_FEWEST_SWEEP_RUNS = 3
+_WINDOW = 5  # runs whose median is compared with that of the 5 runs before
+_STEADY = 0.05  # largest relative change of that median after warm-up
+_MIN_SWEEP_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """Something to measure: a tower in some precision on some engine.
+class BenchmarkTarget:
+    """A callable to benchmark, such as a tower in one precision on one engine.
 
     Attributes:
-        name: unique among the candidates, such as "student int8".
-        run: does the work on a batch and returns when the result is in memory.
-        make_batch: inputs for a batch of n, first axis n; not timed.
-        threads: of its engine, for the record.
+        name: unique among the targets, such as "student int8".
+        run: processes a batch and returns when the result is in host memory.
+        make_batch: returns inputs of batch size n, first axis n; not timed.
+        threads: number of engine threads, for the record.
     """
 
     name: str
@@ -53,13 +58,19 @@ class Candidate:
 
 
 def repeat_rows(inputs: NDArray[Any]) -> Callable[[int], NDArray[Any]]:
-    """A `make_batch` that takes the rows of `inputs` [N, ...] again and again."""
+    """Return a `make_batch` that cycles through the rows of `inputs` [N, ...]."""
     return lambda size: np.take(inputs, np.arange(size) % len(inputs), axis=0)
 
 
 @dataclass(frozen=True, slots=True)
 class RunTimes:
-    """Seconds of each timed run of one candidate, in round order."""
+    """Seconds of each timed run of one target, in round order.
+
+    Attributes:
+        wall: wall time.
+        thread: CPU time of the calling thread.
+        process: CPU time of all threads.
+    """
 
     wall: list[float] = field(default_factory=list)
     thread: list[float] = field(default_factory=list)
@@ -67,19 +78,19 @@ class RunTimes:
 
     @property
     def wall_ms(self) -> tuple[float, ...]:
-        """Milliseconds to a tenth of a microsecond, finer than two runs are ever alike."""
+        """Wall times in milliseconds, rounded to 0.1 microseconds."""
         return tuple(round(1e3 * value, 4) for value in self.wall)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turns:
-    """What one candidate did in one process, at batch 1.
+class TargetRuns:
+    """Runs of one target at batch 1 in one process.
 
     Attributes:
         input_shape: at batch 1.
-        warm_up: before the timed runs.
+        warm_up: runs before the timed ones.
         times: of the timed runs.
-        cpu: see `CpuTime`.
+        cpu: CPU time used and denied.
     """
 
     input_shape: tuple[int, ...]
@@ -89,76 +100,103 @@ class Turns:
 
 
 def measure_interleaved(
-    candidates: Sequence[Candidate],
+    targets: Sequence[BenchmarkTarget],
     workload: Workload,
     *,
     part: Part,
     reference: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Measurement, ...]:
-    """Measure all candidates for one tower, taking turns; results in their order.
+    """Benchmark targets in this process: latency at batch 1, then throughput in larger batches.
 
-    Latency is wall time at batch 1. From round to round the order is rotated and
-    reversed, so that each candidate takes each place equally often. The garbage collector
-    rests meanwhile.
+    The garbage collector is off during timed runs.
 
     Args:
-        candidates: at least one; names must differ.
-        workload: batch sizes, warm-up and repeats; its `cold_starts` are not done here.
-        part: which part of a bundle they all are.
-        reference: the name of the candidate that the others' ratios divide by, if any.
+        targets: at least one, with different names.
+        workload: batch sizes, warm-up and repeats; its `cold_starts` are ignored here.
+        part: the part of a bundle that all targets implement.
+        reference: name of the target that the ratios divide by, if any.
         progress: called after each step.
 
+    Returns:
+        One measurement for each target, in the order of `targets`.
+
     Raises:
-        InputError: no candidate, a repeated name, an unknown reference, or a batch that
-            does not have as many rows as it was asked for.
-        Exception: whatever a candidate's `run` raises.
+        InputError: no target, a repeated name, an unknown reference, or a batch that does not
+            have as many rows as requested.
+        Exception: whatever a target's `run` raises.
     """
-    _check(candidates, reference)
-    step = _stepper(progress, len(candidates) + workload.repeats + len(workload.batch_sizes) - 1)
-    turns = run_turns(candidates, workload, step)
-    sweeps = []
+    names = [target.name for target in targets]
+    if not names:
+        raise InputError("nothing to measure: give at least one target")
+    if len(set(names)) != len(names):
+        raise InputError(f"targets need different names, got {', '.join(names)}")
+    if reference is not None and reference not in names:
+        raise InputError(f"reference {reference!r} is not a target: {', '.join(names)}")
+    done = itertools.count(1)
+    total = len(targets) + workload.repeats + len(workload.batch_sizes) - 1
+
+    def step() -> None:
+        if progress is not None:
+            progress(next(done), total)
+
+    runs = run_interleaved(targets, workload, step)
+    sweeps = [[_sweep_point(t, each.times, 1)] for t, each in zip(targets, runs, strict=True)]
     for size in workload.batch_sizes[1:]:
-        sweeps.append(run_sweep(candidates, size, workload.seconds_per_batch))
+        points = run_sweep(targets, size, workload.seconds_per_batch)
+        for sweep, point in zip(sweeps, points, strict=True):
+            sweep.append(point)
         step()
-    bases = [each.times for c, each in zip(candidates, turns, strict=True) if c.name == reference]
-    return tuple(
-        Measurement(
-            name=candidate.name,
-            part=part,
-            input_shape=each.input_shape,
-            warm_up=each.warm_up,
-            latency=latency_of([np.array(each.times.wall) * 1e3]),
-            samples_ms=(each.times.wall_ms,),
-            ratio=None if candidate.name == reference else _ratio(each.times, bases, reference),
-            sweep=(_point(candidate, each.times, 1), *(sweep[number] for sweep in sweeps)),
-            cpu=each.cpu,
-            contended=each.cpu.contended,
+    base = None if reference is None else np.array(runs[names.index(reference)].times.wall)
+    found = []
+    for target, each, sweep in zip(targets, runs, sweeps, strict=True):
+        seconds, ratio = np.array(each.times.wall), None
+        if base is not None and reference is not None and target.name != reference:
+            ratio = PairedRatio(reference=reference, ratio=paired_ratio([seconds], [base]))
+        found.append(
+            Measurement(
+                name=target.name,
+                part=part,
+                input_shape=each.input_shape,
+                warm_up=each.warm_up,
+                latency=latency_of([seconds * 1e3]),
+                samples_ms=(each.times.wall_ms,),
+                ratio=ratio,
+                sweep=tuple(sweep),
+                cpu=each.cpu,
+                contended=each.cpu.contended,
+            )
         )
-        for number, (candidate, each) in enumerate(zip(candidates, turns, strict=True))
-    )
+    return tuple(found)
 
 
-def run_turns(
-    candidates: Sequence[Candidate],
+def run_interleaved(
+    targets: Sequence[BenchmarkTarget],
     workload: Workload,
     step: Callable[[], None] = lambda: None,
-) -> list[Turns]:
-    """Warm up each candidate, then let them take turns at batch 1.
+) -> list[TargetRuns]:
+    """Warm up each target, then run rounds at batch 1 in which each target runs once.
 
-    There are `workload.repeats` rounds, and more until `workload.turn_seconds` are over. The
-    garbage collector rests meanwhile. `step` is called after each warm-up and each of the rounds
-    that there are in any case.
+    There are `workload.repeats` rounds, and more until `workload.turn_seconds` have passed. The
+    garbage collector is off meanwhile. `step` is called after each warm-up and after each of the
+    first `workload.repeats` rounds.
 
     Raises:
-        InputError: a batch that does not have as many rows as it was asked for.
-        Exception: whatever a candidate's `run` raises.
+        InputError: a batch that does not have as many rows as requested.
+        Exception: whatever a target's `run` raises.
     """
-    singles = [_batch(candidate, 1) for candidate in candidates]
+    batches = [_make_batch(target, 1) for target in targets]
     with no_garbage_collection():
         warm_ups = []
-        for candidate, batch in zip(candidates, singles, strict=True):
-            warm_ups.append(warm_up(candidate, batch, workload))
+        for target, batch in zip(targets, batches, strict=True):
+            warm_ups.append(
+                warm_up(
+                    target,
+                    batch,
+                    min_runs=workload.min_warmup_runs,
+                    max_seconds=workload.max_warmup_seconds,
+                )
+            )
             step()
         before = CpuSnapshot.take()
         end = time.perf_counter() + workload.turn_seconds
@@ -168,69 +206,65 @@ def run_turns(
                 step()
             return done < workload.repeats or time.perf_counter() < end
 
-        times = _run_rounds(candidates, singles, go_on)
-        denied = CpuSnapshot.take().denied_since(before)
+        times = _run_rounds(targets, batches, go_on)
+        waiting_share, steal_share = CpuSnapshot.take().denied_since(before)
     return [
-        Turns(
-            input_shape=single.shape,
+        TargetRuns(
+            input_shape=batch.shape,
             warm_up=warm,
             times=each,
-            cpu=_cpu_time(each, denied),
+            cpu=CpuTime(
+                wall_s=sum(each.wall),
+                thread_s=sum(each.thread),
+                process_s=sum(each.process),
+                waiting_share=waiting_share,
+                steal_share=steal_share,
+            ),
         )
-        for single, warm, each in zip(singles, warm_ups, times, strict=True)
+        for batch, warm, each in zip(batches, warm_ups, times, strict=True)
     ]
 
 
-def run_sweep(candidates: Sequence[Candidate], size: int, seconds: float) -> list[SweepPoint]:
-    """Throughput of each candidate at one batch size, until each had its `seconds` on average.
+def run_sweep(targets: Sequence[BenchmarkTarget], size: int, seconds: float) -> list[SweepPoint]:
+    """Measure throughput at one batch size, in rounds, for `seconds` per target on average.
 
     Raises:
-        InputError, Exception: see `run_turns`.
+        InputError: a batch that does not have as many rows as requested.
+        Exception: whatever a target's `run` raises.
     """
-    batches = [_batch(candidate, size) for candidate in candidates]
-    for candidate, batch in zip(candidates, batches, strict=True):
-        candidate.run(batch)  # the first run of a shape plans memory
+    batches = [_make_batch(target, size) for target in targets]
+    for target, batch in zip(targets, batches, strict=True):
+        target.run(batch)  # the first run of a shape allocates memory
     with no_garbage_collection():
-        end = time.perf_counter() + seconds * len(candidates)
+        end = time.perf_counter() + seconds * len(targets)
         times = _run_rounds(
-            candidates,
+            targets,
             batches,
-            lambda done: done < _FEWEST_SWEEP_RUNS or time.perf_counter() < end,
+            lambda done: done < _MIN_SWEEP_ROUNDS or time.perf_counter() < end,
         )
-    return [_point(c, each, size) for c, each in zip(candidates, times, strict=True)]
+    return [_sweep_point(t, each, size) for t, each in zip(targets, times, strict=True)]
 
 
-def warm_up(candidate: Candidate, batch: NDArray[Any], workload: Workload) -> WarmUp:
-    """Run until the median stops moving, or the workload's time for it is over."""
-    return settle(
-        candidate, batch, least=workload.min_warmup_runs, seconds=workload.max_warmup_seconds
-    )
-
-
-def settle(candidate: Candidate, batch: NDArray[Any], *, least: int, seconds: float) -> WarmUp:
-    """Run at least `least` times, until the median stops moving or `seconds` are over."""
+def warm_up(
+    target: BenchmarkTarget, batch: NDArray[Any], *, min_runs: int, max_seconds: float
+) -> WarmUp:
+    """Run at least `min_runs` times, until the median is steady or `max_seconds` have passed."""
     recent: deque[float] = deque(maxlen=2 * _WINDOW)
     began = time.perf_counter()
     for runs in itertools.count(1):
         start = time.perf_counter()
-        candidate.run(batch)
+        target.run(batch)
         end = time.perf_counter()
         recent.append(end - start)
-        if runs >= least and _is_steady(recent):
+        if runs >= min_runs and _is_steady(recent):
             return WarmUp(runs=runs, settled=True)
-        if end - began >= seconds and runs >= least:
+        if end - began >= max_seconds and runs >= min_runs:
             break
     return WarmUp(runs=runs, settled=False)
 
 
-def round_order(count: int, number: int) -> list[int]:
-    """The order in which round `number` runs `count` candidates."""
-    shift = number // 2 % count
-    order = [*range(shift, count), *range(shift)]
-    return order[::-1] if number % 2 else order
-
-
 def _is_steady(recent: deque[float]) -> bool:
+    """Whether the median of the last runs equals that of the runs before them, about."""
     if len(recent) < 2 * _WINDOW:
         return False
     values = list(recent)
@@ -238,91 +272,16 @@ def _is_steady(recent: deque[float]) -> bool:
     return bool(abs(later - earlier) <= _STEADY * earlier)
 
 
-def _run_rounds(
-    candidates: Sequence[Candidate],
-    batches: Sequence[NDArray[Any]],
-    go_on: Callable[[int], bool],
-) -> list[RunTimes]:
-    """Rounds of one timed run each, while `go_on(rounds done)`."""
-    times = [RunTimes() for _ in candidates]
-    for number in itertools.count():
-        if not go_on(number):
-            break
-        for at in round_order(len(candidates), number):
-            _timed_run(candidates[at], batches[at], times[at])
-    return times
-
-
-def _timed_run(candidate: Candidate, batch: NDArray[Any], times: RunTimes) -> None:
-    process, thread = time.process_time(), time.thread_time()
-    start = time.perf_counter()
-    candidate.run(batch)
-    end = time.perf_counter()
-    times.wall.append(end - start)
-    times.thread.append(time.thread_time() - thread)
-    times.process.append(time.process_time() - process)
-
-
-def _point(candidate: Candidate, times: RunTimes, size: int) -> SweepPoint:
-    seconds = np.array(times.wall)
-    return SweepPoint(
-        batch=size,
-        threads=candidate.threads,
-        items_per_s=rate_interval(seconds, size),
-        p50_ms=percentile_interval(1e3 * seconds, 50),
-    )
-
-
-def _ratio(times: RunTimes, bases: Sequence[RunTimes], reference: str | None) -> PairedRatio | None:
-    if not bases or reference is None:
-        return None
-    ratio = paired_ratio(np.array(times.wall), np.array(bases[0].wall))
-    return PairedRatio(reference=reference, ratio=ratio)
-
-
-def _cpu_time(times: RunTimes, denied: tuple[float | None, float | None]) -> CpuTime:
-    return CpuTime(
-        wall_s=sum(times.wall),
-        thread_s=sum(times.thread),
-        process_s=sum(times.process),
-        waiting_share=denied[0],
-        steal_share=denied[1],
-    )
-
-
-def _batch(candidate: Candidate, size: int) -> NDArray[Any]:
-    batch = candidate.make_batch(size)
-    if batch.shape[:1] != (size,):
-        raise InputError(
-            f"{candidate.name}: make_batch({size}) returned shape {batch.shape}: "
-            f"its first axis must be {size}"
-        )
-    return batch
-
-
-def _check(candidates: Sequence[Candidate], reference: str | None) -> None:
-    names = [candidate.name for candidate in candidates]
-    if not names:
-        raise InputError("nothing to measure: give at least one candidate")
-    if len(set(names)) != len(names):
-        raise InputError(f"candidates need different names, got {', '.join(names)}")
-    if reference is not None and reference not in names:
-        raise InputError(f"reference {reference!r} is not a candidate: {', '.join(names)}")
-
-
-def _stepper(progress: Progress | None, total: int) -> Callable[[], None]:
-    done = itertools.count(1)
-
-    def step() -> None:
-        if progress is not None:
-            progress(next(done), total)
-
-    return step
+def round_order(count: int, number: int) -> list[int]:
+    """Return the order of `count` targets in round `number`: rotated, and reversed if odd."""
+    shift = number // 2 % count
+    order = [*range(shift, count), *range(shift)]
+    return order[::-1] if number % 2 else order
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect once, then keep the collector from stopping a timed run."""
+    """Collect garbage once, then keep the collector off inside the block."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -331,3 +290,44 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def _run_rounds(
+    targets: Sequence[BenchmarkTarget],
+    batches: Sequence[NDArray[Any]],
+    go_on: Callable[[int], bool],
+) -> list[RunTimes]:
+    """Run rounds of one timed run per target while `go_on(number of rounds done)` is true."""
+    times = [RunTimes() for _ in targets]
+    for number in itertools.count():
+        if not go_on(number):
+            break
+        for at in round_order(len(targets), number):
+            process, thread = time.process_time(), time.thread_time()
+            start = time.perf_counter()
+            targets[at].run(batches[at])
+            end = time.perf_counter()
+            times[at].wall.append(end - start)
+            times[at].thread.append(time.thread_time() - thread)
+            times[at].process.append(time.process_time() - process)
+    return times
+
+
+def _sweep_point(target: BenchmarkTarget, times: RunTimes, size: int) -> SweepPoint:
+    seconds = np.array(times.wall)
+    return SweepPoint(
+        batch=size,
+        threads=target.threads,
+        items_per_s=rate_interval(seconds, size),
+        p50_ms=percentile_interval(1e3 * seconds, 50),
+    )
+
+
+def _make_batch(target: BenchmarkTarget, size: int) -> NDArray[Any]:
+    batch = target.make_batch(size)
+    if batch.shape[:1] != (size,):
+        raise InputError(
+            f"{target.name}: make_batch({size}) returned shape {batch.shape}: "
+            f"its first axis must be {size}"
+        )
+    return batch

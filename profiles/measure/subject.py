@@ -1,118 +1,39 @@
-"""Subjects of a profile: towers of a bundle, an ONNX file, or a bundle with a server."""
+"""Subjects of a profile as data: a tower, a bundle with or without a server, or a peer's graph.
+
+A SubjectSpec is JSON-serializable, so that a worker process can be told what to open.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.profiles.measure.interleaved_runs import Candidate, repeat_rows
-from edgeclip.profiles.record.measurement import Measurement, MeasurementRun, Part
-from edgeclip.profiles.workload import Workload
+from edgeclip.profiles.record.measurement import Part
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile
-from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.fallback import usable_precisions
-from edgeclip.runtime.towers.tower_runner import TowerRunner, tower_feed
-
-
-def measurement_run(
-    measurements: Sequence[Measurement], *, workload: Workload, command: str
-) -> MeasurementRun:
-    """Put measurements on record, with this machine and the time."""
-    return MeasurementRun(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-        workload=workload,
-        machine=detect_machine(),
-        measurements=tuple(measurements),
-    )
-
-
-def bundle_candidates(
-    bundle: Bundle, tower: Tower, device: DeviceProfile, *, prefix: str = ""
-) -> tuple[Candidate, ...]:
-    """One candidate for each precision of `tower` that the device allows, in its order.
-
-    Their inputs are the bundle's golden ones, repeated to fill a batch. Each is named
-    `prefix` and its precision.
-
-    Raises:
-        InputError: the device allows none of them.
-    """
-    inputs = golden_inputs(bundle, tower)
-    return tuple(
-        _candidate(bundle, tower, precision, device, inputs, prefix)
-        for precision in measurable_precisions(bundle, tower, device)
-    )
-
-
-def measurable_precisions(
-    bundle: Bundle, tower: Tower, device: DeviceProfile
-) -> tuple[Precision, ...]:
-    """The bundle's precisions of `tower` that the device can run, in its order.
-
-    Raises:
-        InputError: there are none.
-    """
-    manifest = bundle.manifest.tower(tower)
-    usable = usable_precisions(manifest, device)
-    if not usable:
-        raise InputError(
-            f"device {device.name!r} can run none of {', '.join(manifest.precisions)}, which "
-            f"the bundle holds of the {tower} tower: export it anew for this device"
-        )
-    return tuple(precision for precision in manifest.precisions if precision in usable)
-
-
-def golden_inputs(bundle: Bundle, tower: Tower) -> NDArray[Any]:
-    """The golden inputs of a tower: uint8 [N, size, size, 3] or token ids int64 [M, length]."""
-    return bundle.golden().inputs(tower)
-
-
-def _candidate(
-    bundle: Bundle,
-    tower: Tower,
-    precision: Precision,
-    device: DeviceProfile,
-    inputs: NDArray[Any],
-    prefix: str,
-) -> Candidate:
-    runner = TowerRunner(bundle, tower, precision, device)
-    return Candidate(
-        name=prefix + precision,
-        run=runner.run,
-        make_batch=repeat_rows(inputs),
-        threads=device.threads,
-    )
-
-
-def example_feed(bundle: Bundle, tower: Tower, precision: Precision) -> dict[str, NDArray[Any]]:
-    """The first golden input as the graph of that precision takes it, in the batch it takes."""
-    file = bundle.manifest.tower(tower).file(precision)
-    rows = np.repeat(golden_inputs(bundle, tower)[:1], file.batch or 1, axis=0)
-    return tower_feed(rows, tower, file.pixels, bundle.manifest.spec.image)
-
+from edgeclip.runtime.towers.fallback import choose_precision, usable_precisions
+from edgeclip.runtime.towers.tower_runner import tower_feed
 
 _TOWERS = ("image", "text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitSpec:
-    """Whose help a bundle has.
+    """Plan and server of a subject that is split between device and server.
 
     Attributes:
         plan: JSON file of a `SplitPlan`.
-        server: its address; not needed for a plan that asks nobody.
+        server: URL of the server; None for a plan that runs on the device alone.
         cuts: directory that `edgeclip cut` wrote, for a plan of kind "cut".
-        token_file: holds the bearer token; by default $EDGECLIP_TOKEN is it.
-        fingerprint: SHA-256 of the server's certificate, the only one to trust.
-        ca: file of certificates (PEM) to trust in place of the system's.
+        token_file: file with the bearer token; by default $EDGECLIP_TOKEN is used.
+        fingerprint: SHA-256 of the only server certificate to trust.
+        ca: PEM file of certificates to trust in place of the system's.
     """
 
     plan: str
@@ -125,20 +46,20 @@ class SplitSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubjectSpec:
-    """One subject, as data: a fresh process can be told what to open.
+    """One subject to measure.
 
     Attributes:
         name: unique among the subjects of the same part.
-        part: what is run.
+        part: the part of a bundle that runs.
         device: engine, threads and batches.
-        bundle: its directory; None for a graph of somebody else.
-        model: ONNX file of somebody else's image or text tower, given to ONNX Runtime as it is.
-        precision: of a bundle's tower; what the bundle chose by default.
-        pictures: image files of "file" and "split", the first of which runs at batch 1; some
-            that look like photos by default.
-        split: for "split" alone.
-        axes: (name, size) of each varying axis that a model has beside the batch, which is what
-            is asked for.
+        bundle: its directory; None for a peer.
+        model: ONNX file of a peer: somebody else's image or text tower, run unchanged in ONNX
+            Runtime.
+        precision: of the bundle's tower; by default the bundle's choice for the device.
+        pictures: image files of the parts "file" and "split"; the first one runs at batch 1. By
+            default generated ones with the statistics of photos.
+        split: required for the part "split", and only there.
+        axes: (name, size) of each dynamic axis of a peer's inputs, except the batch axis.
 
     Raises:
         ValueError: fields that contradict each other; all of them in one message.
@@ -173,66 +94,67 @@ class SubjectSpec:
 
     @property
     def title(self) -> str:
-        """What it is called where subjects of several parts meet."""
+        """Part and name, unique among all subjects of a profile."""
         return f"{self.part} {self.name}"
 
     @property
     def needs_pictures(self) -> bool:
-        """Whether it begins with image files."""
+        """Whether its inputs are image files."""
         return self.part in ("file", "split")
 
 
-def parts_of(bundle: "Bundle") -> tuple[Part, ...]:
-    """What of a bundle runs without a server: its towers, and the way from a file."""
+def bundle_parts(bundle: Bundle) -> tuple[Part, ...]:
+    """List the parts of a bundle that run without a server."""
     return ("image", "text", "file") if bundle.manifest.has("text") else ("image", "file")
 
 
-def subjects_of(
-    bundle: "Bundle",
+def bundle_subjects(
+    bundle: Bundle,
     device: DeviceProfile,
     parts: Sequence[Part] | None = None,
     pictures: Sequence[str | Path] = (),
     *,
     split: SplitSpec | None = None,
 ) -> tuple[SubjectSpec, ...]:
-    """All subjects of a bundle on a device, part by part.
+    """List all subjects of a bundle on a device, part by part.
 
-    A tower is there in each precision that the device can run, and bears its name; the way from
-    a file to its embedding in the precision that an `Encoder` takes; a split by its plan's name.
+    A tower is listed in each precision that the device can run, named by the precision; "file"
+    in the precision that an `Encoder` would choose; "split" is named by its plan.
 
     Args:
         bundle: an opened bundle.
         device: engine, threads and precisions.
-        parts: which ones; by default all of `parts_of`.
-        pictures: see `SubjectSpec`.
-        split: for the part "split".
+        parts: by default all of `bundle_parts`.
+        pictures: image files for "file" and "split", see `SubjectSpec`.
+        split: plan and server for the part "split".
 
     Raises:
-        InputError: the device can run none of the precisions, or "split" is asked for without
-            saying whose help.
-        BundleError: see `choose_precision`; or a text tower is asked for that is not there.
+        InputError: the device can run none of the precisions, or the part "split" without a plan.
+        BundleError: the bundle has no text tower, see also `choose_precision`.
         ConfigError: the plan cannot be read.
     """
-    # With numpy and Pillow, which whoever reads a spec does not need.
-    from edgeclip.runtime.towers.fallback import choose_precision
-
     root, files = str(bundle.path), tuple(map(str, pictures))
     found: list[SubjectSpec] = []
-    for part in parts_of(bundle) if parts is None else parts:
+    for part in bundle_parts(bundle) if parts is None else parts:
         if part == "image" or part == "text":
             found += [
                 SubjectSpec(name=each, part=part, device=device, bundle=root, precision=each)
                 for each in measurable_precisions(bundle, part, device)
             ]
             continue
-        chosen = choose_precision(bundle.manifest.tower("image"), device)
+        precision = choose_precision(bundle.manifest.tower("image"), device)
+        name: str = precision
+        if part == "split":
+            if split is None:
+                raise InputError("the part 'split' needs a plan: make one with `edgeclip plan`")
+            name = SplitPlan.load(Path(split.plan)).name
         found.append(
             SubjectSpec(
-                name=chosen if part == "file" else _plan_name(split),
+                name=name,
                 part=part,
                 device=device,
                 bundle=root,
-                precision=chosen,
+                precision=precision,
                 pictures=files,
                 split=split if part == "split" else None,
             )
@@ -240,9 +162,26 @@ def subjects_of(
     return tuple(found)
 
 
-def _plan_name(split: SplitSpec | None) -> str:
-    from edgeclip.runtime.planning.plan import SplitPlan
+def measurable_precisions(
+    bundle: Bundle, tower: Tower, device: DeviceProfile
+) -> tuple[Precision, ...]:
+    """List the bundle's precisions of `tower` that the device can run, in the bundle's order.
 
-    if split is None:
-        raise InputError("the part 'split' needs a plan: make one with `edgeclip plan`")
-    return SplitPlan.load(Path(split.plan)).name
+    Raises:
+        InputError: there are none.
+    """
+    manifest = bundle.manifest.tower(tower)
+    usable = usable_precisions(manifest, device)
+    if not usable:
+        raise InputError(
+            f"device {device.name!r} can run none of {', '.join(manifest.precisions)}, which "
+            f"the bundle holds of the {tower} tower: export it anew for this device"
+        )
+    return tuple(precision for precision in manifest.precisions if precision in usable)
+
+
+def example_feed(bundle: Bundle, tower: Tower, precision: Precision) -> dict[str, NDArray[Any]]:
+    """Make inputs for a tower's graph from the first golden input, in the graph's batch size."""
+    file = bundle.manifest.tower(tower).file(precision)
+    rows = np.repeat(bundle.golden().inputs(tower)[:1], file.batch or 1, axis=0)
+    return tower_feed(rows, tower, file.pixels, bundle.manifest.spec.image)

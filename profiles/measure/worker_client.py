@@ -1,4 +1,8 @@
-"""Start a benchmark worker in a fresh process, show its progress, read its answer."""
+"""Run a benchmark job in a fresh worker process, show its progress, and read its result.
+
+A fresh process has no caches, threads or memory of other measurements. The worker itself is
+`benchmark_worker`; request and result are JSON files.
+"""
 
 import re
 import signal
@@ -21,31 +25,34 @@ from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.console import Progress
 from edgeclip.runtime.errors import ConfigError, EngineError
 
-Errand = Literal["turns", "memory", "sweep"]
+WorkerTask = Literal["interleaved", "memory", "sweep"]
 
-# What the process prints: how far it is, on stdout, and why it failed, on stderr.
-STEP = "step"
-TOLD = "edgeclip: "
-ERROR = f"{TOLD}error: "
+STEP = "step"  # begins a line of progress on the worker's stdout
+NOTE = "edgeclip: "  # begins a line on its stderr that the user should see
+ERROR = f"{NOTE}error: "  # begins the line that says why it failed
+
+_MODULE = "edgeclip.profiles.measure.benchmark_worker"
+_KEPT_LINES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request(JsonRecord):
-    """What to do.
+class WorkerRequest(JsonRecord):
+    """One job for a worker process.
 
     Attributes:
-        errand: "turns" lets all subjects and the yardstick take turns; "memory" opens the one
-            subject and runs it a few times; "sweep" runs the one subject in larger batches.
-        subjects: which ones.
-        workload: of "turns".
-        batch_sizes: of "sweep".
+        task: "interleaved" times all subjects and the yardstick in rounds; "memory" loads one
+            subject, runs it a few times and reports the peak memory; "sweep" measures one
+            subject's throughput by batch size.
+        subjects: the subjects; one for "memory" and "sweep".
+        workload: for "interleaved".
+        batch_sizes: for "sweep".
         seconds: for each batch size of "sweep".
     """
 
     WHAT: ClassVar[str] = "a request"
-    MEND: ClassVar[str] = "write it with this version"
+    HINT: ClassVar[str] = "write it with this version"
 
-    errand: Errand
+    task: WorkerTask
     subjects: tuple[SubjectSpec, ...]
     workload: Workload | None = None
     batch_sizes: tuple[int, ...] = ()
@@ -53,8 +60,8 @@ class Request(JsonRecord):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SubjectTurns:
-    """What one subject did in one process.
+class SubjectRuns:
+    """Runs of one subject in one worker process.
 
     Attributes:
         samples_ms: wall time of each timed run at batch 1, in round order.
@@ -71,55 +78,51 @@ class SubjectTurns:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer(JsonRecord):
-    """What was measured.
+class WorkerResult(JsonRecord):
+    """Result of one worker process.
 
     Attributes:
-        turns: one for each subject, in the request's order.
-        yardstick: of "turns".
-        peak_memory_mb: of "memory", see `Measurement`; None where nothing reports it.
-        sweep: of "sweep"; a batch that the graph does not take is left out.
+        runs: of "interleaved", one for each subject in the request's order.
+        yardstick: of "interleaved".
+        peak_memory_mb: of "memory", 10^6 bytes; None if the system does not report it.
+        sweep: of "sweep", without batch sizes that the graph does not take.
     """
 
     WHAT: ClassVar[str] = "an answer"
-    MEND: ClassVar[str] = "measure again"
+    HINT: ClassVar[str] = "measure again"
 
-    turns: tuple[SubjectTurns, ...] = ()
+    runs: tuple[SubjectRuns, ...] = ()
     yardstick: Yardstick | None = None
     peak_memory_mb: float | None = None
     sweep: tuple[SweepPoint, ...] = ()
 
 
-_MODULE = "edgeclip.profiles.measure.benchmark_worker"
-_KEPT_LINES = 20
+def run_worker(request: WorkerRequest, *, progress: Progress | None = None) -> WorkerResult:
+    """Run a request in a fresh process and return its result; leave no files behind.
 
-
-def ask_process(request: Request, *, progress: Progress | None = None) -> Answer:
-    """Let a fresh process answer a request; it leaves no files.
-
-    What it says on stderr, such as that an engine is being built, is passed on. An exception
-    here, such as by Ctrl-C, ends it.
+    The worker's notes on stderr, such as that an engine is being built, are passed on. An
+    exception here, such as by Ctrl-C, kills the worker.
 
     Args:
-        request: what to measure.
-        progress: called with what the process tells of its steps, twice a second at most.
+        request: the job.
+        progress: called with the worker's progress, twice a second at most.
 
     Raises:
-        EngineError: the process failed; the message is its own last line.
+        EngineError: the worker failed; the message is its own last line.
     """
     with tempfile.TemporaryDirectory(prefix="edgeclip-") as folder:
-        asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
+        request_file, result_file = Path(folder, "request.json"), Path(folder, "result.json")
         subjects = _with_pictures(request.subjects, Path(folder))
-        replace(request, subjects=subjects).save(asked)
-        _run([sys.executable, "-m", _MODULE, str(asked), str(answered)], progress)
+        replace(request, subjects=subjects).save(request_file)
+        _run([sys.executable, "-m", _MODULE, str(request_file), str(result_file)], progress)
         try:
-            return Answer.load(answered)
+            return WorkerResult.load(result_file)
         except ConfigError as error:
             raise EngineError(f"a process that measured left no answer: {error}") from error
 
 
 def _with_pictures(subjects: Sequence[SubjectSpec], folder: Path) -> tuple[SubjectSpec, ...]:
-    """Write sample pictures for those that have none: making them would add to their memory."""
+    """Write sample pictures for subjects without any: generating them needs much memory."""
     if not any(spec.needs_pictures and not spec.pictures for spec in subjects):
         return tuple(subjects)
     files = []
@@ -145,11 +148,13 @@ def _run(command: Sequence[str], progress: Progress | None) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        relay = threading.Thread(target=_pass_on, args=(process.stderr, last), daemon=True)
+        relay = threading.Thread(target=_relay_notes, args=(process.stderr, last), daemon=True)
         relay.start()
         try:
             for line in process.stdout:
-                _show(line, progress)
+                step = re.fullmatch(rf"{STEP} (\d+) (\d+)\s*", line)
+                if progress is not None and step is not None:
+                    progress(int(step[1]), int(step[2]))
             process.wait()
         except BaseException:  # Ctrl-C above all
             process.kill()
@@ -157,31 +162,27 @@ def _run(command: Sequence[str], progress: Progress | None) -> None:
         finally:
             relay.join()
     if process.returncode != 0:
-        raise EngineError(_reason(last, process.returncode))
+        raise EngineError(_failure(last, process.returncode))
 
 
-def _pass_on(lines: Iterable[str], last: deque[str]) -> None:
+def _relay_notes(lines: Iterable[str], last: deque[str]) -> None:
+    """Write the worker's notes to our stderr, and keep its last lines for the error message."""
     for line in lines:
         last.append(line.strip())
-        if line.startswith(TOLD) and not line.startswith(ERROR):
+        if line.startswith(NOTE) and not line.startswith(ERROR):
             sys.stderr.write(line)
             sys.stderr.flush()
 
 
-def _show(line: str, progress: Progress | None) -> None:
-    words = re.fullmatch(rf"{STEP} (\d+) (\d+)\s*", line)
-    if progress is not None and words is not None:
-        progress(int(words[1]), int(words[2]))
-
-
-def _reason(last: Iterable[str], status: int) -> str:
+def _failure(last: Iterable[str], status: int) -> str:
+    """Say why the worker failed: its error line, else its signal, else its last line."""
     lines = [line for line in last if line]
-    said = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
-    if said:
-        return said[-1]
+    errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+    if errors:
+        return errors[-1]
     if status < 0:
         name = signal.Signals(-status).name
-        mend = ": it may have run out of memory" if name == "SIGKILL" else ""
-        return f"a process that measured was ended by {name}{mend}"
+        hint = ": it may have run out of memory" if name == "SIGKILL" else ""
+        return f"a process that measured was ended by {name}{hint}"
     end = lines[-1] if lines else f"exit status {status}"
     return f"a process that measured failed: {end}"

@@ -1,4 +1,4 @@
-"""Conditions of a measurement: clocks, temperatures, load, CPU time used and denied."""
+"""Conditions of a measurement: clocks, temperatures, interference, CPU time used and denied."""
 
 import time
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
-    """A machine at one moment; what it does not tell is None or empty, never 0.
+class MachineConditions:
+    """Clocks, load and temperatures of a machine at one moment; unknown values are None or empty.
 
     Attributes:
-        taken: ISO 8601 in UTC.
-        cpu_mhz: clock of each logical processor that may be used, in 10^6 Hz; in a virtual machine
-            it is what the hypervisor makes of it, mostly the nominal one.
+        taken: time in UTC, ISO 8601.
+        cpu_mhz: clock of each usable logical processor, 10^6 Hz; in a virtual machine often only
+            the nominal clock.
         governor: Linux's frequency governor, such as "schedutil".
         load_1m: load average of the last minute.
         temperatures_c: (sensor, degrees Celsius).
-        throttle_counts: (counter, value): how often a processor was slowed for its heat or supply.
-        gpu: (name of a value, value) as the GPU's driver tells them, such as its clock.
+        throttle_counts: (counter, number of times a processor was throttled for heat or power).
+        gpu: (name, value) as reported by the GPU driver, such as its clock.
     """
 
     taken: str
@@ -31,17 +31,17 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interference:
-    """What else the machine did while something was measured.
+    """Other load and throttling during a measurement.
 
     Attributes:
-        waiting_share: of the CPU time that was asked for, see `CpuTime`; of the process that
-            watched, and None if it hardly ran.
-        steal_share: of all cores' time that a hypervisor took.
-        others_share: of all cores' time that other processes used; in a container, of its host's.
-        throttled: whether a processor was slowed for its heat or its supply; None if it cannot be
-            told.
-        disturbed: whether any of this was too much; None if nothing of it can be told.
-        reasons: what was too much, for a person.
+        waiting_share: of the CPU time that the watching process asked for, as in `CpuTime`; None
+            if it hardly ran.
+        steal_share: of all cores' time, taken by the hypervisor.
+        others_share: of all cores' time, used by other processes; in a container, by all of the
+            host's other processes.
+        throttled: whether a processor was throttled for heat or power; None if unknown.
+        disturbed: whether any of these exceeded its limit; None if all are unknown.
+        reasons: what exceeded its limit, in words.
     """
 
     waiting_share: float | None
@@ -58,18 +58,18 @@ _STEAL_COLUMN = 8  # of the `cpu` line in /proc/stat, see proc_stat(5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuTime:
-    """Where the time of one candidate's timed runs at batch 1 went.
+    """Wall time, CPU time and denied CPU time of one target's timed runs at batch 1.
 
-    `wall_s`, `thread_s` (the calling thread) and `process_s` (all threads) are sums over
-    this candidate's runs. The two shares cover the whole interleaved phase, because a
-    disturbance hits every candidate of a round:
+    `wall_s`, `thread_s` (the calling thread) and `process_s` (all threads) are sums over the
+    target's runs. The two shares cover the whole interleaved phase, because a disturbance hits
+    every target of a round:
 
     - `waiting_share`: of the CPU time this process asked for, the part its threads spent
       ready to run but waiting for a core (/proc/self/task/*/schedstat). Other programs
       cause it, and so do more engine threads than cores.
     - `steal_share`: of all cores' time, the part a hypervisor took away (/proc/stat).
 
-    Both are None where the system does not report them, never 0.
+    Both are None, never 0, if the system does not report them.
     """
 
     wall_s: float
@@ -80,13 +80,12 @@ class CpuTime:
 
     @property
     def contended(self) -> bool | None:
-        """True if more than 10% of the CPU time was denied; None if it cannot be told.
+        """True if more than 10% of the CPU time was denied; None if unknown.
 
-        Where waiting time is reported, it decides, together with steal time. Elsewhere
-        only a run on a single thread can be judged: its wall and CPU time must not differ
-        by more than 10%. With several threads the caller may rightly sleep while others
-        work, so the difference proves nothing. Neither sees shared caches, memory
-        bandwidth or a lowered clock.
+        If waiting time is reported, it decides, together with steal time. If not, only a run
+        on a single thread can be judged: its wall and CPU time must not differ by more than
+        10%. With several threads the caller may sleep while others work, so a difference
+        proves nothing. Shared caches, memory bandwidth and lowered clocks are not seen.
         """
         stolen = self.steal_share is not None and self.steal_share > _CONTENDED_ABOVE
         if self.waiting_share is not None:
@@ -101,7 +100,7 @@ class CpuTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuSnapshot:
-    """Counters at one moment; `take()` two and compare them with `denied_since`."""
+    """CPU time counters at one moment: `take()` two, then call `denied_since`."""
 
     process_s: float
     waiting_s: tuple[tuple[str, float], ...] | None  # one pair per thread: id, seconds
@@ -109,13 +108,13 @@ class CpuSnapshot:
 
     @staticmethod
     def take() -> "CpuSnapshot":
-        """Read the counters now; what the system does not report is None."""
+        """Read the counters now; those that the system does not report are None."""
         return CpuSnapshot(
             process_s=time.process_time(), waiting_s=_waiting(), steal_ticks=_steal()
         )
 
     def denied_since(self, before: "CpuSnapshot") -> tuple[float | None, float | None]:
-        """Waiting share and steal share between `before` and this snapshot."""
+        """Return (waiting share, steal share) between `before` and this snapshot."""
         waiting_share = steal_share = None
         if self.waiting_s is not None and before.waiting_s is not None:
             earlier = dict(before.waiting_s)
@@ -131,22 +130,24 @@ class CpuSnapshot:
 
 
 def _waiting() -> tuple[tuple[str, float], ...] | None:
+    """Seconds that each thread of this process waited for a core: (thread id, seconds)."""
     found, running = [], 0
     try:
         for task in Path("/proc/self/task").iterdir():
             try:
                 ran, waited = (task / "schedstat").read_text().split()[:2]
-            except (FileNotFoundError, ProcessLookupError):  # the thread ended while we looked
+            except (FileNotFoundError, ProcessLookupError):  # the thread has ended
                 continue
             running += int(ran)
             found.append((task.name, int(waited) / 1e9))
     except (OSError, ValueError):
         return None
-    # A kernel that does not account for it prints zeros, which would read as "never waited".
+    # A kernel without this accounting prints zeros, which would read as "never waited".
     return tuple(found) if running > 0 else None
 
 
 def _steal() -> tuple[int, int] | None:
+    """Ticks of all cores: (stolen by the hypervisor, total)."""
     try:
         with open("/proc/stat") as file:
             ticks = [int(word) for word in file.readline().split()[1:9]]

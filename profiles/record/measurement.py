@@ -334,7 +334,7 @@ class MeasurementRun(JsonRecord):
 
     SCHEMA_VERSION: ClassVar[int] = 2
     WHAT: ClassVar[str] = "measurements"
-    MEND: ClassVar[str] = "measure again with `edgeclip profile`"
+    HINT: ClassVar[str] = "measure again with `edgeclip profile`"
 
     created: str
     command: str

@@ -1,7 +1,7 @@
-"""The fresh process of `take_turns`, but subjects whose name begins with "slowed" are slowed.
+"""A benchmark worker that slows down subjects whose name begins with "slowed".
 
-They run as they do, and then spin for a share of their own time: `EDGECLIP_SLOWED_BY`, 0.1 for
-10%. `slow_down()` lets `take_turns` start this process instead of the real one.
+After each run they spin for a share of its time: `EDGECLIP_SLOWED_BY`, 0.1 for 10%.
+`slow_down()` lets `run_worker` start this process in place of the real one.
 """
 
 import os
@@ -34,7 +34,7 @@ def _open_slowed(spec: SubjectSpec, *, bundle: Bundle | None = None) -> OpenSubj
     found = open_subject(spec, bundle=bundle)
     if not spec.name.startswith(SLOWED):
         return found
-    share, run = float(os.environ[_SHARE]), found.candidate.run
+    share, run = float(os.environ[_SHARE]), found.target.run
 
     def slower(batch: NDArray[Any]) -> object:
         start = time.perf_counter()
@@ -45,7 +45,7 @@ def _open_slowed(spec: SubjectSpec, *, bundle: Bundle | None = None) -> OpenSubj
             pass
         return result
 
-    return replace(found, candidate=replace(found.candidate, run=slower))
+    return replace(found, target=replace(found.target, run=slower))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from edgeclip.profiles.measure.loadgen import run_scenario
 from edgeclip.profiles.record.timing_statistics import paired_ratio
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.engines.ort_session import import_onnxruntime, session_options
+from edgeclip.runtime.engines.onnxruntime_engine import import_onnxruntime, session_options
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.towers.tower_runner import tower_feed

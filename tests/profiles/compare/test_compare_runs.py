@@ -3,11 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from edgeclip.profiles.compare.compare_runs import compare_runs, only_in, ratio_of_runs
+from edgeclip.profiles.compare.compare_runs import compare_runs, ratio_of_runs, subjects_only_in
 from edgeclip.profiles.record.conditions import Interference
 from edgeclip.profiles.record.timing_statistics import ProcessSummary
 from edgeclip.runtime.errors import InputError
-from tests.profiles.measure.run_cases import (
+from tests.profiles.run_cases import (
     MACHINE,
     compared,
     identity,
@@ -98,8 +98,8 @@ def test_subjects_are_paired_by_part_and_name() -> None:
     assert (found.part, found.name, found.processes, found.rounds) == ("image", "int8", (5, 5), 20)
     assert found.ratio.value == pytest.approx(1)
     assert found.differences == ()
-    assert only_in(now, baseline) == ("image fp32", "text fp32")
-    assert only_in(baseline, now) == ("image fp16",)
+    assert subjects_only_in(now, baseline) == ("image fp32", "text fp32")
+    assert subjects_only_in(baseline, now) == ("image fp16",)
     with pytest.raises(InputError, match="now text fp32; in the baseline image int8, image fp16"):
         compare_runs(run_of(text), baseline)
 

@@ -11,7 +11,7 @@ from edgeclip.profiles.compare.comparison_table import (
     summary,
 )
 from edgeclip.profiles.compare.regression_gate import regression_gate
-from tests.profiles.measure.run_cases import (
+from tests.profiles.run_cases import (
     MACHINE,
     compared,
     identity,

@@ -6,13 +6,13 @@ import pytest
 
 from edgeclip.profiles.compare.compare_runs import Comparison, compare_runs, ratio_of_runs
 from edgeclip.profiles.compare.regression_gate import (
-    Outcome,
+    GateOutcome,
     parse_max_regression,
     regression_gate,
 )
 from edgeclip.profiles.record.timing_statistics import ProcessSummary
 from edgeclip.runtime.errors import InputError
-from tests.profiles.measure.run_cases import (
+from tests.profiles.run_cases import (
     MACHINE,
     compared,
     measurement,
@@ -47,7 +47,7 @@ def drawn(
     )
 
 
-def share(outcome: Outcome, ratio: float, *, spread: float = 0.015, subjects: int = 1) -> float:
+def share(outcome: GateOutcome, ratio: float, *, spread: float = 0.015, subjects: int = 1) -> float:
     rng = np.random.default_rng(1)
     trials = ([drawn(rng, ratio, spread=spread) for _ in range(subjects)] for _ in range(TRIALS))
     return sum(regression_gate(trial, 0.05).outcome == outcome for trial in trials) / TRIALS

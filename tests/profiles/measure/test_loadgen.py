@@ -1,5 +1,8 @@
+"""LoadGen's scenarios on fast fake subjects and a real tower, and its logs."""
+
 import dataclasses
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -15,8 +18,8 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeclip.profiles.measure import loadgen
-from edgeclip.profiles.measure.interleaved_runs import Candidate, repeat_rows
-from edgeclip.profiles.measure.loadgen import Answers, read_answers, read_verdict, run_scenario
+from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, repeat_rows
+from edgeclip.profiles.measure.loadgen import SampleTimes, read_trace, read_verdict, run_scenario
 from edgeclip.profiles.record.measurement import ScenarioResult
 from edgeclip.profiles.workload import Scenario
 from edgeclip.runtime.bundle.bundle import Bundle
@@ -50,8 +53,8 @@ class Sleeper:
         self._events = events or {}
 
     @property
-    def candidate(self) -> Candidate:
-        return Candidate("sleeper", self.run, lambda size: np.zeros((size, 2)))
+    def target(self) -> BenchmarkTarget:
+        return BenchmarkTarget("sleeper", self.run, lambda size: np.zeros((size, 2)))
 
     def run(self, batch: NDArray[Any]) -> None:
         self.runs += 1
@@ -61,9 +64,11 @@ class Sleeper:
         time.sleep(0.001)
 
 
-def run(scenario: Scenario, candidate: Candidate, folder: Path, **changes: Any) -> ScenarioResult:
+def run(
+    scenario: Scenario, target: BenchmarkTarget, folder: Path, **changes: Any
+) -> ScenarioResult:
     workload = dataclasses.replace(WORKLOAD, **changes)
-    return run_scenario(scenario, candidate, workload, single_ms=SINGLE_MS, folder=folder)
+    return run_scenario(scenario, target, workload, single_ms=SINGLE_MS, folder=folder)
 
 
 def fail(error: BaseException) -> Callable[[], None]:
@@ -82,15 +87,15 @@ def _frozen_garbage() -> Iterator[None]:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[Answers]:
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[SampleTimes]:
     """The answers of each scenario that was run."""
-    found: list[Answers] = []
+    found: list[SampleTimes] = []
 
-    def read(path: Path) -> Answers:
-        found.append(read_answers(path))
+    def read(path: Path) -> SampleTimes:
+        found.append(read_trace(path))
         return found[-1]
 
-    monkeypatch.setattr(loadgen, "read_answers", read)
+    monkeypatch.setattr(loadgen, "read_trace", read)
     return found
 
 
@@ -106,7 +111,7 @@ def test_scenario_on_a_real_tower(
 ) -> None:
     bundle = Bundle.open(tiny_bundle)
     runner = TowerRunner(bundle, "image", "int8", cpu_device)
-    tower = Candidate("int8", runner.run, repeat_rows(bundle.golden().pixels))
+    tower = BenchmarkTarget("int8", runner.run, repeat_rows(bundle.golden().pixels))
     found = run(scenario, tower, tmp_path, scenario_seconds=0.1)
     assert found.scenario == scenario
     assert found.seconds > 0
@@ -128,10 +133,10 @@ def test_scenario_on_a_real_tower(
 
 @pytest.mark.parametrize("scenario", ["SingleStream", "MultiStream", "Server"])
 def test_our_latencies_are_those_behind_loadgens_percentiles(
-    scenario: Scenario, tmp_path: Path, seen: list[Answers]
+    scenario: Scenario, tmp_path: Path, seen: list[SampleTimes]
 ) -> None:
     rng = np.random.default_rng(0)
-    uneven = Candidate(
+    uneven = BenchmarkTarget(
         "uneven",
         lambda _: time.sleep(rng.uniform(0.0001, 0.002)),
         lambda size: np.zeros((size, 2)),
@@ -148,10 +153,12 @@ def test_our_latencies_are_those_behind_loadgens_percentiles(
     assert values[middle - 1] <= found.latency.p50_ms.value <= values[middle]
 
 
-def test_server_latency_counts_from_the_scheduled_time(tmp_path: Path, seen: list[Answers]) -> None:
+def test_server_latency_counts_from_the_scheduled_time(
+    tmp_path: Path, seen: list[SampleTimes]
+) -> None:
     """While one run takes long, queries go on coming, and wait."""
     sleeper = Sleeper({20: lambda: time.sleep(0.1)})
-    found = run("Server", sleeper.candidate, tmp_path, scenario_seconds=0.4)
+    found = run("Server", sleeper.target, tmp_path, scenario_seconds=0.4)
     assert found.target_qps == 250
     answers = seen[0]
     assert np.count_nonzero(answers.query_latency_ms > 50) >= 5
@@ -165,7 +172,7 @@ def test_server_latency_counts_from_the_scheduled_time(tmp_path: Path, seen: lis
 @every_scenario
 def test_only_server_runs_beside_the_asking_thread(scenario: Scenario, tmp_path: Path) -> None:
     sleeper = Sleeper()
-    run(scenario, sleeper.candidate, tmp_path, scenario_seconds=0.05)
+    run(scenario, sleeper.target, tmp_path, scenario_seconds=0.05)
     own = threading.get_ident()
     assert len(sleeper.threads) == (2 if scenario == "Server" else 1)
     assert own in sleeper.threads  # the warm-up
@@ -188,10 +195,10 @@ def test_failure_of_a_run_ends_the_test_and_the_next_one_works(
 ) -> None:
     sleeper = Sleeper({40: fail(error)})
     with pytest.raises(type(error)) as caught:
-        run(scenario, sleeper.candidate, tmp_path, scenario_seconds=1.0)
+        run(scenario, sleeper.target, tmp_path, scenario_seconds=1.0)
     assert caught.value is error
     assert sleeper.runs == 40  # nothing was run afterwards
-    assert run(scenario, Sleeper().candidate, tmp_path, scenario_seconds=0.05).queries
+    assert run(scenario, Sleeper().target, tmp_path, scenario_seconds=0.05).queries
 
 
 @every_scenario
@@ -200,9 +207,9 @@ def test_ctrl_c_ends_the_test_and_the_next_one_works(scenario: Scenario, tmp_pat
     before = signal.getsignal(signal.SIGINT)
     sleeper = Sleeper({40: lambda: os.kill(os.getpid(), signal.SIGINT)})
     with pytest.raises(KeyboardInterrupt):
-        run(scenario, sleeper.candidate, tmp_path, scenario_seconds=1.0)
+        run(scenario, sleeper.target, tmp_path, scenario_seconds=1.0)
     assert signal.getsignal(signal.SIGINT) is before
-    assert run(scenario, Sleeper().candidate, tmp_path, scenario_seconds=0.05).queries
+    assert run(scenario, Sleeper().target, tmp_path, scenario_seconds=0.05).queries
 
 
 def test_process_that_was_stopped_exits_as_python_does(tmp_path: Path) -> None:
@@ -214,7 +221,7 @@ from pathlib import Path
 from tests.profiles.measure import test_loadgen as t
 t.loadgen._OPEN_SECONDS = 0.1
 events = {{10: lambda: print("running", flush=True)}}
-t.run("Server", t.Sleeper(events).candidate, Path("logs"), scenario_seconds=60)
+t.run("Server", t.Sleeper(events).target, Path("logs"), scenario_seconds=60)
 """
     with subprocess.Popen(
         [sys.executable, "-c", code],
@@ -233,9 +240,9 @@ t.run("Server", t.Sleeper(events).candidate, Path("logs"), scenario_seconds=60)
 
 def test_scenarios_run_in_other_threads_than_the_main_one(tmp_path: Path) -> None:
     found: list[ScenarioResult] = []
-    candidate = Sleeper().candidate
+    target = Sleeper().target
     threads = [
-        threading.Thread(target=lambda name=name: found.append(run(name, candidate, tmp_path)))
+        threading.Thread(target=lambda name=name: found.append(run(name, target, tmp_path)))
         for name in SCENARIOS
     ]
     for thread in threads:
@@ -251,7 +258,7 @@ def test_nothing_is_left_in_the_current_folder_or_taken_from_it(
     (tmp_path / "audit.config").write_text("*.*.max_query_count = 3\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     for scenario in SCENARIOS:
-        found = run(scenario, Sleeper().candidate, tmp_path / "logs", scenario_seconds=0.05)
+        found = run(scenario, Sleeper().target, tmp_path / "logs", scenario_seconds=0.05)
         assert found.queries * found.samples_per_query >= WORKLOAD.scenario_queries
     assert sorted(path.name for path in tmp_path.iterdir()) == ["audit.config", "logs"]
     left = {path.name for path in (tmp_path / "logs").rglob("*") if path.is_file()}
@@ -263,18 +270,18 @@ def test_nothing_is_left_in_the_current_folder_or_taken_from_it(
 
 
 def test_verdict_and_bound_of_server(tmp_path: Path) -> None:
-    missed = run("Server", Sleeper().candidate, tmp_path, server_bound_ms=0.5)
+    missed = run("Server", Sleeper().target, tmp_path, server_bound_ms=0.5)
     assert not missed.valid
     assert missed.reasons[0] == "Reduce target QPS to improve latency."
     assert (missed.bound_ms, missed.bound_percentile) == (0.5, 99)
-    at_once = Candidate("at once", lambda _: None, lambda size: np.zeros((size, 2)))
+    at_once = BenchmarkTarget("at once", lambda _: None, lambda size: np.zeros((size, 2)))
     kept = run("Server", at_once, tmp_path, server_load=5.0, server_bound_ms=60_000.0)
     assert (kept.valid, kept.reasons) == (True, ())
     assert dict(kept.settings)["server_target_latency_ns"] == "60000000000"
 
 
 def test_too_few_queries_are_not_valid(tmp_path: Path) -> None:
-    found = run("SingleStream", Sleeper().candidate, tmp_path, scenario_seconds=0.01)
+    found = run("SingleStream", Sleeper().target, tmp_path, scenario_seconds=0.01)
     assert not found.valid
     assert "Need to process at least 64 queries for early stopping." in found.reasons[0]
     assert dict(found.settings) == {
@@ -287,7 +294,7 @@ def test_too_few_queries_are_not_valid(tmp_path: Path) -> None:
 def test_offline_runs_full_batches_of_the_fastest_size(tmp_path: Path) -> None:
     """A run takes 1 ms whatever its size; 100 samples are no multiple of 3."""
     sleeper = Sleeper()
-    found = run("Offline", sleeper.candidate, tmp_path, scenario_seconds=0.01, scenario_queries=100)
+    found = run("Offline", sleeper.target, tmp_path, scenario_seconds=0.01, scenario_queries=100)
     assert found.samples_per_query == 100
     assert dict(found.settings)["batch"] == "3"
     assert sleeper.sizes == {1, 3}
@@ -299,7 +306,7 @@ def test_subject_that_takes_one_row_only(tmp_path: Path) -> None:
             raise EngineError("made for batch 1")
         time.sleep(0.001)
 
-    one = Candidate("one", run_one, lambda size: np.zeros((size, 2)))
+    one = BenchmarkTarget("one", run_one, lambda size: np.zeros((size, 2)))
     for scenario in ("MultiStream", "Offline"):
         with pytest.raises(EngineError, match="made for batch 1"):
             run(scenario, one, tmp_path)
@@ -312,7 +319,7 @@ def test_progress_counts_the_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     told: list[tuple[int, int]] = []
     run_scenario(
         "SingleStream",
-        Sleeper().candidate,
+        Sleeper().target,
         dataclasses.replace(WORKLOAD, scenario_seconds=0.02),
         single_ms=SINGLE_MS,
         folder=tmp_path,
@@ -336,7 +343,7 @@ def test_failure_of_progress_ends_the_test(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match="the bar broke"):
         run_scenario(
             "SingleStream",
-            Sleeper().candidate,
+            Sleeper().target,
             WORKLOAD,
             single_ms=SINGLE_MS,
             folder=tmp_path,
@@ -345,12 +352,118 @@ def test_failure_of_progress_ends_the_test(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_cannot_be_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    candidate = Sleeper().candidate
+    target = Sleeper().target
     with pytest.raises(InputError, match="single_ms"):
-        run_scenario("Server", candidate, WORKLOAD, single_ms=0, folder=tmp_path)
+        run_scenario("Server", target, WORKLOAD, single_ms=0, folder=tmp_path)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="cannot write its logs"):
-        run("Server", candidate, tmp_path / "file")
+        run("Server", target, tmp_path / "file")
     monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)
     with pytest.raises(MissingExtraError, match=r"edgeclip\[profile\]"):
-        run("Server", candidate, tmp_path)
+        run("Server", target, tmp_path)
+
+
+def entry(key: str, value: Any, *, error: bool = False) -> str:
+    metadata = {"is_error": error, "is_warning": False, "file": "results.cc", "line_no": 1}
+    return ":::MLLOG " + json.dumps({"key": key, "value": value, "metadata": metadata})
+
+
+def answers(*rows: tuple[int, int, int]) -> SampleTimes:
+    return SampleTimes(*np.array(rows, dtype=np.int64).T)
+
+
+def test_verdict_of_a_valid_test(tmp_path: Path) -> None:
+    lines = [
+        "LoadGen says something else",
+        entry("result_validity", "VALID"),
+        entry("early_stopping_met", True),
+        entry("early_stopping_result", " * Run successful."),
+        entry("result_50.00_percentile_latency_ns", 1_500_000),
+        entry("result_99.00_percentile_latency_ns", 2_500_000),
+    ]
+    path = tmp_path / "detail.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    verdict = read_verdict(path)
+    assert verdict.valid
+    assert verdict.reasons == ()
+    assert dict(verdict.percentiles_ns) == {50.0: 1_500_000, 99.0: 2_500_000}
+
+
+def test_verdict_gives_all_reasons_in_loadgens_words(tmp_path: Path) -> None:
+    lines = [
+        entry("error_runtime", "Ending early: Too many outstanding queries.", error=True),
+        entry("result_validity", "INVALID"),
+        entry("early_stopping_met", False),
+        entry("result_invalid_reason", "Reduce target QPS to improve latency. "),
+        entry("early_stopping_result", " * Only processed 26 queries.  * Need 662."),
+        entry("result_50.00_percentile_latency_ns", 1),
+        entry("result_50.00_percentile_per_query_latency_ns", 8),
+    ]
+    path = tmp_path / "detail.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    verdict = read_verdict(path)
+    assert not verdict.valid
+    assert verdict.reasons == (
+        "Reduce target QPS to improve latency.",
+        "Ending early: Too many outstanding queries.",
+        "* Only processed 26 queries. * Need 662.",
+    )
+    assert dict(verdict.percentiles_ns) == {50.0: 8}  # a query's, not a sample's
+
+
+def test_logs_without_a_result_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text(entry("test_datetime", "now"), encoding="utf-8")
+    with pytest.raises(EngineError, match="holds no result"):
+        read_verdict(path)
+    with pytest.raises(EngineError, match="holds no sample"):
+        read_trace(path)
+
+
+def test_answers_come_in_the_order_of_the_questions(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(
+        '{"traceEvents":[\n'
+        '{"name":"IssueQuery","ph":"X","pid":1,"tid":1,"ts":63.915,"dur":16.074,"args":{}},\n'
+        '{"name":"Sample","cat":"default","ph":"b","pid":1,"id":1,"ts":1000.500,"args":'
+        '{"sample_seq":1,"query_seq":1,"sample_idx":1,"issue_start_ns":7,"complete_ns":300}},\n'
+        '{"name":"Sample","cat":"default","ph":"e", "pid":1,"id":1,"ts":1000.800},\n'
+        '{"name":"Sample","cat":"default","ph":"b","pid":1,"id":0,"ts":0.001,"args":'
+        '{"sample_seq":0,"query_seq":0,"sample_idx":7,"issue_start_ns":190,"complete_ns":200}},\n'
+        '{"name":"LastTrace"}\n],\n"displayTimeUnit":"ns"}\n',
+        encoding="utf-8",
+    )
+    found = read_trace(path)
+    assert found.query.tolist() == [0, 1]
+    assert found.scheduled_ns.tolist() == [1, 1_000_500]
+    assert found.latency_ns.tolist() == [200, 300]
+
+
+def test_a_query_takes_as_long_as_its_last_sample() -> None:
+    found = answers((0, 0, 5_000_000), (0, 0, 7_000_000), (1, 10**7, 9_000_000), (1, 10**7, 1))
+    assert found.query_latency_ms.tolist() == [7, 9]
+
+
+def test_samples_a_second_are_those_of_the_whole_time() -> None:
+    """Two samples at 1 s, one at 2 s, three at 4 s."""
+    second = 10**9
+    found = answers(*[(0, 0, at * second) for at in (1, 1, 2, 4, 4, 4)])
+    assert found.seconds == 4
+    rate = found.samples_per_s
+    assert rate.value == pytest.approx(6 / 4)
+    assert rate.low == pytest.approx(1)
+    assert rate.high == pytest.approx(2)
+
+
+def test_interval_of_the_rate_counts_neighbours_together() -> None:
+    gaps = np.repeat(np.random.default_rng(0).normal(10, 1, 100), 10)
+    mixed = np.random.default_rng(0).permutation(gaps)
+
+    def rate(seconds: Any) -> Any:
+        times = np.cumsum(1e6 * seconds).astype(np.int64)
+        count = np.arange(len(times))
+        return SampleTimes(count, np.zeros_like(count), times).samples_per_s
+
+    wide, narrow = rate(gaps), rate(mixed)
+    assert wide.value == pytest.approx(narrow.value)
+    assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)

@@ -52,8 +52,8 @@ def test_the_server_embeds(
         token_file=str(token),
     )
     with open_subject(spec) as subject:
-        batch = subject.candidate.make_batch(2)
-        found = np.asarray(subject.candidate.run(batch))
+        batch = subject.target.make_batch(2)
+        found = np.asarray(subject.target.run(batch))
         assert subject.remarks() == ()
     np.testing.assert_allclose(found, encoder.encode_image(list(batch)), atol=1e-6)
     assert raw.requests[-1].inputs["images"].tolist() == batch.tolist()
@@ -70,7 +70,7 @@ def test_answers_of_the_device_are_counted(
     with open_subject(spec) as subject:
         raw.behave = raw_server.status(404)
         for _ in range(2):
-            subject.candidate.run(subject.candidate.make_batch(1))
+            subject.target.run(subject.target.make_batch(1))
         ((key, text),) = subject.remarks()
     assert key == "server"
     assert text.startswith("2 of 2 answers are the device's own: ")
@@ -109,7 +109,7 @@ def test_a_plan_that_asks_nobody(
 ) -> None:
     made = SplitPlan(name="alone", kind="device", space=SPACE)
     with open_subject(spec_of(tiny_bundle, cpu_device, made, tmp_path)) as subject:
-        found = np.asarray(subject.candidate.run(subject.candidate.make_batch(2)))
+        found = np.asarray(subject.target.run(subject.target.make_batch(2)))
         assert found.shape == (2, 8)
         assert subject.remarks() == ()
         assert subject.identity.provider == "CPUExecutionProvider"
@@ -139,7 +139,7 @@ def test_head_and_weights_of_a_cut_count(
             cuts=str(emoji_cuts.path),
         )
         with open_subject(spec) as subject:
-            subject.candidate.run(subject.candidate.make_batch(1))
+            subject.target.run(subject.target.make_batch(1))
             assert subject.remarks() == ()
     tower = Bundle.open(EMOJI_BUNDLE).tower_path("image", subject.identity.precision)
     files = (emoji_cuts.path / name for name in (f"head_{number}.onnx", "weights.onnx_data"))

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.profiles.measure.open_subject import _provider_of, open_subject, sample_pictures
+from edgeclip.profiles.measure.interleaved_runs import measure_interleaved
+from edgeclip.profiles.measure.open_subject import (
+    _provider,
+    bundle_targets,
+    open_subject,
+    sample_pictures,
+)
 from edgeclip.profiles.measure.subject import SubjectSpec
+from edgeclip.profiles.record.measurement import MeasurementRun, measurement_run
 from edgeclip.runtime import encoder as encoder_module
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import sha256_file
@@ -17,6 +24,7 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import BundleError, EngineParityError, InputError
 from edgeclip.runtime.towers.tower_runner import TowerRunner
+from tests.conftest import QUICK
 from tests.data_file import save_with_data
 
 GRAPH = "onnx/vision_model.onnx"
@@ -39,10 +47,10 @@ def test_a_tower_runs_golden_inputs(
         if (item.tower, item.precision) == (tower, precision)
     )
     with open_subject(spec_of(tiny_bundle, cpu_device, tower, precision=precision)) as subject:
-        batch = subject.candidate.make_batch(len(expected) + 1)
-        found = np.asarray(subject.candidate.run(batch))
+        batch = subject.target.make_batch(len(expected) + 1)
+        found = np.asarray(subject.target.run(batch))
     np.testing.assert_allclose(found[:-1], expected, atol=1e-6)
-    assert (subject.candidate.name, subject.candidate.threads) == (f"{tower} it", 1)
+    assert (subject.target.name, subject.target.threads) == (f"{tower} it", 1)
     identity = subject.identity
     assert (identity.bundle, identity.precision) == ("tiny", precision)
     assert identity.sha256 == sha256_file(tiny_bundle / "edgeclip.json")
@@ -59,7 +67,7 @@ def test_the_session_says_what_computes(tiny_bundle: Path, cpu_device: DevicePro
         runner.device = dataclasses.replace(
             cpu_device, engine="onnxruntime-openvino", cpu_fallback=fallback
         )
-        assert _provider_of(runner) == "CPUExecutionProvider"
+        assert _provider(runner) == "CPUExecutionProvider"
 
 
 def test_by_default_it_is_what_the_bundle_chose(
@@ -88,7 +96,7 @@ def test_weights_beside_the_graph_count(
     reseal(own_bundle)
     with open_subject(spec_of(own_bundle, cpu_device, "image", precision="fp32")) as subject:
         assert subject.identity.bytes_on_disk == size
-        subject.candidate.run(subject.candidate.make_batch(1))
+        subject.target.run(subject.target.make_batch(1))
 
 
 def test_a_file_goes_the_encoder_s_way(
@@ -96,8 +104,8 @@ def test_a_file_goes_the_encoder_s_way(
 ) -> None:
     files = tuple(str(photos / f"{name}.png") for name in ("green", "blue"))
     with open_subject(spec_of(tiny_bundle, cpu_device, "file", pictures=files)) as subject:
-        batch = subject.candidate.make_batch(3)
-        found = np.asarray(subject.candidate.run(batch))
+        batch = subject.target.make_batch(3)
+        found = np.asarray(subject.target.run(batch))
     assert batch.tolist() == [Path(file).read_bytes() for file in (*files, files[0])]
     encoder = Encoder(Bundle.open(tiny_bundle), cpu_device)
     np.testing.assert_array_equal(found[:2], encoder.encode_image(list(files)))
@@ -106,8 +114,8 @@ def test_a_file_goes_the_encoder_s_way(
 
 def test_sample_pictures_stand_in_for_photos(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
     with open_subject(spec_of(tiny_bundle, cpu_device, "file")) as subject:
-        batch = subject.candidate.make_batch(4)
-        assert np.asarray(subject.candidate.run(batch)).shape == (4, 8)
+        batch = subject.target.make_batch(4)
+        assert np.asarray(subject.target.run(batch)).shape == (4, 8)
     assert tuple(batch) == sample_pictures()
     assert subject.identity.input_shape == (1, 480, 640, 3)
     for content in sample_pictures():
@@ -165,3 +173,37 @@ def test_what_cannot_be_opened(
     ):
         with pytest.raises(kind, match=message):
             open_subject(spec)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_towers_of_a_bundle(tiny_bundle: Path, cpu_device: DeviceProfile, tower: Any) -> None:
+    targets = bundle_targets(Bundle.open(tiny_bundle), tower, cpu_device)
+    measured = measure_interleaved(
+        targets, dataclasses.replace(QUICK, batch_sizes=(1, 3)), part=tower, reference="fp32"
+    )
+    assert [item.name for item in measured] == ["fp32", "int8"]
+    assert [item.ratio is None for item in measured] == [True, False]
+    for item in measured:
+        latency = item.latency
+        assert 0 < latency.p50_ms.value <= latency.p90_ms.value <= latency.p95_ms.value
+        assert item.cpu.process_s >= 0
+        assert [(point.batch, point.threads) for point in item.sweep] == [(1, 1), (3, 1)]
+    run = measurement_run(measured, workload=QUICK, command="measure")
+    assert MeasurementRun.from_json(run.to_json(), source="x") == run
+
+
+def test_batches_repeat_the_golden_inputs(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    target = bundle_targets(bundle, "image", cpu_device, prefix="student ")[1]
+    assert target.name == "student int8"
+    pixels = bundle.golden().pixels
+    batch = target.make_batch(len(pixels) + 1)
+    assert np.array_equal(batch[-1], pixels[0])
+
+
+def test_a_device_that_allows_nothing_the_bundle_holds(
+    tiny_bundle: Path, cpu_device: DeviceProfile
+) -> None:
+    device = dataclasses.replace(cpu_device, precisions=("fp16",))
+    with pytest.raises(InputError, match="can run none of fp32, int8, which the bundle holds"):
+        bundle_targets(Bundle.open(tiny_bundle), "image", device)

@@ -1,9 +1,11 @@
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edgeclip.profiles.measure.subject import SplitSpec, SubjectSpec, subjects_of
+from edgeclip.profiles.measure.subject import SplitSpec, SubjectSpec, bundle_subjects, example_feed
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.schema import parse
@@ -51,7 +53,7 @@ def test_all_contradictions_are_told_at_once(cpu_device: DeviceProfile) -> None:
 
 def test_subjects_of_a_bundle(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
     bundle = Bundle.open(tiny_bundle)
-    found = subjects_of(bundle, cpu_device, pictures=["a.jpg"])
+    found = bundle_subjects(bundle, cpu_device, pictures=["a.jpg"])
     assert [spec.title for spec in found] == [
         "image fp32",
         "image int8",
@@ -62,7 +64,7 @@ def test_subjects_of_a_bundle(tiny_bundle: Path, cpu_device: DeviceProfile) -> N
     assert [spec.pictures for spec in found] == [()] * 4 + [("a.jpg",)]
     assert {spec.bundle for spec in found} == {str(bundle.path)}
     fp32_only = dataclasses.replace(cpu_device, precisions=("fp32",))
-    titles = [spec.title for spec in subjects_of(bundle, fp32_only, ("text", "file"))]
+    titles = [spec.title for spec in bundle_subjects(bundle, fp32_only, ("text", "file"))]
     assert titles == ["text fp32", "file fp32"]
 
 
@@ -71,16 +73,28 @@ def test_a_split_bears_its_plan_s_name(
 ) -> None:
     bundle, path = Bundle.open(tiny_bundle), tmp_path / "plan.json"
     with pytest.raises(InputError, match="needs a plan"):
-        subjects_of(bundle, cpu_device, ("split",))
+        bundle_subjects(bundle, cpu_device, ("split",))
     split = SplitSpec(plan=str(path), server="http://127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"cannot read .*plan\.json"):
-        subjects_of(bundle, cpu_device, ("split",), split=split)
+        bundle_subjects(bundle, cpu_device, ("split",), split=split)
     plan(name="send it all").save(path)
-    (spec,) = subjects_of(bundle, cpu_device, ("split",), split=split)
+    (spec,) = bundle_subjects(bundle, cpu_device, ("split",), split=split)
     assert (spec.title, spec.precision, spec.split) == ("split send it all", "int8", split)
 
 
 def test_a_device_that_can_run_nothing_of_it(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
     device = dataclasses.replace(cpu_device, precisions=("fp16",))
     with pytest.raises(InputError, match="can run none of fp32, int8"):
-        subjects_of(Bundle.open(tiny_bundle), device)
+        bundle_subjects(Bundle.open(tiny_bundle), device)
+
+
+def test_a_graph_of_one_batch_size_is_fed_such_a_batch(
+    own_bundle: Path, edit_manifest: Callable[[Path, Callable[[dict[str, Any]], None]], None]
+) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["towers"][0]["files"][0]["batch"] = 3
+
+    edit_manifest(own_bundle, change)
+    bundle = Bundle.open(own_bundle)
+    assert example_feed(bundle, "image", "fp32")["pixel_values"].shape == (3, 3, 8, 8)
+    assert example_feed(bundle, "image", "int8")["pixels"].shape == (1, 8, 8, 3)

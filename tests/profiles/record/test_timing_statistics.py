@@ -1,3 +1,5 @@
+"""Percentiles, paired ratios and their intervals; Student's t distribution."""
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,10 +9,13 @@ from numpy.typing import NDArray
 from edgeclip.profiles.record import timing_statistics
 from edgeclip.profiles.record.timing_statistics import (
     latency_of,
-    paired_ratio_of,
+    paired_ratio,
     percentile_interval,
     process_medians,
+    rate_interval,
     round_ratios,
+    student_t_cdf,
+    student_t_quantile,
 )
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.quality.intervals import Interval
@@ -99,7 +104,7 @@ def test_a_drift_that_both_share_leaves_their_ratio_alone() -> None:
     rng = np.random.default_rng(8)
     reference = [np.linspace(1, 3, 90) * rng.lognormal(0, 0.001, 90) for _ in range(5)]
     values = [runs * 1.25 * rng.lognormal(0, 0.001, 90) for runs in reference]
-    ratio = paired_ratio_of(values, reference)
+    ratio = paired_ratio(values, reference)
     assert ratio.low < 1.25 < ratio.high
     assert ratio.high - ratio.low < 0.005
     assert latency_of(values).p50_ms.value == pytest.approx(2.5, rel=0.01)
@@ -157,3 +162,56 @@ def test_a_machine_with_slower_minutes_makes_intervals_wider() -> None:
     minutes = latency_of([fast] * 5 + [slow] * 5).p50_ms
     assert turns.value == pytest.approx(minutes.value)
     assert minutes.high / minutes.low > 1.2 > turns.high / turns.low
+
+
+# Abramowitz and Stegun, table 26.10.
+TABLE = [
+    (0.975, 1, 12.706),
+    (0.95, 1, 6.314),
+    (0.975, 4, 2.776),
+    (0.95, 8, 1.860),
+    (0.999, 3, 10.215),
+    (0.975, 30, 2.042),
+    (0.975, 1e6, 1.960),
+]
+
+
+@pytest.mark.parametrize(("chance", "degrees", "t"), TABLE)
+def test_quantiles_and_chances_are_those_of_the_table(
+    chance: float, degrees: float, t: float
+) -> None:
+    assert student_t_quantile(chance, degrees) == pytest.approx(t, abs=6e-4)
+    assert student_t_cdf(t, degrees) == pytest.approx(chance, abs=1e-4)
+
+
+@pytest.mark.parametrize("degrees", [1, 2.5, 7.81, 40, 1000])
+@pytest.mark.parametrize("chance", [0.001, 0.05, 0.3, 0.5, 0.9, 0.9999])
+def test_a_quantile_has_its_chance_and_its_mirror(degrees: float, chance: float) -> None:
+    t = student_t_quantile(chance, degrees)
+    assert student_t_cdf(t, degrees) == pytest.approx(chance, abs=1e-9)
+    assert student_t_quantile(1 - chance, degrees) == pytest.approx(-t, rel=1e-6, abs=1e-9)
+
+
+def test_percentile_interval_covers_the_true_median_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(60):
+        interval = percentile_interval(rng.exponential(1.0, 80), 50)
+        assert interval.low <= interval.value <= interval.high
+        hits += interval.low <= np.log(2) <= interval.high
+    assert 50 <= hits <= 60  # 57 expected; fewer than 50 has a chance of one in a thousand
+
+
+def test_interval_is_wider_for_runs_that_resemble_their_neighbours() -> None:
+    rng = np.random.default_rng(2)
+    drifting = np.repeat(rng.normal(10, 1, 25), 8)
+    wide = percentile_interval(drifting, 50)
+    narrow = percentile_interval(rng.permutation(drifting), 50)
+    assert wide.high - wide.low > 1.3 * (narrow.high - narrow.low)
+
+
+def test_paired_ratio_and_rate() -> None:
+    reference = np.array([1.0, 2.0, 4.0])
+    assert paired_ratio([reference / 4], [reference]).value == 0.25
+    rate = rate_interval(np.array([0.5, 0.5, 0.5]), 8)
+    assert (rate.low, rate.value, rate.high) == (16, 16, 16)

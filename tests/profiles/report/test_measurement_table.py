@@ -4,10 +4,10 @@ import re
 
 import numpy as np
 
-from edgeclip.profiles.record.measurement import SweepPoint
+from edgeclip.profiles.record.measurement import SweepPoint, WarmUp
 from edgeclip.profiles.report.tables import measurement_table
 from edgeclip.runtime.quality.intervals import Interval
-from tests.profiles.measure.run_cases import measurement, processes, run_of
+from tests.profiles.run_cases import measurement, processes, run_of
 
 SAMPLES = processes(np.random.default_rng(0), 1.0)
 NONE = "unavailable"
@@ -50,3 +50,13 @@ def test_threads_are_named_where_they_differ() -> None:
         [NONE, NONE, "21.0", "28.0"],
     ]
     assert cells(a=points[2:])[0] == ["batch 1", "batch 8"]
+
+
+def test_table_warns_of_contention_and_restless_runs() -> None:
+    item = measurement("a", SAMPLES, contended=True, warm_up=WarmUp(runs=10, settled=False))
+    loud_text = measurement_table(run_of(item))
+    quiet_text = measurement_table(run_of(measurement("a", SAMPLES)))
+    assert "CONTENDED" in loud_text
+    assert "Not steady after warm-up: image a." in loud_text
+    assert "CONTENDED" not in quiet_text
+    assert "steady" not in quiet_text

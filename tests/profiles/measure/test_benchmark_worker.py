@@ -1,21 +1,32 @@
 """The measuring process, run inside this one, and what its starter makes of its end."""
 
 import dataclasses
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 
-from edgeclip.profiles.measure import benchmark_worker
-from edgeclip.profiles.measure import worker_client as ask_module
-from edgeclip.profiles.measure.benchmark_worker import answer_to, main
+from edgeclip.profiles.measure import worker_client
+from edgeclip.profiles.measure.benchmark_worker import (
+    TOKENS,
+    WIDTH,
+    YARDSTICK_GRAPH,
+    YARDSTICK_NAME,
+    main,
+    run_request,
+    yardstick_target,
+)
 from edgeclip.profiles.measure.subject import SubjectSpec
-from edgeclip.profiles.measure.worker_client import Answer, Request, ask_process
+from edgeclip.profiles.measure.worker_client import WorkerRequest, WorkerResult, run_worker
 from edgeclip.profiles.sensors.clocks import peak_memory_mb
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import ConfigError, EngineError, InputError
-from tests.profiles.measure.test_take_turns import WORKLOAD, spec_of
+from tests.profiles.measure.test_interleaved_benchmark import WORKLOAD, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +43,23 @@ def specs(tiny_bundle: Path, cpu_device: DeviceProfile) -> tuple[SubjectSpec, ..
 def test_turns(
     specs: tuple[SubjectSpec, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    request = Request(errand="turns", subjects=specs, workload=WORKLOAD)
+    request = WorkerRequest(task="interleaved", subjects=specs, workload=WORKLOAD)
     asked, answered = tmp_path / "request.json", tmp_path / "answer.json"
     request.save(asked)
-    assert Request.load(asked) == request
+    assert WorkerRequest.load(asked) == request
     assert main([str(asked), str(answered)]) == 0
-    answer = Answer.load(answered)
-    assert [each.identity.bundle for each in answer.turns] == ["tiny", "vision_model.onnx"]
-    assert [len(each.samples_ms) for each in answer.turns] == [12, 12]
+    answer = WorkerResult.load(answered)
+    assert [each.identity.bundle for each in answer.runs] == ["tiny", "vision_model.onnx"]
+    assert [len(each.samples_ms) for each in answer.runs] == [12, 12]
     assert answer.yardstick is not None
-    assert answer.yardstick.name == benchmark_worker.NAME
+    assert answer.yardstick.name == YARDSTICK_NAME
     assert [len(samples) for samples in answer.yardstick.samples_ms] == [12]
     first, *_ = capsys.readouterr().out.splitlines()
     assert first == "step 1 15"
 
 
 def test_memory(specs: tuple[SubjectSpec, ...]) -> None:
-    answer = answer_to(Request(errand="memory", subjects=specs[:1]))
+    answer = run_request(WorkerRequest(task="memory", subjects=specs[:1]))
     here = peak_memory_mb()
     assert answer.peak_memory_mb is None or here is None or answer.peak_memory_mb <= here
     assert (answer.peak_memory_mb is None) is (here is None)
@@ -64,8 +75,8 @@ def test_sweep_leaves_out_what_a_graph_does_not_take(
     onnx.save(model, tmp_path / "one.onnx")
     one = dataclasses.replace(specs[1], model=str(tmp_path / "one.onnx"))
     for spec, batches in ((specs[1], [1, 2]), (one, [1])):
-        request = Request(errand="sweep", subjects=(spec,), batch_sizes=(1, 2), seconds=0.001)
-        assert [point.batch for point in answer_to(request).sweep] == batches
+        request = WorkerRequest(task="sweep", subjects=(spec,), batch_sizes=(1, 2), seconds=0.001)
+        assert [point.batch for point in run_request(request).sweep] == batches
 
 
 def test_mistakes_are_one_line(
@@ -76,26 +87,26 @@ def test_mistakes_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for request, message in (
-        (Request(errand="turns", subjects=specs), "turns need a workload"),
-        (Request(errand="turns", subjects=(), workload=WORKLOAD), "at least one subject"),
-        (Request(errand="sweep", subjects=specs), "one subject at a time"),
+        (WorkerRequest(task="interleaved", subjects=specs), "need a workload"),
+        (WorkerRequest(task="interleaved", subjects=(), workload=WORKLOAD), "at least one subject"),
+        (WorkerRequest(task="sweep", subjects=specs), "one subject at a time"),
     ):
         with pytest.raises(InputError, match=message):
-            answer_to(request)
+            run_request(request)
     wrong = dataclasses.replace(specs[1], model=str(tmp_path / "none.onnx"))
     asked = tmp_path / "request.json"
-    Request(errand="memory", subjects=(wrong,)).save(asked)
+    WorkerRequest(task="memory", subjects=(wrong,)).save(asked)
     assert main([str(asked), str(tmp_path / "answer.json")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("edgeclip: error: image peer: model ")
     assert said.count("\n") == 1
-    asked.write_text('{"schema_version": 1, "errand": "dance", "extra": 1}', encoding="utf-8")
+    asked.write_text('{"schema_version": 1, "task": "dance", "extra": 1}', encoding="utf-8")
     assert main([str(asked), str(tmp_path / "answer.json")]) == 2
     said = capsys.readouterr().err
     assert "extra: unknown key" in said
     assert said.count("\n") == 1
     with pytest.raises(ConfigError):
-        Request.load(asked)
+        WorkerRequest.load(asked)
 
 
 def test_it_starts_light() -> None:
@@ -127,9 +138,9 @@ def test_a_process_that_fails(
     module = tmp_path / "failing_process.py"
     module.write_text(script, encoding="utf-8")
     monkeypatch.chdir(tmp_path)  # where `python -m` looks first
-    monkeypatch.setattr(ask_module, "_MODULE", "failing_process")
+    monkeypatch.setattr(worker_client, "_MODULE", "failing_process")
     with pytest.raises(EngineError, match=message):
-        ask_process(Request(errand="memory", subjects=specs[:1]))
+        run_worker(WorkerRequest(task="memory", subjects=specs[:1]))
 
 
 def test_what_a_process_tells_is_passed_on(
@@ -140,18 +151,52 @@ def test_what_a_process_tells_is_passed_on(
 ) -> None:
     script = """
 import pathlib, sys
-from edgeclip.profiles.measure.worker_client import Answer
+from edgeclip.profiles.measure.worker_client import WorkerResult
 print("edgeclip: building an engine", file=sys.stderr, flush=True)
 print("a library chatters", file=sys.stderr)
 print("step 3 7\\nstep by step")
-Answer(peak_memory_mb=5.0).save(pathlib.Path(sys.argv[2]))
+WorkerResult(peak_memory_mb=5.0).save(pathlib.Path(sys.argv[2]))
 """
     (tmp_path / "telling_process.py").write_text(script, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ask_module, "_MODULE", "telling_process")
+    monkeypatch.setattr(worker_client, "_MODULE", "telling_process")
     seen: list[tuple[int, int]] = []
-    request = Request(errand="memory", subjects=specs[:1])
-    answer = ask_process(request, progress=lambda *at: seen.append(at))
+    request = WorkerRequest(task="memory", subjects=specs[:1])
+    answer = run_worker(request, progress=lambda *at: seen.append(at))
     assert answer.peak_memory_mb == 5.0
     assert seen == [(3, 7)]
     assert capsys.readouterr().err == "edgeclip: building an engine\n"
+
+
+def test_another_graph_would_need_another_name() -> None:
+    digest = hashlib.sha256(YARDSTICK_GRAPH.read_bytes()).hexdigest()
+    assert {YARDSTICK_NAME: digest[:16]} == {"transformer-layer-1": "cdbd997c8c993e75"}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_it_runs_in_any_batch_and_always_gives_the_same(threads: int) -> None:
+    target = yardstick_target(threads)
+    assert (target.name, target.threads) == (YARDSTICK_NAME, threads)
+    first, again, three = (np.asarray(target.run(target.make_batch(size))) for size in (1, 1, 3))
+    assert first.shape == (1, TOKENS, WIDTH)
+    assert three.shape == (3, TOKENS, WIDTH)
+    assert np.isfinite(three).all()
+    assert np.array_equal(first, again)
+    assert np.abs(three[:1] - first).max() < 1e-5
+
+
+def test_every_product_is_computed_in_every_run_and_no_weight_is(tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "trace")
+    session = onnxruntime.InferenceSession(
+        str(YARDSTICK_GRAPH), options, providers=["CPUExecutionProvider"]
+    )
+    session.run(None, {"values": yardstick_target(1).make_batch(1)})
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    ran = [event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")]
+    # Query, key, content, projection and the two of the perceptron, and the two of attention.
+    assert sum("MatMul" in op for op in ran) == 8
+    assert {"LayerNormalization", "Softmax"} <= set(ran)
+    assert "Erf" in ran or "Gelu" in ran
+    assert not {"Range", "Sin"} & set(ran)

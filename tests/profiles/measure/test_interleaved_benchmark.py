@@ -10,16 +10,16 @@ import pytest
 
 from edgeclip.profiles.measure import interleaved_benchmark as module
 from edgeclip.profiles.measure.interleaved_benchmark import (
-    TurnsResult,
-    measurements_of,
+    InterleavedResult,
+    run_interleaved_benchmark,
     sweep_subject,
-    take_turns,
+    to_measurements,
 )
 from edgeclip.profiles.measure.subject import SubjectSpec
-from edgeclip.profiles.measure.worker_client import Answer, SubjectTurns
+from edgeclip.profiles.measure.worker_client import SubjectRuns, WorkerResult
 from edgeclip.profiles.record.conditions import CpuTime
 from edgeclip.profiles.record.measurement import Identity, PairedRatio, WarmUp, Yardstick
-from edgeclip.profiles.record.timing_statistics import latency_of, paired_ratio_of
+from edgeclip.profiles.record.timing_statistics import latency_of, paired_ratio
 from edgeclip.profiles.sensors.clocks import peak_memory_mb
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import EngineError, InputError
@@ -64,10 +64,10 @@ def test_fresh_processes_measure_all_subjects_in_turns(
     specs: list[SubjectSpec], temporary: Path
 ) -> None:
     seen: list[tuple[int, int]] = []
-    result = take_turns(specs, WORKLOAD, lambda *at: seen.append(at), memory=False)
+    result = run_interleaved_benchmark(specs, WORKLOAD, lambda *at: seen.append(at), memory=False)
     assert result.specs == tuple(specs)
     assert [len(samples) for samples in result.yardstick.samples_ms] == [12, 12]
-    measured = measurements_of(result, "fp32")
+    measured = to_measurements(result, "fp32")
     assert [(item.part, item.name) for item in measured] == [
         ("image", "fp32"),
         ("image", "int8"),
@@ -84,7 +84,7 @@ def test_fresh_processes_measure_all_subjects_in_turns(
         assert item.warm_up.runs >= 4
         assert item.cpu.wall_s == pytest.approx(sum(map(sum, item.samples_ms)) / 1e3, rel=1e-2)
         assert item.peak_memory_mb is None
-        assert {key for key, _ in item.missing} <= {"turns"}  # of a busy machine
+        assert {key for key, _ in item.missing} <= {"processes"}  # of a busy machine
     assert measured[2].input_shape == (1, 480, 640, 3)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[0][1] == 2 * (3 + 1 + 12)
@@ -96,8 +96,8 @@ def test_fresh_processes_measure_all_subjects_in_turns(
 def test_memory_is_that_of_a_process_of_its_own(specs: list[SubjectSpec], temporary: Path) -> None:
     once = dataclasses.replace(WORKLOAD, processes=1, repeats=3)
     seen: list[tuple[int, int]] = []
-    result = take_turns(specs[:1], once, lambda *at: seen.append(at))
-    (item,) = measurements_of(result)
+    result = run_interleaved_benchmark(specs[:1], once, lambda *at: seen.append(at))
+    (item,) = to_measurements(result)
     assert item.peak_memory_mb is not None
     assert 20 < item.peak_memory_mb < 400
     assert seen[-1][0] == seen[-1][1]
@@ -119,12 +119,12 @@ def test_the_message_says_which_subject_and_why(
 ) -> None:
     lacking = spec_of(tiny_bundle, cpu_device, "text", "fp16")
     with pytest.raises(EngineError) as found:
-        take_turns([specs[0], lacking], WORKLOAD)
+        run_interleaved_benchmark([specs[0], lacking], WORKLOAD)
     message = "text fp16: the bundle has no fp16 text tower; it has fp32, int8"
     assert str(found.value) == message
     gone = spec_of(tiny_bundle, cpu_device, "file", "int8", pictures=("no/such.jpg",))
     with pytest.raises(EngineError) as found:
-        take_turns([gone], WORKLOAD)
+        run_interleaved_benchmark([gone], WORKLOAD)
     assert str(found.value).startswith("file int8: image no/such.jpg does not exist")
     assert "\n" not in str(found.value)
     assert list(temporary.iterdir()) == []
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_the_process_and_leaves_nothing(
     endless = dataclasses.replace(WORKLOAD, repeats=10**9)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        take_turns(specs[:1], endless, press)
+        run_interleaved_benchmark(specs[:1], endless, press)
     assert time.monotonic() - began < 60
     assert [process.returncode for process in started] == [-9]
     assert list(temporary.iterdir()) == []
@@ -155,12 +155,12 @@ def test_ctrl_c_ends_the_process_and_leaves_nothing(
 
 def test_refuses_what_cannot_be_told_apart(specs: list[SubjectSpec]) -> None:
     with pytest.raises(InputError, match="at least one subject"):
-        take_turns([], WORKLOAD)
+        run_interleaved_benchmark([], WORKLOAD)
     with pytest.raises(InputError, match="different names, got image fp32, image fp32"):
-        take_turns([specs[0], specs[0]], WORKLOAD)
+        run_interleaved_benchmark([specs[0], specs[0]], WORKLOAD)
 
 
-def turns(samples: tuple[float, ...], **changes: Any) -> SubjectTurns:
+def subject_runs(samples: tuple[float, ...], **changes: Any) -> SubjectRuns:
     cpu = CpuTime(
         wall_s=1.0,
         thread_s=0.9,
@@ -170,13 +170,13 @@ def turns(samples: tuple[float, ...], **changes: Any) -> SubjectTurns:
     )
     warm = WarmUp(runs=5, settled=changes.pop("settled", True))
     whole: dict[str, Any] = {"identity": IDENTITY, "remarks": (), **changes}
-    return SubjectTurns(samples_ms=samples, warm_up=warm, cpu=cpu, input_shape=(1, 2), **whole)
+    return SubjectRuns(samples_ms=samples, warm_up=warm, cpu=cpu, input_shape=(1, 2), **whole)
 
 
-def result_of(specs: list[SubjectSpec], *processes: tuple[SubjectTurns, ...]) -> TurnsResult:
-    return TurnsResult(
+def result_of(specs: list[SubjectSpec], *processes: tuple[SubjectRuns, ...]) -> InterleavedResult:
+    return InterleavedResult(
         specs=tuple(specs),
-        turns=processes,
+        runs=processes,
         yardstick=Yardstick(name="y", samples_ms=tuple((1.0,) for _ in processes)),
         peak_memory_mb=(50.0,) * (len(specs) - 1) + (None,),
     )
@@ -185,15 +185,15 @@ def result_of(specs: list[SubjectSpec], *processes: tuple[SubjectTurns, ...]) ->
 def test_several_processes_are_summed_up(specs: list[SubjectSpec]) -> None:
     result = result_of(
         specs[:2],
-        (turns((4.0, 8.0, 4.0), waiting=0.02), turns((1.0, 2.0, 1.0))),
-        (turns((6.0, 6.0, 6.0), waiting=0.3), turns((3.0, 3.0, 3.0), settled=False)),
-        (turns((2.0, 2.0, 2.0), steal=0.0), turns((0.5, 0.5, 0.5))),
+        (subject_runs((4.0, 8.0, 4.0), waiting=0.02), subject_runs((1.0, 2.0, 1.0))),
+        (subject_runs((6.0, 6.0, 6.0), waiting=0.3), subject_runs((3.0, 3.0, 3.0), settled=False)),
+        (subject_runs((2.0, 2.0, 2.0), steal=0.0), subject_runs((0.5, 0.5, 0.5))),
     )
-    fp32, int8 = measurements_of(result, "fp32")
+    fp32, int8 = to_measurements(result, "fp32")
     assert fp32.samples_ms == ((4.0, 8.0, 4.0), (6.0, 6.0, 6.0), (2.0, 2.0, 2.0))
     ours, theirs = (list(map(np.array, item.samples_ms)) for item in (int8, fp32))
     assert fp32.latency == latency_of(theirs)
-    assert int8.ratio == PairedRatio(reference="fp32", ratio=paired_ratio_of(ours, theirs))
+    assert int8.ratio == PairedRatio(reference="fp32", ratio=paired_ratio(ours, theirs))
     assert fp32.warm_up == WarmUp(runs=15, settled=True)
     assert int8.warm_up == WarmUp(runs=15, settled=False)
     assert (fp32.cpu.wall_s, fp32.cpu.process_s) == (3.0, 4.5)
@@ -220,45 +220,47 @@ def test_disturbed_processes_are_replaced(
     specs: list[SubjectSpec],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    answers = iter(
-        Answer(
-            turns=(turns((float(number + 1),) * 3, waiting=share),),
+    results = iter(
+        WorkerResult(
+            runs=(subject_runs((float(number + 1),) * 3, waiting=share),),
             yardstick=Yardstick(name="y", samples_ms=((float(number + 1),) * 3,)),
         )
         for number, share in enumerate(waiting)
     )
-    monkeypatch.setattr(module, "ask_process", lambda request, progress=None: next(answers))
-    result = take_turns(specs[:1], WORKLOAD, memory=False)
-    assert next(answers, None) is None
+    monkeypatch.setattr(module, "run_worker", lambda request, progress=None: next(results))
+    result = run_interleaved_benchmark(specs[:1], WORKLOAD, memory=False)
+    assert next(results, None) is None
     assert len(waiting) == asked
     expected = [float(number + 1) for number in kept]
-    assert [process[0].samples_ms[0] for process in result.turns] == expected
+    assert [process[0].samples_ms[0] for process in result.runs] == expected
     assert [samples[0] for samples in result.yardstick.samples_ms] == expected
     assert result.left_out == asked - 2
-    (item,) = measurements_of(result)
-    assert [key for key, _ in item.missing] == (["turns"] if result.left_out else [])
+    (item,) = to_measurements(result)
+    assert [key for key, _ in item.missing] == (["processes"] if result.left_out else [])
 
 
 def test_ratios_are_within_a_part_only(specs: list[SubjectSpec]) -> None:
-    result = result_of(specs, tuple(turns((value,) * 3) for value in (8.0, 2.0, 16.0)))
-    assert [item.ratio is None for item in measurements_of(result)] == [True] * 3
-    assert [item.ratio is None for item in measurements_of(result, "fp32")] == [True, False, True]
-    assert [item.ratio is None for item in measurements_of(result, "int8")] == [False, True, True]
-    assert [item.ratio is None for item in measurements_of(result, "other")] == [True] * 3
+    result = result_of(specs, tuple(subject_runs((value,) * 3) for value in (8.0, 2.0, 16.0)))
+    assert [item.ratio is None for item in to_measurements(result)] == [True] * 3
+    assert [item.ratio is None for item in to_measurements(result, "fp32")] == [True, False, True]
+    assert [item.ratio is None for item in to_measurements(result, "int8")] == [False, True, True]
+    assert [item.ratio is None for item in to_measurements(result, "other")] == [True] * 3
 
 
 def test_remarks_say_of_which_process_they_are(specs: list[SubjectSpec]) -> None:
-    late = turns((1.0,) * 3, remarks=(("server", "2 of 9 answers are the device's own"),))
-    good = turns((1.0,) * 3)
-    (one,) = measurements_of(dataclasses.replace(result_of(specs[:1], (late,)), peak_memory_mb=()))
+    late = subject_runs((1.0,) * 3, remarks=(("server", "2 of 9 answers are the device's own"),))
+    good = subject_runs((1.0,) * 3)
+    (one,) = to_measurements(dataclasses.replace(result_of(specs[:1], (late,)), peak_memory_mb=()))
     assert one.missing == late.remarks
     two = dataclasses.replace(result_of(specs[:1], (good,), (late,)), peak_memory_mb=())
-    ((_, text),) = measurements_of(two)[0].missing
+    ((_, text),) = to_measurements(two)[0].missing
     assert text == "process 2 of 2: 2 of 9 answers are the device's own"
 
 
 def test_what_changed_meanwhile_is_not_summed_up(specs: list[SubjectSpec]) -> None:
     other = dataclasses.replace(IDENTITY, sha256="1" * 64)
-    result = result_of(specs[:1], (turns((1.0,) * 3),), (turns((1.0,) * 3, identity=other),))
+    result = result_of(
+        specs[:1], (subject_runs((1.0,) * 3),), (subject_runs((1.0,) * 3, identity=other),)
+    )
     with pytest.raises(EngineError, match="image fp32 was altered while it was measured"):
-        measurements_of(result)
+        to_measurements(result)
