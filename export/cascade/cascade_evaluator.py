@@ -1,4 +1,4 @@
-"""Student and teacher answer the same queries: confidence, correctness, time and bytes."""
+"""Evaluate a cascade: let student and teacher answer the same queries, and measure their cost."""
 
 import functools
 import io
@@ -31,110 +31,109 @@ _AT_ONCE = 128  # queries whose cosines with all entries are held at a time
 
 
 class CascadeEvaluator:
-    """Asks a student and its teacher; what they choose from is embedded once.
+    """Run student and teacher over an evaluation set; entries are embedded once.
 
     Args:
-        student: on the device.
-        teacher: on the server, in the same embedding space.
-        questions: what both are asked.
-        score: how sure the student is.
-        index_by: who embeds what is chosen from. The teacher by itself always uses entries of
-            its own.
+        student: the encoder on the device.
+        teacher: the encoder on the server, in the same embedding space.
+        eval_set: the labelled queries.
+        score: the confidence score of the student's answers.
+        index_by: which encoder embeds the entries. The teacher alone always uses its own.
 
     Raises:
         SpaceMismatchError: the two embedding spaces differ.
-        InputError: a score that such queries do not have.
+        InputError: the score is not defined for such queries.
     """
 
     def __init__(
         self,
         student: Encoder,
         teacher: Encoder,
-        questions: CascadeEvalSet,
+        eval_set: CascadeEvalSet,
         score: Score,
         index_by: IndexBy = "teacher",
     ) -> None:
         check_space(teacher.space, student.space, f"the bundle {student.bundle.path}")
-        check_score(score, questions.query)
+        check_score(score, eval_set.query)
         self._student, self._teacher = student, teacher
-        self._questions, self._score = questions, score
+        self._eval_set, self._score = eval_set, score
         self._indexer = teacher if index_by == "teacher" else student
 
     @functools.cached_property
     def _teachers_entries(self) -> Entries:
-        return self._questions.entries(self._teacher)
+        return self._eval_set.embed_entries(self._teacher)
 
     @functools.cached_property
     def entries(self) -> Entries:
-        """What the student's queries choose from."""
+        """The entries that the student's queries choose from."""
         if self._indexer is self._teacher:
             return self._teachers_entries
-        return self._questions.entries(self._indexer)
+        return self._eval_set.embed_entries(self._indexer)
 
     def scores(self, source: Source) -> Values:
-        """How sure the student is of its answers to a source's queries: float64 [N].
+        """Confidence scores of the student's answers to a source's queries: float64 [N].
 
         Raises:
             InputError: a picture cannot be read.
             EngineError: a tower cannot be run.
         """
-        wanted = self._questions.wanted(self._indexer, source, self.entries)
-        return self._student_answers(source, wanted)[0]
+        answers = self._eval_set.embed_answers(self._indexer, source, self.entries)
+        return self._student_answers(source, answers)[0]
 
-    def trial(self, source: Source) -> PairedOutcomes:
-        """What both answer to a source's queries.
+    def paired_outcomes(self, source: Source) -> PairedOutcomes:
+        """Answer a source's queries with student and teacher, and pair the outcomes.
 
         Raises:
             InputError: a picture cannot be read.
             EngineError: a tower cannot be run.
         """
-        questions = self._questions
-        wanted = questions.wanted(self._indexer, source, self.entries)
-        scores, student = self._student_answers(source, wanted)
-        queries, _ = questions.asked(self._teacher, source)
-        escalated = teacher = _right(queries, self.entries, wanted)
+        eval_set = self._eval_set
+        answers = eval_set.embed_answers(self._indexer, source, self.entries)
+        scores, student = self._student_answers(source, answers)
+        queries, _ = eval_set.embed_queries(self._teacher, source)
+        escalated = teacher = _right(queries, self.entries, answers)
         if self._indexer is not self._teacher:
-            own = questions.wanted(self._teacher, source, self._teachers_entries)
+            own = eval_set.embed_answers(self._teacher, source, self._teachers_entries)
             teacher = _right(queries, self._teachers_entries, own)
         return PairedOutcomes(scores=scores, student=student, escalated=escalated, teacher=teacher)
 
-    def _student_answers(self, source: Source, wanted: Entries) -> tuple[Values, Flags]:
-        queries, views = self._questions.asked(self._student, source, self._score.views)
+    def _student_answers(self, source: Source, answers: Entries) -> tuple[Values, Flags]:
+        queries, views = self._eval_set.embed_queries(self._student, source, self._score.views)
         scores, right = [], []
-        for evidence in _evidence(queries, views, self.entries, wanted):
+        for evidence in _evidence(queries, views, self.entries, answers):
             scores.append(self._score.of(evidence))
             right.append(_is_right(evidence))
         return np.concatenate(scores), np.concatenate(right)
 
 
-def _right(queries: FloatArray, entries: Entries, wanted: Entries) -> Flags:
-    found = [_is_right(evidence) for evidence in _evidence(queries, None, entries, wanted)]
+def _right(queries: FloatArray, entries: Entries, answers: Entries) -> Flags:
+    found = [_is_right(evidence) for evidence in _evidence(queries, None, entries, answers)]
     return np.concatenate(found)
 
 
 def _is_right(evidence: Similarities) -> Flags:
-    """Whether the wanted entry, which is the last, beats all others; a tie does not count."""
+    """Tell whether the right answer (the last column) beats all others; a tie does not count."""
     others, own = evidence.cosines[:, :-1], evidence.cosines[:, -1]
     return np.asarray(own > others.max(axis=1) + TIE)
 
 
 def _evidence(
-    queries: FloatArray, views: FloatArray | None, entries: Entries, wanted: Entries
+    queries: FloatArray, views: FloatArray | None, entries: Entries, answers: Entries
 ) -> Iterator[Similarities]:
-    """Yield for some queries at a time their cosines with all other entries and the wanted one.
+    """Yield, in batches of queries, the cosines with all other entries and with the right answer.
 
-    An entry that has the wanted one's name is the wanted one itself, or another copy of it.
+    An entry with the name of the right answer is that answer itself, or another copy of it.
     """
     codes = {name: code for code, name in enumerate(entries.names)}
     columns = np.array([codes[name] for name in entries.names])
-    own = np.array([codes.get(name, -1) for name in wanted.names])
+    own = np.array([codes.get(name, -1) for name in answers.names])
     targets = entries.embeddings.astype(np.float64).T
     for start in range(0, len(queries), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         copies = own[part, None] == columns
         wide = queries[part].astype(np.float64)
         seen = np.zeros((0, *wide.shape)) if views is None else views[:, part].astype(np.float64)
-        right = wanted.embeddings[part].astype(np.float64)
+        right = answers.embeddings[part].astype(np.float64)
         yield Similarities(
             _cosines(wide, targets, right, copies),
             _cosines(seen, targets, right, copies),
@@ -143,10 +142,10 @@ def _evidence(
 
 
 def _cosines(given: Values, targets: Values, right: Values, copies: Flags) -> Values:
-    """Cosines [..., N, K] of `given` [..., N, dim] with the entries, the wanted one last.
+    """Return cosines [..., N, K] of `given` [..., N, dim] with the entries, the right answer last.
 
-    Where each query has one copy among the entries, as with labels, it is taken out.
-    Otherwise copies are put out of reach, at -1.
+    Where each query has one copy of its answer among the entries, as with labels, the copy is
+    removed. Otherwise the cosines of copies are set to -1, so that they never win.
     """
     found = given @ targets
     if (copies.sum(axis=1) == 1).all():
@@ -165,18 +164,18 @@ ScoreFunction = Callable[[NDArray[Any]], NDArray[np.float64]]
 
 
 def score_function(encoder: Encoder, query: Tower, score: Score, entries: Entries) -> ScoreFunction:
-    """A function from pictures or texts, object [N], to how sure the encoder is, float64 [N]."""
+    """Make a function from pictures or texts, object [N], to confidence scores, float64 [N]."""
 
-    def ask(queries: NDArray[Any]) -> NDArray[np.float64]:
+    def scores_of(queries: NDArray[Any]) -> NDArray[np.float64]:
         if query == "text":
             embeddings, views = encoder.encode_text(list(queries), truncate=True), None
         else:
             pixels = crop_batch(list(queries), encoder.spec.image)
             embeddings = encoder.encode_pixels(pixels)
             views = embed_views(encoder.encode_pixels, pixels, score.views)
-        return score.of(Similarities.against(embeddings, entries.embeddings, views))
+        return score.of(Similarities.between(embeddings, entries.embeddings, views))
 
-    return ask
+    return scores_of
 
 
 def measure_costs(
@@ -190,17 +189,17 @@ def measure_costs(
     workload: Workload,
     link: LinkProfile | None = None,
 ) -> tuple[Costs, tuple[Measurement, ...]]:
-    """Measure both on one query, taking turns: from the decoded query to the answer.
+    """Benchmark student and teacher on one decoded query, interleaved, up to the answer.
 
     Args:
-        student: its time includes the score, with all views that this needs.
+        student: its time includes the score, with all views that the score needs.
         teacher: its time includes the choice among the entries.
         source: its first query is what runs.
-        entries: what is chosen from.
-        query: the side of a pair that is asked with.
-        score: how sure the student is.
-        workload: how long to measure; only batch 1 is.
-        link: the network that the costs count in.
+        entries: what the queries choose from.
+        query: the side of a pair that is the query.
+        score: the confidence score.
+        workload: how long to measure; only batch 1 is measured.
+        link: the network that is added to the costs.
 
     Raises:
         EngineError: a tower cannot be run.
@@ -227,7 +226,7 @@ def measure_costs(
 
 
 def query_bytes(source: Source, query: Tower) -> float:
-    """Mean size of a query as it is sent: the file as it is, a drawn picture as PNG, a text."""
+    """Return the mean size of a query as it is sent: its file, else a PNG, or the text."""
     numbers = range(min(_SIZED, len(source)))
     if query == "text":
         sizes = [len(str(source.caption(number)).encode()) for number in numbers]

@@ -76,19 +76,19 @@ class CurvePoint:
 
 
 def curve(
-    trial: PairedOutcomes,
+    outcomes: PairedOutcomes,
     grid: Sequence[float],
     *,
     certified: int,
     costs: Costs | None = None,
     rows: int = 21,
 ) -> tuple[CurvePoint, ...]:
-    """About `rows` points, the one that escalates most first; denser where few are escalated.
+    """Return about `rows` points of the curve, the highest threshold first; denser at low shares.
 
     Both ends, the last certified threshold and the first one behind it are always among them.
 
     Args:
-        trial: answers to the same queries by student and teacher.
+        outcomes: answers to the same queries by student and teacher.
         grid: thresholds, descending.
         certified: how many of them, from the first on, the certificate holds for.
         costs: for time and bytes.
@@ -97,11 +97,11 @@ def curve(
     Raises:
         InputError: the teacher has too few right answers to compare with.
     """
-    shares = [trial.escalated_share(threshold) for threshold in grid]
+    shares = [outcomes.escalated_share(threshold) for threshold in grid]
     wanted = [(step / (rows - 1)) ** 2 for step in range(rows)]
     near = {min(range(len(grid)), key=lambda at: abs(shares[at] - share)) for share in wanted}
     ends = {0, max(0, certified - 1), min(certified, len(grid) - 1), len(grid) - 1}
-    return tuple(_point(trial, grid[at], at < certified, costs) for at in sorted(near | ends))
+    return tuple(_point(outcomes, grid[at], at < certified, costs) for at in sorted(near | ends))
 
 
 def curve_table(points: Sequence[CurvePoint], costs: Costs | None) -> str:
@@ -113,14 +113,14 @@ def curve_table(points: Sequence[CurvePoint], costs: Costs | None) -> str:
 
 
 def _point(
-    trial: PairedOutcomes, threshold: float, certified: bool, costs: Costs | None
+    outcomes: PairedOutcomes, threshold: float, certified: bool, costs: Costs | None
 ) -> CurvePoint:
-    right, share = trial.right(threshold), trial.escalated_share(threshold)
+    right, share = outcomes.correct(threshold), outcomes.escalated_share(threshold)
     return CurvePoint(
         threshold=threshold,
         escalated=share,
         quality=bootstrap(right),
-        kept=bootstrap_ratio(right, trial.teacher),
+        kept=bootstrap_ratio(right, outcomes.teacher),
         certified=certified,
         mean_ms=None if costs is None else costs.mean_ms(share),
         mean_bytes=None if costs is None else share * costs.query_bytes,

@@ -33,7 +33,7 @@ _ORDER_SEED = 0
 
 
 def hoeffding_bentkus(values: Values, low: float, high: float) -> float:
-    """P-value of "the mean of `values` [N] in [low, high] is at most 0".
+    """Return the p-value of "the mean of `values` [N] in [low, high] is at most 0".
 
     The smaller of Hoeffding's (1963) bound in its relative-entropy form and e times a
     binomial tail (Bentkus 2004), as Bates et al. (2021) join them. It sees the mean alone, so
@@ -50,7 +50,7 @@ def hoeffding_bentkus(values: Values, low: float, high: float) -> float:
 
 
 def betting(values: Values, low: float, high: float) -> float:
-    """P-value of "the mean of `values` [N] in [low, high] is at most 0", low < 0 < high.
+    """Return the p-value of "the mean of `values` [N] in [low, high] is at most 0", low < 0 < high.
 
     Under that hypothesis no bet on the values pays: the mean over stakes s of
     prod(1 + s x value), with 0 < s < -1 / low, is a nonnegative supermartingale that begins at
@@ -73,9 +73,9 @@ def betting(values: Values, low: float, high: float) -> float:
 
 
 def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
-    """How many hypotheses are rejected: those before the first whose p-value is above `delta`.
+    """Count the rejected hypotheses: those before the first whose p-value is above `delta`.
 
-    P-values behind that one are not asked for.
+    Later p-values are not computed.
     """
     rejected = 0
     for p_value in p_values:
@@ -86,17 +86,17 @@ def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
 
 
 def share_error(count: int, delta: float) -> float:
-    """How far shares below any threshold, seen in `count` draws, may be off the true ones.
+    """Bound the error of the share of scores below any threshold, from `count` samples.
 
     With probability 1 - delta, for all thresholds at once (Dvoretzky, Kiefer and Wolfowitz 1956
-    with Massart's constant 1990), so it holds for one that the same draws chose.
+    with Massart's constant 1990), so it holds for a threshold chosen on the same samples.
     """
     return math.sqrt(math.log(2 / delta) / (2 * count))
 
 
 @dataclass(frozen=True, slots=True)
 class CertifiedThreshold:
-    """The boldest certified threshold, its p-value, and how many were certified in all."""
+    """The lowest certified threshold, its p-value, and how many thresholds were certified."""
 
     threshold: float
     p_value: float
@@ -104,28 +104,29 @@ class CertifiedThreshold:
 
 
 def choose_threshold(
-    trial: PairedOutcomes,
+    outcomes: PairedOutcomes,
     grid: Sequence[float],
     *,
     bound: float,
     delta: float,
     p_value: PValue = betting,
 ) -> CertifiedThreshold | None:
-    """Choose the lowest threshold that is certified; None if not even the first one is.
+    """Choose the lowest certified threshold by fixed-sequence testing; None if there is none.
 
     Args:
-        trial: answers to independent queries that `grid` was not made from.
-        grid: thresholds from the most cautious to the boldest, see `threshold_grid`.
+        outcomes: answers to independent queries that `grid` was not made from.
+        grid: thresholds from the one that escalates most to the one that escalates least, as
+            `threshold_grid` makes them.
         bound: the share of the teacher's quality to certify, in (0, 1].
         delta: the chance of a wrong certificate that is accepted, in (0, 1).
         p_value: of "the mean of these values in [low, high] is at most 0".
     """
-    order = np.random.default_rng(_ORDER_SEED).permutation(len(trial))
+    order = np.random.default_rng(_ORDER_SEED).permutation(len(outcomes))
     found: list[float] = []
 
     def tested() -> Iterable[float]:
         for threshold in grid:
-            found.append(p_value(trial.surplus(threshold, bound)[order], -bound, 1.0))
+            found.append(p_value(outcomes.surplus(threshold, bound)[order], -bound, 1.0))
             yield found[-1]
 
     certified = fixed_sequence(tested(), delta)
@@ -154,17 +155,17 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CascadePlan:
-    """What is to be certified.
+    """Student, teacher, queries and the promise to certify.
 
     Attributes:
-        student: on the device.
-        teacher: on the server, in the same embedding space.
-        questions: what both are asked.
-        score: how sure the student is.
+        student: the encoder on the device.
+        teacher: the encoder on the server, in the same embedding space.
+        eval_set: the labelled queries.
+        score: the confidence score of the student's answers.
         bound: the share of the teacher's quality to keep.
-        delta: the chance of a wrong certificate.
-        index_by: who embeds what is chosen from.
-        command: what was typed.
+        delta: the accepted chance of a wrong certificate.
+        index_by: which encoder embeds the entries.
+        command: the command line, for the record.
 
     Raises:
         InputError: bound or delta out of range, or student and teacher are the same tower, so
@@ -173,7 +174,7 @@ class CascadePlan:
 
     student: Encoder
     teacher: Encoder
-    questions: CascadeEvalSet
+    eval_set: CascadeEvalSet
     score: Score
     bound: float = 0.95
     delta: float = 0.05
@@ -188,10 +189,10 @@ class CascadePlan:
         self._refuse_own_teacher()
 
     def _refuse_own_teacher(self) -> None:
-        """A student never loses to itself: its certificate would say to ask nobody."""
-        query, both = self.questions.query, (self.student, self.teacher)
+        """Refuse a teacher that is the student itself: its certificate would never escalate."""
+        query, both = self.eval_set.query, (self.student, self.teacher)
         if not all(encoder.bundle.manifest.has(query) for encoder in both):
-            return  # who asks the questions says so
+            return  # the evaluator reports the missing tower
         student, teacher = (_identity(encoder, query) for encoder in both)
         if student.hashes == teacher.hashes:
             raise InputError(
@@ -200,30 +201,30 @@ class CascadePlan:
                 "model as the teacher"
             )
 
-    def examiner(self) -> CascadeEvaluator:
-        """Who asks the questions.
+    def evaluator(self) -> CascadeEvaluator:
+        """Make the evaluator of this plan.
 
         Raises:
             SpaceMismatchError: student and teacher are of different embedding spaces.
-            InputError: a score that such queries do not have.
+            InputError: the score is not defined for such queries.
         """
         return CascadeEvaluator(
-            self.student, self.teacher, self.questions, self.score, index_by=self.index_by
+            self.student, self.teacher, self.eval_set, self.score, index_by=self.index_by
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CertificationResult:
-    """What came of it.
+    """The outcomes on the test queries, the tested thresholds, and the certificate.
 
     Attributes:
-        trial: what was answered to the test queries.
-        grid: the thresholds, from the most cautious to the boldest.
-        chosen: the boldest that is certified; None if none is.
-        certificate: for it; None if every query would have to be escalated.
+        outcomes: the answers of student and teacher to the test queries.
+        grid: the thresholds, from the one that escalates most to the one that escalates least.
+        chosen: the lowest certified threshold; None if none is certified.
+        certificate: for `chosen`; None if every query would have to be escalated.
     """
 
-    trial: PairedOutcomes
+    outcomes: PairedOutcomes
     grid: tuple[float, ...]
     chosen: CertifiedThreshold | None
     certificate: Certificate | None
@@ -236,15 +237,15 @@ class CertificationResult:
 
 def certify(
     plan: CascadePlan,
-    examiner: CascadeEvaluator | None = None,
+    evaluator: CascadeEvaluator | None = None,
     progress: Progress = lambda line: None,
 ) -> CertificationResult:
-    """Ask student and teacher the questions, and choose the boldest certified threshold.
+    """Evaluate student and teacher, and certify the lowest threshold that keeps the bound.
 
     Args:
-        plan: what is to be certified.
-        examiner: the plan's, if it is at hand.
-        progress: called with a line for a person before each step.
+        plan: student, teacher, queries and the promise.
+        evaluator: the plan's evaluator, if the caller has made it already.
+        progress: called with a line of text before each step.
 
     Raises:
         SpaceMismatchError: student and teacher are of different embedding spaces.
@@ -252,54 +253,57 @@ def certify(
             teacher has no answer right.
         EngineError: a tower cannot be run.
     """
-    asks, questions = examiner or plan.examiner(), plan.questions
-    progress(f"asking the student about {questions.calibration.name}")
-    calibration = asks.scores(questions.calibration)
-    progress(f"asking student and teacher about {questions.test.name}")
-    trial = asks.trial(questions.test)
-    if not trial.teacher.any():
+    evaluator, eval_set = evaluator or plan.evaluator(), plan.eval_set
+    progress(f"asking the student about {eval_set.calibration.name}")
+    calibration = evaluator.scores(eval_set.calibration)
+    progress(f"asking student and teacher about {eval_set.test.name}")
+    outcomes = evaluator.paired_outcomes(eval_set.test)
+    if not outcomes.teacher.any():
         raise InputError("the teacher has no answer right: give it queries that it can answer")
     grid = threshold_grid(calibration)
     progress(f"testing {len(grid)} thresholds")
-    chosen = choose_threshold(trial, grid, bound=plan.bound, delta=plan.delta)
+    chosen = choose_threshold(outcomes, grid, bound=plan.bound, delta=plan.delta)
     certificate = None
     if chosen is not None and chosen.threshold < ESCALATE_ALL:
-        certificate = _certificate(plan, trial, calibration, chosen)
-    return CertificationResult(trial=trial, grid=grid, chosen=chosen, certificate=certificate)
+        certificate = _certificate(plan, outcomes, calibration, chosen)
+    return CertificationResult(outcomes=outcomes, grid=grid, chosen=chosen, certificate=certificate)
 
 
 def _certificate(
-    plan: CascadePlan, trial: PairedOutcomes, calibration: Values, chosen: CertifiedThreshold
+    plan: CascadePlan, outcomes: PairedOutcomes, calibration: Values, chosen: CertifiedThreshold
 ) -> Certificate:
-    questions, right = plan.questions, trial.right(chosen.threshold)
-    other: Tower = "text" if questions.query == "image" else "image"
-    share, error = trial.escalated_share(chosen.threshold), share_error(len(trial), plan.delta)
+    eval_set, right = plan.eval_set, outcomes.correct(chosen.threshold)
+    other: Tower = "text" if eval_set.query == "image" else "image"
+    share, error = (
+        outcomes.escalated_share(chosen.threshold),
+        share_error(len(outcomes), plan.delta),
+    )
     return Certificate(
-        query=questions.query,
+        query=eval_set.query,
         bound=plan.bound,
         delta=plan.delta,
         p_value=chosen.p_value,
         space=plan.student.space,
-        student=_identity(plan.student, questions.query),
+        student=_identity(plan.student, eval_set.query),
         student_index=_identity(plan.student, other) if plan.index_by == "student" else None,
-        teacher=_identity(plan.teacher, questions.query),
+        teacher=_identity(plan.teacher, eval_set.query),
         score=plan.score,
         threshold=chosen.threshold,
         escalated=Interval(share, max(0.0, share - error), min(1.0, share + error)),
         quality=Quality(
-            student=bootstrap(trial.student),
-            teacher=bootstrap(trial.teacher),
+            student=bootstrap(outcomes.student),
+            teacher=bootstrap(outcomes.teacher),
             cascade=bootstrap(right),
-            kept=bootstrap_ratio(right, trial.teacher),
+            kept=bootstrap_ratio(right, outcomes.teacher),
         ),
-        sample=ScoreSample.of(calibration, trial.scores),
+        sample=ScoreSample.of(calibration, outcomes.scores),
         tested_on=QuerySet(
-            data=questions.test.name,
-            identity=questions.identity,
-            count=len(trial),
-            entries=questions.choices,
+            data=eval_set.test.name,
+            identity=eval_set.identity,
+            count=len(outcomes),
+            entries=eval_set.entry_count,
             index_by=plan.index_by,
-            task=questions.task,
+            task=eval_set.task,
         ),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=plan.command,

@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import EMOJI, EmojiSource
-from edgeclip.export.bundle.write_bundle import file_records
+from edgeclip.export.bundle.add_to_bundle import file_records
 from edgeclip.export.cuts.cut_points import FoundCut, find_cuts
 from edgeclip.export.cuts.cut_tower import cut_head, cut_tail, prepare_for_cutting
 from edgeclip.export.errors import ExportError

@@ -7,23 +7,28 @@ from typing import get_args
 
 from edgeclip.profiles.cuts.plan_report import explain, plan_page, plan_picture, plan_table
 from edgeclip.profiles.predict.measured_device import measured_names
-from edgeclip.profiles.predict.predict_stages import Sides, headings, load_sides, remarks
+from edgeclip.profiles.predict.predict_stages import (
+    StageTimesPair,
+    load_stage_times,
+    prediction_headings,
+    prediction_remarks,
+)
 from edgeclip.profiles.record.measurement import MeasurementRun
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.device.link import LinkProfile, link_names, load_link
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.estimate import Conditions, Estimate
+from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate
 from edgeclip.runtime.planning.link_state import LinkState
 from edgeclip.runtime.planning.plan import Goal
-from edgeclip.runtime.planning.planner import Choice, Objective, choose, estimate_all
+from edgeclip.runtime.planning.planner import Objective, PlanChoice, choose_plan, estimate_plans
 from edgeclip.runtime.planning.stage_times import StageTimes
 
 _HTTP_MS = 1.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("cuts", type=Path, help="directory that `edgeclip cut` wrote")
     what = (
         "what `edgeclip measure-cuts` wrote on the {}; for one of both also a measured device, by "
@@ -87,23 +92,23 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print all plans and the chosen one; write what was asked for."""
     cuts = CutSet.open(args.cuts)
-    sides = load_sides(args.device_times, args.server_times, cuts)
+    sides = load_stage_times(args.device_times, args.server_times, cuts)
     link = load_link(args.link)
     try:
         objective, conditions = _objective(args), _conditions(args, cuts, link)
     except ValueError as error:
         raise InputError(str(error)) from None
 
-    def chosen(sides: Sides) -> Choice:
-        found = estimate_all(
+    def chosen(sides: StageTimesPair) -> PlanChoice:
+        found = estimate_plans(
             cuts.manifest, *sides, conditions, deadline_ms=args.deadline_ms, index=args.index
         )
-        return choose(found, objective)
+        return choose_plan(found, objective)
 
     choice = chosen(sides)
-    notes = [*remarks(sides, choice, chosen), *_notes(args, *sides)]
+    notes = [*prediction_remarks(sides, choice, chosen), *_notes(args, *sides)]
     words = "\n".join([explain(choice, objective), *notes])
-    print("\n".join([*headings(sides), plan_table(choice, all_codecs=args.all)]))
+    print("\n".join([*prediction_headings(sides), plan_table(choice, all_codecs=args.all)]))
     print(f"\n{words}")
     for path in args.measured:
         print("\n".join(_errors(path, (*choice.allowed, *choice.refused))))
@@ -116,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _errors(path: Path, estimates: Sequence[Estimate]) -> list[str]:
+def _errors(path: Path, estimates: Sequence[PlanEstimate]) -> list[str]:
     """How far predictions are from what was measured, plan by plan."""
     predicted = {item.plan.name: item.p95_ms for item in estimates}
     measured = MeasurementRun.load(path).measurements
@@ -146,8 +151,8 @@ def _objective(args: argparse.Namespace) -> Objective:
     )
 
 
-def _conditions(args: argparse.Namespace, cuts: CutSet, link: LinkProfile) -> Conditions:
-    return Conditions(
+def _conditions(args: argparse.Namespace, cuts: CutSet, link: LinkProfile) -> PlanConditions:
+    return PlanConditions(
         link=LinkState.from_profile(link, http_ms=args.http_ms),
         dim=cuts.manifest.dim,
         load=args.load,
@@ -171,7 +176,7 @@ def _notes(args: argparse.Namespace, device: StageTimes, server: StageTimes) -> 
     return notes
 
 
-def _draw(args: argparse.Namespace, choice: Choice, words: str) -> None:
+def _draw(args: argparse.Namespace, choice: PlanChoice, words: str) -> None:
     if args.picture.suffix not in (".svg", ".html"):
         raise InputError(f"--picture is {args.picture}: give a name that ends in .svg or .html")
     title = f"Plans over {args.link}"

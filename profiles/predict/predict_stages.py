@@ -1,9 +1,9 @@
-"""Predict the stage times of a cut set for a device where only probes were measured."""
+"""Predict the stage times of a cut set on a device where only probes were measured."""
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,65 +13,50 @@ from edgeclip.profiles.predict.measured_device import MeasuredDevice, load_measu
 from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.tower_shapes import (
     AnyTower,
-    ConvTower,
-    Piece,
+    TowerBlock,
     TransformerTower,
     read_image_tower,
 )
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.planner import Choice
-from edgeclip.runtime.planning.stage_times import Predicted, Stage, StageSamples, StageTimes
+from edgeclip.runtime.planning.planner import PlanChoice
+from edgeclip.runtime.planning.stage_times import Predicted, SplitStage, StageSamples, StageTimes
 
-_NAME = re.compile(r"(before|in|after) block (\d+(?:\.\d+)?)(?: \(\d+\))?")
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A piece, and how much of its time lies before a cut, from 0 to 1."""
-
-    piece: Piece
-    share: float
+_CUT_NAME = re.compile(r"(before|in|after) block (\d+(?:\.\d+)?)(?: \(\d+\))?")
 
 
-def pieces_before(tower: AnyTower, name: str) -> tuple[Share, ...]:
-    """The pieces of an image tower that are run before a cut.
+def prefix_cost(tower: AnyTower, cut: str, cost: Callable[[TowerBlock], float]) -> float:
+    """Sum the costs of the blocks of an image tower that run before a cut.
 
     The block that a cut lies in is divided by multiply-adds.
 
     Args:
         tower: the whole.
-        name: of the cut, such as "after block 3"; of a ConvNeXt "after block 1.0", which is the
-            first block of the second stage.
+        cut: name of the cut, such as "after block 3"; of a ConvNeXt "after block 1.0", which is
+            the first block of the second stage.
+        cost: of one block.
 
     Raises:
         InputError: the name tells no place in this tower.
     """
-    found = _NAME.fullmatch(name)
-    order = _order(tower)
+    found = _CUT_NAME.fullmatch(cut)
+    order = _blocks_in_order(tower)
     labels = [label for label, _ in order]
     if found is None or found[2] not in labels:
         raise InputError(
-            f"the cut {name!r} tells no place in this tower of {len(set(labels)) - 1} blocks: "
+            f"the cut {cut!r} tells no place in this tower of {len(set(labels)) - 1} blocks: "
             "measure its stages with `edgeclip measure-cuts`"
         )
     where, at = found[1], labels.index(found[2])
-    before = [Share(piece, 1.0) for _, piece in order[:at]]
-    piece = order[at][1]
-    if where == "before":
-        return tuple(before)
-    return (*before, Share(piece, _share(piece, where)))
+    before, block = sum(cost(block) for _, block in order[:at]), order[at][1]
+    return before if where == "before" else before + _share_done(block, where) * cost(block)
 
 
-def _order(tower: AnyTower) -> Sequence[tuple[str, Piece]]:
-    """All pieces as they are run; those that are no block have an empty label."""
+def _blocks_in_order(tower: AnyTower) -> Sequence[tuple[str, TowerBlock]]:
+    """Blocks in the order in which they run; stem, steps down and head have an empty label."""
     if isinstance(tower, TransformerTower):
         blocks = [(str(layer), tower.block()) for layer in range(tower.layers - 1)]
         return [("", tower.stem()), *blocks, (str(tower.layers - 1), tower.last())]
-    return _order_of_stages(tower)
-
-
-def _order_of_stages(tower: ConvTower) -> Sequence[tuple[str, Piece]]:
     order = [("", tower.stem())]
     for stage, depth in enumerate(tower.depths):
         order += [("", tower.down(stage))] if stage else []
@@ -79,15 +64,15 @@ def _order_of_stages(tower: ConvTower) -> Sequence[tuple[str, Piece]]:
     return [*order, ("", tower.head())]
 
 
-def _share(piece: Piece, where: str) -> float:
-    """How much of a block is done after its attention ("in"), or at its end ("after").
+def _share_done(block: TowerBlock, where: str) -> float:
+    """Part of a block that is done after its attention ("in"), or at its end ("after").
 
     In the last block of a transformer the projection into the embedding space comes behind it.
     """
-    width, at, hidden = piece.width, piece.positions, piece.hidden
-    if piece.kind == "image-last":
+    width, at, hidden = block.width, block.positions, block.hidden
+    if block.kind == "image-last":
         attention = 2 * at * width**2 + 2 * at * width + 2 * width**2
-        mlp, behind = 2 * width * hidden, width * piece.given
+        mlp, behind = 2 * width * hidden, width * block.given
     else:
         attention, mlp, behind = 4 * at * width**2 + 2 * at**2 * width, 2 * at * width * hidden, 0
     done = attention if where == "in" else attention + mlp
@@ -95,11 +80,11 @@ def _share(piece: Piece, where: str) -> float:
 
 
 CONFIG_NAME = "config.json"
-_WHOLE = Stage(kind="tail", cut=0)
+_WHOLE = SplitStage(kind="tail", cut=0)
 _LEAST_MS = 1e-4  # of a median that times are divided by
 
 
-def predict_stages(measured: MeasuredDevice, cuts: CutSet, known: StageTimes) -> StageTimes:
+def predicted_stage_times(measured: MeasuredDevice, cuts: CutSet, known: StageTimes) -> StageTimes:
     """Predict the stages of a cut set on a measured device.
 
     Heads and tails vary from round to round by as much, relative to their median, as on the
@@ -123,18 +108,22 @@ def predict_stages(measured: MeasuredDevice, cuts: CutSet, known: StageTimes) ->
     tower = read_image_tower(_config_of(cuts), image_size=about.image.size, dim=about.dim)
     predictor = Predictor(measured)
     whole = predictor.predict(tower, about.precision)
+
+    def block_ms(block: TowerBlock) -> float:
+        return predictor.block_ms(block, about.precision)
+
     ms = {_WHOLE: whole.ms}
     for point in about.points[1:]:
-        before = sum(
-            item.share * predictor.piece_ms(item.piece, about.precision)
-            for item in pieces_before(tower, point.name)
-        )
-        ms[Stage(kind="head", cut=point.number)] = before
-        ms[Stage(kind="tail", cut=point.number)] = max(0.0, whole.ms - before)
+        before = prefix_cost(tower, point.name, block_ms)
+        ms[SplitStage(kind="head", cut=point.number)] = before
+        ms[SplitStage(kind="tail", cut=point.number)] = max(0.0, whole.ms - before)
     factor = 1.0
     if measured.device.on_cpu and known.on_cpu:
         factor = whole.ms / float(np.median(known.ms(_WHOLE)))
-        least = factor * _shortest(known)
+        # Differences between probes do not tell what a run costs by itself, and that is nearly all
+        # that the shortest part of a tower takes.
+        towers = (item.ms for item in known.stages if item.stage.kind in ("head", "tail"))
+        least = factor * min(float(np.median(times)) for times in towers)
         ms = {stage: max(least, value) for stage, value in ms.items()}
     disturbed = measured.interference is not None and measured.interference.disturbed
     return replace(
@@ -143,7 +132,7 @@ def predict_stages(measured: MeasuredDevice, cuts: CutSet, known: StageTimes) ->
         command=measured.command,
         machine=measured.machine,
         device=measured.name,
-        stages=tuple(_stages(known, ms, factor)),
+        stages=tuple(_scaled(item, ms.get(item.stage), factor) for item in known.stages),
         waiting_share=None,
         steal_share=None,
         contended=disturbed or known.contended,
@@ -156,15 +145,6 @@ def predict_stages(measured: MeasuredDevice, cuts: CutSet, known: StageTimes) ->
             others_factor=factor,
         ),
     )
-
-
-def _shortest(known: StageTimes) -> float:
-    """Milliseconds of the shortest part of the tower: nearly all of it is the run itself.
-
-    Differences between probes do not tell what a run costs by itself.
-    """
-    towers = (item.ms for item in known.stages if item.stage.kind in ("head", "tail"))
-    return min(float(np.median(times)) for times in towers)
 
 
 def _check_device(measured: MeasuredDevice, cuts: CutSet) -> None:
@@ -190,17 +170,15 @@ def _config_of(cuts: CutSet) -> Path:
     return cuts.path / CONFIG_NAME
 
 
-def _stages(known: StageTimes, ms: dict[Stage, float], factor: float) -> Iterator[StageSamples]:
-    """Stages of `known`: those in `ms` moved to that median, all others times `factor`."""
-    for item in known.stages:
-        times, scale = np.array(item.ms), factor
-        if item.stage in ms:
-            scale = ms[item.stage] / max(float(np.median(times)), _LEAST_MS)
-        yield StageSamples(stage=item.stage, ms=tuple(map(float, scale * times)))
+def _scaled(item: StageSamples, ms: float | None, factor: float) -> StageSamples:
+    """Move the samples of a stage to a median of `ms`; without one multiply them by `factor`."""
+    times = np.array(item.ms)
+    scale = factor if ms is None else ms / max(float(np.median(times)), _LEAST_MS)
+    return StageSamples(stage=item.stage, ms=tuple(map(float, scale * times)))
 
 
-def ends(times: StageTimes) -> tuple[StageTimes, ...]:
-    """Predicted times with towers as fast, and as slow, as the prediction allows."""
+def fast_and_slow(times: StageTimes) -> tuple[StageTimes, ...]:
+    """Return predicted times with towers as fast, and as slow, as the prediction allows."""
     if times.predicted is None:
         return ()
     slow = 1 + times.predicted.within
@@ -218,11 +196,11 @@ def ends(times: StageTimes) -> tuple[StageTimes, ...]:
     )
 
 
-Sides = tuple[StageTimes, StageTimes]  # device, server
+StageTimesPair = tuple[StageTimes, StageTimes]  # device, server
 _COSTS = "costs"  # a key that files of measured devices have, and files of stage times have not
 
 
-def load_sides(device: str, server: str, cuts: CutSet) -> Sides:
+def load_stage_times(device: str, server: str, cuts: CutSet) -> StageTimesPair:
     """Read the times of both sides; each is a file, or the name of a measured device.
 
     Args:
@@ -232,15 +210,15 @@ def load_sides(device: str, server: str, cuts: CutSet) -> Sides:
 
     Raises:
         ConfigError: a file that is none of both, or an unknown name.
-        InputError: nothing was measured of the cut set, or see `predict_stages`.
+        InputError: nothing was measured of the cut set, or see `predicted_stage_times`.
     """
     here, there = _load(device), _load(server)
     if isinstance(here, StageTimes):
         if isinstance(there, StageTimes):
             return here, there
-        return here, predict_stages(there, cuts, here)
+        return here, predicted_stage_times(there, cuts, here)
     if isinstance(there, StageTimes):
-        return predict_stages(here, cuts, there), there
+        return predicted_stage_times(here, cuts, there), there
     raise InputError(
         "probes tell nothing of pictures, codecs and the bytes that cross: give what `edgeclip "
         "measure-cuts` wrote as the times of one side; the other may be a measured device"
@@ -251,19 +229,16 @@ def _load(name_or_path: str) -> StageTimes | MeasuredDevice:
     path = Path(name_or_path)
     if not (path.is_file() or path.suffix == ".json" or "/" in name_or_path):
         return load_measured(name_or_path)
-    return MeasuredDevice.load(path) if _is_measured(path) else StageTimes.load(path)
-
-
-def _is_measured(path: Path) -> bool:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False  # whoever reads it says what is wrong
-    return isinstance(data, dict) and _COSTS in data
+        data = None  # whoever reads it says what is wrong
+    is_measured = isinstance(data, dict) and _COSTS in data
+    return MeasuredDevice.load(path) if is_measured else StageTimes.load(path)
 
 
-def headings(sides: Sides) -> list[str]:
-    """A line over the table for each side that was predicted."""
+def prediction_headings(sides: StageTimesPair) -> list[str]:
+    """Return a line above the table of plans for each side that was predicted."""
     return [
         f"{side}: towers predicted for {times.device}, within {times.predicted.within:.0%}"
         for side, times in zip(("device", "server"), sides, strict=True)
@@ -271,8 +246,10 @@ def headings(sides: Sides) -> list[str]:
     ]
 
 
-def remarks(sides: Sides, choice: Choice, choose: Callable[[Sides], Choice]) -> list[str]:
-    """What predicted times rest on, and whether the choice holds within their error.
+def prediction_remarks(
+    sides: StageTimesPair, choice: PlanChoice, choose: Callable[[StageTimesPair], PlanChoice]
+) -> list[str]:
+    """Say what predicted times rest on, and whether the choice holds within their error.
 
     Args:
         sides: device and server.
@@ -283,29 +260,24 @@ def remarks(sides: Sides, choice: Choice, choose: Callable[[Sides], Choice]) -> 
     for number, (side, times) in enumerate(zip(("device", "server"), sides, strict=True)):
         if times.predicted is None:
             continue
-        found = times.predicted
+        found, factor = times.predicted, times.predicted.others_factor
         lines.append(
             f"What the towers take on the {side} was not measured there, but predicted: "
             f"{found.method}. About nine in ten towers are within {found.within:.0%} of that; how "
             f"much times vary is taken from {found.others}. Probes run again and again, with "
             "warm caches: after other work a small tower takes longer."
         )
-        factor = found.others_factor
         lines.append(
             f"Pictures and codecs are assumed to take {factor:.3g} times as long on the {side} as "
             f"on {found.others}{', as the whole tower does' if factor != 1 else ''}; bytes and "
             "cosines are those that were measured."
         )
-        lines += _elsewhere(sides, number, choice, choose)
+        best, others = choice.best.plan.name, []
+        for words, end in zip(("fast", "slow"), fast_and_slow(times), strict=True):
+            other = choose((end, sides[1]) if number == 0 else (sides[0], end)).best.plan.name
+            if other != best:
+                others.append(
+                    f"If these towers are as {words} as that allows, {other} would be chosen."
+                )
+        lines += others or [f"Wherever these towers lie within that, {best} is chosen."]
     return lines
-
-
-def _elsewhere(
-    sides: Sides, number: int, choice: Choice, choose: Callable[[Sides], Choice]
-) -> list[str]:
-    best, lines = choice.best.plan.name, []
-    for words, end in zip(("fast", "slow"), ends(sides[number]), strict=True):
-        other = choose((end, sides[1]) if number == 0 else (sides[0], end)).best.plan.name
-        if other != best:
-            lines.append(f"If these towers are as {words} as that allows, {other} would be chosen.")
-    return lines or [f"Wherever these towers lie within that, {best} is chosen."]

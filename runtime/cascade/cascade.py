@@ -1,4 +1,4 @@
-"""The cascade: the student answers, and says which of its answers the teacher should give."""
+"""Decide which queries to escalate from the student to the teacher, while no drift is seen."""
 
 import threading
 from collections.abc import Callable
@@ -10,36 +10,33 @@ from edgeclip.runtime.cascade.certificate import (
     Certificate,
     CertificateError,
     certificate_path,
-    is_unsure,
+    needs_teacher,
     read_certificate,
 )
-from edgeclip.runtime.cascade.drift import DriftWatch
-from edgeclip.runtime.cascade.scores import Evidence, Score
+from edgeclip.runtime.cascade.drift import DriftDetector
+from edgeclip.runtime.cascade.scores import Score, Similarities
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.spec import Tower
 
 
 class Cascade:
-    """Decides which queries go to the teacher; how they get there is not its business.
+    """Decide which queries go to the teacher, by a score and a threshold.
 
-    Threads may share one: scores are watched one batch after the other.
+    Threads may share one: scores are checked for drift batch by batch.
 
     Args:
-        score: how sure the student is.
+        score: confidence of the student.
         threshold: queries with a lower score are escalated.
         certificate: what `score` and `threshold` were certified for, if they were.
-        watch: looks at every score; once it raises the alarm the certificate is revoked, and
-            all queries are escalated.
-        say: told in one line of the revocation, once.
+        drift: checks every score; once it raises the alarm the certificate is revoked, and all
+            queries are escalated.
+        on_revoked: called once with a line that reports the revocation.
 
     Attributes:
-        score: see above.
-        threshold: see above.
-        certificate: see above.
-        watch: see above.
+        score, threshold, certificate, drift: see above.
 
     Raises:
-        CertificateError: the certificate is about another score or threshold.
+        CertificateError: the certificate is for another score or threshold.
     """
 
     def __init__(
@@ -47,18 +44,18 @@ class Cascade:
         score: Score,
         threshold: float,
         certificate: Certificate | None = None,
-        watch: DriftWatch | None = None,
-        say: Callable[[str], None] = lambda line: None,
+        drift: DriftDetector | None = None,
+        on_revoked: Callable[[str], None] = lambda line: None,
     ) -> None:
         if certificate and (certificate.score, certificate.threshold) != (score, threshold):
             raise CertificateError(
-                f"the certificate is about {certificate.score} below {certificate.threshold:g}, "
+                f"the certificate is for {certificate.score} below {certificate.threshold:g}, "
                 f"not {score} below {threshold:g}: use what it says, or certify again"
             )
         self.score, self.threshold = score, threshold
-        self.certificate, self.watch = certificate, watch
-        self._say = say
-        self._said = False
+        self.certificate, self.drift = certificate, drift
+        self._on_revoked = on_revoked
+        self._is_reported = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -67,21 +64,23 @@ class Cascade:
         encoder: Encoder,
         *,
         query: Tower = "image",
-        watch: Callable[[Certificate], DriftWatch] | None = lambda found: DriftWatch(found.sample),
-        say: Callable[[str], None] = lambda line: None,
+        drift: Callable[[Certificate], DriftDetector] | None = lambda found: DriftDetector(
+            found.sample
+        ),
+        on_revoked: Callable[[str], None] = lambda line: None,
     ) -> "Cascade":
-        """Take the certificate of an encoder's bundle, and check that it is about this encoder.
+        """Read the certificate of an encoder's bundle, and check that it is for this encoder.
 
-        The tower is loaded for it: only then it is known which precision runs.
+        This loads the tower: only then its precision is known.
 
         Args:
             encoder: the student.
             query: the tower whose queries may be escalated.
-            watch: makes the watch, perhaps from a state that was kept; None for none.
-            say: see the class.
+            drift: makes the drift detector, perhaps from a saved state; None for none.
+            on_revoked: see the class.
 
         Raises:
-            CertificateError: the bundle has no such certificate, or one of other towers.
+            CertificateError: the bundle has no such certificate, or one for other towers.
             BundleError: see `read_certificate`.
             EngineError: the tower cannot be run.
         """
@@ -93,16 +92,16 @@ class Cascade:
             )
         _load(encoder, query)
         found.check(encoder.bundle.manifest, encoder.precisions)
-        made = None if watch is None else watch(found)
-        return cls(found.score, found.threshold, found, made, say)
+        detector = None if drift is None else drift(found)
+        return cls(found.score, found.threshold, found, detector, on_revoked)
 
     @property
     def revoked(self) -> str | None:
         """Why the certificate no longer holds, in one line; None as long as it does."""
-        if self.watch is None or self.watch.alarm_at is None:
+        if self.drift is None or self.drift.alarm_at is None:
             return None
         return (
-            f"the cascade's certificate is revoked: after {self.watch.alarm_at} queries their "
+            f"the cascade's certificate is revoked: after {self.drift.alarm_at} queries their "
             "scores no longer look like those it was certified on; everything goes to the "
             "teacher until you certify again on such queries with edgeclip cascade"
         )
@@ -114,28 +113,29 @@ class Cascade:
             return f"not certified: queries with a score below {self.threshold:g} are escalated"
         return self.revoked or self.certificate.promise
 
-    def unsure(self, evidence: Evidence) -> NDArray[np.bool_]:
-        """Tell which queries the teacher should answer: bool [N].
+    def select(self, similarities: Similarities) -> NDArray[np.bool_]:
+        """Select the queries that the teacher should answer: bool [N].
 
-        After a revocation these are all, those of the batch that brought it included.
+        After a revocation these are all, including the batch that caused it.
 
         Raises:
-            InputError: the evidence lacks the views that the score needs.
+            InputError: the similarities lack the views that the score needs.
         """
-        scores = self.score.of(evidence)
-        if self.watch is not None:
+        scores = self.score.of(similarities)
+        if self.drift is not None:
             with self._lock:
-                revoked = self.watch.see(scores)
-                first, self._said = revoked and not self._said, self._said or revoked
-            if first and self.revoked:
-                self._say(self.revoked)
+                revoked = self.drift.update(scores)
+                is_first = revoked and not self._is_reported
+                self._is_reported = self._is_reported or revoked
+            if is_first and self.revoked:
+                self._on_revoked(self.revoked)
             if revoked:
                 return np.ones(len(scores), dtype=np.bool_)
-        return is_unsure(scores, self.threshold)
+        return needs_teacher(scores, self.threshold)
 
 
 def _load(encoder: Encoder, query: Tower) -> None:
-    """Run the tower once on nothing in particular."""
+    """Load the tower by one run on a dummy input."""
     if query == "text":
         encoder.encode_text("a")
         return

@@ -1,4 +1,4 @@
-"""The certificate of a cascade: towers, queries and quality that it holds for."""
+"""The certificate of a cascade: for which towers and queries it keeps how much quality."""
 
 import hashlib
 from collections.abc import Mapping
@@ -22,26 +22,26 @@ from edgeclip.runtime.spec import Precision, Tower
 
 # All scores lie between these two, so that thresholds stay finite numbers.
 ESCALATE_ALL = 3.0  # a threshold above every score
-ESCALATE_NONE = -2.0  # one below every score
+ESCALATE_NONE = -2.0  # a threshold below every score
 
 Flags = NDArray[np.bool_]
 
 
 def needs_teacher(scores: Values, threshold: float) -> Flags:
-    """Tell which queries go to the teacher: bool [N]; a score that is NaN always does."""
+    """Return which queries go to the teacher: bool [N]; those with a NaN score always do."""
     return ~(scores >= threshold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PairedOutcomes:
-    """Answers to N independent queries, right or wrong.
+    """Whether student and teacher were correct, on the same N independent queries.
 
     Attributes:
-        scores: float64 [N], how sure the student was; see `scores`.
-        student: bool [N], whether the student's first entry was the right one.
-        escalated: the same of the teacher, against the entries that the cascade uses.
-        teacher: the same of the teacher by itself: with entries of its own, if the cascade's
-            were embedded by the student, and otherwise equal to `escalated`.
+        scores: float64 [N], confidence of the student; see `scores`.
+        student: bool [N], whether the student's first entry was correct.
+        escalated: bool [N], the same for the teacher with the entries that the cascade uses.
+        teacher: bool [N], the same for the teacher by itself: with entries of its own if the
+            student embedded those of the cascade, and otherwise equal to `escalated`.
 
     Raises:
         InputError: no queries, or arrays of different lengths.
@@ -55,33 +55,35 @@ class PairedOutcomes:
     def __post_init__(self) -> None:
         shapes = {item.shape for item in (self.scores, self.student, self.escalated, self.teacher)}
         if len(shapes) != 1 or self.scores.ndim != 1 or not len(self.scores):
-            raise InputError("a trial needs one score and three answers for each of N >= 1 queries")
+            raise InputError(
+                "paired outcomes need one score and three answers for each of N >= 1 queries"
+            )
 
     def __len__(self) -> int:
         return len(self.scores)
 
-    def right(self, threshold: float) -> Flags:
-        """Whether the cascade answers right, query by query: bool [N]."""
+    def correct(self, threshold: float) -> Flags:
+        """Return whether the cascade is correct on each query: bool [N]."""
         return np.where(needs_teacher(self.scores, threshold), self.escalated, self.student)
 
     def escalated_share(self, threshold: float) -> float:
-        """The share of queries that go to the teacher."""
+        """Return the share of queries that go to the teacher."""
         return float(needs_teacher(self.scores, threshold).mean())
 
     def surplus(self, threshold: float, bound: float) -> Values:
-        """Right answers of the cascade minus `bound` times the teacher's: [N], in [-bound, 1].
+        """Correct answers of the cascade minus `bound` times the teacher's: [N], in [-bound, 1].
 
         Its expectation is 0 or more exactly where the cascade's quality is at least `bound`
         times the teacher's.
         """
-        return self.right(threshold).astype(np.float64) - bound * self.teacher
+        return self.correct(threshold).astype(np.float64) - bound * self.teacher
 
 
 def threshold_grid(calibration: Values, steps: int = 100) -> tuple[float, ...]:
-    """Thresholds to try, from `ESCALATE_ALL` down to `ESCALATE_NONE`: distinct, descending.
+    """Return thresholds to test, from `ESCALATE_ALL` down to `ESCALATE_NONE`, without repeats.
 
-    Between them lie the quantiles of the calibration scores [M], `steps` of equal share. They
-    must not be the scores that the thresholds are then tested on.
+    Between them lie the quantiles of the calibration scores [M], `steps` of equal share. The
+    thresholds must not be tested on the same scores.
 
     Raises:
         InputError: no calibration scores, or one that is not finite.
@@ -94,12 +96,12 @@ def threshold_grid(calibration: Values, steps: int = 100) -> tuple[float, ...]:
 
 
 class CertificateError(BundleError):
-    """A certificate that is damaged, or about something else than what it is asked for."""
+    """A certificate that is damaged, or for another bundle, tower or query than needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TowerIdentity:
-    """The tower that queries go through.
+    """Identify a tower by its files and precision.
 
     Attributes:
         name: of its bundle.
@@ -113,7 +115,7 @@ class TowerIdentity:
 
     @classmethod
     def of(cls, manifest: Manifest, tower: Tower, precision: Precision) -> "TowerIdentity":
-        """Identify a tower of a bundle.
+        """Return the identity of a tower of a bundle.
 
         Raises:
             BundleError: the bundle does not hold that precision.
@@ -134,12 +136,12 @@ class QuerySet:
     """The queries that a certificate rests on: independent draws of one population.
 
     Attributes:
-        data: what a person calls them.
+        data: their name, for people.
         identity: SHA-256 of what identifies them.
-        count: how many there were, each held against `entries` entries.
-        entries: how many there were to choose from.
-        index_by: whose tower embedded those.
-        task: the right entry is the query's own partner, or its label.
+        count: number of queries, each compared with `entries` entries.
+        entries: number of entries to choose from.
+        index_by: whose tower embedded the entries.
+        task: the correct entry is the query's own partner ("retrieval"), or its label.
     """
 
     data: str
@@ -155,7 +157,7 @@ class QuerySet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """Shares of right answers with 95% bootstrap intervals, and what the cascade keeps."""
+    """Accuracies with 95% bootstrap intervals, and the share of the teacher's that is kept."""
 
     student: Interval
     teacher: Interval
@@ -175,24 +177,24 @@ class Certificate(JsonRecord):
         p_value: of "it keeps less" at the threshold.
         space: fingerprint of the embedding space.
         student: the tower on the device.
-        student_index: the student's other tower, if that embeds what is chosen from.
+        student_index: the student's other tower, if that embeds the entries.
         teacher: the tower on the server.
-        score: how sure the student is of an answer.
+        score: confidence of the student.
         threshold: queries with a lower score go to the teacher.
-        escalated: share of queries that do; the interval has confidence 1 - delta for all
+        escalated: share of these queries; the interval has confidence 1 - delta for all
             thresholds at once, so it holds for this one.
-        quality: what was seen.
+        quality: on the test queries.
         sample: scores without drift.
-        tested_on: the queries.
+        tested_on: the test queries.
         created: ISO 8601 in UTC.
-        command: what was typed.
+        command: the command line.
 
     Raises:
         ValueError: a value out of bounds.
     """
 
     WHAT: ClassVar[str] = "a certificate"
-    MEND: ClassVar[str] = "certify again"
+    HINT: ClassVar[str] = "certify again"
 
     query: Tower
     bound: Annotated[float, Gt(0)]
@@ -220,7 +222,7 @@ class Certificate(JsonRecord):
 
     @property
     def path(self) -> str:
-        """Where it lies in a bundle."""
+        """The path of the certificate in a bundle."""
         return certificate_path(self.query)
 
     @property
@@ -230,7 +232,7 @@ class Certificate(JsonRecord):
 
     @property
     def promise(self) -> str:
-        """One sentence for a person."""
+        """What the certificate says, as one sentence."""
         return (
             f"Keeps at least {100 * self.bound:.3g}% of the quality of {self.teacher.name} on "
             f"queries like those of {self.tested_on.data} (wrong with probability {self.delta:g} "
@@ -238,7 +240,7 @@ class Certificate(JsonRecord):
         )
 
     def check(self, manifest: Manifest, precisions: Mapping[Tower, Precision]) -> None:
-        """Refuse to be used with a student that was not certified.
+        """Raise if the student of a bundle is not the one that was certified.
 
         Args:
             manifest: of the student's bundle.
@@ -247,25 +249,25 @@ class Certificate(JsonRecord):
         Raises:
             CertificateError: another embedding space, precision or tower.
         """
-        mend = "certify this bundle with edgeclip cascade"
+        hint = "certify this bundle with edgeclip cascade"
         if manifest.space != self.space:
-            raise CertificateError(f"{self.path} is of another embedding space: {mend}")
+            raise CertificateError(f"{self.path} is of another embedding space: {hint}")
         other: Tower = "text" if self.query == "image" else "image"
         for tower, expected in ((self.query, self.student), (other, self.student_index)):
             if expected is None:
                 continue
             if precisions[tower] != expected.precision:
                 raise CertificateError(
-                    f"{self.path} is about {expected.precision}, but the {tower} tower runs in "
-                    f"{precisions[tower]}: {mend}"
+                    f"{self.path} is for {expected.precision}, but the {tower} tower runs in "
+                    f"{precisions[tower]}: {hint}"
                 )
             found = TowerIdentity.of(manifest, tower, expected.precision)
             if found.hashes != expected.hashes:
-                raise CertificateError(f"{self.path} is about another {tower} tower: {mend}")
+                raise CertificateError(f"{self.path} is for another {tower} tower: {hint}")
 
 
 def certificate_path(query: Tower) -> str:
-    """Return where a bundle keeps the certificate for queries of a tower."""
+    """Return the path in a bundle of the certificate for queries of a tower."""
     return f"cascade/{query}.json"
 
 
@@ -287,5 +289,5 @@ def read_certificate(bundle: Bundle, query: Tower = "image") -> Certificate | No
     except ConfigError as error:
         raise CertificateError("; ".join(str(error).split("\n  "))) from None
     if found.query != query:
-        raise CertificateError(f"{bundle.path / path} is about {found.query} queries")
+        raise CertificateError(f"{bundle.path / path} is for {found.query} queries")
     return found

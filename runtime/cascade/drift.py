@@ -1,4 +1,4 @@
-"""Drift: a test martingale over the scores, and its state on disk."""
+"""Detect drift of the confidence scores with a test martingale, whose state can be saved."""
 
 import dataclasses
 import json
@@ -24,11 +24,11 @@ _JUMPS = np.array([1e-4, 1e-3, 1e-2, 1e-1])[:, None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MartingaleState:
-    """How a bet stands, as plain numbers; `JumperMartingale.state` and its argument.
+    """The state of a `JumperMartingale`, as plain numbers.
 
     Attributes:
-        shares: for each jump rate, the share of its capital that each bettor holds.
-        logs: for each jump rate, the natural logarithm of its capital.
+        shares: for each jump rate, the share of the capital that each bettor holds.
+        logs: for each jump rate, the natural logarithm of the capital.
 
     Raises:
         ValueError: another number of jump rates or bettors, or shares that are not shares.
@@ -40,17 +40,17 @@ class MartingaleState:
     def __post_init__(self) -> None:
         rows = [len(row) for row in self.shares]
         if rows != [_BETTORS] * len(_JUMPS) or len(self.logs) != len(_JUMPS):
-            raise ValueError("the capital was kept by another version: start a new watch")
+            raise ValueError("the state was saved by another version: start a new detector")
         sound = all(min(row) >= 0 and abs(sum(row) - 1) < 1e-6 for row in self.shares)
         if not sound or not all(map(math.isfinite, self.logs)):
             raise ValueError("the capital's shares must be shares, and its logarithms finite")
 
 
 class JumperMartingale:
-    """The capital of the bet, step by step.
+    """The capital of a bet against the hypothesis that p-values are uniform, step by step.
 
     Args:
-        capital: where to go on from; by default the beginning.
+        capital: the state to continue from; by default the initial one.
     """
 
     def __init__(self, capital: MartingaleState | None = None) -> None:
@@ -65,7 +65,7 @@ class JumperMartingale:
 
     @property
     def state(self) -> MartingaleState:
-        """All there is to know to go on later."""
+        """The state to continue from later."""
         shares = tuple(tuple(map(float, row)) for row in self._shares)
         return MartingaleState(shares=shares, logs=tuple(map(float, self._logs)))
 
@@ -81,20 +81,20 @@ class JumperMartingale:
 
 
 def _pays(p_value: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """What one unit becomes with each bettor; at least 0.05, so that no capital is ever 0."""
+    """Return the payoff of each bettor per unit; at least 0.05, so that no capital is ever 0."""
     curve = 6 * p_value * p_value - 6 * p_value + 1
     return 1 + _LINEAR * (2 * p_value - 1) + _CURVED * curve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriftState:
-    """All that a `DriftDetector` needs to go on, some 3 kB however long the stream was.
+    """The state of a `DriftDetector`: about 3 kB, however long the stream was.
 
     Attributes:
         seed: of the random numbers that break ties.
-        counts: how many scores each bin holds, those of the certificate included.
-        seen: how many scores of the stream were looked at.
-        capital: how the bet stands.
+        counts: number of scores in each bin, including those of the certificate.
+        seen: number of scores of the stream so far.
+        capital: the martingale.
         restarts: natural logarithm of the Shiryaev-Roberts sum; None before the first score.
         alarm_at: the number of the score that raised the alarm, from 1; None if none did.
 
@@ -113,7 +113,7 @@ class DriftState:
         check_bounds(self)
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all.
+        """Write the state as JSON, atomically.
 
         Raises:
             InputError: the file cannot be written.
@@ -124,22 +124,22 @@ class DriftState:
 
     @staticmethod
     def load(path: Path) -> "DriftState | None":
-        """Read what `save` wrote; None if there is no such file.
+        """Read a state that `save` wrote; None if there is no such file.
 
         Raises:
             InputError: it cannot be read, or is damaged.
         """
-        mend = "delete it to start a new watch"
+        hint = "delete it to start a new detector"
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
             return parse(DriftState, data, source=str(path))
         except FileNotFoundError:
             return None
         except ConfigError as error:
-            raise InputError("; ".join(str(error).split("\n  ")) + f": {mend}") from None
+            raise InputError("; ".join(str(error).split("\n  ")) + f": {hint}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(
-                f"{path} is not the state of a drift watch ({error}): {mend}"
+                f"{path} is not the state of a drift detector ({error}): {hint}"
             ) from None
 
 
@@ -148,11 +148,11 @@ _BINS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSample:
-    """Scores of the queries that a threshold was certified on, as a histogram.
+    """Histogram of the scores of the queries that a threshold was certified on.
 
     Attributes:
         edges: ascending; bin i holds scores in [edges[i - 1], edges[i]).
-        counts: how many scores fell into each of the len(edges) + 1 bins.
+        counts: number of scores in each of the len(edges) + 1 bins.
 
     Raises:
         ValueError: edges that do not ascend, or counts that do not fit them.
@@ -169,7 +169,7 @@ class ScoreSample:
 
     @classmethod
     def of(cls, calibration: NDArray[Any], test: NDArray[Any]) -> "ScoreSample":
-        """Cut at the quantiles of `calibration` [M], and count the scores of `test` [N]."""
+        """Make bins at the quantiles of `calibration` [M], and count the scores `test` [N]."""
         edges = np.unique(np.quantile(calibration, np.arange(1, _BINS) / _BINS))
         bins = np.searchsorted(edges, test, side="right")
         counts = np.bincount(bins, minlength=len(edges) + 1)
@@ -178,13 +178,13 @@ class ScoreSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriftRule:
-    """When a watch raises the alarm.
+    """When a detector raises the alarm.
 
     Attributes:
-        alpha: without drift, the chance that the watch ever raises it is at most this.
-        mean_queries: if given, a rule for streams without an end instead: without drift, the
-            mean number of queries until a false alarm is at least this. It forgets what it
-            lost while all was well, so it finds a late drift as fast as an early one.
+        alpha: without drift, the probability of an alarm, ever, is at most this.
+        mean_queries: if given, a rule for endless streams instead: without drift, the mean
+            number of queries until a false alarm is at least this. It detects a late drift as
+            fast as an early one.
 
     Raises:
         ValueError: a value out of bounds.
@@ -198,12 +198,12 @@ class DriftRule:
 
     @property
     def log_limit(self) -> float:
-        """Natural logarithm of what the evidence must reach."""
+        """Natural logarithm of the evidence at which the alarm is raised."""
         return -math.log(self.alpha) if self.mean_queries is None else math.log(self.mean_queries)
 
 
 class DriftDetector:
-    """Looks at one score after the other; the alarm, once raised, stays.
+    """Test scores one by one for drift; once raised, the alarm stays.
 
     With S the capital of the bet, the alarm of `DriftRule.alpha` is raised where S reaches
     1 / alpha (Ville's inequality). That of `mean_queries` watches the Shiryaev-Roberts sum
@@ -214,8 +214,8 @@ class DriftDetector:
     Args:
         sample: scores without drift.
         rule: when to raise the alarm.
-        state: where to go on from; by default the beginning.
-        seed: of the random numbers that break ties, where there is no `state`.
+        state: the state to continue from; by default the initial one.
+        seed: of the random numbers that break ties, if there is no `state`.
 
     Raises:
         InputError: `state` is of another sample.
@@ -247,18 +247,18 @@ class DriftDetector:
 
     @property
     def seen(self) -> int:
-        """How many scores were looked at."""
+        """Number of scores so far."""
         return self._seen
 
     @property
     def evidence(self) -> float:
-        """Natural logarithm of what the rule holds against its `log_limit`."""
+        """Natural logarithm of the evidence, to compare with the rule's `log_limit`."""
         by_alpha = self.rule.mean_queries is None
         return self._martingale.log_capital if by_alpha else self._restarts
 
     @property
     def state(self) -> DriftState:
-        """All there is to know to go on later, with the same sample and rule."""
+        """The state to continue from later, with the same sample and rule."""
         return DriftState(
             seed=self._seed,
             seen=self._seen,
@@ -268,8 +268,8 @@ class DriftDetector:
             alarm_at=self._alarm_at,
         )
 
-    def see(self, scores: Iterable[float]) -> bool:
-        """Look at the next scores of the stream; tell whether the alarm is, or was, raised.
+    def update(self, scores: Iterable[float]) -> bool:
+        """Add the next scores of the stream; return whether the alarm is, or was, raised.
 
         A score that is NaN counts as lower than all others.
         """
@@ -294,4 +294,4 @@ def _check_state(state: DriftState, sample: ScoreSample) -> None:
     grown = [now - before for now, before in pairs]
     fits = len(state.counts) == len(sample.counts) and min(grown) >= 0 and sum(grown) == state.seen
     if not fits:
-        raise InputError("the drift watch was kept for another certificate: start a new one")
+        raise InputError("the drift detector was saved for another certificate: start a new one")

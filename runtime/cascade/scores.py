@@ -13,22 +13,22 @@ from edgeclip.runtime.bundle.index import check_matrix
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Tower
 
-# Where a part begins, as shares of what is left over, and its side as a share of the picture's.
+# Position of a crop as shares of the margin, and its side as a share of the picture's.
 # No view is mirrored: that would turn "left of" into "right of".
 _CORNERS = ((0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
 _SIDES = (7 / 8, 3 / 4)
 _PARTS = tuple((corner, side) for side in _SIDES for corner in _CORNERS)
-MOST_VIEWS = len(_PARTS)
+MAX_VIEWS = len(_PARTS)
 
 
 def view_pixels(pixels: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
-    """Cut `count` parts out of each picture and enlarge them to its size.
+    """Crop `count` parts of each picture and enlarge them to its size.
 
     The first five are the corners and the centre at 7/8 of the side, the others at 3/4.
 
     Args:
         pixels: uint8 [N, size, size, 3], as `preprocess.crop_batch` makes them.
-        count: 1 to `MOST_VIEWS`.
+        count: 1 to `MAX_VIEWS`.
 
     Returns:
         uint8 [count, N, size, size, 3].
@@ -38,8 +38,8 @@ def view_pixels(pixels: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     """
     if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
         raise InputError(f"pixels must be uint8 [N, size, size, 3], not {pixels.shape}")
-    if not 1 <= count <= MOST_VIEWS:
-        raise InputError(f"there are 1 to {MOST_VIEWS} views of a picture, not {count}")
+    if not 1 <= count <= MAX_VIEWS:
+        raise InputError(f"there are 1 to {MAX_VIEWS} views of a picture, not {count}")
     views = np.empty((count, *pixels.shape), dtype=np.uint8)
     for number, picture in enumerate(map(Image.fromarray, pixels)):
         for view, part in enumerate(_PARTS[:count]):
@@ -68,7 +68,7 @@ def embed_views(
 
 
 def _enlarged(picture: Image.Image, corner: Sequence[float], share: float) -> NDArray[np.uint8]:
-    """Cut out a square part and resize it to the whole picture's size."""
+    """Crop a square part and resize it to the whole picture's size."""
     left_over = picture.width * (1 - share)
     left, upper = corner[0] * left_over, corner[1] * left_over
     side = picture.width * share
@@ -77,13 +77,13 @@ def _enlarged(picture: Image.Image, corner: Sequence[float], share: float) -> ND
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Evidence:
-    """What a student makes of N queries, as far as a score may look at it.
+class Similarities:
+    """Cosines of N queries, and of altered views of them, from which scores are computed.
 
     Attributes:
-        cosines: float64 [N, K], of each query with the K >= 2 entries it is held against: the
+        cosines: float64 [N, K], of each query with the K >= 2 entries it is compared with: the
             texts or pictures of an index, or the labels of a set.
-        view_cosines: float64 [V, N, K], the same of V altered views of each query; V may be 0.
+        view_cosines: float64 [V, N, K], the same for V altered views of each query; V may be 0.
         likeness: float64 [V, N], cosine of each view's embedding with the query's own.
 
     Raises:
@@ -106,16 +106,16 @@ class Evidence:
             raise InputError("the views' cosines do not fit those of the queries")
 
     @classmethod
-    def against(
+    def between(
         cls, queries: NDArray[Any], entries: NDArray[Any], views: NDArray[Any] | None = None
-    ) -> "Evidence":
+    ) -> "Similarities":
         """Compare embeddings of queries with those of the entries.
 
         Args:
             queries: floats [N, dim], L2-normalised.
             entries: floats [K, dim], L2-normalised, of the same embedding space.
-            views: floats [V, N, dim], embeddings of the queries' altered views (see `views`),
-                for a score that asks for them.
+            views: floats [V, N, dim], embeddings of altered views of the queries (see
+                `view_pixels`), for a score that needs them.
 
         Raises:
             InputError: see the class, or dimensions that differ.
@@ -140,12 +140,12 @@ class Margin:
 
     @property
     def views(self) -> int:
-        """How many altered views it needs of each query, each one more run of the student."""
+        """Number of altered views needed of each query, each one more run of the student."""
         return 0
 
-    def of(self, evidence: Evidence) -> Values:
+    def of(self, similarities: Similarities) -> Values:
         """Score each query: float64 [N]."""
-        best = np.partition(evidence.cosines, -2, axis=1)[:, -2:]
+        best = np.partition(similarities.cosines, -2, axis=1)[:, -2:]
         margin: Values = best[:, 1] - best[:, 0]
         return margin
 
@@ -154,10 +154,10 @@ class Margin:
 class Entropy:
     """1 - H(p) / log K, with p = softmax(logit_scale x cosines) over K entries and H its entropy.
 
-    0 where all entries are alike, 1 where one has all of the softmax.
+    0 if all entries are equal, 1 if one entry has all of the softmax.
 
     Attributes:
-        logit_scale: what turns a cosine into a logit; the bundle's, `EncoderSpec.logit_scale`.
+        logit_scale: factor from cosine to logit, as `EncoderSpec.logit_scale`.
     """
 
     logit_scale: float
@@ -169,12 +169,12 @@ class Entropy:
 
     @property
     def views(self) -> int:
-        """How many altered views it needs of each query."""
+        """Number of altered views needed of each query."""
         return 0
 
-    def of(self, evidence: Evidence) -> Values:
+    def of(self, similarities: Similarities) -> Values:
         """Score each query: float64 [N]."""
-        logits = self.logit_scale * evidence.cosines
+        logits = self.logit_scale * similarities.cosines
         logits -= logits.max(axis=1, keepdims=True)
         weights = np.exp(logits)
         total = weights.sum(axis=1)
@@ -186,14 +186,14 @@ class Entropy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """How far altered views of a query agree with it; pictures only.
+    """Agreement of altered views with the query itself; pictures only.
 
-    `answer` is the share of views whose best entry is the query's; `embedding` the mean cosine
-    of the views' embeddings with the query's, which needs no entries. Each view is a whole run
-    of the student, so an answer costs 1 + `views` of them.
+    "answer" is the share of views with the same best entry as the query; "embedding" the mean
+    cosine of the views' embeddings with the query's, which needs no entries. Each view is a
+    whole run of the student, so an answer costs 1 + `views` runs.
 
     Attributes:
-        views: how many, 1 to `MOST_VIEWS`; see `views.view_pixels`.
+        views: number of views, 1 to `MAX_VIEWS`; see `view_pixels`.
         measure: what is compared.
     """
 
@@ -202,23 +202,23 @@ class Agreement:
     kind: Literal["agreement"] = "agreement"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.views <= MOST_VIEWS:
-            raise ValueError(f"views must be 1 to {MOST_VIEWS}, got {self.views}")
+        if not 1 <= self.views <= MAX_VIEWS:
+            raise ValueError(f"views must be 1 to {MAX_VIEWS}, got {self.views}")
 
-    def of(self, evidence: Evidence) -> Values:
+    def of(self, similarities: Similarities) -> Values:
         """Score each query: float64 [N].
 
         Raises:
-            InputError: the evidence has another number of views.
+            InputError: the similarities have another number of views.
         """
-        if len(evidence.likeness) != self.views:
+        if len(similarities.likeness) != self.views:
             raise InputError(
-                f"agreement of {self.views} views was asked for, but {len(evidence.likeness)} "
+                f"the score needs {self.views} views, but {len(similarities.likeness)} "
                 "were embedded: embed as many as the score's `views`"
             )
         if self.measure == "embedding":
-            return np.asarray(evidence.likeness.mean(axis=0))
-        same = evidence.view_cosines.argmax(axis=2) == evidence.cosines.argmax(axis=1)
+            return np.asarray(similarities.likeness.mean(axis=0))
+        same = similarities.view_cosines.argmax(axis=2) == similarities.cosines.argmax(axis=1)
         return np.asarray(same.mean(axis=0))
 
 
@@ -226,7 +226,7 @@ Score = Margin | Entropy | Agreement
 
 
 def check_score(score: Score, query: Tower) -> None:
-    """Refuse a score that cannot be had of such queries.
+    """Raise if a score cannot be computed for such queries.
 
     Raises:
         InputError: views of a text.

@@ -15,7 +15,7 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.errors import EdgeClipError, InputError
 from edgeclip.runtime.serving.ray_serving import RayServing, on_ray
-from edgeclip.runtime.serving.security import Security, security_for
+from edgeclip.runtime.serving.security import Security, choose_security
 from edgeclip.runtime.serving.server import listen
 
 _USER_ERROR = 2
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 def _security(args: argparse.Namespace) -> Security:
     with listen(args.host, args.port) as bound:
         is_local = ipaddress.ip_address(bound.getsockname()[0]).is_loopback
-    return security_for(
+    return choose_security(
         args.host,
         is_local=is_local,
         token_file=args.token_file,

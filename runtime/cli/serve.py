@@ -1,7 +1,7 @@
-"""`edgeclip serve`: bundles, indexes and functions over HTTP (Open Inference Protocol v2).
+"""`edgeclip serve`: serve bundles, indexes and functions over HTTP (Open Inference Protocol v2).
 
-On this machine alone (127.0.0.1) it is plain HTTP and takes every request. On any other
-address it takes TLS with a certificate of its own and a token, both made on first use.
+On the loopback address (the default) it uses plain HTTP without a token. On any other address it
+uses TLS and requires a bearer token; certificate and token are created on first use.
 """
 
 import argparse
@@ -11,24 +11,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeclip.runtime.bundle.index import one_thread_for_products
+from edgeclip.runtime.bundle.index import limit_blas_to_one_thread
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.limits import BatchLimits, ServerLimits
 from edgeclip.runtime.serving.registry import Sources, open_registry
-from edgeclip.runtime.serving.security import Security, TlsFiles, security_for
-from edgeclip.runtime.serving.server import address_of, listen, serve
+from edgeclip.runtime.serving.security import TlsFiles, choose_security
+from edgeclip.runtime.serving.server import listen, serve, url_of
 
 if TYPE_CHECKING:
-    from edgeclip.runtime.serving.grpc_server import GrpcDoor
+    from edgeclip.runtime.serving.grpc_server import GrpcListener
 
 _BATCHES, _LIMITS = BatchLimits(), ServerLimits()
 _MIB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the options of the command to its parser."""
     parser.add_argument(
         "bundles", nargs="*", metavar="[NAME=]BUNDLE", help="bundles to serve (name: their own)"
     )
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]CUTS",
-        help="tails of a tower that `edgeclip cut` has cut (name: that of its bundle)",
+        help="tails of the cut set that `edgeclip cut` wrote (name: that of its bundle)",
     )
     parser.add_argument(
         "--index",
@@ -51,19 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE:FUNCTION",
-        help="a Python function to serve; the current folder is searched for its module",
+        help="a Python function to serve; its module may lie in the current folder",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address or name (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any (default: 8000)")
     parser.add_argument(
-        "--grpc-port", type=int, help="take gRPC calls too, on this port (0 for any)"
+        "--host", default="127.0.0.1", help="address or host name to listen on (default: 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port; 0 for any free one (default: 8000)"
+    )
+    parser.add_argument(
+        "--grpc-port", type=int, help="also serve gRPC on this port (0 for any free one)"
     )
     add_device_option(parser)
     _add_limits(parser)
     _add_security(parser)
-    parser.add_argument(
-        "--echo", action="store_true", help="also serve a model that computes nothing, to measure"
-    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--max-batch",
         type=positive,
         default=_BATCHES.max_batch,
-        help=f"rows that a model runs at once (default: {_BATCHES.max_batch})",
+        help=f"rows of a batch at most (default: {_BATCHES.max_batch})",
     )
     parser.add_argument(
         "--max-wait-ms",
@@ -83,40 +84,40 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--queue",
         type=positive,
         default=_BATCHES.queue,
-        help=f"requests that may wait for a model (default: {_BATCHES.queue})",
+        help=f"requests that may wait for one model (default: {_BATCHES.queue})",
     )
     parser.add_argument(
         "--max-body-mb",
         type=positive,
         default=_LIMITS.max_body // _MIB,
-        help=f"MiB of one request (default: {_LIMITS.max_body // _MIB})",
+        help=f"size of one request in MiB at most (default: {_LIMITS.max_body // _MIB})",
     )
     parser.add_argument(
         "--grace",
         type=float,
         default=_LIMITS.grace_seconds,
-        help="seconds for what is under way when the server is told to end "
+        help="seconds to finish the requests in flight at shutdown "
         f"(default: {_LIMITS.grace_seconds:g})",
     )
 
 
 def _add_security(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--token-file", type=Path, help="the token that clients must show (or $EDGECLIP_TOKEN)"
+        "--token-file", type=Path, help="file with the bearer token (default: $EDGECLIP_TOKEN)"
     )
-    parser.add_argument("--tls-cert", type=Path, help="PEM file of the server's certificate")
-    parser.add_argument("--tls-key", type=Path, help="PEM file of its key")
+    parser.add_argument("--tls-cert", type=Path, help="certificate of the server (PEM)")
+    parser.add_argument("--tls-key", type=Path, help="private key of the certificate (PEM)")
     parser.add_argument(
-        "--insecure", action="store_true", help="neither TLS nor a token, on any address"
+        "--insecure", action="store_true", help="use neither TLS nor a token, on any address"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; what is under way then is finished."""
-    sources, batches, limits = _checked(args)
+    """Serve until SIGINT or SIGTERM, then finish the requests in flight."""
+    sources, batches, limits = _check_options(args)
     bound = listen(args.host, args.port)
     with bound:
-        security = security_for(
+        security = choose_security(
             args.host,
             is_local=_is_loopback(bound),
             token_file=args.token_file,
@@ -124,25 +125,26 @@ def run(args: argparse.Namespace) -> int:
             key=args.tls_key,
             is_insecure=args.insecure,
         )
-        one_thread_for_products()
+        limit_blas_to_one_thread()
         grpc_port = _free_grpc_port(args, bound)
         registry = open_registry(sources, args.device)
         app = App(registry, batches=batches, limits=limits, token=security.token)
-        _announce(security)
-        address = address_of(bound, security.tls)
+        for line in security.lines:
+            print(line, file=sys.stderr)
+        url = url_of(bound, security.tls)
         models = ", ".join(registry.names)
-        doors = _doors(app, bound.getsockname()[0], grpc_port, security.tls)
+        listeners = _grpc_listeners(app, bound.getsockname()[0], grpc_port, security.tls)
 
         def ready() -> None:
-            for door in doors:
-                print(f"taking gRPC calls at {door.address}", file=sys.stderr)
-            print(f"serving {models} at {address}", flush=True)
+            for listener in listeners:
+                print(f"serving gRPC at {listener.address}", file=sys.stderr)
+            print(f"serving {models} at {url}", flush=True)
 
-        serve(app, bound, tls=security.tls, ready=ready, doors=doors)
+        serve(app, bound, tls=security.tls, ready=ready, listeners=listeners)
     return 0
 
 
-def _checked(args: argparse.Namespace) -> tuple[Sources, BatchLimits, ServerLimits]:
+def _check_options(args: argparse.Namespace) -> tuple[Sources, BatchLimits, ServerLimits]:
     if args.function and "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, as `python -m` has it
     try:
@@ -152,7 +154,6 @@ def _checked(args: argparse.Namespace) -> tuple[Sources, BatchLimits, ServerLimi
                 cuts=args.cuts,
                 indexes=args.index,
                 functions=args.function,
-                echo=args.echo,
             ),
             BatchLimits(max_batch=args.max_batch, max_wait_ms=args.max_wait_ms, queue=args.queue),
             ServerLimits(max_body=args.max_body_mb * _MIB, grace_seconds=args.grace),
@@ -162,7 +163,7 @@ def _checked(args: argparse.Namespace) -> tuple[Sources, BatchLimits, ServerLimi
 
 
 def _free_grpc_port(args: argparse.Namespace, bound: socket.socket) -> int | None:
-    """A port that is free, before anything is loaded; gRPC binds it by itself."""
+    """Find a free port before anything is loaded; gRPC binds it later."""
     if args.grpc_port is None:
         return None
     with listen(bound.getsockname()[0], args.grpc_port) as free:
@@ -170,22 +171,19 @@ def _free_grpc_port(args: argparse.Namespace, bound: socket.socket) -> int | Non
     return port
 
 
-def _doors(app: App, host: str, grpc_port: int | None, tls: TlsFiles | None) -> "list[GrpcDoor]":
+def _grpc_listeners(
+    app: App, host: str, grpc_port: int | None, tls: TlsFiles | None
+) -> "list[GrpcListener]":
     if grpc_port is None:
         return []
     try:
-        from edgeclip.runtime.serving.grpc_server import GrpcDoor
+        from edgeclip.runtime.serving.grpc_server import GrpcListener
     except ImportError as error:
         raise InputError(
             f"--grpc-port needs gRPC ({error}): pip install 'edgeclip[grpc]'"
         ) from None
-    return [GrpcDoor(app, host=host, port=grpc_port, tls=tls)]
+    return [GrpcListener(app, host=host, port=grpc_port, tls=tls)]
 
 
 def _is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
-
-
-def _announce(security: Security) -> None:
-    for line in security.lines:
-        print(line, file=sys.stderr)

@@ -38,7 +38,7 @@ class SplitPlan(JsonRecord):
     """
 
     WHAT: ClassVar[str] = "a plan"
-    MEND: ClassVar[str] = "make it again with `edgeclip plan`"
+    HINT: ClassVar[str] = "make it again with `edgeclip plan`"
 
     name: str
     kind: PlanKind

@@ -1,7 +1,8 @@
-"""Follow the link while requests run, and change the plan for a gain that is large and lasts."""
+"""Change the plan while requests run: estimate the link from them, switch for a lasting gain."""
 
 import dataclasses
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -9,26 +10,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.cut_set import CutManifest
-from edgeclip.runtime.planning.estimate import Conditions, Estimate
+from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate
 from edgeclip.runtime.planning.link_state import HTTP_DOWN, HTTP_UP, LinkState, transfer_ms
 from edgeclip.runtime.planning.plan import SplitPlan
-from edgeclip.runtime.planning.planner import Objective, choose, estimate_all
+from edgeclip.runtime.planning.planner import Objective, choose_plan, estimate_plans
 from edgeclip.runtime.planning.stage_times import StageTimes
 
-_SMALL = 4096  # bytes both ways: their time is a round trip and little else
+GAIN = 0.10
+DWELL_S = 10.0
+MAX_AGE_S = 60.0
+_SMALL = 4096  # bytes both ways: the time of such a request is a round trip and little else
 _KEPT = 64  # observations of each kind
 _LEAST_SHARE = 0.1  # of a large request's time that its bytes take at least
 _ITERATIONS = 4
-_SLOWEST, _FASTEST, _HALVINGS = 1e-3, 1e5, 40  # Mbit/s; of their ratio's logarithm
+_SLOWEST, _FASTEST, _HALVINGS = 1e-3, 1e5, 40  # Mbit/s; bisection of the logarithm
+_DRAWS = 1000  # per plan and review: the device reviews its plan while it works
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """One request on a kept connection.
 
-    `network_ms` is the time from sending it to having the answer, less what the server says
-    that it worked on it. `sent` and `received` are bytes of the bodies.
+    `network_ms` is the time from sending the request to having the response, without the time
+    that the server worked on it. `sent` and `received` are bytes of the bodies; `at` is in
+    seconds.
     """
 
     at: float
@@ -38,45 +45,53 @@ class Observation:
 
 
 class LinkEstimator:
-    """Keeps the last requests and turns them into a `LinkState`.
+    """Estimate a `LinkState` from the latest requests. Threads may share one.
 
-    Small requests tell the round trip, with what HTTP costs; large ones, less that and less
-    what slow start costs, the bandwidth towards the server. What was not seen lately, and the
-    bandwidth back, are taken from the link that was assumed.
+    Small requests tell the round trip, including what HTTP costs. Large requests, less the round
+    trip and slow start, tell the bandwidth towards the server. What was not observed lately, and
+    the bandwidth from the server, are taken from the assumed link.
 
     Args:
-        assumed: until something is known.
-        max_age_s: older requests are forgotten.
-        clock: seconds, never going back.
+        assumed: the link until something is known.
+        max_age_s: older observations are forgotten.
+        clock: seconds, monotonic.
     """
 
     def __init__(
         self,
         assumed: LinkState,
         *,
-        max_age_s: float = 60.0,
+        max_age_s: float = MAX_AGE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._assumed = assumed
         self._max_age = max_age_s
         self._clock = clock
+        self._lock = threading.Lock()
         self._small: deque[Observation] = deque(maxlen=_KEPT)
         self._large: deque[Observation] = deque(maxlen=_KEPT)
 
     def observe(self, *, sent: int, received: int, network_ms: float) -> None:
-        """Take note of a request that was answered; one that was not tells nothing here."""
+        """Add a request that was answered."""
         seen = Observation(
             at=self._clock(), sent=sent, received=received, network_ms=max(0.0, network_ms)
         )
-        (self._small if sent + received <= _SMALL else self._large).append(seen)
+        with self._lock:
+            (self._small if sent + received <= _SMALL else self._large).append(seen)
 
-    @property
-    def is_stale(self) -> bool:
-        """Whether nothing was seen lately, so that a small request would be worth sending."""
-        return not self._fresh(self._small) and not self._fresh(self._large)
+    def observe_timeout(self, *, sent: int, network_ms: float) -> None:
+        """Add a request that was given up after `network_ms`, if that is later than expected.
+
+        Its true time is longer, so an earlier end says nothing.
+        """
+        link = self.state()
+        rtt = float(np.median(link.rtt_ms)) + link.http_ms
+        seen = Observation(at=0.0, sent=sent, received=0, network_ms=network_ms)
+        if network_ms > rtt + _upload_at(seen, float(np.median(link.up_mbps)), rtt, link.window):
+            self.observe(sent=sent, received=0, network_ms=network_ms)
 
     def state(self) -> LinkState:
-        """The link as it is now."""
+        """Return the link as it is now."""
         assumed = self._assumed
         small, large = self._fresh(self._small), self._fresh(self._large)
         down = float(np.median(assumed.down_mbps)) * assumed.efficiency
@@ -84,7 +99,7 @@ class LinkEstimator:
         ups, rtts, http = assumed_ups, assumed.rtt_ms, assumed.http_ms
         if small:
             http = 0.0
-        # Each follows from the other: bytes take a share of a small request's time too.
+        # Round trip and bandwidth depend on each other: bytes take a part of a small request too.
         for _ in range(_ITERATIONS):
             up = float(np.median(ups))
             if small:
@@ -95,24 +110,25 @@ class LinkEstimator:
             if large:
                 expected = float(np.median(assumed_ups))
                 ups = _bandwidths(large, rtts, rtt, expected, down, assumed.window) or assumed_ups
-        seen_up = ups is not assumed_ups
+        is_observed = ups is not assumed_ups
         return LinkState(
-            name=f"{assumed.name}, as seen",
+            name=f"{assumed.name}, as observed",
             rtt_ms=rtts,
             up_mbps=ups,
             down_mbps=(down,),
-            loss=0.0 if seen_up else assumed.loss,  # the bandwidth that was seen has it already
+            loss=0.0 if is_observed else assumed.loss,  # an observed bandwidth includes the loss
             http_ms=http,
             window=assumed.window,
         )
 
     def _fresh(self, seen: deque[Observation]) -> list[Observation]:
         oldest = self._clock() - self._max_age
-        return [item for item in seen if item.at >= oldest]
+        with self._lock:
+            return [item for item in seen if item.at >= oldest]
 
 
 def _bytes_ms(seen: Observation, up: float, down: float) -> float:
-    """What the bytes themselves take, in milliseconds."""
+    """Return the serialisation time of both messages in milliseconds."""
     return 8e-3 * ((seen.sent + HTTP_UP) / up + (seen.received + HTTP_DOWN) / down)
 
 
@@ -124,12 +140,13 @@ def _bandwidths(
     down: float,
     window: int,
 ) -> tuple[float, ...]:
-    """Mbit/s towards the server by each request; () where they tell nothing new.
+    """Return Mbit/s towards the server by each request; () if they agree with `expected`.
 
-    They do not where what their bytes take is as expected, within what round trips vary by.
+    They agree if their uploads take as long as expected, within the spread of the round trips.
     """
     late = [
-        _upload_ms(seen, rtt_ms, down) - _takes_ms(seen, expected, rtt_ms, window) for seen in large
+        _upload_ms(seen, rtt_ms, down) - _upload_at(seen, expected, rtt_ms, window)
+        for seen in large
     ]
     low, high = np.percentile(rtts, [25, 75])
     if abs(float(np.median(late))) <= high - low:
@@ -138,45 +155,40 @@ def _bandwidths(
 
 
 def _upload_ms(seen: Observation, rtt_ms: float, down: float) -> float:
-    """What is left of a request's time for its bytes to cross."""
-    answer = 8e-3 * (seen.received + HTTP_DOWN) / down
-    return max(seen.network_ms - rtt_ms - answer, _LEAST_SHARE * seen.network_ms, 1e-3)
+    """Return what remains of a request's time for its upload."""
+    response = 8e-3 * (seen.received + HTTP_DOWN) / down
+    return max(seen.network_ms - rtt_ms - response, _LEAST_SHARE * seen.network_ms, 1e-3)
 
 
-def _takes_ms(seen: Observation, mbps: float, rtt_ms: float, window: int) -> float:
-    """What they would take at some bandwidth."""
+def _upload_at(seen: Observation, mbps: float, rtt_ms: float, window: int) -> float:
+    """Return the milliseconds that the upload takes at a bandwidth, with slow start."""
     sent, rate, rtt = (np.array([float(value)]) for value in (seen.sent, mbps, rtt_ms))
     return float(transfer_ms(sent, rate, rtt, head=HTTP_UP, window=window)[0])
 
 
 def _bandwidth(seen: Observation, rtt_ms: float, down: float, window: int) -> float:
-    """Mbit/s towards the server at which the request takes as long as it did."""
+    """Find the Mbit/s towards the server at which the upload takes as long as it did."""
     spent = _upload_ms(seen, rtt_ms, down)
     low, high = _SLOWEST, _FASTEST
-    if _takes_ms(seen, high, rtt_ms, window) >= spent:  # the window was open already
+    if _upload_at(seen, high, rtt_ms, window) >= spent:  # the window was open already
         return 8e-3 * (seen.sent + HTTP_UP) / spent
     for _ in range(_HALVINGS):
         middle = math.sqrt(low * high)
-        too_slow = _takes_ms(seen, middle, rtt_ms, window) > spent
+        too_slow = _upload_at(seen, middle, rtt_ms, window) > spent
         low, high = (middle, high) if too_slow else (low, middle)
     return high
 
 
-GAIN = 0.10
-DWELL_S = 10.0
-_DRAWS = 1000  # a device reviews its plan while it works
-
-
 class Hysteresis:
-    """Stays with one of several things until another was better for a while, all the time.
+    """Keep a choice until another one was cheaper without a break for some time.
 
     Args:
-        first: where to begin.
+        first: the choice to begin with.
         gain: by what share of the present cost another one must be cheaper.
-        dwell_s: for how long, at every step.
+        dwell_s: for how many seconds, at every update.
 
     Attributes:
-        current: the present one.
+        current: the present choice.
     """
 
     def __init__(self, first: str, *, gain: float = GAIN, dwell_s: float = DWELL_S) -> None:
@@ -184,45 +196,50 @@ class Hysteresis:
         self._gain, self._dwell = gain, dwell_s
         self._since: dict[str, float] = {}
 
-    def step(self, now: float, costs: Mapping[str, float]) -> str:
-        """Look at the costs of this moment; return the present choice.
+    def update(self, now: float, costs: Mapping[str, float]) -> str:
+        """Take the costs of this moment and return the present choice.
 
         Args:
-            now: seconds, never going back.
+            now: seconds, monotonic.
             costs: of all that may be chosen, at least one. If the present choice is not among
-                them, the cheapest takes its place at once.
+                them, the cheapest replaces it at once.
         """
         if self.current not in costs:
-            return self._take(min(costs, key=costs.__getitem__))
+            return self._switch(min(costs, key=costs.__getitem__))
         bound = (1 - self._gain) * costs[self.current]
         better = {name for name, cost in costs.items() if cost < bound}
         self._since = {name: self._since.get(name, now) for name in better}
         lasting = [name for name, since in self._since.items() if now - since >= self._dwell]
-        return self._take(min(lasting, key=costs.__getitem__)) if lasting else self.current
+        return self._switch(min(lasting, key=costs.__getitem__)) if lasting else self.current
 
-    def _take(self, name: str) -> str:
+    def _switch(self, name: str) -> str:
         self.current = name
         self._since = {}
         return name
 
 
-class LivePlan:
-    """The plan for now: reviewed from time to time with the link as requests show it.
+class AdaptivePlan:
+    """A plan that follows the link: give it to `SplitRuntime` in place of a `SplitPlan`.
+
+    The runtime tells it of every request and calls `review`. A review estimates the link from
+    the latest requests, predicts all plans on it, and changes the plan if another one was
+    cheaper by `gain` in all reviews of the last `dwell_s` seconds. While the plan is to send
+    nothing, nothing is observed either: after `max_age_s` the assumed link counts again, so that
+    a plan which left the server gives it another try. `observe` may be called from any thread,
+    `review` and `exclude` from one at a time.
 
     Args:
         manifest: of the cut set.
-        device, server: what was measured on both sides.
-        conditions: goal, loads, and the link that is assumed until requests were made.
-        objective: what counts.
+        device, server: stage times measured on both sides.
+        conditions: loads of both sides, and the link that is assumed until requests were made.
+        objective: cost and bounds of a plan.
         gain, dwell_s: see `Hysteresis`.
-        review_s: no more often than this is anything predicted anew.
-        clock: seconds, never going back.
-
-    Attributes:
-        link: tell it of every request, see `LinkEstimator.observe`.
+        review_s: seconds between two reviews at least.
+        max_age_s: see `LinkEstimator`.
+        clock: seconds, monotonic.
 
     Raises:
-        InputError: see `estimate_all`.
+        InputError: the goal of `conditions` is not "embedding", or see `estimate_plans`.
     """
 
     def __init__(
@@ -230,55 +247,84 @@ class LivePlan:
         manifest: CutManifest,
         device: StageTimes,
         server: StageTimes,
-        conditions: Conditions,
+        conditions: PlanConditions,
         objective: Objective,
         *,
         gain: float = GAIN,
         dwell_s: float = DWELL_S,
         review_s: float = 1.0,
+        max_age_s: float = MAX_AGE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._towers = (manifest, device, server)
+        if conditions.goal != "embedding":
+            raise InputError("an adaptive plan embeds pictures: use the goal 'embedding'")
+        self._times = (manifest, device, server)
         self._conditions = dataclasses.replace(conditions, draws=_DRAWS)
         self._objective = objective
-        self._clock, self._review = clock, review_s
-        self.link = LinkEstimator(conditions.link, clock=clock)
-        choice = choose(self._estimates(), objective)
-        self._plans = {choice.best.plan.name: choice.best.plan}
-        self._chosen = Hysteresis(choice.best.plan.name, gain=gain, dwell_s=dwell_s)
+        self._clock, self._review_s = clock, review_s
+        self._link = LinkEstimator(conditions.link, max_age_s=max_age_s, clock=clock)
+        self._excluded: set[str] = set()
+        self._current = choose_plan(self._estimates(), objective).best
+        self._choice = Hysteresis(self._current.plan.name, gain=gain, dwell_s=dwell_s)
         self._reviewed = clock()
 
     @property
     def current(self) -> SplitPlan:
-        """The plan for now, predicted as at the last review."""
-        return self._plans[self._chosen.current]
+        """The present plan, with its prediction of the last review."""
+        return self._current.plan
 
-    def review(self, *, utilisation: float | None = None) -> SplitPlan:
-        """Return the plan for now, changing it if another one has long been better.
+    @property
+    def link(self) -> LinkState:
+        """The link as the latest requests show it."""
+        return self._link.state()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `review_s` seconds have passed since the last review."""
+        return self._clock() - self._reviewed >= self._review_s
+
+    def observe(
+        self, *, sent: int, received: int, ms: float, server_ms: float | None, timed_out: bool
+    ) -> None:
+        """Add a request.
 
         Args:
-            utilisation: of the server, where it tells.
+            sent, received: bytes of the bodies.
+            ms: from sending the request to having the response, or to giving it up.
+            server_ms: how long the server worked on it; None for what the plan predicts.
+            timed_out: it was given up, and would have taken longer.
         """
-        now = self._clock()
-        if now - self._reviewed < self._review:
+        if server_ms is None:
+            parts = self._current.parts
+            server_ms = parts.queue + parts.decode + parts.server
+        network_ms = max(0.0, ms - server_ms)
+        if timed_out:
+            self._link.observe_timeout(sent=sent, network_ms=network_ms)
+        else:
+            self._link.observe(sent=sent, received=received, network_ms=network_ms)
+
+    def exclude(self, plan: SplitPlan) -> None:
+        """Never choose a plan again, such as one whose head cannot be loaded."""
+        self._excluded.add(plan.name)
+        self._reviewed = -math.inf
+
+    def review(self) -> SplitPlan:
+        """Return the present plan, after changing it if another one was better long enough."""
+        if not self.is_due:
             return self.current
-        self._reviewed = now
-        if utilisation is not None:
-            self._conditions = dataclasses.replace(
-                self._conditions, utilisation=min(max(0.0, utilisation), 0.99)
-            )
-        self._conditions = dataclasses.replace(self._conditions, link=self.link.state())
-        choice = choose(self._estimates(), self._objective)
-        self._plans = {item.plan.name: item.plan for item in choice.allowed}
+        self._reviewed = self._clock()
+        self._conditions = dataclasses.replace(self._conditions, link=self._link.state())
+        choice = choose_plan(self._estimates(), self._objective)
         costs = {item.plan.name: self._objective.cost(item) for item in choice.allowed}
         bound = self._objective.deadline_ms
         if bound is not None and choice.meets_deadline:
             late = {item.plan.name for item in choice.allowed if item.p95_ms > bound}
-            costs |= dict.fromkeys(late, float("inf"))
-        self._chosen.step(now, costs)
+            costs |= dict.fromkeys(late, math.inf)
+        name = self._choice.update(self._reviewed, costs)
+        self._current = next(item for item in choice.allowed if item.plan.name == name)
         return self.current
 
-    def _estimates(self) -> tuple[Estimate, ...]:
-        return estimate_all(
-            *self._towers, self._conditions, deadline_ms=self._objective.deadline_ms
-        )
+    def _estimates(self) -> list[PlanEstimate]:
+        deadline_ms = self._objective.deadline_ms
+        found = estimate_plans(*self._times, self._conditions, deadline_ms=deadline_ms)
+        return [item for item in found if item.plan.name not in self._excluded]

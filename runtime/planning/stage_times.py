@@ -19,7 +19,7 @@ StageKind = Literal["prepare", "head", "encode", "compress", "open", "decode", "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class SplitStage:
     """One step on the way from a picture to its embedding.
 
     Attributes:
@@ -48,7 +48,7 @@ class StageSamples:
     `joules` is the energy of one run, of all that the sensor covers; None where none tells.
     """
 
-    stage: Stage
+    stage: SplitStage
     ms: tuple[float, ...]
     joules: float | None = None
 
@@ -113,7 +113,7 @@ class StageTimes(JsonRecord):
     """
 
     WHAT: ClassVar[str] = "stage times"
-    MEND: ClassVar[str] = "measure again with `edgeclip measure-cuts`"
+    HINT: ClassVar[str] = "measure again with `edgeclip measure-cuts`"
 
     created: str
     command: str
@@ -141,11 +141,11 @@ class StageTimes(JsonRecord):
         if any(len(item.bytes) != self.pictures for item in self.payloads):
             raise ValueError(f"every payload must have {self.pictures} sizes, one a picture")
 
-    def find(self, stage: Stage) -> StageSamples | None:
+    def find(self, stage: SplitStage) -> StageSamples | None:
         """The samples of a stage, if it was measured."""
         return next((item for item in self.stages if item.stage == stage), None)
 
-    def ms(self, stage: Stage) -> NDArray[np.float64]:
+    def ms(self, stage: SplitStage) -> NDArray[np.float64]:
         """Times of a stage in milliseconds [rounds].
 
         Raises:

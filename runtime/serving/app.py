@@ -16,16 +16,17 @@ from edgeclip.runtime.serving.limits import (
     BatchLimits,
     ClientGoneError,
     DrainingError,
+    HttpError,
     QueueFullError,
-    RefusalError,
     ServerLimits,
-    refusal_of,
+    http_error_of,
 )
 from edgeclip.runtime.serving.metrics import CONTENT_TYPE, ServerMetrics
 from edgeclip.runtime.serving.models import Registry
 from edgeclip.runtime.serving.security import is_authorized
 from edgeclip.runtime.wire.messages import (
     JSON_LENGTH_HEADER,
+    SERVER_TIMING_HEADER,
     InferRequest,
     InferResponse,
     WireError,
@@ -33,6 +34,7 @@ from edgeclip.runtime.wire.messages import (
     encode_error,
     encode_response,
     json_length,
+    server_timing,
 )
 
 _MOST_DIGITS = 18
@@ -44,7 +46,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HttpAnswer:
+class HttpResponse:
     """A whole answer; `content-length` is added when it is sent."""
 
     status: int
@@ -52,7 +54,7 @@ class HttpAnswer:
     body: bytes = b""
 
 
-async def send_answer(send: Send, answer: HttpAnswer) -> None:
+async def send_response(send: Send, answer: HttpResponse) -> None:
     """Send an answer."""
     headers = [
         (name.lower().encode("latin-1"), value.encode("latin-1"))
@@ -104,8 +106,8 @@ async def read_body(
         ClientGoneError: the client left first.
     """
     if headers.get(b"content-encoding", b"identity") != b"identity":
-        raise RefusalError(415, "compressed bodies are not read: send it as it is")
-    announced_size(headers, most)
+        raise HttpError(415, "compressed bodies are not read: send it as it is")
+    declared_size(headers, most)
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         return _first_part(message, most)
@@ -113,16 +115,16 @@ async def read_body(
         async with asyncio.timeout(seconds):
             return await _read_on(message, receive, most)
     except TimeoutError:
-        raise RefusalError(408, f"the body did not come within {seconds:g} s") from None
+        raise HttpError(408, f"the body did not come within {seconds:g} s") from None
 
 
-async def until_gone(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     """Return when the client is gone, or the answer was sent; the body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-def announced_size(headers: Mapping[bytes, bytes], most: int) -> int:
+def declared_size(headers: Mapping[bytes, bytes], most: int) -> int:
     """Return what `Content-Length` announces, or `most` where it is missing.
 
     Raises:
@@ -132,7 +134,7 @@ def announced_size(headers: Mapping[bytes, bytes], most: int) -> int:
     if text is None:
         return most
     if not text.isdigit():
-        raise RefusalError(400, "Content-Length must be a whole number")
+        raise HttpError(400, "Content-Length must be a whole number")
     # Digits are counted first: Python refuses to read very long numbers.
     if len(text) > _MOST_DIGITS or int(text) > most:
         raise _too_large(most)
@@ -161,8 +163,8 @@ async def _read_on(message: Message, receive: Receive, most: int) -> bytes:
         message = await receive()
 
 
-def _too_large(most: int) -> RefusalError:
-    return RefusalError(413, f"the body is larger than {most} bytes: send less at a time")
+def _too_large(most: int) -> HttpError:
+    return HttpError(413, f"the body is larger than {most} bytes: send less at a time")
 
 
 _LOG = logging.getLogger(__name__)
@@ -245,20 +247,20 @@ class App:
             return
         if self.is_draining:
             answer.headers["connection"] = "close"
-        await send_answer(send, answer)
+        await send_response(send, answer)
 
-    async def _answer(self, scope: Scope, receive: Receive, headers: _Headers) -> HttpAnswer:
+    async def _answer(self, scope: Scope, receive: Receive, headers: _Headers) -> HttpResponse:
         path = scope["path"].split("/")[1:]
         if path[:2] == ["v2", "health"]:
             _check_method(scope, "GET", "HEAD")
             return self._health(path[2:])
         if not is_authorized(headers, self.token):
-            raise RefusalError(
+            raise HttpError(
                 401, "show the server's token as 'Authorization: Bearer TOKEN'", _CHALLENGE
             )
         if path[:2] == ["v2", "models"] and path[3:4] == ["versions"]:
             if path[4:5] != [_VERSION]:
-                raise RefusalError(404, f"models have the version {_VERSION} only")
+                raise HttpError(404, f"models have the version {_VERSION} only")
             del path[3:5]
         match path:
             case ["v2", "models", name, "infer"]:
@@ -266,14 +268,14 @@ class App:
                 return await self._infer(name, receive, headers)
             case ["metrics"]:
                 _check_method(scope, "GET", "HEAD")
-                return HttpAnswer(
+                return HttpResponse(
                     status=200, headers={"content-type": CONTENT_TYPE}, body=self._metrics.page()
                 )
         answer = _json(200, self._describe(path))
         _check_method(scope, "GET", "HEAD")
         return answer
 
-    def _health(self, path: list[str]) -> HttpAnswer:
+    def _health(self, path: list[str]) -> HttpResponse:
         match path:
             case ["live"]:
                 return _json(200, {"live": True})
@@ -311,7 +313,7 @@ class App:
             **space,
         }
 
-    async def _infer(self, name: str, receive: Receive, headers: _Headers) -> HttpAnswer:
+    async def _infer(self, name: str, receive: Receive, headers: _Headers) -> HttpResponse:
         arrival = time.monotonic()
         self.service.find(name)
         metrics = self.service.metrics(name)
@@ -321,36 +323,41 @@ class App:
             status = answer.status
             return answer
         except Exception as error:
-            status = refusal_of(error).status
+            status = http_error_of(error).status
             raise
         finally:
             metrics.answered(status, time.monotonic() - arrival)
 
     async def _run(
         self, name: str, receive: Receive, headers: _Headers, arrival: float
-    ) -> HttpAnswer:
+    ) -> HttpResponse:
         if self.is_draining:
             raise DrainingError
         self.service.check_room(name)
         limits = self.limits
-        size = announced_size(headers, limits.max_body)
+        size = declared_size(headers, limits.max_body)
         self.budget.take(size)
         try:
             body = await read_body(
                 receive, headers, most=limits.max_body, seconds=limits.body_seconds
             )
+            received = time.monotonic()
             request = self._decoded(name, headers, body)
-            response = await self.service.infer(
-                request, arrival=arrival, gone=lambda: until_gone(receive)
+            result = await self.service.infer(
+                request, arrival=arrival, gone=lambda: wait_for_disconnect(receive)
             )
-            return _encoded(response, request)
+            response = _encoded(result, request)
+            response.headers[SERVER_TIMING_HEADER] = server_timing(
+                1e3 * (time.monotonic() - received)
+            )
+            return response
         finally:
             self.budget.give_back(size)
 
     def _decoded(self, name: str, headers: _Headers, body: bytes) -> InferRequest:
         length = json_length(headers.get(_JSON_LENGTH))
         if (len(body) if length is None else length) > self.limits.max_json:
-            raise RefusalError(
+            raise HttpError(
                 413, f"the JSON is larger than {self.limits.max_json} bytes: send tensors as binary"
             )
         return decode_request(name, body, length)
@@ -359,23 +366,23 @@ class App:
 _CHALLENGE = {"www-authenticate": "Bearer"}
 
 
-def _encoded(response: InferResponse, request: InferRequest) -> HttpAnswer:
+def _encoded(response: InferResponse, request: InferRequest) -> HttpResponse:
     try:
         headers, body = encode_response(response, request.binary)
     except WireError as error:
         # Values that JSON does not have are for the client to mend: it can ask for binary.
-        raise RefusalError(500 if request.binary is True else 400, str(error)) from error
-    return HttpAnswer(status=200, headers=headers, body=body)
+        raise HttpError(500 if request.binary is True else 400, str(error)) from error
+    return HttpResponse(status=200, headers=headers, body=body)
 
 
-def _failure(error: Exception, scope: Scope, headers: _Headers) -> HttpAnswer:
-    refusal = refusal_of(error)
+def _failure(error: Exception, scope: Scope, headers: _Headers) -> HttpResponse:
+    refusal = http_error_of(error)
     if refusal.status == 500:
         _LOG.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
     words, body = encode_error(str(refusal))
     # A client that was not told to continue may leave the body out: what comes next is unclear.
     close = {"connection": "close"} if b"expect" in headers else {}
-    return HttpAnswer(
+    return HttpResponse(
         status=refusal.status, headers={**words, **refusal.headers, **close}, body=body
     )
 
@@ -383,16 +390,16 @@ def _failure(error: Exception, scope: Scope, headers: _Headers) -> HttpAnswer:
 def _check_method(scope: Scope, *allowed: str) -> None:
     if scope["method"] not in allowed:
         words = ", ".join(allowed)
-        raise RefusalError(405, f"this path takes {words}", {"allow": words})
+        raise HttpError(405, f"this path takes {words}", {"allow": words})
 
 
-def _json(status: int, value: object, headers: dict[str, str] | None = None) -> HttpAnswer:
-    return HttpAnswer(
+def _json(status: int, value: object, headers: dict[str, str] | None = None) -> HttpResponse:
+    return HttpResponse(
         status=status,
         headers={"content-type": "application/json", **(headers or {})},
         body=json.dumps(value).encode(),
     )
 
 
-def _unknown_path() -> RefusalError:
-    return RefusalError(404, "no such path: the protocol begins at /v2")
+def _unknown_path() -> HttpError:
+    return HttpError(404, "no such path: the protocol begins at /v2")

@@ -18,15 +18,15 @@ from edgeclip.runtime.serving.limits import (
     QueueFullError,
 )
 from edgeclip.runtime.serving.metrics import ModelMetrics
-from edgeclip.runtime.serving.models import Model, Served
+from edgeclip.runtime.serving.models import RegisteredModel, ServingModel
 from edgeclip.runtime.wire.messages import Parameter
 from edgeclip.runtime.wire.tensors import WireError, datatype_of
 
-Answer = Outputs | BaseException
+BatchResult = Outputs | BaseException
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Share:
+class BatchItem:
     """What one request brings to a run: arrays whose first axis has `rows`, and parameters."""
 
     inputs: Tensors
@@ -48,7 +48,7 @@ class Share:
         return frozenset(arrays), frozenset(values)
 
 
-def run_joined(model: Model, shares: Sequence[Share]) -> list[Answer]:
+def run_joined(model: ServingModel, shares: Sequence[BatchItem]) -> list[BatchResult]:
     """Run all shares at once; the answer to each is its rows of the outputs.
 
     Where that fails, they are run one by one, so that the failure is that of one request.
@@ -65,7 +65,7 @@ def run_joined(model: Model, shares: Sequence[Share]) -> list[Answer]:
     return [run_single(model, share) for share in shares]
 
 
-def run_single(model: Model, share: Share) -> Answer:
+def run_single(model: ServingModel, share: BatchItem) -> BatchResult:
     """Run one share; a failure of any kind is the answer."""
     try:
         return _checked(model, model.run(share.inputs, share.parameters))
@@ -73,7 +73,7 @@ def run_single(model: Model, share: Share) -> Answer:
         return error
 
 
-def _run_together(model: Model, shares: Sequence[Share]) -> list[Answer]:
+def _run_together(model: ServingModel, shares: Sequence[BatchItem]) -> list[BatchResult]:
     first = shares[0]
     joined = {
         name: np.concatenate([share.inputs[name] for share in shares]) for name in first.inputs
@@ -84,7 +84,7 @@ def _run_together(model: Model, shares: Sequence[Share]) -> list[Answer]:
     rows = sum(share.rows for share in shares)
     if any(array.shape[:1] != (rows,) for array in outputs.values()):
         raise EngineError(f"{model.name} gave another number of rows than it was given")
-    answers: list[Answer] = []
+    answers: list[BatchResult] = []
     start = 0
     for share in shares:
         stop = start + share.rows
@@ -93,7 +93,7 @@ def _run_together(model: Model, shares: Sequence[Share]) -> list[Answer]:
     return answers
 
 
-def _checked(model: Model, outputs: object) -> Outputs:
+def _checked(model: ServingModel, outputs: object) -> Outputs:
     if not isinstance(outputs, dict) or not all(
         isinstance(name, str) and isinstance(array, np.ndarray) for name, array in outputs.items()
     ):
@@ -111,7 +111,7 @@ _FORGETTING = 0.2  # weight of the latest run in the running mean
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
+class QueuedRequest:
     """A request on its way through a batcher.
 
     Attributes:
@@ -122,7 +122,7 @@ class Waiting:
         timer: ends the wait at the deadline.
     """
 
-    share: Share
+    share: BatchItem
     key: object
     future: "asyncio.Future[Outputs]"
     arrival: float
@@ -147,7 +147,7 @@ class Batcher:
 
     def __init__(
         self,
-        served: Served,
+        served: RegisteredModel,
         limits: BatchLimits,
         metrics: ModelMetrics,
         loop: asyncio.AbstractEventLoop | None = None,
@@ -156,8 +156,8 @@ class Batcher:
         self._limits = limits
         self._metrics = metrics
         self._loop = loop or asyncio.get_running_loop()
-        self._waiting: dict[Waiting, None] = {}  # in order of arrival
-        self._running: list[Waiting] = []
+        self._waiting: dict[QueuedRequest, None] = {}  # in order of arrival
+        self._running: list[QueuedRequest] = []
         self._rows = 0  # of those that wait
         self._flush_at: float | None = None
         self._flush: asyncio.Handle | None = None
@@ -165,7 +165,7 @@ class Batcher:
         self._run_rows = 1.0  # rows of one run, running mean
         self._is_closed = False
         metrics.watch_queue(lambda: len(self._waiting))
-        self._inbox: queue.SimpleQueue[list[Waiting] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[list[QueuedRequest] | None] = queue.SimpleQueue()
         # A daemon, so that a model which never returns cannot keep the process alive.
         name = f"model {served.model.name}"
         threading.Thread(target=self._work, name=name, daemon=True).start()
@@ -190,7 +190,7 @@ class Batcher:
         *,
         rows: int,
         deadline: float | None = None,
-    ) -> Waiting:
+    ) -> QueuedRequest:
         """Queue a request; its `future` gets the outputs.
 
         The future's errors are `DeadlinePassedError`, `DrainingError`, and whatever the model
@@ -207,10 +207,10 @@ class Batcher:
             DeadlinePassedError: the deadline is past.
         """
         self.check_room()
-        share = Share(inputs, parameters, rows)
+        share = BatchItem(inputs, parameters, rows)
         key = share.key if self._served.joins else object()
         future = self._loop.create_future()
-        waiting = Waiting(share, key, future, time.monotonic(), deadline)
+        waiting = QueuedRequest(share, key, future, time.monotonic(), deadline)
         if deadline is not None:
             left = deadline - waiting.arrival
             if left <= 0:
@@ -223,7 +223,7 @@ class Batcher:
         self._plan(waiting)
         return waiting
 
-    def give_up(self, waiting: Waiting, reason: Exception) -> None:
+    def give_up(self, waiting: QueuedRequest, reason: Exception) -> None:
         """End a request that has not begun, with `reason`; one that has goes on."""
         if waiting in self._waiting:
             self._remove(waiting)
@@ -238,13 +238,13 @@ class Batcher:
             _settle(waiting, DrainingError())
         self._inbox.put(None)
 
-    def _remove(self, waiting: Waiting) -> None:
+    def _remove(self, waiting: QueuedRequest) -> None:
         del self._waiting[waiting]
         self._rows -= waiting.share.rows
         if waiting.timer is not None:
             waiting.timer.cancel()
 
-    def _plan(self, waiting: Waiting) -> None:
+    def _plan(self, waiting: QueuedRequest) -> None:
         """Let the next run begin in time for a request that waits."""
         if self._running:
             return
@@ -273,10 +273,10 @@ class Batcher:
             self._remove(waiting)
         self._inbox.put(self._running)
 
-    def _next_batch(self) -> list[Waiting]:
+    def _next_batch(self) -> list[QueuedRequest]:
         """The request that waits longest, and those behind it that it can be joined with."""
         first = next(iter(self._waiting))
-        batch: list[Waiting] = []
+        batch: list[QueuedRequest] = []
         rows = 0
         for waiting in self._waiting:
             if waiting.key == first.key:
@@ -297,8 +297,8 @@ class Batcher:
             except RuntimeError:  # the event loop was closed meanwhile
                 return
 
-    def _run(self, batch: Sequence[Waiting]) -> list[Answer]:
-        answers: dict[Waiting, Answer] = {
+    def _run(self, batch: Sequence[QueuedRequest]) -> list[BatchResult]:
+        answers: dict[QueuedRequest, BatchResult] = {
             waiting: DeadlinePassedError() for waiting in batch if waiting.is_late
         }
         rest = [waiting for waiting in batch if waiting not in answers]
@@ -307,7 +307,9 @@ class Batcher:
             answers.update(zip(rest, found, strict=True))
         return [answers[waiting] for waiting in batch]
 
-    def _finish(self, batch: Sequence[Waiting], answers: Sequence[Answer], seconds: float) -> None:
+    def _finish(
+        self, batch: Sequence[QueuedRequest], answers: Sequence[BatchResult], seconds: float
+    ) -> None:
         rows = sum(waiting.share.rows for waiting in batch)
         self._seconds += _FORGETTING * (seconds - self._seconds)
         self._run_rows += _FORGETTING * (rows - self._run_rows)
@@ -319,7 +321,7 @@ class Batcher:
             self._plan(waiting)
 
 
-def _settle(waiting: Waiting, answer: Answer) -> None:
+def _settle(waiting: QueuedRequest, answer: BatchResult) -> None:
     if waiting.future.done():
         return
     if isinstance(answer, dict):

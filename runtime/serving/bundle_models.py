@@ -15,12 +15,12 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.cut_set import (
     CutHead,
     CutSet,
-    open_half,
-    run_half,
-    tail_model,
-    tail_name,
+    open_cut_graph,
+    run_cut_graph,
+    tail_file_name,
+    tail_model_name,
 )
-from edgeclip.runtime.serving.models import Model, TensorSpec, take_top
+from edgeclip.runtime.serving.models import ServingModel, TensorSpec, take_top
 from edgeclip.runtime.spec import OUTPUT_NAMES, PATCH_OUTPUT
 from edgeclip.runtime.wire.codec import FLOAT_CODECS, PIXEL_CODECS, codec_name, decode
 from edgeclip.runtime.wire.messages import CODEC, CUT, SPACE_ID, Parameter
@@ -34,7 +34,7 @@ _IMAGES = TensorSpec(name="images", datatype=BYTES, shape=(-1,))
 _TOP = 5
 
 
-def bundle_models(encoder: Encoder, name: str) -> Iterator[Model]:
+def bundle_models(encoder: Encoder, name: str) -> Iterator[ServingModel]:
     """All models of a bundle, its towers loaded.
 
     Args:
@@ -185,14 +185,14 @@ class CutTail:
         self, cuts: CutSet, number: int, device: "DeviceProfile", bundle: str | None = None
     ) -> None:
         self.point = cuts.point(number)
-        self.name = tail_model(bundle or cuts.manifest.bundle, number)
+        self.name = tail_model_name(bundle or cuts.manifest.bundle, number)
         self.space: str | None = cuts.manifest.space
         self._output = OUTPUT_NAMES[cuts.tower]
         dim = cuts.manifest.dim
         self.outputs = (TensorSpec(name=self._output, datatype="FP32", shape=(-1, dim)),)
         self._cuts = cuts
         self._most = device.batch_max
-        self._engine = open_half(cuts, tail_name(number), device)
+        self._engine = open_cut_graph(cuts, tail_file_name(number), device)
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> Outputs:
         """Answer a request.
@@ -220,7 +220,9 @@ class CutTail:
             InputError: values so far from those of any picture that they have no embedding.
             EngineError: the engine failed.
         """
-        found = run_half(self._cuts, self._engine, values, self._most, at_cut=self.point.number > 0)
+        found = run_cut_graph(
+            self._cuts, self._engine, values, self._most, at_cut=self.point.number > 0
+        )
         embeddings: NDArray[np.float32] = found[self._output]
         try:
             check_unit_rows(embeddings, "what comes of the cut tensor")

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClassesForFiles
 from numpy.typing import NDArray
 
-from edgeclip.runtime.serving.models import Model
+from edgeclip.runtime.serving.models import ServingModel
 from edgeclip.runtime.wire.messages import BYTES, InferRequest, InferResponse, Parameter, WireError
 from edgeclip.runtime.wire.tensors import DTYPES, datatype_of, from_binary, to_binary
 
@@ -122,7 +122,7 @@ def encode_response(response: InferResponse) -> Message:
     return found
 
 
-def describe_model(model: Model) -> Message:
+def describe_model(model: ServingModel) -> Message:
     """Make the ModelMetadataResponse of a model."""
     return message_type("ModelMetadataResponse")(
         name=model.name,

@@ -29,9 +29,9 @@ from edgeclip.runtime.serving.limits import (
     CLIENT_GONE,
     ClientGoneError,
     DrainingError,
-    RefusalError,
+    HttpError,
     ServerLimits,
-    refusal_of,
+    http_error_of,
 )
 from edgeclip.runtime.serving.security import TlsFiles, is_authorized
 from edgeclip.runtime.wire.messages import (
@@ -58,7 +58,7 @@ _CODES = {
 }
 
 
-def status_of(refusal: RefusalError) -> tuple[StatusCode, tuple[tuple[str, str], ...]]:
+def status_of(refusal: HttpError) -> tuple[StatusCode, tuple[tuple[str, str], ...]]:
     """The status code and the trailers that stand for a refusal's HTTP status and headers.
 
     Source: https://grpc.io/docs/guides/status-codes
@@ -154,7 +154,7 @@ class GrpcService:
         try:
             return encode_response(self._answer(message, call, arrival))
         except Exception as error:
-            status = refusal_of(error).status
+            status = http_error_of(error).status
             raise
         finally:
             metrics.answered(status, time.monotonic() - arrival)
@@ -163,7 +163,7 @@ class GrpcService:
         size, most = message.ByteSize(), self._app.limits.max_json
         if size > most and not message.raw_input_contents:
             # Typed contents are read one by one, as JSON is.
-            raise RefusalError(413, f"the message is larger than {most} bytes: send tensors raw")
+            raise HttpError(413, f"the message is larger than {most} bytes: send tensors raw")
         request = _within(decode_request(message), call.context.time_remaining())
         future = asyncio.run_coroutine_threadsafe(self._run(request, size, arrival), self._loop)
 
@@ -212,7 +212,7 @@ class GrpcService:
             if key == "authorization" and isinstance(value, str)
         }
         if not is_authorized(shown, self._app.token):
-            raise RefusalError(
+            raise HttpError(
                 401, "show the server's token as metadata 'authorization: Bearer TOKEN'"
             )
 
@@ -225,7 +225,7 @@ def _serve(
     except grpc.RpcError:  # the call is over
         raise
     except Exception as error:
-        refusal = refusal_of(error)
+        refusal = http_error_of(error)
         if refusal.status == 500:
             _LOG.error("a gRPC call failed", exc_info=error)
     code, trailers = status_of(refusal)
@@ -244,7 +244,7 @@ def _within(request: InferRequest, left: float | None) -> InferRequest:
 
 def _check_version(asked: str) -> None:
     if asked not in ("", VERSION):
-        raise RefusalError(404, f"models have the version {VERSION} only")
+        raise HttpError(404, f"models have the version {VERSION} only")
 
 
 def _serialized(message: Message) -> bytes:
@@ -258,7 +258,7 @@ _LOOK_SECONDS = 1.0  # between two looks for slow calls
 _IDENTITY_ALONE = 1  # bit set of the compression algorithms that are taken
 
 
-class GrpcDoor:
+class GrpcListener:
     """Takes gRPC calls while it is open.
 
     Args:

@@ -13,9 +13,9 @@ from edgeclip.runtime.arrays import Outputs
 from edgeclip.runtime.bundle.index import check_space
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.serving.batcher import Batcher
-from edgeclip.runtime.serving.limits import BatchLimits, ClientGoneError, RefusalError
+from edgeclip.runtime.serving.limits import BatchLimits, ClientGoneError, HttpError
 from edgeclip.runtime.serving.metrics import ModelMetrics, ServerMetrics
-from edgeclip.runtime.serving.models import Registry, Served, check_inputs
+from edgeclip.runtime.serving.models import RegisteredModel, Registry, check_inputs
 from edgeclip.runtime.wire.messages import (
     DEADLINE_MS,
     IDEMPOTENCY_KEY,
@@ -31,7 +31,7 @@ _MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Answer:
+class _CacheEntry:
     digest: bytes
     outputs: "asyncio.Future[Outputs]"
 
@@ -42,7 +42,7 @@ class _Answer:
         return sum(array.nbytes for array in self.outputs.result().values())
 
 
-class Answered:
+class IdempotencyCache:
     """What became of requests with a key. All methods belong to the event loop's thread.
 
     Args:
@@ -53,7 +53,7 @@ class Answered:
     def __init__(self, most_entries: int = _MOST_ENTRIES, most_bytes: int = _MOST_BYTES) -> None:
         self._most_entries, self._most_bytes = most_entries, most_bytes
         self._bytes = 0
-        self._known: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], _CacheEntry] = OrderedDict()
 
     async def once(
         self,
@@ -73,15 +73,15 @@ class Answered:
         name, digest = (model, key), digest_of(inputs)
         known = self._known.get(name)
         if known is None:
-            known = _Answer(digest, asyncio.ensure_future(run()))
+            known = _CacheEntry(digest, asyncio.ensure_future(run()))
             self._known[name] = known
             known.outputs.add_done_callback(lambda _: self._settle(name, known))
         elif known.digest != digest:
-            raise RefusalError(409, f"the key {key[:60]!r} was used for another request")
+            raise HttpError(409, f"the key {key[:60]!r} was used for another request")
         # One client that goes must not take the answer from the others.
         return await asyncio.shield(known.outputs)
 
-    def _settle(self, name: tuple[str, str], answer: _Answer) -> None:
+    def _settle(self, name: tuple[str, str], answer: _CacheEntry) -> None:
         if answer.outputs.cancelled() or answer.outputs.exception() is not None:
             del self._known[name]
             return
@@ -126,7 +126,7 @@ class InferService:
         self._limits = limits
         self._metrics = {name: metrics.of(name) for name in registry.names}
         self._batchers: dict[str, Batcher] = {}
-        self._answered = Answered()
+        self._answered = IdempotencyCache()
 
     def start(self) -> None:
         """Begin to take requests; call it inside the event loop that will run them."""
@@ -144,7 +144,7 @@ class InferService:
         """The names of all models."""
         return self._registry.names
 
-    def find(self, name: str) -> Served:
+    def find(self, name: str) -> RegisteredModel:
         """A model.
 
         Raises:
@@ -153,7 +153,7 @@ class InferService:
         served = self._registry.get(name)
         if served is None:
             known = ", ".join(self.names)
-            raise RefusalError(404, f"no model {name[:60]!r} here; there are {known}")
+            raise HttpError(404, f"no model {name[:60]!r} here; there are {known}")
         return served
 
     def metrics(self, name: str) -> ModelMetrics:
@@ -235,7 +235,7 @@ class InferService:
                 watch.cancel()
 
 
-def _check_space(served: Served, parameters: Mapping[str, Parameter]) -> None:
+def _check_space(served: RegisteredModel, parameters: Mapping[str, Parameter]) -> None:
     space, own = parameters.get(SPACE_ID), served.model.space
     if space is None or own is None:
         return

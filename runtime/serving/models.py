@@ -47,7 +47,7 @@ class TensorSpec:
             )
 
 
-class Model(Protocol):
+class ServingModel(Protocol):
     """Something that answers requests; it is called from one thread at a time.
 
     A model without `inputs` checks what it is given itself.
@@ -84,7 +84,7 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class RegisteredModel:
     """A model and how requests to it are run.
 
     Attributes:
@@ -93,7 +93,7 @@ class Served:
             the outputs to come from the same row of each input, and no other.
     """
 
-    model: Model
+    model: ServingModel
     joins: bool
 
 
@@ -101,10 +101,10 @@ class Registry:
     """The models of one server, by name."""
 
     def __init__(self) -> None:
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, RegisteredModel] = {}
 
-    def add(self, model: Model, *, joins: bool = True) -> None:
-        """Serve a model; for `joins` see `Served`.
+    def add(self, model: ServingModel, *, joins: bool = True) -> None:
+        """Serve a model; for `joins` see `RegisteredModel`.
 
         Raises:
             InputError: its name is taken, or cannot stand in an address.
@@ -115,9 +115,9 @@ class Registry:
             )
         if model.name in self._served:
             raise InputError(f"two models are called {model.name!r}: give one another name")
-        self._served[model.name] = Served(model, joins)
+        self._served[model.name] = RegisteredModel(model, joins)
 
-    def get(self, name: str) -> Served | None:
+    def get(self, name: str) -> RegisteredModel | None:
         """A model by its name."""
         return self._served.get(name)
 
@@ -126,11 +126,11 @@ class Registry:
         """The names of all models."""
         return tuple(self._served)
 
-    def __iter__(self) -> Iterator[Served]:
+    def __iter__(self) -> Iterator[RegisteredModel]:
         return iter(self._served.values())
 
 
-def check_inputs(model: Model, inputs: Tensors) -> int:
+def check_inputs(model: ServingModel, inputs: Tensors) -> int:
     """Check what a request gives against what a model takes; return the number of its rows.
 
     Where the model does not say what it takes, that is the longest first axis.

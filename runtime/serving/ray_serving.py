@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from edgeclip.runtime.bundle.index import one_thread_for_products
+from edgeclip.runtime.bundle.index import limit_blas_to_one_thread
 from edgeclip.runtime.device.schema import check_bounds, parse
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.serving.app import App
@@ -172,7 +172,7 @@ def _builder(serving: RayServing) -> Callable[[], App]:
     """What makes the application in a replica; `serve.ingress` takes a function alone."""
 
     def build() -> App:
-        one_thread_for_products()
+        limit_blas_to_one_thread()
         batches = BatchLimits(max_batch=serving.max_batch, queue=serving.queue)
         limits = ServerLimits(grace_seconds=serving.grace_seconds)
         registry = open_registry(serving.sources, serving.device)

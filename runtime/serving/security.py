@@ -70,7 +70,7 @@ def read_token(file: Path | None, environment: Mapping[str, str] = os.environ) -
         raise InputError(f"cannot read the token in {file}: {error}") from None
 
 
-def own_token(path: Path) -> tuple[str, bool]:
+def load_or_create_token(path: Path) -> tuple[str, bool]:
     """Read the server's own token, or make it, readable by its owner only.
 
     Returns:
@@ -135,7 +135,7 @@ class TlsFiles:
         return cls(certificate=certificate, key=key, fingerprint=_fingerprint(text))
 
 
-def own_certificate(host: str, folder: Path) -> TlsFiles:
+def load_or_create_certificate(host: str, folder: Path) -> TlsFiles:
     """The certificate of a host, kept in `folder`: as it is, or made where it cannot be used.
 
     Raises:
@@ -231,7 +231,7 @@ class Security:
     lines: tuple[str, ...]
 
 
-def security_for(
+def choose_security(
     host: str,
     *,
     is_local: bool,
@@ -273,7 +273,7 @@ def security_for(
     if certificate is not None and key is not None:
         tls = TlsFiles.read(certificate, key)
     elif not is_local:
-        tls = own_certificate(host, own)
+        tls = load_or_create_certificate(host, own)
     if tls is not None:
         lines.append(f"certificate: {tls.certificate}, SHA-256 fingerprint {tls.fingerprint}")
     return Security(token=token, tls=tls, lines=tuple(lines))
@@ -287,6 +287,6 @@ def server_folder() -> Path:
 def _own_token(folder: Path, lines: list[str]) -> str:
     """The token in `folder`; shown only when it was made, for terminals keep what they show."""
     path = folder / "token"
-    token, is_made = own_token(path)
+    token, is_made = load_or_create_token(path)
     lines.append(f"token: {token} (kept in {path})" if is_made else f"token: as kept in {path}")
     return token

@@ -23,7 +23,7 @@ _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 _KEEP_ALIVE = (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
-class CutOff:
+class CancelToken:
     """Ends one exchange from another thread: its socket is shut down, and its thread wakes.
 
     A socket's own timeout is for each read, so a server that sends a byte now and then could
@@ -32,7 +32,7 @@ class CutOff:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._line: _Line | None = None
+        self._line: _CancellableSocket | None = None
         self.was_cut = False
 
     def __call__(self) -> None:
@@ -42,7 +42,7 @@ class CutOff:
             if self._line is not None:
                 self._line.shut(self)
 
-    def attach(self, line: "_Line") -> None:
+    def attach(self, line: "_CancellableSocket") -> None:
         with self._lock:
             self._line = line
             if self.was_cut:
@@ -59,7 +59,7 @@ _current = threading.local()
 
 
 @contextmanager
-def cut_by(cut_off: CutOff) -> Iterator[None]:
+def cancelled_by(cut_off: CancelToken) -> Iterator[None]:
     """Let `cut_off` end what this thread exchanges inside the block."""
     _current.cut_off = cut_off
     try:
@@ -69,13 +69,13 @@ def cut_by(cut_off: CutOff) -> Iterator[None]:
         cut_off.detach()
 
 
-class _Line:
+class _CancellableSocket:
     """The socket below a connection, and the exchange that it is used for."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
-        self._user: CutOff | None = None
+        self._user: CancelToken | None = None
         self._is_closed = True
 
     def connected(self, sock: socket.socket) -> None:
@@ -87,13 +87,13 @@ class _Line:
 
     def used(self) -> None:
         """Note that the thread's current exchange uses the connection, and no earlier one."""
-        user: CutOff | None = getattr(_current, "cut_off", None)
+        user: CancelToken | None = getattr(_current, "cut_off", None)
         with self._lock:
             self._user = user
         if user is not None:
             user.attach(self)
 
-    def shut(self, user: CutOff) -> None:
+    def shut(self, user: CancelToken) -> None:
         with self._lock:
             if self._user is user and self._socket is not None:
                 _shut_down(self._socket)
@@ -105,7 +105,7 @@ class _Line:
             if self._user is None:
                 self._drop()
 
-    def released(self, user: CutOff) -> None:
+    def released(self, user: CancelToken) -> None:
         """Note that an exchange is over."""
         with self._lock:
             if self._user is user:
@@ -128,7 +128,7 @@ def _shut_down(sock: socket.socket) -> None:
 
 class _PlainConnection(HTTPConnection):
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._line = _Line()
+        self._line = _CancellableSocket()
         super().__init__(*args, **options)
 
     def _new_conn(self) -> socket.socket:
@@ -192,7 +192,7 @@ def open_pool(address: Address, connections: int) -> tuple[HTTPConnectionPool, s
     return _TlsPool(str(url.host), url.port or 443, **options, **_trust(address)), prefix
 
 
-def is_private(url: str) -> bool:
+def is_confidential(url: str) -> bool:
     """Whether nobody else can read what is sent: TLS, or a host that is this machine.
 
     Raises:
@@ -233,7 +233,7 @@ T = TypeVar("T")
 _Job = tuple[Callable[[], Any], "Future[Any]"]
 
 
-class Workers:
+class DaemonThreads:
     """Daemon threads, made when they are needed and kept.
 
     Unlike `concurrent.futures.ThreadPoolExecutor`, nothing ever queues behind a thread that

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.cascade.cascade import Cascade
-from edgeclip.runtime.cascade.scores import Evidence, embed_views
+from edgeclip.runtime.cascade.scores import Similarities, embed_views
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.split.remote_models import FarModel, Pictures, PictureTower
-from edgeclip.runtime.split.remote_with_fallback import Outcome, ServerOrDevice
+from edgeclip.runtime.split.remote_models import ImageBatch, RemoteImageTower, RemoteModel
+from edgeclip.runtime.split.remote_with_fallback import RemoteWithFallback, StepResult
 from edgeclip.runtime.split.resilience import Deadline
 from edgeclip.runtime.wire.messages import InferRequest
 
@@ -25,16 +25,15 @@ Defer = Callable[[str, InferRequest], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Escalation:
-    """Whom to ask for a second opinion, and when.
+    """Which teacher to ask, and about which pictures.
 
     Attributes:
         model: the teacher's name on the server; it takes pictures and embeds them in the
             embedding space of the student.
-        cascade: decides which pictures are shown to it.
-        codec: how they are sent, see `codec_image`.
-        defer: called with a key and a request where the teacher could not be asked, such as
-            `Outbox.put`, on a thread of its own. The key is the same for the same picture and
-            model.
+        cascade: decides which pictures are sent to it.
+        codec: how they are sent, see `codec.encode_picture`.
+        defer: called with a key and a request if the teacher could not be asked, such as
+            `Outbox.put`, on a thread of its own. The same picture and model have the same key.
     """
 
     model: str
@@ -43,69 +42,67 @@ class Escalation:
     defer: Defer | None = None
 
 
-class SecondOpinion:
-    """Replaces the embeddings of which a student is unsure by a teacher's.
+class Escalator:
+    """Replace the embeddings of which a student is unsure by a teacher's.
 
     Args:
-        escalation: whom to ask, and when.
+        escalation: which teacher to ask, and about which pictures.
         encoder: the student.
         teacher: the model that `escalation` names.
-        chooser: decides whether there is time.
+        fallback: asks the teacher while there is time.
     """
 
     def __init__(
         self,
         escalation: Escalation,
         encoder: Encoder,
-        teacher: FarModel,
-        chooser: ServerOrDevice,
+        teacher: RemoteModel,
+        fallback: RemoteWithFallback,
     ) -> None:
-        self._escalation, self._encoder, self._chooser = escalation, encoder, chooser
-        self._teacher = PictureTower(teacher, escalation.codec)
-        # Flushing to a disk may take longer than there is time.
+        self._escalation, self._encoder, self._fallback = escalation, encoder, fallback
+        self._teacher = RemoteImageTower(teacher, escalation.codec)
+        # On a thread of its own: flushing to a disk may take longer than the deadline.
         self._deferring = ThreadPoolExecutor(1, "edgeclip-defer")
 
     def close(self) -> None:
-        """Wait until all that was deferred is kept."""
+        """Wait until deferred requests are stored."""
         self._deferring.shutdown()
 
     def embed(
-        self, pictures: Pictures, entries: FloatArray, deadline: Deadline
-    ) -> Outcome[FloatArray]:
-        """Embed pictures; float32 [N, dim].
-
-        Where the teacher cannot be asked, the student's embeddings are the answer.
+        self, images: ImageBatch, entries: FloatArray, deadline: Deadline
+    ) -> StepResult[FloatArray]:
+        """Embed pictures; float32 [N, dim]. If the teacher cannot be asked, by the student alone.
 
         Args:
-            pictures: any number.
-            entries: what the embeddings will be held against, float32 [K, dim].
+            images: any number.
+            entries: what the embeddings will be compared with, float32 [K, dim].
             deadline: of all of it.
 
         Raises:
             InputError: a picture that cannot be loaded.
             EngineError: the student failed.
         """
-        student = self._encoder.encode_pixels(pictures.pixels)
-        if not len(pictures) or len(entries) < 2:  # no choice is no doubt
-            return Outcome(student, "device")
+        student = self._encoder.encode_pixels(images.pixels)
+        if not len(images) or len(entries) < 2:  # without a choice there is no doubt
+            return StepResult(student, "device")
         views = embed_views(
-            self._encoder.encode_pixels, pictures.pixels, self._escalation.cascade.score.views
+            self._encoder.encode_pixels, images.pixels, self._escalation.cascade.score.views
         )
-        evidence = Evidence.against(student, entries, views)
-        rows = np.flatnonzero(self._escalation.cascade.unsure(evidence))
+        similarities = Similarities.between(student, entries, views)
+        rows = np.flatnonzero(self._escalation.cascade.select(similarities))
         if not len(rows):
-            return Outcome(student, "device")
-        return self._asked(student, rows, pictures.some(rows), deadline)
+            return StepResult(student, "device")
+        return self._ask(student, rows, images.select(rows), deadline)
 
-    def _asked(
-        self, student: FloatArray, rows: NDArray[np.intp], unsure: Pictures, deadline: Deadline
-    ) -> Outcome[FloatArray]:
-        def far(until: Deadline) -> FloatArray:
+    def _ask(
+        self, student: FloatArray, rows: NDArray[np.intp], unsure: ImageBatch, deadline: Deadline
+    ) -> StepResult[FloatArray]:
+        def remote(until: Deadline) -> FloatArray:
             both = student.copy()
             both[rows] = self._teacher.embed(unsure, until)
             return both
 
-        found = self._chooser.run(far, lambda: student, ("nothing",), len(rows), deadline)
+        found = self._fallback.run(remote, lambda: student, ("nothing",), len(rows), deadline)
         if found.degraded is not None and self._escalation.defer is not None:
             try:
                 self._deferring.submit(self._defer, self._escalation.defer, unsure)
@@ -113,17 +110,17 @@ class SecondOpinion:
                 self._defer(self._escalation.defer, unsure)
         return found
 
-    def _defer(self, defer: Defer, unsure: Pictures) -> None:
+    def _defer(self, defer: Defer, unsure: ImageBatch) -> None:
         try:
             for row in range(len(unsure)):
-                request = self._teacher.request(unsure.some(np.array([row])))
+                request = self._teacher.request(unsure.select(np.array([row])))
                 defer(request_key(request), request)
         except Exception as error:
-            _log.warning("an escalation is lost: %s", error)
+            _log.warning("an escalation could not be stored: %s", error)
 
 
 def request_key(request: InferRequest) -> str:
-    """SHA-256 of the model and the inputs of a request: an idempotency key."""
+    """Return an idempotency key: SHA-256 of the model and the inputs of a request."""
     digest = hashlib.sha256(request.model.encode())
     for name, array in sorted(request.inputs.items()):
         items = array.ravel().tolist() if array.dtype == object else [array.tobytes()]

@@ -1,85 +1,59 @@
-"""Server: models that another machine serves, asked without ever waiting longer than agreed."""
+"""HTTP client of a model server: every call ends by its deadline, with retries and hedging."""
 
 import functools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
-from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.split.connection import Address
-from edgeclip.runtime.split.errors import BreakerOpenError, ServerError
-from edgeclip.runtime.split.http_exchange import Endpoint, HttpReply, HttpRequest, Question
+from edgeclip.runtime.split.errors import (
+    BreakerOpenError,
+    DeadlineExceededError,
+    ServerError,
+)
+from edgeclip.runtime.split.http_exchange import Endpoint, HttpReply, HttpRequest, InferCall
 from edgeclip.runtime.split.resilience import (
     Attempt,
     Backoff,
     BreakerRules,
     CircuitBreaker,
     Deadline,
+    RecentTimes,
     RetryBudget,
     first_answer,
     with_retries,
 )
-from edgeclip.runtime.wire.messages import InferRequest, InferResponse
-
-
-class RecentTimes:
-    """Quantiles of the last durations.
-
-    Args:
-        keep: how many durations count, at least 1.
-    """
-
-    def __init__(self, keep: int = 64) -> None:
-        if keep < 1:
-            raise InputError(f"keep is {keep}: remember at least 1 duration")
-        self._seconds: deque[float] = deque(maxlen=keep)
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._seconds)
-
-    def add(self, seconds: float) -> None:
-        """Count one duration."""
-        with self._lock:
-            self._seconds.append(seconds)
-
-    def quantile(self, share: float) -> float | None:
-        """The duration that `share` of the runs did not exceed; None before the first run.
-
-        The nearest rank is taken, so that it is a duration that really occurred.
-        """
-        with self._lock:
-            ordered = sorted(self._seconds)
-        if not ordered:
-            return None
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
+from edgeclip.runtime.wire.messages import (
+    SERVER_TIMING_HEADER,
+    InferRequest,
+    InferResponse,
+    server_timing_ms,
+)
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_FEWEST_TIMES = 20  # below that, a 95th percentile is only the slowest of a few
-_MOST_OF_READY = 1 << 16  # bytes
+_MIN_TIMES = 20  # with fewer, a 95th percentile is only the slowest of a few
+_MAX_READY_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientRules:
-    """How a `Server` is dealt with.
+    """Connections, retries, hedging and circuit breaker of a `Server`.
 
     Attributes:
-        connections: how many calls may wait for it at a time.
-        most_reply_bytes: of one reply.
+        connections: how many calls may be in flight at a time.
+        most_reply_bytes: bound of one reply.
         backoff: of the retries of one call.
         retry_share: extra attempts (retries and hedges) per call, over many calls.
-        hedges: whether a call that is slower than 95% of those before it is made twice.
-        breaker: when it is left alone.
-        probe_s: how long a readiness probe may take; it runs only while the breaker is open.
+        hedges: whether a call that is slower than 95% of the earlier ones is sent a second time.
+        breaker: when to stop calling a server that fails.
+        probe_s: timeout of a readiness probe; probes run only while the breaker is open.
     """
 
     connections: int = 8
@@ -93,20 +67,29 @@ class ClientRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """A request that was answered: the bytes of both bodies, and the time that it took."""
+    """A request that was answered, or given up at its deadline.
+
+    Attributes:
+        model: the model that was called.
+        sent, received: bytes of the bodies.
+        ms: from the start of the request to the whole response, or to its end at the deadline.
+        server_ms: how long the server worked on it; None if the server does not say.
+        timed_out: whether it was given up.
+    """
 
     model: str
     sent: int
     received: int
     ms: float
+    server_ms: float | None = None
+    timed_out: bool = False
 
 
 class Server:
-    """A server of models that speaks the Open Inference Protocol over HTTP.
+    """Client of a model server that speaks the Open Inference Protocol over HTTP.
 
     Each call ends by its deadline, whatever the server does: calls run on threads of their
-    own, and one that is given up has its socket shut down. Calls may be made from several
-    threads.
+    own, and the socket of a call that is given up is shut down. Several threads may call.
 
     Args:
         url: such as "https://host:8443".
@@ -114,7 +97,8 @@ class Server:
         fingerprint: SHA-256 of the server's certificate, the only one to trust.
         ca: file of certificates (PEM) to trust in place of the system's.
         rules: see `ClientRules`.
-        watch: told of each request that was answered, on the thread that made it.
+        watch: called with each request that was answered, on the thread that sent it; see
+            also `add_observer`.
 
     Attributes:
         url: see above.
@@ -136,7 +120,9 @@ class Server:
         watch: Callable[[Transfer], object] = lambda transfer: None,
     ) -> None:
         self.rules = rules or ClientRules()
-        self._watch = watch
+        self._observers: list[Callable[[Transfer], object]] = [
+            lambda transfer: None if transfer.timed_out else watch(transfer)
+        ]
         self.url = url
         address = Address(url=url, fingerprint=fingerprint, ca=ca)
         self._endpoint = Endpoint(address, token=token, connections=self.rules.connections)
@@ -161,8 +147,15 @@ class Server:
         self._closed.set()
         self._endpoint.close()
 
-    def refusal(self) -> str | None:
-        """Why a call would not be made at all, such as "breaker open"; None if it would."""
+    def add_observer(self, observer: Callable[[Transfer], object]) -> None:
+        """Call `observer` with each request that is answered, or given up at its deadline.
+
+        It is called on the thread that ends the request, and must be quick.
+        """
+        self._observers.append(observer)
+
+    def unavailable_reason(self) -> str | None:
+        """Return why a call would be refused at once, such as "breaker open"; None if not."""
         if self._breaker.would_admit():
             return None
         return self._breaker.reason or BreakerOpenError.reason
@@ -170,7 +163,7 @@ class Server:
     def infer(
         self, request: InferRequest, deadline: Deadline, *, idempotent: bool = True
     ) -> InferResponse:
-        """Ask a model; see `ask`."""
+        """Call a model and return its response; arguments and errors as those of `ask`."""
         return self.ask(request, deadline, lambda response: response, idempotent=idempotent)
 
     def ask(
@@ -181,18 +174,18 @@ class Server:
         *,
         idempotent: bool = True,
     ) -> T:
-        """Ask a model and return what `read` makes of its reply; over by `deadline` in any case.
+        """Call a model and return what `read` makes of its response, by `deadline` at the latest.
 
         Args:
-            request: its `deadline_ms` is set to what is left when it is sent. With a
-                `space_id`, the reply must carry the same.
+            request: its `deadline_ms` is set to the time left when it is sent. With a
+                `space_id`, the response must carry the same.
             deadline: of all attempts together.
-            read: raises `BadReplyError` for a reply that is of no use, which counts as a
-                failure of the server.
-            idempotent: whether the request may be sent twice: retried, or hedged.
+            read: raises `BadReplyError` for an unusable response, which counts as a failure of
+                the server.
+            idempotent: whether the request may be sent twice (retried or hedged).
 
         Raises:
-            ServerError: no usable reply; see `errors` for the kinds.
+            ServerError: no usable response; see `errors` for the kinds.
             WireError: the request holds what the protocol cannot carry.
         """
         permit = self._breaker.admit()
@@ -200,9 +193,15 @@ class Server:
             message = f"the server at {self.url} failed a moment ago"
             raise BreakerOpenError(message, self._breaker.reason)
         self._budget.deposit()
+        began, sizes = time.monotonic(), list[int]()
         try:
-            found = self._ask(Question(request, deadline, read), idempotent)
+            found = self._ask(InferCall(request, deadline, read), idempotent, sizes)
         except ServerError as error:
+            if isinstance(error, DeadlineExceededError) and sizes:
+                ms = 1e3 * (time.monotonic() - began)
+                self._tell(
+                    Transfer(model=request.model, sent=sizes[0], received=0, ms=ms, timed_out=True)
+                )
             if error.server_works is None:
                 permit.unused()
             elif error.server_works:
@@ -217,14 +216,14 @@ class Server:
         return found
 
     def ready(self, deadline: Deadline) -> bool:
-        """Whether the server says that it is ready (`/v2/health/ready`); False if in doubt."""
+        """Return whether the server reports that it is ready (`/v2/health/ready`)."""
         request = HttpRequest(method="GET", path="/v2/health/ready", headers={})
         start = functools.partial(
             self._endpoint.start,
             lambda: request,
             lambda reply: None,
             deadline,
-            most_bytes=_MOST_OF_READY,
+            most_bytes=_MAX_READY_BYTES,
         )
         try:
             first_answer(start, deadline=deadline)
@@ -232,18 +231,20 @@ class Server:
             return False
         return True
 
-    def _ask(self, question: Question[T], idempotent: bool) -> T:
-        def start() -> Attempt[T]:
-            return self._start(question)
+    def _ask(self, call: InferCall[T], idempotent: bool, sizes: list[int]) -> T:
+        """Make a call with hedges and retries; add the size of each request to `sizes`."""
 
-        deadline = question.deadline
+        def start() -> Attempt[T]:
+            return self._start(call, sizes)
+
+        deadline = call.deadline
         if not idempotent:
             return first_answer(start, deadline=deadline)
         hedged = functools.partial(
             first_answer,
             start,
             deadline=deadline,
-            hedge_after=self._hedge_after(question.request.model),
+            hedge_after=self._hedge_after(call.request.model),
             may_hedge=self._budget.withdraw,
         )
         return with_retries(
@@ -252,38 +253,50 @@ class Server:
 
     def _hedge_after(self, model: str) -> float | None:
         times = self._times.get(model)
-        if not self.rules.hedges or times is None or len(times) < _FEWEST_TIMES:
+        if not self.rules.hedges or times is None or len(times) < _MIN_TIMES:
             return None
         return times.quantile(0.95)
 
-    def _start(self, question: Question[T]) -> Attempt[T]:
+    def _start(self, call: InferCall[T], sizes: list[int]) -> Attempt[T]:
         began, sent = time.monotonic(), 0
 
         def request() -> HttpRequest:
             nonlocal sent
-            made = question.http_request()
+            made = call.http_request()
             sent = len(made.body or b"")
+            sizes.append(sent)
             return made
 
         def read(reply: HttpReply) -> T:
-            model = question.request.model
-            found = question.answer(reply)
+            model = call.request.model
+            found = call.read_reply(reply)
             seconds = time.monotonic() - began
             self._times.setdefault(model, RecentTimes()).add(seconds)
-            received = len(reply.body)
-            self._watch(Transfer(model=model, sent=sent, received=received, ms=seconds * 1e3))
+            self._tell(
+                Transfer(
+                    model=model,
+                    sent=sent,
+                    received=len(reply.body),
+                    ms=seconds * 1e3,
+                    server_ms=server_timing_ms(reply.headers.get(SERVER_TIMING_HEADER)),
+                )
+            )
             return found
 
         most = self.rules.most_reply_bytes
-        return self._endpoint.start(request, read, question.deadline, most_bytes=most)
+        return self._endpoint.start(request, read, call.deadline, most_bytes=most)
+
+    def _tell(self, transfer: Transfer) -> None:
+        for observer in self._observers:
+            observer(transfer)
 
     def _on_open(self) -> None:
-        # The ones that are kept lead to a server that may be gone without a word.
+        # The connections that are kept open may lead to a server that is gone.
         self._endpoint.forget_connections()
         threading.Thread(target=self._probe, name="edgeclip-probe", daemon=True).start()
 
     def _probe(self) -> None:
-        """Ask again and again whether the server is ready; then let one call through."""
+        """Poll until the server is ready; then let one call through."""
         while not self._closed.wait(self._breaker.open_s()):
             try:
                 if self.ready(Deadline.after_ms(self.rules.probe_s * 1e3)):

@@ -23,10 +23,10 @@ from urllib3.exceptions import (
 from edgeclip.runtime.errors import InputError, first_line
 from edgeclip.runtime.split.connection import (
     Address,
-    CutOff,
-    Workers,
-    cut_by,
-    is_private,
+    CancelToken,
+    DaemonThreads,
+    cancelled_by,
+    is_confidential,
     open_pool,
 )
 from edgeclip.runtime.split.errors import (
@@ -81,7 +81,7 @@ def exchange(
     pool: HTTPConnectionPool,
     request: HttpRequest,
     deadline: Deadline,
-    cut_off: CutOff,
+    cut_off: CancelToken,
     *,
     most_bytes: int,
 ) -> HttpReply:
@@ -106,7 +106,7 @@ def exchange(
     if left <= 0 or cut_off.was_cut:
         raise DeadlineExceededError("the server was not asked: no time was left")
     try:
-        with cut_by(cut_off):
+        with cancelled_by(cut_off):
             response = pool.urlopen(
                 request.method,
                 request.path,
@@ -214,7 +214,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Question(Generic[T]):
+class InferCall(Generic[T]):
     """What a model is asked.
 
     Attributes:
@@ -240,8 +240,8 @@ class Question(Generic[T]):
         path = f"/v2/models/{quote(self.request.model, safe='')}/infer"
         return HttpRequest(method="POST", path=path, headers=headers, body=body)
 
-    def answer(self, reply: HttpReply) -> T:
-        """What `read` makes of the reply.
+    def read_reply(self, reply: HttpReply) -> T:
+        """Decode the reply and return what `read` makes of it.
 
         Raises:
             BadReplyError: it is not of the protocol, or `read` refuses it.
@@ -284,7 +284,7 @@ class Endpoint:
         self._address, self._connections = address, connections
         self._pool, self._prefix = open_pool(address, connections)
         self._headers = _authorization(token, address.url)
-        self._workers = Workers(connections, "edgeclip-call")
+        self._workers = DaemonThreads(connections, "edgeclip-call")
 
     @property
     def busy(self) -> int:
@@ -310,7 +310,7 @@ class Endpoint:
         Raises:
             ClientBusyError: no thread is free, or this was closed.
         """
-        cut_off = CutOff()
+        cut_off = CancelToken()
 
         def work() -> T:
             plain = request()
@@ -340,6 +340,6 @@ def _authorization(token: str | None, url: str) -> dict[str, str]:
         return {}
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise InputError("a token is ASCII without spaces: check where it was read from")
-    if not is_private(url):
+    if not is_confidential(url):
         raise InputError(f"a token is not sent to {url} in the clear: use https://")
     return {"Authorization": f"Bearer {token}"}

@@ -1,4 +1,4 @@
-"""The models of a server that a device calls: their inputs, and checks of their replies."""
+"""Call the models of a server: prepare their inputs and check their replies."""
 
 import functools
 import io
@@ -14,9 +14,9 @@ from PIL import Image
 
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import Hit, check_embeddings, check_space
-from edgeclip.runtime.encoder import Answer, Encoder
+from edgeclip.runtime.encoder import Encoder, LabelScore
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.images import ImageInput, list_of_images
+from edgeclip.runtime.inputs.images import ImageInput, as_image_list
 from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.planning.cut_set import CutHead
 from edgeclip.runtime.planning.plan import SplitPlan
@@ -47,22 +47,21 @@ if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
     from edgeclip.runtime.planning.cut_set import CutSet
 
-_OTHERWISE = "jpeg-90"  # where codec "file" has no file, or too large a one
-# A larger file costs more to send than to cut to size, and the device needs long to decode it
-# when the server has let it down.
-_LARGEST_FILE = 1 << 18  # bytes
-_MOST_PIXELS = 1 << 20
-_FORMATS = ("JPEG", "PNG", "WEBP")  # what servers take
+_DEFAULT_CODEC = "jpeg-90"  # for codec "file" if there is no file, or too large a one
+# A larger file costs more to send than to resize, and the device would need long to decode it
+# when it has to fall back.
+_MAX_FILE_BYTES = 1 << 18
+_MAX_PIXELS = 1 << 20
+_FORMATS = ("JPEG", "PNG", "WEBP")  # what servers accept
 
 
-class Pictures:
-    """Pictures as a caller gave them.
+class ImageBatch:
+    """Pictures as the caller gave them, decoded only when that is needed.
 
     Args:
         images: see `Encoder.encode_image`.
-        spec: what the tower takes.
-        pixels: uint8 [N, size, size, 3] where they are there already; `images` are rows of
-            it then.
+        spec: size and normalisation of the tower's input.
+        pixels: uint8 [N, size, size, 3] if they are known already; `images` are its rows then.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Pictures:
         spec: ImageSpec,
         pixels: NDArray[np.uint8] | None = None,
     ) -> None:
-        self._images, self._spec = list_of_images(images), spec
+        self._images, self._spec = as_image_list(images), spec
         if pixels is not None:
             self.pixels = pixels
 
@@ -80,7 +79,7 @@ class Pictures:
 
     @functools.cached_property
     def pixels(self) -> NDArray[np.uint8]:
-        """The pictures resized and cut; uint8 [N, size, size, 3].
+        """The pictures resized and cropped; uint8 [N, size, size, 3].
 
         Raises:
             InputError: one that cannot be loaded.
@@ -91,22 +90,22 @@ class Pictures:
 
     @property
     def is_decoded(self) -> bool:
-        """Whether `pixels` costs nothing."""
+        """Whether `pixels` is known already."""
         return "pixels" in self.__dict__
 
-    def some(self, rows: NDArray[np.intp]) -> "Pictures":
-        """Those of the given numbers."""
+    def select(self, rows: NDArray[np.intp]) -> "ImageBatch":
+        """Return the pictures of these numbers."""
         images = [self._images[row] for row in rows]
-        return Pictures(images, self._spec, self.pixels[rows] if self.is_decoded else None)
+        return ImageBatch(images, self._spec, self.pixels[rows] if self.is_decoded else None)
 
     def compressed(self, codec: str) -> list[bytes]:
-        """The bytes to send for each picture.
+        """Return the bytes to send for each picture.
 
-        Codec "file" sends small JPEG, PNG and WebP files as they are, with all they hold, such
-        as where a photo was taken; other pictures are cut to size first.
+        Codec "file" sends small JPEG, PNG and WebP files as they are, with all their metadata,
+        such as where a photo was taken; other pictures are resized and compressed first.
 
         Raises:
-            InputError: see `codec_image.encode_picture`.
+            InputError: see `codec.encode_picture`.
         """
         return [self._compressed(codec, number) for number in range(len(self))]
 
@@ -115,28 +114,28 @@ class Pictures:
             content = _small_file(self._images[number])
             if content is not None:
                 return content
-            codec = _OTHERWISE
-        # Where nothing but the crop remains after resizing, the pixels need not be made twice.
+            codec = _DEFAULT_CODEC
+        # If resizing crops nothing, the pixels that are known already serve.
         is_whole = self._spec.resize == self._spec.size
         picture = self.pixels[number] if is_whole else self._images[number]
         return encode_picture(codec, picture, self._spec)
 
 
-def is_pictures(query: Any) -> bool:
-    """Whether a query is one picture or several, and not texts or embeddings.
+def is_image_query(query: Any) -> bool:
+    """Return whether a query consists of pictures, and not of texts or embeddings.
 
     As for `Encoder.search`: a `str` is a text, and a float array of two dimensions holds
     embeddings.
     """
     if isinstance(query, np.ndarray):
         return not (query.ndim == 2 and query.dtype.kind == "f")
-    items = list_of_images(query) if not isinstance(query, str) else [query]
+    items = as_image_list(query) if not isinstance(query, str) else [query]
     return bool(items) and not any(isinstance(item, str) for item in items)
 
 
-def typical_file() -> bytes:
-    """A JPEG file as large as one that is sent as it is may be, to measure its decoding with."""
-    side = int(_MOST_PIXELS**0.5)
+def typical_image_file() -> bytes:
+    """Make the largest JPEG file that is sent as it is, to measure its decoding."""
+    side = int(_MAX_PIXELS**0.5)
     colours = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
     written = io.BytesIO()
     Image.fromarray(colours).resize((side, side)).save(written, "JPEG")
@@ -144,35 +143,35 @@ def typical_file() -> bytes:
 
 
 def _small_file(image: ImageInput) -> bytes | None:
-    """The content of an image file that may be sent as it is; None for anything else."""
+    """Return the content of an image file that may be sent as it is; None for anything else."""
     try:
         if isinstance(image, str | os.PathLike):
             path = Path(image)
-            if path.stat().st_size > _LARGEST_FILE:
+            if path.stat().st_size > _MAX_FILE_BYTES:
                 return None
             image = path.read_bytes()
-        if not isinstance(image, bytes) or len(image) > _LARGEST_FILE:
+        if not isinstance(image, bytes) or len(image) > _MAX_FILE_BYTES:
             return None
         with Image.open(io.BytesIO(image), formats=_FORMATS) as header:
-            return image if header.width * header.height <= _MOST_PIXELS else None
-    except Exception:  # damaged, or of another format: decoding it says what is wrong
+            return image if header.width * header.height <= _MAX_PIXELS else None
+    except Exception:  # damaged, or of another format: decoding it will report that
         return None
 
 
-Item = TypeVar("Item", Answer, Hit)
+Item = TypeVar("Item", LabelScore, Hit)
 
 _EMBEDDINGS = "image_embeds"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class FarModel:
-    """A model of a server, asked on behalf of a bundle.
+class RemoteModel:
+    """A model on a server, called on behalf of a bundle.
 
     Attributes:
-        server: who serves it.
-        name: what it is called there.
+        server: the server.
+        name: of the model on the server.
         bundle: name of the device's bundle.
-        space: fingerprint of the embedding space that replies must be of.
+        space: fingerprint of the embedding space that replies must have.
         dim: length of an embedding.
     """
 
@@ -183,8 +182,8 @@ class FarModel:
     dim: int
 
     @classmethod
-    def of(cls, encoder: Encoder, server: Server, name: str) -> "FarModel":
-        """A model that is asked for what `encoder` could do."""
+    def of(cls, encoder: Encoder, server: Server, name: str) -> "RemoteModel":
+        """Describe a model that does the work of `encoder`."""
         return cls(
             server=server,
             name=name,
@@ -194,7 +193,7 @@ class FarModel:
         )
 
     def request(self, inputs: dict[str, NDArray[Any]], **parameters: Parameter) -> InferRequest:
-        """A request for it."""
+        """Make a request to the model."""
         return InferRequest(
             model=self.name,
             inputs=inputs,
@@ -202,7 +201,7 @@ class FarModel:
         )
 
     def embed(self, request: InferRequest, count: int, deadline: Deadline) -> FloatArray:
-        """Ask for `count` embeddings; float32 [count, dim].
+        """Request `count` embeddings; float32 [count, dim].
 
         Raises:
             ServerError: see `Server.ask`.
@@ -211,7 +210,7 @@ class FarModel:
         def read(response: InferResponse) -> FloatArray:
             found = _output(response, _EMBEDDINGS, count)
             try:
-                check_embeddings(found, self.dim, f"what {self.name} gave")
+                check_embeddings(found, self.dim, f"the reply of {self.name}")
             except InputError as error:
                 raise BadReplyError(str(error)) from None
             return found
@@ -219,7 +218,7 @@ class FarModel:
         return self.server.ask(request, deadline, read)
 
     def search(self, embeddings: FloatArray, deadline: Deadline, *, top: int) -> "Found[Hit]":
-        """Ask an index for the nearest entries of each embedding [N, dim].
+        """Request the nearest entries of an index for each embedding [N, dim].
 
         Raises:
             ServerError: see `Server.ask`.
@@ -228,29 +227,31 @@ class FarModel:
         read = _rows_reader("key", len(embeddings), Hit)
         return self.server.ask(request, deadline, read)
 
-    def classify(self, embeddings: FloatArray, deadline: Deadline, *, top: int) -> "Found[Answer]":
-        """Ask a label set for the best labels of each image embedding [N, dim].
+    def classify(
+        self, embeddings: FloatArray, deadline: Deadline, *, top: int
+    ) -> "Found[LabelScore]":
+        """Request the best labels of a label set for each image embedding [N, dim].
 
         Raises:
             ServerError: see `Server.ask`.
         """
         request = self.request({_EMBEDDINGS: embeddings}, **{TOP: top})
-        read = _rows_reader("label", len(embeddings), Answer)
+        read = _rows_reader("label", len(embeddings), LabelScore)
         return self.server.ask(request, deadline, read)
 
 
 Found = list[tuple[Item, ...]]
 
 
-class FarTower(Protocol):
-    """An image tower that runs on a server, all of it or its end."""
+class RemoteTower(Protocol):
+    """An image tower on a server: the whole tower, or its part after a cut."""
 
     @property
     def sends_files(self) -> bool:
-        """Whether pictures may be sent without being decoded here."""
+        """Whether pictures may be sent without being decoded on the device."""
         ...
 
-    def embed(self, pictures: Pictures, deadline: Deadline) -> FloatArray:
+    def embed(self, images: ImageBatch, deadline: Deadline) -> FloatArray:
         """Embed pictures; float32 [N, dim].
 
         Raises:
@@ -261,52 +262,52 @@ class FarTower(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PictureTower:
-    """A whole tower, which is sent compressed pictures by a codec of `codec_image`."""
+class RemoteImageTower:
+    """A whole tower; compressed pictures are sent, see `codec.encode_picture`."""
 
-    model: FarModel
+    model: RemoteModel
     codec: str
 
     @property
     def sends_files(self) -> bool:
-        """See `FarTower`."""
+        """Whether pictures may be sent without being decoded on the device."""
         return self.codec == FILE
 
-    def request(self, pictures: Pictures) -> InferRequest:
-        """The request that asks for these pictures' embeddings."""
-        images = np.array(pictures.compressed(self.codec), dtype=object)
-        return self.model.request({"images": images})
+    def request(self, images: ImageBatch) -> InferRequest:
+        """Make the request for the embeddings of these pictures."""
+        content = np.array(images.compressed(self.codec), dtype=object)
+        return self.model.request({"images": content})
 
-    def embed(self, pictures: Pictures, deadline: Deadline) -> FloatArray:
-        """See `FarTower`."""
-        return self.model.embed(self.request(pictures), len(pictures), deadline)
+    def embed(self, images: ImageBatch, deadline: Deadline) -> FloatArray:
+        """Send the pictures and return their embeddings; see `RemoteTower.embed`."""
+        return self.model.embed(self.request(images), len(images), deadline)
 
 
 @dataclass(frozen=True, slots=True)
-class TailTower:
-    """The end of a tower, which is sent the value at a cut by a codec of `codec`."""
+class RemoteTail:
+    """The part of a tower after a cut; the value at the cut is sent, see `codec.encode`."""
 
-    model: FarModel
+    model: RemoteModel
     head: CutHead
     codec: CodecName
 
     @property
     def sends_files(self) -> bool:
-        """See `FarTower`."""
+        """Never: the head of the tower runs on the device."""
         return False
 
-    def embed(self, pictures: Pictures, deadline: Deadline) -> FloatArray:
-        """See `FarTower`; the head runs here first."""
+    def embed(self, images: ImageBatch, deadline: Deadline) -> FloatArray:
+        """Run the head, send its output and return embeddings; see `RemoteTower.embed`."""
         point = self.head.point
-        tensors = encode(self.codec, self.head.run(pictures.pixels), axis=point.axis)
+        tensors = encode(self.codec, self.head.run(images.pixels), axis=point.axis)
         request = self.model.request(tensors, **{CODEC: self.codec, CUT: str(point.number)})
-        return self.model.embed(request, len(pictures), deadline)
+        return self.model.embed(request, len(images), deadline)
 
 
-def open_far_tower(
-    model: FarModel, plan: SplitPlan, cuts: "CutSet | None", device: "DeviceProfile"
-) -> FarTower:
-    """What a plan of kind "image" or "cut" asks; for the latter, the head is loaded.
+def open_remote_tower(
+    model: RemoteModel, plan: SplitPlan, cuts: "CutSet | None", device: "DeviceProfile"
+) -> RemoteTower:
+    """Open the tower that a plan of kind "image" or "cut" names; for a cut, load its head.
 
     Raises:
         InputError: an unknown codec, or no cut set for a cut.
@@ -316,30 +317,34 @@ def open_far_tower(
     codec = str(plan.codec)
     if plan.kind == "image":
         check_image_codec(codec)
-        return PictureTower(model, codec)
+        return RemoteImageTower(model, codec)
     if cuts is None or plan.cut is None:
         raise InputError(f"the plan {plan.name!r} needs the cut set of the bundle")
     check_space(model.space, cuts.manifest.space, f"the cut set {cuts.path}")
-    return TailTower(model, CutHead(cuts, plan.cut, device), codec_name(codec))
+    return RemoteTail(model, CutHead(cuts, plan.cut, device), codec_name(codec))
 
 
 def _output(response: InferResponse, name: str, count: int) -> NDArray[Any]:
     found = response.outputs.get(name)
     if found is None or found.shape[:1] != (count,):
         what = "no" if found is None else f"{list(found.shape)} as its"
-        raise BadReplyError(f"model {response.model} gave {what} output {name} for {count} inputs")
+        raise BadReplyError(
+            f"model {response.model} returned {what} output {name} for {count} inputs"
+        )
     return found
 
 
 def _rows_reader(
     text: str, count: int, make: Callable[[str, float], Item]
 ) -> Callable[[InferResponse], Found[Item]]:
-    """What reads outputs `text`, BYTES [count, k], and `score`, FP32 [count, k]."""
+    """Return a reader of the outputs `text`, BYTES [count, k], and `score`, FP32 [count, k]."""
 
     def read(response: InferResponse) -> Found[Item]:
         texts, scores = (_output(response, name, count) for name in (text, "score"))
         if texts.shape != scores.shape or texts.ndim != 2 or texts.dtype != object:
-            raise BadReplyError(f"model {response.model} gave texts and scores that do not fit")
+            raise BadReplyError(
+                f"model {response.model} returned texts and scores of different shapes"
+            )
         try:
             return [
                 tuple(make(each.decode(), float(score)) for each, score in zip(*row, strict=True))

@@ -11,52 +11,30 @@ import numpy as np
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.split.errors import ServerError
-from edgeclip.runtime.split.http_client import RecentTimes, Server
-from edgeclip.runtime.split.remote_models import FarTower, Pictures, typical_file
-from edgeclip.runtime.split.resilience import Deadline
-
-# The image tower on a file that is still to be decoded, or on pixels; then what follows it.
-Work = Literal["file", "pixels", "labels", "index", "nothing"]
-
-_QUANTILE = 0.95
-_MARGIN = 1.25  # of what is measured: the next run may be slower than 95% of the last ones
-_MARGIN_S = 0.002  # for waking up
-
-
-class DeviceTime:
-    """Running quantiles of the device's own work, by kind of work and per picture or query."""
-
-    def __init__(self) -> None:
-        self._times = {work: RecentTimes() for work in get_args(Work)}
-
-    @contextmanager
-    def measured(self, work: Work, count: int) -> Iterator[None]:
-        """Measure the block, which does this work on `count` pictures or queries."""
-        began = time.perf_counter()
-        yield
-        self._times[work].add((time.perf_counter() - began) / max(1, count))
-
-    def reserve_s(self, *works: Work, count: int = 1) -> float:
-        """Seconds to keep for doing these one after the other; work never seen counts as 0.
-
-        That many pictures are taken to need `count` times as long as one; they need less.
-        """
-        each = sum(self._times[work].quantile(_QUANTILE) or 0.0 for work in works)
-        return _MARGIN * each * max(1, count) + _MARGIN_S
-
+from edgeclip.runtime.split.http_client import Server
+from edgeclip.runtime.split.remote_models import ImageBatch, RemoteTower, typical_image_file
+from edgeclip.runtime.split.resilience import Deadline, RecentTimes
 
 T = TypeVar("T")
 Source = Literal["device", "server"]
+# Work of the device: the image tower from an undecoded file or from pixels; then scoring labels,
+# searching an index, or nothing.
+Work = Literal["file", "pixels", "labels", "index", "nothing"]
+
+_QUANTILE = 0.95
+_MARGIN = 1.25  # factor: the next run may be slower than 95% of the latest ones
+_MARGIN_S = 0.002  # for the thread to wake up
+_WARM_RUNS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply(Generic[T]):
-    """An answer of a `SplitRuntime`.
+    """A result of a `SplitRuntime`.
 
     Attributes:
-        value: the answer, as `Encoder` would give it.
+        value: the result, as `Encoder` would return it.
         source: who computed it; "server" if the server had a part in it.
-        degraded: why the server had no part in it although it should have, in a few words,
+        degraded: why the server had no part in it although the plan says so, in a few words,
             such as "deadline", "breaker open" or "wrong space"; None if all went as planned.
         ms: how long the call took, in milliseconds.
     """
@@ -68,121 +46,113 @@ class Reply(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(Generic[T]):
-    """What a part of a call came to; see `Reply`."""
+class StepResult(Generic[T]):
+    """The result of one step of a call; the attributes are those of `Reply`."""
 
     value: T
     source: Source
     degraded: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A call under way: when it must be over, and when it began (`time.perf_counter()`)."""
+class DeviceTimes:
+    """Recent durations of the device's own work, by kind of work, per picture or query."""
 
-    deadline: Deadline
-    began: float
+    def __init__(self) -> None:
+        self._times = {work: RecentTimes() for work in get_args(Work)}
 
-    @classmethod
-    def within_ms(cls, milliseconds: float) -> "Call":
-        """Begin a call.
+    @contextmanager
+    def measured(self, work: Work, count: int) -> Iterator[None]:
+        """Time the block, which does this work on `count` pictures or queries."""
+        began = time.perf_counter()
+        yield
+        self._times[work].add((time.perf_counter() - began) / max(1, count))
 
-        Raises:
-            InputError: see `Deadline.after_ms`.
+    def reserve_s(self, *works: Work, count: int = 1) -> float:
+        """Return the seconds to reserve for doing these in sequence; unknown work counts as 0.
+
+        `count` pictures are assumed to take `count` times as long as one; they take less.
         """
-        return cls(Deadline.after_ms(milliseconds), time.perf_counter())
-
-    def reply(self, outcome: Outcome[T]) -> Reply[T]:
-        """End the call."""
-        return Reply(
-            value=outcome.value,
-            source=outcome.source,
-            degraded=outcome.degraded,
-            ms=(time.perf_counter() - self.began) * 1e3,
-        )
+        each = sum(self._times[work].quantile(_QUANTILE) or 0.0 for work in works)
+        return _MARGIN * each * max(1, count) + _MARGIN_S
 
 
-class ServerOrDevice:
-    """Decides, piece of work by piece of work, who does it.
+class RemoteWithFallback:
+    """Run one step on the server, or on the device if the server fails or is too slow.
 
     Args:
-        server: who is asked.
-        time: what the device's own work takes; what is done here is added.
+        server: the server.
+        times: durations of the device's own work; what runs here is added.
     """
 
-    def __init__(self, server: Server, time: DeviceTime) -> None:
-        self._server, self._time = server, time
+    def __init__(self, server: Server, times: DeviceTimes) -> None:
+        self._server, self._times = server, times
 
     def run(
         self,
-        far: Callable[[Deadline], T],
-        here: Callable[[], T],
+        remote: Callable[[Deadline], T],
+        local: Callable[[], T],
         works: tuple[Work, ...],
         count: int,
         deadline: Deadline,
-    ) -> Outcome[T]:
-        """Ask the server until the device has to begin, and do the work here if it failed.
+    ) -> StepResult[T]:
+        """Call the server until the device has to begin, then do the work here if it failed.
 
         Args:
-            far: asks the server by a deadline; raises `ServerError`.
-            here: does the same work on the device.
-            works: what `here` does, then what the device does with the result in any case.
-            count: how many pictures or queries.
+            remote: calls the server by a deadline; raises `ServerError`.
+            local: does the same work on the device.
+            works: what `local` does, then what the device does with the result in any case.
+            count: number of pictures or queries.
             deadline: of all of it.
         """
-        reason = self._server.refusal()
+        reason = self._server.unavailable_reason()
         if reason is None:
+            # Keep the device's own time in reserve; if that is too late already, the server
+            # gets all the time there is.
+            reserve = self._times.reserve_s(*works, count=count)
+            until = deadline.earlier(reserve) if reserve < deadline.left() else deadline
             try:
-                return Outcome(far(self._until(works, count, deadline)), "server")
+                return StepResult(remote(until), "server")
             except ServerError as error:
                 reason = error.reason
-        with self._time.measured(works[0], count):
-            return Outcome(here(), "device", reason)
-
-    def _until(self, works: tuple[Work, ...], count: int, deadline: Deadline) -> Deadline:
-        """When the device has to begin; the deadline itself, where it is too late already."""
-        reserve = self._time.reserve_s(*works, count=count)
-        return deadline.earlier(reserve) if reserve < deadline.left() else deadline
+        with self._times.measured(works[0], count):
+            return StepResult(local(), "device", reason)
 
 
-_WARM_RUNS = 5
+def measure_image_tower(encoder: Encoder, times: DeviceTimes, *, with_file: bool) -> None:
+    """Load the device's image tower and time it, from pixels and perhaps from a file.
+
+    Raises:
+        BundleError, EngineError, MissingExtraError: the tower cannot be loaded or run.
+    """
+    size = encoder.spec.image.size
+    pixels = np.zeros((1, size, size, 3), np.uint8)
+    file = typical_image_file() if with_file else None
+    encoder.encode_pixels(pixels)  # the first run plans memory
+    for _ in range(_WARM_RUNS):
+        with times.measured("pixels", 1):
+            encoder.encode_pixels(pixels)
+        if file is not None:
+            with times.measured("file", 1):
+                encoder.encode_image(file)
 
 
-class SplitTower:
-    """Embeds pictures.
-
-    Making one loads the device's tower and measures it.
+class ImageTowerWithFallback:
+    """Embed pictures by a tower on the server, or by the device's own tower.
 
     Args:
         encoder: the device's own towers.
-        far: the server's.
-        chooser: decides whose is used.
-        time: what the device's takes.
-
-    Raises:
-        BundleError, EngineError, MissingExtraError: the device's tower cannot be loaded.
+        remote: the server's tower.
+        fallback: runs one of both.
     """
 
-    def __init__(
-        self, encoder: Encoder, far: FarTower, chooser: ServerOrDevice, time: DeviceTime
-    ) -> None:
-        self._encoder, self._far, self._chooser = encoder, far, chooser
-        typical = typical_file() if far.sends_files else None
-        size = encoder.spec.image.size
-        pixels = np.zeros((1, size, size, 3), np.uint8)
-        encoder.encode_pixels(pixels)  # the first run plans memory
-        for _ in range(_WARM_RUNS):
-            with time.measured("pixels", 1):
-                encoder.encode_pixels(pixels)
-            if typical is not None:
-                with time.measured("file", 1):
-                    encoder.encode_image(typical)
+    def __init__(self, encoder: Encoder, remote: RemoteTower, fallback: RemoteWithFallback) -> None:
+        self._encoder, self._remote, self._fallback = encoder, remote, fallback
 
-    def embed(self, pictures: Pictures, deadline: Deadline, *then: Work) -> Outcome[FloatArray]:
+    def embed(self, images: ImageBatch, deadline: Deadline, *then: Work) -> StepResult[FloatArray]:
         """Embed pictures; float32 [N, dim].
 
         Args:
-            pictures: any number.
+            images: any number.
             deadline: of all that has to be done.
             then: what the device has to do with the embeddings.
 
@@ -190,11 +160,11 @@ class SplitTower:
             InputError: a picture that cannot be loaded.
             EngineError: the device's tower failed.
         """
-        is_file = self._far.sends_files and not pictures.is_decoded
-        return self._chooser.run(
-            lambda until: self._far.embed(pictures, until),
-            lambda: self._encoder.encode_pixels(pictures.pixels),
+        is_file = self._remote.sends_files and not images.is_decoded
+        return self._fallback.run(
+            lambda until: self._remote.embed(images, until),
+            lambda: self._encoder.encode_pixels(images.pixels),
             ("file" if is_file else "pixels", *then),
-            len(pictures),
+            len(images),
             deadline,
         )

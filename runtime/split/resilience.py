@@ -101,6 +101,39 @@ class RetryBudget:
             return True
 
 
+class RecentTimes:
+    """Quantiles of the latest durations. Threads may share one.
+
+    Args:
+        keep: how many durations to remember, at least 1.
+    """
+
+    def __init__(self, keep: int = 64) -> None:
+        if keep < 1:
+            raise InputError(f"keep is {keep}: remember at least 1 duration")
+        self._seconds: deque[float] = deque(maxlen=keep)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def add(self, seconds: float) -> None:
+        """Add a duration in seconds."""
+        with self._lock:
+            self._seconds.append(seconds)
+
+    def quantile(self, share: float) -> float | None:
+        """Return the duration that `share` of the runs did not exceed; None before the first run.
+
+        The nearest rank is taken: a duration that really occurred.
+        """
+        with self._lock:
+            ordered = sorted(self._seconds)
+        if not ordered:
+            return None
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
 T = TypeVar("T")
 
 

@@ -1,6 +1,11 @@
-"""SplitRuntime: an `Encoder` that sends work to a server as a plan says, and works without one."""
+"""An `Encoder` that sends work to a server as a plan says, and answers without it if need be."""
 
+import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
@@ -9,60 +14,93 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import FloatArray
-from edgeclip.runtime.bundle.index import Hit, Index, check_space, one_thread_for_products
+from edgeclip.runtime.bundle.index import Hit, Index, check_space, limit_blas_to_one_thread
 from edgeclip.runtime.bundle.labels import LabelSet
-from edgeclip.runtime.encoder import Answer, Encoder
-from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.encoder import Encoder, LabelScore
+from edgeclip.runtime.errors import EdgeClipError, InputError
 from edgeclip.runtime.inputs.images import ImageInput
 from edgeclip.runtime.planning.plan import SplitPlan
-from edgeclip.runtime.split.escalation import Escalation, SecondOpinion
-from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.split.remote_models import FarModel, Pictures, is_pictures, open_far_tower
+from edgeclip.runtime.split.escalation import Escalation, Escalator
+from edgeclip.runtime.split.http_client import Server, Transfer
+from edgeclip.runtime.split.remote_models import (
+    ImageBatch,
+    RemoteModel,
+    is_image_query,
+    open_remote_tower,
+)
 from edgeclip.runtime.split.remote_with_fallback import (
-    Call,
-    DeviceTime,
-    Outcome,
+    DeviceTimes,
+    ImageTowerWithFallback,
+    RemoteWithFallback,
     Reply,
-    ServerOrDevice,
-    SplitTower,
+    StepResult,
     Work,
+    measure_image_tower,
 )
 from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.wire.codec import FILE
 
 if TYPE_CHECKING:
     from edgeclip.runtime.planning.cut_set import CutSet
+    from edgeclip.runtime.planning.replanning import AdaptivePlan
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Answers = list[tuple[Answer, ...]]
+Answers = list[tuple[LabelScore, ...]]
 Hits = list[tuple[Hit, ...]]
 
 DEFAULT_DEADLINE_MS = 1000.0
 _LABELS = "-labels-"  # in the names of a server's label models
 
 
-class SplitRuntime:
-    """Embeds and answers like `Encoder`, with a server's help, by a deadline.
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """What a plan needs: a tower for kinds "image" and "cut", a model for kind "embedding"."""
 
-    What the server does is the plan's. If it does not answer, the device does the work itself,
-    with the bundle's own towers, and the reply says so. The time that the device needs for that
-    is measured and kept in reserve; where that is more than the deadline leaves, the server has
-    all the time there is, and the device's answer comes late. Making a runtime loads and
-    measures the tower that it would fall back to.
+    plan: SplitPlan
+    tower: ImageTowerWithFallback | None = None
+    model: RemoteModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call in progress: its deadline, and its start by `time.perf_counter()`."""
+
+    deadline: Deadline
+    began: float
+
+    def reply(self, result: StepResult[T]) -> Reply[T]:
+        ms = (time.perf_counter() - self.began) * 1e3
+        return Reply(value=result.value, source=result.source, degraded=result.degraded, ms=ms)
+
+
+class SplitRuntime:
+    """Embed, classify and search like `Encoder`, with a server's help, by a deadline.
+
+    The plan says what the server does. If the server does not answer in time, the device does
+    the work itself, with the bundle's own towers, and the reply says so. The time that the
+    device needs for that is measured and kept in reserve; if it exceeds the deadline, the server
+    gets all the time there is, and the device's answer comes late. The constructor loads and
+    measures the tower to fall back to.
+
+    With an `AdaptivePlan` the plan follows the link: every request to the server is an
+    observation of the link, and the plan is reviewed after calls, on a thread of its own. A
+    request that was given up at its deadline counts as an observation too.
 
     Texts are embedded on the device whatever the plan. With a server, numpy's products are held
-    to one thread each from then on, since calls come from several.
+    to one thread each from then on, since calls come from several threads.
 
     Args:
         encoder: the bundle on the device alone.
-        plan: who does what.
-        server: who is asked; not needed for a plan of kind "device" without `escalation`.
-        cuts: the cut set of the bundle, for a plan of kind "cut".
-        escalation: ask a teacher where `classify` or `search` is unsure of a picture, for a plan
-            of kind "device".
+        plan: what runs where; fixed, or adapted to the link.
+        server: the server; not needed for a plan of kind "device" without `escalation`.
+        cuts: the cut set of the bundle, for a plan of kind "cut" or an adaptive one.
+        escalation: ask a teacher about the pictures of which `classify` or `search` is unsure,
+            for a plan of kind "device".
 
     Attributes:
         encoder: see above.
-        plan: see above.
 
     Raises:
         SpaceMismatchError: bundle, plan and cuts are not of one embedding space.
@@ -73,34 +111,57 @@ class SplitRuntime:
     def __init__(
         self,
         encoder: Encoder,
-        plan: SplitPlan,
+        plan: "SplitPlan | AdaptivePlan",
         server: Server | None = None,
         *,
         cuts: "CutSet | None" = None,
         escalation: Escalation | None = None,
     ) -> None:
-        check_space(encoder.space, plan.space, f"the plan {plan.name!r}")
-        if escalation is not None and plan.kind != "device":
+        adaptive = None if isinstance(plan, SplitPlan) else plan
+        first = plan if isinstance(plan, SplitPlan) else plan.current
+        check_space(encoder.space, first.space, f"the plan {first.name!r}")
+        if escalation is not None and (adaptive is not None or first.kind != "device"):
             raise InputError("an escalation goes with a plan of kind 'device'")
-        self.encoder, self.plan = encoder, plan
-        self._time = DeviceTime()
-        self._far: FarModel | None = None
-        self._tower: SplitTower | None = None
-        self._second: SecondOpinion | None = None
-        if plan.kind == "device" and escalation is None:
+        if adaptive is not None and cuts is None:
+            raise InputError("an adaptive plan needs the cut set of the bundle")
+        self.encoder = encoder
+        self._server, self._cuts, self._adaptive = server, cuts, adaptive
+        self._times = DeviceTimes()
+        self._escalator: Escalator | None = None
+        self._review_lock = threading.Lock()
+        self._reviews: ThreadPoolExecutor | None = None
+        if adaptive is None and escalation is None and first.kind == "device":
+            self._route = _Route(first)
             return
         if server is None:
-            raise InputError(f"the plan {plan.name!r} needs a server: give its address")
-        one_thread_for_products()
-        self._chooser = ServerOrDevice(server, self._time)
-        asked = FarModel.of(encoder, server, escalation.model if escalation else str(plan.model))
+            raise InputError(f"the plan {first.name!r} needs a server: give its address")
+        limit_blas_to_one_thread()
+        self._fallback = RemoteWithFallback(server, self._times)
+        if adaptive is not None or first.kind in ("image", "cut"):
+            sends_files = adaptive is not None or first.codec == FILE
+            measure_image_tower(encoder, self._times, with_file=sends_files)
+        self._route = self._open_route(first, server)
         if escalation is not None:
-            self._second = SecondOpinion(escalation, encoder, asked, self._chooser)
-        elif plan.kind == "embedding":
-            self._far = asked
-        else:
-            far = open_far_tower(asked, plan, cuts, encoder.device)
-            self._tower = SplitTower(encoder, far, self._chooser, self._time)
+            teacher = RemoteModel.of(encoder, server, escalation.model)
+            self._escalator = Escalator(escalation, encoder, teacher, self._fallback)
+        if adaptive is not None:
+            self._reviews = ThreadPoolExecutor(1, "edgeclip-replan")
+            server.add_observer(partial(_observe, adaptive))
+
+    @property
+    def plan(self) -> SplitPlan:
+        """The plan, which changes from call to call if it is an adaptive one."""
+        return self._route.plan
+
+    def _open_route(self, plan: SplitPlan, server: Server) -> _Route:
+        """Open what a plan needs on the server; for a cut, load the head."""
+        if plan.kind == "device":
+            return _Route(plan)
+        model = RemoteModel.of(self.encoder, server, str(plan.model))
+        if plan.kind == "embedding":
+            return _Route(plan, model=model)
+        remote = open_remote_tower(model, plan, self._cuts, self.encoder.device)
+        return _Route(plan, tower=ImageTowerWithFallback(self.encoder, remote, self._fallback))
 
     def __enter__(self) -> "SplitRuntime":
         return self
@@ -114,34 +175,36 @@ class SplitRuntime:
         self.close()
 
     def close(self) -> None:
-        """Wait until all that was deferred is kept. The server's connections stay open."""
-        if self._second is not None:
-            self._second.close()
+        """Wait until deferred escalations are stored. The server's connections stay open."""
+        if self._escalator is not None:
+            self._escalator.close()
+        if self._reviews is not None:
+            self._reviews.shutdown()
 
     def encode_image(
         self, images: ImageInput | Sequence[ImageInput], *, deadline_ms: float | None = None
     ) -> Reply[FloatArray]:
-        """Embed one image or several; float32 [N, dim]. They are sent in one request.
+        """Embed one or several images in one request; float32 [N, dim].
 
         Args:
             images: see `Encoder.encode_image`.
-            deadline_ms: when the answer must be there; the plan's by default, or 1 s.
+            deadline_ms: milliseconds until the result is needed; by default the plan's, or 1 s.
 
         Raises:
             InputError: an image that cannot be read, or a deadline that is not above 0.
             EngineError: see `Encoder.encode_image`.
         """
-        call = self._call(deadline_ms)
-        return call.reply(self._embed(self._pictures(images), None, call.deadline))
+        call = self._begin(deadline_ms)
+        return call.reply(self._embed(self._batch(images), None, call.deadline))
 
     def encode_pixels(
         self, pixels: NDArray[np.uint8], *, deadline_ms: float | None = None
     ) -> Reply[FloatArray]:
-        """Embed pictures that have their size already; see `Encoder.encode_pixels`."""
-        call = self._call(deadline_ms)
+        """Embed pictures that are resized already, uint8 [N, size, size, 3]; float32 [N, dim]."""
+        call = self._begin(deadline_ms)
         self.encoder.encode_pixels(pixels[:0])  # refuses another shape or dtype, runs nothing
-        pictures = Pictures(pixels, self.encoder.spec.image, pixels)
-        return call.reply(self._embed(pictures, None, call.deadline))
+        images = ImageBatch(pixels, self.encoder.spec.image, pixels)
+        return call.reply(self._embed(images, None, call.deadline))
 
     def encode_text(
         self,
@@ -150,9 +213,9 @@ class SplitRuntime:
         truncate: bool = False,
         deadline_ms: float | None = None,
     ) -> Reply[FloatArray]:
-        """Embed texts on the device; see `Encoder.encode_text`."""
-        call = self._call(deadline_ms)
-        return call.reply(Outcome(self.encoder.encode_text(texts, truncate=truncate), "device"))
+        """Embed texts on the device; float32 [N, dim]. Arguments as for `Encoder.encode_text`."""
+        call = self._begin(deadline_ms)
+        return call.reply(StepResult(self.encoder.encode_text(texts, truncate=truncate), "device"))
 
     def classify(
         self,
@@ -162,34 +225,34 @@ class SplitRuntime:
         top: int = 5,
         deadline_ms: float | None = None,
     ) -> Reply[Answers]:
-        """Give each image its `top` labels, the most likely first; see `Encoder.classify`.
+        """Return the `top` most likely labels of each image, as `Encoder.classify` does.
 
-        With a plan of kind "embedding" for a label model, the server's labels answer, and
-        `labels` are those to fall back to.
+        With a plan of kind "embedding" for a label model, the server's labels are used, and
+        `labels` are the fallback.
 
         Raises:
             SpaceMismatchError: the label set was made in another embedding space.
             InputError: no labels where there must be some, `top` below 1, or an image that
                 cannot be read.
-            ServerError: the server's labels were asked, and there are none to fall back to.
+            ServerError: the server's labels could not be used, and there is no fallback.
         """
-        call, far = self._call(deadline_ms), self._far_model(of_labels=True)
+        call, remote = self._begin(deadline_ms), self._remote_model(of_labels=True)
         _check_top(top)
-        if labels is None and far is None:
+        if labels is None and remote is None:
             raise InputError("no labels were given, and by this plan no server has them")
         baked = self._baked(labels)
         entries = None if baked is None else baked.embeddings
-        found = self._embed(self._pictures(images), entries, call.deadline, "labels")
-        outcome = self._answer(
+        found = self._embed(self._batch(images), entries, call.deadline, "labels")
+        result = self._compare(
             found,
-            None if far is None else partial(far.classify, top=top),
+            None if remote is None else partial(remote.classify, top=top),
             None
             if baked is None
             else partial(self.encoder.classify_embeddings, labels=baked, top=top),
             "labels",
             call.deadline,
         )
-        return call.reply(outcome)
+        return call.reply(result)
 
     def search(
         self,
@@ -199,44 +262,44 @@ class SplitRuntime:
         top: int = 10,
         deadline_ms: float | None = None,
     ) -> Reply[Hits]:
-        """Give each query the `top` entries with the highest cosine; see `Encoder.search`.
+        """Return the `top` entries nearest to each query, as `Encoder.search` does.
 
-        With a plan of kind "embedding" for an index, the server's index answers, and `index` is
-        the one to fall back to.
+        With a plan of kind "embedding" for an index, the server's index is used, and `index` is
+        the fallback.
 
         Raises:
             SpaceMismatchError: the index was made in another embedding space.
             InputError: no index where there must be one, `top` below 1, or a query that cannot
                 be read.
-            ServerError: the server's index was asked, and there is none to fall back to.
+            ServerError: the server's index could not be used, and there is no fallback.
         """
-        call, far = self._call(deadline_ms), self._far_model(of_labels=False)
+        call, remote = self._begin(deadline_ms), self._remote_model(of_labels=False)
         _check_top(top)
-        if index is None and far is None:
+        if index is None and remote is None:
             raise InputError("no index was given, and by this plan no server has it")
         if index is not None:
             index.check_space(self.encoder.space)
-        if is_pictures(query):
+        if is_image_query(query):
             entries = None if index is None else index.embeddings
-            found = self._embed(self._pictures(query), entries, call.deadline, "index")
+            found = self._embed(self._batch(query), entries, call.deadline, "index")
         else:
-            found = Outcome(self.encoder.embed_query(query), "device")
-        ask = None if far is None else partial(far.search, top=top)
-        here = None if index is None else partial(self.encoder.search, index=index, top=top)
-        return call.reply(self._answer(found, ask, here, "index", call.deadline))
+            found = StepResult(self.encoder.embed_query(query), "device")
+        ask = None if remote is None else partial(remote.search, top=top)
+        local = None if index is None else partial(self.encoder.search, index=index, top=top)
+        return call.reply(self._compare(found, ask, local, "index", call.deadline))
 
-    def _call(self, deadline_ms: float | None) -> Call:
+    def _begin(self, deadline_ms: float | None) -> _Call:
         if deadline_ms is None:
             deadline_ms = self.plan.deadline_ms or DEFAULT_DEADLINE_MS
-        return Call.within_ms(deadline_ms)
+        return _Call(Deadline.after_ms(deadline_ms), time.perf_counter())
 
-    def _pictures(self, images: ImageInput | Sequence[ImageInput]) -> Pictures:
-        return Pictures(images, self.encoder.spec.image)
+    def _batch(self, images: ImageInput | Sequence[ImageInput]) -> ImageBatch:
+        return ImageBatch(images, self.encoder.spec.image)
 
-    def _far_model(self, *, of_labels: bool) -> FarModel | None:
-        """The model of an embedding plan, if it is of this kind."""
-        far = self._far
-        return far if far is not None and (_LABELS in far.name) is of_labels else None
+    def _remote_model(self, *, of_labels: bool) -> RemoteModel | None:
+        """Return the label model, or the index, that an embedding plan names."""
+        model = self._route.model
+        return model if model is not None and (_LABELS in model.name) is of_labels else None
 
     def _baked(self, labels: LabelSet | Sequence[str] | None) -> LabelSet | None:
         if labels is None:
@@ -246,34 +309,84 @@ class SplitRuntime:
         return baked
 
     def _embed(
-        self, pictures: Pictures, entries: FloatArray | None, deadline: Deadline, *then: Work
-    ) -> Outcome[FloatArray]:
-        """Embed pictures as planned; `entries` and `then` are what comes of the embeddings."""
-        if self._second is not None and entries is not None:
-            return self._second.embed(pictures, entries, deadline)
-        if self._tower is not None and len(pictures):
-            return self._tower.embed(pictures, deadline, *then)
-        return Outcome(self.encoder.encode_pixels(pictures.pixels), "device")
+        self, images: ImageBatch, entries: FloatArray | None, deadline: Deadline, *then: Work
+    ) -> StepResult[FloatArray]:
+        """Embed pictures as planned.
 
-    def _answer(
+        Args:
+            images: the pictures.
+            entries: what the embeddings are compared with next, for an escalation.
+            deadline: of the whole call.
+            then: what the device does with the embeddings next.
+        """
+        if self._escalator is not None and entries is not None:
+            return self._escalator.embed(images, entries, deadline)
+        tower = self._route.tower
+        try:
+            if tower is not None and len(images):
+                return tower.embed(images, deadline, *then)
+            return StepResult(self.encoder.encode_pixels(images.pixels), "device")
+        finally:
+            self._start_review()
+
+    def _compare(
         self,
-        embedded: Outcome[FloatArray],
-        far: Callable[[FloatArray, Deadline], T] | None,
-        here: Callable[[FloatArray], T] | None,
+        embedded: StepResult[FloatArray],
+        remote: Callable[[FloatArray, Deadline], T] | None,
+        local: Callable[[FloatArray], T] | None,
         work: Work,
         deadline: Deadline,
-    ) -> Outcome[T]:
-        """Hold embeddings against what the server has, or else against what the device has."""
+    ) -> StepResult[T]:
+        """Compare embeddings with the labels or index of the server, or with local ones."""
         embeddings, count = embedded.value, len(embedded.value)
-        if far is not None and here is None:
-            return Outcome(far(embeddings, deadline), "server")
-        if far is not None and here is not None and count:
-            return self._chooser.run(
-                partial(far, embeddings), partial(here, embeddings), (work,), count, deadline
+        if remote is not None and local is None:
+            return StepResult(remote(embeddings, deadline), "server")
+        if remote is not None and local is not None and count:
+            return self._fallback.run(
+                partial(remote, embeddings), partial(local, embeddings), (work,), count, deadline
             )
-        assert here is not None
-        with self._time.measured(work, count):
-            return Outcome(here(embeddings), embedded.source, embedded.degraded)
+        assert local is not None
+        with self._times.measured(work, count):
+            return StepResult(local(embeddings), embedded.source, embedded.degraded)
+
+    def _start_review(self) -> None:
+        """Review an adaptive plan in the background, if a review is due and none is running."""
+        if self._adaptive is None or self._reviews is None or not self._adaptive.is_due:
+            return
+        if self._review_lock.acquire(blocking=False):
+            try:
+                self._reviews.submit(self._review, self._adaptive)
+            except RuntimeError:  # after `close`
+                self._review_lock.release()
+
+    def _review(self, adaptive: "AdaptivePlan") -> None:
+        try:
+            before, plan = self._route, adaptive.review()
+            if plan.name == before.plan.name:
+                self._route = replace(before, plan=plan)  # with the new prediction
+                return
+            assert self._server is not None
+            try:
+                self._route = self._open_route(plan, self._server)
+            except EdgeClipError as error:
+                _log.warning("cannot change to the plan %r: %s", plan.name, error)
+                adaptive.exclude(plan)
+            else:
+                _log.info("plan %r replaces %r", plan.name, before.plan.name)
+        except Exception:
+            _log.exception("the review of the plan failed")
+        finally:
+            self._review_lock.release()
+
+
+def _observe(adaptive: "AdaptivePlan", transfer: Transfer) -> None:
+    adaptive.observe(
+        sent=transfer.sent,
+        received=transfer.received,
+        ms=transfer.ms,
+        server_ms=transfer.server_ms,
+        timed_out=transfer.timed_out,
+    )
 
 
 def _check_top(top: int) -> None:

@@ -26,7 +26,7 @@ PIXEL_CODECS: tuple[CodecName, ...] = ("uint8", "uint8-zstd")
 CUT_TENSOR, SCALE_TENSOR = "cut", "scale"
 
 # A frame of a few bytes unpacks to a whole tensor: their number bounds the memory.
-MOST_FRAMES = 64
+MAX_FRAMES = 64
 
 _LEVELS = 127
 _LARGEST_FP16 = float(np.finfo(np.float16).max)
@@ -86,7 +86,7 @@ def decode(codec: CodecName, tensors: Tensors, *, shape: Shape, axis: int = -1) 
         codec: how they were encoded.
         tensors: what `encode` gave.
         shape: of one picture's values, without N; nothing larger is ever unpacked, and no
-            more than `MOST_FRAMES` of them.
+            more than `MAX_FRAMES` of them.
         axis: see `encode`.
 
     Returns:
@@ -180,9 +180,9 @@ def _compress(values: NDArray[Any]) -> NDArray[Any]:
 def _decompress(frames: NDArray[Any], shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Unpack frames, each of which must say that it holds exactly one row."""
     zstandard = _zstandard()
-    if frames.dtype != object or frames.ndim != 1 or not 0 < len(frames) <= MOST_FRAMES:
+    if frames.dtype != object or frames.ndim != 1 or not 0 < len(frames) <= MAX_FRAMES:
         raise InputError(
-            f"cut must be BYTES [N], N from 1 to {MOST_FRAMES}, not {frames.dtype} "
+            f"cut must be BYTES [N], N from 1 to {MAX_FRAMES}, not {frames.dtype} "
             f"{list(frames.shape)}"
         )
     size = math.prod(shape) * dtype.itemsize

@@ -11,6 +11,7 @@ extension_binary_data.html
 """
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,7 @@ __all__ = [
     "IDEMPOTENCY_KEY",
     "JSON_LENGTH_HEADER",
     "SCALE",
+    "SERVER_TIMING_HEADER",
     "SPACE_ID",
     "TOP",
     "InferRequest",
@@ -60,9 +62,13 @@ __all__ = [
     "encode_response",
     "get_number",
     "json_length",
+    "server_timing",
+    "server_timing_ms",
 ]
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+SERVER_TIMING_HEADER = "server-timing"  # how long the server worked on a request
+_SERVER_TIMING = re.compile(r"infer;dur=(\d{1,9}(?:\.\d{1,6})?)")
 
 # Parameters of a request that device and server agree on.
 SPACE_ID = "space_id"  # str: fingerprint of the embedding space, 64 hexadecimal digits
@@ -227,6 +233,20 @@ def json_length(header: str | bytes | None) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise WireError(f"{JSON_LENGTH_HEADER} must be a whole number, not {text[:40]!r}")
     return int(text)
+
+
+def server_timing(ms: float) -> str:
+    """Return the value of the header `Server-Timing` for the time that a request took.
+
+    Source: W3C Server Timing, https://www.w3.org/TR/server-timing/
+    """
+    return f"infer;dur={ms:.3f}"
+
+
+def server_timing_ms(header: str | None) -> float | None:
+    """Read the milliseconds of a `Server-Timing` header; None if it is missing or another one."""
+    match = _SERVER_TIMING.fullmatch(header or "")
+    return float(match[1]) if match else None
 
 
 def _encode(

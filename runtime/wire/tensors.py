@@ -21,8 +21,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     **{f"INT{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"FP{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
 }
-MOST_AXES = 32  # numpy 1 has no more
-MOST_ELEMENTS = 2**17  # of BYTES, which are read one by one: 40 ms or so
+MAX_AXES = 32  # numpy 1 has no more
+MAX_BYTES_ELEMENTS = 2**17  # of BYTES, which are read one by one: 40 ms or so
 _LARGEST = 2**62  # bytes; beyond it numpy's own sizes overflow
 # What stands for a number in JSON, by the kind of dtype.
 _KINDS: dict[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
@@ -70,7 +70,7 @@ def to_binary(array: NDArray[Any]) -> NDArray[Any] | bytes:
 def from_binary(datatype: str, shape: Shape, data: memoryview) -> NDArray[Any]:
     """Read a tensor; a read-only view of `data`, or a copy where `data` is not aligned.
 
-    The elements of BYTES are copies; at most `MOST_ELEMENTS` are read.
+    The elements of BYTES are copies; at most `MAX_BYTES_ELEMENTS` are read.
 
     Args:
         datatype: as `DTYPES` names it, or BYTES.
@@ -137,7 +137,7 @@ def _dtype(datatype: str) -> np.dtype[Any]:
 
 def _count(shape: Shape) -> int:
     """The number of elements, after a check that numpy can hold the shape at all."""
-    if len(shape) > MOST_AXES or math.prod(size or 1 for size in shape) * 8 > _LARGEST:
+    if len(shape) > MAX_AXES or math.prod(size or 1 for size in shape) * 8 > _LARGEST:
         raise WireError(f"a shape of {len(shape)} axes is too large")
     return math.prod(shape)
 
@@ -145,8 +145,10 @@ def _count(shape: Shape) -> int:
 def _split_bytes(data: memoryview, count: int) -> Iterable[bytes]:
     if 4 * count > len(data):  # before anything of that size is made
         raise WireError(f"{len(data)} bytes are too few for {count} elements of BYTES")
-    if count > MOST_ELEMENTS:
-        raise WireError(f"{count} elements of BYTES are too many: send at most {MOST_ELEMENTS}")
+    if count > MAX_BYTES_ELEMENTS:
+        raise WireError(
+            f"{count} elements of BYTES are too many: send at most {MAX_BYTES_ELEMENTS}"
+        )
     found, start = [], 0
     for _ in range(count):
         first = start + 4

@@ -21,7 +21,7 @@ from _cascade_case import FULL, QUICK, Case, open_case, say
 from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import Source
-from edgeclip.export.bundle.write_bundle import add_to_bundle
+from edgeclip.export.bundle.add_to_bundle import add_to_bundle
 from edgeclip.export.cascade.cascade_evaluator import CascadeEvaluator, query_bytes
 from edgeclip.export.cascade.cascade_report import (
     CascadePage,
@@ -109,8 +109,8 @@ class Ways:
         return int((embedding @ self._entries.T).argmax())
 
     def _cascaded(self, picture: bytes) -> int:
-        evidence = Similarities.against(self._embed(STUDENT, picture), self._entries)
-        if self._cascade.unsure(evidence)[0]:
+        evidence = Similarities.between(self._embed(STUDENT, picture), self._entries)
+        if self._cascade.select(evidence)[0]:
             self.asked += 1
             return self._best(self._embed(TEACHER, picture))
         return int(evidence.cosines.argmax())
@@ -174,11 +174,11 @@ def more_bounds(found: CertificationResult, fresh: PairedOutcomes, times: Times)
     lines = [f"{'asked for':>9}  {'escalated':>9}  {'kept, fresh':>20}  {'time, reckoned':>14}"]
     student = float(times.ms[STUDENT].mean() / times.ms[TEACHER].mean())
     for bound in (BOUND, *MORE_BOUNDS):
-        chosen = choose_threshold(found.trial, found.grid, bound=bound, delta=DELTA)
+        chosen = choose_threshold(found.outcomes, found.grid, bound=bound, delta=DELTA)
         if chosen is None:
             lines.append(f"{bound:>9.0%}  nothing is certified")
             continue
-        kept = bootstrap_ratio(fresh.right(chosen.threshold), fresh.teacher)
+        kept = bootstrap_ratio(fresh.correct(chosen.threshold), fresh.teacher)
         share = fresh.escalated_share(chosen.threshold)
         interval = f"{kept.value:.1%} [{kept.low:.1%}, {kept.high:.1%}]"
         lines.append(f"{bound:>9.0%}  {share:>9.1%}  {interval:>20}  {student + share:>14.1%}")
@@ -197,7 +197,7 @@ def report(
         query_bytes=query_bytes(case.fresh, "image"),
     )
     points = curve(fresh, found.grid, certified=found.count, costs=costs)
-    print(f"\n{len(fresh):,} fresh scenes, {case.questions.choices:,} captions to choose from:")
+    print(f"\n{len(fresh):,} fresh scenes, {case.eval_set.entry_count:,} captions to choose from:")
     print(curve_table(points, costs))
     print(f"\nmeasured over {len(times.ms[TEACHER])} pictures in one process:")
     for name, ms in times.ms.items():
@@ -231,7 +231,7 @@ def bars(found: CertificationResult, fresh: PairedOutcomes, times: Times) -> lis
     """The bars; the first can only be missed where nothing is certified, see `main`."""
     certificate = found.certificate
     assert certificate is not None, "main ends before"
-    kept = bootstrap_ratio(fresh.right(certificate.threshold), fresh.teacher)
+    kept = bootstrap_ratio(fresh.correct(certificate.threshold), fresh.teacher)
     latency = times.ratio(CASCADE)
     return [
         Bar(name="cascade_certified", value=certificate.bound, direction=">=", bound=BOUND),
@@ -257,14 +257,14 @@ def main() -> int:
         plan = CascadePlan(
             student=case.student,
             teacher=case.teacher,
-            questions=case.questions,
+            eval_set=case.eval_set,
             score=Margin(),
             bound=BOUND,
             delta=DELTA,
             command=command(),
         )
-        examiner = CascadeEvaluator(case.student, case.teacher, case.questions, plan.score)
-        found = certify(plan, examiner, progress=say)
+        evaluator = CascadeEvaluator(case.student, case.teacher, case.eval_set, plan.score)
+        found = certify(plan, evaluator, progress=say)
         if found.certificate is None:
             print("nothing is certified")
             return finish(
@@ -273,10 +273,10 @@ def main() -> int:
         made = found.certificate
         written = add_to_bundle(case.student.bundle, made.path, made.to_json().encode())
         say(f"asking both about {len(case.fresh)} fresh scenes")
-        fresh = examiner.trial(case.fresh)
+        fresh = evaluator.paired_outcomes(case.fresh)
         say("measuring student, teacher and cascade")
         count = 200 if args.quick else 400
-        times = measure(case, written, examiner.entries.embeddings, count)
+        times = measure(case, written, evaluator.entries.embeddings, count)
         report(case, found, fresh, times, args.page)
     means = {name: bootstrap(ms) for name, ms in times.ms.items()}
     told = {name: asdict(mean) for name, mean in means.items()}

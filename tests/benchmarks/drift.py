@@ -1,4 +1,4 @@
-"""Does the watch raise no false alarms, and does it find what really changes?
+"""Does the detector raise no false alarms, and does it find what really changes?
 
 False alarms: streams of margins of real test scenes in random order, from which the histogram
 of the certificate is drawn as well. Detection: such a stream that turns, after 200 pictures,
@@ -122,7 +122,9 @@ def false_alarms(scores: Values, edges: Values, rule: DriftRule, effort: Effort)
     for seed in range(effort.streams):
         rng = np.random.default_rng(seed)
         sample = ScoreSample.of(edges, rng.choice(scores, 1000))
-        raised.append(DriftDetector(sample, rule, seed=seed).see(rng.choice(scores, effort.length)))
+        raised.append(
+            DriftDetector(sample, rule, seed=seed).update(rng.choice(scores, effort.length))
+        )
     return np.array(raised, dtype=np.float64)
 
 
@@ -135,11 +137,11 @@ def endless(scores: Values, edges: Values, effort: Effort) -> Values:
     for seed in range(effort.endless):
         rng = np.random.default_rng(seed)
         sample = ScoreSample.of(edges, rng.choice(scores, 1000))
-        watch = DriftDetector(sample, DriftRule(mean_queries=MEAN_QUERIES), seed=seed)
+        detector = DriftDetector(sample, DriftRule(mean_queries=MEAN_QUERIES), seed=seed)
         for _ in range(10):
-            if watch.see(rng.choice(scores, MEAN_QUERIES)):
+            if detector.update(rng.choice(scores, MEAN_QUERIES)):
                 break
-        times.append(watch.alarm_at or watch.seen)
+        times.append(detector.alarm_at or detector.seen)
     return np.array(times, dtype=np.float64)
 
 
@@ -151,12 +153,12 @@ def delays(certificate: Certificate, clean: Values, shifted: Values, streams: in
     found = []
     for seed in range(streams):
         rng = np.random.default_rng(seed)
-        watch = DriftDetector(certificate.sample, seed=seed)
-        if watch.see(rng.choice(clean, BEFORE)):
+        detector = DriftDetector(certificate.sample, seed=seed)
+        if detector.update(rng.choice(clean, BEFORE)):
             found.append(np.inf)
             continue
-        watch.see(rng.permutation(shifted))
-        found.append(np.inf if watch.alarm_at is None else watch.alarm_at - BEFORE)
+        detector.update(rng.permutation(shifted))
+        found.append(np.inf if detector.alarm_at is None else detector.alarm_at - BEFORE)
     return np.array(found)
 
 
@@ -170,15 +172,15 @@ def shifted_sources(case: Case, count: int) -> dict[str, Source]:
     return found
 
 
-def row(name: str, trial: PairedOutcomes, threshold: float, found: Values | None) -> str:
+def row(name: str, outcomes: PairedOutcomes, threshold: float, found: Values | None) -> str:
     """A line of the table of shifts."""
     kept = "few answers right"
-    if trial.teacher.sum() >= FEWEST_RIGHT:
-        ratio = bootstrap_ratio(trial.right(threshold), trial.teacher)
+    if outcomes.teacher.sum() >= FEWEST_RIGHT:
+        ratio = bootstrap_ratio(outcomes.right(threshold), outcomes.teacher)
         kept = f"{ratio.value:.1%} [{ratio.low:.1%}, {ratio.high:.1%}]"
     cells = (
-        f"{name:<14}{trial.teacher.mean():>9.1%}{trial.student.mean():>9.1%}"
-        f"{trial.escalated_share(threshold):>11.1%}  {kept:<23}"
+        f"{name:<14}{outcomes.teacher.mean():>9.1%}{outcomes.student.mean():>9.1%}"
+        f"{outcomes.escalated_share(threshold):>11.1%}  {kept:<23}"
     )
     if found is None:
         return cells
@@ -187,7 +189,7 @@ def row(name: str, trial: PairedOutcomes, threshold: float, found: Values | None
 
 
 def main() -> int:
-    """Certify, then watch."""
+    """Certify, then detector."""
     args = options(__doc__ or "").parse_args()
     effort = QUICK if args.quick else FULL
     with tempfile.TemporaryDirectory() as folder:
@@ -195,36 +197,36 @@ def main() -> int:
         plan = CascadePlan(
             student=case.student,
             teacher=case.teacher,
-            questions=case.questions,
+            eval_set=case.eval_set,
             score=Margin(),
             command=command(),
         )
-        examiner = plan.examiner()
-        found = certify(plan, examiner, progress=say)
+        evaluator = plan.evaluator()
+        found = certify(plan, evaluator, progress=say)
         certificate = found.certificate
         assert certificate is not None, "tests/benchmarks/cascade.py shows that it is certified"
-        edges = examiner.scores(case.questions.calibration)
+        edges = evaluator.scores(case.eval_set.calibration)
         sources = shifted_sources(case, effort.shifted)
-        trials = {}
+        outcomes_by_name = {}
         for name, source in sources.items():
             say(f"asking student and teacher about {source.name}")
-            trials[name] = examiner.trial(source)
-    clean = found.trial.scores
+            outcomes_by_name[name] = evaluator.paired_outcomes(source)
+    clean = found.outcomes.scores
     print(f"\n{'shift':<14}{'teacher':>9}{'student':>9}{'escalated':>11}  {'kept':<23}", end="")
     print(f"{'found':>8}{'95%':>8}{f'in {WITHIN}':>8}")
-    print(row("none", trials["none"], certificate.threshold, None))
+    print(row("none", outcomes_by_name["none"], certificate.threshold, None))
     seen: dict[str, Values] = {}
     for name in [*ALTERS, UNSEEN]:
-        seen[name] = delays(certificate, clean, trials[name].scores, 100)
-        print(row(name, trials[name], certificate.threshold, seen[name]))
+        seen[name] = delays(certificate, clean, outcomes_by_name[name].scores, 100)
+        print(row(name, outcomes_by_name[name], certificate.threshold, seen[name]))
     print(f"\n{effort.streams} streams of {effort.length} pictures without a shift")
     raised = {}
     for alpha in (ALPHA, SMALL_ALPHA):
-        say(f"watching them with alpha {alpha:g}")
+        say(f"detector them with alpha {alpha:g}")
         raised[alpha] = bootstrap(false_alarms(clean, edges, DriftRule(alpha=alpha), effort))
         print(f"alpha {alpha:g}: alarm in {raised[alpha].value:.2%} of them")
     bars = [_bar("drift_false_alarms", raised[ALPHA], "<=", ALPHA)]
-    say("watching endless streams without a shift")
+    say("detector endless streams without a shift")
     times = bootstrap(endless(clean, edges, effort))
     bars.append(_bar("drift_mean_time_to_false_alarm", times, ">=", MEAN_QUERIES, "pictures"))
     for name, values in seen.items():

@@ -39,7 +39,7 @@ MISTAKES = {
     "report": "nowhere.json --out page.html",
     "scenes": "photos --count 0",
     "search": "cat --bundle ../emoji --index nowhere.npz",
-    "serve": "--echo --port 99999",
+    "serve": "--function json:dumps --port 99999",
     "verify": "nowhere",
 }
 
@@ -161,6 +161,6 @@ RUNS = {
     "device": Run(words="device x86-avx2 --out device.yaml"),
     "device-list": Run(words="device --list", keep_numbers=True),
 }
-SERVE = "serve ../emoji --echo --port 0 --device ../inputs/cpu.yaml"
+SERVE = "serve ../emoji --function json:dumps --port 0 --device ../inputs/cpu.yaml"
 # A good run of these takes minutes.
 WITHOUT_RUN = {"demo"}

@@ -40,6 +40,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
+        if path.startswith(f"api/models/{REPOSITORY}/tree/"):
+            self._answer(200, json.dumps(self._tree()).encode())
+            return
         if path.startswith(f"api/models/{REPOSITORY}"):
             self._answer(200, json.dumps(self._listing()).encode())
             return
@@ -60,6 +63,17 @@ class _Handler(BaseHTTPRequestHandler):
                 item["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 130}
             siblings.append(item)
         return {"id": REPOSITORY, "sha": _COMMIT, "private": False, "siblings": siblings}
+
+    def _tree(self) -> list[dict[str, object]]:
+        listing = []
+        for path, content in self.held.items():
+            size = len(content)
+            item: dict[str, object] = {"type": "file", "path": path, "size": size, "oid": "0" * 40}
+            if path.endswith(_LARGE):
+                digest = hashlib.sha256(content).hexdigest()
+                item["lfs"] = {"oid": digest, "size": size, "pointerSize": 130}
+            listing.append(item)
+        return listing
 
     def _answer(self, status: int, content: bytes) -> None:
         self.send_response(status)

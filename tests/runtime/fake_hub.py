@@ -55,7 +55,7 @@ class FakeHub:
 
     `served` replaces the content of a file on download only; `cut` ends the connection after
     so many bytes of a file; `ignored` is what a `.gitignore` keeps out of commits; `dies_at`
-    drops every connection from that request on; `says` answers a method and path first.
+    drops every connection from that request on; `answer_first` answers a method and path first.
     """
 
     url: str = ""
@@ -66,7 +66,9 @@ class FakeHub:
     cut: dict[str, int] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
     dies_at: int | None = None
-    says: Callable[[str, str], tuple[int, dict[str, str]] | None] = lambda method, path: None
+    answer_first: Callable[[str, str], tuple[int, dict[str, str]] | None] = lambda method, path: (
+        None
+    )
 
     def add(self, name: str, files: Files, *, private: bool = False) -> Repo:
         """Put a repository there without any request."""
@@ -132,12 +134,12 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
         path = urlsplit(self.path).path
-        self.hub.requests.append((self.command, unquote(path)))
-        if self.hub.dies_at is not None and len(self.hub.requests) > self.hub.dies_at:
+        if self.hub.dies_at is not None and len(self.hub.requests) >= self.hub.dies_at:
             self.close_connection = True
             return
+        self.hub.requests.append((self.command, unquote(path)))
         try:
-            if said := self.hub.says(self.command, unquote(path)):
+            if said := self.hub.answer_first(self.command, unquote(path)):
                 raise _Refused(said[0], **said[1])
             self.route(path, body)
         except _Refused as refused:
@@ -205,6 +207,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(name)
         if not verb or verb[0] == "revision":
             self.info(name, repo, *self.at(repo, verb[1] if verb else "main"))
+            return
+        if verb[0] == "tree":
+            self.answer_json(_tree(self.at(repo, verb[1])[1]))
             return
         self.check_write(name.split("/")[0])
         if verb[0] == "branch":
@@ -304,6 +309,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content[:sent])
         if sent is not None and sent < len(content):
             self.close_connection = True
+
+
+def _tree(files: Files) -> list[dict[str, Any]]:
+    """The listing of a commit's files with sizes and hashes."""
+    listing = []
+    for path, content in files.items():
+        item: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
+        item["oid"] = _git_oid(content, "regular")
+        if path.endswith(_LARGE):
+            digest = _git_oid(content, "lfs")
+            item["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+        listing.append(item)
+    return listing
 
 
 def _git_oid(content: bytes, mode: str) -> str:

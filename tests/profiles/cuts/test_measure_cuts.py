@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeclip.profiles.cuts.measure_cuts import StageSampler, StageWork, measure_cuts, stage_table
+from edgeclip.profiles.cuts.measure_cuts import StageSampler, TimedStage, measure_cuts, stage_table
 from edgeclip.profiles.sensors.energy import CountedEnergy, Counter
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.stage_times import Stage, StageTimes
+from edgeclip.runtime.planning.stage_times import SplitStage, StageTimes
 from edgeclip.runtime.wire.codec import FLOAT_CODECS, IMAGE_CODECS
 
 
@@ -53,7 +53,7 @@ def test_other_towers_are_refused(emoji_cuts: CutSet, emoji_times: StageTimes) -
     with pytest.raises(InputError, match="measure the same cut set on both sides"):
         emoji_times.check_same_tower(other, "the cut set")
     with pytest.raises(InputError, match="stage head 77 was not measured"):
-        emoji_times.ms(Stage(kind="head", cut=77))
+        emoji_times.ms(SplitStage(kind="head", cut=77))
 
 
 def test_files_that_are_none_are_refused(emoji_times: StageTimes, tmp_path: Path) -> None:
@@ -78,12 +78,12 @@ def test_files_that_are_none_are_refused(emoji_times: StageTimes, tmp_path: Path
 def test_stages_can_be_altered(
     emoji_cuts: CutSet, cpu_device: DeviceProfile, emoji_times: StageTimes
 ) -> None:
-    stage = Stage(kind="prepare")
+    stage = SplitStage(kind="prepare")
 
-    def twenty(work: StageWork) -> StageWork:
+    def twenty(work: TimedStage) -> TimedStage:
         if work.stage != stage:
             return work
-        return StageWork(stage, lambda at: [work.run(at) for _ in range(20)])
+        return TimedStage(stage, lambda at: [work.run(at) for _ in range(20)])
 
     slow = measure_cuts(emoji_cuts, device=cpu_device, command="pytest", rounds=10, altered=twenty)
     assert np.median(slow.ms(stage)) > 5 * np.median(emoji_times.ms(stage))
@@ -102,7 +102,7 @@ def test_too_little_to_measure_is_refused(
 
 def test_energy_of_a_stage_is_that_of_one_run() -> None:
     runs: list[int] = []
-    sampler = StageSampler([StageWork(Stage(kind="prepare"), runs.append)], pictures=1)
+    sampler = StageSampler([TimedStage(SplitStage(kind="prepare"), runs.append)], pictures=1)
     sampler.run_round()
     meter = CountedEnergy(
         name="counter",

@@ -9,25 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeclip.profiles.predict.predict_latency import predict_latency
+from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.predict_stages import (
     CONFIG_NAME,
-    ends,
-    headings,
-    load_sides,
-    pieces_before,
-    predict_stages,
+    fast_and_slow,
+    load_stage_times,
+    predicted_stage_times,
+    prediction_headings,
+    prefix_cost,
 )
 from edgeclip.profiles.predict.tower_shapes import (
     ConvTower,
-    Piece,
+    TowerBlock,
     TransformerTower,
-    read_image_tower,
 )
 from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.planning.cut_set import CUTS_NAME, CutSet
-from edgeclip.runtime.planning.stage_times import Stage, StageTimes
+from edgeclip.runtime.planning.stage_times import SplitStage, StageTimes
 from edgeclip.runtime.spec import Precision
 from tests.profiles.predict.known_device import known_device, law
 from tests.runtime.conftest import EMOJI_BUNDLE
@@ -59,67 +58,37 @@ def cuts(emoji_cuts: CutSet, tmp_path_factory: pytest.TempPathFactory) -> CutSet
 
 
 def median(times: StageTimes, kind: Any, cut: int | None = None, codec: str | None = None) -> float:
-    return float(np.median(times.ms(Stage(kind=kind, cut=cut, codec=codec))))
-
-
-def test_sizes_are_read_from_what_hugging_face_writes(tmp_path: Path) -> None:
-    assert read_image_tower(CONFIG, image_size=64, dim=256) == STUDENT
-    vision = {"model_type": "convnext", "hidden_sizes": [32, 64], "depths": [2, 1], "patch_size": 4}
-    path = tmp_path / CONFIG_NAME
-    path.write_text(json.dumps({"vision_config": vision}))
-    assert read_image_tower(path, image_size=64, dim=256) == CONV
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("no JSON", "does not tell the sizes"),
-        ("[]", "does not tell the sizes"),
-        ('{"vision_config": 3}', "does not tell the sizes"),
-        ('{"vision_config": {"hidden_size": 128}}', "'patch_size'"),
-        ('{"vision_config": {"patch_size": 8.5}}', "8.5 is not a whole number"),
-        ('{"vision_config": {"patch_size": true}}', "True is not a whole number"),
-        ('{"vision_config": {"model_type": "swin"}}', "is of a swin"),
-        ('{"vision_config": {"model_type": "convnext", "patch_size": 2}}', "is of a convnext"),
-        (" " * 2**21, "too large"),
-    ],
-)
-def test_configurations_that_tell_nothing_are_refused(
-    content: str, message: str, tmp_path: Path
-) -> None:
-    path = tmp_path / CONFIG_NAME
-    path.write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        read_image_tower(path, image_size=64, dim=256)
-
-
-def test_a_missing_configuration_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read"):
-        read_image_tower(tmp_path / CONFIG_NAME, image_size=64, dim=256)
+    return float(np.median(times.ms(SplitStage(kind=kind, cut=cut, codec=codec))))
 
 
 def test_more_and_more_of_a_tower_lies_before_its_cuts(emoji_cuts: CutSet) -> None:
     names = [point.name for point in emoji_cuts.manifest.points[1:]]
-    shares = [sum(item.share for item in pieces_before(STUDENT, name)) for name in names]
-    assert shares == sorted(set(shares))
-    assert shares[0] == 1  # the stem
-    assert 4 < shares[-1] < 5  # the projection follows the last block
+    blocks = [prefix_cost(STUDENT, name, lambda block: 1.0) for name in names]
+    assert blocks == sorted(set(blocks))
+    assert blocks[0] == 1  # the stem
+    assert 4 < blocks[-1] < 5  # the projection follows the last block
 
 
-def test_pieces_of_stages_are_in_order() -> None:
-    found = [item.piece for item in pieces_before(CONV, "after block 1.0")]
-    assert found == [CONV.stem(), CONV.block(0), CONV.block(0), CONV.down(1), CONV.block(1)]
-    assert [item.piece for item in pieces_before(CONV, "before block 1.0 (2)")] == found[:-1]
+def test_the_blocks_of_stages_run_in_order() -> None:
+    asked: list[TowerBlock] = []
+
+    def cost(block: TowerBlock) -> float:
+        asked.append(block)
+        return 1.0
+
+    assert prefix_cost(CONV, "after block 1.0", cost) == 5
+    assert asked == [CONV.stem(), CONV.block(0), CONV.block(0), CONV.down(1), CONV.block(1)]
+    assert prefix_cost(CONV, "before block 1.0 (2)", cost) == 4
     for name in ("after block 1", "after block 2.0", "cut 3", "pixels"):
         with pytest.raises(InputError, match="tells no place in this tower of 3 blocks"):
-            pieces_before(CONV, name)
+            prefix_cost(CONV, name, cost)
 
 
-def test_heads_and_tails_are_sums_of_pieces(cuts: CutSet, emoji_times: StageTimes) -> None:
+def test_heads_and_tails_are_sums_of_blocks(cuts: CutSet, emoji_times: StageTimes) -> None:
     measured = known_device()
-    found = predict_stages(measured, cuts, emoji_times)
+    found = predicted_stage_times(measured, cuts, emoji_times)
     precision: Precision = cuts.manifest.precision
-    whole = predict_latency(measured, STUDENT, precision)
+    whole = Predictor(measured).predict(STUDENT, precision)
     assert median(found, "tail", 0) == pytest.approx(whole.ms)
     towers = [item for item in emoji_times.stages if item.stage.kind in ("head", "tail")]
     shortest = min(np.median(item.ms) for item in towers)
@@ -141,10 +110,10 @@ def test_heads_and_tails_are_sums_of_pieces(cuts: CutSet, emoji_times: StageTime
 def test_pictures_and_codecs_are_assumed_to_slow_down_like_the_tower(
     cuts: CutSet, emoji_times: StageTimes
 ) -> None:
-    def slow(piece: Piece, precision: Precision) -> float:
-        return 50 * law(piece, precision)
+    def slow(block: TowerBlock, precision: Precision) -> float:
+        return 50 * law(block, precision)
 
-    found = predict_stages(known_device(slow), cuts, emoji_times)
+    found = predicted_stage_times(known_device(slow), cuts, emoji_times)
     factor = median(found, "tail", 0) / median(emoji_times, "tail", 0)
     for kind, cut, codec in (
         ("prepare", None, None),
@@ -157,28 +126,28 @@ def test_pictures_and_codecs_are_assumed_to_slow_down_like_the_tower(
     assert found.predicted.others_factor == pytest.approx(factor)
     assert found.payloads == emoji_times.payloads
     on_gpu = dataclasses.replace(emoji_times, on_cpu=False)
-    same = predict_stages(known_device(slow), cuts, on_gpu)
+    same = predicted_stage_times(known_device(slow), cuts, on_gpu)
     assert median(same, "prepare") == pytest.approx(median(emoji_times, "prepare"))
     assert median(same, "tail", 0) == pytest.approx(median(found, "tail", 0))
 
 
 def test_towers_can_be_as_fast_or_slow_as_is_allowed(cuts: CutSet, emoji_times: StageTimes) -> None:
-    found = predict_stages(known_device(off=0.2), cuts, emoji_times)
-    fast, slow = ends(found)
-    whole = predict_latency(known_device(off=0.2), STUDENT, cuts.manifest.precision)
+    found = predicted_stage_times(known_device(off=0.2), cuts, emoji_times)
+    fast, slow = fast_and_slow(found)
+    whole = Predictor(known_device(off=0.2)).predict(STUDENT, cuts.manifest.precision)
     assert median(slow, "tail", 0) == pytest.approx(whole.high)
     assert median(fast, "head", 3) < median(found, "head", 3) < median(slow, "head", 3)
     assert median(fast, "prepare") == median(slow, "prepare")
-    assert ends(emoji_times) == ()
+    assert fast_and_slow(emoji_times) == ()
 
 
 def test_what_the_device_cannot_run_is_refused(cuts: CutSet, emoji_times: StageTimes) -> None:
     measured = known_device()
     other = dataclasses.replace(measured.device, precisions=("fp16",), name="other")
     with pytest.raises(InputError, match="which device 'known' does not allow"):
-        predict_stages(dataclasses.replace(measured, device=other), cuts, emoji_times)
+        predicted_stage_times(dataclasses.replace(measured, device=other), cuts, emoji_times)
     with pytest.raises(InputError, match="measure the same cut set on both sides"):
-        predict_stages(measured, cuts, dataclasses.replace(emoji_times, bundle="another"))
+        predicted_stage_times(measured, cuts, dataclasses.replace(emoji_times, bundle="another"))
 
 
 def test_a_cut_set_that_does_not_tell_its_sizes_is_refused(
@@ -186,7 +155,7 @@ def test_a_cut_set_that_does_not_tell_its_sizes_is_refused(
 ) -> None:
     bare = sealed(shutil.copytree(emoji_cuts.path, tmp_path / "cuts"), with_config=False)
     with pytest.raises(InputError, match=r"holds no config\.json.*: cut the bundle again"):
-        predict_stages(known_device(), bare, emoji_times)
+        predicted_stage_times(known_device(), bare, emoji_times)
 
 
 def test_each_side_may_be_predicted_but_not_both(
@@ -195,14 +164,18 @@ def test_each_side_may_be_predicted_but_not_both(
     times, probes = str(tmp_path / "times.json"), str(tmp_path / "known.json")
     emoji_times.save(Path(times))
     known_device().save(Path(probes))
-    assert load_sides(times, times, cuts) == (emoji_times, emoji_times)
-    assert headings((emoji_times, emoji_times)) == []
-    for at, sides in enumerate((load_sides(probes, times, cuts), load_sides(times, probes, cuts))):
+    assert load_stage_times(times, times, cuts) == (emoji_times, emoji_times)
+    assert prediction_headings((emoji_times, emoji_times)) == []
+    for at, sides in enumerate(
+        (load_stage_times(probes, times, cuts), load_stage_times(times, probes, cuts))
+    ):
         assert [side.predicted is None for side in sides] == [at == 1, at == 0]
-        assert headings(sides)[0].startswith(f"{('device', 'server')[at]}: towers predicted")
+        assert prediction_headings(sides)[0].startswith(
+            f"{('device', 'server')[at]}: towers predicted"
+        )
     with pytest.raises(InputError, match="nothing of pictures, codecs and the bytes that cross"):
-        load_sides(probes, probes, cuts)
+        load_stage_times(probes, probes, cuts)
     with pytest.raises(ConfigError, match="no measured device is named 'knwon'"):
-        load_sides("knwon", times, cuts)
+        load_stage_times("knwon", times, cuts)
     with pytest.raises(ConfigError, match=r"cannot read .*none\.json"):
-        load_sides(times, str(tmp_path / "none.json"), cuts)
+        load_stage_times(times, str(tmp_path / "none.json"), cuts)

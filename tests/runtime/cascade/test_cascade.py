@@ -1,4 +1,4 @@
-"""The cascade's decisions, with real towers, real scores and a watch that really watches."""
+"""The cascade's decisions, with real towers, real scores and a detector that really watches."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +16,8 @@ from edgeclip.runtime.cascade.certificate import (
     Certificate,
     CertificateError,
 )
-from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, ScoreSample
-from edgeclip.runtime.cascade.scores import Entropy, Evidence, Margin
+from edgeclip.runtime.cascade.drift import DriftDetector, DriftRule, ScoreSample
+from edgeclip.runtime.cascade.scores import Entropy, Margin, Similarities
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 
@@ -35,8 +35,8 @@ def pictures(count: int, *, mixed: float, seed: int = 0) -> Pixels:
     return np.broadcast_to(flat[:, None, None], (count, 8, 8, 3)).copy()
 
 
-def evidence(encoder: Encoder, pixels: Pixels) -> Evidence:
-    return Evidence.against(encoder.encode_pixels(pixels), encoder.encode_text(NAMES))
+def evidence(encoder: Encoder, pixels: Pixels) -> Similarities:
+    return Similarities.between(encoder.encode_pixels(pixels), encoder.encode_text(NAMES))
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def certified_bundle(own_bundle: Path, certificate: Certificate) -> Path:
 
 def test_mixed_pictures_are_the_unsure_ones(encoder: Encoder) -> None:
     cascade = Cascade(Margin(), 0.3)
-    assert not cascade.unsure(evidence(encoder, pictures(20, mixed=0.0))).any()
-    assert cascade.unsure(evidence(encoder, pictures(20, mixed=0.5))).mean() >= 0.9
+    assert not cascade.select(evidence(encoder, pictures(20, mixed=0.0))).any()
+    assert cascade.select(evidence(encoder, pictures(20, mixed=0.5))).mean() >= 0.9
     assert cascade.status == "not certified: queries with a score below 0.3 are escalated"
     assert cascade.revoked is None
 
@@ -82,9 +82,9 @@ def test_comes_from_the_bundle(certified_bundle: Path, cpu_device: DeviceProfile
     encoder = Encoder.open(certified_bundle, device=cpu_device)
     cascade = Cascade.certified(encoder)
     assert cascade.threshold == 0.3
-    assert cascade.watch is not None
+    assert cascade.drift is not None
     assert cascade.status.startswith("Keeps at least 95%")
-    assert Cascade.certified(encoder, watch=None).watch is None
+    assert Cascade.certified(encoder, drift=None).drift is None
 
 
 def test_without_or_with_another_certificate_there_is_none(
@@ -103,32 +103,34 @@ def test_drift_revokes_and_everything_is_escalated(
     encoder: Encoder, certificate: Certificate
 ) -> None:
     said: list[str] = []
-    cascade = Cascade(Margin(), 0.3, certificate, DriftWatch(certificate.sample), say=said.append)
+    cascade = Cascade(
+        Margin(), 0.3, certificate, DriftDetector(certificate.sample), on_revoked=said.append
+    )
     usual = evidence(encoder, pictures(100, mixed=0.2, seed=1))
-    assert not cascade.unsure(usual).any()
+    assert not cascade.select(usual).any()
     assert cascade.status == certificate.promise
     strange = evidence(encoder, pictures(100, mixed=0.4, seed=2))
-    assert cascade.unsure(strange).all()
+    assert cascade.select(strange).all()
     assert cascade.revoked is not None
     assert "certify again" in cascade.revoked
     assert cascade.status == cascade.revoked
-    assert cascade.unsure(usual).all()
+    assert cascade.select(usual).all()
     assert said == [cascade.revoked]
 
 
 def test_a_revocation_survives_a_restart(certificate: Certificate) -> None:
-    first = DriftWatch(certificate.sample)
-    assert first.see(np.zeros(200))
-    again = DriftWatch(certificate.sample, state=first.state)
+    first = DriftDetector(certificate.sample)
+    assert first.update(np.zeros(200))
+    again = DriftDetector(certificate.sample, state=first.state)
     assert Cascade(Margin(), 0.3, certificate, again).revoked is not None
 
 
 def test_many_threads_lose_no_score(encoder: Encoder, certificate: Certificate) -> None:
     said: list[str] = []
-    watch = DriftWatch(certificate.sample, DriftRule(alpha=1e-9))
-    cascade = Cascade(Margin(), 0.3, certificate, watch, say=said.append)
+    detector = DriftDetector(certificate.sample, DriftRule(alpha=1e-9))
+    cascade = Cascade(Margin(), 0.3, certificate, detector, on_revoked=said.append)
     part = evidence(encoder, pictures(25, mixed=0.5))
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(cascade.unsure, [part] * 40))
-    assert watch.seen == 1000
+        list(pool.map(cascade.select, [part] * 40))
+    assert detector.seen == 1000
     assert len(said) == 1

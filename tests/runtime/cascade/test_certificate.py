@@ -47,7 +47,7 @@ def test_fits_the_bundle_it_was_made_for(certificate: Certificate, tiny_bundle: 
     ("change", "message"),
     [
         ({"space": "6" * 64}, "another embedding space"),
-        ({"precision": "fp32"}, "is about fp32, but the image tower runs in int8"),
+        ({"precision": "fp32"}, "is for fp32, but the image tower runs in int8"),
         ({"sha256": "0" * 64}, "another image tower"),
     ],
 )
@@ -153,5 +153,5 @@ def test_a_certificate_in_the_wrong_place_is_refused(
     certificate: Certificate, own_bundle: Path, edit_manifest: EditManifest
 ) -> None:
     bundle = write(own_bundle, changed(certificate, query="text"), edit_manifest)
-    with pytest.raises(CertificateError, match="is about text queries"):
+    with pytest.raises(CertificateError, match="is for text queries"):
         read_certificate(bundle)

@@ -1,4 +1,4 @@
-"""False alarms, delays and restarts of the watch, on streams with and without a planted shift."""
+"""False alarms, delays and restarts of the drift detector, on streams with and without a shift."""
 
 import dataclasses
 import json
@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeclip.runtime.cascade.drift import (
-    Capital,
+    DriftDetector,
     DriftRule,
     DriftState,
-    DriftWatch,
     JumperMartingale,
+    MartingaleState,
     ScoreSample,
 )
 from edgeclip.runtime.errors import InputError
@@ -27,9 +27,9 @@ def sample(rng: np.random.Generator, count: int = 500) -> ScoreSample:
     return ScoreSample.of(rng.beta(1, 4, 300), rng.beta(1, 4, count))
 
 
-def watch(seed: int, rule: DriftRule | None = None) -> tuple[DriftWatch, np.random.Generator]:
+def watch(seed: int, rule: DriftRule | None = None) -> tuple[DriftDetector, np.random.Generator]:
     rng = np.random.default_rng(seed)
-    return DriftWatch(sample(rng), rule or DriftRule(alpha=ALPHA), seed=seed), rng
+    return DriftDetector(sample(rng), rule or DriftRule(alpha=ALPHA), seed=seed), rng
 
 
 class TestMartingale:
@@ -60,21 +60,21 @@ class TestMartingale:
         assert bet.log_capital > np.log(1000)
 
     def test_damaged_capital_is_refused(self) -> None:
-        good = Capital()
+        good = MartingaleState()
         with pytest.raises(ValueError, match="another version"):
-            Capital(shares=good.shares[:1], logs=good.logs)
+            MartingaleState(shares=good.shares[:1], logs=good.logs)
         with pytest.raises(ValueError, match="shares must be shares"):
-            Capital(shares=((2.0,) * len(good.shares[0]),) * len(good.shares))
+            MartingaleState(shares=((2.0,) * len(good.shares[0]),) * len(good.shares))
         with pytest.raises(ValueError, match="finite"):
-            Capital(logs=(np.inf,) * len(good.logs))
+            MartingaleState(logs=(np.inf,) * len(good.logs))
 
 
 class TestFalseAlarms:
     def test_without_drift_they_are_as_rare_as_alpha(self) -> None:
         raised = 0
         for seed in range(300):
-            watching, rng = watch(seed)
-            raised += watching.see(rng.beta(1, 4, 400))
+            detector, rng = watch(seed)
+            raised += detector.update(rng.beta(1, 4, 400))
         assert raised <= ALPHA * 300
 
     def test_also_of_scores_that_take_few_values(self) -> None:
@@ -83,18 +83,18 @@ class TestFalseAlarms:
             rng = np.random.default_rng(seed)
             steps = np.round(rng.random(1000) * 4) / 4
             made = ScoreSample.of(steps[:200], steps[200:600])
-            raised += DriftWatch(made, DriftRule(alpha=ALPHA), seed=seed).see(steps[600:])
+            raised += DriftDetector(made, DriftRule(alpha=ALPHA), seed=seed).update(steps[600:])
         assert raised <= ALPHA * 150
 
     def test_of_the_endless_rule_come_late_on_average(self) -> None:
         """The mean time to a false alarm, streams cut short counted as they stand."""
         times = []
         for seed in range(60):
-            watching, rng = watch(seed, DriftRule(mean_queries=300))
+            detector, rng = watch(seed, DriftRule(mean_queries=300))
             for _ in range(4):
-                if watching.see(rng.beta(1, 4, 300)):
+                if detector.update(rng.beta(1, 4, 300)):
                     break
-            times.append(watching.alarm_at or watching.seen)
+            times.append(detector.alarm_at or detector.seen)
         assert np.mean(times) >= 300
 
 
@@ -105,10 +105,10 @@ class TestDetection:
     def test_a_shift_is_found_soon(self, shift: tuple[float, float]) -> None:
         delays = []
         for seed in range(20):
-            watching, rng = watch(seed, DriftRule(alpha=0.01))
-            assert not watching.see(rng.beta(1, 4, 200))
-            watching.see(rng.beta(*shift, 300))
-            delays.append(np.inf if watching.alarm_at is None else watching.alarm_at - 200)
+            detector, rng = watch(seed, DriftRule(alpha=0.01))
+            assert not detector.update(rng.beta(1, 4, 200))
+            detector.update(rng.beta(*shift, 300))
+            delays.append(np.inf if detector.alarm_at is None else detector.alarm_at - 200)
         assert np.median(delays) <= 100
         assert np.max(delays) < np.inf
 
@@ -117,24 +117,24 @@ class TestDetection:
         before, after = rng.beta(1, 4, 5000), rng.beta(1, 7, 1000)
         delays = []
         for rule in (DriftRule(alpha=1e-3), DriftRule(mean_queries=1e5)):
-            watching = DriftWatch(sample(np.random.default_rng(1)), rule)
-            assert not watching.see(before)
-            watching.see(after)
-            assert watching.alarm_at is not None
-            delays.append(watching.alarm_at - 5000)
+            detector = DriftDetector(sample(np.random.default_rng(1)), rule)
+            assert not detector.update(before)
+            detector.update(after)
+            assert detector.alarm_at is not None
+            delays.append(detector.alarm_at - 5000)
         assert delays[1] <= delays[0]
 
     def test_alarm_stays(self) -> None:
-        watching, rng = watch(0)
-        assert watching.see(np.zeros(200))
-        first = watching.alarm_at
-        assert watching.see(rng.beta(1, 4, 200))
-        assert watching.alarm_at == first
-        assert watching.seen == 400
+        detector, rng = watch(0)
+        assert detector.update(np.zeros(200))
+        first = detector.alarm_at
+        assert detector.update(rng.beta(1, 4, 200))
+        assert detector.alarm_at == first
+        assert detector.seen == 400
 
     def test_scores_that_are_no_numbers_raise_it(self) -> None:
-        watching, _ = watch(0)
-        assert watching.see([float("nan")] * 100)
+        detector, _ = watch(0)
+        assert detector.update([float("nan")] * 100)
 
 
 class TestState:
@@ -142,46 +142,46 @@ class TestState:
     def test_a_resumed_watch_goes_on_as_if_nothing_happened(self, cut: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         made, stream = sample(rng), rng.beta(1, 5, 300)
-        whole, first = DriftWatch(made, seed=seed), DriftWatch(made, seed=seed)
-        whole.see(stream)
-        first.see(stream[:cut])
-        second = DriftWatch(made, state=first.state)
-        second.see(stream[cut:])
+        whole, first = DriftDetector(made, seed=seed), DriftDetector(made, seed=seed)
+        whole.update(stream)
+        first.update(stream[:cut])
+        second = DriftDetector(made, state=first.state)
+        second.update(stream[cut:])
         assert second.state.counts == whole.state.counts
         assert second.alarm_at == whole.alarm_at
         assert second.evidence == pytest.approx(whole.evidence)
 
     def test_is_a_small_file(self, tmp_path: Path) -> None:
-        watching, rng = watch(3)
-        watching.see(rng.beta(1, 4, 1000))
-        path = tmp_path / "watch.json"
-        watching.state.save(path)
+        detector, rng = watch(3)
+        detector.update(rng.beta(1, 4, 1000))
+        path = tmp_path / "detector.json"
+        detector.state.save(path)
         assert path.stat().st_size < 4096
-        assert DriftState.load(path) == watching.state
+        assert DriftState.load(path) == detector.state
         assert DriftState.load(tmp_path / "none.json") is None
 
     def test_damaged_files_are_refused(self, tmp_path: Path) -> None:
-        path = tmp_path / "watch.json"
+        path = tmp_path / "detector.json"
         DriftState(seed=0, counts=(1, 2)).save(path)
         data = json.loads(path.read_text())
         for text in ("{", "\xff", json.dumps(data | {"seed": -1}), json.dumps(data | {"more": 1})):
             path.write_text(text, encoding="latin-1")
-            with pytest.raises(InputError, match="delete it to start a new watch"):
+            with pytest.raises(InputError, match="delete it to start a new detector"):
                 DriftState.load(path)
 
     def test_state_of_another_certificate_is_refused(self) -> None:
-        watching, rng = watch(0)
-        watching.see(rng.beta(1, 4, 10))
+        detector, rng = watch(0)
+        detector.update(rng.beta(1, 4, 10))
         other = sample(np.random.default_rng(99), 800)
         with pytest.raises(InputError, match="another certificate"):
-            DriftWatch(other, state=watching.state)
+            DriftDetector(other, state=detector.state)
 
     def test_same_seed_same_evidence(self) -> None:
         found = []
         for seed in (1, 1, 2):
-            watching = DriftWatch(sample(np.random.default_rng(0)), seed=seed)
-            watching.see(np.random.default_rng(5).beta(1, 4, 50))
-            found.append(watching.evidence)
+            detector = DriftDetector(sample(np.random.default_rng(0)), seed=seed)
+            detector.update(np.random.default_rng(5).beta(1, 4, 50))
+            found.append(detector.evidence)
         assert found[0] == found[1] != found[2]
 
 
@@ -195,7 +195,7 @@ class TestSample:
     def test_scores_that_are_all_alike(self) -> None:
         made = ScoreSample.of(np.ones(10), np.ones(5))
         assert made.counts == (0, 5)
-        assert not DriftWatch(made).see(np.ones(500))
+        assert not DriftDetector(made).update(np.ones(500))
 
     def test_what_does_not_fit_is_refused(self) -> None:
         good = ScoreSample(edges=(0.1, 0.2), counts=(1, 2, 3))

@@ -15,8 +15,6 @@ from edgeclip.runtime.planning.link_state import (
     slow_start_ms,
     transfer_ms,
 )
-from edgeclip.runtime.planning.replanning import LinkEstimator
-from tests.runtime.conftest import Clock
 
 PLAIN = LinkState(name="plain", rtt_ms=(20.0,), up_mbps=(8.0,), down_mbps=(16.0,))
 
@@ -121,56 +119,3 @@ def test_states_without_samples_are_refused(field: str, values: tuple[float, ...
     fields: dict[str, Any] = {"rtt_ms": (1.0,), "up_mbps": (1.0,), "down_mbps": (1.0,)}
     with pytest.raises(ValueError, match=field):
         LinkState(name="x", **{**fields, field: values})
-
-
-@given(
-    mbps=st.sampled_from([0.5, 2.0, 8.0, 30.0, 100.0]),
-    rtt=st.floats(1, 100),
-    assumed_mbps=st.floats(0.5, 500),
-    assumed_rtt=st.floats(1, 100),
-)
-def test_estimator_finds_the_link_that_made_its_observations(
-    mbps: float, rtt: float, assumed_mbps: float, assumed_rtt: float
-) -> None:
-    true = LinkState(name="true", rtt_ms=(rtt,), up_mbps=(mbps,), down_mbps=(100.0,))
-    assumed = LinkState(
-        name="assumed", rtt_ms=(assumed_rtt,), up_mbps=(assumed_mbps,), down_mbps=(100.0,)
-    )
-    estimator = LinkEstimator(assumed, clock=Clock())
-    for size in (200, 40_000, 200, 40_000):
-        took = exchange_ms(true, size, 100)
-        estimator.observe(sent=size, received=100, network_ms=took)
-    found = estimator.state()
-    for size in (500, 10_000, 40_000):
-        assert exchange_ms(found, size, 100) == pytest.approx(exchange_ms(true, size, 100), rel=0.1)
-
-
-def test_estimator_forgets_and_falls_back() -> None:
-    clock = Clock()
-    estimator = LinkEstimator(PLAIN, max_age_s=10, clock=clock)
-    assert estimator.is_stale
-    assert estimator.state().rtt_ms == PLAIN.rtt_ms
-    estimator.observe(sent=100, received=100, network_ms=55.0)
-    assert not estimator.is_stale
-    assert estimator.state().rtt_ms[0] == pytest.approx(55, abs=2)
-    clock.now = 11.0
-    assert estimator.is_stale
-    assert estimator.state().rtt_ms == PLAIN.rtt_ms
-
-
-def test_noise_larger_than_the_bytes_moves_no_bandwidth() -> None:
-    rng = np.random.default_rng(0)
-    estimator = LinkEstimator(PLAIN, clock=Clock())
-    for _ in range(30):
-        for size in (200, 6000):
-            took = exchange_ms(PLAIN, size, 100) + rng.exponential(10.0)
-            estimator.observe(sent=size, received=100, network_ms=took)
-    assert estimator.state().up_mbps == PLAIN.up_mbps
-
-
-@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1, 1e5)), max_size=20))
-def test_estimator_takes_whatever_it_is_told(seen: list[tuple[int, float]]) -> None:
-    estimator = LinkEstimator(PLAIN, clock=Clock())
-    for sent, network_ms in seen:
-        estimator.observe(sent=sent, received=1000, network_ms=network_ms)
-    assert np.isfinite(exchange_ms(estimator.state(), 10_000, 1000))

@@ -10,10 +10,15 @@ from edgeclip.profiles.cuts.plan_report import explain, plan_page, plan_picture,
 from edgeclip.runtime.device.link import load_link
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.estimate import Conditions, Estimate, embedding_bytes, estimate
+from edgeclip.runtime.planning.estimate import (
+    PlanConditions,
+    PlanEstimate,
+    embedding_bytes,
+    estimate_plan,
+)
 from edgeclip.runtime.planning.link_state import LinkState
-from edgeclip.runtime.planning.plan import all_candidates
-from edgeclip.runtime.planning.planner import Choice, Objective, choose, estimate_all
+from edgeclip.runtime.planning.plan import list_candidates
+from edgeclip.runtime.planning.planner import Objective, PlanChoice, choose_plan, estimate_plans
 from edgeclip.runtime.planning.stage_times import StageSamples, StageTimes
 
 FAST = LinkState(name="fast", rtt_ms=(0.1,), up_mbps=(10_000.0,), down_mbps=(10_000.0,))
@@ -41,15 +46,15 @@ def made_up(times: StageTimes, *, slower: float = 1.0) -> StageTimes:
 
 def estimates(
     cuts: CutSet, times: StageTimes, link: LinkState, *, slower: float = 1.0, **more: Any
-) -> dict[str, Estimate]:
+) -> dict[str, PlanEstimate]:
     """All plans, with a device that is so many times slower than the server."""
-    conditions = Conditions(link=link, dim=256, draws=500, **more)
-    found = estimate_all(cuts.manifest, made_up(times, slower=slower), made_up(times), conditions)
+    conditions = PlanConditions(link=link, dim=256, draws=500, **more)
+    found = estimate_plans(cuts.manifest, made_up(times, slower=slower), made_up(times), conditions)
     return {item.plan.name: item for item in found}
 
 
-def chosen(found: dict[str, Estimate], **more: Any) -> Choice:
-    return choose(list(found.values()), Objective(**more))
+def chosen(found: dict[str, PlanEstimate], **more: Any) -> PlanChoice:
+    return choose_plan(list(found.values()), Objective(**more))
 
 
 def test_all_kinds_of_plans_are_there(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
@@ -88,10 +93,10 @@ def test_percentiles_follow_the_samples(emoji_cuts: CutSet, emoji_times: StageTi
     device = made_up(emoji_times)
     (candidate,) = (
         item
-        for item in all_candidates(emoji_cuts.manifest, device)
+        for item in list_candidates(emoji_cuts.manifest, device)
         if item.plan.name == "send the file as it is"
     )
-    item = estimate(candidate, device, server, Conditions(link=FAST, dim=256))
+    item = estimate_plan(candidate, device, server, PlanConditions(link=FAST, dim=256))
     assert item.plan.p50_ms is not None
     assert item.p95_ms - item.plan.p50_ms == pytest.approx(30, abs=0.1)
 
@@ -132,9 +137,9 @@ def test_narrow_late_cut_wins_where_it_should(emoji_cuts: CutSet, emoji_times: S
     )
     device = dataclasses.replace(device, stages=stages)
     link = LinkState(name="thin", rtt_ms=(5.0,), up_mbps=(1.0,), down_mbps=(10.0,))
-    conditions = Conditions(link=link, dim=256, draws=500)
-    found = estimate_all(emoji_cuts.manifest, device, made_up(emoji_times), conditions)
-    choice = choose(found, Objective())
+    conditions = PlanConditions(link=link, dim=256, draws=500)
+    found = estimate_plans(emoji_cuts.manifest, device, made_up(emoji_times), conditions)
+    choice = choose_plan(found, Objective())
     assert (choice.best.plan.kind, choice.best.plan.cut) == ("cut", 8)
     assert "No cut in the middle" not in explain(choice, Objective())
 
@@ -165,16 +170,16 @@ def test_energy_counts_only_where_it_was_measured(
 ) -> None:
     found = estimates(emoji_cuts, emoji_times, FAST, slower=20.0)
     objective = Objective(ms_per_joule=1e6)
-    choice = choose(list(found.values()), objective)
+    choice = choose_plan(list(found.values()), objective)
     assert choice.best.joules is None
     assert "Energy was not measured" in explain(choice, objective)
     device = made_up(emoji_times)
     stages = tuple(dataclasses.replace(item, joules=1e-3 * item.ms[0]) for item in device.stages)
     metered = dataclasses.replace(device, stages=stages, energy_sensor="RAPL packages")
     (alone,) = (
-        item for item in all_candidates(emoji_cuts.manifest, metered) if item.plan.kind == "device"
+        item for item in list_candidates(emoji_cuts.manifest, metered) if item.plan.kind == "device"
     )
-    item = estimate(alone, metered, device, Conditions(link=FAST, dim=256))
+    item = estimate_plan(alone, metered, device, PlanConditions(link=FAST, dim=256))
     assert item.joules == pytest.approx(1e-3 * (PREPARE_MS + 10 * HEAD_MS))
 
 
@@ -187,7 +192,7 @@ def test_times_of_another_tower_are_refused(emoji_cuts: CutSet, emoji_times: Sta
     other = dataclasses.replace(emoji_times, bundle="another")
     for device, server in ((other, emoji_times), (emoji_times, other)):
         with pytest.raises(InputError, match="measure the same cut set on both sides"):
-            estimate_all(emoji_cuts.manifest, device, server, Conditions(link=FAST, dim=256))
+            estimate_plans(emoji_cuts.manifest, device, server, PlanConditions(link=FAST, dim=256))
 
 
 def test_table_and_picture_show_every_kind(

@@ -25,6 +25,7 @@ from edgeclip.runtime.wire.messages import (
 )
 
 PATIENCE = 30.0  # seconds after which a test is broken, not slow
+_ROOT = Path(__file__).parents[3]
 _SERVE = (sys.executable, "-m", "edgeclip.runtime.cli.main", "serve")
 
 
@@ -147,7 +148,7 @@ def serve_process(
     environment = {name: value for name, value in os.environ.items() if name != "EDGECLIP_TOKEN"}
     process = subprocess.Popen(
         [*_SERVE, *words, "--port", port],
-        cwd=cwd,
+        cwd=cwd or _ROOT,
         env={**environment, "EDGECLIP_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

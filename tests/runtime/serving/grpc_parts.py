@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.grpc_codec import SERVICE, message_type
-from edgeclip.runtime.serving.grpc_server import GrpcDoor
-from edgeclip.runtime.serving.models import Model, Registry, TensorSpec
+from edgeclip.runtime.serving.grpc_server import GrpcListener
+from edgeclip.runtime.serving.models import Registry, ServingModel, TensorSpec
 from edgeclip.runtime.serving.security import TlsFiles
 from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.wire.messages import Parameter
@@ -38,18 +38,18 @@ class Served:
 
 
 @contextmanager
-def serving(*models: Model, tls: TlsFiles | None = None, **options: Any) -> Iterator[Served]:
+def serving(*models: ServingModel, tls: TlsFiles | None = None, **options: Any) -> Iterator[Served]:
     """Serve models; `options` are those of `App`."""
     registry = Registry()
     for model in models:
         registry.add(model)
     app = App(registry, **options)
-    door = GrpcDoor(app, host="127.0.0.1", port=0, tls=tls)
+    listener = GrpcListener(app, host="127.0.0.1", port=0, tls=tls)
     with (
-        in_background(app, tls=tls, doors=(door,)) as url,
-        grpc.insecure_channel(door.address) as channel,
+        in_background(app, tls=tls, listeners=(listener,)) as url,
+        grpc.insecure_channel(listener.address) as channel,
     ):
-        yield Served(url=url, address=door.address, channel=channel, app=app)
+        yield Served(url=url, address=listener.address, channel=channel, app=app)
 
 
 class Held:

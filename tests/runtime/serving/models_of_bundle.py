@@ -8,7 +8,7 @@ from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.serving.bundle_models import LabelModel, bundle_models
-from edgeclip.runtime.serving.models import Model
+from edgeclip.runtime.serving.models import ServingModel
 from edgeclip.runtime.serving.search_model import SearchModel
 from edgeclip.runtime.split.http_client import ClientRules
 from edgeclip.runtime.split.resilience import BreakerRules
@@ -30,19 +30,19 @@ def plan(kind: Any = "image", **changes: Any) -> SplitPlan:
     return SplitPlan(**{**given, **changes})
 
 
-def models_of(encoder: Encoder, folder: Path) -> dict[str, Model]:
+def models_of(encoder: Encoder, folder: Path) -> dict[str, ServingModel]:
     """The bundle's models, the labels "tiny-labels-colours" and the index "colours"."""
     found = {model.name: model for model in bundle_models(encoder, "tiny")}
     labels = encoder.bake_labels(COLOURS)
     index = Index(COLOURS, encoder.encode_text(COLOURS), encoder.space)
-    more: list[Model] = [
+    more: list[ServingModel] = [
         LabelModel(encoder, "tiny-labels-colours", labels),
         SearchModel(index, "colours", folder),
     ]
     return found | {model.name: model for model in more}
 
 
-def answer_by(models: Mapping[str, Model]) -> Answer:
+def answer_by(models: Mapping[str, ServingModel]) -> Answer:
     """What answers requests by these models."""
 
     def answer(request: InferRequest) -> InferResponse:

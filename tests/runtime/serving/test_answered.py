@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeclip.runtime.serving.infer_service import Answered, digest_of
-from edgeclip.runtime.serving.limits import RefusalError
+from edgeclip.runtime.serving.infer_service import IdempotencyCache, digest_of
+from edgeclip.runtime.serving.limits import HttpError
 
 ONE, TWO = {"x": np.ones(2, np.float32)}, {"x": np.zeros(2, np.float32)}
 
@@ -29,7 +29,7 @@ class Work:
 
 def test_a_request_that_comes_again_is_not_run_again() -> None:
     async def go() -> None:
-        answered, work = Answered(), Work()
+        answered, work = IdempotencyCache(), Work()
         first = asyncio.create_task(answered.once("m", "k", ONE, work))
         again = asyncio.create_task(answered.once("m", "k", ONE, work))
         await asyncio.sleep(0)
@@ -47,10 +47,10 @@ def test_a_request_that_comes_again_is_not_run_again() -> None:
 
 def test_a_key_is_for_one_request() -> None:
     async def go() -> None:
-        answered, work = Answered(), Work()
+        answered, work = IdempotencyCache(), Work()
         work.gate.set()
         await answered.once("m", "k", ONE, work)
-        with pytest.raises(RefusalError, match="used for another request") as found:
+        with pytest.raises(HttpError, match="used for another request") as found:
             await answered.once("m", "k", TWO, work)
         assert found.value.status == 409
 
@@ -59,7 +59,7 @@ def test_a_key_is_for_one_request() -> None:
 
 def test_what_failed_may_be_tried_again() -> None:
     async def go() -> None:
-        answered, work = Answered(), Work()
+        answered, work = IdempotencyCache(), Work()
         work.gate.set()
         work.error = RuntimeError("busy")
         with pytest.raises(RuntimeError):
@@ -73,7 +73,7 @@ def test_what_failed_may_be_tried_again() -> None:
 @pytest.mark.parametrize("bounds", [{"most_entries": 3}, {"most_bytes": 3 * 16}])
 def test_the_oldest_is_forgotten(bounds: dict[str, int]) -> None:
     async def go() -> None:
-        answered, work = Answered(**bounds), Work()
+        answered, work = IdempotencyCache(**bounds), Work()
         work.gate.set()
         for number in range(5):
             await answered.once("m", str(number), ONE, work)

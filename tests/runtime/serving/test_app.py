@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeclip.runtime.serving.app import App
-from edgeclip.runtime.serving.echo_model import EchoModel
 from edgeclip.runtime.serving.limits import ServerLimits
-from edgeclip.runtime.serving.models import Registry
+from edgeclip.runtime.serving.models import FunctionModel, Registry
 from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.wire.messages import InferRequest, encode_request
+from tests.echo_function import echo
 from tests.runtime.serving.ask_server import ask, connect, hear, infer, raw_socket
 from tests.runtime.serving.odd_models import SPACE, GatedModel, question, rows
 
@@ -27,7 +27,7 @@ def shared() -> Iterator[str]:
     """A server for all tests that leave it as it is."""
     registry = Registry()
     registry.add(GatedModel())
-    registry.add(EchoModel())
+    registry.add(FunctionModel(echo, "echo"))
     limits = ServerLimits(max_body=100_000, max_json=50_000)
     with in_background(App(registry, limits=limits)) as url:
         yield url

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from edgeclip.runtime.serving.app import App
-from edgeclip.runtime.serving.echo_model import EchoModel
 from edgeclip.runtime.serving.limits import BatchLimits, ServerLimits
-from edgeclip.runtime.serving.models import Registry
+from edgeclip.runtime.serving.models import FunctionModel, Registry
 from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.wire.messages import InferRequest, encode_request
+from tests.echo_function import echo
 from tests.runtime.serving.ask_server import (
     PATIENCE,
     Heard,
@@ -47,7 +47,7 @@ def start(model: GatedModel) -> Start:
     ) -> Iterator[str]:
         registry = Registry()
         registry.add(model)
-        registry.add(EchoModel())
+        registry.add(FunctionModel(echo, "echo"))
         server = ServerLimits(**{"grace_seconds": 5.0, **limits})
         with in_background(App(registry, batches=batches, limits=server, token=token)) as url:
             try:

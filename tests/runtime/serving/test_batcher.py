@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.errors import EngineError, InputError
-from edgeclip.runtime.serving.batcher import Batcher, Share, Waiting, run_joined
+from edgeclip.runtime.serving.batcher import Batcher, BatchItem, QueuedRequest, run_joined
 from edgeclip.runtime.serving.limits import (
     BatchLimits,
     ClientGoneError,
@@ -21,7 +21,7 @@ from edgeclip.runtime.serving.limits import (
     QueueFullError,
 )
 from edgeclip.runtime.serving.metrics import ServerMetrics
-from edgeclip.runtime.serving.models import Model, Served
+from edgeclip.runtime.serving.models import RegisteredModel, ServingModel
 from edgeclip.runtime.wire.messages import Parameter
 from tests.runtime.serving.odd_models import PATIENCE, GatedModel, rows
 
@@ -29,12 +29,12 @@ FAR = 3600.0  # seconds to a deadline that is never reached
 Scenario = Callable[[Batcher], Awaitable[None]]
 
 
-def run(scenario: Scenario, model: Model, *, joins: bool = True, **limits: Any) -> None:
+def run(scenario: Scenario, model: ServingModel, *, joins: bool = True, **limits: Any) -> None:
     """Let a scenario use the batcher of a model, and close it."""
 
     async def main() -> None:
         metrics = ServerMetrics().of(model.name)
-        batcher = Batcher(Served(model, joins), BatchLimits(**limits), metrics)
+        batcher = Batcher(RegisteredModel(model, joins), BatchLimits(**limits), metrics)
         try:
             async with asyncio.timeout(PATIENCE):
                 await scenario(batcher)
@@ -46,15 +46,15 @@ def run(scenario: Scenario, model: Model, *, joins: bool = True, **limits: Any) 
 
 def submit(
     batcher: Batcher, *values: float, parameters: dict[str, Parameter] | None = None, **more: Any
-) -> Waiting:
+) -> QueuedRequest:
     return batcher.submit(rows(*values), parameters or {}, rows=len(values), **more)
 
 
-async def sums(*waiting: Waiting) -> list[list[float]]:
+async def sums(*waiting: QueuedRequest) -> list[list[float]]:
     return [(await each.future)["sum"].tolist() for each in waiting]
 
 
-async def begin(batcher: Batcher, model: GatedModel) -> Waiting:
+async def begin(batcher: Batcher, model: GatedModel) -> QueuedRequest:
     """Start a run that does not end before the gate opens."""
     model.gate.clear()
     first = submit(batcher, 0)
@@ -250,7 +250,7 @@ class WrongRows(GatedModel):
 
 def test_rows_that_cannot_be_told_apart_are_not_guessed() -> None:
     model = WrongRows()
-    shares = [Share(rows(1), {}, 1), Share(rows(2), {}, 1)]
+    shares = [BatchItem(rows(1), {}, 1), BatchItem(rows(2), {}, 1)]
     assert [answer["sum"].tolist() for answer in run_joined(model, shares)] == [[0], [0]]  # type: ignore[index]
     assert model.batches == [2, 1, 1]
 
@@ -259,14 +259,14 @@ def test_rows_that_cannot_be_told_apart_are_not_guessed() -> None:
 def test_outputs_that_cannot_be_sent_are_the_models_fault(outputs: Any) -> None:
     model = GatedModel()
     model.run = lambda inputs, parameters: outputs  # type: ignore[method-assign]
-    (answer,) = run_joined(model, [Share(rows(1), {}, 1)])
+    (answer,) = run_joined(model, [BatchItem(rows(1), {}, 1)])
     assert isinstance(answer, EngineError)
 
 
 def test_inputs_of_other_lengths_are_joined_with_nothing() -> None:
     inputs = {"a": np.zeros((2, 3)), "b": np.zeros((3, 3))}
-    assert Share(inputs, {}, 3).key != Share(inputs, {}, 3).key
-    assert Share(rows(1), {}, 1).key == Share(rows(2, 3), {}, 2).key
+    assert BatchItem(inputs, {}, 3).key != BatchItem(inputs, {}, 3).key
+    assert BatchItem(rows(1), {}, 1).key == BatchItem(rows(2, 3), {}, 2).key
 
 
 @settings(max_examples=25)

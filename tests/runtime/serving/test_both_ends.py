@@ -8,7 +8,7 @@ import pytest
 
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.models import Registry
-from edgeclip.runtime.serving.security import TlsFiles, own_certificate
+from edgeclip.runtime.serving.security import TlsFiles, load_or_create_certificate
 from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.split.errors import (
     ServerRefusedError,
@@ -27,7 +27,7 @@ TOKEN = "a-long-token"
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsFiles:
-    return own_certificate("127.0.0.1", tmp_path_factory.mktemp("tls"))
+    return load_or_create_certificate("127.0.0.1", tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_another_space_is_refused(url: str, tls: TlsFiles) -> None:
 
 
 def test_another_certificate_is_refused(url: str, tls: TlsFiles, tmp_path: Path) -> None:
-    other = own_certificate("127.0.0.1", tmp_path)
+    other = load_or_create_certificate("127.0.0.1", tmp_path)
     with connect(url, other) as server, pytest.raises(ServerUntrustedError):
         server.infer(question(1), soon())
     with Server(url, token=TOKEN, ca=str(tls.certificate)) as server:

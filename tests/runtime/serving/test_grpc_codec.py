@@ -13,7 +13,6 @@ from hypothesis.extra import numpy as arrays_of
 from numpy.typing import NDArray
 
 from edgeclip.runtime.serving import grpc_codec
-from edgeclip.runtime.serving.echo_model import EchoModel
 from edgeclip.runtime.serving.grpc_codec import (
     decode_request,
     describe_model,
@@ -21,8 +20,10 @@ from edgeclip.runtime.serving.grpc_codec import (
     message_type,
     parse,
 )
+from edgeclip.runtime.serving.models import FunctionModel
 from edgeclip.runtime.wire.messages import InferResponse, WireError
 from edgeclip.runtime.wire.tensors import DTYPES
+from tests.echo_function import echo
 from tests.runtime.serving.grpc_parts import infer_message, outputs_of
 
 FOLDER = Path(grpc_codec.__file__).parent
@@ -168,7 +169,7 @@ def read_or_refuse(data: bytes) -> None:
 
 
 def test_a_model_is_described() -> None:
-    found: Any = describe_model(EchoModel())
+    found: Any = describe_model(FunctionModel(echo, "echo"))
     assert (found.name, list(found.versions), found.platform) == ("echo", ["1"], "edgeclip")
     assert [(spec.name, spec.datatype, list(spec.shape)) for spec in found.inputs] == [
         ("data", "UINT8", [-1, -1])

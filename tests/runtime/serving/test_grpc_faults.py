@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.serving.echo_model import EchoModel
 from edgeclip.runtime.serving.grpc_codec import SERVICE
-from edgeclip.runtime.serving.grpc_server import PUSHBACK, GrpcDoor
+from edgeclip.runtime.serving.grpc_server import PUSHBACK, GrpcListener
 from edgeclip.runtime.serving.limits import BatchLimits, ServerLimits
-from edgeclip.runtime.serving.security import TlsFiles, own_certificate
+from edgeclip.runtime.serving.models import FunctionModel
+from edgeclip.runtime.serving.security import TlsFiles, load_or_create_certificate
 from edgeclip.runtime.serving.server import listen
 from edgeclip.runtime.wire.messages import DEADLINE_MS
+from tests.echo_function import echo as echo_function
 from tests.runtime.serving.grpc_parts import (
     Held,
     Served,
@@ -59,7 +60,7 @@ def busy(held: Held) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def echo() -> Iterator[Served]:
-    with serving(EchoModel(), limits=SMALL) as served:
+    with serving(FunctionModel(echo_function, "echo"), limits=SMALL) as served:
         yield served
 
 
@@ -256,11 +257,11 @@ def test_bytes_that_are_no_http2_do_no_harm(echo: Served) -> None:
 def test_a_port_that_is_taken_is_told(echo: Served, tmp_path: Path) -> None:
     with listen("127.0.0.1", 0) as taken:
         taken.listen()
-        door = GrpcDoor(echo.app, host="127.0.0.1", port=taken.getsockname()[1])
+        door = GrpcListener(echo.app, host="127.0.0.1", port=taken.getsockname()[1])
         with pytest.raises(InputError, match="cannot listen on"):
             asyncio.run(door.open())
-    files = own_certificate("127.0.0.1", tmp_path)
+    files = load_or_create_certificate("127.0.0.1", tmp_path)
     lost = TlsFiles(certificate=files.certificate, key=tmp_path / "none", fingerprint="")
-    door = GrpcDoor(echo.app, host="127.0.0.1", port=0, tls=lost)
+    door = GrpcListener(echo.app, host="127.0.0.1", port=0, tls=lost)
     with pytest.raises(InputError, match="none"):
         asyncio.run(door.open())

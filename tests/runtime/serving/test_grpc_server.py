@@ -15,7 +15,7 @@ import pytest
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.serving.bundle_models import bundle_models
 from edgeclip.runtime.serving.grpc_codec import message_type
-from edgeclip.runtime.serving.security import own_certificate
+from edgeclip.runtime.serving.security import load_or_create_certificate
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.resilience import Deadline
 from edgeclip.runtime.wire.messages import DEADLINE_MS, SPACE_ID, InferRequest
@@ -148,7 +148,7 @@ def test_the_token_is_needed_for_all_but_health() -> None:
 
 
 def test_tls_has_the_certificate_of_http(tmp_path: Path) -> None:
-    files = own_certificate("127.0.0.1", tmp_path)
+    files = load_or_create_certificate("127.0.0.1", tmp_path)
     trusted = grpc.ssl_channel_credentials(files.certificate.read_bytes())
     with serving(Held(), tls=files) as served:
         with grpc.secure_channel(served.address, trusted) as channel:

@@ -11,7 +11,8 @@ from edgeclip.runtime.cli.main import main
 from edgeclip.runtime.serving.server import listen
 from tests.runtime.serving.grpc_parts import call
 
-SERVE = (sys.executable, "-m", "edgeclip.runtime.cli.main", "serve", "--echo", "--port", "0")
+ECHO = ("--function", "tests.echo_function:echo")
+SERVE = (sys.executable, "-m", "edgeclip.runtime.cli.main", "serve", *ECHO, "--port", "0")
 
 
 def test_both_ports_are_served_until_a_signal() -> None:
@@ -23,7 +24,7 @@ def test_both_ports_are_served_until_a_signal() -> None:
         assert process.stderr is not None
         assert process.stdout.readline().startswith("serving echo at http://127.0.0.1:")
         line = process.stderr.readline().strip()
-        with grpc.insecure_channel(line.removeprefix("taking gRPC calls at ")) as channel:
+        with grpc.insecure_channel(line.removeprefix("serving gRPC at ")) as channel:
             assert call(channel, "ServerReady").ready
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -33,5 +34,5 @@ def test_a_port_that_is_taken_is_told(capsys: pytest.CaptureFixture[str]) -> Non
     with listen("127.0.0.1", 0) as taken:
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert main(["serve", "--echo", "--port", "0", "--grpc-port", port]) == 2
+        assert main(["serve", *ECHO, "--port", "0", "--grpc-port", port]) == 2
     assert "cannot listen on 127.0.0.1 port" in capsys.readouterr().err

@@ -5,9 +5,15 @@ import pytest
 
 from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.serving.echo_model import EchoModel
-from edgeclip.runtime.serving.models import Registry, TensorSpec, check_inputs, take_top
+from edgeclip.runtime.serving.models import (
+    FunctionModel,
+    Registry,
+    TensorSpec,
+    check_inputs,
+    take_top,
+)
 from edgeclip.runtime.wire.messages import Parameter, WireError
+from tests.echo_function import echo
 from tests.runtime.serving.odd_models import GatedModel, rows
 
 
@@ -25,7 +31,7 @@ class AnyInputs(GatedModel):
 def test_models_are_found_by_name() -> None:
     registry = Registry()
     model = GatedModel()
-    registry.add(EchoModel())
+    registry.add(FunctionModel(echo, "echo"))
     registry.add(model, joins=False)
     assert registry.names == ("echo", "gated")
     found = registry.get("gated")

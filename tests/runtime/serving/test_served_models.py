@@ -16,7 +16,7 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError, SpaceMismatchError
 from edgeclip.runtime.serving.bundle_models import LabelModel, bundle_models
-from edgeclip.runtime.serving.models import FunctionModel, Model, check_inputs
+from edgeclip.runtime.serving.models import FunctionModel, ServingModel, check_inputs
 from edgeclip.runtime.serving.search_model import SearchModel
 from edgeclip.runtime.wire.messages import WireError
 from tests.conftest import COLOURS, DIM, SPACE
@@ -25,7 +25,7 @@ NAMES = tuple(COLOURS)
 
 
 @pytest.fixture
-def models(encoder: Encoder) -> dict[str, Model]:
+def models(encoder: Encoder) -> dict[str, ServingModel]:
     return {model.name: model for model in bundle_models(encoder, "tiny")}
 
 
@@ -40,7 +40,9 @@ def files() -> np.ndarray[Any, Any]:
     return np.array(found, object)
 
 
-def run(model: Model, parameters: dict[str, Any] | None = None, **inputs: Any) -> dict[str, Any]:
+def run(
+    model: ServingModel, parameters: dict[str, Any] | None = None, **inputs: Any
+) -> dict[str, Any]:
     """Run a model as the server does, and check what it promises."""
     rows = check_inputs(model, inputs)
     outputs = model.run(inputs, parameters or {})
@@ -50,13 +52,13 @@ def run(model: Model, parameters: dict[str, Any] | None = None, **inputs: Any) -
     return outputs
 
 
-def test_a_bundle_has_its_towers(models: dict[str, Model], encoder: Encoder) -> None:
+def test_a_bundle_has_its_towers(models: dict[str, ServingModel], encoder: Encoder) -> None:
     assert list(models) == ["tiny-image", "tiny-pixels", "tiny-text"]
     assert {model.space for model in models.values()} == {SPACE}
 
 
 def test_image_files_are_embedded(
-    models: dict[str, Model], encoder: Encoder, files: np.ndarray[Any, Any]
+    models: dict[str, ServingModel], encoder: Encoder, files: np.ndarray[Any, Any]
 ) -> None:
     found = run(models["tiny-image"], images=files)["image_embeds"]
     np.testing.assert_array_equal(found, encoder.encode_image(files.tolist()))
@@ -65,7 +67,7 @@ def test_image_files_are_embedded(
         run(models["tiny-image"], images=files)
 
 
-def test_pixels_are_embedded(models: dict[str, Model], encoder: Encoder) -> None:
+def test_pixels_are_embedded(models: dict[str, ServingModel], encoder: Encoder) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     found = run(models["tiny-pixels"], pixels=pixels)["image_embeds"]
     np.testing.assert_array_equal(found, encoder.encode_pixels(pixels))
@@ -73,7 +75,7 @@ def test_pixels_are_embedded(models: dict[str, Model], encoder: Encoder) -> None
         run(models["tiny-pixels"], pixels=pixels[:, :4])
 
 
-def test_texts_are_embedded(models: dict[str, Model], encoder: Encoder) -> None:
+def test_texts_are_embedded(models: dict[str, ServingModel], encoder: Encoder) -> None:
     texts = np.array([b"a red apple", "die blaue See \u00e9".encode()], object)
     found = run(models["tiny-text"], texts=texts)["text_embeds"]
     expected = encoder.encode_text(["a red apple", "die blaue See \u00e9"])

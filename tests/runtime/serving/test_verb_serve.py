@@ -20,6 +20,7 @@ from edgeclip.runtime.wire.messages import CODEC, SPACE_ID, InferRequest
 from tests.conftest import COLOURS, DIM, SPACE
 from tests.runtime.serving.ask_server import PATIENCE, ask, in_thread, infer, serve_process, until
 
+ECHO = ("--function", "tests.echo_function:echo")
 # Waits for a file, so that a test decides when a run ends.
 _FUNCTIONS = """
 import time
@@ -38,12 +39,12 @@ def test_models_of_all_kinds_are_served(tiny_bundle: Path, photos: Path, tmp_pat
     Index(tuple(COLOURS), entries, SPACE).save(tmp_path / "colours.npz")
     (tmp_path / "own_functions.py").write_text(_FUNCTIONS)
     words = [str(tiny_bundle), f"other={tiny_bundle}", "--index", "colours.npz"]
-    words += ["--function", "own_functions:wait", "--echo"]
+    words += ["--function", "own_functions:wait"]
     with serve_process(*words, cache=tmp_path / "cache", cwd=tmp_path) as server:
         url = server.ready()
         towers = ("image", "pixels", "text")
         names = [f"{bundle}-{tower}" for bundle in ("tiny", "other") for tower in towers]
-        assert ask(url, "/v2").json["models"] == ["echo", "wait", "colours", *names]
+        assert ask(url, "/v2").json["models"] == ["wait", "colours", *names]
         assert "colours: 3 entries, exact search" in server.said
         files = [(photos / f"{name}.png").read_bytes() for name in COLOURS]
         images = {"images": np.array(files, object)}
@@ -128,7 +129,7 @@ def test_beyond_this_machine_there_are_tls_and_a_token(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     fingerprints, tokens = [], []
     for _ in range(2):
-        with serve_process("--echo", "--host", "0.0.0.0", cache=cache) as server:
+        with serve_process(*ECHO, "--host", "0.0.0.0", cache=cache) as server:
             port = urlsplit(server.ready()).port
             assert port
             token, certificate = server.said
@@ -159,7 +160,7 @@ def _status(port: int, token: str | None) -> bytes:
 
 
 def test_insecure_is_said(tmp_path: Path) -> None:
-    with serve_process("--echo", "--host", "0.0.0.0", "--insecure", cache=tmp_path) as server:
+    with serve_process(*ECHO, "--host", "0.0.0.0", "--insecure", cache=tmp_path) as server:
         port = urlsplit(server.ready()).port
         assert ask(f"http://127.0.0.1:{port}", "/v2").status == 200
         assert server.said == [
@@ -174,10 +175,10 @@ def test_insecure_is_said(tmp_path: Path) -> None:
         (("missing",), "missing is not a directory"),
         (("--index", "missing.npz"), "missing.npz does not exist"),
         (("--function", "missing:function"), "cannot import 'missing:function'"),
-        (("--echo", "--host", "192.0.2.1"), "cannot listen on 192.0.2.1"),
-        (("--echo", "--tls-cert", "a.pem"), "--tls-cert and --tls-key belong together"),
-        (("--echo", "--max-wait-ms", "-1"), "max_wait_ms must be at least 0"),
-        (("--echo", "--token-file", "missing"), "cannot read the token in missing"),
+        ((*ECHO, "--host", "192.0.2.1"), "cannot listen on 192.0.2.1"),
+        ((*ECHO, "--tls-cert", "a.pem"), "--tls-cert and --tls-key belong together"),
+        ((*ECHO, "--max-wait-ms", "-1"), "max_wait_ms must be at least 0"),
+        ((*ECHO, "--token-file", "missing"), "cannot read the token in missing"),
     ],
 )
 def test_mistakes_are_one_line(words: tuple[str, ...], message: str, tmp_path: Path) -> None:

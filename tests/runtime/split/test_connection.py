@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from edgeclip.runtime.serving.security import TlsFiles, own_certificate
-from edgeclip.runtime.split.connection import Address, CutOff, is_private, open_pool
+from edgeclip.runtime.serving.security import TlsFiles, load_or_create_certificate
+from edgeclip.runtime.split.connection import Address, CancelToken, is_confidential, open_pool
 from edgeclip.runtime.split.errors import (
     DeadlineExceededError,
     ServerError,
@@ -25,7 +25,7 @@ ONCE = ClientRules(backoff=Backoff(attempts=1), hedges=False)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> TlsFiles:
-    return own_certificate("127.0.0.1", tmp_path_factory.mktemp("tls"))
+    return load_or_create_certificate("127.0.0.1", tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_any_other_certificate_is_not(raw: RawServer, fingerprint: str | None) -
     with Server(raw.url, fingerprint=fingerprint, token="secret", rules=ONCE) as server:
         with pytest.raises(ServerUntrustedError, match="fingerprint or CA"):
             server.infer(a_request(), soon())
-        assert server.refusal() == "certificate"
+        assert server.unavailable_reason() == "certificate"
     assert raw.requests == []
 
 
@@ -90,7 +90,7 @@ def test_server_without_tls_is_not_trusted() -> None:
 def test_exchange_that_was_cut_off_before_it_began_is_not_made() -> None:
     with serving(RawServer()) as raw:
         pool, _ = open_pool(Address(url=raw.url), 1)
-        cut_off = CutOff()
+        cut_off = CancelToken()
         cut_off()
         request = HttpRequest(method="GET", path="/v2/health/ready", headers={})
         with pytest.raises(DeadlineExceededError):
@@ -102,10 +102,10 @@ def test_late_cut_does_not_reach_the_next_exchange() -> None:
     with serving(RawServer()) as raw:
         pool, _ = open_pool(Address(url=raw.url), 1)
         request = HttpRequest(method="GET", path="/v2/health/ready", headers={})
-        first = CutOff()
+        first = CancelToken()
         exchange(pool, request, soon(), first, most_bytes=100)
         first()
-        exchange(pool, request, soon(), CutOff(), most_bytes=100)
+        exchange(pool, request, soon(), CancelToken(), most_bytes=100)
     assert raw.connections == 1
 
 
@@ -128,7 +128,7 @@ def test_retry_after(header: str | None, seconds: float | None) -> None:
 
 
 def test_where_a_secret_may_be_sent() -> None:
-    assert is_private("https://example.org")
-    assert is_private("http://localhost:80")
-    assert is_private("http://[::1]:80")
-    assert not is_private("http://example.org")
+    assert is_confidential("https://example.org")
+    assert is_confidential("http://localhost:80")
+    assert is_confidential("http://[::1]:80")
+    assert not is_confidential("http://example.org")

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.split.connection import Workers
+from edgeclip.runtime.split.connection import DaemonThreads
 from edgeclip.runtime.split.errors import ClientBusyError, DeadlineExceededError
 from edgeclip.runtime.split.resilience import Attempt, Deadline, first_answer
 
@@ -108,7 +108,7 @@ def test_no_second_attempt_without_leave_thread_or_time() -> None:
 
 
 def test_workers_are_made_when_needed_and_bounded() -> None:
-    workers = Workers(2, "test")
+    workers = DaemonThreads(2, "test")
     go_on = threading.Event()
     hanging = [workers.submit(go_on.wait) for _ in range(2)]
     with pytest.raises(ClientBusyError, match="2 calls wait"):
@@ -125,7 +125,7 @@ def test_workers_are_made_when_needed_and_bounded() -> None:
 
 
 def test_workers_hand_errors_on() -> None:
-    workers = Workers(1, "test")
+    workers = DaemonThreads(1, "test")
     with pytest.raises(ZeroDivisionError):
         workers.submit(lambda: 1 // 0).result(30)
     assert workers.submit(lambda: "fine").result(30) == "fine"
@@ -134,4 +134,4 @@ def test_workers_hand_errors_on() -> None:
 
 def test_no_workers_at_all() -> None:
     with pytest.raises(InputError):
-        Workers(0, "test")
+        DaemonThreads(0, "test")

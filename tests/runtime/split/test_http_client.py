@@ -180,19 +180,19 @@ def test_slow_call_is_made_twice_and_the_first_answer_counts(raw: RawServer) -> 
 def test_open_breaker_asks_nothing_and_closes_when_the_server_is_back(raw: RawServer) -> None:
     raw.behave = raw_server.status(503)
     with Server(raw.url, rules=EAGER) as server:
-        assert server.refusal() is None
+        assert server.unavailable_reason() is None
         with pytest.raises(ServerBusyError):
             server.infer(a_request(), soon(), idempotent=False)
-        assert server.refusal() == "breaker open"
+        assert server.unavailable_reason() == "breaker open"
         asked = len(raw.requests)
         with pytest.raises(BreakerOpenError):
             server.infer(a_request(), soon())
         wait_for(lambda: raw.probes >= 2)
         assert len(raw.requests) == asked
         raw.behave = raw_server.good
-        wait_for(lambda: server.refusal() is None)
+        wait_for(lambda: server.unavailable_reason() is None)
         server.infer(a_request(), soon(5000))
-        assert server.refusal() is None
+        assert server.unavailable_reason() is None
         probes = raw.probes
         time.sleep(0.05)
         assert raw.probes == probes
@@ -208,7 +208,7 @@ def test_wrong_space_is_refused_and_remembered(raw: RawServer) -> None:
     with Server(raw.url) as server:
         with pytest.raises(WrongSpaceError, match="666666666666, not 555555555555"):
             server.infer(a_request(space_id=SPACE), soon(5000))
-        assert server.refusal() == "wrong space"
+        assert server.unavailable_reason() == "wrong space"
         with pytest.raises(BreakerOpenError) as caught:
             server.infer(a_request(space_id=SPACE), soon())
         assert caught.value.reason == "wrong space"
@@ -228,7 +228,7 @@ def test_reply_that_is_not_accepted_is_a_failure(raw: RawServer) -> None:
     with Server(raw.url, rules=EAGER) as server:
         with pytest.raises(BadReplyError, match="not what I wanted"):
             server.ask(a_request(), soon(5000), read)
-        assert server.refusal() == "breaker open"
+        assert server.unavailable_reason() == "breaker open"
 
 
 def test_request_that_cannot_be_sent_is_the_callers_mistake(raw: RawServer) -> None:
@@ -236,7 +236,7 @@ def test_request_that_cannot_be_sent_is_the_callers_mistake(raw: RawServer) -> N
         request = a_request(odd=float("nan"))  # type: ignore[arg-type]
         with pytest.raises(WireError):
             server.infer(request, soon(5000))
-        assert server.refusal() is None
+        assert server.unavailable_reason() is None
 
 
 def test_when_all_threads_hang_calls_fail_at_once(raw: RawServer) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.spec import ImageSpec
-from edgeclip.runtime.split.remote_models import Pictures, is_pictures, typical_file
+from edgeclip.runtime.split.remote_models import ImageBatch, is_image_query, typical_image_file
 
 WHOLE = ImageSpec(size=16, resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CROP = ImageSpec(size=12, resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -36,7 +36,7 @@ def test_small_files_go_as_they_are(tmp_path: Path, kind: str) -> None:
     content = file_of(scene(), kind)
     path = tmp_path / "picture"
     path.write_bytes(content)
-    pictures = Pictures([content, path, str(path)], WHOLE)
+    pictures = ImageBatch([content, path, str(path)], WHOLE)
     assert pictures.compressed("file") == [content] * 3
     assert not pictures.is_decoded
 
@@ -51,36 +51,41 @@ def test_small_files_go_as_they_are(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_everything_else_is_cut_to_size(picture: Any) -> None:
-    (sent,) = Pictures(picture, WHOLE).compressed("file")
+    (sent,) = ImageBatch(picture, WHOLE).compressed("file")
     assert size_of(sent) == ("JPEG", (16, 16))
 
 
 def test_what_the_tower_will_cut_off_is_sent_too() -> None:
-    (sent,) = Pictures(scene(), CROP).compressed("webp-lossless")
+    (sent,) = ImageBatch(scene(), CROP).compressed("webp-lossless")
     assert size_of(sent) == ("WEBP", (16, 16))
     np.testing.assert_array_equal(crop_batch([sent], CROP), crop_batch([scene()], CROP))
 
 
 def test_pixels_are_those_of_the_encoder_and_made_once() -> None:
-    pictures = Pictures([scene(), scene(30, 40)], WHOLE)
+    pictures = ImageBatch([scene(), scene(30, 40)], WHOLE)
     np.testing.assert_array_equal(pictures.pixels, crop_batch([scene(), scene(30, 40)], WHOLE))
     assert pictures.is_decoded
     assert pictures.pixels is pictures.pixels
-    second = pictures.some(np.array([1]))
+    second = pictures.select(np.array([1]))
     np.testing.assert_array_equal(second.pixels, pictures.pixels[1:])
     assert len(second) == 1
 
 
 def test_one_picture_or_several() -> None:
     batch = np.zeros((3, 16, 16, 3), np.uint8)
-    assert [len(Pictures(item, WHOLE)) for item in (batch, batch[0], [scene()], [])] == [3, 1, 1, 0]
-    assert Pictures([], WHOLE).pixels.shape == (0, 16, 16, 3)
+    assert [len(ImageBatch(item, WHOLE)) for item in (batch, batch[0], [scene()], [])] == [
+        3,
+        1,
+        1,
+        0,
+    ]
+    assert ImageBatch([], WHOLE).pixels.shape == (0, 16, 16, 3)
 
 
 def test_what_is_no_picture() -> None:
     for bad in (b"nothing", "missing.png"):
         with pytest.raises(InputError):
-            Pictures(bad, WHOLE).compressed("file")
+            ImageBatch(bad, WHOLE).compressed("file")
 
 
 @pytest.mark.parametrize(
@@ -98,10 +103,10 @@ def test_what_is_no_picture() -> None:
     ],
 )
 def test_queries_that_are_pictures(query: Any, expected: bool) -> None:
-    assert is_pictures(query) is expected
+    assert is_image_query(query) is expected
 
 
 def test_typical_file_may_be_sent_as_it_is() -> None:
-    content = typical_file()
-    assert Pictures(content, WHOLE).compressed("file") == [content]
+    content = typical_image_file()
+    assert ImageBatch(content, WHOLE).compressed("file") == [content]
     assert size_of(content) == ("JPEG", (1024, 1024))

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.split.http_client import RecentTimes
-from edgeclip.runtime.split.remote_with_fallback import DeviceTime
+from edgeclip.runtime.split.remote_with_fallback import DeviceTimes
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=50), st.floats(0, 1))
@@ -31,7 +31,7 @@ def test_only_the_last_ones_count() -> None:
 
 
 def test_reserve_grows_with_work_and_count() -> None:
-    time = DeviceTime()
+    time = DeviceTimes()
     nothing = time.reserve_s("pixels")
     with time.measured("pixels", 2):
         pass

@@ -74,7 +74,7 @@ def test_outage_keeps_everything(outbox: Outbox, server: Server, raw: RawServer)
     raw.behave = raw_server.drop
     with Replayer(outbox, server, rules=FAST):
         fill(outbox, "a", "b", "c")
-        wait_for(lambda: server.refusal() is not None)
+        wait_for(lambda: server.unavailable_reason() is not None)
         assert outbox.counts().escalations == 3
         raw.behave = raw_server.good
         wait_for(lambda: outbox.counts().sent == 3)
@@ -100,7 +100,7 @@ def test_entry_that_fails_again_and_again_is_given_up(
     replayer = Replayer(outbox, server, rules=FAST)
     assert [replayer.step() for _ in range(2)] == ["no server", "no server"]
     raw.behave = raw_server.good
-    wait_for(lambda: server.refusal() is None)
+    wait_for(lambda: server.unavailable_reason() is None)
     assert [replayer.step(), replayer.step()] == ["sent", "nothing waits"]
     assert outbox.counts().refused == 1
 

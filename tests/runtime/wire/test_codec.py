@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.wire.codec import (
     FLOAT_CODECS,
-    MOST_FRAMES,
+    MAX_FRAMES,
     PIXEL_CODECS,
     CodecName,
     codec_name,
@@ -153,9 +153,9 @@ def test_frames_that_do_not_hold_one_row_are_refused(content: Any) -> None:
 
 
 def test_many_small_frames_are_refused() -> None:
-    count = MOST_FRAMES + 1
+    count = MAX_FRAMES + 1
     tensors = {"cut": frames(*[packed(35)] * count), "scale": np.ones((count, 5), np.float32)}
-    with pytest.raises(InputError, match=f"N from 1 to {MOST_FRAMES}"):
+    with pytest.raises(InputError, match=f"N from 1 to {MAX_FRAMES}"):
         decode("int8-zstd", tensors, shape=(7, 5))
 
 

@@ -25,7 +25,7 @@ from edgeclip.runtime.wire.messages import (
     encode_response,
     json_length,
 )
-from edgeclip.runtime.wire.tensors import DTYPES, MOST_ELEMENTS
+from edgeclip.runtime.wire.tensors import DTYPES, MAX_BYTES_ELEMENTS
 
 Headers = dict[str, str]
 
@@ -253,7 +253,7 @@ def test_hostile_bodies_are_refused(case: str) -> None:
         ([1], struct.pack("<I", 0) + b"a"),
         ([1], b"\x00\x00"),
         ([2**40], b"\x00" * 8),
-        ([MOST_ELEMENTS + 1], b"\x00" * 4 * (MOST_ELEMENTS + 1)),
+        ([MAX_BYTES_ELEMENTS + 1], b"\x00" * 4 * (MAX_BYTES_ELEMENTS + 1)),
     ],
 )
 def test_bytes_that_do_not_fit_their_lengths_are_refused(shape: list[int], content: bytes) -> None:
