@@ -1,4 +1,4 @@
-"""`edgeclip pull`: a bundle from the Hugging Face Hub, whole and verified or not at all."""
+"""`edgeclip pull`: fetch a bundle from the Hugging Face Hub, whole and verified or not at all."""
 
 import argparse
 import shlex

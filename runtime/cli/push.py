@@ -1,4 +1,4 @@
-"""`edgeclip push`: a bundle, with a model card, to the Hugging Face Hub."""
+"""`edgeclip push`: send a bundle, with a model card, to the Hugging Face Hub."""
 
 import argparse
 from pathlib import Path
@@ -46,14 +46,14 @@ def run(args: argparse.Namespace) -> int:
 def _print_plan(plan: PushPlan) -> None:
     kind = " (private)" if plan.private else ""
     print(f"would send to {plan.repo}{kind}, branch {plan.revision}: {plan.message}")
-    for file in plan.uploads:
-        print(f"{file.bytes:>13,}  {file.path}")
+    for path, size in plan.sizes().items():
+        print(f"{size:>13,}  {path}")
     print(f"{_sum(plan)}; nothing was sent")
 
 
 def _sum(plan: PushPlan) -> str:
-    uploads = plan.uploads
-    return f"{len(uploads)} files, {sum(file.bytes for file in uploads) / 1e6:,.2f} MB"
+    sizes = plan.sizes()
+    return f"{len(sizes)} files, {sum(sizes.values()) / 1e6:,.2f} MB"
 
 
 def _write_card(card: str, target: Path | None) -> None:

@@ -1,13 +1,14 @@
-"""The model card of a bundle: its manifest as the Hub's README.md, its gates as a table."""
+"""Write a bundle's model card, the README.md of its repository on the Hugging Face Hub."""
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.manifest import Manifest, TowerFile
 from edgeclip.runtime.console import plain_text
+from edgeclip.runtime.hub.hub import is_repo_name
 
 _HUB_IDS = frozenset(
     re.findall(
@@ -57,7 +58,6 @@ def hub_licence(licence: str) -> dict[str, str]:
 
 
 CARD_NAME = "README.md"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SPECIAL = re.compile(r"[\\`*_\[\]<|~$&#{}]")
 _PLAIN_PATH = re.compile(r"[\w./+-]+", re.ASCII)
 # What transformers.js opens for a model of type "clip".
@@ -65,15 +65,13 @@ _BROWSER_FILES = ("onnx/vision_model.onnx", "onnx/text_model.onnx")
 
 
 def base_model(manifest: Manifest) -> str | None:
-    """Return the teacher if it looks like a repository of the Hub, and is no path here."""
+    """Return the teacher if its name could be that of a repository on the Hub, and no path here."""
     teacher = manifest.provenance.teacher
-    if len(teacher) > 96 or not _HUB_ID.fullmatch(teacher) or Path(teacher).exists():
-        return None
-    return None if "--" in teacher or ".." in teacher else teacher
+    return teacher if is_repo_name(teacher) and not Path(teacher).exists() else None
 
 
 def render_card(bundle: Bundle, repo: str, *, base_model: str | None) -> str:
-    """Return the text of the model card.
+    """Write the model card.
 
     Whatever comes from the manifest is escaped: it can neither end the front matter nor be
     taken for markup.
@@ -83,6 +81,8 @@ def render_card(bundle: Bundle, repo: str, *, base_model: str | None) -> str:
         repo: USER/NAME of the repository that the card is for.
         base_model: the teacher's repository on the Hub, if it has one.
     """
+    from huggingface_hub import ModelCard
+
     manifest = bundle.manifest
     sections = [
         _front_matter(manifest, base_model),
@@ -95,26 +95,27 @@ def render_card(bundle: Bundle, repo: str, *, base_model: str | None) -> str:
         _licence(manifest),
         _limits(manifest),
     ]
-    return "\n\n".join(sections) + "\n"
+    return str(ModelCard("\n\n".join(sections) + "\n"))
 
 
 def _front_matter(manifest: Manifest, base_model: str | None) -> str:
-    import yaml
+    """Write the YAML block by which the Hub lists and finds models."""
+    from huggingface_hub import ModelCardData
 
-    fields: dict[str, object] = {
-        **hub_licence(manifest.licence),
-        "library_name": "edgeclip",
+    licence = hub_licence(manifest.licence)
+    own_text = "license_name" in licence and any(f.path == "LICENSE" for f in manifest.files)
+    data = ModelCardData(
+        **licence,
+        license_link="LICENSE" if own_text else None,
+        library_name="edgeclip",
         # With both towers, the Hub files CLIP under the first of these tasks.
-        "pipeline_tag": "zero-shot-image-classification"
+        pipeline_tag="zero-shot-image-classification"
         if manifest.has("text")
         else "image-feature-extraction",
-    }
-    if "license_name" in fields and any(file.path == "LICENSE" for file in manifest.files):
-        fields["license_link"] = "LICENSE"
-    if base_model is not None:
-        fields["base_model"] = base_model
-    fields["tags"] = ["edgeclip", "clip", "onnx", "edge", "feature-extraction"]
-    return "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---"
+        base_model=base_model,
+        tags=["edgeclip", "clip", "onnx", "edge", "feature-extraction"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _what_it_is(manifest: Manifest) -> str:
@@ -189,7 +190,7 @@ const {{ text_embeds }} = await text(tokenizer(['a photo of a cat'], {{ padding:
 
 
 def _runs_in_browser(bundle: Bundle) -> bool:
-    """Tell whether the standard graphs are there, and a configuration that names them CLIP."""
+    """Tell whether transformers.js can open the bundle: its standard graphs, and a CLIP config."""
     declared = {file.path for file in bundle.manifest.files}
     if not declared.issuperset({*_BROWSER_FILES, "config.json", "preprocessor_config.json"}):
         return False
@@ -309,26 +310,18 @@ def _limits(manifest: Manifest) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    def lines() -> Iterator[str]:
-        yield line(head)
-        yield line(["---"] * len(head))
-        yield from map(line, rows)
-
-    return "\n".join(lines())
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def _fenced(code: str, language: str) -> str:
-    """A code block that no run of backticks inside can end."""
+    """Fence a code block with more backticks than any run inside it."""
     longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{code}\n{fence}"
 
 
 def _text(value: str) -> str:
-    """Text as it is: every character that could be markup becomes an HTML entity."""
+    """Escape a text for Markdown: whatever could be markup becomes an HTML entity."""
     return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", plain_text(value))
 
 

@@ -1,7 +1,6 @@
-"""A bundle to the Hugging Face Hub: one commit, with a model card, checked when it is there."""
+"""Push a bundle to the Hugging Face Hub: one commit, with a model card, checked on arrival."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,39 +10,26 @@ from edgeclip.runtime.bundle.files import MANIFEST_NAME
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.hub.hub import (
     HubError,
-    RemoteRepo,
     check_repo_name,
     hub_errors,
-    look_at,
     open_hub,
     progress_on_terminals,
+    repository,
 )
 from edgeclip.runtime.hub.model_card import CARD_NAME, base_model, render_card
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo
 
-# What a bundle has to itself: an undeclared file here makes `Bundle.open` refuse a clone.
+# Only a bundle's own files may lie here: an undeclared one makes `Bundle.open` refuse a clone.
 _CLOSED_FOLDERS = ("onnx/", "engines/", "labels/")
 _MAIN = "main"
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """One file to send: its path in the repository, its size in bytes, where it lies.
-
-    `text` holds a file that is not on the disk.
-    """
-
-    path: str
-    bytes: int
-    source: Path | None
-    text: str = ""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushPlan:
-    """What is to be sent, and where to; making one asks nobody and sends nothing.
+    """What is to be sent, and where to; making one sends no request.
 
     Attributes:
         bundle: the opened bundle.
@@ -51,7 +37,7 @@ class PushPlan:
         revision: the branch; it is made if it is not there.
         private: make the repository a private one.
         message: of the commit.
-        base_model: the teacher's repository on the Hub, if it looks like one.
+        base_model: the teacher's repository on the Hub, if its name could be one.
     """
 
     bundle: Bundle
@@ -64,30 +50,35 @@ class PushPlan:
     @property
     def card(self) -> str:
         """The text of the model card; a bundle that declares one of its own keeps that."""
-        if self._has_own_card:
+        if any(file.path == CARD_NAME for file in self.bundle.manifest.files):
             return (self.bundle.path / CARD_NAME).read_text(encoding="utf-8", errors="replace")
         return render_card(self.bundle, self.repo, base_model=self.base_model)
 
-    @property
-    def uploads(self) -> tuple[Upload, ...]:
-        """The declared files, the manifest and the card; never what else lies in the folder."""
-        root, declared = self.bundle.path, self.bundle.manifest.files
-        files = [Upload(file.path, file.bytes, root / file.path) for file in declared]
-        manifest = root / MANIFEST_NAME
-        files.append(Upload(MANIFEST_NAME, manifest.stat().st_size, manifest))
-        if not self._has_own_card:
-            card = self.card
-            files.append(Upload(CARD_NAME, len(card.encode()), None, card))
-        return tuple(files)
+    def contents(self) -> dict[str, Path | bytes]:
+        """Map the path in the repository of every file to send to its place here, or its bytes.
 
-    @property
-    def _has_own_card(self) -> bool:
-        return any(file.path == CARD_NAME for file in self.bundle.manifest.files)
+        These are the declared files, the manifest and the card, whatever else the folder holds.
+        """
+        root = self.bundle.path
+        found: dict[str, Path | bytes] = {
+            path: root / path
+            for path in (*(file.path for file in self.bundle.manifest.files), MANIFEST_NAME)
+        }
+        if CARD_NAME not in found:
+            found[CARD_NAME] = self.card.encode()
+        return found
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file to send, by its path in the repository."""
+        return {
+            path: len(source) if isinstance(source, bytes) else source.stat().st_size
+            for path, source in self.contents().items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
-class Pushed:
-    """What a push did: the commit, its page, files removed from the repository, the card."""
+class PushResult:
+    """What a push did: the commit, the address of its page, the files it removed, the card."""
 
     commit: str
     url: str
@@ -122,7 +113,7 @@ def plan_push(
     )
 
 
-def push(plan: PushPlan, *, endpoint: str | None = None) -> Pushed:
+def push(plan: PushPlan, *, endpoint: str | None = None) -> PushResult:
     """Send a bundle in one commit, so that the repository never holds half of it.
 
     The repository and the branch are made if need be. Files that an earlier bundle left under
@@ -138,83 +129,78 @@ def push(plan: PushPlan, *, endpoint: str | None = None) -> Pushed:
             a private one was asked for, it changed meanwhile, or files did not arrive.
         InputError: the repository holds files of something else under the same names.
     """
-    api, token = open_hub(endpoint)
-    if token is None:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    api = open_hub(endpoint)
+    if not api.token:
         raise HubError(f"cannot push {plan.repo}: no token; run `hf auth login`, or set HF_TOKEN")
-    errors = hub_errors(f"push {plan.repo}", endpoint=api.endpoint, secret=token)
-    with progress_on_terminals(), errors:
-        api.create_repo(
-            plan.repo, repo_type="model", private=True if plan.private else None, exist_ok=True
-        )
-        remote = _look_at_branch(api, plan)
+    with hub_errors(f"push {plan.repo}", api), progress_on_terminals():
+        info = _prepared_repository(api, plan)
         if plan.base_model and not api.repo_exists(plan.base_model, repo_type="model"):
             plan = dataclasses.replace(plan, base_model=None)
-        uploads, removed = plan.uploads, _left_over(plan, remote)
+        contents = plan.contents()
+        removed = _left_over(plan, set(contents), {item.rfilename for item in info.siblings or ()})
+        # Not `upload_folder`: that may split what it sends into several commits.
         commit = api.create_commit(
             plan.repo,
-            operations=[*_additions(uploads), *_removals(removed)],
+            operations=[
+                *(CommitOperationAdd(path, source) for path, source in contents.items()),
+                *(CommitOperationDelete(path, is_folder=False) for path in removed),
+            ],
             commit_message=plan.message,
             revision=plan.revision,
-            parent_commit=remote.commit,
+            parent_commit=info.sha,
         )
-        _check_arrival(uploads, look_at(api, plan.repo, commit.oid))
-    return Pushed(commit.oid, commit.commit_url, removed, plan.card)
+        _check_arrival(plan.sizes(), repository(api, plan.repo, commit.oid))
+    return PushResult(commit.oid, commit.commit_url, removed, plan.card)
 
 
-def _look_at_branch(api: "HfApi", plan: PushPlan) -> RemoteRepo:
-    """The repository at the branch, which is made if need be."""
-    remote = look_at(api, plan.repo, None)
-    if plan.private and not remote.private:
+def _prepared_repository(api: "HfApi", plan: PushPlan) -> "ModelInfo":
+    """Make the repository and the branch, if need be, and return its state at the branch.
+
+    Raises:
+        HubError: it is public, and a private one was asked for.
+    """
+    private = True if plan.private else None
+    api.create_repo(plan.repo, repo_type="model", private=private, exist_ok=True)
+    info = repository(api, plan.repo, None)
+    if plan.private and not info.private:
         raise HubError(
             f"{plan.repo} exists and is public: make it private in its settings first, or choose "
             "another name"
         )
-    if plan.revision != _MAIN:
-        api.create_branch(plan.repo, branch=plan.revision, exist_ok=True)
-        remote = look_at(api, plan.repo, plan.revision)
-    return remote
+    if plan.revision == _MAIN:
+        return info
+    api.create_branch(plan.repo, branch=plan.revision, exist_ok=True)
+    return repository(api, plan.repo, plan.revision)
 
 
-def _left_over(plan: PushPlan, remote: RemoteRepo) -> tuple[str, ...]:
-    """The files of an earlier bundle to remove.
+def _left_over(plan: PushPlan, ours: set[str], theirs: set[str]) -> tuple[str, ...]:
+    """List the files of an earlier bundle that are to be removed.
 
     Raises:
         InputError: the repository is no bundle, and the push would write over its files.
     """
-    ours = {file.path for file in plan.uploads}
-    if MANIFEST_NAME not in remote.paths:
-        theirs = sorted((ours & remote.paths) - {CARD_NAME})
-        if theirs:
+    if MANIFEST_NAME not in theirs:
+        if same := sorted((ours & theirs) - {CARD_NAME}):
             raise InputError(
                 f"{plan.repo} holds no {MANIFEST_NAME}, but files of the same names "
-                f"({', '.join(theirs)}): choose another repository, or remove them there"
+                f"({', '.join(same)}): choose another repository, or remove them there"
             )
         return ()
-    return tuple(sorted(path for path in remote.paths - ours if path.startswith(_CLOSED_FOLDERS)))
+    return tuple(sorted(path for path in theirs - ours if path.startswith(_CLOSED_FOLDERS)))
 
 
-def _additions(uploads: Sequence[Upload]) -> "list[CommitOperationAdd]":
-    from huggingface_hub import CommitOperationAdd
-
-    return [CommitOperationAdd(file.path, file.source or file.text.encode()) for file in uploads]
-
-
-def _removals(paths: Sequence[str]) -> "list[CommitOperationDelete]":
-    from huggingface_hub import CommitOperationDelete
-
-    return [CommitOperationDelete(path, is_folder=False) for path in paths]
-
-
-def _check_arrival(uploads: Sequence[Upload], remote: RemoteRepo) -> None:
-    """Refuse to call it a success when a file is not there, as a `.gitignore` there can do."""
-    sizes = {file.path: file.bytes for file in remote.files}
+def _check_arrival(sizes: dict[str, int], info: "ModelInfo") -> None:
+    """Compare what arrived with what was sent: a `.gitignore` there keeps files out silently."""
+    arrived = {file.rfilename: file.size for file in info.siblings or ()}
     lacking = [
-        file.path
-        for file in uploads
-        if file.path not in sizes or sizes[file.path] not in (None, file.bytes)
+        path
+        for path, size in sizes.items()
+        if path not in arrived or arrived[path] not in (None, size)
     ]
     if lacking:
         raise HubError(
-            f"{remote.repo} is at {remote.commit[:12]} without {', '.join(lacking)}: look for a "
+            f"{info.id} is at {str(info.sha)[:12]} without {', '.join(lacking)}: look for a "
             ".gitignore there, then push again"
         )

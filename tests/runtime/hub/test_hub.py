@@ -14,7 +14,7 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import BundleError, EdgeClipError, InputError
-from edgeclip.runtime.hub.hub import HubError, Pulled, hide_tokens, pull
+from edgeclip.runtime.hub.hub import HubError, PulledBundle, hide_tokens, pull
 from edgeclip.runtime.hub.model_card import CARD_NAME
 from tests.runtime.fake_hub import TOKEN, USER, FakeHub, Files, files_of, serve, serve_to
 
@@ -34,7 +34,7 @@ def files(tiny_bundle: Path) -> Files:
     return files_of(tiny_bundle)
 
 
-def pull_it(hub: FakeHub, out: Path, **options: Any) -> Pulled:
+def pull_it(hub: FakeHub, out: Path, **options: Any) -> PulledBundle:
     return pull(REPO, out, endpoint=hub.url, **options)
 
 
@@ -67,7 +67,7 @@ def test_revision(hub: FakeHub, files: Files, tmp_path: Path) -> None:
         pull_it(hub, tmp_path / "never", revision="v9")
 
 
-@pytest.mark.parametrize("path", [IMAGE, "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("path", [IMAGE, "tokenizer.json", "golden.npz"])
 def test_altered_file(hub: FakeHub, files: Files, tmp_path: Path, path: str) -> None:
     hub.add(REPO, files)
     hub.served[path] = files[path][:-1] + bytes([files[path][-1] ^ 1])
@@ -91,7 +91,7 @@ def test_truncated_file(hub: FakeHub, files: Files, tmp_path: Path) -> None:
     hub.add(REPO, files)
     hub.served[IMAGE] = files[IMAGE][:-1]
     out = tmp_path / "out"
-    with pytest.raises(HubError, match=rf"file {IMAGE}: it arrived cut short") as caught:
+    with pytest.raises(HubError, match=rf"{IMAGE} arrived cut short") as caught:
         pull_it(hub, out)
     assert "\n" not in str(caught.value)
     assert nothing_left(out)
@@ -147,7 +147,7 @@ def test_listing_that_contradicts_the_manifest(hub: FakeHub, files: Files, tmp_p
 
 def test_file_listed_but_gone(hub: FakeHub, files: Files, tmp_path: Path) -> None:
     hub.add(REPO, files)
-    hub.says = lambda method, path: (
+    hub.answer_first = lambda method, path: (
         (404, {"code": "EntryNotFound"}) if path.endswith(IMAGE) else None
     )
     with pytest.raises(HubError, match="a file that the repository lists is not there"):
@@ -264,7 +264,7 @@ def test_offline(hub: FakeHub, tmp_path: Path, monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize("status", [403, 418, 429, 503])
 def test_refusals_are_one_line(hub: FakeHub, tmp_path: Path, status: int) -> None:
-    hub.says = lambda method, path: (status, {"message": f"no {TOKEN}"})
+    hub.answer_first = lambda method, path: (status, {"message": f"no {TOKEN}"})
     with pytest.raises(HubError, match=str(status)) as caught:
         pull_it(hub, tmp_path / "out")
     assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ from edgeclip.runtime.bundle.files import MANIFEST_NAME
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.hub.hub import HubError, pull
 from edgeclip.runtime.hub.model_card import CARD_NAME
-from edgeclip.runtime.hub.push import Pushed, plan_push, push
+from edgeclip.runtime.hub.push import PushResult, plan_push, push
 from tests.runtime.fake_hub import USER, FakeHub, files_of, serve_to
 
 REPO = f"{USER}/tiny"
@@ -25,7 +25,7 @@ def hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[FakeHub]:
         yield running
 
 
-def push_it(hub: FakeHub, bundle: Path, repo: str = REPO, **options: Any) -> Pushed:
+def push_it(hub: FakeHub, bundle: Path, repo: str = REPO, **options: Any) -> PushResult:
     return push(plan_push(Bundle.open(bundle), repo, **options), endpoint=hub.url)
 
 
@@ -101,7 +101,7 @@ def test_change_meanwhile(hub: FakeHub, tiny_bundle: Path) -> None:
         if "/preupload/" in path:
             repo.commit("main", {"other.txt": b"by someone else"})
 
-    hub.says = interfere
+    hub.answer_first = interfere
     with pytest.raises(HubError, match="the repository changed meanwhile"):
         push_it(hub, tiny_bundle)
     assert list(repo.files) == ["other.txt"]
