@@ -51,6 +51,7 @@ DEVICE_PACKAGES = {
         "onnxruntime",
         "pyarrow",
         "pydantic",
+        "pynvml",
         "threadpoolctl",
         "tqdm",
         "yaml",

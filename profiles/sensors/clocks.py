@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from edgeclip.profiles.record.conditions import Conditions
+from edgeclip.profiles.record.conditions import MachineConditions
 from edgeclip.profiles.sensors.nvml import NvmlGpu, this_gpu
 
 
@@ -68,7 +68,7 @@ _LIKELY_C = (-55, 150)
 _GPU_NODES = (".gpu", ".ga10b", ".gv11b", ".gp10b", "gpu-gpc")
 
 
-def take_conditions(root: Path = _ROOT, *, gpu: NvmlGpu | None = None) -> Conditions:
+def take_conditions(root: Path = _ROOT, *, gpu: NvmlGpu | None = None) -> MachineConditions:
     """Look now. Never fails: what cannot be found out stays empty or None.
 
     On macOS that is everything but the load. In a virtual machine the clock is what the
@@ -81,7 +81,7 @@ def take_conditions(root: Path = _ROOT, *, gpu: NvmlGpu | None = None) -> Condit
     if gpu is None and root == _ROOT:
         gpu = this_gpu()
     allowed = _allowed()
-    return Conditions(
+    return MachineConditions(
         taken=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu_mhz=tuple(_clocks(root, allowed)),
         governor=_governor(root, allowed),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from edgeclip.profiles.record.conditions import Conditions, CpuSnapshot, Interference
+from edgeclip.profiles.record.conditions import CpuSnapshot, Interference, MachineConditions
 from edgeclip.profiles.sensors.clocks import take_conditions
 from edgeclip.profiles.sensors.nvml import SLOWDOWNS, NvmlGpu
 
@@ -115,8 +115,8 @@ class InterferenceWatch:
         found: what else the machine did meanwhile; there is none before it ended.
     """
 
-    before: Conditions
-    after: Conditions
+    before: MachineConditions
+    after: MachineConditions
     found: Interference
 
     def __init__(self, root: Path = Path("/"), *, gpu: NvmlGpu | None = None) -> None:
@@ -181,7 +181,7 @@ def judged(
 
 
 def slowdowns_between(
-    before: Conditions, after: Conditions, seconds: float
+    before: MachineConditions, after: MachineConditions, seconds: float
 ) -> tuple[str, ...] | None:
     """What slowed a processor for its heat or its supply, for a person; None if nothing can tell.
 

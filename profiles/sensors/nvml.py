@@ -1,26 +1,17 @@
-"""An NVIDIA GPU as its driver's own library tells of it (NVML), without any package.
+"""Read an NVIDIA GPU's clocks, temperature, power and energy through NVML (nvidia-ml-py).
 
-Sources: NVIDIA's "NVML API Reference Guide" and `nvml.h` for numbers, units and structures.
-`libnvidia-ml.so.1` comes with the driver. On a Jetson it is there from JetPack 6, and tells
-little: no energy and no power. Tested against a library in C calling conventions that answers
-as the reference says; not yet run on a GPU.
+Units are those of NVIDIA's "NVML API Reference Guide". The library itself, libnvidia-ml.so.1,
+comes with the driver. On a Jetson it is there from JetPack 6, and reports little: no energy and
+no power.
 """
 
-import contextlib
-import ctypes
 import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
-_LIBRARY = "libnvidia-ml.so.1"
-_SUCCESS = 0
-_SM_CLOCK, _MEMORY_CLOCK = 1, 2
-_GPU_TEMPERATURE = 0
-_THERMAL_POLICY = 1
-_NO_VALUE = 2**64 - 1
 # Why clocks are lower than they could be, bit by bit (nvmlClocksEventReason...).
-_REASONS = {
+_CLOCK_REASONS = {
     0x001: "idle",
     0x002: "set clocks",
     0x004: "power cap",
@@ -31,7 +22,7 @@ _REASONS = {
     0x080: "power brake",
     0x100: "display clocks",
 }
-# A power cap is how a GPU always runs under load; these are not.
+# The reasons that spoil a measurement; a GPU under load always runs at its power cap.
 SLOWDOWNS = frozenset(
     {
         "hardware slowdown",
@@ -40,118 +31,96 @@ SLOWDOWNS = frozenset(
         "power brake",
     }
 )
-
-
-class _Violation(ctypes.Structure):
-    _fields_ = (("reference_us", ctypes.c_ulonglong), ("violation_ns", ctypes.c_ulonglong))
+_NO_VALUE = 2**64 - 1
 
 
 class NvmlGpu:
-    """One GPU. What its driver does not tell, or this version of it does not know, is None."""
+    """One GPU. A value is None where the GPU or this version of the driver does not report it."""
 
-    def __init__(self, library: Any, handle: ctypes.c_void_p) -> None:
-        self._library, self._handle = library, handle
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml, self._handle = nvml, handle
 
     @classmethod
-    def open(cls, library: Any, visible: str | None = None) -> "NvmlGpu | None":
-        """The first GPU of `visible`, which is CUDA_VISIBLE_DEVICES; None if it cannot be had.
+    def open(cls, visible: str | None = None) -> "NvmlGpu | None":
+        """Open the first GPU of `visible`; None without GPU, driver or the package nvidia-ml-py.
 
         NVML counts GPUs in the order of their buses, CUDA may count the fastest first: on a
         machine with different GPUs, set CUDA_DEVICE_ORDER=PCI_BUS_ID.
 
         Args:
-            library: NVML, loaded by ctypes.
-            visible: numbers or UUIDs, separated by commas; None or empty for the first GPU.
+            visible: CUDA_VISIBLE_DEVICES: numbers or UUIDs, separated by commas; None or empty
+                for the first GPU.
         """
-        if _call(library, "nvmlInit_v2") != _SUCCESS:
+        try:
+            import pynvml
+        except ImportError:
             return None
-        handle, first = ctypes.c_void_p(), (visible or "0").split(",")[0].strip()
-        if first.isdecimal():
-            code = _call(
-                library,
-                "nvmlDeviceGetHandleByIndex_v2",
-                ctypes.c_uint(int(first)),
-                ctypes.byref(handle),
-            )
-        else:
-            code = _call(
-                library,
-                "nvmlDeviceGetHandleByUUID",
-                ctypes.c_char_p(first.encode()),
-                ctypes.byref(handle),
-            )
-        return cls(library, handle) if code == _SUCCESS else None
+        first = (visible or "0").split(",")[0].strip()
+        try:
+            pynvml.nvmlInit()
+            if first.isdecimal():
+                return cls(pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(first)))
+            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(first))
+        except pynvml.NVMLError:
+            return None
 
     def name(self) -> str | None:
         """Such as "NVIDIA RTX 4000 Ada Generation"."""
-        text = ctypes.create_string_buffer(96)
-        if not self._ask("nvmlDeviceGetName", text, ctypes.c_uint(len(text))):
-            return None
-        return text.value.decode(errors="replace")
+        name: str | None = self._ask(self._nvml.nvmlDeviceGetName)
+        return name
 
     def sm_mhz(self) -> int | None:
         """Clock of the multiprocessors, in 10^6 Hz."""
-        return self._uint("nvmlDeviceGetClockInfo", ctypes.c_int(_SM_CLOCK))
+        return self._number(self._nvml.nvmlDeviceGetClockInfo, self._nvml.NVML_CLOCK_SM)
 
     def memory_mhz(self) -> int | None:
         """Clock of the GPU's memory, in 10^6 Hz."""
-        return self._uint("nvmlDeviceGetClockInfo", ctypes.c_int(_MEMORY_CLOCK))
+        return self._number(self._nvml.nvmlDeviceGetClockInfo, self._nvml.NVML_CLOCK_MEM)
 
     def temperature_c(self) -> int | None:
         """Of the GPU's die, in degrees Celsius."""
-        return self._uint("nvmlDeviceGetTemperature", ctypes.c_int(_GPU_TEMPERATURE))
+        return self._number(self._nvml.nvmlDeviceGetTemperature, self._nvml.NVML_TEMPERATURE_GPU)
 
     def power_w(self) -> float | None:
         """Of the whole board in watts: from Ampere on (but GA100) the mean of the last second."""
-        milliwatts = self._uint("nvmlDeviceGetPowerUsage")
+        milliwatts = self._number(self._nvml.nvmlDeviceGetPowerUsage)
         return None if milliwatts is None else milliwatts / 1e3
 
     def energy_mj(self) -> int | None:
         """Of the board since the driver was loaded, in millijoules; from Volta on."""
-        return self._ulong("nvmlDeviceGetTotalEnergyConsumption")
+        return self._number(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
 
     def clock_reasons(self) -> tuple[str, ...] | None:
         """Why the clocks are not higher, such as "idle" or "power cap"; empty if nothing is."""
-        bits = self._ulong("nvmlDeviceGetCurrentClocksEventReasons")
+        bits = self._number(self._nvml.nvmlDeviceGetCurrentClocksEventReasons)
         if bits is None:  # its name before driver 535
-            bits = self._ulong("nvmlDeviceGetCurrentClocksThrottleReasons")
+            bits = self._number(self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
         if bits is None:
             return None
-        return tuple(name for bit, name in _REASONS.items() if bits & bit)
+        return tuple(name for bit, name in _CLOCK_REASONS.items() if bits & bit)
 
     def slowed_by_heat_ms(self) -> float | None:
         """For how long heat has held the clocks down since the driver was loaded."""
-        found = _Violation()
-        policy = ctypes.c_int(_THERMAL_POLICY)
-        if not self._ask("nvmlDeviceGetViolationStatus", policy, ctypes.byref(found)):
+        found = self._ask(
+            self._nvml.nvmlDeviceGetViolationStatus, self._nvml.NVML_PERF_POLICY_THERMAL
+        )
+        if found is None or found.violationTime == _NO_VALUE:
             return None
-        return None if found.violation_ns == _NO_VALUE else found.violation_ns / 1e6
+        return float(found.violationTime / 1e6)
 
-    def _uint(self, name: str, *arguments: Any) -> int | None:
-        value = ctypes.c_uint()
-        return value.value if self._ask(name, *arguments, ctypes.byref(value)) else None
+    def _number(self, function: Callable[..., Any], *arguments: int) -> int | None:
+        value: int | None = self._ask(function, *arguments)
+        return value
 
-    def _ulong(self, name: str, *arguments: Any) -> int | None:
-        value = ctypes.c_ulonglong()
-        return value.value if self._ask(name, *arguments, ctypes.byref(value)) else None
-
-    def _ask(self, name: str, *arguments: Any) -> bool:
-        return _call(self._library, name, self._handle, *arguments) == _SUCCESS
+    def _ask(self, function: Callable[..., Any], *arguments: int) -> Any:
+        """Call a function of NVML for this GPU; None where it answers with an error."""
+        try:
+            return function(self._handle, *arguments)
+        except (self._nvml.NVMLError, UnicodeDecodeError):
+            return None
 
 
 @functools.cache
-def this_gpu(load: Callable[[str], Any] = ctypes.CDLL) -> NvmlGpu | None:
-    """The GPU that this process may use first; None without an NVIDIA driver."""
-    with contextlib.suppress(OSError):
-        return NvmlGpu.open(load(_LIBRARY), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return None
-
-
-def _call(library: Any, name: str, *arguments: Any) -> int | None:
-    """Its return code; None where this version of the library lacks the function."""
-    try:
-        function = getattr(library, name)
-    except AttributeError:
-        return None
-    code: int = function(*arguments)
-    return code
+def this_gpu() -> NvmlGpu | None:
+    """The GPU that this process may use first; None where `NvmlGpu.open` finds none."""
+    return NvmlGpu.open(os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -18,9 +18,8 @@ from edgeclip.profiles.sensors.energy import (
 )
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.errors import InputError
-from tests.profiles.sensors.fake_nvml import FakeNvml
+from tests.profiles.sensors.fake_nvml import MakeGpu
 from tests.profiles.sensors.kernel_trees import counting, orin_nano, rapl
-from tests.profiles.sensors.test_nvml import gpu_of
 
 
 def meter_of(read: Callable[[], int], per_joule: float = 1.0) -> CountedEnergy:
@@ -83,10 +82,12 @@ def test_joules_of_one_run() -> None:
     assert joules_of(meter_of(lambda: -len(runs)), lambda: runs.append(None)) is None
 
 
-def test_the_engine_decides_which_meter(cpu_device: DeviceProfile, tmp_path: Path) -> None:
+def test_the_engine_decides_which_meter(
+    cpu_device: DeviceProfile, tmp_path: Path, make_gpu: MakeGpu
+) -> None:
     (file,) = rapl(tmp_path, (5,), limit=2**38)
     told = iter(range(10**6))
-    gpu = gpu_of(FakeNvml({"millijoules": lambda: next(told)}))
+    gpu = make_gpu({"millijoules": lambda: next(told)})
     with counting(file):
         on_cpu = find_meter(cpu_device, tmp_path, gpu=gpu)
         on_gpu = find_meter(load_device("rtx-4000-ada"), tmp_path, gpu=gpu)
@@ -96,12 +97,12 @@ def test_the_engine_decides_which_meter(cpu_device: DeviceProfile, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["jetson-orin-nano", "arm64-dotprod"])
-def test_a_jetson_has_one_meter_for_all(name: str, tmp_path: Path) -> None:
+def test_a_jetson_has_one_meter_for_all(name: str, tmp_path: Path, make_gpu: MakeGpu) -> None:
     device, root = load_device(name), orin_nano(tmp_path)
     meter = find_meter(device, root)
     assert meter is not None
     assert meter.name == "INA3221 VDD_IN"
-    silent = find_meter(device, root, gpu=gpu_of(FakeNvml({})))  # as JetPack's library is
+    silent = find_meter(device, root, gpu=make_gpu({}))  # as JetPack's library is
     assert silent is not None
     assert silent.name == "INA3221 VDD_IN"
 

@@ -18,9 +18,8 @@ from edgeclip.profiles.sensors.energy import (
     nvml_meter,
     rapl_meter,
 )
-from tests.profiles.sensors.fake_nvml import FakeNvml
+from tests.profiles.sensors.fake_nvml import MakeGpu
 from tests.profiles.sensors.kernel_trees import agx_orin, counting, orin_nano, rapl, write_tree
-from tests.profiles.sensors.test_nvml import gpu_of
 
 
 def test_packages_are_added_up_and_may_start_again(tmp_path: Path) -> None:
@@ -179,26 +178,26 @@ def test_work_that_fails_ends_the_samples(tmp_path: Path) -> None:
         meter.joules_during(lambda: 1 / 0)
 
 
-def test_a_gpu_counts_its_energy() -> None:
+def test_a_gpu_counts_its_energy(make_gpu: MakeGpu) -> None:
     told = iter(range(5000, 9000, 250))
-    meter = nvml_meter(gpu_of(FakeNvml({"millijoules": lambda: next(told)})))
+    meter = nvml_meter(make_gpu({"millijoules": lambda: next(told)}))
     assert isinstance(meter, CountedEnergy)
     assert (meter.name, meter.covers) == ("NVML energy", "GPU board")
     assert meter.joules_during(lambda: next(told)) == pytest.approx(0.5)
 
 
-def test_a_gpu_that_counts_none_tells_its_power() -> None:
+def test_a_gpu_that_counts_none_tells_its_power(make_gpu: MakeGpu) -> None:
     for values in ({"milliwatts": 80_000}, {"milliwatts": 80_000, "millijoules": 77}):
-        meter = nvml_meter(gpu_of(FakeNvml(values)))
+        meter = nvml_meter(make_gpu(values))
         assert isinstance(meter, SampledPower)
         assert (meter.name, meter.watts()) == ("NVML power", 80.0)
-    assert nvml_meter(gpu_of(FakeNvml({}))) == "this GPU tells NVML neither energy nor power"
+    assert nvml_meter(make_gpu({})) == "this GPU tells NVML neither energy nor power"
     assert nvml_meter(None) == "no NVIDIA GPU that NVML knows"
 
 
-def test_a_gpu_that_falls_silent_is_an_error() -> None:
+def test_a_gpu_that_falls_silent_is_an_error(make_gpu: MakeGpu) -> None:
     values: dict[str, object] = {"milliwatts": 80_000}
-    meter = nvml_meter(gpu_of(FakeNvml(values)))
+    meter = nvml_meter(make_gpu(values))
     assert isinstance(meter, SampledPower)
     with pytest.raises(MeterError, match="NVML power cannot be read: the driver no longer"):
         meter.joules_during(values.clear)

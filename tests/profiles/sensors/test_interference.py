@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip.profiles.record.conditions import Conditions
+from edgeclip.profiles.record.conditions import MachineConditions
 from edgeclip.profiles.sensors.interference import (
     BusyTime,
     InterferenceWatch,
@@ -33,8 +33,8 @@ def machine(root: Path, cpu: str, processes: dict[int, str]) -> BusyTime | None:
 
 def conditions(
     counts: tuple[tuple[str, int], ...] = (), gpu: tuple[tuple[str, str], ...] = ()
-) -> Conditions:
-    return Conditions(
+) -> MachineConditions:
+    return MachineConditions(
         taken="2026-01-01T00:00:00+00:00",
         cpu_mhz=(),
         governor=None,

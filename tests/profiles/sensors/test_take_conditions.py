@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from edgeclip.profiles.sensors.clocks import take_conditions
-from tests.profiles.sensors.fake_nvml import FakeNvml
+from tests.profiles.sensors.fake_nvml import BUSY, MakeGpu
 from tests.profiles.sensors.kernel_trees import CPUS, laptop, orin_nano, write_tree
-from tests.profiles.sensors.test_nvml import BUSY, gpu_of
 
 
 def test_a_laptop(tmp_path: Path) -> None:
@@ -37,8 +36,8 @@ def test_a_jetson(tmp_path: Path) -> None:
     assert found.gpu == (("17000000.gpu mhz", "306"),)
 
 
-def test_a_gpu(tmp_path: Path) -> None:
-    found = take_conditions(tmp_path, gpu=gpu_of(FakeNvml(BUSY)))
+def test_a_gpu(tmp_path: Path, make_gpu: MakeGpu) -> None:
+    found = take_conditions(tmp_path, gpu=make_gpu(BUSY))
     assert found.gpu == (
         ("name", "NVIDIA Test 1"),
         ("sm mhz", "1410"),
@@ -48,7 +47,7 @@ def test_a_gpu(tmp_path: Path) -> None:
         ("clocks held by", "power cap, hardware thermal slowdown"),
         ("slowed by heat ms", "2500.0"),
     )
-    silent = take_conditions(tmp_path, gpu=gpu_of(FakeNvml({"reasons": 0})))
+    silent = take_conditions(tmp_path, gpu=make_gpu({"reasons": 0}))
     assert silent.gpu == (("name", "NVIDIA Test 1"), ("clocks held by", "nothing"))
 
 
