@@ -1,4 +1,4 @@
-"""The whole way from a student to a verified bundle, one function for each step."""
+"""Build a verified bundle from a student: export, quantize, judge, select, write."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.bundle.precision_candidates import (
-    Passes,
+    AppliedPasses,
     PrecisionCandidates,
     evaluate_candidates,
     export_fp32,
@@ -14,12 +14,7 @@ from edgeclip.export.bundle.precision_candidates import (
     qat_fallback,
     quantize_towers,
 )
-from edgeclip.export.bundle.write_bundle import (
-    BuildRecipe,
-    write_golden,
-    write_labels,
-    write_manifest,
-)
+from edgeclip.export.bundle.write_bundle import BuildRecipe, BundleContents, write_bundle
 from edgeclip.export.bundle.write_engines import write_engines
 from edgeclip.export.gates.gates import GateOutcome, data_record, describe_missed, raise_if_missed
 from edgeclip.export.gates.judge_precisions import TowerEmbeddings, describe_pairing, judge_together
@@ -32,15 +27,14 @@ from edgeclip.export.graph.tune_passes import PassOutcome, tune_tower
 from edgeclip.export.parity.torch_parity import check_parity, explain_parity
 from edgeclip.export.quantizing.quantization_file import apply_searched
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.engine_records import EngineRecord
 from edgeclip.runtime.bundle.files import atomic_directory
 from edgeclip.runtime.spec import Precision, Tower
 
 Progress = Callable[[str], None]
-Tuned = tuple[tuple[Tower, PassOutcome], ...]
+TriedPasses = tuple[tuple[Tower, PassOutcome], ...]
 
-_UNFAITHFUL = "The graph does not compute what the student does in torch: please report this"
-_TOO_COARSE = "Train the student longer, or do not ask for what misses its gates"
+_PARITY_HINT = "The graph does not compute what the student does in torch: please report this"
+_GATE_HINT = "Train the student longer, or do not ask for what misses its gates"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,20 +43,19 @@ class BuiltBundle:
 
     Attributes:
         bundle: the bundle, opened.
-        judged: all gates that were checked, those missed by a left-out precision included.
-        left_out: a line for each precision that a search had no use for, and for each gate because
-            of which one was left out.
-        choices: the precision that each tower ships in, why, and its measurements.
-        tuned: what came of each rewrite that was tried on a tower's graph.
-        says: what came of int8 where it missed a gate, or what might help.
+        judged: all gates that were checked, also those that a left-out precision missed.
+        left_out: one line for each precision that was left out, with the reason.
+        selected: for each tower the precision that it ships in, why, and its measurements.
+        tried_passes: the outcome of each graph pass that was tried on a tower.
+        message: what was done about int8 where it missed a gate, or what might help.
     """
 
     bundle: Bundle
     judged: tuple[GateOutcome, ...]
     left_out: tuple[str, ...]
-    choices: tuple[SelectedPrecision, ...]
-    tuned: Tuned
-    says: str = ""
+    selected: tuple[SelectedPrecision, ...]
+    tried_passes: TriedPasses
+    message: str = ""
 
 
 def build_bundle(
@@ -75,10 +68,10 @@ def build_bundle(
     """Export, quantize, judge, measure and write a bundle; it exists whole or not at all.
 
     Args:
-        plan: what goes in.
+        plan: what goes into the bundle.
         out: the directory to make.
         replace: allow `out` to be a bundle already.
-        progress: called with a line for a person before each step.
+        progress: called with a line of text before each step.
 
     Raises:
         GateError: fp32 does not agree with torch, or a precision that was asked for misses
@@ -87,49 +80,95 @@ def build_bundle(
         ExportError: the student cannot be exported.
     """
     with atomic_directory(out, replace=replace) as folder:
-        graphs, tuned = _export(plan, folder, progress)
-        parity = _compare(plan, folder, graphs, progress)
-        graphs += _quantize(plan, folder, progress)
-        made = _judge(plan, graphs, tuned, progress)
-        graphs = _drop(plan, made)
-        _add_heads(plan, graphs)
-        choices = _choose(plan, graphs, progress)
-        choices, mixed = check_mixed_precisions(choices, made.embeddings, plan)
-        engines = _build_engines(plan, folder, graphs, choices, progress)
-        judged = (*parity, *made.verdict.judged, *mixed)
+        progress("exporting both towers to ONNX")
+        reference = export_fp32(plan, folder)
+        tried = apply_passes(plan, reference, progress)
+        parity = require_parity(plan, folder, reference, progress)
+
+        if plan.configs:
+            made = " and ".join(plan.wanted[1:])
+            progress(f"making {made}; calibrating on {plan.calibration.name}")
+        quantized = quantize_towers(plan, folder)
+        progress(f"embedding {plan.test.name} in {', '.join(plan.wanted)}")
+        candidates = evaluate_candidates(plan, (*reference, *quantized), plan.configs)
+        candidates = qat_fallback(plan, candidates, _applied(plan, tried), progress)
+        if plan.precisions is not None:
+            require_asked_precisions(candidates)
+
+        graphs = delete_rejected(plan, candidates)
+        if plan.label_head is not None:
+            for graph in (item for item in graphs if item.tower == "image"):
+                labels = plan.labels[plan.label_head]
+                add_label_head(graph.path, labels, plan.student.spec.logit_scale)
+        selected = tuple(_select(plan, tower, graphs, progress) for tower in plan.towers)
+        selected, mixed = check_mixed_precisions(selected, candidates.embeddings, plan)
+
+        shipped = {(item.tower, item.precision) for item in selected}
+        # fp32 has an engine only where it ships: the device chooses among the others.
+        wanted = [
+            item for item in graphs if item.precision != "fp32" or (item.tower, "fp32") in shipped
+        ]
+        length = plan.student.spec.text.context_length
+        engines = write_engines(folder, wanted, plan.device, length, progress)
+
         progress("writing the bundle")
-        _write_rest(plan, folder, graphs, judged, choices, engines, made)
+        judged = (*parity, *candidates.verdict.judged, *mixed)
+        contents = BundleContents(
+            graphs=graphs,
+            gates=tuple(item for item in judged if item.record.passed),
+            selected=selected,
+            engines=engines,
+            recipe=BuildRecipe(
+                configs=candidates.configs, device=plan.device, finetuned=candidates.finetuned
+            ),
+            remarks=candidates.verdict.remarks,
+            note=candidates.note,
+        )
+        write_bundle(plan, folder, contents)
     return BuiltBundle(
         bundle=Bundle.open(out),
         judged=judged,
-        left_out=(*plan.unused, *made.verdict.left_out),
-        choices=choices,
-        tuned=tuned,
-        says=made.says,
+        left_out=(*plan.unused, *candidates.verdict.left_out),
+        selected=selected,
+        tried_passes=tried,
+        message=candidates.message,
     )
 
 
-def _export(
-    plan: BundlePlan, folder: Path, progress: Progress
-) -> tuple[tuple[TowerGraph, ...], Tuned]:
-    """Write both towers in fp32: as they were searched, or in the form fastest on this machine."""
-    progress("exporting both towers to ONNX")
-    graphs = export_fp32(plan.student, folder, plan.form)
-    tuned: list[tuple[Tower, PassOutcome]] = []
+def apply_passes(plan: BundlePlan, graphs: Sequence[TowerGraph], progress: Progress) -> TriedPasses:
+    """Rewrite the fp32 graphs, in place, by the passes that make them faster on this machine.
+
+    A tower of the quantization file gets the passes recorded there. The others are tried out
+    if this machine is the device.
+    """
+    tried: list[tuple[Tower, PassOutcome]] = []
     for graph in (item for item in graphs if item.tower in plan.towers):
         if graph.tower in plan.searched:
             apply_searched(graph, plan.searched[graph.tower])
         elif plan.workload is not None:
             progress(f"trying what makes the {graph.tower} tower's graph faster")
-            found = tune_tower(plan.student, graph, plan.runner, plan.test)
-            tuned += [(graph.tower, outcome) for outcome in found]
-    return graphs, tuple(tuned)
+            outcomes = tune_tower(plan.student, graph, plan.runner, plan.test)
+            tried += [(graph.tower, outcome) for outcome in outcomes]
+    return tuple(tried)
 
 
-def _compare(
+def _applied(plan: BundlePlan, tried: TriedPasses) -> AppliedPasses:
+    """Return the names of the passes that each fp32 graph has now."""
+    applied = {tower: item.passes for tower, item in plan.searched.items()}
+    for tower, outcome in tried:
+        if outcome.kept:
+            applied[tower] = (*applied.get(tower, ()), outcome.name)
+    return applied
+
+
+def require_parity(
     plan: BundlePlan, folder: Path, graphs: Sequence[TowerGraph], progress: Progress
 ) -> tuple[GateOutcome, ...]:
-    """Hold all fp32 graphs against torch, the one for other runtimes too."""
+    """Judge all fp32 graphs, the one for other runtimes too, against torch.
+
+    Raises:
+        GateError: a graph differs; the message names the first node that does.
+    """
     named = [(graph.subject, graph) for graph in graphs]
     if plan.form.pixels != STANDARD.pixels:
         named.append(("image fp32 for others", export_interchange(plan.student, folder)))
@@ -137,75 +176,35 @@ def _compare(
     parity: list[GateOutcome] = []
     for subject, graph in named:
         embed = graph_embedder(graph, plan.student.spec.image, plan.runner)
-        found = check_parity(plan.student, graph.tower, embed, plan.test, plan.bounds["fp32"])
-        parity += [GateOutcome(subject, record) for record in found]
-    _refuse_unfaithful(plan, graphs, parity)
-    return tuple(parity)
-
-
-def _quantize(plan: BundlePlan, folder: Path, progress: Progress) -> tuple[TowerGraph, ...]:
-    """Make the other precisions of the fp32 graphs."""
-    if len(plan.wanted) > 1:
-        progress(f"making {' and '.join(plan.wanted[1:])}; calibrating on {plan.calibration.name}")
-    return quantize_towers(
-        plan.student,
-        folder,
-        plan.configs,
-        pixels=plan.form.pixels,
-        calibration=plan.calibration,
-        device=plan.device,
-    )
-
-
-def _refuse_unfaithful(
-    plan: BundlePlan, graphs: Sequence[TowerGraph], parity: Sequence[GateOutcome]
-) -> None:
-    """Stop if an fp32 graph differs from torch, and say at which node it begins to."""
-    found = [
+        records = check_parity(plan.student, graph.tower, embed, plan.test, plan.bounds["fp32"])
+        parity += [GateOutcome(subject, record) for record in records]
+    causes = [
         f"{graph.subject}: {explain_parity(plan.student, graph, plan.test, plan.runner, plan.form)}"
         for graph in graphs
         if describe_missed(item for item in parity if item.subject == graph.subject)
     ]
-    raise_if_missed(parity, "; ".join([*found, _UNFAITHFUL]))
+    raise_if_missed(parity, "; ".join([*causes, _PARITY_HINT]))
+    return tuple(parity)
 
 
-def _judge(
-    plan: BundlePlan, graphs: Sequence[TowerGraph], tuned: Tuned, progress: Progress
-) -> PrecisionCandidates:
-    """Hold every precision against fp32 on the test pairs, and mend int8 if that is allowed."""
-    progress(f"embedding {plan.test.name} in {', '.join(plan.wanted)}")
-    made = evaluate_candidates(plan, graphs, plan.configs)
-    made = qat_fallback(plan, made, _passes(plan, tuned), progress)
-    if plan.precisions is not None:
-        require_asked_precisions(made)
-    return made
-
-
-def require_asked_precisions(made: PrecisionCandidates) -> None:
-    """Stop if a precision that was asked for misses its gates.
+def require_asked_precisions(candidates: PrecisionCandidates) -> None:
+    """Stop if a precision misses its gates, where the user asked for it.
 
     Raises:
-        GateError: names them, and ends in what might help.
+        GateError: names the missed gates, and ends with what might help.
     """
-    remarks = map(str, made.verdict.remarks)
-    says = [made.says] if made.says else []
-    raise_if_missed(made.verdict.judged, "; ".join([_TOO_COARSE, *remarks, *says]))
+    verdict = candidates.verdict
+    hints = [_GATE_HINT, *map(str, verdict.remarks)]
+    hints += [candidates.message] if candidates.message else []
+    raise_if_missed(verdict.judged, "; ".join(hints))
 
 
-def _passes(plan: BundlePlan, tuned: Tuned) -> Passes:
-    """The rewrites that the fp32 graphs have."""
-    kept = {tower: item.passes for tower, item in plan.searched.items()}
-    for tower, outcome in tuned:
-        if outcome.kept:
-            kept[tower] = (*kept.get(tower, ()), outcome.name)
-    return kept
-
-
-def _drop(plan: BundlePlan, made: PrecisionCandidates) -> tuple[TowerGraph, ...]:
-    """Delete the graphs that missed their gates, and those of a tower that nobody asked for."""
+def delete_rejected(plan: BundlePlan, candidates: PrecisionCandidates) -> tuple[TowerGraph, ...]:
+    """Delete the graphs that missed their gates, and those of a tower the bundle does not hold."""
     kept = []
-    for graph in made.graphs:
-        good = graph.precision == "fp32" or (graph.tower, graph.precision) in made.verdict.kept
+    for graph in candidates.graphs:
+        place = (graph.tower, graph.precision)
+        good = graph.precision == "fp32" or place in candidates.verdict.kept
         if good and graph.tower in plan.towers:
             kept.append(graph)
         else:
@@ -214,115 +213,45 @@ def _drop(plan: BundlePlan, made: PrecisionCandidates) -> tuple[TowerGraph, ...]
     return tuple(kept)
 
 
-def _add_heads(plan: BundlePlan, graphs: Sequence[TowerGraph]) -> None:
-    if plan.label_head is None:
-        return
-    for graph in graphs:
-        if graph.tower == "image":
-            labels = plan.labels[plan.label_head]
-            add_label_head(graph.path, labels, plan.student.spec.logit_scale)
+def _select(
+    plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph], progress: Progress
+) -> SelectedPrecision:
+    """Select the precision of a tower: the fastest here, if this machine is the device.
 
-
-def _choose(
-    plan: BundlePlan, graphs: Sequence[TowerGraph], progress: Progress
-) -> tuple[SelectedPrecision, ...]:
-    """Time the precisions of each tower against each other, if this machine is the device."""
-    if plan.workload is None:
-        return tuple(_unmeasured(plan, tower, graphs) for tower in plan.towers)
-    choices = []
-    for tower in plan.towers:
-        progress(f"timing the {tower} tower in every precision")
-        embedders = {
-            graph.precision: graph_embedder(graph, plan.student.spec.image, plan.runner)
-            for graph in graphs
-            if graph.tower == tower
-        }
-        spec, tokenizer = plan.student.spec, plan.student.text_tokenizer
-        first = next(tower_inputs(plan.test, tower, spec, tokenizer, count=1))
-        choices.append(select_precision(tower, embedders, first, plan.workload))
-    return tuple(choices)
-
-
-def _unmeasured(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) -> SelectedPrecision:
-    """What to ship to a device that is not at hand: fp32, or fp16 where a GPU runs it.
-
-    int8 and fp8 are for the device's own measurement to choose: they are not always faster.
+    For a device that is not at hand it is fp32, or fp16 where a GPU runs it. int8 and fp8 are not
+    always faster, so they are left for the device's own measurement to select.
     """
-    precision: Precision = "fp32"
-    kept = {graph.precision for graph in graphs if graph.tower == tower}
-    if not plan.device.on_cpu and "fp16" in kept:
-        precision = "fp16"
-    why = f"not measured: {plan.device.name} is not this machine"
-    return SelectedPrecision(tower=tower, precision=precision, why=why)
-
-
-def _build_engines(
-    plan: BundlePlan,
-    folder: Path,
-    graphs: Sequence[TowerGraph],
-    choices: Sequence[SelectedPrecision],
-    progress: Progress,
-) -> tuple[EngineRecord, ...]:
-    """Build the engines of what the device will choose from: all but fp32, if there is more."""
-    chosen = _chosen(choices)
-    wanted = [
-        graph for graph in graphs if graph.precision != "fp32" or chosen[graph.tower] == "fp32"
-    ]
-    length = plan.student.spec.text.context_length
-    return write_engines(folder, wanted, plan.device, length, progress)
+    mine = {graph.precision: graph for graph in graphs if graph.tower == tower}
+    if plan.workload is None:
+        on_gpu = not plan.device.on_cpu and "fp16" in mine
+        why = f"not measured: {plan.device.name} is not this machine"
+        return SelectedPrecision(tower=tower, precision="fp16" if on_gpu else "fp32", why=why)
+    progress(f"timing the {tower} tower in every precision")
+    spec, tokenizer = plan.student.spec, plan.student.text_tokenizer
+    embedders = {
+        precision: graph_embedder(graph, spec.image, plan.runner)
+        for precision, graph in mine.items()
+    }
+    sample = next(tower_inputs(plan.test, tower, spec, tokenizer, count=1))
+    return select_precision(tower, embedders, sample, plan.workload)
 
 
 def check_mixed_precisions(
-    choices: tuple[SelectedPrecision, ...], embeddings: TowerEmbeddings, plan: BundlePlan
+    selected: tuple[SelectedPrecision, ...], embeddings: TowerEmbeddings, plan: BundlePlan
 ) -> tuple[tuple[SelectedPrecision, ...], tuple[GateOutcome, ...]]:
-    """Judge a mixed choice, which no gate has seen together yet; fall back to fp32 if it fails.
+    """Judge towers of different precisions together, and fall back to fp32 if they fail.
 
-    Returns the choices and, for a mixed one, its gate.
+    Returns:
+        The precisions to ship, and the gate if there was one to judge.
     """
-    chosen = _chosen(choices)
+    chosen: dict[Tower, Precision] = {item.tower: item.precision for item in selected}
     if len(set(chosen.values())) == 1:
-        return choices, ()
+        return selected, ()
     others = set(chosen.values()) - {"fp32"}
     bounds = max((plan.bounds[item] for item in others), key=lambda item: item.r1_loss)
     data = data_record(plan.test)
     judged = judge_together(embeddings, chosen, bounds, describe_pairing(chosen), data)
     if judged.record.passed:
-        return choices, (judged,)
+        return selected, (judged,)
     why = f"the precisions that are fastest lose {judged.record.value:.2f} points R@1 together"
-    return tuple(replace(item, precision="fp32", why=why) for item in choices), ()
-
-
-def _write_rest(
-    plan: BundlePlan,
-    folder: Path,
-    graphs: Sequence[TowerGraph],
-    judged: Sequence[GateOutcome],
-    choices: Sequence[SelectedPrecision],
-    engines: tuple[EngineRecord, ...],
-    made: PrecisionCandidates,
-) -> None:
-    """Write all but the towers, the manifest last."""
-    data = f"tested on {plan.test.name}; calibrated on {plan.calibration.name}"
-    plan.student.save_settings(folder, texts=plan.text_tower)
-    write_labels(folder, plan.labels)
-    write_golden(plan.student, folder, graphs, plan.test, plan.runner)
-    write_manifest(
-        plan.student,
-        folder,
-        graphs,
-        space=plan.space,
-        judged=[item for item in judged if item.record.passed],
-        choices=choices,
-        engine=plan.runner.engine,
-        making=BuildRecipe(configs=made.configs, device=plan.device, tuned=made.tuned),
-        form=plan.form,
-        engines=engines,
-        label_head=plan.label_head,
-        data=f"{data}; {made.note}" if made.note else data,
-        origin=plan.origin,
-        remarks=made.verdict.remarks,
-    )
-
-
-def _chosen(choices: Sequence[SelectedPrecision]) -> dict[Tower, Precision]:
-    return {choice.tower: choice.precision for choice in choices}
+    return tuple(replace(item, precision="fp32", why=why) for item in selected), ()

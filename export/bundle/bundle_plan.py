@@ -1,11 +1,10 @@
-"""What goes into a bundle: everything `build_bundle` needs to know."""
+"""Everything that `build_bundle` needs to know: student, device, data, bounds and options."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.bundle.write_bundle import Origin
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds
 from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
 from edgeclip.export.gates.zero_shot import ZeroShotSet, find_zero_shot
@@ -13,7 +12,7 @@ from edgeclip.export.graph.calibration import CalibrationSource
 from edgeclip.export.graph.embedders import TOWERS, check_captions, runner_of
 from edgeclip.export.graph.to_onnx import GraphForm
 from edgeclip.export.quantizing.config import Config, default_config
-from edgeclip.export.quantizing.qat_finetune import Tuning
+from edgeclip.export.quantizing.qat_finetune import QatOptions
 from edgeclip.export.quantizing.quantization_file import (
     FILE_NAME,
     Quantization,
@@ -26,38 +25,56 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Precision, Tower
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a bundle comes from, for its manifest.
+
+    Attributes:
+        name: the name of the model.
+        teacher: the teacher's path or hub id.
+        student: the student's path.
+        command: the command line.
+        licence: SPDX identifier or a sentence.
+    """
+
+    name: str
+    teacher: str
+    student: str
+    command: str
+    licence: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BundlePlan:
-    """A student, and how it becomes a bundle for a device.
+    """A student, and the options of its export to a bundle for one device.
 
     Attributes:
         student: the model; it is put into evaluation mode.
         space: fingerprint of the teacher's embedding space.
-        calibration: pairs with captions that int8 is calibrated on; never those of the test
-            split.
-        test: pairs with captions that the gates are measured on.
-        device: says which precisions may be made, and how int8 looks there.
+        calibration: pairs with captions to calibrate int8 on; never those of the test split.
+        test: pairs with captions to measure the gates on.
+        device: decides which precisions are made, and the format of int8.
         origin: what the manifest says about teacher and student.
-        precisions: those that must be in the bundle besides fp32, which always is; None
+        precisions: the precisions that must be in the bundle besides fp32, which always is; None
             for whatever the device allows and is inside its gates.
         labels: label sets by name, made by the teacher.
-        bounds: of the gates of each precision.
+        bounds: the bounds of the gates of each precision.
         label_head: name of the label set of `labels` that the image towers carry, if any.
         patch_features: image towers also give the last hidden state of each patch.
-        zero_shot: labelled pictures, on which the loss of zero-shot accuracy is judged; None
-            for the test pictures that a label set of `labels` names.
-        text_tower: whether the bundle holds it. Without it, a device classifies by label sets
-            and searches by pictures; the text tower is still made, to judge the image tower.
-        workload: how the precisions are timed on this machine; None where this machine is
-            not the device, and fp32 is chosen.
-        quantization: what a search chose for the towers; None for what suits the device. It
-            must have found its ranges on `calibration`.
-        tuning: the fine-tune that is allowed where int8 misses a gate; None for none.
+        zero_shot: labelled pictures to judge the loss of zero-shot accuracy on; None for the test
+            pictures that a label set of `labels` names.
+        text_tower: whether the bundle holds the text tower. Without it, a device classifies by
+            label sets and searches by pictures; it is still exported, to judge the image tower.
+        workload: how to time the precisions on this machine; None if this machine is not the
+            device, which then ships fp32.
+        quantization: the result of a quantization search, whose ranges were found on
+            `calibration`; None for the device's default configs.
+        qat: the fine-tune that is allowed where int8 misses a gate; None for none.
 
     Raises:
-        ConfigError: a source that is empty or lacks captions, one for calibration that is of
-            another split or too small, or a precision that the device does not allow,
-            a search for something else, or one that found no use in a precision of `precisions`.
+        ConfigError: a source that is empty or lacks captions; a calibration source of another
+            split or too small; a precision that the device does not allow; or a search made for
+            something else, or one that found no use in a precision of `precisions`.
         SpaceMismatchError: a label set of another embedding space.
     """
 
@@ -76,7 +93,7 @@ class BundlePlan:
     text_tower: bool = True
     workload: Workload | None = SELECTION_WORKLOAD
     quantization: Quantization | None = None
-    tuning: Tuning | None = None
+    qat: QatOptions | None = None
 
     def __post_init__(self) -> None:
         for source in (self.calibration, self.test):
@@ -108,7 +125,7 @@ class BundlePlan:
 
     @property
     def wanted(self) -> tuple[Precision, ...]:
-        """The precisions to make: fp32, which is the reference, comes first."""
+        """The precisions to make; fp32, the reference, comes first."""
         asked = self.device.precisions if self.precisions is None else self.precisions
         return tuple(dict.fromkeys(("fp32", *asked)))
 
@@ -119,17 +136,17 @@ class BundlePlan:
 
     @property
     def searched(self) -> Mapping[Tower, TowerQuantization]:
-        """What a search chose, for the towers that were searched."""
+        """The result of the search, by tower."""
         return {} if self.quantization is None else self.quantization.towers
 
     @property
     def configs(self) -> dict[tuple[Tower, Precision], Config]:
-        """How each tower becomes each precision but fp32, if there is any use in it."""
+        """The config of each graph to make besides fp32."""
         return {place: config for place, config in self._configs.items() if config is not None}
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """A line for each precision of a tower that a search found no use in."""
+        """One line for each precision of a tower that the search found no use in."""
         return tuple(
             f"{tower} {precision}: {FILE_NAME} has no use for it ({self.searched[tower].why})"
             for (tower, precision), config in self._configs.items()
@@ -149,15 +166,15 @@ class BundlePlan:
 
     @property
     def labelled(self) -> ZeroShotSet | None:
-        """What zero-shot accuracy is judged on; None where no picture has a label."""
+        """The pictures to judge zero-shot accuracy on; None if no picture has a label."""
         return self.zero_shot or find_zero_shot(self.test, self.labels.values())
 
     @property
     def form(self) -> GraphForm:
-        """How the towers are captured for the device."""
+        """The form in which the towers are exported for the device."""
         return GraphForm.for_device(self.device, patch_features=self.patch_features)
 
     @property
     def runner(self) -> DeviceProfile:
-        """What runs the graphs while they are judged: the device, if it is a CPU."""
+        """The device profile that runs the graphs while they are judged."""
         return runner_of(self.device)

@@ -1,11 +1,10 @@
-"""Towers of a bundle in every precision: written, judged, and fine-tuned where int8 misses."""
+"""Make both towers in every precision, judge each against fp32, and fine-tune if int8 fails."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.gates.gates import GateOutcome
@@ -19,38 +18,63 @@ from edgeclip.export.gates.judge_precisions import (
 )
 from edgeclip.export.graph.calibration import calibration_data
 from edgeclip.export.graph.embedders import TOWERS, TowerGraph
-from edgeclip.export.graph.to_onnx import STANDARD, GraphForm, export_tower
+from edgeclip.export.graph.to_onnx import STANDARD, export_tower
 from edgeclip.export.quantizing.config import Config, StaticInt8
-from edgeclip.export.quantizing.fp16 import stored_in_half
+from edgeclip.export.quantizing.fp16 import emulated_fp16
 from edgeclip.export.quantizing.qat_finetune import (
-    HINT,
-    Int8Task,
-    missed_towers,
-    plainly,
-    tune_int8,
+    QAT_HINT,
+    QatTask,
+    failing_towers,
+    finetune_int8,
+    without_smoothing,
 )
-from edgeclip.export.quantizing.write_config import write_config
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.runtime.bundle.files import tower_path
-from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import PixelForm, Precision, Tower
 
 Configs = Mapping[tuple[Tower, Precision], Config]  # how each tower becomes each precision
+AppliedPasses = Mapping[Tower, Sequence[str]]  # names of the graph passes of each fp32 tower
 
 
-def export_fp32(student: DualEncoder, folder: Path, form: GraphForm) -> tuple[TowerGraph, ...]:
-    """Export both towers in fp32 into a bundle's folder.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PrecisionCandidates:
+    """The graphs of all precisions that were made, and the verdict of the gates on each.
+
+    Attributes:
+        graphs: both towers in fp32, then the graphs made from them.
+        configs: the quantization config of each graph that was made from fp32.
+        embeddings: of the test pairs, by each graph.
+        inputs: what else the gates were judged on.
+        verdict: which precisions are inside their gates.
+        finetuned: towers whose int8 graph comes from a student that was fine-tuned for it.
+        note: about that fine-tune, for the bundle's provenance.
+        message: about int8, for the user; empty if int8 is inside its gates.
+    """
+
+    graphs: tuple[TowerGraph, ...]
+    configs: Configs
+    embeddings: TowerEmbeddings
+    inputs: GateInputs
+    verdict: PrecisionVerdict
+    finetuned: tuple[Tower, ...] = ()
+    note: str = ""
+    message: str = ""
+
+
+def export_fp32(plan: BundlePlan, folder: Path) -> tuple[TowerGraph, ...]:
+    """Export both towers in fp32 into the bundle's folder.
 
     Raises:
         ExportError: torch cannot capture a tower.
     """
-    graphs = _graphs(folder, ((tower, "fp32") for tower in TOWERS), form.pixels)
+    graphs = _graphs(folder, ((tower, "fp32") for tower in TOWERS), plan.form.pixels)
     for graph in graphs:
-        export_tower(student, graph.tower, graph.path, form)
+        export_tower(plan.student, graph.tower, graph.path, plan.form)
     return graphs
 
 
 def export_interchange(student: DualEncoder, folder: Path) -> TowerGraph:
-    """Export the image tower in the customary form, for transformers.js, optimum and others.
+    """Export the image tower with float32 NCHW input, for transformers.js, optimum and others.
 
     Raises:
         ExportError: torch cannot capture the tower.
@@ -60,32 +84,27 @@ def export_interchange(student: DualEncoder, folder: Path) -> TowerGraph:
     return TowerGraph("image", "fp32", path, STANDARD.pixels)
 
 
-def quantize_towers(
-    student: DualEncoder,
-    folder: Path,
-    configs: Configs,
-    *,
-    pixels: PixelForm,
-    calibration: Source,
-    device: DeviceProfile,
-) -> tuple[TowerGraph, ...]:
-    """Make the other precisions, in the order of `configs`, from the fp32 files in `folder`.
+def quantize_towers(plan: BundlePlan, folder: Path) -> tuple[TowerGraph, ...]:
+    """Make the graphs of `plan.configs`, in that order, from the fp32 files in `folder`.
 
-    `calibration` shows int8 and fp8 their ranges, and fp16 what is too large for it.
+    The calibration pairs give int8 and fp8 their ranges, and show fp16 which values overflow.
 
     Raises:
         ConfigError: the calibration source is empty or has no captions.
-        ExportError: a graph that is not valid, has nothing to quantize, or lacks a node that
-            its config names.
+        ExportError: a graph is not valid, has nothing to quantize, or lacks a node that its
+            config names.
     """
-    graphs = _graphs(folder, configs, pixels)
-    # A file there is named after its graph, so both towers can share the folder.
+    configs = plan.configs
+    graphs = _graphs(folder, configs, plan.form.pixels)
+    # A file in the cache is named after its graph, so both towers can share the folder.
     with tempfile.TemporaryDirectory(prefix="edgeclip-ranges-") as cache:
         for graph in graphs:
             reference = folder / tower_path(graph.tower, "fp32", graph.pixels)
-            data = calibration_data(student, calibration, graph.pixels, batch=device.static_batch)
+            data = calibration_data(
+                plan.student, plan.calibration, graph.pixels, batch=plan.device.static_batch
+            )
             config = configs[graph.tower, graph.precision]
-            write_config(reference, graph.path, config, data, cache=Path(cache))
+            quantize_graph(reference, graph.path, config, data, cache=Path(cache))
     return graphs
 
 
@@ -100,74 +119,45 @@ def _graphs(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PrecisionCandidates:
-    """What was made, before anything is left out.
-
-    Attributes:
-        graphs: both towers in fp32, then what was made of them.
-        configs: of those that were made of fp32.
-        embeddings: of the test pairs, by each graph.
-        on: what else they were judged on.
-        verdict: every precision held against fp32.
-        tuned: towers whose int8 is of a student that was fine-tuned for it.
-        note: of that fine-tune, for the bundle's provenance.
-        says: what came of int8, for a person; empty where it is as it should be.
-    """
-
-    graphs: tuple[TowerGraph, ...]
-    configs: Configs
-    embeddings: TowerEmbeddings
-    on: GateInputs
-    verdict: PrecisionVerdict
-    tuned: tuple[Tower, ...] = ()
-    note: str = ""
-    says: str = ""
-
-
 def evaluate_candidates(
     plan: BundlePlan, graphs: Sequence[TowerGraph], configs: Configs
 ) -> PrecisionCandidates:
-    """Embed the test pairs with every graph, and hold every precision against fp32.
+    """Embed the test pairs with every graph, and judge every precision against fp32.
 
-    Where the device is no CPU, fp16 is rounded as it will be there, see `stored_in_half`.
+    Where the device is not a CPU, fp16 is rounded as it will be there, see `emulated_fp16`.
 
     Raises:
         EngineError: a graph cannot be run.
     """
     zero_shot = plan.labelled if len(plan.wanted) > 1 else None
-    with stored_in_half(graphs, plan.device) as shown:
-        embeddings = embed_test_pairs(plan.student, shown, plan.test, plan.runner)
-        on = gate_inputs(plan.student, shown, plan.test, zero_shot, embeddings, plan.runner)
+    with emulated_fp16(graphs, plan.device) as emulated:
+        embeddings = embed_test_pairs(plan.student, emulated, plan.test, plan.runner)
+        inputs = gate_inputs(plan.student, emulated, plan.test, zero_shot, embeddings, plan.runner)
     return PrecisionCandidates(
         graphs=tuple(graphs),
         configs=configs,
         embeddings=embeddings,
-        on=on,
-        verdict=judge_precisions(embeddings, plan.bounds, on),
+        inputs=inputs,
+        verdict=judge_precisions(embeddings, plan.bounds, inputs),
     )
-
-
-Passes = Mapping[Tower, Sequence[str]]
-Progress = Callable[[str], None]
 
 
 def qat_fallback(
     plan: BundlePlan,
-    made: PrecisionCandidates,
-    passes: Passes,
-    progress: Progress = lambda line: None,
+    candidates: PrecisionCandidates,
+    passes: AppliedPasses,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> PrecisionCandidates:
     """Fine-tune the student for int8 and quantize it again, if int8 missed a gate.
 
-    Files in int8 are replaced where that is better.
+    The int8 files are replaced where that is better.
 
     Args:
-        plan: its `tuning` is the fine-tune that is allowed; without one, what comes back says
-            how to ask for it.
-        made: what quantizing alone gave.
-        passes: names of the rewrites that the fp32 graph of a tower has, in order.
-        progress: called with a line for a person before each step.
+        plan: its `qat` is the fine-tune that the user allows. Without one, the message of the
+            result says how to ask for it.
+        candidates: the result of quantizing alone.
+        passes: names of the graph passes that each fp32 graph has, in order.
+        progress: called with a line of text before each step.
 
     Raises:
         ConfigError: training data or an earlier run that do not fit.
@@ -175,45 +165,40 @@ def qat_fallback(
         EngineError: a graph cannot be run.
         KeyboardInterrupt: Ctrl-C; the same call goes on from the last checkpoint.
     """
-    configs = _static(made)
-    if not missed_towers(filter(_of_int8, made.verdict.judged), configs):
-        return made
-    if plan.tuning is None:
-        return replace(made, says=HINT)
-    task = Int8Task(
+    trainable = {
+        tower: config
+        for (tower, _), config in candidates.configs.items()
+        if isinstance(config, StaticInt8)
+    }
+    if not failing_towers(filter(_is_int8, candidates.verdict.judged), trainable):
+        return candidates
+    if plan.qat is None:
+        return replace(candidates, message=QAT_HINT)
+    task = QatTask(
         student=plan.student,
-        configs=configs,
+        configs=trainable,
         calibration=plan.calibration,
         test=plan.test,
         device=plan.device,
         bounds=plan.bounds["int8"],
         form=plan.form,
         passes=passes,
-        zero_shot=made.on.zero_shot,
+        zero_shot=candidates.inputs.zero_shot,
     )
-    outcome = tune_int8(task, made.graphs, made.embeddings, plan.tuning, progress)
-    if not outcome.tuned:
-        return replace(made, says=outcome.says)
+    result = finetune_int8(task, candidates.graphs, candidates.embeddings, plan.qat, progress)
+    if not result.tuned:
+        return replace(candidates, message=result.message)
     learnt: dict[tuple[Tower, Precision], Config] = {
-        (tower, "int8"): plainly(configs[tower]) for tower in outcome.tuned
+        (tower, "int8"): without_smoothing(trainable[tower]) for tower in result.tuned
     }
     return replace(
-        evaluate_candidates(plan, made.graphs, {**made.configs, **learnt}),
-        tuned=outcome.tuned,
-        note=outcome.note,
-        says=outcome.says,
+        evaluate_candidates(plan, candidates.graphs, {**candidates.configs, **learnt}),
+        finetuned=result.tuned,
+        note=result.note,
+        message=result.message,
     )
 
 
-def _static(made: PrecisionCandidates) -> dict[Tower, StaticInt8]:
-    """The configs that can be learnt for."""
-    return {
-        tower: config
-        for (tower, _), config in made.configs.items()
-        if isinstance(config, StaticInt8)
-    }
-
-
-def _of_int8(judged: GateOutcome) -> bool:
-    """Whether a gate is of int8: of a tower alone, or of both together."""
-    return judged.subject.endswith(" int8") or judged.record.name == "R@1 loss int8"
+def _is_int8(outcome: GateOutcome) -> bool:
+    """Tell whether a gate is about int8, of one tower or of both together."""
+    return outcome.subject.endswith(" int8") or outcome.record.name == "R@1 loss int8"

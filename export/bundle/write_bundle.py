@@ -1,38 +1,30 @@
-"""Write a bundle, whole or not at all; add a file to one that exists."""
+"""Write a bundle's settings, label sets, golden embeddings and manifest beside its graphs."""
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from edgeclip.compress.data.sources import Source
-from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.errors import ExportError
+from edgeclip.export.bundle.add_to_bundle import file_records
+from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.gates.gates import GateOutcome
 from edgeclip.export.gates.select_precision import SelectedPrecision
 from edgeclip.export.graph.embedders import TowerGraph, graph_embedder
 from edgeclip.export.graph.graph_io import data_path
-from edgeclip.export.graph.to_onnx import GraphForm
 from edgeclip.export.quantizing.config import Config, describe, needs_vnni
-from edgeclip.runtime.bundle.bundle import Bundle, Expected, Golden
+from edgeclip.runtime.bundle.bundle import Expected, Golden
 from edgeclip.runtime.bundle.engine_records import EngineRecord
 from edgeclip.runtime.bundle.files import (
     GOLDEN_NAME,
     MANIFEST_NAME,
     TOKENIZER_NAME,
-    atomic_file,
-    check_path,
     labels_path,
-    sha256_file,
 )
-from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.bundle.manifest import (
     SCHEMA_VERSION,
-    FileRecord,
     GateRemark,
     Manifest,
     Provenance,
@@ -46,16 +38,6 @@ from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.spec import Precision, Tower
 
-
-def file_records(folder: Path) -> tuple[FileRecord, ...]:
-    """Path, size and hash of every file in a folder and its subfolders, sorted."""
-    return tuple(
-        FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_file(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    )
-
-
 _GOLDEN_PAIRS = 8
 # How far an embedding's value may be off on another machine: rounding differs between
 # processors, and in int8 a step of an activation can fall to the other side.
@@ -63,71 +45,78 @@ _GOLDEN_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int8":
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """Where a bundle comes from, in the words of the person who makes it.
-
-    Attributes:
-        name: what people call the model.
-        teacher: the teacher's path or hub id.
-        student: the student's path.
-        command: what was typed.
-        licence: SPDX identifier or a sentence.
-    """
-
-    name: str
-    teacher: str
-    student: str
-    command: str
-    licence: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRecipe:
-    """How the graphs of a bundle were made of those in fp32.
+    """How each graph of a bundle was made from the fp32 graph of its tower.
 
     Attributes:
-        configs: of each.
-        device: that they were made for.
-        tuned: towers whose int8 is of a student that was fine-tuned for it.
+        configs: the quantization config of each graph.
+        device: the device that the graphs were made for.
+        finetuned: towers whose int8 graph comes from a student that was fine-tuned for it.
     """
 
     configs: Mapping[tuple[Tower, Precision], Config]
     device: DeviceProfile
-    tuned: tuple[Tower, ...] = ()
+    finetuned: tuple[Tower, ...] = ()
 
     def recipe(self, graph: TowerGraph) -> Recipe | None:
-        """What the manifest says of a graph; None for fp32."""
+        """Return the manifest's record of how a graph was made; None for fp32."""
         config = self.configs.get((graph.tower, graph.precision))
         if config is None:
             return None
-        tuned = graph.precision == "int8" and graph.tower in self.tuned
+        finetuned = graph.precision == "int8" and graph.tower in self.finetuned
         return Recipe(
-            says=describe(config) + (", fine-tuned for it" if tuned else ""),
+            says=describe(config) + (", fine-tuned for it" if finetuned else ""),
             config=json.loads(json.dumps(asdict(config))),  # lists, as a reader finds them
         )
 
     def needs_vnni(self, graph: TowerGraph) -> bool:
-        """Whether it is only right on CPUs with int8 dot products.
+        """Tell whether a graph is only right on CPUs with int8 dot products.
 
-        What a search chose on a CPU without them was judged with its overflows.
+        A config that was searched on a CPU without them was judged with its overflows.
         """
         config = self.configs.get((graph.tower, graph.precision))
         return config is not None and self.device.vnni and needs_vnni(config)
 
 
-def write_golden(
-    student: DualEncoder,
-    folder: Path,
-    graphs: Sequence[TowerGraph],
-    test: Source,
-    device: DeviceProfile,
-) -> None:
-    """Write `golden.npz`: a few test pairs, and what every graph makes of them.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BundleContents:
+    """The graphs that a bundle ships, and what its manifest records about them.
 
-    Token ids come from the bundle's own tokenizer file, so that it is tried as well. Where
-    `graphs` hold no text tower, there are no texts.
+    Attributes:
+        graphs: the files that lie in the bundle's folder already.
+        gates: the gates that hold.
+        selected: for each tower, the precision that it ships in.
+        engines: prebuilt engines.
+        recipe: how the graphs were made.
+        remarks: gates that were not judged, or on too little data.
+        note: about a fine-tune for int8, for the provenance.
     """
-    spec = student.spec
+
+    graphs: tuple[TowerGraph, ...]
+    gates: tuple[GateOutcome, ...]
+    selected: tuple[SelectedPrecision, ...]
+    engines: tuple[EngineRecord, ...]
+    recipe: BuildRecipe
+    remarks: tuple[GateRemark, ...] = ()
+    note: str = ""
+
+
+def write_bundle(plan: BundlePlan, folder: Path, contents: BundleContents) -> None:
+    """Write everything but the graphs and engines, the manifest last."""
+    plan.student.save_settings(folder, texts=plan.text_tower)
+    for name, label_set in plan.labels.items():
+        label_set.save(folder / labels_path(name))
+    write_golden(plan, folder, contents.graphs)
+    write_manifest(plan, folder, contents)
+
+
+def write_golden(plan: BundlePlan, folder: Path, graphs: tuple[TowerGraph, ...]) -> None:
+    """Write `golden.npz`: a few test pairs, and the embeddings of each graph for them.
+
+    Token ids come from the bundle's own tokenizer file, so that the file is tested as well.
+    Without a text tower among `graphs` there are no texts.
+    """
+    spec, test = plan.student.spec, plan.test
     pairs = [test[index] for index in range(min(_GOLDEN_PAIRS, len(test)))]
     pixels = crop_batch([pair.image for pair in pairs], spec.image)
     texts: tuple[str, ...] = ()
@@ -138,101 +127,11 @@ def write_golden(
         ids = tokenizer.encode(texts)
     expected = []
     for graph in graphs:
-        embed = graph_embedder(graph, spec.image, device)
+        embed = graph_embedder(graph, spec.image, plan.runner)
         embeddings = embed(pixels if graph.tower == "image" else ids)
         expected.append(Expected(graph.tower, graph.precision, embeddings.astype(np.float32)))
     golden = Golden(pixels=pixels, texts=texts, input_ids=ids, expected=tuple(expected))
     golden.save(folder / GOLDEN_NAME)
-
-
-def write_labels(folder: Path, labels: Mapping[str, LabelSet]) -> None:
-    """Write label sets as `labels/NAME.npz`."""
-    for name, label_set in labels.items():
-        label_set.save(folder / labels_path(name))
-
-
-def write_manifest(
-    student: DualEncoder,
-    folder: Path,
-    graphs: Sequence[TowerGraph],
-    *,
-    space: str,
-    judged: Sequence[GateOutcome],
-    choices: Sequence[SelectedPrecision],
-    engine: str,
-    making: BuildRecipe,
-    form: GraphForm,
-    engines: tuple[EngineRecord, ...],
-    label_head: str | None,
-    data: str,
-    origin: Origin,
-    remarks: tuple[GateRemark, ...] = (),
-) -> None:
-    """Write `edgeclip.json`, last of all: it lists every file with size and hash."""
-    measured = any(choice.measurements for choice in choices)
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        name=origin.name,
-        space=space,
-        spec=student.spec,
-        towers=tuple(
-            _tower_manifest(choice, folder, graphs, judged, making, form.batch)
-            for choice in choices
-        ),
-        gates=tuple(item.record for item in judged if item.subject == "bundle"),
-        measured_on=f"{detect_machine().cpu}, {engine}" if measured else "",
-        provenance=_provenance(origin, data),
-        licence=origin.licence,
-        files=file_records(folder),
-        patch_features=form.patch_features,
-        label_head=label_head,
-        engines=engines,
-        remarks=remarks,
-    )
-    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-
-
-def _tower_manifest(
-    choice: SelectedPrecision,
-    folder: Path,
-    graphs: Sequence[TowerGraph],
-    judged: Sequence[GateOutcome],
-    making: BuildRecipe,
-    batch: int | None,
-) -> TowerManifest:
-    files = tuple(
-        TowerFile(
-            path=graph.path.relative_to(folder).as_posix(),
-            precision=graph.precision,
-            pixels=graph.pixels,
-            batch=batch,
-            data_path=_data_path(graph.path, folder),
-            gates=tuple(item.record for item in judged if item.subject == graph.subject),
-            latency_ms=choice.latency_ms(graph.precision),
-            golden_tolerance=_GOLDEN_TOLERANCE[graph.precision],
-            needs_vnni=making.needs_vnni(graph),
-            recipe=making.recipe(graph),
-        )
-        for graph in graphs
-        if graph.tower == choice.tower
-    )
-    return TowerManifest(choice.tower, choice.precision, files)
-
-
-def _data_path(graph: Path, folder: Path) -> str | None:
-    data = data_path(graph)
-    return data.relative_to(folder).as_posix() if data.is_file() else None
-
-
-def _provenance(origin: Origin, data: str) -> Provenance:
-    return Provenance(
-        teacher=origin.teacher,
-        student=origin.student,
-        data=data,
-        command=origin.command,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=detect_machine().packages,
-    )
 
 
 def _short_enough(texts: list[str], tokenizer: TextTokenizer) -> tuple[str, ...]:
@@ -243,56 +142,60 @@ def _short_enough(texts: list[str], tokenizer: TextTokenizer) -> tuple[str, ...]
     return tuple(kept) or ("",)
 
 
-# A file that is not declared yet may lie anywhere but here, see `Bundle.open`.
-_CLOSED_FOLDERS = ("onnx", "engines", "labels")
+def write_manifest(plan: BundlePlan, folder: Path, contents: BundleContents) -> None:
+    """Write `edgeclip.json` after all other files: it lists each with size and hash."""
+    machine = detect_machine()
+    measured = any(item.measurements for item in contents.selected)
+    data = f"tested on {plan.test.name}; calibrated on {plan.calibration.name}"
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=plan.origin.name,
+        space=plan.space,
+        spec=plan.student.spec,
+        towers=tuple(_tower_manifest(plan, folder, contents, item) for item in contents.selected),
+        gates=tuple(item.record for item in contents.gates if item.subject == "bundle"),
+        measured_on=f"{machine.cpu}, {plan.runner.engine}" if measured else "",
+        provenance=Provenance(
+            teacher=plan.origin.teacher,
+            student=plan.origin.student,
+            data=f"{data}; {contents.note}" if contents.note else data,
+            command=plan.origin.command,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=machine.packages,
+        ),
+        licence=plan.origin.licence,
+        files=file_records(folder),
+        patch_features=plan.form.patch_features,
+        label_head=plan.label_head,
+        engines=contents.engines,
+        remarks=contents.remarks,
+    )
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def add_to_bundle(bundle: Bundle, path: str, content: bytes) -> Bundle:
-    """Write a file into a bundle, or replace it, and open the bundle again.
-
-    The manifest drops the file, the file is replaced, the manifest takes it up: each is one
-    rename, and after each the bundle can be opened. A run that was killed in between leaves it
-    without the file. Weights are not copied.
-
-    Args:
-        bundle: an opened bundle.
-        path: of the file inside it, not among towers, engines and labels.
-        content: its bytes.
-
-    Raises:
-        ExportError: the path is not one for an added file, or the bundle was changed since it
-            was opened.
-        InputError: the file cannot be written.
-        BundleError: the bundle that came of it is not sound.
-    """
-    try:
-        check_path(path)
-        others = replace(bundle.manifest, files=_without(bundle.manifest, path))
-    except ValueError as error:
-        raise ExportError(f"{path} cannot be added to a bundle: {error}") from None
-    if path.split("/")[0] in _CLOSED_FOLDERS:
-        raise ExportError(f"{path} lies among towers, engines or labels: export them instead")
-    _refuse_changed(bundle)
-    if others != bundle.manifest:
-        _write_manifest(bundle, others)
-    with atomic_file(bundle.path / path) as temporary:
-        temporary.write_bytes(content)
-    record = FileRecord(path, len(content), hashlib.sha256(content).hexdigest())
-    files = tuple(sorted((*others.files, record), key=lambda file: file.path))
-    _write_manifest(bundle, replace(others, files=files))
-    return Bundle.open(bundle.path)
-
-
-def _without(manifest: Manifest, path: str) -> tuple[FileRecord, ...]:
-    return tuple(file for file in manifest.files if file.path != path)
-
-
-def _refuse_changed(bundle: Bundle) -> None:
-    now = Bundle.open(bundle.path, check_hashes=False).manifest
-    if now != bundle.manifest:
-        raise ExportError(f"{bundle.path} was changed meanwhile: try again")
-
-
-def _write_manifest(bundle: Bundle, manifest: Manifest) -> None:
-    with atomic_file(bundle.path / MANIFEST_NAME) as temporary:
-        temporary.write_text(manifest.to_json(), encoding="utf-8")
+def _tower_manifest(
+    plan: BundlePlan, folder: Path, contents: BundleContents, selected: SelectedPrecision
+) -> TowerManifest:
+    """Return the manifest's record of one tower and its files."""
+    files = []
+    for graph in contents.graphs:
+        if graph.tower != selected.tower:
+            continue
+        data = data_path(graph.path)
+        files.append(
+            TowerFile(
+                path=graph.path.relative_to(folder).as_posix(),
+                precision=graph.precision,
+                pixels=graph.pixels,
+                batch=plan.form.batch,
+                data_path=data.relative_to(folder).as_posix() if data.is_file() else None,
+                gates=tuple(
+                    item.record for item in contents.gates if item.subject == graph.subject
+                ),
+                latency_ms=selected.latency_ms(graph.precision),
+                golden_tolerance=_GOLDEN_TOLERANCE[graph.precision],
+                needs_vnni=contents.recipe.needs_vnni(graph),
+                recipe=contents.recipe.recipe(graph),
+            )
+        )
+    return TowerManifest(selected.tower, selected.precision, tuple(files))

@@ -1,4 +1,4 @@
-"""Build TensorRT engines for a bundle's device; list which devices can be built for here."""
+"""Build TensorRT engines into a bundle; list which devices engines can be built for here."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ BUILD_SCRIPT = "build_on_device.sh"
 
 
 def can_build_ahead(device: DeviceProfile) -> tuple[TensorRtLibrary | None, str]:
-    """The library that builds the device's engines on this machine, or None and why not."""
+    """Return the library that builds the device's engines here, or None and the reason."""
     if device.engine not in ("tensorrt", "tensorrt-rtx"):
         return None, f"{device.engine} needs no engines"
     try:
@@ -37,8 +37,8 @@ def write_engines(
 ) -> tuple[EngineRecord, ...]:
     """Build the engines of the graphs into a bundle's folder, if this machine can.
 
-    Where it cannot, a script is left that builds them on the device; and a device that finds
-    no engine for itself builds one anyway when it first needs it.
+    Otherwise a script is written that builds them on the device. A device that finds no engine for
+    itself in a bundle builds one when it first needs it.
 
     Raises:
         EngineError: the library cannot read a graph or build its engine.
@@ -74,7 +74,7 @@ def _source(graph: TowerGraph, context_length: int) -> GraphSource:
 
 
 def _write_script(path: Path, device: DeviceProfile) -> None:
-    """A POSIX shell script that needs the edgeclip runtime on the device, and no torch."""
+    """Write a POSIX shell script that builds the engines with edgeclip, without torch."""
     name = shlex.quote(device.name)
     path.write_text(
         "#!/bin/sh\n"
@@ -91,25 +91,25 @@ def _write_script(path: Path, device: DeviceProfile) -> None:
 
 
 def targets_table() -> str:
-    """One line for each known device: engine, precisions, and what this machine can do."""
+    """List all known devices: engine, precisions, and what this machine can do for each."""
     rows = [("device", "engine", "precisions", "here")]
     for name in device_names():
         device = load_device(name)
-        rows.append((name, device.engine, " ".join(device.precisions), what_can_be_done(device)))
+        rows.append((name, device.engine, " ".join(device.precisions), build_support(device)))
     return columns(rows, left=4)
 
 
-def what_can_be_done(device: DeviceProfile) -> str:
+def build_support(device: DeviceProfile) -> str:
     """Say whether towers run here, engines can be built here, or the device is needed."""
     if device.engine.startswith("onnxruntime"):
-        return _runs(device)
+        return _run_support(device)
     library, obstacle = can_build_ahead(device)
     if library is None:
         return f"graphs only, engines are built on the device: {obstacle}"
     return f"engines are built here, with {library.title}"
 
 
-def _runs(device: DeviceProfile) -> str:
+def _run_support(device: DeviceProfile) -> str:
     from edgeclip.runtime.engines.providers import provider_of
 
     try:

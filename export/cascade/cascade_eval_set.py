@@ -1,4 +1,4 @@
-"""The queries that a cascade is certified on: pictures or captions, entries, right answers."""
+"""Build the labelled queries that a cascade is certified on (retrieval or zero-shot)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ _BATCH = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entries:
-    """What queries choose from, or what each of them should choose: names and embeddings.
+    """Names and embeddings of K entries: what queries choose from, or their right answers.
 
-    `embeddings` is float32 [K, dim], L2-normalised; a name may come several times.
+    `embeddings` is float32 [K, dim], L2-normalised; a name may occur several times.
     """
 
     names: tuple[str, ...]
@@ -33,18 +33,18 @@ class Entries:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CascadeEvalSet:
-    """Queries against entries, in two parts that share no pair.
+    """Queries with known answers for a cascade, in a calibration and a test part without overlap.
 
-    In retrieval a query belongs to the pair of its own, and chooses between that pair's other
-    side and those of all `gallery` pairs. So each answer depends on nothing but its own pair,
-    and the answers to pairs that are drawn independently are independent. In zero-shot
-    classification a picture chooses between all labels.
+    In retrieval the query is one side of a pair, and the entries are that pair's other side and
+    the other sides of all `gallery` pairs. So an answer depends on its own pair alone, and the
+    answers to independently drawn pairs are independent. In zero-shot classification a picture
+    chooses between all labels.
 
     Attributes:
-        query: the side that is asked with.
-        calibration: pairs whose scores the thresholds are made of.
+        query: the side of a pair that is the query.
+        calibration: pairs whose scores become the candidate thresholds.
         test: pairs that the thresholds are tested on.
-        gallery: pairs whose other sides all queries choose from; empty for zero-shot.
+        gallery: pairs whose other sides all queries choose from; None for zero-shot.
         labels: names of the classes, for zero-shot; the class of a picture is its folder.
         templates: sentences around a label.
 
@@ -68,11 +68,11 @@ class CascadeEvalSet:
 
     @property
     def task(self) -> Literal["retrieval", "zero-shot"]:
-        """What is asked."""
+        """The kind of task."""
         return "zero-shot" if self.gallery is None else "retrieval"
 
     @property
-    def choices(self) -> int:
+    def entry_count(self) -> int:
         """How many entries a query chooses from."""
         return len(self.labels) if self.gallery is None else len(self.gallery) + 1
 
@@ -85,24 +85,24 @@ class CascadeEvalSet:
             "\n".join((*parts, *self.labels, *self.templates)).encode()
         ).hexdigest()
 
-    def entries(self, encoder: Encoder) -> Entries:
-        """Embed what all queries choose from."""
+    def embed_entries(self, encoder: Encoder) -> Entries:
+        """Embed the entries that all queries choose from."""
         if self.gallery is None:
             return Entries(self.labels, encoder.bake_labels(self.labels, self.templates).embeddings)
-        return Entries(_captions(self.gallery), self._others(encoder, self.gallery))
+        return Entries(_captions(self.gallery), self._embed_other_side(encoder, self.gallery))
 
-    def wanted(self, encoder: Encoder, source: Source, entries: Entries) -> Entries:
-        """Embed what each query of a source should choose, in their order.
+    def embed_answers(self, encoder: Encoder, source: Source, entries: Entries) -> Entries:
+        """Embed the right answer to each query of a source, in the order of the queries.
 
-        `entries` are those of the same encoder.
+        `entries` must come from the same encoder.
         """
         if self.gallery is not None:
-            return Entries(_captions(source), self._others(encoder, source))
+            return Entries(_captions(source), self._embed_other_side(encoder, source))
         names = _classes(source)
         rows = [self.labels.index(name) for name in names]
         return Entries(names, entries.embeddings[rows])
 
-    def asked(
+    def embed_queries(
         self, encoder: Encoder, source: Source, views: int = 0
     ) -> tuple[FloatArray, FloatArray | None]:
         """Embed the queries of a source, and `views` altered views of each.
@@ -114,8 +114,8 @@ class CascadeEvalSet:
             return embed_pictures(encoder, source, views)
         return embed_captions(encoder, source), None
 
-    def _others(self, encoder: Encoder, source: Source) -> FloatArray:
-        """Embed the sides of pairs that are not asked with."""
+    def _embed_other_side(self, encoder: Encoder, source: Source) -> FloatArray:
+        """Embed the side of each pair that is not the query."""
         if self.query == "image":
             return embed_captions(encoder, source)
         return embed_pictures(encoder, source)[0]
@@ -124,9 +124,9 @@ class CascadeEvalSet:
 def retrieval_eval_set(
     data: str, query: Tower, *, calibration: int, test: int, gallery: int, size: int
 ) -> CascadeEvalSet:
-    """Retrieval among pairs of `--data`; the counts are of emoji scenes.
+    """Make a retrieval set from pairs of `--data`; the counts apply to emoji scenes.
 
-    A folder is divided as `open_source` does it, and its calibration part is the gallery.
+    A folder is divided as in `open_source`, and its calibration part is the gallery.
     """
     return CascadeEvalSet(
         query=query,
@@ -139,9 +139,9 @@ def retrieval_eval_set(
 def zero_shot_eval_set(
     folder: str, templates: Sequence[str] = DEFAULT_TEMPLATES, *, size: int
 ) -> CascadeEvalSet:
-    """Classification of a folder's pictures, each class in a subfolder of its name.
+    """Make a zero-shot set from a folder with one subfolder of pictures for each class.
 
-    The folder is divided as `open_source` does it.
+    The folder is divided as in `open_source`.
 
     Raises:
         ConfigError: not a folder, or fewer than two classes.
@@ -185,7 +185,7 @@ def _captions(source: Source) -> tuple[str, ...]:
 
 
 def _classes(source: Source) -> tuple[str, ...]:
-    """The class of each picture: the name of its folder."""
+    """Return the class of each picture, which is the name of its folder."""
     if not isinstance(source, FolderSource):
         raise ConfigError("classification needs a folder of pictures, in a subfolder per class")
     return tuple(Path(path).parent.name.replace("_", " ") for path in source.paths)

@@ -1,10 +1,10 @@
-"""`edgeclip cascade`: which answers of a student its teacher should give, with a certificate."""
+"""`edgeclip cascade`: certify when a student's answers should be escalated to its teacher."""
 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from edgeclip.export.bundle.write_bundle import add_to_bundle
+from edgeclip.export.bundle.add_to_bundle import add_to_bundle
 from edgeclip.export.cascade.cascade_eval_set import (
     CascadeEvalSet,
     retrieval_eval_set,
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.05,
         help="accepted chance of a wrong certificate (default: 0.05)",
     )
-    _add_question_options(parser)
+    _add_eval_set_options(parser)
     parser.add_argument(
         "--score",
         choices=("margin", "entropy", "agreement"),
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_option(parser)
 
 
-def _add_question_options(parser: argparse.ArgumentParser) -> None:
+def _add_eval_set_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--query",
         choices=("image", "text"),
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     plan = CascadePlan(
         student=student,
         teacher=teacher,
-        questions=_questions(args, student.spec),
+        eval_set=_eval_set(args, student.spec),
         score=_score(args, student.spec),
         bound=args.share,
         delta=args.delta,
@@ -125,20 +125,20 @@ def run(args: argparse.Namespace) -> int:
     )
     link = None if args.link is None else load_link(args.link)
     workload = load_workload(args.workload)
-    examiner = plan.examiner()
-    found = certify(plan, examiner, progress=say)
+    evaluator = plan.evaluator()
+    found = certify(plan, evaluator, progress=say)
     say("measuring student and teacher")
     costs, _ = measure_costs(
         student,
         teacher,
-        plan.questions.test,
-        examiner.entries,
-        query=plan.questions.query,
+        plan.eval_set.test,
+        evaluator.entries,
+        query=plan.eval_set.query,
         score=plan.score,
         workload=workload,
         link=link,
     )
-    points = curve(found.trial, found.grid, certified=found.count, costs=costs)
+    points = curve(found.outcomes, found.grid, certified=found.count, costs=costs)
     _show(args, plan, found, points, costs)
     if found.certificate is not None and not args.dry_run:
         content = found.certificate.to_json().encode()
@@ -148,13 +148,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verdict(plan: CascadePlan, found: CertificationResult) -> str:
-    """One sentence: the promise, or why there is none."""
+    """Return one sentence: the certificate's promise, or why nothing is certified."""
     if found.certificate is not None:
         return found.certificate.promise
     return (
-        f"Nothing is certified: with {len(found.trial):,} queries, no threshold is sure enough to "
-        f"keep {100 * plan.bound:.3g}% of the teacher's quality. Give more test pairs, or ask for "
-        "a smaller --share"
+        f"Nothing is certified: with {len(found.outcomes):,} queries, no threshold is sure enough "
+        f"to keep {100 * plan.bound:.3g}% of the teacher's quality. Give more test pairs, or ask "
+        "for a smaller --share"
     )
 
 
@@ -165,7 +165,7 @@ def _show(
     points: tuple[CurvePoint, ...],
     costs: Costs,
 ) -> None:
-    """Print the curve, and write its page."""
+    """Print the curve, and write its HTML page if asked to."""
     words = verdict(plan, found)
     names = (plan.student.bundle.manifest.name, plan.teacher.bundle.manifest.name)
     if args.page is not None:
@@ -189,7 +189,7 @@ def _show(
     print(words)
 
 
-def _questions(args: argparse.Namespace, spec: EncoderSpec) -> CascadeEvalSet:
+def _eval_set(args: argparse.Namespace, spec: EncoderSpec) -> CascadeEvalSet:
     size = spec.image.size
     if args.labels and args.query == "text":
         raise InputError("only pictures are classified: leave out --labels or --query text")

@@ -8,10 +8,9 @@ from typing import get_args
 from edgeclip.compress.cli.options import add_teacher, load_teacher
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.train.quantization_aware import gentle_settings
+from edgeclip.compress.train.quantization_aware import finetune_settings
 from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
-from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.bundle.write_bundle import Origin
+from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.bundle.write_engines import targets_table
 from edgeclip.export.cli.options import add_pairs_option, say
 from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
@@ -20,7 +19,7 @@ from edgeclip.export.gates.zero_shot import (
     emoji_zero_shot,
     read_label_names,
 )
-from edgeclip.export.quantizing.qat_finetune import Tuning
+from edgeclip.export.quantizing.qat_finetune import QatOptions
 from edgeclip.export.quantizing.quantization_file import FILE_NAME, Quantization
 from edgeclip.export.quantizing.search_task import open_calibration
 from edgeclip.runtime.bundle.gates_table import gates_table
@@ -136,9 +135,9 @@ def run(args: argparse.Namespace) -> int:
 def verdict(built: BuiltBundle) -> str:
     """What was left out, what each tower ships in, and where the bundle is."""
     lines = [f"left out: {reason}" for reason in built.left_out]
-    lines += [f"int8: {built.says}"] if built.says else []
-    lines += [f"{tower} tower: {item}" for tower, item in built.tuned if item.places]
-    lines += [f"{item.tower} tower: {item.precision} ({item.why})" for item in built.choices]
+    lines += [f"int8: {built.message}"] if built.message else []
+    lines += [f"{tower} tower: {item}" for tower, item in built.tried_passes if item.places]
+    lines += [f"{item.tower} tower: {item.precision} ({item.why})" for item in built.selected]
     return "\n".join([*lines, f"bundle written to {built.bundle.path}"])
 
 
@@ -173,7 +172,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
         text_tower=not args.no_text,
         workload=SELECTION_WORKLOAD if args.device == THIS_MACHINE else None,
         quantization=quantization,
-        tuning=_tuning(args, size),
+        qat=_qat_options(args, size),
     )
     if args.data != EMOJI or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
         return plan
@@ -201,7 +200,7 @@ def _calibration(args: argparse.Namespace, quantization: Quantization | None, si
     return found
 
 
-def _tuning(args: argparse.Namespace, size: int) -> Tuning | None:
+def _qat_options(args: argparse.Namespace, size: int) -> QatOptions | None:
     """The fine-tune for int8 that is allowed.
 
     Raises:
@@ -210,9 +209,9 @@ def _tuning(args: argparse.Namespace, size: int) -> Tuning | None:
     """
     if not args.qat_steps:
         return None
-    settings = gentle_settings(args.qat_steps)
+    settings = finetune_settings(args.qat_steps)
     scenes = min(args.qat_steps * settings.batch_size, _TUNING_SCENES)
-    return Tuning(
+    return QatOptions(
         source=open_source(args.data, split="train", count=scenes, size=size),
         settings=settings,
         folder=args.out.with_name(f"{args.out.name}-qat"),

@@ -16,8 +16,7 @@ from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.export.bundle.build_bundle import build_bundle
-from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.bundle.write_bundle import Origin
+from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.demo.evaluate import evaluate, evaluate_unseen, measure_latency
 from edgeclip.export.demo.summary import DemoSummary, report_data, summarise, summary_rows, table
 from edgeclip.export.gates.zero_shot import emoji_zero_shot

@@ -1,4 +1,4 @@
-"""Gates: quality bounds that must hold before a bundle is written."""
+"""Define the quality gates of a bundle, and judge embeddings against their bounds."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,20 +12,19 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.export.errors import GateError
 from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord
-from edgeclip.runtime.quality.retrieval import (
+from edgeclip.runtime.quality.intervals import (
     Interval,
     bootstrap,
     bootstrap_difference,
     bootstrap_percentile,
-    cosines,
-    label_ranks,
-    pair_ranks,
 )
+from edgeclip.runtime.quality.retrieval import label_ranks, pair_ranks
 from edgeclip.runtime.spec import Precision
 
-_UNIT = 5e-3  # the largest difference of an embedding's length from 1
+_UNIT = 5e-3  # the largest allowed difference of an embedding's length from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +37,9 @@ class Gate:
     unit: str
 
     def judge(self, measured: Interval, data: DataRecord | None = None) -> GateRecord:
-        """Hold the measured value (not its interval) against the bound.
+        """Compare the measured value (not its interval) with the bound.
 
-        `data` is what it was measured on, for the record.
+        `data` describes what it was measured on, for the record.
         """
         holds = measured.value >= self.bound
         if self.direction == "<=":
@@ -60,13 +59,13 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What a precision must keep. Cosines are with the reference's embeddings.
+    """The bounds that a precision must keep; cosines are with the reference's embeddings.
 
     Attributes:
-        mean_cosine: the least mean.
-        p1_cosine: the least 1st percentile.
-        r1_loss: the most R@1 (mean of both directions) that may be lost, in points of 100.
-        zero_shot_loss: the most zero-shot top-1 accuracy that may be lost, in points of 100.
+        mean_cosine: the smallest allowed mean cosine.
+        p1_cosine: the smallest allowed 1st percentile of the cosines.
+        r1_loss: the largest allowed loss of R@1 (mean of both directions), in points of 100.
+        zero_shot_loss: the largest allowed loss of zero-shot top-1 accuracy, in points of 100.
     """
 
     mean_cosine: float
@@ -75,7 +74,7 @@ class Bounds:
     zero_shot_loss: float = 0.5
 
 
-# fp32 is held against torch, the others against fp32.
+# fp32 is compared with torch, the others with fp32.
 DEFAULT_BOUNDS: dict[Precision, Bounds] = {
     "fp32": Bounds(mean_cosine=0.9999, p1_cosine=0.999),
     "fp16": Bounds(mean_cosine=0.999, p1_cosine=0.995),
@@ -86,14 +85,14 @@ DEFAULT_BOUNDS: dict[Precision, Bounds] = {
 
 @dataclass(frozen=True, slots=True)
 class GateOutcome:
-    """A gate's outcome and what it is about, such as "image int8"."""
+    """The record of a judged gate, and its subject such as "image int8"."""
 
     subject: str
     record: GateRecord
 
 
 def data_record(source: Source, count: int | None = None) -> DataRecord:
-    """What says on which items of a source a gate was measured: its first `count`, or all."""
+    """Describe the items that a gate was measured on: the first `count` of a source, or all."""
     sha256 = hashlib.sha256(source.identity.encode()).hexdigest()
     return DataRecord(source.name, len(source) if count is None else count, sha256)
 
@@ -106,8 +105,8 @@ def judge_tower(
 ) -> tuple[GateRecord, ...]:
     """Judge one tower by its embeddings [N, dim] and the reference's for the same inputs.
 
-    Embeddings that are not finite or not of length 1, as an overflow in fp16 gives, are a
-    missed gate of their own; nothing else is then worth measuring.
+    Embeddings that are not finite or not of length 1, as after an overflow in fp16, miss a gate of
+    their own, and no other gate is judged.
     """
     usable = np.isfinite(candidate).all(axis=1)
     usable &= np.abs(np.linalg.norm(candidate.astype(np.float64), axis=1) - 1) <= _UNIT
@@ -131,7 +130,7 @@ def judge_retrieval(
     name: str,
     data: DataRecord | None = None,
 ) -> GateRecord:
-    """Judge how much R@1 the two towers of the candidate lose together.
+    """Judge the R@1 that the two towers of the candidate lose together.
 
     The value is in points of 100, the mean of both directions; its interval is a paired
     bootstrap over the pairs. `name` says what is compared with the reference.
@@ -145,30 +144,30 @@ def judge_zero_shot(
     candidate: FloatArray,
     reference: FloatArray,
     labels: LabelSet,
-    right: NDArray[Any],
+    targets: NDArray[Any],
     bounds: Bounds,
     data: DataRecord | None = None,
 ) -> GateRecord:
-    """Judge how much zero-shot top-1 accuracy an image tower loses.
+    """Judge the zero-shot top-1 accuracy that an image tower loses.
 
     The value is in points of 100; its interval is a paired bootstrap over the pictures.
 
     Args:
         candidate: embeddings of labelled pictures, float32 [N, dim].
-        reference: the reference's, of the same pictures.
+        reference: the reference's embeddings of the same pictures.
         labels: K labels, embedded by the teacher; the same for both.
-        right: integers [N], the label of each picture.
-        bounds: the most that may be lost.
-        data: what the pictures are.
+        targets: integers [N], the label of each picture.
+        bounds: the largest allowed loss.
+        data: describes the pictures, for the record.
     """
-    first = [label_ranks(item, labels.embeddings, right) <= 1 for item in (reference, candidate)]
+    first = [label_ranks(item, labels.embeddings, targets) <= 1 for item in (reference, candidate)]
     loss = bootstrap_difference(100.0 * first[0], 100.0 * first[1])
     gate = Gate("zero-shot top-1 loss", "<=", bounds.zero_shot_loss, "points")
     return gate.judge(loss, data)
 
 
 def describe_missed(judged: Iterable[GateOutcome]) -> list[str]:
-    """Say for each missed gate what was measured, the bound, and the gap between them."""
+    """Describe each missed gate in one line: measured value, bound, and the gap between them."""
     return [
         f"{item.subject}: {item.record.name} is {item.record.value:.6g} (bound "
         f"{item.record.direction} {item.record.bound:g} {item.record.unit}, missed by "
@@ -178,16 +177,16 @@ def describe_missed(judged: Iterable[GateOutcome]) -> list[str]:
     ]
 
 
-def raise_if_missed(judged: Iterable[GateOutcome], mend: str) -> None:
-    """Stop if a gate was missed.
+def raise_if_missed(judged: Iterable[GateOutcome], hint: str) -> None:
+    """Raise an error if a gate was missed.
 
     Args:
-        judged: the outcomes.
-        mend: what the user can do about it.
+        judged: the outcomes of the gates.
+        hint: what the user can do about it.
 
     Raises:
         GateError: names every missed gate.
     """
     misses = describe_missed(judged)
     if misses:
-        raise GateError(f"no bundle was written: {'; '.join(misses)}. {mend}")
+        raise GateError(f"no bundle was written: {'; '.join(misses)}. {hint}")

@@ -1,4 +1,4 @@
-"""Which precisions are inside their gates: embeddings of the test pairs, then a verdict."""
+"""Judge every precision against fp32 on the test pairs, and say which are inside their gates."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,18 +34,18 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Precision, Tower
 
 TowerEmbeddings = Mapping[tuple[Tower, Precision], FloatArray]
-# From so many on, one pair (in one direction) or one picture is half a point or less.
+# With as many or more, one pair (in one direction) or one picture is half a point or less.
 FEWEST_PAIRS, FEWEST_LABELLED = 100, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GateInputs:
-    """What precisions are judged on, beside the embeddings of the test pairs.
+    """Data that the gates need besides the embeddings of the test pairs.
 
     Attributes:
-        data: which pairs these are; None leaves it out of the records.
-        zero_shot: labelled pictures; None where no picture has a label.
-        labelled: their embeddings, float32 [N, dim], by the image tower's precision.
+        data: describes the test pairs; None leaves that out of the records.
+        zero_shot: labelled pictures; None if no picture has a label.
+        labelled: embeddings of these pictures, float32 [N, dim], by the image tower's precision.
     """
 
     data: DataRecord | None = None
@@ -55,13 +55,13 @@ class GateInputs:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionVerdict:
-    """What the gates say of the precisions other than fp32.
+    """The outcomes of all gates, and which precisions besides fp32 are inside them.
 
     Attributes:
-        judged: every gate that was checked, those that were missed among them.
+        judged: every gate that was checked, including missed ones.
         kept: tower and precision of each graph that is inside its gates.
-        left_out: for each of the others, which gate it missed and by how much.
-        remarks: of what is kept, the gates that were not judged, or on too little.
+        left_out: for each other graph, which gate it missed and by how much.
+        remarks: for what is kept, the gates that were not judged, or on too little data.
     """
 
     judged: tuple[GateOutcome, ...]
@@ -95,15 +95,15 @@ def gate_inputs(
     embeddings: TowerEmbeddings,
     device: DeviceProfile,
 ) -> GateInputs:
-    """Say what the test pairs are, and embed the labelled pictures with every image graph.
+    """Collect the inputs of the gates: embed the labelled pictures with every image graph.
 
     Args:
-        student: whose towers are judged.
-        graphs: of both towers; only those of the image tower are run.
-        test: the pairs.
+        student: the model whose towers are judged.
+        graphs: graphs of both towers; only those of the image tower are run.
+        test: the test pairs.
         zero_shot: labelled pictures, if there are any.
-        embeddings: of the pairs; pictures that are among them are not embedded again.
-        device: what runs the graphs.
+        embeddings: of the test pairs; pictures that are among them are not embedded again.
+        device: runs the graphs.
 
     Raises:
         EngineError: a graph cannot be run.
@@ -139,35 +139,35 @@ def _embed(
 def judge_precisions(
     embeddings: TowerEmbeddings,
     bounds: Mapping[Precision, Bounds],
-    on: GateInputs | None = None,
+    inputs: GateInputs | None = None,
 ) -> PrecisionVerdict:
-    """Hold every precision against fp32.
+    """Judge every precision against fp32.
 
-    Each tower is judged by itself, which for R@1 means beside the other tower in fp32. If
-    both are good, they are judged together as well.
+    Each tower is judged alone, which for R@1 means with the other tower in fp32. If both pass,
+    they are judged together as well.
 
     Args:
-        embeddings: of the test pairs; in fp32 of both towers.
-        bounds: of each precision that is judged.
-        on: what was judged on beside them; by default neither data nor labels are known.
+        embeddings: of the test pairs, by tower and precision; both towers in fp32 are needed.
+        bounds: the bounds of each precision.
+        inputs: other data of the gates; by default neither data nor labels are known.
     """
-    on = on or GateInputs()
+    inputs = inputs or GateInputs()
     judged: list[GateOutcome] = []
     kept: set[tuple[Tower, Precision]] = set()
     for precision in dict.fromkeys(item for _, item in embeddings if item != "fp32"):
         good: list[Tower] = []
         for tower in TOWERS:
             if (tower, precision) in embeddings:
-                alone = judge_alone(tower, precision, embeddings, bounds[precision], on)
+                alone = judge_alone(tower, precision, embeddings, bounds[precision], inputs)
                 judged += alone
                 good += [] if describe_missed(alone) else [tower]
         if len(good) == len(TOWERS):
             chosen = dict.fromkeys(TOWERS, precision)
-            together = judge_together(embeddings, chosen, bounds[precision], precision, on.data)
+            together = judge_together(embeddings, chosen, bounds[precision], precision, inputs.data)
             judged.append(together)
             good = good if together.record.passed else []
         kept |= {(tower, precision) for tower in good}
-    remarks = (*few_pairs(on.data if judged else None), *_remarks(kept, on))
+    remarks = (*few_pairs(inputs.data if judged else None), *_remarks(kept, inputs))
     return PrecisionVerdict(tuple(judged), frozenset(kept), tuple(describe_missed(judged)), remarks)
 
 
@@ -176,25 +176,25 @@ def judge_alone(
     precision: Precision,
     embeddings: TowerEmbeddings,
     bounds: Bounds,
-    on: GateInputs,
+    inputs: GateInputs,
 ) -> tuple[GateOutcome, ...]:
-    """Judge one tower in one precision, the other staying in fp32.
+    """Judge one tower in one precision, with the other in fp32.
 
-    That is how most bundles are used: a device embeds pictures in int8, and texts lie in an
-    index that a workstation made in fp32.
+    Most bundles are used like that: a device embeds pictures in int8, and searches an index that
+    a workstation made in fp32.
     """
     reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
     mine = embeddings[tower, precision]
-    records = list(judge_tower(mine, reference.of(tower), bounds, on.data))
+    records = list(judge_tower(mine, reference.of(tower), bounds, inputs.data))
     if records[0].passed:  # else nothing can be compared
-        if tower == "image" and on.zero_shot is not None and on.labelled is not None:
-            found = on.labelled[precision], on.labelled["fp32"]
-            zero, data = on.zero_shot, data_record(on.zero_shot.source)
-            records.append(judge_zero_shot(*found, zero.labels, zero.right, bounds, data))
+        if tower == "image" and inputs.zero_shot is not None and inputs.labelled is not None:
+            found = inputs.labelled[precision], inputs.labelled["fp32"]
+            zero, data = inputs.zero_shot, data_record(inputs.zero_shot.source)
+            records.append(judge_zero_shot(*found, zero.labels, zero.targets, bounds, data))
         swapped: dict[Tower, Precision] = {**dict.fromkeys(TOWERS, "fp32"), tower: precision}
         pairs = pair_embeddings(embeddings, swapped)
         records.append(
-            judge_retrieval(pairs, reference, bounds, describe_pairing(swapped), on.data)
+            judge_retrieval(pairs, reference, bounds, describe_pairing(swapped), inputs.data)
         )
     return tuple(GateOutcome(f"{tower} {precision}", record) for record in records)
 
@@ -213,7 +213,7 @@ def judge_together(
 
 
 def describe_pairing(chosen: Mapping[Tower, Precision]) -> str:
-    """What a record calls two towers of unlike precisions: "int8 images, fp32 texts"."""
+    """Name two towers of different precisions for a record: "int8 images, fp32 texts"."""
     return f"{chosen['image']} images, {chosen['text']} texts"
 
 
@@ -227,7 +227,7 @@ def pair_embeddings(
 
 
 def few_pairs(data: DataRecord | None) -> tuple[GateRemark, ...]:
-    """The remark that too few pairs deserve, if they are too few."""
+    """Return a remark if there are too few test pairs to judge R@1."""
     if data is None or data.count >= FEWEST_PAIRS:
         return ()
     says = (
@@ -237,9 +237,9 @@ def few_pairs(data: DataRecord | None) -> tuple[GateRemark, ...]:
     return (GateRemark("bundle", "R@1 loss", says),)
 
 
-def _remarks(kept: Iterable[tuple[Tower, Precision]], on: GateInputs) -> list[GateRemark]:
-    """What the zero-shot records of the kept precisions do not show."""
-    count = 0 if on.zero_shot is None else len(on.zero_shot.right)
+def _remarks(kept: Iterable[tuple[Tower, Precision]], inputs: GateInputs) -> list[GateRemark]:
+    """Return remarks on kept image precisions if zero-shot was not judged, or on too little."""
+    count = 0 if inputs.zero_shot is None else len(inputs.zero_shot.targets)
     if count >= FEWEST_LABELLED:
         return []
     says = "not judged: no labels"

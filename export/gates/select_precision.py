@@ -1,6 +1,6 @@
-"""Select the precision a tower ships in: the fastest on the device inside its gates."""
+"""Select the precision that a tower ships in: the fastest on this machine inside its gates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,9 @@ SELECTION_WORKLOAD = Workload(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectedPrecision:
-    """The precision chosen for a tower, why, and the measurements, one for each precision.
+    """The precision selected for a tower, the reason, and the measurements of all precisions.
 
-    `measurements` is empty where nothing was measured.
+    `measurements` is empty if nothing was measured.
     """
 
     tower: Tower
@@ -42,7 +42,7 @@ class SelectedPrecision:
     measurements: tuple[Measurement, ...] = ()
 
     def latency_ms(self, precision: Precision) -> float | None:
-        """Median of one call at batch 1, if it was measured."""
+        """Return the median time of one call at batch 1, if it was measured."""
         found = [item for item in self.measurements if item.name == precision]
         return found[0].latency.p50_ms.value if found else None
 
@@ -53,43 +53,38 @@ def select_precision(
     inputs: NDArray[Any],
     workload: Workload = SELECTION_WORKLOAD,
 ) -> SelectedPrecision:
-    """Measure the precisions of a tower in turns, and take the one that is surely fastest.
+    """Benchmark the precisions of a tower, interleaved, and select the fastest.
 
-    Another precision than fp32 is taken only if the whole interval of its time divided by
-    that of fp32, round by round, is below 1.
+    Another precision than fp32 is selected only if the whole interval of its time divided by that
+    of fp32, round by round, is below 1.
 
     Args:
-        tower: which one.
-        embedders: one for each precision inside its gates; fp32 is among them.
-        inputs: a few of the tower's inputs [N, ...]; the first one is what is timed.
+        tower: the tower.
+        embedders: one for each precision inside its gates, including fp32.
+        inputs: some of the tower's inputs [N, ...]; the first one is timed.
         workload: how much to measure.
 
     Raises:
         EngineError: an engine fails.
     """
-    candidates = [_candidate(name, embed, inputs) for name, embed in embedders.items()]
-    measured = measure_interleaved(candidates, workload, part=tower, reference=REFERENCE)
-    precision, why = fastest(tuple(embedders), measured)
-    return SelectedPrecision(tower=tower, precision=precision, why=why, measurements=measured)
-
-
-def fastest(
-    precisions: Sequence[Precision], measured: Sequence[Measurement]
-) -> tuple[Precision, str]:
-    """Return the precision to ship and the reason, from measurements in the same order."""
+    targets = [
+        BenchmarkTarget(name=name, run=embed, make_batch=repeat_rows(inputs))
+        for name, embed in embedders.items()
+    ]
+    measured = measure_interleaved(targets, workload, part=tower, reference=REFERENCE)
     best, best_ratio = REFERENCE, 1.0
     notes = []
-    for precision, item in zip(precisions, measured, strict=True):
+    for precision, item in zip(embedders, measured, strict=True):
         if item.ratio is None:
             continue
         ratio = item.ratio.ratio
         notes.append(f"{precision} takes {ratio.value:.2f} of the time of fp32")
         if ratio.high < 1 and ratio.value < best_ratio:
             best, best_ratio = precision, ratio.value
-    if not notes:
-        return best, "the only precision in the bundle"
-    return best, f"fastest inside its gates: {', '.join(notes)}"
-
-
-def _candidate(name: str, embed: Embedder, inputs: NDArray[Any]) -> BenchmarkTarget:
-    return BenchmarkTarget(name=name, run=embed, make_batch=repeat_rows(inputs))
+    why = f"fastest inside its gates: {', '.join(notes)}"
+    return SelectedPrecision(
+        tower=tower,
+        precision=best,
+        why=why if notes else "the only precision in the bundle",
+        measurements=measured,
+    )

@@ -1,4 +1,4 @@
-"""Zero-shot gate: label sets embedded by the teacher, and accuracy on them."""
+"""Make label sets with the teacher, and find labelled pictures to judge zero-shot accuracy on."""
 
 import hashlib
 import re
@@ -29,7 +29,7 @@ def bake_labels_with_teacher(
     *,
     truncate: bool = False,
 ) -> LabelSet:
-    """Embed labels in all templates with the teacher's text tower; see `labels.bake_labels`.
+    """Embed labels in all templates with the teacher's text tower.
 
     Raises:
         InputError: no names, a name twice, a template without its one `{}`, or a text that is
@@ -49,7 +49,7 @@ def bake_labels_with_teacher(
 
 
 def read_label_names(given: str) -> tuple[str, tuple[str, ...]]:
-    """Read what `--labels` names: a label set's name, and its labels.
+    """Parse a value of `--labels` into a label set's name and its labels.
 
     Args:
         given: labels with commas between them, or a text file with a label on each line;
@@ -78,7 +78,7 @@ def _plain(name: str) -> str:
     return name
 
 
-# What the captions of scenes say of an emoji alone.
+# The captions of scenes that show one emoji.
 EMOJI_TEMPLATES = tuple(
     f"{{}} on {'an' if name[0] in 'aeiou' else 'a'} {name} background" for name in BACKGROUNDS
 )
@@ -87,12 +87,12 @@ _SEARCHED = 64  # scenes for each picture that is wanted, at most: one in four s
 
 
 class SubsetSource:
-    """Some pairs of another source.
+    """A subset of the pairs of another source.
 
     Args:
-        base: where they come from.
-        numbers: of the pairs there.
-        name: what a person calls them.
+        base: the source.
+        numbers: the indices of the pairs in `base`.
+        name: the name for messages and records.
     """
 
     def __init__(self, base: Source, numbers: Sequence[int], name: str) -> None:
@@ -116,40 +116,39 @@ class SubsetSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ZeroShotSet:
-    """Pictures whose label is known, and the label set that they are told apart by.
+    """Labelled pictures, and the label set to classify them with.
 
     Attributes:
         source: the pictures.
-        labels: made by the teacher.
-        right: int64 [N], the place of each picture's label in `labels`.
+        labels: the label set, embedded by the teacher.
+        targets: int64 [N], the index of each picture's label in `labels`.
 
     Raises:
-        ValueError: no pictures, not one label for each, or a label that there is not.
+        ValueError: no pictures, not one label for each, or an index outside the label set.
     """
 
     source: Source
     labels: LabelSet
-    right: NDArray[np.int64]
+    targets: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        if not len(self.source) or self.right.shape != (len(self.source),):
+        if not len(self.source) or self.targets.shape != (len(self.source),):
             raise ValueError(f"{self.source.name}: give each picture one label")
-        if self.right.min() < 0 or self.right.max() >= len(self.labels.names):
+        if self.targets.min() < 0 or self.targets.max() >= len(self.labels.names):
             raise ValueError(f"{self.source.name}: a picture has a label that is not in the set")
 
     def rows_of(self, test: Source) -> tuple[int, ...] | None:
-        """The numbers of the pictures in `test`, if they were taken from it."""
+        """Return the indices of the pictures in `test`, if they were taken from it."""
         if isinstance(self.source, SubsetSource) and self.source.base is test:
             return self.source.numbers
         return None
 
 
 def find_zero_shot(test: Source, label_sets: Iterable[LabelSet]) -> ZeroShotSet | None:
-    """The pictures of `test` that a label set names; of several sets, that which names most.
+    """Find the pictures of `test` that a label set names; use the label set that names most.
 
-    A picture's label is the name of its folder; else the only label that its caption names.
-    A wrong one, such as of "a cat on a rug" where "cat" is no label and "rug" is, is wrong for
-    every precision alike.
+    A picture's label is the name of its folder, or else the only label in its caption. A wrong label
+    ("rug" for "a cat on a rug" where "cat" is not a label) is wrong for every precision alike.
 
     Returns:
         None if no picture has a label.
@@ -157,23 +156,23 @@ def find_zero_shot(test: Source, label_sets: Iterable[LabelSet]) -> ZeroShotSet 
     best: ZeroShotSet | None = None
     for labels in label_sets:
         found = list(_labelled(test, labels.names))
-        if found and (best is None or len(found) > len(best.right)):
-            numbers, right = zip(*found, strict=True)
+        if found and (best is None or len(found) > len(best.targets)):
+            numbers, targets = zip(*found, strict=True)
             best = ZeroShotSet(
                 source=SubsetSource(test, numbers, f"{len(numbers)} labelled of {test.name}"),
                 labels=labels,
-                right=np.array(right, dtype=np.int64),
+                targets=np.array(targets, dtype=np.int64),
             )
     return best
 
 
 def emoji_zero_shot(teacher: DualEncoder, *, count: int, size: int) -> ZeroShotSet:
-    """Test scenes of one emoji alone, which is to be told from all others that are shown.
+    """Make a zero-shot set of test scenes with a single emoji, labelled with its name.
 
     Args:
         teacher: embeds the names in sentences; those too long for it are cut.
-        count: how many pictures, but no more than are enough; no two have the same caption.
-        size: of a picture, in pixels.
+        count: number of pictures, at most 500; no two have the same caption.
+        size: side of a picture, in pixels.
     """
     count = min(count, _EMOJI_COUNT)
     scenes = EmojiSource("test", _SEARCHED * count, size=size)
@@ -194,12 +193,12 @@ def emoji_zero_shot(teacher: DualEncoder, *, count: int, size: int) -> ZeroShotS
             scenes, numbers, f"EmojiScenes test, {len(numbers)} scenes of one emoji"
         ),
         labels=bake_labels_with_teacher(teacher, names, EMOJI_TEMPLATES, truncate=True),
-        right=np.array([places[name] for name in shown], dtype=np.int64),
+        targets=np.array([places[name] for name in shown], dtype=np.int64),
     )
 
 
 def _labelled(test: Source, names: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield the number and the label of each picture that has one."""
+    """Yield the index and the label index of each picture that has a label."""
     places = {name.casefold(): place for place, name in enumerate(names)}
     # The longest first, so that "red apple" is not taken for "apple".
     ordered = sorted(places, key=len, reverse=True)

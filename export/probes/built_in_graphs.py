@@ -28,7 +28,7 @@ from edgeclip.profiles.layers.roofline import (
     product_path,
     reading_path,
 )
-from edgeclip.profiles.measure.benchmark_worker import TOKENS, WIDTH, YARDSTICK
+from edgeclip.profiles.measure.benchmark_worker import TOKENS, WIDTH, YARDSTICK_GRAPH
 
 _HEADS = 4
 _HIDDEN = 4 * WIDTH
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder (default: where the package keeps them)")
     folder = parser.parse_args(arguments).out
-    yardstick = YARDSTICK if folder is None else folder / YARDSTICK.name
+    yardstick = YARDSTICK_GRAPH if folder is None else folder / YARDSTICK_GRAPH.name
     written = (*write_probe_graphs(folder or GRAPHS), yardstick)
     yardstick.write_bytes(yardstick_model().SerializeToString(deterministic=True))
     print(

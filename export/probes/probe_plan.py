@@ -8,7 +8,7 @@ from edgeclip.profiles.predict.tower_shapes import (
     CONV_PATCH,
     AnyTower,
     ConvTower,
-    Piece,
+    TowerBlock,
     TransformerTower,
     image_tokens,
 )
@@ -41,7 +41,7 @@ class PlannedProbe:
 
     name: str
     graph: PlannedGraph
-    piece: Piece
+    piece: TowerBlock
     count: int = 1
     beyond: str | None = None
     few: bool = False

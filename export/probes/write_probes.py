@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, external_data_helper, numpy_helper
 from tqdm import tqdm
 
-from edgeclip.export.bundle.write_bundle import file_records
+from edgeclip.export.bundle.add_to_bundle import file_records
 from edgeclip.export.graph.graph_io import load_graph
 from edgeclip.export.graph.to_onnx import GraphForm, export_tower
 from edgeclip.export.probes.probe_plan import (

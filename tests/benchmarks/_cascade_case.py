@@ -9,8 +9,7 @@ from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle.build_bundle import build_bundle
-from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.bundle.write_bundle import Origin
+from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.cascade.cascade_eval_set import CascadeEvalSet
 from edgeclip.export.demo.demo import KEPT_BUNDLE
 from edgeclip.runtime.device.device_profile import load_device
@@ -40,7 +39,7 @@ class Case:
 
     student: Encoder
     teacher: Encoder
-    questions: CascadeEvalSet
+    eval_set: CascadeEvalSet
     fresh: EmojiSource
 
 
@@ -71,7 +70,7 @@ def open_case(folder: Path, sizes: Sizes) -> Case:
     teacher = build_bundle(plan, folder / "teacher").bundle
     shutil.copytree(KEPT_BUNDLE, folder / "student")
     gallery = EmojiSource("calibration", sizes.gallery, size=size, distinct=True)
-    questions = CascadeEvalSet(
+    eval_set = CascadeEvalSet(
         query="image",
         calibration=EmojiSource("calibration", sizes.calibration, size=size, distinct=True),
         test=EmojiSource("test", sizes.test, size=size, distinct=True),
@@ -80,7 +79,7 @@ def open_case(folder: Path, sizes: Sizes) -> Case:
     return Case(
         student=Encoder.open(folder / "student", device=device),
         teacher=Encoder(teacher, device),
-        questions=questions,
+        eval_set=eval_set,
         fresh=EmojiSource("test", sizes.fresh, size=size, seed=_FRESH_SEED, distinct=True),
     )
 

@@ -18,8 +18,8 @@ from edgeclip.export.graph.to_onnx import export_tower
 from edgeclip.export.quantizing.fp16 import write_fp16
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import tower_path
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import OUTPUT_NAMES, PIXEL_INPUTS, TEXT_INPUT, PixelForm, Tower
 from edgeclip.runtime.towers.tower_runner import tower_feed
 

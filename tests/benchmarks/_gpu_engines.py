@@ -18,8 +18,7 @@ from edgeclip.runtime.bundle.engine_records import GraphSource
 from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.device.device_profile import DeviceProfile, EngineName
 from edgeclip.runtime.engines.engine_cache import find_or_build
-from edgeclip.runtime.engines.onnxruntime_engine import open_ort_engine
-from edgeclip.runtime.engines.ort_session import import_onnxruntime
+from edgeclip.runtime.engines.onnxruntime_engine import import_onnxruntime, open_ort_engine
 from edgeclip.runtime.engines.tensorrt_engine import TensorRtEngine
 from edgeclip.runtime.engines.tensorrt_library import open_library
 from edgeclip.runtime.errors import EngineError

@@ -26,17 +26,17 @@ from edgeclip.export.graph.calibration import (
 )
 from edgeclip.export.graph.embedders import TOWERS, embed_all, torch_embedder, tower_inputs
 from edgeclip.export.graph.graph_io import data_path
-from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, open_trial
+from edgeclip.export.quantizing.candidate_evaluator import SEARCH_WORKLOAD, open_evaluator
 from edgeclip.export.quantizing.config import Config, default_config, describe
 from edgeclip.export.quantizing.quantization_file import export_searched
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.export.quantizing.search import search
 from edgeclip.export.quantizing.search_task import (
     JudgedPairs,
     SearchTask,
-    space_for,
+    search_space,
     split_calibration,
 )
-from edgeclip.export.quantizing.write_config import write_config
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -149,7 +149,7 @@ class Case:
             data = calibration_images(task.ranges, spec.image, task.graph.pixels)
         else:
             data = calibration_texts(task.ranges, task.student.text_tokenizer)
-        write_config(task.graph.path, path, config, data)
+        quantize_graph(task.graph.path, path, config, data)
         return path
 
 
@@ -195,7 +195,7 @@ def open_case(
         ranges=CalibrationSource(ranges),
         steering=JudgedPairs(pairs=steering),
         test=JudgedPairs(pairs=test, zero_shot=labelled),
-        workload=SEARCHING,
+        workload=SEARCH_WORKLOAD,
     )
     plain = folder / "plain.onnx"
     plain_graph(dual, tower, plain, one_token=False)
@@ -214,8 +214,8 @@ def chosen_config(case: Case, sizes: Sizes) -> tuple[Config, str]:
     task = case.task
     if sizes.minutes is None:
         return default_config("int8", task.device), "the default, not searched"
-    space = space_for(task.device, task.tower, here=True)
-    with open_trial(task, case.folder / "search") as trial:
+    space = search_space(task.device, task.tower, here=True)
+    with open_evaluator(task, case.folder / "search") as trial:
         result = search(trial, space, minutes=sizes.minutes, progress=partial(_say, case.name))
     return result.chosen.config, f"{describe(result.chosen.config)}: {result.why}"
 

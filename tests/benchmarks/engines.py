@@ -58,10 +58,9 @@ def child(folder: Path, device_name: str, quick: bool) -> None:
     from edgeclip.compress.data.sources import open_source
     from edgeclip.compress.teachers.dual_encoder import DualEncoder
     from edgeclip.export.bundle.build_bundle import build_bundle
-    from edgeclip.export.bundle.bundle_plan import BundlePlan
-    from edgeclip.export.bundle.write_bundle import Origin
+    from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
     from edgeclip.export.gates.gates import DEFAULT_BOUNDS
-    from edgeclip.profiles.sensors.clocks import peak_memory_mb
+    from edgeclip.profiles.sensors.machine_state import peak_memory_mb
     from edgeclip.runtime.device.device_profile import load_device
     from edgeclip.runtime.spec import ImageSpec
 

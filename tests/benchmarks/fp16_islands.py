@@ -7,7 +7,7 @@ are those of the built-in student, and its text tower brought to the collapses t
 for. "all in fp16" is what a converter does that looks at nothing.
 
 No GPU is needed, and no time is measured: cosines to fp32 are those of unseen inputs with every
-fp16 value rounded as a GPU stores it (`emulate_half`). A file that keeps everything in fp32 would
+fp16 value rounded as a GPU stores it (`emulate_fp16`). A file that keeps everything in fp32 would
 be exact, so the table also counts products in fp16, casts and bytes. EdgeCLIP must be inside the
 gates of fp16 on all towers.
 
@@ -34,12 +34,12 @@ from _quantizer_rows import gate_bars
 from edgeclip.export.errors import ExportError
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, judge_tower
 from edgeclip.export.graph.graph_io import PRODUCTS, load_graph
-from edgeclip.export.quantizing.fp16 import emulate_half, half_values, write_fp16
-from edgeclip.export.quantizing.mixed_fp16 import embed, find_islands
+from edgeclip.export.quantizing.fp16 import emulate_fp16, fp16_values, write_fp16
+from edgeclip.export.quantizing.mixed_fp16 import embed_graph, find_islands
 from edgeclip.runtime.arrays import FloatArray
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.errors import EngineError, first_line
-from edgeclip.runtime.quality.retrieval import cosines
 
 REQUIREMENTS = (
     "nvidia-modelopt[onnx]==0.47.0",
@@ -97,16 +97,16 @@ def autocast_of(python: Path) -> Write:
 
 def rows_of(case: Case, ways: dict[str, Write | str], folder: Path) -> Iterator[Row]:
     """Write and judge a tower in all ways; a way that is a text says why it is not there."""
-    right = embed(load_graph(case.source), case.unseen)
+    right = embed_graph(load_graph(case.source), case.unseen)
     for form, write in ways.items():
         target = folder / f"{form.replace(' ', '_')}.onnx"
         try:
             if isinstance(write, str):
                 raise EngineError(write)
             write(case, target)
-            embed(load_graph(target), case.unseen)  # what runs nowhere is not there
+            embed_graph(load_graph(target), case.unseen)  # what runs nowhere is not there
             model = load_graph(target)
-            found = embed(emulate_half(model), case.unseen)
+            found = embed_graph(emulate_fp16(model), case.unseen)
         except (EngineError, ExportError) as error:
             yield Row(model=case.name, form=form, why=first_line(error))
         else:
@@ -116,7 +116,7 @@ def rows_of(case: Case, ways: dict[str, Write | str], folder: Path) -> Iterator[
 def _judged(
     row: Row, target: Path, model: onnx.ModelProto, found: FloatArray, right: FloatArray
 ) -> Row:
-    halves = half_values(model)
+    halves = fp16_values(model)
     products = [node for node in model.graph.node if node.op_type in PRODUCTS]
     alike = cosines(found, right) if np.isfinite(found).all() else None
     return Row(

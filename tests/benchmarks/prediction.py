@@ -1,8 +1,8 @@
 """Does the predicted latency of students that were never measured hold on this machine?
 
 Students of random sizes are exported with random weights and measured in turns with the probes;
-their times are then predicted from the probes alone. The same is done with the times of all but
-a few probes carried over: from one thread to two and back, and from fp32 to int8.
+their times are then predicted from the probes alone. The same is done with the costs of all but
+a few probes transferred: from one thread to two and back, and from fp32 to int8.
 """
 
 import sys
@@ -16,7 +16,7 @@ from _bars import Bar, command, finish, options
 
 from edgeclip.export.probes.probe_plan import STANDARD, ProbePlan
 from edgeclip.export.probes.write_probes import write_probes
-from edgeclip.profiles.predict.measure_probes import carry_over, measure_probes
+from edgeclip.profiles.predict.measure_probes import measure_probes
 from edgeclip.profiles.predict.measured_device import CheckTime, MeasuredDevice
 from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.probe_set import ProbeSet
@@ -26,6 +26,7 @@ from edgeclip.profiles.predict.tower_shapes import (
     TransformerTower,
     image_tokens,
 )
+from edgeclip.profiles.predict.transfer_costs import transfer_costs
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 
@@ -118,7 +119,7 @@ def predict(how: str, device: MeasuredDevice, students: Sequence[CheckTime]) -> 
     for item in students:
         if item.precision not in device.precisions:
             continue
-        found = predictor.predict_parts(item.parts, item.precision)
+        found = predictor.predict_blocks(item.parts, item.precision)
         rows.append(
             Row(
                 how=how,
@@ -197,14 +198,14 @@ def evaluate(probes: ProbeSet, plan: ProbePlan, rounds: int) -> tuple[list[Row],
     two, students = measure(probes, 2, rounds, known)
     one, alone = measure(probes, 1, rounds, known)
     few_two, few_one = only_few(two, few), only_few(one, few)
-    int8 = carry_over(as_int8(two), with_floats_as_int8(few_two))
+    int8 = transfer_costs(as_int8(two), with_floats_as_int8(few_two))
     ways = (
         ("two threads, all probes", two, students),
         ("one thread, all probes", one, alone),
-        ("two threads, carried over from one", carry_over(one, few_two), students),
-        ("one thread, carried over from two", carry_over(two, few_one), alone),
+        ("two threads, transferred from one", transfer_costs(one, few_two), students),
+        ("one thread, transferred from two", transfer_costs(two, few_one), alone),
         (
-            "int8, carried over from fp32",
+            "int8, transferred from fp32",
             int8,
             tuple(item for item in students if item.precision == "int8"),
         ),
@@ -214,8 +215,8 @@ def evaluate(probes: ProbeSet, plan: ProbePlan, rounds: int) -> tuple[list[Row],
         found = predict(how, device, asked)
         show(found)
         if device.carried is not None:
-            carried = device.carried
-            print(f"stated: {carried.error:.1%} (median), {carried.worst:.1%} (worst)")
+            transfer = device.carried
+            print(f"stated: {transfer.error:.1%} (median), {transfer.worst:.1%} (worst)")
         rows += found
     watched = [item.interference for item in (one, two) if item.interference is not None]
     told = [item.disturbed for item in watched if item.disturbed is not None]

@@ -27,15 +27,15 @@ from edgeclip.compress.cli.options import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds
-from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, open_trial
+from edgeclip.export.quantizing.candidate_evaluator import SEARCH_WORKLOAD, open_evaluator
 from edgeclip.export.quantizing.config import StaticInt8, describe
 from edgeclip.export.quantizing.quantization_file import export_searched
-from edgeclip.export.quantizing.search import Attempts, search
+from edgeclip.export.quantizing.search import TrialLog, search
 from edgeclip.export.quantizing.search_table import search_table
 from edgeclip.export.quantizing.search_task import (
     JudgedPairs,
     SearchTask,
-    space_for,
+    search_space,
     split_calibration,
 )
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
@@ -108,13 +108,13 @@ def searched(
             steering=JudgedPairs(pairs=steering),
             test=JudgedPairs(pairs=EmojiSource("test", pairs, size=size, distinct=True)),
             bounds=bounds,
-            workload=SEARCHING,
+            workload=SEARCH_WORKLOAD,
         )
-        space = space_for(device, "image", here=True)
+        space = search_space(device, "image", here=True)
         assert space.recipe is not None
-        with open_trial(task, Path(folder) / "search") as trial:
-            log = Attempts(trial, progress=_say)
-            for change in (trial.smoothed, *space.remedies, *space.cheaper):
+        with open_evaluator(task, Path(folder) / "search") as trial:
+            log = TrialLog(trial, progress=_say)
+            for change in (trial.with_smoothing, *space.remedies, *space.cheaper):
                 log.point(change(space.recipe))
             result = search(trial, space, minutes=minutes, progress=_say)
     print(f"\n{name}\n{search_table(result)}", flush=True)
@@ -123,7 +123,7 @@ def searched(
     return Searched(
         model=name,
         alone=tuple(map(_candidate, log.points.values())),
-        tried=tuple(map(_candidate, result.points)),
+        tried=tuple(map(_candidate, result.candidates)),
         chosen=result.chosen.name,
         why=result.why,
         remedies=found,

@@ -16,7 +16,7 @@ from _bars import Bar, finish, options
 from _repeatability_case import Pair, Profile, joined, paired, profile, workload
 from _slowed_process import slow_down
 
-from edgeclip.profiles.compare.compare_runs import Comparison, RatioOfRuns
+from edgeclip.profiles.compare.compare_runs import Comparison, RatioEstimate
 from edgeclip.profiles.compare.regression_gate import GateOutcome, regression_gate
 from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.quality.intervals import Interval
@@ -67,14 +67,14 @@ def _print_pairs(pairs: Sequence[Pair]) -> None:
         )
 
 
-def _fastest(item: Comparison) -> RatioOfRuns:
+def _fastest(item: Comparison) -> RatioEstimate:
     assert item.fastest is not None
     return item.fastest
 
 
 def _print_errors(pairs: Sequence[Pair]) -> None:
     """What limits the gate: how far apart processes lie, with and without the yardstick."""
-    views: dict[str, Callable[[Comparison], RatioOfRuns]] = {
+    views: dict[str, Callable[[Comparison], RatioEstimate]] = {
         "times": lambda item: item.times,
         "to the yardstick": lambda item: item.ratio,
         "fastest runs": _fastest,

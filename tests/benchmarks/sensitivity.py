@@ -25,17 +25,17 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.embedders import TowerGraph
 from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import GraphForm, export_tower
-from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, open_trial
+from edgeclip.export.quantizing.candidate_evaluator import SEARCH_WORKLOAD, open_evaluator
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.search import SearchResult, search
 from edgeclip.export.quantizing.search_table import search_table
 from edgeclip.export.quantizing.search_task import (
     JudgedPairs,
     SearchTask,
-    space_for,
+    search_space,
     split_calibration,
 )
-from edgeclip.export.quantizing.smooth import rescale, smoothable
+from edgeclip.export.quantizing.smoothquant import rescale, smoothable
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 
 _FACTOR = 300.0
@@ -61,10 +61,10 @@ def main() -> int:
             ranges=ranges,
             steering=JudgedPairs(pairs=steering),
             test=JudgedPairs(pairs=open_source("emoji", split="test", count=count, size=size)),
-            workload=SEARCHING,
+            workload=SEARCH_WORKLOAD,
         )
-        space = replace(space_for(device, "image", here=True), smoothing=False)
-        with open_trial(task, folder / "points") as trial:
+        space = replace(search_space(device, "image", here=True), smoothing=False)
+        with open_evaluator(task, folder / "points") as trial:
             say = partial(print, flush=True)
             result = search(trial, space, rank=True, progress=say)
     print(search_table(result))
@@ -85,7 +85,7 @@ def _plant(path: Path) -> set[str]:
 
 
 def _bars(result: SearchResult, behind: set[str]) -> list[Bar]:
-    naive, chosen = result.points[1], result.chosen
+    naive, chosen = result.candidates[1], result.chosen
     assert result.damage is not None
     assert naive.cosine is not None
     assert chosen.cosine is not None

@@ -28,7 +28,7 @@ from _service_watch import Watch
 from PIL import Image
 
 from edgeclip.compress.data.sources import EmojiSource
-from edgeclip.export.bundle.write_bundle import add_to_bundle
+from edgeclip.export.bundle.add_to_bundle import add_to_bundle
 from edgeclip.export.cascade.cascade_eval_set import embed_captions
 from edgeclip.export.cascade.certify import CascadePlan, certify
 from edgeclip.runtime.bundle.index import Index
@@ -58,15 +58,15 @@ def prepare(folder: Path, traffic: Traffic, seconds: float) -> tuple[Case, Setti
     plan = CascadePlan(
         student=case.student,
         teacher=case.teacher,
-        questions=case.questions,
+        eval_set=case.eval_set,
         score=Margin(),
         bound=0.95,
         delta=0.05,
         index_by="teacher",
         command=command(),
     )
-    examiner = plan.examiner()
-    found = certify(plan, examiner, progress=say)
+    evaluator = plan.evaluator()
+    found = certify(plan, evaluator, progress=say)
     if found.certificate is None:
         raise RuntimeError("the cascade could not be certified")
     print(found.certificate.promise)
@@ -75,7 +75,7 @@ def prepare(folder: Path, traffic: Traffic, seconds: float) -> tuple[Case, Setti
         "test", _PICTURES, size=case.student.spec.image.size, seed=_SEED, distinct=True
     )
     # Each picture finds its own caption among those of the gallery, as when it was certified.
-    parts = [embed_captions(case.teacher, asked), examiner.entries.embeddings]
+    parts = [embed_captions(case.teacher, asked), evaluator.entries.embeddings]
     embeddings = np.concatenate(parts)
     keys = tuple(map(str, range(len(embeddings))))
     Index(keys=keys, embeddings=embeddings, space=case.student.space).save(folder / "captions.npz")

@@ -32,8 +32,7 @@ from edgeclip.compress.data.sources import Pair
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.train.pretrain import train_tokenizer
 from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
-from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.bundle.write_bundle import Origin
+from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS
 from edgeclip.export.graph import to_onnx
 from edgeclip.export.graph.to_onnx import STANDARD, GraphForm, TowerPaths, capture, export_towers

@@ -19,7 +19,7 @@ from edgeclip.compress.train.quantization_aware import (
     WeightGrid,
     fake_quantized,
     fine_tune,
-    gentle_settings,
+    finetune_settings,
     quantized_towers,
 )
 from edgeclip.compress.train.train_loop import read_log
@@ -27,7 +27,7 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Tower
 
 SMALL = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)
-SETTINGS = replace(gentle_settings(10, batch_size=8), checkpoint_seconds=1e-6)
+SETTINGS = replace(finetune_settings(10, batch_size=8), checkpoint_seconds=1e-6)
 
 
 def new(teacher: DualEncoder) -> DualEncoder:
@@ -72,7 +72,7 @@ def test_few_levels_lose_less_after_a_few_steps(
     student = new(teacher)
     grids = rounding(student, largest=3)
     damage = loss_in_int8(student, new(teacher), source, grids)
-    settings = replace(gentle_settings(60, batch_size=20), learning_rate=1e-3)
+    settings = replace(finetune_settings(60, batch_size=20), learning_rate=1e-3)
     fine_tune(student, cache, source, grids=grids, settings=settings, out=tmp_path / "run")
     assert damage > 0.002
     assert loss_in_int8(student, new(teacher), source, grids) < 0.5 * damage

@@ -123,7 +123,7 @@ def test_a_bundle_without_the_text_tower_classifies(
         *("labels/letters.npz", "onnx/vision_device.onnx", "onnx/vision_device_int8.onnx"),
         "onnx/vision_model.onnx",
     }
-    assert [choice.tower for choice in built.choices] == ["image"]
+    assert [choice.tower for choice in built.selected] == ["image"]
     assert bundle.manifest.gates == ()  # there are no two towers to be judged together
     names = [gate.name for gate in bundle.manifest.tower("image").file("int8").gates]
     assert "R@1 loss int8 images, fp32 texts" in names
@@ -181,7 +181,7 @@ def test_a_precision_that_nobody_asked_for_is_left_out(plan: BundlePlan, tmp_pat
     assert not (tmp_path / "bundle" / "onnx" / "vision_model_int8.onnx").exists()
     assert len(built.left_out) == 2
     # Nothing was measured, so nothing but the reference is chosen.
-    assert [choice.precision for choice in built.choices] == ["fp32", "fp32"]
+    assert [choice.precision for choice in built.selected] == ["fp32", "fp32"]
     assert built.bundle.manifest.measured_on == ""
 
 
@@ -286,14 +286,14 @@ from pathlib import Path
 import edgeclip.export.bundle.build_bundle as module
 from edgeclip.runtime.bundle.files import atomic_directory
 
-original = module.write_manifest
+original = module.write_bundle
 
 def slow(*args, **settings):
     original(*args, **settings)
     print("almost", flush=True)
     time.sleep(60)
 
-module.write_manifest = slow
+module.write_bundle = slow
 from edgeclip.runtime.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -362,7 +362,7 @@ def test_what_was_not_exported_cannot_be_had(
 
 
 def test_rewrites_are_tried_where_this_machine_is_the_device(built: BuiltBundle) -> None:
-    tried = {(tower, outcome.name) for tower, outcome in built.tuned}
+    tried = {(tower, outcome.name) for tower, outcome in built.tried_passes}
     assert ("image", "fuse attention") in tried
     assert ("text", "merge projections") in tried
     assert ("text", "fuse attention") not in tried  # other runtimes read that file too

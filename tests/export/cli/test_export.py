@@ -132,7 +132,7 @@ def test_few_pictures_are_warned_of(
 
 def test_the_verdict_says_what_each_tower_ships_in(built: BuiltBundle) -> None:
     text = verdict(built)
-    for choice in built.choices:
+    for choice in built.selected:
         assert f"{choice.tower} tower: {choice.precision} (" in text
 
 

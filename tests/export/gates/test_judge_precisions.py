@@ -55,7 +55,7 @@ def labelled(
     labels = LabelSet(names=tuple("abcd"), embeddings=np.eye(4, 16, dtype=np.float32), space=SPACE)
     found = (embeddings @ labels.embeddings.T).argmax(axis=1) if right is None else right
     return ZeroShotSet(
-        source=SubsetSource(source, range(len(found)), "some"), labels=labels, right=found
+        source=SubsetSource(source, range(len(found)), "some"), labels=labels, targets=found
     )
 
 

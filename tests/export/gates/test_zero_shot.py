@@ -1,3 +1,5 @@
+"""Label sets embedded by the teacher, and zero-shot accuracy on them."""
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +14,14 @@ from edgeclip.export.gates.zero_shot import (
     EMOJI_TEMPLATES,
     SubsetSource,
     ZeroShotSet,
+    bake_labels_with_teacher,
     emoji_zero_shot,
     find_zero_shot,
+    read_label_names,
 )
+from edgeclip.export.graph.embedders import torch_embedder
 from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.errors import InputError
 
 Make = Callable[..., Source]
 
@@ -44,7 +50,7 @@ def found_in(source: FolderSource, labels: LabelSet) -> dict[str, str]:
     assert isinstance(found.source, SubsetSource)
     assert found.rows_of(source) == found.source.numbers
     paths = [source.paths[number].stem for number in found.source.numbers]
-    return dict(zip(paths, [labels.names[place] for place in found.right], strict=True))
+    return dict(zip(paths, [labels.names[place] for place in found.targets], strict=True))
 
 
 def test_a_caption_that_names_one_label_is_an_answer(tmp_path: Path) -> None:
@@ -76,7 +82,7 @@ def test_the_label_set_that_names_most_is_taken(blobs: Make) -> None:
     found = find_zero_shot(test, [few, many, label_set("none at all")])
     assert found is not None
     assert found.labels is many
-    for place, number in zip(found.right, found.rows_of(test) or (), strict=True):
+    for place, number in zip(found.targets, found.rows_of(test) or (), strict=True):
         assert many.names[place] in str(test.caption(number))
     assert find_zero_shot(test, [label_set("none at all")]) is None
     assert find_zero_shot(test, []) is None
@@ -101,7 +107,7 @@ def test_the_built_in_scenes_are_named_by_the_teacher(clip: DualEncoder) -> None
     assert isinstance(base, EmojiSource)
     for place, number in enumerate(found.source.numbers):  # type: ignore[attr-defined]
         (placed,) = base.scene(number).objects
-        name = found.labels.names[found.right[place]]
+        name = found.labels.names[found.targets[place]]
         assert vocabulary()[placed.emoji].name == name
         caption = str(found.source.caption(place))
         templates = [item.replace("{}", name) for item in EMOJI_TEMPLATES]
@@ -112,6 +118,44 @@ def test_the_built_in_scenes_are_named_by_the_teacher(clip: DualEncoder) -> None
 
 def test_labels_must_fit_the_pictures(blobs: Make) -> None:
     labels = label_set("a", "b")
-    for right in ([0], [0, 1, 2], [0, -1]):
+    for targets in ([0], [0, 1, 2], [0, -1]):
         with pytest.raises(ValueError, match="2 blobs"):
-            ZeroShotSet(source=blobs(2), labels=labels, right=np.array(right))
+            ZeroShotSet(source=blobs(2), labels=labels, targets=np.array(targets))
+
+
+def test_a_label_is_the_mean_of_the_teachers_texts(clip: DualEncoder) -> None:
+    templates = ("a {}", "{} picture")
+    names = tuple(f"label {number}" for number in range(40))  # more texts than go in one batch
+    labels = bake_labels_with_teacher(clip, names, templates)
+    assert (labels.names, labels.templates, labels.space) == (names, templates, clip.space)
+    texts = ["a label 39", "label 39 picture"]
+    mean = torch_embedder(clip, "text")(clip.text_tokenizer.encode(texts)).mean(axis=0)
+    np.testing.assert_allclose(labels.embeddings[39], mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_a_label_that_is_too_long_is_refused(clip: DualEncoder) -> None:
+    with pytest.raises(InputError, match=r"too long|tokens"):
+        bake_labels_with_teacher(clip, ["red " * 100])
+
+
+def test_labels_come_from_a_line_or_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "animals.txt"
+    path.write_text("cat\n\n red panda \n")
+    assert read_label_names("cat, dog") == ("labels", ("cat", "dog"))
+    assert read_label_names("pets=cat") == ("pets", ("cat",))
+    assert read_label_names(str(path)) == ("animals", ("cat", "red panda"))
+    assert read_label_names(f"mine={path}") == ("mine", ("cat", "red panda"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a/b=cat", "cannot name a label set"),
+        (".hidden=cat", "cannot name a label set"),
+        ("pets=cat,,dog", "empty name"),
+        ("missing.txt", "cannot read the labels in missing.txt"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(given: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_label_names(given)

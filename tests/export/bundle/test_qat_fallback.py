@@ -8,7 +8,7 @@ import pytest
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import space_fingerprint
-from edgeclip.compress.train.quantization_aware import gentle_settings
+from edgeclip.compress.train.quantization_aware import finetune_settings
 from edgeclip.export.bundle.build_bundle import build_bundle, require_asked_precisions
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.bundle.precision_candidates import PrecisionCandidates, qat_fallback
@@ -22,7 +22,7 @@ from edgeclip.export.quantizing.config import (
     WeightOnly,
     config_from_data,
 )
-from edgeclip.export.quantizing.qat_finetune import HINT, Tuning
+from edgeclip.export.quantizing.qat_finetune import QAT_HINT, QatOptions
 from edgeclip.runtime.quality.intervals import Interval
 from tests.export.quantizing.test_last_resort import FACTOR, planted
 
@@ -38,43 +38,48 @@ def failing(plan: BundlePlan) -> BundlePlan:
 
 
 @pytest.fixture
-def tuning(blobs: Make, tmp_path: Path) -> Tuning:
-    settings = replace(gentle_settings(40, batch_size=16), learning_rate=1e-3)
-    return Tuning(source=blobs(64, seed=2), settings=settings, folder=tmp_path / "qat")
+def qat(blobs: Make, tmp_path: Path) -> QatOptions:
+    settings = replace(finetune_settings(40, batch_size=16), learning_rate=1e-3)
+    return QatOptions(source=blobs(64, seed=2), settings=settings, folder=tmp_path / "qat")
 
 
-def made(value: float, *, subject: str = "image int8", config: Config = CPU) -> PrecisionCandidates:
+def candidates(
+    value: float, *, subject: str = "image int8", config: Config = CPU
+) -> PrecisionCandidates:
     """What was judged, with one mean cosine."""
     record = Gate("mean cosine", ">=", 0.995, "cosine").judge(Interval(value, value, value))
     judged = PrecisionVerdict(judged=(GateOutcome(subject, record),), kept=frozenset(), left_out=())
-    configs = {("image", "int8"): config}
     return PrecisionCandidates(
-        graphs=(), configs=configs, embeddings={}, on=GateInputs(), verdict=judged
-    )  # type: ignore[arg-type]
+        graphs=(),
+        configs={("image", "int8"): config},
+        embeddings={},
+        inputs=GateInputs(),
+        verdict=judged,
+    )
 
 
 def test_the_message_of_a_missed_gate_ends_in_how_to_go_on(plan: BundlePlan) -> None:
-    mended = qat_fallback(plan, made(0.9), {})
+    mended = qat_fallback(plan, candidates(0.9), {})
     with pytest.raises(GateError, match=r"image int8: mean cosine is 0\.9") as caught:
         require_asked_precisions(mended)
-    assert str(caught.value).endswith(HINT)
+    assert str(caught.value).endswith(QAT_HINT)
 
 
 @pytest.mark.parametrize(
     "outcome",
     [
-        made(0.999),
-        made(0.9, subject="image fp16"),
-        made(0.9, config=WeightOnly(bits=4)),
+        candidates(0.999),
+        candidates(0.9, subject="image fp16"),
+        candidates(0.9, config=WeightOnly(bits=4)),
     ],
     ids=["passed", "not int8", "cannot be learnt for"],
 )
 def test_where_a_fine_tune_would_not_help_there_is_none(
-    outcome: PrecisionCandidates, plan: BundlePlan, tuning: Tuning
+    outcome: PrecisionCandidates, plan: BundlePlan, qat: QatOptions
 ) -> None:
-    assert qat_fallback(plan, outcome, {}).says == ""
-    assert qat_fallback(replace(plan, tuning=tuning), outcome, {}).says == ""
-    assert not tuning.folder.exists()
+    assert qat_fallback(plan, outcome, {}).message == ""
+    assert qat_fallback(replace(plan, qat=qat), outcome, {}).message == ""
+    assert not qat.folder.exists()
 
 
 def test_what_is_left_out_says_how_to_go_on(failing: BundlePlan, tmp_path: Path) -> None:
@@ -82,18 +87,18 @@ def test_what_is_left_out_says_how_to_go_on(failing: BundlePlan, tmp_path: Path)
     manifest = built.bundle.manifest
     assert "int8" not in manifest.tower("image").precisions
     assert "int8" in manifest.tower("text").precisions
-    assert f"int8: {HINT}" in verdict(built).splitlines()
+    assert f"int8: {QAT_HINT}" in verdict(built).splitlines()
 
 
 def test_a_fine_tune_that_is_allowed_brings_int8_inside_its_gates(
-    failing: BundlePlan, tuning: Tuning, tmp_path: Path
+    failing: BundlePlan, qat: QatOptions, tmp_path: Path
 ) -> None:
     before = space_fingerprint(failing.student)
     lines: list[str] = []
-    allowed = replace(failing, precisions=("int8",), tuning=tuning)
+    allowed = replace(failing, precisions=("int8",), qat=qat)
     built = build_bundle(allowed, tmp_path / "bundle", progress=lines.append)
-    assert any(line.startswith("fine-tuning for int8, because image int8") for line in lines)
-    assert built.says == "fine-tuned for int8"
+    assert any(line.startswith("fine-qat for int8, because image int8") for line in lines)
+    assert built.message == "fine-tuned for int8"
     manifest = built.bundle.manifest
     assert "int8 fine-tuned for 40 steps of 16 on 64 blobs" in manifest.provenance.data
     recipes = dict(manifest.recipes())

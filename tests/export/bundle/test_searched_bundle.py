@@ -26,8 +26,8 @@ from edgeclip.export.quantizing.quantization_file import (
     SearchBasis,
     TowerQuantization,
 )
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes
-from edgeclip.export.quantizing.write_config import write_config
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Tower
 
@@ -52,9 +52,9 @@ def searched(plan: BundlePlan, built: BuiltBundle) -> Searched:
     """Images in int8 but for one product, texts in fp32."""
     paths = {tower: built.bundle.tower_path(tower, "fp32") for tower in plan.towers}
     kept = tuple(quantizable_nodes(paths["image"])[:1])
-    mixed = StaticInt8(symmetric=False, reduce_range=True, kept=kept, bias_corrected=True)
+    mixed = StaticInt8(symmetric=False, reduce_range=True, kept=kept)
     configs: dict[Tower, Config] = {"image": mixed, "text": Float32()}
-    passes = [(tower, item.name) for tower, item in built.tuned if item.kept]
+    passes = [(tower, item.name) for tower, item in built.tried_passes if item.kept]
     found = Quantization(
         basis=SearchBasis.of(plan.device, plan.calibration, pairs=48, ranges=24, timed=True),
         towers={
@@ -81,7 +81,7 @@ def test_a_bundle_holds_what_was_searched_and_nothing_that_has_no_use(
     data = calibration_images(
         plan.calibration, plan.student.spec.image, form.pixels, batch=form.batch
     )
-    write_config(searched.image, tmp_path / "int8.onnx", config, data)
+    quantize_graph(searched.image, tmp_path / "int8.onnx", config, data)
     made = bundle.tower_path("image", "int8")
     assert made.read_bytes() == (tmp_path / "int8.onnx").read_bytes()
     recipe = bundle.manifest.tower("image").file("int8").recipe
@@ -125,8 +125,8 @@ def test_another_device_machine_or_other_pairs_are_refused(searched: Searched, b
 def test_a_file_needs_the_instructions_that_it_was_judged_with(
     config: Config, vnni: bool, needs: bool, plan: BundlePlan
 ) -> None:
-    making = BuildRecipe(
+    recipe = BuildRecipe(
         configs={("image", "int8"): config}, device=replace(plan.device, vnni=vnni)
     )
-    assert making.needs_vnni(TowerGraph("image", "int8", Path("x"), None)) == needs
-    assert not making.needs_vnni(TowerGraph("image", "fp32", Path("x"), None))
+    assert recipe.needs_vnni(TowerGraph("image", "int8", Path("x"), None)) == needs
+    assert not recipe.needs_vnni(TowerGraph("image", "fp32", Path("x"), None))
