@@ -11,17 +11,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgeclip.profiles.compare.compare_runs import compare_runs, hardware, subjects_only_in
+from edgeclip.profiles.compare.compare_runs import compare_runs, describe_hardware, subjects_only_in
 from edgeclip.profiles.compare.comparison_table import comparison_markdown, comparison_text
 from edgeclip.profiles.compare.regression_gate import parse_max_regression, regression_gate
 from edgeclip.profiles.measure.subject import SplitSpec, SubjectSpec, bundle_parts, bundle_subjects
 from edgeclip.profiles.profile_subjects import ProfilePlan, names_of, profile_subjects
 from edgeclip.profiles.record.measurement import MeasurementRun
-from edgeclip.profiles.report.profile_advice import advice_of
-from edgeclip.profiles.report.profile_data import AdviceNote, NamedRun
-from edgeclip.profiles.report.profile_markdown import markdown_of
+from edgeclip.profiles.report.markdown import markdown_of
+from edgeclip.profiles.report.profile_data import NamedRun
 from edgeclip.profiles.report.profile_quality import quality_of_bundle
-from edgeclip.profiles.report.profile_report import write_profile_report
+from edgeclip.profiles.report.profile_report import (
+    advice_of,
+    profile_summary_page,
+    write_profile_report,
+)
+from edgeclip.profiles.report.sections import AdviceNote
 from edgeclip.profiles.report.tables import measurement_table, write_parquet
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.bundle.bundle import Bundle
@@ -148,7 +152,7 @@ def _baseline(args: argparse.Namespace) -> MeasurementRun | None:
     if args.against is None:
         return None
     found = MeasurementRun.load(args.against)
-    there, here = hardware(found.machine), hardware(detect_machine())
+    there, here = describe_hardware(found.machine), describe_hardware(detect_machine())
     if args.max_regression is not None and not args.other_machine and there != here:
         raise InputError(
             f"{args.against} is of another machine ({there}) than this one ({here}): measure it "
@@ -264,7 +268,7 @@ def _write(
     if args.report is not None:
         write_profile_report([named], args.report, quality=quality, advice=notes)
     if args.markdown is not None:
-        content = markdown_of([named], quality=quality, advice=notes)
+        content = markdown_of(profile_summary_page([named], quality=quality, advice=notes))
         with atomic_file(args.markdown) as temporary:
             temporary.write_text(f"{content}\n{comparison}".rstrip() + "\n", encoding="utf-8")
     if args.parquet is not None:

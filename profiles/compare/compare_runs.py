@@ -1,4 +1,7 @@
-"""Compare two profiles subject by subject: the ratio of their times with its interval."""
+"""Compare two profiles subject by subject: the ratio of their times with its interval.
+
+"now" is the new profile, "baseline" the earlier one; a ratio above 1 is a slowdown.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,24 +25,33 @@ from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.quality.intervals import Interval
 
-_TAIL = 0.025  # beyond each end of a 95% interval
+_TAIL = 0.025  # probability beyond each end of a 95% interval
 _NORMAL = NormalDist()
+
+Samples = tuple[tuple[float, ...], ...]  # milliseconds, one tuple for each process
+Side = Literal["now", "baseline"]
+SetupAspect = Literal[
+    "machine", "input shape", "system", "packages", "workload", "engine", "threads", "bundle"
+]
+_Side = tuple[Measurement, MeasurementRun]
+_Yardsticks = tuple[list[Runs], list[Runs]]  # now and baseline, one array for each process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RatioOfRuns:
-    """The ratio of two typical medians, that of now to that of the baseline.
+class RatioEstimate:
+    """Ratio of the typical time now to that of the baseline, with its uncertainty.
 
-    Its logarithm has Student's distribution with Welch's degrees of freedom, for the spread
+    Its logarithm has Student's distribution with Welch's degrees of freedom, from the spread
     between the processes of either side (Welch, Biometrika 34, 1947). As in
-    `timing_statistics`, the runs within the processes set a floor to what is claimed.
+    `timing_statistics`, the noise of the runs within the processes is a lower bound of the
+    uncertainty.
 
     Attributes:
         value: the ratio; above 1 is slower.
-        error: standard error of its logarithm by the spread between processes; None where a
-            side has one process only.
-        noise: the standard error that the runs within the processes explain.
-        degrees: of freedom of `error`; None likewise.
+        error: standard error of its logarithm from the spread between processes; None if a side
+            has a single process.
+        noise: standard error that the runs within the processes explain.
+        degrees: degrees of freedom of `error`; None like `error`.
     """
 
     value: float
@@ -49,101 +61,91 @@ class RatioOfRuns:
 
     @property
     def interval(self) -> Interval:
-        """The ratio with its 95% interval; one that is too narrow where `error` is None."""
-        return Interval(self.value, self.at_least(1 - _TAIL), self.at_most(1 - _TAIL))
+        """The ratio with its 95% interval, which is too narrow if `error` is None."""
+        return Interval(self.value, self.lower_bound(1 - _TAIL), self.upper_bound(1 - _TAIL))
 
-    def at_least(self, sureness: float) -> float:
-        """The ratio that the true one exceeds, as sure as that, such as 0.95."""
-        return self.value * math.exp(-self._margin(sureness))
+    def lower_bound(self, confidence: float) -> float:
+        """One-sided lower confidence bound of the ratio; `confidence` is, say, 0.95."""
+        return self.value * math.exp(-self._margin(confidence))
 
-    def at_most(self, sureness: float) -> float:
-        """The ratio that the true one stays below, as sure as that."""
-        return self.value * math.exp(self._margin(sureness))
+    def upper_bound(self, confidence: float) -> float:
+        """One-sided upper confidence bound of the ratio."""
+        return self.value * math.exp(self._margin(confidence))
 
-    def chance(self, bound: float) -> float:
-        """The chance of a ratio as high as this where the true one is `bound`, or less."""
+    def p_value(self, bound: float) -> float:
+        """Probability of a ratio at least as high as this if the true one is `bound` or less."""
         above = math.log(self.value / bound)
-        within = 1 - _NORMAL.cdf(_over(above, self.noise))
+        within = 1 - _NORMAL.cdf(_in_errors(above, self.noise))
         if self.error is None or self.degrees is None:
             return within
-        return max(within, 1 - student_t_cdf(_over(above, self.error), self.degrees))
+        return max(within, 1 - student_t_cdf(_in_errors(above, self.error), self.degrees))
 
-    def _margin(self, sureness: float) -> float:
-        within = _NORMAL.inv_cdf(sureness) * self.noise
+    def _margin(self, confidence: float) -> float:
+        within = _NORMAL.inv_cdf(confidence) * self.noise
         if self.error is None or self.degrees is None:
             return within
-        return max(within, student_t_quantile(sureness, self.degrees) * self.error)
+        return max(within, student_t_quantile(confidence, self.degrees) * self.error)
 
 
-def ratio_of_runs(now: ProcessSummary, baseline: ProcessSummary) -> RatioOfRuns:
-    """Compare two runs, each with the spread of its own processes."""
-    error = degrees = None
-    if now.spread is not None and baseline.spread is not None:
-        error = math.hypot(*(_error(side.spread, side) for side in (now, baseline)))
-        degrees = _welch(now, baseline)
-    return RatioOfRuns(
-        value=math.exp(now.mean - baseline.mean),
-        error=error,
-        noise=math.hypot(*(_error(side.noise, side) for side in (now, baseline))),
-        degrees=degrees,
-    )
-
-
-def _error(spread: float | None, side: ProcessSummary) -> float:
-    """Standard error of the mean of a side's processes that differ so much."""
-    return (spread or 0.0) / math.sqrt(side.processes)
-
-
-def _welch(now: ProcessSummary, baseline: ProcessSummary) -> float:
-    """Degrees of freedom by the equation of Welch and Satterthwaite."""
-    parts = [(_error(side.spread, side) ** 2, side.degrees) for side in (now, baseline)]
-    below = sum(part**2 / degrees for part, degrees in parts)
-    if below == 0:  # processes that agree to the last digit
-        return float(sum(degrees for _, degrees in parts))
-    return sum(part for part, _ in parts) ** 2 / below
-
-
-def _over(above: float, error: float) -> float:
-    """In standard errors."""
+def _in_errors(above: float, error: float) -> float:
+    """Divide by the standard error, which may be 0."""
     if error == 0:
         return math.inf if above > 0 else -math.inf
     return above / error
 
 
-Samples = tuple[tuple[float, ...], ...]  # milliseconds: one tuple a process
-Side = Literal["now", "baseline"]
-_Side = tuple[Measurement, MeasurementRun]
-_Sticks = tuple[list[Runs], list[Runs]]  # of now and of the baseline, one array a process
-What = Literal[
-    "machine", "input shape", "system", "packages", "workload", "engine", "threads", "bundle"
-]
+def estimate_ratio(now: ProcessSummary, baseline: ProcessSummary) -> RatioEstimate:
+    """Estimate the ratio of two runs from the summaries of their processes."""
+    error = degrees = None
+    if now.spread is not None and baseline.spread is not None:
+        errors = [
+            (side.spread / math.sqrt(side.processes), side.degrees)
+            for side in (now, baseline)
+            if side.spread is not None
+        ]
+        error = math.hypot(*(each for each, _ in errors))
+        degrees = _welch(errors)
+    return RatioEstimate(
+        value=math.exp(now.mean - baseline.mean),
+        error=error,
+        noise=math.hypot(*(side.noise / math.sqrt(side.processes) for side in (now, baseline))),
+        degrees=degrees,
+    )
+
+
+def _welch(errors: Sequence[tuple[float, int]]) -> float:
+    """Welch-Satterthwaite degrees of freedom from (standard error, degrees) of each side."""
+    below = sum(error**4 / degrees for error, degrees in errors)
+    if below == 0:  # processes that agree to the last digit
+        return float(sum(degrees for _, degrees in errors))
+    return sum(error**2 for error, _ in errors) ** 2 / below
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetupDifference:
-    """Something besides time in which two runs differ, in words for a person."""
+    """One aspect in which the setups of two runs differ, described in words."""
 
-    what: What
+    what: SetupAspect
     now: str
     baseline: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One subject, now and in the baseline.
+    """Comparison of one subject, now and in the baseline.
 
     Attributes:
         part, name: of the subject, in both runs.
         now_ms, baseline_ms: the medians, with their intervals.
-        processes: of now and of the baseline.
-        rounds: of each process of now, at least.
-        times: the ratio of the medians.
-        to_yardstick: the ratio of the medians of (time / yardstick's time in the same round),
-            which leaves out what the machine itself was worth; None without a common yardstick.
-        fastest: the ratio of the fastest runs of each process, divided by the yardstick's where
-            there is one: what other programs disturb least. None where a side has one process.
-        differences: in which the runs differ.
-        disturbed: the runs that say of themselves that other programs disturbed them.
+        processes: number of processes now and in the baseline.
+        rounds: least number of rounds of a process now.
+        times: ratio of the medians.
+        to_yardstick: ratio of the medians of (time / yardstick's time in the same round), which
+            is free of the machine's own speed; None without a common yardstick.
+        fastest: ratio of the fastest runs of each process, divided by the yardstick's if there is
+            one; least disturbed by other programs. None if a side has a single process.
+        differences: differences of the two setups.
+        disturbed: the runs that recorded disturbance by other programs.
     """
 
     part: Part
@@ -152,24 +154,29 @@ class Comparison:
     baseline_ms: Interval
     processes: tuple[int, int]
     rounds: int
-    times: RatioOfRuns
-    to_yardstick: RatioOfRuns | None
-    fastest: RatioOfRuns | None
+    times: RatioEstimate
+    to_yardstick: RatioEstimate | None
+    fastest: RatioEstimate | None
     differences: tuple[SetupDifference, ...]
     disturbed: tuple[Side, ...]
 
     @property
-    def ratio(self) -> RatioOfRuns:
-        """The ratio of what is typical: to the yardstick where there is one."""
+    def title(self) -> str:
+        """Part and name."""
+        return f"{self.part} {self.name}"
+
+    @property
+    def ratio(self) -> RatioEstimate:
+        """Ratio of typical times, relative to the yardstick if there is one."""
         return self.to_yardstick or self.times
 
     @property
-    def evidence(self) -> tuple[RatioOfRuns, ...]:
-        """All that tells of a slowdown: what is typical, and the fastest where they are known."""
+    def evidence(self) -> tuple[RatioEstimate, ...]:
+        """The ratios that can show a slowdown: of typical and, if known, of fastest runs."""
         return (self.ratio,) if self.fastest is None else (self.ratio, self.fastest)
 
-    def difference(self, what: What) -> SetupDifference | None:
-        """In what way the runs differ there, if they do."""
+    def difference(self, what: SetupAspect) -> SetupDifference | None:
+        """Return the difference in one aspect, if there is any."""
         return next((item for item in self.differences if item.what == what), None)
 
 
@@ -177,7 +184,7 @@ def compare_runs(now: MeasurementRun, baseline: MeasurementRun) -> tuple[Compari
     """Compare the subjects that both runs measured, in the order of `now`.
 
     Raises:
-        InputError: they have none in common, or one that kept no single runs.
+        InputError: no common subject, or a measurement without the times of single runs.
     """
     earlier = {(item.part, item.name): item for item in baseline.measurements}
     pairs = [
@@ -194,7 +201,7 @@ def compare_runs(now: MeasurementRun, baseline: MeasurementRun) -> tuple[Compari
 
 
 def subjects_only_in(run: MeasurementRun, other: MeasurementRun) -> tuple[str, ...]:
-    """The subjects, such as "image int8", that `run` measured and `other` did not."""
+    """List the subjects, such as "image int8", that `run` measured and `other` did not."""
     known = {(item.part, item.name) for item in other.measurements}
     return tuple(
         f"{item.part} {item.name}"
@@ -203,11 +210,21 @@ def subjects_only_in(run: MeasurementRun, other: MeasurementRun) -> tuple[str, .
     )
 
 
+def _subjects(run: MeasurementRun) -> str:
+    return ", ".join(f"{item.part} {item.name}" for item in run.measurements) or "nothing"
+
+
 def _compare(
     ours: Measurement, theirs: Measurement, now: MeasurementRun, baseline: MeasurementRun
 ) -> Comparison:
     samples, before = _milliseconds(ours), _milliseconds(theirs)
     sticks = _yardsticks(now, baseline)
+    to_yardstick = None
+    if sticks is not None:
+        to_yardstick = estimate_ratio(
+            process_medians(round_ratios(samples, sticks[0])),
+            process_medians(round_ratios(before, sticks[1])),
+        )
     sides: dict[Side, _Side] = {"now": (ours, now), "baseline": (theirs, baseline)}
     return Comparison(
         part=ours.part,
@@ -216,9 +233,9 @@ def _compare(
         baseline_ms=theirs.latency.p50_ms,
         processes=(len(samples), len(before)),
         rounds=min(map(len, samples)),
-        times=ratio_of_runs(process_medians(samples), process_medians(before)),
-        to_yardstick=_to_yardstick(samples, before, sticks),
-        fastest=_fastest(samples, before, sticks),
+        times=estimate_ratio(process_medians(samples), process_medians(before)),
+        to_yardstick=to_yardstick,
+        fastest=_fastest_ratio(samples, before, sticks),
         differences=tuple(_differences(sides["now"], sides["baseline"])),
         disturbed=tuple(
             which
@@ -226,38 +243,6 @@ def _compare(
             if item.contended or (run.interference is not None and run.interference.disturbed)
         ),
     )
-
-
-def _yardsticks(now: MeasurementRun, baseline: MeasurementRun) -> _Sticks | None:
-    """The yardstick's runs on either side; None without a common one."""
-    ours, theirs = now.yardstick, baseline.yardstick
-    if ours is None or theirs is None or ours.name != theirs.name:
-        return None
-    return _arrays(ours.samples_ms), _arrays(theirs.samples_ms)
-
-
-def _to_yardstick(
-    ours: Sequence[Runs], theirs: Sequence[Runs], sticks: _Sticks | None
-) -> RatioOfRuns | None:
-    if sticks is None:
-        return None
-    return ratio_of_runs(
-        process_medians(round_ratios(ours, sticks[0])),
-        process_medians(round_ratios(theirs, sticks[1])),
-    )
-
-
-def _fastest(
-    ours: Sequence[Runs], theirs: Sequence[Runs], sticks: _Sticks | None
-) -> RatioOfRuns | None:
-    if min(len(ours), len(theirs)) == 1:
-        return None
-    if sticks is not None:
-        ours, theirs = (
-            [runs / stick.min() for runs, stick in zip(side, beside, strict=True)]
-            for side, beside in zip((ours, theirs), sticks, strict=True)
-        )
-    return ratio_of_runs(process_minima(ours), process_minima(theirs))
 
 
 def _milliseconds(item: Measurement) -> list[Runs]:
@@ -271,6 +256,27 @@ def _milliseconds(item: Measurement) -> list[Runs]:
 
 def _arrays(samples: Samples) -> list[Runs]:
     return [np.array(runs, dtype=np.float64) for runs in samples]
+
+
+def _yardsticks(now: MeasurementRun, baseline: MeasurementRun) -> _Yardsticks | None:
+    """Return the yardstick's runs of either side; None unless both ran the same yardstick."""
+    ours, theirs = now.yardstick, baseline.yardstick
+    if ours is None or theirs is None or ours.name != theirs.name:
+        return None
+    return _arrays(ours.samples_ms), _arrays(theirs.samples_ms)
+
+
+def _fastest_ratio(
+    ours: Sequence[Runs], theirs: Sequence[Runs], sticks: _Yardsticks | None
+) -> RatioEstimate | None:
+    if min(len(ours), len(theirs)) == 1:
+        return None
+    if sticks is not None:
+        ours, theirs = (
+            [runs / stick.min() for runs, stick in zip(side, beside, strict=True)]
+            for side, beside in zip((ours, theirs), sticks, strict=True)
+        )
+    return estimate_ratio(process_minima(ours), process_minima(theirs))
 
 
 def _differences(*sides: _Side) -> Iterator[SetupDifference]:
@@ -290,8 +296,8 @@ def _differences(*sides: _Side) -> Iterator[SetupDifference]:
         yield SetupDifference(what="packages", now=now, baseline=baseline)
 
 
-def hardware(machine: Machine) -> str:
-    """What makes two machines different ones, in a line."""
+def describe_hardware(machine: Machine) -> str:
+    """Describe the hardware in one line; two machines are the same if their lines are equal."""
     flags = " ".join(machine.flags) or "no known instruction sets"
     return f"{machine.cpu}, {machine.cores} cores, {flags}"
 
@@ -306,8 +312,8 @@ def _engine(item: Measurement) -> str:
     return "unknown" if of is None else f"{of.engine} ({of.provider}), {of.precision or 'as it is'}"
 
 
-_DESCRIPTIONS: dict[What, Callable[[Measurement, MeasurementRun], str]] = {
-    "machine": lambda _, run: hardware(run.machine),
+_DESCRIPTIONS: dict[SetupAspect, Callable[[Measurement, MeasurementRun], str]] = {
+    "machine": lambda _, run: describe_hardware(run.machine),
     "input shape": lambda item, _: " x ".join(map(str, item.input_shape)),
     "system": lambda _, run: f"{run.machine.os}, {run.machine.python}",
     "workload": lambda _, run: _workload(run),
@@ -317,7 +323,3 @@ _DESCRIPTIONS: dict[What, Callable[[Measurement, MeasurementRun], str]] = {
         f"{item.identity.bundle} ({item.identity.sha256[:12]})" if item.identity else "unknown"
     ),
 }
-
-
-def _subjects(run: MeasurementRun) -> str:
-    return ", ".join(f"{item.part} {item.name}" for item in run.measurements) or "nothing"

@@ -1,9 +1,9 @@
-"""A comparison of two runs in words: as text for a terminal, as Markdown for a pull request."""
+"""Print a comparison of two profiles: text for a terminal, Markdown for a pull request."""
 
 from collections.abc import Sequence
 from math import ceil, floor
 
-from edgeclip.profiles.compare.compare_runs import Comparison, RatioOfRuns, What
+from edgeclip.profiles.compare.compare_runs import Comparison, RatioEstimate, SetupAspect
 from edgeclip.profiles.compare.regression_gate import GateVerdict, SubjectVerdict
 from edgeclip.runtime.console import columns, digits
 
@@ -17,11 +17,13 @@ _HEADER = (
     "plain times",
 )
 _MARKS = {"passed": "✅ passed", "regressed": "❌ regressed", "undecided": "⚠️ undecided"}
-_OF_ALL: tuple[What, ...] = ("machine", "system", "packages", "workload")  # alike for all subjects
+# Aspects that are the same for all subjects of a run.
+_OF_ALL: tuple[SetupAspect, ...] = ("machine", "system", "packages", "workload")
+_RUN_NAMES = {"now": "run", "baseline": "baseline"}
 
 
 def comparison_text(comparisons: Sequence[Comparison], verdict: GateVerdict | None = None) -> str:
-    """Columns for a terminal, then what the runs differ in, then the verdict if there is one."""
+    """Format columns for a terminal, then the differences of the runs, then the verdict."""
     rows = [_HEADER, *map(_row, comparisons)]
     if verdict is not None:
         words = ("verdict", *(item.outcome for item in verdict.judged))
@@ -35,7 +37,7 @@ def comparison_text(comparisons: Sequence[Comparison], verdict: GateVerdict | No
 def comparison_markdown(
     comparisons: Sequence[Comparison], verdict: GateVerdict | None = None
 ) -> str:
-    """A table and a list in GitHub's Markdown, beginning with the verdict if there is one."""
+    """Format the verdict, if there is one, a table and a list in GitHub's Markdown."""
     rows = [_HEADER, *map(_row, comparisons)]
     if verdict is not None:
         words = ("verdict", *(_MARKS[item.outcome] for item in verdict.judged))
@@ -49,12 +51,12 @@ def comparison_markdown(
 
 
 def summary(verdict: GateVerdict) -> str:
-    """The verdict on the whole run in one sentence."""
+    """Say the verdict on the whole run in one sentence."""
     count, tolerated = len(verdict.judged), _percent(verdict.max_regression)
     if verdict.outcome == "passed":
         return f"PASSED: none of {count} is slower by {tolerated} or more"
     of = [item for item in verdict.judged if item.outcome == verdict.outcome]
-    names = ", ".join(_title(item.comparison) for item in of)
+    names = ", ".join(item.comparison.title for item in of)
     if verdict.outcome == "regressed":
         return f"REGRESSED: {len(of)} of {count} slower by more than {tolerated}: {names}"
     missing = f"not measured: {', '.join(verdict.not_measured)}" if verdict.not_measured else ""
@@ -64,7 +66,7 @@ def summary(verdict: GateVerdict) -> str:
 
 def _row(item: Comparison) -> tuple[str, ...]:
     return (
-        _title(item),
+        item.title,
         digits(item.baseline_ms.value),
         digits(item.now_ms.value),
         f"{item.ratio.value:.3f}",
@@ -75,7 +77,7 @@ def _row(item: Comparison) -> tuple[str, ...]:
 
 
 def _notes(comparisons: Sequence[Comparison]) -> list[str]:
-    """What was divided by what, and what else differs; each said once."""
+    """Explain the ratios and list the differences of the runs, each once."""
     lines = []
     if any(item.to_yardstick for item in comparisons):
         lines.append(
@@ -89,21 +91,21 @@ def _notes(comparisons: Sequence[Comparison]) -> list[str]:
         )
     for item in comparisons:
         for found in item.differences:
-            prefix = "" if found.what in _OF_ALL else f"{_title(item)}: "
+            prefix = "" if found.what in _OF_ALL else f"{item.title}: "
             lines.append(f"{prefix}{found.what} changed: {found.baseline} -> {found.now}")
         for run in item.disturbed:
-            lines.append(f"{_title(item)}: other programs disturbed the {_RUNS[run]}")
+            lines.append(f"{item.title}: other programs disturbed the {_RUN_NAMES[run]}")
         if item.ratio.error is None:
-            lines.append(f"{_title(item)}: one process only, so the interval is too narrow")
+            lines.append(f"{item.title}: one process only, so the interval is too narrow")
     return list(dict.fromkeys(lines))
 
 
 def _judgements(verdict: GateVerdict) -> list[str]:
-    return [f"{_title(item.comparison)}: {_judgement(item)}" for item in verdict.judged]
+    return [f"{item.comparison.title}: {_judgement(item)}" for item in verdict.judged]
 
 
 def _judgement(item: SubjectVerdict) -> str:
-    least, most = floor(1000 * (item.at_least - 1)) / 10, ceil(1000 * (item.at_most - 1)) / 10
+    least, most = floor(1000 * (item.lower - 1)) / 10, ceil(1000 * (item.upper - 1)) / 10
     if item.outcome == "regressed":
         return f"regressed, slower by {least:.1f}% at least"
     if item.outcome == "passed" and most < 0:
@@ -113,14 +115,7 @@ def _judgement(item: SubjectVerdict) -> str:
     return f"undecided, {least:+.1f}% to {most:+.1f}%; {item.advice}"
 
 
-_RUNS = {"now": "run", "baseline": "baseline"}
-
-
-def _title(item: Comparison) -> str:
-    return f"{item.part} {item.name}"
-
-
-def _interval(ratio: RatioOfRuns) -> str:
+def _interval(ratio: RatioEstimate) -> str:
     return f"{ratio.interval.low:.3f} to {ratio.interval.high:.3f}"
 
 
@@ -129,5 +124,5 @@ def _percent(share: float) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that cannot end a cell or begin markup."""
+    """Escape text that would end a table cell or begin HTML."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from edgeclip.profiles.compare.compare_runs import compare_runs, ratio_of_runs, subjects_only_in
+from edgeclip.profiles.compare.compare_runs import compare_runs, estimate_ratio, subjects_only_in
 from edgeclip.profiles.record.conditions import Interference
 from edgeclip.profiles.record.timing_statistics import ProcessSummary
 from edgeclip.runtime.errors import InputError
@@ -22,33 +22,36 @@ from tests.profiles.run_cases import (
 def test_a_ratio_is_welch_s_and_its_ends_have_their_chances() -> None:
     now = ProcessSummary(processes=5, degrees=4, mean=np.log(1.1), spread=0.03, noise=0.01)
     baseline = ProcessSummary(processes=10, degrees=9, mean=0.0, spread=0.01, noise=0.002)
-    ratio = ratio_of_runs(now, baseline)
+    ratio = estimate_ratio(now, baseline)
     assert ratio.value == pytest.approx(1.1)
     assert ratio.error == pytest.approx(np.sqrt(0.03**2 / 5 + 0.01**2 / 10))
     # (0.00018 + 0.00001)^2 / (0.00018^2 / 4 + 0.00001^2 / 9)
     assert ratio.degrees == pytest.approx(4.4506, abs=1e-3)
     assert ratio.noise == pytest.approx(np.sqrt(0.01**2 / 5 + 0.002**2 / 10))
-    assert ratio.interval.low < ratio.at_least(0.95) < 1.1 < ratio.at_most(0.95)
-    for sureness in (0.6, 0.95, 0.999):
-        assert ratio.chance(ratio.at_least(sureness)) == pytest.approx(1 - sureness)
-        assert ratio.at_least(sureness) * ratio.at_most(sureness) == pytest.approx(1.1**2)
+    assert ratio.interval.low < ratio.lower_bound(0.95) < 1.1 < ratio.upper_bound(0.95)
+    for confidence in (0.6, 0.95, 0.999):
+        assert ratio.p_value(ratio.lower_bound(confidence)) == pytest.approx(1 - confidence)
+        product = ratio.lower_bound(confidence) * ratio.upper_bound(confidence)
+        assert product == pytest.approx(1.1**2)
+            1.1**2
+        )
 
 
 def test_processes_that_agree_by_chance_leave_the_noise_of_their_runs() -> None:
     side = ProcessSummary(processes=4, degrees=3, mean=0.0, spread=0.0, noise=0.02)
-    ratio = ratio_of_runs(side, side)
+    ratio = estimate_ratio(side, side)
     assert ratio.error == 0
     assert ratio.degrees == 6
-    assert ratio.at_most(0.975) == pytest.approx(np.exp(1.96 * ratio.noise), rel=1e-4)
+    assert ratio.upper_bound(0.975) == pytest.approx(np.exp(1.96 * ratio.noise), rel=1e-4)
     exact = dataclasses.replace(side, noise=0.0)
-    assert ratio_of_runs(exact, exact).chance(1.0) == pytest.approx(1)
-    assert ratio_of_runs(exact, exact).chance(0.99) == pytest.approx(0)
+    assert estimate_ratio(exact, exact).p_value(1.0) == pytest.approx(1)
+    assert estimate_ratio(exact, exact).p_value(0.99) == pytest.approx(0)
 
 
 def test_one_process_tells_nothing_of_others() -> None:
     one = ProcessSummary(processes=1, degrees=0, mean=0.0, spread=None, noise=0.02)
     five = ProcessSummary(processes=5, degrees=4, mean=0.0, spread=0.02, noise=0.02)
-    ratio = ratio_of_runs(one, five)
+    ratio = estimate_ratio(one, five)
     assert (ratio.value, ratio.error, ratio.degrees) == (1, None, None)
     assert ratio.noise == pytest.approx(0.02 * np.sqrt(1.2))
 

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from edgeclip.profiles.compare.compare_runs import Comparison, compare_runs, ratio_of_runs
+from edgeclip.profiles.compare.compare_runs import Comparison, compare_runs, estimate_ratio
 from edgeclip.profiles.compare.regression_gate import (
     GateOutcome,
     parse_max_regression,
@@ -43,7 +43,7 @@ def drawn(
             )
         )
     return dataclasses.replace(
-        MODEL, times=ratio_of_runs(*sides), fastest=None, processes=(count, count)
+        MODEL, times=estimate_ratio(*sides), fastest=None, processes=(count, count)
     )
 
 
@@ -110,11 +110,11 @@ def test_a_verdict_says_what_is_shown() -> None:
     assert [item.outcome for item in verdict.judged] == ["passed", "regressed", "passed"]
     assert verdict.outcome == "regressed"
     assert verdict.fails()
-    assert verdict.judged[1].at_least > 1.2
-    assert verdict.judged[2].at_most < 0.9
+    assert verdict.judged[1].lower > 1.2
+    assert verdict.judged[2].upper < 0.9
     assert {item.advice for item in verdict.judged} == {""}
     alone = regression_gate([slow], 0.05).judged[0]
-    assert alone.at_least > verdict.judged[1].at_least  # Holm asks more of one of three
+    assert alone.lower > verdict.judged[1].lower  # Holm asks more of one of three
     assert not regression_gate([same, fast], 0.05).fails(undecided_fails=True)
 
 
@@ -154,7 +154,7 @@ def test_advice_is_about_what_limits(spread: float, noise: float, advice: str) -
         processes=5, mean=float(np.log(1.045)), spread=spread, degrees=4, noise=noise
     )
     same = dataclasses.replace(slower, mean=0.0)
-    unsure = dataclasses.replace(MODEL, times=ratio_of_runs(slower, same), fastest=None)
+    unsure = dataclasses.replace(MODEL, times=estimate_ratio(slower, same), fastest=None)
     assert re.search(advice, regression_gate([unsure], 0.05).judged[0].advice)
 
 
