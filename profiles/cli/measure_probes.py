@@ -1,23 +1,21 @@
-"""`edgeclip measure-probes`: what the pieces of a tower cost on this machine."""
+"""`edgeclip measure-probes`: measure what each block of a tower costs on this machine."""
 
 import argparse
+import statistics
 from pathlib import Path
 
-from edgeclip.profiles.predict.measure_probes import (
-    FEWEST_ROUNDS,
-    carry_over,
-    measure_probes,
-    measured_table,
-)
-from edgeclip.profiles.predict.measured_device import load_measured, measured_names
+from edgeclip.profiles.predict.measure_probes import FEWEST_ROUNDS, measure_probes
+from edgeclip.profiles.predict.measured_device import MeasuredDevice, load_measured, measured_names
+from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.probe_set import ProbeSet
+from edgeclip.profiles.predict.transfer_costs import transfer_costs
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import load_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("probes", type=Path, help="directory that `edgeclip probes` wrote")
     parser.add_argument("--out", type=Path, required=True, help="write the costs to this JSON file")
     parser.add_argument("--name", help="what to call the device (default: the name of --out)")
@@ -30,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--few-from",
         metavar="MEASURED",
-        help="measure only a few probes, and carry the rest over from this measured device: "
+        help="measure only a few probes, and transfer the other costs from this measured device: "
         f"a file, or one of {', '.join(measured_names())}",
     )
     add_device_option(parser)
@@ -51,8 +49,40 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
         )
     if source is not None:
-        measured = carry_over(source, measured)
+        measured = transfer_costs(source, measured)
     measured.save(args.out)
     print(measured_table(measured))
     print(f"costs written to {args.out}")
     return 0
+
+
+def measured_table(measured: MeasuredDevice) -> str:
+    """Format a line for each measured block and for each precision's towers, then warnings."""
+    lines = [f"{measured.name}: {measured.machine.cpu}, {measured.device.threads} threads", ""]
+    lines.append(f"{'block':<12}{'precision':<10}{'width':>6}{'positions':>10}{'ms':>10}  interval")
+    lines += [
+        f"{cost.piece.kind:<12}{cost.precision:<10}{cost.piece.width:>6}{cost.piece.positions:>10}"
+        f"{cost.ms.value:>10.4f}  [{cost.ms.low:.4f}, {cost.ms.high:.4f}]"
+        for cost in measured.costs
+        if cost.samples_ms
+    ]
+    lines.append("")
+    predictor = Predictor(measured)
+    for precision in measured.precisions:
+        errors = [abs(predicted / ms - 1) for predicted, ms in predictor.checks(precision)]
+        if errors:
+            lines.append(
+                f"{len(errors)} whole tower{'s' * (len(errors) > 1)} in {precision}: predicted "
+                f"within {statistics.median(errors):.1%} (median; worst {max(errors):.1%})"
+            )
+    if measured.carried is not None:
+        carried = measured.carried
+        lines.append(
+            f"The rest was transferred from {carried.source}: {carried.probes} blocks were "
+            f"measured on both, and predict each other within {carried.error:.0%} (median; worst "
+            f"{carried.worst:.0%})."
+        )
+    found = measured.interference
+    if found is not None and found.disturbed:
+        lines.append(f"DISTURBED: {'; '.join(found.reasons)}. Measure again on a quiet machine.")
+    return "\n".join(lines)

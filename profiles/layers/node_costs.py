@@ -26,6 +26,7 @@ _PRODUCTS = _PACKED | {
     *("GemmFastGelu", "GemmFloat8", "MatMul", "MatMulInteger", "MatMulInteger16"),
     *("MatMulIntegerToFloat", "QGemm", "TransposeMatMul"),
 }
+_TENSORRT_PRODUCTS = {"convolution", "gemm", "matrixmultiply"}  # as its engine inspector says
 _CONVOLUTIONS = {"Conv", "ConvInteger", "FusedConv", "NhwcConv", "NhwcFusedConv"}
 _ATTENTIONS = {"Attention", "MultiHeadAttention", "QAttention"}
 _MOVES = {
@@ -115,8 +116,8 @@ def node_bytes(op: str, inputs: Tensors, outputs: Tensors) -> float | None:
 
 def is_product(op: str) -> bool:
     """Whether nearly all of a node's operations are multiply-adds."""
-    kind = _kind(op)
-    return kind in _PRODUCTS or kind in _CONVOLUTIONS or kind in _ATTENTIONS
+    products = _PRODUCTS | _CONVOLUTIONS | _ATTENTIONS | _TENSORRT_PRODUCTS
+    return _kind(op) in products
 
 
 def _kind(op: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.profiles.layers.layer_profile import profile_layers
-from edgeclip.profiles.measure.open_subject import ExactEncoder, sample_pictures
+from edgeclip.profiles.measure.open_subject import FixedPrecisionEncoder, sample_pictures
 from edgeclip.profiles.measure.subject import SubjectSpec
 from edgeclip.profiles.record.measurement import LayerProfile, StageName, StageTime
 from edgeclip.profiles.record.timing_statistics import percentile_interval
@@ -20,7 +20,7 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.engines.engine import Engine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.images import load_picture
+from edgeclip.runtime.inputs.images import decode_image
 from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.quality.intervals import Interval
@@ -170,7 +170,7 @@ def _staged(encoder: Encoder, item: StageInput, laps: _Laps) -> None:
         if isinstance(item, Path):
             item = read_file(item)
             laps.end("read")
-        picture = load_picture(item, min_side=spec.resize)
+        picture = decode_image(item, min_side=spec.resize)
         laps.end("decode")
         # As large as the real call has it, except that a reduced JPEG may be a row larger.
         values = crop_batch([picture.image], spec)
@@ -275,7 +275,7 @@ def _device_stages(runtime: "SplitRuntime", path: Path, clock: Clock) -> dict[St
     content = read_file(path)
     times.append(clock())
     if runtime.plan.kind == "cut":
-        picture = load_picture(content, min_side=spec.resize)
+        picture = decode_image(content, min_side=spec.resize)
         times.append(clock())
         crop_batch([picture.image], spec)
         times.append(clock())
@@ -310,7 +310,7 @@ def stages_of(spec: SubjectSpec) -> tuple[StageTime, ...] | str:
         if spec.precision is not None and encoder.precisions["text"] != spec.precision:
             return f"only measured in {encoder.precisions['text']}, which the bundle chose"
         return measure_stages(encoder, _fitting_texts(encoder.bundle))
-    encoder = ExactEncoder(Bundle.open(spec.bundle), spec.device, spec.precision)
+    encoder = FixedPrecisionEncoder(Bundle.open(spec.bundle), spec.device, spec.precision)
     with ExitStack() as stack:
         return measure_stages(encoder, _pictures(spec, stack))
 
@@ -331,12 +331,12 @@ def layers_of(spec: SubjectSpec) -> LayerProfile | str | None:
 
 
 def _split_stages(spec: SubjectSpec) -> tuple[StageTime, ...] | str:
-    from edgeclip.profiles.measure.open_subject import connect
+    from edgeclip.profiles.measure.open_subject import connect_split
     from edgeclip.runtime.split.http_client import Transfer
 
     transfers: list[Transfer] = []
     with ExitStack() as stack:
-        runtime = connect(spec, Bundle.open(str(spec.bundle)), stack, watch=transfers.append)
+        runtime = connect_split(spec, Bundle.open(str(spec.bundle)), stack, watch=transfers.append)
         if runtime.plan.kind not in ("image", "cut"):
             return f"a plan of kind {runtime.plan.kind!r} sends no picture"
         return measure_split_stages(runtime, transfers, _pictures(spec, stack))

@@ -1,6 +1,6 @@
-"""MeasuredDevice: a device whose pieces of towers were timed, so that any tower's time follows.
+"""MeasuredDevice: what each block of a tower costs on one device, as a JSON file.
 
-Files of them are kept in `profiles/measured/`, and are found there by name.
+Files that come with the package lie in `profiles/measured/`, and are found by name.
 """
 
 from dataclasses import dataclass
@@ -8,31 +8,31 @@ from pathlib import Path
 from typing import ClassVar
 
 import edgeclip.profiles
-from edgeclip.profiles.predict.tower_shapes import Part, Piece
-from edgeclip.profiles.record.conditions import Conditions, Interference
+from edgeclip.profiles.predict.tower_shapes import BlockCount, TowerBlock
+from edgeclip.profiles.record.conditions import Interference, MachineConditions
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import Machine
-from edgeclip.runtime.device.schema import unknown_name
+from edgeclip.runtime.device.schema import unknown_name_error
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PieceCost:
-    """What one piece adds to a tower's time at batch 1.
+class BlockCost:
+    """What one block adds to a tower's time at batch 1.
 
     Attributes:
-        probe: name of the probe that told.
-        piece: which one.
-        precision: of the graph; pieces that stay float in int8 are measured in fp32 only.
+        probe: name of the probe that measured it.
+        piece: the block.
+        precision: of the graph; blocks that stay float in int8 are measured in fp32 only.
         ms: median, with its 95% interval.
-        samples_ms: one value a round; empty where the time was carried over.
-        few: its probe is one of the few.
+        samples_ms: one value a round; empty where the cost was transferred from another device.
+        few: its probe is one of the few that a transfer needs.
     """
 
     probe: str
-    piece: Piece
+    piece: TowerBlock
     precision: Precision
     ms: Interval
     samples_ms: tuple[float, ...]
@@ -41,29 +41,29 @@ class PieceCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckTime:
-    """Measured time of a whole tower that no prediction was made from.
+    """Measured time of a whole tower, which predictions are checked against.
 
     Attributes:
         name: of the tower.
         precision: of its graph.
-        parts: what it consists of.
+        parts: its blocks.
         ms: median at batch 1, with its 95% interval.
     """
 
     name: str
     precision: Precision
-    parts: tuple[Part, ...]
+    parts: tuple[BlockCount, ...]
     ms: Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
-    """Where times come from that were not measured on the device itself.
+class TransferAccuracy:
+    """How well costs can be believed that were transferred from another device.
 
     Attributes:
-        source: name of the device that they were carried over from.
-        probes: how many were measured on both.
-        error: median over those of the relative error with which the others tell each of them.
+        source: name of that device.
+        probes: how many blocks were measured on both.
+        error: median over those of the relative error with which the others predict each of them.
         worst: the largest of these.
     """
 
@@ -75,7 +75,7 @@ class Carried:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredDevice(JsonRecord):
-    """A device, and what each piece of a tower costs there.
+    """What each block of a tower costs on one device.
 
     Attributes:
         name: what people call it.
@@ -83,16 +83,16 @@ class MeasuredDevice(JsonRecord):
         command: what was typed.
         device: the profile that it was measured with.
         machine: where; versions of packages are part of it.
-        rounds: timed rounds; sample i of every piece is of round i of its group.
-        costs: of the pieces.
-        checks: of whole towers.
+        rounds: timed rounds; sample i of every block is of round i of its group.
+        costs: of the blocks.
+        checks: times of whole towers.
         before, after: clocks and temperatures around the timed runs.
         interference: what else the machine did meanwhile.
-        carried: None where every cost was measured.
+        carried: of costs that were transferred; None where every cost was measured here.
     """
 
     WHAT: ClassVar[str] = "a measured device"
-    MEND: ClassVar[str] = "measure again with `edgeclip measure-probes`"
+    HINT: ClassVar[str] = "measure again with `edgeclip measure-probes`"
 
     name: str
     created: str
@@ -100,25 +100,25 @@ class MeasuredDevice(JsonRecord):
     device: DeviceProfile
     machine: Machine
     rounds: int
-    costs: tuple[PieceCost, ...]
+    costs: tuple[BlockCost, ...]
     checks: tuple[CheckTime, ...]
-    before: Conditions | None = None
-    after: Conditions | None = None
+    before: MachineConditions | None = None
+    after: MachineConditions | None = None
     interference: Interference | None = None
-    carried: Carried | None = None
+    carried: TransferAccuracy | None = None
 
     def __post_init__(self) -> None:
         if not self.costs:
-            raise ValueError("a measured device needs costs of some pieces")
+            raise ValueError("a measured device needs costs of some blocks")
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """Those that were measured."""
+        """Precisions that were measured."""
         return tuple(dict.fromkeys(cost.precision for cost in self.costs))
 
 
 def load_measured(name_or_path: str | Path) -> MeasuredDevice:
-    """Read a measured device: one that comes with the package by name, any other by path.
+    """Read a measured device, by name if it comes with the package, else by path.
 
     Raises:
         ConfigError: an unknown name (the message lists the known ones) or a bad file.
@@ -130,11 +130,11 @@ def load_measured(name_or_path: str | Path) -> MeasuredDevice:
     if text in names:
         return MeasuredDevice.load(_folder() / f"{text}.json")
     file = "a file that `edgeclip measure-probes` wrote"
-    raise unknown_name("measured device", text, names, file)
+    raise unknown_name_error("measured device", text, names, file)
 
 
 def measured_names() -> tuple[str, ...]:
-    """Names that `load_measured` knows."""
+    """Names of the measured devices that come with the package."""
     return tuple(sorted(path.stem for path in _folder().glob("*.json")))
 
 

@@ -1,4 +1,4 @@
-"""A set of probes on disk: small graphs whose times tell what the pieces of any tower cost.
+"""A set of probes on disk: small graphs whose times give the cost of each block of a tower.
 
 ```
 probes.json          what each graph is, and the SHA-256 of every other file
@@ -19,7 +19,7 @@ import numpy as np
 from annotated_types import Ge
 from numpy.typing import NDArray
 
-from edgeclip.profiles.predict.tower_shapes import Part, Piece
+from edgeclip.profiles.predict.tower_shapes import BlockCount, TowerBlock
 from edgeclip.runtime.bundle.files import JsonRecord, sha256_file
 from edgeclip.runtime.bundle.manifest import FileRecord
 from edgeclip.runtime.device.schema import check_bounds
@@ -53,28 +53,28 @@ class GraphInput:
     def __post_init__(self) -> None:
         check_bounds(self)
 
-    def value(self) -> NDArray[Any]:
-        """An input; no time depends on its values."""
-        return np.ones(self.shape, np.dtype(self.dtype))
+    def feeds(self) -> dict[str, NDArray[Any]]:
+        """Inputs by name; no time depends on their values."""
+        return {self.name: np.ones(self.shape, np.dtype(self.dtype))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A graph that has `count` times `piece` more than another one.
+    """A graph that has some more blocks than another one.
 
     Attributes:
         name: unique in its set.
         precision: of the graph.
         graph: what is run.
-        piece, count: what it has more; of a stem, all that it has.
-        beyond: name of that other probe; None where there is none.
-        few: one of the few that are enough to carry times over from another device.
+        piece, count: the block, and how many of it there are more; of a stem, all that it has.
+        beyond: name of the probe that it is compared with; None where there is none.
+        few: one of the few that are enough to transfer costs from another device.
     """
 
     name: str
     precision: Precision
     graph: GraphInput
-    piece: Piece
+    piece: TowerBlock
     count: Annotated[int, Ge(1)] = 1
     beyond: str | None = None
     few: bool = False
@@ -85,18 +85,18 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckTower:
-    """A whole tower whose time is predicted and measured: what says how good predictions are."""
+    """A whole tower whose time is predicted and measured, to tell how good predictions are."""
 
     name: str
     precision: Precision
     graph: GraphInput
-    parts: tuple[Part, ...]
+    parts: tuple[BlockCount, ...]
     few: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeIndex(JsonRecord):
-    """All that a set of probes says about itself.
+    """Index of a set of probes: `probes.json`.
 
     Attributes:
         created: ISO 8601 in UTC.
@@ -109,7 +109,7 @@ class ProbeIndex(JsonRecord):
     """
 
     WHAT: ClassVar[str] = "a set of probes"
-    MEND: ClassVar[str] = "write it again with `edgeclip probes`"
+    HINT: ClassVar[str] = "write it again with `edgeclip probes`"
 
     created: str
     command: str
@@ -137,7 +137,7 @@ class ProbeIndex(JsonRecord):
 
 
 def _check_comparisons(probes: Mapping[str, Probe]) -> None:
-    """Refuse what would be measured without the probe that it is compared with, and circles."""
+    """Refuse circles, and probes that may be measured without those they are compared with."""
     for probe in probes.values():
         other = None if probe.beyond is None else probes[probe.beyond]
         if other is not None and probe.few and not other.few:
@@ -157,14 +157,14 @@ def _check_comparisons(probes: Mapping[str, Probe]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ProbeSet:
-    """An opened set: every file that it declares was there, whole and unaltered."""
+    """An opened set of probes, every file of which was there, whole and unaltered."""
 
     path: Path
     index: ProbeIndex
 
     @classmethod
     def open(cls, path: str | Path) -> "ProbeSet":
-        """Check a set and open it; no graph is loaded.
+        """Check a set of probes and open it; no graph is loaded.
 
         Raises:
             ProbeSetError: not a directory with an index of this schema, or a file that is
@@ -184,7 +184,7 @@ class ProbeSet:
         return cls(root.resolve(), index)
 
     def graph_path(self, graph: GraphInput) -> Path:
-        """Where a graph lies."""
+        """Return the path of a graph in the set."""
         return self.path / graph.path
 
 

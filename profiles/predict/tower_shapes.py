@@ -1,4 +1,4 @@
-"""The blocks that a tower's latency adds up from, as the exporter writes them."""
+"""Sizes of image and text towers, and the blocks whose times add up to a tower's latency."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Tower
 
-Kind = Literal[
+BlockKind = Literal[
     "image-stem",
     "image-block",
     "image-last",
@@ -29,21 +29,21 @@ CONV_PATCH = 4  # side of the patches that a ConvNeXt begins with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A part of a tower whose time depends on its sizes alone; what it does not have is 0.
+class TowerBlock:
+    """A block of a tower, whose time depends on its sizes alone; a size that it lacks is 0.
 
     Attributes:
-        kind: which part.
-        width: channels that it gives.
+        kind: which block.
+        width: output channels.
         positions: tokens, class token included; or pixels of a map, patches of a stem.
-        given: channels that a step down takes; length of the embedding that last and head give.
+        given: input channels of a down-sampling step; embedding length of a last block or head.
         patch: side of a patch in pixels.
         heads: of the attention.
         hidden: width inside the MLP.
         gelu: the MLP has the exact GELU in place of the quick one.
     """
 
-    kind: Kind
+    kind: BlockKind
     width: Annotated[int, Ge(1)]
     positions: Annotated[int, Ge(1)]
     given: Annotated[int, Ge(0)] = 0
@@ -57,10 +57,10 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """So many of a piece."""
+class BlockCount:
+    """How many of a block a tower has; `piece` is the block, by its name in files."""
 
-    piece: Piece
+    piece: TowerBlock
     count: Annotated[int, Ge(1)]
 
     def __post_init__(self) -> None:
@@ -96,18 +96,18 @@ class TransformerTower:
 
     @property
     def image_size(self) -> int:
-        """Side of the picture in pixels."""
+        """Side of the image in pixels."""
         return math.isqrt(self.tokens - 1) * self.patch
 
-    def stem(self) -> Piece:
-        """From pixels to normalised tokens."""
-        return Piece(
+    def stem(self) -> TowerBlock:
+        """Return the patch embedding: pixels to normalised tokens."""
+        return TowerBlock(
             kind="image-stem", width=self.width, positions=self.tokens - 1, patch=self.patch
         )
 
-    def block(self) -> Piece:
-        """A layer for all tokens."""
-        return Piece(
+    def block(self) -> TowerBlock:
+        """Return a layer that computes all tokens."""
+        return TowerBlock(
             kind="image-block" if self.part == "image" else "text-block",
             width=self.width,
             positions=self.tokens,
@@ -116,9 +116,9 @@ class TransformerTower:
             gelu=self.gelu,
         )
 
-    def last(self) -> Piece:
-        """The last layer for one token and what follows; of a text, what comes first as well."""
-        return Piece(
+    def last(self) -> TowerBlock:
+        """Return the last layer, for one token, with the projection; of a text the embedding."""
+        return TowerBlock(
             kind="image-last" if self.part == "image" else "text-last",
             width=self.width,
             positions=self.tokens,
@@ -128,12 +128,12 @@ class TransformerTower:
             gelu=self.gelu,
         )
 
-    def parts(self) -> tuple[Part, ...]:
-        """All that the tower consists of."""
-        pieces = Counter({self.last(): 1, self.block(): self.layers - 1})
+    def parts(self) -> tuple[BlockCount, ...]:
+        """Return all blocks of the tower."""
+        blocks = Counter({self.last(): 1, self.block(): self.layers - 1})
         if self.part == "image":
-            pieces[self.stem()] = 1
-        return _parts(pieces)
+            blocks[self.stem()] = 1
+        return _counts(blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ class ConvTower:
 
     Attributes:
         widths, depths: channels and blocks of each stage; a stage may have no block.
-        image_size: side of the picture in pixels.
+        image_size: side of the image in pixels.
         dim: length of an embedding.
     """
 
@@ -162,74 +162,76 @@ class ConvTower:
 
     @property
     def part(self) -> Tower:
-        """A ConvNeXt looks at pictures."""
+        """Always "image"."""
         return "image"
 
     def side(self, stage: int) -> int:
-        """Side of the map in a stage, the first being 0."""
+        """Side of the feature map in a stage, counted from 0."""
         return self.image_size // CONV_PATCH >> stage
 
-    def stem(self) -> Piece:
-        """From pixels to the first map."""
-        return Piece(
+    def stem(self) -> TowerBlock:
+        """Return the patch embedding: pixels to the first feature map."""
+        return TowerBlock(
             kind="conv-stem", width=self.widths[0], positions=self.side(0) ** 2, patch=CONV_PATCH
         )
 
-    def block(self, stage: int) -> Piece:
-        """A block of a stage."""
-        return Piece(kind="conv-block", width=self.widths[stage], positions=self.side(stage) ** 2)
+    def block(self, stage: int) -> TowerBlock:
+        """Return a block of a stage."""
+        return TowerBlock(
+            kind="conv-block", width=self.widths[stage], positions=self.side(stage) ** 2
+        )
 
-    def down(self, stage: int) -> Piece:
-        """The step from the stage before to this one."""
-        return Piece(
+    def down(self, stage: int) -> TowerBlock:
+        """Return the down-sampling step from the stage before to this one."""
+        return TowerBlock(
             kind="conv-down",
             width=self.widths[stage],
             positions=self.side(stage) ** 2,
             given=self.widths[stage - 1],
         )
 
-    def head(self) -> Piece:
-        """Pooling, norm and projection."""
+    def head(self) -> TowerBlock:
+        """Return pooling, norm and projection."""
         last = len(self.widths) - 1
-        return Piece(
+        return TowerBlock(
             kind="conv-head",
             width=self.widths[last],
             positions=self.side(last) ** 2,
             given=self.dim,
         )
 
-    def parts(self) -> tuple[Part, ...]:
-        """All that the tower consists of."""
-        pieces = Counter({self.stem(): 1})
+    def parts(self) -> tuple[BlockCount, ...]:
+        """Return all blocks of the tower."""
+        blocks = Counter({self.stem(): 1})
         for stage, depth in enumerate(self.depths):
-            pieces[self.block(stage)] += depth
+            blocks[self.block(stage)] += depth
             if stage:
-                pieces[self.down(stage)] += 1
-        pieces[self.head()] += 1
-        return _parts(pieces)
+                blocks[self.down(stage)] += 1
+        blocks[self.head()] += 1
+        return _counts(blocks)
 
 
 AnyTower = TransformerTower | ConvTower
 
 
 def image_tokens(image_size: int, patch: int) -> int:
-    """Patches of a picture, and the class token."""
+    """Number of tokens of an image: its patches and the class token."""
     return (image_size // patch) ** 2 + 1
 
 
-def _parts(pieces: Counter[Piece]) -> tuple[Part, ...]:
-    return tuple(Part(piece=piece, count=count) for piece, count in pieces.items() if count)
+def _counts(blocks: Counter[TowerBlock]) -> tuple[BlockCount, ...]:
+    return tuple(BlockCount(piece=block, count=count) for block, count in blocks.items() if count)
 
 
 _MOST_BYTES = 2**20
 
 
 def read_image_tower(path: Path, *, image_size: int, dim: int) -> AnyTower:
-    """Read what a CLIP's image tower consists of; no weights are looked at.
+    """Read the sizes of an image tower from its Hugging Face configuration.
 
     Args:
         path: `config.json` of a `CLIPModel`, or of a dual encoder whose image tower is a ConvNeXt.
-        image_size: side of the picture in pixels.
+        image_size: side of the image in pixels.
         dim: length of an embedding.
 
     Raises:
@@ -253,7 +255,7 @@ def read_image_tower(path: Path, *, image_size: int, dim: int) -> AnyTower:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} does not tell the sizes of an image tower ({error!r})") from None
-    raise ConfigError(f"{path} is of a {kind}, whose pieces nobody knows: measure its cuts instead")
+    raise ConfigError(f"{path} is of a {kind}, which cannot be predicted: measure its cuts")
 
 
 def _transformer(vision: Mapping[str, Any], image_size: int, dim: int) -> TransformerTower:

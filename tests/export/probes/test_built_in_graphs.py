@@ -20,7 +20,7 @@ from edgeclip.profiles.layers.roofline import (
     product_path,
     reading_path,
 )
-from edgeclip.profiles.measure.benchmark_worker import YARDSTICK
+from edgeclip.profiles.measure.benchmark_worker import YARDSTICK_GRAPH
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 
@@ -38,8 +38,8 @@ def test_the_command_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["--out", str(tmp_path)]) == 0
     count = sum(map(len, PRODUCT_SIZES.values())) + 2
     assert capsys.readouterr().out == f"{count} graphs written to {tmp_path}\n"
-    written = tmp_path / YARDSTICK.name
-    assert onnx.load(written) == onnx.load(YARDSTICK)
+    written = tmp_path / YARDSTICK_GRAPH.name
+    assert onnx.load(written) == onnx.load(YARDSTICK_GRAPH)
     assert written.stat().st_size < 10_000
 
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 from edgeclip.export.probes.probe_plan import STANDARD
-from edgeclip.profiles.predict.measured_device import CheckTime, MeasuredDevice, PieceCost
-from edgeclip.profiles.predict.tower_shapes import AnyTower, Piece
+from edgeclip.profiles.predict.measured_device import BlockCost, CheckTime, MeasuredDevice
+from edgeclip.profiles.predict.tower_shapes import AnyTower, ConvTower, TowerBlock, TransformerTower
 from edgeclip.runtime.device.device_profile import DeviceProfile, device_from_machine
 from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
 
-Law = Callable[[Piece, Precision], float]
+Law = Callable[[TowerBlock, Precision], float]
 
 MACHINE = Machine(
     cpu="Known CPU",
@@ -24,31 +24,55 @@ MACHINE = Machine(
 _SPEED = {"fp32": 50e6, "fp16": 50e6, "int8": 120e6, "fp8": 50e6}  # multiply-adds a millisecond
 
 
-def multiply_adds(piece: Piece) -> float:
-    """Products and sums of a piece; the same for every kind, near enough for a law."""
-    width, at = piece.width, piece.positions
-    if piece.kind in ("image-stem", "conv-stem"):
-        return 3 * piece.patch**2 * at * width
-    if piece.kind in ("image-block", "text-block"):
-        return at * (4 * width**2 + 2 * width * piece.hidden) + 2 * at**2 * width
-    if piece.kind in ("image-last", "text-last"):
-        return 2 * at * width**2 + 2 * width**2 + 2 * width * piece.hidden + width * piece.given
-    if piece.kind == "conv-block":
+def multiply_adds(block: TowerBlock) -> float:
+    """Products and sums of a block; the same for every kind, near enough for a law."""
+    width, at = block.width, block.positions
+    if block.kind in ("image-stem", "conv-stem"):
+        return 3 * block.patch**2 * at * width
+    if block.kind in ("image-block", "text-block"):
+        return at * (4 * width**2 + 2 * width * block.hidden) + 2 * at**2 * width
+    if block.kind in ("image-last", "text-last"):
+        return 2 * at * width**2 + 2 * width**2 + 2 * width * block.hidden + width * block.given
+    if block.kind == "conv-block":
         return at * (8 * width**2 + 49 * width)
-    return 4 * at * max(1, piece.given) * width if piece.kind == "conv-down" else width * 512
+    return 4 * at * max(1, block.given) * width if block.kind == "conv-down" else width * 512
 
 
-def law(piece: Piece, precision: Precision) -> float:
-    """Milliseconds: nodes to start, products, and values to move; narrow pieces run slower."""
-    stays_float = piece.kind in ("image-stem", "conv-stem", "conv-down")
+def law(block: TowerBlock, precision: Precision) -> float:
+    """Milliseconds: nodes to start, products, and values to move; narrow blocks run slower."""
+    stays_float = block.kind in ("image-stem", "conv-stem", "conv-down")
     speed = _SPEED["fp32" if stays_float else precision]
-    products = multiply_adds(piece) / speed * (1 + 20 / piece.width)
-    return 0.01 + products + piece.positions * piece.width / 2e6
+    products = multiply_adds(block) / speed * (1 + 20 / block.width)
+    return 0.01 + products + block.positions * block.width / 2e6
 
 
 def tower_ms(tower: AnyTower, precision: Precision, ms: Law = law) -> float:
     """What a tower takes by a law."""
     return sum(part.count * ms(part.piece, precision) for part in tower.parts())
+
+
+def image(width: int, layers: int, tokens: int, patch: int) -> TransformerTower:
+    """An image tower with heads of 64 channels."""
+    return TransformerTower(
+        part="image",
+        width=width,
+        heads=width // 64,
+        hidden=4 * width,
+        layers=layers,
+        tokens=tokens,
+        dim=512,
+        patch=patch,
+    )
+
+
+TOWERS: tuple[AnyTower, ...] = (
+    image(192, 6, 50, 32),
+    image(384, 12, 197, 16),
+    image(64, 1, 65, 8),
+    TransformerTower(part="text", width=320, heads=5, hidden=1280, layers=6, tokens=12, dim=512),
+    ConvTower(widths=(48, 96, 192), depths=(2, 2, 4), image_size=64, dim=512),
+    ConvTower(widths=(40, 80, 160), depths=(2, 3, 6), image_size=224, dim=256),
+)
 
 
 def known_device(
@@ -64,7 +88,7 @@ def known_device(
         machine=MACHINE,
         rounds=30,
         costs=tuple(
-            PieceCost(
+            BlockCost(
                 probe=probe.name,
                 piece=probe.piece,
                 precision=probe.graph.precision,

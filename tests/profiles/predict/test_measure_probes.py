@@ -12,9 +12,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgeclip.profiles.cli import measure_probes as measure_probes_command
+from edgeclip.profiles.cli.measure_probes import measured_table
 from edgeclip.profiles.predict import measure_probes as module
-from edgeclip.profiles.predict.measure_probes import measure_probes, measured_table, time_in_turns
+from edgeclip.profiles.predict.measure_probes import (
+    interleaved_times,
+    measure_probes,
+)
 from edgeclip.profiles.predict.measured_device import MeasuredDevice, load_measured
+from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.probe_set import (
     PROBES_NAME,
     CheckTower,
@@ -24,13 +29,15 @@ from edgeclip.profiles.predict.probe_set import (
     ProbeSet,
     ProbeSetError,
 )
-from edgeclip.profiles.predict.tower_shapes import ConvTower, Part
+from edgeclip.profiles.predict.tower_shapes import BlockCount, ConvTower
 from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.bundle.manifest import FileRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import Engine, open_engine
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
 from edgeclip.runtime.errors import EngineError, InputError
+from edgeclip.runtime.quality.intervals import Interval
+from tests.profiles.predict.known_device import known_device
 
 TOWER = ConvTower(widths=(8,), depths=(4,), image_size=16, dim=8)
 
@@ -87,7 +94,7 @@ def write_set(folder: Path) -> Path:
                 name="whole",
                 precision="int8",
                 graph=graphs["d"],
-                parts=(*TOWER.parts(), Part(piece=TOWER.head(), count=1)),
+                parts=(*TOWER.parts(), BlockCount(piece=TOWER.head(), count=1)),
             ),
         ),
         files=tuple(
@@ -199,28 +206,24 @@ def test_a_graph_that_cannot_be_run(tmp_path: Path, cpu_device: DeviceProfile) -
         measure_probes(opened, device=cpu_device, name="x", command="typed", rounds=5)
 
 
-def test_times_are_what_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    calls: list[str] = []
+def test_short_runs_are_repeated_more_often_in_a_turn() -> None:
+    calls = {"slow": 0, "fast": 0}
+    rounds: list[int] = []
 
-    def runs(name: str, seconds: float) -> Callable[[], None]:
+    def sleep(name: str, seconds: float) -> Callable[[], None]:
         def run() -> None:
-            nonlocal now
-            # Each run behind another one finds the caches full of that one's weights.
-            now += seconds * (1 if calls and calls[-1] == name else 5)
-            calls.append(name)
+            calls[name] += 1
+            time.sleep(seconds)
 
         return run
 
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    steps: list[int] = []
-    found = time_in_turns(
-        {"slow": runs("slow", 0.010), "fast": runs("fast", 0.0005)}, 8, steps.append
-    )
-    assert found["slow"] == pytest.approx(np.full(8, 10.0))
-    assert found["fast"] == pytest.approx(np.full(8, 0.5))
-    assert steps == list(range(1, 9))
-    assert calls.count("fast") > calls.count("slow") >= 2 * 8  # short runs are repeated in a turn
+    runs = {"slow": sleep("slow", 0.010), "fast": sleep("fast", 0.001)}
+    found = interleaved_times(runs, 5, rounds.append)
+    assert np.median(found["slow"]) == pytest.approx(10, rel=0.3)
+    assert 1 <= np.median(found["fast"]) < 5
+    assert len(found["slow"]) == len(found["fast"]) == 5
+    assert calls["fast"] > calls["slow"] >= 2 * 5
+    assert rounds == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +271,7 @@ def test_a_set_must_hold_what_it_compares(probes: Path) -> None:
         dataclasses.replace(index, files=())
 
 
-def test_verb_measures_and_carries_over(
+def test_the_command_measures_and_transfers(
     probes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, few = tmp_path / "whole.json", tmp_path / "few.json"
@@ -278,7 +281,7 @@ def test_verb_measures_and_carries_over(
     found = MeasuredDevice.load(whole)
     assert found.name == "whole"
     assert found.command.startswith(f"edgeclip measure-probes {probes}")
-    with pytest.raises(InputError, match="shares 2 pieces with 'whole', at least 3"):
+    with pytest.raises(InputError, match="shares 2 blocks with 'whole', at least 3"):
         _run(str(probes), "--out", str(few), "--rounds", "5", "--few-from", str(whole))
 
 
@@ -287,3 +290,15 @@ def _run(*words: str) -> int:
     measure_probes_command.add_arguments(parser)
     typed = argparse.Namespace(command=shlex.join(["edgeclip", "measure-probes", *words]))
     return measure_probes_command.run(parser.parse_args(words, typed))
+
+
+def test_of_two_towers_the_median_error_lies_between() -> None:
+    device = known_device()
+    one = next(check for check in device.checks if check.precision == "fp32")
+    ms = Predictor(device).predict_blocks(one.parts, "fp32").ms
+    both = tuple(
+        dataclasses.replace(one, ms=Interval(ms / high, ms / high, ms / high))
+        for high in (1.1, 1.3)
+    )
+    table = measured_table(dataclasses.replace(device, checks=both))
+    assert "2 whole towers in fp32: predicted within 20.0% (median; worst 30.0%)" in table

@@ -51,5 +51,5 @@ def test_one_that_comes_with_the_package_can_be_believed(name: str) -> None:
     assert {check.precision for check in found.checks} == set(found.precisions)
     predictor = Predictor(found)
     for check in found.checks:
-        predicted = predictor.predict_parts(check.parts, check.precision)
+        predicted = predictor.predict_blocks(check.parts, check.precision)
         assert 0 < predicted.low < predicted.ms < predicted.high
