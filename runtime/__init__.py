@@ -1,8 +1,7 @@
-"""The embedded runtime: a bundle in, embeddings and answers out, without torch.
+"""The runtime for devices: load a bundle and compute embeddings, labels and search hits, no torch.
 
-The public names are resolved on first use, so that importing this package costs nothing.
-A function that is named like its module (`load_image`, `preprocess`) cannot be one of them:
-importing the module puts the module in its place.
+The public names below are imported on first use, so that importing this package costs nothing.
+None of them is named like a module of this package: importing that module would replace it.
 """
 
 import importlib
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
 
 __all__ = [
-    "LabelScore",
     "Bundle",
     "BundleError",
     "ConfigError",
@@ -41,6 +39,7 @@ __all__ = [
     "ImageSpec",
     "Index",
     "InputError",
+    "LabelScore",
     "LabelSet",
     "Manifest",
     "MissingExtraError",

@@ -1,4 +1,4 @@
-"""Text for a terminal: numbers with units, aligned columns, progress bars."""
+"""Terminal output: numbers with units, aligned columns, progress bars."""
 
 import math
 import sys
@@ -11,17 +11,17 @@ MISSING = "unavailable"
 
 
 def percent(share: float) -> str:
-    """A share as percent: 0.9213 is "92.1%"."""
+    """Format a share as percent: 0.9213 is "92.1%"."""
     return f"{100 * share:.1f}%"
 
 
 def percent_interval(value: Interval) -> str:
-    """The bounds of a share's interval: "90.3 to 93.6%"."""
+    """Format the bounds of a share's interval: "90.3 to 93.6%"."""
     return f"{100 * value.low:.1f} to {100 * value.high:.1f}%"
 
 
 def digits(value: float) -> str:
-    """Three significant digits, without an exponent: 0.0123, 1.23, 123, 12,346."""
+    """Format with three significant digits and no exponent: 0.0123, 1.23, 123, 12,346."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -31,12 +31,12 @@ def digits(value: float) -> str:
 
 
 def megabytes(count: float | None) -> str:
-    """Bytes as MB of 10^6 bytes."""
+    """Format bytes as MB of 10^6 bytes."""
     return MISSING if count is None else f"{digits(count / 1e6)} MB"
 
 
 def seconds(value: float) -> str:
-    """A duration a person can read: "0.42 s", "12.3 s", "3 min 05 s", "1 h 02 min"."""
+    """Format a duration: "0.42 s", "12.3 s", "3 min 05 s", "1 h 02 min"."""
     if value < 59.95:
         return f"{digits(value)} s"
     minutes, rest = divmod(round(value), 60)
@@ -46,7 +46,7 @@ def seconds(value: float) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Align cells: the first `left` columns to the left, the others to the right."""
+    """Format a table: the first `left` columns flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -58,12 +58,12 @@ def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     return "\n".join(lines)
 
 
-Progress = Callable[[int, int], None]  # steps done, steps in all
+Progress = Callable[[int, int], None]  # called after each step with (steps done, total steps)
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """Give a function to call after each step; nothing is drawn where stderr is no terminal."""
+    """Draw a progress bar on stderr, if it is a terminal; yields the function that advances it."""
     from tqdm import tqdm
 
     with tqdm(desc=title, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:

@@ -1,4 +1,4 @@
-"""Encoder: a bundle and an engine that turn images and texts into embeddings and answers."""
+"""Encoder: compute embeddings, labels and search hits of images and texts with one bundle."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ DEFAULT_TEMPLATES = ("a photo of a {}",)
 
 @dataclass(frozen=True, slots=True)
 class LabelScore:
-    """A label and its share of the softmax over all labels of the set, 0 to 1."""
+    """A label and its softmax probability over all labels of the set, 0 to 1."""
 
     label: str
     score: float
@@ -45,22 +45,22 @@ class LabelScore:
 class Encoder:
     """Embeds images and texts with one bundle on one device.
 
-    A tower is loaded when it is first used, so that a device which only looks at images
-    never holds the text tower; a bundle may not even have one. Results do not depend on what
-    else is in a batch.
+    A tower is loaded on its first use, so a device that only embeds images never holds the
+    text tower in memory (a bundle may have none). An embedding does not depend on the other
+    items of its batch.
 
     Args:
         bundle: an opened bundle.
-        device: what may run here, and how.
-        precision: of both towers; by default what the bundle chose for each, or the first
-            that the device allows, and something more exact where an engine is wrong on this
-            machine (see `open_with_fallback`).
+        device: which engine and precisions may be used, and with how many threads.
+        precision: of both towers. By default the one the bundle chose for each tower, else the
+            first that the device allows; if the engine computes it wrongly on this machine,
+            a more exact one (see `open_with_fallback`).
 
     Attributes:
-        precisions: that of each tower; of one that is loaded, the one that really runs.
+        precisions: of each tower; once a tower is loaded, the precision that runs.
 
     Raises:
-        BundleError: the bundle holds no precision that fits.
+        BundleError: the bundle holds no precision that the device allows.
         InputError: the device does not allow `precision`.
     """
 
@@ -83,18 +83,18 @@ class Encoder:
         precision: Precision | None = None,
         check_hashes: bool = True,
     ) -> "Encoder":
-        """Check a bundle and make an encoder of it.
+        """Open a bundle and return its encoder.
 
         Args:
             path: the bundle's directory.
             device: a `DeviceProfile`, the name of a built-in one, or a YAML file.
-            precision: see the class.
-            check_hashes: False skips the SHA-256 of the files, for a bundle that was
-                verified before and could not be altered since.
+            precision: of both towers; None lets bundle and device decide.
+            check_hashes: False skips the SHA-256 of the files. Use it only if the bundle was
+                verified before and cannot have changed since.
 
         Raises:
-            BundleError: see `Bundle.open`.
-            ConfigError: no such device.
+            BundleError: the directory is not a complete, unmodified bundle.
+            ConfigError: there is no such device.
         """
         from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 
@@ -103,7 +103,7 @@ class Encoder:
 
     @property
     def spec(self) -> EncoderSpec:
-        """Input contract and geometry."""
+        """Input contract and embedding size."""
         return self.bundle.manifest.spec
 
     @property
@@ -139,11 +139,11 @@ class Encoder:
         Args:
             images: paths, bytes of image files, PIL images or arrays (see `load_image`); an
                 array of four dimensions is a batch.
-            batch_size: how many are decoded and run at a time.
+            batch_size: how many images are decoded and run at a time.
 
         Raises:
             InputError: an image that cannot be read.
-            EngineError: the engine failed, or gave something other than embeddings.
+            EngineError: the engine failed, or its output is not an embedding.
         """
         name = OUTPUT_NAMES["image"]
         return self._joined([part[name] for part in self._image_outputs(images, batch_size)])
@@ -153,8 +153,8 @@ class Encoder:
     ) -> FloatArray:
         """Return the last hidden state of each patch; float32 [N, rows, columns, width].
 
-        They are not projected into the embedding space, and not normalised. Rows and columns
-        cover the centre of the picture, as `crop_batch` cuts it out.
+        They are neither projected into the embedding space nor normalised. Rows and columns
+        cover the centre crop of the image (see `crop_batch`).
 
         Args:
             images: see `encode_image`; at least one.
@@ -171,15 +171,15 @@ class Encoder:
             )
         parts = [part[PATCH_OUTPUT] for part in self._image_outputs(images, batch_size)]
         if not parts:
-            raise InputError("nothing to look at: give at least one image")
+            raise InputError("no images were given: give at least one")
         return np.concatenate(parts)
 
     def encode_pixels(self, pixels: NDArray[np.uint8], *, batch_size: int = 32) -> FloatArray:
-        """Embed pictures that have their size already; float32 [N, dim].
+        """Embed images that are already resized and cropped; float32 [N, dim].
 
         Args:
-            pixels: uint8 [N, size, size, 3], RGB, as `crop_batch` makes them.
-            batch_size: see `encode_image`.
+            pixels: uint8 [N, size, size, 3], RGB, as `crop_batch` returns them.
+            batch_size: how many are run at a time.
 
         Raises:
             InputError: another shape or dtype.
@@ -203,7 +203,7 @@ class Encoder:
         Args:
             texts: any length up to the text tower's `context_length` in tokens.
             truncate: cut longer ones instead of refusing them.
-            batch_size: how many are run at a time.
+            batch_size: how many texts are run at a time.
 
         Raises:
             InputError: a text that is too long, unless `truncate`, or the bundle was exported
@@ -229,7 +229,7 @@ class Encoder:
     def bake_labels(
         self, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
     ) -> LabelSet:
-        """Make a label set with this bundle's own text tower; see `labels.bake_labels`.
+        """Embed label names with this bundle's text tower; see `labels.bake_labels`.
 
         Raises:
             InputError: no names, a name twice, a template without its one `{}`, or the bundle
@@ -244,12 +244,12 @@ class Encoder:
         *,
         top: int = 5,
     ) -> list[tuple[LabelScore, ...]]:
-        """Give each image its `top` labels, the most likely first.
+        """Return the `top` labels of each image, the most likely first.
 
         Args:
             images: see `encode_image`.
-            labels: a label set of this embedding space, or names to bake one from.
-            top: how many answers, at most all labels.
+            labels: a label set of this embedding space, or label names to embed now.
+            top: how many labels per image, at most all.
 
         Raises:
             SpaceMismatchError: the label set was made in another embedding space.
@@ -262,7 +262,7 @@ class Encoder:
     def classify_embeddings(
         self, embeddings: FloatArray, labels: LabelSet, *, top: int = 5
     ) -> list[tuple[LabelScore, ...]]:
-        """As `classify`, for image embeddings float32 [N, dim] that are there already.
+        """Classify image embeddings that are already computed, float32 [N, dim].
 
         Raises:
             SpaceMismatchError: see `classify`.
@@ -271,7 +271,7 @@ class Encoder:
         labels.check_space(self.space)
         check_embeddings(embeddings, self.spec.dim, "image embeddings")
         if top < 1:
-            raise InputError(f"top is {top}: ask for at least 1 answer")
+            raise InputError(f"top is {top}: ask for at least 1 label")
         logits = self.spec.logit_scale * (embeddings @ labels.embeddings.T)
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
@@ -284,7 +284,7 @@ class Encoder:
     def classify_by_head(
         self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32
     ) -> list[LabelScore]:
-        """Give each image the best label of the label head that is part of the image tower.
+        """Return the best label of each image, computed by the label head in the image tower.
 
         Raises:
             InputError: the bundle was exported without a label head, or an image that cannot
@@ -311,7 +311,7 @@ class Encoder:
         *,
         top: int = 10,
     ) -> list[tuple[Hit, ...]]:
-        """Give each query the `top` entries of an index with the highest cosine.
+        """Return the `top` index entries with the highest cosine to each query.
 
         Args:
             query: one or several. A `str` is a text, so the path of an image must be a
@@ -329,7 +329,7 @@ class Encoder:
         return list(index.search(self.embed_query(query), top, space=self.space))
 
     def embed_query(self, query: ImageInput | Sequence[str] | Sequence[ImageInput]) -> FloatArray:
-        """Embeddings of what `search` takes as a query; float32 [N, dim], L2-normalised.
+        """Embed what `search` takes as a query; float32 [N, dim], L2-normalised.
 
         Raises:
             InputError: see `search`.
@@ -341,7 +341,7 @@ class Encoder:
         several = [query] if isinstance(query, str) else as_image_list(query)
         texts = [item for item in several if isinstance(item, str)]
         if not several:
-            raise InputError("nothing to search for: give at least one text or image")
+            raise InputError("no query was given: give at least one text or image")
         if texts and len(texts) < len(several):
             raise InputError("search for texts or for images, not for both in one call")
         return self.encode_text(texts) if texts else self.encode_image(several)
@@ -357,7 +357,7 @@ class Encoder:
 
 
 def _chunks(items: Any, size: int) -> Iterator[tuple[int, Any]]:
-    """Cut a list or array into pieces of at most `size`, each with the number of its first."""
+    """Split a list or array into chunks of at most `size`; yield (index of the first, chunk)."""
     if size < 1:
         raise InputError(f"batch_size is {size}: take at least 1")
     for start in range(0, len(items), size):

@@ -1,25 +1,12 @@
-"""Errors that EdgeCLIP raises on purpose; each message says what was wrong and how to mend it."""
+"""The errors that EdgeCLIP raises. Each message says what is wrong and how to fix it."""
 
 
 class EdgeClipError(Exception):
-    """Base class: a mistake that the user can mend, or a machine that lacks something."""
+    """Base class of all errors that the user can fix, and of what a machine lacks."""
 
 
 class ConfigError(EdgeClipError):
-    """A setting, profile or file of settings that is not valid."""
-
-
-__all__ = [
-    "BundleError",
-    "ConfigError",
-    "EdgeClipError",
-    "EngineError",
-    "EngineParityError",
-    "InputError",
-    "MissingExtraError",
-    "SpaceMismatchError",
-    "first_line",
-]
+    """A setting, or a file of settings such as a device profile, that is not valid."""
 
 
 class InputError(EdgeClipError):
@@ -27,25 +14,25 @@ class InputError(EdgeClipError):
 
 
 class BundleError(EdgeClipError):
-    """A directory that is not a whole, unaltered bundle of a known schema."""
+    """A directory that is not a complete, unmodified bundle of a supported schema version."""
 
 
 class SpaceMismatchError(EdgeClipError):
-    """Embeddings of two different embedding spaces were about to be compared."""
+    """Embeddings of two different embedding spaces cannot be compared."""
 
 
 class EngineError(EdgeClipError):
-    """An inference engine is missing, or cannot load or run a graph."""
+    """An inference engine is missing, or it cannot load or run a graph."""
 
 
 class EngineParityError(EngineError):
-    """An engine that loads and runs, but does not compute what its graph computes."""
+    """An engine that loads and runs, but whose outputs differ from those of its graph."""
 
 
 class MissingExtraError(EdgeClipError):
-    """A command needs packages that the installed extras do not bring."""
+    """A Python package is missing that an optional extra of EdgeCLIP installs."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what another library's error says, or its class where it says nothing."""
+    """Return the first line of another library's error message, or its class if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""What a dual encoder expects and returns: the input contract of a bundle."""
+"""The input and output contract of a dual encoder: image size, tokens, names of tensors."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,11 +9,11 @@ Precision = Literal["fp32", "fp16", "int8", "fp8"]
 
 PixelForm = Literal["uint8-nhwc", "float32-nchw"]
 
-# What an image tower takes: pictures cut to size as they are, uint8 [N, size, size, 3], the
-# normalisation being in the graph; or normalised, float32 [N, 3, size, size].
+# The two forms of an image tower's input: cropped pixels uint8 [N, size, size, 3], which the graph
+# normalises; or normalised pixels float32 [N, 3, size, size].
 PIXEL_INPUTS: dict[PixelForm, str] = {"uint8-nhwc": "pixels", "float32-nchw": "pixel_values"}
 TEXT_INPUT = "input_ids"
-# Named as transformers.js and optimum do.
+# The names that transformers.js and optimum use.
 OUTPUT_NAMES: dict[Tower, str] = {"image": "image_embeds", "text": "text_embeds"}
 PATCH_OUTPUT = "patch_features"  # float32 [N, rows, columns, width]
 LABEL_OUTPUTS = ("label_index", "label_score")  # int64 [N], float32 [N]
@@ -21,10 +21,10 @@ LABEL_OUTPUTS = ("label_index", "label_score")  # int64 [N], float32 [N]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:
-    """How a picture becomes the image tower's input.
+    """How an image is preprocessed for the image tower.
 
-    The shortest edge is resized to `resize` pixels, the centre `size` x `size` is cut
-    out, values are scaled to [0, 1] and normalised by `mean` and `std` (RGB).
+    The shortest edge is resized to `resize` pixels, the centre `size` x `size` is cropped,
+    values are scaled to [0, 1] and normalised by `mean` and `std` (RGB).
     """
 
     size: int
@@ -42,7 +42,7 @@ class ImageSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpec:
-    """How a text becomes the text tower's input: token ids, at most `context_length`."""
+    """How a text is tokenized for the text tower: at most `context_length` token ids."""
 
     context_length: int
     vocab_size: int
@@ -53,9 +53,9 @@ class TextSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderSpec:
-    """Input contract and geometry of a dual encoder.
+    """Input contract and embedding size of a dual encoder.
 
-    `dim` is the length of an embedding; both towers return L2-normalised float32.
+    `dim` is the length of an embedding; both towers return L2-normalised float32 rows.
     `logit_scale` multiplies a cosine to give a logit (CLIP's exp(temperature)).
     """
 

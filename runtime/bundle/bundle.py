@@ -1,4 +1,4 @@
-"""Open a bundle: its files and golden inputs, all checked before anything is loaded."""
+"""Open a bundle: check its manifest, paths and hashes before any of its files is used."""
 
 import hashlib
 import os
@@ -27,109 +27,22 @@ from edgeclip.runtime.spec import Precision, Tower
 if TYPE_CHECKING:
     from edgeclip.runtime.bundle.labels import LabelSet
 
-_KIND = "edgeclip-golden-2"
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What one tower in one precision gave for the golden inputs, float32 [N, dim]."""
-
-    tower: Tower
-    precision: Precision
-    embeddings: FloatArray
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Golden:
-    """A few inputs and their embeddings, made when the bundle was written.
-
-    Attributes:
-        pixels: uint8 [N, size, size, 3], RGB, resized and cut.
-        texts: M texts; the bundle's tokenizer must turn them into `input_ids`. There are none
-            where the bundle has no text tower.
-        input_ids: int64 [M, length].
-        expected: one entry for each tower and precision of the bundle.
-    """
-
-    pixels: NDArray[np.uint8]
-    texts: tuple[str, ...]
-    input_ids: NDArray[np.int64]
-    expected: tuple[Expected, ...]
-
-    def inputs(self, tower: Tower) -> NDArray[Any]:
-        """What a tower is given: `pixels` or `input_ids`."""
-        return self.pixels if tower == "image" else self.input_ids
-
-    def save(self, path: Path) -> None:
-        """Write `golden.npz`, whole or not at all."""
-        arrays: dict[str, NDArray[Any]] = {
-            "pixels": self.pixels,
-            "input_ids": self.input_ids,
-        }
-        for item in self.expected:
-            arrays[f"{item.tower}_{item.precision}"] = item.embeddings
-        write_npz(path, _KIND, {"texts": self.texts}, arrays)
-
-    @classmethod
-    def load(cls, path: Path, manifest: Manifest) -> "Golden":
-        """Read `golden.npz` and check that it fits the manifest.
-
-        Raises:
-            BundleError: damaged, or made for another input contract or other precisions.
-        """
-        wanted = [(item.tower, file.precision) for item in manifest.towers for file in item.files]
-        names = {f"{tower}_{precision}" for tower, precision in wanted}
-        keys = frozenset({"pixels", "input_ids", *names})
-        try:
-            meta, arrays = read_npz(path, _KIND, frozenset({"texts"}), keys)
-            texts = text_tuple(meta["texts"])
-        except InputError as error:
-            raise BundleError(str(error)) from error
-        golden = cls(
-            pixels=arrays["pixels"],
-            texts=texts,
-            input_ids=arrays["input_ids"],
-            expected=tuple(Expected(t, p, arrays[f"{t}_{p}"]) for t, p in wanted),
-        )
-        mistake = _mistake(golden, manifest)
-        if mistake:
-            raise BundleError(f"{path}: {mistake}: export the bundle anew")
-        return golden
-
-
-def _mistake(golden: Golden, manifest: Manifest) -> str | None:
-    spec, pixels, ids = manifest.spec, golden.pixels, golden.input_ids
-    size, length = spec.image.size, spec.text.context_length
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != (size, size, 3) or not len(pixels):
-        return f"pixels must be uint8 [N, {size}, {size}, 3]"
-    if ids.dtype != np.int64 or ids.ndim != 2 or not 0 < ids.shape[1] <= length:
-        return f"input_ids must be int64 [M, at most {length}]"
-    if len(ids) != len(golden.texts) or (manifest.has("text") and not len(ids)):
-        return "there must be as many texts as rows of input_ids, and at least one"
-    for item in golden.expected:
-        count = len(pixels if item.tower == "image" else ids)
-        if item.embeddings.dtype != np.float32 or item.embeddings.shape != (count, spec.dim):
-            return f"{item.tower}_{item.precision} must be float32 [{count}, {spec.dim}]"
-        if not np.isfinite(item.embeddings).all():
-            return f"{item.tower}_{item.precision} holds values that are not finite"
-    return None
-
-
-# An ONNX graph can name data files beside it, so nothing undeclared may lie here. A file
-# elsewhere (README.md, .gitattributes) is never opened, and is let be.
+_GOLDEN_KIND = "edgeclip-golden-2"
+# An ONNX graph can refer to data files beside it, so these folders may hold declared files only.
+# Other files (README.md, .gitattributes) are never opened and may stay.
 _CLOSED_FOLDERS = ("onnx", "engines", "labels")
 _MAX_MANIFEST_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle: every file it declares was there, whole and unaltered.
+    """An opened bundle, whose declared files were all present, complete and unmodified.
 
     Attributes:
         path: the directory, with symbolic links to it resolved, so that an update which
             moves a link does not mix two bundles.
-        manifest: what `edgeclip.json` says.
-        check_hashes: whether a tower's SHA-256 is checked again when it is loaded.
+        manifest: the content of `edgeclip.json`.
+        check_hashes: whether a file's SHA-256 is checked again when it is loaded.
     """
 
     path: Path
@@ -138,15 +51,15 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, *, check_hashes: bool = True) -> "Bundle":
-        """Check a bundle and open it; nothing but its manifest is loaded.
+        """Check a bundle and open it; only its manifest is loaded.
 
-        Refused: a missing or unreadable manifest, another schema version, unsafe paths,
+        Refused are a missing or unreadable manifest, another schema version, unsafe paths,
         symbolic links inside, files that are missing, of another size or (with
         `check_hashes`) of another SHA-256, undeclared files under `onnx/`, `engines/` and
         `labels/`, and gates recorded as failed.
 
         Raises:
-            BundleError: the first of these, and how to mend it.
+            BundleError: the first of these, and how to fix it.
         """
         root = Path(path)
         if not root.is_dir():
@@ -164,7 +77,7 @@ class Bundle:
         return cls(root, manifest, check_hashes)
 
     def tower_path(self, tower: Tower, precision: Precision | None = None) -> Path:
-        """Return the ONNX file of a tower, by default in its chosen precision.
+        """Return the path of a tower's ONNX file, by default in its chosen precision.
 
         Raises:
             BundleError: the bundle does not hold that precision.
@@ -172,7 +85,7 @@ class Bundle:
         return self.path / self.manifest.tower(tower).file(precision).path
 
     def tower_bytes(self, tower: Tower, precision: Precision | None = None) -> bytes:
-        """Read the ONNX file of a tower; what is returned is what was verified.
+        """Read a tower's ONNX file and verify its hash; hash the weights' file too, if it has one.
 
         Raises:
             BundleError: the bundle does not hold that precision, or the file cannot be read or
@@ -184,7 +97,7 @@ class Bundle:
         return self.file_bytes(file.path)
 
     def check_file(self, name: str) -> None:
-        """Check the hash of a declared file again, without holding it in memory.
+        """Verify the hash of a declared file again, without loading it into memory.
 
         Raises:
             BundleError: with `check_hashes`, it was altered since the bundle was opened.
@@ -196,7 +109,7 @@ class Bundle:
         return next(file.sha256 for file in self.manifest.files if file.path == name)
 
     def file_bytes(self, name: str) -> bytes:
-        """Read a declared file; what is returned is what was verified.
+        """Read a declared file and verify the hash of the bytes that are returned.
 
         Raises:
             BundleError: it cannot be read or (with `check_hashes`) was altered since the
@@ -212,12 +125,12 @@ class Bundle:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The file that the package `tokenizers` reads."""
+        """The tokenizer.json of the package `tokenizers`."""
         return self.path / TOKENIZER_NAME
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The label sets baked into the bundle."""
+        """The names of the label sets in the bundle."""
         names = (file.path for file in self.manifest.files)
         return tuple(
             name.removeprefix("labels/").removesuffix(".npz")
@@ -242,12 +155,11 @@ class Bundle:
         return labels
 
     def golden(self) -> "Golden":
-        """Load the inputs and expected embeddings that `edgeclip verify` replays.
+        """Load the inputs and expected embeddings that `edgeclip verify` compares with.
 
         Raises:
             BundleError: they do not fit this bundle's input contract.
         """
-
         return Golden.load(self.path / GOLDEN_NAME, self.manifest)
 
 
@@ -256,9 +168,9 @@ def _read_manifest(root: Path) -> str:
     if path.is_symlink():
         raise BundleError(f"{path} is a symbolic link: copy the bundle with its links followed")
     if not path.is_file():
-        raise BundleError(f"{root} holds no {MANIFEST_NAME}: it is not a bundle, or half a copy")
+        raise BundleError(f"{root} holds no {MANIFEST_NAME}: it is no bundle, or copied in part")
     if path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path} is too large to be a manifest: write the bundle anew")
+        raise BundleError(f"{path} is too large to be a manifest: write the bundle again")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -266,7 +178,7 @@ def _read_manifest(root: Path) -> str:
 
 
 def _check_tree(root: Path, *, declared: set[str]) -> None:
-    """Refuse symbolic links anywhere, and undeclared files where towers and labels lie."""
+    """Refuse symbolic links anywhere, and undeclared files in the folders that are loaded from."""
     for entry in _walk(root):
         path = Path(entry.path).relative_to(root).as_posix()
         if entry.is_symlink():
@@ -308,3 +220,88 @@ def _check_file(root: Path, path: str, size: int, sha256: str | None) -> None:
 
 def _altered(root: Path, path: str) -> str:
     return f"{root}: {path} was altered (its SHA-256 differs): copy the bundle again"
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Embeddings of the golden inputs by one tower in one precision, float32 [N, dim]."""
+
+    tower: Tower
+    precision: Precision
+    embeddings: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Golden:
+    """A few inputs and their embeddings, recorded when the bundle was written.
+
+    Attributes:
+        pixels: uint8 [N, size, size, 3], RGB, resized and cropped.
+        texts: M texts, which the bundle's tokenizer must turn into `input_ids`; none if the
+            bundle has no text tower.
+        input_ids: int64 [M, length].
+        expected: one entry for each tower and precision of the bundle.
+    """
+
+    pixels: NDArray[np.uint8]
+    texts: tuple[str, ...]
+    input_ids: NDArray[np.int64]
+    expected: tuple[Expected, ...]
+
+    def inputs(self, tower: Tower) -> NDArray[Any]:
+        """Return the input of a tower: `pixels` or `input_ids`."""
+        return self.pixels if tower == "image" else self.input_ids
+
+    def save(self, path: Path) -> None:
+        """Write `golden.npz`, whole or not at all."""
+        arrays: dict[str, NDArray[Any]] = {
+            "pixels": self.pixels,
+            "input_ids": self.input_ids,
+        }
+        for item in self.expected:
+            arrays[f"{item.tower}_{item.precision}"] = item.embeddings
+        write_npz(path, _GOLDEN_KIND, {"texts": self.texts}, arrays)
+
+    @classmethod
+    def load(cls, path: Path, manifest: Manifest) -> "Golden":
+        """Read `golden.npz` and check that it fits the manifest.
+
+        Raises:
+            BundleError: damaged, or made for another input contract or other precisions.
+        """
+        wanted = [(item.tower, file.precision) for item in manifest.towers for file in item.files]
+        names = {f"{tower}_{precision}" for tower, precision in wanted}
+        keys = frozenset({"pixels", "input_ids", *names})
+        try:
+            meta, arrays = read_npz(path, _GOLDEN_KIND, frozenset({"texts"}), keys)
+            texts = text_tuple(meta["texts"])
+        except InputError as error:
+            raise BundleError(str(error)) from error
+        golden = cls(
+            pixels=arrays["pixels"],
+            texts=texts,
+            input_ids=arrays["input_ids"],
+            expected=tuple(Expected(t, p, arrays[f"{t}_{p}"]) for t, p in wanted),
+        )
+        mistake = _golden_mistake(golden, manifest)
+        if mistake:
+            raise BundleError(f"{path}: {mistake}: export the bundle again")
+        return golden
+
+
+def _golden_mistake(golden: Golden, manifest: Manifest) -> str | None:
+    spec, pixels, ids = manifest.spec, golden.pixels, golden.input_ids
+    size, length = spec.image.size, spec.text.context_length
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (size, size, 3) or not len(pixels):
+        return f"pixels must be uint8 [N, {size}, {size}, 3]"
+    if ids.dtype != np.int64 or ids.ndim != 2 or not 0 < ids.shape[1] <= length:
+        return f"input_ids must be int64 [M, at most {length}]"
+    if len(ids) != len(golden.texts) or (manifest.has("text") and not len(ids)):
+        return "there must be as many texts as rows of input_ids, and at least one"
+    for item in golden.expected:
+        count = len(pixels if item.tower == "image" else ids)
+        if item.embeddings.dtype != np.float32 or item.embeddings.shape != (count, spec.dim):
+            return f"{item.tower}_{item.precision} must be float32 [{count}, {spec.dim}]"
+        if not np.isfinite(item.embeddings).all():
+            return f"{item.tower}_{item.precision} holds values that are not finite"
+    return None

@@ -1,4 +1,4 @@
-"""TensorRT engines of a bundle: the key of an engine, its file name, and where it may run."""
+"""TensorRT engines: the key that identifies an engine, its file name, and where it may run."""
 
 import hashlib
 import json
@@ -23,31 +23,31 @@ _SHORT_HASH = 8
 
 
 class InstalledLibrary(Protocol):
-    """What a key needs to know of an installed TensorRT (see `TensorRtLibrary`)."""
+    """Name and version of an installed TensorRT (see `TensorRtLibrary`)."""
 
     @property
     def name(self) -> LibraryName:
-        """The package: "tensorrt" or "tensorrt-rtx"."""
+        """Name of the package: "tensorrt" or "tensorrt-rtx"."""
         ...
 
     @property
     def version(self) -> str:
-        """Its version, such as "10.3.0"."""
+        """Version of the package, such as "10.3.0"."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSource:
-    """An ONNX graph that engines are made of.
+    """An ONNX graph to build engines from.
 
     Attributes:
         name: a short name for files, such as "vision_int8".
-        content: the graph, or its file where the weights lie in another file beside it.
-        sha256: of all of it (see `graph_sha256`).
+        content: the graph, or the path of its file if its weights are in a file beside it.
+        sha256: of the graph and its weights (see `graph_sha256`).
         text_length: the most tokens of one text; None for an image tower.
 
     Raises:
-        ValueError: a name or hash that is not one, or a length below 1.
+        ValueError: an invalid name or hash, or a length below 1.
     """
 
     name: str
@@ -64,7 +64,7 @@ class GraphSource:
 
 
 def graph_sha256(*files: str) -> str:
-    """The hash of a graph from those of its files: the ONNX file's, then its data files'."""
+    """Return the hash of a graph from its files' hashes: the ONNX file's, then its data files'."""
     if len(files) == 1:
         return files[0]
     return hashlib.sha256("\n".join(files).encode()).hexdigest()
@@ -72,22 +72,22 @@ def graph_sha256(*files: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineKey:
-    """All that tells one engine from another.
+    """All settings that distinguish one engine from another.
 
     Attributes:
         library: "tensorrt" or "tensorrt-rtx".
         version: of that library.
         capability: compute capability that it was built for, such as "8.9".
         graph_sha256: of the graph.
-        batch_min: the smallest batch that it takes.
+        batch_min: the smallest batch that it accepts.
         batch_best: the batch that it is tuned for.
-        batch_max: the largest batch that it takes.
-        text_length: the most tokens of one text that it takes; None for an image tower.
+        batch_max: the largest batch that it accepts.
+        text_length: the most tokens of one text that it accepts; None for an image tower.
         hardware_portability: which other GPUs it runs on.
-        version_portability: whether it runs on later versions too.
-        sparse_weights: 2:4 sparse kernels were allowed.
-        workspace_mb: most GPU memory for intermediate results, MB of 10^6 bytes; None where
-            it was not bounded.
+        version_portability: whether it runs on later versions of the library too.
+        sparse_weights: whether 2:4 sparse kernels were allowed.
+        workspace_mb: limit of GPU memory for intermediate results, MB of 10^6 bytes; None
+            for no limit.
 
     Raises:
         ValueError: fields that are out of range or contradict each other.
@@ -121,10 +121,10 @@ class EngineKey:
     def of(
         cls, source: GraphSource, device: DeviceProfile, library: InstalledLibrary
     ) -> "EngineKey":
-        """The key of the engine that a device asks for.
+        """Return the key of the engine that a device needs.
 
-        TensorRT for RTX knows no portability: its engines run on every GPU of their compute
-        capability, and on the version that built them only.
+        TensorRT for RTX has no portability settings: its engines run on every GPU of their
+        compute capability, and only on the version that built them.
 
         Raises:
             ValueError: the device has no compute capability.
@@ -146,7 +146,7 @@ class EngineKey:
         )
 
     def stem(self, name: str) -> str:
-        """The name of its files without suffix; differs wherever two keys differ.
+        """Return the file name without suffix, different for every key.
 
         Such as "vision_int8-tensorrt-rtx-1.7.1.116-sm89-1a2b3c4d".
         """
@@ -155,22 +155,22 @@ class EngineKey:
         return f"{name}-{self.library}-{self.version}-{sm(self.capability)}-{short}"
 
     def mismatch(self, wanted: "EngineKey") -> str | None:
-        """Why an engine of this key does not do for one of key `wanted`; None if it does.
+        """Return why an engine of this key cannot serve for key `wanted`; None if it can.
 
-        An engine made for portability may be of an older version, or of another GPU.
+        A portable engine may come from an older version or be built for another GPU.
         """
         if self.graph_sha256 != wanted.graph_sha256:
-            return "made of another graph"
+            return "built from another graph"
         if self.library != wanted.library:
-            return f"made for {self.library}, not {wanted.library}"
+            return f"built for {self.library}, not {wanted.library}"
         if not self._runs_on_version(wanted.version):
-            return f"made by version {self.version}, and {wanted.version} is installed"
+            return f"built by version {self.version}, and {wanted.version} is installed"
         if not self._runs_on_capability(wanted.capability):
-            return f"made for compute capability {self.capability}, not {wanted.capability}"
+            return f"built for compute capability {self.capability}, not {wanted.capability}"
         if not self.batch_min <= wanted.batch_min <= wanted.batch_max <= self.batch_max:
-            return f"made for batches of {self.batch_min} to {self.batch_max}"
+            return f"built for batches of {self.batch_min} to {self.batch_max}"
         if (self.text_length or 0) < (wanted.text_length or 0):
-            return f"made for texts of up to {self.text_length} tokens"
+            return f"built for texts of up to {self.text_length} tokens"
         return None
 
     def _runs_on_version(self, installed: str) -> bool:
@@ -188,17 +188,17 @@ class EngineKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRecord:
-    """An engine that a bundle holds.
+    """An engine in a bundle.
 
     Attributes:
-        tower: which tower it computes.
+        tower: the tower that it computes.
         precision: of the graph that it was built from.
         path: POSIX path in the bundle, under engines/; its size and hash are in
             `Manifest.files`.
-        key: what it was built from and for.
+        key: graph, library and GPU that it was built for.
 
     Raises:
-        ValueError: an unsafe path, or one that is no engine's.
+        ValueError: an unsafe path, or not the path of an engine.
     """
 
     tower: Tower
@@ -211,24 +211,14 @@ class EngineRecord:
         if not self.path.startswith(f"{ENGINE_FOLDER}/") or not self.path.endswith(ENGINE_SUFFIX):
             raise ValueError(f"{self.path}: an engine lies at {ENGINE_FOLDER}/NAME{ENGINE_SUFFIX}")
 
-    def mismatch(
-        self, source: GraphSource, device: DeviceProfile, library: InstalledLibrary
-    ) -> str | None:
-        """Why it does not suit a graph on a device with that library; None if it does.
-
-        Raises:
-            ValueError: the device has no compute capability.
-        """
-        return self.key.mismatch(EngineKey.of(source, device, library))
-
 
 def engine_path(source: GraphSource, key: EngineKey) -> str:
-    """Where an engine lies in a bundle."""
+    """Return the path of an engine in a bundle."""
     return f"{ENGINE_FOLDER}/{key.stem(source.name)}{ENGINE_SUFFIX}"
 
 
 def _workspace(device: DeviceProfile) -> int | None:
-    """Half of the GPU's memory; a quarter where the CPU needs its share of it."""
+    """Return half of the GPU's memory in MB, or a quarter if the CPU shares it."""
     if device.memory_mb is None:
         return None
     return max(device.memory_mb // (4 if device.shared_memory else 2), 1)
@@ -244,5 +234,5 @@ def _check_hash(name: str, value: str) -> None:
 
 
 def sm(capability: str) -> str:
-    """The short name of a compute capability: "sm89" for "8.9"."""
+    """Return NVIDIA's short name of a compute capability: "sm89" for "8.9"."""
     return "sm" + capability.replace(".", "")

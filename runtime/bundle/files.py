@@ -1,4 +1,4 @@
-"""Files of a bundle and of the caches: paths, hashes, atomic writes, npz archives, JSON records."""
+"""Read and write files: paths in a bundle, hashes, atomic writes, npz archives, JSON records."""
 
 import dataclasses
 import errno
@@ -31,8 +31,8 @@ def tower_path(
 ) -> str:
     """Return the path of a tower in a bundle.
 
-    Graphs in the customary form are named as transformers.js and optimum name them; an image
-    tower that takes uint8 pixels would not run there, and has a name of its own.
+    The names are those of transformers.js and optimum. An image tower with uint8 input, which
+    these cannot run, has another name.
     """
     stem = "text_model"
     if tower == "image":
@@ -60,10 +60,10 @@ def check_path(path: str) -> None:
         raise ValueError(f"{MANIFEST_NAME} cannot list itself")
 
 
-# .edgeclip-tmp-PID-TOKEN.NAME is being written, .edgeclip-old-PID-TOKEN.NAME being replaced.
-# The name comes last so that the suffix (.npz) survives.
+# Temporary files beside their target: .edgeclip-tmp-PID-TOKEN.NAME is being written,
+# .edgeclip-old-PID-TOKEN.NAME is being replaced. NAME comes last to keep its suffix (.npz).
 _SIBLING = re.compile(r"\.edgeclip-(tmp|old)-(\d+)-[0-9a-f]{8}\.(.+)", re.DOTALL)
-_live: set[str] = set()  # names of the siblings in use by the threads of this process
+_live: set[str] = set()  # names of the temporary files in use by threads of this process
 
 
 def sha256_file(path: Path) -> str:
@@ -74,7 +74,7 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Give a temporary path to write; it becomes `target` when the block ends well.
+    """Yield a temporary path to write; it is renamed to `target` when the block ends normally.
 
     An existing file is replaced in one step. On an exception `target` stays as it was.
     A killed writer leaves `.edgeclip-tmp-*` beside it, which the next write removes.
@@ -99,7 +99,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 def atomic_directory(
     target: Path, *, replace: bool = False, marker: str = "edgeclip.json"
 ) -> Iterator[Path]:
-    """Give a temporary directory to fill; it becomes `target` when the block ends well.
+    """Yield a temporary directory to fill; it is renamed to `target` when the block ends normally.
 
     Everything in it is flushed to disk before the rename. On an exception `target` stays
     as it was. A killed writer leaves `.edgeclip-tmp-*` beside it, which the next write to
@@ -108,9 +108,9 @@ def atomic_directory(
     `.edgeclip-old-*`, and the next write puts it back before it begins.
 
     Args:
-        target: the directory to make. An empty one may exist.
+        target: the directory to create. An empty one may exist.
         replace: allow `target` to exist, if it holds `marker`.
-        marker: a file that shows that `target` is of the kind that may be deleted.
+        marker: a file which shows that `target` may be deleted.
 
     Raises:
         InputError: `target` exists and may not be replaced, or its parent cannot be made.
@@ -147,7 +147,7 @@ def _swap(temporary: Path, target: Path) -> None:
 
 
 def check_target(target: Path, *, replace: bool, marker: str) -> None:
-    """Refuse a directory that `atomic_directory` would refuse; worth asking before long work.
+    """Raise the error that `atomic_directory` would raise; call it before long work.
 
     Raises:
         InputError: see `atomic_directory`.
@@ -160,13 +160,13 @@ def check_target(target: Path, *, replace: bool, marker: str) -> None:
         raise InputError(f"{target} exists: choose another name, or ask to replace it")
     if not (target / marker).is_file():
         raise InputError(
-            f"{target} holds no {marker}, so it is not replaced: delete it yourself if you mean to"
+            f"{target} holds no {marker}, so it is not replaced: delete it yourself if you want to"
         )
 
 
 @contextmanager
 def _sibling(target: Path, kind: str) -> Iterator[Path]:
-    """Give a name beside `target` that no thread of this process clears away meanwhile."""
+    """Yield a temporary name beside `target`, protected from `_prepare` in this process."""
     name = f".edgeclip-{kind}-{os.getpid()}-{secrets.token_hex(4)}.{target.name}"
     _live.add(name)
     try:
@@ -176,7 +176,7 @@ def _sibling(target: Path, kind: str) -> Iterator[Path]:
 
 
 def _prepare(target: Path) -> None:
-    """Make the parent of `target`, and clear away what killed writers left there."""
+    """Create the parent of `target`, and remove what killed writers left there."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         siblings = list(target.parent.iterdir())
@@ -197,11 +197,11 @@ def _prepare(target: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
-    """Tell whether another process of that id lives; its files are not ours to clear."""
+    """Return whether another process has that id; its temporary files must stay."""
     if process == os.getpid():
-        return False  # an id used again after a restart, as in a container
+        return False  # the id was used before a restart, as in a container
     if os.name != "posix":
-        return True  # os.kill would end it there: leave its files alone
+        return True  # os.kill would end the process there
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -226,9 +226,9 @@ def _fsync(path: Path) -> None:
 
 
 def cache_root() -> Path:
-    """Where this user's caches are kept: $EDGECLIP_CACHE, by default ~/.cache/edgeclip.
+    """Return the folder of this user's caches: $EDGECLIP_CACHE, by default ~/.cache/edgeclip.
 
-    $XDG_CACHE_HOME replaces ~/.cache (XDG Base Directory Specification: if it is absolute).
+    $XDG_CACHE_HOME replaces ~/.cache if it is absolute (XDG Base Directory Specification).
     """
     own = os.environ.get("EDGECLIP_CACHE")
     if own:
@@ -244,13 +244,13 @@ _META = "meta"
 def write_npz(
     path: Path, kind: str, meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Write arrays and their description; an existing file is replaced in one step.
+    """Write named arrays and JSON metadata to an npz file, atomically.
 
     Args:
-        path: the file to make; its folder is made where it is missing.
-        kind: what the file is, such as "edgeclip-index-1"; `read_npz` wants the same.
+        path: the file to write; its folder is created if missing.
+        kind: type and version of the file, such as "edgeclip-index-1"; `read_npz` checks it.
         meta: plain JSON data.
-        arrays: numeric arrays by name; not "meta".
+        arrays: numeric arrays by name; "meta" is reserved.
 
     Raises:
         InputError: the file cannot be written.
@@ -269,7 +269,7 @@ def write_npz(
 def read_npz(
     path: Path, kind: str, meta_keys: frozenset[str], array_keys: frozenset[str]
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """Read what `write_npz` wrote: the description without its kind, and the arrays.
+    """Read a file of `write_npz`; return its metadata without the kind, and its arrays.
 
     Raises:
         InputError: missing or damaged file, another kind, or other keys than the given.
@@ -282,7 +282,7 @@ def read_npz(
     except Exception as error:  # zip and numpy raise many kinds on damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{path} is damaged or not EdgeCLIP's ({reason}): make it again"
+            f"{path} is damaged or not EdgeCLIP's ({reason}): create it again"
         ) from error
     found = meta.pop("kind", None) if isinstance(meta, dict) else None
     if found != kind:
@@ -300,27 +300,29 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            # Nothing here is compressed: a small file cannot unpack to a huge one.
+            # No entry may be compressed, so that a small file cannot unpack to a huge one.
             if entry.compress_type != zipfile.ZIP_STORED or not entry.filename.endswith(".npy"):
                 raise ValueError(f"unexpected entry {entry.filename!r}")
             name = entry.filename.removesuffix(".npy")
             if name in arrays:
-                raise ValueError(f"entry {name!r} comes twice")
+                raise ValueError(f"entry {name!r} occurs twice")
             with archive.open(entry) as stream:
                 arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
-                # Reading to the very end is what checks the checksum.
+                # Reading to the very end makes zipfile check the checksum.
                 if stream.read(1):
                     raise ValueError(f"entry {name!r} is longer than its array")
     return arrays
 
 
 class JsonRecord:
-    """Base of frozen dataclasses with a JSON round trip.
+    """Base class of frozen dataclasses that are saved as JSON with a schema version.
+
+    Reading goes through `schema.parse`, so types, bounds and unknown keys are checked by pydantic.
 
     Attributes:
-        SCHEMA_VERSION: a change of the fields counts it up; the file's first key.
-        WHAT: what the file is called in messages.
-        MEND: what to do where the file is damaged, or of another version.
+        SCHEMA_VERSION: increased with every change of the fields; the file's first key.
+        WHAT: name of the file in error messages.
+        HINT: what to do if the file is damaged or of another version.
     """
 
     __slots__ = ()
@@ -329,15 +331,15 @@ class JsonRecord:
     HINT: ClassVar[str]
 
     def to_json(self) -> str:
-        """This record as indented JSON; `from_json` gives an equal one back."""
-        # A subclass is a dataclass, which this base cannot be: it has no fields.
+        """Return this record as indented JSON, which `from_json` reads back."""
+        # Every subclass is a dataclass; this base has no fields.
         fields: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
         data = {"schema_version": self.SCHEMA_VERSION, **fields}
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> Self:
-        """Read what `to_json` wrote; `source` names it in messages.
+        """Read the text that `to_json` returned; `source` names it in error messages.
 
         Raises:
             ConfigError: not JSON, another schema version, or wrong fields.
@@ -355,7 +357,7 @@ class JsonRecord:
         return parse(cls, data, source=source)
 
     def save(self, path: Path) -> None:
-        """Write `to_json` to `path`, whole or not at all.
+        """Write this record to a JSON file, atomically.
 
         Raises:
             InputError: the file cannot be written.
@@ -365,7 +367,7 @@ class JsonRecord:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote.
+        """Read a record from a JSON file.
 
         Raises:
             ConfigError: missing, unreadable or invalid file.

@@ -1,4 +1,4 @@
-"""Embeddings: checks of shape, length and space, and an index with exact search."""
+"""Embeddings: an index with exact search, cosines, and checks of shape, length and space."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,163 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.runtime.arrays import FloatArray, Values
 from edgeclip.runtime.bundle.files import read_npz, write_npz
 from edgeclip.runtime.errors import InputError, SpaceMismatchError
 
-# Rounding to fp16 moves a unit vector's length by less than this.
+# Rounding to fp16 changes a unit vector's length by less than this.
 _UNIT_TOLERANCE = 5e-3
+_INDEX_KIND = "edgeclip-index-1"
+_SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A search hit: a key of the index and its cosine with the query."""
+
+    key: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Index:
+    """Keys, such as file paths, with one embedding each.
+
+    `embeddings` is float32 [N, dim], L2-normalised, made in the embedding space whose
+    fingerprint is `space`.
+    """
+
+    keys: tuple[str, ...]
+    embeddings: FloatArray
+    space: str
+
+    def __post_init__(self) -> None:
+        """Check keys and embeddings.
+
+        Raises:
+            InputError: repeated or empty keys, or embeddings that do not fit them.
+        """
+        check_keyed("index", self.keys, self.embeddings, self.space)
+
+    def search(
+        self, queries: NDArray[Any], top: int = 10, *, space: str | None = None
+    ) -> tuple[tuple[Hit, ...], ...]:
+        """Find the `top` keys of highest cosine for each query, best first.
+
+        The search is exact. Equal scores keep the order of the index; an index smaller than
+        `top` returns all keys. Queries are processed in chunks to bound memory.
+
+        Args:
+            queries: floats [Q, dim], L2-normalised.
+            top: how many hits to return, at least 1.
+            space: fingerprint of the queries' embedding space, if it is known.
+
+        Raises:
+            SpaceMismatchError: `space` is not the index's.
+            InputError: another shape, NaN, rows not L2-normalised, or `top` below 1.
+        """
+        if space is not None:
+            self.check_space(space)
+        check_unit_rows(queries, "queries")
+        if queries.shape[1] != self.embeddings.shape[1]:
+            raise InputError(
+                f"queries have {queries.shape[1]} dimensions, the index has "
+                f"{self.embeddings.shape[1]}: use the encoder that made the index"
+            )
+        if top < 1:
+            raise InputError(f"top is {top}: ask for at least 1 hit")
+        return tuple(
+            tuple(Hit(self.keys[row], float(scores[row])) for row in _best(scores, top))
+            for scores in self._scores(queries.astype(np.float32, copy=False))
+        )
+
+    def _scores(self, queries: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        """Yield the scores [N] of each query."""
+        chunk = max(1, _SCORES_AT_ONCE // len(self.keys))
+        for start in range(0, len(queries), chunk):
+            yield from queries[start : start + chunk] @ self.embeddings.T
+
+    def save(self, path: Path) -> None:
+        """Write the index to an npz file, atomically.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        meta = {"keys": self.keys, "space": self.space}
+        write_npz(path, _INDEX_KIND, meta, {"embeddings": self.embeddings})
+
+    @classmethod
+    def load(cls, path: Path) -> "Index":
+        """Read an index from an npz file.
+
+        Raises:
+            InputError: missing or damaged file, or not an index.
+        """
+        meta, arrays = read_npz(
+            path, _INDEX_KIND, frozenset({"keys", "space"}), frozenset({"embeddings"})
+        )
+        try:
+            return cls(text_tuple(meta["keys"]), arrays["embeddings"], meta["space"])
+        except InputError as error:
+            raise InputError(f"{path} is damaged: {error}") from error
+
+    def check_space(self, space: str) -> None:
+        """Check that the index belongs to an encoder's embedding space.
+
+        Raises:
+            SpaceMismatchError: the fingerprints differ.
+        """
+        check_space(space, self.space, "the index")
+
+
+def _best(scores: NDArray[np.float32], top: int) -> NDArray[np.intp]:
+    """Return the rows of the `top` highest scores, best first, ties in row order."""
+    count = min(top, len(scores))
+    threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
+    candidates = np.flatnonzero(scores >= threshold)
+    order = np.argsort(-scores[candidates], kind="stable")[:count]
+    best: NDArray[np.intp] = candidates[order]
+    return best
+
+
+def cosines(ours: NDArray[Any], reference: NDArray[Any]) -> Values:
+    """Return the cosine of each row with the reference's: float64 [N].
+
+    Raises:
+        InputError: shapes that differ, NaN or infinity, or an embedding of length 0.
+    """
+    first, second = paired_unit_rows(ours, reference)
+    result: Values = np.einsum("nd,nd->n", first, second)
+    return np.clip(result, -1.0, 1.0)
+
+
+def paired_unit_rows(first: NDArray[Any], second: NDArray[Any]) -> tuple[Values, Values]:
+    """Normalise two matrices whose rows form pairs; float64 [N, dim] each.
+
+    Raises:
+        InputError: shapes that differ, NaN or infinity, or an embedding of length 0.
+    """
+    if np.shape(first) != np.shape(second):
+        raise InputError(
+            f"paired embeddings have shapes {np.shape(first)} and {np.shape(second)}: "
+            "row i of both must be one pair"
+        )
+    return unit_rows(first, "the first embeddings"), unit_rows(second, "the second embeddings")
+
+
+def unit_rows(array: NDArray[Any], what: str) -> Values:
+    """L2-normalise embeddings in float64, [N, dim]; `what` names them in error messages.
+
+    Raises:
+        InputError: as `check_matrix`, or an embedding of length 0.
+    """
+    check_matrix(array, what)
+    wide = array.astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    if not lengths.all():
+        raise InputError(f"{what} include a row of length 0, which has no direction")
+    unit: Values = wide / lengths
+    return unit
 
 
 def check_matrix(array: object, what: str) -> None:
@@ -21,7 +173,7 @@ def check_matrix(array: object, what: str) -> None:
 
     Args:
         array: the embeddings.
-        what: their name in the message.
+        what: their name in the error message.
 
     Raises:
         InputError: not an array, not floats, another shape, empty, NaN or infinity.
@@ -80,20 +232,20 @@ def check_space(expected: str, found: str, what: str) -> None:
     Args:
         expected: fingerprint of the encoder's embedding space.
         found: fingerprint that `what` carries.
-        what: its name in the message, such as "the index photos.npz".
+        what: its name in the error message, such as "the index photos.npz".
 
     Raises:
-        SpaceMismatchError: the two differ.
+        SpaceMismatchError: the fingerprints differ.
     """
     if expected != found:
         raise SpaceMismatchError(
             f"{what} was made in the embedding space {found[:12]}, not in {expected[:12]}: "
-            "make it again with an encoder of this space"
+            "create it again with an encoder of this space"
         )
 
 
 def check_keyed(what: str, keys: Sequence[object], embeddings: NDArray[Any], space: object) -> None:
-    """Check that unique texts name the rows of unit float32 embeddings.
+    """Check that each row of unit float32 embeddings has a unique name.
 
     Raises:
         InputError: repeated, empty or too few keys, or embeddings that are not float32
@@ -105,177 +257,32 @@ def check_keyed(what: str, keys: Sequence[object], embeddings: NDArray[Any], spa
     if len(keys) != len(embeddings):
         raise InputError(f"{len(keys)} {what} names cannot name {len(embeddings)} embeddings")
     if not all(isinstance(key, str) and key for key in keys):
-        raise InputError(f"every {what} name must be a text that is not empty")
+        raise InputError(f"every {what} name must be a non-empty text")
     if len(set(keys)) != len(keys):
         first = Counter(keys).most_common(1)[0][0]
-        raise InputError(f"the {what} name {first!r} comes twice: make the names unique")
+        raise InputError(f"the {what} name {first!r} occurs twice: make the names unique")
     if not isinstance(space, str) or not space:
         raise InputError(f"{what} embeddings need the fingerprint of their embedding space")
 
 
 def text_tuple(value: object) -> tuple[str, ...]:
-    """Turn what JSON gave for a list of texts into a tuple.
+    """Check that JSON data is a list of texts, and return it as a tuple.
 
     Raises:
-        InputError: it is something else.
+        InputError: it is not.
     """
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise InputError("a list of texts was expected")
     return tuple(value)
 
 
-_KIND = "edgeclip-index-1"
-_SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """A key of an index and its cosine with the query."""
-
-    key: str
-    score: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Index:
-    """Keys (paths, say) and one embedding for each.
-
-    `embeddings` is float32 [N, dim], L2-normalised, made in the embedding space whose
-    fingerprint is `space`.
-    """
-
-    keys: tuple[str, ...]
-    embeddings: NDArray[np.float32]
-    space: str
-
-    def __post_init__(self) -> None:
-        """Check keys and embeddings.
-
-        Raises:
-            InputError: repeated or empty keys, or embeddings that do not fit them.
-        """
-        check_keyed("index", self.keys, self.embeddings, self.space)
-
-    def search(
-        self, queries: NDArray[Any], top: int = 10, *, space: str | None = None
-    ) -> tuple[tuple[Hit, ...], ...]:
-        """Find the `top` keys of highest cosine for each query, best first.
-
-        The search is exact. Equal scores come in the order of the index; an index smaller
-        than `top` gives all it has. Memory is bounded by chunks of queries.
-
-        Args:
-            queries: floats [Q, dim], L2-normalised.
-            top: how many hits to give, at least 1.
-            space: fingerprint of the queries' embedding space; give it wherever it is known.
-
-        Raises:
-            SpaceMismatchError: `space` is not the index's.
-            InputError: another shape, NaN, rows not L2-normalised, or `top` below 1.
-        """
-        if space is not None:
-            self.check_space(space)
-        check_unit_rows(queries, "queries")
-        if queries.shape[1] != self.embeddings.shape[1]:
-            raise InputError(
-                f"queries have {queries.shape[1]} dimensions, the index has "
-                f"{self.embeddings.shape[1]}: use the encoder that made the index"
-            )
-        if top < 1:
-            raise InputError(f"top is {top}: ask for at least 1 hit")
-        return tuple(
-            tuple(Hit(self.keys[row], float(scores[row])) for row in _best(scores, top))
-            for scores in self._scores(queries.astype(np.float32, copy=False))
-        )
-
-    def _scores(self, queries: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-        """Yield the scores [N] of one query after the other."""
-        chunk = max(1, _SCORES_AT_ONCE // len(self.keys))
-        for start in range(0, len(queries), chunk):
-            yield from queries[start : start + chunk] @ self.embeddings.T
-
-    def save(self, path: Path) -> None:
-        """Write the index as an npz file, whole or not at all.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
-        meta = {"keys": self.keys, "space": self.space}
-        write_npz(path, _KIND, meta, {"embeddings": self.embeddings})
-
-    @classmethod
-    def load(cls, path: Path) -> "Index":
-        """Read an index.
-
-        Raises:
-            InputError: missing or damaged file, or not an index.
-        """
-        meta, arrays = read_npz(
-            path, _KIND, frozenset({"keys", "space"}), frozenset({"embeddings"})
-        )
-        try:
-            return cls(text_tuple(meta["keys"]), arrays["embeddings"], meta["space"])
-        except InputError as error:
-            raise InputError(f"{path} is damaged: {error}") from error
-
-    def check_space(self, space: str) -> None:
-        """Refuse to be used with an encoder of another embedding space.
-
-        Raises:
-            SpaceMismatchError: the fingerprints differ.
-        """
-        check_space(space, self.space, "the index")
-
-
-def _best(scores: NDArray[np.float32], top: int) -> NDArray[np.intp]:
-    """Return the rows of the `top` highest scores, best first, ties in order of the rows."""
-    count = min(top, len(scores))
-    threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
-    candidates = np.flatnonzero(scores >= threshold)
-    order = np.argsort(-scores[candidates], kind="stable")[:count]
-    best: NDArray[np.intp] = candidates[order]
-    return best
-
-
 def limit_blas_to_one_thread() -> None:
-    """Hold the BLAS of this process to one thread for each product, from here on.
+    """Limit the BLAS of this process to one thread per matrix product, from now on.
 
-    A product over some thousand entries is shared between all processors by itself, and its
-    threads wait for each other by spinning. Where several threads of a busy program do that,
-    hundreds of milliseconds of processor time go into what takes a tenth of one alone.
+    By default BLAS splits a product over some thousand rows between all processors, and its
+    threads wait by spinning. Where several threads of a server do that at once, hundreds of
+    milliseconds of CPU time go into a product that takes a tenth of a millisecond alone.
     """
     from threadpoolctl import threadpool_limits  # which searching on a device does not need
 
     threadpool_limits(limits=1, user_api="blas")
-
-
-def cosines(ours: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the cosine of each row with the reference's: float64 [N].
-
-    Raises:
-        InputError: shapes that differ, NaN or infinity, or an embedding of length 0.
-    """
-    first, second = paired_unit_rows(ours, reference)
-    result: NDArray[np.float64] = np.einsum("nd,nd->n", first, second)
-    return np.clip(result, -1.0, 1.0)
-
-
-def paired_unit_rows(
-    first: NDArray[Any], second: NDArray[Any]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    if np.shape(first) != np.shape(second):
-        raise InputError(
-            f"paired embeddings have shapes {np.shape(first)} and {np.shape(second)}: "
-            "row i of both must be one pair"
-        )
-    return unit_rows(first, "the first embeddings"), unit_rows(second, "the second embeddings")
-
-
-def unit_rows(array: NDArray[Any], what: str) -> NDArray[np.float64]:
-    check_matrix(array, what)
-    wide = array.astype(np.float64)
-    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    if not lengths.all():
-        raise InputError(f"{what} include a row of length 0, which has no direction")
-    unit: NDArray[np.float64] = wide / lengths
-    return unit

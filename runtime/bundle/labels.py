@@ -1,4 +1,4 @@
-"""Label sets: class names and their text embeddings, ready for zero-shot classification."""
+"""Label sets: class names and their text embeddings, for zero-shot classification."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _KIND = "edgeclip-labels-1"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LabelSet:
-    """Class names and one embedding for each.
+    """Class names with one text embedding each.
 
     `embeddings` is float32 [K, dim], L2-normalised, made in the embedding space whose
     fingerprint is `space`, from `templates` such as "a photo of a {}".
@@ -36,7 +36,7 @@ class LabelSet:
         check_keyed("label", self.names, self.embeddings, self.space)
 
     def save(self, path: Path) -> None:
-        """Write the label set as an npz file, whole or not at all.
+        """Write the label set to an npz file, atomically.
 
         Raises:
             InputError: the file cannot be written.
@@ -46,7 +46,7 @@ class LabelSet:
 
     @classmethod
     def load(cls, path: Path) -> "LabelSet":
-        """Read a label set.
+        """Read a label set from an npz file.
 
         Raises:
             InputError: missing or damaged file, or not a label set.
@@ -64,7 +64,7 @@ class LabelSet:
             raise InputError(f"{path} is damaged: {error}") from error
 
     def check_space(self, space: str) -> None:
-        """Refuse to be used with an encoder of another embedding space.
+        """Check that the label set belongs to an encoder's embedding space.
 
         Raises:
             SpaceMismatchError: the fingerprints differ.
@@ -78,24 +78,24 @@ def bake_labels(
     encode: Callable[[list[str]], NDArray[np.float32]],
     space: str,
 ) -> LabelSet:
-    """Make a label set: each label is the normalised mean of its embeddings in all templates.
+    """Embed label names: each label's embedding is the normalised mean over all templates.
 
     Source: CLIP's prompt ensembles (Radford et al. 2021, section 3.1.4).
 
     Args:
         names: the labels.
         templates: sentences, each with one `{}` for the name.
-        encode: a text tower, texts -> float32 [N, dim], L2-normalised.
+        encode: the text tower, texts -> float32 [N, dim], L2-normalised.
         space: fingerprint of its embedding space.
 
     Raises:
-        InputError: no names, a name twice, or a template without its one `{}`.
+        InputError: no names, a repeated name, or a template without exactly one `{}`.
     """
     if isinstance(names, str) or not names or not templates:
-        raise InputError("labels are a list of at least one name, in at least one template")
+        raise InputError("labels must be a list of at least one name, with at least one template")
     wrong = [template for template in templates if template.count("{}") != 1]
     if wrong:
-        raise InputError(f"template {wrong[0]!r} must hold {{}} once, for the name")
+        raise InputError(f"template {wrong[0]!r} must contain {{}} exactly once, for the name")
     texts = [template.replace("{}", name) for name in names for template in templates]
     mean = encode(texts).reshape(len(names), len(templates), -1).mean(axis=1)
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
@@ -103,7 +103,7 @@ def bake_labels(
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Cut "red, blue" into its names.
+    """Split "red, blue" at the commas into names.
 
     Raises:
         InputError: a name is empty.

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: `edgeclip.json` as frozen dataclasses."""
+"""The manifest of a bundle: the content of `edgeclip.json` as frozen dataclasses."""
 
 import dataclasses
 import json
@@ -41,9 +41,9 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class DataRecord:
-    """What something was measured on: a name for people, how many items, and which.
+    """The data of a measurement: a readable name, the number of items, and their identity.
 
-    `sha256` is that of the source's identity, which changes whenever any of its items does.
+    `sha256` identifies the items: it changes whenever any of them does.
     """
 
     name: str
@@ -59,11 +59,11 @@ class DataRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateRecord:
-    """A quality bound and what was measured against it.
+    """A quality gate: a bound and the value measured against it.
 
-    `low` and `high` are the 95% interval of `value` (all three alike where none was
-    computed). `direction` reads "value >= bound" or "value <= bound". `data` is what it was
-    measured on; None for what a device measures itself, on the bundle's golden inputs.
+    `low` and `high` are the 95% interval of `value` (equal to `value` if none was computed).
+    `direction` reads "value >= bound" or "value <= bound". `data` is what it was measured on;
+    None for a gate that a device measures itself on the bundle's golden inputs.
     """
 
     name: str
@@ -84,9 +84,9 @@ class GateRecord:
 
 @dataclass(frozen=True, slots=True)
 class GateRemark:
-    """What must be known of a gate beside its value: that it was not judged, or on too little.
+    """A caveat about a gate, such as that it could not be judged, or on too few items.
 
-    `subject` is what it is about, such as "image int8" or "bundle".
+    `subject` is "bundle", or tower and precision such as "image int8"; `says` is the caveat.
     """
 
     subject: str
@@ -102,8 +102,8 @@ class Recipe:
     """How a file was made from the fp32 graph.
 
     Attributes:
-        says: in a few words.
-        config: all settings as plain data, which `edgeclip export` knows how to read.
+        says: a description in a few words.
+        config: all settings as plain data, which `edgeclip export` can read.
     """
 
     says: str
@@ -112,20 +112,20 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TowerFile:
-    """One tower in one precision, and what was measured on it.
+    """One tower in one precision, with its measured gates and latency.
 
     Attributes:
         path: the ONNX file; its size and hash are in `Manifest.files`.
-        pixels: what an image tower takes; None for a text tower.
-        batch: the only batch size that the graph takes; None where it may vary.
-        data_path: the file that holds the weights of a graph over 2 GB; None if they are in
-            the ONNX file.
-        gates: bounds that this tower in this precision met.
+        pixels: input form of an image tower; None for a text tower.
+        batch: the only batch size that the graph accepts; None if it may vary.
+        data_path: the file with the weights of a graph over 2 GB; None if they are in the
+            ONNX file.
+        gates: gates that this tower passed in this precision.
         latency_ms: median of one call at batch 1 on `Manifest.measured_on`; None if not measured.
         golden_tolerance: largest absolute difference of one embedding value from
             `golden.npz` that `edgeclip verify` accepts.
-        needs_vnni: int8 with 8-bit weights for a CPU: exact only with int8 dot products.
-        recipe: how it was made; None for fp32, and in bundles that do not say.
+        needs_vnni: int8 with 8-bit weights for a CPU, exact only with int8 dot products.
+        recipe: how it was made; None for fp32, and if it was not recorded.
     """
 
     path: str
@@ -151,7 +151,7 @@ class TowerFile:
 
 @dataclass(frozen=True, slots=True)
 class TowerManifest:
-    """The precisions of one tower that the bundle holds, and the one to use by default."""
+    """The precisions of one tower in the bundle, and the one to use by default."""
 
     tower: Tower
     chosen: Precision
@@ -167,7 +167,7 @@ class TowerManifest:
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """The precisions at hand, in the order of `files`."""
+        """The precisions in the bundle, in the order of `files`."""
         return tuple(file.precision for file in self.files)
 
     def file(self, precision: Precision | None = None) -> TowerFile:
@@ -199,23 +199,23 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All that a bundle says about itself.
+    """The content of `edgeclip.json`.
 
     Attributes:
         schema_version: `SCHEMA_VERSION` of the software that wrote it.
-        name: what people call the model.
+        name: name of the model.
         space: SHA-256 fingerprint of the embedding space, which is the teacher's.
-        spec: input contract and geometry.
+        spec: input contract and embedding size.
         towers: image, and text if the bundle can embed texts, once each.
-        gates: bounds that both towers met together, R@1 loss in one precision or as chosen.
+        gates: gates that both towers passed together, such as the loss of R@1.
         measured_on: machine and engine of every latency, empty if none was measured.
         provenance: teacher, student, data, command, time, versions.
         licence: SPDX identifier or a sentence.
         files: every file of the bundle except `edgeclip.json` itself.
-        patch_features: the image towers also give the last hidden state of each patch.
-        label_head: name of the label set that is part of the image towers, if any.
+        patch_features: the image towers also output the last hidden state of each patch.
+        label_head: name of the label set built into the image towers, if any.
         engines: TensorRT engines that were built ahead of time.
-        remarks: what must be known of the gates, such as one that could not be judged.
+        remarks: caveats about gates, such as one that could not be judged.
     """
 
     schema_version: int
@@ -239,7 +239,7 @@ class Manifest:
         if sorted(item.tower for item in self.towers) not in (["image"], ["image", "text"]):
             raise ValueError("towers must be image and text, once each, or image alone")
         paths = [file.path for file in self.files]
-        # Compared without case, because some file systems do.
+        # Compared without case, as some file systems do.
         if len({path.casefold() for path in paths}) != len(paths):
             raise ValueError("a file is listed twice")
         graphs = [file for item in self.towers for file in item.files]
@@ -253,7 +253,7 @@ class Manifest:
             raise ValueError(f"files does not list {', '.join(missing)}")
 
     def has(self, tower: Tower) -> bool:
-        """Whether the bundle holds that tower."""
+        """Return whether the bundle contains that tower."""
         return any(item.tower == tower for item in self.towers)
 
     def tower(self, tower: Tower) -> TowerManifest:
@@ -270,26 +270,26 @@ class Manifest:
         )
 
     def all_gates(self) -> Iterable[tuple[str, GateRecord]]:
-        """Yield every gate with what it is about, such as "image int8" or "bundle"."""
+        """Yield every gate with its subject, such as "image int8" or "bundle"."""
         for item in self.towers:
             for file in item.files:
                 yield from ((f"{item.tower} {file.precision}", gate) for gate in file.gates)
         yield from (("bundle", gate) for gate in self.gates)
 
     def recipes(self) -> Iterable[tuple[str, Recipe]]:
-        """Yield how each file was made that says so, with what it is, such as "image int8"."""
+        """Yield every recorded recipe with its subject, such as "image int8"."""
         for item in self.towers:
             for file in item.files:
                 if file.recipe is not None:
                     yield f"{item.tower} {file.precision}", file.recipe
 
     def to_json(self) -> str:
-        """Return the text of `edgeclip.json`; `from_json` gives an equal manifest back."""
+        """Return the text of `edgeclip.json`, which `from_json` reads back."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str = MANIFEST_NAME) -> "Manifest":
-        """Read a manifest, its schema version before anything else.
+        """Read a manifest, checking its schema version before anything else.
 
         Raises:
             BundleError: not JSON, another schema version, a duplicate or unknown key, a wrong
@@ -321,12 +321,14 @@ def _read_json(text: str, source: str, twice: list[str]) -> object:
     try:
         return json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{source} is not whole JSON ({error}): write the bundle anew") from None
+        raise BundleError(
+            f"{source} is not complete JSON ({error}): write the bundle again"
+        ) from None
 
 
 def _wrong_version(source: str, version: object) -> str:
     reads = f"this software reads version {SCHEMA_VERSION}"
     if type(version) is not int:
         return f"{source} gives no schema_version as an integer; {reads}"
-    mend = "update edgeclip" if version > SCHEMA_VERSION else "export the bundle anew"
-    return f"{source} has schema version {version}, but {reads}: {mend}"
+    hint = "update edgeclip" if version > SCHEMA_VERSION else "export the bundle again"
+    return f"{source} has schema version {version}, but {reads}: {hint}"

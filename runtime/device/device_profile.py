@@ -1,4 +1,4 @@
-"""DeviceProfile: what a device is, what it may run, and its YAML file."""
+"""DeviceProfile: a device's engine, precisions, batch sizes and limits, read from YAML."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ EngineName = Literal[
 Portability = Literal["none", "same-compute-capability", "ampere-plus"]
 THIS_MACHINE = "this-machine"
 
-# Instructions that multiply int8 values and add them up without saturating.
+# Instructions that multiply int8 values and sum the products without saturation.
 _INT8_DOT_PRODUCT = frozenset({"avx512_vnni", "avx_vnni", "asimddp"})
 # GPUs that TensorRT for RTX builds engines for (its support matrix).
 _RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -37,13 +37,13 @@ _FIRST_WITH_FP8 = (8, 9)  # Ada
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
-    """A device, as far as running a bundle on it goes.
+    """A device and how bundles run on it.
 
     Attributes:
         name: a short name.
         description: one line for a person.
-        engine: what executes the towers.
-        precisions: those that may be chosen on it, without repeats.
+        engine: the inference engine that runs the towers.
+        precisions: those that may be used, in order of preference, without repeats.
         threads: CPU threads that inference and preprocessing may use.
         memory_mb: memory that the towers can use, MB of 10^6 bytes: the GPU's where the
             engine runs on one, else the system's. None where it is unknown.
@@ -51,8 +51,8 @@ class DeviceProfile:
         batch_best: the batch that it is tuned for.
         batch_max: the largest one; if it equals `batch_min`, graphs are made for that batch
             alone. Longer lists of inputs are cut into such batches, shorter ones padded.
-        pixels: what the image tower takes: uint8 [N, size, size, 3] with the normalisation
-            inside the graph, or the customary normalised float32 [N, 3, size, size].
+        pixels: input of the image tower: uint8 [N, size, size, 3], normalised inside the
+            graph, or already normalised float32 [N, 3, size, size].
         hardware_portability: which other GPUs a TensorRT engine must also run on.
         version_portability: the engine must also run on later versions of its TensorRT.
         cpu_fallback: operators that ONNX Runtime's provider lacks may run on the CPU;
@@ -68,7 +68,7 @@ class DeviceProfile:
         size_budget_mb: the most that the files of both towers may take, if there is a bound.
 
     Raises:
-        ValueError: fields that contradict each other; all of them in one message.
+        ValueError: fields out of bounds or in contradiction; all mistakes in one message.
     """
 
     name: str
@@ -115,7 +115,7 @@ class DeviceProfile:
         return self.batch_min if self.batch_min == self.batch_max else None
 
     def cpu_profile(self) -> "DeviceProfile":
-        """The same device with ONNX Runtime on its CPU, in fp32: what runs where all else fails."""
+        """Return the profile of this device's CPU: ONNX Runtime in fp32, the last fallback."""
         return DeviceProfile(
             name=f"{self.name}-cpu",
             description=f"the CPU of {self.name}",
@@ -159,7 +159,7 @@ def _batch_mistakes(device: DeviceProfile) -> list[str]:
 
 
 def _numbers(capability: str | None) -> tuple[int, int] | None:
-    """Return major and minor of a compute capability, None of what is not one."""
+    """Return (major, minor) of a compute capability; None if the text is not one."""
     match = re.fullmatch(r"([1-9]\d?)\.(\d)", capability or "")
     return (int(match[1]), int(match[2])) if match else None
 
@@ -207,7 +207,7 @@ def _tensorrt_mistakes(device: DeviceProfile) -> list[str]:
 
 
 def device_from_machine(machine: Machine) -> DeviceProfile:
-    """The profile of a computer that runs on its CPU, one thread per physical core."""
+    """Return the profile of a computer's CPU: ONNX Runtime, one thread per physical core."""
     return DeviceProfile(
         name=THIS_MACHINE,
         description=f"{machine.cpu}, detected",
@@ -221,7 +221,7 @@ def device_from_machine(machine: Machine) -> DeviceProfile:
 
 
 def load_device(name_or_path: str | Path) -> DeviceProfile:
-    """A built-in device by name, the detected `"this-machine"`, or a YAML file by path.
+    """Load a built-in device by name, `"this-machine"` (detected), or a YAML file by path.
 
     Raises:
         ConfigError: an unknown name (the message lists the known ones) or a bad file.
@@ -232,12 +232,12 @@ def load_device(name_or_path: str | Path) -> DeviceProfile:
 
 
 def device_names() -> tuple[str, ...]:
-    """Names that `load_device` knows."""
+    """Return the names that `load_device` knows."""
     return (THIS_MACHINE, *builtin_names("devices"))
 
 
 def device_yaml(device: DeviceProfile) -> str:
-    """All fields of `device` in their order, as YAML text."""
+    """Return all fields of a device as YAML text, in their order."""
     plain = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(device).items()

@@ -1,4 +1,4 @@
-"""LinkProfile: the network between a device and a server."""
+"""LinkProfile: latency, bandwidth and loss of the network between a device and a server."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from edgeclip.runtime.device.schema import builtin_names, check_bounds, load_pro
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkProfile:
-    """A network link as the device sees it.
+    """A network link, seen from the device.
 
     Attributes:
         name: a short name.
@@ -41,7 +41,7 @@ class LinkProfile:
 
 
 def load_link(name_or_path: str | Path) -> LinkProfile:
-    """A built-in link by name, or a YAML file by path.
+    """Load a built-in link by name, or a YAML file by path.
 
     Raises:
         ConfigError: an unknown name (the message lists the known ones) or a bad file.
@@ -50,5 +50,5 @@ def load_link(name_or_path: str | Path) -> LinkProfile:
 
 
 def link_names() -> tuple[str, ...]:
-    """Names of the built-in links."""
+    """Return the names of the built-in links."""
     return builtin_names("links")

@@ -1,4 +1,4 @@
-"""Machine: the computer that a measurement was made on, as Linux and macOS describe it."""
+"""Machine: detect the processor, memory, system and package versions of this computer."""
 
 import importlib.metadata
 import os
@@ -38,7 +38,7 @@ _MACOS_FLAGS = {
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """Model name, physical cores this process may use, and `RELEVANT_FLAGS` it has."""
+    """Model name, physical cores that this process may use, and which `RELEVANT_FLAGS` it has."""
 
     model: str
     cores: int
@@ -46,7 +46,7 @@ class Processor:
 
 
 def detect_processor() -> Processor:
-    """The processor of this computer; the plainest answer where the system tells nothing."""
+    """Detect the processor of this computer; fields stay generic where the system says nothing."""
     if sys.platform == "darwin":
         return macos_processor(_sysctl)
     text = _read(Path("/proc/cpuinfo"))
@@ -60,7 +60,7 @@ def detect_processor() -> Processor:
 
 
 def linux_processor(cpuinfo: str, allowed: set[int]) -> Processor:
-    """Read the text of /proc/cpuinfo, for the logical processors in `allowed`.
+    """Parse the text of /proc/cpuinfo, for the logical processors in `allowed`.
 
     Two logical processors with the same package and core number are one core. Where the
     text does not number cores (Arm), each logical processor is one.
@@ -81,7 +81,7 @@ def linux_processor(cpuinfo: str, allowed: set[int]) -> Processor:
 
 
 def macos_processor(sysctl: Sysctl) -> Processor:
-    """Read the same from macOS; performance cores only, where it tells them apart."""
+    """Read model, cores and flags from macOS; performance cores only, where it has two kinds."""
     counts = [sysctl("hw.perflevel0.physicalcpu"), sysctl("hw.physicalcpu")]
     cores = next((int(count) for count in counts if count.isdecimal()), os.cpu_count() or 1)
     found = {flag for flag, name in _MACOS_FLAGS.items() if sysctl(name) == "1"}
@@ -90,7 +90,7 @@ def macos_processor(sysctl: Sysctl) -> Processor:
 
 
 def detect_memory_mb() -> int | None:
-    """Memory in MB of 10^6 bytes: the machine's, or the container's limit if lower.
+    """Return memory in MB of 10^6 bytes: the machine's, or the container's limit if lower.
 
     None where neither is known.
     """
@@ -103,7 +103,7 @@ def detect_memory_mb() -> int | None:
 
 
 def memory_total(meminfo: str) -> int | None:
-    """Bytes of memory, from the text of /proc/meminfo."""
+    """Return bytes of memory from the text of /proc/meminfo; None if it does not say."""
     for line in meminfo.splitlines():
         words = line.split()
         if words[:1] == ["MemTotal:"] and len(words) == 3 and words[1].isdecimal():
@@ -112,7 +112,7 @@ def memory_total(meminfo: str) -> int | None:
 
 
 def cgroup_memory(root: Path) -> int | None:
-    """Bytes that a container may use (cgroup version 2, then 1), or None without a limit."""
+    """Return the bytes that a container may use (cgroup version 2, then 1); None for no limit."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         text = _read(root / name).strip()
         # Version 1 writes a huge number where there is no limit; `min` takes care of it.
@@ -122,7 +122,7 @@ def cgroup_memory(root: Path) -> int | None:
 
 
 def cgroup_cores(root: Path) -> int | None:
-    """Whole cores that a container's CPU quota allows, or None without a quota."""
+    """Return the whole cores that a container's CPU quota allows; None for no quota."""
     words = _read(root / "cpu.max").split()
     if not words:
         words = [_read(root / f"cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
@@ -168,11 +168,11 @@ _PACKAGES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """A computer as this process may use it.
+    """A computer, with what this process may use of it.
 
     Attributes:
         cpu: the processor's model name.
-        cores: physical cores available (affinity and container quota count).
+        cores: physical cores available, within CPU affinity and container quota.
         flags: the instruction sets that matter for inference, as Linux names them.
         memory_mb: memory available in total, MB of 10^6 bytes; None where unknown.
         os: system and version.
@@ -190,7 +190,7 @@ class Machine:
 
 
 def detect_machine() -> Machine:
-    """Look at this computer. Never fails: what cannot be found out stays empty or None."""
+    """Detect this computer. Never fails: what cannot be detected is empty or None."""
     processor = detect_processor()
     return Machine(
         cpu=processor.model,
@@ -204,7 +204,7 @@ def detect_machine() -> Machine:
 
 
 def _installed() -> tuple[tuple[str, str], ...]:
-    """Versions by metadata alone: nothing is imported."""
+    """Read the versions from package metadata, importing nothing."""
     found = []
     for package in _PACKAGES:
         try:

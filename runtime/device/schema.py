@@ -1,4 +1,4 @@
-"""Strict reading of profiles from YAML and JSON: types, ranges, all mistakes in one message."""
+"""Read dataclasses from YAML and JSON strictly: types, bounds, all mistakes in one message."""
 
 import dataclasses
 import difflib
@@ -67,20 +67,19 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], data: object, *, source: str) -> T:
-    """Turn plain data into `kind`, a dataclass, refusing unknown keys and wrong types.
+    """Build a dataclass from plain data, refusing unknown keys and wrong types.
 
     Nothing is converted, with two exceptions: a list becomes a tuple, and a whole number
     is taken where a float is expected.
 
     Args:
-        kind: a dataclass; nested dataclasses, `Literal`s, tuples and bounds are
-            followed.
+        kind: the dataclass; nested dataclasses, `Literal`s, tuples and bounds are checked too.
         data: what a JSON or YAML parser returned.
         source: where it came from, for the message.
 
     Raises:
-        ConfigError: one message that lists every mistake with its path. Rules that
-            compare fields (`__post_init__`) are looked at once the fields are sound.
+        ConfigError: one message that lists every mistake with its path. Checks that compare
+            fields (`__post_init__`) run only if each field is valid by itself.
     """
     # pydantic takes a tenth of a second to import, and most runs read few files.
     from pydantic import ValidationError
@@ -100,8 +99,9 @@ def parse(kind: type[T], data: object, *, source: str) -> T:
     return value
 
 
+@functools.cache
 def _adapter(kind: type[Any]) -> "TypeAdapter[Any]":
-    """Pydantic's validator of a dataclass; nested dataclasses inherit its configuration."""
+    """Return pydantic's validator of a dataclass; nested dataclasses inherit its configuration."""
     from pydantic import ConfigDict, TypeAdapter
 
     # pydantic takes the configuration of a dataclass from this attribute only.
@@ -124,14 +124,14 @@ def _describe(item: "ErrorDetails") -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; this refuses them."""
+    """Refuses a key that occurs twice, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                    problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -158,20 +158,20 @@ _ROOT = Path(__file__).parents[2] / "profiles"  # edgeclip/profiles, whose YAML 
 
 
 def builtin_names(folder: Folder) -> tuple[str, ...]:
-    """Names of the profiles that come with the package, sorted."""
+    """Return the names of the profiles that come with the package, sorted."""
     return tuple(sorted(path.stem for path in (_ROOT / folder).glob("*.yaml")))
 
 
 def load_profile(
     kind: type[T], folder: Folder, name_or_path: str | Path, extra_names: tuple[str, ...] = ()
 ) -> T:
-    """Read a profile: a `Path`, or a text that looks like one, is a file; else a name.
+    """Read a profile by its name, or from a file if given a `Path` or a text that looks like one.
 
     Args:
         kind: the dataclass to read.
-        folder: where the built-in profiles of this kind are.
+        folder: the folder of the built-in profiles of this kind.
         name_or_path: for example `"wifi"`, `"my/link.yaml"` or `Path("link.yaml")`.
-        extra_names: further names that the caller knows, for the message.
+        extra_names: further names that the caller accepts, for the error message.
 
     Raises:
         ConfigError: no such name or file, or a file that is not valid.
@@ -186,7 +186,7 @@ def load_profile(
 
 
 def unknown_name_error(kind: str, name: str, known: Sequence[str], file: str) -> ConfigError:
-    """The error that no `kind` has this name; `file` says what a path may lead to instead."""
+    """Return the error that no `kind` has this name; it suggests a similar one, or a `file`."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return ConfigError(

@@ -136,7 +136,7 @@ class EngineCache:
             text = json.dumps(dataclasses.asdict(entry), indent=2, allow_nan=False) + "\n"
             _write(self.path(stem, ".json"), text.encode())
         except (OSError, EdgeClipError) as error:
-            self._say(f"{path} cannot be kept, so that the next start builds it anew ({error})")
+            self._say(f"{path} cannot be kept, so that the next start builds it again ({error})")
 
     @contextmanager
     def lock(self, stem: str) -> Iterator[None]:

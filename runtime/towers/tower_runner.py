@@ -253,12 +253,12 @@ class TowerRunner:
     def _check(self, found: NDArray[Any] | None, count: int) -> None:
         if found is None:
             name = OUTPUT_NAMES[self._tower]
-            raise EngineError(f"{self._path} has no output {name}: export the bundle anew")
+            raise EngineError(f"{self._path} has no output {name}: export the bundle again")
         expected = (count, self._spec.dim)
         if found.shape != expected or found.dtype != np.float32:
             raise EngineError(
                 f"{self._path} gave {found.dtype} {list(found.shape)} instead of float32 "
-                f"{list(expected)}: export the bundle anew"
+                f"{list(expected)}: export the bundle again"
             )
         try:
             check_unit_rows(found, f"the output of {self._path}")

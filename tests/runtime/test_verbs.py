@@ -79,7 +79,7 @@ class TestVerify:
 
     def test_half_written(self, own_bundle: Path, capsys: Capture) -> None:
         (own_bundle / "edgeclip.json").unlink()
-        assert "half a copy" in fails(capsys, "verify", own_bundle)
+        assert "copied in part" in fails(capsys, "verify", own_bundle)
 
 
 class TestEmbed:

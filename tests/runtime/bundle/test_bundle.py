@@ -40,7 +40,7 @@ def test_not_a_directory(tmp_path: Path, name: str) -> None:
 
 
 def test_directory_without_a_manifest(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is not a bundle, or half a copy"):
+    with pytest.raises(BundleError, match="it is no bundle, or copied in part"):
         Bundle.open(tmp_path)
 
 
@@ -55,7 +55,7 @@ def test_truncated_manifest(own_bundle: Path, share: float) -> None:
     path = own_bundle / "edgeclip.json"
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(BundleError, match="not whole JSON"):
+    with pytest.raises(BundleError, match="not complete JSON"):
         Bundle.open(own_bundle)
 
 

@@ -1,19 +1,33 @@
+"""Atomic files, npz archives and JSON records: round trips, damage, interrupted writes."""
+
 import errno
 import hashlib
+import json
 import os
 import signal
 import stat
 import subprocess
 import sys
 import threading
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgeclip.runtime.bundle.files import atomic_directory, atomic_file, sha256_file
-from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.bundle.files import (
+    JsonRecord,
+    atomic_directory,
+    atomic_file,
+    read_npz,
+    sha256_file,
+    write_npz,
+)
+from edgeclip.runtime.errors import ConfigError, InputError
 
 MARKER = "edgeclip.json"
 
@@ -277,3 +291,201 @@ def test_two_threads_write_two_targets_side_by_side(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert [(tmp_path / str(n) / MARKER).read_text() for n in range(4)] == list("0123")
+
+
+META = frozenset({"names"})
+ARRAYS = frozenset({"values"})
+NAMES = ["a", "trailing null\0", "ünïcode 🍎", "", "x" * 200]
+
+
+def write(path: Path, **changes: Any) -> None:
+    values = changes.get("values", np.arange(6, dtype=np.float32).reshape(2, 3))
+    write_npz(path, changes.get("kind", "test-1"), {"names": NAMES}, {"values": values})
+
+
+def read(path: Path) -> Any:
+    return read_npz(path, "test-1", META, ARRAYS)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file.npz"
+    write(path)
+    meta, arrays = read(path)
+    assert meta == {"names": NAMES}
+    assert arrays["values"].dtype == np.float32
+    assert arrays["values"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.npz"]
+
+
+def test_the_same_data_makes_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "a.npz")
+    write(tmp_path / "b.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_a_failing_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.npz"
+    write(path)
+    before = path.read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(InputError, match="No space left"):
+        write(path, values=np.zeros((9, 9)))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["file.npz"]
+
+
+def test_objects_are_never_written_or_read(tmp_path: Path) -> None:
+    path = tmp_path / "file.npz"
+    with pytest.raises(ValueError, match="numeric"):
+        write(path, values=np.array([{}], dtype=object))
+    meta = np.frombuffer(json.dumps({"kind": "test-1", "names": []}).encode(), np.uint8)
+    np.savez(path, meta=meta, values=np.array([print], dtype=object))
+    with pytest.raises(InputError, match="damaged"):
+        read(path)
+
+
+def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.npz"
+    with pytest.raises(InputError, match="does not exist"):
+        read(path)
+    with pytest.raises(InputError, match="does not exist"):
+        read(tmp_path)
+    path.write_bytes(b"not a zip file")
+    with pytest.raises(InputError, match="damaged or not EdgeCLIP's"):
+        read(path)
+    np.savez(path, values=np.zeros(3))
+    with pytest.raises(InputError, match="damaged or not EdgeCLIP's"):
+        read(path)
+    write(path, kind="other-1")
+    with pytest.raises(InputError, match="kind 'other-1', expected 'test-1'"):
+        read(path)
+
+
+def test_foreign_keys_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.npz"
+    write_npz(path, "test-1", {"names": [], "more": 1}, {"values": np.zeros(2)})
+    with pytest.raises(InputError, match=r"missing keys \[\], unknown keys \['more'\]"):
+        read(path)
+    write_npz(path, "test-1", {"names": []}, {"other": np.zeros(2)})
+    with pytest.raises(InputError, match=r"missing keys \['values'\], unknown keys \['other'\]"):
+        read(path)
+
+
+def test_compressed_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, values=np.zeros(1000))
+    with pytest.raises(InputError, match="unexpected entry"):
+        read(path)
+
+
+def test_an_entry_longer_than_its_array_is_refused(tmp_path: Path) -> None:
+    path, longer = tmp_path / "file.npz", tmp_path / "longer.npz"
+    write(path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(longer, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name) + b"more")
+    with pytest.raises(InputError, match="longer than its array"):
+        read(longer)
+
+
+def test_twice_the_same_entry_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.npz"
+    write(path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("values.npy", b"")
+    with pytest.raises(InputError, match="occurs twice"):
+        read(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.99])
+def test_truncated_files_are_refused(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "file.npz"
+    write(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(InputError, match=r"file\.npz is damaged"):
+        read(path)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(place=st.floats(0, 0.9999), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_an_error_or_changes_nothing(
+    place: float, bit: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "file.npz"
+    write(path)
+    expected_meta, expected = read(path)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1 << bit
+    path.write_bytes(data)
+    try:
+        meta, arrays = read(path)
+    except InputError:
+        return
+    assert meta == expected_meta
+    assert np.array_equal(arrays["values"], expected["values"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weather(JsonRecord):
+    SCHEMA_VERSION: ClassVar[int] = 3
+    WHAT: ClassVar[str] = "weather"
+    HINT: ClassVar[str] = "look out of the window"
+
+    place: str
+    degrees: tuple[float, ...] = ()
+
+
+MADE = Weather(place="Zürich", degrees=(1.5, -2.0))
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(place=st.text(), degrees=st.lists(finite).map(tuple))
+def test_a_round_trip_gives_an_equal_record(place: str, degrees: tuple[float, ...]) -> None:
+    made = Weather(place=place, degrees=degrees)
+    assert Weather.from_json(made.to_json(), source="x") == made
+
+
+def test_a_file_says_its_schema_first(tmp_path: Path) -> None:
+    path = tmp_path / "weather.json"
+    MADE.save(path)
+    assert next(iter(json.loads(path.read_text(encoding="utf-8")))) == "schema_version"
+    assert Weather.load(path) == MADE
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "schema None of weather is not 3: look out of the window"),
+        ('{"schema_version": 2, "place": "x"}', "schema 2 of weather is not 3"),
+        ('{"schema_version": true, "place": "x"}', "schema True of weather"),
+        ('{"schema_version": 3, "place": 5}', "place: "),
+        ('{"schema_version": 3, "place": "x", "wind": 1}', "wind: unknown key"),
+    ],
+)
+def test_damage_is_a_clear_error(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Weather.from_json(text, source="here")
+
+
+def test_nan_is_not_written() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Weather(place="x", degrees=(float("nan"),)).to_json()
+
+
+def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        Weather.load(tmp_path / "none.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not text"):
+        Weather.load(tmp_path / "binary.json")

@@ -1,3 +1,7 @@
+"""Indexes and embeddings: exact search, checks, round trips, one BLAS thread."""
+
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +114,30 @@ def test_bad_queries_are_refused(queries: np.ndarray, top: int, message: str) ->
 
 
 def test_bad_indexes_are_refused() -> None:
-    with pytest.raises(InputError, match="comes twice"):
+    with pytest.raises(InputError, match="occurs twice"):
         Index(("a", "a"), unit(2, 3), SPACE)
     with pytest.raises(InputError, match="at least one row"):
         Index((), np.zeros((0, 3), np.float32), SPACE)
     with pytest.raises(InputError, match="L2-normalised"):
         Index(("a",), unit(1, 3) * 3, SPACE)
+
+
+_SCRIPT = """
+import numpy
+from threadpoolctl import threadpool_info
+from edgeclip.runtime.bundle.index import limit_blas_to_one_thread
+
+limit_blas_to_one_thread()
+blas = [item for item in threadpool_info() if item["user_api"] == "blas"]
+print(len(blas), {item["num_threads"] for item in blas})
+"""
+
+
+def test_all_of_numpys_products_have_one_thread_afterwards() -> None:
+    """In a process of its own: it holds for good."""
+    found = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True
+    )
+    count, threads = found.stdout.split(maxsplit=1)
+    assert int(count) >= 1
+    assert threads.strip() == "{1}"

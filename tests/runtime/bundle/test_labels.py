@@ -43,9 +43,9 @@ def test_round_trip(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"names": ("a", "b")}, "2 label names cannot name 3"),
-        ({"names": ("a", "b", "a")}, "'a' comes twice"),
-        ({"names": ("a", "b", "")}, "not empty"),
-        ({"names": ("a", "b", 3)}, "must be a text"),
+        ({"names": ("a", "b", "a")}, "'a' occurs twice"),
+        ({"names": ("a", "b", "")}, "non-empty"),
+        ({"names": ("a", "b", 3)}, "must be a non-empty text"),
         ({"space": ""}, "fingerprint"),
         ({"embeddings": unit(3) * 2}, "row 0 has length 2"),
         ({"embeddings": unit(3).astype(np.float64)}, "float32, not float64"),

@@ -96,19 +96,19 @@ def test_schema_version_must_be_an_integer(text: str, version: object) -> None:
 
 @pytest.mark.parametrize("broken", ["", "[]", "null", "1", "{}"])
 def test_json_that_is_no_manifest(broken: str) -> None:
-    with pytest.raises(BundleError, match=r"not whole JSON|gives no schema_version"):
+    with pytest.raises(BundleError, match=r"not complete JSON|gives no schema_version"):
         Manifest.from_json(broken)
 
 
 @given(st.floats(0, 0.999))
 def test_truncated_json_is_refused(tiny_bundle: Path, share: float) -> None:
     whole = (tiny_bundle / MANIFEST_NAME).read_text(encoding="utf-8").rstrip()
-    with pytest.raises(BundleError, match="not whole JSON"):
+    with pytest.raises(BundleError, match="not complete JSON"):
         Manifest.from_json(whole[: int(len(whole) * share)])
 
 
 def test_deep_nesting_is_refused() -> None:
-    with pytest.raises(BundleError, match="not whole JSON"):
+    with pytest.raises(BundleError, match="not complete JSON"):
         Manifest.from_json("[" * 200_000)
 
 

@@ -134,7 +134,7 @@ def test_yaml_is_read_from_a_file(tmp_path: Path) -> None:
     [
         (b"name: [", "is not YAML"),
         (b"name: \xff\xfe", "is not YAML"),
-        (b"seats: 1\nname: a\nseats: 2\n", "the key 'seats' is there twice"),
+        (b"seats: 1\nname: a\nseats: 2\n", "the key 'seats' occurs twice"),
         (b"!!python/object/apply:os.system ['true']", "is not YAML"),
         (b"? [a, b]\n: 1\n", "is not YAML"),
         (b"name: 2020-99-99", "is not YAML"),

@@ -203,7 +203,7 @@ def test_folder_that_cannot_be_written_is_said(tmp_path: Path, said: list[str]) 
     cache = EngineCache(tmp_path / "file", said.append)
     with cache.lock(STEM):
         cache.write(STEM, ENTRY, content=CONTENT)
-    assert "cannot be kept, so that the next start builds it anew" in said[0]
+    assert "cannot be kept, so that the next start builds it again" in said[0]
 
 
 def test_where_engines_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_engines_for_others_are_never_read(
 
     other = dataclasses.replace(record.key, capability="8.6")
     find(Counter(), shipped=[(dataclasses.replace(record, key=other), load)])
-    assert "(only one made for compute capability 8.6, not 8.9): building" in said[0]
+    assert "(only one built for compute capability 8.6, not 8.9): building" in said[0]
 
 
 def test_two_at_once_build_one(find: Find, tmp_path: Path) -> None:

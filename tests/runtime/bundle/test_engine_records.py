@@ -135,7 +135,7 @@ def test_an_engine_does_for_its_own_key(key: EngineKey) -> None:
     ("shipped", "wanted", "expected"),
     [
         ({}, {"graph_sha256": "b" * 64}, "another graph"),
-        ({}, {"library": "tensorrt-rtx"}, "made for tensorrt, not tensorrt-rtx"),
+        ({}, {"library": "tensorrt-rtx"}, "built for tensorrt, not tensorrt-rtx"),
         ({}, {"version": "10.3.1"}, "version 10.3.0, and 10.3.1 is installed"),
         ({"version_portability": True}, {"version": "10.3.1"}, None),
         ({"version_portability": True}, {"version": "10.13.0"}, None),
@@ -169,13 +169,6 @@ def test_rtx_engine_needs_the_exact_version() -> None:
     rtx = {"library": "tensorrt-rtx", "version_portability": True}
     older = a_key(**rtx, version="1.6.0.5").mismatch(a_key(**rtx, version="1.7.1.116"))
     assert "1.7.1.116 is installed" in str(older)
-
-
-def test_record_asks_its_key() -> None:
-    device = dataclasses.replace(ORIN, batch_best=4)
-    record = EngineRecord(tower="image", precision="int8", path="engines/a.engine", key=a_key())
-    assert record.mismatch(SOURCE, device, TENSORRT) is None
-    assert record.mismatch(SOURCE, load_device("rtx-a2000"), RTX) is not None
 
 
 def test_hash_of_a_graph_of_several_files() -> None:
