@@ -1,4 +1,4 @@
-"""Load pictures from paths, bytes, Pillow images and arrays: upright, in 8-bit RGB."""
+"""Load images from paths, bytes, Pillow images and arrays as upright 8-bit RGB."""
 
 import io
 import os
@@ -15,125 +15,10 @@ from PIL import Image, UnidentifiedImageError
 from edgeclip.runtime.errors import EdgeClipError, InputError
 
 _SIXTEEN_BIT_STEP = 257  # 65535 / 255
-# A float picture that was resampled overshoots [0, 1] a little; more is a mistake.
+# A float image that was resampled overshoots [0, 1] a little; more is a mistake.
 _OVERSHOOT = 1e-3
-
-
-def image_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded picture of any Pillow mode to RGB.
-
-    Transparency, whether a channel, a palette entry or a key colour, is laid over white:
-    cut-out pictures (products, logos, glyphs) are meant for a light page, and the colour
-    stored under transparent pixels is arbitrary, often black. 16-bit grey is scaled by
-    255/65535, never clipped. Colour profiles are not applied, as in CLIP's own processor.
-
-    Raises:
-        InputError: grey values beyond 16 bits, or floats outside [0, 1].
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16"):
-        return _from_array(_sixteen_to_eight(np.asarray(image)))
-    if image.mode == "I":
-        return _from_array(_grey_of_integers(np.asarray(image)))
-    if image.mode == "F":
-        return _from_array(_float_to_eight(np.asarray(image)))
-    if image.has_transparency_data:
-        return _over_white(image)
-    return image.convert("RGB")
-
-
-def array_to_rgb(array: NDArray[Any]) -> Image.Image:
-    """Convert an array to an RGB picture.
-
-    Args:
-        array: [height, width] or [height, width, channels] with 1 (grey), 3 (RGB) or 4
-            (RGBA) channels; uint8, uint16, or float in [0, 1].
-
-    Raises:
-        InputError: another shape or dtype, an empty array, NaN or infinity, or floats
-            outside [0, 1].
-    """
-    _check_shape(array.shape)
-    if array.dtype == np.uint8:
-        eight = array
-    elif array.dtype == np.uint16:
-        eight = _sixteen_to_eight(array)
-    elif array.dtype.kind == "f":
-        eight = _float_to_eight(array)
-    else:
-        raise InputError(
-            f"an image array has dtype {array.dtype}: "
-            "convert it to uint8, uint16, or float in [0, 1]"
-        )
-    if eight.ndim == 3 and eight.shape[2] == 1:
-        eight = eight[:, :, 0]
-    return image_to_rgb(_from_array(eight))
-
-
-def _check_shape(shape: tuple[int, ...]) -> None:
-    fits = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
-    if not fits:
-        message = (
-            f"an image array has shape {shape}: "
-            "give [height, width] or [height, width, 1, 3 or 4 channels]"
-        )
-        if len(shape) == 3 and shape[0] in (1, 3, 4):
-            message += "; channels come first here, so use array.transpose(1, 2, 0)"
-        elif len(shape) == 4:
-            message += "; this looks like a batch, so pass its images as a list"
-        raise InputError(message)
-    if 0 in shape:
-        raise InputError(f"an image array is empty, shape {shape}: give at least one pixel")
-
-
-def _from_array(array: NDArray[np.uint8]) -> Image.Image:
-    """Make a picture of uint8 grey, RGB or RGBA; grey becomes RGB, alpha stays."""
-    image = Image.fromarray(np.ascontiguousarray(array))
-    return image.convert("RGB") if image.mode == "L" else image
-
-
-def _sixteen_to_eight(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """Scale 0..65535 to 0..255, rounding to the nearest."""
-    wide = array.astype(np.uint32)
-    return ((wide + _SIXTEEN_BIT_STEP // 2) // _SIXTEEN_BIT_STEP).astype(np.uint8)
-
-
-def _grey_of_integers(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """Pillow's mode I is how 16-bit grey arrives from PGM and some TIFF files."""
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > 65535:
-        raise InputError(
-            f"integer grey values span {low} to {high}: scale them to 16 bits, 0 to 65535"
-        )
-    return _sixteen_to_eight(array)
-
-
-def _float_to_eight(array: NDArray[Any]) -> NDArray[np.uint8]:
-    if not np.isfinite(array).all():
-        raise InputError("an image holds NaN or infinity: replace them before encoding")
-    low, high = float(array.min()), float(array.max())
-    if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
-        mend = "divide by 255" if low >= 0 and high <= 255 else "scale them to [0, 1]"
-        raise InputError(
-            f"float pixels span {low:.6g} to {high:.6g}, but must lie in [0, 1]: {mend}"
-        )
-    rounded = np.rint(np.clip(array, 0, 1).astype(np.float32) * 255)
-    eight: NDArray[np.uint8] = rounded.astype(np.uint8)
-    return eight
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # premultiplied grey converts only to LA
-        image = image.convert("LA")
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, rgba).convert("RGB")
-
-
 ImageInput = str | Path | bytes | Image.Image | NDArray[Any]
 Box = tuple[float, float, float, float]
-
 IMAGE_SUFFIXES = frozenset(
     {
         *(".avif", ".bmp", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -141,17 +26,18 @@ IMAGE_SUFFIXES = frozenset(
         ".webp",
     }
 )
-# Only formats decoded in process: Pillow would hand EPS files to Ghostscript. The ones
-# that a build of Pillow may lack come last, as they are tried in order.
+# Only formats decoded in process: Pillow would pass EPS files to Ghostscript. They are tried in
+# order, so those that a build of Pillow may lack come last.
 _FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "ICO"),
     *("QOI", "TGA", "AVIF"),
 )
-# A decoder that leaves only twice the side differs by 1.0 to 1.5 levels on average from a
-# full decode of textured pictures (spectrum 1/f), three times by less than 0.7.
+# A JPEG may be reduced while decoding to this many times the side that is needed. On textured
+# images (spectrum 1/f), 2 times differs from a full decode by 1.0 to 1.5 levels on average, 3
+# times by less than 0.7.
 _REDUCE_TO = 3
 _ORIENTATION = 0x0112  # EXIF 2.32, tag "Orientation"
-# Where Pillow looks for an orientation: EXIF, EXIF in a PNG text, XMP.
+# Where Pillow looks for an orientation: EXIF, EXIF in a PNG text chunk, XMP.
 _ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -164,22 +50,13 @@ _TRANSPOSE = {
 }
 
 
-def as_image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    """Make a list of one image or several; only an array of four dimensions is a batch."""
-    if isinstance(images, np.ndarray):
-        return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray):
-        return list(images)
-    return [images]
-
-
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """A decoded picture, perhaps reduced while decoding, and where it came from.
+    """A decoded image, which may have been reduced while decoding.
 
-    `image` is RGB and upright. `full_size` is the (width, height) it has undiminished,
-    and `region` the part of `image` (left, upper, right, lower, in its pixels) that shows
-    it: a JPEG reduced by 8 is rounded up to whole pixels, and the region is not.
+    `image` is RGB and upright. `full_size` is the (width, height) before the reduction, and
+    `region` the box of `image` (left, upper, right, lower, in pixels) that shows the full
+    image: the size of a JPEG reduced by 8 is rounded up to whole pixels, the region is not.
     """
 
     image: Image.Image
@@ -190,28 +67,28 @@ class DecodedImage:
 def load_image(source: ImageInput, *, min_side: int | None = None) -> Image.Image:
     """Load any image input as an upright RGB Pillow image.
 
-    EXIF rotation is applied and only the first frame of an animated file is read; a
-    Pillow image counts as it stands, at its current frame. Transparency is laid over
-    white (`to_rgb.image_to_rgb` says why), 16-bit grey is scaled, CMYK, YCCK and palettes
-    are converted.
+    EXIF rotation is applied and only the first frame of an animated file is read; of a
+    Pillow image, the current frame. Transparency is composited over white (see
+    `image_to_rgb`), 16-bit grey is scaled, CMYK, YCCK and palettes are converted.
 
     Args:
-        source: path, encoded file as bytes, Pillow image, or array as `to_rgb.array_to_rgb`
-            takes it.
+        source: path, encoded file as bytes, Pillow image, or array (see `array_to_rgb`).
         min_side: the shortest side, in pixels, that will be needed. A large JPEG file is
             then reduced while decoding, to no less than three times that.
 
     Raises:
         InputError: no such file, a directory, damaged or unknown data, a decompression
-            bomb by Pillow's guard, or an array that is not a picture.
+            bomb by Pillow's guard, or an array that is not an image.
     """
     return decode_image(source, min_side=min_side).image
 
 
 def decode_image(source: ImageInput, *, min_side: int | None = None) -> DecodedImage:
-    """Like `load_image`, and also say the full size and the region that shows it."""
+    """Load an image as `load_image` does; return its full size and region too."""
     if isinstance(source, np.ndarray):
-        return _whole(array_to_rgb(source))
+        image = array_to_rgb(source)
+        region = (0.0, 0.0, float(image.width), float(image.height))
+        return DecodedImage(image, image.size, region)
     if isinstance(source, Image.Image):
         return _decode(source, "the Pillow image", None)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -224,13 +101,22 @@ def decode_image(source: ImageInput, *, min_side: int | None = None) -> DecodedI
     )
 
 
-def list_images(folder: str | Path) -> tuple[Path, ...]:
-    """List the picture files under a folder, at any depth, sorted by their path in it.
+def as_image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """Return one image or several as a list; an array is a batch only if it has four dimensions."""
+    if isinstance(images, np.ndarray):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray):
+        return list(images)
+    return [images]
 
-    A file counts by its suffix (`IMAGE_SUFFIXES`, any case); hidden files do not count.
+
+def list_images(folder: str | Path) -> tuple[Path, ...]:
+    """List the image files under a folder, at any depth, sorted by their path in it.
+
+    Image files are known by their suffix (`IMAGE_SUFFIXES`, any case); hidden files are ignored.
 
     Raises:
-        InputError: not a folder, or no picture in it.
+        InputError: not a folder, or no image in it.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -286,16 +172,16 @@ def _decode(image: Image.Image, name: str, min_side: int | None) -> DecodedImage
         rgb = image_to_rgb(image)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    except Exception as error:  # a decoder fed with damaged data raises anything
+    except Exception as error:  # a decoder can raise anything on damaged data
         raise _unreadable(name, error) from error
     if region is None:
-        full_size = rgb.size  # a TIFF file may turn while it loads
+        full_size = rgb.size  # Pillow may rotate a TIFF file while loading it
         region = (0.0, 0.0, float(rgb.width), float(rgb.height))
-    return _turn(rgb, full_size, region, orientation)
+    return _apply_orientation(rgb, full_size, region, orientation)
 
 
 def _reduce(image: Image.Image, min_side: int | None) -> Box | None:
-    """Ask a JPEG decoder for a reduced picture; return the region that will show it."""
+    """Ask the JPEG decoder for a reduced image; return the region of the full image in it."""
     if min_side is None:
         return None
     side = _REDUCE_TO * min_side
@@ -306,22 +192,22 @@ def _reduce(image: Image.Image, min_side: int | None) -> Box | None:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF data does not spoil the pixels
+    except Exception:  # damaged EXIF data does not affect the pixels
         return 1
 
 
-def _turn(
+def _apply_orientation(
     image: Image.Image, full_size: tuple[int, int], region: Box, orientation: int
 ) -> DecodedImage:
-    """Make a picture upright, and its region and full size with it."""
+    """Apply an EXIF orientation to an image, its region and its full size."""
     method = _TRANSPOSE.get(orientation)
     if method is None:
         return DecodedImage(image, full_size, region)
     left, upper, right, lower = region
     upright = image.transpose(method)
-    for key in _ORIENTED_BY:  # it was obeyed, and must not be when the result is loaded again
+    for key in _ORIENTED_BY:  # or it would be applied again when the result is loaded
         upright.info.pop(key, None)
-    # Orientations 5 to 8 swap the axes; the flips are those of the upright picture.
+    # Orientations 5 to 8 swap the axes; the flips are those of the upright image.
     if orientation >= 5:
         left, upper, right, lower = upper, left, lower, right
         full_size = (full_size[1], full_size[0])
@@ -330,10 +216,6 @@ def _turn(
     if orientation in (3, 4, 7, 8):
         upper, lower = upright.height - lower, upright.height - upper
     return DecodedImage(upright, full_size, (left, upper, right, lower))
-
-
-def _whole(image: Image.Image) -> DecodedImage:
-    return DecodedImage(image, image.size, (0.0, 0.0, float(image.width), float(image.height)))
 
 
 def _unreadable(name: str, error: Exception) -> InputError:
@@ -345,3 +227,115 @@ def _unreadable(name: str, error: Exception) -> InputError:
         return InputError(f"{name} may not be read: check its permissions")
     reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(f"{name} cannot be decoded, it may be truncated or corrupt ({reason})")
+
+
+def image_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a decoded image of any Pillow mode to RGB.
+
+    Transparency (a channel, a palette entry or a key colour) is composited over white:
+    cut-out images (products, logos, glyphs) are meant for a light page, and the colour
+    stored under transparent pixels is arbitrary, often black. 16-bit grey is scaled by
+    255/65535, never clipped. Colour profiles are ignored, as in CLIP's own processor.
+
+    Raises:
+        InputError: grey values beyond 16 bits, or floats outside [0, 1].
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        return _from_array(_sixteen_to_eight(np.asarray(image)))
+    if image.mode == "I":
+        return _from_array(_grey_of_integers(np.asarray(image)))
+    if image.mode == "F":
+        return _from_array(_float_to_eight(np.asarray(image)))
+    if image.has_transparency_data:
+        return _over_white(image)
+    return image.convert("RGB")
+
+
+def array_to_rgb(array: NDArray[Any]) -> Image.Image:
+    """Convert an array to an RGB image.
+
+    Args:
+        array: [height, width] or [height, width, channels] with 1 (grey), 3 (RGB) or 4
+            (RGBA) channels; uint8, uint16, or float in [0, 1].
+
+    Raises:
+        InputError: another shape or dtype, an empty array, NaN or infinity, or floats
+            outside [0, 1].
+    """
+    _check_shape(array.shape)
+    if array.dtype == np.uint8:
+        eight = array
+    elif array.dtype == np.uint16:
+        eight = _sixteen_to_eight(array)
+    elif array.dtype.kind == "f":
+        eight = _float_to_eight(array)
+    else:
+        raise InputError(
+            f"an image array has dtype {array.dtype}: "
+            "convert it to uint8, uint16, or float in [0, 1]"
+        )
+    if eight.ndim == 3 and eight.shape[2] == 1:
+        eight = eight[:, :, 0]
+    return image_to_rgb(_from_array(eight))
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    fits = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
+    if not fits:
+        message = (
+            f"an image array has shape {shape}: "
+            "give [height, width] or [height, width, 1, 3 or 4 channels]"
+        )
+        if len(shape) == 3 and shape[0] in (1, 3, 4):
+            message += "; channels come first here, so use array.transpose(1, 2, 0)"
+        elif len(shape) == 4:
+            message += "; this looks like a batch, so pass its images as a list"
+        raise InputError(message)
+    if 0 in shape:
+        raise InputError(f"an image array is empty, shape {shape}: give at least one pixel")
+
+
+def _from_array(array: NDArray[np.uint8]) -> Image.Image:
+    """Convert uint8 grey, RGB or RGBA to an image; grey becomes RGB, alpha stays."""
+    image = Image.fromarray(np.ascontiguousarray(array))
+    return image.convert("RGB") if image.mode == "L" else image
+
+
+def _sixteen_to_eight(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scale 0..65535 to 0..255, rounded to the nearest."""
+    wide = array.astype(np.uint32)
+    return ((wide + _SIXTEEN_BIT_STEP // 2) // _SIXTEEN_BIT_STEP).astype(np.uint8)
+
+
+def _grey_of_integers(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """Convert Pillow's mode I, in which PGM and some TIFF files hold 16-bit grey, to 8 bits."""
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise InputError(
+            f"integer grey values span {low} to {high}: scale them to 16 bits, 0 to 65535"
+        )
+    return _sixteen_to_eight(array)
+
+
+def _float_to_eight(array: NDArray[Any]) -> NDArray[np.uint8]:
+    if not np.isfinite(array).all():
+        raise InputError("an image holds NaN or infinity: replace them before encoding")
+    low, high = float(array.min()), float(array.max())
+    if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+        hint = "divide by 255" if low >= 0 and high <= 255 else "scale them to [0, 1]"
+        raise InputError(
+            f"float pixels span {low:.6g} to {high:.6g}, but must lie in [0, 1]: {hint}"
+        )
+    rounded = np.rint(np.clip(array, 0, 1).astype(np.float32) * 255)
+    eight: NDArray[np.uint8] = rounded.astype(np.uint8)
+    return eight
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # premultiplied grey converts only to LA
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")

@@ -1,4 +1,4 @@
-"""Preprocess pictures for the image tower: resize, crop, scale and normalise."""
+"""Preprocess images for the image tower: resize, crop, scale and normalise."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +19,15 @@ _FILTERS: dict[Resample, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-# Beyond this ratio of the sides nearly all of a resized picture would be cut away.
+# Beyond this aspect ratio only the crop is resized: nearly all of the rest would be cut away.
 _STRIP = 32
 
 
 def preprocess(image: ImageInput, spec: ImageSpec) -> NDArray[np.float32]:
-    """Turn one picture into float32 [3, size, size], normalised by the spec.
+    """Preprocess one image to float32 [3, size, size], normalised by the spec.
 
     Raises:
-        InputError: the picture cannot be loaded, see `load_image`.
+        InputError: the image cannot be loaded, see `load_image`.
     """
     normalised: NDArray[np.float32] = normalise(resize_and_crop(image, spec)[None], spec)[0]
     return normalised
@@ -38,7 +36,7 @@ def preprocess(image: ImageInput, spec: ImageSpec) -> NDArray[np.float32]:
 def preprocess_batch(
     images: Sequence[ImageInput], spec: ImageSpec, *, first: int = 0
 ) -> NDArray[np.float32]:
-    """Turn pictures into float32 [N, 3, size, size].
+    """Preprocess images to float32 [N, 3, size, size].
 
     Raises:
         InputError: see `crop_batch`.
@@ -49,13 +47,13 @@ def preprocess_batch(
 def crop_batch(
     images: Sequence[ImageInput], spec: ImageSpec, *, first: int = 0
 ) -> NDArray[np.uint8]:
-    """Turn pictures into uint8 [N, size, size, 3] (RGB): resized and cut, not normalised.
+    """Resize and crop images to uint8 [N, size, size, 3] (RGB), not normalised.
 
-    `first` is the number of the first picture in a longer list, for the messages.
+    `first` is the number of the first image in a longer list, for the messages.
 
     Raises:
-        InputError: no pictures, one picture in place of a list, or one that cannot be
-            loaded (the message says which, counted from `first`).
+        InputError: no images, one image in place of a list, or one that cannot be loaded
+            (the message says which, counted from `first`).
     """
     if _is_single(images):
         raise InputError("a batch is a list of images: put the one image into a list")
@@ -77,10 +75,10 @@ def _is_single(images: object) -> bool:
 
 
 def resize_and_crop(image: ImageInput, spec: ImageSpec) -> NDArray[np.uint8]:
-    """Load, resize and crop one picture to uint8 [size, size, 3] (RGB), not normalised.
+    """Load, resize and crop one image to uint8 [size, size, 3] (RGB), not normalised.
 
     Raises:
-        InputError: the picture cannot be loaded, see `load_image`.
+        InputError: the image cannot be loaded, see `load_image`.
     """
     picture = decode_image(image, min_side=spec.resize)
     width, height = _resized(*picture.full_size, spec.resize)
@@ -97,28 +95,28 @@ def resize_and_crop(image: ImageInput, spec: ImageSpec) -> NDArray[np.uint8]:
 def _box_of_crop(
     picture: DecodedImage, resized: tuple[int, int], crop: tuple[int, int, int, int]
 ) -> Box:
-    """Return the part of `picture.image` that `crop` of the resized picture shows."""
+    """Return the box of `picture.image` that becomes `crop` of the resized image."""
     first_x, first_y, last_x, last_y = picture.region
     step_x, step_y = (last_x - first_x) / resized[0], (last_y - first_y) / resized[1]
     left, upper, right, lower = crop
     return (
         first_x + left * step_x,
         first_y + upper * step_y,
-        # Rounding must not carry the box over the edge: Pillow refuses that.
+        # Rounding must not move the box over the edge: Pillow refuses that.
         min(first_x + right * step_x, picture.image.width),
         min(first_y + lower * step_y, picture.image.height),
     )
 
 
 def _resized(width: int, height: int, shortest: int) -> tuple[int, int]:
-    """Return width and height once the shortest edge is `shortest`, the other rounded down."""
+    """Return (width, height) scaled to a shortest edge of `shortest`, the other rounded down."""
     if width <= height:
         return shortest, int(shortest * height / width)
     return int(shortest * width / height), shortest
 
 
 def normalise(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
-    """Turn uint8 [N, size, size, 3] into the customary input, float32 [N, 3, size, size]."""
+    """Normalise uint8 [N, size, size, 3] to the usual input, float32 [N, 3, size, size]."""
     mean = np.asarray(spec.mean, dtype=np.float32)
     std = np.asarray(spec.std, dtype=np.float32)
     scaled = pixels.astype(np.float32) * np.float32(1 / 255)
@@ -129,7 +127,7 @@ def normalise(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]
 T = TypeVar("T")
 Triple = tuple[float, float, float]
 
-# "size": 224 means the shortest edge to these, and a square to most others.
+# The image processors for which "size": 224 means the shortest edge; for most others, a square.
 _CLIP_PROCESSORS = (
     *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
     *("CLIPFeatureExtractor", "ChineseCLIPImageProcessor", "ChineseCLIPFeatureExtractor"),
@@ -140,7 +138,7 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def image_spec_from_hugging_face(config: Mapping[str, Any], source: str) -> ImageSpec:
-    """Read the settings of a CLIP image processor.
+    """Convert the settings of a Hugging Face CLIP image processor to an `ImageSpec`.
 
     Args:
         config: the parsed preprocessor_config.json, or a processor_config.json that holds
@@ -171,7 +169,7 @@ def image_spec_from_hugging_face(config: Mapping[str, Any], source: str) -> Imag
 
 
 def _collect(problems: list[str], read: Callable[[object], T], value: object) -> T | None:
-    """Read a value, or note why it cannot be read."""
+    """Read a value; if it cannot be read, add the reason to `problems` and return None."""
     try:
         return read(value)
     except ValueError as error:
@@ -186,7 +184,7 @@ def _flag_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"its type is {kind}")
     for flag in ("do_resize", "do_center_crop", "do_rescale"):
         if not config.get(flag, True):
-            problems.append(f"{flag} is off, but pictures of any size must be taken")
+            problems.append(f"{flag} is off, but images of any size must be accepted")
     if config.get("do_pad"):
         problems.append("do_pad is on, but padding is not supported")
     factor = config.get("rescale_factor", 1 / 255)

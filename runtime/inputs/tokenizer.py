@@ -1,4 +1,4 @@
-"""Turn texts into token ids, with the `tokenizers` package alone."""
+"""Tokenize texts for the text tower, with the `tokenizers` package only."""
 
 import logging
 from collections.abc import Sequence
@@ -18,18 +18,16 @@ _log = logging.getLogger(__name__)
 
 
 class TextTokenizer:
-    """The tokenizer of a text tower: start mark, the text's tokens, end mark, padding.
+    """The tokenizer of a text tower: start token, the text's tokens, end token, padding.
 
-    The marks are put here, so it does not matter whether tokenizer.json has a
-    post-processor; padding and truncation that are baked into it are switched off.
+    Start and end tokens are added here, so it does not matter whether tokenizer.json has a
+    post-processor; its own padding and truncation are switched off.
+
+    Raises:
+        ConfigError: the vocabulary does not fit `spec`.
     """
 
     def __init__(self, tokenizer: "Tokenizer", spec: TextSpec) -> None:
-        """Take over a tokenizer; `from_file` is the usual way.
-
-        Raises:
-            ConfigError: its vocabulary does not fit `spec`.
-        """
         tokenizer.no_padding()
         tokenizer.no_truncation()
         size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -40,7 +38,7 @@ class TextTokenizer:
             )
         for name, token in (("start", spec.bos_id), ("end", spec.eos_id)):
             if tokenizer.id_to_token(token) is None:
-                raise ConfigError(f"the tokenizer has no token {token}, the {name} of a text")
+                raise ConfigError(f"the tokenizer has no token {token}, the {name} token of a text")
         self._tokenizer = tokenizer
         self.spec = spec
 
@@ -64,11 +62,11 @@ class TextTokenizer:
     def encode(
         self, texts: Sequence[str], *, truncate: bool = False, first: int = 0
     ) -> NDArray[np.int64]:
-        """Turn texts into int64 ids [N, L], L being the longest of the batch with its marks.
+        """Tokenize texts to int64 ids [N, L]; L is the longest text with start and end token.
 
-        Shorter texts are filled up with `pad_id` on the right. An empty text is its two
-        marks. A text longer than `context_length` is refused; with `truncate` its end is
-        cut off, the end mark stays last, and a warning is logged that counts such texts.
+        Shorter texts are padded with `pad_id` on the right. An empty text has only the start
+        and end token. A text longer than `context_length` is refused; with `truncate` it is
+        cut before the end token, and a warning with the number of such texts is logged.
         `first` is the number of the first text in a longer list, for the messages.
 
         Raises:
@@ -82,14 +80,14 @@ class TextTokenizer:
             number = long[0]
             raise InputError(
                 f"text {first + number} has {len(rows[number]) + 2} tokens with its start and "
-                f"end marks, the limit is {limit}: shorten it, or ask to truncate"
+                f"end token, the limit is {limit}: shorten it, or ask to truncate"
             )
         if long:
             _log.warning("%d of %d texts were cut to %d tokens", len(long), len(rows), limit)
         return self._pad([ids[: limit - 2] for ids in rows])
 
     def token_counts(self, texts: Sequence[str]) -> tuple[int, ...]:
-        """Return how many tokens each text has with its two marks, nothing cut off.
+        """Count the tokens of each text, with start and end token, without truncation.
 
         Raises:
             InputError: as `encode`, except for long texts.

@@ -1,8 +1,8 @@
-"""Percentile bootstrap intervals (Efron 1979) of means, differences, ratios, percentiles.
+"""Percentile bootstrap intervals (Efron 1979) of means, differences, ratios and percentiles.
 
-Items are drawn with replacement. Paired statistics draw the same items for both sides,
-which is what makes the difference of two models on one test set so much surer than the
-two values alone. Everything is deterministic by the seed.
+Items are drawn with replacement. Paired statistics draw the same items for both models, which
+makes the interval of their difference much narrower than those of the two values alone.
+Everything is deterministic given the seed.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ def bootstrap(
     """Return the mean of per-item values [N] and its interval.
 
     Args:
-        per_item: numbers or booleans, one an item.
-        seed: of the draws.
+        per_item: one number or boolean per item.
+        seed: of the random draws.
         draws: how many resamples.
         level: coverage of the interval, in (0, 1).
 
@@ -76,7 +76,7 @@ def bootstrap_ratio(
 ) -> Interval:
     """Return mean(ours) / mean(reference) over the same items [N], and its interval.
 
-    Retention is this ratio of the student's hits to the teacher's.
+    The retention of a student is this ratio of its hits to the teacher's.
 
     Raises:
         InputError: as `bootstrap_difference`, or the reference's mean is not positive in
@@ -110,7 +110,9 @@ def bootstrap_percentile(
 def _ratio_of_means(drawn: tuple[Values, ...]) -> Values:
     below = drawn[1].mean(axis=1)
     if below.min() <= 0:
-        raise InputError("a ratio needs a reference that is positive in every draw: use more items")
+        raise InputError(
+            "a ratio needs a reference whose mean is positive in every draw: use more items"
+        )
     ratio: Values = drawn[0].mean(axis=1) / below
     return ratio
 
@@ -122,7 +124,7 @@ def _bootstrap(
     draws: int,
     level: float,
 ) -> Interval:
-    """Apply `statistic`, which maps drawn values [D, N] to [D], to the items and to draws."""
+    """Compute a statistic of the items and its interval; it maps drawn values [D, N] to [D]."""
     values = _check_values(arrays)
     if draws < 1 or not 0 < level < 1:
         raise InputError(f"need draws >= 1 and 0 < level < 1, got {draws} and {level}")

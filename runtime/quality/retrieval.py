@@ -1,9 +1,9 @@
-"""Quality of embeddings: retrieval in both directions, zero-shot classification, cosines.
+"""Quality of embeddings: retrieval in both directions, zero-shot classification.
 
-Every rank is pessimistic: a target ranks behind everything that scores as high as it
-does. A collapsed tower that gives one embedding for all therefore has R@1 = 0, where
-optimistic ranks would call it perfect. Scores are cosines in float64; those closer than
-`TIE` count as equal, since matrix products of equal rows may differ in the last bits.
+Ranks are pessimistic: a target ranks behind everything with an equal score. A collapsed tower,
+whose embeddings are all the same, therefore has R@1 = 0; optimistic ranks would call it perfect.
+Scores are cosines in float64; those closer than `TIE` count as equal, since matrix products of
+equal rows may differ in the last bits.
 """
 
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ _SCORES_AT_ONCE = 1 << 23  # 64 MiB of float64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranks:
-    """Where each pair's partner came, 1 being first: int64 [N] for either direction.
+    """Rank of each pair's partner (1 is best) in either direction, int64 [N].
 
-    Keep it to bootstrap: `hits(1)` of teacher and student are paired per-item values.
+    `hits(k)` are per-item values for the bootstrap; those of two models are paired.
     """
 
     image_to_text: NDArray[np.int64]
     text_to_image: NDArray[np.int64]
 
     def hits(self, k: int) -> NDArray[np.float64]:
-        """Return for each pair the share of directions (0, 0.5, 1) with a rank within k.
+        """Return for each pair the share of directions (0, 0.5, 1) with a rank of at most k.
 
         Its mean is R@k, averaged over both directions.
         """
@@ -60,14 +60,14 @@ class Retrieval:
 
 @dataclass(frozen=True, slots=True)
 class ZeroShot:
-    """Shares in [0, 1] of images whose label came first, or among the first five."""
+    """Top-1 and top-5 accuracy, shares in [0, 1]."""
 
     top1: float
     top5: float
 
 
 def retrieval(image_embeddings: NDArray[Any], text_embeddings: NDArray[Any]) -> Retrieval:
-    """Measure retrieval among pairs: image i belongs to text i.
+    """Measure retrieval between images and texts, where image i belongs to text i.
 
     Args:
         image_embeddings: floats [N, dim].
@@ -91,7 +91,7 @@ def pair_ranks(image_embeddings: NDArray[Any], text_embeddings: NDArray[Any]) ->
 
 
 def retrieval_of_ranks(ranks: Ranks) -> Retrieval:
-    """Summarise ranks that are at hand already."""
+    """Compute the retrieval metrics of ranks."""
     image_to_text = _direction(ranks.image_to_text)
     text_to_image = _direction(ranks.text_to_image)
     return Retrieval(image_to_text, text_to_image, (image_to_text.r1 + text_to_image.r1) / 2)
@@ -100,12 +100,12 @@ def retrieval_of_ranks(ranks: Ranks) -> Retrieval:
 def zero_shot(
     image_embeddings: NDArray[Any], label_embeddings: NDArray[Any], labels: NDArray[Any]
 ) -> ZeroShot:
-    """Measure zero-shot classification.
+    """Measure the accuracy of zero-shot classification.
 
     Args:
         image_embeddings: floats [N, dim].
         label_embeddings: floats [K, dim], one for each class.
-        labels: integers [N], the right class of each image, from 0 to K - 1.
+        labels: integers [N], the correct class of each image, from 0 to K - 1.
 
     Raises:
         InputError: shapes that do not fit, NaN or infinity, or labels out of range.
@@ -117,7 +117,7 @@ def zero_shot(
 def label_ranks(
     image_embeddings: NDArray[Any], label_embeddings: NDArray[Any], labels: NDArray[Any]
 ) -> NDArray[np.int64]:
-    """Rank each image's right class among all K: int64 [N], 1 being first.
+    """Rank each image's correct class among all K: int64 [N], 1 is best.
 
     Raises:
         InputError: as `zero_shot`.
@@ -146,7 +146,7 @@ def label_ranks(
 def _ranks(
     queries: NDArray[np.float64], targets: NDArray[np.float64], right: NDArray[Any]
 ) -> NDArray[np.int64]:
-    """Count for each query the targets that score at least as high as the right one."""
+    """Count for each query the targets that score at least as high as the correct one."""
     ranks = np.empty(len(queries), dtype=np.int64)
     chunk = max(1, _SCORES_AT_ONCE // len(targets))
     for start in range(0, len(queries), chunk):

@@ -124,7 +124,7 @@ def test_captions_for_some_pictures_only(folder: Path) -> None:
 
 def test_a_table_that_names_no_picture(folder: Path) -> None:
     _write_table(folder, "a.png,a", "b.png,b", "c.png,c")
-    with pytest.raises(InputError, match=r"line 4: c\.png is no image there"):
+    with pytest.raises(InputError, match=r"line 4: c\.png is no image in this folder"):
         FolderSource(folder)
 
 

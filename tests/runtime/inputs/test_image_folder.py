@@ -1,3 +1,5 @@
+"""Captions of a folder of images."""
+
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,7 @@ def test_caption_over_two_lines(tmp_path: Path, images: list[Path]) -> None:
         ("file;caption\na.png;a\n", "needs a header"),
         ("file,caption\na.png,a\n", r"1 of 2 images have no caption, the first is deep/b\.png"),
         ("file,caption\na.png,a\ndeep/b.png,\n", "have no caption"),
-        ("file,caption\na.png,a\na.png,b\n", r"line 3: a\.png is there twice"),
+        ("file,caption\na.png,a\na.png,b\n", r"line 3: a\.png is listed twice"),
         ("file,caption\nc.png,a\n", r"line 2: c\.png is no image"),
         ("file,caption\n../a.png,a\n", "is no image"),
         ("file,caption\n,a\n", "is no image"),

@@ -1,3 +1,5 @@
+"""Tokens, padding, truncation and refused texts."""
+
 import json
 import logging
 from pathlib import Path
