@@ -1,8 +1,7 @@
-"""Calibration: what a tower sees while the ranges of its activations are found.
+"""Make calibration batches for a tower, from pairs that are not of the test split.
 
-Inputs are made batch by batch when they are asked for, so memory stays bounded whatever
-the source holds. They never come from the test split: gates that are measured on what the
-ranges were found on prove nothing.
+Batches are made on demand, so memory stays bounded for any source. The test split is refused:
+gates that are measured on the calibration data prove nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +20,8 @@ from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.spec import ImageSpec, PixelForm
 
 CALIBRATION_SPLITS: tuple[Split, ...] = ("calibration", "train")
-FEWEST_PAIRS = 8  # pairs of a bundle's calibration; fewer show too little of any range
-BEST = (128, 512)  # more than these change no range worth mentioning, and take their time
+FEWEST_PAIRS = 8  # fewer pairs show too little of any range
+BEST = (128, 512)  # recommended pairs; more hardly change any range, and take longer
 
 _BATCH = 16
 
@@ -31,16 +30,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSource:
-    """Pairs that ranges may be found on: a source whose split is not for testing.
-
-    All `CalibrationData` of pairs is made of one of these. It is a source itself.
+    """A source that may be calibrated on: its split is `calibration` or `train`.
 
     Attributes:
         source: the pairs.
-        fewest: how many there must be.
+        fewest: the smallest allowed number of pairs.
 
     Raises:
-        ConfigError: they are of another split, or of an unknown one, or too few.
+        ConfigError: the pairs are of another split, or of an unknown one, or too few.
     """
 
     source: Source
@@ -63,27 +60,27 @@ class CalibrationSource:
 
     @property
     def split(self) -> Split | None:
-        """Which split the pairs are of."""
+        """The split of the pairs."""
         return self.source.split
 
     @property
     def name(self) -> str:
-        """What a person calls it."""
+        """The name for messages."""
         return self.source.name
 
     @property
     def identity(self) -> str:
-        """Changes whenever any pair does."""
+        """A string that changes whenever any pair does."""
         return self.source.identity
 
     @property
     def has_captions(self) -> bool:
-        """True if every pair has a caption."""
+        """Whether every pair has a caption."""
         return self.source.has_captions
 
     @property
     def advice(self) -> str | None:
-        """What a person should know of their number; None if it is good."""
+        """A remark if there are few pairs; None if there are enough."""
         if len(self) >= BEST[0]:
             return None
         return f"{len(self)} pairs are few to calibrate on: {BEST[0]} to {BEST[1]} are best"
@@ -95,7 +92,7 @@ class CalibrationSource:
         return self.source[index]
 
     def caption(self, index: int) -> str | None:
-        """The caption alone."""
+        """Return the caption alone."""
         return self.source.caption(index)
 
 
@@ -107,17 +104,17 @@ class CalibrationData:
     batch: Callable[[int], NDArray[Any]]
 
     def reader(self, input_name: str) -> "BatchReader":
-        """Return them as ONNX Runtime's quantizer reads them."""
+        """Return a reader for ONNX Runtime's quantizer."""
         return BatchReader(self, input_name)
 
 
 def calibration_data(
     student: DualEncoder, source: Source, pixels: PixelForm | None, *, batch: int | None
 ) -> CalibrationData:
-    """What a tower of a student sees: pictures as `pixels` says, or captions where it is None.
+    """Make calibration batches for a tower: pictures in the form `pixels`, or captions if None.
 
     Raises:
-        ConfigError: see `calibration_images` and `calibration_texts`.
+        ConfigError: as `calibration_images` and `calibration_texts` do.
     """
     if pixels is None:
         return calibration_texts(source, student.text_tokenizer, batch=batch)
@@ -131,10 +128,10 @@ def calibration_images(
     *,
     batch: int | None = None,
 ) -> CalibrationData:
-    """Batches of the source's pictures, in the form that the tower takes.
+    """Make calibration batches of the source's pictures, in the tower's input form.
 
-    These are float32 [N, 3, size, size], normalised, or uint8 [N, size, size, 3]. `batch` is
-    the only N that the graph takes; None where it may vary.
+    They are float32 [N, 3, size, size], normalised, or uint8 [N, size, size, 3]. `batch` is the
+    fixed N of the graph; None if the batch size is free.
 
     Raises:
         ConfigError: the source is empty, or its split is not for calibration.
@@ -152,10 +149,10 @@ def calibration_images(
 def calibration_texts(
     source: Source, tokenizer: TextTokenizer, *, batch: int | None = None
 ) -> CalibrationData:
-    """Batches int64 [N, length] of the source's captions; for `batch` see above.
+    """Make calibration batches int64 [N, length] of the source's captions.
 
-    A batch holds captions of one length only: what a tower computes for padding is never
-    used, and must not widen the ranges.
+    `batch` is the fixed N of the graph; None if the batch size is free. A batch holds captions of
+    one length only: values at padding positions are never used, and must not widen the ranges.
 
     Raises:
         ConfigError: the source is empty or has no captions, or its split is not for calibration.
@@ -175,7 +172,7 @@ def calibration_texts(
 
 
 class BatchReader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime is untyped
-    """Hands a range of batches to a calibrator, each once."""
+    """Gives a range of batches to ONNX Runtime's calibrator, each once."""
 
     def __init__(self, data: CalibrationData, input_name: str) -> None:
         self._data = data
@@ -186,7 +183,7 @@ class BatchReader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime is
         return self._data.count
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        """Hand out the batches from `start_index` up to `end_index` next."""
+        """Give the batches from `start_index` up to `end_index` next."""
         self._next, self._end = start_index, end_index
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
@@ -198,7 +195,7 @@ class BatchReader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime is
 
 
 def _in_batches(items: Sequence[T], batch: int | None) -> list[list[T]]:
-    """Cut into batches; of a fixed size, the last is filled by repeating what it holds."""
+    """Cut into batches; with a fixed size the last one is filled by repeating its items."""
     size = batch or _BATCH
     parts = [list(items[start : start + size]) for start in range(0, len(items), size)]
     if batch is None:

@@ -1,4 +1,4 @@
-"""Embed pairs of pictures and captions by several towers at once."""
+"""Embed the pictures and captions of a source with ONNX graphs or with torch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ TOWERS: tuple[Tower, ...] = get_args(Tower)
 
 @dataclass(frozen=True, slots=True)
 class TowerGraph:
-    """An ONNX file; `pixels` says what an image tower takes, and is None for a text tower."""
+    """The ONNX file of a tower; `pixels` is an image tower's input form, None for a text tower."""
 
     tower: Tower
     precision: Precision
@@ -34,7 +34,7 @@ class TowerGraph:
 
     @property
     def subject(self) -> str:
-        """What reports call it, such as "image int8"."""
+        """The name in reports, such as "image int8"."""
         return f"{self.tower} {self.precision}"
 
 
@@ -50,12 +50,15 @@ class PairEmbeddings:
     text: FloatArray
 
     def of(self, tower: Tower) -> FloatArray:
-        """Return those of one tower."""
+        """Return the embeddings of one tower."""
         return self.image if tower == "image" else self.text
 
 
 def runner_of(device: DeviceProfile) -> DeviceProfile:
-    """Return the device if ONNX Runtime runs on its CPU, else this machine with its batches."""
+    """Return the profile to judge graphs on: the device if it is a CPU, else this machine.
+
+    This machine then takes the batch sizes of the device.
+    """
     if device.engine == "onnxruntime-cpu":
         return device
     return replace(
@@ -67,7 +70,7 @@ def runner_of(device: DeviceProfile) -> DeviceProfile:
 
 
 def graph_embedder(graph: TowerGraph, spec: ImageSpec, device: DeviceProfile) -> Embedder:
-    """Embed with an ONNX file, through the runtime's own engine.
+    """Return a function that embeds with an ONNX file, on the runtime's own engine.
 
     Raises:
         EngineError: the engine cannot load the file.
@@ -82,7 +85,7 @@ def graph_embedder(graph: TowerGraph, spec: ImageSpec, device: DeviceProfile) ->
 
 
 def torch_embedder(dual: DualEncoder, tower: Tower) -> Embedder:
-    """Embed with torch, in evaluation mode, on the device where the model is."""
+    """Return a function that embeds with torch, in evaluation mode, on the model's device."""
     dual.eval()
     device = next(dual.parameters()).device
     embed = dual.embed_image if tower == "image" else dual.embed_text
@@ -97,10 +100,10 @@ def torch_embedder(dual: DualEncoder, tower: Tower) -> Embedder:
 
 
 def check_captions(source: Source, use: str) -> None:
-    """Refuse a source that is empty or has no captions.
+    """Refuse a source that is empty or has no captions; `use` names what needs them.
 
     Raises:
-        ConfigError: says that `use` needs them, and how to give them.
+        ConfigError: the source is empty or has no captions; the message says how to give them.
     """
     if len(source) == 0 or not source.has_captions:
         raise ConfigError(
@@ -118,11 +121,10 @@ def tower_inputs(
     count: int | None = None,
     batch_size: int = _BATCH,
 ) -> Iterator[NDArray[Any]]:
-    """Yield a tower's inputs in batches, in order: crops (uint8), or token ids of the captions.
+    """Yield a tower's inputs for the first `count` pairs (default: all), in batches, in order.
 
-    They are those of the first `count` pairs, by default of all.
-
-    Captions that are too long are cut, for every candidate alike.
+    They are uint8 crops [N, size, size, 3], or int64 token ids [N, length] of the captions.
+    Captions that are too long are cut.
 
     Raises:
         ConfigError: a pair without a caption, where captions are asked for.
@@ -138,7 +140,7 @@ def tower_inputs(
 
 
 def embed_all(inputs: Iterator[NDArray[Any]], embedders: Sequence[Embedder]) -> list[FloatArray]:
-    """Run every embedder on every batch; float32 [N, dim] for each embedder."""
+    """Run every embedder on every batch; return float32 [N, dim] for each embedder."""
     parts: list[list[FloatArray]] = [[] for _ in embedders]
     for batch in inputs:
         for part, embed in zip(parts, embedders, strict=True):

@@ -1,10 +1,9 @@
-"""The towers of a dual encoder as modules of their own, ready to be exported.
+"""Wrap each tower of a dual encoder in a torch module that is ready for ONNX export.
 
-A CLIP tower uses one token of its last layer: the image tower the class token, the text
-tower the end-of-text token. So that layer computes keys and values for all tokens, but
-query, projection and MLP for the one that is used. This is exact, and spares about a
-tenth of a ViT's time. Other families run as `DualEncoder` runs them. An image tower that
-also gives its patch features needs the whole last layer.
+A CLIP tower uses one token of its last layer: the class token (image) or the end-of-text token
+(text). So the last layer computes keys and values for all tokens, but query, projection and MLP for
+that token only. This is exact, and saves about a tenth of a ViT's time. Other families run as
+`DualEncoder` runs them. An image tower with patch features needs the whole last layer.
 """
 
 import math
@@ -18,13 +17,13 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.runtime.spec import Tower
 
-# Added to the scores of tokens that must not be seen. Its softmax is 0 in fp32 and in
-# fp16, which cannot hold the -3e38 that is customary.
+# Added to the scores of masked tokens. Its softmax is 0 in fp32 and in fp16, which cannot hold the
+# usual -3e38.
 MASKED = -1e4
 
 
 def tower_module(dual: DualEncoder, tower: Tower, *, patch_features: bool = False) -> nn.Module:
-    """Return a tower that shares its weights with `dual`, in evaluation mode.
+    """Return the export module of a tower, which shares its weights with `dual`, in eval mode.
 
     The image tower maps float32 [N, 3, size, size] to float32 [N, dim]; the text tower
     int64 [N, length] to float32 [N, dim]. Both results are L2-normalised. With
@@ -59,7 +58,7 @@ class PlainImageTower(nn.Module):
 
 
 class PatchImageTower(nn.Module):
-    """Any image tower, with its last hidden state as a map.
+    """Any image tower, with its last hidden state as a second output.
 
     Hidden states are a sequence [N, class token and patches, width] in transformers, and a
     map [N, width, rows, columns] in convolutional networks.
@@ -160,7 +159,7 @@ class ClipTextTower(nn.Module):
 
 
 def end_of_text(input_ids: Tensor, eos_id: int) -> Tensor:
-    """Position of the token that CLIP pools at: int64 [N, length] -> int64 [N].
+    """Return the position of the token that CLIP pools at: int64 [N, length] -> int64 [N].
 
     It is the first `eos_id`. Checkpoints from before the correction in transformers
     (pull request 24773) say 2 there, whatever their tokenizer; in these it is the largest id.

@@ -1,4 +1,4 @@
-"""ONNX graphs: read, cleaned of what the exporter leaves behind, checked, and written.
+"""Load, clean, check and save ONNX graphs.
 
 A protobuf file holds at most 2 GiB. The weights of a larger graph go to one file beside
 it, `NAME.onnx_data` for `NAME.onnx`, which is where transformers.js looks for them.
@@ -112,10 +112,13 @@ def write_unchecked(model: onnx.ModelProto, path: Path, *, limit: int = ONE_FILE
 
 
 def write_typed(source: Path, target: Path) -> Path:
-    """Return a graph in fp32 that tells the types of all values: `source`, or else `target`.
+    """Annotate the outputs of ONNX Runtime's own operators in a fp32 graph with their type.
 
-    ONNX does not know ONNX Runtime's own operators. What they give has no type that it could
-    infer, and ONNX Runtime's quantizer leaves what reads that in float, or gives up.
+    ONNX cannot infer these types, and ONNX Runtime's quantizer leaves nodes that read such values
+    in float, or fails.
+
+    Returns:
+        `target`, or `source` if it has no such operators.
     """
     model = load_graph(source)
     foreign = [node for node in model.graph.node if node.domain not in ("", "ai.onnx")]
@@ -129,10 +132,10 @@ def write_typed(source: Path, target: Path) -> Path:
 
 
 def clean_graph(model: onnx.ModelProto) -> None:
-    """Drop notes of the exporter, in place; what is computed stays the same.
+    """Drop the exporter's annotations, in place; results stay the same.
 
-    Shapes that the exporter noted (`value_info`) are wrong after its own optimisation and
-    stop ONNX Runtime's quantizer; source paths and module names are nobody's business.
+    Shapes that the exporter noted (`value_info`) are wrong after its own optimisation and stop ONNX
+    Runtime's quantizer; source paths and module names are private.
     """
     del model.graph.value_info[:]
     del model.metadata_props[:]
@@ -163,24 +166,24 @@ def limit_masks(model: onnx.ModelProto) -> None:
 
 
 def constant_names(model: onnx.ModelProto) -> frozenset[str]:
-    """Names of all values that are constants (weights) of the graph."""
+    """Return the names of all constants (weights) of the graph."""
     return frozenset(item.name for item in model.graph.initializer)
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """Version of the ONNX operator set that a graph is written in."""
+    """Return the version of a graph's ONNX operator set."""
     return int(next(item.version for item in model.opset_import if item.domain == ""))
 
 
 def with_opset(model: onnx.ModelProto, wanted: int) -> onnx.ModelProto:
-    """Raise the operator set to `wanted`, unless it is as high."""
+    """Convert a graph to operator set `wanted`, unless its own is as high."""
     if opset_of(model) >= wanted:
         return model
     return onnx.version_converter.convert_version(model, wanted)
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Yield every constant: weights and attributes of nodes, those of inner graphs too."""
+    """Yield every constant: weights and attributes of nodes, also in inner graphs."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
@@ -195,7 +198,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _size(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor's values in the file."""
+    """Return the bytes of a tensor's values in the file."""
     return len(tensor.raw_data) if tensor.HasField("raw_data") else tensor.ByteSize()
 
 

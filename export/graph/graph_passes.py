@@ -1,4 +1,4 @@
-"""Exact rewrites of a graph that some engine may run faster."""
+"""Define graph passes: exact rewrites that some engines run faster."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _HEADS_FIRST, _KEYS_LAST = [0, 2, 1, 3], [0, 2, 3, 1]
 
 
 class _Attention(RewriteRuleClassBase):
-    """softmax(q k^T scale [+ mask]) v -> MultiHeadAttention.
+    """Rewrite softmax(q k^T scale [+ mask]) v to MultiHeadAttention.
 
     q, k, v are [N, L, width], cut into heads by a Reshape and a Transpose; the result is
     joined to [N, L, width] again.
@@ -49,7 +49,7 @@ class _Attention(RewriteRuleClassBase):
         scale: Any,
         mask: Any,
     ) -> Any:
-        """Return what is looked for."""
+        """Return the pattern to match."""
         q = op.Transpose(op.Reshape(query, query_shape, _outputs=["heads"]), perm=_HEADS_FIRST)
         k = op.Transpose(op.Reshape(key, key_shape), perm=_KEYS_LAST)
         v = op.Transpose(op.Reshape(value, value_shape), perm=_HEADS_FIRST)
@@ -60,7 +60,7 @@ class _Attention(RewriteRuleClassBase):
         return op.Reshape(mixed, joined_shape)
 
     def check(self, op: Any, *args: Any, **values: Any) -> MatchResult:
-        """Tell whether scale and sizes are constants."""
+        """Check that scale and sizes are constants."""
         query, heads, scale = values["query"], values["heads"], values["scale"]
         result = MatchResult()
         factor = ir.convenience.get_const_tensor(scale)
@@ -73,7 +73,7 @@ class _Attention(RewriteRuleClassBase):
     def rewrite(
         self, op: Any, query: Any, key: Any, value: Any, heads: Any, scale: Any, mask: Any, **_: Any
     ) -> Any:
-        """Return what takes its place."""
+        """Return the replacement."""
         width, size = _last(query), _last(heads)
         assert width is not None
         assert size is not None
@@ -87,7 +87,7 @@ class _Attention(RewriteRuleClassBase):
 
 
 def _last(value: ir.Value) -> int | None:
-    """The last size of a value, if shape inference knows it."""
+    """Return the last dimension of a value, if shape inference knows it."""
     size = value.shape[-1] if value.shape is not None and len(value.shape) else None
     return size if isinstance(size, int) else None
 
@@ -108,19 +108,18 @@ def fuse_attention(model: ir.Model) -> int:
     return int(_RULES.apply_to_model(model))
 
 
-# What knows ONNX Runtime's own operators. Its other providers would hand them to the CPU.
+# Engines with ONNX Runtime's own operators. Its other providers would hand them to the CPU.
 _ORT: frozenset[EngineName] = frozenset({"onnxruntime-cpu", "onnxruntime-cuda"})
 
 
 @dataclass(frozen=True, slots=True)
 class GraphPass:
-    """A rewrite that leaves the result as it is, but for rounding.
+    """A rewrite that keeps the results, except for rounding.
 
     Attributes:
-        name: for a person.
-        change: alters the graph in place, shapes having been inferred; returns in how many
-            places.
-        engines: those that understand the result; None where it is standard ONNX.
+        name: for messages and records.
+        change: rewrites the graph in place, after shape inference; returns the number of places.
+        engines: engines that can run the result; None if it is standard ONNX.
     """
 
     name: str
@@ -128,7 +127,7 @@ class GraphPass:
     engines: frozenset[EngineName] | None = None
 
     def apply(self, model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-        """Return a changed copy, its nodes in topological order, and in how many places."""
+        """Return a rewritten copy, its nodes in topological order, and the number of places."""
         made = ir.from_proto(model)
         common.ShapeInferencePass()(made)
         places = self.change(made)
@@ -137,7 +136,7 @@ class GraphPass:
 
 
 def passes_for(device: DeviceProfile, *, standard: bool = False) -> tuple[GraphPass, ...]:
-    """Return what is worth a try on a device; with `standard` only what any engine reads."""
+    """Return the passes to try on a device; with `standard` only those that any engine can read."""
     return tuple(
         item
         for item in PASSES
@@ -146,7 +145,7 @@ def passes_for(device: DeviceProfile, *, standard: bool = False) -> tuple[GraphP
 
 
 def simplify(model: ir.Model) -> int:
-    """Fold constants, drop what is computed twice or for nothing; return how many nodes went."""
+    """Fold constants, drop duplicate and unused nodes; return the number of nodes removed."""
     before = len(model.graph)
     optimizer.fold_constants(model)
     Sequential(
@@ -160,7 +159,7 @@ def simplify(model: ir.Model) -> int:
 
 
 def merge_projections(model: ir.Model) -> int:
-    """Compute products of one input, such as queries, keys and values, as one wide product.
+    """Merge products of the same input, such as queries, keys and values, into one wide product.
 
     MatMul(x, A) + a, MatMul(x, B) + b become Split(MatMul(x, [A B]) + [a b]). Returns how
     many products went into wide ones.
@@ -176,7 +175,7 @@ def merge_projections(model: ir.Model) -> int:
 
 
 def fuse_gelu(model: ir.Model) -> int:
-    """Merge GELUs written with erf, and the bias before them; return how many.
+    """Fuse GELUs written with erf, and the bias before them; return how many.
 
     ONNX Runtime does not recognise them in the order in which torch's exporter writes them.
     """
@@ -186,7 +185,7 @@ def fuse_gelu(model: ir.Model) -> int:
 
 
 def fuse_skip_norm(model: ir.Model) -> int:
-    """Merge residual sums with the LayerNormalization behind them; return how many."""
+    """Fuse residual sums with the LayerNormalization after them; return how many."""
     return int(fuse_skip_layer_normalization(model))
 
 
@@ -201,14 +200,14 @@ PASSES = (
 
 @dataclass(frozen=True, slots=True)
 class _Bias:
-    """The addition behind a product, and its constant operand [width]."""
+    """The addition after a product, and its constant operand [width]."""
 
     add: ir.Node
     value: ir.Value
 
 
 def _sharing_input(graph: ir.Graph) -> list[list[ir.Node]]:
-    """Groups of products with constant weights [depth, width] of the same value."""
+    """Return groups of products of the same value with constant weights [depth, width]."""
     groups: dict[tuple[ir.Value, int], list[ir.Node]] = {}
     for node in graph:
         if node.op_type != "MatMul" or node.domain:

@@ -1,4 +1,4 @@
-"""An ONNX graph by its values: producers, readers, subgraphs, constants changed in place."""
+"""Inspect and edit an ONNX graph: compute inner values, find readers, replace constants."""
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,10 +18,10 @@ Opener = Callable[[Path], Engine]
 
 
 class GraphValues:
-    """What a graph computes inside.
+    """Computes inner values of a graph.
 
-    A value comes from a run of the graph cut there: an engine that merges nodes may do so
-    with those before it, as in the whole graph.
+    A value comes from a run of the graph cut at that value: an engine that fuses nodes may do so
+    with the nodes before it, as in the whole graph.
 
     Args:
         model: a valid graph (nodes in topological order) with its weights in memory.
@@ -51,7 +51,7 @@ class GraphValues:
         return self.values([name])[name]
 
     def values(self, names: Collection[str]) -> dict[str, NDArray[Any]]:
-        """Compute several values in one run, so none of them can be merged into others.
+        """Compute several values in one run, so none of them can be fused with others.
 
         Raises:
             EngineError: the engine cannot load or run the graph up to there.
@@ -64,7 +64,7 @@ class GraphValues:
             return self._open(path).run(feeds)
 
     def cut(self, names: Collection[str]) -> onnx.ModelProto:
-        """Return the part of the graph that these values depend on; they are the only outputs."""
+        """Return the subgraph that computes these values, with them as its only outputs."""
         nodes = self._before(names)
         needed = {value for index in nodes for value in self._reads[index]}
         graph = self._model.graph
@@ -83,7 +83,7 @@ class GraphValues:
         return part
 
     def ancestors(self, name: str) -> list[str]:
-        """Names of all values that a value depends on, in topological order."""
+        """Return the names of all values that a value depends on, in topological order."""
         nodes = self._before([name])[:-1]
         return [value for index in nodes for value in self._model.graph.node[index].output if value]
 
@@ -91,8 +91,8 @@ class GraphValues:
         """Find the closest values of `among` that a value depends on.
 
         Returns:
-            Their names, and the nodes behind them, up to the one that computes the value;
-            both in topological order.
+            Their names, and the nodes after them, up to the one that computes the value; both in
+            topological order.
         """
         found: set[str] = set()
         behind: set[int] = set()
@@ -111,7 +111,7 @@ class GraphValues:
         return names, [self._model.graph.node[index] for index in sorted(behind)]
 
     def _before(self, names: Collection[str]) -> list[int]:
-        """Nodes that values depend on, those that compute them included, in order."""
+        """Return the indices of the nodes that values depend on, including their own, in order."""
         needed: set[int] = set()
         waiting = [self._maker[name] for name in names]
         while waiting:
@@ -123,12 +123,12 @@ class GraphValues:
 
 
 def _reads(node: onnx.NodeProto) -> frozenset[str]:
-    """Names of the values that a node reads, those that its inner graphs take from outside too."""
+    """Return the names of the values that a node and its inner graphs read."""
     return frozenset(name for name in (*node.input, *captured(node)) if name)
 
 
 def captured(node: onnx.NodeProto) -> Iterator[str]:
-    """Names of the values that the inner graphs of a node may take from outside."""
+    """Yield the names of the values that the inner graphs of a node may take from outside."""
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:
@@ -137,11 +137,11 @@ def captured(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def relative_error(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
-    """Length of the difference divided by the length of the reference.
+    """Return the norm of the difference divided by the norm of the reference.
 
-    Masked scores (at most half of `MASKED`) do not count, since they would hide what is
-    wrong with the others. Infinite if shapes differ, or where one of the arrays is NaN or
-    infinite and the other is something else. For integers and booleans 1 if any differs.
+    Masked scores (at most half of `MASKED`) do not count, since they would hide errors of the
+    others. Infinite if shapes differ, or where only one of the arrays is NaN or infinite. For
+    integers and booleans 1 if any differs.
     """
     if reference.shape != candidate.shape:
         return float("inf")
@@ -162,11 +162,11 @@ def relative_error(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
 
 
 class GraphEdit:
-    """Nodes by the values that they make and read, and constants that can be replaced.
+    """Edits a graph: nodes by the values they make and read, and constants to replace.
 
     Args:
-        model: a valid graph with its weights in memory; it is changed in place, and nobody
-            else may add or remove nodes while this is in use.
+        model: a valid graph with its weights in memory; it is changed in place, and no
+            other code may add or remove nodes while this is in use.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -191,37 +191,37 @@ class GraphEdit:
         return self._makers.get(value)
 
     def readers(self, value: str) -> list[onnx.NodeProto]:
-        """Return the nodes that read a value, one that reads it twice two times."""
+        """Return the nodes that read a value; a node that reads it twice is there twice."""
         return self._readers.get(value, [])
 
     def is_private(self, value: str) -> bool:
-        """Whether only `readers` see a value: no output, and no inner graph."""
+        """Tell whether a value is read by `readers` only: not an output, in no inner graph."""
         return value not in self._seen
 
     def only_reader(self, value: str) -> onnx.NodeProto | None:
-        """Return the one place where a value is read; None if there are more, or none."""
+        """Return the only node that reads a value; None if there are more, or none."""
         readers = self.readers(value)
         return readers[0] if len(readers) == 1 and self.is_private(value) else None
 
     def tensor(self, node: onnx.NodeProto, place: int) -> onnx.TensorProto | None:
-        """Return the constant that a node reads at a place, as it is stored; None if none."""
+        """Return the constant input `place` of a node as stored; None if it is no constant."""
         return self._constants.get(node.input[place]) if place < len(node.input) else None
 
     def constant(self, node: onnx.NodeProto, place: int) -> NDArray[Any] | None:
-        """Return the constant that a node reads at a place; None if that is none."""
+        """Return the constant input `place` of a node as an array; None if it is none."""
         stored = self.tensor(node, place)
         return None if stored is None else numpy_helper.to_array(stored)
 
     def needed(self, node: onnx.NodeProto, place: int) -> NDArray[Any]:
-        """Return the constant that a node is known to read at a place."""
+        """Return the constant input `place` of a node, which must be a constant."""
         found = self.constant(node, place)
         assert found is not None
         return found
 
     def replace(self, node: onnx.NodeProto, place: int, values: NDArray[Any]) -> None:
-        """Let a node read another constant at a place; other readers keep theirs.
+        """Replace the constant input `place` of a node; other readers keep the old one.
 
-        It has the type of the one before.
+        The new constant gets the dtype of the old one.
         """
         name = node.input[place]
         before = self._constants[name]
@@ -233,13 +233,13 @@ class GraphEdit:
         self.add(node, place, f"{name}_of_{node.name}", np.asarray(values, kind))
 
     def add(self, node: onnx.NodeProto, place: int, name: str, values: NDArray[Any]) -> None:
-        """Let a node read a new constant at a place, which may be the next one after its last."""
+        """Make a new constant the input `place` of a node, which may be one after its last."""
         self.graph.initializer.append(numpy_helper.from_array(values, name))
         self._constants[name] = self.graph.initializer[-1]
         self.read(node, place, name)
 
     def read(self, node: onnx.NodeProto, place: int, name: str) -> None:
-        """Let a node read a value at a place, which may be the next one after its last."""
+        """Make a value the input `place` of a node, which may be one after its last."""
         self._readers.setdefault(name, []).append(node)
         if place == len(node.input):
             node.input.append(name)
@@ -247,7 +247,7 @@ class GraphEdit:
             node.input[place] = name
 
     def insert_before(self, node: onnx.NodeProto, new: onnx.NodeProto) -> onnx.NodeProto:
-        """Put a node, which reads nothing yet, before another one; return it as it stands there."""
+        """Insert a node without readers before another node; return the inserted copy."""
         places = enumerate(self.graph.node)
         place = next(index for index, item in places if item.output[0] == node.output[0])
         self.graph.node.insert(place, new)
@@ -256,7 +256,7 @@ class GraphEdit:
         return made
 
     def drop_unread(self) -> None:
-        """Remove constants that nobody reads any more."""
+        """Remove constants that nothing reads any more."""
         kept = [
             item
             for item in self.graph.initializer
@@ -268,11 +268,11 @@ class GraphEdit:
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """Return an attribute of a node, or what the operator takes without it."""
+    """Return an attribute of a node, or the operator's default."""
     found = next((item for item in node.attribute if item.name == name), None)
     return default if found is None else onnx.helper.get_attribute_value(found)
 
 
 def input_axis(node: onnx.NodeProto) -> int:
-    """Axis of the weight of a MatMul or Gemm that counts what it reads."""
+    """Return the axis of a MatMul or Gemm weight that belongs to the inputs."""
     return 1 if node.op_type == "Gemm" and attribute(node, "transB", 0) else 0

@@ -1,8 +1,8 @@
-"""A label head: the image tower itself says which label of a set fits best.
+"""Add a zero-shot classification head to an image tower: best label and its score as outputs.
 
-For devices whose program wants an answer rather than an embedding. The head is the last
-thing in the graph and stays in fp32: logits are the cosines times the logit scale, and the
-score is the best label's share of their softmax (Radford et al. 2021, section 3.1).
+For devices whose program needs a label rather than an embedding. The head comes last in the graph
+and stays in fp32: logits are the cosines times the logit scale, and the score is the softmax
+probability of the best label (Radford et al. 2021, section 3.1).
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from edgeclip.runtime.spec import LABEL_OUTPUTS, OUTPUT_NAMES
 
 
 def add_label_head(path: Path, labels: LabelSet, logit_scale: float) -> None:
-    """Give an image tower the outputs `label_index` int64 [N] and `label_score` float32 [N].
+    """Add the outputs `label_index` int64 [N] and `label_score` float32 [N] to an image tower.
 
     Raises:
         ExportError: the result is not valid ONNX.

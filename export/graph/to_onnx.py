@@ -1,4 +1,4 @@
-"""Export a tower to ONNX in fp32 by torch's exporter, with a fixed or a free batch."""
+"""Export the towers of a dual encoder to ONNX in fp32, with torch's exporter."""
 
 import contextlib
 import logging
@@ -46,16 +46,22 @@ PLAIN_OPSET = 18
 # reads up to 20.
 TENSORRT_OPSET = 19
 
+_SAMPLES = 2  # the exporter would take a batch of 1 for a constant
+_STANDARD, _DEVICE = PIXEL_INPUTS["float32-nchw"], PIXEL_INPUTS["uint8-nhwc"]
+_FLOATS, _CHANNELS_FIRST = f"{_DEVICE}_float", f"{_DEVICE}_nchw"
+
+Axes = dict[str, dict[int, str]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphForm:
-    """How a tower is captured.
+    """The form of an exported graph: operator set, input, batch size, extra outputs.
 
     Attributes:
         opset: version of the ONNX operator set.
-        pixels: what an image tower takes.
-        batch: the only batch size that the graph takes; None where it may vary.
-        patch_features: an image tower also gives the last hidden state of each patch.
+        pixels: the input form of an image tower.
+        batch: the fixed batch size; None if the batch size is free.
+        patch_features: whether an image tower also outputs the last hidden state of each patch.
     """
 
     opset: int = PLAIN_OPSET
@@ -65,7 +71,7 @@ class GraphForm:
 
     @classmethod
     def for_device(cls, device: DeviceProfile, *, patch_features: bool = False) -> "GraphForm":
-        """Return what suits a device."""
+        """Return the form for a device."""
         return cls(
             opset=TENSORRT_OPSET if "tensorrt" in device.engine else PLAIN_OPSET,
             pixels=device.pixels,
@@ -74,12 +80,93 @@ class GraphForm:
         )
 
 
-_SAMPLES = 2  # the exporter takes a batch of 1 for a constant
-Axes = dict[str, dict[int, str]]
+STANDARD = GraphForm()
+
+
+@dataclass(frozen=True, slots=True)
+class TowerPaths:
+    """The ONNX files of both towers in fp32, and the input form of the image tower."""
+
+    image: Path
+    text: Path
+    pixels: PixelForm
+
+    def graph(self, tower: Tower) -> TowerGraph:
+        """Return the graph of one tower."""
+        if tower == "image":
+            return TowerGraph("image", "fp32", self.image, self.pixels)
+        return TowerGraph("text", "fp32", self.text, None)
+
+
+def export_towers(dual: DualEncoder, folder: Path, form: GraphForm = STANDARD) -> TowerPaths:
+    """Export both towers in fp32, named as in a bundle: `onnx/text_model.onnx` and so on.
+
+    Raises:
+        ExportError: torch cannot capture the model, or a graph is not what it should be.
+    """
+    paths = TowerPaths(
+        folder / tower_path("image", "fp32", form.pixels),
+        folder / tower_path("text", "fp32"),
+        form.pixels,
+    )
+    export_tower(dual, "image", paths.image, form)
+    export_tower(dual, "text", paths.text, form)
+    return paths
+
+
+def export_tower(dual: DualEncoder, tower: Tower, path: Path, form: GraphForm = STANDARD) -> None:
+    """Export one tower in fp32; texts have a dynamic length.
+
+    The image tower maps `pixel_values` float32 [batch, 3, size, size], or `pixels` uint8
+    [batch, size, size, 3], to `image_embeds` float32 [batch, dim] and on request to
+    `patch_features` float32 [batch, rows, columns, width]; the text tower `input_ids` int64
+    [batch, length] to `text_embeds`. Embeddings are L2-normalised. `dual` is left in
+    evaluation mode.
+
+    Raises:
+        ExportError: torch cannot capture the model, or the graph is not what it should be.
+    """
+    dual.eval()
+    config = tower_config(dual, tower, form)
+    model = capture(dual, tower, form).model_proto
+    limit_masks(model)
+    _check_inputs(tower, model, config)
+    _check_layer_norms(dual, tower, model)
+    if tower == "image" and form.pixels == "uint8-nhwc":
+        to_device_form(model, dual.image_spec)
+    save_graph(model, path)
+
+
+def _check_inputs(tower: Tower, model: onnx.ModelProto, config: "TowerConfig") -> None:
+    """Refuse a graph with a batch size or text length that the exporter has silently fixed."""
+    shape = model.graph.input[0].type.tensor_type.shape
+    dynamic = [axis for axis, dim in enumerate(shape.dim) if dim.dim_param]
+    (axes,) = config.inputs.values()
+    if dynamic != list(axes):
+        raise ExportError(
+            f"the {tower} tower was exported for fixed sizes: its forward pass must take batch "
+            "and text length from tensor shapes, not as Python numbers"
+        )
+
+
+def _check_layer_norms(dual: DualEncoder, tower: Tower, model: onnx.ModelProto) -> None:
+    """Refuse LayerNorms decomposed into means and powers, which overflow in fp16."""
+    module = tower_module(dual, tower)
+    has_any = any(isinstance(part, torch.nn.LayerNorm) for part in module.modules())
+    kinds = {node.op_type for node in model.graph.node}
+    powers = {name for node in model.graph.node if node.op_type == "Pow" for name in node.output}
+    variance = any(
+        node.op_type == "ReduceMean" and node.input[0] in powers for node in model.graph.node
+    )
+    if variance or (has_any and "LayerNormalization" not in kinds):
+        raise ExportError(
+            f"the {tower} tower's layer normalisation was not exported as LayerNormalization, "
+            "and would overflow in fp16: use torch.nn.LayerNorm in the model"
+        )
 
 
 class ImageTowerConfig(ExporterConfig):  # type: ignore[misc] # optimum is untyped
-    """An image tower: `pixel_values` to `image_embeds`, and `patch_features` on request."""
+    """Inputs, outputs and sample of an image tower, for torch's exporter."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig.with_args(image_size="size")
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
@@ -90,22 +177,22 @@ class ImageTowerConfig(ExporterConfig):  # type: ignore[misc] # optimum is untyp
 
     @property
     def inputs(self) -> Axes:
-        """Names of the inputs, and of their axes that may vary."""
+        """Names of the inputs, and of their dynamic axes."""
         return {PIXEL_INPUTS["float32-nchw"]: _batch_axis(self._form)}
 
     @property
     def outputs(self) -> Axes:
-        """The same of the outputs."""
+        """Names of the outputs, and of their dynamic axes."""
         names = [OUTPUT_NAMES["image"], *([PATCH_OUTPUT] if self._form.patch_features else [])]
         return {name: _batch_axis(self._form) for name in names}
 
     def sample(self) -> Tensor:
-        """One input to trace with, float32 [batch, 3, size, size]."""
+        """Return an input to trace with, float32 [batch, 3, size, size]."""
         return _sample(self, self._form)
 
 
 class TextTowerConfig(ExporterConfig):  # type: ignore[misc] # as above
-    """A text tower: `input_ids` to `text_embeds`."""
+    """Inputs, outputs and sample of a text tower, for torch's exporter."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator,)
@@ -118,16 +205,16 @@ class TextTowerConfig(ExporterConfig):  # type: ignore[misc] # as above
 
     @property
     def inputs(self) -> Axes:
-        """Names of the inputs, and of their axes that may vary."""
+        """Names of the inputs, and of their dynamic axes."""
         return {TEXT_INPUT: {**_batch_axis(self._form), 1: "length"}}
 
     @property
     def outputs(self) -> Axes:
-        """The same of the outputs."""
+        """Names of the outputs, and of their dynamic axes."""
         return {OUTPUT_NAMES["text"]: _batch_axis(self._form)}
 
     def sample(self) -> Tensor:
-        """One input to trace with, int64 [batch, length]."""
+        """Return an input to trace with, int64 [batch, length]."""
         return _sample(self, self._form, sequence_length=self._length)
 
 
@@ -135,7 +222,7 @@ TowerConfig = ImageTowerConfig | TextTowerConfig
 
 
 def tower_config(dual: DualEncoder, tower: Tower, form: GraphForm) -> TowerConfig:
-    """Describe one tower of `dual` in a form."""
+    """Return the exporter's config of a tower in a form."""
     return ImageTowerConfig(dual, form) if tower == "image" else TextTowerConfig(dual, form)
 
 
@@ -153,13 +240,13 @@ def _sample(config: Any, form: GraphForm, **sizes: int) -> Tensor:
 def capture(
     dual: DualEncoder, tower: Tower, form: GraphForm, module: nn.Module | None = None
 ) -> torch.onnx.ONNXProgram:
-    """Capture one tower in its standard form, normalised pixels in.
+    """Capture one tower with torch's exporter; pixels are normalised float32.
 
     Args:
         dual: both towers.
-        tower: which one.
-        form: how it is captured.
-        module: what computes it, by default `tower_module`.
+        tower: the one to capture.
+        form: operator set, batch and outputs; the input form is not read.
+        module: computes the tower; by default `tower_module`.
 
     Raises:
         ExportError: torch cannot capture the model.
@@ -191,7 +278,7 @@ def capture(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter from telling of optional packages and its own future."""
+    """Silence the exporter's messages on optional packages and deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -203,12 +290,11 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-_STANDARD, _DEVICE = PIXEL_INPUTS["float32-nchw"], PIXEL_INPUTS["uint8-nhwc"]
-_FLOATS, _CHANNELS_FIRST = f"{_DEVICE}_float", f"{_DEVICE}_nchw"
-
-
 def to_device_form(model: onnx.ModelProto, spec: ImageSpec) -> None:
-    """Let a captured fp32 image tower take uint8 [batch, size, size, 3], in place."""
+    """Change the input of a captured fp32 image tower to uint8 [batch, size, size, 3], in place.
+
+    The normalisation is folded into the first convolution, or added as two nodes.
+    """
     graph = model.graph
     given = graph.input[0]
     batch = given.type.tensor_type.shape.dim[0]
@@ -225,7 +311,7 @@ def to_device_form(model: onnx.ModelProto, spec: ImageSpec) -> None:
     ]
     if len(readers) == 1 and _foldable(graph, readers[0]):
         _fold(graph, readers[0], scale, shift)
-        for node in asking:  # what is left asks for the batch size only
+        for node in asking:  # the other readers only ask for the batch size
             node.input[:] = [_CHANNELS_FIRST if name == _STANDARD else name for name in node.input]
     else:
         before += _normalising(graph, scale, shift)
@@ -257,7 +343,7 @@ def _fold(
     scale: NDArray[np.float32],
     shift: NDArray[np.float32],
 ) -> None:
-    """Put scale and shift into a convolution's weights [out, 3, rows, columns] and bias [out]."""
+    """Fold scale and shift into a convolution's weights [out, 3, rows, columns] and bias [out]."""
     by_name = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     weights = by_name[conv.input[1]].astype(np.float64)
     bias = by_name[conv.input[2]] if len(conv.input) > 2 else np.zeros(len(weights))
@@ -291,88 +377,3 @@ def _normalising(
         helper.make_node("Mul", [_CHANNELS_FIRST, names[0]], [scaled], "pixels_scale"),
         helper.make_node("Add", [scaled, names[1]], [_STANDARD], "pixels_shift"),
     ]
-
-
-STANDARD = GraphForm()
-
-
-@dataclass(frozen=True, slots=True)
-class TowerPaths:
-    """The ONNX files of both towers in fp32, and what the image tower takes."""
-
-    image: Path
-    text: Path
-    pixels: PixelForm
-
-    def graph(self, tower: Tower) -> TowerGraph:
-        """Return one of them."""
-        if tower == "image":
-            return TowerGraph("image", "fp32", self.image, self.pixels)
-        return TowerGraph("text", "fp32", self.text, None)
-
-
-def export_towers(dual: DualEncoder, folder: Path, form: GraphForm = STANDARD) -> TowerPaths:
-    """Write both towers in fp32, named as in a bundle: `onnx/text_model.onnx` and so on.
-
-    Raises:
-        ExportError: see `export_tower`.
-    """
-    paths = TowerPaths(
-        folder / tower_path("image", "fp32", form.pixels),
-        folder / tower_path("text", "fp32"),
-        form.pixels,
-    )
-    export_tower(dual, "image", paths.image, form)
-    export_tower(dual, "text", paths.text, form)
-    return paths
-
-
-def export_tower(dual: DualEncoder, tower: Tower, path: Path, form: GraphForm = STANDARD) -> None:
-    """Write one tower in fp32, for texts with a dynamic length.
-
-    The image tower maps `pixel_values` float32 [batch, 3, size, size], or `pixels` uint8
-    [batch, size, size, 3], to `image_embeds` float32 [batch, dim] and on request to
-    `patch_features` float32 [batch, rows, columns, width]; the text tower `input_ids` int64
-    [batch, length] to `text_embeds`. Embeddings are L2-normalised. `dual` is left in
-    evaluation mode.
-
-    Raises:
-        ExportError: torch cannot capture the model, or the graph is not what it should be.
-    """
-    dual.eval()
-    config = tower_config(dual, tower, form)
-    model = capture(dual, tower, form).model_proto
-    limit_masks(model)
-    _check_inputs(tower, model, config)
-    _check_layer_norms(dual, tower, model)
-    if tower == "image" and form.pixels == "uint8-nhwc":
-        to_device_form(model, dual.image_spec)
-    save_graph(model, path)
-
-
-def _check_inputs(tower: Tower, model: onnx.ModelProto, config: TowerConfig) -> None:
-    """Refuse a graph for one batch size or one text length: the exporter makes it in silence."""
-    shape = model.graph.input[0].type.tensor_type.shape
-    dynamic = [axis for axis, dim in enumerate(shape.dim) if dim.dim_param]
-    (axes,) = config.inputs.values()
-    if dynamic != list(axes):
-        raise ExportError(
-            f"the {tower} tower was exported for fixed sizes: its forward pass must take batch "
-            "and text length from tensor shapes, not as Python numbers"
-        )
-
-
-def _check_layer_norms(dual: DualEncoder, tower: Tower, model: onnx.ModelProto) -> None:
-    """Refuse LayerNorms taken apart into means and powers, which overflow in fp16."""
-    module = tower_module(dual, tower)
-    has_any = any(isinstance(part, torch.nn.LayerNorm) for part in module.modules())
-    kinds = {node.op_type for node in model.graph.node}
-    powers = {name for node in model.graph.node if node.op_type == "Pow" for name in node.output}
-    variance = any(
-        node.op_type == "ReduceMean" and node.input[0] in powers for node in model.graph.node
-    )
-    if variance or (has_any and "LayerNormalization" not in kinds):
-        raise ExportError(
-            f"the {tower} tower's layer normalisation was not exported as LayerNormalization, "
-            "and would overflow in fp16: use torch.nn.LayerNorm in the model"
-        )

@@ -34,97 +34,8 @@ from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.towers.tower_runner import in_batches, tower_feed
 
-_SECONDS = 2.0  # for the timed runs of one of the two measurements, were both as slow
+_SECONDS = 2.0  # for the timed runs in one order, if reference and candidate are equally slow
 _FEWEST = 12  # runs, however slow a tower is
-
-Run = Callable[[NDArray[Any]], object]
-Opener = Callable[[], Run]
-
-
-@dataclass(frozen=True, slots=True)
-class ABTiming:
-    """One measurement of both."""
-
-    reference: Measurement
-    candidate: Measurement
-
-    @property
-    def ratio(self) -> Interval:
-        """The candidate's time to the reference's, over paired runs."""
-        assert self.candidate.ratio is not None
-        return self.candidate.ratio.ratio
-
-
-def ab_benchmark(
-    reference: Opener,
-    candidate: Opener,
-    values: NDArray[Any],
-    *,
-    tower: Tower,
-    workload: Workload,
-) -> tuple[ABTiming, ...]:
-    """Time two in turns; for arguments and errors see `ab_benchmark_each`."""
-    return ab_benchmark_each(reference, [candidate], values, tower=tower, workload=workload)[0]
-
-
-def ab_benchmark_each(
-    reference: Opener,
-    candidates: Sequence[Opener],
-    values: NDArray[Any],
-    *,
-    tower: Tower,
-    workload: Workload,
-    seconds: float = _SECONDS,
-) -> list[tuple[ABTiming, ...]]:
-    """Time all in turns: with engines loaded in this order, the reference's first, and backwards.
-
-    Args:
-        reference, candidates: open an engine; what they return runs a batch.
-        values: some of the tower's inputs [N, ...]; the first is what is timed.
-        tower: which one it is.
-        workload: how much to measure; slow towers are run less often.
-        seconds: for the reference and one candidate as slow, in one of the two measurements.
-
-    Returns:
-        Both measurements of each candidate.
-
-    Raises:
-        EngineError: an engine fails.
-    """
-    openers = (reference, *candidates)
-    found: list[list[ABTiming]] = [[] for _ in candidates]
-    for order in (range(len(openers)), range(len(openers))[::-1]):
-        first, *others = _in_turns(openers, order, values, tower, workload, seconds)
-        for timed, other in zip(found, others, strict=True):
-            timed.append(ABTiming(first, other))
-    return [tuple(timed) for timed in found]
-
-
-def _in_turns(
-    openers: Sequence[Opener],
-    order: Sequence[int],
-    values: NDArray[Any],
-    tower: Tower,
-    workload: Workload,
-    seconds: float,
-) -> tuple[Measurement, ...]:
-    """Load engines in an order and time them; measurements in the order of `openers`."""
-    runs, make_batch = {at: openers[at]() for at in order}, repeat_rows(values[:1])
-    repeats = _repeats(runs[0], make_batch(1), workload.repeats, seconds)
-    candidates = [BenchmarkTarget(str(at), runs[at], make_batch) for at in range(len(openers))]
-    fits = replace(workload, repeats=repeats)
-    return measure_interleaved(candidates, fits, part=tower, reference=candidates[0].name)
-
-
-def _repeats(run: Run, values: NDArray[Any], most: int, seconds: float) -> int:
-    """How many rounds fit into the time for them."""
-    run(values)
-    began = time.perf_counter()
-    run(values)
-    each = max(time.perf_counter() - began, 1e-9)
-    return max(min(most, _FEWEST), min(most, int(seconds / (2 * each))))
-
-
 TUNING_WORKLOAD = Workload(
     name="tune",
     description="latency at batch 1, enough to tell whether a rewrite helps",
@@ -140,22 +51,97 @@ MAX_RELATIVE_ERROR = 1e-5
 # What a pass must save: the same graph again comes out up to 1% faster or slower, by where its
 # memory lies (tests/benchmarks/graph_work.py).
 MAX_TIME_RATIO = 0.99
+_SAMPLES = 4  # inputs, on which a rewritten graph must give what it gave before
 
+Run = Callable[[NDArray[Any]], object]
+Opener = Callable[[], Run]
 RunGraph = Callable[[NDArray[Any]], dict[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class ABTiming:
+    """Interleaved measurements of a reference and a candidate."""
+
+    reference: Measurement
+    candidate: Measurement
+
+    @property
+    def ratio(self) -> Interval:
+        """The candidate's time divided by the reference's, over paired runs."""
+        assert self.candidate.ratio is not None
+        return self.candidate.ratio.ratio
+
+
+def ab_benchmark(
+    reference: Opener,
+    candidates: Sequence[Opener],
+    values: NDArray[Any],
+    *,
+    tower: Tower,
+    workload: Workload,
+    seconds: float = _SECONDS,
+) -> list[tuple[ABTiming, ...]]:
+    """Benchmark candidates against a reference, interleaved, with engines loaded in both orders.
+
+    Args:
+        reference, candidates: functions that open an engine and return one that runs a batch.
+        values: some of the tower's inputs [N, ...]; the first is timed.
+        tower: the tower.
+        workload: how much to measure; slow towers are run less often.
+        seconds: time for the runs of the reference and one equally slow candidate in one order.
+
+    Returns:
+        For each candidate one timing in each order.
+
+    Raises:
+        EngineError: an engine fails.
+    """
+    openers = (reference, *candidates)
+    found: list[list[ABTiming]] = [[] for _ in candidates]
+    for order in (range(len(openers)), range(len(openers))[::-1]):
+        first, *others = _interleaved(openers, order, values, tower, workload, seconds)
+        for timed, other in zip(found, others, strict=True):
+            timed.append(ABTiming(first, other))
+    return [tuple(timed) for timed in found]
+
+
+def _interleaved(
+    openers: Sequence[Opener],
+    order: Sequence[int],
+    values: NDArray[Any],
+    tower: Tower,
+    workload: Workload,
+    seconds: float,
+) -> tuple[Measurement, ...]:
+    """Load the engines in `order` and time them; return measurements in the order of `openers`."""
+    runs, make_batch = {at: openers[at]() for at in order}, repeat_rows(values[:1])
+    repeats = _repeats(runs[0], make_batch(1), workload.repeats, seconds)
+    candidates = [BenchmarkTarget(str(at), runs[at], make_batch) for at in range(len(openers))]
+    fits = replace(workload, repeats=repeats)
+    return measure_interleaved(candidates, fits, part=tower, reference=candidates[0].name)
+
+
+def _repeats(run: Run, values: NDArray[Any], most: int, seconds: float) -> int:
+    """Return how many rounds fit into the time."""
+    run(values)
+    began = time.perf_counter()
+    run(values)
+    each = max(time.perf_counter() - began, 1e-9)
+    return max(min(most, _FEWEST), min(most, int(seconds / (2 * each))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassOutcome:
-    """What came of trying a pass.
+    """The outcome of trying one pass.
 
     Attributes:
         name: the pass.
         places: in how many places it changed the graph.
-        ratio: time with it divided by time without, over paired runs, the worse of two
+        ratio: time with the pass divided by time without, over paired runs, the worse of two
             measurements; None if not measured.
-        error: largest relative error of an output to the graph as it was given; None if it
-            changed nothing or the engine refused the result.
-        kept: whether the graph now has it.
+        error: largest relative error of an output, compared with the graph as it was given; None
+            if the pass changed nothing or the engine refused the result.
+        kept: whether the graph now has the pass.
     """
 
     name: str
@@ -186,23 +172,22 @@ def tune_graph(
     workload: Workload = TUNING_WORKLOAD,
     passes: Sequence[GraphPass] | None = None,
 ) -> tuple[PassOutcome, ...]:
-    """Apply to a graph the passes that make it faster on this machine, one after another.
+    """Apply to a graph, one after another, the passes that make it faster on this machine.
 
-    A pass is measured against the graph with those kept before it, in turns, two times. It
-    is kept only if the whole interval of the ratio is below `MAX_TIME_RATIO` both times, and all
-    outputs are as exact as rounding allows.
-    The file is written anew only if a pass is kept.
+    A pass is benchmarked twice against the graph with the passes kept before it. It is kept only if
+    the whole interval of the ratio is below `MAX_TIME_RATIO` both times, and all outputs are as
+    exact as rounding allows. The file is rewritten only if a pass is kept.
 
     Args:
         path: the graph, in fp32; other precisions are made of the result.
-        device: its engine, which must run here.
-        inputs: a few of the tower's inputs [N, ...], by the one name; outputs are compared
-            on all of them, and the first is timed.
-        tower: which one it is.
-        standard: try only what any engine reads; other operators must stay out of files
-            that are meant for other runtimes too.
+        device: its engine must run here.
+        inputs: some of the tower's inputs [N, ...], by their one name; outputs are compared on all
+            of them, and the first is timed.
+        tower: the tower.
+        standard: try only passes whose result is standard ONNX, for files that other runtimes
+            read too.
         workload: how much to measure; slow towers are run less often.
-        passes: what to try; None for all that suit the device.
+        passes: the passes to try; None for all that suit the device.
 
     Raises:
         EngineError: the engine cannot run the graph as it is.
@@ -213,16 +198,16 @@ def tune_graph(
     chosen = passes_for(device, standard=standard) if passes is None else tuple(passes)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
-        trial = _Trial(path, Path(folder), device, inputs, tower, workload)
+        tuner = _PassTuner(path, Path(folder), device, inputs, tower, workload)
         for item in tqdm(chosen, desc="graph passes", disable=not sys.stderr.isatty()):
-            outcomes.append(trial.attempt(item))
+            outcomes.append(tuner.try_pass(item))
     if any(outcome.kept for outcome in outcomes):
-        save_graph(trial.model, path)
+        save_graph(tuner.model, path)
     return tuple(outcomes)
 
 
-class _Trial:
-    """The graph with what was kept so far."""
+class _PassTuner:
+    """Tries passes on a graph; holds the graph with the passes kept so far."""
 
     def __init__(
         self,
@@ -239,8 +224,8 @@ class _Trial:
         self._expected = self._open(path)(self._values)
         self._workload = workload
 
-    def attempt(self, item: GraphPass) -> PassOutcome:
-        """Try a pass; keep its result if it helps."""
+    def try_pass(self, item: GraphPass) -> PassOutcome:
+        """Benchmark a pass, and keep its result if it is exact and faster."""
         changed, places = item.apply(self.model)
         if places == 0:
             return PassOutcome(name=item.name, places=0, ratio=None, error=None, kept=False)
@@ -278,36 +263,33 @@ class _Trial:
 
     def _ratio(self, path: Path) -> Interval:
         """Measure twice, with engines loaded anew in both orders; return the worse result."""
-        found = ab_benchmark(
+        (timings,) = ab_benchmark(
             partial(self._open, self._path),
-            partial(self._open, path),
+            [partial(self._open, path)],
             self._values,
             tower=self._tower,
             workload=self._workload,
         )
-        return max((item.ratio for item in found), key=lambda ratio: ratio.high)
-
-
-_TUNED_ON = 4  # inputs, on which a rewritten graph must give what it gave before
+        return max((item.ratio for item in timings), key=lambda ratio: ratio.high)
 
 
 def tune_tower(
     student: DualEncoder, graph: TowerGraph, device: DeviceProfile, sample: Source
 ) -> tuple[PassOutcome, ...]:
-    """Apply to a tower's graph, in place, what makes it faster on this machine.
+    """Apply to a tower's graph, in place, the passes that make it faster on this machine.
 
     Args:
-        student: whose tower it is.
-        graph: in fp32.
-        device: its engine, which must run here.
-        sample: pairs, of which the first few are looked at.
+        student: the model that the tower belongs to.
+        graph: the tower's graph in fp32.
+        device: its engine must run here.
+        sample: pairs; the first few are run.
 
     Raises:
         EngineError: the graph cannot be run here.
         ExportError: it cannot be read.
     """
     spec, tokenizer = student.spec, student.text_tokenizer
-    values = next(tower_inputs(sample, graph.tower, spec, tokenizer, count=_TUNED_ON))
+    values = next(tower_inputs(sample, graph.tower, spec, tokenizer, count=_SAMPLES))
     return tune_graph(
         graph.path,
         device,

@@ -220,9 +220,9 @@ class Openers:
 
 def test_engines_are_loaded_anew_in_both_orders_and_run_on_the_first_input() -> None:
     made = Openers()
-    found = ab_benchmark(
+    (found,) = ab_benchmark(
         made.opener("old"),
-        made.opener("new"),
+        [made.opener("new")],
         VALUES,
         tower="image",
         workload=SHORT,
