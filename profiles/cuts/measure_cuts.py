@@ -1,11 +1,9 @@
-"""Time every stage of every split plan on this machine, in turns."""
+"""Time every stage of every split plan on this machine, interleaved stage by stage."""
 
 import functools
-import gc
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.profiles.measure.interleaved_runs import round_order
+from edgeclip.profiles.measure.interleaved_runs import no_garbage_collection, round_order
 from edgeclip.profiles.record.conditions import CpuSnapshot, CpuTime
 from edgeclip.profiles.sensors.energy import EnergyMeter, find_meter, joules_of
 from edgeclip.runtime.bundle.index import cosines
@@ -56,33 +54,173 @@ if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
 
 
+# Bytes of weights that are loaded at a time; head and tail of one cut are one whole tower.
+_MAX_LOADED_BYTES = 2**30
+_WARM_UP_ROUNDS = 5
+_MIN_ROUNDS = 10
+
+
 @dataclass(frozen=True, slots=True)
 class TimedStage:
-    """A stage, and what does it for a picture by its number; it returns what comes of it."""
+    """A stage and a function that does its work for the picture of a given number."""
 
     stage: SplitStage
     run: Callable[[int], object]
 
 
+def measure_cuts(
+    cuts: CutSet,
+    *,
+    device: "DeviceProfile",
+    command: str,
+    pictures: Sequence[Path] = (),
+    rounds: int = 100,
+    progress: Progress | None = None,
+    replace_stage: Callable[[TimedStage], TimedStage] = lambda stage: stage,
+) -> StageTimes:
+    """Time all stages of device and server, and the bytes and accuracy of each codec.
+
+    In each round every stage runs once, see `StageSampler`. Cuts are measured in groups whose
+    weights fit into memory together.
+
+    Args:
+        cuts: the cut tower.
+        device: engine and threads.
+        command: the command line that the user typed, for the record.
+        pictures: image files; by default those of the cut set.
+        rounds: samples of each stage, at least 10.
+        progress: called after each round of each group.
+        replace_stage: replaces a stage by another one, such as one of a slower device.
+
+    Raises:
+        InputError: no pictures, a picture that cannot be read, or fewer than 10 rounds.
+        EngineError, CutSetError, MissingExtraError: see `CutHead`.
+    """
+    files = list(pictures or cuts.pictures)[:rounds]
+    if not files:
+        raise InputError(f"{cuts.path} has no pictures: give --pictures, a folder of some")
+    if rounds < _MIN_ROUNDS:
+        raise InputError(
+            f"{rounds} rounds tell nothing of a 95th percentile: take {_MIN_ROUNDS} at least"
+        )
+    builder, meter = StageBuilder(cuts, device, files), find_meter(device)
+    payloads, samples = list[Payload](builder.picture_payloads()), list[StageSamples]()
+    groups = list(_groups(cuts))
+    with no_garbage_collection():
+        before, wall, thread = CpuSnapshot.take(), time.perf_counter(), time.thread_time()
+        for number, group in enumerate(groups):
+            stages = list(builder.picture_stages()) if number == 0 else []
+            for point in group:
+                of_cut, of_codecs = builder.cut_stages(point)
+                stages += of_cut
+                payloads += of_codecs
+            sampler = StageSampler([*map(replace_stage, stages)], len(files))
+            sampler.warm_up()
+            for done in range(1, rounds + 1):
+                sampler.run_round()
+                if progress is not None:
+                    progress(number * rounds + done, len(groups) * rounds)
+            samples += sampler.samples(meter)
+        after = CpuSnapshot.take()
+        waiting, steal = after.denied_since(before)
+        cpu = CpuTime(
+            wall_s=time.perf_counter() - wall,
+            thread_s=time.thread_time() - thread,
+            process_s=after.process_s - before.process_s,
+            waiting_share=waiting,
+            steal_share=steal,
+        )
+    manifest = cuts.manifest
+    return StageTimes(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        machine=detect_machine(),
+        device=device.name,
+        bundle=manifest.bundle,
+        space=manifest.space,
+        precision=manifest.precision,
+        rounds=rounds,
+        pictures=len(files),
+        stages=tuple(samples),
+        payloads=tuple(payloads),
+        waiting_share=cpu.waiting_share,
+        steal_share=cpu.steal_share,
+        contended=cpu.contended,
+        energy_sensor=None if meter is None else meter.name,
+        on_cpu=device.on_cpu,
+    )
+
+
+def _groups(cuts: CutSet) -> Iterator[tuple[CutPoint, ...]]:
+    """Yield the cuts that are loaded together."""
+    weights = next((f.bytes for f in cuts.manifest.files if f.path == WEIGHTS_NAME), 0)
+    size = max(1, _MAX_LOADED_BYTES // max(1, weights))
+    points = cuts.manifest.points
+    for start in range(0, len(points), size):
+        yield points[start : start + size]
+
+
+class StageSampler:
+    """Runs stages once a round and keeps the time of each run.
+
+    The order is rotated and reversed from round to round, so that each stage takes each place
+    equally often.
+
+    Args:
+        stages: the stages.
+        pictures: number of pictures; round i runs on picture i modulo that.
+    """
+
+    def __init__(self, stages: Sequence[TimedStage], pictures: int) -> None:
+        self._stages, self._pictures = stages, pictures
+        self._rounds: list[NDArray[np.float64]] = []
+
+    def warm_up(self) -> None:
+        """Run each stage a few times; the first run of a graph allocates memory."""
+        for number in range(_WARM_UP_ROUNDS):
+            for stage in self._stages:
+                stage.run(number % self._pictures)
+
+    def run_round(self) -> None:
+        """Run and time each stage once."""
+        number, times = len(self._rounds), np.empty(len(self._stages))
+        for place in round_order(len(self._stages), number):
+            start = time.perf_counter()
+            self._stages[place].run(number % self._pictures)
+            times[place] = time.perf_counter() - start
+        self._rounds.append(times)
+
+    def samples(self, meter: EnergyMeter | None = None) -> list[StageSamples]:
+        """Return the times of all rounds, at least one, and the energy if there is a meter."""
+        return [
+            StageSamples(
+                stage=timed.stage,
+                ms=tuple(round(1e3 * float(value), 4) for value in column),
+                joules=None if meter is None else joules_of(meter, functools.partial(timed.run, 0)),
+            )
+            for timed, column in zip(self._stages, np.transpose(self._rounds), strict=True)
+        ]
+
+
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """A request as it crosses."""
+    """An HTTP request as it is sent."""
 
     headers: dict[str, str]
     body: bytes
 
     def read(self) -> InferRequest:
-        """Read it as the server does."""
+        """Decode it as the server does."""
         return decode_request("", self.body, int(self.headers[JSON_LENGTH_HEADER]))
 
 
 class StageBuilder:
-    """Pictures in every form that a stage begins with.
+    """Builds the stages of all plans; holds the pictures in every form that a stage starts from.
 
     Args:
-        cuts: the tower.
+        cuts: the cut tower.
         device: engine and threads.
-        files: image files; batch 1 throughout.
+        files: image files; every stage runs at batch 1.
 
     Raises:
         InputError: a picture that cannot be read.
@@ -97,24 +235,25 @@ class StageBuilder:
         self._whole = CutTail(cuts, 0, device)
         self._exact = self._whole.embed(self._pixels)
 
-    def of_pictures(self) -> Iterator[TimedStage]:
-        """Stages that have nothing to do with a cut."""
-        yield TimedStage(SplitStage(kind="prepare"), self._prepare)
+    def picture_stages(self) -> Iterator[TimedStage]:
+        """Yield the stages that no cut belongs to: preprocessing, and sending pictures."""
+        yield TimedStage(
+            SplitStage(kind="prepare"), lambda at: resize_and_crop(self._files[at], self._spec)
+        )
         for codec in IMAGE_CODECS:
-            sent = [self._sent(codec, file) for file in self._files]
-            yield self._compress(codec)
-            yield self._open(codec, sent)
+            yield self._compress_stage(codec)
+            yield self._open_stage(codec)
 
     def picture_payloads(self) -> Iterator[Payload]:
-        """What the picture takes in each codec, and what that codec costs."""
+        """Yield size and accuracy of the pictures in each image codec."""
         for codec in IMAGE_CODECS:
-            sent = [encode_picture(codec, file, self._spec) for file in self._files]
-            found = self._whole.embed(crop_batch(sent, self._spec))
-            sizes = [len(self._sent(codec, file).body) for file in self._files]
+            encoded = [encode_picture(codec, file, self._spec) for file in self._files]
+            found = self._whole.embed(crop_batch(encoded, self._spec))
+            sizes = [len(self._picture_message(codec, file).body) for file in self._files]
             yield _payload(None, codec, sizes, cosines(found, self._exact))
 
-    def of_cut(self, point: CutPoint) -> tuple[list[TimedStage], list[Payload]]:
-        """The stages of one cut, and what crosses there."""
+    def cut_stages(self, point: CutPoint) -> tuple[list[TimedStage], list[Payload]]:
+        """Return the stages of one cut, and size and accuracy of its tensors in each codec."""
         head = CutHead(self._cuts, point.number, self._device)
         tail = CutTail(self._cuts, point.number, self._device) if point.number else self._whole
         values, number = head.run(self._pixels), point.number
@@ -125,18 +264,19 @@ class StageBuilder:
         def run_head(at: int) -> object:
             return head.run(self._pixels[at : at + 1])
 
-        works = [TimedStage(SplitStage(kind="tail", cut=number), run_tail)]
-        works += [TimedStage(SplitStage(kind="head", cut=number), run_head)] if number else []
+        stages = [TimedStage(SplitStage(kind="tail", cut=number), run_tail)]
+        stages += [TimedStage(SplitStage(kind="head", cut=number), run_head)] if number else []
         payloads = []
-        for codec in _codecs(point):
-            made, payload = self._of_codec(point, codec, values, tail)
-            works += made
+        for codec in _available_codecs(point):
+            of_codec, payload = self._codec_stages(point, codec, values, tail)
+            stages += of_codec
             payloads.append(payload)
-        return works, payloads
+        return stages, payloads
 
-    def _of_codec(
+    def _codec_stages(
         self, point: CutPoint, codec: CodecName, values: NDArray[Any], tail: CutTail
     ) -> tuple[list[TimedStage], Payload]:
+        """Return encoding and decoding of a cut's tensors in one codec, and their payload."""
         number = point.number
 
         def pack(at: int) -> _Message:
@@ -152,29 +292,31 @@ class StageBuilder:
 
         found = np.concatenate([tail.embed(unpack(at)) for at in range(len(messages))])
         sizes = [len(message.body) for message in messages]
-        works = [
+        stages = [
             TimedStage(SplitStage(kind="encode", cut=number, codec=codec), pack),
             TimedStage(SplitStage(kind="decode", cut=number, codec=codec), unpack),
         ]
-        return works, _payload(number, codec, sizes, cosines(found, self._exact))
+        return stages, _payload(number, codec, sizes, cosines(found, self._exact))
 
-    def _prepare(self, at: int) -> object:
-        return resize_and_crop(self._files[at], self._spec)
+    def _compress_stage(self, codec: str) -> TimedStage:
+        """Encoding of a picture and its request on the device."""
 
-    def _compress(self, codec: str) -> TimedStage:
         def run(at: int) -> object:
-            return self._sent(codec, self._files[at])
+            return self._picture_message(codec, self._files[at])
 
         return TimedStage(SplitStage(kind="compress", codec=codec), run)
 
-    def _open(self, codec: str, sent: Sequence[_Message]) -> TimedStage:
+    def _open_stage(self, codec: str) -> TimedStage:
+        """Decoding and preprocessing of a sent picture on the server."""
+        messages = [self._picture_message(codec, file) for file in self._files]
+
         def run(at: int) -> object:
-            (content,) = sent[at].read().inputs["images"]
+            (content,) = messages[at].read().inputs["images"]
             return resize_and_crop(content, self._spec)
 
         return TimedStage(SplitStage(kind="open", codec=codec), run)
 
-    def _sent(self, codec: str, file: bytes) -> _Message:
+    def _picture_message(self, codec: str, file: bytes) -> _Message:
         images = np.array([encode_picture(codec, file, self._spec)], dtype=object)
         return self._message(f"{self._cuts.manifest.bundle}-image", {"images": images}, {})
 
@@ -186,8 +328,8 @@ class StageBuilder:
         return _Message(*encode_request(InferRequest(model=model, inputs=inputs, parameters=known)))
 
 
-def _codecs(point: CutPoint) -> tuple[CodecName, ...]:
-    """The codecs of a cut that this machine has."""
+def _available_codecs(point: CutPoint) -> tuple[CodecName, ...]:
+    """List the codecs of a cut that are installed."""
     names = FLOAT_CODECS if point.number else PIXEL_CODECS
     if importlib.util.find_spec("zstandard") is not None:
         return names
@@ -202,185 +344,8 @@ def _payload(
     )
 
 
-# Of loaded halves at a time, in bytes of weights: the halves of one cut make one whole tower.
-_MEMORY = 2**30
-_WARM_ROUNDS = 5
-_FEWEST_ROUNDS = 10
-
-
-class StageSampler:
-    """Runs stages in turn, once a round, and keeps how long each took.
-
-    The order is rotated and reversed from round to round, so that each stage takes each place
-    equally often.
-
-    Args:
-        works: the stages.
-        pictures: how many there are; round i looks at picture i modulo that.
-    """
-
-    def __init__(self, works: Sequence[TimedStage], pictures: int) -> None:
-        self._works, self._pictures = works, pictures
-        self._rounds: list[NDArray[np.float64]] = []
-
-    def warm_up(self) -> None:
-        """Run each stage a few times; the first run of a graph plans its memory."""
-        for number in range(_WARM_ROUNDS):
-            for work in self._works:
-                work.run(number % self._pictures)
-
-    def run_round(self) -> None:
-        """Run each stage once."""
-        number, times = len(self._rounds), np.empty(len(self._works))
-        for place in round_order(len(self._works), number):
-            start = time.perf_counter()
-            self._works[place].run(number % self._pictures)
-            times[place] = time.perf_counter() - start
-        self._rounds.append(times)
-
-    def samples(self, meter: EnergyMeter | None = None) -> list[StageSamples]:
-        """What was measured in the rounds so far, at least one; energy where there is a meter."""
-        return [
-            StageSamples(
-                stage=work.stage,
-                ms=tuple(round(1e3 * float(value), 4) for value in column),
-                joules=None if meter is None else joules_of(meter, functools.partial(work.run, 0)),
-            )
-            for work, column in zip(self._works, np.transpose(self._rounds), strict=True)
-        ]
-
-
-def measure_cuts(
-    cuts: CutSet,
-    *,
-    device: "DeviceProfile",
-    command: str,
-    pictures: Sequence[Path] = (),
-    rounds: int = 100,
-    progress: Progress | None = None,
-    altered: Callable[[TimedStage], TimedStage] = lambda work: work,
-) -> StageTimes:
-    """Measure all stages of both sides, what crosses, and what each codec costs.
-
-    See `StageSampler`. Cuts are measured in groups whose weights fit into memory together.
-
-    Args:
-        cuts: what is measured.
-        device: engine and threads.
-        command: what the user typed, for the record.
-        pictures: image files; those of the cut set by default.
-        rounds: how many samples of each stage.
-        progress: called after each round of each group.
-        altered: puts another in the place of a stage, such as one for a slower device.
-
-    Raises:
-        InputError: no pictures, one that cannot be read, or fewer than 10 rounds.
-        EngineError, CutSetError, MissingExtraError: see `CutHead`.
-    """
-    files = _files(cuts, pictures, rounds)
-    all_works, meter = StageBuilder(cuts, device, files), find_meter(device)
-    payloads, stages = list[Payload](all_works.picture_payloads()), list[StageSamples]()
-    groups = list(_groups(cuts))
-    with _watched() as cpu:
-        for number, group in enumerate(groups):
-            works = list(all_works.of_pictures()) if number == 0 else []
-            for point in group:
-                made, crossing = all_works.of_cut(point)
-                works += made
-                payloads += crossing
-            step = functools.partial(_step, progress, number, len(groups), rounds)
-            stages += _sampled([*map(altered, works)], rounds, len(files), meter, step)
-    denied, about = cpu[0], cuts.manifest
-    return StageTimes(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-        machine=detect_machine(),
-        device=device.name,
-        bundle=about.bundle,
-        space=about.space,
-        precision=about.precision,
-        rounds=rounds,
-        pictures=len(files),
-        stages=tuple(stages),
-        payloads=tuple(payloads),
-        waiting_share=denied.waiting_share,
-        steal_share=denied.steal_share,
-        contended=denied.contended,
-        energy_sensor=None if meter is None else meter.name,
-        on_cpu=device.on_cpu,
-    )
-
-
-def _files(cuts: CutSet, pictures: Sequence[Path], rounds: int) -> list[Path]:
-    """The pictures to measure with, no more than there are rounds."""
-    files = list(pictures or cuts.pictures)[:rounds]
-    if not files:
-        raise InputError(f"{cuts.path} has no pictures: give --pictures, a folder of some")
-    if rounds < _FEWEST_ROUNDS:
-        raise InputError(
-            f"{rounds} rounds tell nothing of a 95th percentile: take {_FEWEST_ROUNDS} at least"
-        )
-    return files
-
-
-def _sampled(
-    works: Sequence[TimedStage],
-    rounds: int,
-    pictures: int,
-    meter: EnergyMeter | None,
-    step: Callable[[int], None],
-) -> list[StageSamples]:
-    """Warm up, then run all rounds."""
-    sampler = StageSampler(works, pictures)
-    sampler.warm_up()
-    for done in range(1, rounds + 1):
-        sampler.run_round()
-        step(done)
-    return sampler.samples(meter)
-
-
-def _groups(cuts: CutSet) -> Iterator[tuple[CutPoint, ...]]:
-    """Cuts that are loaded together."""
-    weights = next((f.bytes for f in cuts.manifest.files if f.path == WEIGHTS_NAME), 0)
-    size = max(1, _MEMORY // max(1, weights))
-    points = cuts.manifest.points
-    for start in range(0, len(points), size):
-        yield points[start : start + size]
-
-
-@contextmanager
-def _watched() -> Iterator[list[CpuTime]]:
-    """Keep the garbage collector quiet; the list holds one entry when the block has ended."""
-    found: list[CpuTime] = []
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    before = CpuSnapshot.take()
-    began, process, thread = time.perf_counter(), time.process_time(), time.thread_time()
-    try:
-        yield found
-    finally:
-        if was_on:
-            gc.enable()
-    waiting, steal = CpuSnapshot.take().denied_since(before)
-    found.append(
-        CpuTime(
-            wall_s=time.perf_counter() - began,
-            thread_s=time.thread_time() - thread,
-            process_s=time.process_time() - process,
-            waiting_share=waiting,
-            steal_share=steal,
-        )
-    )
-
-
-def _step(progress: Progress | None, group: int, groups: int, rounds: int, done: int) -> None:
-    if progress is not None:
-        progress(group * rounds + done, groups * rounds)
-
-
 def stage_table(times: StageTimes, manifest: CutManifest) -> str:
-    """Medians of every stage, bytes and cosines of every codec, and warnings."""
+    """Format medians of every stage, bytes and cosines of every codec, and warnings as text."""
     cuts = [("cut", "where", "head ms", "tail ms")]
     for point in manifest.points:
         head = times.find(SplitStage(kind="head", cut=point.number))

@@ -94,7 +94,7 @@ class PlanSamples:
 def all_works(cuts: CutSet) -> dict[SplitStage, TimedStage]:
     """Every stage of a cut set, at the machine's own speed."""
     works = StageBuilder(cuts, ONE_THREAD, cuts.pictures)
-    made = list(works.of_pictures())
+    made = list(works.picture_stages())
     for point in cuts.manifest.points:
-        made += works.of_cut(point)[0]
+        made += works.cut_stages(point)[0]
     return {work.stage: work for work in made}

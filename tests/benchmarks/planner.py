@@ -216,7 +216,9 @@ def run(folder: Path, bandwidths: Sequence[float], rounds: int) -> tuple[list[Ro
     with shaped_network(shape) as network, serving(network, cuts) as address:
         print(f"timing each stage, on the device {TIMES_SLOWER} times over", flush=True)
         times = (
-            measure_cuts(cuts, device=ONE_THREAD, command=command(), rounds=32, altered=slower),
+            measure_cuts(
+                cuts, device=ONE_THREAD, command=command(), rounds=32, replace_stage=slower
+            ),
             measure_cuts(cuts, device=ONE_THREAD, command=command(), rounds=200),
         )
         with network.entered("device"), Server(address, rules=ClientRules(hedges=False)) as server:

@@ -33,8 +33,6 @@ def test_a_ratio_is_welch_s_and_its_ends_have_their_chances() -> None:
         assert ratio.p_value(ratio.lower_bound(confidence)) == pytest.approx(1 - confidence)
         product = ratio.lower_bound(confidence) * ratio.upper_bound(confidence)
         assert product == pytest.approx(1.1**2)
-            1.1**2
-        )
 
 
 def test_processes_that_agree_by_chance_leave_the_noise_of_their_runs() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgeclip.profiles.cuts.measure_cuts import StageSampler, TimedStage, measure_cuts, stage_table
-from edgeclip.profiles.sensors.energy import CountedEnergy, Counter
+from edgeclip.profiles.sensors.energy import CounterMeter, EnergyCounter
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.planning.cut_set import CutSet
@@ -75,7 +75,7 @@ def test_files_that_are_none_are_refused(emoji_times: StageTimes, tmp_path: Path
         StageTimes.load(tmp_path / "none")
 
 
-def test_stages_can_be_altered(
+def test_stages_can_be_replaced(
     emoji_cuts: CutSet, cpu_device: DeviceProfile, emoji_times: StageTimes
 ) -> None:
     stage = SplitStage(kind="prepare")
@@ -85,7 +85,9 @@ def test_stages_can_be_altered(
             return work
         return TimedStage(stage, lambda at: [work.run(at) for _ in range(20)])
 
-    slow = measure_cuts(emoji_cuts, device=cpu_device, command="pytest", rounds=10, altered=twenty)
+    slow = measure_cuts(
+        emoji_cuts, device=cpu_device, command="pytest", rounds=10, replace_stage=twenty
+    )
     assert np.median(slow.ms(stage)) > 5 * np.median(emoji_times.ms(stage))
 
 
@@ -104,14 +106,14 @@ def test_energy_of_a_stage_is_that_of_one_run() -> None:
     runs: list[int] = []
     sampler = StageSampler([TimedStage(SplitStage(kind="prepare"), runs.append)], pictures=1)
     sampler.run_round()
-    meter = CountedEnergy(
+    meter = CounterMeter(
         name="counter",
         covers="nothing",
         least_s=0.001,
-        counters=(Counter(lambda: 7 * len(runs)),),
+        counters=(EnergyCounter(lambda: 7 * len(runs)),),
         per_joule=14,
     )
     (found,) = sampler.samples(meter)
     assert found.joules == pytest.approx(0.5)
-    (unknown,) = sampler.samples(dataclasses.replace(meter, counters=(Counter(lambda: 5),)))
+    (unknown,) = sampler.samples(dataclasses.replace(meter, counters=(EnergyCounter(lambda: 5),)))
     assert unknown.joules is None
