@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from edgeclip.profiles.layers.roofline import measure_roofline
-from edgeclip.profiles.layers.stages import layers_of, stages_of
+from edgeclip.profiles.layers.stages import profile_stages, profile_tower_layers
 from edgeclip.profiles.measure.cold_start import measure_cold_start
 from edgeclip.profiles.measure.interleaved_benchmark import (
     run_interleaved_benchmark,
@@ -133,8 +133,8 @@ def _complete(plan: ProfilePlan, spec: SubjectSpec, item: Measurement) -> Measur
         )
         scenarios = _run_scenarios(plan, opened, item.latency.p50_ms.value, missing)
     start = _cold_start(spec, item.identity, workload.cold_starts)
-    stages = stages_of(spec) if plan.inside else ()
-    layers = layers_of(spec) if plan.inside else None
+    stages = profile_stages(spec) if plan.inside else ()
+    layers = profile_tower_layers(spec) if plan.inside else None
     for what, found in (
         ("energy", energy),
         ("cold_start", start),

@@ -1,4 +1,4 @@
-"""How long each node of a tower takes in ONNX Runtime, from the trace of a profiled session."""
+"""Profile the layers of a tower: time each node of its graph by ONNX Runtime's own trace."""
 
 import json
 import statistics
@@ -32,7 +32,7 @@ _HOLDS_NODES = {"If", "Loop", "Scan"}  # the nodes inside have events of their o
 
 @dataclass(frozen=True, slots=True)
 class NodeKey:
-    """What tells a node of the optimised graph from the others; names may repeat."""
+    """Key of a node in the optimised graph, where names may repeat."""
 
     name: str
     op: str
@@ -55,7 +55,7 @@ class NodeRun:
 
 
 def read_trace(path: Path) -> list[list[NodeRun]]:
-    """The nodes of each run, in order.
+    """Read a trace of ONNX Runtime: the nodes of each run, in order.
 
     Raises:
         EngineError: the file cannot be read, or is not such a trace.
@@ -69,7 +69,7 @@ def read_trace(path: Path) -> list[list[NodeRun]]:
 
 
 def parse_trace(events: Iterable[dict[str, Any]]) -> list[list[NodeRun]]:
-    """As `read_trace`, for events that were read already. A run that did not end is left out."""
+    """Sort the events of a trace by runs; a run that did not end is left out."""
     runs: list[list[NodeRun]] = []
     nodes: list[NodeRun] = []
     for event in events:
@@ -176,7 +176,7 @@ _NO_PREPACKING = {"session.disable_prepacking": "1"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Graph:
-    """A graph as `open_engine` takes it."""
+    """Arguments of `open_engine` for one graph."""
 
     path: Path
     content: bytes | None = None
@@ -262,7 +262,7 @@ def _profile(
 def _run(
     graph: _Graph, feed: Tensors, device: DeviceProfile, runs: int, warm_up: int
 ) -> tuple[tuple[float, ...], list[list[NodeRun]]]:
-    """Milliseconds of the plain runs, and the nodes of the profiled ones."""
+    """Time plain runs in milliseconds, and return them with the nodes of the profiled ones."""
     plain = open_engine(
         graph.path,
         device=device,
@@ -282,7 +282,7 @@ def _run(
 
 
 def _with_weights(graph: _Graph, feed: Tensors, device: DeviceProfile) -> dict[NodeKey, NodeRun]:
-    """Nodes with the weights among their inputs; none where the graph does not run like that."""
+    """Nodes with their weights among the inputs; empty where the graph does not run like that."""
     with ExitStack() as stack, suppress(EngineError):
         engine = _open_traced(graph, device, stack, _NO_PREPACKING)
         engine.run(feed)
@@ -301,7 +301,7 @@ def _layer(node: NodeRun, provider: str) -> Layer:
 
 
 def _sums(nodes: Iterable[NodeRun]) -> dict[NodeKey, float]:
-    """Milliseconds of one run by node; one inside a loop runs more than once."""
+    """Sum the milliseconds of one run by node; one inside a loop runs more than once."""
     found: dict[NodeKey, float] = {}
     for node in nodes:
         found[node.key] = found.get(node.key, 0.0) + node.ms
@@ -344,7 +344,7 @@ def _open_traced(
     stack: ExitStack,
     entries: Mapping[str, str] | None = None,
 ) -> _TracedEngine:
-    """As `open_ort_engine`; the trace ends, and its folder goes, with `stack`."""
+    """Open an engine that traces its runs; the trace ends, and its folder goes, with `stack`."""
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeclip-trace-"))
     engine = make_ort_engine(
         partial(_TracedEngine, folder=Path(folder)),

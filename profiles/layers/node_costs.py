@@ -1,4 +1,4 @@
-"""What a node of a graph computes and moves, from its operator and the shapes around it.
+"""Count the operations and bytes of a graph node from its operator and tensor shapes.
 
 Products count 2 for a multiply-add and nothing for a bias, as is the custom. Elsewhere each
 scalar operation counts 1, an `exp` or `erf` too. Operators are those of ONNX and of ONNX
@@ -68,7 +68,7 @@ _PER_INPUT = {
 
 
 def node_flops(op: str, inputs: Tensors, outputs: Tensors) -> float | None:
-    """Operations of one run of a node; None where op and shapes do not tell.
+    """Count the operations of one run of a node; None where op and shapes do not tell.
 
     Args:
         op: operator, such as "MatMul".
@@ -99,7 +99,7 @@ def node_flops(op: str, inputs: Tensors, outputs: Tensors) -> float | None:
 
 
 def node_bytes(op: str, inputs: Tensors, outputs: Tensors) -> float | None:
-    """Bytes that one run of a node reads and writes at least; None where that is not told.
+    """Count the bytes that one run of a node reads and writes at least; None if not known.
 
     Weights count like other inputs. ONNX Runtime's CPU kernels keep their own copy of constant
     weights and take them off the list of inputs (`session.disable_prepacking`): a product
@@ -121,7 +121,7 @@ def is_product(op: str) -> bool:
 
 
 def _kind(op: str) -> str:
-    """The operator of which this is the quantized form: "QLinearConv" is a Conv."""
+    """Return the plain form of a quantized operator: "QLinearConv" is a Conv."""
     return op.removeprefix("QLinear")
 
 
@@ -174,7 +174,7 @@ def _attention(inputs: Tensors, outputs: Tensors) -> float | None:
 
 
 def _has_weights(kind: str, inputs: Tensors, outputs: Tensors) -> bool:
-    """Whether all that a product multiplies is among its inputs."""
+    """Whether both operands of a product are among its inputs."""
     if not inputs or not outputs or not is_product(kind):
         return False
     if kind in _CONVOLUTIONS:

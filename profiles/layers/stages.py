@@ -1,4 +1,4 @@
-"""Where the time of one answer goes: its stages on device and server, its tower's layers."""
+"""Profile where the time of one embedding goes: stages on device and server, layers of a tower."""
 
 import tempfile
 import time
@@ -36,7 +36,7 @@ Clock = Callable[[], float]  # seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageReport:
-    """The stages of an answer beside the whole; medians over rounds, in milliseconds.
+    """Times of the stages of an embedding and of the whole; medians over rounds, in milliseconds.
 
     Attributes:
         stages: in the order in which they happen.
@@ -51,13 +51,6 @@ class StageReport:
 
 
 def measure_stages(
-    encoder: Encoder, inputs: Sequence[StageInput], *, runs: int = 50
-) -> tuple[StageTime, ...]:
-    """Time the stages alone; see `explain_whole`."""
-    return explain_whole(encoder, inputs, runs=runs).stages
-
-
-def explain_whole(
     encoder: Encoder,
     inputs: Sequence[StageInput],
     *,
@@ -65,15 +58,15 @@ def explain_whole(
     warm_up: int = 3,
     clock: Clock = time.perf_counter,
 ) -> StageReport:
-    """Time the way from an image file, or a text, to its embedding, and its stages.
+    """Time the encoder's way from an image file, or a text, to its embedding, and its stages.
 
     - read: the file's bytes; the operating system may hold them in memory already.
-    - decode: bytes to an upright RGB picture, a large JPEG reduced meanwhile.
-    - resize: picture to uint8 pixels, resized and cut.
+    - decode: bytes to an upright RGB image, a large JPEG reduced meanwhile.
+    - resize: image to uint8 pixels, resized and cropped.
     - tokenize: text to token ids.
-    - copy: the graph's input made, with the normalisation where the graph has none.
-    - run: the engine; what a GPU's engine copies there and back is part of it.
-    - post: the checks of what came out.
+    - copy: make the graph's input, with the normalisation where the graph has none.
+    - run: the engine, copies to a GPU and back included.
+    - post: check the output.
 
     Args:
         encoder: what is measured; its tower is loaded if it was not.
@@ -115,7 +108,7 @@ def explain_whole(
 
 
 class _Laps:
-    """Milliseconds of each stage, a value a round; a lap ends where the next one begins."""
+    """Milliseconds of each stage, one value a round; a stage ends where the next one begins."""
 
     def __init__(self, clock: Clock) -> None:
         self.ms: dict[StageName, list[float]] = {}
@@ -133,7 +126,7 @@ class _Laps:
 
 @dataclass(frozen=True, slots=True)
 class _WatchedEngine:
-    """An engine whose runs end the laps "copy" and "run"."""
+    """Wrap an engine so that its runs end the stages "copy" and "run"."""
 
     engine: Engine
     laps: _Laps
@@ -181,7 +174,7 @@ def _staged(encoder: Encoder, item: StageInput, laps: _Laps) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """The content of an image file.
+    """Read an image file.
 
     Raises:
         InputError: it cannot be read.
@@ -196,7 +189,7 @@ def read_file(path: Path) -> bytes:
 
 @contextmanager
 def _watched(tower: TowerRunner, laps: _Laps) -> Iterator[None]:
-    """Put a watch around the tower's engine: a second engine would not be the one that runs."""
+    """Wrap the tower's own engine for a while: a second engine would not be the one that runs."""
     engine = tower._engine
     tower._engine = _WatchedEngine(engine, laps)
     try:
@@ -220,7 +213,7 @@ def measure_split_stages(
 ) -> tuple[StageTime, ...]:
     """Time the stages of `SplitRuntime.encode_image`; medians over rounds, in milliseconds.
 
-    - read, decode, resize: as in `explain_whole`. With a plan of kind "image" the last two are
+    - read, decode, resize: as in `measure_stages`. With a plan of kind "image" the last two are
       not told apart from what follows: a small file is sent as it is.
     - run: the head of a cut tower, and the encoding of what crosses the cut.
     - copy: with a plan of kind "image", what is sent being made.
@@ -243,7 +236,7 @@ def measure_split_stages(
         EngineError: see `Encoder.encode_image`.
     """
     if runtime.plan.kind in ("device", "embedding"):
-        return measure_stages(runtime.encoder, pictures, runs=runs)
+        return measure_stages(runtime.encoder, pictures, runs=runs).stages
     if not pictures or runs < 1:
         raise InputError("stages need at least one image file and one run")
     rounds = []
@@ -269,7 +262,7 @@ def measure_split_stages(
 
 
 def _device_stages(runtime: "SplitRuntime", path: Path, clock: Clock) -> dict[StageName, float]:
-    """What the device does to a picture before a head runs, in milliseconds."""
+    """Time what the device does to an image before the head runs, in milliseconds."""
     spec = runtime.encoder.spec.image
     times = [clock()]
     content = read_file(path)
@@ -292,14 +285,14 @@ _TEXTS = (
 )
 
 
-def stages_of(spec: SubjectSpec) -> tuple[StageTime, ...] | str:
-    """Time the stages of a subject that has some, else say why it has none.
+def profile_stages(spec: SubjectSpec) -> tuple[StageTime, ...] | str:
+    """Time the stages of a subject; for one without stages return the reason as a string.
 
     Raises:
         EngineError, BundleError, InputError: see `open_subject`.
     """
     if spec.bundle is None:
-        return "not known of a graph of somebody else"
+        return "not known for a plain ONNX file"
     if spec.part == "image":
         return "a tower alone is one stage; the part 'file' has them all"
     if spec.part == "split":
@@ -309,16 +302,16 @@ def stages_of(spec: SubjectSpec) -> tuple[StageTime, ...] | str:
         encoder = Encoder(Bundle.open(spec.bundle), spec.device)
         if spec.precision is not None and encoder.precisions["text"] != spec.precision:
             return f"only measured in {encoder.precisions['text']}, which the bundle chose"
-        return measure_stages(encoder, _fitting_texts(encoder.bundle))
+        return measure_stages(encoder, _fitting_texts(encoder.bundle)).stages
     encoder = FixedPrecisionEncoder(Bundle.open(spec.bundle), spec.device, spec.precision)
     with ExitStack() as stack:
-        return measure_stages(encoder, _pictures(spec, stack))
+        return measure_stages(encoder, _pictures(spec, stack)).stages
 
 
-def layers_of(spec: SubjectSpec) -> LayerProfile | str | None:
-    """Time the layers of a tower; None for a subject that is more than a tower.
+def profile_tower_layers(spec: SubjectSpec) -> LayerProfile | str | None:
+    """Time the layers of a subject that is one tower; None for any other subject.
 
-    A string says why they cannot be told.
+    Where layers cannot be timed, a string says why.
 
     Raises:
         EngineError, BundleError: see `profile_layers`.
@@ -326,7 +319,7 @@ def layers_of(spec: SubjectSpec) -> LayerProfile | str | None:
     if spec.part not in ("image", "text"):
         return None
     if spec.bundle is None or spec.precision is None:
-        return "not looked into for a graph of somebody else"
+        return "not timed for a plain ONNX file"
     return profile_layers(Bundle.open(spec.bundle), spec.part, spec.precision, spec.device)
 
 
@@ -343,7 +336,7 @@ def _split_stages(spec: SubjectSpec) -> tuple[StageTime, ...] | str:
 
 
 def _fitting_texts(bundle: Bundle) -> list[str]:
-    """Captions of usual lengths, cut where the tower does not take so much."""
+    """Return captions of usual lengths, shortened to the context of the tower."""
     tokenizer = TextTokenizer.from_file(bundle.tokenizer_path, bundle.manifest.spec.text)
     limit, found = tokenizer.spec.context_length, []
     for text in _TEXTS:
@@ -354,7 +347,7 @@ def _fitting_texts(bundle: Bundle) -> list[str]:
 
 
 def _pictures(spec: SubjectSpec, stack: ExitStack) -> list[Path]:
-    """The subject's image files, else some that look like photos."""
+    """Return the subject's image files, or write some synthetic ones."""
     if spec.pictures:
         return [Path(path) for path in spec.pictures]
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

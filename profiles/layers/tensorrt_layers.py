@@ -1,4 +1,4 @@
-"""How long each layer of a TensorRT engine takes, as TensorRT itself tells.
+"""Time each layer of a TensorRT engine by TensorRT's own profiler.
 
 Times come through its `IProfiler`, what a layer is from its engine inspector. Both exist in
 TensorRT 10 and 11 and in TensorRT for RTX. With `enqueue_emits_profile` off, TensorRT records
@@ -52,17 +52,17 @@ class LayerRecorder:
         self._now: dict[str, float] = {}
 
     def report(self, name: str, ms: float) -> None:
-        """A layer took so long. TensorRT calls this from C++, where nothing may be raised."""
+        """Add the time of a layer. TensorRT calls this from C++, where nothing may be raised."""
         self._now[name] = self._now.get(name, 0.0) + ms
 
     def end_run(self) -> None:
-        """All layers of a run were reported."""
+        """End a run: all of its layers were reported."""
         self.runs.append(self._now)
         self._now = {}
 
 
 def make_profiler(trt: Any, recorder: LayerRecorder) -> Any:
-    """TensorRT's `IProfiler`, which tells a recorder.
+    """Make an `IProfiler` of TensorRT that reports to a recorder.
 
     Args:
         trt: the TensorRT module.
@@ -128,7 +128,7 @@ def profile_tensorrt(
 
 
 def read_layers(report: str, provider: str) -> dict[str, Layer]:
-    """Layers by name, from the JSON of an engine inspector (or `trtexec --exportLayerInfo`).
+    """Read layers by name from the JSON of an engine inspector (or `trtexec --exportLayerInfo`).
 
     An engine that was built without `ProfilingVerbosity.DETAILED` has names alone.
 
@@ -188,7 +188,7 @@ def _layer(item: dict[str, Any], provider: str) -> Layer:
 def _flops(
     item: dict[str, Any], op: str, inputs: list[TensorType], outputs: list[TensorType]
 ) -> float | None:
-    """Of convolutions, matrix products and what only moves data; None of other layers."""
+    """Count operations of convolutions, matrix products and data moves; None for other layers."""
     if op in ("reformat", "noop", "shuffle", "constant"):
         return 0.0
     made = outputs[0][1] if outputs else ()
@@ -204,7 +204,7 @@ def _flops(
 
 
 def _tensors(listed: list[dict[str, Any]]) -> list[TensorType] | None:
-    """Types and shapes; None where a type or a size is not told."""
+    """Read types and shapes; None where a type or a size is unknown."""
     found = []
     for item in listed:
         kind = _type_of(str(item.get("Format/Datatype") or item.get("Datatype") or ""))

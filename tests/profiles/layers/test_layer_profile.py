@@ -1,19 +1,84 @@
 """Real sessions: graphs whose operations are known by hand, and both bundles."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edgeclip.profiles.layers.layer_profile import profile_layers, profile_layers_of
+from edgeclip.profiles.layers.layer_profile import (
+    Layer,
+    NodeKey,
+    parse_trace,
+    profile_layers,
+    profile_layers_of,
+    read_trace,
+    run_alternately,
+    summarize_layers,
+)
 from edgeclip.profiles.layers.node_costs import is_product
 from edgeclip.profiles.record.measurement import LayerProfile
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.spec import Precision
+
+
+def node(name: str, op: str, microseconds: int, index: int = 0) -> dict[str, Any]:
+    """An event as ONNX Runtime 1.31 writes it, without its notes on memory."""
+    return {
+        **{"cat": "Node", "pid": 1, "tid": 1, "dur": microseconds, "ts": 6, "ph": "X"},
+        "name": f"{name}_kernel_time",
+        "args": {
+            "op_name": op,
+            "provider": "CPUExecutionProvider",
+            "node_index": str(index),
+            "input_type_shape": [{"float": [1, 65, 128]}, {"int64": []}],
+            "output_type_shape": [{"float": [1, 65, 384]}],
+        },
+    }
+
+
+def session(name: str) -> dict[str, Any]:
+    return {"cat": "Session", "dur": 9, "ts": 6, "ph": "X", "name": name, "args": {}}
+
+
+def test_events_are_told_apart_by_run() -> None:
+    fence = {**node("product", "MatMul", 1), "name": "product_fence_before"}
+    events = [
+        session("session_initialization"),
+        *(node("product", "MatMul", 104), fence, node("sum", "Add", 3, 1)),
+        session("SequentialExecutor::Execute"),
+        session("model_run"),
+        *(node("product", "MatMul", 100), session("model_run")),
+        node("product", "MatMul", 7),  # of a run that did not end
+    ]
+    first, second = parse_trace(events)
+    assert [(item.key.name, item.ms) for item in first] == [("product", 0.104), ("sum", 0.003)]
+    assert [item.ms for item in second] == [0.1]
+    assert first[1].key == NodeKey("sum", "Add", "1")
+    assert first[0].inputs == (("float", (1, 65, 128)), ("int64", ()))
+    assert first[0].outputs == (("float", (1, 65, 384)),)
+    assert first[0].provider == "CPUExecutionProvider"
+
+
+def test_nodes_inside_a_branch_are_not_counted_twice() -> None:
+    events = [node("inner", "Add", 3), node("outer", "If", 5), session("model_run")]
+    (run,) = parse_trace(events)
+    assert [item.key.name for item in run] == ["inner"]
+
+
+def test_what_is_no_trace(tmp_path: Path) -> None:
+    for number, text in enumerate(("[", json.dumps([{"cat": "Node"}]), json.dumps([[]]))):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(EngineError, match="trace cannot be read"):
+            read_trace(path)
+    with pytest.raises(EngineError, match="trace cannot be read"):
+        read_trace(tmp_path / "none.json")
+
 
 EMOJI_BUNDLE = Path(__file__).parents[3] / "export" / "emoji_bundle"
 FEED = {"x": np.ones((1, 4, 6, 6), np.float32)}
@@ -178,3 +243,45 @@ def test_what_cannot_be_profiled(tmp_path: Path, cpu_device: DeviceProfile) -> N
         profile_layers_of(path, FEED, load_device("rtx-4000-ada"))
     with pytest.raises(EngineError, match="cannot load"):
         profile_layers_of(b"no graph", FEED, cpu_device)
+
+
+def _layer(name: str) -> Layer:
+    return Layer(name=name, op="MatMul", provider="here", flops=10.0, bytes=None)
+
+
+def test_medians_over_runs_the_slowest_first() -> None:
+    runs = [{"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 9.0}, {"a": 2.0, "b": 3.0}]
+    layers = {"a": _layer("a"), "b": _layer("b")}
+    profile = summarize_layers("a clock", layers, runs, [4.0, 3.0, 100.0])
+    assert [(layer.name, layer.ms) for layer in profile.layers] == [("b", 3.0), ("a", 1.0)]
+    assert [layer.share for layer in profile.layers] == [0.75, 0.25]
+    assert (profile.runs, profile.total_ms, profile.plain_ms) == (3, 5.0, 4.0)
+    assert (profile.source, profile.layers[0].flops) == ("a clock", 10.0)
+
+
+def test_a_layer_that_a_run_lacks_took_no_time() -> None:
+    profile = summarize_layers("", {"a": _layer("a")}, [{}, {}, {"a": 1.0}], [1.0])
+    assert [(layer.ms, layer.share) for layer in profile.layers] == [(0.0, 0.0)]
+
+
+def test_turns_alternate_and_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    calls: list[str] = []
+
+    def run(name: str, seconds: float) -> None:
+        nonlocal now
+        now += seconds * (1 if len(calls) < 4 else 10)
+        calls.append(name)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    plain_ms = run_alternately(
+        lambda: run("plain", 0.001), lambda: run("profiled", 1), runs=3, warm_up=2
+    )
+    assert plain_ms == pytest.approx([10, 10, 10])
+    assert calls[:4] == ["plain", "profiled", "profiled", "plain"]
+    assert calls.count("plain") == calls.count("profiled") == 5
+
+
+def test_no_runs() -> None:
+    with pytest.raises(InputError, match="at least 1 run"):
+        run_alternately(lambda: None, lambda: None, runs=0, warm_up=1)
