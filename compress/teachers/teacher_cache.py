@@ -1,7 +1,7 @@
-"""The teacher's embeddings of a data set, computed once and kept on disk."""
+"""Compute the teacher's embeddings of a data set once, and keep them on disk."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,68 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from edgeclip.compress.compute import autocast
-from edgeclip.compress.data.sources import Augmentation, Source, augment
+from edgeclip.compress.data.augmentation import Augmentation, augment
+from edgeclip.compress.data.sources import Source, captions_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.runtime.bundle.files import atomic_file, read_npz, write_npz
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError, InputError
-from edgeclip.runtime.inputs.preprocess import preprocess_batch
-
-
-def pixels_of(images: Sequence[Image.Image], model: DualEncoder) -> Tensor:
-    """RGB pictures -> float32 [N, 3, size, size] on the model's device."""
-    return torch.from_numpy(preprocess_batch(images, model.image_spec)).to(model.device)
-
-
-def ids_of(captions: Sequence[str], model: DualEncoder) -> Tensor:
-    """Captions -> int64 [N, longest], cut at the model's context length, on its device."""
-    return torch.from_numpy(model.text_tokenizer.encode(captions, truncate=True)).to(model.device)
-
-
-def captions_of(source: Source, indices: Sequence[int]) -> list[str]:
-    """The captions of some pairs.
-
-    Raises:
-        ConfigError: a pair has none.
-    """
-    found = [source.caption(index) for index in indices]
-    captions = [caption for caption in found if caption is not None]
-    if len(captions) < len(found):
-        raise ConfigError(f"{source.name}: this needs a caption for every picture")
-    return captions
-
-
-@contextmanager
-def inference(model: DualEncoder) -> Iterator[None]:
-    """Evaluation mode, no gradients, and the machine's fast number format."""
-    before = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), autocast("auto", model.device):
-            yield
-    finally:
-        model.train(before)
-
-
-def embed_source(
-    model: DualEncoder, source: Source, *, batch_size: int = 128
-) -> tuple[Tensor, Tensor]:
-    """All pictures and captions of a source -> two float32 [N, dim], in full precision."""
-    image, text = [], []
-    model.eval()
-    with torch.inference_mode():
-        for first in range(0, len(source), batch_size):
-            chunk = range(first, min(first + batch_size, len(source)))
-            pictures = [source[index].image for index in chunk]
-            image.append(model.embed_image(pixels_of(pictures, model)).cpu())
-            text.append(model.embed_text(ids_of(captions_of(source, chunk), model)).cpu())
-    return torch.cat(image), torch.cat(text)
-
 
 _SETTINGS = "cache.json"
 _KIND = "edgeclip-teacher-cache-1"
@@ -80,7 +28,7 @@ Float16 = NDArray[np.float16]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSettings:
-    """What a cache holds; two caches are interchangeable if these are equal."""
+    """The identity of a cache: caches with equal settings hold equal embeddings."""
 
     space: str
     source: str
@@ -114,11 +62,11 @@ def build_cache(
     views: int | None = None,
     augmentation: Augmentation | None = None,
 ) -> TeacherCache:
-    """Fill `folder` with what is missing of the cache, then open it.
+    """Compute the shards that `folder` lacks, and open the cache.
 
     Args:
-        views, augmentation: None takes those of the cache that is there; of a new one, a
-            single view and `Augmentation()`.
+        views, augmentation: None takes those of an existing cache; for a new cache, one view and
+            `Augmentation()`.
 
     Raises:
         ConfigError: `folder` holds a cache of another teacher, source or augmentation, or
@@ -180,12 +128,27 @@ def open_cache(folder: Path) -> TeacherCache:
     return TeacherCache(settings, image, text)
 
 
+def embed_source(
+    model: DualEncoder, source: Source, *, batch_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Embed all pictures and captions of a source, in full precision: two float32 [N, dim]."""
+    image, text = [], []
+    model.eval()
+    with torch.inference_mode():
+        for first in range(0, len(source), batch_size):
+            chunk = range(first, min(first + batch_size, len(source)))
+            pictures = [source[index].image for index in chunk]
+            image.append(model.embed_image(model.preprocess(pictures)).cpu())
+            text.append(model.embed_text(model.tokenize(captions_of(source, chunk))).cpu())
+    return torch.cat(image), torch.cat(text)
+
+
 def _embed_shard(
     teacher: DualEncoder, source: Source, settings: CacheSettings, indices: range
 ) -> dict[str, NDArray[np.generic]]:
     image = np.empty((len(indices), settings.views, settings.dim), np.float16)
     text = np.empty((len(indices), settings.dim), np.float16)
-    with inference(teacher):
+    with fast_inference(teacher):
         for first in range(0, len(indices), _BATCH):
             rows = slice(first, first + _BATCH)
             chunk = indices[rows]
@@ -195,11 +158,23 @@ def _embed_shard(
                     augment(pair.image, settings.augmentation, index=index, view=view)
                     for pair, index in zip(pairs, chunk, strict=True)
                 ]
-                image[rows, view] = _half(teacher.embed_image(pixels_of(pictures, teacher)))
+                image[rows, view] = _half(teacher.embed_image(teacher.preprocess(pictures)))
             if settings.captions:
                 captions = [str(pair.caption) for pair in pairs]
-                text[rows] = _half(teacher.embed_text(ids_of(captions, teacher)))
+                text[rows] = _half(teacher.embed_text(teacher.tokenize(captions)))
     return {"image": image, "text": text} if settings.captions else {"image": image}
+
+
+@contextmanager
+def fast_inference(model: DualEncoder) -> Iterator[None]:
+    """Evaluation mode without gradients, in bfloat16 where the hardware has it."""
+    before = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast("auto", model.device):
+            yield
+    finally:
+        model.train(before)
 
 
 def _half(embeddings: torch.Tensor) -> Float16:
@@ -215,7 +190,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _claim(folder: Path, settings: CacheSettings) -> None:
-    """Write the settings of a new cache, or check that those there are the same."""
+    """Write the settings of a new cache, or check those of an existing one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _SETTINGS
     if not path.exists():

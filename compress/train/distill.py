@@ -1,4 +1,4 @@
-"""Distillation: the student learns to embed as the teacher does, from a teacher cache."""
+"""Distil a student: train it to reproduce the teacher's cached embeddings."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeclip.compress.compute import full_precision
-from edgeclip.compress.data.sources import Source, augment
+from edgeclip.compress.data.augmentation import augment
+from edgeclip.compress.data.sources import Source, captions_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.teachers.teacher_cache import TeacherCache, captions_of, ids_of, pixels_of
+from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.losses import LossWeights, distillation, feature
 from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError
@@ -20,7 +21,7 @@ from edgeclip.runtime.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class DistillationBatch:
-    """What one step sees: inputs of the student and the teacher's embeddings of them.
+    """The batch of one step: the student's inputs and the teacher's embeddings of them.
 
     `ids` and `teacher_text` are None for pictures without captions.
     """
@@ -40,7 +41,7 @@ def distill(
     settings: TrainSettings,
     out: Path,
 ) -> None:
-    """Train `student` in place; checkpoints and `log.jsonl` go to `out`.
+    """Train `student` in place; write checkpoints and `log.jsonl` to `out`.
 
     Pictures without captions train the image tower alone, by the feature loss; the text
     tower stays as it is, so it should be the teacher's own, whole.
@@ -90,7 +91,7 @@ def distill(
 
 
 class DistillationBatches:
-    """Batch `step` of a run, a function of (seed, step) alone.
+    """Makes the batch of a step as a function of (seed, step) alone.
 
     Every epoch is a new order of all pairs; epoch e shows view e modulo the views cached.
     """
@@ -104,7 +105,7 @@ class DistillationBatches:
         self._settings = settings
 
     def picks(self, step: int) -> tuple[list[int], list[int]]:
-        """Indices and views of the pairs in a batch."""
+        """Return indices and views of the pairs in a batch."""
         count, size = len(self._source), self._settings.batch_size
         indices: list[int] = []
         views: list[int] = []
@@ -123,11 +124,11 @@ class DistillationBatches:
             augment(self._source[index].image, how, index=index, view=view)
             for index, view in zip(indices, views, strict=True)
         ]
-        pixels = pixels_of(pictures, self._student)
+        pixels = self._student.preprocess(pictures)
         teacher_image = self._tensor(self._cache.image[indices, views])
         if self._cache.text is None:
             return DistillationBatch(pixels, teacher_image)
-        ids = ids_of(captions_of(self._source, indices), self._student)
+        ids = self._student.tokenize(captions_of(self._source, indices))
         return DistillationBatch(
             pixels, teacher_image, ids, self._tensor(self._cache.text[indices])
         )
@@ -142,7 +143,7 @@ class DistillationBatches:
 
 
 def _identity(student: DualEncoder, cache: TeacherCache, weights: LossWeights) -> str:
-    """Not the student's config: that says where the teacher was loaded from, and when."""
+    """Return the identity of a run, without the config: that has the teacher's path and date."""
     sizes = {name: list(value.shape) for name, value in student.model.state_dict().items()}
     parts = (asdict(cache.settings), student.model.config.model_type, sizes, asdict(weights))
     return "distill " + json.dumps(parts, sort_keys=True)

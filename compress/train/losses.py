@@ -1,4 +1,4 @@
-"""What a student is asked to match; every loss takes L2-normalised embeddings.
+"""Losses of distillation and contrastive training; all take L2-normalised embeddings.
 
 Shapes: image and text embeddings are float [N, dim], row i of each is one pair.
 """
@@ -14,14 +14,14 @@ from edgeclip.runtime.errors import ConfigError
 
 
 def contrastive(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
-    """Symmetric InfoNCE over the batch (CLIP, Radford et al. 2021). Returns a scalar."""
+    """Return the symmetric InfoNCE loss over the batch, a scalar (CLIP, Radford et al. 2021)."""
     logits = scale * image @ text.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def feature(student: Tensor, teacher: Tensor) -> Tensor:
-    """5 (1 - cos) between matching rows, averaged: pulls the student into the space."""
+    """Return the mean of 5 (1 - cos) between matching rows: feature distillation, a scalar."""
     return 5 * (1 - (student * teacher).sum(dim=-1)).mean()
 
 
@@ -32,7 +32,7 @@ def affinity(
     teacher_text: Tensor,
     scale: Tensor | float,
 ) -> Tensor:
-    """KL(teacher || student) of the similarity rows, image to text and back, averaged.
+    """Return KL(teacher || student) of the similarity rows, averaged over both directions.
 
     Affinity mimicking of TinyCLIP (Wu et al. 2023, eq. 3): softmax of each row of the
     image-text similarity, both matrices at the teacher's logit scale.
@@ -59,7 +59,7 @@ def interactive(
     teacher_text: Tensor,
     scale: Tensor | float,
 ) -> Tensor:
-    """Contrast the student's images with the teacher's texts, and its texts with their images.
+    """Contrast the student's images with the teacher's texts, and texts with images.
 
     Interactive contrastive learning of CLIP-KD (Yang et al. 2024, eq. 8).
     """
@@ -73,7 +73,7 @@ def interactive(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossWeights:
-    """How much each loss counts; 0 leaves one out."""
+    """The weight of each loss; 0 leaves a loss out."""
 
     affinity: float = 1.0
     feature: float = 1.0
@@ -95,7 +95,7 @@ def distillation(
     teacher_text: Tensor,
     scale: float,
 ) -> dict[str, Tensor]:
-    """Every loss with a weight, by name, and their weighted sum as `total`."""
+    """Return every weighted loss by name, and their weighted sum as `total`."""
     ours, theirs = (image, text), (teacher_image, teacher_text)
     parts: dict[str, Tensor] = {}
     if weights.affinity:

@@ -1,4 +1,4 @@
-"""The built-in teacher: a CLIP and its tokenizer, trained from nothing on EmojiScenes."""
+"""Train the built-in teacher, a CLIP and its tokenizer, from scratch on EmojiScenes."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from edgeclip.compress.compute import best_device, full_precision
-from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.data.sources import EmojiSource, captions_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.teachers.teacher_cache import captions_of, ids_of, pixels_of
 from edgeclip.compress.train.losses import contrastive
 from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError
@@ -25,7 +24,7 @@ _BOS, _EOS, _PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, context_length: int
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, lower case, `bos text eos`: like CLIP's, over fewer words."""
+    """Train a byte-level BPE tokenizer, lower case, `bos text eos`, like CLIP's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -82,7 +81,7 @@ class TeacherShape:
 
 
 def new_teacher(shape: TeacherShape, *, seed: int) -> DualEncoder:
-    """An untrained teacher; its tokenizer is learnt from 20,000 training captions."""
+    """Make an untrained teacher, with a tokenizer trained on 20,000 captions."""
     captions = EmojiSource("train", 20_000, size=shape.image_size, seed=seed)
     tokenizer = train_tokenizer(
         (captions.caption(index) for index in range(len(captions))),
@@ -135,7 +134,7 @@ def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEnc
         first = step * settings.batch_size
         chunk = range(first, first + settings.batch_size)
         pictures = [source[index].image for index in chunk]
-        return pixels_of(pictures, teacher), ids_of(captions_of(source, chunk), teacher)
+        return teacher.preprocess(pictures), teacher.tokenize(captions_of(source, chunk))
 
     def losses(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         pixels, ids = batch

@@ -1,4 +1,4 @@
-"""Quantization-aware training: a short fine-tune with the rounding of the int8 graph."""
+"""Quantization-aware training: fine-tune a student with the rounding of its int8 graph."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from edgeclip.runtime.spec import Tower
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputGrid:
-    """What the input of a product can be: `scale * (n - zero)`, n from `lowest` to `highest`.
+    """The quantization grid of a product's input: `scale * (n - zero)`, lowest <= n <= highest.
 
     Raises:
         ValueError: a scale that is not positive, or a zero that is not one of the integers.
@@ -41,7 +41,7 @@ class InputGrid:
             raise ValueError(f"zero must be from {self.lowest} to {self.highest}, got {self.zero}")
 
     def round(self, values: Tensor) -> Tensor:
-        """Round values of any shape, and limit them to the range; ties go to even."""
+        """Round values of any shape to the grid, and clip them to its range; ties go to even."""
         rounded: Tensor = torch.fake_quantize_per_tensor_affine(
             values.float(), self.scale, self.zero, self.lowest, self.highest
         )
@@ -50,7 +50,7 @@ class InputGrid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightGrid:
-    """What weights can be: n times a step, n from -`largest` to `largest`.
+    """The quantization grid of a weight: `step * n`, -largest <= n <= largest.
 
     Attributes:
         largest: 127, or 64 where weights take 7 bits.
@@ -68,7 +68,7 @@ class WeightGrid:
             raise ValueError(f"largest must be 1 or more, got {self.largest}")
 
     def round(self, weight: Tensor) -> Tensor:
-        """Round a float32 weight [outputs, ...]; its largest value of each step stays."""
+        """Round a float32 weight [outputs, ...]; the largest absolute value sets the step."""
         with torch.no_grad():
             sizes = weight.abs().flatten(1).amax(dim=1)
             if not self.per_channel:
@@ -83,7 +83,7 @@ class WeightGrid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProductGrid:
-    """How both factors of a product are rounded."""
+    """The quantization grids of a product's input and weight."""
 
     input: InputGrid
     weight: WeightGrid = WeightGrid()
@@ -95,11 +95,11 @@ ProductGrids = Mapping[str, ProductGrid]
 
 @contextmanager
 def fake_quantized(model: nn.Module, grids: ProductGrids) -> Iterator[None]:
-    """Let a model compute what its quantized graph does, while the block lasts.
+    """Make a model round like its quantized graph, while the block lasts.
 
     Its modules, parameters and their names stay the same, so checkpoints are those of the
     float model. Modules that share its parts, such as a tower for export, see it too.
-    Autocast must be off: a bfloat16 has no more digits than an int8.
+    Autocast must be off: bfloat16 has no more digits than int8.
 
     Raises:
         ConfigError: a name that is no product of the model.
@@ -133,11 +133,11 @@ _PARTS: dict[Tower, tuple[str, ...]] = {
     "image": ("model.vision_model.", "model.visual_projection"),
     "text": ("model.text_model.", "model.text_projection"),
 }
-_DIGITS = 6  # of a scale, in what tells one run from another
+_DIGITS = 6  # of a scale, in the identity of a run
 
 
-def gentle_settings(steps: int, *, batch_size: int = 64, seed: int = 0) -> TrainSettings:
-    """Return how to fine-tune what is trained already: slowly, and without decay of weights."""
+def finetune_settings(steps: int, *, batch_size: int = 64, seed: int = 0) -> TrainSettings:
+    """Return settings to fine-tune a trained model: a small learning rate, no weight decay."""
     return TrainSettings(
         steps=steps,
         batch_size=batch_size,
@@ -158,7 +158,7 @@ def fine_tune(
     settings: TrainSettings,
     out: Path,
 ) -> None:
-    """Train `student` in place to embed in int8 as the cache says, always in float32.
+    """Train a student in place so that its int8 embeddings match cached ones; compute is float32.
 
     Only towers with products in `grids` are trained. Checkpoints and `log.jsonl` go to `out`; a
     run that was stopped goes on from there, if it is given the same student again.
@@ -173,7 +173,7 @@ def fine_tune(
 
     def losses(batch: DistillationBatch) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
-        with full_precision(student.device):  # a bfloat16 has no more digits than an int8
+        with full_precision(student.device):  # bfloat16 has no more digits than int8
             if "image" in towers:
                 parts["image"] = feature(student.embed_image(batch.pixels), batch.teacher_image)
             if "text" in towers:
@@ -194,12 +194,12 @@ def fine_tune(
 
 
 def tower_parts(tower: Tower) -> tuple[str, ...]:
-    """Return how the names of a tower's modules and weights in a `DualEncoder` begin."""
+    """Return the prefixes of a tower's module and weight names in a `DualEncoder`."""
     return _PARTS[tower]
 
 
 def quantized_towers(grids: ProductGrids) -> tuple[Tower, ...]:
-    """Return the towers that have products to round."""
+    """Return the towers that have quantized products."""
     return tuple(
         tower for tower, parts in _PARTS.items() if any(name.startswith(parts) for name in grids)
     )
@@ -208,10 +208,10 @@ def quantized_towers(grids: ProductGrids) -> tuple[Tower, ...]:
 def _check(
     student: DualEncoder, cache: TeacherCache, source: Source, towers: tuple[Tower, ...]
 ) -> None:
-    """Refuse data that do not belong together.
+    """Check that the student, the cache and the data belong together.
 
     Raises:
-        ConfigError: says what does not.
+        ConfigError: they do not; the message says which.
     """
     if not towers:
         raise ConfigError("there is nothing to fine-tune: no product of a tower is quantized")
@@ -228,7 +228,7 @@ def _check(
 
 @contextmanager
 def _only(student: DualEncoder, towers: tuple[Tower, ...]) -> Iterator[None]:
-    """Leave all weights as they are but those of some towers, while the block lasts."""
+    """Freeze all weights except those of some towers, while the block lasts."""
     before = [(weight, weight.requires_grad) for weight in student.parameters()]
     chosen = tuple(part for tower in towers for part in _PARTS[tower])
     for name, weight in student.named_parameters():
@@ -241,7 +241,7 @@ def _only(student: DualEncoder, towers: tuple[Tower, ...]) -> Iterator[None]:
 
 
 def _identity(student: DualEncoder, cache: TeacherCache, grids: ProductGrids) -> str:
-    """Say which run it is; ranges that differ in their last digits are the same."""
+    """Return the identity of a run; scales that differ only in their last digits count as equal."""
     plain = {name: asdict(grid) for name, grid in grids.items()}
     for grid in plain.values():
         grid["input"]["scale"] = f"{grid['input']['scale']:.{_DIGITS}g}"

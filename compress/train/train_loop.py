@@ -1,4 +1,4 @@
-"""The one training loop: progress, log, checkpoints, exact resume, safe to interrupt.
+"""Run a training loop with log, checkpoints, exact resume and safe interruption.
 
 A run is a pure function of its settings: batch `step` depends on (seed, step) alone, so a
 run that was killed and resumed ends with the weights of one that was not (on one CPU).
@@ -31,7 +31,7 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """How long and how fast to learn (AdamW, linear warm-up, cosine decay to 2%)."""
+    """Settings of a run (AdamW, linear warm-up, cosine decay to 2%)."""
 
     steps: int
     batch_size: int = 128
@@ -51,7 +51,7 @@ class TrainSettings:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")
 
     def rate(self, step: int) -> float:
-        """Learning rate of `step` (0-based)."""
+        """Return the learning rate of `step` (0-based)."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
         return self.learning_rate * warmup * (0.02 + 0.98 * cosine)
@@ -59,13 +59,14 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainTask(Generic[Batch]):
-    """What to train.
+    """A module to train, with its batches and losses.
 
     Args:
-        module: everything with weights to train.
-        batch: makes the batch of a step; runs in a thread of its own, one step ahead.
-        losses: named losses of a batch; `total` is minimised.
-        identity: data, teacher and student; resuming with another one is refused.
+        title: the name for the progress bar.
+        module: holds all weights to train.
+        batch: makes the batch of a step; runs in its own thread, one step ahead.
+        losses: returns the named losses of a batch; `total` is minimised.
+        identity: names data, teacher and student; resuming with another identity is refused.
     """
 
     title: str
@@ -99,8 +100,8 @@ def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> None:
         dynamic_ncols=True,
     )
     task.module.train()
-    clock = _Clock(seconds)
-    with bar, (out / "log.jsonl").open("a", encoding="utf-8") as log, _on_interrupt() as stop:
+    clock = _RunClock(seconds)
+    with bar, (out / "log.jsonl").open("a", encoding="utf-8") as log, _stop_on_interrupt() as stop:
         for step, batch in _prefetched(task.batch, start, settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(step)
@@ -124,7 +125,7 @@ def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> None:
 
 
 def _check_finite(loss: Tensor, norm: Tensor, step: int) -> None:
-    """Stop before a NaN reaches the weights, so that the last checkpoint stays good."""
+    """Refuse a loss or gradient that is not finite, before it reaches weights and checkpoint."""
     for name, value in (("loss", loss), ("gradient's norm", norm)):
         if not torch.isfinite(value):
             raise ConfigError(
@@ -134,13 +135,13 @@ def _check_finite(loss: Tensor, norm: Tensor, step: int) -> None:
 
 
 def read_log(path: Path) -> tuple[dict[str, float], ...]:
-    """The lines of a `log.jsonl`."""
+    """Read the lines of a `log.jsonl`."""
     return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
 @dataclass(frozen=True, slots=True)
 class _Checkpoint(Generic[Batch]):
-    """`checkpoint.pt`: weights, optimizer and step of a run, and which run it is."""
+    """Saves and loads `checkpoint.pt`: weights, optimizer, step and identity of a run."""
 
     out: Path
     task: TrainTask[Batch]
@@ -171,7 +172,7 @@ class _Checkpoint(Generic[Batch]):
             )
 
     def resume(self) -> tuple[int, float]:
-        """Load what is there; (steps done, seconds spent), (0, 0.0) for a new run."""
+        """Load the checkpoint; return steps done and seconds spent, (0, 0.0) for a new run."""
         log = self.out / "log.jsonl"
         if not self._path.exists():
             log.unlink(missing_ok=True)
@@ -201,8 +202,8 @@ class _Checkpoint(Generic[Batch]):
         return saved
 
 
-class _Clock:
-    """Seconds spent on a run over all its sittings, and since the last checkpoint."""
+class _RunClock:
+    """Counts the seconds of a run, over all its resumes, and since the last checkpoint."""
 
     def __init__(self, before: float) -> None:
         self._before = before
@@ -218,8 +219,8 @@ class _Clock:
         return True
 
 
-class _Stop:
-    """Set by the first Ctrl-C; a second one interrupts at once."""
+class _StopFlag:
+    """A flag that the first Ctrl-C sets; a second Ctrl-C interrupts at once."""
 
     is_set = False
 
@@ -230,8 +231,8 @@ class _Stop:
 
 
 @contextmanager
-def _on_interrupt() -> Iterator[_Stop]:
-    stop = _Stop()
+def _stop_on_interrupt() -> Iterator[_StopFlag]:
+    stop = _StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -245,7 +246,7 @@ def _on_interrupt() -> Iterator[_Stop]:
 def _prefetched(
     batch: Callable[[int], Batch], start: int, stop: int
 ) -> Iterator[tuple[int, Batch]]:
-    """Batches in order, the next one made while this one is used."""
+    """Yield the batches in order, each made while the one before is used."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = pool.submit(batch, start) if start < stop else None
         for step in range(start, stop):

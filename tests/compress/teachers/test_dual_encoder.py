@@ -20,7 +20,6 @@ from edgeclip.compress.teachers.dual_encoder import (
     space_fingerprint,
     write_portable_config,
 )
-from edgeclip.compress.teachers.teacher_cache import ids_of, pixels_of
 from edgeclip.runtime.errors import ConfigError, InputError
 
 TEXTS = ["red apple", "hot beverage left of red apple on a blue background", ""]
@@ -42,8 +41,8 @@ def _embeddings(model: DualEncoder) -> tuple[Tensor, Tensor]:
     source = EmojiSource("test", 6, size=40)
     pictures = [source[index].image for index in range(6)]
     with torch.inference_mode():
-        image = model.embed_image(pixels_of(pictures, model))
-        return image, model.embed_text(ids_of(TEXTS, model))
+        image = model.embed_image(model.preprocess(pictures))
+        return image, model.embed_text(model.tokenize(TEXTS))
 
 
 def _edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
@@ -67,15 +66,15 @@ def test_embeddings_are_unit_float32(teacher: DualEncoder) -> None:
         assert embeddings.dtype == torch.float32
         torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(count))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        half = teacher.embed_text(ids_of(TEXTS, teacher))
+        half = teacher.embed_text(teacher.tokenize(TEXTS))
     assert half.dtype == torch.float32
     torch.testing.assert_close(half.norm(dim=-1), torch.ones(3))
 
 
 def test_text_embedding_does_not_depend_on_padding(teacher: DualEncoder) -> None:
-    alone = torch.cat([teacher.embed_text(ids_of([text], teacher)) for text in TEXTS])
-    together = teacher.embed_text(ids_of(TEXTS, teacher))
-    ids = ids_of(TEXTS, teacher)
+    alone = torch.cat([teacher.embed_text(teacher.tokenize([text])) for text in TEXTS])
+    together = teacher.embed_text(teacher.tokenize(TEXTS))
+    ids = teacher.tokenize(TEXTS)
     pad = teacher.spec.text.pad_id
     full = torch.nn.functional.pad(ids, (0, 40 - ids.shape[1]), value=pad)
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
@@ -121,7 +120,7 @@ def test_transformers_load_what_was_saved(teacher: DualEncoder, teacher_folder: 
     source = EmojiSource("test", 4, size=32)
     pictures = [source[index].image for index in range(4)]
     theirs = processor(pictures, return_tensors="pt")["pixel_values"]
-    ours = pixels_of(pictures, teacher)
+    ours = teacher.preprocess(pictures)
     torch.testing.assert_close(ours, theirs, atol=2 / 255 * 2, rtol=0)
     with torch.inference_mode():
         pooled = model.get_image_features(pixel_values=ours).pooler_output

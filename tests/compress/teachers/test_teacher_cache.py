@@ -13,17 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeclip.compress.data.sources import Augmentation, EmojiSource, FolderSource, augment
+from edgeclip.compress.data.augmentation import Augmentation, augment
+from edgeclip.compress.data.sources import EmojiSource, FolderSource, captions_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import (
     TeacherCache,
     build_cache,
-    captions_of,
     embed_source,
-    ids_of,
-    inference,
+    fast_inference,
     open_cache,
-    pixels_of,
 )
 from edgeclip.runtime.bundle.files import read_npz, write_npz
 from edgeclip.runtime.errors import ConfigError
@@ -56,8 +54,8 @@ def test_cached_embeddings_are_the_teachers(
     indices = range(len(source))
     for view in (0, 1):
         pictures = [augment(source[i].image, how, index=i, view=view) for i in indices]
-        pixels = pixels_of(pictures, teacher)
-        with inference(teacher):
+        pixels = teacher.preprocess(pictures)
+        with fast_inference(teacher):
             direct = teacher.embed_image(pixels).numpy()
         np.testing.assert_array_equal(cache.image[:, view], direct.astype(np.float16))
         with torch.inference_mode():
@@ -65,8 +63,8 @@ def test_cached_embeddings_are_the_teachers(
         cosine = (cache.image[:, view].astype(np.float32) * exact).sum(axis=1)
         assert cosine.min() > 0.999
     assert cache.text is not None
-    with inference(teacher):
-        direct = teacher.embed_text(ids_of(captions_of(source, indices), teacher)).numpy()
+    with fast_inference(teacher):
+        direct = teacher.embed_text(teacher.tokenize(captions_of(source, indices))).numpy()
     np.testing.assert_array_equal(cache.text, direct.astype(np.float16))
     assert np.abs(cache.image[:, 0] - cache.image[:, 1]).max() > 1e-3
 
@@ -227,20 +225,20 @@ def test_nothing_to_cache(teacher: DualEncoder, source: FolderSource, tmp_path: 
 
 def test_pixels_are_those_of_the_device(teacher: DualEncoder) -> None:
     white, black = Image.new("RGB", (50, 40), "white"), Image.new("RGB", (32, 32))
-    pixels = pixels_of([white, black], teacher)
+    pixels = teacher.preprocess([white, black])
     assert (pixels.shape, pixels.dtype) == ((2, 3, 32, 32), torch.float32)
     assert pixels[0].unique().tolist() == [1.0]  # mean and std are a half
     assert pixels[1].unique().tolist() == [-1.0]
 
 
 def test_ids_are_padded_and_cut(teacher: DualEncoder) -> None:
-    ids = ids_of(["red apple", "tree " * 100], teacher)
+    ids = teacher.tokenize(["red apple", "tree " * 100])
     text = teacher.spec.text
     assert (ids.shape, ids.dtype) == ((2, 40), torch.int64)
     assert ids[:, 0].tolist() == [text.bos_id] * 2
     assert ids[1, -1] == text.eos_id
     assert ids[0, -1] == text.pad_id
-    assert ids_of(["red apple"], teacher).shape[1] < 10
+    assert teacher.tokenize(["red apple"]).shape[1] < 10
 
 
 def test_captions(few_pictures: Path) -> None:
@@ -258,11 +256,11 @@ def test_captions_where_there_are_none(tmp_path: Path) -> None:
 def test_inference_leaves_the_mode_as_it_was(teacher: DualEncoder, training: bool) -> None:
     teacher.train(training)
     try:
-        with inference(teacher):
+        with fast_inference(teacher):
             assert not teacher.training
-            embedding = teacher.embed_text(ids_of(["a tree"], teacher))
+            embedding = teacher.embed_text(teacher.tokenize(["a tree"]))
         assert not embedding.requires_grad
-        with pytest.raises(RuntimeError, match="stop"), inference(teacher):
+        with pytest.raises(RuntimeError, match="stop"), fast_inference(teacher):
             raise RuntimeError("stop")
         assert teacher.training is training
     finally:
@@ -276,7 +274,7 @@ def test_embedding_a_source_in_any_batches(teacher: DualEncoder) -> None:
     with torch.inference_mode():
         for index in range(7):
             pair = source[index]
-            alone = teacher.embed_image(pixels_of([pair.image], teacher))[0]
+            alone = teacher.embed_image(teacher.preprocess([pair.image]))[0]
             np.testing.assert_allclose(image[index], alone, atol=1e-6)
-            alone = teacher.embed_text(ids_of([str(pair.caption)], teacher))[0]
+            alone = teacher.embed_text(teacher.tokenize([str(pair.caption)]))[0]
             np.testing.assert_allclose(text[index], alone, atol=1e-6)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgeclip.compress.data.sources import Augmentation, augment
+from edgeclip.compress.data.augmentation import Augmentation, augment
 
 
 def _picture(width: int, height: int) -> Image.Image:
