@@ -30,7 +30,7 @@ from edgeclip.profiles.measure.worker_client import (
     WorkerResult,
 )
 from edgeclip.profiles.record.measurement import Yardstick
-from edgeclip.profiles.sensors.clocks import peak_memory_mb
+from edgeclip.profiles.sensors.machine_state import peak_memory_mb
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
 from edgeclip.runtime.engines.providers import CPU

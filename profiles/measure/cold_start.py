@@ -122,7 +122,7 @@ def _time_cold_start(model: Path, inputs: list[str], device_name: str) -> dict[s
 
     if device.engine.startswith("onnxruntime"):
         import onnxruntime  # noqa: F401
-    from edgeclip.profiles.sensors.clocks import peak_memory_mb
+    from edgeclip.profiles.sensors.machine_state import peak_memory_mb
     from edgeclip.runtime.engines.engine import open_engine
 
     imported = time.perf_counter()

@@ -1,4 +1,8 @@
-"""Energy of a run, from RAPL, NVML, or a Jetson's power monitor."""
+"""Measure the energy of a run with RAPL, amd_energy, NVML or a Jetson's INA3221 power monitor.
+
+Sources: Linux's powercap and hwmon interfaces (Documentation/power/powercap, Documentation/hwmon),
+NVIDIA's "NVML API Reference Guide", and the Jetson Linux Developer Guide for the names of rails.
+"""
 
 import itertools
 import threading
@@ -12,26 +16,41 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from edgeclip.profiles.record.measurement import Energy
-from edgeclip.profiles.sensors.clocks import listing, read_line, read_number
+from edgeclip.profiles.sensors.machine_state import listing, read_line, read_number
 from edgeclip.profiles.sensors.nvml import NvmlGpu, this_gpu
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import EdgeClipError, InputError
 from edgeclip.runtime.quality.intervals import bootstrap
 
-_PATIENCE_S = 0.5  # the slowest counter, a GPU's, moves about ten times a second
+_ROOT = Path("/")
+_FEWEST_BLOCKS = 3
+_MOVES_WITHIN_S = 0.5  # the slowest counter, a GPU's, moves about ten times a second
+_RAPL_LEAST_S = 0.2  # its counters move about once a millisecond
+_NVML_LEAST_S = 2.0  # the counter moves about ten times a second, the power is a mean of one second
+_NVML_PERIOD_S = 0.05
+_JETSON_LEAST_S = 0.5
+_JETSON_PERIOD_S = 0.02  # a reading takes about a millisecond on the bus
+# The INA3221 rails that together supply a whole Jetson module; the first set that is complete.
+_JETSON_MODULES = (
+    ("VDD_IN",),  # Orin Nano, Orin NX, Xavier NX
+    ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),  # AGX Orin
+    ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0"),  # Thor
+    ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),  # AGX Xavier
+)
+T = TypeVar("T")
 
 
 class MeterError(EdgeClipError):
-    """A sensor of energy that cannot be read, or tells what cannot be."""
+    """An energy sensor that cannot be read, or whose values are impossible."""
 
 
 class EnergyMeter(Protocol):
-    """A sensor of energy, with whatever else it covers while it is read.
+    """An energy sensor.
 
     Attributes:
         name: such as "RAPL packages".
-        covers: what it counts, such as "processor packages".
-        least_s: of shorter times than this it tells little.
+        covers: what it measures, such as "processor packages".
+        least_s: the shortest time, in seconds, that it measures well.
     """
 
     @property
@@ -44,7 +63,7 @@ class EnergyMeter(Protocol):
     def least_s(self) -> float: ...
 
     def joules_during(self, work: Callable[[], object]) -> float:
-        """Do `work`, and tell the energy that went by meanwhile.
+        """Do `work` and return the energy spent meanwhile, in joules.
 
         Raises:
             MeterError: the sensor cannot be read.
@@ -53,38 +72,47 @@ class EnergyMeter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Counter:
-    """One counter: how to read it, and where it starts again at 0; None if it never does."""
+class EnergyCounter:
+    """One energy counter.
+
+    Attributes:
+        read: returns its value.
+        range: where it starts again at 0; None if it never does.
+    """
 
     read: Callable[[], int]
     range: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CountedEnergy:
-    """An `EnergyMeter` of counters that are added up.
+class CounterMeter:
+    """An `EnergyMeter` that adds up energy counters.
 
     Attributes:
-        counters: at least one; must be read before they start again twice.
-        per_joule: how much they count in a joule.
+        counters: at least one; none may start again twice between two readings.
+        per_joule: counts in one joule.
     """
 
     name: str
     covers: str
     least_s: float
-    counters: tuple[Counter, ...]
+    counters: tuple[EnergyCounter, ...]
     per_joule: float
 
     def joules_during(self, work: Callable[[], object]) -> float:
-        """See `EnergyMeter`."""
+        """Do `work` and return the energy that the counters rose by."""
         before = self._read()
         work()
         pairs = zip(self.counters, before, self._read(), strict=True)
-        return sum(self._spent(*each) for each in pairs) / self.per_joule
+        return sum(self._difference(*pair) for pair in pairs) / self.per_joule
 
-    def moves(self, patience_s: float = _PATIENCE_S) -> bool:
-        """Whether it counts at all; in many virtual machines it is there, and stands still."""
-        before, end = self._read(), time.monotonic() + patience_s
+    def moves(self, within_s: float = _MOVES_WITHIN_S) -> bool:
+        """Tell whether any counter moves; in many virtual machines they are there, but stand still.
+
+        Args:
+            within_s: how long to wait for it, in seconds.
+        """
+        before, end = self._read(), time.monotonic() + within_s
         while time.monotonic() < end:
             time.sleep(0.005)
             if self._read() != before:
@@ -97,7 +125,7 @@ class CountedEnergy:
         except (OSError, ValueError) as error:
             raise MeterError(f"{self.name} cannot be read: {error}") from error
 
-    def _spent(self, counter: Counter, before: int, after: int) -> int:
+    def _difference(self, counter: EnergyCounter, before: int, after: int) -> int:
         if counter.range is not None:
             return (after - before) % counter.range
         if after < before:
@@ -106,12 +134,12 @@ class CountedEnergy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampledPower:
-    """An `EnergyMeter` of a sensor that tells power: a thread asks it, and the mean counts.
+class PowerMeter:
+    """An `EnergyMeter` that samples a power sensor in a thread and integrates over time.
 
     Attributes:
-        watts: asks once.
-        period_s: between two questions.
+        watts: reads the sensor once.
+        period_s: time between two readings, in seconds.
     """
 
     name: str
@@ -121,17 +149,17 @@ class SampledPower:
     period_s: float
 
     def joules_during(self, work: Callable[[], object]) -> float:
-        """See `EnergyMeter`."""
+        """Do `work` and return its duration times the mean power."""
         samples, failures, ended = [self._sample()], list[MeterError](), threading.Event()
 
-        def ask() -> None:
+        def sample_until_ended() -> None:
             try:
                 while not ended.wait(self.period_s):
                     samples.append(self._sample())
             except MeterError as error:
                 failures.append(error)
 
-        thread = threading.Thread(target=ask, name="power samples", daemon=True)
+        thread = threading.Thread(target=sample_until_ended, name="power samples", daemon=True)
         thread.start()
         began = time.perf_counter()
         try:
@@ -146,7 +174,7 @@ class SampledPower:
         return seconds * mean_over_time(samples)
 
     def _sample(self) -> tuple[float, float]:
-        """When, in seconds, and how many watts."""
+        """Return (time in seconds, power in watts)."""
         began = time.perf_counter()
         try:
             watts = self.watts()
@@ -156,7 +184,7 @@ class SampledPower:
 
 
 def mean_over_time(samples: list[tuple[float, float]]) -> float:
-    """The mean of (time, value), at least two of them in order, by the trapezoidal rule."""
+    """Average at least two ordered (time, value) pairs by the trapezoidal rule."""
     area = sum(
         (end - start) * (first + last) / 2
         for (start, first), (end, last) in itertools.pairwise(samples)
@@ -164,177 +192,10 @@ def mean_over_time(samples: list[tuple[float, float]]) -> float:
     return area / (samples[-1][0] - samples[0][0])
 
 
-_JETSON_LEAST_S = 0.5
-_JETSON_PERIOD_S = 0.02  # a reading takes about a millisecond on the bus
-# Rails that are the whole module together, the first that are all there.
-_MODULES = (
-    ("VDD_IN",),  # Orin Nano, Orin NX, Xavier NX
-    ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),  # AGX Orin
-    ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0"),  # Thor
-    ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),  # AGX Xavier
-)
-
-Rail = tuple[Path, Path]  # files of millivolts and milliamperes
-
-
-def jetson_meter(root: Path = Path("/")) -> SampledPower | str:
-    """The module's power monitor, or why there is no such meter.
-
-    Args:
-        root: where `sys` is.
-    """
-    rails = _rails(root)
-    if not rails:
-        return "no INA3221 power monitor"
-    names = next((names for names in _MODULES if rails.keys() >= set(names)), None)
-    if names is None:
-        return f"the INA3221 measures rails of an unknown board: {', '.join(sorted(rails))}"
-    chosen = [rails[name] for name in names]
-    try:
-        now = _watts(chosen)
-    except (OSError, ValueError) as error:
-        return f"the INA3221 cannot be read: {error}"
-    if now <= 0:
-        return f"the INA3221 tells {now} W, which cannot be"
-    return SampledPower(
-        name=f"INA3221 {' + '.join(names)}",
-        covers="module (CPU, GPU and memory)",
-        least_s=_JETSON_LEAST_S,
-        watts=lambda: _watts(chosen),
-        period_s=_JETSON_PERIOD_S,
-    )
-
-
-def _rails(root: Path) -> dict[str, Rail]:
-    """By label; channels without one, and the sums of channels, have no current of their own."""
-    found = {}
-    for chip in listing(root / "sys/class/hwmon", "hwmon*"):
-        if read_line(chip / "name") != "ina3221":
-            continue
-        for number in (1, 2, 3):
-            label = read_line(chip / f"in{number}_label")
-            if label and label != "NC":  # not connected
-                found[label] = (chip / f"in{number}_input", chip / f"curr{number}_input")
-    return found
-
-
-def _watts(rails: list[Rail]) -> float:
-    """Millivolts times milliamperes are microwatts."""
-    return sum(int(volts.read_text()) * int(amperes.read_text()) for volts, amperes in rails) / 1e6
-
-
-T = TypeVar("T")
-_COVERS = "GPU board"
-_NVML_LEAST_S = 2.0  # the counter moves about ten times a second, the power is a mean of one second
-_NVML_PERIOD_S = 0.05
-_MILLIJOULES = 1e3
-
-
-def nvml_meter(gpu: NvmlGpu | None) -> CountedEnergy | SampledPower | str:
-    """The GPU's counter of energy, or else its power, or why there is neither."""
-    if gpu is None:
-        return "no NVIDIA GPU that NVML knows"
-    if gpu.energy_mj() is not None:
-        meter = CountedEnergy(
-            name="NVML energy",
-            covers=_COVERS,
-            least_s=_NVML_LEAST_S,
-            counters=(Counter(lambda: _known(gpu.energy_mj())),),
-            per_joule=_MILLIJOULES,
-        )
-        if meter.moves():
-            return meter
-    if gpu.power_w():
-        return SampledPower(
-            name="NVML power",
-            covers=_COVERS,
-            least_s=_NVML_LEAST_S,
-            watts=lambda: _known(gpu.power_w()),
-            period_s=_NVML_PERIOD_S,
-        )
-    return "this GPU tells NVML neither energy nor power"
-
-
-def _known(value: T | None) -> T:
-    if value is None:
-        raise ValueError("the driver no longer tells it")
-    return value
-
-
-_RAPL_LEAST_S = 0.2  # counters move about once a millisecond
-_MICROJOULES = 1e6
-
-
-def rapl_meter(root: Path = Path("/")) -> CountedEnergy | str:
-    """The packages of this machine, or why there is no such meter.
-
-    Other zones are left out: parts of a package (intel-rapl:0:0), and "psys", which holds the
-    packages and more.
-
-    Args:
-        root: where `sys` is.
-    """
-    zones = listing(root / "sys/class/powercap", "intel-rapl:*")
-    packages = [zone for zone in zones if (read_line(zone / "name") or "").startswith("package")]
-    if not packages:
-        return "no RAPL counters in /sys/class/powercap"
-    counters = []
-    for package in packages:
-        limit = read_number(package / "max_energy_range_uj")
-        counters.append(Counter(partial(_number, package / "energy_uj"), limit))
-    return _checked("RAPL packages", "processor packages", counters, packages[0] / "energy_uj")
-
-
-def amd_energy_meter(root: Path = Path("/")) -> CountedEnergy | str:
-    """The sockets of this machine, or why there is no such meter.
-
-    Args:
-        root: where `sys` is.
-    """
-    files = [
-        chip / label.name.replace("_label", "_input")
-        for chip in listing(root / "sys/class/hwmon", "hwmon*")
-        if read_line(chip / "name") == "amd_energy"
-        for label in listing(chip, "energy*_label")
-        if (read_line(label) or "").startswith("Esocket")
-    ]
-    if not files:
-        return "no amd_energy sensor"
-    counters = [Counter(partial(_number, file)) for file in files]
-    return _checked("amd_energy sockets", "processor packages", counters, files[0])
-
-
-def _checked(name: str, covers: str, counters: list[Counter], file: Path) -> CountedEnergy | str:
-    """The meter, if all its counters can be read and move."""
-    try:
-        for counter in counters:
-            counter.read()
-    except PermissionError:
-        return f"{name} may not be read: run as root, or let others read {file}"
-    except (OSError, ValueError) as error:
-        return f"{name} cannot be read: {error}"
-    meter = CountedEnergy(
-        name=name,
-        covers=covers,
-        least_s=_RAPL_LEAST_S,
-        counters=tuple(counters),
-        per_joule=_MICROJOULES,
-    )
-    return meter if meter.moves() else f"{name} stand still, as in many virtual machines"
-
-
-def _number(file: Path) -> int:
-    return int(file.read_text())
-
-
-_ROOT = Path("/")
-_FEWEST_BLOCKS = 3
-
-
 def find_meter(
     device: DeviceProfile, root: Path = _ROOT, *, gpu: NvmlGpu | None = None
 ) -> EnergyMeter | None:
-    """The sensor for what `device` runs its towers on; None if none can be read here."""
+    """Return the meter of `meter_or_reason`, or None if there is none."""
     found = meter_or_reason(device, root, gpu=gpu)
     return None if isinstance(found, str) else found
 
@@ -342,7 +203,7 @@ def find_meter(
 def meter_or_reason(
     device: DeviceProfile, root: Path = _ROOT, *, gpu: NvmlGpu | None = None
 ) -> EnergyMeter | str:
-    """The same, or why there is none, for a person.
+    """Find the energy sensor for what `device` runs its towers on, or say why there is none.
 
     For an engine on a GPU that is the GPU's board, for one on the CPU the processor's packages.
     On a Jetson it is the whole module for both.
@@ -367,25 +228,157 @@ def meter_or_reason(
     return "; ".join(reasons)
 
 
-def joules_of(meter: EnergyMeter, run: Callable[[], object]) -> float | None:
-    """Energy of one call of `run`, idle power included, from calls for some time.
+def rapl_meter(root: Path = _ROOT) -> CounterMeter | str:
+    """Find the RAPL counters of the processor packages, or say why there are none.
 
-    None where the sensor fell silent or stood still.
+    Other zones are left out: parts of a package (intel-rapl:0:0), and "psys", which holds the
+    packages and more.
+
+    Args:
+        root: where `sys` is.
     """
+    zones = listing(root / "sys/class/powercap", "intel-rapl:*")
+    packages = [zone for zone in zones if (read_line(zone / "name") or "").startswith("package")]
+    if not packages:
+        return "no RAPL counters in /sys/class/powercap"
+    files = [package / "energy_uj" for package in packages]
+    ranges = [read_number(package / "max_energy_range_uj") for package in packages]
+    return _microjoule_meter("RAPL packages", files, ranges)
+
+
+def amd_energy_meter(root: Path = _ROOT) -> CounterMeter | str:
+    """Find the amd_energy counters of the processor sockets, or say why there are none.
+
+    Args:
+        root: where `sys` is.
+    """
+    files = [
+        chip / label.name.replace("_label", "_input")
+        for chip in listing(root / "sys/class/hwmon", "hwmon*")
+        if read_line(chip / "name") == "amd_energy"
+        for label in listing(chip, "energy*_label")
+        if (read_line(label) or "").startswith("Esocket")
+    ]
+    if not files:
+        return "no amd_energy sensor"
+    return _microjoule_meter("amd_energy sockets", files, [None] * len(files))
+
+
+def _microjoule_meter(name: str, files: list[Path], ranges: list[int | None]) -> CounterMeter | str:
+    """Make a meter of counters in microjoules, if all of them can be read and any moves."""
+    counters = [
+        EnergyCounter(partial(_read_integer, file), limit)
+        for file, limit in zip(files, ranges, strict=True)
+    ]
     try:
-        return _joules_each(meter, run, meter.least_s) or None
-    except MeterError:
-        return None
+        for counter in counters:
+            counter.read()
+    except PermissionError:
+        return f"{name} may not be read: run as root, or let others read {files[0]}"
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read: {error}"
+    meter = CounterMeter(
+        name=name,
+        covers="processor packages",
+        least_s=_RAPL_LEAST_S,
+        counters=tuple(counters),
+        per_joule=1e6,
+    )
+    return meter if meter.moves() else f"{name} stand still, as in many virtual machines"
+
+
+def _read_integer(file: Path) -> int:
+    return int(file.read_text())
+
+
+def nvml_meter(gpu: NvmlGpu | None) -> CounterMeter | PowerMeter | str:
+    """Return a meter of the GPU's energy counter, or else of its power, or why there is neither."""
+    if gpu is None:
+        return "no NVIDIA GPU that NVML knows"
+    if gpu.energy_mj() is not None:
+        meter = CounterMeter(
+            name="NVML energy",
+            covers="GPU board",
+            least_s=_NVML_LEAST_S,
+            counters=(EnergyCounter(lambda: _still_reported(gpu.energy_mj())),),
+            per_joule=1e3,
+        )
+        if meter.moves():
+            return meter
+    if gpu.power_w():
+        return PowerMeter(
+            name="NVML power",
+            covers="GPU board",
+            least_s=_NVML_LEAST_S,
+            watts=lambda: _still_reported(gpu.power_w()),
+            period_s=_NVML_PERIOD_S,
+        )
+    return "this GPU tells NVML neither energy nor power"
+
+
+def _still_reported(value: T | None) -> T:
+    if value is None:
+        raise ValueError("the driver no longer tells it")
+    return value
+
+
+def jetson_meter(root: Path = _ROOT) -> PowerMeter | str:
+    """Return a meter of a Jetson module's INA3221 power monitor, or why there is none.
+
+    Args:
+        root: where `sys` is.
+    """
+    rails = _jetson_rails(root)
+    if not rails:
+        return "no INA3221 power monitor"
+    names = next((names for names in _JETSON_MODULES if rails.keys() >= set(names)), None)
+    if names is None:
+        return f"the INA3221 measures rails of an unknown board: {', '.join(sorted(rails))}"
+
+    def watts() -> float:
+        microwatts = 0
+        for millivolts, milliamperes in (rails[name] for name in names):
+            microwatts += int(millivolts.read_text()) * int(milliamperes.read_text())
+        return microwatts / 1e6
+
+    try:
+        now = watts()
+    except (OSError, ValueError) as error:
+        return f"the INA3221 cannot be read: {error}"
+    if now <= 0:
+        return f"the INA3221 tells {now} W, which cannot be"
+    return PowerMeter(
+        name=f"INA3221 {' + '.join(names)}",
+        covers="module (CPU, GPU and memory)",
+        least_s=_JETSON_LEAST_S,
+        watts=watts,
+        period_s=_JETSON_PERIOD_S,
+    )
+
+
+def _jetson_rails(root: Path) -> dict[str, tuple[Path, Path]]:
+    """Find the files of (millivolts, milliamperes) of each rail by its label.
+
+    Channels without a label are sums of others, and have no current of their own.
+    """
+    found = {}
+    for chip in listing(root / "sys/class/hwmon", "hwmon*"):
+        if read_line(chip / "name") != "ina3221":
+            continue
+        for number in (1, 2, 3):
+            label = read_line(chip / f"in{number}_label")
+            if label and label != "NC":  # not connected
+                found[label] = (chip / f"in{number}_input", chip / f"curr{number}_input")
+    return found
 
 
 def measure_energy(
     meter: EnergyMeter, run: Callable[[], object], *, seconds: float, blocks: int
 ) -> Energy:
-    """Energy of one call of `run`, idle power included, from blocks of calls.
+    """Measure the energy of one call of `run`, idle power included, from blocks of calls.
 
-    Before them the same sensor is read for as long as a block takes while nothing is done; a GPU
-    that has just worked may not have calmed down by then. The interval is that of the mean of the
-    blocks, drawn with replacement.
+    The idle power is read first, for as long as a block takes; a GPU that has just worked may not
+    have calmed down by then. The interval is the bootstrap interval of the mean of the blocks.
 
     Args:
         meter: see `find_meter`.
@@ -404,7 +397,7 @@ def measure_energy(
     began = time.perf_counter()
     idle = meter.joules_during(lambda: time.sleep(each))
     idle_watts = idle / (time.perf_counter() - began)
-    joules = np.array([_joules_each(meter, run, each) for _ in range(blocks)])
+    joules = np.array([_joules_per_call(meter, run, each) for _ in range(blocks)])
     if joules.min() <= 0:
         raise MeterError(f"{meter.name} stood still while there was work to do")
     return Energy(
@@ -424,7 +417,11 @@ def energy_or_reason(
     root: Path = _ROOT,
     gpu: NvmlGpu | None = None,
 ) -> Energy | str:
-    """`measure_energy` with the device's own sensor, or why there is none, for a person.
+    """Measure the energy of one call of `run` with the device's own sensor, or say why not.
+
+    Args:
+        device, root, gpu: see `meter_or_reason`.
+        run, seconds, blocks: see `measure_energy`.
 
     Raises:
         InputError: too few blocks.
@@ -439,8 +436,19 @@ def energy_or_reason(
         return str(error)
 
 
-def _joules_each(meter: EnergyMeter, run: Callable[[], object], seconds: float) -> float:
-    """Mean energy of a call, from calls for `seconds`, and from one at least."""
+def joules_of(meter: EnergyMeter, run: Callable[[], object]) -> float | None:
+    """Return the mean energy of one call of `run` from calls during `meter.least_s`.
+
+    None if the sensor cannot be read, or stood still.
+    """
+    try:
+        return _joules_per_call(meter, run, meter.least_s) or None
+    except MeterError:
+        return None
+
+
+def _joules_per_call(meter: EnergyMeter, run: Callable[[], object], seconds: float) -> float:
+    """Return the mean energy of a call, from calls for `seconds`, and from one at least."""
     calls = 0
 
     def work() -> None:

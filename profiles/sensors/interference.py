@@ -1,4 +1,7 @@
-"""Interference: what other programs used, waited for and slowed while a measurement ran."""
+"""Detect what disturbed a measurement: other programs, a hypervisor, throttling.
+
+Sources: proc_stat(5) and proc_pid_stat(5) for the counters of processor time.
+"""
 
 import os
 import time
@@ -9,24 +12,25 @@ from pathlib import Path
 from typing import Self
 
 from edgeclip.profiles.record.conditions import CpuSnapshot, Interference, MachineConditions
-from edgeclip.profiles.sensors.clocks import take_conditions
+from edgeclip.profiles.sensors.machine_state import take_conditions
 from edgeclip.profiles.sensors.nvml import SLOWDOWNS, NvmlGpu
 
-_PROGRAMS = slice(0, 3)  # user, nice, system; without the kernel's interrupts, which are nobody's
-_ALL = slice(0, 8)  # guests, the columns behind, are part of user and nice
-# Of /proc/PID/stat, counted behind the name, which ends with the last parenthesis.
+# Columns of the `cpu` line in /proc/stat.
+_PROGRAMS = slice(0, 3)  # user, nice, system; interrupts belong to no program
+_ALL = slice(0, 8)  # the columns behind, for guests, are part of user and nice
+# Columns of /proc/PID/stat behind the name, which ends with the last parenthesis.
 _PARENT = 1
-_OWN_TIMES = slice(11, 15)  # user and system time, of itself and of children that ended
+_OWN_TIMES = slice(11, 15)  # user and system time, of the process and of its ended children
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BusyTime:
-    """Counters of a machine at one moment, in ticks.
+    """Processor time used since the machine started, in ticks.
 
     Attributes:
-        programs: of all processors together, in which some program ran.
-        processors: that went by, on all of them.
-        own: that one process, its children and theirs used, those that have ended included.
+        programs: by all programs, on all processors.
+        processors: used or idle, on all processors.
+        own: by one process and its descendants, those that have ended included.
     """
 
     programs: int
@@ -41,7 +45,7 @@ class BusyTime:
 
         Args:
             root: where `proc` is.
-            pid: whose time is its own; this process by default.
+            pid: the process whose time is `own`; this process by default.
         """
         try:
             line = (root / "proc/stat").read_text().split("\n", 1)[0]
@@ -54,7 +58,7 @@ class BusyTime:
         return BusyTime(programs=sum(columns[_PROGRAMS]), processors=sum(columns[_ALL]), own=own)
 
     def others_since(self, before: "BusyTime") -> float | None:
-        """The share of all processors' time that other programs used since `before`."""
+        """Return the share of all processors' time that other programs used since `before`."""
         went_by = self.processors - before.processors
         if went_by <= 0:
             return None
@@ -63,9 +67,9 @@ class BusyTime:
 
 
 def _ticks_of_tree(root: Path, pid: int) -> int | None:
-    """Ticks of a process and all below it; None where it is not to be found.
+    """Add up the ticks of a process and its descendants; None where there is no such process.
 
-    What a child used goes over to its parent when it ends, so that the sum never falls.
+    The kernel adds a child's time to its parent's when it ends, so the sum never falls.
     """
     ticks, children = {}, defaultdict(list)
     for number, words in _processes(root):
@@ -82,7 +86,7 @@ def _ticks_of_tree(root: Path, pid: int) -> int | None:
 
 
 def _processes(root: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number of every process, and the words of its `stat` behind its name."""
+    """Yield the number of every process, and the columns of its `stat` behind its name."""
     for folder in (root / "proc").iterdir():
         if not folder.name.isdecimal():
             continue
@@ -95,24 +99,24 @@ def _processes(root: Path) -> Iterator[tuple[int, list[str]]]:
             yield int(folder.name), words
 
 
-_TOO_MUCH = 0.10  # of a share, as for `CpuTime.contended`
-_TOO_HOT = 0.01  # of the time, since counters of heat also move for a moment without meaning much
-_HARDLY_RAN = 0.05  # of one core: a process that only waits for its children cannot tell
+_MOST_SHARE = 0.10  # as for `CpuTime.contended`
+_MOST_HOT_SHARE = 0.01  # of the time: the counter moves a little without meaning much
+_LEAST_CORE_SHARE = 0.05  # a process that only waits for its children cannot judge its waiting
 
 
 class InterferenceWatch:
-    """Compares the machine before and after the block that it surrounds.
+    """A context manager that detects what disturbed the measurement inside it.
 
-    The work may run in this process and in its children, which do not count as others. What is
-    waited for a core is this process's own alone: children tell theirs in `CpuTime`.
+    The work may run in this process and in its children, which do not count as others. Only this
+    process's own waiting for a core is in it: children report theirs as `CpuTime`.
 
     Args:
         root, gpu: see `take_conditions`.
 
     Attributes:
         before: conditions when the block began.
-        after: conditions when it ended; there is none before.
-        found: what else the machine did meanwhile; there is none before it ended.
+        after: conditions when the block ended; not set before.
+        found: what disturbed the block; not set before it ended.
     """
 
     before: MachineConditions
@@ -133,10 +137,10 @@ class InterferenceWatch:
         cpu, busy = CpuSnapshot.take(), BusyTime.take(self._root)
         self.after = take_conditions(self._root, gpu=self._gpu)
         waiting, steal = cpu.denied_since(self._cpu)
-        if cpu.process_s - self._cpu.process_s < _HARDLY_RAN * seconds:
+        if cpu.process_s - self._cpu.process_s < _LEAST_CORE_SHARE * seconds:
             waiting = None
         others = None if busy is None or self._busy is None else busy.others_since(self._busy)
-        self.found = judged(
+        self.found = judge_interference(
             waiting_share=waiting,
             steal_share=steal,
             others_share=others,
@@ -144,20 +148,18 @@ class InterferenceWatch:
         )
 
 
-def judged(
+def judge_interference(
     *,
     waiting_share: float | None = None,
     steal_share: float | None = None,
     others_share: float | None = None,
     slowdowns: tuple[str, ...] | None = None,
 ) -> Interference:
-    """Put these on record, and say whether any was too much.
-
-    Shares are too much above a tenth.
+    """Decide whether a measurement was disturbed: by a share above 10%, or by any slowdown.
 
     Args:
         waiting_share, steal_share, others_share: see `Interference`.
-        slowdowns: what slowed a processor, for a person; None if it cannot be told.
+        slowdowns: what throttled a processor, in words; None if unknown.
     """
     reasons = [
         words.format(share)
@@ -166,16 +168,16 @@ def judged(
             (steal_share, "the hypervisor took {:.0%} of the processors"),
             (waiting_share, "{:.0%} of the CPU time asked for was spent waiting for a core"),
         )
-        if share is not None and share > _TOO_MUCH
+        if share is not None and share > _MOST_SHARE
     ]
     reasons += slowdowns or ()
-    told = (waiting_share, steal_share, others_share, slowdowns)
+    known = (waiting_share, steal_share, others_share, slowdowns)
     return Interference(
         waiting_share=waiting_share,
         steal_share=steal_share,
         others_share=others_share,
         throttled=None if slowdowns is None else bool(slowdowns),
-        disturbed=None if all(item is None for item in told) else bool(reasons),
+        disturbed=None if all(item is None for item in known) else bool(reasons),
         reasons=tuple(reasons),
     )
 
@@ -183,17 +185,17 @@ def judged(
 def slowdowns_between(
     before: MachineConditions, after: MachineConditions, seconds: float
 ) -> tuple[str, ...] | None:
-    """What slowed a processor for its heat or its supply, for a person; None if nothing can tell.
+    """List, in words, what throttled a processor or GPU between two states of the same machine.
 
     Args:
-        before, after: of the same machine.
-        seconds: between them.
+        before, after: the two states.
+        seconds: time between them.
+
+    Returns:
+        None if the machine reports no throttling at all.
     """
-    earlier, gpu_earlier, gpu_later = (
-        dict(before.throttle_counts),
-        dict(before.gpu),
-        dict(after.gpu),
-    )
+    earlier = dict(before.throttle_counts)
+    gpu_earlier, gpu_later = dict(before.gpu), dict(after.gpu)
     found = [
         f"a processor was slowed for its heat or supply: {name} rose by {count - earlier[name]}"
         for name, count in after.throttle_counts
@@ -202,11 +204,11 @@ def slowdowns_between(
     hot = "slowed by heat ms"
     if hot in gpu_earlier and hot in gpu_later and seconds > 0:
         share = (float(gpu_later[hot]) - float(gpu_earlier[hot])) / 1e3 / seconds
-        if share > _TOO_HOT:
+        if share > _MOST_HOT_SHARE:
             found.append(f"the GPU was slowed for its heat for {min(1.0, share):.0%} of the time")
     held = gpu_later.get("clocks held by")
     slow = sorted(SLOWDOWNS & set((held or "").split(", ")))
     if slow:
         found.append(f"the GPU's clocks were held down: {', '.join(slow)}")
-    tells = after.throttle_counts or hot in gpu_later or held is not None
-    return tuple(found) if tells else None
+    reported = after.throttle_counts or hot in gpu_later or held is not None
+    return tuple(found) if reported else None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgeclip.profiles.measure.cold_start import _intervals, main, measure_cold_start
-from edgeclip.profiles.sensors.clocks import peak_memory_mb
+from edgeclip.profiles.sensors.machine_state import peak_memory_mb
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import EngineError, InputError
 from tests.data_file import save_with_data
@@ -106,7 +106,10 @@ def test_a_child_does_not_inherit_its_parent_s_peak() -> None:
     """`ru_maxrss` would: it counts the parent's pages between fork and exec."""
     ballast = np.ones(30_000_000)  # 240 MB
     here = peak_memory_mb()
-    script = "from edgeclip.profiles.sensors.clocks import peak_memory_mb; print(peak_memory_mb())"
+    script = (
+        "from edgeclip.profiles.sensors.machine_state import peak_memory_mb; "
+        "print(peak_memory_mb())"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert here is not None
     assert here > ballast.nbytes / 1e6

@@ -22,7 +22,8 @@ from edgeclip.profiles.record.measurement import (
     WarmUp,
     Yardstick,
 )
-from edgeclip.profiles.report.profile_data import AdviceNote, NamedRun, SubjectQuality
+from edgeclip.profiles.report.profile_data import NamedRun, SubjectQuality
+from edgeclip.profiles.report.sections import AdviceNote
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.device.device_profile import DeviceProfile

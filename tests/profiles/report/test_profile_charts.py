@@ -27,7 +27,7 @@ from edgeclip.profiles.report.chart_tradeoff import TradePoint, frontier, trade_
 from edgeclip.profiles.report.profile_data import QualityUnit
 from edgeclip.profiles.report.report_charts import text_width
 from edgeclip.profiles.report.report_data import ParetoPoint
-from edgeclip.profiles.sensors.interference import judged
+from edgeclip.profiles.sensors.interference import judge_interference
 from edgeclip.runtime.quality.intervals import Interval
 
 LONG = "a subject with a name <b>far</b> too long & more, in int8 · on a device of some name"
@@ -341,7 +341,7 @@ def test_roofline_names_roofs_and_layers(narrow: bool) -> None:
 def test_a_disturbed_roofline_is_marked(narrow: bool) -> None:
     point = RoofPoint(number=1, name="a", intensity=1.0, gflops=10.0, share=1.0)
     for share in (0.01, 0.4):
-        marked = dataclasses.replace(roof(), interference=judged(others_share=share))
+        marked = dataclasses.replace(roof(), interference=judge_interference(others_share=share))
         picture = roofline_chart([point], marked, title="int8", named=1, narrow=narrow)
         assert any(each.startswith("disturbed") for each in texts(inside(picture))) is (share > 0.1)
         assert ("int8, disturbed." in picture) is (share > 0.1)

@@ -21,7 +21,7 @@ from edgeclip.profiles.report.profile_report import (
     sections_of,
     write_profile_report,
 )
-from edgeclip.profiles.sensors.interference import judged
+from edgeclip.profiles.sensors.interference import judge_interference
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.quality.intervals import Interval
 from tests.page import Page, visible
@@ -217,7 +217,9 @@ def test_a_disturbed_roofline_is_told_with_its_reason() -> None:
     run = quiet_run()
     assert run.roofline is not None
     for share, told in ((0.4, True), (0.01, False)):
-        roof = dataclasses.replace(run.roofline, interference=judged(others_share=share))
+        roof = dataclasses.replace(
+            run.roofline, interference=judge_interference(others_share=share)
+        )
         page = visible(render_profile_report(alone(dataclasses.replace(run, roofline=roof))))
         words = "DISTURBED while the peaks were measured: other programs used 40%"
         assert (words in page) is told

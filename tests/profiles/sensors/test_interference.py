@@ -1,3 +1,5 @@
+"""What disturbed a measurement, from counters of processor time and of throttling."""
+
 import os
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from edgeclip.profiles.record.conditions import MachineConditions
 from edgeclip.profiles.sensors.interference import (
     BusyTime,
     InterferenceWatch,
-    judged,
+    judge_interference,
     slowdowns_between,
 )
 from tests.profiles.sensors.kernel_trees import write_tree
@@ -45,7 +47,7 @@ def conditions(
     )
 
 
-def test_others_are_what_this_process_and_its_children_are_not(tmp_path: Path) -> None:
+def test_this_process_and_its_descendants_are_not_others(tmp_path: Path) -> None:
     before = machine(
         tmp_path / "before",
         "1000 10 100 5000 50 5 5 0 0 0",
@@ -70,13 +72,13 @@ def test_others_are_what_this_process_and_its_children_are_not(tmp_path: Path) -
     assert before.others_since(before) is None
 
 
-def test_sampled_counters_never_give_a_share_below_nothing() -> None:
+def test_contradictory_counters_never_give_a_negative_share() -> None:
     before = BusyTime(programs=100, processors=1000, own=50)
     after = BusyTime(programs=110, processors=1100, own=65)
     assert after.others_since(before) == 0
 
 
-def test_a_system_without_counters_tells_nothing(tmp_path: Path) -> None:
+def test_nothing_is_reported_without_counters(tmp_path: Path) -> None:
     assert BusyTime.take(tmp_path) is None
     assert machine(tmp_path, "1 2 3", {10: process(1, 1, 0, 0, 0)}) is None  # an old kernel
     assert machine(tmp_path / "a", "1 2 3 4 5 6 7 8", {11: process(1, 1, 0, 0, 0)}) is None
@@ -101,7 +103,7 @@ def test_time_of_a_child_is_own_time_while_it_runs_and_after() -> None:
 
 
 @LINUX
-def test_a_program_that_is_none_of_ours_is_an_other(tmp_path: Path) -> None:
+def test_an_unrelated_process_counts_as_other(tmp_path: Path) -> None:
     """It is started by a shell that ends, so that it belongs to nobody here."""
     script = tmp_path / "burn.py"
     script.write_text(BURN.format(0.8), encoding="utf-8")
@@ -119,7 +121,7 @@ def test_a_program_that_is_none_of_ours_is_an_other(tmp_path: Path) -> None:
         assert "other programs used" in found.reasons[0]
 
 
-def test_a_process_that_only_waits_tells_nothing_of_waiting() -> None:
+def test_waiting_is_unknown_for_a_process_that_hardly_runs() -> None:
     with InterferenceWatch() as watch:
         time.sleep(0.2)
     assert watch.found.waiting_share is None
@@ -127,7 +129,7 @@ def test_a_process_that_only_waits_tells_nothing_of_waiting() -> None:
 
 
 @LINUX
-def test_a_process_that_works_tells_how_long_it_waited() -> None:
+def test_waiting_is_known_for_a_process_that_works() -> None:
     with InterferenceWatch() as watch:
         end = time.perf_counter() + 0.2
         while time.perf_counter() < end:
@@ -138,7 +140,7 @@ def test_a_process_that_works_tells_how_long_it_waited() -> None:
 
 
 def test_reasons_are_words() -> None:
-    found = judged(
+    found = judge_interference(
         waiting_share=0.15,
         steal_share=0.02,
         others_share=0.23,
@@ -151,17 +153,17 @@ def test_reasons_are_words() -> None:
         "15% of the CPU time asked for was spent waiting for a core",
         "a processor was slowed",
     )
-    stolen = judged(steal_share=0.5)
+    stolen = judge_interference(steal_share=0.5)
     assert stolen.reasons == ("the hypervisor took 50% of the processors",)
     assert stolen.throttled is None
 
 
 def test_quiet_is_not_unknown() -> None:
-    quiet = judged(others_share=0.1)
+    quiet = judge_interference(others_share=0.1)
     assert (quiet.disturbed, quiet.throttled, quiet.reasons) == (False, None, ())
-    assert judged(slowdowns=()).throttled is False
-    assert judged(slowdowns=()).disturbed is False
-    unknown = judged()
+    assert judge_interference(slowdowns=()).throttled is False
+    assert judge_interference(slowdowns=()).disturbed is False
+    unknown = judge_interference()
     assert (unknown.disturbed, unknown.throttled) == (None, None)
 
 

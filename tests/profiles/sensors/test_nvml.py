@@ -1,3 +1,5 @@
+"""An NVIDIA GPU through nvidia-ml-py, on a miniature of the driver's library."""
+
 import os
 import shutil
 import subprocess
@@ -6,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip.profiles.sensors.energy import CountedEnergy, nvml_meter
+from edgeclip.profiles.sensors.energy import CounterMeter, nvml_meter
 from edgeclip.profiles.sensors.nvml import NvmlGpu, this_gpu
 from tests.profiles.sensors.fake_nvml import BUSY, UUID, FakeNvml, MakeGpu, load_into_pynvml
 
@@ -96,7 +98,7 @@ def test_this_machine_has_none() -> None:
 
 
 @pytest.mark.gpu
-def test_a_real_gpu_tells_its_clock_and_its_power() -> None:
+def test_a_real_gpu_reports_clock_and_power() -> None:
     gpu = this_gpu()
     assert gpu is not None
     assert gpu.name()
@@ -104,5 +106,5 @@ def test_a_real_gpu_tells_its_clock_and_its_power() -> None:
     assert gpu.clock_reasons() is not None
     meter = nvml_meter(gpu)
     assert not isinstance(meter, str)
-    if isinstance(meter, CountedEnergy):
+    if isinstance(meter, CounterMeter):
         assert meter.joules_during(meter.moves) > 0

@@ -1,4 +1,7 @@
-"""Clocks, temperatures, load, throttling and memory of this machine, as the kernel reports them."""
+"""Read the clocks, temperatures, load, throttling and memory use of this machine from the kernel.
+
+Sources: Linux's /proc and /sys: cpufreq, hwmon, thermal zones, devfreq, thermal_throttle.
+"""
 
 import os
 import sys
@@ -10,11 +13,18 @@ from pathlib import Path
 from edgeclip.profiles.record.conditions import MachineConditions
 from edgeclip.profiles.sensors.nvml import NvmlGpu, this_gpu
 
+_ROOT = Path("/")
+_CPUS = "sys/devices/system/cpu"
+# Degrees Celsius; a sensor input that nothing is connected to shows the end of its scale.
+_PLAUSIBLE_C = (-55, 150)
+# Names of a Jetson's GPU in /sys/class/devfreq: 17000000.gpu, 17000000.ga10b, gpu-gpc-0 ...
+_GPU_NODES = (".gpu", ".ga10b", ".gv11b", ".gp10b", "gpu-gpc")
+
 
 def read_line(path: Path) -> str | None:
-    """What `path` says, without blanks around it; None where it cannot be read, or is empty.
+    """Read a file without blanks around its text; None where it cannot be read, or is empty.
 
-    A sensor whose chip sleeps fails with some `OSError` when it is read, though its file is there.
+    Reading a sensor whose chip sleeps raises some `OSError`, though its file is there.
     """
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n") or None
@@ -23,7 +33,7 @@ def read_line(path: Path) -> str | None:
 
 
 def read_number(path: Path) -> int | None:
-    """The whole number that `path` holds; None where it holds none."""
+    """Read the whole number that a file holds; None where it holds none."""
     try:
         return int(read_line(path) or "")
     except ValueError:
@@ -31,7 +41,7 @@ def read_number(path: Path) -> int | None:
 
 
 def listing(folder: Path, pattern: str) -> list[Path]:
-    """Paths in `folder` that match a glob pattern, in the order of the numbers in their names."""
+    """List the paths in `folder` that match a pattern, ordered by the numbers in their names."""
     try:
         found = list(folder.glob(pattern))
     except OSError:
@@ -39,14 +49,11 @@ def listing(folder: Path, pattern: str) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
-_ROOT = Path("/")
-
-
 def peak_memory_mb(root: Path = _ROOT) -> float | None:
-    """The most memory this process held so far, in MB of 10^6 bytes; None if not reported.
+    """Return the peak resident memory of this process in MB of 10^6 bytes; None if not reported.
 
-    Of a GPU's own memory it tells nothing. Linux's VmHWM is preferred to `ru_maxrss`, which a
-    child inherits: a small process started by one that holds torch would report torch's memory.
+    A GPU's own memory is not in it. Linux's VmHWM is preferred to `ru_maxrss`, which a child
+    inherits: a small process started by one that holds torch would report torch's memory.
 
     Args:
         root: where `proc` is.
@@ -61,38 +68,33 @@ def peak_memory_mb(root: Path = _ROOT) -> float | None:
     return None
 
 
-_CPUS = "sys/devices/system/cpu"
-# An input that nothing is connected to shows the end of its scale.
-_LIKELY_C = (-55, 150)
-# Of a Jetson's GPU in /sys/class/devfreq: 17000000.gpu, 17000000.ga10b, gpu-gpc-0 and so on.
-_GPU_NODES = (".gpu", ".ga10b", ".gv11b", ".gp10b", "gpu-gpc")
-
-
 def take_conditions(root: Path = _ROOT, *, gpu: NvmlGpu | None = None) -> MachineConditions:
-    """Look now. Never fails: what cannot be found out stays empty or None.
+    """Read the state of the machine now; what cannot be read stays empty or None.
 
-    On macOS that is everything but the load. In a virtual machine the clock is what the
-    hypervisor makes of it, mostly the nominal one.
+    On macOS that is everything but the load. In a virtual machine the hypervisor decides what
+    clock is shown, mostly the nominal one.
 
     Args:
         root: where `proc` and `sys` are: another one than `/` for a copy of a machine's.
-        gpu: whose values to add; the first one of this machine where `root` is its own.
+        gpu: the GPU to read; by default the first one of this machine, where `root` is its own.
     """
     if gpu is None and root == _ROOT:
         gpu = this_gpu()
-    allowed = _allowed()
+    allowed = _allowed_cpus()
     return MachineConditions(
         taken=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu_mhz=tuple(_clocks(root, allowed)),
         governor=_governor(root, allowed),
         load_1m=_load(root),
-        temperatures_c=tuple(_numbered([*_sensors(root), *_zones(root)])),
-        throttle_counts=(*_x86_throttling(root), *_jetson_events(root)),
-        gpu=(*_board_gpu(root), *(() if gpu is None else _nvml(gpu))),
+        temperatures_c=tuple(
+            _number_duplicates([*_hwmon_temperatures(root), *_zone_temperatures(root)])
+        ),
+        throttle_counts=(*_x86_throttling(root), *_jetson_throttling(root)),
+        gpu=(*_integrated_gpu(root), *(() if gpu is None else _nvidia_gpu(gpu))),
     )
 
 
-def _allowed() -> list[int]:
+def _allowed_cpus() -> list[int]:
     """Numbers of the logical processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
@@ -100,7 +102,7 @@ def _allowed() -> list[int]:
 
 
 def _clocks(root: Path, allowed: list[int]) -> Iterator[float]:
-    """In 10^6 Hz; cpufreq counts in kHz."""
+    """Clocks of the allowed processors in 10^6 Hz; cpufreq counts in kHz."""
     nominal = _cpuinfo_clocks(root)
     for number in allowed:
         kilohertz = read_number(root / _CPUS / f"cpu{number}/cpufreq/scaling_cur_freq")
@@ -111,7 +113,7 @@ def _clocks(root: Path, allowed: list[int]) -> Iterator[float]:
 
 
 def _cpuinfo_clocks(root: Path) -> dict[int, float]:
-    """Clock by logical processor; empty on Arm, where /proc/cpuinfo does not tell it."""
+    """Clock in 10^6 Hz by logical processor; empty on Arm, where /proc/cpuinfo has none."""
     found, number = {}, -1
     for line in (read_line(root / "proc/cpuinfo") or "").splitlines():
         key, _, value = (part.strip() for part in line.partition(":"))
@@ -123,7 +125,7 @@ def _cpuinfo_clocks(root: Path) -> dict[int, float]:
 
 
 def _governor(root: Path, allowed: list[int]) -> str | None:
-    """One name, or several where clusters differ."""
+    """Frequency governor: one name, or several where clusters differ."""
     files = (root / _CPUS / f"cpu{number}/cpufreq/scaling_governor" for number in allowed)
     return ", ".join(sorted({name for name in map(read_line, files) if name})) or None
 
@@ -139,18 +141,18 @@ def _load(root: Path) -> float | None:
         return None
 
 
-def _sensors(root: Path) -> Iterator[tuple[str, float]]:
-    """Temperatures of hwmon; each chip has a name, and its inputs may have labels."""
+def _hwmon_temperatures(root: Path) -> Iterator[tuple[str, float]]:
+    """Temperatures of hwmon: (chip and label, degrees Celsius)."""
     for chip in listing(root / "sys/class/hwmon", "hwmon*"):
         name = read_line(chip / "name") or chip.name
         for file in listing(chip, "temp*_input"):
             label = read_line(chip / file.name.replace("_input", "_label"))
             sensor = f"{name} {label or file.name.removesuffix('_input')}"
-            yield from _likely(sensor, read_number(file))
+            yield from _plausible(sensor, read_number(file))
 
 
-def _zones(root: Path) -> Iterator[tuple[str, float]]:
-    """Temperatures of thermal zones; the kernel shows some of them in hwmon as well."""
+def _zone_temperatures(root: Path) -> Iterator[tuple[str, float]]:
+    """Temperatures of the thermal zones that the kernel does not show in hwmon as well."""
     shown = {
         (read_line(chip / "name") or "").replace("_", "-")
         for chip in listing(root / "sys/class/hwmon", "hwmon*")
@@ -158,24 +160,24 @@ def _zones(root: Path) -> Iterator[tuple[str, float]]:
     for zone in listing(root / "sys/class/thermal", "thermal_zone*"):
         kind = read_line(zone / "type") or zone.name
         if kind.replace("_", "-") not in shown:
-            yield from _likely(kind, read_number(zone / "temp"))
+            yield from _plausible(kind, read_number(zone / "temp"))
 
 
-def _numbered(found: list[tuple[str, float]]) -> Iterator[tuple[str, float]]:
-    """Each sensor under a name of its own, as two disks of one kind have not."""
+def _number_duplicates(found: list[tuple[str, float]]) -> Iterator[tuple[str, float]]:
+    """Number sensors of the same name, such as those of two disks of one kind."""
     seen = Counter[str]()
     for sensor, degrees in found:
         seen[sensor] += 1
         yield (f"{sensor} ({seen[sensor]})" if seen[sensor] > 1 else sensor), degrees
 
 
-def _likely(sensor: str, millidegrees: int | None) -> Iterator[tuple[str, float]]:
-    if millidegrees is not None and _LIKELY_C[0] < millidegrees / 1e3 < _LIKELY_C[1]:
+def _plausible(sensor: str, millidegrees: int | None) -> Iterator[tuple[str, float]]:
+    if millidegrees is not None and _PLAUSIBLE_C[0] < millidegrees / 1e3 < _PLAUSIBLE_C[1]:
         yield sensor, millidegrees / 1e3
 
 
 def _x86_throttling(root: Path) -> Iterator[tuple[str, int]]:
-    """How often cores and packages were slowed, each counted once, however many threads it has."""
+    """How often cores and packages were throttled, each counted once for all its threads."""
     for counter, parts in (
         ("core_throttle_count", ("physical_package_id", "core_id")),
         ("package_throttle_count", ("physical_package_id",)),
@@ -190,9 +192,11 @@ def _x86_throttling(root: Path) -> Iterator[tuple[str, int]]:
             yield counter, sum(found.values())
 
 
-def _jetson_events(root: Path) -> Iterator[tuple[str, int]]:
-    """How often a Jetson was slowed for its supply: oc1 for too low a voltage, oc2 and oc3 for
-    too high a current, on average and at once."""
+def _jetson_throttling(root: Path) -> Iterator[tuple[str, int]]:
+    """How often a Jetson was throttled for its power supply.
+
+    oc1 counts too low a voltage, oc2 and oc3 too high a current, on average and at once.
+    """
     for chip in listing(root / "sys/class/hwmon", "hwmon*"):
         for file in listing(chip, "oc*_event_cnt"):
             count = read_number(file)
@@ -200,15 +204,15 @@ def _jetson_events(root: Path) -> Iterator[tuple[str, int]]:
                 yield file.name, count
 
 
-def _board_gpu(root: Path) -> Iterator[tuple[str, str]]:
-    """Clock of a GPU that is part of the chip."""
+def _integrated_gpu(root: Path) -> Iterator[tuple[str, str]]:
+    """Clock of a GPU on the same chip as the CPU."""
     for node in listing(root / "sys/class/devfreq", "*"):
         hertz = read_number(node / "cur_freq")
         if hertz and any(name in node.name for name in _GPU_NODES):
             yield f"{node.name} mhz", f"{hertz / 1e6:.0f}"
 
 
-def _nvml(gpu: NvmlGpu) -> Iterator[tuple[str, str]]:
+def _nvidia_gpu(gpu: NvmlGpu) -> Iterator[tuple[str, str]]:
     reasons, slowed = gpu.clock_reasons(), gpu.slowed_by_heat_ms()
     for name, value in (
         ("name", gpu.name()),

@@ -1,10 +1,12 @@
+"""Clocks, temperatures, throttling and peak memory, read from copies of kernel trees."""
+
 import os
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from edgeclip.profiles.sensors.clocks import take_conditions
+from edgeclip.profiles.sensors.machine_state import peak_memory_mb, take_conditions
 from tests.profiles.sensors.fake_nvml import BUSY, MakeGpu
 from tests.profiles.sensors.kernel_trees import CPUS, laptop, orin_nano, write_tree
 
@@ -57,7 +59,7 @@ def test_clocks_of_cpuinfo_where_there_is_no_cpufreq(tmp_path: Path) -> None:
     assert take_conditions(tmp_path).cpu_mhz == tuple(2596.5 + number for number in CPUS)
 
 
-def test_a_cpu_of_which_nothing_is_known_is_left_out(tmp_path: Path) -> None:
+def test_a_cpu_without_values_is_left_out(tmp_path: Path) -> None:
     cpu = f"sys/devices/system/cpu/cpu{CPUS[0]}/cpufreq"
     files = {"scaling_cur_freq": "<unknown>", "scaling_governor": ""}
     write_tree(tmp_path, {f"{cpu}/{name}": content for name, content in files.items()})
@@ -65,7 +67,7 @@ def test_a_cpu_of_which_nothing_is_known_is_left_out(tmp_path: Path) -> None:
     assert (found.cpu_mhz, found.governor) == ((), None)
 
 
-def test_an_empty_machine_tells_nothing(tmp_path: Path) -> None:
+def test_nothing_is_reported_without_sensors(tmp_path: Path) -> None:
     found = take_conditions(tmp_path)
     assert (found.cpu_mhz, found.governor, found.load_1m) == ((), None, None)
     assert (found.temperatures_c, found.throttle_counts, found.gpu) == ((), (), ())
@@ -78,3 +80,29 @@ def test_this_machine() -> None:
     assert all(clock > 0 for clock in found.cpu_mhz)
     if hasattr(os, "getloadavg"):
         assert found.load_1m == pytest.approx(os.getloadavg()[0], abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("status", "found"),
+    [
+        ("Name:\tpython\nVmPeak:\t 900000 kB\nVmHWM:\t  500000 kB\nVmRSS:\t  400000 kB", 512.0),
+        ("Name:\tkthreadd", None),
+    ],
+)
+def test_peak_memory_is_resident_memory(tmp_path: Path, status: str, found: float | None) -> None:
+    write_tree(tmp_path, {"proc/self/status": status})
+    assert peak_memory_mb(tmp_path) == found
+
+
+def test_peak_memory_is_unknown_without_proc(tmp_path: Path) -> None:
+    assert peak_memory_mb(tmp_path) is None
+
+
+@pytest.mark.skipif(peak_memory_mb() is None, reason="peak memory is not reported here")
+def test_peak_memory_does_not_fall() -> None:
+    before = peak_memory_mb()
+    ballast = bytearray(b"1") * 50_000_000
+    after = peak_memory_mb()
+    assert before is not None
+    assert after is not None
+    assert after >= max(before, len(ballast) / 1e6)
