@@ -23,7 +23,7 @@ from edgeclip.profiles.measure.benchmark_worker import (
 )
 from edgeclip.profiles.measure.subject import SubjectSpec
 from edgeclip.profiles.measure.worker_client import WorkerRequest, WorkerResult, run_worker
-from edgeclip.profiles.sensors.clocks import peak_memory_mb
+from edgeclip.profiles.sensors.machine_state import peak_memory_mb
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import ConfigError, EngineError, InputError
 from tests.profiles.measure.test_interleaved_benchmark import WORKLOAD, spec_of

@@ -20,7 +20,7 @@ from edgeclip.profiles.measure.worker_client import SubjectRuns, WorkerResult
 from edgeclip.profiles.record.conditions import CpuTime
 from edgeclip.profiles.record.measurement import Identity, PairedRatio, WarmUp, Yardstick
 from edgeclip.profiles.record.timing_statistics import latency_of, paired_ratio
-from edgeclip.profiles.sensors.clocks import peak_memory_mb
+from edgeclip.profiles.sensors.machine_state import peak_memory_mb
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import EngineError, InputError
 from tests.conftest import QUICK
