@@ -1,11 +1,11 @@
-"""Errors of the export; each message says what was wrong and how to mend it."""
+"""Errors of the export; each message says what is wrong and how to fix it."""
 
 from edgeclip.runtime.errors import EdgeClipError
 
 
 class ExportError(EdgeClipError):
-    """A model that cannot be turned into a graph, or a graph that is not what it should be."""
+    """A model that cannot be exported, or a graph that is not valid."""
 
 
 class GateError(EdgeClipError):
-    """A quality bound was missed, so no bundle was written."""
+    """A quality gate was missed, so no bundle was written."""

@@ -1,4 +1,4 @@
-"""Options that several commands of this room share, and what they stand for."""
+"""Options that several commands of this room share, and what they load."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from edgeclip.runtime.errors import ConfigError
 
 
 def add_teacher(parser: argparse.ArgumentParser) -> None:
-    """`--teacher`."""
+    """Add the option `--teacher`."""
     parser.add_argument(
         "--teacher",
         default=BUILT_IN,
@@ -22,7 +22,7 @@ def add_teacher(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
-    """`--data` and `--count`."""
+    """Add the options `--data` and `--count`."""
     parser.add_argument(
         "--data",
         default=EMOJI,
@@ -35,12 +35,12 @@ def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
 
 
 def load_teacher(args: argparse.Namespace) -> DualEncoder:
-    """The teacher that `--teacher` names, where training runs fastest."""
+    """Load the teacher of `--teacher`, on the fastest torch device."""
     return DualEncoder.load(_teacher_source(args)).to(best_device())
 
 
 def refuse_teacher_as_output(args: argparse.Namespace) -> None:
-    """Keep the directory of the teacher from being replaced by what `--out` writes.
+    """Refuse an `--out` that would replace the teacher's directory.
 
     Raises:
         ConfigError: `--out` is that directory, or holds it.
@@ -57,5 +57,5 @@ def _teacher_source(args: argparse.Namespace) -> str | Path:
 
 
 def load_source(args: argparse.Namespace, teacher: DualEncoder, *, split: Split) -> Source:
-    """The data that `--data` and `--count` name."""
+    """Open the data of `--data` and `--count`."""
     return open_source(args.data, split=split, count=args.count, size=teacher.image_spec.size)

@@ -1,4 +1,4 @@
-"""`edgeclip plan-student`: how large a student may be for a latency on a measured device."""
+"""`edgeclip plan-student`: find the largest student that meets a latency on a device."""
 
 import argparse
 import shlex
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the students, and how to train the largest that keeps the budget."""
+    """Print the students, and the command that trains the largest within the budget."""
     if not args.latency_ms > 0:
         raise InputError(f"--latency-ms must be above 0, got {args.latency_ms:g}")
     source = BUILT_IN_TEACHER if args.teacher == BUILT_IN else args.teacher

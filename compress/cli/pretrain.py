@@ -1,4 +1,4 @@
-"""`edgeclip pretrain`: train the built-in teacher from nothing."""
+"""`edgeclip pretrain`: train the built-in teacher from scratch."""
 
 import argparse
 from dataclasses import fields

@@ -12,12 +12,12 @@ from edgeclip.export.cascade.cascade_eval_set import (
 )
 from edgeclip.export.cascade.cascade_evaluator import measure_costs
 from edgeclip.export.cascade.cascade_report import (
-    CascadePage,
+    CascadeReport,
     Costs,
     CurvePoint,
     curve,
     curve_table,
-    write_page,
+    write_cascade_page,
 )
 from edgeclip.export.cascade.certify import CascadePlan, CertificationResult, certify
 from edgeclip.export.cli.options import add_pairs_option, say
@@ -169,7 +169,7 @@ def _show(
     words = verdict(plan, found)
     names = (plan.student.bundle.manifest.name, plan.teacher.bundle.manifest.name)
     if args.page is not None:
-        page = CascadePage(
+        page = CascadeReport(
             title=f"{names[0]} first, {names[1]} for the unsure",
             verdict=words,
             bound=plan.bound,
@@ -178,7 +178,7 @@ def _show(
             certificate=found.certificate,
             machine=detect_machine().cpu,
         )
-        write_page(page, args.page)
+        write_cascade_page(page, args.page)
     if args.json:
         certificate = None if found.certificate is None else asdict(found.certificate)
         curve_json = [asdict(point) for point in points]

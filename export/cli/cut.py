@@ -1,4 +1,4 @@
-"""`edgeclip cut`: a bundle's image tower in two halves, one for the device, one for a server."""
+"""`edgeclip cut`: cut a bundle's image tower into halves for a device and a server."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ _ALL = "all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument("--out", type=Path, required=True, help="directory of the cut set")
     parser.add_argument("--tower", choices=get_args(Tower), default="image", help="default: image")

@@ -1,4 +1,4 @@
-"""`edgeclip demo`: the whole road on the built-in data, with a report at its end."""
+"""`edgeclip demo`: run the whole pipeline on the built-in data, and write a report."""
 
 import argparse
 from dataclasses import replace
@@ -9,7 +9,9 @@ from edgeclip.compress.built_in import built_in_teacher
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where all goes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="directory of all results"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo and say where the report is; 1 if a bar was missed."""
+    """Run the demo and print where the report is; return 1 if a bar was missed."""
     built_in_teacher()  # before torch is imported, which someone may install for nothing
     from edgeclip.export.demo.demo import DemoSettings, run_demo
 

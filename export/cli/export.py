@@ -118,7 +118,7 @@ def _add_label_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the bundle, then print every gate, what is to be known of them, and the verdict."""
+    """Build the bundle, then print its gates with remarks, and what was built."""
     if args.list:
         print(targets_table())
         return 0
@@ -128,12 +128,12 @@ def run(args: argparse.Namespace) -> int:
     built = build_bundle(plan, args.out, replace=args.replace, progress=say)
     gates = [(item.subject, item.record) for item in built.judged]
     print(gates_table(gates, built.bundle.manifest.remarks))
-    print(verdict(built))
+    print(describe_build(built))
     return 0
 
 
-def verdict(built: BuiltBundle) -> str:
-    """What was left out, what each tower ships in, and where the bundle is."""
+def describe_build(built: BuiltBundle) -> str:
+    """List what was left out, the precision of each tower and why, and where the bundle is."""
     lines = [f"left out: {reason}" for reason in built.left_out]
     lines += [f"int8: {built.message}"] if built.message else []
     lines += [f"{tower} tower: {item}" for tower, item in built.tried_passes if item.places]
@@ -181,7 +181,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
 
 
 def _calibration(args: argparse.Namespace, quantization: Quantization | None, size: int) -> Source:
-    """The pairs that ranges are found on: with a search, those that it found them on.
+    """Open the calibration pairs: after a search, the same pairs as in the search.
 
     Raises:
         ConfigError: there are too few.
@@ -201,11 +201,10 @@ def _calibration(args: argparse.Namespace, quantization: Quantization | None, si
 
 
 def _qat_options(args: argparse.Namespace, size: int) -> QatOptions | None:
-    """The fine-tune for int8 that is allowed.
+    """Return the options of the fine-tune for int8; None if it is not allowed.
 
     Raises:
-        ConfigError: there are no pictures to train on.
-        InputError: see `open_source`.
+        ConfigError, InputError: there are no pictures to train on.
     """
     if not args.qat_steps:
         return None
@@ -226,7 +225,7 @@ def _steps(text: str) -> int:
 
 
 def _labels(args: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], str | None]:
-    """The label sets that are asked for, and which of them is the label head's."""
+    """Return the label sets to make, and the name of the label head's set."""
     named: dict[str, tuple[str, ...]] = {}
     for given in args.labels:
         name, labels = read_label_names(given)

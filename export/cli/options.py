@@ -1,4 +1,4 @@
-"""Options that verbs of this room have in common."""
+"""Options and output that several commands of this room share."""
 
 import argparse
 import sys
@@ -17,5 +17,5 @@ def add_pairs_option(parser: argparse.ArgumentParser) -> None:
 
 
 def say(line: str) -> None:
-    """Tell a person on stderr what is done next."""
+    """Print the next step to stderr."""
     print(f"{line} ...", file=sys.stderr, flush=True)

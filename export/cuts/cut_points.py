@@ -1,9 +1,8 @@
-"""Where a tower can be cut in two: values through which everything passes.
+"""Find the values of an image tower's graph at which it can be cut in two.
 
-Such a value dominates the graph's output: whatever of the picture reaches the output does so
-through it. In any topological order it is, at some moment, the only activation still needed.
-What a graph knows of the batch size alone (Shape, and what follows from it) is no activation:
-the far side finds it out by itself.
+Such a value dominates the output: all information about the picture passes through it. In any
+topological order it is, at some moment, the only activation still needed. Values that depend on the
+batch size alone (Shape, and what follows from it) are no activations: the tail computes them.
 """
 
 import math
@@ -20,8 +19,8 @@ from edgeclip.export.graph.graph_values import GraphValues, Opener
 from edgeclip.runtime.planning.cut_set import CutPoint
 from edgeclip.runtime.wire.codec import decode, encode
 
-# Operators that take nearly all of a tower's time: a cut beside another one with none of
-# them between is not worth telling apart.
+# Operators that take nearly all of a tower's time. Of cuts with none of them in between, one is
+# enough.
 HEAVY = frozenset(
     {
         *("Attention", "Conv", "ConvInteger", "ConvTranspose", "Einsum", "FusedConv"),
@@ -40,7 +39,7 @@ _BLOCK = re.compile(r"\b(?:layers?|blocks?|stages?|resblocks|h)\.(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class FoundCut:
-    """A cut point, and the value of the graph that it is."""
+    """A cut point, and the name of its value in the graph."""
 
     value: str
     point: CutPoint
@@ -48,15 +47,15 @@ class FoundCut:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A value that carries everything, and how much work lies before it."""
+    """A value that carries all information, and how much work comes before it."""
 
     value: str
-    index: int  # of the last node that was run; -1 for the input
-    heavy: int  # heavy nodes up to there
+    index: int  # of the last node before it; -1 for the input
+    heavy: int  # number of heavy nodes up to there
 
 
 def activations(graph: onnx.GraphProto) -> set[str]:
-    """Values that depend on the pixels of the input, not only on how many pictures there are."""
+    """Return the values that depend on the pixels, not on the batch size alone."""
     found = {item.name for item in graph.input}
     for node in graph.node:
         if node.op_type != "Shape" and not found.isdisjoint(node.input):
@@ -69,13 +68,13 @@ def find_cuts(
 ) -> tuple[FoundCut, ...]:
     """Find all cut points of an image tower, the pixels first.
 
-    Of several with no heavy operator between them, the one with the fewest bytes is kept, and
-    of equals the last. What is as near to the output is left out: that sends an embedding.
+    Of several cuts with no heavy operator in between, the one with the fewest bytes is kept, and of
+    equals the last. Cuts after the last heavy operator are left out: there the embedding is sent.
 
     Args:
         model: a graph with one input and one output, its nodes in topological order.
-        feed: its input, for a few pictures; for all of the batch where that is fixed.
-        size: of a picture, in pixels.
+        feed: its input for a few pictures, or for the whole batch where the batch size is fixed.
+        size: side of a picture, in pixels.
         open_engine: loads an ONNX file.
 
     Raises:
@@ -110,7 +109,7 @@ def find_cuts(
 def _places(graph: onnx.GraphProto, active: set[str]) -> Iterator[_Place]:
     """Yield the values that are, at some moment, the only activation still needed.
 
-    What comes of DequantizeLinear is passed over: engines know it only beside its reader.
+    Results of DequantizeLinear are skipped: engines fuse them with their readers.
     """
     needed_until = {
         name: index
@@ -140,7 +139,7 @@ def _values(
     feed: Mapping[str, NDArray[Any]],
     open_engine: Opener,
 ) -> dict[str, NDArray[Any]]:
-    """Run the graph and return what could cross: floats [N, ...]."""
+    """Run the graph and return the values that can be sent: floats [N, ...]."""
     if not names:
         return {}
     ((_, given),) = feed.items()
@@ -163,7 +162,7 @@ def _point(number: int, name: str, values: NDArray[Any]) -> CutPoint:
 
 
 def _channel_axis(values: NDArray[Any]) -> int:
-    """The axis along which int8 scales lose least: tokens have channels last, maps first."""
+    """Return the axis with the smallest int8 error: tokens have channels last, maps first."""
     exact = values.astype(np.float32)
 
     def error(axis: int) -> float:
@@ -175,7 +174,7 @@ def _channel_axis(values: NDArray[Any]) -> int:
 
 
 def _block_names(graph: onnx.GraphProto, ends: Sequence[int]) -> list[str]:
-    """Name cuts by the blocks around them; `ends` are the indices of their last nodes."""
+    """Name the cuts by the blocks around them; `ends` are the indices of their last nodes."""
     labels = _blocks(graph)
     names: list[str] = []
     for number, end in enumerate(ends, 1):
@@ -196,9 +195,9 @@ def _numbered(name: str, number: int, names: Sequence[str]) -> str:
 
 
 def _blocks(graph: onnx.GraphProto) -> list[str | None]:
-    """The block that each node's weights belong to, such as "3", or "1.0" where stages have some.
+    """Return the block of each node's weights, such as "3", or "1.0" where stages have blocks.
 
-    A layer between two stages, which belongs to a stage only, is in no block.
+    A layer between two stages belongs to a stage only, so it is in no block.
     """
     found = [next(filter(None, map(_BLOCK.findall, node.input)), []) for node in graph.node]
     depth = max(map(len, found), default=0)

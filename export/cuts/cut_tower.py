@@ -1,4 +1,4 @@
-"""A tower in two halves: head and tail as graphs of their own, for any cut of `cut_points`."""
+"""Cut a tower's graph into a head graph and a tail graph."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from edgeclip.export.cuts.cut_points import FoundCut, activations
 from edgeclip.export.graph.graph_values import GraphValues, Opener
 from edgeclip.runtime.planning.cut_set import CUT_TENSOR
 
-_BATCH = "edgeclip_batch"  # int64 [1]: how many pictures there are
+_BATCH = "edgeclip_batch"  # int64 [1]: the batch size
 _SKIP_NORM = "SkipLayerNormalization"
 _KINDS = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
 
@@ -21,16 +21,16 @@ _KINDS = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
 def prepare_for_cutting(
     model: onnx.ModelProto, output: str, feed: Mapping[str, NDArray[Any]], open_engine: Opener
 ) -> onnx.ModelProto:
-    """Return the part of a tower that computes `output`, in a form that can be cut anywhere.
+    """Return the part of a tower that computes `output`, rewritten so that it can be cut anywhere.
 
-    Sums that an optimizer merged with the normalisation behind them come apart again, and
-    whatever asks for the shape of a value is told the batch size by one node.
+    Fused residual sums and normalisations are split again, and all reads of a value's shape are
+    replaced by one node that gives the batch size.
 
     Args:
-        model: the tower, its weights in memory.
+        model: the tower, with its weights in memory.
         output: the only output that is kept.
-        feed: the tower's input, for at least two pictures; for all of the batch where that
-            is fixed.
+        feed: the tower's input for at least two pictures, or for the whole batch where the batch
+            size is fixed.
         open_engine: loads an ONNX file.
 
     Raises:
@@ -46,8 +46,8 @@ def cut_head(model: onnx.ModelProto, cut: FoundCut) -> onnx.ModelProto:
     """Return the graph from the input to `cut`, float32 [N, *shape].
 
     Args:
-        model: as `prepare_for_cutting` gives it.
-        cut: not the input.
+        model: the result of `prepare_for_cutting`.
+        cut: any cut but the input.
     """
     given = model.graph.input[0].name
     _ask_batch_of(model, given)
@@ -65,8 +65,8 @@ def cut_tail(model: onnx.ModelProto, cut: FoundCut) -> onnx.ModelProto:
     """Return the graph from `cut`, float32 [N, *shape], to the output; from the input at cut 0.
 
     Args:
-        model: as `prepare_for_cutting` gives it.
-        cut: where it begins.
+        model: the result of `prepare_for_cutting`.
+        cut: where the tail begins.
     """
     _ask_batch_of(model, cut.value)
     part = _extract(model, cut, cut.value, model.graph.output[0].name)
@@ -83,7 +83,7 @@ def cut_tail(model: onnx.ModelProto, cut: FoundCut) -> onnx.ModelProto:
 
 
 def _extract(model: onnx.ModelProto, cut: FoundCut, first: str, last: str) -> onnx.ModelProto:
-    """Take the nodes between two values; onnx needs the type of both."""
+    """Extract the nodes between two values; onnx needs the type of both."""
     kind = _KINDS.get(cut.point.dtype, TensorProto.UNDEFINED)
     del model.graph.value_info[:]
     if cut.point.number:
@@ -108,7 +108,7 @@ def _rename(graph: onnx.GraphProto, value: str) -> None:
 
 
 def _ask_batch_of(model: onnx.ModelProto, value: str) -> None:
-    """Let the batch size be that of a value, which both halves of a cut have."""
+    """Read the batch size from a value that the extracted half has."""
     for node in model.graph.node:
         if _BATCH in node.output:
             node.input[0] = value
@@ -117,9 +117,9 @@ def _ask_batch_of(model: onnx.ModelProto, value: str) -> None:
 def _know_batch(
     model: onnx.ModelProto, feed: Mapping[str, NDArray[Any]], open_engine: Opener
 ) -> None:
-    """Replace each Shape of an activation by a + b * (batch size), a and b being constants.
+    """Replace each Shape of an activation by a + b * (batch size), with constants a and b.
 
-    They follow from two runs, one of them without the last picture.
+    The constants follow from two runs, one without the last picture.
     """
     graph = model.graph
     active = activations(graph)
@@ -145,7 +145,7 @@ def _know_batch(
 def _affine(
     graph: onnx.GraphProto, name: str, start: NDArray[np.int64], each: NDArray[np.int64]
 ) -> list[onnx.NodeProto]:
-    """Compute `name` as start + each * batch, all int64 [axes]."""
+    """Make nodes that compute `name` as start + each * batch, all int64 [axes]."""
     constants = {f"{name}_start": start, f"{name}_each": each}
     graph.initializer.extend(numpy_helper.from_array(v, key) for key, v in constants.items())
     first, factor = constants
@@ -157,7 +157,7 @@ def _affine(
 
 
 def _split_skip_norms(model: onnx.ModelProto) -> None:
-    """Take ONNX Runtime's SkipLayerNormalization apart into sums and LayerNormalization.
+    """Split ONNX Runtime's SkipLayerNormalization into sums and LayerNormalization.
 
     Its inputs are two summands, weight, bias and a third summand; its outputs the norm, two
     that inference leaves empty, and the sum.

@@ -1,4 +1,4 @@
-"""A bundle's image tower, cut at several places, as one directory that is whole or not there."""
+"""Write a cut set: a bundle's image tower cut in two at several points, in one directory."""
 
 import io
 import shutil
@@ -40,16 +40,16 @@ from edgeclip.runtime.spec import OUTPUT_NAMES, Precision
 from edgeclip.runtime.towers.fallback import choose_precision
 from edgeclip.runtime.towers.tower_runner import TowerRunner, tower_feed
 
-# The largest difference of one value of an embedding between the halves and the whole.
+# The largest allowed difference of an embedding's value between the halves and the whole tower.
 MAX_DIFFERENCE = 1e-4
 
-_PICTURE_SIDE = 320  # of a drawn scene, some times larger than what a small tower looks at
+_PICTURE_SIDE = 320  # of a drawn scene, larger than the input of a small tower
 _JPEG_QUALITY = 90
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenCuts:
-    """A cut set, and the largest difference that cutting made to a value of an embedding."""
+    """A cut set, and the largest difference of an embedding's value that cutting caused."""
 
     cuts: CutSet
     difference: float
@@ -67,10 +67,10 @@ def write_cuts(
     replace: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> WrittenCuts:
-    """Cut the image tower, check every pair of halves against the whole, and write them.
+    """Cut the image tower, compare every pair of halves with the whole, and write them.
 
     Args:
-        bundle: its golden pictures are what is run.
+        bundle: the bundle to cut; its golden pictures are run.
         out: the directory to make.
         device: where the halves will run. The check runs on its CPU.
         precision: by default what the bundle chose, or the first that the device allows.
@@ -79,13 +79,13 @@ def write_cuts(
             measure with.
         count: how many pictures, at most.
         replace: allow `out` to exist, if it is a cut set.
-        say: told of each step in one line.
+        say: called with a line of text before each step.
 
     Raises:
         InputError: no such cut point, no pictures, `out` may not be written, or the device
             does not allow `precision`.
         BundleError: the bundle does not hold that precision.
-        ExportError: halves that do not compute what the whole does.
+        ExportError: halves whose result differs from the whole tower's.
         EngineError: the graph cannot be run on this CPU.
     """
     tower = bundle.manifest.tower("image")
@@ -93,7 +93,7 @@ def write_cuts(
     on_cpu = _cpu_like(device)
     opener = partial(open_engine, device=on_cpu)
     bundle.tower_bytes("image", file.precision)  # refuses what was altered
-    pixels = _some(bundle.golden().pixels, file.batch)
+    pixels = _repeat_pictures(bundle.golden().pixels, file.batch)
     feed = tower_feed(pixels, "image", file.pixels, bundle.manifest.spec.image)
     say(f"looking for the cuts of the {file.precision} image tower")
     model = prepare_for_cutting(
@@ -127,8 +127,8 @@ def _cpu_like(device: DeviceProfile) -> DeviceProfile:
     )
 
 
-def _some(pixels: NDArray[np.uint8], batch: int | None) -> NDArray[np.uint8]:
-    """At least two pictures, or as many as a graph for one batch size takes."""
+def _repeat_pictures(pixels: NDArray[np.uint8], batch: int | None) -> NDArray[np.uint8]:
+    """Return at least two pictures, or as many as a fixed batch size takes."""
     wanted = batch or max(2, len(pixels))
     return np.take(pixels, np.arange(wanted) % len(pixels), axis=0)
 

@@ -1,4 +1,4 @@
-"""The whole road on EmojiScenes, small but real: teacher, student, bundle, figures, report."""
+"""Run the whole pipeline on EmojiScenes: cache, distil, export, evaluate, benchmark, report."""
 
 import shutil
 import time
@@ -18,12 +18,18 @@ from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.export.bundle.build_bundle import build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.demo.evaluate import evaluate, evaluate_unseen, measure_latency
-from edgeclip.export.demo.summary import DemoSummary, report_data, summarise, summary_rows, table
+from edgeclip.export.demo.summary import (
+    DemoSummary,
+    report_data,
+    summarise,
+    summary_rows,
+    summary_table,
+)
 from edgeclip.export.gates.zero_shot import emoji_zero_shot
 from edgeclip.export.graph.to_onnx import GraphForm, export_towers
 from edgeclip.profiles.record.measurement import measurement_run
-from edgeclip.profiles.report.report_data import Stage
-from edgeclip.profiles.report.write_report import write_report
+from edgeclip.profiles.report.bundle_report import RunStep, bundle_page
+from edgeclip.profiles.report.html_page import write_html
 from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME, atomic_directory, check_target
@@ -36,13 +42,13 @@ KEPT_BUNDLE = Path(__file__).parents[1] / "emoji_bundle"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSettings:
-    """How much of everything; the defaults take about 10 minutes on two cores.
+    """Sizes of a demo run; the defaults take about 10 minutes on two cores.
 
     Attributes:
         quick: measure the bundle kept in the repository instead of training a student.
         scenes: training scenes, each embedded once by the teacher.
         steps: distillation steps.
-        test_scenes: retrieval is over this many.
+        test_scenes: number of scenes of the retrieval test.
     """
 
     quick: bool = False
@@ -57,44 +63,44 @@ class DemoSettings:
     workload: str = "demo"
 
 
-class StageTimer:
-    """Names each stage on the terminal, and keeps how long it took."""
+class StepTimer:
+    """Prints the name of each step, and records how long it took."""
 
     def __init__(self) -> None:
-        self.done: list[Stage] = []
+        self.done: list[RunStep] = []
 
     @contextmanager
-    def stage(self, name: str, says: str) -> Iterator[None]:
-        """Time the block as stage `name`."""
+    def step(self, name: str, says: str) -> Iterator[None]:
+        """Time the block as step `name`."""
         print(f"[{len(self.done) + 1}] {says}", flush=True)
         start = time.monotonic()
         yield
-        self.done.append(Stage(name, time.monotonic() - start))
+        self.done.append(RunStep(name, time.monotonic() - start))
 
 
 def run_demo(settings: DemoSettings, out: Path, *, command: str) -> DemoSummary:
-    """Do everything, write `summary.json`, `measurements.json`, `report.html` and the bundle.
+    """Run all steps; write `summary.json`, `measurements.json`, `report.html` and the bundle.
 
-    A run that was stopped goes on where it was, if `out` is the same.
+    An interrupted run with the same `out` is resumed.
     """
     check_target(out / "student", replace=True, marker=MARKER)
     check_target(out / "bundle", replace=True, marker=MANIFEST_NAME)
-    stages, device = StageTimer(), load_device("this-machine")
+    steps, device = StepTimer(), load_device("this-machine")
     workload = load_workload(settings.workload)
-    with stages.stage("teacher", "load the teacher and write its towers as ONNX"):
+    with steps.step("teacher", "load the teacher and write its towers as ONNX"):
         teacher = DualEncoder.load(built_in_teacher())
         teacher_onnx = export_towers(teacher, out / "teacher", GraphForm.for_device(device))
     if settings.quick:
         bundle, log = kept_bundle(teacher, out), None
     else:
-        student, log = train_student(teacher, settings, out, stages)
-        with stages.stage("export", "export, quantize, check the gates, write the bundle"):
+        student, log = train_student(teacher, settings, out, steps)
+        with steps.step("export", "export, quantize, check the gates, write the bundle"):
             bundle = bundle_student(student, teacher, settings, device, out, command)
     test = test_source(settings, teacher)
-    with stages.stage("quality", f"retrieval over {len(test):,} unseen scenes"):
+    with steps.step("quality", f"retrieval over {len(test):,} unseen scenes"):
         models = evaluate(teacher, bundle, device, test)
         unseen = evaluate_unseen(teacher, bundle, device, settings.unseen_scenes)
-    with stages.stage("latency", "latency of teacher and student, side by side"):
+    with steps.step("latency", "latency of teacher and student, side by side"):
         measured = measure_latency(teacher, teacher_onnx, bundle, device, workload)
     shipped = Encoder(bundle, device).precisions
     rows = summary_rows(models, BUILT_IN_TEACHER, teacher_onnx, bundle, shipped, measured)
@@ -104,26 +110,26 @@ def run_demo(settings: DemoSettings, out: Path, *, command: str) -> DemoSummary:
         unseen=unseen,
         shipped=shipped,
         measured=measured,
-        stages=stages.done,
+        steps=steps.done,
         command=command,
     )
     measurement_run(measured, workload=workload, command=command).save(out / "measurements.json")
     report = report_data(
-        summary, bundle, shipped, test, models, unseen, rows, measured, stages.done, log
+        summary, bundle, shipped, test, models, unseen, rows, measured, steps.done, log
     )
-    write_report(report, out / "report.html")
+    write_html(bundle_page(report), out / "report.html")
     summary.save(out / "summary.json")
-    print("\n" + table(rows, measured, stages.done, summary))
+    print("\n" + summary_table(rows, measured, steps.done, summary))
     return summary
 
 
 def kept_bundle(teacher: DualEncoder, out: Path) -> Bundle:
-    """A copy of the bundle that is kept in the repository, if it is of this teacher's space.
+    """Copy the bundle of the repository to `out`, after checking that it fits the teacher.
 
     Raises:
-        BundleError: it was altered.
-        ConfigError: it is not here, as in an installed wheel.
-        SpaceMismatchError: it is another teacher's.
+        BundleError: the bundle was altered.
+        ConfigError: the bundle is missing, as in an installed wheel.
+        SpaceMismatchError: it belongs to another teacher.
     """
     require_checkout(KEPT_BUNDLE / MANIFEST_NAME, "the files of the built-in student")
     bundle = Bundle.open(KEPT_BUNDLE)
@@ -134,16 +140,16 @@ def kept_bundle(teacher: DualEncoder, out: Path) -> Bundle:
 
 
 def train_student(
-    teacher: DualEncoder, settings: DemoSettings, out: Path, stages: StageTimer
+    teacher: DualEncoder, settings: DemoSettings, out: Path, steps: StepTimer
 ) -> tuple[DualEncoder, Path]:
-    """Cache the teacher, distil, save; the student and the log of its training."""
+    """Cache the teacher's embeddings, distil and save a student; return it with its log."""
     size = teacher.image_spec.size
     scenes = EmojiSource("train", settings.scenes, size=size)
     resumed = ", resumed" if (out / "cache").exists() else ""
-    with stages.stage("cache" + resumed, f"teacher embeddings of {len(scenes):,} scenes"):
+    with steps.step("cache" + resumed, f"teacher embeddings of {len(scenes):,} scenes"):
         cache = build_cache(teacher, scenes, out / "cache")
     resumed = ", resumed" if (out / "run" / "checkpoint.pt").exists() else ""
-    with stages.stage(
+    with steps.step(
         "distil" + resumed, f"a student in the teacher's space, {settings.steps:,} steps"
     ):
         student = new_student(teacher, settings.shape)
@@ -166,7 +172,7 @@ def bundle_student(
     out: Path,
     command: str,
 ) -> Bundle:
-    """Export the student behind its gates."""
+    """Export the student to a verified bundle."""
     count, size = settings.calibration_scenes, teacher.image_spec.size
     plan = BundlePlan(
         student=student,
@@ -197,6 +203,6 @@ def bundle_student(
 
 
 def test_source(settings: DemoSettings, teacher: DualEncoder) -> EmojiSource:
-    """Scenes that no training or calibration saw."""
+    """Return scenes that neither training nor calibration used."""
     size = teacher.image_spec.size
     return EmojiSource("test", settings.test_scenes, size=size, distinct=True)

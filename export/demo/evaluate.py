@@ -1,4 +1,4 @@
-"""Teacher and student side by side: retrieval of test scenes, latency in one interleaved run."""
+"""Compare student and teacher: retrieval on test scenes, and interleaved latency benchmarks."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,13 +20,8 @@ from edgeclip.profiles.measure.interleaved_runs import (
 from edgeclip.profiles.measure.open_subject import bundle_targets
 from edgeclip.profiles.measure.subject import example_feed, golden_inputs, measurable_precisions
 from edgeclip.profiles.record.measurement import Measurement
-from edgeclip.profiles.report.report_data import (
-    DirectionQuality,
-    GalleryEntry,
-    ModelQuality,
-    Role,
-    ShownAnswer,
-)
+from edgeclip.profiles.report.bundle_report import DirectionQuality, ModelQuality, Role
+from edgeclip.profiles.report.sections import GalleryEntry, ShownAnswer
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.bundle import Bundle
@@ -44,7 +39,7 @@ TEACHER, STUDENT, SHIPPED = "teacher", "student ", "student as shipped"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EvaluatedModel:
-    """One model's embeddings of the test pairs, float32 [N, dim], and what they rank."""
+    """One model's embeddings of the test pairs, float32 [N, dim], and its retrieval ranks."""
 
     name: str
     role: Role
@@ -61,9 +56,10 @@ class EvaluatedModel:
 def evaluate(
     teacher: DualEncoder, bundle: Bundle, device: DeviceProfile, source: EmojiSource
 ) -> tuple[EvaluatedModel, ...]:
-    """The teacher, then the student in each precision that both towers have, and as it ships.
+    """Evaluate the teacher, and the student in each precision of both towers and as it ships.
 
-    The last is left out if both towers ship in one precision; `shipped_name` says which it is.
+    If both towers ship in the same precision, the student as it ships is not listed twice;
+    `shipped_name` gives its name.
     """
     image, text = (usable_precisions(item, device) for item in bundle.manifest.towers)
     both = [item for item in image if item in text]
@@ -75,7 +71,7 @@ def evaluate(
 
 
 def shipped_name(shipped: Mapping[Tower, Precision]) -> str:
-    """The name, among those of `evaluate`, of the student whose towers run in `shipped`."""
+    """Return the name in the results of `evaluate` of the student in the precisions `shipped`."""
     chosen = set(shipped.values())
     return STUDENT + chosen.pop() if len(chosen) == 1 else SHIPPED
 
@@ -83,7 +79,7 @@ def shipped_name(shipped: Mapping[Tower, Precision]) -> str:
 def evaluate_unseen(
     teacher: DualEncoder, bundle: Bundle, device: DeviceProfile, count: int
 ) -> tuple[EvaluatedModel, EvaluatedModel]:
-    """Teacher and student as it ships, on scenes of emoji that no training showed."""
+    """Evaluate teacher and shipped student on scenes of emoji that training never showed."""
     source = EmojiSource("unseen", count, size=teacher.image_spec.size, distinct=True)
     return (
         _embed_with_torch(f"{TEACHER}, unseen emoji", teacher, source),
@@ -104,7 +100,7 @@ def _embed_with_bundle(
     source: EmojiSource,
     precision: Precision | None = None,
 ) -> EvaluatedModel:
-    """Embed as a device does: the bundle's towers on its engine, from pictures and texts."""
+    """Embed as a device does: with the bundle's towers on the device's engine."""
     encoder = Encoder(bundle, device, precision)
     numbers = range(len(source))
     image = encoder.encode_image([source[number].image for number in numbers])
@@ -113,7 +109,7 @@ def _embed_with_bundle(
 
 
 def quality_row(model: EvaluatedModel) -> ModelQuality:
-    """The row of a report."""
+    """Return the model's row for the report."""
     metrics = retrieval_of_ranks(model.ranks)
     rows = []
     for found, ranks in (
@@ -137,7 +133,7 @@ def quality_row(model: EvaluatedModel) -> ModelQuality:
 def gallery(
     source: EmojiSource, teacher: EvaluatedModel, student: EvaluatedModel, numbers: Iterable[int]
 ) -> tuple[GalleryEntry, ...]:
-    """Test pictures with the three captions that each model finds nearest."""
+    """Return test pictures with the three nearest captions by each model."""
     return tuple(
         GalleryEntry(
             picture=source.picture(number, size=192),
@@ -150,7 +146,7 @@ def gallery(
 
 
 def failures(student: EvaluatedModel, *, most: int) -> list[int]:
-    """Pictures whose caption the student ranks worst, among those it does not rank first."""
+    """Return the pictures whose caption the student ranks worst, without those ranked first."""
     ranks = student.ranks.image_to_text
     worst = np.argsort(-ranks, kind="stable")[:most]
     return [int(number) for number in worst if ranks[number] > 1]
@@ -165,7 +161,7 @@ def _nearest(source: EmojiSource, model: EvaluatedModel, number: int) -> tuple[S
 
 
 TEACHER_TORCH, TEACHER_ONNX = "teacher torch", "teacher ONNX"
-CandidateNames = dict[Tower, str]  # which candidate stands for each tower
+CandidateNames = dict[Tower, str]  # the benchmarked candidate of each tower
 
 
 def measure_latency(
@@ -175,7 +171,7 @@ def measure_latency(
     device: DeviceProfile,
     workload: Workload,
 ) -> tuple[Measurement, ...]:
-    """Measure both towers of teacher and student."""
+    """Benchmark both towers of teacher and student."""
     image = measure_tower(teacher, teacher_onnx.graph("image"), bundle, device, workload)
     return image + measure_tower(teacher, teacher_onnx.graph("text"), bundle, device, workload)
 
@@ -187,9 +183,9 @@ def measure_tower(
     device: DeviceProfile,
     workload: Workload,
 ) -> tuple[Measurement, ...]:
-    """Measure the teacher in torch and in ONNX, and the student in all its precisions.
+    """Benchmark a tower of the teacher in torch and ONNX, and of the student in all precisions.
 
-    All get the bundle's golden inputs. Ratios are to the teacher's ONNX.
+    All run on the bundle's golden inputs. Ratios are to the teacher in ONNX.
     """
     tower, spec = teacher_onnx.tower, teacher.image_spec
     inputs = golden_inputs(bundle, tower)
@@ -225,9 +221,9 @@ def measure_tower(
 
 
 def pair_latency(measured: Sequence[Measurement], names: CandidateNames) -> Interval:
-    """Milliseconds for one image and one caption: the sum of both towers' medians.
+    """Return milliseconds for one image and one caption: the sum of both towers' medians.
 
-    The ends of the interval are sums of ends, so it covers at least as surely as each.
+    The interval adds up the ends of both intervals, so its coverage is at least theirs.
     """
     parts = [_of(measured, tower, name).latency.p50_ms for tower, name in names.items()]
     return Interval(
@@ -238,10 +234,10 @@ def pair_latency(measured: Sequence[Measurement], names: CandidateNames) -> Inte
 
 
 def pair_ratio(measured: Sequence[Measurement], names: CandidateNames) -> Interval:
-    """Time of a student's two towers over the teacher's in ONNX.
+    """Return the time of a student's towers divided by that of the teacher's in ONNX.
 
-    The mean of the towers' paired ratios (medians over rounds), weighted by the teacher's
-    time for each; the interval's ends likewise, which is wider than it need be.
+    It is the mean of the towers' paired ratios (medians over rounds), weighted by the teacher's
+    time for each. The ends of the interval are averaged likewise, which is conservative.
     """
     teacher = {tower: _of(measured, tower, TEACHER_ONNX).latency.p50_ms.value for tower in names}
     total = sum(teacher.values())

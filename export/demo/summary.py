@@ -1,4 +1,4 @@
-"""What a demo run found: `summary.json`, the table that ends the run, the data of its report."""
+"""Summarise a demo run: `summary.json`, the table for the terminal, the data of the report."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,15 +27,14 @@ from edgeclip.export.demo.evaluate import (
 from edgeclip.export.graph.embedders import TOWERS
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.profiles.record.measurement import Measurement
-from edgeclip.profiles.report.report_data import (
-    Choice,
-    Gate,
+from edgeclip.profiles.report.bundle_report import (
     Headline,
-    LossCurve,
     ParetoPoint,
     ReportData,
-    Stage,
+    RunStep,
+    ShippedPrecision,
 )
+from edgeclip.profiles.report.charts import LossCurve
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.device.machine import Machine, detect_machine
@@ -45,7 +44,7 @@ from edgeclip.runtime.spec import Precision, Tower
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRow:
-    """One model: R@1 (mean of both directions), time for one image and one caption, size."""
+    """One model's R@1 (mean of both directions), time for one image and one caption, and size."""
 
     name: str
     r1: Interval
@@ -88,16 +87,16 @@ class DemoSummary:
 
     @property
     def keeps_enough(self) -> bool:
-        """Whether the student meets the bar of retention."""
+        """Whether the student keeps enough of the teacher's R@1."""
         return self.retention >= self.retention_bar
 
     @property
     def fast_enough(self) -> bool:
-        """Whether the student meets the bar of latency."""
+        """Whether the student is fast enough."""
         return self.latency_ratio <= self.latency_bar
 
     def save(self, path: Path) -> None:
-        """Write `path`, whole or not at all."""
+        """Write the summary as JSON, whole or not at all."""
         with atomic_file(path) as temporary:
             text = json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
@@ -111,7 +110,7 @@ def summary_rows(
     shipped: Mapping[Tower, Precision],
     measured: Sequence[Measurement],
 ) -> tuple[ModelRow, ...]:
-    """One row a model; the teacher's two engines share its R@1."""
+    """Return one row for each model; the teacher's two engines share its R@1."""
     teacher, *students = models
     files = {
         TEACHER_TORCH: teacher_weights.glob("*.safetensors"),
@@ -161,10 +160,10 @@ def summarise(
     unseen: tuple[EvaluatedModel, EvaluatedModel],
     shipped: Mapping[Tower, Precision],
     measured: Sequence[Measurement],
-    stages: Sequence[Stage],
+    steps: Sequence[RunStep],
     command: str,
 ) -> DemoSummary:
-    """All figures of a run; `models` as `evaluate` gives them."""
+    """Compute all figures of a run; `models` are the results of `evaluate`."""
     by_name = {model.name: model for model in models}
     teacher, chosen = by_name[TEACHER], by_name[shipped_name(shipped)]
     names: CandidateNames = {tower: STUDENT + item for tower, item in shipped.items()}
@@ -198,26 +197,26 @@ def summarise(
         unseen_teacher_r1=values["unseen_teacher_r1"],
         unseen_student_r1=values["unseen_student_r1"],
         intervals=intervals,
-        seconds={stage.name: stage.seconds for stage in stages},
+        seconds={step.name: step.seconds for step in steps},
         machine=detect_machine(),
         command=command,
     )
 
 
-def table(
+def summary_table(
     rows: Sequence[ModelRow],
     measured: Sequence[Measurement],
-    stages: Sequence[Stage],
+    steps: Sequence[RunStep],
     summary: DemoSummary,
 ) -> str:
-    """The end of a run, for a person at a terminal."""
+    """Return the table of models and the verdicts, for the terminal."""
     lines = [f"{'model':<20}{'R@1':>8}{'95% interval':>18}{'ms a pair':>12}{'MB':>8}"]
     for row in rows:
         interval = f"{row.r1.low:.1%} to {row.r1.high:.1%}"
         figures = f"{row.pair_ms.value:>12.2f}{row.bytes / 1e6:>8.1f}"
         lines.append(f"{row.name:<20}{row.r1.value:>8.1%}{interval:>18}{figures}")
     contended = any(item.contended for item in measured)
-    spent = ", ".join(f"{stage.name} {stage.seconds:.0f} s" for stage in stages)
+    spent = ", ".join(f"{step.name} {step.seconds:.0f} s" for step in steps)
     return "\n".join(
         (
             *lines,
@@ -235,7 +234,7 @@ def table(
             ),
             *(["Other work kept the processor busy: ratios hold better than times."] * contended),
             "",
-            f"{sum(stage.seconds for stage in stages):.0f} s: {spent}",
+            f"{sum(step.seconds for step in steps):.0f} s: {spent}",
         )
     )
 
@@ -262,7 +261,7 @@ def report_data(
     unseen: Sequence[EvaluatedModel],
     rows: Sequence[ModelRow],
     measured: Sequence[Measurement],
-    stages: Sequence[Stage],
+    steps: Sequence[RunStep],
     log: Path | None,
 ) -> ReportData:
     """Everything the page shows; `models` as `evaluate` gives them."""
@@ -274,7 +273,7 @@ def report_data(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         headlines=_headlines(summary),
         choices=_choices(bundle, shipped),
-        stages=tuple(stages),
+        steps=tuple(steps),
         quality=tuple(quality_row(model) for model in (*models, *unseen)),
         measurements=tuple(measured),
         pareto=_pareto(rows, name),
@@ -282,7 +281,7 @@ def report_data(
         latency_name="an image and a caption",
         quality_bar=summary.retention_bar * summary.teacher_r1,
         losses=() if log is None else _curves(log),
-        gates=tuple(Gate(subject, record) for subject, record in bundle.manifest.all_gates()),
+        gates=tuple(bundle.manifest.all_gates()),
         gallery=gallery(source, teacher, student, range(_SHOWN)),
         failures=gallery(source, teacher, student, failures(student, most=_SHOWN)),
         machine=summary.machine,
@@ -319,7 +318,7 @@ def _headlines(summary: DemoSummary) -> tuple[Headline, ...]:
     )
 
 
-def _choices(bundle: Bundle, shipped: Mapping[Tower, Precision]) -> tuple[Choice, ...]:
+def _choices(bundle: Bundle, shipped: Mapping[Tower, Precision]) -> tuple[ShippedPrecision, ...]:
     choices = []
     for item in bundle.manifest.towers:
         times = ", ".join(
@@ -328,7 +327,7 @@ def _choices(bundle: Bundle, shipped: Mapping[Tower, Precision]) -> tuple[Choice
             if file.latency_ms is not None
         )
         why = f"fp32 gives way only to what is surely faster inside its gates: {times}"
-        choices.append(Choice(item.tower, shipped[item.tower], why))
+        choices.append(ShippedPrecision(item.tower, shipped[item.tower], why))
     return tuple(choices)
 
 

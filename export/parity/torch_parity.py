@@ -33,7 +33,7 @@ from edgeclip.runtime.towers.tower_runner import tower_feed
 
 
 class TorchValues:
-    """All values of a program that `torch.onnx.export` made a graph of, from one run.
+    """The values that torch computes in a program exported by `torch.onnx.export`, from one run.
 
     The exporter names the results of ONNX nodes after those of torch's operators, so they
     can be compared by name. (torch.onnx.verification compares the same values, but only
@@ -41,7 +41,7 @@ class TorchValues:
 
     Args:
         program: the exporter's result.
-        inputs: what the program takes, in order.
+        inputs: the program's inputs, in order.
     """
 
     def __init__(self, program: torch.onnx.ONNXProgram, inputs: Sequence[Tensor]) -> None:
@@ -115,8 +115,8 @@ def check_parity(
 
 
 _TOLERANCE = 1e-3  # relative error of a value, beyond what rounding in fp32 does in a sound tower
-_SEARCHED = 128  # pairs, as many as the gate sees
-_WORST = 4  # of these, how many are looked at
+_SEARCHED = 128  # pairs, as many as the gate uses
+_WORST = 4  # the number of these that are compared value by value
 _UNSEEN = (
     "no value differs on the worst inputs: the cause is in the engine's way of running batches"
 )
@@ -125,16 +125,16 @@ _UNSEEN = (
 def explain_parity(
     dual: DualEncoder, graph: TowerGraph, source: Source, device: DeviceProfile, form: GraphForm
 ) -> str:
-    """Say where an fp32 graph leaves torch, in one line; for the message of a missed gate.
+    """Explain in one line where an fp32 graph starts to differ from torch, for an error message.
 
     The tower is captured once more, which takes as long as its export.
 
     Args:
         dual: the student.
         graph: its tower in fp32.
-        source: the pairs of the gate; the worst are looked at.
-        device: what runs the graph.
-        form: how it was captured.
+        source: the pairs of the gate; the worst of them are run.
+        device: runs the graph.
+        form: the form that the tower was exported in.
 
     Raises:
         EngineError: the engine cannot run the graph.
@@ -185,7 +185,7 @@ def _differing_module(
     given: Tensor,
     tolerance: float,
 ) -> str | None:
-    """Compare two forward passes over the same modules; say from which one on they differ."""
+    """Compare two forward passes over the same modules; name the first module that differs."""
     right, found = (_module_results(model, forward, given) for forward in forwards)
     if relative_error(right[""], found[""]) <= tolerance:
         return None
@@ -201,7 +201,7 @@ def _differing_module(
 def _module_results(
     model: nn.Module, forward: Callable[[Tensor], Any], given: Tensor
 ) -> dict[str, NDArray[Any]]:
-    """What each module without parts gives at its first call, in order; "" is the embedding."""
+    """Return the result of each leaf module at its first call, in order; "" is the embedding."""
     results: dict[str, NDArray[Any]] = {}
 
     def recorder(name: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -12,7 +12,7 @@ from edgeclip.compress.train.quantization_aware import finetune_settings
 from edgeclip.export.bundle.build_bundle import build_bundle, require_asked_precisions
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.bundle.precision_candidates import PrecisionCandidates, qat_fallback
-from edgeclip.export.cli.export import verdict
+from edgeclip.export.cli.export import describe_build
 from edgeclip.export.errors import GateError
 from edgeclip.export.gates.gates import Gate, GateOutcome
 from edgeclip.export.gates.judge_precisions import GateInputs, PrecisionVerdict
@@ -87,7 +87,7 @@ def test_what_is_left_out_says_how_to_go_on(failing: BundlePlan, tmp_path: Path)
     manifest = built.bundle.manifest
     assert "int8" not in manifest.tower("image").precisions
     assert "int8" in manifest.tower("text").precisions
-    assert f"int8: {QAT_HINT}" in verdict(built).splitlines()
+    assert f"int8: {QAT_HINT}" in describe_build(built).splitlines()
 
 
 def test_a_fine_tune_that_is_allowed_brings_int8_inside_its_gates(

@@ -8,7 +8,7 @@ import torch
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.export.bundle import bundle_plan
 from edgeclip.export.bundle.build_bundle import BuiltBundle
-from edgeclip.export.cli.export import verdict
+from edgeclip.export.cli.export import describe_build
 from edgeclip.export.gates.zero_shot import bake_labels_with_teacher
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cli.main import main
@@ -131,7 +131,7 @@ def test_few_pictures_are_warned_of(
 
 
 def test_the_verdict_says_what_each_tower_ships_in(built: BuiltBundle) -> None:
-    text = verdict(built)
+    text = describe_build(built)
     for choice in built.selected:
         assert f"{choice.tower} tower: {choice.precision} (" in text
 
