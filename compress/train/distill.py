@@ -14,7 +14,7 @@ from edgeclip.compress.data.augmentation import augment
 from edgeclip.compress.data.sources import Source, captions_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
-from edgeclip.compress.train.losses import LossWeights, distillation, feature
+from edgeclip.compress.train.losses import LossWeights, distillation_losses, feature_loss
 from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError
 
@@ -65,10 +65,10 @@ def distill(
     def losses(batch: DistillationBatch) -> dict[str, Tensor]:
         image = student.embed_image(batch.pixels)
         if batch.ids is None or batch.teacher_text is None:
-            return {"total": feature(image, batch.teacher_image)}
+            return {"total": feature_loss(image, batch.teacher_image)}
         text = student.embed_text(batch.ids)
         with full_precision(student.device):
-            return distillation(
+            return distillation_losses(
                 weights,
                 image=image,
                 text=text,

@@ -13,19 +13,19 @@ from torch import Tensor
 from edgeclip.runtime.errors import ConfigError
 
 
-def contrastive(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
     """Return the symmetric InfoNCE loss over the batch, a scalar (CLIP, Radford et al. 2021)."""
     logits = scale * image @ text.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def feature(student: Tensor, teacher: Tensor) -> Tensor:
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean of 5 (1 - cos) between matching rows: feature distillation, a scalar."""
     return 5 * (1 - (student * teacher).sum(dim=-1)).mean()
 
 
-def affinity(
+def affinity_loss(
     image: Tensor,
     text: Tensor,
     teacher_image: Tensor,
@@ -52,7 +52,7 @@ def affinity(
     return (divergence(student, teacher) + divergence(student.T, teacher.T)) / 2
 
 
-def interactive(
+def interactive_loss(
     image: Tensor,
     text: Tensor,
     teacher_image: Tensor,
@@ -86,7 +86,7 @@ class LossWeights:
             raise ConfigError(f"loss weights must be >= 0 and not all 0, got {values}")
 
 
-def distillation(
+def distillation_losses(
     weights: LossWeights,
     *,
     image: Tensor,
@@ -99,13 +99,15 @@ def distillation(
     ours, theirs = (image, text), (teacher_image, teacher_text)
     parts: dict[str, Tensor] = {}
     if weights.affinity:
-        parts["affinity"] = affinity(*ours, *theirs, scale)
+        parts["affinity"] = affinity_loss(*ours, *theirs, scale)
     if weights.feature:
-        parts["feature"] = (feature(image, teacher_image) + feature(text, teacher_text)) / 2
+        parts["feature"] = (
+            feature_loss(image, teacher_image) + feature_loss(text, teacher_text)
+        ) / 2
     if weights.interactive:
-        parts["interactive"] = interactive(*ours, *theirs, scale)
+        parts["interactive"] = interactive_loss(*ours, *theirs, scale)
     if weights.contrastive:
-        parts["contrastive"] = contrastive(image, text, scale)
+        parts["contrastive"] = contrastive_loss(image, text, scale)
     total = sum(
         (getattr(weights, name) * value for name, value in parts.items()),
         start=torch.zeros((), device=image.device),

@@ -15,7 +15,7 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.distill import DistillationBatch, DistillationBatches
-from edgeclip.compress.train.losses import feature
+from edgeclip.compress.train.losses import feature_loss
 from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Tower
@@ -175,11 +175,13 @@ def fine_tune(
         parts: dict[str, Tensor] = {}
         with full_precision(student.device):  # bfloat16 has no more digits than int8
             if "image" in towers:
-                parts["image"] = feature(student.embed_image(batch.pixels), batch.teacher_image)
+                parts["image"] = feature_loss(
+                    student.embed_image(batch.pixels), batch.teacher_image
+                )
             if "text" in towers:
                 assert batch.ids is not None
                 assert batch.teacher_text is not None
-                parts["text"] = feature(student.embed_text(batch.ids), batch.teacher_text)
+                parts["text"] = feature_loss(student.embed_text(batch.ids), batch.teacher_text)
         return {"total": torch.stack([*parts.values()]).mean(), **parts}
 
     task = TrainTask(

@@ -9,11 +9,11 @@ from torch.nn.functional import normalize
 
 from edgeclip.compress.train.losses import (
     LossWeights,
-    affinity,
-    contrastive,
-    distillation,
-    feature,
-    interactive,
+    affinity_loss,
+    contrastive_loss,
+    distillation_losses,
+    feature_loss,
+    interactive_loss,
 )
 from edgeclip.runtime.errors import ConfigError
 
@@ -43,20 +43,22 @@ def test_contrastive() -> None:
     # Rows, right minus wrong: 1.2 and 0.4. Columns: 1.2 - 1.6 = -0.4 and 2 - 0 = 2.
     rows = (_log1pexp(-1.2) + _log1pexp(-0.4)) / 2
     columns = (_log1pexp(0.4) + _log1pexp(-2.0)) / 2
-    assert contrastive(IMAGE, TEXT, 2.0).item() == pytest.approx((rows + columns) / 2, abs=1e-6)
-    assert contrastive(IMAGE, TEXT, tensor(2.0)).item() == pytest.approx(0.4541, abs=1e-4)
+    assert contrastive_loss(IMAGE, TEXT, 2.0).item() == pytest.approx(
+        (rows + columns) / 2, abs=1e-6
+    )
+    assert contrastive_loss(IMAGE, TEXT, tensor(2.0)).item() == pytest.approx(0.4541, abs=1e-4)
 
 
 def test_contrastive_of_one_pair_is_zero() -> None:
-    assert contrastive(IMAGE[:1], TEXT[:1], 3.0).item() == 0
+    assert contrastive_loss(IMAGE[:1], TEXT[:1], 3.0).item() == 0
 
 
 def test_feature() -> None:
     # Cosines of images: 1 and 0.6, so 5 (0 + 0.4) / 2. Of texts: 0.6 and 1, the same.
-    assert feature(IMAGE, TEACHER_IMAGE).item() == pytest.approx(1.0, abs=1e-6)
-    assert feature(TEXT, TEACHER_TEXT).item() == pytest.approx(1.0, abs=1e-6)
-    assert feature(-IMAGE, IMAGE).item() == pytest.approx(10.0)
-    assert feature(IMAGE, IMAGE).item() == 0
+    assert feature_loss(IMAGE, TEACHER_IMAGE).item() == pytest.approx(1.0, abs=1e-6)
+    assert feature_loss(TEXT, TEACHER_TEXT).item() == pytest.approx(1.0, abs=1e-6)
+    assert feature_loss(-IMAGE, IMAGE).item() == pytest.approx(10.0)
+    assert feature_loss(IMAGE, IMAGE).item() == 0
 
 
 def test_affinity() -> None:
@@ -65,13 +67,13 @@ def test_affinity() -> None:
     rows = _kl(_sigmoid(2.0), _sigmoid(1.2)) + _kl(_sigmoid(0.4), _sigmoid(-0.4))
     # Columns of the teacher: 2 - 1.6 and 0 - 1.2; of the student: 1.2 - 1.6 and 0 - 2.
     columns = _kl(_sigmoid(0.4), _sigmoid(-0.4)) + _kl(_sigmoid(-1.2), _sigmoid(-2.0))
-    value = affinity(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0).item()
+    value = affinity_loss(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0).item()
     assert value == pytest.approx((rows / 2 + columns / 2) / 2, abs=1e-6)
     assert value == pytest.approx(0.0619, abs=1e-4)
 
 
 def test_affinity_of_equals_is_zero() -> None:
-    assert affinity(IMAGE, TEXT, IMAGE, TEXT, 50.0).item() == pytest.approx(0, abs=1e-6)
+    assert affinity_loss(IMAGE, TEXT, IMAGE, TEXT, 50.0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_interactive() -> None:
@@ -79,7 +81,7 @@ def test_interactive() -> None:
     images = _log1pexp(-2.0)
     # Text against teacher's image: 2 [[.6, .96], [0, .6]]: right minus wrong -0.72, 1.2.
     texts = (_log1pexp(0.72) + _log1pexp(-1.2)) / 2
-    value = interactive(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0).item()
+    value = interactive_loss(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0).item()
     assert value == pytest.approx((images + texts) / 2, abs=1e-6)
     assert value == pytest.approx(0.4084, abs=1e-4)
 
@@ -91,7 +93,7 @@ def _random(seed: int, count: int = 6, dim: int = 5) -> tuple[Tensor, ...]:
 
 def _all(rows: tuple[Tensor, ...], weights: LossWeights) -> dict[str, Tensor]:
     image, text, teacher_image, teacher_text = rows
-    return distillation(
+    return distillation_losses(
         weights,
         image=image,
         text=text,
@@ -151,7 +153,7 @@ def test_gradients_reach_both_towers_of_the_student(name: str) -> None:
 
 def test_affinity_gives_the_teacher_no_gradient() -> None:
     rows = [row.requires_grad_() for row in _random(4)]
-    affinity(rows[0], rows[1], rows[2], rows[3], 10.0).backward()
+    affinity_loss(rows[0], rows[1], rows[2], rows[3], 10.0).backward()
     assert [row.grad is not None for row in rows] == [True, True, False, False]
 
 
