@@ -104,7 +104,7 @@ def check_repo_name(repo: str) -> None:
 def is_repo_name(text: str) -> bool:
     """Tell whether a text is of the form USER/NAME, by the rules of the Hub."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(text)

@@ -70,3 +70,26 @@ def test_replace(hub: FakeHub, files: Files, tmp_path: Path, own_bundle: Path) -
     assert status == 2
     assert "exists" in errors
     assert run(hub, tmp_path / "home", REPO, "--out", own_bundle, "--replace")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [["pull", REPO, "--out", "out"], ["push", "BUNDLE", REPO]])
+def test_without_the_extra(tiny_bundle: Path, tmp_path: Path, arguments: list[str]) -> None:
+    words = [str(tiny_bundle) if word == "BUNDLE" else word for word in arguments]
+    program = (
+        "import sys\n"
+        "sys.modules['huggingface_hub'] = None\n"  # as if it were not installed
+        "from edgeclip.runtime.cli.main import main\n"
+        f"sys.exit(main({words}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"edgeclip: error: edgeclip {arguments[0]} needs the package 'huggingface_hub': "
+        "pip install 'edgeclip[hub]'\n"
+    )
