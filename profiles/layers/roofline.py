@@ -6,7 +6,6 @@ engine runs; memory bandwidth from large numpy arrays on a CPU, from large weigh
 """
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -185,7 +184,6 @@ def _open(path: Path, device: DeviceProfile) -> Engine:
         device=device,
         library=open_library(device),
         gate=lambda engine: (),
-        say=lambda line: print(f"edgeclip: {line}", file=sys.stderr, flush=True),
     )
 
 

@@ -1,25 +1,33 @@
-"""The command line: a table of verbs, each imported only when it is asked for."""
+"""The `edgeclip` program: find the command that was asked for, import its module and run it."""
 
 import argparse
 import difflib
 import importlib
 import importlib.metadata
+import itertools
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from edgeclip.runtime.errors import EdgeClipError, MissingExtraError
+from edgeclip.runtime.logs import log_to_stderr
+
+_log = logging.getLogger("edgeclip.runtime.cli.main")  # not __name__, which may be "__main__"
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: `module` gives `add_arguments(parser)` and `run(args) -> exit status`.
+    """A command of the program.
 
-    `args.command` is what was typed, for the record.
-
-    `extra` is the optional dependency group that the verb needs, if any.
+    Attributes:
+        module: defines `add_arguments(parser)` and `run(args)`, which returns the exit status.
+            `args.command` is the whole command line, for records.
+        help: one line for the overview.
+        extra: the optional dependency group that the command needs, if any.
     """
 
     module: str
@@ -28,103 +36,145 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("edgeclip.export.cli.demo", "the whole road on the built-in data", "export"),
-    "scenes": Command("edgeclip.compress.cli.scenes", "draw some built-in scenes", "scenes"),
-    "pretrain": Command("edgeclip.compress.cli.pretrain", "train the built-in teacher", "compress"),
-    "cache": Command("edgeclip.compress.cli.cache", "compute a teacher's answers once", "compress"),
-    "distill": Command("edgeclip.compress.cli.distill", "train a student of a teacher", "compress"),
+    "demo": Command(
+        "edgeclip.export.cli.demo", "distil, export and verify on the built-in data", "export"
+    ),
+    "scenes": Command(
+        "edgeclip.compress.cli.scenes", "draw images of the built-in data set", "scenes"
+    ),
+    "pretrain": Command(
+        "edgeclip.compress.cli.pretrain", "train the teacher of the built-in data set", "compress"
+    ),
+    "cache": Command(
+        "edgeclip.compress.cli.cache", "compute and store a teacher's embeddings", "compress"
+    ),
+    "distill": Command(
+        "edgeclip.compress.cli.distill", "train a student from a teacher", "compress"
+    ),
     "quantize": Command(
-        "edgeclip.export.cli.quantize", "find the fastest form inside its gates", "export"
+        "edgeclip.export.cli.quantize",
+        "find the fastest quantization that passes the quality gates",
+        "export",
     ),
-    "export": Command("edgeclip.export.cli.export", "turn a student into a bundle", "export"),
-    "verify": Command("edgeclip.runtime.cli.verify", "check a bundle and replay it on this device"),
-    "embed": Command("edgeclip.runtime.cli.embed", "turn images or texts into an index"),
-    "classify": Command("edgeclip.runtime.cli.classify", "name what images show"),
-    "search": Command("edgeclip.runtime.cli.search", "look for texts or images in an index"),
-    "eval": Command("edgeclip.runtime.cli.eval", "measure retrieval or zero-shot quality"),
+    "export": Command("edgeclip.export.cli.export", "export a student as a bundle", "export"),
+    "verify": Command(
+        "edgeclip.runtime.cli.verify", "check a bundle's files and its outputs on this device"
+    ),
+    "embed": Command("edgeclip.runtime.cli.embed", "embed images or texts and write an index"),
+    "classify": Command("edgeclip.runtime.cli.classify", "classify images by label names"),
+    "search": Command("edgeclip.runtime.cli.search", "search an index by text or image"),
+    "eval": Command("edgeclip.runtime.cli.eval", "measure retrieval or zero-shot accuracy"),
     "profile": Command(
-        "edgeclip.profiles.cli.profile", "measure speed, memory and energy", "profile"
+        "edgeclip.profiles.cli.profile", "measure latency, throughput, memory, energy", "profile"
     ),
-    "report": Command("edgeclip.profiles.cli.report", "write a report, HTML or Markdown", "report"),
-    "probes": Command("edgeclip.export.cli.probes", "write graphs that tell a speed", "export"),
-    "measure-probes": Command("edgeclip.profiles.cli.measure_probes", "measure such graphs here"),
+    "report": Command(
+        "edgeclip.profiles.cli.report", "write a report as HTML or Markdown", "report"
+    ),
+    "probes": Command(
+        "edgeclip.export.cli.probes", "write small graphs that tell a device's speed", "export"
+    ),
+    "measure-probes": Command(
+        "edgeclip.profiles.cli.measure_probes", "measure these graphs on this device"
+    ),
     "plan-student": Command(
         "edgeclip.compress.cli.plan_student",
-        "find students that a device is fast with",
+        "find the largest students that are fast enough on a device",
         "compress",
     ),
     "build": Command("edgeclip.runtime.cli.build", "compile a bundle's towers on the device"),
-    "serve": Command("edgeclip.runtime.cli.serve", "answer devices over the network", "serve"),
-    "cut": Command("edgeclip.export.cli.cut", "cut a tower wherever it can be cut", "export"),
+    "serve": Command(
+        "edgeclip.runtime.cli.serve", "serve bundles and indexes over the network", "serve"
+    ),
+    "cut": Command(
+        "edgeclip.export.cli.cut", "cut a tower into a device part and a server part", "export"
+    ),
     "measure-cuts": Command(
         "edgeclip.profiles.cli.measure_cuts", "measure the parts of a cut tower here", "split"
     ),
     "plan": Command(
-        "edgeclip.profiles.cli.plan", "say what should run on device and server", "split"
+        "edgeclip.profiles.cli.plan", "plan what runs on the device and on the server", "split"
     ),
     "cascade": Command(
-        "edgeclip.export.cli.cascade", "certify when the teacher is asked instead", "export"
+        "edgeclip.export.cli.cascade", "certify when to escalate to the teacher", "export"
     ),
-    "push": Command("edgeclip.runtime.cli.push", "send a bundle to the Hugging Face hub", "hub"),
-    "pull": Command("edgeclip.runtime.cli.pull", "fetch a bundle from the Hugging Face hub", "hub"),
-    "device": Command("edgeclip.runtime.cli.device", "list device profiles, or show one"),
+    "push": Command("edgeclip.runtime.cli.push", "upload a bundle to the Hugging Face Hub", "hub"),
+    "pull": Command(
+        "edgeclip.runtime.cli.pull", "download a bundle from the Hugging Face Hub", "hub"
+    ),
+    "device": Command("edgeclip.runtime.cli.device", "list device profiles, or print one"),
 }
 _ENGINES = "'edgeclip[cpu]' or 'edgeclip[gpu]'"
+_VERBOSE, _LOG_JSON = ("-v", "--verbose"), "--log-json"
 _USAGE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status.
+    """Run one command and return the exit status.
 
-    0 is success; 1 a check that did not hold (`verify`, the bars of `demo`); 2 a fault that
-    the message explains, such as wrong input, a full disk, or an export whose gates were
-    missed and which wrote no bundle; 130 an interruption.
+    0 is success; 1 a check that failed (`verify`, the bars of `demo`); 2 an error that the
+    message explains, such as wrong input, a full disk, or an export whose gates were missed
+    and which wrote no bundle; 130 an interruption.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        status = _dispatch(arguments)
-        sys.stdout.flush()
-        return status
-    except EdgeClipError as error:
-        return _fail(str(error))
-    except BrokenPipeError:
-        _release_stdout()  # the reader, such as `head`, has seen enough
-        return 0
-    except OSError as error:
-        _release_stdout()  # it may be the one that failed: a full disk has no file name
-        reason = error.strerror or str(error) or type(error).__name__
-        return _fail(reason if error.filename is None else f"{error.filename}: {reason}")
-    except KeyboardInterrupt as interruption:  # training says how to go on
-        print(f"edgeclip: {str(interruption) or 'interrupted'}", file=sys.stderr)
-        return _INTERRUPTED
+    options = set(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    is_verbose, is_json = bool(options & set(_VERBOSE)), _LOG_JSON in options
+    with log_to_stderr(verbose=is_verbose, as_json=is_json) as configure_log:
+        try:
+            status = _dispatch(arguments, configure_log)
+            sys.stdout.flush()
+            return status
+        except EdgeClipError as error:
+            return _fail(str(error))
+        except BrokenPipeError:
+            _release_stdout()  # the reader, such as `head`, has seen enough
+            return 0
+        except OSError as error:
+            _release_stdout()  # it may be the one that failed: a full disk has no file name
+            reason = error.strerror or str(error) or type(error).__name__
+            return _fail(reason if error.filename is None else f"{error.filename}: {reason}")
+        except KeyboardInterrupt as interruption:  # training says how to resume
+            _log.warning("%s", str(interruption) or "interrupted")
+            return _INTERRUPTED
 
 
-def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+def _dispatch(arguments: list[str], configure_log: Callable[..., None]) -> int:
+    before = list(itertools.takewhile({*_VERBOSE, _LOG_JSON}.__contains__, arguments))
+    name, *rest = arguments[len(before) :] or [""]
+    if name in ("", "-h", "--help", "help"):
         print(_overview())
-        return 0 if arguments else _USAGE
-    if arguments[0] in ("-V", "--version"):
+        return 0 if name else _USAGE
+    if name in ("-V", "--version"):
         print(f"edgeclip {importlib.metadata.version('edgeclip')}")
         return 0
-    name, *rest = arguments
     if name not in COMMANDS:
         return _fail(_unknown(name))
-    return _run(name, COMMANDS[name], rest)
+    return _run(name, before + rest, configure_log)
 
 
-def _run(name: str, verb: Command, rest: list[str]) -> int:
+def _run(name: str, rest: list[str], configure_log: Callable[..., None]) -> int:
+    command = COMMANDS[name]
     try:
-        module = importlib.import_module(verb.module)
-        parser = argparse.ArgumentParser(prog=f"edgeclip {name}", description=module.__doc__)
+        module = importlib.import_module(command.module)
+        parser = _Parser(prog=f"edgeclip {name}", description=module.__doc__)
+        parser.logs_errors = _LOG_JSON in rest
         module.add_arguments(parser)
+        parser.add_argument(*_VERBOSE, action="store_true", help="log debug messages too")
+        parser.add_argument(
+            _LOG_JSON, action="store_true", help="log to stderr as JSON, one object a line"
+        )
         typed = argparse.Namespace(command=shlex.join(["edgeclip", name, *rest]))
-        status: int = module.run(parser.parse_args(rest, typed))
+        args = parser.parse_args(rest, typed)
+        if args.verbose or args.log_json:  # argparse also takes shortened names
+            configure_log(verbose=args.verbose, as_json=args.log_json)
+        status: int = module.run(args)
     except ImportError as error:
         package = (error.name or "").split(".")[0]
-        # No verb's extra brings onnxruntime: which of the two builds suits is the user's choice.
+        # No extra brings onnxruntime: which of its builds fits is the user's choice.
         extras = (
-            _ENGINES if package == "onnxruntime" else verb.extra and f"'edgeclip[{verb.extra}]'"
+            _ENGINES
+            if package == "onnxruntime"
+            else command.extra and f"'edgeclip[{command.extra}]'"
         )
         if not extras or package in ("", "edgeclip"):
             raise  # a fault of this software, not a package to install
@@ -132,6 +182,18 @@ def _run(name: str, verb: Command, rest: list[str]) -> int:
             f"edgeclip {name} needs the package {package!r}: pip install {extras}"
         ) from error
     return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong arguments with the usage, or as a log message if stderr is to hold JSON."""
+
+    logs_errors = False
+
+    def error(self, message: str) -> NoReturn:
+        if not self.logs_errors:
+            super().error(message)
+        _log.error("%s: %s", self.prog, message)
+        raise SystemExit(_USAGE)
 
 
 def _release_stdout() -> None:
@@ -144,28 +206,29 @@ def _release_stdout() -> None:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: edgeclip VERB [options]",
+            "usage: edgeclip COMMAND [options]",
             "",
-            "Any CLIP teacher into a small, verified bundle for a device.",
+            "Compress a CLIP teacher to a small, verified bundle for a device, and run it there.",
             "",
             *lines,
             "",
-            "edgeclip VERB --help explains a verb; edgeclip --version prints the version.",
+            "edgeclip COMMAND --help explains a command; edgeclip --version prints the version.",
+            "Every command takes -v for debug messages and --log-json for log messages as JSON.",
         ]
     )
 
 
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, COMMANDS, n=1)
-    mend = f"did you mean {near[0]!r}?" if near else "edgeclip --help lists all"
-    return f"no verb {name!r}: {mend}"
+    hint = f"did you mean {near[0]!r}?" if near else "edgeclip --help lists all"
+    return f"no command {name!r}: {hint}"
 
 
 def _fail(message: str) -> int:
-    print(f"edgeclip: error: {message}", file=sys.stderr)
+    _log.error("%s", message)
     return _USAGE
 
 

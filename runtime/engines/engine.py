@@ -1,11 +1,9 @@
-"""What an inference engine is, and how the one that suits a device is opened."""
+"""The protocol of an inference engine, and how a device's engine is opened."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from numpy.typing import NDArray
-
+from edgeclip.runtime.arrays import Outputs, Tensors
 from edgeclip.runtime.errors import EngineError
 
 if TYPE_CHECKING:
@@ -13,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """A loaded graph that turns named arrays into named arrays."""
+    """A loaded graph that computes named arrays from named arrays."""
 
     @property
     def name(self) -> str:
-        """The kind of engine, as a `DeviceProfile` calls it."""
+        """Name of the engine, as in `DeviceProfile.engine`."""
         ...
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Tensors) -> Outputs:
         """Run the graph once.
 
         Raises:
@@ -37,16 +35,16 @@ def open_engine(
     data_folder: Path | None = None,
     context_length: int | None = None,
 ) -> Engine:
-    """Load a graph with the engine that the device asks for.
+    """Load an ONNX graph with the device's engine.
 
     Args:
         path: the ONNX file.
-        device: says which engine, and its options.
-        content: what is loaded in place of the file, `path` being its name in messages.
-        data_folder: where the data files of such a graph lie, which the caller has verified;
-            without it the graph can have none.
-        context_length: the longest text in tokens, where the graph is a text tower; engines
-            that are built for a range of shapes need it.
+        device: sets the engine and its options.
+        content: loaded instead of the file; `path` is then its name in messages.
+        data_folder: folder of the graph's external data, if it is loaded from `content`. The
+            caller has verified these files; without a folder, external data is refused.
+        context_length: of a text tower, the longest text in tokens; engines that are built
+            for a range of shapes need it.
 
     Raises:
         EngineError: the engine cannot load the graph, or cannot run ONNX graphs.

@@ -1,8 +1,9 @@
-"""Find, build and keep TensorRT engines: the bundle's, one cached on this machine, or a new one."""
+"""Open the TensorRT engine of a graph: from the bundle, from this machine's cache, or built now."""
 
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -30,20 +31,20 @@ from edgeclip.runtime.engines.tensorrt_library import TensorRtLibrary, gpu_capab
 from edgeclip.runtime.errors import EdgeClipError, EngineError, EngineParityError
 
 ENTRY_VERSION = 1
-Say = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEntry:
-    """What is known of an engine on this machine.
+    """The record of an engine in this machine's cache.
 
     Attributes:
         schema_version: `ENTRY_VERSION` of the software that wrote it.
-        key: what the engine was built from and for.
+        key: graph, library and GPU that the engine was built for.
         sha256: of the engine.
-        gates: bounds that it met here.
-        failed: why it must not be used, such as the bounds that it missed; "" if it may be.
-        seconds: how long the build took; 0 for an engine that came with a bundle.
+        gates: gates that it passed on this machine.
+        failed: why it must not be used, such as the gates that it missed; "" if it may be.
+        seconds: duration of the build; 0 for an engine that came with a bundle.
         created: ISO 8601, UTC.
     """
 
@@ -61,23 +62,20 @@ class EngineEntry:
 
 
 class EngineCache:
-    """A folder of engines, shared by all processes of a user.
+    """A folder of engines, shared by all processes of a user; it is created when needed.
 
-    Args:
-        folder: made when it is needed.
-        say: told in one line why something in it cannot be used.
+    A damaged or unwritable file is logged as a warning, not raised: the engine is built again.
     """
 
-    def __init__(self, folder: Path, say: Say) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._say = say
 
     def path(self, stem: str, suffix: str = ENGINE_SUFFIX) -> Path:
-        """Where a file of an engine lies."""
+        """Return the path of a file of an engine."""
         return self._folder / f"{stem}{suffix}"
 
     def entry(self, stem: str, key: EngineKey) -> EngineEntry | None:
-        """What is known of an engine; None if nothing is, or what is there is of no use."""
+        """Read the record of an engine; None if there is none, or it is damaged."""
         path = self.path(stem, ".json")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -85,28 +83,28 @@ class EngineCache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError, EdgeClipError) as error:
-            self._say(f"{path} cannot be used ({' '.join(str(error).split())})")
+            _log.warning("%s cannot be used (%s)", path, " ".join(str(error).split()))
             return None
         if entry.key != key:
-            self._say(f"{path} is about another engine than its name says")
+            _log.warning("%s describes another engine than its name says", path)
             return None
         return entry
 
     def content(self, stem: str, entry: EngineEntry) -> bytes | None:
-        """The engine that an entry vouches for; None if it is not there or was altered."""
+        """Read an engine and check its hash; None if it is missing or was altered."""
         path = self.path(stem)
         try:
             content = path.read_bytes()
         except OSError as error:
-            self._say(f"{path} cannot be read ({error.strerror})")
+            _log.warning("%s cannot be read (%s)", path, error.strerror)
             return None
         if hashlib.sha256(content).hexdigest() != entry.sha256:
-            self._say(f"{path} is not what {path.with_suffix('.json').name} says")
+            _log.warning("%s has not the hash in %s", path, path.with_suffix(".json").name)
             return None
         return content
 
     def timing(self, stem: str) -> bytes | None:
-        """The timing cache of an earlier build, if there is one."""
+        """Read TensorRT's timing cache of an earlier build, if there is one."""
         try:
             return self.path(stem, ".timing").read_bytes()
         except OSError:
@@ -120,13 +118,13 @@ class EngineCache:
         content: bytes | None = None,
         timing: bytes | None = None,
     ) -> None:
-        """Keep an engine and what is known of it. A disk that refuses is said, not raised.
+        """Write an engine and its record; log a failed write as a warning.
 
-        Without `content` no engine is kept, and an earlier one is deleted.
+        Without `content`, only the record is written, and an earlier engine is deleted.
         """
         path = self.path(stem)
         try:
-            self.path(stem, ".json").unlink(missing_ok=True)  # it vouches for the old engine
+            self.path(stem, ".json").unlink(missing_ok=True)  # it describes the old engine
             if content is None:
                 path.unlink(missing_ok=True)
             else:
@@ -136,27 +134,27 @@ class EngineCache:
             text = json.dumps(dataclasses.asdict(entry), indent=2, allow_nan=False) + "\n"
             _write(self.path(stem, ".json"), text.encode())
         except (OSError, EdgeClipError) as error:
-            self._say(f"{path} cannot be kept, so that the next start builds it again ({error})")
+            _log.warning("%s cannot be kept, so the next start builds it again (%s)", path, error)
 
     @contextmanager
     def lock(self, stem: str) -> Iterator[None]:
-        """Keep other processes from building the same engine; a killed one lets go.
+        """Keep other processes from building the same engine; the lock of a killed one is freed.
 
-        Where files cannot be locked, two may build: what they write is still whole.
+        Where files cannot be locked, two processes may build; writes are atomic anyway.
         """
         descriptor = _open_lock(self.path(stem, ".lock"))
         if descriptor is None:
             yield
             return
         try:
-            _wait_for(descriptor, lambda: self._say(f"another process is building {stem}: waiting"))
+            _wait_for_lock(descriptor, stem)
             yield
         finally:
             os.close(descriptor)
 
 
 def engine_cache_folder() -> Path:
-    """Where engines are kept: the folder `engines` of `cache_root()`."""
+    """Return the folder of the engine cache: `engines` in `cache_root()`."""
     return cache_root() / ENGINE_FOLDER
 
 
@@ -173,7 +171,7 @@ def _open_lock(path: Path) -> int | None:
         return None
 
 
-def _wait_for(descriptor: int, say_waiting: Callable[[], None]) -> None:
+def _wait_for_lock(descriptor: int, stem: str) -> None:
     if sys.platform == "win32":
         return
     import fcntl
@@ -181,7 +179,7 @@ def _wait_for(descriptor: int, say_waiting: Callable[[], None]) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say_waiting()
+        _log.info("another process is building %s: waiting", stem)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
         return  # a file system without locks
@@ -189,7 +187,7 @@ def _wait_for(descriptor: int, say_waiting: Callable[[], None]) -> None:
 
 EngineCheck = Callable[[Engine], tuple[GateRecord, ...]]
 BundledEngines = Sequence[tuple[EngineRecord, Callable[[], bytes]]]
-# Turns a serialized engine into one that runs; the path is for what it compiles at run time.
+# Loads a serialized engine; the path is a file for the kernels that it compiles at run time.
 OpenEngine = Callable[[bytes, EngineKey, Path], Engine]
 
 
@@ -199,31 +197,29 @@ def find_or_build(
     device: DeviceProfile,
     library: TensorRtLibrary,
     gate: EngineCheck,
-    say: Say,
     shipped: BundledEngines = (),
     folder: Path | None = None,
     opened_by: OpenEngine | None = None,
 ) -> Engine:
-    """Open the engine of a graph, building it if need be.
+    """Open the engine of a graph, building it if necessary.
 
-    An engine of the bundle comes first, then one that was kept on this machine. Every engine
-    has to pass `gate` once on the machine that runs it: one that was built where no GPU is
-    has never run before. Two processes that need the same engine build it once.
+    An engine of the bundle is tried first, then one in the cache. Every engine must pass
+    `gate` once on the machine that runs it: an engine that was built on a machine without a
+    GPU has never run before. Two processes that need the same engine build it once.
 
     Args:
         source: the graph.
         device: where it runs.
-        library: what loads and builds engines.
+        library: loads and builds engines.
         gate: runs an engine and measures it against its bounds.
-        say: told in one line of what takes time, and of what cannot be used.
         shipped: engines of the bundle, each with a function that reads it and checks its
             hash.
-        folder: where engines are kept; `engine_cache_folder()` by default.
-        opened_by: makes a running engine; `TensorRtEngine` by default.
+        folder: the cache; `engine_cache_folder()` by default.
+        opened_by: loads a serialized engine; `TensorRtEngine` by default.
 
     Raises:
         EngineError: there is no GPU, it is not the device's, or no engine can be built.
-        EngineParityError: the engine that was built missed a bound, now or at an earlier try.
+        EngineParityError: the engine that was built missed a gate, now or in an earlier run.
         MissingExtraError: cuda-bindings is not installed.
     """
     if opened_by is None:
@@ -232,9 +228,9 @@ def find_or_build(
         where = gpu_name()
     else:
         where = device.name
-    cache = EngineCache(folder or engine_cache_folder(), say)
-    finder = _Finder(source, device, library, gate, say, cache, opened_by, where)
-    return finder.shipped(shipped) or finder.kept_or_new(shipped)
+    cache = EngineCache(folder or engine_cache_folder())
+    search = _EngineSearch(source, device, library, gate, cache, opened_by, where)
+    return search.in_bundle(shipped) or search.in_cache_or_build(shipped)
 
 
 def _check_gpu(device: DeviceProfile) -> None:
@@ -259,8 +255,8 @@ def _opener(library: TensorRtLibrary) -> OpenEngine:
     return open_engine
 
 
-class _Finder:
-    """One search for the engine of one graph."""
+class _EngineSearch:
+    """The search for the engine of one graph on one machine."""
 
     def __init__(
         self,
@@ -268,19 +264,18 @@ class _Finder:
         device: DeviceProfile,
         library: TensorRtLibrary,
         gate: EngineCheck,
-        say: Say,
         cache: EngineCache,
         open_engine: OpenEngine,
         where: str,
     ) -> None:
         self._source, self._device, self._library = source, device, library
-        self._gate, self._say, self._cache = gate, say, cache
+        self._gate, self._cache = gate, cache
         self._open, self._where = open_engine, where
         self._key = EngineKey.of(source, device, library)
         self._stem = self._key.stem(source.name)
 
-    def shipped(self, shipped: BundledEngines) -> Engine | None:
-        """The first engine of the bundle that suits and passes."""
+    def in_bundle(self, shipped: BundledEngines) -> Engine | None:
+        """Open the first engine of the bundle that runs here and passes the gate."""
         for record, load in shipped:
             if record.key.mismatch(self._key) is None:
                 engine = self._try_shipped(record, load)
@@ -303,17 +298,17 @@ class _Finder:
             if not entry.failed:
                 return self._start(content, record.key, stem)
         except EngineError as error:
-            self._say(f"the bundle's {record.path} cannot be used here ({error})")
+            _log.warning("the bundle's %s cannot be used here (%s)", record.path, error)
             return None
-        self._say(f"the bundle's {record.path} is not used, it misses {entry.failed}")
+        _log.warning("the bundle's %s is not used, it misses %s", record.path, entry.failed)
         return None
 
-    def kept_or_new(self, shipped: BundledEngines) -> Engine:
-        """The engine that was kept, or a new one."""
+    def in_cache_or_build(self, shipped: BundledEngines) -> Engine:
+        """Open the engine in the cache, or build one."""
         with self._cache.lock(self._stem):
-            return self._kept() or self._new(shipped)
+            return self._in_cache() or self._build(shipped)
 
-    def _kept(self) -> Engine | None:
+    def _in_cache(self) -> Engine | None:
         entry = self._cache.entry(self._stem, self._key)
         if entry is None:
             return None
@@ -325,17 +320,18 @@ class _Finder:
         try:
             return self._start(content, self._key, self._stem)
         except EngineError as error:
-            self._say(f"{self._cache.path(self._stem)} cannot be used any more ({error})")
+            path = self._cache.path(self._stem)
+            _log.warning("%s cannot be used any more (%s)", path, error)
             return None
 
-    def _new(self, shipped: BundledEngines) -> Engine:
+    def _build(self, shipped: BundledEngines) -> Engine:
         path = self._cache.path(self._stem)
         obstacle = self._library.why_not_build(self._device)
         lacking = f"no usable engine of {self._source.name} for {self._where} in this bundle"
         lacking += _reasons(shipped, self._key)
         if obstacle is not None:
             raise EngineError(f"{lacking}, and none can be built here: {obstacle}")
-        self._say(f"{lacking}: building one with {self._library.title}, kept in {path}")
+        _log.info("%s: building one with %s, kept in %s", lacking, self._library.title, path)
         built = build_engine(
             self._source,
             device=self._device,
@@ -374,7 +370,7 @@ def _entry(
         schema_version=ENTRY_VERSION,
         key=key,
         sha256=sha256,
-        gates=() if failed else gates,  # what failed may be NaN, which JSON does not have
+        gates=() if failed else gates,  # a failed value may be NaN, which JSON cannot hold
         failed=failed,
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -387,13 +383,13 @@ def _holds(gate: GateRecord) -> bool:
 
 
 def _words(gate: GateRecord) -> str:
-    """A gate in words, such as "mean cosine: 0.31 cosine (bound >= 0.99)"."""
+    """Describe a gate: "mean cosine: 0.31 cosine (bound >= 0.99)"."""
     value = f"{gate.value:.6g} {gate.unit}".rstrip()
     return f"{gate.name}: {value} (bound {gate.direction} {gate.bound:g})"
 
 
 def _reasons(shipped: BundledEngines, key: EngineKey) -> str:
-    """Why the engines that the bundle has of this graph do not suit, in brackets."""
+    """Say in brackets why the bundle's engines of this graph cannot be used."""
     same = [record.key for record, _ in shipped if record.key.graph_sha256 == key.graph_sha256]
     mismatches = dict.fromkeys(mismatch for known in same if (mismatch := known.mismatch(key)))
     return f" (only one {' and one '.join(mismatches)})" if mismatches else ""

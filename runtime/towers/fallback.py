@@ -1,7 +1,7 @@
-"""Choose the precision a tower runs in, and fall back where its engine computes it wrongly."""
+"""Choose the precision of a tower, and fall back to another where an engine computes it wrongly."""
 
 import itertools
-import sys
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,16 @@ if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
 
 
-def usable_precisions(tower: TowerManifest, device: "DeviceProfile") -> tuple[Precision, ...]:
-    """Precisions of a tower that the device allows and computes rightly, in their order there.
+OpenRunner = Callable[[Bundle, Tower, Precision, "DeviceProfile"], TowerRunner]
 
-    int8 made for VNNI is left out on a CPU without: its products would overflow in silence.
+_log = logging.getLogger(__name__)
+_EXACTNESS: tuple[Precision, ...] = ("fp8", "int8", "fp16", "fp32")  # the most exact last
+
+
+def usable_precisions(tower: TowerManifest, device: "DeviceProfile") -> tuple[Precision, ...]:
+    """Return the precisions of a tower that the device allows, in the device's order.
+
+    int8 made for VNNI is left out on a CPU without VNNI, where its products would saturate.
     """
     held = {file.precision: file for file in tower.files}
     return tuple(
@@ -31,45 +37,31 @@ def usable_precisions(tower: TowerManifest, device: "DeviceProfile") -> tuple[Pr
 def choose_precision(
     tower: TowerManifest, device: "DeviceProfile", wanted: Precision | None = None
 ) -> Precision:
-    """Return `wanted`, else what the bundle chose, else the first that fits the device.
+    """Return `wanted`, else the bundle's default, else the first precision the device allows.
 
     Raises:
         InputError: the device does not allow `wanted`, or would compute it wrongly.
-        BundleError: the bundle does not hold `wanted`, or nothing that fits the device.
+        BundleError: the bundle does not contain `wanted`, or no precision the device allows.
     """
-    usable = usable_precisions(tower, device)
+    allowed = " or ".join(device.precisions)
     if wanted is not None:
-        return _wanted(tower, device, wanted)
+        if wanted not in device.precisions:
+            raise InputError(f"device {device.name!r} does not allow {wanted}: choose {allowed}")
+        if tower.file(wanted).needs_vnni and not device.vnni:
+            raise InputError(
+                f"the {wanted} {tower.tower} tower was made for CPUs with VNNI, which device "
+                f"{device.name!r} lacks: choose another precision, or export it for this device"
+            )
+        return wanted
+    usable = usable_precisions(tower, device)
     if tower.chosen in usable:
         return tower.chosen
     if not usable:
         raise BundleError(
             f"the bundle holds the {tower.tower} tower in {', '.join(tower.precisions)}, but "
-            f"device {device.name!r} allows {_either(device)}: export it in one of these"
+            f"device {device.name!r} allows {allowed}: export it in one of these"
         )
     return usable[0]
-
-
-def _wanted(tower: TowerManifest, device: "DeviceProfile", wanted: Precision) -> Precision:
-    if wanted not in device.precisions:
-        raise InputError(
-            f"device {device.name!r} does not allow {wanted}: choose {_either(device)}"
-        )
-    if tower.file(wanted).needs_vnni and not device.vnni:
-        raise InputError(
-            f"the {wanted} {tower.tower} tower was made for CPUs with VNNI, which device "
-            f"{device.name!r} lacks: choose another precision, or export it for this device"
-        )
-    return wanted
-
-
-def _either(device: "DeviceProfile") -> str:
-    return " or ".join(device.precisions)
-
-
-OpenRunner = Callable[[Bundle, Tower, Precision, "DeviceProfile"], TowerRunner]
-
-_EXACTNESS: tuple[Precision, ...] = ("fp8", "int8", "fp16", "fp32")
 
 
 def open_with_fallback(
@@ -80,22 +72,21 @@ def open_with_fallback(
     *,
     open_runner: OpenRunner = TowerRunner,
 ) -> TowerRunner:
-    """Load a tower; if its engine is wrong, in a more exact precision, at last on the CPU.
+    """Load a tower; if its engine is wrong, load a more exact precision, at last on the CPU.
 
-    Some versions of TensorRT give wrong numbers in half precision without a word; such an
-    engine misses its parity gate on the device. What runs instead is slower, never wrong, and
-    each step is told on stderr. Other failures, such as a GPU that is missing, stay errors:
-    they are for a person to mend.
+    Some versions of TensorRT silently compute wrong numbers in half precision; such an engine
+    misses its parity gate on the device. The fallback is slower but correct, and each step is
+    logged as a warning. Other failures, such as a missing GPU, remain errors.
 
     Args:
-        bundle: what holds the tower.
-        tower: which one.
-        precision: what should run.
-        device: where.
+        bundle: the bundle of the tower.
+        tower: image or text.
+        precision: the precision to try first.
+        device: where the tower runs.
         open_runner: loads one precision on one device.
 
     Raises:
-        EngineParityError: even ONNX Runtime on the CPU is wrong.
+        EngineParityError: the engine of every precision is wrong.
         EngineError, BundleError, MissingExtraError: see `TowerRunner`.
     """
     attempts = list(_attempts(bundle, tower, precision, device))
@@ -104,8 +95,7 @@ def open_with_fallback(
             return open_runner(bundle, tower, wanted, where)
         except EngineParityError as error:
             place = "" if there is where else " with ONNX Runtime on the CPU, which is slow"
-            line = f"edgeclip: {error}; using {instead} for the {tower} tower{place}"
-            print(line, file=sys.stderr, flush=True)
+            _log.warning("%s; using %s for the %s tower%s", error, instead, tower, place)
     wanted, where = attempts[-1]
     return open_runner(bundle, tower, wanted, where)
 
@@ -113,6 +103,7 @@ def open_with_fallback(
 def _attempts(
     bundle: Bundle, tower: Tower, precision: Precision, device: "DeviceProfile"
 ) -> Iterator[tuple[Precision, "DeviceProfile"]]:
+    """Yield precision and device of each attempt, the wanted one first."""
     yield precision, device
     usable = usable_precisions(bundle.manifest.tower(tower), device)
     for more_exact in _EXACTNESS[_EXACTNESS.index(precision) + 1 :]:

@@ -137,7 +137,6 @@ class TensorRtRunner:
             device=device,
             library=open_library(device),
             gate=lambda engine: (),  # every candidate is held against torch, this one too
-            say=lambda line: None,
             folder=folder,
         )
         if not isinstance(engine, TensorRtEngine):

@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,30 @@ ENTRY = EngineEntry(
 )
 
 
-@pytest.fixture
-def said() -> list[str]:
-    return []
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """The messages that the cache logs meanwhile."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("edgeclip.runtime.engines.engine_cache")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture
-def cache(tmp_path: Path, said: list[str]) -> EngineCache:
-    return EngineCache(tmp_path / "deep" / "engines", said.append)
+def said() -> Iterator[list[str]]:
+    with logged() as found:
+        yield found
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EngineCache:
+    return EngineCache(tmp_path / "deep" / "engines")
 
 
 def test_what_was_kept_is_found(cache: EngineCache, said: list[str]) -> None:
@@ -83,7 +101,7 @@ def test_altered_engine_is_not_used(cache: EngineCache, said: list[str], content
     cache.write(STEM, ENTRY, content=CONTENT)
     cache.path(STEM).write_bytes(content)
     assert cache.content(STEM, ENTRY) is None
-    assert f"{STEM}.engine is not what {STEM}.json says" in said[0]
+    assert f"{STEM}.engine has not the hash in {STEM}.json" in said[0]
 
 
 def test_lost_engine_is_not_used(cache: EngineCache, said: list[str]) -> None:
@@ -128,12 +146,12 @@ def test_altered_entry_is_not_used(
 def test_any_bytes_for_an_entry_are_no_entry(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
-    said: list[str] = []
-    cache = EngineCache(tmp_path_factory.getbasetemp() / "any", said.append)
+    cache = EngineCache(tmp_path_factory.getbasetemp() / "any")
     path = cache.path(STEM, ".json")
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    assert cache.entry(STEM, KEY) is None
+    with logged() as said:
+        assert cache.entry(STEM, KEY) is None
     assert len(said) == 1
 
 
@@ -149,7 +167,7 @@ def test_truncated_entry_is_not_used(cache: EngineCache) -> None:
 def test_entry_of_another_key_is_not_used(cache: EngineCache, said: list[str]) -> None:
     cache.write(STEM, ENTRY, content=CONTENT)
     assert cache.entry(STEM, a_key(version="10.4.0")) is None
-    assert "another engine than its name says" in said[0]
+    assert "describes another engine than its name says" in said[0]
 
 
 def test_killed_writer_leaves_nothing_that_is_taken_for_an_engine(
@@ -167,7 +185,7 @@ def test_killed_writer_leaves_nothing_that_is_taken_for_an_engine(
         "    if path.suffix == '.json': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(path, content)\n"
         "engine_cache._write = killed\n"
-        "cache = engine_cache.EngineCache(Path(sys.argv[1]), print)\n"
+        "cache = engine_cache.EngineCache(Path(sys.argv[1]))\n"
         "with cache.lock(STEM): cache.write(STEM, ENTRY, content=CONTENT)\n"
     )
     root = Path(__file__).parents[3]
@@ -200,10 +218,10 @@ def test_lock_makes_others_wait_and_say_so(cache: EngineCache, said: list[str]) 
 
 def test_folder_that_cannot_be_written_is_said(tmp_path: Path, said: list[str]) -> None:
     (tmp_path / "file").write_text("no folder")
-    cache = EngineCache(tmp_path / "file", said.append)
+    cache = EngineCache(tmp_path / "file")
     with cache.lock(STEM):
         cache.write(STEM, ENTRY, content=CONTENT)
-    assert "cannot be kept, so that the next start builds it again" in said[0]
+    assert "cannot be kept, so the next start builds it again" in said[0]
 
 
 def test_where_engines_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -268,7 +286,6 @@ def find(
     ada: DeviceProfile,
     image_source: GraphSource,
     tmp_path: Path,
-    said: list[str],
     opened: Opened,
 ) -> Find:
     """`find_or_build` for the tiny image tower, with a folder of its own."""
@@ -280,7 +297,6 @@ def find(
             device=ada,
             library=library,
             gate=gate,
-            say=said.append,
             folder=tmp_path / "engines",
             opened_by=opened_by,
             **more,  # type: ignore[arg-type]
@@ -331,7 +347,7 @@ def test_truncated_engine_is_built_anew(find: Find, tmp_path: Path, said: list[s
     path.write_bytes(whole[:100])
     find(gate)
     assert gate.calls == 2
-    assert "is not what" in said[1]
+    assert "has not the hash" in said[1]
     assert len(path.read_bytes()) > 100
     find(gate)
     assert gate.calls == 2
@@ -480,7 +496,6 @@ def test_nothing_shipped_and_nothing_to_build_with(
             device=device,
             library=TensorRtLibrary("tensorrt", "10.3.0", None),
             gate=Counter(),
-            say=print,
             folder=tmp_path,
             opened_by=opened,
         )
@@ -492,7 +507,5 @@ def test_without_gpu_nothing_is_built(
     if shutil.which("nvidia-smi"):
         pytest.skip("this machine has a GPU")
     with pytest.raises(EngineError, match=r"GPU|cuda-bindings|NVIDIA driver"):
-        find_or_build(
-            image_source, device=ada, library=rtx, gate=Counter(), say=print, folder=tmp_path
-        )
+        find_or_build(image_source, device=ada, library=rtx, gate=Counter(), folder=tmp_path)
     assert list(tmp_path.iterdir()) == []

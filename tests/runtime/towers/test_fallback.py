@@ -15,7 +15,7 @@ from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.towers.fallback import open_with_fallback
 from edgeclip.runtime.towers.tower_runner import TowerRunner
 
-Capture = pytest.CaptureFixture[str]
+Log = pytest.LogCaptureFixture
 
 
 class Opener:
@@ -39,31 +39,29 @@ def bundle(tiny_bundle: Path) -> Bundle:
     return Bundle.open(tiny_bundle)
 
 
-def test_what_is_right_is_taken(bundle: Bundle, cpu_device: DeviceProfile, capsys: Capture) -> None:
+def test_what_is_right_is_taken(bundle: Bundle, cpu_device: DeviceProfile, caplog: Log) -> None:
     opener = Opener("fp32")
     runner = open_with_fallback(bundle, "image", "int8", cpu_device, open_runner=opener)
     assert (runner.precision, opener.asked) == ("int8", [("int8", "test-cpu")])
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def test_the_next_more_exact_precision_takes_its_place(
-    bundle: Bundle, cpu_device: DeviceProfile, capsys: Capture
+    bundle: Bundle, cpu_device: DeviceProfile, caplog: Log
 ) -> None:
     opener = Opener("int8")
     runner = open_with_fallback(bundle, "image", "int8", cpu_device, open_runner=opener)
     assert (runner.precision, runner.device) == ("fp32", cpu_device)
-    assert capsys.readouterr().err == (
-        "edgeclip: the engine of image int8 is wrong; using fp32 for the image tower\n"
-    )
+    assert caplog.messages == ["the engine of image int8 is wrong; using fp32 for the image tower"]
 
 
-def test_at_last_the_cpu(bundle: Bundle, cpu_device: DeviceProfile, capsys: Capture) -> None:
+def test_at_last_the_cpu(bundle: Bundle, cpu_device: DeviceProfile, caplog: Log) -> None:
     device = replace(cpu_device, name="jetson-cpu", engine="onnxruntime-openvino")
     opener = Opener("int8", "fp32")
     runner = open_with_fallback(bundle, "image", "int8", device, open_runner=opener)
     assert runner.device == device.cpu_profile()
     assert [name for _, name in opener.asked] == ["jetson-cpu", "jetson-cpu", "jetson-cpu-cpu"]
-    assert "ONNX Runtime on the CPU, which is slow" in capsys.readouterr().err
+    assert "ONNX Runtime on the CPU, which is slow" in caplog.text
 
 
 def test_where_nothing_is_right_the_error_stays(bundle: Bundle, cpu_device: DeviceProfile) -> None:
@@ -94,13 +92,13 @@ def wrong_engines(monkeypatch: pytest.MonkeyPatch) -> DeviceProfile:
 
 
 def test_an_encoder_falls_back_and_says_what_runs(
-    tiny_bundle: Path, cpu_device: DeviceProfile, wrong_engines: DeviceProfile, capsys: Capture
+    tiny_bundle: Path, cpu_device: DeviceProfile, wrong_engines: DeviceProfile, caplog: Log
 ) -> None:
     encoder = Encoder.open(tiny_bundle, device=wrong_engines)
     image = Image.new("RGB", (12, 12), "red")
     found = encoder.encode_image(image)
     assert encoder.precisions["image"] == "fp32"
-    assert "using fp32" in capsys.readouterr().err
+    assert "using fp32" in caplog.text
     expected = Encoder.open(tiny_bundle, device=cpu_device, precision="fp32").encode_image(image)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
