@@ -12,7 +12,7 @@ from edgeclip.runtime.planning.cut_set import CutSet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("cuts", type=Path, help="directory that `edgeclip cut` wrote")
     parser.add_argument("--out", type=Path, required=True, help="write the times to this JSON file")
     parser.add_argument(
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the samples, and print their medians."""
+    """Measure all stages, write their times, print the medians."""
     cuts, device = CutSet.open(args.cuts), load_device(args.device)
     pictures = find_images(args.pictures)
     with progress_bar("measure") as progress:

@@ -1,11 +1,11 @@
-"""`edgeclip plan`: what should run on the device and what on a server, by what was measured."""
+"""`edgeclip plan`: choose what runs on the device and what on a server, from measured times."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from edgeclip.profiles.cuts.plan_report import explain, plan_page, plan_picture, plan_table
+from edgeclip.profiles.cuts.plan_report import explain, plan_chart, plan_page, plan_table
 from edgeclip.profiles.predict.measured_device import measured_names
 from edgeclip.profiles.predict.predict_stages import (
     StageTimesPair,
@@ -14,6 +14,8 @@ from edgeclip.profiles.predict.predict_stages import (
     prediction_remarks,
 )
 from edgeclip.profiles.record.measurement import MeasurementRun
+from edgeclip.profiles.report.drawing import svg
+from edgeclip.profiles.report.html_page import write_html
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.device.link import LinkProfile, link_names, load_link
 from edgeclip.runtime.errors import InputError
@@ -31,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("cuts", type=Path, help="directory that `edgeclip cut` wrote")
     what = (
-        "what `edgeclip measure-cuts` wrote on the {}; for one of both also a measured device, by "
-        f"which they are predicted: a file of `edgeclip measure-probes`{_measured_names()}"
+        "file that `edgeclip measure-cuts` wrote on the {}; for one side also a measured device, "
+        f"from which times are predicted: a file of `edgeclip measure-probes`{_measured_names()}"
     )
     for side in ("device", "server"):
         parser.add_argument(
@@ -45,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--http-ms",
         type=float,
         default=_HTTP_MS,
-        help=f"what HTTP costs both programs for one request (assumed: {_HTTP_MS})",
+        help=f"time of HTTP in both programs for one request (assumed: {_HTTP_MS})",
     )
     parser.add_argument(
         "--goal",
         choices=get_args(Goal),
         default="embedding",
-        help="what is wanted: the embedding on the device, or a search on the server "
+        help="where the result is needed: the embedding on the device, or a search on the server "
         "(default: embedding)",
     )
     parser.add_argument("--index", default="index", help="the server's index, for --goal search")
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="a run of `edgeclip profile --plan`, to hold what was predicted against",
+        help="a run of `edgeclip profile --plan`, to compare the predictions with",
     )
     parser.add_argument("--picture", type=Path, help="draw the plans: NAME.svg or NAME.html")
 
@@ -75,13 +77,13 @@ def _measured_names() -> str:
 
 def _add_conditions(parser: argparse.ArgumentParser) -> None:
     numbers = {
-        "--deadline-ms": (None, "bound of the 95th percentile"),
-        "--load": (1.0, "by how much the device is slower than when it was measured"),
-        "--utilisation": (0.0, "share of time that the server is busy with others, below 1"),
-        "--ms-per-joule": (0.0, "what a joule of the device is worth, in milliseconds"),
-        "--ms-per-megabyte": (0.0, "what 10^6 bytes sent are worth, in milliseconds"),
-        "--ms-per-server-second": (0.0, "what a second of the server is worth, in milliseconds"),
-        "--mean-cosine": (0.99, "least mean cosine that a codec may leave"),
+        "--deadline-ms": (None, "upper bound of the 95th percentile of the latency"),
+        "--load": (1.0, "factor by which the device is slower than when it was measured"),
+        "--utilisation": (0.0, "share of time that the server is busy with other clients, below 1"),
+        "--ms-per-joule": (0.0, "weight of energy on the device: milliseconds per joule"),
+        "--ms-per-megabyte": (0.0, "weight of traffic: milliseconds per 10^6 bytes sent"),
+        "--ms-per-server-second": (0.0, "weight of server time: milliseconds per second of it"),
+        "--mean-cosine": (0.99, "least mean cosine of embeddings through a codec and exact ones"),
         "--least-cosine": (0.97, "least cosine of any picture"),
     }
     for name, (default, words) in numbers.items():
@@ -90,7 +92,7 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print all plans and the chosen one; write what was asked for."""
+    """Print all plans and the chosen one; write the requested files."""
     cuts = CutSet.open(args.cuts)
     sides = load_stage_times(args.device_times, args.server_times, cuts)
     link = load_link(args.link)
@@ -99,19 +101,19 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise InputError(str(error)) from None
 
-    def chosen(sides: StageTimesPair) -> PlanChoice:
+    def choose(sides: StageTimesPair) -> PlanChoice:
         found = estimate_plans(
             cuts.manifest, *sides, conditions, deadline_ms=args.deadline_ms, index=args.index
         )
         return choose_plan(found, objective)
 
-    choice = chosen(sides)
-    notes = [*prediction_remarks(sides, choice, chosen), *_notes(args, *sides)]
+    choice = choose(sides)
+    notes = [*prediction_remarks(sides, choice, choose), *_notes(args, *sides)]
     words = "\n".join([explain(choice, objective), *notes])
     print("\n".join([*prediction_headings(sides), plan_table(choice, all_codecs=args.all)]))
     print(f"\n{words}")
     for path in args.measured:
-        print("\n".join(_errors(path, (*choice.allowed, *choice.refused))))
+        print("\n".join(_prediction_errors(path, (*choice.allowed, *choice.refused))))
     if args.out is not None:
         choice.best.plan.save(args.out)
         print(f"plan written to {args.out}")
@@ -121,8 +123,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _errors(path: Path, estimates: Sequence[PlanEstimate]) -> list[str]:
-    """How far predictions are from what was measured, plan by plan."""
+def _prediction_errors(path: Path, estimates: Sequence[PlanEstimate]) -> list[str]:
+    """Compare predicted and measured 95th percentiles, one line for each plan."""
     predicted = {item.plan.name: item.p95_ms for item in estimates}
     measured = MeasurementRun.load(path).measurements
     lines = [
@@ -162,6 +164,7 @@ def _conditions(args: argparse.Namespace, cuts: CutSet, link: LinkProfile) -> Pl
 
 
 def _notes(args: argparse.Namespace, device: StageTimes, server: StageTimes) -> list[str]:
+    """List what is assumed, and warn of disturbed measurements."""
     notes = [
         f"Link {args.link} as its profile describes it, and {args.http_ms:g} ms for HTTP: both "
         "are assumed until they are measured there."
@@ -179,9 +182,10 @@ def _notes(args: argparse.Namespace, device: StageTimes, server: StageTimes) -> 
 def _draw(args: argparse.Namespace, choice: PlanChoice, words: str) -> None:
     if args.picture.suffix not in (".svg", ".html"):
         raise InputError(f"--picture is {args.picture}: give a name that ends in .svg or .html")
-    title = f"Plans over {args.link}"
-    content = plan_picture(choice, title=title, deadline_ms=args.deadline_ms)
+    chart = plan_chart(choice, title=f"Plans over {args.link}", deadline_ms=args.deadline_ms)
     if args.picture.suffix == ".html":
-        content = plan_page(content, title=title, words=words)
+        write_html(plan_page(chart, choice, words=words), args.picture)
+        return
+    content = svg(chart, alone=True)
     with atomic_file(args.picture) as temporary:
         temporary.write_text(content, encoding="utf-8")

@@ -1,8 +1,9 @@
-"""`edgeclip profile`: latency, throughput, memory and energy that another engineer can trust.
+"""`edgeclip profile`: measure latency, throughput, memory and energy, reproducibly.
 
-Subjects are the towers of bundles in every precision that the device can run, the whole way
-from an image file to its embedding, the same with a server's help, and graphs of others. They
-take turns; the result is one JSON file, a report if wanted, and a verdict against an earlier run.
+Subjects are the towers of bundles in every precision that the device can run, the whole path
+from an image file to its embedding, the same split between device and server, and ONNX files of
+others (peers). Their runs are interleaved. The result is one JSON file and, on request, a report
+and a verdict against an earlier run.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from edgeclip.profiles.compare.compare_runs import compare_runs, describe_hardwa
 from edgeclip.profiles.compare.comparison_table import comparison_markdown, comparison_text
 from edgeclip.profiles.compare.regression_gate import parse_max_regression, regression_gate
 from edgeclip.profiles.measure.subject import SplitSpec, SubjectSpec, bundle_parts, bundle_subjects
-from edgeclip.profiles.profile_subjects import ProfilePlan, names_of, profile_subjects
+from edgeclip.profiles.profile_subjects import ProfilePlan, profile_subjects
 from edgeclip.profiles.record.measurement import MeasurementRun
 from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.profiles.report.profile_data import NamedRun
@@ -43,14 +44,14 @@ _REGRESSED = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument(
-        "bundles", nargs="*", metavar="[NAME=]BUNDLE", help="bundles, measured side by side"
+        "bundles", nargs="*", metavar="[NAME=]BUNDLE", help="bundles to measure side by side"
     )
     parser.add_argument(
         "--peer",
         action="append",
         default=[],
         metavar="PART:NAME=FILE.onnx",
-        help="a graph of somebody else beside them, such as image:plain=model.onnx",
+        help="another ONNX file to measure beside them, such as image:plain=model.onnx",
     )
     parser.add_argument(
         "--peer-axis",
@@ -58,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_axis,
         metavar="AXIS=SIZE",
-        help="how long an axis of a --peer is that varies beside the batch, such as "
-        "sequence_length=16",
+        help="size of a dynamic axis of a --peer other than the batch, such as sequence_length=16",
     )
     parser.add_argument(
         "--workload",
@@ -69,13 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser)
     parser.add_argument(
         "--parts",
-        help=f"what of a bundle to run (default: {','.join(_PARTS)}, as far as the bundle has "
+        help=f"parts of a bundle to run (default: {','.join(_PARTS)}, as far as the bundle has "
         "them; and split, with --plan)",
     )
     parser.add_argument("--pictures", type=Path, help="image files for the parts file and split")
-    parser.add_argument("--reference", help="what others are divided by (default: fp32)")
     parser.add_argument(
-        "--brief", action="store_true", help="neither stages nor layers nor the roofline"
+        "--reference", help="name of the subject that ratios divide by (default: fp32)"
+    )
+    parser.add_argument(
+        "--brief", action="store_true", help="leave out stages, layers and the roofline"
     )
     _add_split(parser)
     _add_gate(parser)
@@ -96,10 +98,13 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-regression",
         type=_share,
-        help="exit with 1 if something is surely slower by more than this, such as 5%%",
+        help="exit with 1 if a subject is slower by more than this, such as 5%%, with 95%% "
+        "confidence",
     )
     parser.add_argument(
-        "--undecided-fails", action="store_true", help="exit with 1 too if noise hides the answer"
+        "--undecided-fails",
+        action="store_true",
+        help="also exit with 1 if the measurements are too noisy to decide",
     )
     parser.add_argument(
         "--other-machine", action="store_true", help="allow an earlier run of another machine"
@@ -110,11 +115,11 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="write everything to this JSON file")
     parser.add_argument("--report", type=Path, help="write an HTML page")
     parser.add_argument("--markdown", type=Path, help="write Markdown for a pull request")
-    parser.add_argument("--parquet", type=Path, help="write a long table, one row a figure")
+    parser.add_argument("--parquet", type=Path, help="write a long table, one row for each figure")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write what was asked for; 1 if something regressed."""
+    """Measure, print a table, write the requested files; return 1 if something regressed."""
     _check(args)
     baseline = _baseline(args)
     workload, device = load_workload(args.workload), load_device(args.device)
@@ -129,8 +134,8 @@ def run(args: argparse.Namespace) -> int:
         reference=_reference(args.reference, specs),
         inside=not args.brief,
     )
-    _say(f"measuring {names_of(specs)}")
-    measured = profile_subjects(plan, _say)
+    _print_status(f"measuring {', '.join(spec.title for spec in specs)}")
+    measured = profile_subjects(plan, _print_status)
     if args.out is not None:
         measured.save(args.out)  # before anything else can go wrong
     print(measurement_table(measured))
@@ -143,12 +148,12 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _say(line: str) -> None:
+def _print_status(line: str) -> None:
     print(line, file=sys.stderr)
 
 
 def _baseline(args: argparse.Namespace) -> MeasurementRun | None:
-    """The earlier run; one of another machine is refused before minutes go by."""
+    """Load the earlier run; refuse one of another machine before minutes are spent."""
     if args.against is None:
         return None
     found = MeasurementRun.load(args.against)
@@ -173,7 +178,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _bundle(given: str) -> tuple[str, Bundle]:
-    """The name to go by, empty where none was given, and the bundle."""
+    """Open [NAME=]BUNDLE; return the name, empty if none was given, and the bundle."""
     name, equals, path = given.partition("=")
     if not equals or "/" in name:
         name, path = "", given
@@ -227,7 +232,7 @@ def _peer(given: str, device: DeviceProfile, axes: Sequence[tuple[str, int]]) ->
 
 
 def _reference(asked: str | None, specs: Sequence[SubjectSpec]) -> str | None:
-    """What was asked for; else the first subject in fp32, if any."""
+    """Return the requested reference; by default the first subject in fp32, if any."""
     if asked is None:
         return next((spec.name for spec in specs if spec.precision == "fp32"), None)
     names = tuple(dict.fromkeys(spec.name for spec in specs))
@@ -239,11 +244,10 @@ def _reference(asked: str | None, specs: Sequence[SubjectSpec]) -> str | None:
 def _compare(
     args: argparse.Namespace, measured: MeasurementRun, baseline: MeasurementRun | None
 ) -> tuple[int, str]:
+    """Print the comparison; return the exit status and the comparison in Markdown."""
     if baseline is None:
         return 0, ""
     comparisons = compare_runs(measured, baseline)
-    if not comparisons:
-        raise InputError(f"{args.against} measured none of these subjects: nothing to compare")
     verdict = None
     if args.max_regression is not None:
         verdict = regression_gate(

@@ -22,12 +22,12 @@ from tests.profiles.predict.known_device import known_device
 from tests.profiles.predict.test_predict_stages import sealed
 
 
-def run(verb: ModuleType, *words: str | Path) -> int:
+def run(command: ModuleType, *words: str | Path) -> int:
     parser = argparse.ArgumentParser(prog="edgeclip")
-    verb.add_arguments(parser)
-    name = verb.__name__.rpartition(".")[2].replace("_", "-")
+    command.add_arguments(parser)
+    name = command.__name__.rpartition(".")[2].replace("_", "-")
     typed = argparse.Namespace(command=f"edgeclip {name}")
-    status: int = verb.run(parser.parse_args([str(word) for word in words], typed))
+    status: int = command.run(parser.parse_args([str(word) for word in words], typed))
     return status
 
 
@@ -147,7 +147,10 @@ def test_a_side_may_be_predicted_from_probes(
     assert plan(cuts, times, "--device-times", probes, "--picture", page) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("device: towers predicted for board, within 1")
-    assert "not measured there, but predicted: sum of pieces measured on board." in printed
+    assert (
+        "not measured there, but predicted: sum of block costs fitted to what was measured on board."
+        in printed
+    )
     assert "Pictures and codecs are assumed to take" in printed
     assert "as on test-cpu, as the whole tower does" in printed
     assert "these towers" in printed  # whether the choice holds

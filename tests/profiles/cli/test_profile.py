@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from edgeclip.profiles.record.measurement import MeasurementRun
-from edgeclip.profiles.report.profile_advice import advice_of
 from edgeclip.profiles.report.profile_data import NamedRun
+from edgeclip.profiles.report.profile_report import advice_of
 from edgeclip.profiles.report.tables import long_table, write_parquet
 from edgeclip.runtime.cli.main import main
 from edgeclip.runtime.planning.plan import SplitPlan
