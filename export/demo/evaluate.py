@@ -18,7 +18,7 @@ from edgeclip.profiles.measure.interleaved_runs import (
     repeat_rows,
 )
 from edgeclip.profiles.measure.open_subject import bundle_targets
-from edgeclip.profiles.measure.subject import example_feed, golden_inputs, measurable_precisions
+from edgeclip.profiles.measure.subject import example_feed, measurable_precisions
 from edgeclip.profiles.record.measurement import Measurement
 from edgeclip.profiles.report.bundle_report import DirectionQuality, ModelQuality, Role
 from edgeclip.profiles.report.sections import GalleryEntry, ShownAnswer
@@ -188,7 +188,7 @@ def measure_tower(
     All run on the bundle's golden inputs. Ratios are to the teacher in ONNX.
     """
     tower, spec = teacher_onnx.tower, teacher.image_spec
-    inputs = golden_inputs(bundle, tower)
+    inputs = bundle.golden().inputs(tower)
     teacher_embed = graph_embedder(teacher_onnx, spec, device)
     candidates = (
         BenchmarkTarget(TEACHER_TORCH, torch_embedder(teacher, tower), repeat_rows(inputs)),

@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip.profiles.measure.open_subject import OpenSubject, data_files, open_subject
+from edgeclip.profiles.measure.onnx_model import data_files
+from edgeclip.profiles.measure.open_subject import OpenSubject, open_subject
 from edgeclip.profiles.measure.subject import SubjectSpec
 from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
