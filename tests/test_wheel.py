@@ -202,7 +202,7 @@ def test_a_device_runs_a_bundle(
     assert index.is_file()
 
 
-@pytest.mark.parametrize("command", ["demo", "demo --quick", "cache --out cache"])
+@pytest.mark.parametrize("command", ["demo --quick", "cache --out cache"])
 def test_what_needs_the_weights_says_where_they_are(installed: Path, command: str) -> None:
     done = _edgeclip(installed, *command.split())
     assert done.returncode == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgeclip.runtime.bundle.manifest import Manifest
 from edgeclip.runtime.console import plain_text
-from edgeclip.runtime.hub.hub import pull
+from edgeclip.runtime.hub.pull import pull
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.manifest import Manifest, TowerFile
 from edgeclip.runtime.console import plain_text
-from edgeclip.runtime.hub.hub import is_repo_name
+from edgeclip.runtime.hub.hub_client import is_repo_name
 
 _HUB_IDS = frozenset(
     re.findall(

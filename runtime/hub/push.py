@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.hub.hub import (
+from edgeclip.runtime.hub.hub_client import (
     HubError,
     check_repo_name,
     hub_errors,

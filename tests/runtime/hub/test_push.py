@@ -10,8 +10,9 @@ from huggingface_hub import constants
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.hub.hub import HubError, pull
+from edgeclip.runtime.hub.hub_client import HubError
 from edgeclip.runtime.hub.model_card import CARD_NAME
+from edgeclip.runtime.hub.pull import pull
 from edgeclip.runtime.hub.push import PushResult, plan_push, push
 from tests.runtime.fake_hub import USER, FakeHub, files_of, serve_to
 

@@ -14,8 +14,9 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import BundleError, EdgeClipError, InputError
-from edgeclip.runtime.hub.hub import HubError, PulledBundle, hide_tokens, pull
+from edgeclip.runtime.hub.hub_client import HubError, hide_tokens
 from edgeclip.runtime.hub.model_card import CARD_NAME
+from edgeclip.runtime.hub.pull import PulledBundle, pull
 from tests.runtime.fake_hub import TOKEN, USER, FakeHub, Files, files_of, serve, serve_to
 
 REPO = f"{USER}/tiny"
