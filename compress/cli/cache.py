@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_teacher(parser)
     add_data(parser, count=32_768)
     parser.add_argument("--views", type=int, default=1, help="augmented views of each picture")
-    parser.add_argument("--seed", type=int, default=0, help="of the augmentation")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the augmentation")
     parser.add_argument("--out", type=Path, required=True, help="directory of the cache")
 
 

@@ -25,29 +25,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape = StudentShape()
     add_teacher(parser)
     add_data(parser, count=32_768)
-    parser.add_argument("--out", type=Path, required=True, help="where the student is written")
-    parser.add_argument("--run", type=Path, help="checkpoints and log (default: OUT-run)")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the student")
     parser.add_argument(
-        "--cache", type=Path, help="of `edgeclip cache`, or to be made (default: RUN/cache)"
+        "--run", type=Path, help="directory of checkpoints and log (default: OUT-run)"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="directory of the teacher cache, made if missing (default: RUN/cache)",
     )
     parser.add_argument(
         "--views",
         type=int,
-        help="augmented views of each picture (default: those of the cache that is there, else 1)",
+        help="augmented views of each picture (default: those of an existing cache, else 1)",
     )
-    parser.add_argument("--family", choices=("inherited", "convolutional"), default=shape.family)
+    parser.add_argument(
+        "--family",
+        choices=("inherited", "convolutional"),
+        default=shape.family,
+        help="the image tower: a smaller copy of the teacher's, or a ConvNeXt (default: "
+        f"{shape.family})",
+    )
     for name in ("image-heads", "image-layers", "text-heads", "text-layers"):
+        tower, what = name.split("-")
         default = getattr(shape, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, default=default)
-    for name in ("conv-widths", "conv-depths"):
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            default=default,
+            help=f"{what} of the {tower} tower (default: half of the teacher's)",
+        )
+    for name, what in (("conv-widths", "channels"), ("conv-depths", "blocks")):
         default = getattr(shape, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            nargs="+",
+            default=default,
+            help=f"{what} of each ConvNeXt stage (default: {' '.join(map(str, default))})",
+        )
+    parser.add_argument("--steps", type=int, default=2000, help="default: 2000")
+    parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 0.001")
     parser.add_argument("--seed", type=int, default=0)
     for name, weight in asdict(LossWeights()).items():
-        parser.add_argument(f"--{name}", type=float, default=weight, help="weight of this loss")
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            default=weight,
+            help=f"weight of this loss (default: {weight:g})",
+        )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
         "'emoji' for the built-in scenes (default)",
     )
     parser.add_argument(
-        "--count", type=int, default=count, help=f"how many built-in scenes (default: {count})"
+        "--count", type=int, default=count, help=f"number of built-in scenes (default: {count})"
     )
 
 

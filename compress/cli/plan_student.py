@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + (f", or one of: {names}" if names else ""),
     )
     parser.add_argument(
-        "--latency-ms", type=float, required=True, help="the most one image or text may take"
+        "--latency-ms", type=float, required=True, help="the latency budget of one image or text"
     )
-    parser.add_argument("--part", choices=get_args(Tower), default="image")
+    parser.add_argument("--part", choices=get_args(Tower), default="image", help="default: image")
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help="length of a text, start and end included (default: the teacher's whole context)",
     )
-    parser.add_argument("--all", action="store_true", help="list every student that was looked at")
+    parser.add_argument("--all", action="store_true", help="list every student that was considered")
 
 
 def run(args: argparse.Namespace) -> int:

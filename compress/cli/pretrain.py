@@ -14,15 +14,17 @@ from edgeclip.runtime.bundle.files import atomic_directory, check_target
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--out", type=Path, required=True, help="where the teacher is written")
-    parser.add_argument("--run", type=Path, help="checkpoints and log (default: runs/NAME-run)")
-    parser.add_argument("--steps", type=int, default=3200)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--out", type=Path, required=True, help="directory of the teacher")
+    parser.add_argument(
+        "--run", type=Path, help="directory of checkpoints and log (default: runs/NAME-run)"
+    )
+    parser.add_argument("--steps", type=int, default=3200, help="default: 3200")
+    parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
+    parser.add_argument("--learning-rate", type=float, default=8e-4, help="default: 0.0008")
     parser.add_argument("--seed", type=int, default=0)
     for field in fields(TeacherShape):
         name = "--" + field.name.replace("_", "-")
-        parser.add_argument(name, type=int, default=field.default)
+        parser.add_argument(name, type=int, default=field.default, help=f"default: {field.default}")
 
 
 def run(args: argparse.Namespace) -> int:

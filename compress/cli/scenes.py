@@ -16,9 +16,9 @@ _MARKER = ".edgeclip-scenes"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("folder", type=Path, help="the folder to make")
+    parser.add_argument("folder", type=Path, help="the folder to write")
     parser.add_argument("--split", choices=get_args(Split), default="test")
-    parser.add_argument("--count", type=int, default=100, help="how many (default: 100)")
+    parser.add_argument("--count", type=int, default=100, help="number of scenes (default: 100)")
     parser.add_argument("--size", type=int, default=192, help="side in pixels (default: 192)")
     parser.add_argument("--seed", type=int, default=0)
 

@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="the teacher's bundle")
     add_pairs_option(parser)
     parser.add_argument(
-        "--share", type=float, default=0.95, help="of the teacher's quality to keep (default: 0.95)"
+        "--share",
+        type=float,
+        default=0.95,
+        help="share of the teacher's quality to keep (default: 0.95)",
     )
     parser.add_argument(
         "--delta",
@@ -55,10 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--score",
         choices=("margin", "entropy", "agreement"),
         default="margin",
-        help="how sure the student is: best against second cosine, entropy over all entries, or "
-        "agreement of altered views (default: margin)",
+        help="confidence score of the student: margin of the best over the second cosine, entropy "
+        "over all entries, or agreement of augmented views (default: margin)",
     )
-    parser.add_argument("--views", type=positive, default=4, help="of agreement (default: 4)")
+    parser.add_argument(
+        "--views",
+        type=positive,
+        default=4,
+        help="number of views of --score agreement (default: 4)",
+    )
     parser.add_argument(
         "--workload",
         default="quick",
@@ -66,12 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--link",
-        help=f"count the network of this profile in: a YAML file, or {', '.join(link_names())}",
+        help=f"add the network of this profile to the costs: a YAML file, or "
+        f"{', '.join(link_names())}",
     )
     add_device_option(parser)
     parser.add_argument("--page", type=Path, help="write the curve to this HTML file")
     parser.add_argument(
-        "--dry-run", action="store_true", help="leave the bundle without the certificate"
+        "--dry-run", action="store_true", help="do not write the certificate into the bundle"
     )
     add_json_option(parser)
 
@@ -81,12 +90,12 @@ def _add_eval_set_options(parser: argparse.ArgumentParser) -> None:
         "--query",
         choices=("image", "text"),
         default="image",
-        help="what is asked with (default: image)",
+        help="the side of a pair that is the query (default: image)",
     )
     parser.add_argument(
         "--labels",
         action="store_true",
-        help="classify instead of retrieve: the pictures of each class lie in a subfolder",
+        help="classify instead of retrieve, with one subfolder of pictures for each class",
     )
     parser.add_argument(
         "--template",
@@ -97,7 +106,7 @@ def _add_eval_set_options(parser: argparse.ArgumentParser) -> None:
         "--index-by",
         choices=("teacher", "student"),
         default="teacher",
-        help="whose bundle embeds what queries choose from (default: teacher)",
+        help="whose bundle embeds the entries that queries choose from (default: teacher)",
     )
     counts = (("test", 2000), ("calibration", 1000), ("gallery", 1000))
     for name, count in counts:
@@ -105,7 +114,7 @@ def _add_eval_set_options(parser: argparse.ArgumentParser) -> None:
             f"--{name}-count",
             type=positive,
             default=count,
-            help=f"of emoji scenes (default: {count})",
+            help=f"number of {name} pairs, with --data emoji (default: {count})",
         )
 
 

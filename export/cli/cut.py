@@ -22,14 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument("--out", type=Path, required=True, help="directory of the cut set")
-    parser.add_argument("--tower", choices=get_args(Tower), default="image", help="default: image")
     parser.add_argument(
-        "--precision", choices=get_args(Precision), help="default: what the bundle chose"
+        "--tower",
+        choices=get_args(Tower),
+        default="image",
+        help="the tower to cut (default: image)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        help="of the tower (default: the one that the bundle ships)",
     )
     parser.add_argument(
         "--points",
         default=_ALL,
-        help="all, or numbers such as 1,3; number 0, the pixels, is always there (default: all)",
+        help="the cuts to write: all, or numbers such as 1,3; cut 0, the pixels, is always written "
+        "(default: all)",
     )
     parser.add_argument(
         "--pictures",
@@ -37,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of pictures to measure with, or emoji for built-in scenes (default: emoji)",
     )
     parser.add_argument(
-        "--count", type=positive, default=32, help="how many pictures, at most (default: 32)"
+        "--count", type=positive, default=32, help="the largest number of pictures (default: 32)"
     )
     add_device_option(parser)
-    parser.add_argument("--replace", action="store_true", help="replace a cut set that is there")
+    parser.add_argument("--replace", action="store_true", help="replace an existing cut set")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="train nothing: measure the bundle kept in the repository",
+        help="skip the training, and measure the bundle of the repository",
     )
-    parser.add_argument("--steps", type=int, help="distillation steps")
-    parser.add_argument("--scenes", type=int, help="training scenes")
+    parser.add_argument("--steps", type=int, help="number of distillation steps")
+    parser.add_argument("--scenes", type=int, help="number of training scenes")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_teacher(parser)
     parser.add_argument("--out", type=Path, help="the bundle's directory")
     parser.add_argument(
-        "--list", action="store_true", help="list the devices, and what can be done for each here"
+        "--list",
+        action="store_true",
+        help="list the devices, and what this machine can do for each",
     )
     add_pairs_option(parser)
     add_device_option(parser)
@@ -52,18 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refuse to write a bundle without these (default: what the device allows and "
         "is inside its gates; fp32 is always there)",
     )
-    parser.add_argument("--test-count", type=positive, default=1000, help="of emoji scenes")
+    parser.add_argument(
+        "--test-count",
+        type=positive,
+        default=1000,
+        help="number of test pairs, with --data emoji (default: 1000)",
+    )
     parser.add_argument(
         "--calibration-count",
         type=positive,
-        help=f"of emoji scenes (default: {_CALIBRATION}, or what --quantization says)",
+        help=f"number of calibration pairs, with --data emoji (default: {_CALIBRATION}, or that of "
+        "--quantization)",
     )
     _add_int8_options(parser)
     _add_label_options(parser)
     parser.add_argument(
         "--patch-features",
         action="store_true",
-        help="let the image tower also give the last hidden state of each patch",
+        help="let the image tower also output the last hidden state of each patch",
     )
     parser.add_argument(
         "--no-text",
@@ -71,9 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out the text tower: the device classifies by label sets, and searches by "
         "pictures",
     )
-    parser.add_argument("--name", help="what to call the model (default: the name of --out)")
-    parser.add_argument("--licence", default="unknown", help="of the weights, as SPDX identifier")
-    parser.add_argument("--replace", action="store_true", help="replace a bundle that is there")
+    parser.add_argument("--name", help="name of the model (default: the name of --out)")
+    parser.add_argument(
+        "--licence", default="unknown", help="licence of the weights, as SPDX identifier"
+    )
+    parser.add_argument("--replace", action="store_true", help="replace an existing bundle")
 
 
 def _add_int8_options(parser: argparse.ArgumentParser) -> None:
@@ -81,16 +91,16 @@ def _add_int8_options(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         type=Path,
         metavar="FILE",
-        help=f"{FILE_NAME} of `edgeclip quantize`: make what it chose, of the same student for the "
-        "same device on the same data",
+        help=f"{FILE_NAME} of `edgeclip quantize`: use the configs found by its search, which must "
+        "be of the same student, device and data",
     )
     parser.add_argument(
         "--qat-steps",
         type=_steps,
         default=0,
         metavar="N",
-        help="where int8 misses a gate, fine-tune the student for it for N steps on the train "
-        "split of --data, and try again; a rerun goes on in OUT-qat (default: 0, never)",
+        help="if int8 misses a gate, fine-tune the student for int8 for N steps on the train split "
+        "of --data, and try again; a rerun resumes in OUT-qat (default: 0, never)",
     )
 
 
@@ -100,20 +110,20 @@ def _add_label_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]LABELS",
-        help="a label set that the teacher embeds and the bundle carries: labels with commas "
-        "between, or a .txt file with one on each line; may be repeated",
+        help="a label set to embed with the teacher and store in the bundle: labels separated by "
+        "commas, or a .txt file with one on each line; may be repeated",
     )
     parser.add_argument(
         "--template",
         action="append",
-        help=f"sentence around a label, which its embedding is the mean of; may be repeated "
+        help=f"sentence around a label; the embeddings of several are averaged; may be repeated "
         f"(default: {DEFAULT_TEMPLATES[0]!r})",
     )
     parser.add_argument(
         "--label-head",
         metavar="LABELS",
-        help="labels that the image tower itself shall tell apart: as for --labels, or the name "
-        "of one of these sets",
+        help="add a classification head for these labels to the image tower: as for --labels, or "
+        "the name of one of these sets",
     )
 
 

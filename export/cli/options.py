@@ -7,12 +7,12 @@ from edgeclip.compress.data.sources import EMOJI
 
 
 def add_pairs_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--data`, which `open_source` divides."""
+    """Add the option `--data`, a source that `open_source` splits."""
     parser.add_argument(
         "--data",
         default=EMOJI,
-        help="emoji, or a folder of pictures with captions: it is divided by its subfolders "
-        "train, calibration and test if it has them, or else by itself (default: emoji)",
+        help="emoji, or a folder of pictures with captions, which is split by its subfolders "
+        "train, calibration and test, or else by a hash of the file names (default: emoji)",
     )
 
 

@@ -105,7 +105,7 @@ def test_kill_in_the_middle_loses_the_shard_in_hand(
 ) -> None:
     source = FolderSource(many_pictures)
     killed = tmp_path / "killed"
-    script = Path(__file__).with_name("killed_run.py")
+    script = Path(__file__).parents[1] / "killed_run.py"
     reads = "1060"  # of 1,100: the first shard of 1,024 is done, the second is not
     done = subprocess.run(
         [sys.executable, script, "cache", teacher_folder, many_pictures, "-", killed, reads],

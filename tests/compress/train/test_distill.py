@@ -197,7 +197,7 @@ def test_kill_and_resume_give_the_same_weights(
 ) -> None:
     settings = replace(SETTINGS, compute=compute)
     whole = _distilled(teacher, cache, source, tmp_path / "whole", settings)
-    script, out = Path(__file__).with_name("killed_run.py"), tmp_path / "killed"
+    script, out = Path(__file__).parents[1] / "killed_run.py", tmp_path / "killed"
     reads = "52"  # in the middle of the seventh batch of eight
     done = subprocess.run(
         [sys.executable, script, compute, teacher_folder, few_pictures, out, cache_folder, reads],
