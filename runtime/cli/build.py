@@ -1,7 +1,7 @@
-"""`edgeclip build`: compile a bundle's towers on the device itself.
+"""`edgeclip build`: compile a bundle's towers for the device it runs on.
 
-TensorRT's engines are kept for every later start. What a provider of ONNX Runtime compiles is
-written as ONNX files (EP contexts) that a program without the bundle's runtime can load.
+TensorRT engines are kept in this machine's cache for later starts. With an execution provider of
+ONNX Runtime the result is written as ONNX files (EP contexts), which other programs can load.
 """
 
 import argparse
@@ -21,30 +21,32 @@ from edgeclip.runtime.towers.tower_runner import open_tower
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
 
-Compile = Callable[[Bundle, Tower, Precision], object]
+CompileTower = Callable[[Bundle, Tower, Precision], object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument(
-        "--device", required=True, help="name of a device whose engine compiles, or its YAML file"
+        "--device",
+        required=True,
+        help="name of a device whose engine compiles graphs, or its YAML file",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for EP contexts, where the engine is a provider of ONNX Runtime",
+        help="folder for the EP contexts, if the engine is a provider of ONNX Runtime",
     )
     parser.add_argument(
         "--precision",
         action="append",
         choices=get_args(Precision),
-        help="may be given several times (default: all that bundle and device have)",
+        help="may be given several times (default: all that bundle and device have in common)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build what is missing; 1 if an engine cannot be built or is wrong."""
+    """Compile each tower; return 1 if one cannot be compiled or computes wrongly."""
     from edgeclip.runtime.device.device_profile import load_device
 
     device = load_device(args.device)
@@ -63,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _compiler(device: "DeviceProfile", out: Path | None) -> Compile:
-    """What `build` does with a tower; it depends on the device's engine."""
+def _compiler(device: "DeviceProfile", out: Path | None) -> CompileTower:
+    """Return the function that compiles a tower for the device's engine."""
     if device.engine in ("tensorrt", "tensorrt-rtx"):
         return lambda bundle, tower, precision: open_tower(bundle, tower, precision, device)
     if not provider_of(device).has_context:

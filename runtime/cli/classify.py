@@ -1,4 +1,4 @@
-"""`edgeclip classify`: the most likely labels of image files."""
+"""`edgeclip classify`: print the most likely labels of image files."""
 
 import argparse
 import dataclasses
@@ -22,15 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument(
         "--labels",
-        help="names with commas between, a label set of the bundle, or a label file (.npz) "
-        "(default: the label set of the bundle's label head, or the only one it has)",
+        help="names separated by commas, a label set of the bundle, or a label file (.npz) "
+        "(default: the label set of the bundle's label head, or its only label set)",
     )
     parser.add_argument(
         "--template",
         action="append",
-        help=f"sentence around a name; may be repeated (default: {DEFAULT_TEMPLATES[0]!r})",
+        help="sentence to embed a name in, at {}; may be repeated "
+        f"(default: {DEFAULT_TEMPLATES[0]!r})",
     )
-    parser.add_argument("--top", type=positive, default=5, help="answers per image (default: 5)")
+    parser.add_argument("--top", type=positive, default=5, help="labels per image (default: 5)")
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first image that cannot be read"
     )
@@ -39,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each image with its answers."""
+    """Print the labels of each image."""
     paths = find_images(args.paths)
     encoder = open_encoder(args)
-    labels = read_labels(encoder, args.labels or _head(encoder), args.template)
+    labels = read_labels(encoder, args.labels or _default_labels(encoder), args.template)
     embedded = embed_files(encoder, paths, batch_size=args.batch_size, strict=args.strict)
     report_skipped(embedded)
     answers = encoder.classify_embeddings(embedded.embeddings, labels, top=args.top)
@@ -61,24 +62,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _head(encoder: Encoder) -> str:
+def _default_labels(encoder: Encoder) -> str:
     head, sets = encoder.bundle.manifest.label_head, encoder.bundle.label_names
     if head is not None:
         return head
     if len(sets) == 1:
         return sets[0]
     raise InputError(
-        "this bundle has no label head: say which labels there are with --labels"
+        "this bundle has no label head: give the labels with --labels"
         + (f", such as {sets[0]}" if sets else "")
     )
 
 
 def read_labels(encoder: Encoder, labels: str, templates: list[str] | None) -> LabelSet:
-    """Load a label file or a label set of the bundle, or bake the names that are given.
+    """Load a label file or a label set of the bundle, or embed the given names.
 
     Raises:
-        InputError: the file cannot be read, or no names.
-        SpaceMismatchError: labels of another embedding space.
+        InputError: the file cannot be read, or there are no names.
+        SpaceMismatchError: the labels belong to another embedding space.
     """
     if labels.endswith(".npz"):
         return LabelSet.load(Path(labels))

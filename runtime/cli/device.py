@@ -1,4 +1,4 @@
-"""`edgeclip device`: devices by name, or one as YAML (by default this machine) to edit."""
+"""`edgeclip device`: list the known devices, or print a device profile as YAML to edit."""
 
 import argparse
 from pathlib import Path
@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a YAML file, or one of: {', '.join(device_names())} (default: {THIS_MACHINE})",
     )
     parser.add_argument("--list", action="store_true", help="list the known devices instead")
-    parser.add_argument("--out", type=Path, help="write it to this file instead of printing it")
+    parser.add_argument("--out", type=Path, help="write the YAML to this file, do not print it")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print or write the profile, or list all."""
+    """Print or write the profile, or list the devices."""
     if args.list:
         for name in device_names():
             print(f"{name:18} {load_device(name).description}")

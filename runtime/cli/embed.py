@@ -1,4 +1,4 @@
-"""`edgeclip embed`: image files, or texts, into an index that `edgeclip search` reads."""
+"""`edgeclip embed`: embed image files or texts, and write an index for `edgeclip search`."""
 
 import argparse
 from pathlib import Path
@@ -12,21 +12,21 @@ from edgeclip.runtime.inputs.image_folder import embed_files, find_images, repor
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("paths", type=Path, nargs="*", help="image files, or folders of them")
-    parser.add_argument("--texts", type=Path, help="instead of images: a file with one text a line")
+    parser.add_argument("--texts", type=Path, help="instead of images: a file, one text per line")
     parser.add_argument("--out", type=Path, required=True, help="the index to write (.npz)")
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="stop at the first image that cannot be read (default: skip it, and count it)",
+        help="stop at the first image that cannot be read (default: skip it)",
     )
     parser.add_argument(
-        "--truncate", action="store_true", help="cut texts that are too long (default: refuse)"
+        "--truncate", action="store_true", help="truncate texts that are too long (default: refuse)"
     )
     add_encoder_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embed and write. Skipped images leave the exit status at 0."""
+    """Embed and write the index; skipped images do not change the exit status."""
     if bool(args.paths) == bool(args.texts):
         raise InputError("give images or folders, or --texts FILE, and not both")
     if args.out.suffix != ".npz":
@@ -53,7 +53,7 @@ def _embed_texts(args: argparse.Namespace) -> Index:
         raise InputError(f"cannot read {args.texts} as UTF-8 text: {error}") from error
     texts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not texts:
-        raise InputError(f"{args.texts} holds no texts: write one a line")
+        raise InputError(f"{args.texts} holds no texts: write one per line")
     encoder = open_encoder(args)
     embeddings = encoder.encode_text(texts, truncate=args.truncate, batch_size=args.batch_size)
     return Index(keys=texts, embeddings=embeddings, space=encoder.space)

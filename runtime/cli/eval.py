@@ -1,4 +1,4 @@
-"""`edgeclip eval`: retrieval or zero-shot quality of a bundle on a folder of images."""
+"""`edgeclip eval`: measure a bundle's retrieval or zero-shot accuracy on a folder of images."""
 
 import argparse
 from pathlib import Path
@@ -29,20 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         type=Path,
-        help="images with captions.csv (columns file,caption) or NAME.txt beside each",
+        help="images, with captions.csv (columns file,caption) or NAME.txt beside each image",
     )
     parser.add_argument(
         "--labels",
         action="store_true",
-        help="zero-shot instead: the images of each class lie in a subfolder of its name",
+        help="measure zero-shot accuracy instead: each class is a subfolder with its images",
     )
     parser.add_argument(
         "--template",
         action="append",
-        help=f"sentence around a class name; may be repeated (default: {DEFAULT_TEMPLATES[0]!r})",
+        help="sentence to embed a class name in, at {}; may be repeated "
+        f"(default: {DEFAULT_TEMPLATES[0]!r})",
     )
     parser.add_argument(
-        "--truncate", action="store_true", help="cut captions that are too long (default: refuse)"
+        "--truncate",
+        action="store_true",
+        help="truncate captions that are too long (default: refuse)",
     )
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first image that cannot be read"
@@ -52,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Measure and print the accuracy."""
     return _zero_shot(args) if args.labels else _retrieval(args)
 
 
@@ -62,7 +65,7 @@ def _retrieval(args: argparse.Namespace) -> int:
     if captions is None:
         raise InputError(
             f"{args.folder} has no captions: write captions.csv with the columns file,caption, or "
-            "NAME.txt beside each image; for a folder per class say --labels"
+            "NAME.txt beside each image; for a folder per class use --labels"
         )
     encoder = open_encoder(args)
     embedded = embed_files(encoder, images, batch_size=args.batch_size, strict=args.strict)
@@ -94,7 +97,7 @@ def _zero_shot(args: argparse.Namespace) -> int:
     images = list_images(args.folder)
     loose = [path for path in images if path.parent == args.folder]
     if loose:
-        raise InputError(f"{loose[0]} lies in no class: put each image into its class's subfolder")
+        raise InputError(f"{loose[0]} is in no class: put each image into its class's subfolder")
     classes = sorted({_class_of(path, args.folder) for path in images})
     encoder = open_encoder(args)
     names = [name.replace("_", " ") for name in classes]

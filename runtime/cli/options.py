@@ -1,4 +1,4 @@
-"""Options that the verbs which run a bundle have in common."""
+"""Options that several commands have in common."""
 
 import argparse
 import json
@@ -19,10 +19,10 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
-        help="precision of both towers (default: what the bundle chose for each)",
+        help="precision of both towers (default: the bundle's choice for each)",
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=32, help="images or texts per run (default: 32)"
+        "--batch-size", type=positive, default=32, help="images or texts per batch (default: 32)"
     )
 
 
@@ -41,8 +41,8 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def open_encoder(args: argparse.Namespace) -> "Encoder":
-    """Open the encoder that `add_encoder_options` asked for."""
-    from edgeclip.runtime.encoder import Encoder  # and Pillow, which not every verb needs
+    """Open the encoder for the options of `add_encoder_options`."""
+    from edgeclip.runtime.encoder import Encoder  # imports Pillow, which few commands need
 
     return Encoder.open(args.bundle, device=args.device, precision=args.precision)
 
@@ -53,7 +53,7 @@ def print_json(value: Mapping[str, object]) -> None:
 
 
 def positive(text: str) -> int:
-    """Read a whole number above 0; argparse turns the ValueError into a message."""
+    """Convert an argument to a whole number above 0, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")

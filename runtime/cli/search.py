@@ -1,4 +1,4 @@
-"""`edgeclip search`: the entries of an index nearest to texts or images."""
+"""`edgeclip search`: print the entries of an index most similar to texts or images."""
 
 import argparse
 import dataclasses
@@ -18,20 +18,24 @@ from edgeclip.runtime.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
-    parser.add_argument("texts", nargs="*", help="what to look for, in words")
+    parser.add_argument("texts", nargs="*", help="texts to search for")
     parser.add_argument(
-        "--image", type=Path, action="append", default=[], help="what to look for, as an image"
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        help="image file to search for; may be repeated",
     )
-    parser.add_argument("--index", type=Path, required=True, help="made by `edgeclip embed`")
+    parser.add_argument("--index", type=Path, required=True, help="index of `edgeclip embed`")
     parser.add_argument("--top", type=positive, default=10, help="hits per query (default: 10)")
     add_json_option(parser)
     add_encoder_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the hits of each query, the best first."""
+    """Print the hits of each query, best first."""
     if not args.texts and not args.image:
-        raise InputError("nothing to look for: give a text, or --image FILE")
+        raise InputError("nothing to search for: give a text, or --image FILE")
     index = Index.load(args.index)
     found = _search(open_encoder(args), index, args)
     if args.json:

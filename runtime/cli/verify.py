@@ -1,4 +1,4 @@
-"""`edgeclip verify`: is a bundle whole, and does this device compute what was exported?"""
+"""`edgeclip verify`: check the files of a bundle, and its outputs on this device."""
 
 import argparse
 import dataclasses
@@ -10,6 +10,7 @@ import numpy as np
 
 from edgeclip.runtime.bundle.bundle import Bundle, Expected, Golden
 from edgeclip.runtime.bundle.gates_table import gates_table
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.cli.options import add_device_option, add_json_option, print_json
 from edgeclip.runtime.console import plain_text
 from edgeclip.runtime.errors import BundleError
@@ -21,9 +22,31 @@ if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    add_device_option(parser)
+    add_json_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check all hashes and replay the golden inputs; return 1 if a tower is out of tolerance."""
+    from edgeclip.runtime.device.device_profile import load_device
+
+    device = load_device(args.device)
+    bundle = Bundle.open(args.bundle)
+    replays = replay_golden(bundle, device)
+    passed = all(item.passed for item in replays)
+    if args.json:
+        print_json(_as_json(bundle, replays, passed=passed))
+    else:
+        _print_table(bundle, replays)
+    return 0 if passed else 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """How far one tower in one precision is from its golden embeddings.
+    """Differences of one tower in one precision from its golden embeddings.
 
     `deviation` is the largest absolute difference of one embedding value, `cosine` the
     smallest cosine of an embedding with the golden one.
@@ -45,8 +68,8 @@ def replay_golden(bundle: Bundle, device: "DeviceProfile") -> tuple[Replay, ...]
     """Run the golden inputs through every tower and precision that the device allows.
 
     Raises:
-        BundleError: the tokenizer gives other ids than it did when the bundle was written,
-            or the device allows no precision of the bundle.
+        BundleError: the tokenizer's ids differ from the recorded ones, or the device allows
+            no precision of the bundle.
         EngineError: a tower cannot be loaded or run.
     """
     golden = bundle.golden()
@@ -62,10 +85,10 @@ def replay_golden(bundle: Bundle, device: "DeviceProfile") -> tuple[Replay, ...]
 
 
 def _check_tokenizer(bundle: Bundle, golden: Golden) -> None:
-    """Tokenize the golden texts again.
+    """Tokenize the golden texts again, and compare the ids with the recorded ones.
 
     Raises:
-        BundleError: other ids than when the bundle was written.
+        BundleError: they differ.
     """
     from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 
@@ -82,37 +105,13 @@ def _replay(bundle: Bundle, device: "DeviceProfile", golden: Golden, item: Expec
     manifest = bundle.manifest.tower(item.tower)
     runner = TowerRunner(bundle, item.tower, item.precision, device)
     embeddings = runner.run(golden.inputs(item.tower))
-    lengths = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(item.embeddings, axis=1)
-    cosines = (embeddings * item.embeddings).sum(axis=1) / np.maximum(lengths, 1e-12)
     return Replay(
         tower=item.tower,
         precision=item.precision,
         deviation=float(np.abs(embeddings - item.embeddings).max()),
-        cosine=float(cosines.min()),
+        cosine=float(cosines(embeddings, item.embeddings).min()),
         tolerance=manifest.file(item.precision).golden_tolerance,
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options to its parser."""
-    parser.add_argument("bundle", type=Path, help="directory of the bundle")
-    add_device_option(parser)
-    add_json_option(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Check hashes, then replay the golden inputs; 1 if a tower is out of tolerance."""
-    from edgeclip.runtime.device.device_profile import load_device
-
-    device = load_device(args.device)
-    bundle = Bundle.open(args.bundle)
-    replays = replay_golden(bundle, device)
-    passed = all(item.passed for item in replays)
-    if args.json:
-        print_json(_as_json(bundle, replays, passed=passed))
-    else:
-        _print_table(bundle, replays)
-    return 0 if passed else 1
 
 
 def _as_json(bundle: Bundle, replays: tuple[Replay, ...], *, passed: bool) -> dict[str, object]:

@@ -1,4 +1,7 @@
-"""ONNX Runtime as an engine, on the execution provider that a device asks for."""
+"""The ONNX Runtime engine: open a graph on a device's execution provider, and run it.
+
+A session is refused where ONNX Runtime would silently fall back to the CPU.
+"""
 
 import hashlib
 import importlib
@@ -31,7 +34,8 @@ _registered: set[str] = set()  # onnxruntime keeps a plugin's library until the 
 RECORD = "session.record_ep_graph_assignment_info"
 FORBID = "session.disable_cpu_ep_fallback"
 _SHOWN = 5
-_COMPUTES_NOTHING = frozenset(
+# Operators on shapes and copies, which may run on the CPU at no cost.
+_SHAPE_OPERATORS = frozenset(
     (
         "ArgMax",
         "Cast",
@@ -55,26 +59,25 @@ Made = TypeVar("Made", bound="OrtEngine")
 
 
 class OrtEngine:
-    """One ONNX graph in one ONNX Runtime session; the graph may be a compiled EP context.
+    """One ONNX graph, or compiled EP context, in one ONNX Runtime session.
 
-    Inputs are copied to a GPU once and outputs back once by `session.run` itself, so binding
-    them by hand would save nothing for arrays that come from and go to the host.
+    `session.run` copies inputs to a GPU once and outputs back once, so I/O binding would save
+    nothing for arrays in host memory.
 
     Args:
         path: the ONNX file.
-        providers: execution providers, the one that must be used first. ONNX Runtime falls
-            back to the CPU in silence, for a whole graph or for single nodes; here both are
-            errors.
+        providers: execution providers; the first must be used. ONNX Runtime silently falls
+            back to the CPU, for a whole graph or for single nodes; here both are errors.
         threads: CPU threads inside one operator.
-        content: what is loaded in place of the file, `path` being its name in messages.
-        data_folder: where the data files of such a graph lie, which the caller has verified.
-            Without it the graph can have none.
-        options: a provider's options, by its name.
-        cpu_fallback: single nodes may run elsewhere than on the first provider.
+        content: loaded instead of the file; `path` is then its name in messages.
+        data_folder: folder of the graph's external data, if it is loaded from `content`. The
+            caller has verified these files; without a folder, external data is refused.
+        options: options of each provider, by its name.
+        cpu_fallback: allow single nodes to run on another provider than the first.
         entries: further session configuration.
 
     Raises:
-        EngineError: the provider is not there, leaves nodes to another one, or the graph
+        EngineError: the provider is missing, leaves nodes to another one, or the graph
             cannot be loaded.
         MissingExtraError: onnxruntime is not installed.
     """
@@ -131,17 +134,17 @@ class OrtEngine:
     def _load(self, ort: Any, graph: Path | bytes, options: Any, chain: list[Any]) -> Any:
         source = graph if isinstance(graph, bytes) else str(graph)
         try:
-            # Its own fallback prints to stdout and goes on with the CPU, also when a run fails.
+            # ONNX Runtime's own fallback prints to stdout and continues on the CPU.
             session = ort.InferenceSession(source, options, providers=chain, enable_fallback=0)
         except Exception as error:  # as above
             reason = first_line(error)
             if is_refusal(error):
                 reason = (
                     "some nodes would run on the CPU: set cpu_fallback: true in the device "
-                    "profile, or install onnxruntime>=1.24, which tells which nodes"
+                    "profile, or install onnxruntime>=1.24, which reports which nodes"
                 )
             raise EngineError(f"{self.name} cannot load {self._path}: {reason}") from error
-        session._model_bytes = None  # kept for good otherwise, beside what was made of it
+        session._model_bytes = None  # or the graph would stay in memory twice
         return session
 
 
@@ -154,12 +157,12 @@ def open_ort_engine(
     context_length: int | None = None,
     entries: Mapping[str, str] | None = None,
 ) -> OrtEngine:
-    """Load a graph with the provider and the options that the device asks for.
+    """Load a graph with a device's provider and its options.
 
     Args:
         path, content, data_folder, entries: see `OrtEngine`.
-        device: which provider; a precision that it must know comes from the file's name.
-        context_length: the longest text in tokens, where the graph is a text tower.
+        device: sets the provider. The graph's precision is taken from the file's name.
+        context_length: of a text tower, the longest text in tokens.
 
     Raises:
         EngineError, MissingExtraError: see `OrtEngine`.
@@ -185,18 +188,19 @@ def make_ort_engine(
     context_length: int | None = None,
     entries: Mapping[str, str] | None = None,
 ) -> Made:
-    """As `open_ort_engine`, where `make` is called as `OrtEngine` is and may give more.
+    """Load a graph as `open_ort_engine` does, with a subclass of `OrtEngine`.
 
     Args:
+        make: called with the arguments of `OrtEngine`.
         path, content, data_folder, entries: see `OrtEngine`.
-        device: which provider; a precision that it must know comes from the file's name.
-        context_length: the longest text in tokens, where the graph is a text tower.
+        device: sets the provider. The graph's precision is taken from the file's name.
+        context_length: of a text tower, the longest text in tokens.
 
     Raises:
         EngineError, MissingExtraError: see `OrtEngine`.
     """
     provider = provider_of(device)
-    # What TensorRT compiles is kept for a graph whose content is known, verified that is.
+    # TensorRT's engines are cached only for graphs given as content, which is verified.
     facts = GraphFacts(
         precision=precision_of(path),
         inputs=read_inputs(path, content, data_folder) if provider.compiles else (),
@@ -206,7 +210,7 @@ def make_ort_engine(
     options = {provider.name: provider.options(device, facts)}
     providers: tuple[str, ...] = (provider.name,)
     if device.engine == "onnxruntime-tensorrt" and device.cpu_fallback:
-        options[CUDA] = cuda_options(device, facts)  # what TensorRT lacks is better off there
+        options[CUDA] = cuda_options(device, facts)  # faster than the CPU for what TensorRT lacks
         providers = (provider.name, CUDA)
     return make(
         path,
@@ -223,19 +227,19 @@ def make_ort_engine(
 def embed_context(
     graph: Path, *, device: "DeviceProfile", target: Path, context_length: int | None = None
 ) -> None:
-    """Compile a graph with a device's provider and write the result as one ONNX file.
+    """Compile a graph with a device's provider into one ONNX file (EP context).
 
-    The file is loaded once before it appears under its name: not every build of a provider
-    can read what it writes.
+    The file is loaded once before it gets its name: not every build of a provider can read
+    what it writes.
 
     Args:
         graph: the ONNX file.
-        device: where the file will run; its provider must be here, and its hardware too.
+        device: where the file will run; this machine must have its provider and hardware.
         target: the file to write; an existing one is replaced.
-        context_length: the longest text in tokens, where the graph is a text tower.
+        context_length: of a text tower, the longest text in tokens.
 
     Raises:
-        EngineError: the provider has no contexts, is not there, or cannot compile the graph
+        EngineError: the provider has no EP contexts, is missing, or cannot compile the graph
             or read it back.
         InputError: `target` cannot be written.
         MissingExtraError: onnxruntime is not installed.
@@ -260,14 +264,14 @@ def embed_context(
         )
         if not file.is_file():
             raise EngineError(
-                f"{provider.name} compiled no context of {graph}: where its shapes vary, give "
-                "their bounds"
+                f"{provider.name} compiled no context of {graph}: if its shapes vary, give their "
+                "bounds"
             )
         try:
             open_ort_engine(file, device=device)
         except EngineError as error:
             raise EngineError(
-                f"{provider.name} cannot read back the context that it made of {graph}: install "
+                f"{provider.name} cannot read the context that it compiled of {graph}: install "
                 f"another build of it: {error}"
             ) from error
 
@@ -275,9 +279,10 @@ def embed_context(
 def _reach(
     ort: Any, configured: Any, names: tuple[str, ...], options: Mapping[str, Options]
 ) -> list[tuple[str, Options]]:
-    """Return the providers to name to a session, or put a plugin into its options instead.
+    """Return the providers for a new session; a plug-in goes into its options instead.
 
-    The CPU's is always there, and ONNX Runtime refuses to forbid it where it is named.
+    The CPU provider is never listed: it is always present, and ONNX Runtime cannot forbid
+    a fallback to a provider that is listed.
     """
     first, available = names[0], ort.get_available_providers()
     known = next((item for item in PROVIDERS.values() if item.name == first), None)
@@ -290,9 +295,9 @@ def _reach(
             raise ImportError(first)
         devices = plugin_devices(ort, first, plugin)
     except ImportError as error:
-        mend = f"install {known.package}" if known else "choose another device"
+        hint = f"install {known.package}" if known else "choose another device"
         raise EngineError(
-            f"this onnxruntime has no {first} (it has {', '.join(available)}): {mend}"
+            f"this onnxruntime has no {first} (it has {', '.join(available)}): {hint}"
         ) from error
     configured.add_provider_for_devices(devices, options.get(first, {}))
     return []
@@ -314,41 +319,41 @@ def import_onnxruntime() -> Any:
 
 
 def session_options(ort: Any, threads: int) -> Any:
-    """Options of a session with so many threads inside one operator."""
+    """Return the options of a session with `threads` threads inside one operator."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3  # errors only: they come as exceptions too
+    options.log_severity_level = 3  # errors only, which are raised as exceptions too
     # Threads stop spinning between calls, which frees the CPU at no cost in latency.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
 def data_entries(path: Path, content: bytes | None, data_folder: Path | None) -> dict[str, str]:
-    """Where ONNX Runtime looks for the data files of a graph that comes as bytes.
+    """Return the session entry for the external data of a graph that is loaded from bytes.
 
-    It would look in the current directory. Below a file there are none, so external data,
-    which nobody verified, is impossible unless the caller names a folder.
+    By default ONNX Runtime would look in the current directory. Without `data_folder` the
+    entry is the path of a file, below which nothing can lie: unverified data is never read.
     """
     return {} if content is None else {_DATA_FOLDER: str(data_folder or path)}
 
 
 def is_plugin(ort: Any, name: str) -> bool:
-    """Whether a provider is reached by device: one of a plugin that was registered."""
+    """Return whether a provider comes from a registered plug-in, chosen by its devices."""
     return name in _registered or bool(_devices(ort, name))
 
 
 def plugin_devices(ort: Any, name: str, module: str) -> list[Any]:
-    """Register a provider's plugin and return the one device that it will use, in a list.
+    """Register a provider's plug-in and return the one device that it will use, in a list.
 
     Args:
-        ort: onnxruntime.
-        name: the provider, which the plugin must provide under that very name.
-        module: the plugin's module; it tells where its library is.
+        ort: the onnxruntime module.
+        name: name of the provider in the plug-in.
+        module: the plug-in's Python module, which knows the path of its library.
 
     Raises:
-        ImportError: the plugin is not installed, or this onnxruntime knows no plugins.
+        ImportError: the plug-in is not installed, or this onnxruntime has no plug-ins.
         EngineError: it cannot be loaded, or supports no hardware of this machine.
     """
     if not is_plugin(ort, name):
@@ -377,22 +382,22 @@ def _devices(ort: Any, name: str) -> list[Any]:
 
 
 def placement_entries(ort: Any) -> dict[str, str]:
-    """Session configuration under which a silent fallback cannot go unnoticed.
+    """Return the session configuration that reveals a silent fallback to the CPU.
 
-    ONNX Runtime tells where nodes went since 1.24. Before that it can only be told to refuse
-    any node on the CPU, shape arithmetic included: too strict for CUDA and a varying batch,
-    but a false alarm with a way out is better than a silent fallback.
+    Since 1.24 ONNX Runtime reports where each node runs. Older versions can only refuse every
+    node on the CPU, shape arithmetic included. That is too strict for CUDA with a varying
+    batch, but a false alarm with a way out is better than a silent fallback.
     """
     return {RECORD: "1"} if _can_tell(ort) else {FORBID: "1"}
 
 
 def check_placement(ort: Any, session: Any, provider: str, path: Path) -> None:
-    """Refuse a session that computes something elsewhere than on `provider`.
+    """Refuse a session that computes on another provider than `provider`.
 
     Does nothing before ONNX Runtime 1.24, which refuses by itself: see `placement_entries`.
 
     Raises:
-        EngineError: some nodes compute elsewhere; it names the first few.
+        EngineError: some nodes run elsewhere; the message names the first few.
     """
     if not _can_tell(ort):
         return
@@ -401,7 +406,7 @@ def check_placement(ort: Any, session: Any, provider: str, path: Path) -> None:
         nodes = subgraph.get_nodes()
         total += len(nodes)
         if subgraph.ep_name != provider:
-            elsewhere += [node for node in nodes if node.op_type not in _COMPUTES_NOTHING]
+            elsewhere += [node for node in nodes if node.op_type not in _SHAPE_OPERATORS]
     if elsewhere:
         names = ", ".join(f"{node.name} ({node.op_type})" for node in elsewhere[:_SHOWN])
         more = ", ..." if len(elsewhere) > _SHOWN else ""
@@ -413,7 +418,7 @@ def check_placement(ort: Any, session: Any, provider: str, path: Path) -> None:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether ONNX Runtime itself refused to place nodes on the CPU."""
+    """Return whether an error is ONNX Runtime's own refusal to place nodes on the CPU."""
     return "fallback to CPU EP has been explicitly disabled" in str(error)
 
 
@@ -422,13 +427,13 @@ def _can_tell(ort: Any) -> bool:
 
 
 def precision_of(path: Path) -> "Precision":
-    """The precision of a bundle's graph, which its name tells: `text_model_int8.onnx`."""
+    """Return the precision in a bundle's file name, such as `text_model_int8.onnx`."""
     named: dict[str, Precision] = {"fp16": "fp16", "int8": "int8", "fp8": "fp8"}
     return named.get(path.stem.rpartition("_")[2], "fp32")
 
 
 def read_inputs(path: Path, content: bytes | None, data_folder: Path | None) -> Inputs:
-    """Names and shapes of a graph's inputs; none of an EP context, which needs no shapes.
+    """Return names and shapes of a graph's inputs; none for an EP context, which needs no shapes.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -442,7 +447,7 @@ def read_inputs(path: Path, content: bytes | None, data_folder: Path | None) -> 
     try:
         graph = str(path) if content is None else content
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception:  # no graph, or not one for the CPU: the provider itself will say
+    except Exception:  # no graph, or none for the CPU: the provider will report it
         return ()
     return tuple(
         (item.name, tuple(size if isinstance(size, int) else None for size in item.shape))
@@ -451,10 +456,10 @@ def read_inputs(path: Path, content: bytes | None, data_folder: Path | None) -> 
 
 
 def cache_folder(content: bytes, data_folder: Path | None) -> Path:
-    """Make the user's folder for what is compiled of exactly this graph and its data files.
+    """Create the user's cache folder for engines of exactly this graph and its data files.
 
-    TensorRT's provider knows a graph by its names and shapes: with other weights in it, it
-    would use the engine of the old ones.
+    TensorRT's provider identifies a graph by names and shapes only, so it would use an old
+    engine for a graph with new weights.
 
     Raises:
         EngineError: the folder cannot be made, or `data_folder` cannot be read.

@@ -1,4 +1,4 @@
-"""Execution providers of ONNX Runtime: which one a device asks for, and with which options.
+"""Execution providers of ONNX Runtime: the provider of each engine, and its options for a device.
 
 Names and values were checked against ONNX Runtime's documentation of each provider
 (onnxruntime.ai/docs/execution-providers), the keys that onnxruntime-gpu 1.31 and
@@ -28,17 +28,17 @@ Inputs = tuple[tuple[str, tuple[int | None, ...]], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphFacts:
-    """Facts of one graph.
+    """What a provider's options depend on in a graph.
 
     Attributes:
         precision: of the graph's weights.
-        inputs: name and shape of each input, None for a dimension that varies. The first of
-            those is the batch. Empty where nothing need be known.
-        context_length: the longest text, in tokens, where a second dimension varies.
-        cache: a folder for what is compiled, of this graph alone; None for none.
+        inputs: name and shape of each input, None for a dimension that varies; the first of
+            those is the batch. Empty for providers that need no shapes.
+        context_length: the longest text, in tokens, if a second dimension varies.
+        cache: a folder for compiled engines of this graph only; None for no cache.
     """
 
-    precision: "Precision"
+    precision: Precision
     inputs: Inputs = ()
     context_length: int | None = None
     cache: Path | None = None
@@ -46,15 +46,15 @@ class GraphFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provider:
-    """One execution provider.
+    """An execution provider of ONNX Runtime.
 
     Attributes:
-        name: as ONNX Runtime calls it.
-        package: what to install to have it.
-        options: makes its options; raises EngineError for a device that it cannot serve.
-        plugin: the module of a package that adds it to a plain onnxruntime, if there is one.
-        compiles: it builds an engine for a range of shapes, which is worth keeping.
-        has_context: it can store what it compiled in an ONNX file.
+        name: its name in ONNX Runtime.
+        package: what to install to get it.
+        options: returns its options; raises EngineError for a device that it cannot serve.
+        plugin: the Python module of a package that adds it to onnxruntime, if there is one.
+        compiles: whether it builds engines for a range of shapes, which are worth caching.
+        has_context: whether it can store a compiled graph in an ONNX file (EP context).
     """
 
     name: str
@@ -66,7 +66,7 @@ class Provider:
 
 
 def provider_of(device: "DeviceProfile") -> Provider:
-    """The provider that a device asks for.
+    """Return the execution provider of a device's engine.
 
     Raises:
         EngineError: the device's engine is not ONNX Runtime.
@@ -80,10 +80,10 @@ def provider_of(device: "DeviceProfile") -> Provider:
 
 
 def cuda_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
-    """Options of CUDA: a bounded arena, the same algorithms in every run, no TF32.
+    """Return CUDA's options: a bounded arena, the same algorithms in every run, no TF32.
 
-    Fp32 means fp32: whoever wants tensor cores chooses fp16. cuDNN's exhaustive search, the
-    default, tries every algorithm anew for every batch size.
+    TF32 is off so that fp32 is exact; for tensor cores choose fp16. cuDNN's default, the
+    exhaustive search, would try every algorithm again for every batch size.
     """
     options = {
         "device_id": "0",
@@ -97,19 +97,19 @@ def cuda_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
 
 
 def tensorrt_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
-    """Options of TensorRT, whose booleans must be `True` or `False`.
+    """Return TensorRT's options; their booleans must be `True` or `False`.
 
-    The provider makes weakly typed networks of TensorRT 10: a graph with fp16 tensors or
+    The provider builds weakly typed networks of TensorRT 10: a graph with fp16 tensors or
     int8 Q/DQ pairs is refused unless the builder's flag for it is set, and fp8 has no flag.
     With the fp16 flag TensorRT may also run an fp16 graph's fp32 islands in fp16, and it
-    uses TF32 for fp32 unless NVIDIA_TF32_OVERRIDE=0. `edgeclip verify` shows what that costs.
+    uses TF32 for fp32 unless NVIDIA_TF32_OVERRIDE=0. `edgeclip verify` measures the error.
 
     Raises:
         EngineError: the precision is fp8, or a portability that the provider cannot give.
     """
     _check_tensorrt(device, facts)
     options = {"device_id": "0", **_profile("trt_profile_{}_shapes", device, facts)}
-    if device.memory_mb is not None:  # weights, activations and the other tower need the rest
+    if device.memory_mb is not None:  # the rest is for weights, activations and the other tower
         options["trt_max_workspace_size"] = str(device.memory_mb * 10**6 // 2)
     if facts.precision in ("fp16", "int8"):
         options[f"trt_{facts.precision}_enable"] = "True"
@@ -125,7 +125,7 @@ def tensorrt_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
 
 
 def rtx_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
-    """Options of TensorRT for RTX, whose networks are strongly typed: no flags for precision."""
+    """Return the options of TensorRT for RTX; strongly typed networks need no precision flags."""
     options = _profile("nv_profile_{}_shapes", device, facts)
     if device.memory_mb is not None:
         options["nv_max_workspace_size"] = str(device.memory_mb * 10**6 // 2)
@@ -135,10 +135,10 @@ def rtx_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
 
 
 def openvino_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
-    """Options of OpenVINO on the CPU, as its own properties: since ONNX Runtime 1.23.
+    """Return OpenVINO's options on the CPU, as OpenVINO properties (ONNX Runtime 1.23 or later).
 
-    Left alone it may compute in bf16 where the CPU has it. f32 is exact for fp32 and fp16
-    graphs, and int8 Q/DQ pairs still run as int8. Compiling is quick: nothing is cached.
+    By default it may compute in bf16 where the CPU has it. With f32, fp32 and fp16 graphs are
+    exact, and int8 Q/DQ pairs still run as int8. Compiling is fast, so nothing is cached.
     """
     properties = {
         "INFERENCE_PRECISION_HINT": "f32",
@@ -171,9 +171,9 @@ def _check_tensorrt(device: "DeviceProfile", facts: GraphFacts) -> None:
 
 
 def _profile(key: str, device: "DeviceProfile", facts: GraphFacts) -> Options:
-    """Smallest, usual and largest shapes; none where no shape varies, or a bound is unknown.
+    """Return minimum, optimum and maximum shapes; none if no shape varies or a bound is unknown.
 
-    Without them the provider builds for the shapes that it meets, anew when they grow.
+    Without them the provider builds for the shapes that it is given, and again when they grow.
     """
     batches = {"min": device.batch_min, "opt": device.batch_best, "max": device.batch_max}
     lengths = {"min": 1, "opt": facts.context_length, "max": facts.context_length}

@@ -1,4 +1,4 @@
-"""Build a TensorRT engine from an ONNX graph, for one device."""
+"""Build a TensorRT engine from an ONNX graph for one device."""
 
 import threading
 import time
@@ -26,16 +26,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
-    """A TensorRT engine, fresh from the builder.
+    """The result of a build.
 
     Attributes:
-        engine: its bytes.
-        key: what it was built from and for.
-        timing_cache: the times of the kernels that were tried, for the next build on the
-            same GPU; None with TensorRT for RTX, which tries none.
-        report: TensorRT's JSON about its layers; None where this machine has no GPU that
-            can load the engine.
-        seconds: how long the build took.
+        engine: the serialized engine.
+        key: graph, library and GPU that it was built for.
+        timing_cache: measured times of kernels, for the next build on the same GPU; None
+            with TensorRT for RTX, which measures none.
+        report: TensorRT's JSON description of the layers; None if this machine has no GPU
+            that can load the engine.
+        seconds: duration of the build.
     """
 
     engine: bytes
@@ -53,20 +53,21 @@ def build_engine(
     timing_cache: bytes | None = None,
     progress: PhaseSink | None = None,
 ) -> BuiltEngine:
-    """Build the engine that a device asks for.
+    """Build the engine that a device needs.
 
     Args:
-        source: the graph. Its batch axes take `batch_min` to `batch_max` of the device and
-            are tuned for `batch_best`; the text axis takes 1 to `text_length` tokens.
+        source: the graph. Its batch axes accept `batch_min` to `batch_max` of the device and
+            are tuned for `batch_best`; the text axis accepts 1 to `text_length` tokens.
         device: where the engine will run.
-        library: what builds it.
+        library: the TensorRT that builds it.
         timing_cache: `BuiltEngine.timing_cache` of an earlier build; one of another GPU or
-            version is dropped.
-        progress: told of the phases; by default progress bars on stderr, if it is a terminal.
+            version is ignored.
+        progress: is notified of the build's phases; by default progress bars on stderr, if
+            it is a terminal.
 
     Raises:
         EngineError: the library cannot build for the device, or cannot read or build the
-            graph; the message names the nodes and all that TensorRT said.
+            graph; the message names the nodes and TensorRT's errors.
         KeyboardInterrupt: Ctrl-C was pressed; the build has stopped.
     """
     obstacle = library.why_not_build(device)
@@ -93,10 +94,10 @@ def build_engine(
 
 
 def _interruptible(work: Callable[[threading.Event], T]) -> T:
-    """Run `work` in a thread of its own, and set its event on Ctrl-C.
+    """Run `work` in another thread, and set its event on Ctrl-C.
 
-    Python tells the main thread alone of Ctrl-C, and only between two steps of Python: one
-    that waits inside TensorRT would hear of it too late, or raise through C++.
+    Python raises KeyboardInterrupt in the main thread only, and only between two Python
+    instructions: inside TensorRT it would come too late, or be raised through C++.
     """
     cancel = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -109,7 +110,7 @@ def _interruptible(work: Callable[[threading.Event], T]) -> T:
 
 
 class _Build:
-    """One run of TensorRT's builder; it lives in one thread."""
+    """One run of TensorRT's builder, in one thread."""
 
     def __init__(self, source: GraphSource, key: EngineKey, library: TensorRtLibrary) -> None:
         self._source, self._key, self._library = source, key, library
@@ -126,7 +127,7 @@ class _Build:
         self, timing_cache: bytes | None, sink: PhaseSink, cancel: threading.Event
     ) -> tuple[bytes, bytes | None]:
         """Parse and build; return the engine and the new timing cache."""
-        # The network may point into the parser's memory: keep it until the build is done.
+        # The network may refer to the parser's memory: keep it until the build is done.
         parser = self._parse()
         config = self._builder.create_builder_config()
         self._configure(config)
@@ -150,14 +151,14 @@ class _Build:
             read = parser.parse_from_file(str(content))
         else:
             read = parser.parse(content)
-        if not read or not self._network.num_outputs:  # no bytes at all parse as no graph
-            raise EngineError(_unreadable(self._source.name, parser, self._log))
+        if not read or not self._network.num_outputs:  # empty bytes parse as an empty graph
+            raise EngineError(_parser_errors(self._source.name, parser, self._log))
         return parser
 
     def _configure(self, config: Any) -> None:
         trt, key = self._trt, self._key
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        # The fp32 towers are what the others are held against: no 10-bit mantissas in them.
+        # fp32 towers are the reference of the others, so no TF32 with its 10-bit mantissa.
         config.clear_flag(trt.BuilderFlag.TF32)
         if key.workspace_mb is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, key.workspace_mb * 1_000_000)
@@ -199,8 +200,8 @@ class _Build:
         return cache
 
 
-def _unreadable(name: str, parser: Any, log: MessageLog) -> str:
-    """All parser errors in one line, and what to do about those that are known."""
+def _parser_errors(name: str, parser: Any, log: MessageLog) -> str:
+    """Return all parser errors in one line, with a hint for known ones."""
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     lines = []
     for error in errors:
@@ -208,14 +209,14 @@ def _unreadable(name: str, parser: Any, log: MessageLog) -> str:
         words = " ".join(error.desc().split())
         lines.append(f"node {node}: {words}" if node else words)
     text = "; ".join(dict.fromkeys(lines)) or log.summary()
-    mend = ""
+    hint = ""
     if "symmetric quantization" in text or "shiftIsAllZeros" in text:
-        mend = ": export int8 for a device whose engine is TensorRT, which makes it symmetric"
-    return f"TensorRT cannot read {name}: {text}{mend}"
+        hint = ": export int8 for a device whose engine is TensorRT, which makes it symmetric"
+    return f"TensorRT cannot read {name}: {text}{hint}"
 
 
 def _report(engine: bytes, key: EngineKey, library: TensorRtLibrary) -> str | None:
-    """The layers of an engine as TensorRT's JSON, where it can be loaded."""
+    """Return TensorRT's JSON description of an engine's layers, if it can be loaded here."""
     try:
         if gpu_capability() != key.capability:
             return None

@@ -1,4 +1,4 @@
-"""TensorRT as an engine: run a serialized engine within the shapes it was built for."""
+"""The TensorRT engine: load a serialized engine and run it within the shapes it was built for."""
 
 import threading
 import weakref
@@ -15,13 +15,13 @@ from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.engines.tensorrt_library import CudaBuffers, MessageLog, TensorRtLibrary
 from edgeclip.runtime.errors import EdgeClipError, EngineError, first_line
 
-_USUAL_TOKENS = 16  # captions mostly take 8 to 20 tokens; an engine is tuned for one length
+_USUAL_TOKENS = 16  # an engine is tuned for one length; captions mostly have 8 to 20 tokens
 _DYNAMIC = -1
 
 
 @dataclass(frozen=True, slots=True)
 class ShapeRange:
-    """The least, best and largest shape of one input."""
+    """The smallest, best and largest shape of one input."""
 
     name: str
     least: tuple[int, ...]
@@ -31,7 +31,7 @@ class ShapeRange:
 
 @dataclass(frozen=True, slots=True)
 class InputContract:
-    """What one input of an engine takes: shapes from `least` to `most`, of one dtype."""
+    """The arrays that one input of an engine accepts: shapes from `least` to `most`, one dtype."""
 
     name: str
     dtype: np.dtype[Any]
@@ -40,19 +40,19 @@ class InputContract:
 
 
 def shape_range(name: str, shape: tuple[int, ...], key: EngineKey) -> ShapeRange:
-    """Choose the shapes that an engine is built for.
+    """Choose the range of shapes that an engine is built for.
 
-    The first axis is the batch. The second axis of an input of two is the length of the
-    texts: from 1 (a tokenizer without start token gives an empty text its end token only)
-    to `text_length`, at best 16 tokens or fewer where the model takes fewer.
+    The first axis is the batch. The second axis of a two-dimensional input is the length of
+    texts: from 1 (an empty text may have its end token only) to `text_length`, tuned for 16
+    tokens, or fewer if the model accepts fewer.
 
     Args:
         name: of the input.
         shape: as in the graph, -1 where it may vary.
-        key: gives the batches, and the length of texts.
+        key: sets the batch sizes and the length of texts.
 
     Raises:
-        EngineError: the graph does not take the device's batches, or another axis varies.
+        EngineError: the graph does not accept the device's batches, or another axis varies.
     """
     if not shape:
         return ShapeRange(name, (), (), ())
@@ -84,7 +84,7 @@ def _batch_axis(name: str, size: int, key: EngineKey) -> tuple[int, int, int]:
 
 
 def check_feeds(contracts: Sequence[InputContract], feeds: Mapping[str, NDArray[Any]]) -> None:
-    """Refuse arrays that an engine does not take.
+    """Refuse arrays that an engine does not accept.
 
     Raises:
         EngineError: a missing or unknown name, another dtype, or a shape out of range.
@@ -115,7 +115,7 @@ def _check_feed(contract: InputContract, array: NDArray[Any]) -> None:
 
 
 def _describe(contract: InputContract) -> str:
-    """The range in words, such as "1..32 x 3 x 224 x 224"."""
+    """Format the range of shapes: "1..32 x 3 x 224 x 224"."""
     pairs = zip(contract.least, contract.most, strict=True)
     return _times([str(low) if low == high else f"{low}..{high}" for low, high in pairs])
 
@@ -128,16 +128,16 @@ _PROFILE = 0  # engines are built with one optimization profile
 
 
 class TensorRtEngine:
-    """One TensorRT engine on the GPU. Calls from several threads take turns.
+    """One TensorRT engine on the GPU. Calls from several threads run one after the other.
 
     Args:
         content: the serialized engine.
         library: the TensorRT that loads it.
-        source: what messages call it.
-        host_code: it was made to run on later versions, so that it brings code for the CPU
-            with it. Say so of an engine only whose hash was verified.
+        source: its name in messages.
+        host_code: the engine was built for later versions too and contains CPU code. Set it
+            only for an engine whose hash was verified.
         runtime_cache: file of the kernels that TensorRT for RTX compiled on this GPU; read
-            if it is there and fits, written after the first run and at the end.
+            if it exists and fits, written after the first run and at the end.
 
     Raises:
         EngineError: there is no usable GPU, or the engine is not for it or this version.
@@ -158,7 +158,7 @@ class TensorRtEngine:
         self._lock = threading.Lock()
         self._buffers = CudaBuffers()
         self._saver = _CacheSaver(runtime_cache)
-        # Without a reference to the engine: it would never be collected.
+        # The finalizer must not refer to this object, or it would never be collected.
         self._finalizer = weakref.finalize(self, _release, self._buffers, self._saver)
         self._log = MessageLog(library.module)
         # A runtime must outlive its engines.
@@ -187,10 +187,10 @@ class TensorRtEngine:
         return outputs
 
     def close(self) -> None:
-        """Give back the GPU's memory and keep the compiled kernels; `run` then fails."""
+        """Free the GPU memory and save the compiled kernels; later calls of `run` fail."""
         with self._lock:
             self._finalizer()
-            # In this order: each uses those after it.
+            # In this order: each refers to those after it.
             self._context = self._config = self._engine = self._runtime = None
 
     def _run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -216,7 +216,7 @@ class TensorRtEngine:
         self._check(self._context.set_tensor_address(name, address))
 
     def _output_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the outputs, now that those of the inputs are set."""
+        """Return the shapes of the outputs; those of the inputs must be set."""
         shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
         for name, shape in shapes.items():
             if any(size < 0 for size in shape):
@@ -251,7 +251,7 @@ class TensorRtEngine:
 
 
 class _CacheSaver:
-    """Keeps what TensorRT for RTX compiles at run time, so that the next start need not."""
+    """Saves the kernels that TensorRT for RTX compiles at run time, for the next start."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -260,7 +260,7 @@ class _CacheSaver:
         self._first = True
 
     def attach(self, config: Any) -> None:
-        """Make a runtime configuration use the cache, filled from the file if that fits."""
+        """Set the cache of a runtime configuration, filled from the file if it fits."""
         if self._path is None:
             return
         cache = config.create_runtime_cache()
@@ -268,20 +268,20 @@ class _CacheSaver:
             content = self._path.read_bytes()
         except OSError:
             content = b""
-        # It checks that the content is of this GPU, driver and version; else it stays empty.
+        # TensorRT checks GPU, driver and version of the content; else the cache stays empty.
         if content and cache.deserialize(content):
             self._saved = content
         if config.set_runtime_cache(cache):
             self._cache = cache
 
     def after_run(self) -> None:
-        """Save once, so that a process that is killed later compiled for a reason."""
+        """Save after the first run, in case the process is killed later."""
         if self._first:
             self._first = False
             self.save()
 
     def save(self) -> None:
-        """Write the cache if it has grown; a disk that is full costs the next start only."""
+        """Write the cache if it has grown; a failed write only makes the next start slower."""
         if self._cache is None or self._path is None:
             return
         content = self._cache.serialize()
@@ -303,7 +303,7 @@ def _release(buffers: CudaBuffers, saver: _CacheSaver) -> None:
 
 
 def _contracts(trt: Any, engine: Any) -> tuple[tuple[InputContract, ...], dict[str, np.dtype[Any]]]:
-    """What an engine takes, and the names and dtypes of what it gives."""
+    """Return the inputs that an engine accepts, and names and dtypes of its outputs."""
     inputs = []
     outputs = {}
     for index in range(engine.num_io_tensors):

@@ -1,4 +1,4 @@
-"""The installed TensorRT: its version, its CUDA calls, its log and progress."""
+"""The installed TensorRT: version, what it can build for, CUDA calls, log, build progress."""
 
 import importlib
 import sys
@@ -13,8 +13,8 @@ from edgeclip.runtime.bundle.engine_records import LibraryName, sm
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import EngineError, MissingExtraError, first_line
 
-_DEVICE = 0  # CUDA_VISIBLE_DEVICES says which GPU that is
-_INSTALL_CUDA = {
+_DEVICE = 0  # the first GPU in CUDA_VISIBLE_DEVICES
+_CUDA_HINTS = {
     "cudaErrorInsufficientDriver": "install or update the NVIDIA driver",
     "cudaErrorNoDevice": "this needs an NVIDIA GPU",
     "cudaErrorMemoryAllocation": "lower batch_max of the device",
@@ -49,13 +49,13 @@ def call(name: str, *arguments: Any) -> Any:
     if code != cuda.cudaError_t.cudaSuccess:
         text = cuda.cudaGetErrorString(code)[1]
         words = text.decode() if isinstance(text, bytes) else str(text)
-        mend = _INSTALL_CUDA.get(code.name)
-        raise EngineError(f"{name} failed: {words} ({code.name})" + (f": {mend}" if mend else ""))
+        hint = _CUDA_HINTS.get(code.name)
+        raise EngineError(f"{name} failed: {words} ({code.name})" + (f": {hint}" if hint else ""))
     return results[0] if results else None
 
 
 def gpu_name() -> str:
-    """The GPU's name, such as "NVIDIA RTX A2000".
+    """Return the GPU's name, such as "NVIDIA RTX A2000".
 
     Raises:
         EngineError: there is no usable GPU.
@@ -66,7 +66,7 @@ def gpu_name() -> str:
 
 
 def gpu_capability() -> str:
-    """The GPU's compute capability, such as "8.7".
+    """Return the GPU's compute capability, such as "8.7".
 
     Raises:
         EngineError: there is no usable GPU.
@@ -79,7 +79,7 @@ def gpu_capability() -> str:
 
 
 class CudaBuffers:
-    """Named pieces of GPU memory that grow as needed, and a stream to copy and run on.
+    """Named GPU buffers that grow as needed, and a stream to copy and run on.
 
     Raises:
         EngineError: there is no usable GPU.
@@ -95,13 +95,13 @@ class CudaBuffers:
 
     @property
     def stream(self) -> int:
-        """The handle that `execute_async_v3` takes."""
+        """The CUDA stream handle for `execute_async_v3`."""
         return int(self._stream)
 
     def at_least(self, name: str, size: int) -> int:
-        """The address of a piece of at least `size` bytes; what it held is lost if it grows.
+        """Return the address of a buffer of at least `size` bytes; growing it loses its content.
 
-        Nothing that uses the piece may be running.
+        Nothing that uses the buffer may be running.
 
         Raises:
             EngineError: the GPU has too little memory.
@@ -112,13 +112,13 @@ class CudaBuffers:
         if address:
             del self._pieces[name]
             call("cudaFree", address)
-        size = max(size, 1)  # nothing at all would have no address
+        size = max(size, 1)  # an empty buffer would have no address
         address = int(call("cudaMalloc", size))
         self._pieces[name] = (address, size)
         return address
 
     def send(self, name: str, array: NDArray[Any]) -> int:
-        """Copy a contiguous array to a piece, and return its address.
+        """Start to copy a contiguous array to a buffer, and return the buffer's address.
 
         Raises:
             EngineError: the copy failed, or the GPU has too little memory.
@@ -129,7 +129,7 @@ class CudaBuffers:
         return address
 
     def fetch(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Begin to copy a piece to a new array, which is filled once `wait` returns.
+        """Start to copy a buffer to a new array, which is filled once `wait` returns.
 
         Raises:
             EngineError: the copy failed.
@@ -141,7 +141,7 @@ class CudaBuffers:
         return array
 
     def wait(self) -> None:
-        """Wait for all that was begun.
+        """Wait until all work on the stream is done.
 
         Raises:
             EngineError: any of it failed.
@@ -149,7 +149,7 @@ class CudaBuffers:
         call("cudaStreamSynchronize", self._stream)
 
     def close(self) -> None:
-        """Give back the memory and the stream; a second call does nothing."""
+        """Free the memory and the stream; a second call does nothing."""
         pieces, self._pieces = self._pieces, {}
         stream, self._stream = self._stream, None
         if stream is not None:
@@ -188,19 +188,19 @@ class TensorRtLibrary:
 
     @property
     def title(self) -> str:
-        """What a person calls it, such as "TensorRT 10.3.0"."""
+        """Name and version, such as "TensorRT 10.3.0"."""
         return f"{'TensorRT' if self.name == 'tensorrt' else 'TensorRT-RTX'} {self.version}"
 
     @property
     def builds_without_gpu(self) -> bool:
-        """Whether it builds for GPUs that this machine does not have."""
+        """Whether it can build for GPUs that this machine does not have."""
         return self.name == "tensorrt-rtx"
 
     def why_not_build(self, device: DeviceProfile) -> str | None:
-        """Why this installation cannot build engines for a device; None if it can.
+        """Return why this installation cannot build engines for a device; None if it can.
 
-        TensorRT for RTX builds for every GPU that it knows, on any machine. Full TensorRT
-        times its kernels, so it builds for the machine's own GPU only.
+        TensorRT for RTX builds for every GPU that it supports, on any machine. Full TensorRT
+        measures its kernels, so it builds for the machine's own GPU only.
         """
         wanted = device.compute_capability
         if wanted is None:
@@ -221,17 +221,17 @@ class TensorRtLibrary:
         return None
 
     def target(self, capability: str) -> Any | None:
-        """TensorRT for RTX's name for a compute capability; None of one it does not know."""
+        """Return TensorRT for RTX's constant of a compute capability; None if unsupported."""
         kinds = getattr(self.module, "ComputeCapability", None)
         return getattr(kinds, sm(capability).upper(), None)
 
 
 def open_library(device: DeviceProfile) -> TensorRtLibrary:
-    """Import the TensorRT that a device asks for.
+    """Import the TensorRT of a device's engine.
 
     Raises:
-        EngineError: its engine is not TensorRT by itself, the installation is broken, or
-            its major version is not the device's.
+        EngineError: the engine is not "tensorrt" or "tensorrt-rtx", the installation is
+            broken, or its major version is not the device's.
         MissingExtraError: it is not installed.
     """
     name = next((known for known in get_args(LibraryName) if known == device.engine), None)
@@ -256,7 +256,7 @@ def _import(name: LibraryName) -> TensorRtLibrary:
         version = str(module.__version__)
     except ImportError as error:
         raise MissingExtraError(f"{name} is not installed: {_INSTALL[name]}") from error
-    except Exception as error:  # each release fails in its own way where a library is missing
+    except Exception as error:  # each release fails in its own way if a library is missing
         raise EngineError(
             f"{name} is installed but cannot start ({first_line(error)}): {_INSTALL[name]}"
         ) from error
@@ -265,11 +265,11 @@ def _import(name: LibraryName) -> TensorRtLibrary:
 
 _MOST_MESSAGES = 8
 _LONGEST_MESSAGE = 500
-_DEEPEST_BAR = 3  # TensorRT nests deeper, but those phases pass too fast to read
+_DEEPEST_BAR = 3  # TensorRT's deeper phases pass too fast to read
 
 
 class MessageLog:
-    """Collects errors and warnings; `logger` is TensorRT's `ILogger`.
+    """Collects TensorRT's errors and warnings; `logger` is its `ILogger`.
 
     Args:
         trt: the TensorRT module.
@@ -281,12 +281,12 @@ class MessageLog:
         self.logger = _make_logger(trt, self)
 
     def clear(self) -> None:
-        """Forget what was said so far."""
+        """Drop all messages so far."""
         self.errors.clear()
         self.warnings.clear()
 
     def summary(self) -> str:
-        """The errors in one line, or the warnings where there was no error."""
+        """Return the errors in one line, or the warnings if there is no error."""
         messages = self.errors or self.warnings
         shown = messages[:_MOST_MESSAGES]
         more = len(messages) - len(shown)
@@ -315,23 +315,23 @@ def _make_logger(trt: Any, log: MessageLog) -> Any:
 
 
 class PhaseSink(Protocol):
-    """Told of the phases of a build, which nest. Called by one thread at a time."""
+    """Receives the nested phases of a build; called by one thread at a time."""
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
-        """A phase of so many steps begins, inside `parent` if there is one."""
+        """Begin a phase of `steps` steps, inside `parent` if there is one."""
         ...
 
     def step(self, phase: str, done: int) -> None:
-        """So many of its steps are done."""
+        """Set the number of finished steps of a phase."""
         ...
 
     def finish(self, phase: str) -> None:
-        """It has ended."""
+        """End a phase."""
         ...
 
 
 class PhaseBars:
-    """Nested progress bars on stderr; nothing is drawn where stderr is no terminal."""
+    """Nested progress bars on stderr, if it is a terminal."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -339,7 +339,7 @@ class PhaseBars:
         self._depths: dict[str, int] = {}
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
-        """A phase begins."""
+        """Draw the bar of a phase below its parent's."""
         from tqdm import tqdm
 
         depth = self._depths.get(parent, 0) + 1 if parent else 0
@@ -352,29 +352,29 @@ class PhaseBars:
         )
 
     def step(self, phase: str, done: int) -> None:
-        """So many of its steps are done."""
+        """Advance the bar of a phase."""
         bar = self._bars.get(phase)
         if bar is not None:
             bar.update(done - bar.n)
 
     def finish(self, phase: str) -> None:
-        """A phase has ended."""
+        """Remove the bar of a phase."""
         self._depths.pop(phase, None)
         bar = self._bars.pop(phase, None)
         if bar is not None:
             bar.close()
 
     def close(self) -> None:
-        """Take away the bars of phases that never finished."""
+        """Remove the bars of phases that never finished."""
         for phase in list(self._bars):
             self.finish(phase)
 
 
 def make_monitor(trt: Any, sink: PhaseSink, cancel: threading.Event) -> Any:
-    """TensorRT's `IProgressMonitor`, which tells `sink` and ends the build once `cancel` is set.
+    """Return TensorRT's `IProgressMonitor`, which notifies `sink` and stops on `cancel`.
 
-    TensorRT calls it from C++, where an exception would end the process: once the sink
-    has raised it is told nothing more, and only the display suffers.
+    TensorRT calls it from C++, where an exception would end the process: after the sink has
+    raised once, it is not called again, so only the progress display is lost.
     """
     lock = threading.Lock()  # TensorRT calls from several threads
     broken = threading.Event()

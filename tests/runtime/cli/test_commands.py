@@ -1,4 +1,4 @@
-"""The verbs that run a bundle, through the command line."""
+"""The commands that run a bundle, through the command line."""
 
 import json
 import shutil
@@ -243,7 +243,7 @@ class TestSearch:
 
     def test_nothing_to_look_for(self, tiny_bundle: Path, index: Path, capsys: Capture) -> None:
         line = fails(capsys, "search", "--bundle", tiny_bundle, "--index", index)
-        assert "nothing to look for" in line
+        assert "nothing to search for" in line
 
     def test_damaged_index(self, tiny_bundle: Path, index: Path, capsys: Capture) -> None:
         index.write_bytes(index.read_bytes()[:-50])
@@ -306,7 +306,7 @@ class TestEval:
         self, tiny_bundle: Path, photos: Path, capsys: Capture
     ) -> None:
         line = fails(capsys, "eval", photos, "--labels", "--bundle", tiny_bundle)
-        assert "lies in no class" in line
+        assert "is in no class" in line
 
     def test_no_captions(self, tiny_bundle: Path, photos: Path, capsys: Capture) -> None:
         (photos / "captions.csv").unlink()
