@@ -23,7 +23,7 @@ from edgeclip.runtime.spec import Precision, Tower
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the command's options to its parser."""
     add_teacher(parser)
     names = ", ".join(measured_names())
     parser.add_argument(

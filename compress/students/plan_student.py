@@ -1,6 +1,9 @@
-"""Which students of a teacher keep a latency on a measured device, before any is trained."""
+"""Find the largest student of a teacher that meets a latency budget on a measured device.
 
-from collections.abc import Iterator, Sequence
+Nothing is trained or run: latencies are predicted from block costs of the device.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,11 +25,11 @@ from edgeclip.runtime.spec import Precision, Tower
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSizes:
-    """Both towers of a CLIP, as far as their sizes go.
+    """Sizes of both towers of a CLIP.
 
     Attributes:
         image, text: the towers; `tokens` of the text tower is the whole context.
-        image_size: side of a picture in pixels.
+        image_size: side of an image in pixels.
         vocab_size: token vectors of the text tower.
     """
 
@@ -63,11 +66,11 @@ class TeacherSizes:
         )
 
     def tower(self, part: Tower) -> TransformerTower:
-        """One of the two."""
+        """Return one of the two towers."""
         return self.image if part == "image" else self.text
 
     def parameters(self, tower: AnyTower) -> int:
-        """Weights of a tower of this teacher or of a student, projection included."""
+        """Count the weights of a tower of this teacher or a student, projection included."""
         if isinstance(tower, ConvTower):
             return _conv_parameters(tower)
         width, hidden = tower.width, tower.hidden
@@ -83,7 +86,7 @@ class TeacherSizes:
 def _whole(value: object) -> int:
     if not isinstance(value, int):
         raise ConfigError(
-            f"config.json has {value} where one whole number is needed: only square pictures and "
+            f"config.json has {value} where one whole number is needed: only square images and "
             "patches can be planned"
         )
     return value
@@ -121,7 +124,7 @@ _CONV_DEPTHS = ((2, 2, 4), (2, 2, 6), (3, 3, 9))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStudent:
-    """One tower that a student could have.
+    """A candidate tower of a student.
 
     Attributes:
         shape: for `new_student`; what it says of the other tower is the default.
@@ -129,7 +132,7 @@ class PlannedStudent:
         parameters: weights of the tower.
         share: of the teacher's tower of that part.
         prediction: of its latency.
-        keeps: even the upper end of the prediction keeps the budget.
+        keeps: even the upper end of the prediction meets the budget.
     """
 
     shape: StudentShape
@@ -142,11 +145,11 @@ class PlannedStudent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentPlan:
-    """All towers that were looked at, the largest first.
+    """All candidate towers, the largest first.
 
     Attributes:
-        students: whose time could be predicted.
-        best: the largest that keeps the budget.
+        students: those whose latency could be predicted.
+        best: the largest that meets the budget.
         unknown: how many sizes lie too far from what was measured.
     """
 
@@ -164,18 +167,18 @@ def plan_student(
     precision: Precision = "fp32",
     text_tokens: int | None = None,
 ) -> StudentPlan:
-    """Predict every student's tower, and choose the largest that keeps the budget.
+    """Predict the latency of every candidate, and choose the largest that meets the budget.
 
     Args:
         teacher: its sizes.
         measured: the device.
-        latency_ms: the most that one image or text may take.
+        latency_ms: budget of one image or text.
         part: which tower.
         precision: of the graph that will run.
         text_tokens: length of a text, start and end included; None for the whole context.
 
     Raises:
-        InputError: no student keeps the budget; the message names the fastest. Or a precision
+        InputError: no student meets the budget; the message names the fastest. Or a precision
             that was not measured, or sizes that are all too far from those that were.
     """
     predictor = Predictor(measured)
@@ -203,14 +206,20 @@ def plan_student(
     students.sort(key=lambda item: (-item.parameters, item.prediction.ms))
     best = next((item for item in students if item.keeps), None)
     if best is None:
-        raise InputError(_nothing_fits(students, latency_ms, precision, measured))
+        fastest = min(students, key=lambda item: item.prediction.high)
+        ms, high = fastest.prediction.ms, fastest.prediction.high
+        raise InputError(
+            f"no student surely keeps {latency_ms:g} ms in {precision} on {measured.name}: the "
+            f"fastest, {describe(fastest)}, takes about {ms:.2f} ms (up to {high:.2f}); allow "
+            "more time, or try another precision"
+        )
     return StudentPlan(students=tuple(students), best=best, unknown=unknown)
 
 
 def candidates(
     teacher: TeacherSizes, part: Tower, text_tokens: int | None = None
 ) -> Iterator[tuple[StudentShape, AnyTower]]:
-    """Every number of heads and layers that can be inherited; for images also some ConvNeXts.
+    """Yield every number of heads and layers that can be inherited; for images some ConvNeXts too.
 
     Raises:
         InputError: a text longer than the teacher reads.
@@ -222,13 +231,17 @@ def candidates(
         base = replace(base, tokens=text_tokens)
     for heads in range(1, base.heads + 1):
         for layers in range(1, base.layers + 1):
-            yield _inherited(part, heads, layers), _shrunk(base, heads, layers)
+            if part == "image":
+                shape = StudentShape(image_heads=heads, image_layers=layers)
+            else:
+                shape = StudentShape(text_heads=heads, text_layers=layers)
+            yield shape, _shrunk(base, heads, layers)
     if part == "image":
         yield from _convolutional(teacher)
 
 
 def distill_options(student: PlannedStudent, part: Tower) -> list[str]:
-    """What to add to `edgeclip distill` for this tower; the other one stays at its default."""
+    """Return the options of `edgeclip distill` for this tower; the other one keeps its default."""
     shape, usual = student.shape, StudentShape()
     words = ["--family", shape.family]
     if shape.family == "convolutional":
@@ -242,32 +255,21 @@ def distill_options(student: PlannedStudent, part: Tower) -> list[str]:
 
 
 def worth_showing(plan: StudentPlan) -> tuple[PlannedStudent, ...]:
-    """Of each width the deepest student that keeps the budget, and the next that may not."""
+    """Return of each width the deepest student that meets the budget, and the next deeper one."""
+    by_width: dict[object, list[PlannedStudent]] = {}
+    for item in plan.students:
+        tower = item.tower
+        key = tower.widths if isinstance(tower, ConvTower) else tower.width
+        by_width.setdefault(key, []).append(item)
     shown: list[PlannedStudent] = []
-    for same in _by_width(plan.students):
-        keeping = [item for item in same if item.keeps]
-        beyond = [item for item in same if not item.keeps]
-        shown += [*beyond[-1:], *keeping[:1]]
+    for same in by_width.values():
+        shown += [item for item in same if not item.keeps][-1:]
+        shown += [item for item in same if item.keeps][:1]
     return tuple(sorted(shown, key=lambda item: (-item.parameters, item.prediction.ms)))
 
 
-def _by_width(students: Sequence[PlannedStudent]) -> list[list[PlannedStudent]]:
-    groups: dict[object, list[PlannedStudent]] = {}
-    for item in students:
-        tower = item.tower
-        key = tower.widths if isinstance(tower, ConvTower) else tower.width
-        groups.setdefault(key, []).append(item)
-    return list(groups.values())
-
-
-def _inherited(part: Tower, heads: int, layers: int) -> StudentShape:
-    if part == "image":
-        return StudentShape(image_heads=heads, image_layers=layers)
-    return StudentShape(text_heads=heads, text_layers=layers)
-
-
 def _shrunk(base: TransformerTower, heads: int, layers: int) -> TransformerTower:
-    """As `new_student` does: heads keep their size, the MLP its ratio."""
+    """Shrink a tower as `new_student` does: heads keep their size, the MLP its ratio."""
     width = heads * (base.width // base.heads)
     hidden = round(width * (base.hidden / base.width))
     return replace(base, width=width, heads=heads, hidden=hidden, layers=layers)
@@ -287,23 +289,8 @@ def _convolutional(teacher: TeacherSizes) -> Iterator[tuple[StudentShape, AnyTow
                 yield shape, tower
 
 
-def _nothing_fits(
-    students: Sequence[PlannedStudent],
-    latency_ms: float,
-    precision: Precision,
-    measured: MeasuredDevice,
-) -> str:
-    fastest = min(students, key=lambda item: item.prediction.high)
-    found = fastest.prediction
-    return (
-        f"no student surely keeps {latency_ms:g} ms in {precision} on {measured.name}: the "
-        f"fastest, {describe(fastest)}, takes about {found.ms:.2f} ms (up to {found.high:.2f}); "
-        "allow more time, or try another precision"
-    )
-
-
 def describe(student: PlannedStudent) -> str:
-    """Its sizes, in a few words."""
+    """Describe the sizes of a student in a few words."""
     tower = student.tower
     if isinstance(tower, ConvTower):
         widths, depths = ("-".join(map(str, item)) for item in (tower.widths, tower.depths))

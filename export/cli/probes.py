@@ -1,4 +1,4 @@
-"""`edgeclip probes`: write small graphs that tell what any student would cost on a device."""
+"""`edgeclip probes`: write small graphs from whose times any student's latency is predicted."""
 
 import argparse
 import shlex
@@ -11,7 +11,7 @@ from edgeclip.runtime.device.device_profile import load_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument("--out", type=Path, required=True, help="directory of the probes")
     parser.add_argument(
         "--plan",
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the set, and say what to do with it."""
+    """Write the set, and print the command that measures it."""
     probes = write_probes(
         args.out,
         device=load_device(args.device),

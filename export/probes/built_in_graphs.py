@@ -1,9 +1,9 @@
-"""Graphs that come with the package: the yardstick, and those that find a machine's roofline.
+"""Build the graphs that come with the package: the yardstick, and those of the roofline.
 
-`python -m edgeclip.export.probes.built_in_graphs` writes them where they are kept. All that
-they need is computed inside from a few numbers, so that nothing large crosses from host to
-device, and their files are small: an engine folds the constants when it loads them. A
-yardstick that takes another time needs another `NAME` in `benchmark_worker`.
+`python -m edgeclip.export.probes.built_in_graphs` writes them where they are kept. Weights are
+computed inside a graph from a few numbers, so that files are small and nothing large crosses from
+host to device; an engine folds the constants when it loads them. A yardstick that takes another
+time needs another `YARDSTICK_NAME` in `benchmark_worker`.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from edgeclip.export.graph.graph_io import save_graph
@@ -33,15 +32,73 @@ from edgeclip.profiles.measure.benchmark_worker import TOKENS, WIDTH, YARDSTICK_
 _HEADS = 4
 _HIDDEN = 4 * WIDTH
 _STEP = 12.9898  # radians between two weights: far from every period
-_YARDSTICK_OPSET, _YARDSTICK_IR_VERSION = 17, 8  # LayerNormalization begins there
+_NO_PATTERN = 1.2345678  # an angle that no size divides: values without a pattern
+_SPREAD = 4  # standard deviations that int8 holds; the few beyond are clipped
+
+
+class _GraphBuilder:
+    """Collects nodes and constants of a graph; each node is named after its only output."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+
+    def add(self, operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        """Append a node, and return its name."""
+        self.nodes.append(helper.make_node(operator, inputs, [name], name, **attributes))
+        return name
+
+    def constant(self, name: str, value: object, dtype: type[np.generic] = np.float32) -> str:
+        """Append a constant, and return its name."""
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def model(
+        self, name: str, given: onnx.ValueInfoProto, made: onnx.ValueInfoProto, opset: int, ir: int
+    ) -> onnx.ModelProto:
+        """Return the whole graph."""
+        graph = helper.make_graph(self.nodes, name, [given], [made], self.constants)
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir
+        )
 
 
 def yardstick_model() -> onnx.ModelProto:
-    """Attention and a two-layer perceptron, both with norm and residual: [N, tokens, width]."""
-    layer = _Layer()
+    """Build one transformer layer, attention and MLP with norms and residuals.
+
+    float32 [N, tokens, width] to the same. Its weights are computed inside the graph; each product
+    has its own: ONNX Runtime would compute two products with equal weights only once.
+    """
+    layer = _GraphBuilder()
+    used = 0  # weights of all products so far
+    layer.constant("one", np.ones(WIDTH))
+    layer.constant("zero", np.zeros(WIDTH))
+    layer.constant("scale", (WIDTH // _HEADS) ** -0.5)
+    layer.constant("root_half", math.sqrt(0.5))
+    layer.constant("unit", 1)
+    layer.constant("half", 0.5)
+    layer.constant("step", _STEP)
+    layer.constant("split", [0, TOKENS, _HEADS, WIDTH // _HEADS], np.int64)
+    layer.constant("join", [0, TOKENS, WIDTH], np.int64)
+
+    def product(given: str, output: str, rows: int, columns: int) -> None:
+        """Multiply by weights [rows, columns], about 1 / sqrt(rows) large."""
+        nonlocal used
+        first, used = used, used + rows * columns
+        layer.constant(f"{output}_first", first)
+        layer.constant(f"{output}_end", used)
+        layer.constant(f"{output}_factor", math.sqrt(2 / rows))
+        layer.constant(f"{output}_shape", [rows, columns], np.int64)
+        layer.add("Range", [f"{output}_first", f"{output}_end", "unit"], f"{output}_numbers")
+        layer.add("Mul", [f"{output}_numbers", "step"], f"{output}_angles")
+        layer.add("Sin", [f"{output}_angles"], f"{output}_sines")
+        layer.add("Mul", [f"{output}_sines", f"{output}_factor"], f"{output}_flat")
+        layer.add("Reshape", [f"{output}_flat", f"{output}_shape"], f"{output}_weights")
+        layer.add("MatMul", [given, f"{output}_weights"], output)
+
     layer.add("LayerNormalization", ["values", "one", "zero"], "normed", axis=-1)
     for name in ("query", "key", "content"):
-        layer.product("normed", name, WIDTH, WIDTH)
+        product("normed", name, WIDTH, WIDTH)
         layer.add("Reshape", [name, "split"], f"{name}_split")
         order = [0, 2, 3, 1] if name == "key" else [0, 2, 1, 3]
         layer.add("Transpose", [f"{name}_split"], f"{name}_heads", perm=order)
@@ -51,122 +108,28 @@ def yardstick_model() -> onnx.ModelProto:
     layer.add("MatMul", ["attention", "content_heads"], "attended")
     layer.add("Transpose", ["attended"], "attended_tokens", perm=[0, 2, 1, 3])
     layer.add("Reshape", ["attended_tokens", "join"], "joined")
-    layer.product("joined", "projected", WIDTH, WIDTH)
+    product("joined", "projected", WIDTH, WIDTH)
     layer.add("Add", ["values", "projected"], "middle")
     layer.add("LayerNormalization", ["middle", "one", "zero"], "middle_normed", axis=-1)
-    layer.product("middle_normed", "hidden", WIDTH, _HIDDEN)
+    product("middle_normed", "hidden", WIDTH, _HIDDEN)
     layer.add("Mul", ["hidden", "root_half"], "hidden_scaled")
     layer.add("Erf", ["hidden_scaled"], "erf")
     layer.add("Add", ["erf", "unit"], "erf_and_one")
     layer.add("Mul", ["hidden", "erf_and_one"], "gelu_doubled")
     layer.add("Mul", ["gelu_doubled", "half"], "gelu")
-    layer.product("gelu", "reduced", _HIDDEN, WIDTH)
+    product("gelu", "reduced", _HIDDEN, WIDTH)
     layer.add("Add", ["middle", "reduced"], "result")
-    return layer.model()
-
-
-class _Layer:
-    """Nodes and constants in the order in which they were asked for."""
-
-    def __init__(self) -> None:
-        self._weights = 0  # of all products so far
-        self._nodes: list[onnx.NodeProto] = []
-        self._constants: list[onnx.TensorProto] = []
-        self._constant("one", np.ones(WIDTH, np.float32))
-        self._constant("zero", np.zeros(WIDTH, np.float32))
-        for name, number in {
-            "scale": (WIDTH // _HEADS) ** -0.5,
-            "root_half": math.sqrt(0.5),
-            "unit": 1,
-            "half": 0.5,
-            "step": _STEP,
-        }.items():
-            self._constant(name, np.array(number, np.float32))
-        self._constant("split", np.array([0, TOKENS, _HEADS, WIDTH // _HEADS]))
-        self._constant("join", np.array([0, TOKENS, WIDTH]))
-
-    def add(self, op: str, inputs: list[str], output: str, **settings: Any) -> None:
-        """Append a node of one output, which names it."""
-        self._nodes.append(helper.make_node(op, inputs, [output], name=output, **settings))
-
-    def product(self, given: str, output: str, rows: int, columns: int) -> None:
-        """Multiply by weights [rows, columns] of their own, about 1/sqrt(rows) large.
-
-        Were they those of another product, ONNX Runtime would compute both only once.
-        """
-        first, self._weights = self._weights, self._weights + rows * columns
-        for name, number in {
-            "first": first,
-            "end": self._weights,
-            "factor": math.sqrt(2 / rows),
-        }.items():
-            self._constant(f"{output}_{name}", np.array(number, np.float32))
-        self._constant(f"{output}_shape", np.array([rows, columns]))
-        self.add("Range", [f"{output}_first", f"{output}_end", "unit"], f"{output}_numbers")
-        self.add("Mul", [f"{output}_numbers", "step"], f"{output}_angles")
-        self.add("Sin", [f"{output}_angles"], f"{output}_sines")
-        self.add("Mul", [f"{output}_sines", f"{output}_factor"], f"{output}_flat")
-        self.add("Reshape", [f"{output}_flat", f"{output}_shape"], f"{output}_weights")
-        self.add("MatMul", [given, f"{output}_weights"], output)
-
-    def model(self) -> onnx.ModelProto:
-        """The whole graph, checked."""
-        shape: list[str | int | None] = ["N", TOKENS, WIDTH]
-        graph = helper.make_graph(
-            self._nodes,
-            "yardstick",
-            [helper.make_tensor_value_info("values", TensorProto.FLOAT, shape)],
-            [helper.make_tensor_value_info("result", TensorProto.FLOAT, shape)],
-            self._constants,
-        )
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", _YARDSTICK_OPSET)],
-            ir_version=_YARDSTICK_IR_VERSION,
-        )
-        onnx.checker.check_model(model, full_check=True)
-        return model
-
-    def _constant(self, name: str, value: NDArray[Any]) -> None:
-        self._constants.append(numpy_helper.from_array(value, name))
-
-
-_OPSET, _IR_VERSION = 18, 9
-_NO_PATTERN = 1.2345678  # an angle that no size divides: values without a pattern
-_SPREAD = 4  # standard deviations that int8 holds; the few beyond are clipped
-
-
-class _Nodes:
-    """Nodes and constants of a graph while it grows; each node is named after what it gives."""
-
-    def __init__(self) -> None:
-        self.nodes: list[NodeProto] = []
-        self.constants: list[TensorProto] = []
-
-    def add(self, operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(operator, inputs, [name], name, **attributes))
-        return name
-
-    def constant(self, name: str, value: object, dtype: type[np.generic] = np.float32) -> str:
-        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
-        return name
-
-    def model(self, last: str) -> onnx.ModelProto:
-        """The graph from `factor` float32 [1] to the largest value in `last`, a scalar."""
-        self.add("ReduceMax", [last], "largest", keepdims=0)
-        graph = helper.make_graph(
-            self.nodes,
-            "probe",
-            [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [1])],
-            [helper.make_tensor_value_info("largest", TensorProto.FLOAT, [])],
-            self.constants,
-        )
-        opset = helper.make_opsetid("", _OPSET)
-        return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
+    given, made = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", TOKENS, WIDTH])
+        for name in ("values", "result")
+    )
+    model = layer.model("yardstick", given, made, opset=17, ir=8)  # LayerNormalization's first
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
 def product_graph(form: Form, size: int) -> onnx.ModelProto:
-    """`PRODUCTS` matrix products in a row, each [size, size] by [size, size].
+    """Build a graph of `PRODUCTS` matrix products in a row, each [size, size] by [size, size].
 
     The weights are a discrete cosine transform (DCT-IV, orthogonal and its own inverse), so
     that after an even number of products everything is what it was at first: nothing grows,
@@ -177,7 +140,7 @@ def product_graph(form: Form, size: int) -> onnx.ModelProto:
             signed ones as TensorRT does, both with int8 weights.
         size: of the matrices.
     """
-    nodes = _Nodes()
+    nodes = _GraphBuilder()
     grid = _grid(nodes, size)
     weights = _cosines(nodes, grid, "weights", math.pi / size, size)
     values = _cosines(nodes, grid, "values", _NO_PATTERN, size)
@@ -191,24 +154,32 @@ def product_graph(form: Form, size: int) -> onnx.ModelProto:
         last = nodes.add("Cast", [last], "last", to=TensorProto.FLOAT)
     else:
         last = _products(nodes, last, weights)
-    return nodes.model(last)
+    return _largest(nodes, last)
 
 
 def reading_graph(size: int) -> onnx.ModelProto:
-    """`PRODUCTS` products of one row with weights [size, size]: reading them is the work.
+    """Build a graph of `PRODUCTS` products of one row with weights [size, size], to read memory.
 
     Each weight is 1 / size, so that the row keeps its values.
     """
-    nodes = _Nodes()
+    nodes = _GraphBuilder()
     value = numpy_helper.from_array(np.array([1 / size], np.float32))
     shape = nodes.constant("shape", [size, size], np.int64)
     weights = nodes.add("ConstantOfShape", [shape], "weights", value=value)
     row = nodes.constant("row", [1, size], np.int64)
-    return nodes.model(_products(nodes, nodes.add("Expand", [INPUT, row], "start"), weights))
+    return _largest(nodes, _products(nodes, nodes.add("Expand", [INPUT, row], "start"), weights))
+
+
+def _largest(nodes: _GraphBuilder, last: str) -> onnx.ModelProto:
+    """End the graph: from `factor` float32 [1] to the largest value of `last`, a scalar."""
+    nodes.add("ReduceMax", [last], "largest", keepdims=0)
+    given = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [1])
+    made = helper.make_tensor_value_info("largest", TensorProto.FLOAT, [])
+    return nodes.model("probe", given, made, opset=18, ir=9)
 
 
 def write_probe_graphs(folder: Path = GRAPHS) -> tuple[Path, ...]:
-    """Write all of them; the same bytes every time.
+    """Write the graphs of the roofline; the same bytes every time.
 
     Raises:
         ExportError: a graph is not valid ONNX.
@@ -222,8 +193,8 @@ def write_probe_graphs(folder: Path = GRAPHS) -> tuple[Path, ...]:
     return (*written, reading_path(folder))
 
 
-def _grid(nodes: _Nodes, size: int) -> str:
-    """(i + 1/2) (j + 1/2), [size, size]."""
+def _grid(nodes: _GraphBuilder, size: int) -> str:
+    """Add the matrix (i + 1/2) (j + 1/2), [size, size]."""
     ends = [nodes.constant(name, value) for name, value in (("first", 0.5), ("end", size))]
     numbers = nodes.add("Range", [*ends, nodes.constant("step", 1)], "numbers")
     column = nodes.constant("column", [-1, 1], np.int64)
@@ -231,22 +202,24 @@ def _grid(nodes: _Nodes, size: int) -> str:
     return nodes.add("Mul", [rows, numbers], "grid")
 
 
-def _cosines(nodes: _Nodes, grid: str, name: str, angle: float, size: int) -> str:
-    """sqrt(2 / size) cos(angle * grid): rows of length about 1."""
+def _cosines(nodes: _GraphBuilder, grid: str, name: str, angle: float, size: int) -> str:
+    """Add sqrt(2 / size) cos(angle * grid), with rows of length about 1."""
     turned = nodes.add("Mul", [grid, nodes.constant(f"{name}_angle", angle)], f"{name}_turned")
     cosine = nodes.add("Cos", [turned], f"{name}_cosine")
     scale = nodes.constant(f"{name}_scale", math.sqrt(2 / size))
     return nodes.add("Mul", [cosine, scale], name)
 
 
-def _products(nodes: _Nodes, last: str, weights: str) -> str:
+def _products(nodes: _GraphBuilder, last: str, weights: str) -> str:
     for number in range(PRODUCTS):
         last = nodes.add("MatMul", [last, weights], f"product_{number}")
     return last
 
 
-def _int8_products(nodes: _Nodes, last: str, weights: str, size: int, *, signed: bool) -> str:
-    """Q/DQ around each product, as a quantized bundle has them."""
+def _int8_products(
+    nodes: _GraphBuilder, last: str, weights: str, size: int, *, signed: bool
+) -> str:
+    """Add products with Q/DQ around each, as a quantized bundle has them."""
     scale = nodes.constant("weight_scale", math.sqrt(2 / size) / 127)
     zero = nodes.constant("weight_zero", 0, np.int8)
     steps = nodes.add("Round", [nodes.add("Div", [weights, scale], "steps")], "whole_steps")
@@ -265,7 +238,7 @@ def _int8_products(nodes: _Nodes, last: str, weights: str, size: int, *, signed:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write all graphs and say where."""
+    """Write all graphs and print where."""
     parser = argparse.ArgumentParser(
         prog="python -m edgeclip.export.probes.built_in_graphs", description=__doc__
     )

@@ -1,4 +1,4 @@
-"""Plan a set of probes: which small graphs to time, at which sizes, and how they are compared."""
+"""Plan a set of probes: which small graphs are timed, at which sizes, and how they are compared."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,14 +16,14 @@ from edgeclip.profiles.predict.tower_shapes import (
 ProbePrecision = Literal["fp32", "int8"]
 
 _HEAD_SIZE, _RATIO, PROBE_DIM = 64, 4, 512  # as in nearly every CLIP
-# Blocks that the deeper tower of a pair has more. Few of them would stay in the caches, where those
-# of a whole student do not.
-_MORE, _MORE_CONV = 5, 4
+# Blocks that the deeper tower of a pair has more. With fewer they would stay in the caches, where
+# those of a whole student do not.
+_EXTRA_BLOCKS, _EXTRA_CONV_BLOCKS = 5, 4
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedGraph:
-    """An ONNX file: a tower, or the stem of one."""
+    """One ONNX file: a tower, or the stem of one."""
 
     tower: AnyTower
     precision: ProbePrecision
@@ -31,13 +31,13 @@ class PlannedGraph:
 
     @property
     def path(self) -> str:
-        """Its file; one graph takes texts of every length."""
+        """Name of the file; one graph takes texts of every length."""
         return f"{_title(self.tower, self.stem)}-{self.precision}.onnx"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedProbe:
-    """A graph that has `count` times `piece` more than the probe named `beyond`."""
+    """A graph that has `count` blocks more than the probe named `beyond`; see `Probe`."""
 
     name: str
     graph: PlannedGraph
@@ -49,7 +49,7 @@ class PlannedProbe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedCheck:
-    """A whole tower."""
+    """A whole tower, to check predictions; see `CheckTower`."""
 
     name: str
     graph: PlannedGraph
@@ -57,8 +57,8 @@ class PlannedCheck:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImagePoint:
-    """A transformer's width, and the picture that it looks at."""
+class ImageProbeSize:
+    """Width of an image transformer, and sizes of its image and patches, where it is probed."""
 
     width: int
     image_size: int
@@ -66,14 +66,14 @@ class ImagePoint:
     few: bool = False
 
     def tower(self, layers: int, *, gelu: bool = False) -> TransformerTower:
-        """An image tower of so many layers."""
+        """Return an image tower of so many layers."""
         tokens = image_tokens(self.image_size, self.patch)
         return probe_transformer("image", self.width, layers, tokens, patch=self.patch, gelu=gelu)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextPoint:
-    """A transformer's width, and the lengths of the texts that it reads; one may be of the few."""
+class TextProbeSize:
+    """Width of a text transformer, and text lengths where it is probed; `few` is one of these."""
 
     width: int
     lengths: tuple[int, ...]
@@ -81,8 +81,8 @@ class TextPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConvPoint:
-    """Channels of a ConvNeXt's stage, and the side of its map; `next` are those of a next stage."""
+class ConvProbeSize:
+    """Channels and map side of a ConvNeXt stage, and channels of the next stage, if probed."""
 
     width: int
     side: int
@@ -90,7 +90,7 @@ class ConvPoint:
     few: bool = False
 
     def tower(self, depth: int) -> ConvTower:
-        """A tower of that stage alone, or with the step to the next one."""
+        """Return a tower of that stage alone, or with the step down to the next one."""
         widths = (self.width,) if self.next is None else (self.width, self.next)
         depths = (depth,) if self.next is None else (depth, 0)
         return ConvTower(
@@ -111,28 +111,28 @@ class ProbePlan:
     """
 
     precisions: tuple[ProbePrecision, ...] = ("fp32", "int8")
-    images: tuple[ImagePoint, ...]
-    texts: tuple[TextPoint, ...]
-    convs: tuple[ConvPoint, ...]
-    stems: tuple[ImagePoint, ...] = ()
-    gelus: tuple[ImagePoint, ...] = ()
+    images: tuple[ImageProbeSize, ...]
+    texts: tuple[TextProbeSize, ...]
+    convs: tuple[ConvProbeSize, ...]
+    stems: tuple[ImageProbeSize, ...] = ()
+    gelus: tuple[ImageProbeSize, ...] = ()
     checks: tuple[tuple[AnyTower, bool], ...] = ()
 
     def probes(self) -> Iterator[PlannedProbe]:
-        """All probes; each comes after the one that it is compared with."""
-        for point in self.images:
-            yield from _image_probes(point, self.precisions)
-        for point in self.stems:
-            yield _stem_probe(point.tower(1), few=point.few)
-        for point in self.gelus:
-            yield from _gelu_probes(point, self.precisions)
+        """Yield all probes, each after the one that it is compared with."""
+        for size in self.images:
+            yield from _image_probes(size, self.precisions)
+        for size in self.stems:
+            yield _stem_probe(size.tower(1), few=size.few)
+        for size in self.gelus:
+            yield from _gelu_probes(size, self.precisions)
         for text in self.texts:
             yield from _text_probes(text, self.precisions)
         for conv in self.convs:
             yield from _conv_probes(conv, self.precisions)
 
-    def whole(self) -> Iterator[PlannedCheck]:
-        """The whole towers."""
+    def check_towers(self) -> Iterator[PlannedCheck]:
+        """Yield the whole towers."""
         for tower, few in self.checks:
             for precision in self.precisions:
                 graph = PlannedGraph(tower, precision)
@@ -149,7 +149,7 @@ def probe_transformer(
     patch: int = 0,
     gelu: bool = False,
 ) -> TransformerTower:
-    """A tower with heads of 64 channels and an MLP of four times the width, as nearly all have."""
+    """Return a tower with heads of 64 channels and an MLP of four times the width, as is usual."""
     return TransformerTower(
         part=part,
         width=width,
@@ -164,37 +164,39 @@ def probe_transformer(
 
 
 def _image_probes(
-    point: ImagePoint, precisions: tuple[ProbePrecision, ...]
+    size: ImageProbeSize, precisions: tuple[ProbePrecision, ...]
 ) -> Iterator[PlannedProbe]:
-    stem = _stem_probe(point.tower(1), few=point.few)
+    stem = _stem_probe(size.tower(1), few=size.few)
     yield stem
     for precision in precisions:
-        yield from _pair(point.tower(1), point.tower(1 + _MORE), precision, stem.name, point.few)
+        yield from _pair(
+            size.tower(1), size.tower(1 + _EXTRA_BLOCKS), precision, stem.name, size.few
+        )
 
 
 def _gelu_probes(
-    point: ImagePoint, precisions: tuple[ProbePrecision, ...]
+    size: ImageProbeSize, precisions: tuple[ProbePrecision, ...]
 ) -> Iterator[PlannedProbe]:
-    stem = _title(point.tower(1), True)
+    stem = _title(size.tower(1), True)
     for precision in precisions:
         yield from _pair(
-            point.tower(1, gelu=True),
-            point.tower(1 + _MORE, gelu=True),
+            size.tower(1, gelu=True),
+            size.tower(1 + _EXTRA_BLOCKS, gelu=True),
             precision,
             stem,
-            point.few,
+            size.few,
         )
 
 
 def _text_probes(
-    point: TextPoint, precisions: tuple[ProbePrecision, ...]
+    size: TextProbeSize, precisions: tuple[ProbePrecision, ...]
 ) -> Iterator[PlannedProbe]:
-    more = 1 + _MORE
+    more = 1 + _EXTRA_BLOCKS
     for precision in precisions:
-        for length in point.lengths:
-            shallow = probe_transformer("text", point.width, 1, length)
+        for length in size.lengths:
+            shallow = probe_transformer("text", size.width, 1, length)
             deep = replace(shallow, layers=more)
-            yield from _pair(shallow, deep, precision, None, length == point.few)
+            yield from _pair(shallow, deep, precision, None, length == size.few)
 
 
 def _pair(
@@ -204,7 +206,7 @@ def _pair(
     stem: str | None,
     few: bool,
 ) -> Iterator[PlannedProbe]:
-    """One layer, and that layer with some blocks before it."""
+    """Yield probes of a one-layer tower, and of the same with more layers."""
     first = f"{_title(shallow, False, tokens=True)}-{precision}"
     yield PlannedProbe(
         name=first,
@@ -224,12 +226,12 @@ def _pair(
 
 
 def _conv_probes(
-    point: ConvPoint, precisions: tuple[ProbePrecision, ...]
+    size: ConvProbeSize, precisions: tuple[ProbePrecision, ...]
 ) -> Iterator[PlannedProbe]:
-    """Stem, head, blocks, and the step to the next stage, which is float in every precision."""
-    alone = replace(point, next=None)
-    shallow, deep = alone.tower(0), alone.tower(_MORE_CONV)
-    stem = _stem_probe(shallow, few=point.few)
+    """Yield stem, head, blocks, and the step to the next stage, which is float in int8 too."""
+    alone = replace(size, next=None)
+    shallow, deep = alone.tower(0), alone.tower(_EXTRA_CONV_BLOCKS)
+    stem = _stem_probe(shallow, few=size.few)
     yield stem
     for precision in precisions:
         first = f"{_title(shallow, False)}-{precision}"
@@ -238,24 +240,24 @@ def _conv_probes(
             graph=PlannedGraph(shallow, precision),
             piece=shallow.head(),
             beyond=stem.name,
-            few=point.few,
+            few=size.few,
         )
         yield PlannedProbe(
             name=f"{_title(deep, False)}-{precision}",
             graph=PlannedGraph(deep, precision),
             piece=deep.block(0),
-            count=_MORE_CONV,
+            count=_EXTRA_CONV_BLOCKS,
             beyond=first,
-            few=point.few,
+            few=size.few,
         )
-    if point.next is not None:
-        tower = point.tower(0)
+    if size.next is not None:
+        tower = size.tower(0)
         yield PlannedProbe(
             name=f"{_title(tower, False)}-fp32",
             graph=PlannedGraph(tower, "fp32"),
             piece=tower.down(1),
             beyond=f"{_title(shallow, False)}-fp32",
-            few=point.few,
+            few=size.few,
         )
 
 
@@ -269,7 +271,7 @@ def _stem_probe(tower: AnyTower, *, few: bool) -> PlannedProbe:
 
 
 def _title(tower: AnyTower, stem: bool, *, tokens: bool = False) -> str:
-    """A name by sizes; without `tokens` that of a graph for texts of every length."""
+    """Name a tower by its sizes; without `tokens` a graph for texts of every length."""
     dim = "" if tower.dim == PROBE_DIM else f"-e{tower.dim}"
     if isinstance(tower, ConvTower):
         widths, depths = ("_".join(map(str, item)) for item in (tower.widths, tower.depths))
@@ -291,31 +293,34 @@ _FEW_IMAGES = ((128, 8), (512, 8), (256, 14))
 
 STANDARD = ProbePlan(
     images=tuple(
-        ImagePoint(width=width, image_size=size, patch=patch, few=(width, patch) in _FEW_IMAGES)
+        ImageProbeSize(width=width, image_size=size, patch=patch, few=(width, patch) in _FEW_IMAGES)
         for size, patch in _PICTURES
         for width in _WIDTHS
     ),
     stems=(
-        ImagePoint(width=128, image_size=224, patch=32),
-        ImagePoint(width=512, image_size=224, patch=32),
-        ImagePoint(width=256, image_size=224, patch=16),
+        ImageProbeSize(width=128, image_size=224, patch=32),
+        ImageProbeSize(width=512, image_size=224, patch=32),
+        ImageProbeSize(width=256, image_size=224, patch=16),
     ),
     gelus=(
-        ImagePoint(width=128, image_size=64, patch=8),
-        ImagePoint(width=256, image_size=64, patch=8),
+        ImageProbeSize(width=128, image_size=64, patch=8),
+        ImageProbeSize(width=256, image_size=64, patch=8),
     ),
-    texts=tuple(TextPoint(width=width, lengths=(8, 24, 77), few=width == 256) for width in _WIDTHS),
+    texts=tuple(
+        TextProbeSize(width=width, lengths=(8, 24, 77), few=24 if width == 256 else None)
+        for width in _WIDTHS
+    ),
     convs=(
-        ConvPoint(width=32, side=16, next=64),
-        ConvPoint(width=32, side=56, next=64),
-        ConvPoint(width=64, side=8, next=128, few=True),
-        ConvPoint(width=64, side=28, next=128),
-        ConvPoint(width=128, side=4),
-        ConvPoint(width=128, side=14),
-        ConvPoint(width=128, side=28, next=256),
-        ConvPoint(width=256, side=4),
-        ConvPoint(width=256, side=14, next=512, few=True),
-        ConvPoint(width=512, side=7),
+        ConvProbeSize(width=32, side=16, next=64),
+        ConvProbeSize(width=32, side=56, next=64),
+        ConvProbeSize(width=64, side=8, next=128, few=True),
+        ConvProbeSize(width=64, side=28, next=128),
+        ConvProbeSize(width=128, side=4),
+        ConvProbeSize(width=128, side=14),
+        ConvProbeSize(width=128, side=28, next=256),
+        ConvProbeSize(width=256, side=4),
+        ConvProbeSize(width=256, side=14, next=512, few=True),
+        ConvProbeSize(width=512, side=7),
     ),
     checks=(
         (probe_transformer("image", 192, 6, image_tokens(224, 32), patch=32), True),
@@ -331,11 +336,11 @@ STANDARD = ProbePlan(
 # For tests: it tells little, in seconds.
 SMALL = ProbePlan(
     images=(
-        ImagePoint(width=64, image_size=32, patch=8, few=True),
-        ImagePoint(width=128, image_size=32, patch=8, few=True),
+        ImageProbeSize(width=64, image_size=32, patch=8, few=True),
+        ImageProbeSize(width=128, image_size=32, patch=8, few=True),
     ),
-    texts=(TextPoint(width=64, lengths=(8, 16)),),
-    convs=(ConvPoint(width=16, side=8, next=32),),
+    texts=(TextProbeSize(width=64, lengths=(8, 16)),),
+    convs=(ConvProbeSize(width=16, side=8, next=32),),
     checks=((probe_transformer("image", 64, 4, image_tokens(32, 8), patch=8), True),),
 )
 PLANS = {"standard": STANDARD, "small": SMALL}

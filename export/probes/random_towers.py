@@ -1,7 +1,4 @@
-"""Towers of any size with random weights: what is exported of them takes as long as a trained one.
-
-Nothing but the time of such a tower means anything.
-"""
+"""Build towers of any size with random weights: they take as long as trained ones of that size."""
 
 import functools
 from pathlib import Path
@@ -26,11 +23,11 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import PIXEL_INPUTS, TEXT_INPUT, ImageSpec
 
 _CALIBRATION = 2  # inputs: ranges change no time
-_HEAD = 16  # of the tower that nobody asked for, and which is as small as can be
+_TINY = 16  # width of the other tower
 
 
 class Stem(nn.Module):
-    """What an image tower does before its first block."""
+    """The stem of an image tower: everything before its first block."""
 
     def __init__(self, dual: DualEncoder) -> None:
         super().__init__()
@@ -45,7 +42,7 @@ class Stem(nn.Module):
 
 
 def random_dual(tower: AnyTower, *, seed: int = 0, context: int = 77) -> DualEncoder:
-    """A dual encoder with a tower of these sizes; its other tower is tiny.
+    """Make a dual encoder with a tower of these sizes; its other tower is tiny.
 
     Args:
         tower: of a text tower `tokens` does not matter.
@@ -70,14 +67,14 @@ def random_dual(tower: AnyTower, *, seed: int = 0, context: int = 77) -> DualEnc
         "hidden_act": "gelu" if tower.gelu else "quick_gelu",
     }
     if tower.part == "text":
-        return _clip(_tiny_image(_HEAD), sizes, _HEAD, tower.dim, context)
+        return _clip(_tiny_image(_TINY), sizes, _TINY, tower.dim, context)
     size = tower.image_size
     image = {**sizes, "image_size": size, "patch_size": tower.patch}
     return _clip(image, _tiny(), size, tower.dim, context)
 
 
 def export_stem(dual: DualEncoder, path: Path, device: DeviceProfile) -> None:
-    """Write the stem of an image tower, in the same form.
+    """Export the stem of an image tower in the form that a device takes.
 
     Raises:
         ExportError: torch cannot capture it.
@@ -93,7 +90,7 @@ def export_stem(dual: DualEncoder, path: Path, device: DeviceProfile) -> None:
 def quantize_random(
     source: Path, target: Path, tower: AnyTower, device: DeviceProfile, *, seed: int = 0
 ) -> None:
-    """Quantize such a tower as `edgeclip export` does for a device.
+    """Quantize an exported tower to int8 as `edgeclip export` does for a device.
 
     Raises:
         ExportError: nothing in it can be quantized.
@@ -107,7 +104,7 @@ def quantize_random(
 def example(
     tower: AnyTower, device: DeviceProfile, draw: np.random.Generator | None = None
 ) -> NDArray[Any]:
-    """An input of the tower as it is exported for a device; zeros without a source of numbers.
+    """Make an input of the tower as it is exported for a device; zeros without a generator.
 
     uint8 [N, size, size, 3], float32 [N, 3, size, size] or int64 [N, tokens], N being 1 or the
     device's only batch.
@@ -130,14 +127,14 @@ def example(
 
 
 def input_name(tower: AnyTower, device: DeviceProfile) -> str:
-    """Name of the graph's only input."""
+    """Return the name of the graph's only input."""
     return TEXT_INPUT if tower.part == "text" else PIXEL_INPUTS[device.pixels]
 
 
 def _tiny() -> dict[str, Any]:
     return {
-        "hidden_size": _HEAD,
-        "intermediate_size": _HEAD,
+        "hidden_size": _TINY,
+        "intermediate_size": _TINY,
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
     }
@@ -171,5 +168,6 @@ def _clip(
 @functools.cache
 def _tokenizer() -> PreTrainedTokenizerFast:
     """Load the built-in teacher's tokenizer alone: an installed wheel leaves its weights out."""
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(BUILT_IN_TEACHER)
+    tokenizer = AutoTokenizer.from_pretrained(BUILT_IN_TEACHER)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer

@@ -1,7 +1,7 @@
 """Write a set of probes: small towers with random weights, exported and quantized like any other.
 
-Towers that differ in one kind of piece only are written in pairs, so that the difference of
-their times is the cost of that piece, without what a run costs anyhow.
+Towers that differ in one kind of block only are written in pairs, so that the difference of
+their times is the cost of that block, without the fixed cost of a run.
 """
 
 import sys
@@ -93,7 +93,7 @@ def write_probes(
 
 
 def share_weights(paths: Iterable[Path], target: Path, seed: int) -> dict[str, int]:
-    """Let all graphs read their large weights from one file of random numbers.
+    """Make all graphs read their large weights from one file of random numbers.
 
     Two weights of one graph never begin at the same place: ONNX Runtime packs equal weights only
     once, and such a graph would find more of them in the caches than a real one does.
@@ -115,7 +115,7 @@ def share_weights(paths: Iterable[Path], target: Path, seed: int) -> dict[str, i
 
 
 def _refer(path: Path, name: str, starts: Mapping[int, int]) -> int:
-    """Take a graph's large weights from the shared file; return the bytes of all of them."""
+    """Refer a graph's large weights to the shared file; return the bytes of all its weights."""
     model = load_graph(path)
     size = sum(map(_bytes, model.graph.initializer))
     for number, tensor in enumerate(_large(model)):
@@ -145,7 +145,7 @@ def _write_graphs(plan: ProbePlan, folder: Path, device: DeviceProfile, seed: in
 
 
 def _items(plan: ProbePlan) -> tuple[PlannedProbe | PlannedCheck, ...]:
-    return (*plan.probes(), *plan.whole())
+    return (*plan.probes(), *plan.check_towers())
 
 
 def _index(
@@ -183,7 +183,7 @@ def _index(
                 parts=item.graph.tower.parts(),
                 few=item.few,
             )
-            for item in plan.whole()
+            for item in plan.check_towers()
         ),
         files=file_records(folder),
     )

@@ -193,8 +193,8 @@ def show(rows: Sequence[Row]) -> None:
 
 def evaluate(probes: ProbeSet, plan: ProbePlan, rounds: int) -> tuple[list[Row], bool | None]:
     """Measure with two threads and with one, and predict in every way."""
-    known = {check.name for check in plan.whole()}
-    few = {check.name for check in plan.whole() if check.few}
+    known = {check.name for check in plan.check_towers()}
+    few = {check.name for check in plan.check_towers() if check.few}
     two, students = measure(probes, 2, rounds, known)
     one, alone = measure(probes, 1, rounds, known)
     few_two, few_one = only_few(two, few), only_few(one, few)

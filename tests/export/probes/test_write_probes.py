@@ -14,10 +14,10 @@ from edgeclip.export.graph.to_onnx import GraphForm, export_tower
 from edgeclip.export.probes.probe_plan import (
     PLANS,
     STANDARD,
-    ConvPoint,
-    ImagePoint,
+    ConvProbeSize,
+    ImageProbeSize,
     ProbePlan,
-    TextPoint,
+    TextProbeSize,
 )
 from edgeclip.export.probes.random_towers import example, random_dual
 from edgeclip.export.probes.write_probes import write_probes
@@ -29,9 +29,9 @@ from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import InputError
 
-POINT = ImagePoint(width=256, image_size=32, patch=16)
-PAIR = ProbePlan(images=(POINT,), texts=(), convs=())
-STEM = ProbePlan(images=(), texts=(), convs=(), stems=(POINT,))
+SIZE = ImageProbeSize(width=256, image_size=32, patch=16)
+PAIR = ProbePlan(images=(SIZE,), texts=(), convs=())
+STEM = ProbePlan(images=(), texts=(), convs=(), stems=(SIZE,))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_what_was_written_can_be_measured_and_predicts(
         "image-stem",
         *("image-last", "image-block") * 2,
     ]
-    tower = POINT.tower(4)
+    tower = SIZE.tower(4)
     for precision in measured.precisions:
         assert Predictor(measured).predict(tower, precision).ms > 0
 
@@ -126,7 +126,7 @@ def test_random_towers_are_exported_as_they_are_described(
 
 
 def test_a_random_tower_has_the_sizes_of_the_plan() -> None:
-    tower = ImagePoint(width=128, image_size=64, patch=16).tower(3)
+    tower = ImageProbeSize(width=128, image_size=64, patch=16).tower(3)
     config = random_dual(tower).model.config.vision_config
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (128, 3, 512)
     assert (config.num_attention_heads, config.image_size, config.patch_size) == (2, 64, 16)
@@ -135,8 +135,8 @@ def test_a_random_tower_has_the_sizes_of_the_plan() -> None:
 
 OTHERS = ProbePlan(
     images=(),
-    texts=(TextPoint(width=64, lengths=(8,), few=8),),
-    convs=(ConvPoint(width=8, side=4, next=16, few=True),),
+    texts=(TextProbeSize(width=64, lengths=(8,), few=8),),
+    convs=(ConvProbeSize(width=8, side=4, next=16, few=True),),
 )
 
 
@@ -148,12 +148,14 @@ def test_every_probe_comes_after_the_one_that_it_is_compared_with(plan: ProbePla
         if probe.beyond is not None:
             assert seen[probe.beyond] >= probe.few  # of the few, if this one is
         seen[probe.name] = probe.few
-    assert not {check.name for check in plan.whole()} & set(seen)
+    assert not {check.name for check in plan.check_towers()} & set(seen)
 
 
-def test_the_few_are_few() -> None:
+def test_the_few_are_few_and_of_every_kind() -> None:
     probes = list(STANDARD.probes())
     assert sum(probe.few for probe in probes) < len(probes) / 4
+    kinds = {probe.piece.kind for probe in probes}
+    assert {probe.piece.kind for probe in probes if probe.few} == kinds
 
 
 def test_devices_without_onnx_are_refused(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_devices_without_onnx_are_refused(tmp_path: Path) -> None:
         write_probes(tmp_path / "set", device=load_device("jetson-orin-nano"), command="typed")
 
 
-def test_verb_says_what_to_do_next(
+def test_the_command_says_what_to_do_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PLANS, "small", STEM)

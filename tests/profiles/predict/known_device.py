@@ -106,7 +106,7 @@ def known_device(
                 parts=check.graph.tower.parts(),
                 ms=_exactly((1 + off) * tower_ms(check.graph.tower, check.graph.precision, ms)),
             )
-            for check in STANDARD.whole()
+            for check in STANDARD.check_towers()
             if check.few or not few
         ),
     )
