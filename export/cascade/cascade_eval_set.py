@@ -73,12 +73,12 @@ class CascadeEvalSet:
 
     @property
     def entry_count(self) -> int:
-        """How many entries a query chooses from."""
+        """The number of entries that a query chooses from."""
         return len(self.labels) if self.gallery is None else len(self.gallery) + 1
 
     @property
     def identity(self) -> str:
-        """SHA-256 of what identifies queries and entries: 64 hexadecimal digits."""
+        """SHA-256 over the identities of queries and entries, 64 hex digits."""
         gallery = "" if self.gallery is None else self.gallery.identity
         parts = (self.query, self.calibration.identity, self.test.identity, gallery)
         return hashlib.sha256(
@@ -105,7 +105,7 @@ class CascadeEvalSet:
     def embed_queries(
         self, encoder: Encoder, source: Source, views: int = 0
     ) -> tuple[FloatArray, FloatArray | None]:
-        """Embed the queries of a source, and `views` altered views of each.
+        """Embed the queries of a source, and `views` augmented views of each.
 
         Returns:
             float32 [N, dim], and float32 [views, N, dim] or None.
@@ -160,7 +160,7 @@ def zero_shot_eval_set(
 def embed_pictures(
     encoder: Encoder, source: Source, views: int = 0
 ) -> tuple[FloatArray, FloatArray | None]:
-    """Embed all pictures of a source, and `views` altered views of each.
+    """Embed all pictures of a source, and `views` augmented views of each.
 
     Returns:
         float32 [N, dim], and float32 [views, N, dim] or None.

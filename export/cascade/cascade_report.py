@@ -2,26 +2,38 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 
-from edgeclip.profiles.report.report_charts import Axis, axes, line, path, svg, text
-from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.profiles.report.charts import BandChart
+from edgeclip.profiles.report.html_page import write_html
+from edgeclip.profiles.report.sections import (
+    Cell,
+    Facts,
+    Figure,
+    Page,
+    PageSummary,
+    Section,
+    Table,
+    Tone,
+    columns,
+    section_of,
+    sections,
+)
 from edgeclip.runtime.cascade.certificate import (
     ESCALATE_ALL,
     ESCALATE_NONE,
     Certificate,
     PairedOutcomes,
 )
-from edgeclip.runtime.console import columns, digits, percent, percent_interval
+from edgeclip.runtime.console import columns as text_columns
+from edgeclip.runtime.console import digits, percent, percent_interval
 from edgeclip.runtime.device.link import LinkProfile
 from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What one query costs; the milliseconds were measured on one machine.
+    """The cost of one query in milliseconds and bytes, measured on one machine.
 
     Attributes:
         student_ms: from the query to the student's answer and its score.
@@ -37,24 +49,24 @@ class Costs:
 
     @property
     def link_ms(self) -> float:
-        """One round trip, and the time in which the query's bytes go up."""
+        """Milliseconds of the link: one round trip, and the upload of the query."""
         if self.link is None:
             return 0.0
         return self.link.rtt_ms + 8 * self.query_bytes / (1e3 * self.link.up_mbps)
 
     @property
     def always_ms(self) -> float:
-        """One query where every query goes to the teacher straight away."""
+        """Milliseconds of a query that goes to the teacher directly."""
         return self.link_ms + self.teacher_ms
 
     def mean_ms(self, share: float) -> float:
-        """One query of a cascade that escalates a `share` of them: the student runs for all."""
+        """Return the mean milliseconds of a query if a `share` of them is escalated."""
         return self.student_ms + share * self.always_ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
-    """A cascade with one threshold.
+    """Share escalated, quality and cost of a cascade with one threshold.
 
     Attributes:
         threshold: queries with a lower score are escalated.
@@ -105,11 +117,11 @@ def curve(
 
 
 def curve_table(points: Sequence[CurvePoint], costs: Costs | None) -> str:
-    """A line for each point, for a terminal."""
+    """Return the curve as a text table with a line for each point."""
     head = ["escalated", "quality", "95% interval", "kept", "95% interval", "certified"]
     head += [] if costs is None else ["mean ms", "of teacher", "bytes up"]
     rows = [head, *(_row(point, costs) for point in points)]
-    return columns(rows, left=0)
+    return text_columns(rows, left=0)
 
 
 def _point(
@@ -142,12 +154,9 @@ def _row(point: CurvePoint, costs: Costs | None) -> list[str]:
     return [*row, digits(point.mean_ms), share, f"{point.mean_bytes:,.0f}"]
 
 
-_FEWEST_POINTS = 2
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CascadePage:
-    """What the page shows.
+class CascadeReport:
+    """What is told of a cascade.
 
     Attributes:
         title: names student and teacher.
@@ -168,178 +177,113 @@ class CascadePage:
     machine: str
 
 
-def write_page(page: CascadePage, target: Path) -> None:
+def write_cascade_page(report: CascadeReport, target: Path) -> None:
     """Write the page, whole or not at all.
 
     Raises:
         InputError: the file cannot be written.
+        MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    with atomic_file(target) as temporary:
-        temporary.write_bytes(render_page(page).encode("utf-8", "replace"))
+    write_html(cascade_page(report), target)
 
 
-def render_page(page: CascadePage) -> str:
-    """The page as HTML text; whatever comes from outside is escaped."""
-    style = (
-        files("edgeclip.profiles.report").joinpath("report_style.css").read_text(encoding="utf-8")
-    )
-    mark = "miss" if page.certificate is None else "pass"
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta http-equiv="Content-Security-Policy" '
-            "content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-            f"<title>{escape(page.title)}</title>\n<style>\n{style}</style>\n</head>",
-            f"<body>\n<main>\n<h1>{escape(page.title)}</h1>",
-            f'<p class="verdict {mark}">{escape(page.verdict)}</p>',
-            "<h2>What a threshold buys</h2>",
-            f"<figure>{chart(page, narrow=False)}{chart(page, narrow=True)}",
-            f"<figcaption>{escape(_caption(page))}</figcaption></figure>",
-            _table(page),
-            _facts(page),
-            "</main>\n</body>\n</html>\n",
-        ]
+def cascade_page(report: CascadeReport) -> Page:
+    """The curve, the same in numbers, and the certificate."""
+    tone: Tone = "miss" if report.certificate is None else "pass"
+    return Page(
+        title=report.title,
+        lead=(),
+        summary=PageSummary(report.verdict, tone),
+        sections=sections(
+            section_of("curve", "What a threshold buys", [Figure(_chart(report), _caption(report))])
+            if len(report.points) > 1
+            else None,
+            section_of("numbers", "The same in numbers", [_table(report)]),
+            _certificate(report.certificate),
+        ),
     )
 
 
-def chart(page: CascadePage, *, narrow: bool) -> str:
-    """Quality kept against the share escalated: 358 pixels (`narrow`) or 760 wide."""
-    points = page.points
-    if len(points) < _FEWEST_POINTS:
-        return ""
-    width, height = (358, 338) if narrow else (760, 378)
-    x = Axis(low=0.0, high=1.0, start=56, end=width - 14)
-    seen = [v for p in points for v in (p.kept.low, p.kept.high)] + [page.bound]
-    room = 0.08 * max(0.01, max(seen) - min(seen))
-    y = Axis(low=min(seen) - room, high=max(seen) + room, start=height - 64, end=34)
-    bar = y.at(page.bound)
-    steps = 5 if narrow else 10
-    parts = [
-        text(2, 16, "share of the teacher's quality that is kept"),
-        *axes(
-            x,
-            y,
-            x_ticks=[(i / steps, f"{100 * i // steps}%") for i in range(steps + 1)],
-            y_ticks=[(tick, percent(tick)) for tick in y.ticks(5)],
-        ),
-        *_time_ticks(page.costs, x, y.start + 35, steps),
-        text(x.end, height - 4, _x_name(page.costs), anchor="end"),
-        _band(points, x, y),
-        path([(x.at(p.escalated), y.at(p.kept.value)) for p in points], "curve student"),
-        line(x.start, bar, x.end, bar, "bar"),
-        text(x.end, bar + 16, f"asked for: {percent(page.bound)}", css="barname", anchor="end"),
-        *_chosen(page, x, y),
-    ]
-    label = f"Quality kept against the share escalated, {len(points)} thresholds; {page.verdict}"
-    return svg(width, height, parts, label=label, css="narrow" if narrow else "wide")
+def _chart(report: CascadeReport) -> BandChart:
+    """Quality kept against the share escalated, with the mean time below each share."""
+    costs, chosen = report.costs, _chosen_point(report)
+    name = "share sent to the teacher"
+    shares = [step / 10 for step in range(11)]
+    return BandChart(
+        title="Quality kept against the share of queries escalated",
+        x=tuple(point.escalated for point in report.points),
+        y=tuple(point.kept for point in report.points),
+        x_name=name if costs is None else f"{name}, and mean ms",
+        y_name="share of the teacher's quality that is kept",
+        below={} if costs is None else {share: digits(costs.mean_ms(share)) for share in shares},
+        bar=(report.bound, f"asked for: {percent(report.bound)}"),
+        marked=None
+        if chosen is None
+        else (report.points.index(chosen), f"certified: {percent(chosen.escalated)} escalated"),
+    )
 
 
-def _x_name(costs: Costs | None) -> str:
-    name = "share of queries that go to the teacher"
-    return name if costs is None else f"{name}, and mean ms"
-
-
-def _time_ticks(costs: Costs | None, x: Axis, height: float, steps: int) -> list[str]:
-    """The mean time below each share: it grows with the share in a straight line."""
-    if costs is None:
-        return []
-    shares = [step / steps for step in range(steps + 1)]
-    return [text(x.at(s), height, digits(costs.mean_ms(s)), anchor="middle") for s in shares]
-
-
-def _band(points: Sequence[CurvePoint], x: Axis, y: Axis) -> str:
-    """The 95% intervals of all points, as one area."""
-    upper = [(x.at(p.escalated), y.at(p.kept.high)) for p in points]
-    lower = [(x.at(p.escalated), y.at(p.kept.low)) for p in reversed(points)]
-    outline = " L".join(f"{across:.1f},{up:.1f}" for across, up in (*upper, *lower))
-    return f'<g class="student"><path d="M{outline} Z" class="area" style="stroke:none"/></g>'
-
-
-def _chosen(page: CascadePage, x: Axis, y: Axis) -> list[str]:
-    """The certified point of the lowest threshold, with its name."""
-    point = _chosen_point(page)
-    if point is None:
-        return []
-    across, up = x.at(point.escalated), y.at(point.kept.value)
-    name = f"certified: {percent(point.escalated)} escalated"
-    right = across > (x.start + x.end) / 2
-    return [
-        f'<g class="student"><circle cx="{across:.1f}" cy="{up:.1f}" r="5" class="dot"/>',
-        text(
-            across - 10 if right else across + 10,
-            up + 22,
-            name,
-            css="name",
-            anchor="end" if right else "start",
-        ),
-        "</g>",
-    ]
-
-
-def _chosen_point(page: CascadePage) -> CurvePoint | None:
-    if page.certificate is None:
+def _chosen_point(report: CascadeReport) -> CurvePoint | None:
+    if report.certificate is None:
         return None
-    return next(p for p in page.points if p.threshold == page.certificate.threshold)
+    return next(p for p in report.points if p.threshold == report.certificate.threshold)
 
 
-def _caption(page: CascadePage) -> str:
+def _caption(report: CascadeReport) -> str:
     words = (
         "Each point of the line is a threshold; the shade is its 95% bootstrap interval, paired by "
         "query, one threshold at a time. The certificate holds for the marked point and for all "
         "thresholds tried that escalate more."
     )
-    if page.costs is None:
+    costs = report.costs
+    if costs is None:
         return words
-    link = page.costs.link
+    link = costs.link
     sent = (
         "no network is counted"
         if link is None
-        else f"the link is {link.name}: {digits(page.costs.link_ms)} ms a query, by its profile"
+        else f"the link is {link.name}: {digits(costs.link_ms)} ms a query, by its profile"
     )
     return (
-        f"{words} One query takes the student with its score {digits(page.costs.student_ms)} ms on "
-        f"{page.machine}, the teacher {digits(page.costs.teacher_ms)} ms; {sent}. The mean time of "
+        f"{words} One query takes the student with its score {digits(costs.student_ms)} ms on "
+        f"{report.machine}, the teacher {digits(costs.teacher_ms)} ms; {sent}. The mean time of "
         "the cascade is the student's plus the escalated share of link and teacher."
     )
 
 
-def _table(page: CascadePage) -> str:
-    head = ["escalated", "threshold", "quality", "kept", "certified"]
-    head += [] if page.costs is None else ["mean time", "of the teacher's", "bytes up"]
-    chosen = _chosen_point(page)
-    rows = "\n".join(_html_row(point, page.costs, point is chosen) for point in page.points)
-    cells = "".join(f'<th scope="col">{name}</th>' for name in head)
-    return (
-        "<h2>The same in numbers</h2>\n"
-        '<div class="scroll" role="region" aria-label="The curve" tabindex="0">\n'
-        f"<table>\n<thead><tr>{cells}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</div>"
-    )
+def _table(report: CascadeReport) -> Table:
+    """A row for each threshold."""
+    chosen, costs = _chosen_point(report), report.costs
+    names = ["escalated", "threshold", "quality", "kept", "certified"]
+    names += [] if costs is None else ["mean time", "of the teacher's", "bytes up"]
+    rows = tuple(_point_cells(point, costs, point is chosen) for point in report.points)
+    return Table(name="The curve", columns=columns(*names), rows=rows)
 
 
-def _html_row(point: CurvePoint, costs: Costs | None, chosen: bool) -> str:
+def _point_cells(point: CurvePoint, costs: Costs | None, chosen: bool) -> tuple[Cell, ...]:
+    tone: Tone = "pass" if chosen else ""
+    ends = {ESCALATE_ALL: "all", ESCALATE_NONE: "none"}
     cells = [
-        _threshold(point.threshold),
-        f"{percent(point.quality.value)}<small>{percent_interval(point.quality)}</small>",
-        f"{percent(point.kept.value)}<small>{percent_interval(point.kept)}</small>",
-        "chosen" if chosen else "yes" if point.certified else "no",
+        Cell(percent(point.escalated), tone=tone),
+        Cell(ends.get(point.threshold, f"{point.threshold:.4f}")),
+        Cell(percent(point.quality.value), percent_interval(point.quality)),
+        Cell(percent(point.kept.value), percent_interval(point.kept)),
+        Cell("chosen" if chosen else "yes" if point.certified else "no", tone=tone),
     ]
     if costs is not None and point.mean_ms is not None and point.mean_bytes is not None:
         share = percent(point.mean_ms / costs.always_ms)
-        cells += [f"{digits(point.mean_ms)} ms", share, f"{point.mean_bytes:,.0f}"]
-    name = percent(point.escalated)
-    head = f'<th scope="row"{" class=pass" if chosen else ""}>{name}</th>'
-    return f"<tr>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        cells += [
+            Cell(f"{digits(point.mean_ms)} ms"),
+            Cell(share),
+            Cell(f"{point.mean_bytes:,.0f}"),
+        ]
+    return tuple(cells)
 
 
-def _threshold(value: float) -> str:
-    return {ESCALATE_ALL: "all", ESCALATE_NONE: "none"}.get(value, f"{value:.4f}")
-
-
-def _facts(page: CascadePage) -> str:
-    found = page.certificate
+def _certificate(found: Certificate | None) -> Section | None:
+    """What was certified, on which queries, for which towers."""
     if found is None:
-        return ""
+        return None
     tested = found.tested_on
     facts = {
         "bound": f"{percent(found.bound)} of the teacher's top-1 quality",
@@ -354,5 +298,4 @@ def _facts(page: CascadePage) -> str:
         "space": found.space[:16],
         "made": f"{found.created} by {found.command}",
     }
-    items = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    return f"<h2>The certificate</h2>\n<dl>{items}</dl>"
+    return section_of("certificate", "The certificate", [Facts(tuple(facts.items()))])

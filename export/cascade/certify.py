@@ -32,7 +32,7 @@ _STAKES = 30
 _ORDER_SEED = 0
 
 
-def hoeffding_bentkus(values: Values, low: float, high: float) -> float:
+def hoeffding_bentkus_p_value(values: Values, low: float, high: float) -> float:
     """Return the p-value of "the mean of `values` [N] in [low, high] is at most 0".
 
     The smaller of Hoeffding's (1963) bound in its relative-entropy form and e times a
@@ -49,7 +49,7 @@ def hoeffding_bentkus(values: Values, low: float, high: float) -> float:
     return min(1.0, hoeffding, bentkus)
 
 
-def betting(values: Values, low: float, high: float) -> float:
+def betting_p_value(values: Values, low: float, high: float) -> float:
     """Return the p-value of "the mean of `values` [N] in [low, high] is at most 0", low < 0 < high.
 
     Under that hypothesis no bet on the values pays: the mean over stakes s of
@@ -72,7 +72,7 @@ def betting(values: Values, low: float, high: float) -> float:
     return math.exp(-max(0.0, float(mean.max())))
 
 
-def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
+def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
     """Count the rejected hypotheses: those before the first whose p-value is above `delta`.
 
     Later p-values are not computed.
@@ -109,7 +109,7 @@ def choose_threshold(
     *,
     bound: float,
     delta: float,
-    p_value: PValue = betting,
+    p_value: PValue = betting_p_value,
 ) -> CertifiedThreshold | None:
     """Choose the lowest certified threshold by fixed-sequence testing; None if there is none.
 
@@ -129,20 +129,20 @@ def choose_threshold(
             found.append(p_value(outcomes.surplus(threshold, bound)[order], -bound, 1.0))
             yield found[-1]
 
-    certified = fixed_sequence(tested(), delta)
+    certified = fixed_sequence_test(tested(), delta)
     if certified == 0:
         return None
     return CertifiedThreshold(grid[certified - 1], found[certified - 1], certified)
 
 
 def _relative_entropy(seen: float, null: float) -> float:
-    """Kullback-Leibler divergence of two coins, with 0 <= seen < null < 1."""
+    """Return the Kullback-Leibler divergence of two Bernoullis, with 0 <= seen < null < 1."""
     rest = (1 - seen) * math.log((1 - seen) / (1 - null))
     return rest if seen == 0 else seen * math.log(seen / null) + rest
 
 
 def _binomial_tail(most: int, count: int, share: float) -> float:
-    """P(Binomial(count, share) <= most)."""
+    """Return P(Binomial(count, share) <= most)."""
     number = np.arange(most + 1)
     logs = np.array([math.lgamma(n + 1) + math.lgamma(count - n + 1) for n in number])
     logs = math.lgamma(count + 1) - logs
@@ -231,7 +231,7 @@ class CertificationResult:
 
     @property
     def count(self) -> int:
-        """How many thresholds of the grid are certified, from the first on."""
+        """The number of certified thresholds, from the start of the grid."""
         return 0 if self.chosen is None else self.chosen.certified
 
 

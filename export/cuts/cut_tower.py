@@ -38,7 +38,7 @@ def prepare_for_cutting(
     """
     part = GraphValues(model, feed, open_engine).cut([output])
     _split_skip_norms(part)
-    _know_batch(part, feed, open_engine)
+    _replace_shapes(part, feed, open_engine)
     return part
 
 
@@ -50,7 +50,7 @@ def cut_head(model: onnx.ModelProto, cut: FoundCut) -> onnx.ModelProto:
         cut: any cut but the input.
     """
     given = model.graph.input[0].name
-    _ask_batch_of(model, given)
+    _read_batch_from(model, given)
     part = _extract(model, cut, given, cut.value)
     if cut.point.dtype == "float32":
         _rename(part.graph, cut.value)
@@ -68,7 +68,7 @@ def cut_tail(model: onnx.ModelProto, cut: FoundCut) -> onnx.ModelProto:
         model: the result of `prepare_for_cutting`.
         cut: where the tail begins.
     """
-    _ask_batch_of(model, cut.value)
+    _read_batch_from(model, cut.value)
     part = _extract(model, cut, cut.value, model.graph.output[0].name)
     if cut.point.number == 0:
         return part
@@ -107,14 +107,14 @@ def _rename(graph: onnx.GraphProto, value: str) -> None:
             names[:] = [CUT_TENSOR if name == value else name for name in names]
 
 
-def _ask_batch_of(model: onnx.ModelProto, value: str) -> None:
+def _read_batch_from(model: onnx.ModelProto, value: str) -> None:
     """Read the batch size from a value that the extracted half has."""
     for node in model.graph.node:
         if _BATCH in node.output:
             node.input[0] = value
 
 
-def _know_batch(
+def _replace_shapes(
     model: onnx.ModelProto, feed: Mapping[str, NDArray[Any]], open_engine: Opener
 ) -> None:
     """Replace each Shape of an activation by a + b * (batch size), with constants a and b.

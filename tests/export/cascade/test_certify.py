@@ -30,11 +30,11 @@ from edgeclip.export.cascade.cascade_evaluator import CascadeEvaluator, IndexBy,
 from edgeclip.export.cascade.certify import (
     CascadePlan,
     PValue,
-    betting,
+    betting_p_value,
     certify,
     choose_threshold,
-    fixed_sequence,
-    hoeffding_bentkus,
+    fixed_sequence_test,
+    hoeffding_bentkus_p_value,
     share_error,
 )
 from edgeclip.export.cli import cascade
@@ -421,7 +421,7 @@ def _own_is_best(found: Similarities) -> bool:
 
 
 BOUND, DELTA = 0.95, 0.05
-TESTS = (betting, hoeffding_bentkus)
+TESTS = (betting_p_value, hoeffding_bentkus_p_value)
 
 
 def surplus(
@@ -466,8 +466,8 @@ class TestPValues:
         rng = np.random.default_rng(2)
         for _ in range(20):
             values = surplus(rng, 1000, harm=0.015, both=0.9, gain=0.005)
-            assert betting(values, -BOUND, 1.0) < 0.01
-            assert hoeffding_bentkus(values, -BOUND, 1.0) > 0.05
+            assert betting_p_value(values, -BOUND, 1.0) < 0.01
+            assert hoeffding_bentkus_p_value(values, -BOUND, 1.0) > 0.05
 
     def test_hoeffding_bentkus_by_hand(self) -> None:
         values = np.array([1.0] * 9 + [-1.0])
@@ -475,7 +475,7 @@ class TestPValues:
         binomial = (1 + 10) / 2**10
         entropy = 0.1 * math.log(0.2) + 0.9 * math.log(1.8)
         expected = min(math.e * binomial, math.exp(-10 * entropy))
-        assert hoeffding_bentkus(values, -1.0, 1.0) == pytest.approx(expected)
+        assert hoeffding_bentkus_p_value(values, -1.0, 1.0) == pytest.approx(expected)
 
     @given(st.lists(st.sampled_from([-0.95, 0.0, 0.05, 1.0]), min_size=1, max_size=60))
     def test_are_probabilities(self, values: list[float]) -> None:
@@ -486,14 +486,14 @@ class TestPValues:
         for p_value in TESTS:
             assert p_value(np.full(50, -BOUND), -BOUND, 1.0) == 1.0
         with pytest.raises(ValueError, match="low"):
-            betting(np.ones(3), 0.0, 1.0)
+            betting_p_value(np.ones(3), 0.0, 1.0)
 
 
 class TestFixedSequence:
     def test_stops_at_the_first_that_is_not_rejected(self) -> None:
-        assert fixed_sequence([0.01, 0.05, 0.06, 0.0], 0.05) == 2
-        assert fixed_sequence([0.5, 0.0], 0.05) == 0
-        assert fixed_sequence([], 0.05) == 0
+        assert fixed_sequence_test([0.01, 0.05, 0.06, 0.0], 0.05) == 2
+        assert fixed_sequence_test([0.5, 0.0], 0.05) == 0
+        assert fixed_sequence_test([], 0.05) == 0
 
     def test_wrong_certificates_are_rare(self) -> None:
         """The chosen threshold keeps less than promised in at most delta of the runs."""
@@ -545,7 +545,7 @@ class TestFixedSequence:
         outcomes = planted(np.random.default_rng(0), 2000, wrong_below=0.3)
         ours = choose_threshold(outcomes, GRID, bound=BOUND, delta=DELTA)
         theirs = choose_threshold(
-            outcomes, GRID, bound=BOUND, delta=DELTA, p_value=hoeffding_bentkus
+            outcomes, GRID, bound=BOUND, delta=DELTA, p_value=hoeffding_bentkus_p_value
         )
         assert ours is not None
         assert theirs is None  # not even "escalate all", which keeps everything
