@@ -49,8 +49,8 @@ roofline_seconds: 0.5
 """
 # What a command gets in addition, or in place of its own value, so that it ends soon.
 SHORTER: dict[str, dict[str, str | None]] = {
-    "distill": {"--steps": "2", "--batch-size": "8", "--image-layers": "1"},
-    "profile": {"--workload": "least.yaml"},
+    "distill": {"--steps": "2", "--batch-size": "8", "--image-layers": "1", "--text-layers": "1"},
+    "profile": {"--workload": "least.yaml", "--parts": "text", "--brief": None},
     "cascade": {"--count": "300"},
     "measure-cuts": {"--rounds": "10"},
     "quantize": {"--minutes": "0.05"},
@@ -79,7 +79,8 @@ def blocks(text: str) -> list[Block]:
 
 def shortened(words: list[str]) -> list[str]:
     """The words of a command with those of `SHORTER`."""
-    words = [word.replace("openai/clip-vit-large-patch14", "teacher-weights") for word in words]
+    names = {"openai/clip-vit-large-patch14": "teacher-weights", "TEACHER": "teacher-weights"}
+    words = [names.get(word, word) for word in words]
     for option, value in SHORTER.get(words[0], {}).items():
         if option in words:
             words[words.index(option) + 1] = str(value)
@@ -97,7 +98,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "export" / "emoji_bundle", folder / "runs" / "demo" / "bundle")
     (folder / "least.yaml").write_text(LEAST, encoding="utf-8")
     with chdir(folder):
-        for name, count in (("photos", "60"), ("scenes", "20")):
+        for name, count in (("photos", "240"), ("scenes", "20")):
             assert main(["scenes", name, "--count", count]) == 0
         assert main(["pretrain", "--out", "teacher-weights", *TINY_TEACHER]) == 0
         words = ["--data", "photos", "--out", "student", "--steps", "2", "--batch-size", "8"]
@@ -107,9 +108,10 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def running(reader: Path) -> Iterator[ExitStack]:
-    """The reader's folder as the current one; servers that were started end with the test."""
-    with chdir(reader), ExitStack() as stack:
+def running(reader: Path, tmp_path: Path) -> Iterator[ExitStack]:
+    """A copy of the reader's folder as the current one; servers end with the test."""
+    folder = shutil.copytree(reader, tmp_path / "reader", symlinks=True)
+    with chdir(folder), ExitStack() as stack:
         yield stack
 
 
