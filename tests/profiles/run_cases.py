@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeclip.profiles.compare.compare_runs import Comparison, compare_runs
 from edgeclip.profiles.record.conditions import CpuTime
@@ -15,7 +14,7 @@ from edgeclip.profiles.record.measurement import (
     WarmUp,
     Yardstick,
 )
-from edgeclip.profiles.record.timing_statistics import latency_of
+from edgeclip.profiles.record.timing_statistics import Runs, latency_of
 from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.device.machine import Machine
 
@@ -24,8 +23,6 @@ MACHINE = Machine(
 )
 SHAPE = (1, 64, 64, 3)
 ROUNDS = 20
-
-Runs = NDArray[np.float64]
 
 
 def processes(

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,20 +76,16 @@ def test_files_that_are_none_are_refused(emoji_times: StageTimes, tmp_path: Path
         StageTimes.load(tmp_path / "none")
 
 
-def test_stages_can_be_replaced(
-    emoji_cuts: CutSet, cpu_device: DeviceProfile, emoji_times: StageTimes
-) -> None:
+def test_stages_can_be_replaced(emoji_cuts: CutSet, cpu_device: DeviceProfile) -> None:
     stage = SplitStage(kind="prepare")
 
-    def twenty(work: TimedStage) -> TimedStage:
-        if work.stage != stage:
-            return work
-        return TimedStage(stage, lambda at: [work.run(at) for _ in range(20)])
+    def slower(timed: TimedStage) -> TimedStage:
+        return TimedStage(stage, lambda at: time.sleep(0.05)) if timed.stage == stage else timed
 
     slow = measure_cuts(
-        emoji_cuts, device=cpu_device, command="pytest", rounds=10, replace_stage=twenty
+        emoji_cuts, device=cpu_device, command="pytest", rounds=10, replace_stage=slower
     )
-    assert np.median(slow.ms(stage)) > 5 * np.median(emoji_times.ms(stage))
+    assert min(slow.ms(stage)) >= 50
 
 
 def test_too_little_to_measure_is_refused(

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -147,12 +148,15 @@ def test_what_a_process_tells_is_passed_on(
     specs: tuple[SubjectSpec, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     script = """
-import pathlib, sys
+import logging, pathlib, sys
 from edgeclip.profiles.measure.worker_client import WorkerResult
-print("edgeclip: building an engine", file=sys.stderr, flush=True)
+from edgeclip.runtime.logs import log_to_stderr
+with log_to_stderr(as_json=True):
+    logging.getLogger("edgeclip.engines").info("building an engine")
+    logging.getLogger("library").warning("chatter")
 print("a library chatters", file=sys.stderr)
 print("step 3 7\\nstep by step")
 WorkerResult(peak_memory_mb=5.0).save(pathlib.Path(sys.argv[2]))
@@ -162,10 +166,11 @@ WorkerResult(peak_memory_mb=5.0).save(pathlib.Path(sys.argv[2]))
     monkeypatch.setattr(worker_client, "_MODULE", "telling_process")
     seen: list[tuple[int, int]] = []
     request = WorkerRequest(task="memory", subjects=specs[:1])
-    answer = run_worker(request, progress=lambda *at: seen.append(at))
+    with caplog.at_level(logging.INFO, logger="edgeclip"):
+        answer = run_worker(request, progress=lambda *at: seen.append(at))
     assert answer.peak_memory_mb == 5.0
     assert seen == [(3, 7)]
-    assert capsys.readouterr().err == "edgeclip: building an engine\n"
+    assert caplog.record_tuples == [("edgeclip.engines", logging.INFO, "building an engine")]
 
 
 def test_another_graph_would_need_another_name() -> None:

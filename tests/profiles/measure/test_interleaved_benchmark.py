@@ -1,7 +1,6 @@
 import dataclasses
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_fresh_processes_measure_all_subjects_in_turns(
+def test_fresh_processes_run_all_subjects_interleaved(
     specs: list[SubjectSpec], temporary: Path
 ) -> None:
     seen: list[tuple[int, int]] = []
@@ -145,10 +144,8 @@ def test_ctrl_c_ends_the_process_and_leaves_nothing(
 
     monkeypatch.setattr(subprocess, "Popen", Kept)
     endless = dataclasses.replace(WORKLOAD, repeats=10**9)
-    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run_interleaved_benchmark(specs[:1], endless, press)
-    assert time.monotonic() - began < 60
     assert [process.returncode for process in started] == [-9]
     assert list(temporary.iterdir()) == []
 

@@ -79,7 +79,7 @@ def test_ratio_stays_true_when_the_machine_slows_down_half_way(clock: Clock) -> 
     assert second.latency.p90_ms.value == pytest.approx(20)
 
 
-def test_each_candidate_takes_each_place_equally_often() -> None:
+def test_each_target_takes_each_place_equally_often() -> None:
     for count in (1, 2, 3, 5):
         places = Counter(
             (target, place)
@@ -90,7 +90,7 @@ def test_each_candidate_takes_each_place_equally_often() -> None:
         assert len(places) == count * count
 
 
-def test_candidates_take_turns(clock: Clock) -> None:
+def test_targets_run_once_a_round_in_changing_order(clock: Clock) -> None:
     names = ["a", "b", "c"]
     targets = [clock.target(name, lambda size, _: 0.001) for name in names]
     warm = [m.warm_up.runs for m in measure_interleaved(targets, WORKLOAD, part="image")]

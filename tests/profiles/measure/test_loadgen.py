@@ -292,12 +292,19 @@ def test_too_few_queries_are_not_valid(tmp_path: Path) -> None:
 
 
 def test_offline_runs_full_batches_of_the_fastest_size(tmp_path: Path) -> None:
-    """A run takes 1 ms whatever its size; 100 samples are no multiple of 3."""
+    """A run takes about as long for any size; 100 samples are no multiple of 48."""
     sleeper = Sleeper()
-    found = run("Offline", sleeper.target, tmp_path, scenario_seconds=0.01, scenario_queries=100)
+    found = run(
+        "Offline",
+        sleeper.target,
+        tmp_path,
+        batch_sizes=(1, 48),
+        scenario_seconds=0.001,
+        scenario_queries=100,
+    )
     assert found.samples_per_query == 100
-    assert dict(found.settings)["batch"] == "3"
-    assert sleeper.sizes == {1, 3}
+    assert dict(found.settings)["batch"] == "48"
+    assert sleeper.sizes == {1, 48}
 
 
 def test_subject_that_takes_one_row_only(tmp_path: Path) -> None:

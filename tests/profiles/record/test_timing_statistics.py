@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from edgeclip.profiles.record import timing_statistics
 from edgeclip.profiles.record.timing_statistics import (
+    Runs,
     latency_of,
     paired_ratio,
     percentile_interval,
@@ -19,8 +19,6 @@ from edgeclip.profiles.record.timing_statistics import (
 )
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.quality.intervals import Interval
-
-Runs = NDArray[np.float64]
 
 
 def processes(
