@@ -73,10 +73,10 @@ class PatchImageTower(nn.Module):
         model: Any = self.dual.model
         found = model.vision_model(pixel_values=pixel_values)
         features = model.visual_projection(found.pooler_output)
-        return _normalised(features), _patch_map(found.last_hidden_state)
+        return _normalised(features), patch_map(found.last_hidden_state)
 
 
-def _patch_map(hidden: Tensor) -> Tensor:
+def patch_map(hidden: Tensor) -> Tensor:
     """[N, width, rows, columns] or [N, tokens, width] -> [N, rows, columns, width]."""
     if hidden.dim() == 4:
         return torch.permute(hidden, (0, 2, 3, 1))

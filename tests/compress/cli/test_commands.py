@@ -110,13 +110,13 @@ def test_distill_does_not_replace_its_teacher(
     DualEncoder.load("teacher")
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "distill"])
+@pytest.mark.parametrize("command", ["pretrain", "distill"])
 def test_a_model_of_others_is_not_replaced(
-    teacher_folder: Path, tmp_path: Path, capsys: Capture, verb: str
+    teacher_folder: Path, tmp_path: Path, capsys: Capture, command: str
 ) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    more = ["--teacher", str(teacher_folder)] if verb == "distill" else []
-    assert main([verb, "--out", str(tmp_path), *more]) == 2
+    more = ["--teacher", str(teacher_folder)] if command == "distill" else []
+    assert main([command, "--out", str(tmp_path), *more]) == 2
     assert "holds no edgeclip-model.json, so it is not replaced" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.embedders import graph_embedder, torch_embedder
-from edgeclip.export.graph.export_modules import tower_module
+from edgeclip.export.graph.export_modules import patch_map, tower_module
 from edgeclip.export.graph.to_onnx import (
     PLAIN_OPSET,
     TENSORRT_OPSET,
@@ -283,10 +283,8 @@ def test_patch_features_are_the_last_hidden_states(
 
 
 def test_patches_without_a_grid_are_refused() -> None:
-    from edgeclip.export.graph.export_modules import _patch_map
-
     with pytest.raises(ExportError, match="square grid"):
-        _patch_map(torch.zeros(1, 3 * 3 + 2, 8))
+        patch_map(torch.zeros(1, 3 * 3 + 2, 8))
 
 
 def test_a_text_tower_has_no_patches(clip: DualEncoder) -> None:
