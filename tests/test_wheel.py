@@ -111,7 +111,7 @@ def test_base_dependencies_are_those_of_running_a_bundle(installed: Path) -> Non
 
 
 def _metadata(installed: Path) -> importlib.metadata.Distribution:
-    return next(importlib.metadata.Distribution.discover(name="edgeclip", path=[str(installed)]))
+    return next(iter(importlib.metadata.distributions(name="edgeclip", path=[str(installed)])))
 
 
 def _required(distribution: importlib.metadata.Distribution, extra: str = "") -> set[str]:

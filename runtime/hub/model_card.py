@@ -105,7 +105,8 @@ def _front_matter(manifest: Manifest, base_model: str | None) -> str:
     licence = hub_licence(manifest.licence)
     own_text = "license_name" in licence and any(f.path == "LICENSE" for f in manifest.files)
     data = ModelCardData(
-        **licence,
+        license=licence["license"],
+        license_name=licence.get("license_name"),
         license_link="LICENSE" if own_text else None,
         library_name="edgeclip",
         # With both towers, the Hub files CLIP under the first of these tasks.
