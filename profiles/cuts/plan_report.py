@@ -1,17 +1,22 @@
-"""Plans as text and as a picture: a table, the reasons of the choice, stacked bars."""
+"""Split plans for people: a text table, the reasons for the choice, a chart and a page."""
 
 from collections.abc import Sequence
-from html import escape
 
-from edgeclip.profiles.report.report_charts import (
-    Axis,
-    line,
-    linear_ticks,
-    text,
-    text_width,
-    tick_name,
+from edgeclip.profiles.report.charts import StackBar, StackChart
+from edgeclip.profiles.report.drawing import Colour
+from edgeclip.profiles.report.sections import (
+    Cell,
+    Figure,
+    Note,
+    Page,
+    PageSummary,
+    Table,
+    columns,
+    section_of,
+    sections,
 )
-from edgeclip.runtime.console import columns, digits, percent
+from edgeclip.runtime.console import columns as text_columns
+from edgeclip.runtime.console import digits, percent
 from edgeclip.runtime.planning.estimate import PlanEstimate
 from edgeclip.runtime.planning.planner import Objective, PlanChoice
 
@@ -29,7 +34,7 @@ def plan_table(choice: PlanChoice, *, all_codecs: bool = False) -> str:
         all_codecs: also those that send the same as another plan in a dearer codec.
     """
     shown = choice.allowed if all_codecs else choice.best_of_each()
-    lines = [columns([_HEADER, *(_row(item, choice) for item in shown)], left=2)]
+    lines = [text_columns([_HEADER, *(_row(item, choice) for item in shown)], left=2)]
     left_out = len(choice.allowed) - len(shown)
     if left_out:
         lines.append(f"Each in its best codec; {left_out} more with --all.")
@@ -144,141 +149,74 @@ def _quoted(item: PlanEstimate) -> str:
     return f"{item.plan.name!r}"
 
 
-# Each part with its colour (Okabe and Ito's palette, told apart by colour-blind people too):
-# blues work on the device, oranges on the network, greens on the server.
-_PARTS = (
-    ("device", "on the device", "#0072b2"),
-    ("encode", "encode", "#56b4e9"),
-    ("up", "bytes up", "#d55e00"),
-    ("rtt", "round trip", "#e69f00"),
-    ("queue", "wait for the server", "#999999"),
-    ("decode", "decode", "#7ed9c0"),
-    ("server", "on the server", "#009e73"),
-    ("down", "bytes down", "#cc79a7"),
-)
-_WIDTH, _ROW, _BAR = 980, 30, 16
-_TEXT = 13
-_STYLE = """
-svg { background: #ffffff; font: 13px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-text { fill: #3d454f; paint-order: stroke; stroke: #ffffff; stroke-width: 3px; }
-.strong { fill: #1a1d21; font-weight: 600; }
-.title { font-size: 16px; }
-.axis { stroke: #59616d; }
-.grid { stroke: #d8dce2; }
-.p95 { stroke: #1a1d21; stroke-width: 2; }
-.whisker { stroke: #1a1d21; stroke-width: 1; }
-.deadline { stroke: #b34a00; stroke-width: 1.5; stroke-dasharray: 5 4; }
-"""
+# Each part with its colour and strength: blue works on the device, orange on the network, green
+# on the server.
+_PARTS: dict[str, tuple[str, Colour, float]] = {
+    "device": ("on the device", "blue", 0.9),
+    "encode": ("encode", "blue", 0.45),
+    "up": ("bytes up", "bar", 0.9),
+    "rtt": ("round trip", "bar", 0.45),
+    "queue": ("wait for the server", "grey", 0.5),
+    "decode": ("decode", "green", 0.4),
+    "server": ("on the server", "green", 0.8),
+    "down": ("bytes down", "purple", 0.6),
+}
 
 
-def plan_picture(choice: PlanChoice, *, title: str, deadline_ms: float | None = None) -> str:
-    """Draw the plans, each in its best codec, as SVG that stands by itself.
-
-    A bar is as long as the mean time, its parts as their means; a black mark is the 95th
-    percentile.
+def plan_chart(choice: PlanChoice, *, title: str, deadline_ms: float | None = None) -> StackChart:
+    """The plans, each in its best codec, as bars of their parts' means; marks are p95.
 
     Args:
         choice: what was chosen among which.
         title: what it is about, such as the link.
         deadline_ms: drawn as a dashed line.
     """
-    shown = choice.best_of_each()
-    left = 40 + max(text_width(item.plan.name, _TEXT) for item in shown)
-    top, right = 100, _WIDTH - 110
-    bottom = top + _ROW * len(shown)
-    longest = max(*(item.p95_ms for item in shown), *(item.parts.total for item in shown))
-    x = Axis(low=0.0, high=max(longest, 1e-3) * 1.02, start=left, end=right)
-    parts = [text(12, 26, title, css="strong title"), *_legend(shown), *_grid(x, top, bottom)]
-    if deadline_ms is not None and deadline_ms <= x.high:
-        at = x.at(deadline_ms)
-        parts += [
-            line(at, top - 6, at, bottom, "deadline"),
-            text(at, top - 10, f"deadline {deadline_ms:g} ms", anchor="middle"),
-        ]
-    for number, item in enumerate(shown):
-        parts += _bar(item, x, top + _ROW * number, chosen=item is choice.best)
-    return _document(parts, bottom + 50, title)
-
-
-def plan_page(picture: str, *, title: str, words: str) -> str:
-    """An HTML page with the picture and the words that go with it."""
-    paragraphs = "".join(f"<p>{escape(part)}</p>" for part in words.splitlines())
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)}</title><style>body{{font:16px/1.5 system-ui,sans-serif;"
-        "max-width:1000px;margin:32px auto;padding:0 16px;color:#1a1d21;background:#fff}"
-        "svg{max-width:100%;height:auto}</style></head><body>"
-        f"{picture}{paragraphs}</body></html>\n"
+    return StackChart(
+        title=title,
+        bars=tuple(
+            StackBar(
+                label=item.plan.name,
+                parts=tuple(
+                    (name, value)
+                    for part, (name, _, _) in _PARTS.items()
+                    if (value := float(getattr(item.parts, part))) > 0
+                ),
+                figure=f"{digits(item.p95_ms)} ms",
+                mark=item.p95_ms,
+                chosen=item is choice.best,
+            )
+            for item in choice.best_of_each()
+        ),
+        axis_name="milliseconds",
+        names=tuple(name for name, _, _ in _PARTS.values()),
+        colours={name: (colour, strong) for name, colour, strong in _PARTS.values()},
+        legend=True,
+        mark_name="95th percentile",
+        limit=None if deadline_ms is None else (deadline_ms, f"deadline {deadline_ms:g} ms"),
     )
 
 
-def _legend(shown: Sequence[PlanEstimate]) -> list[str]:
-    """The parts that occur, in two rows if need be, and the mark."""
-    parts: list[str] = []
-    at, row = 12.0, 48.0
-    for name, label, colour in _PARTS:
-        if not any(getattr(item.parts, name) > 0 for item in shown):
-            continue
-        width = 32 + text_width(label, _TEXT)
-        if at + width > _WIDTH - 12:
-            at, row = 12.0, row + 20
-        parts += [_box(at, row - 10, 12, 12, colour), text(at + 18, row, label)]
-        at += width
-    if at + 180 > _WIDTH - 12:
-        at, row = 12.0, row + 20
-    parts += [line(at + 6, row - 11, at + 6, row + 3, "p95"), text(at + 18, row, "95th percentile")]
-    return parts
-
-
-def _grid(x: Axis, top: float, bottom: float) -> list[str]:
-    parts = []
-    for value in linear_ticks(x.low, x.high, 7):
-        at = x.at(value)
-        parts += [
-            line(at, top - 4, at, bottom, "grid"),
-            text(at, bottom + 18, tick_name(value), anchor="middle"),
-        ]
-    middle = (x.start + x.end) / 2
-    return [
-        *parts,
-        line(x.start, bottom, x.end, bottom, "axis"),
-        text(middle, bottom + 38, "milliseconds", anchor="middle"),
-    ]
-
-
-def _bar(item: PlanEstimate, x: Axis, top: float, *, chosen: bool) -> list[str]:
-    base = top + _ROW / 2
-    name = f"▸ {item.plan.name}" if chosen else item.plan.name
-    parts = [text(x.start - 10, base + 5, name, css="strong" if chosen else "", anchor="end")]
-    at = 0.0
-    for key, label, colour in _PARTS:
-        value = float(getattr(item.parts, key))
-        if value > 0:
-            width = x.at(at + value) - x.at(at)
-            tip = f"{label}: {digits(value)} ms"
-            parts.append(_box(x.at(at), base - _BAR / 2, width, _BAR, colour, tip))
-            at += value
-    mark = x.at(item.p95_ms)
-    end = max(mark, x.at(item.parts.total))
-    return [
-        *parts,
-        line(min(x.at(at), mark), base, mark, base, "whisker"),
-        line(mark, base - 11, mark, base + 11, "p95"),
-        text(end + 8, base + 5, f"{digits(item.p95_ms)} ms", css="strong" if chosen else ""),
-    ]
-
-
-def _box(x: float, y: float, width: float, height: float, colour: str, tip: str = "") -> str:
-    title = f"<title>{escape(tip)}</title>" if tip else ""
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.3):.1f}" height="{height:.1f}" '
-        f'fill="{colour}">{title}</rect>'
+def plan_page(chart: StackChart, choice: PlanChoice, *, words: str) -> Page:
+    """The picture, the same in numbers, and the words that go with them."""
+    rows = tuple(
+        tuple(Cell(text) for text in _row(item, choice)[1:]) for item in choice.best_of_each()
     )
-
-
-def _document(parts: Sequence[str], height: float, label: str) -> str:
-    size = f'width="{_WIDTH}" height="{height:.0f}" viewBox="0 0 {_WIDTH} {height:.0f}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(label)}">'
-        f"<style>{_STYLE}</style>{''.join(parts)}</svg>\n"
+    lines = words.splitlines()
+    caption = (
+        "Each plan in its best codec. A bar is as long as the mean time, its parts as their "
+        "means; a mark is the 95th percentile."
+    )
+    return Page(
+        title=chart.title,
+        lead=(),
+        summary=PageSummary(lines[0], "pass" if choice.meets_deadline else "miss"),
+        sections=sections(
+            section_of("plans", "What each plan takes", [Figure(chart, caption)]),
+            section_of("choice", "Why", [Note(line) for line in lines[1:]]),
+            section_of(
+                "numbers",
+                "In numbers",
+                [Table(name="Plans, times in ms", columns=columns(*_HEADER[1:]), rows=rows)],
+            ),
+        ),
     )

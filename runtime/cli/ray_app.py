@@ -1,10 +1,11 @@
-"""`python -m edgeclip.runtime.cli.ray_app BUNDLE`: serve on Ray until a signal says to end.
+"""`python -m edgeclip.runtime.cli.ray_app BUNDLE`: serve on Ray until SIGINT or SIGTERM.
 
-What `edgeclip serve` does in one process, in as many replicas as are asked for.
+It serves like `edgeclip serve`, but in several replicas.
 """
 
 import argparse
 import ipaddress
+import logging
 import signal
 import sys
 import threading
@@ -14,30 +15,33 @@ from pathlib import Path
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.errors import EdgeClipError, InputError
+from edgeclip.runtime.logs import log_to_stderr
 from edgeclip.runtime.serving.ray_serving import RayServing, on_ray
 from edgeclip.runtime.serving.security import Security, choose_security
 from edgeclip.runtime.serving.server import listen
 
+_log = logging.getLogger("edgeclip.runtime.cli.ray_app")  # __name__ may be "__main__"
 _USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve; the exit status, 2 for a user's mistake."""
+    """Serve and return the exit status: 2 for a user's mistake."""
     args = _parser().parse_args(argv)
-    try:
-        security = _security(args)
-        for line in security.lines:
-            print(line, file=sys.stderr)
-        serving = _serving(args, security)
-        with on_ray(
-            serving, host=args.host, port=args.port, tls=security.tls, cluster=args.cluster
-        ) as address:
-            ended = _until_signal()
-            print(f"serving on Ray at {address}", flush=True)
-            ended.wait()
-    except EdgeClipError as error:
-        print(f"edgeclip: error: {error}", file=sys.stderr)
-        return _USER_ERROR
+    with log_to_stderr():
+        try:
+            security = _security(args)
+            for line in security.lines:
+                _log.info("%s", line)
+            serving = _serving(args, security)
+            with on_ray(
+                serving, host=args.host, port=args.port, tls=security.tls, cluster=args.cluster
+            ) as address:
+                ended = _until_signal()
+                print(f"serving on Ray at {address}", flush=True)
+                ended.wait()
+        except EdgeClipError as error:
+            _log.error("%s", error)
+            return _USER_ERROR
     return 0
 
 
@@ -49,19 +53,21 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MODULE:FUNCTION",
-        help="a Python function to serve, from a module that every machine has",
+        help="a Python function to serve; every machine must have its module",
     )
-    parser.add_argument("--replicas", type=positive, default=1, help="how many (default: 1)")
-    parser.add_argument("--max-replicas", type=positive, help="add some under load, up to so many")
-    parser.add_argument("--cpus", type=float, default=1.0, help="of one replica (default: 1)")
-    parser.add_argument("--gpus", type=float, default=0.0, help="of one replica (default: 0)")
+    parser.add_argument(
+        "--replicas", type=positive, default=1, help="number of replicas (default: 1)"
+    )
+    parser.add_argument("--max-replicas", type=positive, help="scale up to this number under load")
+    parser.add_argument("--cpus", type=float, default=1.0, help="CPUs of one replica (default: 1)")
+    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of one replica (default: 0)")
     parser.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any (default: 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any free one (default: 8000)")
     parser.add_argument("--cluster", help="address of a Ray cluster (default: Ray starts here)")
-    parser.add_argument("--token-file", type=Path, help="the token that clients must show")
-    parser.add_argument("--tls-cert", type=Path, help="PEM file of the certificate")
-    parser.add_argument("--tls-key", type=Path, help="PEM file of its key")
-    parser.add_argument("--insecure", action="store_true", help="neither TLS nor a token")
+    parser.add_argument("--token-file", type=Path, help="file with the bearer token")
+    parser.add_argument("--tls-cert", type=Path, help="certificate of the server (PEM)")
+    parser.add_argument("--tls-key", type=Path, help="private key of the certificate (PEM)")
+    parser.add_argument("--insecure", action="store_true", help="use neither TLS nor a token")
     add_device_option(parser)
     return parser
 
@@ -81,7 +87,7 @@ def _security(args: argparse.Namespace) -> Security:
 
 def _serving(args: argparse.Namespace, security: Security) -> RayServing:
     for path in args.bundles:
-        Bundle.open(Path(path))  # one clear error here, and not one in each replica
+        Bundle.open(Path(path))  # one clear error here instead of one in each replica
     try:
         return RayServing(
             bundles=tuple(str(Path(path).resolve()) for path in args.bundles),
@@ -98,7 +104,7 @@ def _serving(args: argparse.Namespace, security: Security) -> RayServing:
 
 
 def _until_signal() -> threading.Event:
-    """An event that SIGINT and SIGTERM set; Ray's own handlers would end the process at once."""
+    """Return an event that SIGINT and SIGTERM set; Ray's handlers would exit at once."""
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

@@ -6,6 +6,7 @@ uses TLS and requires a bearer token; certificate and token are created on first
 
 import argparse
 import ipaddress
+import logging
 import socket
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from edgeclip.runtime.serving.server import listen, serve, url_of
 if TYPE_CHECKING:
     from edgeclip.runtime.serving.grpc_server import GrpcListener
 
+_log = logging.getLogger(__name__)
 _BATCHES, _LIMITS = BatchLimits(), ServerLimits()
 _MIB = 2**20
 
@@ -130,14 +132,14 @@ def run(args: argparse.Namespace) -> int:
         registry = open_registry(sources, args.device)
         app = App(registry, batches=batches, limits=limits, token=security.token)
         for line in security.lines:
-            print(line, file=sys.stderr)
+            _log.info("%s", line)
         url = url_of(bound, security.tls)
         models = ", ".join(registry.names)
         listeners = _grpc_listeners(app, bound.getsockname()[0], grpc_port, security.tls)
 
         def ready() -> None:
             for listener in listeners:
-                print(f"serving gRPC at {listener.address}", file=sys.stderr)
+                _log.info("serving gRPC at %s", listener.address)
             print(f"serving {models} at {url}", flush=True)
 
         serve(app, bound, tls=security.tls, ready=ready, listeners=listeners)

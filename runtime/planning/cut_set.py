@@ -1,4 +1,4 @@
-"""A cut set on disk: one tower cut in two at several places, and its head on the device."""
+"""A cut set on disk (one tower cut in two at several points), and its heads on the device."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 CUTS_NAME = "cuts.json"
 WEIGHTS_NAME = "weights.onnx_data"
 PICTURES_NAME = "pictures"
-CUT_TENSOR = "cut"  # what heads give and tails take
+CUT_TENSOR = "cut"  # output of heads and input of tails
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _MAX_JSON_BYTES = 16 * 2**20
@@ -40,14 +40,14 @@ class CutSetError(EdgeClipError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutPoint:
-    """A value of the tower through which everything passes.
+    """A tensor of the tower's graph through which all information passes.
 
     Attributes:
         number: 0 for the pixels, then in the order of the graph.
         name: such as "after block 3".
-        shape: of one picture's value, without the batch.
-        dtype: in the graph; heads and tails of float16 ones are given and take float32.
-        axis: that of the channels in [N, *shape], for the int8 codec.
+        shape: for one picture, without the batch axis.
+        dtype: in the graph; heads and tails exchange float16 values as float32.
+        axis: the channel axis in [N, *shape], for the int8 codec.
     """
 
     number: Annotated[int, Ge(0)]
@@ -66,19 +66,19 @@ class CutPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutManifest:
-    """All that a cut set says about itself.
+    """The manifest `cuts.json` of a cut set.
 
     Attributes:
         schema_version: `SCHEMA_VERSION` of the software that wrote it.
-        bundle: name of the bundle whose tower it is.
+        bundle: name of the bundle that the tower belongs to.
         space: SHA-256 fingerprint of the embedding space.
         tower, precision: which graph was cut.
         dim: length of an embedding.
-        image: how a picture becomes pixels.
-        pixels: what the graph takes.
-        batch: the only batch that the graph takes; None where it may vary.
-        needs_vnni: int8 for a CPU that is exact only with int8 dot products.
-        points: by number, with gaps where only some were asked for.
+        image: how a picture is preprocessed.
+        pixels: form of the graph's input.
+        batch: the only batch size that the graph accepts; None if it may vary.
+        needs_vnni: whether int8 is exact only on a CPU with int8 dot products.
+        points: ascending by number, perhaps with gaps.
         files: all files but `cuts.json`.
     """
 
@@ -116,25 +116,25 @@ class CutManifest:
 
 
 def head_file_name(number: int) -> str:
-    """The file of a head."""
+    """Return the file name of a head."""
     return f"head_{number}.onnx"
 
 
 def tail_file_name(number: int) -> str:
-    """The file of a tail."""
+    """Return the file name of a tail."""
     return f"tail_{number}.onnx"
 
 
 @dataclass(frozen=True, slots=True)
 class CutSet:
-    """An opened cut set: every file it declares was there, whole and unaltered."""
+    """An opened cut set, all of whose declared files exist unaltered."""
 
     path: Path
     manifest: CutManifest
 
     @classmethod
     def open(cls, path: str | Path) -> "CutSet":
-        """Check a cut set and open it; no graph is loaded.
+        """Open a cut set after checking all its files; no graph is loaded.
 
         Raises:
             CutSetError: not a directory, no manifest of this schema, or a file that is missing,
@@ -152,19 +152,19 @@ class CutSet:
 
     @property
     def tower(self) -> Tower:
-        """Which tower was cut."""
+        """The tower that was cut."""
         return self.manifest.tower
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The cuts that are there; the first is 0."""
+        """The numbers of the cut points; the first is 0."""
         return tuple(point.number for point in self.manifest.points)
 
     def point(self, number: int) -> CutPoint:
         """Return a cut point.
 
         Raises:
-            CutSetError: it is not there.
+            CutSetError: there is no such cut.
         """
         for point in self.manifest.points:
             if point.number == number:
@@ -173,12 +173,12 @@ class CutSet:
         raise CutSetError(f"{self.path} has no cut {number}; it has {there}")
 
     def graph_bytes(self, name: str) -> bytes:
-        """Read a graph; what is returned is what was verified.
+        """Read a graph and verify its hash.
 
         The weights that it refers to were verified when the set was opened.
 
         Raises:
-            CutSetError: it is not declared, or was altered since the set was opened.
+            CutSetError: the graph is not declared, or was altered since the set was opened.
         """
         files = {file.path: file for file in self.manifest.files}
         if name not in files:
@@ -193,7 +193,7 @@ class CutSet:
 
     @property
     def pictures(self) -> tuple[Path, ...]:
-        """The pictures that came with it."""
+        """The sample pictures of the cut set."""
         names = (file.path for file in self.manifest.files)
         return tuple(self.path / name for name in names if name.startswith(f"{PICTURES_NAME}/"))
 
@@ -220,7 +220,7 @@ def _read_manifest(path: Path) -> CutManifest:
 
 
 def _check_tree(root: Path, declared: set[str]) -> None:
-    """A graph can name data files beside it, so nothing undeclared may lie here."""
+    """Raise if there is an undeclared file: a graph can refer to data files beside it."""
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_symlink():
@@ -248,12 +248,12 @@ class CutHead:
     """The part of a tower before a cut.
 
     Attributes:
-        point: the cut.
+        point: the cut point.
 
     Raises:
         CutSetError: the set has no such cut, or was altered.
         InputError: the device does not allow the precision, or would compute it wrongly.
-        EngineError: the engine cannot load the graph; TensorRT's cannot load any.
+        EngineError: the engine cannot load the graph; TensorRT cannot load any.
         MissingExtraError: the engine's package is not installed.
     """
 
@@ -271,7 +271,7 @@ class CutHead:
 
         Raises:
             InputError: another shape or dtype.
-            EngineError: the engine failed, or gave something else.
+            EngineError: the engine failed, or returned another shape or dtype.
         """
         _check_pixels(pixels, self._cuts.manifest.image.size)
         if self._engine is None:
@@ -279,19 +279,19 @@ class CutHead:
         found = run_cut_graph(self._cuts, self._engine, pixels, self._most)[CUT_TENSOR]
         if found.dtype != np.float32 or found.shape[1:] != self.point.shape:
             raise EngineError(
-                f"head {self.point.number} of {self._cuts.path} gave {found.dtype} "
+                f"head {self.point.number} of {self._cuts.path} returned {found.dtype} "
                 f"{list(found.shape)}: cut the bundle again"
             )
         return found
 
 
 def tail_model_name(bundle: str, number: int) -> str:
-    """The name of a tail among the server's models."""
+    """Return the name of a tail as a model of the server."""
     return f"{bundle}-tail-{number}"
 
 
 def open_cut_graph(cuts: CutSet, name: str, device: "DeviceProfile") -> Engine:
-    """Load a head or a tail on a device's engine.
+    """Load the graph of a head or a tail into the device's engine.
 
     Raises:
         InputError: the device does not allow the precision, or would compute it wrongly.
@@ -311,7 +311,7 @@ def open_cut_graph(cuts: CutSet, name: str, device: "DeviceProfile") -> Engine:
 def run_cut_graph(
     cuts: CutSet, engine: Engine, values: NDArray[Any], most: int, *, at_cut: bool = False
 ) -> Outputs:
-    """Run a head on pixels, or a tail on values at the cut, in batches that it takes.
+    """Run a head on pixels, or a tail on values at the cut, in batches that it accepts.
 
     Raises:
         EngineError: the engine failed.

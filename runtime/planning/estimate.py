@@ -1,6 +1,7 @@
 """Estimate latency and bytes of a plan from measured samples, the link and the server's queue."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass, fields
 from typing import Annotated
 
@@ -25,7 +26,7 @@ from edgeclip.runtime.wire.messages import (
 
 
 def draw_waiting(service_ms: Values, utilisation: float, rng: np.random.Generator) -> Values:
-    """Draw as many waiting times of an M/G/1 queue as there are service times [N]; milliseconds.
+    """Draw waiting times of an M/G/1 queue in milliseconds, one for each service time [N].
 
     The wait is a geometric number of residual service times (Pollaczek and Khinchine; Kleinrock,
     "Queueing Systems", volume 1, 1975, section 5.7): P(n) = (1 - rho) rho^n, each of them a
@@ -33,9 +34,9 @@ def draw_waiting(service_ms: Values, utilisation: float, rng: np.random.Generato
     rho E[S^2] / (2 E[S] (1 - rho)).
 
     Args:
-        service_ms: of each request [N]; those of the others are taken to be alike.
+        service_ms: of each request [N]; other clients' requests are assumed to be alike.
         utilisation: rho, the share of time that the server is busy, 0 to below 1.
-        rng: of the draws.
+        rng: random generator.
 
     Raises:
         InputError: a utilisation out of bounds.
@@ -62,14 +63,14 @@ _HITS_BYTES = 600  # of the answer to a search: ten keys and scores
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConditions:
-    """Under what a plan is judged.
+    """Link, loads and goal for which plans are predicted.
 
     Attributes:
         link: the network.
         dim: length of an embedding.
-        load: phi, by how much the device's own times are longer than measured.
+        load: factor by which the device's own times are longer than measured.
         utilisation: share of time that the server is busy with others, 0 to below 1.
-        goal: "embedding" is wanted on the device, or hits of a "search" on the server.
+        goal: an "embedding" on the device, or the hits of a "search" on the server.
         seed, draws: of the prediction; a percentile rests on a few hundred draws at least.
     """
 
@@ -87,7 +88,7 @@ class PlanConditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyParts:
-    """Mean milliseconds of the parts of a plan; they add up to its mean time."""
+    """Mean milliseconds of each part of a plan; they add up to its mean latency."""
 
     device: float = 0.0
     encode: float = 0.0
@@ -100,20 +101,20 @@ class LatencyParts:
 
     @property
     def total(self) -> float:
-        """The mean time."""
+        """The mean latency."""
         return float(sum(getattr(self, item.name) for item in fields(self)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanEstimate:
-    """A plan with all that is predicted of it.
+    """The prediction of a plan.
 
     Attributes:
         plan: with its p50, p95 and bytes.
         parts: where the time goes.
-        bytes_p50: of a request's body.
-        cosine_mean, cosine_least: of embeddings, to those of uncoded pictures.
-        joules: of the device, as far as its sensor covers it; None where it was not measured.
+        bytes_p50: median size of a request's body.
+        cosine_mean, cosine_least: of embeddings, with those of uncompressed pictures.
+        joules: energy of the device, as far as its sensor covers it; None if not measured.
     """
 
     plan: SplitPlan
@@ -125,27 +126,28 @@ class PlanEstimate:
 
     @property
     def p95_ms(self) -> float:
-        """The plan's, which every estimate has."""
+        """The plan's 95th percentile, which every prediction has."""
         assert self.plan.p95_ms is not None
         return self.plan.p95_ms
 
     @property
     def server_ms(self) -> float:
-        """Mean time that the server works on it."""
+        """Mean milliseconds of work on the server."""
         return self.parts.decode + self.parts.server
 
 
 def estimate_plan(
     candidate: PlanCandidate, device: StageTimes, server: StageTimes, conditions: PlanConditions
 ) -> PlanEstimate:
-    """Predict a plan.
+    """Predict the latency, bytes, exactness and energy of a plan.
 
     Raises:
         InputError: a stage that it needs was not measured.
     """
     rng = np.random.default_rng(conditions.seed)
-    here = rng.integers(device.rounds, size=conditions.draws)  # one round for all stages of a side:
-    there = rng.integers(server.rounds, size=conditions.draws)  # what slows one of them slows all
+    # One round for all stages of a side: what slows one stage of a round slows all of them.
+    here = rng.integers(device.rounds, size=conditions.draws)
+    there = rng.integers(server.rounds, size=conditions.draws)
     parts = {
         "device": conditions.load * _sum(device, candidate.device, here),
         "encode": conditions.load * _sum(device, candidate.encode, here),
@@ -169,8 +171,9 @@ def estimate_plan(
     )
 
 
+@functools.cache
 def embedding_bytes(dim: int) -> tuple[int, int]:
-    """Bytes of a request's body, and of a response's, that carries one embedding."""
+    """Return the size of a request's body, and of a response's, with one embedding."""
     row, known = np.zeros((1, dim), np.float32), {SPACE_ID: "0" * 64, BUNDLE: "bundle"}
     request = InferRequest(model="index", inputs={"embeddings": row}, parameters=known)
     response = InferResponse(model="bundle-image", outputs={"image_embeds": row})
@@ -196,7 +199,7 @@ def _network(
 
 
 def _sent(candidate: PlanCandidate, conditions: PlanConditions) -> Values:
-    """Bytes of the request's body for each picture [pictures], or one for all [1]."""
+    """Return the size of the request's body for each picture [pictures], or for all [1]."""
     if candidate.payload is not None:
         return np.array(candidate.payload.bytes, np.float64)
     return np.array([float(embedding_bytes(conditions.dim)[0]) if candidate.asks else 0.0])

@@ -1,4 +1,4 @@
-"""LinkState: a network as the planner sees it, and how long a request on it takes.
+"""Model of a network link: how long a request on it takes.
 
 One request on a connection that is kept open takes (Cardwell, Savage and Anderson, "Modeling
 TCP Latency", INFOCOM 2000, without its connection setup)
@@ -41,16 +41,16 @@ _PROFILE_SAMPLES = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkState:
-    """A link by samples of what varies on it.
+    """A link, as samples of its round trip and bandwidths.
 
     Attributes:
-        name: for a person.
+        name: for people.
         rtt_ms: of a small request on a kept connection; with `http_ms` 0 it includes what
             HTTP costs on both sides.
         up_mbps, down_mbps: 10^6 bits per second of payload, from the device and to it.
         loss: share of packets lost.
-        efficiency: eta, where the bandwidths count headers too.
-        http_ms: what HTTP adds on both sides, where `rtt_ms` is of packets.
+        efficiency: eta, the payload's share if the bandwidths count headers too.
+        http_ms: what HTTP adds on both sides, if `rtt_ms` is that of packets.
         window: segments that may be sent at once when a request begins.
 
     Raises:
@@ -76,10 +76,10 @@ class LinkState:
 
     @classmethod
     def from_profile(cls, link: LinkProfile, *, http_ms: float = 0.0, seed: int = 0) -> "LinkState":
-        """A link as a profile describes it.
+        """Make the state of a link from its profile.
 
-        Round trips are drawn from the lognormal distribution with that median and standard
-        deviation: they have a floor and a tail. The profile's bandwidths are of payload.
+        Round trips are drawn from the lognormal distribution with the profile's median and
+        standard deviation. The profile's bandwidths are of payload.
         """
         median, spread = link.rtt_ms, link.jitter_ms
         if median > 0 and spread > 0:
@@ -101,7 +101,7 @@ class LinkState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """Milliseconds of one request's parts on the network, each [draws]."""
+    """Milliseconds of the parts of a request on the network, each [draws]."""
 
     up: Values
     rtt: Values
@@ -109,20 +109,20 @@ class Exchange:
 
     @property
     def total(self) -> Values:
-        """All of it."""
+        """The sum of the parts."""
         return self.up + self.rtt + self.down
 
 
 def draw_exchange(
     link: LinkState, sent: Values, received: Values, rng: np.random.Generator
 ) -> Exchange:
-    """Draw how long requests take on the network.
+    """Draw the time that requests take on the network.
 
     Args:
-        link: where.
-        sent: bytes of each request's body [draws]; HTTP's own are added here.
-        received: of each response's body [draws].
-        rng: of the draws.
+        link: the link.
+        sent: bytes of each request's body [draws]; those of the HTTP head are added here.
+        received: bytes of each response's body [draws].
+        rng: random generator.
     """
     count = len(sent)
     rtt = rng.choice(np.array(link.rtt_ms), count)
@@ -144,7 +144,7 @@ def draw_exchange(
 def transfer_ms(
     body: Values, mbps: Values, rtt: Values, *, head: int, window: int, most: float = math.inf
 ) -> Values:
-    """Milliseconds beyond the round trip to bring a message across without loss; all [draws].
+    """Return the milliseconds beyond the round trip to transfer a message without loss [draws].
 
     Args:
         body, head: bytes.
@@ -164,10 +164,10 @@ def slow_start_ms(
     window: int = FIRST_WINDOW,
     most: float = math.inf,
 ) -> Values:
-    """Milliseconds that a sender waits for its window to grow; all arrays [draws].
+    """Return the milliseconds that a sender waits for its window to grow; all arrays [draws].
 
     Args:
-        segments: how many there are to send.
+        segments: number to send.
         mbps: 10^6 bits per second.
         rtt: milliseconds.
         window, most: segments at the beginning, and beyond which the window does not grow.
@@ -183,7 +183,7 @@ def slow_start_ms(
 
 
 def _segments(body: Values) -> Values:
-    """Those of a message, whose head has one of its own."""
+    """Return the segments of a message; the head takes one of its own."""
     return 1 + np.ceil(body / SEGMENT)
 
 

@@ -1,4 +1,4 @@
-"""SplitPlan: what runs where for one picture; and every plan that a cut set allows."""
+"""Split plans: what runs on the device and on the server for one picture; list all plans."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ PlanKind = Literal["device", "image", "embedding", "cut"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitPlan(JsonRecord):
-    """Who does what, and what crosses the network.
+    """Which work runs on the device and on the server, and what crosses the network.
 
     Attributes:
-        name: for a person, such as "cut 3 (after block 1), int8".
+        name: for people, such as "cut 3 (after block 1), int8".
         kind: "device" runs the whole tower and sends nothing; "image" sends the picture;
             "embedding" runs the whole tower and sends its result to a search or label model;
             "cut" runs the tower up to a cut.
-        model: the server's model that is asked; None for "device".
-        codec: how what crosses becomes bytes, see `codec.CodecName` and
-            `codec_image.ImageCodecName`; None for "device" and "embedding".
+        model: the server's model that is called; None for "device".
+        codec: how the picture or the value at the cut becomes bytes, see `codec.CodecName` and
+            `codec.encode_picture`; None for "device" and "embedding".
         cut: number of the cut point; only for "cut", where 0 sends the pixels as they are.
-        deadline_ms: when an answer must be there; None for no bound.
+        deadline_ms: latency within which an answer is needed; None for no bound.
         space: fingerprint of the embedding space, 64 hexadecimal digits.
         p50_ms, p95_ms: predicted; None for a plan that was written by hand.
-        bytes_p95: of a request's body; None likewise.
+        bytes_p95: predicted size of a request's body; None likewise.
 
     Raises:
         ValueError: fields that contradict each other; all of them in one message.
@@ -74,15 +74,15 @@ _PREPARE, _WHOLE = SplitStage(kind="prepare"), SplitStage(kind="tail", cut=0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanCandidate:
-    """A plan, the stages that each side runs for it, and what crosses.
+    """A plan, the stages that each side runs for it, and what crosses the network.
 
     Attributes:
         plan: without a prediction.
         device, encode: stages of the device.
         decode, server: stages of the server.
-        payload: what crosses, but for an embedding.
-        asks: whether the server is asked at all.
-        searches: whether a second request takes the embedding to a search.
+        payload: what crosses; None for an embedding.
+        asks: whether the server is called at all.
+        searches: whether a second request sends the embedding to a search.
     """
 
     plan: SplitPlan
@@ -103,15 +103,15 @@ def list_candidates(
     index: str = "index",
     deadline_ms: float | None = None,
 ) -> tuple[PlanCandidate, ...]:
-    """List the device alone, and each thing that can cross in each codec.
+    """List all plans: the device alone, and everything that can be sent in every codec.
 
     Args:
         manifest: of the cut set.
-        device: its payloads say what was measured.
-        goal: an "embedding" is wanted on the device, or the hits of a "search" in an index of
-            the server. The index may lie on the device too, so the device alone is always
-            there; its search is taken to cost what the server's does, and both are left out.
-        index: the server's model that is asked for hits.
+        device: stage times of the device; a plan is listed for each measured payload.
+        goal: an "embedding" on the device, or the hits of a "search" in an index of the server.
+            The index may lie on the device too, so the device alone is always a candidate; its
+            search is assumed to cost as much as the server's, and both are left out.
+        index: the server's index model.
         deadline_ms: of every plan.
     """
     alone = SplitPlan(

@@ -1,4 +1,4 @@
-"""Choose a plan: predict all of them, drop those out of bounds, take the cheapest."""
+"""Choose a split plan: predict all plans, drop those out of bounds, take the cheapest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +16,18 @@ from edgeclip.runtime.wire.codec import FILE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is made as small as possible, and what must hold.
+    """The cost to minimise, and the bounds that must hold.
 
-    The 95th percentile counts in milliseconds; the weights say how many of them something
-    else is worth.
+    The cost is the 95th percentile of latency in milliseconds; the weights convert energy,
+    bytes and server time into milliseconds.
 
     Attributes:
         ms_per_joule: of the device's energy, where it was measured.
         ms_per_megabyte: of bytes sent, at their 95th percentile.
         ms_per_server_second: of the server's time.
         deadline_ms: bound of the 95th percentile.
-        mean_cosine, least_cosine: bounds of what a codec may cost, over the pictures.
+        mean_cosine, least_cosine: bounds of the embeddings' cosine after a codec, over the
+            pictures.
     """
 
     ms_per_joule: Annotated[float, Ge(0)] = 0.0
@@ -40,7 +41,7 @@ class Objective:
         check_bounds(self)
 
     def cost(self, item: PlanEstimate) -> float:
-        """What a plan costs, in milliseconds; energy that was not measured is left out."""
+        """Return the cost of a plan in milliseconds; energy counts only if it was measured."""
         sent = (item.plan.bytes_p95 or 0) / 1e6
         return (
             item.p95_ms
@@ -50,20 +51,20 @@ class Objective:
         )
 
     def too_inexact(self, item: PlanEstimate) -> bool:
-        """Whether its codec costs more than is allowed."""
+        """Return whether the codec of a plan loses more than the bounds allow."""
         inexact = item.cosine_mean < self.mean_cosine or item.cosine_least < self.least_cosine
         return inexact and item.plan.codec is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanChoice:
-    """The plan that was chosen.
+    """The chosen plan and the alternatives.
 
     Attributes:
-        best: the chosen one.
-        allowed: all that are exact enough, the cheapest first.
-        refused: those that are not, likewise.
-        meets_deadline: False if no plan does; `best` is then the soonest.
+        best: the chosen plan.
+        allowed: all plans that are exact enough, the cheapest first.
+        refused: the others, the cheapest first.
+        meets_deadline: False if no plan does; `best` is then the fastest.
     """
 
     best: PlanEstimate
@@ -72,7 +73,7 @@ class PlanChoice:
     meets_deadline: bool
 
     def best_of_each(self) -> tuple[PlanEstimate, ...]:
-        """The allowed plans without those that send the same in a dearer codec."""
+        """Return the allowed plans, only the cheapest codec of each thing that is sent."""
         found: dict[object, PlanEstimate] = {self._sends(self.best): self.best}
         for item in self.allowed:
             found.setdefault(self._sends(item), item)
@@ -91,16 +92,17 @@ def estimate_plans(
     *,
     deadline_ms: float | None = None,
     index: str = "index",
+    exclude: frozenset[str] = frozenset(),
 ) -> tuple[PlanEstimate, ...]:
     """Predict every plan of a cut set.
 
     Args:
         manifest: of the cut set.
-        device: what `measure_cuts` found on the device.
-        server: and on the server.
+        device, server: stage times measured on both sides.
         conditions: link, loads and goal.
         deadline_ms: of every plan.
-        index: the server's model that a search asks.
+        index: the server's index model, for the goal "search".
+        exclude: names of plans to leave out.
 
     Raises:
         InputError: times of another tower, or of only some of its cuts.
@@ -110,13 +112,17 @@ def estimate_plans(
     candidates = list_candidates(
         manifest, device, goal=conditions.goal, index=index, deadline_ms=deadline_ms
     )
-    return tuple(estimate_plan(item, device, server, conditions) for item in candidates)
+    return tuple(
+        estimate_plan(item, device, server, conditions)
+        for item in candidates
+        if item.plan.name not in exclude
+    )
 
 
 def choose_plan(estimates: Sequence[PlanEstimate], objective: Objective) -> PlanChoice:
-    """Take the plan of least cost among those that are exact enough and keep the deadline.
+    """Choose the cheapest plan among those that are exact enough and keep the deadline.
 
-    The device alone sends nothing and is always exact enough.
+    The plan of the device alone sends nothing and is always exact enough.
     """
     ordered = sorted(estimates, key=objective.cost)
     allowed = tuple(item for item in ordered if not objective.too_inexact(item))

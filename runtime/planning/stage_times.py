@@ -1,6 +1,6 @@
-"""StageTimes: how long each step of every plan takes on one machine, kept as samples.
+"""Samples of how long each stage of every plan takes on one machine.
 
-Medians cannot be added up to a 95th percentile: the planner draws from the samples instead.
+Samples, because medians cannot be added up to a 95th percentile: the planner draws from them.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ StageKind = Literal["prepare", "head", "encode", "compress", "open", "decode", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitStage:
-    """One step on the way from a picture to its embedding.
+    """One stage of the computation from a picture to its embedding.
 
     Attributes:
         kind: "prepare" turns a file into pixels, "head" pixels into the value at a cut,
@@ -43,9 +43,9 @@ class SplitStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSamples:
-    """Wall time of a stage at batch 1, in milliseconds, one value a round.
+    """Wall time of a stage at batch 1, in milliseconds, one value per round.
 
-    `joules` is the energy of one run, of all that the sensor covers; None where none tells.
+    `joules` is the energy of one run, of all that the sensor covers; None without a sensor.
     """
 
     stage: SplitStage
@@ -59,9 +59,9 @@ class StageSamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Payload:
-    """What crosses for each picture: bytes of the request's body, and what the codec costs.
+    """What is sent for each picture: size of the request's body, and exactness of the codec.
 
-    `cosines` compare the embedding that comes of it with the one of the uncoded picture.
+    `cosines` compare the resulting embedding with that of the uncompressed picture.
     """
 
     cut: int | None  # None for the picture itself
@@ -76,13 +76,13 @@ class Payload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """How far stage times can be believed that were not measured themselves.
+    """How exact stage times are that were predicted and not measured.
 
     Attributes:
         within: about nine in ten towers differ from what was predicted by at most this share.
-        method: how heads and tails were predicted, for a person.
-        others: device whose times of pictures and codecs were taken.
-        others_factor: by which they were multiplied.
+        method: how heads and tails were predicted, for people.
+        others: device whose times of pictures and codecs were used.
+        others_factor: factor by which they were multiplied.
     """
 
     within: float
@@ -93,23 +93,23 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes(JsonRecord):
-    """What was measured of a cut set on one machine, or predicted.
+    """Stage times of a cut set on one machine, measured or predicted.
 
     Attributes:
         created: ISO 8601 in UTC.
-        command: what was typed.
-        machine: where.
+        command: the command line.
+        machine: where they were measured.
         device: name of the device profile.
-        bundle, space, precision: whose tower it is.
-        rounds: how many; sample i of every stage is of round i and of the same picture.
-        pictures: how many different ones; round i looks at picture i modulo that.
-        stages: of both sides; the planner takes from each machine what it does there.
-        payloads: what crosses.
+        bundle, space, precision: identify the tower.
+        rounds: number of rounds; sample i of every stage is of round i and the same picture.
+        pictures: number of different pictures; round i uses picture i modulo that.
+        stages: of both sides; the planner uses those that the machine would run.
+        payloads: what is sent.
         waiting_share, steal_share: CPU time denied, see `cpu_time.CpuTime`.
-        contended: whether more than a tenth was denied; None if it cannot be told.
+        contended: whether more than a tenth was denied; None if unknown.
         energy_sensor: what measured `joules`; None if nothing did.
-        on_cpu: whether heads and tails ran on the CPU; None if it is not known.
-        predicted: None of what was measured.
+        on_cpu: whether heads and tails ran on the CPU; None if unknown.
+        predicted: None for measured times.
     """
 
     WHAT: ClassVar[str] = "stage times"
@@ -142,11 +142,11 @@ class StageTimes(JsonRecord):
             raise ValueError(f"every payload must have {self.pictures} sizes, one a picture")
 
     def find(self, stage: SplitStage) -> StageSamples | None:
-        """The samples of a stage, if it was measured."""
+        """Return the samples of a stage; None if it was not measured."""
         return next((item for item in self.stages if item.stage == stage), None)
 
     def ms(self, stage: SplitStage) -> NDArray[np.float64]:
-        """Times of a stage in milliseconds [rounds].
+        """Return the times of a stage in milliseconds [rounds].
 
         Raises:
             InputError: it was not measured.
@@ -160,7 +160,7 @@ class StageTimes(JsonRecord):
         return np.array(found.ms)
 
     def check_same_tower(self, other: "StageTimes | CutManifest", what: str) -> None:
-        """Refuse times of another tower.
+        """Raise if these times are of another tower.
 
         Raises:
             InputError: `other` is of another bundle, embedding space or precision.

@@ -1,4 +1,4 @@
-"""The server as an ASGI application: Open Inference Protocol v2 over HTTP."""
+"""The ASGI application of the server: Open Inference Protocol v2 over HTTP."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ from edgeclip.runtime.wire.messages import (
     server_timing,
 )
 
-_MOST_DIGITS = 18
+_MAX_DIGITS = 18
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -47,7 +47,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpResponse:
-    """A whole answer; `content-length` is added when it is sent."""
+    """A complete response; `content-length` is added when it is sent."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class HttpResponse:
 
 
 async def send_response(send: Send, answer: HttpResponse) -> None:
-    """Send an answer."""
+    """Send a response."""
     headers = [
         (name.lower().encode("latin-1"), value.encode("latin-1"))
         for name, value in answer.headers.items()
@@ -66,7 +66,7 @@ async def send_response(send: Send, answer: HttpResponse) -> None:
 
 
 class BodyBudget:
-    """The memory that all bodies under way may take together.
+    """The memory budget of all request bodies in flight.
 
     Args:
         total: bytes.
@@ -75,8 +75,8 @@ class BodyBudget:
     def __init__(self, total: int) -> None:
         self._left = total
 
-    def take(self, size: int) -> None:
-        """Set `size` bytes aside.
+    def reserve(self, size: int) -> None:
+        """Reserve `size` bytes.
 
         Raises:
             QueueFullError: too few are left.
@@ -85,8 +85,8 @@ class BodyBudget:
             raise QueueFullError(1.0)
         self._left -= size
 
-    def give_back(self, size: int) -> None:
-        """Free what was taken."""
+    def release(self, size: int) -> None:
+        """Release reserved bytes."""
         self._left += size
 
 
@@ -98,15 +98,15 @@ async def read_body(
     Args:
         receive: of the request.
         headers: names in lower case.
-        most: bytes.
-        seconds: how long it may take to come.
+        most: bound in bytes.
+        seconds: timeout.
 
     Raises:
-        RefusalError: 413, larger than `most`; 415, compressed; 408, too slow.
-        ClientGoneError: the client left first.
+        HttpError: 413, larger than `most`; 415, compressed; 408, too slow.
+        ClientGoneError: the client closed the connection first.
     """
     if headers.get(b"content-encoding", b"identity") != b"identity":
-        raise HttpError(415, "compressed bodies are not read: send it as it is")
+        raise HttpError(415, "compressed bodies are not supported: send the body uncompressed")
     declared_size(headers, most)
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
@@ -115,28 +115,28 @@ async def read_body(
         async with asyncio.timeout(seconds):
             return await _read_on(message, receive, most)
     except TimeoutError:
-        raise HttpError(408, f"the body did not come within {seconds:g} s") from None
+        raise HttpError(408, f"the body was not complete within {seconds:g} s") from None
 
 
 async def wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client is gone, or the answer was sent; the body must have been read."""
+    """Wait until the client disconnects or the response was sent; call it after `read_body`."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def declared_size(headers: Mapping[bytes, bytes], most: int) -> int:
-    """Return what `Content-Length` announces, or `most` where it is missing.
+    """Return the value of `Content-Length`, or `most` if it is missing.
 
     Raises:
-        RefusalError: 413, larger than `most`; 400, not a number.
+        HttpError: 413, larger than `most`; 400, not a number.
     """
     text = headers.get(b"content-length")
     if text is None:
         return most
     if not text.isdigit():
         raise HttpError(400, "Content-Length must be a whole number")
-    # Digits are counted first: Python refuses to read very long numbers.
-    if len(text) > _MOST_DIGITS or int(text) > most:
+    # Digits are counted first: Python refuses to parse very long numbers.
+    if len(text) > _MAX_DIGITS or int(text) > most:
         raise _too_large(most)
     return int(text)
 
@@ -174,13 +174,13 @@ _Headers = dict[bytes, bytes]
 
 
 class App:
-    """Answers HTTP requests; `app(scope, receive, send)` is the ASGI entry.
+    """Answer HTTP requests; `app(scope, receive, send)` is the ASGI entry point.
 
     Args:
         registry: the models.
         batches: limits of each model's batches and queue.
-        limits: what clients may send.
-        token: what they have to show, other than for the health paths; None for nothing.
+        limits: size and duration of requests.
+        token: bearer token that all but the health paths require; None for none.
     """
 
     def __init__(
@@ -196,37 +196,37 @@ class App:
         self.service = InferService(registry, batches or BatchLimits(), self._metrics)
         self.budget = BodyBudget(self.limits.max_memory)
         self.token = token.encode() if token is not None else None
-        self._under_way = 0
+        self._in_flight = 0
         self.is_draining = False
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way."""
-        return self._under_way == 0
+        """Whether no request is in flight."""
+        return self._in_flight == 0
 
     @contextlib.contextmanager
-    def under_way(self) -> Iterator[None]:
-        """Count a request, so that `is_idle` waits for it."""
-        self._under_way += 1
+    def in_flight(self) -> Iterator[None]:
+        """Count a request as in flight during the block."""
+        self._in_flight += 1
         try:
             yield
         finally:
-            self._under_way -= 1
+            self._in_flight -= 1
 
     def drain(self) -> None:
-        """Be no longer ready, and refuse what comes; what is under way goes on."""
+        """Report that the server is not ready, and refuse new requests."""
         self.is_draining = True
 
     def close(self) -> None:
-        """Refuse what still waits or runs too."""
+        """Refuse waiting and running requests too."""
         self.service.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or the life span of the server."""
+        """Serve one request, or the lifespan events of the server."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
         elif scope["type"] == "http":
-            with self.under_way():
+            with self.in_flight():
                 await self._serve(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
@@ -240,23 +240,23 @@ class App:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: _Headers = dict(scope["headers"])
         try:
-            answer = await self._answer(scope, receive, headers)
+            response = await self._respond(scope, receive, headers)
         except Exception as error:
-            answer = _failure(error, scope, headers)
-        if answer.status == CLIENT_GONE:
+            response = _error_response(error, scope, headers)
+        if response.status == CLIENT_GONE:
             return
         if self.is_draining:
-            answer.headers["connection"] = "close"
-        await send_response(send, answer)
+            response.headers["connection"] = "close"
+        await send_response(send, response)
 
-    async def _answer(self, scope: Scope, receive: Receive, headers: _Headers) -> HttpResponse:
+    async def _respond(self, scope: Scope, receive: Receive, headers: _Headers) -> HttpResponse:
         path = scope["path"].split("/")[1:]
         if path[:2] == ["v2", "health"]:
             _check_method(scope, "GET", "HEAD")
             return self._health(path[2:])
         if not is_authorized(headers, self.token):
             raise HttpError(
-                401, "show the server's token as 'Authorization: Bearer TOKEN'", _CHALLENGE
+                401, "send the server's token as 'Authorization: Bearer TOKEN'", _CHALLENGE
             )
         if path[:2] == ["v2", "models"] and path[3:4] == ["versions"]:
             if path[4:5] != [_VERSION]:
@@ -271,9 +271,9 @@ class App:
                 return HttpResponse(
                     status=200, headers={"content-type": CONTENT_TYPE}, body=self._metrics.page()
                 )
-        answer = _json(200, self._describe(path))
+        response = _json(200, self._describe(path))
         _check_method(scope, "GET", "HEAD")
-        return answer
+        return response
 
     def _health(self, path: list[str]) -> HttpResponse:
         match path:
@@ -319,14 +319,14 @@ class App:
         metrics = self.service.metrics(name)
         status = CLIENT_GONE
         try:
-            answer = await self._run(name, receive, headers, arrival)
-            status = answer.status
-            return answer
+            response = await self._run(name, receive, headers, arrival)
+            status = response.status
+            return response
         except Exception as error:
             status = http_error_of(error).status
             raise
         finally:
-            metrics.answered(status, time.monotonic() - arrival)
+            metrics.count_request(status, time.monotonic() - arrival)
 
     async def _run(
         self, name: str, receive: Receive, headers: _Headers, arrival: float
@@ -336,25 +336,25 @@ class App:
         self.service.check_room(name)
         limits = self.limits
         size = declared_size(headers, limits.max_body)
-        self.budget.take(size)
+        self.budget.reserve(size)
         try:
             body = await read_body(
                 receive, headers, most=limits.max_body, seconds=limits.body_seconds
             )
             received = time.monotonic()
-            request = self._decoded(name, headers, body)
+            request = self._decode(name, headers, body)
             result = await self.service.infer(
                 request, arrival=arrival, gone=lambda: wait_for_disconnect(receive)
             )
-            response = _encoded(result, request)
+            response = _encode(result, request)
             response.headers[SERVER_TIMING_HEADER] = server_timing(
                 1e3 * (time.monotonic() - received)
             )
             return response
         finally:
-            self.budget.give_back(size)
+            self.budget.release(size)
 
-    def _decoded(self, name: str, headers: _Headers, body: bytes) -> InferRequest:
+    def _decode(self, name: str, headers: _Headers, body: bytes) -> InferRequest:
         length = json_length(headers.get(_JSON_LENGTH))
         if (len(body) if length is None else length) > self.limits.max_json:
             raise HttpError(
@@ -366,31 +366,33 @@ class App:
 _CHALLENGE = {"www-authenticate": "Bearer"}
 
 
-def _encoded(response: InferResponse, request: InferRequest) -> HttpResponse:
+def _encode(response: InferResponse, request: InferRequest) -> HttpResponse:
     try:
         headers, body = encode_response(response, request.binary)
     except WireError as error:
-        # Values that JSON does not have are for the client to mend: it can ask for binary.
+        # The client can avoid values that JSON does not have by asking for binary outputs.
         raise HttpError(500 if request.binary is True else 400, str(error)) from error
     return HttpResponse(status=200, headers=headers, body=body)
 
 
-def _failure(error: Exception, scope: Scope, headers: _Headers) -> HttpResponse:
-    refusal = http_error_of(error)
-    if refusal.status == 500:
+def _error_response(error: Exception, scope: Scope, headers: _Headers) -> HttpResponse:
+    http_error = http_error_of(error)
+    if http_error.status == 500:
         _LOG.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
-    words, body = encode_error(str(refusal))
-    # A client that was not told to continue may leave the body out: what comes next is unclear.
+    own_headers, body = encode_error(str(http_error))
+    # A client that was not told to continue may omit the body: what follows is ambiguous.
     close = {"connection": "close"} if b"expect" in headers else {}
     return HttpResponse(
-        status=refusal.status, headers={**words, **refusal.headers, **close}, body=body
+        status=http_error.status,
+        headers={**own_headers, **http_error.headers, **close},
+        body=body,
     )
 
 
 def _check_method(scope: Scope, *allowed: str) -> None:
     if scope["method"] not in allowed:
-        words = ", ".join(allowed)
-        raise HttpError(405, f"this path takes {words}", {"allow": words})
+        methods = ", ".join(allowed)
+        raise HttpError(405, f"this path takes {methods}", {"allow": methods})
 
 
 def _json(status: int, value: object, headers: dict[str, str] | None = None) -> HttpResponse:

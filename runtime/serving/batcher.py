@@ -1,4 +1,4 @@
-"""Gather requests to one model into batches, run them on a thread, and split the results."""
+"""Batch the requests to one model, run the batches on a thread, and split the results."""
 
 import asyncio
 import queue
@@ -27,7 +27,7 @@ BatchResult = Outputs | BaseException
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchItem:
-    """What one request brings to a run: arrays whose first axis has `rows`, and parameters."""
+    """The inputs of one request: arrays whose first axis has `rows`, and parameters."""
 
     inputs: Tensors
     parameters: Mapping[str, Parameter]
@@ -35,11 +35,11 @@ class BatchItem:
 
     @property
     def key(self) -> object:
-        """Equal for requests that may be run together.
+        """A key that is equal for items that may share a batch.
 
-        Names, dtypes, shapes beyond the first axis, and parameters with their types agree
-        then (1, 1.0 and True are equal in Python). Where an input has another number of
-        rows, nothing is equal.
+        It consists of names, dtypes, shapes beyond the first axis, and parameters with their
+        types (1, 1.0 and True are equal in Python). If an input has another number of rows, the
+        key equals no other.
         """
         if any(array.shape[:1] != (self.rows,) for array in self.inputs.values()):
             return object()
@@ -48,56 +48,54 @@ class BatchItem:
         return frozenset(arrays), frozenset(values)
 
 
-def run_joined(model: ServingModel, shares: Sequence[BatchItem]) -> list[BatchResult]:
-    """Run all shares at once; the answer to each is its rows of the outputs.
+def run_batch(model: ServingModel, items: Sequence[BatchItem]) -> list[BatchResult]:
+    """Run items as one batch; the result of each is its rows of the outputs, or an exception.
 
-    Where that fails, they are run one by one, so that the failure is that of one request.
+    If the batch fails, the items are run one by one, so that only the faulty ones fail.
 
     Args:
-        model: gives one row for each that it is given.
-        shares: of equal `key`; at least one.
+        model: returns one row for each row of its inputs.
+        items: of equal `key`; at least one.
     """
-    if len(shares) > 1:
+    if len(items) > 1:
         try:
-            return _run_together(model, shares)
-        except BaseException:  # a fault of one of them, which the single runs will show
+            return _run_concatenated(model, items)
+        except BaseException:  # the fault of one item, which the single runs will show
             pass
-    return [run_single(model, share) for share in shares]
+    return [run_single(model, item) for item in items]
 
 
-def run_single(model: ServingModel, share: BatchItem) -> BatchResult:
-    """Run one share; a failure of any kind is the answer."""
+def run_single(model: ServingModel, item: BatchItem) -> BatchResult:
+    """Run one item and return its outputs, or the exception that it raised."""
     try:
-        return _checked(model, model.run(share.inputs, share.parameters))
+        return _check_outputs(model, model.run(item.inputs, item.parameters))
     except BaseException as error:  # SystemExit too, which a user's function may raise
         return error
 
 
-def _run_together(model: ServingModel, shares: Sequence[BatchItem]) -> list[BatchResult]:
-    first = shares[0]
-    joined = {
-        name: np.concatenate([share.inputs[name] for share in shares]) for name in first.inputs
-    }
+def _run_concatenated(model: ServingModel, items: Sequence[BatchItem]) -> list[BatchResult]:
+    first = items[0]
+    joined = {name: np.concatenate([item.inputs[name] for item in items]) for name in first.inputs}
     for array in joined.values():
-        array.flags.writeable = False  # as what comes off the wire is
-    outputs = _checked(model, model.run(joined, first.parameters))
-    rows = sum(share.rows for share in shares)
+        array.flags.writeable = False  # as the arrays of a single request
+    outputs = _check_outputs(model, model.run(joined, first.parameters))
+    rows = sum(item.rows for item in items)
     if any(array.shape[:1] != (rows,) for array in outputs.values()):
-        raise EngineError(f"{model.name} gave another number of rows than it was given")
-    answers: list[BatchResult] = []
+        raise EngineError(f"{model.name} returned another number of rows than it was given")
+    results: list[BatchResult] = []
     start = 0
-    for share in shares:
-        stop = start + share.rows
-        answers.append({name: array[start:stop] for name, array in outputs.items()})
+    for item in items:
+        stop = start + item.rows
+        results.append({name: array[start:stop] for name, array in outputs.items()})
         start = stop
-    return answers
+    return results
 
 
-def _checked(model: ServingModel, outputs: object) -> Outputs:
+def _check_outputs(model: ServingModel, outputs: object) -> Outputs:
     if not isinstance(outputs, dict) or not all(
         isinstance(name, str) and isinstance(array, np.ndarray) for name, array in outputs.items()
     ):
-        raise EngineError(f"{model.name} gave something other than named arrays")
+        raise EngineError(f"{model.name} returned something other than named arrays")
     for name, array in outputs.items():
         try:
             datatype_of(array)
@@ -106,23 +104,24 @@ def _checked(model: ServingModel, outputs: object) -> Outputs:
     return outputs
 
 
-_FIRST_GUESS = 0.1  # seconds a run takes, before one was measured
-_FORGETTING = 0.2  # weight of the latest run in the running mean
+_FIRST_GUESS = 0.1  # seconds of a run, before one was measured
+_SMOOTHING = 0.2  # weight of the latest run in the exponential moving average
 
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """A request on its way through a batcher.
+    """A request in the queue of a batcher.
 
     Attributes:
-        share: what it brings.
+        item: its inputs and parameters.
+        key: see `BatchItem.key`.
         future: its outputs, or an error.
         arrival: `time.monotonic()` when it was read.
         deadline: likewise; None for none.
         timer: ends the wait at the deadline.
     """
 
-    share: BatchItem
+    item: BatchItem
     key: object
     future: "asyncio.Future[Outputs]"
     arrival: float
@@ -131,17 +130,19 @@ class QueuedRequest:
 
     @property
     def is_late(self) -> bool:
-        """Whether the deadline is past."""
+        """Whether the deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
 
 class Batcher:
-    """The queue of one model. All methods belong to the event loop's thread.
+    """Queue the requests to one model and run them in batches, on a thread of its own.
+
+    All methods must be called on the event loop's thread.
 
     Args:
         served: the model.
         limits: of batches and queue.
-        metrics: told of each run.
+        metrics: count each run.
         loop: the event loop; None for the running one.
     """
 
@@ -158,23 +159,23 @@ class Batcher:
         self._loop = loop or asyncio.get_running_loop()
         self._waiting: dict[QueuedRequest, None] = {}  # in order of arrival
         self._running: list[QueuedRequest] = []
-        self._rows = 0  # of those that wait
+        self._rows = 0  # of the waiting requests
         self._flush_at: float | None = None
         self._flush: asyncio.Handle | None = None
-        self._seconds = _FIRST_GUESS  # one run, running mean
-        self._run_rows = 1.0  # rows of one run, running mean
+        self._seconds = _FIRST_GUESS  # of one run, moving average
+        self._run_rows = 1.0  # of one run, moving average
         self._is_closed = False
         metrics.watch_queue(lambda: len(self._waiting))
         self._inbox: queue.SimpleQueue[list[QueuedRequest] | None] = queue.SimpleQueue()
-        # A daemon, so that a model which never returns cannot keep the process alive.
+        # A daemon thread: a model that never returns must not keep the process alive.
         name = f"model {served.model.name}"
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def check_room(self) -> None:
-        """Refuse what `submit` would refuse; worth asking before a body is read.
+        """Raise what `submit` would raise; to be called before a body is read.
 
         Raises:
-            QueueFullError: as many wait as may.
+            QueueFullError: the queue is full.
             DrainingError: the batcher is closed.
         """
         if self._is_closed:
@@ -197,20 +198,20 @@ class Batcher:
         raised.
 
         Args:
-            inputs: arrays whose first axis has `rows`, as `check_inputs` lets pass.
-            parameters: for the model; requests whose parameters differ are not joined.
+            inputs: arrays whose first axis has `rows`, checked by `check_inputs`.
+            parameters: for the model; requests with different parameters share no batch.
             rows: at least 1.
             deadline: `time.monotonic()` after which no run begins; None for never.
 
         Raises:
             QueueFullError, DrainingError: see `check_room`.
-            DeadlinePassedError: the deadline is past.
+            DeadlinePassedError: the deadline has passed.
         """
         self.check_room()
-        share = BatchItem(inputs, parameters, rows)
-        key = share.key if self._served.joins else object()
+        item = BatchItem(inputs, parameters, rows)
+        key = item.key if self._served.joins else object()
         future = self._loop.create_future()
-        waiting = QueuedRequest(share, key, future, time.monotonic(), deadline)
+        waiting = QueuedRequest(item, key, future, time.monotonic(), deadline)
         if deadline is not None:
             left = deadline - waiting.arrival
             if left <= 0:
@@ -224,13 +225,13 @@ class Batcher:
         return waiting
 
     def give_up(self, waiting: QueuedRequest, reason: Exception) -> None:
-        """End a request that has not begun, with `reason`; one that has goes on."""
+        """End a request that is not running yet with the error `reason`."""
         if waiting in self._waiting:
             self._remove(waiting)
             _settle(waiting, reason)
 
     def close(self) -> None:
-        """Refuse whatever comes, waits or runs; a run that is under way is left to itself."""
+        """Refuse new, waiting and running requests; a running batch is abandoned."""
         self._is_closed = True
         for waiting in list(self._waiting):
             self.give_up(waiting, DrainingError())
@@ -240,12 +241,12 @@ class Batcher:
 
     def _remove(self, waiting: QueuedRequest) -> None:
         del self._waiting[waiting]
-        self._rows -= waiting.share.rows
+        self._rows -= waiting.item.rows
         if waiting.timer is not None:
             waiting.timer.cancel()
 
     def _plan(self, waiting: QueuedRequest) -> None:
-        """Let the next run begin in time for a request that waits."""
+        """Schedule the next run in time for a waiting request."""
         if self._running:
             return
         now = time.monotonic()
@@ -261,7 +262,7 @@ class Batcher:
         self._flush_at = begin
         if begin > now:
             self._flush = self._loop.call_later(begin - now, self._begin)
-        else:  # after all that the event loop has read in this turn
+        else:  # after the other requests that the event loop reads in this iteration
             self._flush = self._loop.call_soon(self._begin)
 
     def _begin(self) -> None:
@@ -274,59 +275,60 @@ class Batcher:
         self._inbox.put(self._running)
 
     def _next_batch(self) -> list[QueuedRequest]:
-        """The request that waits longest, and those behind it that it can be joined with."""
+        """Return the oldest waiting request, and those that may share its batch."""
         first = next(iter(self._waiting))
         batch: list[QueuedRequest] = []
         rows = 0
         for waiting in self._waiting:
             if waiting.key == first.key:
-                rows += waiting.share.rows
+                rows += waiting.item.rows
                 if batch and rows > self._limits.max_batch:
                     break
                 batch.append(waiting)
         return batch
 
     def _work(self) -> None:
-        """Run batches, on the model's thread."""
+        """Run batches (on the model's thread)."""
         while (batch := self._inbox.get()) is not None:
             start = time.monotonic()
-            answers = self._run(batch)
+            results = self._run(batch)
             seconds = time.monotonic() - start
             try:
-                self._loop.call_soon_threadsafe(self._finish, batch, answers, seconds)
+                self._loop.call_soon_threadsafe(self._finish, batch, results, seconds)
             except RuntimeError:  # the event loop was closed meanwhile
                 return
 
     def _run(self, batch: Sequence[QueuedRequest]) -> list[BatchResult]:
-        answers: dict[QueuedRequest, BatchResult] = {
+        results: dict[QueuedRequest, BatchResult] = {
             waiting: DeadlinePassedError() for waiting in batch if waiting.is_late
         }
-        rest = [waiting for waiting in batch if waiting not in answers]
+        rest = [waiting for waiting in batch if waiting not in results]
         if rest:
-            found = run_joined(self._served.model, [waiting.share for waiting in rest])
-            answers.update(zip(rest, found, strict=True))
-        return [answers[waiting] for waiting in batch]
+            found = run_batch(self._served.model, [waiting.item for waiting in rest])
+            results.update(zip(rest, found, strict=True))
+        return [results[waiting] for waiting in batch]
 
     def _finish(
-        self, batch: Sequence[QueuedRequest], answers: Sequence[BatchResult], seconds: float
+        self, batch: Sequence[QueuedRequest], results: Sequence[BatchResult], seconds: float
     ) -> None:
-        rows = sum(waiting.share.rows for waiting in batch)
-        self._seconds += _FORGETTING * (seconds - self._seconds)
-        self._run_rows += _FORGETTING * (rows - self._run_rows)
-        self._metrics.run(rows, seconds)
+        rows = sum(waiting.item.rows for waiting in batch)
+        self._seconds += _SMOOTHING * (seconds - self._seconds)
+        self._run_rows += _SMOOTHING * (rows - self._run_rows)
+        self._metrics.count_run(rows, seconds)
         self._running = []
-        for waiting, answer in zip(batch, answers, strict=True):
-            _settle(waiting, answer)
+        for waiting, result in zip(batch, results, strict=True):
+            _settle(waiting, result)
         for waiting in self._waiting:
             self._plan(waiting)
 
 
-def _settle(waiting: QueuedRequest, answer: BatchResult) -> None:
+def _settle(waiting: QueuedRequest, result: BatchResult) -> None:
+    """Complete the future of a request, unless it is complete already."""
     if waiting.future.done():
         return
-    if isinstance(answer, dict):
-        waiting.future.set_result(answer)
-    elif isinstance(answer, Exception):
-        waiting.future.set_exception(answer)
+    if isinstance(result, dict):
+        waiting.future.set_result(result)
+    elif isinstance(result, Exception):
+        waiting.future.set_exception(result)
     else:  # SystemExit and the like must not end the server
-        waiting.future.set_exception(RuntimeError(type(answer).__name__))
+        waiting.future.set_exception(RuntimeError(type(result).__name__))

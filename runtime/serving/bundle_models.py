@@ -1,7 +1,7 @@
-"""Models made of files: a bundle's towers and labels, tails of cut towers, search in an index."""
+"""Models of a bundle (towers, patch features, label sets) and of a cut set (tails)."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,20 +26,17 @@ from edgeclip.runtime.wire.codec import FLOAT_CODECS, PIXEL_CODECS, codec_name, 
 from edgeclip.runtime.wire.messages import CODEC, CUT, SPACE_ID, Parameter
 from edgeclip.runtime.wire.tensors import BYTES, get_flag
 
-if TYPE_CHECKING:
-    pass
-
 TRUNCATE = "truncate"  # parameter of the text tower, bool: cut texts that are too long
 _IMAGES = TensorSpec(name="images", datatype=BYTES, shape=(-1,))
 _TOP = 5
 
 
 def bundle_models(encoder: Encoder, name: str) -> Iterator[ServingModel]:
-    """All models of a bundle, its towers loaded.
+    """Yield all models of a bundle, after loading its towers.
 
     Args:
         encoder: of the bundle.
-        name: what their names begin with.
+        name: prefix of their names.
 
     Raises:
         BundleError: see `Bundle.tower_bytes` and `Bundle.labels`.
@@ -61,7 +58,7 @@ def bundle_models(encoder: Encoder, name: str) -> Iterator[ServingModel]:
 
 
 class _BundleModel:
-    """What the models of a bundle have in common."""
+    """Base of the models of a bundle."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -85,12 +82,12 @@ class ImageModel(_BundleModel):
         self.outputs = (self._embeddings(OUTPUT_NAMES["image"]),)
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
-        """Embed them; see `Encoder.encode_image`."""
+        """Embed image files."""
         return {OUTPUT_NAMES["image"]: self._encoder.encode_image(inputs["images"].tolist())}
 
 
 class PixelModel(_BundleModel):
-    """Pictures cut to size: `pixels` UINT8 [N, size, size, 3], RGB -> `image_embeds`."""
+    """Resized pictures: `pixels` UINT8 [N, size, size, 3], RGB -> `image_embeds`."""
 
     def __init__(self, encoder: Encoder, name: str) -> None:
         super().__init__(encoder, name)
@@ -99,7 +96,7 @@ class PixelModel(_BundleModel):
         self.outputs = (self._embeddings(OUTPUT_NAMES["image"]),)
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
-        """Embed them; see `Encoder.encode_pixels`."""
+        """Embed pixels."""
         return {OUTPUT_NAMES["image"]: self._encoder.encode_pixels(inputs["pixels"])}
 
 
@@ -113,7 +110,7 @@ class TextModel(_BundleModel):
         self.outputs = (self._embeddings(OUTPUT_NAMES["text"]),)
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
-        """Embed them; see `Encoder.encode_text`."""
+        """Embed texts."""
         try:
             texts = [text.decode() for text in inputs["texts"]]
         except UnicodeDecodeError as error:
@@ -129,7 +126,7 @@ class PatchModel(_BundleModel):
     outputs = (TensorSpec(name=PATCH_OUTPUT, datatype="FP32", shape=(-1, -1, -1, -1)),)
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
-        """Look at them; see `Encoder.encode_patches`."""
+        """Compute the features of each patch."""
         return {PATCH_OUTPUT: self._encoder.encode_patches(inputs["images"].tolist())}
 
 
@@ -150,7 +147,7 @@ class LabelModel(_BundleModel):
         self._labels = labels
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
-        """Classify them; see `Encoder.classify_embeddings`."""
+        """Return the best labels of image embeddings."""
         top = take_top(parameters, _TOP, len(self._labels.names))
         embeddings = inputs[OUTPUT_NAMES["image"]]
         rows = self._encoder.classify_embeddings(embeddings, self._labels, top=top)
@@ -160,20 +157,23 @@ class LabelModel(_BundleModel):
 
 
 class CutTail:
-    """The part of a tower behind a cut, as a model of the server (see `models.Model`).
+    """The part of a tower after a cut, as a model of the server.
 
-    It takes what `codec.encode` gives; the parameter `codec` says how it was encoded, `cut`
-    and `space_id` must be its own where they are given.
+    Its inputs are the result of `codec.encode`. The parameter `codec` names the codec; `cut` and
+    `space_id`, if given, must be those of the tail.
 
     Args:
-        bundle: what the bundle is called on the server; by its own name if not given.
+        cuts: the cut set.
+        number: of the cut point.
+        device: the server's device profile.
+        bundle: name of the bundle on the server; by default its own name.
 
     Attributes:
-        name: that of the bundle, then `-tail-` and the number of the cut.
-        inputs: empty: they depend on the codec, and `run` checks them.
+        name: the bundle's name, then `-tail-` and the number of the cut.
+        inputs: empty, since they depend on the codec; `run` checks them.
         outputs: `image_embeds`, float32 [N, dim].
         space: fingerprint of the embedding space.
-        point: the cut.
+        point: the cut point.
 
     Raises:
         CutSetError, InputError, EngineError, MissingExtraError: see `CutHead`.
@@ -182,7 +182,7 @@ class CutTail:
     inputs: tuple[TensorSpec, ...] = ()
 
     def __init__(
-        self, cuts: CutSet, number: int, device: "DeviceProfile", bundle: str | None = None
+        self, cuts: CutSet, number: int, device: DeviceProfile, bundle: str | None = None
     ) -> None:
         self.point = cuts.point(number)
         self.name = tail_model_name(bundle or cuts.manifest.bundle, number)
@@ -195,7 +195,7 @@ class CutTail:
         self._engine = open_cut_graph(cuts, tail_file_name(number), device)
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> Outputs:
-        """Answer a request.
+        """Decode the values at the cut and embed them.
 
         Raises:
             SpaceMismatchError: `space_id` is that of another embedding space.
@@ -217,7 +217,7 @@ class CutTail:
             values: float32 [N, *point.shape], or uint8 pixels for cut 0.
 
         Raises:
-            InputError: values so far from those of any picture that they have no embedding.
+            InputError: values so unlike those of any picture that the output is not normalised.
             EngineError: the engine failed.
         """
         found = run_cut_graph(
@@ -225,9 +225,9 @@ class CutTail:
         )
         embeddings: NDArray[np.float32] = found[self._output]
         try:
-            check_unit_rows(embeddings, "what comes of the cut tensor")
+            check_unit_rows(embeddings, "the embedding of the cut tensor")
         except InputError as error:
-            raise InputError(f"these values are no picture's: {error}") from None
+            raise InputError(f"these values are not those of a picture: {error}") from None
         return embeddings
 
     def _check(self, parameters: Mapping[str, Parameter]) -> None:
@@ -240,9 +240,9 @@ class CutTail:
 
 
 def tail_models(
-    cuts: CutSet, device: "DeviceProfile", bundle: str | None = None
+    cuts: CutSet, device: DeviceProfile, bundle: str | None = None
 ) -> Iterator[CutTail]:
-    """All tails of a cut set, each loaded and run once.
+    """Yield all tails of a cut set, each loaded and run once.
 
     Raises:
         CutSetError, InputError, EngineError, MissingExtraError: see `CutHead`.

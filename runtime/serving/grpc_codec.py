@@ -1,4 +1,4 @@
-"""Requests and responses of the Open Inference Protocol as protobuf messages."""
+"""Encode and decode the protobuf messages of the Open Inference Protocol."""
 
 import math
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ from edgeclip.runtime.wire.tensors import DTYPES, datatype_of, from_binary, to_b
 
 PACKAGE = "inference"
 SERVICE = f"{PACKAGE}.GRPCInferenceService"
-_DESCRIPTORS = "grpc_oip.binpb"  # made from grpc_oip.proto, which says how
+_DESCRIPTORS = "grpc_oip.binpb"  # generated from grpc_oip.proto; the command is there
 
 
 def message_type(name: str) -> type[Message]:
-    """The class of a message, such as "ModelInferRequest".
+    """Return the class of a message, such as "ModelInferRequest".
 
     Raises:
         KeyError: the service has no such message.
@@ -45,8 +45,8 @@ def _message_types() -> dict[str, type[Message]]:
 
 VERSION = "1"  # of every model
 _PLATFORM = "edgeclip"
-_MOST_TENSORS = 256
-# The field of typed contents that holds a datatype, and what its elements are. FP16 has none.
+_MAX_TENSORS = 256
+# The field of typed contents for each datatype, and the dtype of its elements. FP16 has none.
 _CONTENTS: dict[str, tuple[str, np.dtype[Any]]] = {
     "BOOL": ("bool_contents", np.dtype(np.bool_)),
     **{f"INT{bits}": ("int_contents", np.dtype(np.int32)) for bits in (8, 16, 32)},
@@ -60,10 +60,10 @@ _CONTENTS: dict[str, tuple[str, np.dtype[Any]]] = {
 
 
 def parse(name: str, data: bytes) -> Any:
-    """Read a message; its fields are those of grpc_oip.proto.
+    """Parse a message of grpc_oip.proto.
 
     Raises:
-        WireError: the bytes are no such message.
+        WireError: the bytes are not such a message.
     """
     try:
         return message_type(name).FromString(data)
@@ -72,13 +72,13 @@ def parse(name: str, data: bytes) -> Any:
 
 
 def decode_request(message: Any) -> InferRequest:
-    """Read a ModelInferRequest.
+    """Decode a ModelInferRequest.
 
     Raises:
-        WireError: it is not what the protocol says.
+        WireError: it violates the protocol.
     """
-    if len(message.inputs) > _MOST_TENSORS:
-        raise WireError(f"{len(message.inputs)} inputs are too many: send at most {_MOST_TENSORS}")
+    if len(message.inputs) > _MAX_TENSORS:
+        raise WireError(f"{len(message.inputs)} inputs are too many: send at most {_MAX_TENSORS}")
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise WireError(f"{len(message.inputs)} inputs have {len(raw)} raw_input_contents")
@@ -104,7 +104,7 @@ def decode_request(message: Any) -> InferRequest:
 
 
 def encode_response(response: InferResponse) -> Message:
-    """Make a ModelInferResponse; the outputs are raw.
+    """Encode a ModelInferResponse with raw outputs.
 
     Raises:
         WireError: a dtype that the protocol does not have.
@@ -123,7 +123,7 @@ def encode_response(response: InferResponse) -> Message:
 
 
 def describe_model(model: ServingModel) -> Message:
-    """Make the ModelMetadataResponse of a model."""
+    """Return the ModelMetadataResponse of a model."""
     return message_type("ModelMetadataResponse")(
         name=model.name,
         versions=[VERSION],
@@ -145,7 +145,7 @@ def _array(tensor: Any, raw: bytes | None) -> NDArray[Any]:
 
 
 def _typed(tensor: Any) -> bytes:
-    """What the raw contents would be."""
+    """Convert typed contents to raw contents."""
     datatype = tensor.datatype
     if datatype not in _CONTENTS:
         raise WireError(f"datatype {datatype[:20]!r} has no typed contents: send it raw")

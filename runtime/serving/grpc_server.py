@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over gRPC, on a port of its own."""
+"""Serve the Open Inference Protocol over gRPC on a separate port."""
 
 import asyncio
 import dataclasses
@@ -42,10 +42,10 @@ from edgeclip.runtime.wire.messages import (
     get_number,
 )
 
-# gRFC A6: when a client that retries by itself may do so.
+# gRFC A6: after how many milliseconds a client that retries automatically may do so.
 PUSHBACK = "grpc-retry-pushback-ms"
 
-# All others are for the client to mend up to 499, and for the server from 500.
+# Other statuses below 500 are INVALID_ARGUMENT, and INTERNAL from 500.
 _CODES = {
     401: StatusCode.UNAUTHENTICATED,
     404: StatusCode.NOT_FOUND,
@@ -58,14 +58,14 @@ _CODES = {
 }
 
 
-def status_of(refusal: HttpError) -> tuple[StatusCode, tuple[tuple[str, str], ...]]:
-    """The status code and the trailers that stand for a refusal's HTTP status and headers.
+def grpc_status(error: HttpError) -> tuple[StatusCode, tuple[tuple[str, str], ...]]:
+    """Return the gRPC status code and trailers for an HTTP error.
 
     Source: https://grpc.io/docs/guides/status-codes
     """
-    other = StatusCode.INVALID_ARGUMENT if refusal.status < 500 else StatusCode.INTERNAL
-    code = _CODES.get(refusal.status, other)
-    after = refusal.headers.get("retry-after")
+    other = StatusCode.INVALID_ARGUMENT if error.status < 500 else StatusCode.INTERNAL
+    code = _CODES.get(error.status, other)
+    after = error.headers.get("retry-after")
     return code, () if after is None else ((PUSHBACK, str(int(after) * 1000)),)
 
 
@@ -74,20 +74,20 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Call:
-    """A call: its messages, of which at most the first is read, and what gRPC knows of it."""
+    """A gRPC call: its messages, of which at most the first is read, and its context."""
 
     messages: Iterator[bytes]
     context: grpc.ServicerContext
 
 
 class GrpcService:
-    """Answers gRPC calls with the models, queues, token and limits of the HTTP application.
+    """Answer gRPC calls with the models, queues, token and limits of the HTTP application.
 
-    Calls come on gRPC's threads, and are read and waited for there; their models are asked in
-    the application's event loop.
+    Calls arrive on gRPC's threads, which read them and wait; the models are called in the
+    application's event loop.
 
-    Every call is taken as a stream of messages. On the wire that is no difference, and here
-    it lets a call be refused before its message is read.
+    Every call is handled as a stream of messages. On the wire that makes no difference, and it
+    allows to refuse a call before its message is read.
 
     Args:
         app: the application.
@@ -100,8 +100,8 @@ class GrpcService:
         self._reading: dict[grpc.ServicerContext, float] = {}  # since when, time.monotonic()
 
     def handlers(self) -> "dict[str, grpc.RpcMethodHandler[Any, Any]]":
-        """The handlers of all calls, by name."""
-        answers: dict[str, Callable[[_Call], Message]] = {
+        """Return the handlers of all methods, by name."""
+        methods: dict[str, Callable[[_Call], Message]] = {
             "ServerLive": self._live,
             "ServerReady": self._ready,
             "ModelReady": self._model_ready,
@@ -111,13 +111,13 @@ class GrpcService:
         }
         return {
             name: grpc.stream_unary_rpc_method_handler(
-                functools.partial(_serve, answer), response_serializer=_serialized
+                functools.partial(_serve, method), response_serializer=_serialize
             )
-            for name, answer in answers.items()
+            for name, method in methods.items()
         }
 
     def end_slow_calls(self) -> None:
-        """Cancel calls whose message is still not here; to be called now and then."""
+        """Cancel calls whose message did not arrive in time; to be called periodically."""
         latest = time.monotonic() - self._app.limits.body_seconds
         for context, since in self._reading.copy().items():
             if since < latest:
@@ -152,19 +152,19 @@ class GrpcService:
         self._app.service.find(message.model_name)
         status, metrics = 200, self._app.service.metrics(message.model_name)
         try:
-            return encode_response(self._answer(message, call, arrival))
+            return encode_response(self._respond(message, call, arrival))
         except Exception as error:
             status = http_error_of(error).status
             raise
         finally:
-            metrics.answered(status, time.monotonic() - arrival)
+            metrics.count_request(status, time.monotonic() - arrival)
 
-    def _answer(self, message: Any, call: _Call, arrival: float) -> InferResponse:
+    def _respond(self, message: Any, call: _Call, arrival: float) -> InferResponse:
         size, most = message.ByteSize(), self._app.limits.max_json
         if size > most and not message.raw_input_contents:
-            # Typed contents are read one by one, as JSON is.
+            # Typed contents are parsed one by one, like JSON.
             raise HttpError(413, f"the message is larger than {most} bytes: send tensors raw")
-        request = _within(decode_request(message), call.context.time_remaining())
+        request = _limit_deadline(decode_request(message), call.context.time_remaining())
         future = asyncio.run_coroutine_threadsafe(self._run(request, size, arrival), self._loop)
 
         def give_up() -> None:
@@ -174,25 +174,25 @@ class GrpcService:
             give_up()
         try:
             return future.result()
-        except CancelledError:  # the client is gone, or its deadline passed
+        except CancelledError:  # the client disconnected, or its deadline passed
             raise ClientGoneError from None
 
     async def _run(self, request: InferRequest, size: int, arrival: float) -> InferResponse:
         over = self._loop.create_future()
-        with self._app.under_way():
-            self._app.budget.take(size)
+        with self._app.in_flight():
+            self._app.budget.reserve(size)
             try:
                 return await self._app.service.infer(request, arrival=arrival, gone=lambda: over)
             finally:
-                over.cancel()  # where this was cancelled, what waits is given up
-                self._app.budget.give_back(size)
+                over.cancel()  # if this was cancelled, the waiting request is given up
+                self._app.budget.release(size)
 
     def _read(self, name: str, call: _Call) -> Any:
         """Read the message of a call.
 
         Raises:
-            RefusalError: 401, without the token.
-            WireError: no message, or another one.
+            HttpError: 401, without the token.
+            WireError: no message, or one of another type.
             grpc.RpcError: the call is over.
         """
         self._authorize(call)
@@ -213,28 +213,28 @@ class GrpcService:
         }
         if not is_authorized(shown, self._app.token):
             raise HttpError(
-                401, "show the server's token as metadata 'authorization: Bearer TOKEN'"
+                401, "send the server's token as metadata 'authorization: Bearer TOKEN'"
             )
 
 
 def _serve(
-    answer: Callable[[_Call], Message], messages: Iterator[bytes], context: grpc.ServicerContext
+    method: Callable[[_Call], Message], messages: Iterator[bytes], context: grpc.ServicerContext
 ) -> Message:
     try:
-        return answer(_Call(messages, context))
+        return method(_Call(messages, context))
     except grpc.RpcError:  # the call is over
         raise
     except Exception as error:
-        refusal = http_error_of(error)
-        if refusal.status == 500:
+        http_error = http_error_of(error)
+        if http_error.status == 500:
             _LOG.error("a gRPC call failed", exc_info=error)
-    code, trailers = status_of(refusal)
+    code, trailers = grpc_status(http_error)
     context.set_trailing_metadata(trailers)
-    context.abort(code, str(refusal))
+    context.abort(code, str(http_error))
 
 
-def _within(request: InferRequest, left: float | None) -> InferRequest:
-    """The request, with a deadline that is no later than the call's, `left` seconds away."""
+def _limit_deadline(request: InferRequest, left: float | None) -> InferRequest:
+    """Limit the deadline of a request to that of the call, `left` seconds away."""
     if left is None:
         return request
     own = get_number(request.parameters, DEADLINE_MS)
@@ -247,24 +247,24 @@ def _check_version(asked: str) -> None:
         raise HttpError(404, f"models have the version {VERSION} only")
 
 
-def _serialized(message: Message) -> bytes:
+def _serialize(message: Message) -> bytes:
     data: bytes = message.SerializeToString()
     return data
 
 
-_MOST_CALLS = 256  # each has a thread while it is answered
-_LAST_SECONDS = 1.0  # for the last answers to be sent
-_LOOK_SECONDS = 1.0  # between two looks for slow calls
-_IDENTITY_ALONE = 1  # bit set of the compression algorithms that are taken
+_MAX_CALLS = 256  # each has a thread while it is answered
+_CLOSE_SECONDS = 1.0  # for the last responses to be sent
+_CHECK_SECONDS = 1.0  # between two checks for slow calls
+_IDENTITY_ONLY = 1  # bit set of the accepted compression algorithms
 
 
 class GrpcListener:
-    """Takes gRPC calls while it is open.
+    """A port that accepts gRPC calls for the HTTP application.
 
     Args:
-        app: the application, which has to be started first, and drained before `close`.
+        app: the application, to be started before `open` and drained before `close`.
         host: address to listen on.
-        port: 0 lets the system choose.
+        port: 0 for any free port.
         tls: certificate and key; None for neither.
     """
 
@@ -274,22 +274,22 @@ class GrpcListener:
         self._port = port
         self._tls = tls
         self._server: grpc.Server | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
-        """Host and port, as gRPC's clients take them; the port is known once this is open."""
+        """Host and port as gRPC clients expect them; the port is known once this is open."""
         return f"{self._host}:{self._port}"
 
     async def open(self) -> None:
-        """Listen.
+        """Start to accept calls.
 
         Raises:
-            InputError: the port cannot be had, or the certificate not be used.
+            InputError: the port cannot be bound, or the certificate not be used.
         """
         limits = self._app.limits
-        # Even if each of them sends all that it may, they stay within max_memory.
-        calls = max(1, min(_MOST_CALLS, limits.max_memory // limits.max_body))
+        # So many calls stay within max_memory even with the largest messages.
+        calls = max(1, min(_MAX_CALLS, limits.max_memory // limits.max_body))
         service = GrpcService(self._app, asyncio.get_running_loop())
         server = grpc.server(
             ThreadPoolExecutor(calls, thread_name_prefix="edgeclip grpc"),
@@ -306,19 +306,19 @@ class GrpcListener:
             raise InputError(f"cannot listen on {self.address} for gRPC: {error}") from None
         server.start()
         self._server = server
-        self._looking = asyncio.create_task(_look(service, limits))
+        self._checking = asyncio.create_task(_check_periodically(service, limits))
 
     async def close(self) -> None:
-        """Stop listening, and end what is still under way."""
-        if self._server is None or self._looking is None:
+        """Stop accepting calls, and end those in flight."""
+        if self._server is None or self._checking is None:
             return
-        self._looking.cancel()
-        await asyncio.to_thread(self._server.stop(_LAST_SECONDS).wait)
+        self._checking.cancel()
+        await asyncio.to_thread(self._server.stop(_CLOSE_SECONDS).wait)
 
 
-async def _look(service: GrpcService, limits: ServerLimits) -> None:
+async def _check_periodically(service: GrpcService, limits: ServerLimits) -> None:
     while True:
-        await asyncio.sleep(min(_LOOK_SECONDS, limits.body_seconds))
+        await asyncio.sleep(min(_CHECK_SECONDS, limits.body_seconds))
         service.end_slow_calls()
 
 
@@ -327,9 +327,9 @@ def _options(limits: ServerLimits) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", limits.max_body),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_connection_idle_ms", 1000 * limits.idle_seconds),
-        # A compressed message can be a thousand times as long as it seems.
-        ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_ALONE),
-        ("grpc.so_reuseport", 0),  # else two servers may share a port without a word
+        # A compressed message can expand a thousandfold.
+        ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_ONLY),
+        ("grpc.so_reuseport", 0),  # otherwise two servers may share a port unnoticed
     ]
 
 

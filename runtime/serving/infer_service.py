@@ -1,4 +1,4 @@
-"""Inference requests to the models of one server: deadlines, idempotency keys, batching."""
+"""Dispatch inference requests to models: checks, deadlines, idempotency keys, batching."""
 
 import asyncio
 import hashlib
@@ -26,8 +26,8 @@ from edgeclip.runtime.wire.messages import (
     get_number,
 )
 
-_MOST_ENTRIES = 10_000
-_MOST_BYTES = 64 << 20
+_MAX_ENTRIES = 10_000
+_MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,31 +43,33 @@ class _CacheEntry:
 
 
 class IdempotencyCache:
-    """What became of requests with a key. All methods belong to the event loop's thread.
+    """Cache the outputs of requests with an idempotency key, so that each runs once.
+
+    All methods must be called on the event loop's thread.
 
     Args:
-        most_entries: how many are remembered, the latest.
-        most_bytes: of their outputs.
+        max_entries: number of the latest requests to remember.
+        max_bytes: bound of their outputs.
     """
 
-    def __init__(self, most_entries: int = _MOST_ENTRIES, most_bytes: int = _MOST_BYTES) -> None:
-        self._most_entries, self._most_bytes = most_entries, most_bytes
+    def __init__(self, max_entries: int = _MAX_ENTRIES, max_bytes: int = _MAX_BYTES) -> None:
+        self._max_entries, self._max_bytes = max_entries, max_bytes
         self._bytes = 0
         self._known: OrderedDict[tuple[str, str], _CacheEntry] = OrderedDict()
 
-    async def once(
+    async def run_once(
         self,
         model: str,
         key: str,
         inputs: Mapping[str, NDArray[Any]],
         run: Callable[[], Awaitable[Outputs]],
     ) -> Outputs:
-        """Run a request, unless one with its key is known; then wait for what that one gives.
+        """Run a request, or wait for the outputs of the earlier request with the same key.
 
-        What failed is forgotten, and may be tried again.
+        A failed request is forgotten, so that it can be retried.
 
         Raises:
-            RefusalError: 409, the key was used for other inputs.
+            HttpError: 409, the key was used for other inputs.
             Exception: from `run`.
         """
         name, digest = (model, key), digest_of(inputs)
@@ -78,15 +80,16 @@ class IdempotencyCache:
             known.outputs.add_done_callback(lambda _: self._settle(name, known))
         elif known.digest != digest:
             raise HttpError(409, f"the key {key[:60]!r} was used for another request")
-        # One client that goes must not take the answer from the others.
+        # A client that disconnects must not cancel the run for the others.
         return await asyncio.shield(known.outputs)
 
-    def _settle(self, name: tuple[str, str], answer: _CacheEntry) -> None:
-        if answer.outputs.cancelled() or answer.outputs.exception() is not None:
+    def _settle(self, name: tuple[str, str], entry: _CacheEntry) -> None:
+        """Keep the outputs of a request that ended, within the bounds; forget a failed one."""
+        if entry.outputs.cancelled() or entry.outputs.exception() is not None:
             del self._known[name]
             return
-        self._bytes += answer.size
-        while len(self._known) > self._most_entries or self._bytes > self._most_bytes:
+        self._bytes += entry.size
+        while len(self._known) > self._max_entries or self._bytes > self._max_bytes:
             oldest = next((key for key, item in self._known.items() if item.outputs.done()), None)
             if oldest is None:
                 return
@@ -94,7 +97,7 @@ class IdempotencyCache:
 
 
 def digest_of(inputs: Mapping[str, NDArray[Any]]) -> bytes:
-    """BLAKE2b of names, types, shapes and values."""
+    """Return the BLAKE2b digest of names, dtypes, shapes and values."""
     digest = hashlib.blake2b(digest_size=16)
     for name, array in sorted(inputs.items()):
         digest.update(repr((name, array.dtype.str, array.shape)).encode())
@@ -106,19 +109,18 @@ def digest_of(inputs: Mapping[str, NDArray[Any]]) -> bytes:
     return digest.digest()
 
 
-_HANDLING = frozenset(
-    {SPACE_ID, DEADLINE_MS, IDEMPOTENCY_KEY}
-)  # parameters that are not for the model
-_LONGEST_MS = 86_400_000.0  # a day: timers overflow on more
+# Parameters for the server, which the model does not see.
+_SERVER_PARAMETERS = frozenset({SPACE_ID, DEADLINE_MS, IDEMPOTENCY_KEY})
+_MAX_DEADLINE_MS = 86_400_000.0  # a day; timers overflow on more
 
 
 class InferService:
-    """Checks requests, and queues them for their models.
+    """Check requests, queue them for their models, and return the responses.
 
     Args:
         registry: the models.
         limits: of each model's batches and queue.
-        metrics: told of all that happens.
+        metrics: count requests and runs.
     """
 
     def __init__(self, registry: Registry, limits: BatchLimits, metrics: ServerMetrics) -> None:
@@ -126,16 +128,16 @@ class InferService:
         self._limits = limits
         self._metrics = {name: metrics.of(name) for name in registry.names}
         self._batchers: dict[str, Batcher] = {}
-        self._answered = IdempotencyCache()
+        self._cache = IdempotencyCache()
 
     def start(self) -> None:
-        """Begin to take requests; call it inside the event loop that will run them."""
+        """Start a batcher for each model, in the running event loop."""
         for served in self._registry:
             name = served.model.name
             self._batchers[name] = Batcher(served, self._limits, self._metrics[name])
 
     def close(self) -> None:
-        """Refuse what comes, and what waits or runs."""
+        """Refuse new, waiting and running requests."""
         for batcher in self._batchers.values():
             batcher.close()
 
@@ -145,10 +147,10 @@ class InferService:
         return self._registry.names
 
     def find(self, name: str) -> RegisteredModel:
-        """A model.
+        """Return a model by its name.
 
         Raises:
-            RefusalError: 404, unknown.
+            HttpError: 404, unknown.
         """
         served = self._registry.get(name)
         if served is None:
@@ -157,14 +159,14 @@ class InferService:
         return served
 
     def metrics(self, name: str) -> ModelMetrics:
-        """The figures of a model that `find` finds."""
+        """Return the metrics of a model."""
         return self._metrics[name]
 
     def check_room(self, name: str) -> None:
-        """Refuse a request before its body is read, where it would be refused afterwards.
+        """Raise, before a body is read, if the request would be refused afterwards.
 
         Raises:
-            RefusalError: 404, unknown; 429, too many wait; 503, the server is ending.
+            HttpError: 404, unknown model; 429, full queue; 503, the server is shutting down.
         """
         self.find(name)
         self._batchers[name].check_room()
@@ -176,16 +178,16 @@ class InferService:
         arrival: float,
         gone: Callable[[], Awaitable[None]] | None = None,
     ) -> InferResponse:
-        """Answer a request.
+        """Run a request.
 
         Args:
-            request: what is asked.
-            arrival: `time.monotonic()` when it began to come; its deadline counts from there.
-            gone: returns when the client is gone; a request that has not begun is given up
-                then. It is called once, after the request was queued.
+            request: the request.
+            arrival: `time.monotonic()` when its head was read; its deadline counts from there.
+            gone: waits until the client disconnects; a request that is not running yet is
+                given up then. It is called once, after the request was queued.
 
         Raises:
-            RefusalError: 404, 429, 503, or 504 where the deadline passed before the run.
+            HttpError: 404, 429, 503, or 504 where the deadline passed before the run.
             SpaceMismatchError: the request is of another embedding space.
             InputError, EngineError, Exception: from the model.
         """
@@ -197,8 +199,8 @@ class InferService:
         if key is None:
             outputs = await self._run(request, rows, arrival, gone)
         elif isinstance(key, str) and key:
-            # It is run to its end even if its client goes, who will ask for it again.
-            outputs = await self._answered.once(
+            # It runs to its end even if the client disconnects: the client will ask again.
+            outputs = await self._cache.run_once(
                 request.model, key, request.inputs, lambda: self._run(request, rows, arrival, None)
             )
         else:
@@ -220,7 +222,11 @@ class InferService:
         batcher = self._batchers[request.model]
         waiting = batcher.submit(
             request.inputs,
-            {key: value for key, value in request.parameters.items() if key not in _HANDLING},
+            {
+                key: value
+                for key, value in request.parameters.items()
+                if key not in _SERVER_PARAMETERS
+            },
             rows=rows,
             deadline=_deadline(request.parameters, arrival),
         )
@@ -230,7 +236,7 @@ class InferService:
         try:
             return await waiting.future
         finally:
-            batcher.give_up(waiting, ClientGoneError())  # where this was cancelled
+            batcher.give_up(waiting, ClientGoneError())  # if this was cancelled
             if watch is not None:
                 watch.cancel()
 
@@ -246,7 +252,7 @@ def _check_space(served: RegisteredModel, parameters: Mapping[str, Parameter]) -
 
 def _deadline(parameters: Mapping[str, Parameter], arrival: float) -> float | None:
     left = get_number(parameters, DEADLINE_MS)
-    return None if left is None else arrival + min(left, _LONGEST_MS) / 1000
+    return None if left is None else arrival + min(left, _MAX_DEADLINE_MS) / 1000
 
 
 def _check_wanted(wanted: tuple[str, ...], known: list[str]) -> None:

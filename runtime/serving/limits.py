@@ -1,4 +1,4 @@
-"""Limits of the server, and the errors (with HTTP status) that refuse a request."""
+"""Limits of the server, and the errors that become HTTP responses."""
 
 import math
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
-    """How requests to one model are gathered.
+    """Limits of the batches and the queue of one model.
 
     Attributes:
-        max_batch: rows that are run at once; a request of more is run alone.
-        max_wait_ms: how long an idle model waits for more rows. What arrives while it runs
-            is gathered anyway.
+        max_batch: rows of one batch; a request with more rows is run alone.
+        max_wait_ms: how long an idle model waits for more rows. Requests that arrive while it
+            runs form the next batch anyway.
         queue: requests that may wait for one model.
 
     Raises:
@@ -37,16 +37,16 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """What a client may send, and how long it may take.
+    """Limits of the size and duration of requests.
 
     Attributes:
         max_body: bytes of one request's body.
-        max_json: bytes of its JSON part, which is read in one go.
-        max_memory: bytes of all bodies at a time.
+        max_json: bytes of its JSON part, which is parsed in one go.
+        max_memory: bytes of all bodies in flight.
         body_seconds: from the head of a request to the end of its body.
         head_seconds: from its first byte to the end of its head.
         idle_seconds: after which an unused connection is closed.
-        grace_seconds: for what is under way when the server is told to end.
+        grace_seconds: for the requests in flight at shutdown.
 
     Raises:
         ValueError: a value out of bounds.
@@ -64,15 +64,15 @@ class ServerLimits:
         check_bounds(self)
 
 
-CLIENT_GONE = 499  # never sent; for the metrics
+CLIENT_GONE = 499  # for the metrics; never sent
 
 
 class HttpError(EdgeClipError):
-    """A request that is answered with an HTTP status instead of a result.
+    """A request that is answered with an error status.
 
     Attributes:
         status: the HTTP status.
-        headers: what else the answer says.
+        headers: further headers of the response.
     """
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
@@ -82,7 +82,7 @@ class HttpError(EdgeClipError):
 
 
 class QueueFullError(HttpError):
-    """More requests wait than the server takes; `seconds` is when to come again."""
+    """The queue is full; the client may retry after `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         after = retry_after(seconds)
@@ -90,11 +90,11 @@ class QueueFullError(HttpError):
 
 
 class DrainingError(HttpError):
-    """The server is about to end."""
+    """The server is shutting down."""
 
     def __init__(self, seconds: float = 1.0) -> None:
         after = retry_after(seconds)
-        super().__init__(503, "the server is ending: try again, or use another", after)
+        super().__init__(503, "the server is shutting down: try again, or use another one", after)
 
 
 class DeadlinePassedError(HttpError):
@@ -112,12 +112,12 @@ class ClientGoneError(HttpError):
 
 
 def retry_after(seconds: float) -> dict[str, str]:
-    """The header `Retry-After` in whole seconds, from 1 to 60 (RFC 9110, 10.2.3)."""
+    """Return the header `Retry-After` in whole seconds, from 1 to 60 (RFC 9110, 10.2.3)."""
     return {"retry-after": str(min(60, max(1, math.ceil(seconds))))}
 
 
 def http_error_of(error: BaseException) -> HttpError:
-    """The answer to a request that failed; what is not EdgeCLIP's own error tells nothing."""
+    """Convert an exception to an HTTP error; foreign exceptions disclose only their type."""
     if isinstance(error, HttpError):
         return error
     if isinstance(error, WireError | InputError):

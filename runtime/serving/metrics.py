@@ -1,4 +1,4 @@
-"""What a server counts, in the words of Prometheus."""
+"""Prometheus metrics of a server."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class ModelMetrics:
-    """The figures of one model."""
+    """The metrics of one model."""
 
     def __init__(self, metrics: "ServerMetrics", model: str) -> None:
         self._requests = metrics.requests
@@ -22,38 +22,38 @@ class ModelMetrics:
         self._run_rows = metrics.rows.labels(model)
         self._queue = metrics.queue.labels(model)
 
-    def answered(self, status: int, seconds: float) -> None:
-        """Count a request by the status of its answer, and the time since it came."""
+    def count_request(self, status: int, seconds: float) -> None:
+        """Count a request by the status of its response, and its latency in seconds."""
         child = self._statuses.get(status)
         if child is None:  # labels() takes a lock and is slow
             child = self._statuses[status] = self._requests.labels(self._model, str(status))
         child.inc()
         self._latency.observe(seconds)
 
-    def run(self, rows: int, seconds: float) -> None:
+    def count_run(self, rows: int, seconds: float) -> None:
         """Count a run of the model."""
         self._run_rows.observe(rows)
         self._runs.observe(seconds)
 
     def watch_queue(self, length: Callable[[], float]) -> None:
-        """Ask for the number of waiting requests when the figures are asked for."""
+        """Call `length` for the number of waiting requests whenever metrics are read."""
         self._queue.set_function(length)
 
 
 class ServerMetrics:
-    """The figures of one server, apart from those of any other in the process."""
+    """The metrics of one server, separate from other servers in the process."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "edgeclip_requests",
-            "Requests by the HTTP status of their answer; 499: the client was gone",
+            "Requests by HTTP status; 499: the client had closed the connection",
             ("model", "status"),
             registry=self._registry,
         )
         self.latency = Histogram(
             "edgeclip_request_seconds",
-            "From the head of a request to its answer",
+            "From the head of a request to its response",
             ("model",),
             buckets=_SECONDS,
             registry=self._registry,
@@ -74,15 +74,15 @@ class ServerMetrics:
         )
         self.queue = Gauge(
             "edgeclip_waiting",
-            "Requests that wait for a model",
+            "Requests waiting for a model",
             ("model",),
             registry=self._registry,
         )
 
     def of(self, model: str) -> ModelMetrics:
-        """The figures of one model."""
+        """Return the metrics of one model."""
         return ModelMetrics(self, model)
 
     def page(self) -> bytes:
-        """All figures, in the text format of Prometheus."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)

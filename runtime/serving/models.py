@@ -1,4 +1,4 @@
-"""Models that the server runs: named arrays in, named arrays out; a user's function as a model."""
+"""The interface of served models (named arrays in and out), and Python functions as models."""
 
 import importlib
 import re
@@ -13,7 +13,7 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.wire.messages import TOP, Parameter, get_number
 from edgeclip.runtime.wire.tensors import datatype_of
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # a part of a path, without escapes
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # needs no escapes in a URL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +22,8 @@ class TensorSpec:
 
     Attributes:
         name: unique among the inputs, or among the outputs.
-        datatype: as the Open Inference Protocol names it, such as FP32 or BYTES.
-        shape: -1 where a size varies; the first axis is the batch.
+        datatype: of the Open Inference Protocol, such as FP32 or BYTES.
+        shape: -1 for a size that varies; the first axis is the batch.
     """
 
     name: str
@@ -31,10 +31,10 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def check(self, array: NDArray[Any]) -> None:
-        """Refuse an array of another datatype or shape.
+        """Raise if an array has another datatype or shape.
 
         Raises:
-            InputError: says what is expected.
+            InputError: with the expected datatype and shape.
         """
         fits = len(array.shape) == len(self.shape) and all(
             wanted in (-1, size) for wanted, size in zip(self.shape, array.shape, strict=True)
@@ -48,9 +48,9 @@ class TensorSpec:
 
 
 class ServingModel(Protocol):
-    """Something that answers requests; it is called from one thread at a time.
+    """A model that a server can run; it is called from one thread at a time.
 
-    A model without `inputs` checks what it is given itself.
+    A model with empty `inputs` checks its inputs itself.
     """
 
     @property
@@ -60,21 +60,21 @@ class ServingModel(Protocol):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` takes."""
+        """Inputs of `run`."""
         ...
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` gives."""
+        """Outputs of `run`."""
         ...
 
     @property
     def space(self) -> str | None:
-        """Fingerprint of the embedding space that it works in, if it has one."""
+        """Fingerprint of the model's embedding space, if it has one."""
         ...
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
-        """Answer; the arrays are read-only.
+        """Run the model on read-only arrays.
 
         Raises:
             InputError: the inputs or parameters are wrong.
@@ -85,12 +85,12 @@ class ServingModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RegisteredModel:
-    """A model and how requests to it are run.
+    """A model, and whether its requests may be batched.
 
     Attributes:
         model: the model.
-        joins: whether rows of several requests may be run at once. That needs every row of
-            the outputs to come from the same row of each input, and no other.
+        joins: whether rows of several requests may form one batch: every row of the outputs
+            must depend on the same row of each input alone.
     """
 
     model: ServingModel
@@ -104,10 +104,10 @@ class Registry:
         self._served: dict[str, RegisteredModel] = {}
 
     def add(self, model: ServingModel, *, joins: bool = True) -> None:
-        """Serve a model; for `joins` see `RegisteredModel`.
+        """Add a model; for `joins` see `RegisteredModel`.
 
         Raises:
-            InputError: its name is taken, or cannot stand in an address.
+            InputError: its name is taken, or not valid in a URL.
         """
         if not _NAME.fullmatch(model.name):
             raise InputError(
@@ -118,7 +118,7 @@ class Registry:
         self._served[model.name] = RegisteredModel(model, joins)
 
     def get(self, name: str) -> RegisteredModel | None:
-        """A model by its name."""
+        """Return a model by its name; None if there is none."""
         return self._served.get(name)
 
     @property
@@ -131,9 +131,9 @@ class Registry:
 
 
 def check_inputs(model: ServingModel, inputs: Tensors) -> int:
-    """Check what a request gives against what a model takes; return the number of its rows.
+    """Check the inputs of a request and return the number of rows.
 
-    Where the model does not say what it takes, that is the longest first axis.
+    For a model without declared inputs, that is the longest first axis.
 
     Raises:
         InputError: missing or unknown inputs, another datatype or shape, different numbers of
@@ -158,7 +158,7 @@ def check_inputs(model: ServingModel, inputs: Tensors) -> int:
 
 
 def take_top(parameters: Mapping[str, Parameter], default: int, most: int) -> int:
-    """Read the parameter `top`, cut to `most`.
+    """Return the parameter `top`, at most `most`.
 
     Raises:
         InputError: not a whole number above 0.
@@ -179,13 +179,12 @@ Function = Callable[[Tensors, Mapping[str, Parameter]], dict[str, NDArray[Any]]]
 
 
 class FunctionModel:
-    """Calls a function with named arrays (read-only) and parameters; it gives named arrays.
+    """A Python function as a model: named read-only arrays and parameters in, named arrays out.
 
-    The function may carry attributes: `inputs` and `outputs`, tuples of `TensorSpec`, by which
-    requests are checked; `space`, the fingerprint of the embedding space it works in; and
-    `joins = True` where each row of its outputs comes from the same row of its inputs alone,
-    so that requests may be run together. It raises `InputError` for a client's mistake. It is
-    called from one thread.
+    The function may have attributes: `inputs` and `outputs`, tuples of `TensorSpec`, to check
+    requests; `space`, the fingerprint of its embedding space; and `joins = True` if each row of
+    its outputs depends on the same row of its inputs alone, so that requests may be batched. It
+    raises `InputError` for a client's mistake. It is called from one thread.
 
     Args:
         function: the function.
@@ -208,7 +207,7 @@ class FunctionModel:
 
     @classmethod
     def load(cls, path: str) -> "FunctionModel":
-        """Import a function; the model is called like it.
+        """Import a function as a model of the same name.
 
         Args:
             path: `module:function`.
@@ -218,13 +217,13 @@ class FunctionModel:
         """
         module, _, name = path.partition(":")
         if not module or not name.isidentifier():
-            raise InputError(f"{path!r} is no function: write MODULE:FUNCTION")
+            raise InputError(f"{path!r} is not a function: write MODULE:FUNCTION")
         try:
             function = getattr(importlib.import_module(module), name)
         except Exception as error:  # the user's module may raise anything
             raise InputError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error
         if not callable(function):
-            raise InputError(f"{path!r} is no function, but {type(function).__name__}")
+            raise InputError(f"{path!r} is not a function, but {type(function).__name__}")
         return cls(function, name)
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:

@@ -1,8 +1,8 @@
-"""The server on Ray Serve: the same application in many replicas, on one machine or many.
+"""Run the server on Ray Serve: the same application in several replicas.
 
 For `serve deploy config.yaml` the `import_path` is
 `edgeclip.runtime.serving.ray_serving:application`, and the `args` are the fields of `RayServing`;
-`ray_app` does it by itself.
+the command `python -m edgeclip.runtime.cli.ray_app` does so itself.
 """
 
 import contextlib
@@ -24,26 +24,26 @@ from edgeclip.runtime.serving.server import listen, url_of
 
 _NAME = "edgeclip"
 _BATCHES, _LIMITS = BatchLimits(), ServerLimits()
-_TRIES = 2  # to load a replica
+_MAX_TRIES = 2  # to load a replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayServing:
-    """What replicas serve, and how many there are.
+    """What the replicas serve, and how many replicas there are.
 
     Attributes:
         bundles, cuts, indexes, functions: as in `Sources`; every machine of the cluster has to
             have their files.
         device: name of a device or its YAML file, as for `edgeclip serve`.
-        replicas: how many there are; with `max_replicas`, the fewest.
-        max_replicas: up to which Ray adds some under load; None for a fixed number.
+        replicas: number of replicas; with `max_replicas`, the minimum.
+        max_replicas: maximum for autoscaling; None for a fixed number.
         cpus: of one replica, as Ray counts them.
         gpus: likewise.
-        max_batch: rows that a model runs at once, and requests to one replica from which on
-            Ray adds another.
-        queue: requests that may be under way in one replica.
-        grace_seconds: for what is under way when a replica is told to end.
-        token: what clients must show; None for nothing.
+        max_batch: rows of one batch, and number of requests to one replica from which on Ray
+            adds another replica.
+        queue: requests in flight in one replica at most.
+        grace_seconds: for the requests in flight when a replica shuts down.
+        token: bearer token that clients must send; None for none.
 
     Raises:
         ValueError: nothing to serve, or a value out of bounds.
@@ -71,7 +71,7 @@ class RayServing:
 
     @property
     def sources(self) -> Sources:
-        """What each replica loads."""
+        """The sources that each replica loads."""
         return Sources(
             bundles=self.bundles,
             cuts=self.cuts,
@@ -81,7 +81,7 @@ class RayServing:
 
 
 def application(args: Mapping[str, object]) -> Any:
-    """The application for `serve deploy`; `args` are the fields of `RayServing`.
+    """Return the application for `serve deploy`; `args` are the fields of `RayServing`.
 
     Raises:
         ConfigError: unknown or wrong arguments.
@@ -91,7 +91,7 @@ def application(args: Mapping[str, object]) -> Any:
 
 
 def deployment(serving: RayServing) -> Any:
-    """The application for `ray.serve.run`.
+    """Return the application for `ray.serve.run`.
 
     Raises:
         MissingExtraError: Ray Serve is not installed.
@@ -110,7 +110,7 @@ def deployment(serving: RayServing) -> Any:
         serve.ingress(_builder(serving))(),
         name=_NAME,
         max_ongoing_requests=serving.queue,  # Ray's 5 would leave no batches to gather
-        max_constructor_retry_count=_TRIES,
+        max_constructor_retry_count=_MAX_TRIES,
         graceful_shutdown_timeout_s=serving.grace_seconds,
         ray_actor_options={"num_cpus": serving.cpus, "num_gpus": serving.gpus},
         **scale,
@@ -126,19 +126,19 @@ def on_ray(
     tls: TlsFiles | None = None,
     cluster: str | None = None,
 ) -> Iterator[str]:
-    """Serve, and give the address; at the end of the block what is under way is finished.
+    """Serve on Ray inside the block, and yield the URL; then finish the requests in flight.
 
     Args:
         serving: what to serve.
         host: address of each machine's HTTP port.
-        port: 0 lets the system choose.
+        port: 0 for any free port.
         tls: certificate and key; None for plain HTTP.
-        cluster: address of a Ray cluster, or "auto"; None starts Ray on this machine. Where
-            Serve runs already, it keeps the host, port and certificate that it has.
+        cluster: address of a Ray cluster, or "auto"; None starts Ray on this machine. If Serve
+            runs already, it keeps its host, port and certificate.
 
     Raises:
         MissingExtraError: Ray Serve is not installed.
-        InputError: the port cannot be had, or Ray or a replica does not start.
+        InputError: the port cannot be bound, or Ray or a replica does not start.
     """
     serve = _ray_serve()
     import ray
@@ -148,7 +148,7 @@ def on_ray(
     options: dict[str, Any] = {"host": host, "port": free}
     if tls is not None:
         options |= {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unasked
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no telemetry
     own = {"include_dashboard": False} if cluster is None else {}
     try:
         ray.init(address=cluster, log_to_driver=False, logging_level="error", **own)
@@ -162,14 +162,14 @@ def on_ray(
             raise InputError(f"no replica starts on Ray: {_reason(serve)}") from error
         yield address
     finally:
-        serve.delete(_NAME)  # waits for what is under way
+        serve.delete(_NAME)  # waits for the requests in flight
         if cluster is None:  # others may serve on a cluster too
             serve.shutdown()
         ray.shutdown()
 
 
 def _builder(serving: RayServing) -> Callable[[], App]:
-    """What makes the application in a replica; `serve.ingress` takes a function alone."""
+    """Return a function that makes the application in a replica, as `serve.ingress` expects."""
 
     def build() -> App:
         limit_blas_to_one_thread()
@@ -192,7 +192,7 @@ def _ray_serve() -> Any:
 
 
 def _reason(serve: Any) -> str:
-    """The last line of what the replicas raised; Ray's own error does not say it."""
+    """Return the last line of the replicas' exception, which Ray's own error omits."""
     status = serve.status().applications[_NAME].deployments[_NAME]
     return _last_line(status.message)
 

@@ -1,11 +1,13 @@
 """Load the bundles, cut sets, indexes and functions that a server serves."""
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeclip.runtime.serving.models import FunctionModel, Registry
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ def _add_index(registry: Registry, given: str) -> None:
 
     name, path = _split_name(given)
     model = SearchModel(Index.load(path), name or path.stem, server_folder() / "search")
-    print(model.description, file=sys.stderr)
+    _log.info("%s", model.description)
     registry.add(model)
 
 

@@ -1,9 +1,9 @@
-"""Search in an index as a model of the server: exact, or approximate in a large index.
+"""Search in an index as a model of the server: exact, or approximate for a large index.
 
-Approximate search walks a graph of neighbours (usearch): Malkov and Yashunin 2016, "Efficient
-and robust approximate nearest neighbor search using Hierarchical Navigable Small World
-graphs". Candidates are scored again with the exact embeddings, so that only which entries are
-found is approximate, and not their scores.
+Approximate search uses an HNSW graph (usearch): Malkov and Yashunin 2016, "Efficient and robust
+approximate nearest neighbor search using Hierarchical Navigable Small World graphs". Candidates
+are scored again with the exact embeddings: which entries are found is approximate, their scores
+are not.
 """
 
 import contextlib
@@ -31,21 +31,21 @@ _SETTINGS: dict[str, Any] = {
 }
 _QUERIES = 200
 _MEASURED_TOP = 10
-_NOISE = 0.3  # length of what is added to an entry to make a query of it
+_NOISE = 0.3  # length of the noise that is added to an entry to make a query
 
 
 class ApproximateIndex:
-    """An index and its graph of neighbours.
+    """An index with an HNSW graph for approximate search.
 
-    The graph is built (about 20 s for 100,000 entries on two cores), or read from `folder`
-    where it was built before from the same embeddings.
+    The graph is built (about 20 s for 100,000 entries on two cores), or read from `folder` if
+    it was built before from the same embeddings.
 
     Args:
         index: the entries.
-        folder: where graphs are kept.
+        folder: cache of graphs.
 
     Attributes:
-        recall: share of the exact best 10 that are found, mean over 200 queries, which are
+        recall: share of the exact best 10 that are found; mean over 200 queries, which are
             entries with noise.
 
     Raises:
@@ -58,16 +58,19 @@ class ApproximateIndex:
         self.recall = self._measure()
 
     def search(self, queries: NDArray[np.float32], top: int) -> tuple[tuple[Hit, ...], ...]:
-        """As `Index.search`, with hits that may miss some of the best.
+        """Return hits as `Index.search` does, perhaps without some of the best.
 
         Args:
             queries: float32 [Q, dim], L2-normalised.
-            top: how many hits, at most as many as there are entries.
+            top: number of hits, at most the number of entries.
         """
         found = self._graph.search(queries, top, threads=1)
-        if (np.asarray(found.counts) < top).any():  # a graph that does not hang together
+        # For a single query usearch returns one row of the keys that it found, without counts.
+        keys = np.atleast_2d(np.asarray(found.keys)).astype(np.intp)
+        counts = [keys.shape[1]] if len(queries) == 1 else np.asarray(found.counts)
+        if min(counts) < top:  # a graph that is not connected
             return self._index.search(queries, top)
-        return tuple(map(self._hits, queries, np.asarray(found.keys).astype(np.intp)))
+        return tuple(map(self._hits, queries, keys))
 
     def _hits(self, query: NDArray[np.float32], rows: NDArray[np.intp]) -> tuple[Hit, ...]:
         scores = self._index.embeddings[rows] @ query
@@ -105,7 +108,7 @@ class ApproximateIndex:
 
 
 def _import_usearch() -> Any:
-    """Import usearch behind ONNX Runtime, which crashes if it is imported after usearch."""
+    """Import usearch after ONNX Runtime, which crashes if usearch was imported first."""
     with contextlib.suppress(ImportError):
         import onnxruntime  # noqa: F401
     import usearch.index
@@ -119,7 +122,7 @@ def _key(index: Index) -> str:
     return digest.hexdigest()[:32]
 
 
-EXACT_UP_TO = 200_000  # entries; a query of 512 dimensions reads 400 MB then
+EXACT_UP_TO = 200_000  # entries; a query of 512 dimensions then reads 400 MB
 _DEFAULT_TOP = 10
 _Search = Callable[[NDArray[np.float32], int], tuple[tuple[Hit, ...], ...]]
 
@@ -130,13 +133,13 @@ class SearchModel:
     The best come first. Parameter `top`, by default 10, at most all entries.
 
     Args:
-        index: what is searched.
+        index: the entries.
         name: of the model.
-        folder: where the graphs of large indexes are kept.
+        folder: cache of the graphs of large indexes.
         exact_up_to: entries of the largest index that is searched exactly.
 
     Attributes:
-        about: one line for a person: how many entries, and how exact the search is.
+        description: number of entries and exactness of the search, in one line.
 
     Raises:
         OSError: see `ApproximateIndex`.
@@ -155,26 +158,20 @@ class SearchModel:
         self.space: str | None = index.space
         self.inputs = (TensorSpec(name="embeddings", datatype="FP32", shape=(-1, self._dim)),)
         self._count = count
-        is_exact = count <= exact_up_to
-        self._search, how = _exact(index) if is_exact else _approximate(index, folder)
-        self.about = f"{name}: {count:,} entries, {how}"
+        self._search: _Search = index.search
+        how = "exact search"
+        if count > exact_up_to:
+            approximate = ApproximateIndex(index, folder)
+            self._search = approximate.search
+            found = f"{approximate.recall:.1%} of the best 10 for entries with noise"
+            how = f"approximate search, which finds {found}"
+        self.description = f"{name}: {count:,} entries, {how}"
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
-        """Search; see `Index.search`."""
+        """Return the nearest entries of each query."""
         queries = inputs["embeddings"]
         check_embeddings(queries, self._dim, "embeddings")
         rows = self._search(queries, take_top(parameters, _DEFAULT_TOP, self._count))
         keys = [[hit.key.encode() for hit in row] for row in rows]
         scores = [[hit.score for hit in row] for row in rows]
         return {"key": np.array(keys, object), "score": np.array(scores, np.float32)}
-
-
-def _exact(index: Index) -> tuple[_Search, str]:
-    return index.search, "exact search"
-
-
-def _approximate(index: Index, folder: Path) -> tuple[_Search, str]:
-
-    approximate = ApproximateIndex(index, folder)
-    found = f"{approximate.recall:.1%} of the best 10 for entries with noise"
-    return approximate.search, f"approximate search, which finds {found}"

@@ -1,4 +1,4 @@
-"""TLS certificates and bearer tokens of a server, and when it takes them."""
+"""TLS certificate and bearer token of a server: read, created on first use, and checked."""
 
 import datetime
 import hashlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file of mode 0600, whole or not at all.
+    """Write a file of mode 0600 atomically.
 
     Raises:
         InputError: it cannot be written.
@@ -37,16 +37,16 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 TOKEN_VARIABLE = "EDGECLIP_TOKEN"
-_FEWEST_CHARACTERS = 8
+_MIN_CHARACTERS = 8
 _BYTES = 32
 
 
 def is_authorized(headers: Mapping[bytes, bytes], token: bytes | None) -> bool:
-    """Whether a request may be answered; compares in constant time (RFC 6750).
+    """Return whether a request carries the bearer token (RFC 6750), in constant time.
 
     Args:
         headers: of the request, names in lower case.
-        token: what it has to show; None lets every request pass.
+        token: the expected token; None accepts every request.
     """
     if token is None:
         return True
@@ -55,7 +55,7 @@ def is_authorized(headers: Mapping[bytes, bytes], token: bytes | None) -> bool:
 
 
 def read_token(file: Path | None, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The token that the user gives, by a file or by $EDGECLIP_TOKEN; None for none.
+    """Return the token in a file, or in $EDGECLIP_TOKEN; None if there is neither.
 
     Raises:
         InputError: the file cannot be read, or the token is too short or not one word.
@@ -71,10 +71,10 @@ def read_token(file: Path | None, environment: Mapping[str, str] = os.environ) -
 
 
 def load_or_create_token(path: Path) -> tuple[str, bool]:
-    """Read the server's own token, or make it, readable by its owner only.
+    """Read the server's token, or create it, readable by its owner only.
 
     Returns:
-        The token, and whether it was made.
+        The token, and whether it was created.
 
     Raises:
         InputError: the file cannot be read or written.
@@ -90,10 +90,9 @@ def load_or_create_token(path: Path) -> tuple[str, bool]:
 
 def _checked(text: str, source: str) -> str:
     token = text.strip()
-    if len(token) < _FEWEST_CHARACTERS or not token.isascii() or token.split() != [token]:
+    if len(token) < _MIN_CHARACTERS or not token.isascii() or token.split() != [token]:
         raise InputError(
-            f"the token in {source} must be one ASCII word of at least {_FEWEST_CHARACTERS} "
-            "characters"
+            f"the token in {source} must be one ASCII word of at least {_MIN_CHARACTERS} characters"
         )
     return token
 
@@ -109,7 +108,7 @@ class TlsFiles:
     Attributes:
         certificate: its file; the server's own certificate comes first.
         key: its file.
-        fingerprint: SHA-256 of the certificate (DER), 64 hexadecimal digits: what a client pins.
+        fingerprint: SHA-256 of the certificate (DER), 64 hexadecimal digits, for clients to pin.
     """
 
     certificate: Path
@@ -118,7 +117,7 @@ class TlsFiles:
 
     @classmethod
     def read(cls, certificate: Path, key: Path) -> "TlsFiles":
-        """Check files that the user gives.
+        """Read and check a certificate and its key.
 
         Raises:
             InputError: they cannot be read, or do not belong together.
@@ -136,7 +135,7 @@ class TlsFiles:
 
 
 def load_or_create_certificate(host: str, folder: Path) -> TlsFiles:
-    """The certificate of a host, kept in `folder`: as it is, or made where it cannot be used.
+    """Return the certificate of a host in `folder`; create it if it is missing or unusable.
 
     Raises:
         InputError: a file cannot be read or written.
@@ -146,14 +145,14 @@ def load_or_create_certificate(host: str, folder: Path) -> TlsFiles:
     if _is_usable(files[0], names):
         try:
             return TlsFiles.read(*files)
-        except InputError:  # the key of another certificate: a process died between the two
+        except InputError:  # not its key: a process died between writing the two
             pass
-    _make(names, *files)
+    _create_certificate(names, *files)
     return TlsFiles.read(*files)
 
 
-def _make(names: "list[GeneralName]", certificate: Path, key: Path) -> None:
-    """Make an EC P-256 key and a certificate for it; the key is written first."""
+def _create_certificate(names: "list[GeneralName]", certificate: Path, key: Path) -> None:
+    """Create an EC P-256 key and a self-signed certificate; the key is written first."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -192,7 +191,7 @@ def _is_usable(path: Path, names: "list[GeneralName]") -> bool:
 
 
 def _names(host: str) -> "list[GeneralName]":
-    """What the server may be called: its host, or this machine's names where that is any."""
+    """Return the names of the certificate: the host, or this machine's names for 0.0.0.0."""
     from cryptography import x509
 
     try:
@@ -212,18 +211,18 @@ def _fingerprint(pem: str) -> str:
 
 
 def _no_password() -> str:
-    """Keep OpenSSL from asking at the terminal."""
+    """Return no password, to keep OpenSSL from asking at the terminal."""
     return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Security:
-    """How a server is protected.
+    """Token and certificate of a server.
 
     Attributes:
-        token: what clients must show; None for nothing.
+        token: bearer token that clients must send; None for none.
         tls: certificate and key; None for plain HTTP.
-        lines: what the person who starts the server should read.
+        lines: messages for the person who starts the server.
     """
 
     token: str | None
@@ -242,16 +241,16 @@ def choose_security(
     folder: Path | None = None,
     environment: Mapping[str, str] = environ,
 ) -> Security:
-    """Choose; what is missing on an address that others can reach is made and kept.
+    """Choose token and certificate; beyond this machine, create and keep missing ones.
 
     Args:
         host: as the user wrote it.
         is_local: whether only this machine can reach it.
-        token_file: holds the token; by default $EDGECLIP_TOKEN is it.
+        token_file: file with the token; by default $EDGECLIP_TOKEN is used.
         certificate: PEM file.
         key: PEM file; both or none.
-        is_insecure: neither token nor TLS.
-        folder: for what is made; by default `server_folder()`.
+        is_insecure: use neither token nor TLS.
+        folder: for created files; by default `server_folder()`.
         environment: of the process.
 
     Raises:
@@ -280,13 +279,13 @@ def choose_security(
 
 
 def server_folder() -> Path:
-    """Where a server keeps what it makes: `server` beside the engines' folder."""
+    """Return the folder for files that a server creates: `server` in the cache folder."""
     return cache_root() / "server"
 
 
 def _own_token(folder: Path, lines: list[str]) -> str:
-    """The token in `folder`; shown only when it was made, for terminals keep what they show."""
+    """Return the token in `folder`; print it only when created, as terminals keep output."""
     path = folder / "token"
-    token, is_made = load_or_create_token(path)
-    lines.append(f"token: {token} (kept in {path})" if is_made else f"token: as kept in {path}")
+    token, is_new = load_or_create_token(path)
+    lines.append(f"token: {token} (kept in {path})" if is_new else f"token: as kept in {path}")
     return token

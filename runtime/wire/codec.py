@@ -1,4 +1,4 @@
-"""Codecs of what crosses from device to server: a tensor at a cut, or the picture itself."""
+"""Encode what the device sends to the server: the tensor at a cut, or the picture itself."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ FLOAT_CODECS: tuple[CodecName, ...] = ("fp32", "fp16", "int8", "int8-zstd")
 PIXEL_CODECS: tuple[CodecName, ...] = ("uint8", "uint8-zstd")
 CUT_TENSOR, SCALE_TENSOR = "cut", "scale"
 
-# A frame of a few bytes unpacks to a whole tensor: their number bounds the memory.
+# A frame of a few bytes can unpack to a whole tensor: their number bounds the memory.
 MAX_FRAMES = 64
 
 _LEVELS = 127
@@ -34,7 +34,7 @@ _ZSTD_LEVEL = 1  # higher ones save less than a percent of such data
 
 
 def codec_name(text: object) -> CodecName:
-    """Return `text` as the name of a codec.
+    """Return `text` as a codec name, after a check.
 
     Raises:
         InputError: there is no such codec.
@@ -47,12 +47,12 @@ def codec_name(text: object) -> CodecName:
 
 
 def encode(codec: CodecName, values: NDArray[Any], *, axis: int = -1) -> dict[str, NDArray[Any]]:
-    """Turn values into the tensors that cross the network.
+    """Encode values at a cut as the tensors that are sent.
 
     Args:
         codec: float codecs take floats, "uint8" and "uint8-zstd" take pixels.
         values: float32 or uint8 [N, ...].
-        axis: that of the channels, for int8; not 0.
+        axis: the channel axis, for int8; not 0.
 
     Returns:
         `cut`, as FP32, FP16, INT8 or UINT8 [N, ...], or for zstd as BYTES [N]; for int8 also
@@ -80,13 +80,13 @@ def encode(codec: CodecName, values: NDArray[Any], *, axis: int = -1) -> dict[st
 
 
 def decode(codec: CodecName, tensors: Tensors, *, shape: Shape, axis: int = -1) -> NDArray[Any]:
-    """Turn what crossed the network back into values, trusting none of it.
+    """Decode and check tensors that a client sent.
 
     Args:
         codec: how they were encoded.
-        tensors: what `encode` gave.
-        shape: of one picture's values, without N; nothing larger is ever unpacked, and no
-            more than `MAX_FRAMES` of them.
+        tensors: the result of `encode`.
+        shape: of one picture's values, without N; nothing larger is ever unpacked, and at most
+            `MAX_FRAMES` rows.
         axis: see `encode`.
 
     Returns:
@@ -132,7 +132,7 @@ def _quantize(values: FloatArray, axis: int) -> tuple[NDArray[np.int8], FloatArr
     largest = np.maximum(values.max(axis=others), -values.min(axis=others))
     if not np.isfinite(largest).all():
         raise InputError("the values at the cut are not finite: use another precision")
-    # A channel of zeros has any scale; so has one too small for its scale to be a float.
+    # At least the smallest normal float: for a channel of zeros, any scale is right.
     tiny = np.finfo(np.float32).tiny
     scale = np.maximum(largest / np.float32(_LEVELS), tiny, dtype=np.float32)
     quantized = np.rint(values / _along(scale, values.ndim, channel))
@@ -152,7 +152,7 @@ def _restored(cut: NDArray[np.int8], scale: NDArray[Any], axis: int) -> FloatArr
 
 
 def _along(scale: FloatArray, axes: int, channel: int) -> FloatArray:
-    """Bring [N, channels] to `axes` axes, so that it multiplies its channel."""
+    """Reshape [N, channels] to `axes` axes, to broadcast along the channel axis."""
     shape = [1] * axes
     shape[0], shape[channel] = scale.shape
     return scale.reshape(shape)
@@ -169,7 +169,7 @@ def _names(tensors: Tensors) -> str:
 
 
 def _compress(values: NDArray[Any]) -> NDArray[Any]:
-    """One zstd frame for each row; an object array of bytes [N]."""
+    """Compress each row to a zstd frame; an object array of bytes [N]."""
     packer = _zstandard().ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=True)
     frames = np.empty(len(values), object)
     for number, row in enumerate(values):
@@ -178,7 +178,7 @@ def _compress(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _decompress(frames: NDArray[Any], shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Unpack frames, each of which must say that it holds exactly one row."""
+    """Decompress frames, each of which must declare the size of exactly one row."""
     zstandard = _zstandard()
     if frames.dtype != object or frames.ndim != 1 or not 0 < len(frames) <= MAX_FRAMES:
         raise InputError(
@@ -191,7 +191,7 @@ def _decompress(frames: NDArray[Any], shape: Shape, dtype: np.dtype[Any]) -> NDA
     for frame in frames:
         try:
             declared = zstandard.get_frame_parameters(frame).content_size
-            # Without a declared size the package would believe `max_output_size`.
+            # Without a declared size the package would allocate `max_output_size`.
             if declared != size:
                 raise InputError(f"a zstd frame holds {declared} bytes instead of {size}")
             content = unpacker.decompress(frame, max_output_size=size, allow_extra_data=False)
@@ -220,17 +220,17 @@ _WEBP_METHOD = 2  # of 0 to 6: half the time of the customary 4, and a few perce
 
 
 def encode_picture(codec: str, picture: ImageInput, spec: ImageSpec) -> bytes:
-    """Return what is sent for a picture.
+    """Return the bytes to send for a picture.
 
     Args:
         codec: "file" for the bytes of an image file as they are; "jpeg-Q" or "webp-Q" with a
             quality Q from 1 to 100; "webp-lossless".
         picture: see `load_image`.
-        spec: what the server's tower takes.
+        spec: input of the server's tower.
 
     Raises:
-        InputError: an unknown codec, a picture that cannot be loaded, "file" of what is no
-            file, or a format that this build of Pillow cannot write.
+        InputError: an unknown codec, a picture that cannot be loaded, "file" for a picture
+            that is not a file, or a format that this build of Pillow cannot write.
     """
     options = _options(codec)
     if options is None:
@@ -244,7 +244,7 @@ def encode_picture(codec: str, picture: ImageInput, spec: ImageSpec) -> bytes:
 
 
 def check_image_codec(codec: str) -> None:
-    """Refuse what is no codec of pictures, or cannot be written here.
+    """Raise if a codec of pictures is unknown, or cannot be written here.
 
     Raises:
         InputError: see `encode_picture`.
@@ -253,7 +253,7 @@ def check_image_codec(codec: str) -> None:
 
 
 def _options(codec: str) -> dict[str, Any] | None:
-    """What Pillow is told; None where nothing is compressed."""
+    """Return the arguments of `Image.save`; None for codec "file"."""
     if codec == FILE:
         return None
     if codec.startswith("webp") and not features.check("webp"):

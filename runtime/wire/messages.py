@@ -1,9 +1,9 @@
-"""Open Inference Protocol v2 over HTTP, with the binary tensor data extension.
+"""Encode and decode messages of the Open Inference Protocol v2 with binary tensor data.
 
-A message is JSON that names its tensors, followed by their bytes in the same order; the
-header `Inference-Header-Content-Length` says where the JSON ends. Tensors may stand in the
-JSON instead. Neither side trusts the other: whatever cannot be understood is a `WireError`,
-and memory is bounded by a small multiple of the body.
+A message is JSON that describes its tensors, followed by their bytes in the same order; the
+header `Inference-Header-Content-Length` says where the JSON ends. Tensors may also stand in the
+JSON. Neither side trusts the other: any malformed message is a `WireError`, and memory is
+bounded by a small multiple of the body.
 
 Source: https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol
 and https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/protocol/
@@ -70,34 +70,34 @@ JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 SERVER_TIMING_HEADER = "server-timing"  # how long the server worked on a request
 _SERVER_TIMING = re.compile(r"infer;dur=(\d{1,9}(?:\.\d{1,6})?)")
 
-# Parameters of a request that device and server agree on.
+# Parameters of requests.
 SPACE_ID = "space_id"  # str: fingerprint of the embedding space, 64 hexadecimal digits
-CUT = "cut"  # str: where the tower was cut
-CODEC = "codec"  # str: how the crossing tensor became bytes
+CUT = "cut"  # str: number of the cut point
+CODEC = "codec"  # str: codec of the tensor at the cut
 SCALE = "scale"  # of the codec, where it is one number
-DEADLINE_MS = "deadline_ms"  # float: what is left when the request is sent
-IDEMPOTENCY_KEY = "idempotency_key"  # str: requests with the same one take effect once
+DEADLINE_MS = "deadline_ms"  # float: milliseconds left when the request is sent
+IDEMPOTENCY_KEY = "idempotency_key"  # str: requests with the same key take effect once
 BUNDLE = "bundle"  # str: the bundle that the device runs
-TOP = "top"  # int: how many labels or hits
+TOP = "top"  # int: number of labels or hits
 
 _BINARY_OUTPUT = "binary_data_output"
 _MOST_TENSORS = 256
-_ALIGNMENT = 64  # bytes: the first tensor lies so, and is read without a copy
+_ALIGNMENT = 64  # bytes: an aligned first tensor is read without a copy
 
 Body = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InferRequest:
-    """What a model is asked.
+    """An inference request.
 
     Attributes:
-        model: its name; in HTTP it stands in the path.
+        model: name of the model; in HTTP it is a part of the path.
         inputs: numeric arrays, or object arrays of bytes, by name.
         parameters: for the whole request.
-        id: comes back with the response.
-        outputs: names of those that are wanted; () for all.
-        binary: which outputs come back as bytes and not in the JSON: all, none, or these.
+        id: returned with the response.
+        outputs: names of the wanted outputs; () for all.
+        binary: which outputs to return as bytes and not in the JSON: all, none, or these.
     """
 
     model: str
@@ -110,7 +110,7 @@ class InferRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InferResponse:
-    """What a model answered; the attributes are as those of `InferRequest`."""
+    """An inference response; the attributes are those of `InferRequest`."""
 
     model: str
     outputs: Tensors
@@ -119,7 +119,7 @@ class InferResponse:
 
 
 def encode_request(request: InferRequest) -> tuple[dict[str, str], bytes]:
-    """Return the HTTP headers and the body; all inputs are binary.
+    """Return the HTTP headers and the body of a request; all inputs are binary.
 
     Raises:
         WireError: a dtype or parameter that the protocol does not have.
@@ -138,16 +138,15 @@ def encode_request(request: InferRequest) -> tuple[dict[str, str], bytes]:
 
 
 def decode_request(model: str, body: Body, json_length: int | None) -> InferRequest:
-    """Read the body of a request.
+    """Decode the body of a request.
 
     Args:
-        model: as the path names it.
-        body: all of it.
-        json_length: what `Inference-Header-Content-Length` says; None for a body that is
-            JSON alone.
+        model: name of the model, from the path.
+        body: the whole body.
+        json_length: value of `Inference-Header-Content-Length`; None for a body of JSON alone.
 
     Raises:
-        WireError: the body is not what the protocol says.
+        WireError: the body violates the protocol.
     """
     head, rest = _split(body, json_length)
     inputs = _tensors(head, "inputs", rest)
@@ -175,10 +174,10 @@ def decode_request(model: str, body: Body, json_length: int | None) -> InferRequ
 def encode_response(
     response: InferResponse, binary: bool | Collection[str] = True
 ) -> tuple[dict[str, str], bytes]:
-    """Return the HTTP headers and the body.
+    """Return the HTTP headers and the body of a response.
 
     Args:
-        response: what to send.
+        response: the response.
         binary: which outputs are bytes and not in the JSON: all, none, or these.
 
     Raises:
@@ -194,10 +193,10 @@ def encode_response(
 
 
 def decode_response(body: Body, json_length: int | None) -> InferResponse:
-    """Read the body of a response; see `decode_request`.
+    """Decode the body of a response; arguments as for `decode_request`.
 
     Raises:
-        WireError: the body is not what the protocol says.
+        WireError: the body violates the protocol.
     """
     head, rest = _split(body, json_length)
     return InferResponse(
@@ -209,12 +208,12 @@ def decode_response(body: Body, json_length: int | None) -> InferResponse:
 
 
 def encode_error(message: str) -> tuple[dict[str, str], bytes]:
-    """Return the HTTP headers and the body of an answer that is an error."""
+    """Return the HTTP headers and the body of an error response."""
     return {"Content-Type": "application/json"}, json.dumps({"error": message}).encode()
 
 
 def decode_error(body: Body) -> str:
-    """Read what an error's body says; "" where it says nothing in the protocol's words."""
+    """Return the message of an error response; "" if its body is not of the protocol."""
     try:
         return get_text(parse_object(memoryview(body)), "error", "")
     except WireError:
@@ -222,7 +221,7 @@ def decode_error(body: Body) -> str:
 
 
 def json_length(header: str | bytes | None) -> int | None:
-    """Read the header `Inference-Header-Content-Length`; None where it is missing.
+    """Parse the header `Inference-Header-Content-Length`; None if it is missing.
 
     Raises:
         WireError: not a whole number from 0.
@@ -281,7 +280,7 @@ def _encode(
 
 
 def _split(body: Body, length: int | None) -> tuple[dict[str, Any], memoryview]:
-    """The JSON part of a body, and the bytes after it."""
+    """Split a body into its parsed JSON and the bytes after it."""
     view = memoryview(body).toreadonly()
     end = len(view) if length is None else length
     if not 0 <= end <= len(view):

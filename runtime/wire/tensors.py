@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol, as binary or JSON, and strict reading of its JSON."""
+"""Encode and decode the tensors of the Open Inference Protocol, and parse its JSON strictly."""
 
 import json
 import math
@@ -21,21 +21,21 @@ DTYPES: dict[str, np.dtype[Any]] = {
     **{f"INT{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"FP{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
 }
-MAX_AXES = 32  # numpy 1 has no more
-MAX_BYTES_ELEMENTS = 2**17  # of BYTES, which are read one by one: 40 ms or so
+MAX_AXES = 32  # the limit of numpy 1
+MAX_BYTES_ELEMENTS = 2**17  # elements of BYTES are read one by one: this many take about 40 ms
 _LARGEST = 2**62  # bytes; beyond it numpy's own sizes overflow
-# What stands for a number in JSON, by the kind of dtype.
+# Python types of JSON numbers that are accepted, by the kind of dtype.
 _KINDS: dict[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
 _LENGTH = struct.Struct("<I")
 _DATATYPES = {(dtype.kind, dtype.itemsize): name for name, dtype in DTYPES.items()}
 
 
 class WireError(EdgeClipError):
-    """What the other side sent is not the Open Inference Protocol, or cannot be said in it."""
+    """A message that violates the Open Inference Protocol, or cannot be expressed in it."""
 
 
 def datatype_of(array: NDArray[Any]) -> str:
-    """The protocol's name of an array's dtype; an object array is one of bytes.
+    """Return the protocol's name of an array's dtype; an object array holds bytes.
 
     Raises:
         WireError: the protocol has no such datatype.
@@ -50,7 +50,7 @@ def datatype_of(array: NDArray[Any]) -> str:
 
 
 def to_binary(array: NDArray[Any]) -> NDArray[Any] | bytes:
-    """What `bytes.join` takes for an array; a contiguous little-endian one is not copied.
+    """Return an array as a buffer for `bytes.join`; contiguous little-endian ones are not copied.
 
     Raises:
         WireError: an object array that holds something other than bytes.
@@ -68,14 +68,14 @@ def to_binary(array: NDArray[Any]) -> NDArray[Any] | bytes:
 
 
 def from_binary(datatype: str, shape: Shape, data: memoryview) -> NDArray[Any]:
-    """Read a tensor; a read-only view of `data`, or a copy where `data` is not aligned.
+    """Decode a tensor; a read-only view of `data`, or a copy if `data` is not aligned.
 
-    The elements of BYTES are copies; at most `MAX_BYTES_ELEMENTS` are read.
+    The elements of BYTES are copies; at most `MAX_BYTES_ELEMENTS` are accepted.
 
     Args:
-        datatype: as `DTYPES` names it, or BYTES.
-        shape: all of the axes.
-        data: unsigned bytes, exactly those of this tensor.
+        datatype: a key of `DTYPES`, or BYTES.
+        shape: all axes.
+        data: exactly the bytes of this tensor.
 
     Raises:
         WireError: the bytes do not fit datatype and shape.
@@ -95,7 +95,7 @@ def from_binary(datatype: str, shape: Shape, data: memoryview) -> NDArray[Any]:
 
 
 def to_json(array: NDArray[Any]) -> list[Any]:
-    """The elements as a flat list that JSON can hold.
+    """Return the elements as a flat list that JSON can hold.
 
     Raises:
         WireError: bytes that are not UTF-8, or NaN or infinity, which JSON does not have.
@@ -112,7 +112,7 @@ def to_json(array: NDArray[Any]) -> list[Any]:
 
 
 def from_json(datatype: str, shape: Shape, data: object) -> NDArray[Any]:
-    """Read a tensor from a list, flat or nested as its shape; read-only.
+    """Decode a tensor from a list, flat or nested as its shape; read-only.
 
     Raises:
         WireError: elements of another kind, out of range, or another number of them.
@@ -136,7 +136,7 @@ def _dtype(datatype: str) -> np.dtype[Any]:
 
 
 def _count(shape: Shape) -> int:
-    """The number of elements, after a check that numpy can hold the shape at all."""
+    """Return the number of elements, after a check that numpy can hold the shape."""
     if len(shape) > MAX_AXES or math.prod(size or 1 for size in shape) * 8 > _LARGEST:
         raise WireError(f"a shape of {len(shape)} axes is too large")
     return math.prod(shape)
@@ -215,11 +215,11 @@ def _sealed(array: NDArray[Any]) -> NDArray[Any]:
 Parameter = str | int | float | bool
 
 _INT64 = 2**63
-_SHOWN = 40  # characters of a wrong value that a message quotes
+_MAX_QUOTED = 40  # characters of a wrong value that a message quotes
 
 
 def parse_object(text: memoryview) -> dict[str, Any]:
-    """Read one JSON object: strict UTF-8, no key twice, no NaN.
+    """Parse one JSON object: strict UTF-8, no key twice, no NaN.
 
     Raises:
         WireError: anything else, also nesting too deep for the parser.
@@ -237,7 +237,7 @@ def parse_object(text: memoryview) -> dict[str, Any]:
 
 
 def get_text(source: Mapping[str, Any], key: str, default: str | None = None) -> str:
-    """Return a text; `default` where the key is missing.
+    """Return a string; `default` if the key is missing.
 
     Raises:
         WireError: another type, or missing without a default.
@@ -249,7 +249,7 @@ def get_text(source: Mapping[str, Any], key: str, default: str | None = None) ->
 
 
 def get_objects(source: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """Return a list of objects; an empty one where the key is missing.
+    """Return a list of objects; an empty one if the key is missing.
 
     Raises:
         WireError: something else.
@@ -274,7 +274,7 @@ def get_shape(source: Mapping[str, Any]) -> Shape:
 
 
 def get_parameters(source: Mapping[str, Any]) -> dict[str, Parameter]:
-    """Return `parameters`: texts, finite numbers (whole ones within int64) and booleans.
+    """Return `parameters`: strings, finite numbers (integers within int64) and booleans.
 
     Raises:
         WireError: something else.
@@ -291,7 +291,7 @@ def get_parameters(source: Mapping[str, Any]) -> dict[str, Parameter]:
 
 
 def take_size(parameters: dict[str, Parameter]) -> int | None:
-    """Take `binary_data_size` out of a tensor's parameters; None where it is missing.
+    """Remove `binary_data_size` from a tensor's parameters and return it; None if missing.
 
     Raises:
         WireError: not a whole number from 0.
@@ -317,7 +317,7 @@ def get_flag(parameters: Mapping[str, Parameter], key: str, default: bool) -> bo
 
 
 def get_number(parameters: Mapping[str, Parameter], key: str) -> float | None:
-    """Return a parameter as a float; None where it is missing.
+    """Return a parameter as a float; None if it is missing.
 
     Raises:
         WireError: not a number.
@@ -355,6 +355,6 @@ def _instead(source: Mapping[str, Any], key: str) -> str:
 
 def _quote(value: object) -> str:
     if isinstance(value, int | float | str | bool) or value is None:
-        shown = value[: _SHOWN + 1] if isinstance(value, str) else str(value)
-        return repr(shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}...")
+        shown = value[: _MAX_QUOTED + 1] if isinstance(value, str) else str(value)
+        return repr(shown if len(shown) <= _MAX_QUOTED else f"{shown[:_MAX_QUOTED]}...")
     return type(value).__name__

@@ -24,11 +24,11 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.export.bundle.add_to_bundle import add_to_bundle
 from edgeclip.export.cascade.cascade_evaluator import CascadeEvaluator, query_bytes
 from edgeclip.export.cascade.cascade_report import (
-    CascadePage,
+    CascadeReport,
     Costs,
     curve,
     curve_table,
-    write_page,
+    write_cascade_page,
 )
 from edgeclip.export.cascade.certify import (
     CascadePlan,
@@ -213,8 +213,8 @@ def report(
     print(more_bounds(found, fresh, times))
     print(f"\n{certificate.promise}\n")
     if page is not None:
-        write_page(
-            CascadePage(
+        write_cascade_page(
+            CascadeReport(
                 title="emoji-student first, emoji-teacher for the unsure",
                 verdict=certificate.promise,
                 bound=BOUND,

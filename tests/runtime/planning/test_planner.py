@@ -19,29 +19,11 @@ from edgeclip.runtime.planning.estimate import (
 from edgeclip.runtime.planning.link_state import LinkState
 from edgeclip.runtime.planning.plan import list_candidates
 from edgeclip.runtime.planning.planner import Objective, PlanChoice, choose_plan, estimate_plans
-from edgeclip.runtime.planning.stage_times import StageSamples, StageTimes
+from edgeclip.runtime.planning.stage_times import StageTimes
+from tests.runtime.planning.made_up_times import CODEC_MS, HEAD_MS, PREPARE_MS, made_up
 
 FAST = LinkState(name="fast", rtt_ms=(0.1,), up_mbps=(10_000.0,), down_mbps=(10_000.0,))
 SLOW = LinkState(name="slow", rtt_ms=(200.0,), up_mbps=(0.1,), down_mbps=(0.1,))
-HEAD_MS, PREPARE_MS, CODEC_MS = 4.0, 2.0, 0.1  # of nine heads the k-th takes k times as long
-
-
-def made_up(times: StageTimes, *, slower: float = 1.0) -> StageTimes:
-    """The same stages with times that are easy to add up: the whole tower takes 40 ms."""
-
-    def ms(item: StageSamples) -> float:
-        stage = item.stage
-        if stage.kind == "head":
-            return HEAD_MS * (stage.cut or 0)
-        if stage.kind == "tail":
-            return 10 * HEAD_MS - HEAD_MS * (stage.cut or 0)
-        return PREPARE_MS if stage.kind == "prepare" else CODEC_MS
-
-    stages = tuple(
-        dataclasses.replace(item, ms=(slower * ms(item),) * times.rounds, joules=None)
-        for item in times.stages
-    )
-    return dataclasses.replace(times, stages=stages, contended=False)
 
 
 def estimates(

@@ -1,6 +1,7 @@
 """The server over real sockets: what it answers to whom, and that nothing brings it down."""
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +15,12 @@ from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.limits import ServerLimits
 from edgeclip.runtime.serving.models import FunctionModel, Registry
 from edgeclip.runtime.serving.server import in_background
-from edgeclip.runtime.wire.messages import InferRequest, encode_request
+from edgeclip.runtime.wire.messages import (
+    SERVER_TIMING_HEADER,
+    InferRequest,
+    encode_request,
+    server_timing_ms,
+)
 from tests.echo_function import echo
 from tests.runtime.serving.ask_server import ask, connect, hear, infer, raw_socket
 from tests.runtime.serving.odd_models import SPACE, GatedModel, question, rows
@@ -182,6 +188,26 @@ def test_a_head_without_end_is_refused(shared: str) -> None:
     endless = b"GET /v2 HTTP/1.1\r\nX: " + b"x" * 100_000_000
     with raw_socket(shared) as sock, pytest.raises(ConnectionError):
         sock.sendall(endless)
+
+
+def test_a_head_that_is_too_large_is_refused(shared: str) -> None:
+    with raw_socket(shared) as sock:
+        sock.sendall(b"GET /v2 HTTP/1.1\r\nX: " + b"x" * 70_000)
+        time.sleep(0.2)  # until it was read: an unread rest would reset the connection
+        sock.sendall(b"x")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 431 ")
+    with raw_socket(shared) as sock:  # a large head within the bound
+        sock.sendall(b"GET /v2 HTTP/1.1\r\nX: " + b"x" * 50_000 + b"\r\nHost: x\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_response_tells_how_long_the_server_worked(shared: str) -> None:
+    began = time.monotonic()
+    heard = infer(shared, question(1))
+    took = 1e3 * (time.monotonic() - began)
+    ms = server_timing_ms(heard.headers[SERVER_TIMING_HEADER])
+    assert ms is not None
+    assert 0 < ms < took
 
 
 def test_many_clients_get_their_own_answers(shared: str) -> None:

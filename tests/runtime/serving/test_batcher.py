@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.errors import EngineError, InputError
-from edgeclip.runtime.serving.batcher import Batcher, BatchItem, QueuedRequest, run_joined
+from edgeclip.runtime.serving.batcher import Batcher, BatchItem, QueuedRequest, run_batch
 from edgeclip.runtime.serving.limits import (
     BatchLimits,
     ClientGoneError,
@@ -251,7 +251,7 @@ class WrongRows(GatedModel):
 def test_rows_that_cannot_be_told_apart_are_not_guessed() -> None:
     model = WrongRows()
     shares = [BatchItem(rows(1), {}, 1), BatchItem(rows(2), {}, 1)]
-    assert [answer["sum"].tolist() for answer in run_joined(model, shares)] == [[0], [0]]  # type: ignore[index]
+    assert [answer["sum"].tolist() for answer in run_batch(model, shares)] == [[0], [0]]  # type: ignore[index]
     assert model.batches == [2, 1, 1]
 
 
@@ -259,7 +259,7 @@ def test_rows_that_cannot_be_told_apart_are_not_guessed() -> None:
 def test_outputs_that_cannot_be_sent_are_the_models_fault(outputs: Any) -> None:
     model = GatedModel()
     model.run = lambda inputs, parameters: outputs  # type: ignore[method-assign]
-    (answer,) = run_joined(model, [BatchItem(rows(1), {}, 1)])
+    (answer,) = run_batch(model, [BatchItem(rows(1), {}, 1)])
     assert isinstance(answer, EngineError)
 
 

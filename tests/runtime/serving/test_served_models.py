@@ -1,6 +1,7 @@
 """Bundles, indexes and functions as models, against the encoder and index themselves."""
 
 import io
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,7 +127,7 @@ def index_of(count: int, dim: int = 16) -> Index:
 def test_an_index_is_searched(tmp_path: Path) -> None:
     index = index_of(50)
     model = SearchModel(index, "index", tmp_path)
-    assert model.about == "index: 50 entries, exact search"
+    assert model.description == "index: 50 entries, exact search"
     assert model.space == SPACE
     queries = index.embeddings[3:5]
     found = run(model, {"top": 4}, embeddings=queries)
@@ -145,7 +146,7 @@ def test_a_large_index_is_searched_by_its_graph(tmp_path: Path) -> None:
     expected = index.search(queries, 5)
     for _ in range(2):  # the second reads the graph that the first has written
         model = SearchModel(index, "index", tmp_path, exact_up_to=100)
-        assert "1,000 entries, approximate search, which finds" in model.about
+        assert "1,000 entries, approximate search, which finds" in model.description
         found = run(model, {"top": 5}, embeddings=queries)
         for keys, scores, hits in zip(found["key"], found["score"], expected, strict=True):
             assert keys[0].decode() == hits[0].key
@@ -153,6 +154,8 @@ def test_a_large_index_is_searched_by_its_graph(tmp_path: Path) -> None:
             exact = {hit.key.encode(): hit.score for hit in hits}
             for key, score in zip(keys, scores, strict=True):
                 assert score == pytest.approx(exact.get(key, score), abs=1e-6)
+        single = run(model, {"top": 5}, embeddings=queries[:1])
+        assert single["key"].tolist() == found["key"][:1].tolist()
         assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -219,7 +222,7 @@ def test_a_function_is_a_model(module: str) -> None:
         ("users_functions:missing", "cannot import"),
         ("no_such_module:fuse", "ModuleNotFoundError"),
         ("broken_functions:fuse", "ZeroDivisionError"),
-        ("users_functions:value", "is no function, but int"),
+        ("users_functions:value", "is not a function, but int"),
         ("users_functions:odd", "tuple of TensorSpec"),
         ("users_functions:spaced", "fingerprint"),
     ],
@@ -235,3 +238,28 @@ def test_label_sets_of_another_space_are_refused(encoder: Encoder) -> None:
     model = LabelModel(encoder, "labels", other)
     with pytest.raises(SpaceMismatchError):
         run(model, image_embeds=encoder.encode_text(["red"]))
+
+
+def test_a_large_index_and_a_bundle_share_a_process(tiny_bundle: Path, tmp_path: Path) -> None:
+    """ONNX Runtime crashes the process if usearch was imported before it."""
+    pytest.importorskip("usearch.index")
+    program = f"""
+from pathlib import Path
+
+import numpy as np
+
+from edgeclip.runtime.bundle.index import Index
+from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.serving.search_model import ApproximateIndex
+
+rows = np.random.default_rng(0).normal(size=(300, {DIM})).astype(np.float32)
+rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+index = Index(tuple(map(str, range(300))), rows, "{SPACE}")
+found = ApproximateIndex(index, Path({str(tmp_path)!r}))
+encoder = Encoder.open(Path({str(tiny_bundle)!r}))
+print(encoder.encode_text("a").shape, len(found.search(rows[:1], 3)[0]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"(1, {DIM}) 3\n"), done.stderr

@@ -23,7 +23,7 @@ from edgeclip.runtime.serving.bundle_models import ImageModel, tail_models
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 from tests.runtime.conftest import EMOJI_BUNDLE
-from tests.runtime.planning.test_planner import made_up
+from tests.runtime.planning.made_up_times import made_up
 from tests.runtime.serving.models_of_bundle import AMPLE_MS, RULES, answer_by
 from tests.runtime.split.raw_server import Behaviour, Call, RawServer, good, hang, serving
 
@@ -93,7 +93,7 @@ def call_until(runtime: SplitRuntime, photo: bytes, condition: Callable[[], bool
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("slow", [link(delay_s=0.6), link(mbps=0.5)], ids=["delay", "bandwidth"])
+@pytest.mark.parametrize("slow", [link(delay_s=0.6), link(mbps=0.03)], ids=["delay", "bandwidth"])
 def test_the_plan_follows_the_link(
     encoder: Encoder,
     emoji_cuts: CutSet,

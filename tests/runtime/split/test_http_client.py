@@ -68,6 +68,21 @@ def test_answers_come_back_over_kept_connections(raw: RawServer) -> None:
     assert 0 < left <= 5000
 
 
+def test_observers_are_told_of_requests_that_were_given_up(raw: RawServer) -> None:
+    answered: list[Transfer] = []
+    all_of_them: list[Transfer] = []
+    raw.script = [raw_server.good, raw_server.hang]
+    with Server(raw.url, rules=ClientRules(hedges=False), watch=answered.append) as server:
+        server.add_observer(all_of_them.append)
+        server.infer(a_request(), soon(5000))
+        with pytest.raises(DeadlineExceededError):
+            server.infer(a_request(), soon(100))
+    assert [transfer.timed_out for transfer in answered] == [False]
+    assert [transfer.timed_out for transfer in all_of_them] == [False, True]
+    assert all_of_them[1].sent >= all_of_them[0].sent
+    assert 90 < all_of_them[1].ms < 5000
+
+
 @pytest.mark.parametrize(
     ("behaviour", "expected"),
     [

@@ -29,17 +29,17 @@ class Work:
 
 def test_a_request_that_comes_again_is_not_run_again() -> None:
     async def go() -> None:
-        answered, work = IdempotencyCache(), Work()
-        first = asyncio.create_task(answered.once("m", "k", ONE, work))
-        again = asyncio.create_task(answered.once("m", "k", ONE, work))
+        cache, work = IdempotencyCache(), Work()
+        first = asyncio.create_task(cache.run_once("m", "k", ONE, work))
+        again = asyncio.create_task(cache.run_once("m", "k", ONE, work))
         await asyncio.sleep(0)
         first.cancel()  # its client is gone; the run goes on for the other
         work.gate.set()
-        later = await answered.once("m", "k", ONE, work)
+        later = await cache.run_once("m", "k", ONE, work)
         np.testing.assert_array_equal((await again)["y"], later["y"])
         assert work.runs == 1
-        await answered.once("other model", "k", ONE, work)
-        await answered.once("m", "other key", ONE, work)
+        await cache.run_once("other model", "k", ONE, work)
+        await cache.run_once("m", "other key", ONE, work)
         assert work.runs == 3
 
     asyncio.run(go())
@@ -47,11 +47,11 @@ def test_a_request_that_comes_again_is_not_run_again() -> None:
 
 def test_a_key_is_for_one_request() -> None:
     async def go() -> None:
-        answered, work = IdempotencyCache(), Work()
+        cache, work = IdempotencyCache(), Work()
         work.gate.set()
-        await answered.once("m", "k", ONE, work)
+        await cache.run_once("m", "k", ONE, work)
         with pytest.raises(HttpError, match="used for another request") as found:
-            await answered.once("m", "k", TWO, work)
+            await cache.run_once("m", "k", TWO, work)
         assert found.value.status == 409
 
     asyncio.run(go())
@@ -59,29 +59,29 @@ def test_a_key_is_for_one_request() -> None:
 
 def test_what_failed_may_be_tried_again() -> None:
     async def go() -> None:
-        answered, work = IdempotencyCache(), Work()
+        cache, work = IdempotencyCache(), Work()
         work.gate.set()
         work.error = RuntimeError("busy")
         with pytest.raises(RuntimeError):
-            await answered.once("m", "k", ONE, work)
+            await cache.run_once("m", "k", ONE, work)
         work.error = None
-        assert (await answered.once("m", "k", ONE, work))["y"][0] == 2
+        assert (await cache.run_once("m", "k", ONE, work))["y"][0] == 2
 
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("bounds", [{"most_entries": 3}, {"most_bytes": 3 * 16}])
+@pytest.mark.parametrize("bounds", [{"max_entries": 3}, {"max_bytes": 3 * 16}])
 def test_the_oldest_is_forgotten(bounds: dict[str, int]) -> None:
     async def go() -> None:
-        answered, work = IdempotencyCache(**bounds), Work()
+        cache, work = IdempotencyCache(**bounds), Work()
         work.gate.set()
         for number in range(5):
-            await answered.once("m", str(number), ONE, work)
+            await cache.run_once("m", str(number), ONE, work)
         assert work.runs == 5
-        await answered.once("m", "4", ONE, work)
-        await answered.once("m", "2", ONE, work)
+        await cache.run_once("m", "4", ONE, work)
+        await cache.run_once("m", "2", ONE, work)
         assert work.runs == 5
-        await answered.once("m", "1", ONE, work)
+        await cache.run_once("m", "1", ONE, work)
         assert work.runs == 6
 
     asyncio.run(go())
