@@ -4,8 +4,8 @@ Latencies at batch 1 come from interleaved runs of all subjects in fresh process
 measured subject by subject. Clocks, temperatures and other load are recorded all the while.
 """
 
+import logging
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +37,8 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import EngineError, MissingExtraError
 
+_log = logging.getLogger(__name__)
+
 _ENERGY_SECONDS, _ENERGY_BLOCKS = 0.5, 10
 
 
@@ -61,14 +63,8 @@ class ProfilePlan:
     inside: bool = True
 
 
-def profile_subjects(
-    plan: ProfilePlan, report: Callable[[str], object] = lambda line: None
-) -> MeasurementRun:
-    """Measure all subjects of a plan.
-
-    Args:
-        plan: what to measure.
-        report: called with one line of text at the start of each step.
+def profile_subjects(plan: ProfilePlan) -> MeasurementRun:
+    """Measure all subjects of a plan; log each step.
 
     Raises:
         EngineError: a subject cannot be opened or run.
@@ -76,17 +72,17 @@ def profile_subjects(
     """
     workload = plan.workload
     with InterferenceWatch() as watch:
-        report(f"{len(plan.specs)} subjects, interleaved, in {workload.processes} processes")
+        _log.info("%d subjects, interleaved, in %d processes", len(plan.specs), workload.processes)
         with progress_bar("interleaved runs") as progress:
             result = run_interleaved_benchmark(plan.specs, workload, progress)
         measured = []
         interleaved = to_measurements(result, plan.reference)
         for spec, item in zip(plan.specs, interleaved, strict=True):
-            report(f"{spec.title}: {', '.join(_step_names(plan))}")
+            _log.info("%s: %s", spec.title, ", ".join(_step_names(plan)))
             measured.append(_complete(plan, spec, item))
         roofline = None
         if plan.inside:
-            report("peak compute and memory bandwidth of this machine")
+            _log.info("peak compute and memory bandwidth of this machine")
             roofline = measure_roofline(plan.device, seconds=workload.roofline_seconds)
     return MeasurementRun(
         created=datetime.now(UTC).isoformat(timespec="seconds"),

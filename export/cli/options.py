@@ -1,9 +1,11 @@
 """Options and output that several commands of this room share."""
 
 import argparse
-import sys
+import logging
 
 from edgeclip.compress.data.sources import EMOJI
+
+_log = logging.getLogger(__name__)
 
 
 def add_pairs_option(parser: argparse.ArgumentParser) -> None:
@@ -12,10 +14,10 @@ def add_pairs_option(parser: argparse.ArgumentParser) -> None:
         "--data",
         default=EMOJI,
         help="emoji, or a folder of pictures with captions, which is split by its subfolders "
-        "train, calibration and test, or else by a hash of the file names (default: emoji)",
+        "train, calibration and test, or else by a hash of each path (default: emoji)",
     )
 
 
 def say(line: str) -> None:
-    """Print the next step to stderr."""
-    print(f"{line} ...", file=sys.stderr, flush=True)
+    """Log the next step."""
+    _log.info("%s ...", line)

@@ -1,8 +1,8 @@
-"""`edgeclip quantize`: the fastest form of a tower on a device that stays inside its gates."""
+"""`edgeclip quantize`: find the fastest quantization of a tower that stays inside its gates."""
 
 import argparse
+import logging
 import shlex
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from edgeclip.export.gates.zero_shot import (
 )
 from edgeclip.export.graph.embedders import check_captions
 from edgeclip.export.graph.graph_io import sha256_graph
-from edgeclip.export.quantizing.candidate_evaluator import SEARCHING, open_trial
+from edgeclip.export.quantizing.candidate_evaluator import SEARCH_WORKLOAD, open_evaluator
 from edgeclip.export.quantizing.quantization_file import (
     FILE_NAME,
     Quantization,
@@ -32,13 +32,13 @@ from edgeclip.export.quantizing.quantization_file import (
     export_searched,
 )
 from edgeclip.export.quantizing.search import SearchResult, search
-from edgeclip.export.quantizing.search_page import SearchedTower, search_page
+from edgeclip.export.quantizing.search_page import SearchedTower, write_search_page
 from edgeclip.export.quantizing.search_table import search_table
 from edgeclip.export.quantizing.search_task import (
     JudgedPairs,
     SearchTask,
     open_calibration,
-    space_for,
+    search_space,
 )
 from edgeclip.runtime.bundle.index import check_space
 from edgeclip.runtime.cli.options import positive
@@ -47,9 +47,11 @@ from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Tower
 
+_log = logging.getLogger(__name__)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of the command."""
     parser.add_argument("student", help="directory or hub id of the student")
     add_teacher(parser)
     add_pairs_option(parser)
@@ -60,18 +62,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {THIS_MACHINE})",
     )
     parser.add_argument(
-        "--tower", choices=get_args(Tower), default="image", help="which one (default: image)"
+        "--tower",
+        choices=get_args(Tower),
+        default="image",
+        help="the tower to search (default: image)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
-        help=f"folder for {FILE_NAME} and for all that was measured; a rerun goes on there",
+        help=f"folder for {FILE_NAME} and all measurements; a rerun continues there",
     )
     parser.add_argument(
-        "--minutes", type=_minutes, default=15.0, help="begin nothing new after these (default: 15)"
+        "--minutes",
+        type=_minutes,
+        default=15.0,
+        help="begin nothing new after this time (default: 15)",
     )
-    parser.add_argument("--page", type=Path, help="write what was found as an HTML page")
+    parser.add_argument("--page", type=Path, help="write the result as an HTML page")
     parser.add_argument(
         "--dynamic",
         action="store_true",
@@ -83,8 +91,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="labels, or a text file with one on each line, that pictures are named by: zero-shot "
         "accuracy is then a gate too",
     )
-    parser.add_argument("--test-count", type=positive, default=1000, help="of emoji scenes")
-    parser.add_argument("--calibration-count", type=positive, default=768, help="of emoji scenes")
+    parser.add_argument(
+        "--test-count", type=positive, default=1000, help="number of emoji scenes to test on"
+    )
+    parser.add_argument(
+        "--calibration-count",
+        type=positive,
+        default=768,
+        help="number of emoji scenes to calibrate on",
+    )
     parser.add_argument(
         "--ranges",
         type=positive,
@@ -111,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         ranges=data.ranges,
         steering=data.steering,
         test=data.test,
-        workload=SEARCHING if here else None,
+        workload=SEARCH_WORKLOAD if here else None,
     )
     result = _search(task, folder, args, here)
     print(search_table(result))
@@ -119,14 +134,14 @@ def run(args: argparse.Namespace) -> int:
     found.save(args.out / FILE_NAME)
     print(f"written to {args.out / FILE_NAME}; next: {_export_command(args)}")
     if args.page is not None:
-        search_page(result, args.page, _about(args, data, here))
+        write_search_page(result, args.page, _about(args, data, here))
         print(f"page: {args.page}")
     return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Data:
-    """The student, and the pairs that decide."""
+    """The student, and the pairs to calibrate, steer and test on."""
 
     student: DualEncoder
     ranges: Source
@@ -141,9 +156,9 @@ def _search(task: SearchTask, folder: Path, args: argparse.Namespace, here: bool
         minutes, seconds = divmod(int(time.monotonic() - began), 60)
         _say(f"[{minutes}:{seconds:02d}] {line}")
 
-    space = space_for(task.device, task.tower, here=here, dynamic=args.dynamic)
+    space = search_space(task.device, task.tower, here=here, dynamic=args.dynamic)
     try:
-        with open_trial(task, folder) as trial:
+        with open_evaluator(task, folder) as trial:
             return search(trial, space, minutes=args.minutes, rank=True, progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -173,7 +188,7 @@ def _data(args: argparse.Namespace) -> _Data:
 def _zero_shot(
     args: argparse.Namespace, teacher: DualEncoder, steering: Source, test: Source, size: int
 ) -> tuple[ZeroShotSet | None, ZeroShotSet | None]:
-    """Labelled pictures to steer by and to judge on, for the image tower."""
+    """Return the labelled pictures to steer by and to test on, for the image tower."""
     if args.tower != "image":
         return None, None
     if args.labels is not None:
@@ -188,11 +203,11 @@ def _zero_shot(
 def _known(
     args: argparse.Namespace, device: DeviceProfile, found: Source, *, here: bool
 ) -> Quantization:
-    """What is there already for the other tower.
+    """Return the choices already written to `--out`, such as of the other tower.
 
     Raises:
-        InputError: it is for another device or machine, or on other pairs.
-        ConfigError: it cannot be read.
+        InputError: they are for another device or machine, or on other pairs.
+        ConfigError: the file cannot be read.
     """
     path: Path = args.out / FILE_NAME
     basis = SearchBasis.of(
@@ -221,7 +236,7 @@ def _choice(exported: SearchedGraph, result: SearchResult) -> TowerQuantization:
 
 
 def _export_command(args: argparse.Namespace) -> str:
-    """What to type to have the choice in a bundle."""
+    """Return the command that exports a bundle with the choice."""
     words = ["edgeclip", "export", args.student, "--quantization", str(args.out / FILE_NAME)]
     defaults = {"teacher": BUILT_IN, "data": EMOJI, "device": THIS_MACHINE}
     for name, default in defaults.items():
@@ -250,4 +265,4 @@ def _minutes(text: str) -> float:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    _log.info("%s", line)

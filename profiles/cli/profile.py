@@ -7,7 +7,7 @@ and a verdict against an earlier run.
 """
 
 import argparse
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import list_images
 
+_log = logging.getLogger(__name__)
 _PARTS = ("image", "text", "file")
 _REGRESSED = 1
 
@@ -134,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
         reference=_reference(args.reference, specs),
         inside=not args.brief,
     )
-    _print_status(f"measuring {', '.join(spec.title for spec in specs)}")
-    measured = profile_subjects(plan, _print_status)
+    _log.info("measuring %s", ", ".join(spec.title for spec in specs))
+    measured = profile_subjects(plan)
     if args.out is not None:
         measured.save(args.out)  # before anything else can go wrong
     print(measurement_table(measured))
@@ -146,10 +147,6 @@ def run(args: argparse.Namespace) -> int:
     status, comparison = _compare(args, measured, baseline)
     _write(args, named, notes, [opened for _, opened in bundles], comparison)
     return status
-
-
-def _print_status(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _baseline(args: argparse.Namespace) -> MeasurementRun | None:

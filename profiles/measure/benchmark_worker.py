@@ -35,6 +35,7 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
 from edgeclip.runtime.engines.providers import CPU
 from edgeclip.runtime.errors import EdgeClipError, EngineError, InputError
+from edgeclip.runtime.logs import log_to_stderr
 
 YARDSTICK_NAME = "transformer-layer-1"  # rename it with the graph: other graphs do not compare
 YARDSTICK_GRAPH = Path(__file__).with_name("graphs") / "yardstick.onnx"
@@ -51,11 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("request", type=Path, help="JSON file of a WorkerRequest")
     parser.add_argument("result", type=Path, help="JSON file to write, a WorkerResult")
     args = parser.parse_args(arguments)
-    try:
-        run_request(WorkerRequest.load(args.request)).save(args.result)
-    except EdgeClipError as error:
-        print(ERROR + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    with log_to_stderr(verbose=True, as_json=True):  # for the process that started this one
+        try:
+            run_request(WorkerRequest.load(args.request)).save(args.result)
+        except EdgeClipError as error:
+            print(ERROR + " ".join(str(error).split()), file=sys.stderr)
+            return 2
     return 0
 
 

@@ -24,12 +24,12 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.console import Progress
 from edgeclip.runtime.errors import ConfigError, EngineError
+from edgeclip.runtime.logs import log_json_line
 
 WorkerTask = Literal["interleaved", "memory", "sweep"]
 
 STEP = "step"  # begins a line of progress on the worker's stdout
-NOTE = "edgeclip: "  # begins a line on its stderr that the user should see
-ERROR = f"{NOTE}error: "  # begins the line that says why it failed
+ERROR = "edgeclip: error: "  # begins the line on the worker's stderr that says why it failed
 
 _MODULE = "edgeclip.profiles.measure.benchmark_worker"
 _KEPT_LINES = 20
@@ -100,7 +100,7 @@ class WorkerResult(JsonRecord):
 def run_worker(request: WorkerRequest, *, progress: Progress | None = None) -> WorkerResult:
     """Run a request in a fresh process and return its result; leave no files behind.
 
-    The worker's notes on stderr, such as that an engine is being built, are passed on. An
+    What the worker logs, such as that an engine is being built, is logged here too. An
     exception here, such as by Ctrl-C, kills the worker.
 
     Args:
@@ -148,7 +148,7 @@ def _run(command: Sequence[str], progress: Progress | None) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        relay = threading.Thread(target=_relay_notes, args=(process.stderr, last), daemon=True)
+        relay = threading.Thread(target=_relay_log, args=(process.stderr, last), daemon=True)
         relay.start()
         try:
             for line in process.stdout:
@@ -165,13 +165,11 @@ def _run(command: Sequence[str], progress: Progress | None) -> None:
         raise EngineError(_failure(last, process.returncode))
 
 
-def _relay_notes(lines: Iterable[str], last: deque[str]) -> None:
-    """Write the worker's notes to our stderr, and keep its last lines for the error message."""
+def _relay_log(lines: Iterable[str], last: deque[str]) -> None:
+    """Log what the worker logged, and keep its other last lines for the error message."""
     for line in lines:
-        last.append(line.strip())
-        if line.startswith(NOTE) and not line.startswith(ERROR):
-            sys.stderr.write(line)
-            sys.stderr.flush()
+        if not log_json_line(line):
+            last.append(line.strip())
 
 
 def _failure(last: Iterable[str], status: int) -> str:

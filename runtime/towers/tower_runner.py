@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,10 @@ from edgeclip.runtime.spec import (
     Precision,
     Tower,
 )
+
+if TYPE_CHECKING:
+    from edgeclip.runtime.bundle.engine_records import GraphSource
+    from edgeclip.runtime.device.device_profile import DeviceProfile
 
 _log = logging.getLogger(__name__)
 # The least cosine of an engine's embeddings with those of ONNX Runtime on the same graph. Some
