@@ -1,4 +1,4 @@
-"""Make a candidate, judge it on held-out pairs, and time it on the device."""
+"""Make a quantized candidate, judge it on held-out pairs, and time it on this machine."""
 
 import hashlib
 import math
@@ -28,18 +28,18 @@ from edgeclip.export.graph.embedders import (
     tower_inputs,
 )
 from edgeclip.export.graph.graph_io import graph_files, load_graph, write_unchecked
-from edgeclip.export.graph.tune_passes import ABTiming, Opener, ab_benchmark, ab_benchmark_each
+from edgeclip.export.graph.tune_passes import ABTiming, Opener, ab_benchmark
 from edgeclip.export.quantizing.config import (
     Config,
     Float16,
-    Kept,
-    Smoothing,
+    NodeNames,
+    SmoothingAlphas,
     StaticInt8,
     key,
     precision_of,
 )
-from edgeclip.export.quantizing.fp16 import stored_in_half
-from edgeclip.export.quantizing.mixed_fp16 import find_islands, hold_inputs
+from edgeclip.export.quantizing.fp16 import emulated_fp16
+from edgeclip.export.quantizing.mixed_fp16 import cache_inputs, find_islands
 from edgeclip.export.quantizing.node_groups import (
     Gains,
     NodeGroup,
@@ -48,15 +48,19 @@ from edgeclip.export.quantizing.node_groups import (
     node_groups,
 )
 from edgeclip.export.quantizing.quantization_candidate import (
-    Point,
-    PointLatency,
-    PointStore,
+    CandidateLatency,
+    QuantizationCandidate,
+    RecordStore,
     key_of,
 )
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask
-from edgeclip.export.quantizing.sensitivity import Probe, Sensitivity, measure_damage
-from edgeclip.export.quantizing.smooth import search_alphas
-from edgeclip.export.quantizing.write_config import apply_transforms, write_config
+from edgeclip.export.quantizing.sensitivity import (
+    Sensitivity,
+    SensitivityInputs,
+    measure_sensitivity,
+)
+from edgeclip.export.quantizing.smoothquant import apply_smoothing, search_alphas
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import JsonRecord
@@ -65,101 +69,7 @@ from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import OUTPUT_NAMES, Precision, Tower
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
-
-class PreparedPairs:
-    """Pairs with their prepared inputs and what fp32 makes of them, each when it is needed."""
-
-    def __init__(self, task: SearchTask, judged: JudgedPairs, path: Path) -> None:
-        self._task, self._judged, self._path = task, judged, path
-
-    @cached_property
-    def inputs(self) -> tuple[NDArray[Any], ...]:
-        """Batches of the searched tower's inputs."""
-        return hold_inputs(self._batches(self._judged.pairs, self._task.tower), self._path)
-
-    @cached_property
-    def others(self) -> FloatArray:
-        """The other tower's embeddings, as torch computes them: float32 [N, dim]."""
-        (other,) = (tower for tower in TOWERS if tower != self._task.tower)
-        batches = self._batches(self._judged.pairs, other)
-        (found,) = embed_all(batches, [torch_embedder(self._task.student, other)])
-        return found
-
-    @cached_property
-    def labelled(self) -> tuple[NDArray[Any], ...]:
-        """Batches of the labelled pictures that are not among the pairs."""
-        zero = self._judged.zero_shot
-        if zero is None or self._task.tower != "image" or self._rows is not None:
-            return ()
-        path = self._path.with_name(f"{self._path.name}-labelled")
-        return hold_inputs(self._batches(zero.source, "image"), path)
-
-    @cached_property
-    def _reference(self) -> tuple[FloatArray, FloatArray | None]:
-        return self._embed(self._task.graph)
-
-    @property
-    def _rows(self) -> tuple[int, ...] | None:
-        zero = self._judged.zero_shot
-        return None if zero is None else zero.rows_of(self._judged.pairs)
-
-    def judge(self, graph: TowerGraph) -> tuple[GateRecord, ...]:
-        """Hold a graph against the tower in fp32.
-
-        Raises:
-            EngineError: it cannot be run.
-        """
-        task, precision = self._task, graph.precision
-        right, right_labelled = self._reference
-        found, labelled = (right, right_labelled) if precision == "fp32" else self._embed(graph)
-        (other,) = (tower for tower in TOWERS if tower != task.tower)
-        by_precision: dict[Precision, FloatArray] = {}
-        if right_labelled is not None and labelled is not None:
-            by_precision = {"fp32": right_labelled, precision: labelled}
-        judged = judge_alone(
-            task.tower,
-            precision,
-            {
-                (task.tower, "fp32"): right,
-                (task.tower, precision): found,
-                (other, "fp32"): self.others,
-            },
-            task.bounds[precision],
-            GateInputs(
-                data=data_record(self._judged.pairs),
-                zero_shot=self._judged.zero_shot,
-                labelled=by_precision or None,
-            ),
-        )
-        return tuple(item.record for item in judged)
-
-    def _embed(self, graph: TowerGraph) -> tuple[FloatArray, FloatArray | None]:
-        """Embeddings of the pairs and of the labelled pictures, if there are any."""
-        with stored_in_half([graph], self._task.device) as (shown,):
-            embed = open_embedder(self._task, shown)
-            (found,) = embed_all(iter(self.inputs), [embed])
-            if self._task.tower != "image" or self._judged.zero_shot is None:
-                return found, None
-            if self._rows is not None:
-                return found, found[list(self._rows)]
-            (labelled,) = embed_all(iter(self.labelled), [embed])
-            return found, labelled
-
-    def _batches(self, source: Source, tower: Tower) -> Iterator[NDArray[Any]]:
-        student = self._task.student
-        return tower_inputs(source, tower, student.spec, student.text_tokenizer)
-
-
-def open_embedder(task: SearchTask, graph: TowerGraph) -> Embedder:
-    """Open a graph with what runs graphs while they are judged.
-
-    Raises:
-        EngineError: it cannot be loaded.
-    """
-    return graph_embedder(graph, task.student.spec.image, task.runner)
-
-
-SEARCHING = Workload(
+SEARCH_WORKLOAD = Workload(
     name="search",
     description="latency at batch 1, enough to tell configs a few percent apart",
     batch_sizes=(1,),
@@ -169,66 +79,18 @@ SEARCHING = Workload(
     seconds_per_batch=1,
     cold_starts=0,
 )
-_SECONDS_OF_RACE = 6.0  # see `time_each_twice`
-
-
-def measure_latency(
-    reference: Opener,
-    candidate: Opener,
-    values: NDArray[Any],
-    *,
-    tower: Tower,
-    workload: Workload = SEARCHING,
-) -> PointLatency:
-    """Time both in turns, twice; for arguments and errors see `ab_benchmark`.
-
-    Figures are the geometric means of both measurements, and intervals hold those of both.
-    """
-    return _latency(ab_benchmark(reference, candidate, values, tower=tower, workload=workload))
-
-
-def race(
-    reference: Opener,
-    candidates: Sequence[Opener],
-    values: NDArray[Any],
-    *,
-    tower: Tower,
-    workload: Workload = SEARCHING,
-) -> tuple[PointLatency, ...]:
-    """Time all in the same rounds, and for longer; otherwise as `measure_latency`."""
-    found = ab_benchmark_each(
-        reference, candidates, values, tower=tower, workload=workload, seconds=_SECONDS_OF_RACE
-    )
-    return tuple(map(_latency, found))
-
-
-def _latency(found: Sequence[ABTiming]) -> PointLatency:
-    return PointLatency(
-        ratio=_joined([item.ratio for item in found]),
-        ms=_joined([item.candidate.latency.p50_ms for item in found]),
-        reference_ms=_joined([item.reference.latency.p50_ms for item in found]),
-        contended=any(item.reference.contended or item.candidate.contended for item in found),
-    )
-
-
-def _joined(intervals: Sequence[Interval]) -> Interval:
-    return Interval(
-        value=math.exp(float(np.mean([math.log(item.value) for item in intervals]))),
-        low=min(item.low for item in intervals),
-        high=max(item.high for item in intervals),
-    )
-
-
-_PROBED = 256  # inputs that damage is measured on; its ranking hardly changes with more
+_SECONDS = 2.0  # for fp32 and one candidate, in one of the two measurements
+_RACE_SECONDS = 6.0  # the same, where finalists are timed against each other
+_SENSITIVITY_INPUTS = 256  # the ranking of groups hardly changes with more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judgement(JsonRecord):
-    """The last judgement of a config, on the test pairs."""
+class FinalJudgement(JsonRecord):
+    """The gates of a config on the test pairs; `config` is its key."""
 
     SCHEMA_VERSION: ClassVar[int] = 1
     WHAT: ClassVar[str] = "a judgement"
-    MEND: ClassVar[str] = "delete it and search again"
+    HINT: ClassVar[str] = "delete it and search again"
 
     config: str
     records: tuple[GateRecord, ...]
@@ -240,133 +102,293 @@ class Judgement(JsonRecord):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Findings(JsonRecord):
-    """What was found for a config by looking at the tower itself.
+class SearchedNodes(JsonRecord):
+    """Nodes that a search on the float graph found for a config.
 
     Attributes:
-        smoothing: LayerNorms with their alphas.
-        islands: nodes that fp16 leaves in fp32.
+        smoothing: LayerNorms with their SmoothQuant alphas.
+        islands: nodes that stay in fp32 in an fp16 graph.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1
-    WHAT: ClassVar[str] = "findings"
-    MEND: ClassVar[str] = "delete it and search again"
+    WHAT: ClassVar[str] = "searched nodes"
+    HINT: ClassVar[str] = "delete it and search again"
 
-    smoothing: Smoothing = ()
-    islands: Kept = ()
+    smoothing: SmoothingAlphas = ()
+    islands: NodeNames = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Raced(JsonRecord):
-    """What configs took in the same rounds, in their order."""
+class RaceLatencies(JsonRecord):
+    """Latencies of configs that were timed in the same rounds, in the order of the configs."""
 
     SCHEMA_VERSION: ClassVar[int] = 1
     WHAT: ClassVar[str] = "a race"
-    MEND: ClassVar[str] = "delete it and search again"
+    HINT: ClassVar[str] = "delete it and search again"
 
-    latencies: tuple[PointLatency, ...]
+    latencies: tuple[CandidateLatency, ...]
 
 
-class TowerTrial:
-    """Measures configs of one tower, each only once.
+class EvaluationPairs:
+    """Prepared inputs of some pairs, and the gates of a graph on them.
+
+    Inputs are decoded once, when they are first needed, and lie in files beside `path`.
+    """
+
+    def __init__(self, task: SearchTask, judged: JudgedPairs, path: Path) -> None:
+        self._task, self._judged, self._path = task, judged, path
+        (self._other_tower,) = (tower for tower in TOWERS if tower != task.tower)
+
+    @cached_property
+    def inputs(self) -> tuple[NDArray[Any], ...]:
+        """Batches of the searched tower's inputs."""
+        return cache_inputs(self._batches(self._judged.pairs, self._task.tower), self._path)
+
+    @cached_property
+    def others(self) -> FloatArray:
+        """The other tower's embeddings, computed in torch: float32 [N, dim]."""
+        batches = self._batches(self._judged.pairs, self._other_tower)
+        (embeddings,) = embed_all(batches, [torch_embedder(self._task.student, self._other_tower)])
+        return embeddings
+
+    def judge(self, graph: TowerGraph) -> tuple[GateRecord, ...]:
+        """Compare a graph with the tower in fp32, gate by gate.
+
+        Raises:
+            EngineError: the graph cannot be run.
+        """
+        task, precision = self._task, graph.precision
+        reference, reference_labelled = self._reference
+        found, labelled = self._reference if precision == "fp32" else self._embed(graph)
+        by_precision: dict[Precision, FloatArray] = {}
+        if reference_labelled is not None and labelled is not None:
+            by_precision = {"fp32": reference_labelled, precision: labelled}
+        outcomes = judge_alone(
+            task.tower,
+            precision,
+            {
+                (task.tower, "fp32"): reference,
+                (task.tower, precision): found,
+                (self._other_tower, "fp32"): self.others,
+            },
+            task.bounds[precision],
+            GateInputs(
+                data=data_record(self._judged.pairs),
+                zero_shot=self._judged.zero_shot,
+                labelled=by_precision or None,
+            ),
+        )
+        return tuple(item.record for item in outcomes)
+
+    @cached_property
+    def _reference(self) -> tuple[FloatArray, FloatArray | None]:
+        return self._embed(self._task.graph)
+
+    def _embed(self, graph: TowerGraph) -> tuple[FloatArray, FloatArray | None]:
+        """Embed the pairs, and the labelled pictures if there are any."""
+        zero_shot = self._judged.zero_shot
+        with emulated_fp16([graph], self._task.device) as (runnable,):
+            embed = open_embedder(self._task, runnable)
+            (found,) = embed_all(iter(self.inputs), [embed])
+            if self._task.tower != "image" or zero_shot is None:
+                return found, None
+            rows = zero_shot.rows_of(self._judged.pairs)
+            if rows is not None:  # the labelled pictures are among the pairs
+                return found, found[list(rows)]
+            (labelled,) = embed_all(iter(self._labelled), [embed])
+            return found, labelled
+
+    @cached_property
+    def _labelled(self) -> tuple[NDArray[Any], ...]:
+        """Batches of the labelled pictures."""
+        assert self._judged.zero_shot is not None
+        path = self._path.with_name(f"{self._path.name}-labelled")
+        return cache_inputs(self._batches(self._judged.zero_shot.source, "image"), path)
+
+    def _batches(self, source: Source, tower: Tower) -> Iterator[NDArray[Any]]:
+        student = self._task.student
+        return tower_inputs(source, tower, student.spec, student.text_tokenizer)
+
+
+def open_embedder(task: SearchTask, graph: TowerGraph) -> Embedder:
+    """Open a graph on the engine that judges candidates.
+
+    Raises:
+        EngineError: it cannot be loaded.
+    """
+    return graph_embedder(graph, task.student.spec.image, task.runner)
+
+
+def time_candidates(
+    reference: Opener,
+    candidates: Sequence[Opener],
+    values: NDArray[Any],
+    *,
+    tower: Tower,
+    workload: Workload = SEARCH_WORKLOAD,
+    seconds: float = _SECONDS,
+) -> tuple[CandidateLatency, ...]:
+    """Time candidates and the reference in the same rounds; see `ab_benchmark`.
+
+    Figures are the geometric means of both measurements; intervals cover both intervals.
+    """
+    timings = ab_benchmark(
+        reference, candidates, values, tower=tower, workload=workload, seconds=seconds
+    )
+    return tuple(map(_latency, timings))
+
+
+def _latency(timings: Sequence[ABTiming]) -> CandidateLatency:
+    return CandidateLatency(
+        ratio=_combine([item.ratio for item in timings]),
+        ms=_combine([item.candidate.latency.p50_ms for item in timings]),
+        reference_ms=_combine([item.reference.latency.p50_ms for item in timings]),
+        contended=any(item.reference.contended or item.candidate.contended for item in timings),
+    )
+
+
+def _combine(intervals: Sequence[Interval]) -> Interval:
+    return Interval(
+        value=math.exp(float(np.mean([math.log(item.value) for item in intervals]))),
+        low=min(item.low for item in intervals),
+        high=max(item.high for item in intervals),
+    )
+
+
+class CandidateEvaluator:
+    """Make, judge and time configs of one tower; every result is kept in files and reused.
 
     Args:
         task: the tower and the data.
-        store: where points are kept.
-        cache: a folder for the ranges that calibration finds.
-        scratch: a folder for prepared inputs, which goes with this object.
+        store: where results are kept.
+        cache: a folder for calibration ranges.
+        scratch: a folder for prepared inputs, deleted with this object.
     """
 
-    def __init__(self, task: SearchTask, store: PointStore, cache: Path, scratch: Path) -> None:
+    def __init__(self, task: SearchTask, store: RecordStore, cache: Path, scratch: Path) -> None:
         self.task = task
         self._store, self._cache = store, cache
-        self._steering = PreparedPairs(task, task.steering, scratch / "steering")
-        self._test = PreparedPairs(task, task.test, scratch / "test")
+        self._steering = EvaluationPairs(task, task.steering, scratch / "steering")
+        self._test = EvaluationPairs(task, task.test, scratch / "test")
 
     @cached_property
     def groups(self) -> tuple[NodeGroup, ...]:
-        """What can be quantized in the tower.
+        """The groups of products that can be quantized.
 
         Raises:
-            ExportError: nothing.
+            ExportError: there is none.
         """
         return node_groups(self.task.graph.path)
 
-    def knows(self, config: Config) -> bool:
-        """Whether a point is there already."""
-        return self._store.find(Point, key_of(config)) is not None
+    def is_known(self, config: Config) -> bool:
+        """Return whether a config was measured before."""
+        return self._store.load(QuantizationCandidate, key_of(config)) is not None
 
-    def point(self, config: Config) -> Point:
-        """Return a config's point, measured if it must be; it is kept before this returns.
+    def evaluate(self, config: Config) -> QuantizationCandidate:
+        """Make a config's graph, judge it on the steering pairs and time it; save the result.
 
         Raises:
             ExportError: the config cannot be made of the graph.
             EngineError: the result cannot be run.
         """
-        return self._store.remember(Point, key_of(config), lambda: self._measure(config))
+
+        def measure() -> QuantizationCandidate:
+            began = time.monotonic()
+            with self._written(config) as graph:
+                return QuantizationCandidate(
+                    config=config,
+                    bytes=sum(path.stat().st_size for path in graph_files(graph.path)),
+                    records=self._steering.judge(graph),
+                    latency=self._time(graph),
+                    seconds=time.monotonic() - began,
+                )
+
+        return self._store.load_or_make(QuantizationCandidate, key_of(config), measure)
 
     def damage(self, config: StaticInt8) -> Sensitivity:
-        """Measure what each group suffers with the ranges of a config.
+        """Measure the error that each group causes alone, with the ranges of a config.
 
         Raises:
-            ExportError, EngineError: see `point`.
+            ExportError, EngineError: see `evaluate`.
         """
-        return self._store.remember(Sensitivity, key(config), lambda: self._damage(config))
+        return self._store.load_or_make(Sensitivity, key(config), lambda: self._damage(config))
 
     def gains(self, config: StaticInt8) -> Gains:
-        """Measure, or count, what quantizing each group saves.
+        """Measure the time that quantizing each group saves; count operations for other devices.
 
         Raises:
-            ExportError, EngineError: see `point`.
+            ExportError, EngineError: see `evaluate`.
         """
-        return self._store.remember(Gains, key(config), lambda: self._gains(config))
+        return self._store.load_or_make(Gains, key(config), lambda: self._gains(config))
 
-    def smoothed(self, config: StaticInt8) -> StaticInt8:
-        """Return the config with the smoothing that suits it best, which may be none.
+    def with_smoothing(self, config: StaticInt8) -> StaticInt8:
+        """Return the config with the SmoothQuant alphas that suit it best, which may be none.
 
         Raises:
             ExportError: the graph cannot be read.
         """
 
-        def look() -> Findings:
+        def look() -> SearchedNodes:
             source = self.task.graph.path
-            return Findings(smoothing=search_alphas(source, self._data, config))
+            return SearchedNodes(smoothing=search_alphas(source, self._data, config))
 
-        found = self._store.remember(Findings, key(config), look)
+        found = self._store.load_or_make(SearchedNodes, key(config), look)
         return replace(config, smoothing=found.smoothing)
 
     def with_islands(self, config: Float16) -> Float16:
-        """Return the config with the nodes in fp32 without which it misses its gates.
+        """Return the config with the fp32 nodes that it needs to pass its gates.
 
         Raises:
-            ExportError: it misses them whatever stays in fp32.
+            ExportError: it fails them even with every node in fp32.
         """
 
-        def look() -> Findings:
+        def look() -> SearchedNodes:
             task = self.task
             bounds = task.bounds["fp16"]
             islands = find_islands(task.graph.path, self._data, bounds=bounds, cache=self._cache)
-            return Findings(islands=islands)
+            return SearchedNodes(islands=islands)
 
-        return replace(config, islands=self._store.remember(Findings, key(config), look).islands)
+        found = self._store.load_or_make(SearchedNodes, key(config), look)
+        return replace(config, islands=found.islands)
 
-    def race(self, configs: Sequence[Config]) -> tuple[PointLatency, ...]:
-        """Time configs and fp32 in the same rounds, on the device that this machine must be.
+    def race(self, configs: Sequence[Config]) -> tuple[CandidateLatency, ...]:
+        """Time configs and fp32 in the same rounds; this machine must be the device.
 
         Raises:
-            ExportError, EngineError: see `point`.
+            ExportError, EngineError: see `evaluate`.
         """
-        what = "\n".join(map(key, configs))
-        return self._store.remember(Raced, what, lambda: self._race(configs)).latencies
 
-    def judge(self, config: Config) -> Judgement:
+        def measure() -> RaceLatencies:
+            task = self.task
+            assert task.workload is not None
+            with ExitStack() as stack:
+                graphs = [stack.enter_context(self._written(config)) for config in configs]
+                latencies = time_candidates(
+                    partial(open_embedder, task, task.graph),
+                    [partial(open_embedder, task, graph) for graph in graphs],
+                    self._single,
+                    tower=task.tower,
+                    workload=task.workload,
+                    seconds=_RACE_SECONDS,
+                )
+            return RaceLatencies(latencies=latencies)
+
+        what = "\n".join(map(key, configs))
+        return self._store.load_or_make(RaceLatencies, what, measure).latencies
+
+    def judge_on_test(self, config: Config) -> FinalJudgement:
         """Judge a config on the test pairs.
 
         Raises:
-            ExportError, EngineError: see `point`.
+            ExportError, EngineError: see `evaluate`.
         """
+
+        def judge() -> FinalJudgement:
+            with self._written(config) as graph:
+                return FinalJudgement(config=key(config), records=self._test.judge(graph))
+
         what = f"{key(config)}\n{self.task.test.identity}"
-        return self._store.remember(Judgement, what, lambda: self._judge(config))
+        return self._store.load_or_make(FinalJudgement, what, judge)
 
     @cached_property
     def _data(self) -> CalibrationData:
@@ -376,82 +398,53 @@ class TowerTrial:
 
     @cached_property
     def _single(self) -> NDArray[Any]:
-        """One input, [1, ...]: of a text with its own length, not that of a batch."""
+        """One input, [1, ...]; a text has its own length, not that of a batch."""
         task, student = self.task, self.task.student
         tokenizer = student.text_tokenizer
         return next(tower_inputs(task.steering.pairs, task.tower, student.spec, tokenizer, count=1))
 
     @contextmanager
-    def _made(self, config: Config) -> Iterator[TowerGraph]:
-        """Write a config's graph for as long as the block lasts."""
+    def _written(self, config: Config) -> Iterator[TowerGraph]:
+        """Write a config's graph to a file that lasts as long as the block."""
         precision = precision_of(config)
-        with tempfile.TemporaryDirectory(prefix="edgeclip-point-") as folder:
+        with tempfile.TemporaryDirectory(prefix="edgeclip-candidate-") as folder:
             # The runtime reads the precision from a file's name.
             path = Path(folder) / f"{self.task.tower}_{precision}.onnx"
-            write_config(self.task.graph.path, path, config, self._data, cache=self._cache)
+            quantize_graph(self.task.graph.path, path, config, self._data, cache=self._cache)
             yield replace(self.task.graph, precision=precision, path=path)
 
-    def _measure(self, config: Config) -> Point:
-        began = time.monotonic()
-        with self._made(config) as graph:
-            records = self._steering.judge(graph)
-            latency = self._latency(graph)
-            size = sum(path.stat().st_size for path in graph_files(graph.path))
-        return Point(
-            config=config,
-            bytes=size,
-            latency=latency,
-            records=records,
-            seconds=time.monotonic() - began,
-        )
-
-    def _judge(self, config: Config) -> Judgement:
-        with self._made(config) as graph:
-            return Judgement(config=key(config), records=self._test.judge(graph))
-
-    def _latency(self, graph: TowerGraph) -> PointLatency | None:
+    def _time(self, graph: TowerGraph) -> CandidateLatency | None:
         task = self.task
         if task.workload is None:
             return None
-        return measure_latency(
-            lambda: open_embedder(task, task.graph),
-            lambda: open_embedder(task, graph),
+        (latency,) = time_candidates(
+            partial(open_embedder, task, task.graph),
+            [partial(open_embedder, task, graph)],
             self._single,
             tower=task.tower,
             workload=task.workload,
         )
-
-    def _race(self, configs: Sequence[Config]) -> Raced:
-        task = self.task
-        assert task.workload is not None
-        with ExitStack() as stack:
-            graphs = [stack.enter_context(self._made(config)) for config in configs]
-            first, *others = (partial(open_embedder, task, each) for each in (task.graph, *graphs))
-            found = race(first, others, self._single, tower=task.tower, workload=task.workload)
-        return Raced(latencies=found)
+        return latency
 
     def _damage(self, config: StaticInt8) -> Sensitivity:
         task, spec = self.task, self.task.student.spec
-        probe = Probe(
-            inputs=_first(self._steering.inputs, _PROBED),
-            others=self._steering.others[:_PROBED],
+        inputs = SensitivityInputs(
+            inputs=_first(self._steering.inputs, _SENSITIVITY_INPUTS),
+            others=self._steering.others[:_SENSITIVITY_INPUTS],
             logit_scale=spec.logit_scale,
             feed=lambda values: tower_feed(values, task.tower, task.graph.pixels, spec.image),
             output=OUTPUT_NAMES[task.tower],
             batch=task.device.static_batch,
             threads=task.runner.threads,
         )
-        with self._made(config) as graph:
-            source = self._float_form(config, graph.path.with_name("float.onnx"))
-            return measure_damage(source, graph.path, self.groups, probe, config=key(config))
-
-    def _float_form(self, config: StaticInt8, path: Path) -> Path:
-        """Return the float graph that a config quantizes, written to `path` if it is another."""
-        source = self.task.graph.path
-        if not (config.smoothing or config.equalised):
-            return source
-        write_unchecked(apply_transforms(load_graph(source), config, self._data), path)
-        return path
+        with self._written(config) as graph:
+            source = task.graph.path
+            if config.smoothing:  # the float graph that was quantized is the smoothed one
+                model = load_graph(source)
+                apply_smoothing(model, config.smoothing, self._data)
+                source = graph.path.with_name("float.onnx")
+                write_unchecked(model, source)
+            return measure_sensitivity(source, graph.path, self.groups, inputs, config=key(config))
 
     def _gains(self, config: StaticInt8) -> Gains:
         task = self.task
@@ -459,13 +452,13 @@ class TowerTrial:
         feed = tower_feed(values, task.tower, task.graph.pixels, task.student.spec.image)
         if task.workload is None:
             return counted_gains(task.graph.path, self.groups, feed, task.runner)
-        with self._made(config) as graph:
+        with self._written(config) as graph:
             return measured_gains(task.graph.path, graph.path, self.groups, feed, task.runner)
 
 
 @contextmanager
-def open_trial(task: SearchTask, folder: Path) -> Iterator[TowerTrial]:
-    """Open a trial whose points are kept in a folder, for the next run to go on with.
+def open_evaluator(task: SearchTask, folder: Path) -> Iterator[CandidateEvaluator]:
+    """Open an evaluator whose results are kept in a folder, so that a later run continues there.
 
     Raises:
         OSError: the folder cannot be made.
@@ -474,11 +467,11 @@ def open_trial(task: SearchTask, folder: Path) -> Iterator[TowerTrial]:
     cache = folder / f"ranges-{of_pairs}"
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="edgeclip-search-") as scratch:
-        yield TowerTrial(task, PointStore(folder, task.identity), cache, Path(scratch))
+        yield CandidateEvaluator(task, RecordStore(folder, task.identity), cache, Path(scratch))
 
 
 def _first(batches: Sequence[NDArray[Any]], count: int) -> list[NDArray[Any]]:
-    """The first `count` inputs, in their batches."""
+    """Return the first `count` inputs, in their batches."""
     found: list[NDArray[Any]] = []
     for batch in batches:
         if count <= 0:

@@ -1,7 +1,7 @@
-"""A precision with all its settings: what a tower is turned into, as plain data.
+"""Quantization configs: a precision with all its settings, as plain data.
 
-A `Config` says everything that `write_config` needs beside the graph and the calibration
-data, so its `key` names a result: the same source, data and key give the same file.
+A `Config` holds everything that `quantize_graph` needs beside the graph and the calibration
+data, so its `key` identifies a result: the same source, data and key give the same file.
 """
 
 import hashlib
@@ -15,15 +15,18 @@ from pydantic import Discriminator
 from edgeclip.export.quantizing.activation_ranges import EXTREMES, Ranging
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.schema import parse
+from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Precision
 
-Kept = tuple[str, ...]  # names of nodes that stay in float
-Smoothing = tuple[tuple[str, float], ...]  # LayerNorm node, and how much of its range it hands on
+NodeNames = tuple[str, ...]  # names of nodes that stay in float
+SmoothingAlphas = tuple[
+    tuple[str, float], ...
+]  # LayerNorm node, and how much of its range it hands on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Float32:
-    """The reference, as the exporter writes it."""
+    """fp32, as the exporter writes it: the reference."""
 
     kind: Literal["fp32"] = "fp32"
 
@@ -33,42 +36,39 @@ class Float16:
     """Weights and arithmetic in fp16, typed by casts in the graph.
 
     Attributes:
-        islands: nodes that stay in fp32, beside what calibration shows to be too large.
+        islands: nodes that stay in fp32, beside those beyond the range of fp16.
 
     Raises:
-        ValueError: an empty name, or one that is there twice.
+        ValueError: an empty or duplicate name.
     """
 
     kind: Literal["fp16"] = "fp16"
-    islands: Kept = ()
+    islands: NodeNames = ()
 
     def __post_init__(self) -> None:
-        _refuse(_name_mistakes("islands", self.islands))
+        _raise_if_any(_name_mistakes("islands", self.islands))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticInt8:
-    """Q/DQ around products with constant weights; ranges come from calibration.
+    """Static int8: Q/DQ around products with constant weights, ranges from calibration.
 
     Attributes:
         symmetric: activations are signed with zero point 0 and biases stay float, as
-            TensorRT asks. On a CPU, unsigned and asymmetric activations are faster.
+            TensorRT needs them. On a CPU, unsigned and asymmetric activations are faster.
         reduce_range: weights take 7 bits, because 8-bit products can saturate on a CPU
             without int8 dot products.
         per_channel: weights have one scale for each output channel, not one for all.
         ranging: how the range of an activation follows from what calibration saw.
         kept: nodes that stay in float.
-        smoothing: LayerNorms whose outliers go into the weights behind them (SmoothQuant),
-            each with its alpha: the share of the difficulty that the weights take, 0 to 1.
-        equalised: ranges of consecutive layers are balanced first (cross-layer equalisation).
-        bias_corrected: the mean error that quantizing leaves in each product is taken out of
-            its bias.
-        float_precision: what all that is not int8 is computed in.
+        smoothing: LayerNorms whose outliers move into the weights behind them (SmoothQuant),
+            each with its alpha, from 0 (the activations keep them) to 1 (the weights take all).
+        float_precision: of all that is not int8.
         int8_tables: token tables are stored in int8 too, with a scale for each row.
 
     Raises:
-        ValueError: what only goes with asymmetric activations, or only with symmetric ones;
-            names or alphas that cannot be. All of them in one message.
+        ValueError: settings that exclude each other, duplicate or empty names, alphas out of
+            range; all of them in one message.
     """
 
     kind: Literal["static-int8"] = "static-int8"
@@ -76,10 +76,8 @@ class StaticInt8:
     reduce_range: bool = False
     per_channel: bool = True
     ranging: Ranging = EXTREMES
-    kept: Kept = ()
-    smoothing: Smoothing = ()
-    equalised: bool = False
-    bias_corrected: bool = False
+    kept: NodeNames = ()
+    smoothing: SmoothingAlphas = ()
     float_precision: Literal["fp32", "fp16"] = "fp32"
     int8_tables: bool = False
 
@@ -97,15 +95,14 @@ class StaticInt8:
             mistakes.append("int8_tables is for asymmetric int8, which runs on CPUs")
         if not self.symmetric and self.float_precision != "fp32":
             mistakes.append("asymmetric int8 runs on CPUs: its float_precision must be fp32")
-        _refuse(mistakes)
+        _raise_if_any(mistakes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DynamicInt8:
-    """int8 products whose activations are ranged anew in every call, over the whole batch.
+    """Dynamic int8: the range of activations is found in every call, over the whole batch.
 
-    An embedding then depends on what else is in its batch, so this is offered and never a
-    default.
+    An embedding then depends on what else is in its batch, so this is never a default.
 
     Attributes:
         reduce_range: weights take 7 bits, see `StaticInt8`.
@@ -113,21 +110,21 @@ class DynamicInt8:
         int8_tables: token tables are stored in int8 too, with a scale for each row.
 
     Raises:
-        ValueError: an empty name, or one that is there twice.
+        ValueError: an empty or duplicate name.
     """
 
     kind: Literal["dynamic-int8"] = "dynamic-int8"
     reduce_range: bool = False
-    kept: Kept = ()
+    kept: NodeNames = ()
     int8_tables: bool = False
 
     def __post_init__(self) -> None:
-        _refuse(_name_mistakes("kept", self.kept))
+        _raise_if_any(_name_mistakes("kept", self.kept))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightOnly:
-    """Weights stored in few bits, activations given as float: for size, not for speed.
+    """Weights stored in 4 or 8 bits, float activations: for size, not for speed.
 
     Attributes:
         bits: of a product's weight. The last product and token tables take 8 bits.
@@ -135,14 +132,13 @@ class WeightOnly:
         kept: nodes that stay in float; a token table is kept by naming its Gather.
 
     Raises:
-        ValueError: bits or a block that there are not, an empty name, or one that is there
-            twice.
+        ValueError: unknown bits or block size, an empty or duplicate name.
     """
 
     kind: Literal["weight-only"] = "weight-only"
     bits: Literal[4, 8]
     block: Literal[32, 64, 128] = 32
-    kept: Kept = ()
+    kept: NodeNames = ()
 
     def __post_init__(self) -> None:
         mistakes = _name_mistakes("kept", self.kept)
@@ -150,25 +146,25 @@ class WeightOnly:
             mistakes.append(f"bits must be 4 or 8, got {self.bits}")
         if self.block not in (32, 64, 128):
             mistakes.append(f"block must be 32, 64 or 128, got {self.block}")
-        _refuse(mistakes)
+        _raise_if_any(mistakes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Float8:
-    """E4M3 around products with constant weights, everything else in fp16.
+    """float8 (E4M3) Q/DQ around products with constant weights, everything else in fp16.
 
     Attributes:
         kept: nodes that are not quantized.
 
     Raises:
-        ValueError: an empty name, or one that is there twice.
+        ValueError: an empty or duplicate name.
     """
 
     kind: Literal["fp8"] = "fp8"
-    kept: Kept = ()
+    kept: NodeNames = ()
 
     def __post_init__(self) -> None:
-        _refuse(_name_mistakes("kept", self.kept))
+        _raise_if_any(_name_mistakes("kept", self.kept))
 
 
 # In a file, `kind` says which of them it is.
@@ -183,9 +179,9 @@ class _Holder:
 
 
 def precision_of(config: Config) -> Precision:
-    """Return the bundle's word for it: that of its file, its gates and its place in a choice.
+    """Return the precision that a bundle's files and gates have for a config.
 
-    All that stores weights as integers is int8 there, 4-bit weights too.
+    Everything that stores weights as integers is int8 there, 4-bit weights too.
     """
     match config:
         case Float32():
@@ -199,7 +195,7 @@ def precision_of(config: Config) -> Precision:
 
 
 def needs_vnni(config: Config) -> bool:
-    """Whether its products overflow on a CPU without int8 dot products."""
+    """Return whether its int8 products overflow on a CPU without VNNI."""
     match config:
         case StaticInt8():
             return not config.symmetric and not config.reduce_range
@@ -218,7 +214,7 @@ def default_config(precision: Precision, device: DeviceProfile) -> Config: ...
 
 
 def default_config(precision: Precision, device: DeviceProfile) -> Config:
-    """Return what suits a device's engine in a precision where nothing was searched."""
+    """Return the config for a precision on a device where nothing was searched."""
     match precision:
         case "fp32":
             return Float32()
@@ -233,7 +229,7 @@ def default_config(precision: Precision, device: DeviceProfile) -> Config:
 
 
 def describe(config: Config) -> str:
-    """Say in a few words what it is: "int8, symmetric, fp16 between, 2 nodes in float"."""
+    """Describe a config, as in "int8, symmetric, fp16 between, 2 nodes in float"."""
     match config:
         case Float32():
             return "fp32"
@@ -256,7 +252,7 @@ def describe(config: Config) -> str:
 
 
 def key(config: Config) -> str:
-    """Return the sha256 of the canonical JSON; the order of names does not change it."""
+    """Return the SHA-256 of a config's canonical JSON; the order of names does not matter."""
     # Read again, so that 1 and 1.0 are the same number.
     data = asdict(config_from_data(asdict(config), source="config"))
     for name in ("kept", "islands", "smoothing"):
@@ -267,12 +263,36 @@ def key(config: Config) -> str:
 
 
 def config_from_data(data: object, *, source: str) -> Config:
-    """Read a config from its fields; `source` names it in messages.
+    """Read a config from plain data; `source` names it in messages.
 
     Raises:
-        ConfigError: no such kind, or any mistake that `parse` finds.
+        ConfigError: an unknown kind, a remedy that was removed, or any mistake that `parse` finds.
     """
-    return parse(_Holder, {"config": data}, source=source).config
+    return parse(_Holder, {"config": without_removed(data, source=source)}, source=source).config
+
+
+# Fields of static int8 in older files, each with the value that has no effect.
+_REMOVED: dict[str, object] = {"equalised": False, "bias_corrected": False}
+
+
+def without_removed(data: object, *, source: str) -> object:
+    """Drop the fields that older versions wrote from a config's plain data.
+
+    Raises:
+        ConfigError: the config uses one of them, so its graph can no longer be made.
+    """
+    if not isinstance(data, dict) or data.get("kind") != "static-int8":
+        return data
+    used = [name for name, unused in _REMOVED.items() if data.get(name, unused) != unused]
+    ranging = data.get("ranging")
+    if isinstance(ranging, dict) and ranging.get("method") in ("entropy", "mse"):
+        used.append(f"ranges by {ranging['method']}")
+    if used:
+        raise ConfigError(
+            f"{source} uses {', '.join(used)}, which this version of edgeclip no longer has: "
+            "search again with `edgeclip quantize`"
+        )
+    return {name: value for name, value in data.items() if name not in _REMOVED}
 
 
 def _name_mistakes(field: str, names: Sequence[str]) -> list[str]:
@@ -281,7 +301,7 @@ def _name_mistakes(field: str, names: Sequence[str]) -> list[str]:
     return mistakes + [f"{field}: {name} is there twice" for name in twice]
 
 
-def _refuse(mistakes: Sequence[str]) -> None:
+def _raise_if_any(mistakes: Sequence[str]) -> None:
     if mistakes:
         raise ValueError("; ".join(mistakes))
 
@@ -296,14 +316,12 @@ def _static_words(config: StaticInt8) -> list[str]:
         "" if config.per_channel else "one scale for each weight",
         "" if config.ranging == EXTREMES else f"ranges by {method}",
         _count(config.smoothing, "LayerNorm", "smoothed"),
-        "equalised" if config.equalised else "",
-        "biases corrected" if config.bias_corrected else "",
         "fp16 between" if config.float_precision == "fp16" else "",
         "int8 tables" if config.int8_tables else "",
     ]
 
 
-def _in_float(kept: Kept) -> str:
+def _in_float(kept: NodeNames) -> str:
     return _count(kept, "node", "in float")
 
 

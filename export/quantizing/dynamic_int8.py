@@ -1,4 +1,4 @@
-"""Dynamic int8: activation ranges per call; token tables in int8."""
+"""Quantize towers to dynamic int8 (activation ranges per call), and token tables to int8."""
 
 import tempfile
 from collections.abc import Collection
@@ -17,12 +17,12 @@ from edgeclip.export.quantizing.activation_ranges import quiet
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 
 _LARGEST = 127
-# What a token id may go through before it is looked up.
+# Operators that a token id may pass through before it is looked up.
 _SAME_IDS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 
 
-def token_lookups(model: onnx.ModelProto) -> list[str]:
-    """Names of the nodes that look up the graph's input in a constant table [tokens, width]."""
+def token_table_lookups(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the Gathers that look up token ids in a table [tokens, width]."""
     graph = model.graph
     tables = {
         item.name
@@ -44,14 +44,14 @@ def token_lookups(model: onnx.ModelProto) -> list[str]:
     return found
 
 
-def store_tables(model: onnx.ModelProto, kept: Collection[str] = ()) -> int:
-    """Store the token tables in int8, in place; return how many.
+def quantize_token_tables(model: onnx.ModelProto, kept: Collection[str] = ()) -> int:
+    """Store the token tables in int8 with a scale for each row, in place; return how many.
 
-    `kept` names look-ups whose table stays as it is. A table that something else reads too
-    stays beside its copy. The weights must be in memory, as `load_graph` gives them.
+    `kept` names look-ups whose table stays in float. A table that another node reads too stays
+    beside its int8 copy. The weights must be in memory, as `load_graph` gives them.
     """
     graph = model.graph
-    chosen = set(token_lookups(model)) - set(kept)
+    chosen = set(token_table_lookups(model)) - set(kept)
     tables = {item.name: item for item in graph.initializer}
     constants: dict[str, onnx.TensorProto] = {}
     nodes: list[onnx.NodeProto] = []
@@ -60,7 +60,7 @@ def store_tables(model: onnx.ModelProto, kept: Collection[str] = ()) -> int:
             nodes.append(node)
             continue
         name = node.input[0]
-        whole, scales = rounded_rows(numpy_helper.to_array(tables[name]))
+        whole, scales = quantize_rows(numpy_helper.to_array(tables[name]))
         for suffix, values in (("int8", whole), ("scale", scales)):
             made = numpy_helper.from_array(values, f"{name}_{suffix}")
             constants[made.name] = made
@@ -75,8 +75,8 @@ def store_tables(model: onnx.ModelProto, kept: Collection[str] = ()) -> int:
     return len(chosen)
 
 
-def rounded_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Return a table [tokens, width] in int8, and the scale of each row [tokens, 1]."""
+def quantize_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round a table [tokens, width] to int8; return it with the scale of each row [tokens, 1]."""
     scales = (np.abs(table).max(axis=1, keepdims=True) / _LARGEST).astype(np.float32)
     scales[scales == 0] = 1
     whole = np.clip(np.rint(table / scales), -_LARGEST, _LARGEST)
@@ -84,7 +84,7 @@ def rounded_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[
 
 
 def _lookup(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Return what looks up an int8 table in place of a node; the first keeps its name."""
+    """Return the nodes that look up the int8 table; the first keeps the Gather's name."""
     (table, ids), result = node.input, node.output[0]
     make = helper.make_node
     return [
@@ -101,9 +101,6 @@ def _lookup(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     ]
 
 
-_OPERATORS = ("MatMul", "Gemm")
-
-
 def write_dynamic_int8(
     source: Path,
     target: Path,
@@ -112,7 +109,7 @@ def write_dynamic_int8(
     kept: Collection[str] = (),
     int8_tables: bool = False,
 ) -> None:
-    """Quantize the weights of a tower's products, and let each call range what they read.
+    """Quantize a tower's weights; activations are quantized by their range in each call.
 
     Args:
         source, target: the ONNX files.
@@ -124,7 +121,14 @@ def write_dynamic_int8(
     Raises:
         ExportError: nothing in the graph can be quantized, or the result is not valid ONNX.
     """
-    nodes = _products(source, kept)
+    able = set(quantizable_nodes(source)) - set(kept)
+    # onnxruntime first turns a Gemm into a MatMul of another name.
+    names = {"MatMul": "{}", "Gemm": "{}_MatMul"}
+    nodes = [
+        names[node.op_type].format(node.name)
+        for node in onnx.load(source, load_external_data=False).graph.node
+        if node.name in able and node.op_type in names
+    ]
     if not nodes:
         raise ExportError(f"{source.name} has no MatMul or Gemm that could be quantized")
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -142,16 +146,5 @@ def write_dynamic_int8(
         )
         model = load_graph(raw)
     if int8_tables:
-        store_tables(model, kept)
+        quantize_token_tables(model, kept)
     save_graph(model, target)
-
-
-def _products(source: Path, kept: Collection[str]) -> list[str]:
-    """Names of what is quantized: onnxruntime first turns a Gemm into a MatMul of another name."""
-    able = set(quantizable_nodes(source)) - set(kept)
-    names = {"MatMul": "{}", "Gemm": "{}_MatMul"}
-    return [
-        names[node.op_type].format(node.name)
-        for node in onnx.load(source, load_external_data=False).graph.node
-        if node.name in able and node.op_type in _OPERATORS
-    ]

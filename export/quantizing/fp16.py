@@ -1,4 +1,4 @@
-"""fp16 towers: weights and arithmetic in half precision, outputs in float32; emulation on a CPU."""
+"""Convert towers to fp16 with fp32 inputs and outputs, and emulate fp16 graphs on a CPU."""
 
 import contextlib
 import tempfile
@@ -19,7 +19,7 @@ from edgeclip.export.graph.graph_io import limit_masks, load_graph, save_graph, 
 from edgeclip.export.quantizing.activation_ranges import Bounds, cached_bounds
 from edgeclip.runtime.device.device_profile import DeviceProfile
 
-# Other inputs than those of calibration may go further, and sums on their way further still.
+# Other inputs than those of calibration have larger values, and partial sums larger ones still.
 _SAFE = float(np.finfo(np.float16).max) / 4
 
 
@@ -31,12 +31,12 @@ def write_fp16(
     islands: Collection[str] = (),
     cache: Path | None = None,
 ) -> None:
-    """Convert an fp32 tower to fp16; what `data` shows to be too large for it stays in fp32.
+    """Convert an fp32 tower to fp16, except nodes beyond the range of fp16 and the `islands`.
 
-    So do `islands`, nodes by name. `cache` is a folder for bounds that were found, which
-    belongs to this data alone.
+    `data` shows the range of each activation. `islands` are names of nodes. `cache` is a folder
+    for ranges, used with this data only.
 
-    The graph itself is typed, by casts at its ends, so an engine needs no flags for it.
+    The graph is strongly typed, with casts at its ends, so an engine needs no precision flags.
     The L2 normalisation stays in fp32, because a sum of squares overflows in fp16;
     LayerNormalization keeps its statistics in fp32 by its own definition.
 
@@ -46,18 +46,18 @@ def write_fp16(
     model = load_graph(source)
     limit_masks(model)
     bounds = cached_bounds(source, data, cache=cache) if data is not None else {}
-    save_graph(to_fp16(model, too_large(model, bounds) | set(islands)), target)
+    save_graph(to_fp16(model, nodes_beyond_fp16(model, bounds) | set(islands)), target)
 
 
 def to_fp16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """Convert all but the last L2 norm, what follows it and the nodes named in `keep`.
+    """Convert a graph to fp16, except the final L2 norm, what follows it and the nodes in `keep`.
 
     Inputs and outputs keep their types; `model` itself may be changed. Nodes keep their
-    names, but values do not.
+    names, values do not.
     """
-    kept = sorted({*normalisation(model.graph), *keep})
+    kept = sorted({*final_norm_nodes(model.graph), *keep})
     with warnings.catch_warnings():
-        # Of tiny weights, which become the smallest of fp16: that changes nothing here.
+        # About tiny weights, which become the smallest fp16 number: harmless here.
         warnings.simplefilter("ignore")
         model = convert_float_to_float16(model, keep_io_types=True, node_block_list=kept)
     _drop_repeated_casts(model.graph)
@@ -67,10 +67,10 @@ def to_fp16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelPro
     return model
 
 
-def too_large(model: onnx.ModelProto, bounds: Bounds) -> set[str]:
-    """Names of the nodes that read or give what fp16 cannot safely hold.
+def nodes_beyond_fp16(model: onnx.ModelProto, bounds: Bounds) -> set[str]:
+    """Return the names of the nodes whose inputs or outputs fp16 cannot safely hold.
 
-    `bounds` has the largest absolute values of activations.
+    `bounds` has the largest absolute value of each activation.
     """
     large = {name for name, bound in bounds.items() if bound > _SAFE}
     large |= {
@@ -82,8 +82,8 @@ def too_large(model: onnx.ModelProto, bounds: Bounds) -> set[str]:
     return {node.name for node in model.graph.node if large & {*node.input, *node.output}}
 
 
-def normalisation(graph: onnx.GraphProto) -> set[str]:
-    """Names of the last L2 norm's node and of all that depend on it."""
+def final_norm_nodes(graph: onnx.GraphProto) -> set[str]:
+    """Return the names of the final L2 norm's node and of all nodes that depend on it."""
     norms = [node for node in graph.node if node.op_type == "ReduceL2"]
     if not norms:
         return set()
@@ -96,7 +96,7 @@ def normalisation(graph: onnx.GraphProto) -> set[str]:
 
 
 def _drop_repeated_casts(graph: onnx.GraphProto) -> None:
-    """Keep the first of the equal casts that the converter adds for each reader of a value."""
+    """Remove all but the first of the equal casts that the converter adds for each reader."""
     seen: set[str] = set()
     for node in list(graph.node):
         if node.op_type == "Cast" and node.output[0] in seen:
@@ -105,16 +105,16 @@ def _drop_repeated_casts(graph: onnx.GraphProto) -> None:
 
 
 def _join_round_trips(graph: onnx.GraphProto) -> None:
-    """Where fp32 goes through fp16 to fp32 again, hand on the fp32 value.
+    """Remove casts from fp32 to fp16 and back, so that readers get the fp32 value.
 
-    The converter casts behind each node that stays in fp32 and before the next one, which
-    would round the norm and the embedding for nothing, and lose what overflows.
+    The converter adds them between nodes that stay in fp32. They would round the norm and the
+    embedding for nothing, and lose what overflows.
     """
     to_fp16 = {
         node.output[0]: node.input[0] for node in graph.node if _is_cast(node, TensorProto.FLOAT16)
     }
     outputs = {item.name for item in graph.output}
-    # Outputs last: they give their name to the value that they are made from.
+    # Graph outputs last: they give their name to the value that they are cast from.
     for node in sorted(graph.node, key=lambda node: node.output[0] in outputs):
         source = to_fp16.get(node.input[0]) if _is_cast(node, TensorProto.FLOAT) else None
         if source is not None and source != graph.input[0].name:
@@ -140,7 +140,7 @@ def _is_cast(node: onnx.NodeProto, kind: int) -> bool:
     return node.op_type == "Cast" and node.attribute[0].i == kind
 
 
-# Give values that they were given.
+# Operators whose outputs are values of their inputs, so that nothing is rounded again.
 _MOVES = frozenset(
     {
         *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity"),
@@ -151,16 +151,16 @@ _MOVES = frozenset(
 _CONSTANTS = ("Constant", "ConstantOfShape")
 
 
-def emulate_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph in fp32 that gives what a typed fp16 graph gives where fp16 is native.
+def emulate_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return an fp32 graph that rounds every value as a native fp16 engine would.
 
     The weights must be in memory, as `load_graph` gives them. Nodes and values keep their
-    names; inputs and outputs that are fp16 become fp32.
+    names; fp16 inputs and outputs become fp32.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph = made.graph
-    halves = half_values(made)
+    halves = fp16_values(made)
     for tensor in graph.initializer:
         _widen_tensor(tensor)
     for item in (*graph.input, *graph.output):
@@ -183,13 +183,13 @@ def emulate_half(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextlib.contextmanager
-def stored_in_half(
+def emulated_fp16(
     graphs: Sequence[TowerGraph], device: DeviceProfile
 ) -> Iterator[tuple[TowerGraph, ...]]:
-    """Give towers to judge on a CPU in place of those that a device will run, in the same order.
+    """Replace fp16 graphs by their emulation, so that a CPU can judge them; order is kept.
 
-    Those in fp32, without fp16, or for a CPU are given as they are, of the others graphs made by
-    `emulate_half`, which are gone when the block ends.
+    Graphs in fp32, without fp16 values, or for a CPU stay as they are. The files of the others,
+    made by `emulate_fp16`, are deleted when the block ends.
 
     Raises:
         ExportError: a graph cannot be read.
@@ -202,16 +202,16 @@ def stored_in_half(
                 shown.append(graph)
                 continue
             model = load_graph(path)
-            if half_values(model):
+            if fp16_values(model):
                 path = Path(folder) / str(place) / path.name
                 path.parent.mkdir()
-                write_unchecked(emulate_half(model), path)
+                write_unchecked(emulate_fp16(model), path)
             shown.append(replace(graph, path=path))
         yield tuple(shown)
 
 
-def half_values(model: onnx.ModelProto) -> frozenset[str]:
-    """Names of a graph's values that are fp16, found without the shapes of any."""
+def fp16_values(model: onnx.ModelProto) -> frozenset[str]:
+    """Return the names of a graph's fp16 values; no shapes are needed."""
     graph = model.graph
     versions = {item.domain: item.version for item in model.opset_import}
     halves = {item.name for item in graph.initializer if item.data_type == TensorProto.FLOAT16}
@@ -248,7 +248,7 @@ def _half_outputs(node: onnx.NodeProto, halves: set[str], versions: dict[str, in
 
 
 def _rounded(node: onnx.NodeProto, place: int) -> list[onnx.NodeProto]:
-    """Make a node's output exact under another name; return what rounds it."""
+    """Rename a node's output, and return the casts that give its fp16 rounding the old name."""
     name = node.output[place]
     if node.op_type == "Cast":
         half = node.output[place] = f"{name}_half"

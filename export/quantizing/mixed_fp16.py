@@ -1,8 +1,8 @@
-"""fp16 towers with islands of fp32: the fewest nodes without which the tower misses its gates.
+"""Find the smallest set of nodes that must stay in fp32 for an fp16 tower to pass its gates.
 
 Ranges alone do not tell which nodes those are: a value can fit into fp16 and still lose the
-digits that a difference behind it needs. So the tower is measured: converted with some nodes
-in fp32, run with every fp16 value rounded, and held against fp32.
+digits that a subtraction behind it needs. So the tower is measured: converted with some nodes
+in fp32, run with every fp16 value rounded, and compared with fp32.
 """
 
 import tempfile
@@ -19,15 +19,15 @@ from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds, judge_tower
 from edgeclip.export.graph.calibration import CalibrationData
 from edgeclip.export.graph.graph_io import limit_masks, load_graph, write_unchecked
 from edgeclip.export.quantizing.activation_ranges import cached_bounds, open_engine_here
-from edgeclip.export.quantizing.config import Kept
-from edgeclip.export.quantizing.fp16 import emulate_half, half_values, to_fp16, too_large
+from edgeclip.export.quantizing.config import NodeNames
+from edgeclip.export.quantizing.fp16 import emulate_fp16, fp16_values, nodes_beyond_fp16, to_fp16
 from edgeclip.runtime.arrays import FloatArray
 
 
-def hold_inputs(batches: Iterator[NDArray[Any]], path: Path) -> tuple[NDArray[Any], ...]:
-    """Write batches to a file, one behind the other, and return them mapped into memory.
+def cache_inputs(batches: Iterator[NDArray[Any]], path: Path) -> tuple[NDArray[Any], ...]:
+    """Write batches to one file, and return them as memory-mapped arrays.
 
-    Pictures are decoded and cut only once, and memory holds one batch at a time, whatever
+    Pictures are decoded and cropped only once, and memory holds one batch at a time, whatever
     their number. The file must stay until the arrays are gone.
     """
     shapes: list[tuple[np.dtype[Any], tuple[int, ...]]] = []
@@ -44,9 +44,7 @@ def hold_inputs(batches: Iterator[NDArray[Any]], path: Path) -> tuple[NDArray[An
     return tuple(held)
 
 
-Passes = Callable[[Collection[str]], bool]
-
-_TRIALS = 200  # conversions and runs after which the best set so far is returned
+_MAX_TRIALS = 200  # conversions and runs after which the best set so far is returned
 
 
 def find_islands(
@@ -55,11 +53,12 @@ def find_islands(
     *,
     bounds: Bounds = DEFAULT_BOUNDS["fp16"],
     cache: Path | None = None,
-) -> Kept:
-    """Return nodes to keep in fp32, so that a tower in fp16 loses at most half of what it may.
+) -> NodeNames:
+    """Return a minimal set of nodes to keep in fp32, with which the tower passes its gates.
 
-    None of them can be left out, unless trials ran out, or one more made it worse (see
-    `fewest`). What is too large for fp16 stays in fp32 anyhow and is not among them.
+    The allowed loss of cosine is halved, because other inputs lose more than those of
+    calibration. What exceeds the range of fp16 stays in fp32 anyhow and is not in the set.
+    For its minimality see `minimal_subset`.
 
     Args:
         source: the tower in fp32.
@@ -73,37 +72,37 @@ def find_islands(
     """
     with tempfile.TemporaryDirectory() as folder:
         # Pictures are decoded once, and not for each trial.
-        held = hold_inputs(map(data.batch, range(data.count)), Path(folder) / "inputs")
-        return _islands(_Tower(source, CalibrationData(len(held), held.__getitem__), bounds, cache))
+        batches = cache_inputs(map(data.batch, range(data.count)), Path(folder) / "inputs")
+        cached = CalibrationData(len(batches), batches.__getitem__)
+        tower = _MixedTower(source, cached, bounds, cache)
+        if tower.passes(()):
+            return ()
+        nodes = tower.nodes()
+        if not tower.passes(nodes):
+            raise ExportError(
+                f"{tower.name} misses its gates with every node in fp32: its embeddings of the "
+                "calibration data are not finite or not of length 1, export it again"
+            )
+        # Large values have the fewest digits behind the point in fp16.
+        likely = sorted(nodes, key=tower.largest, reverse=True)
+        found = set(minimal_subset(likely, tower.passes))
+        return tuple(name for name in nodes if name in found)
 
 
-def _islands(tower: "_Tower") -> Kept:
-    if tower.passes(()):
-        return ()
-    nodes = tower.nodes()
-    if not tower.passes(nodes):
-        raise ExportError(
-            f"{tower.name} misses its gates with every node in fp32: its embeddings of the "
-            "calibration data are not finite or not of length 1, export it again"
-        )
-    # fp16 has the fewest digits behind the point where values are large.
-    likely = sorted(nodes, key=tower.bound, reverse=True)
-    found = set(fewest(likely, tower.passes))
-    return tuple(name for name in nodes if name in found)
+def minimal_subset(
+    items: Sequence[str], passes: Callable[[Collection[str]], bool], trials: int = _MAX_TRIALS
+) -> tuple[str, ...]:
+    """Return a subset of `items` that passes, and no smaller subset of which passes.
 
-
-def fewest(items: Sequence[str], passes: Passes, trials: int = _TRIALS) -> tuple[str, ...]:
-    """Return a part of `items`, all of which pass, that passes with none of it left out.
-
-    QuickXplain (Junker 2004, AAAI): for k of n items about 2k log2(n/k) + 2k trials. Where
-    several parts would do, it prefers what comes first. After so many trials, what is not
-    decided stays in. It takes for granted that more items never make a part fail; where they
-    do, all are returned.
+    QuickXplain (Junker 2004, AAAI): about 2k log2(n/k) + 2k trials for k of n items. Items
+    that come first are preferred. Once `trials` are used up, undecided items stay in the subset.
+    All `items` together must pass. Adding items is assumed never to make a passing set fail;
+    where it does, all items are returned.
     """
     left = trials
 
     def needed(given: Sequence[str], added: bool, among: Sequence[str]) -> Sequence[str]:
-        """The part of `among` that is needed beside `given`, to which some were just added."""
+        """Return the part of `among` needed beside `given`; `added`: `given` has just grown."""
         nonlocal left
         if added and left > 0:
             left -= 1
@@ -120,8 +119,8 @@ def fewest(items: Sequence[str], passes: Passes, trials: int = _TRIALS) -> tuple
     return tuple(found) if passes(found) else tuple(items)
 
 
-class _Tower:
-    """A tower in fp32, converted and run again and again."""
+class _MixedTower:
+    """A tower converted to fp16 with changing sets of nodes in fp32, and run on cached inputs."""
 
     def __init__(
         self, source: Path, data: CalibrationData, bounds: Bounds, cache: Path | None
@@ -134,27 +133,27 @@ class _Tower:
             mean_cosine=(1 + bounds.mean_cosine) / 2, p1_cosine=(1 + bounds.p1_cosine) / 2
         )
         self._ranges = cached_bounds(source, data, cache=cache)
-        self._large = too_large(self.model, self._ranges)
-        self._reference = embed(self.model, data)
+        self._large = nodes_beyond_fp16(self.model, self._ranges)
+        self._reference = embed_graph(self.model, data)
         self._outputs = {node.name: tuple(node.output) for node in self.model.graph.node}
         self._seen: dict[frozenset[str], bool] = {}
 
     def nodes(self) -> list[str]:
-        """Names of the nodes that may stay in fp32, in the graph's order."""
+        """Return the names of the nodes with fp16 outputs, in the graph's order."""
         half = self._converted(())
-        values = half_values(half)
+        values = fp16_values(half)
         made = {node.name for node in half.graph.node if values & set(node.output)}
         return [node.name for node in self.model.graph.node if node.name in made]
 
-    def bound(self, node: str) -> float:
-        """Return the largest absolute value that a node gives."""
+    def largest(self, node: str) -> float:
+        """Return the largest absolute value of a node's outputs."""
         return max(self._ranges.get(name, 0.0) for name in self._outputs[node])
 
     def passes(self, kept: Collection[str]) -> bool:
-        """Tell whether the tower stays close enough to fp32 with these nodes in fp32."""
+        """Return whether the tower passes its gates with these nodes in fp32."""
         key = frozenset(kept)
         if key not in self._seen:
-            found = embed(emulate_half(self._converted(kept)), self._data)
+            found = embed_graph(emulate_fp16(self._converted(kept)), self._data)
             records = judge_tower(found, self._reference, self._bounds)
             self._seen[key] = all(record.passed for record in records)
         return self._seen[key]
@@ -165,12 +164,8 @@ class _Tower:
         return to_fp16(copy, self._large | set(kept))
 
 
-def embed(model: onnx.ModelProto, data: CalibrationData) -> FloatArray:
-    """Run a graph on all batches on this machine's CPU; return its first output, [N, dim].
-
-    Raises:
-        EngineError: the graph cannot be run here.
-    """
+def embed_graph(model: onnx.ModelProto, data: CalibrationData) -> FloatArray:
+    """Run a graph on all batches on this machine's CPU; return its first output, [N, dim]."""
     given, wanted = model.graph.input[0].name, model.graph.output[0].name
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trial.onnx"

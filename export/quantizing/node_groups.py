@@ -1,4 +1,4 @@
-"""Groups of products that are quantized together, and the time that each saves."""
+"""Group products that share an input, and measure the time that quantizing each group saves."""
 
 import itertools
 import re
@@ -26,12 +26,12 @@ _ENDING = re.compile(r"\.(?:weight|bias)$")
 
 @dataclass(frozen=True, slots=True)
 class NodeGroup:
-    """Products of one value.
+    """Products of the same input value.
 
     Attributes:
-        title: for people.
-        nodes: names of the products.
-        names: of each product alone, for people.
+        title: shown to the user.
+        nodes: names of the products in the graph.
+        names: of each product, shown to the user.
     """
 
     title: str
@@ -45,10 +45,10 @@ class NodeGroup:
 
 
 def node_groups(path: Path) -> tuple[NodeGroup, ...]:
-    """Group what can be quantized in a graph, in its order.
+    """Group the quantizable products of a graph by their input, in the graph's order.
 
     Raises:
-        ExportError: there is nothing.
+        ExportError: there is none.
     """
     names = set(quantizable_nodes(path))
     model = onnx.load(path, load_external_data=False)
@@ -68,7 +68,7 @@ def node_groups(path: Path) -> tuple[NodeGroup, ...]:
 
 
 class _Titles:
-    """What a graph's products are called in the model that it was made of."""
+    """Names of a graph's products in the torch model that it was exported from."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._constants = constant_names(model)
@@ -79,7 +79,7 @@ class _Titles:
                 self._readers.setdefault(name, []).append(node)
 
     def of(self, nodes: Sequence[onnx.NodeProto]) -> str:
-        """Name some products of one value."""
+        """Return one name for products of the same value."""
         known = [name for node in nodes if (name := self._module(node))]
         if len(known) == len(nodes):
             return _joined(known)
@@ -89,11 +89,11 @@ class _Titles:
         return "+".join(node.name for node in nodes)
 
     def one(self, node: onnx.NodeProto) -> str:
-        """Name one of several products of a value."""
+        """Return the name of one of several products of a value."""
         return self._module(node) or node.name
 
     def _module(self, node: onnx.NodeProto) -> str | None:
-        """Return the module whose weight or bias a product has; None where names are lost."""
+        """Return the module that owns a product's weight or bias; None where names were lost."""
         added = [
             name
             for reader in self._readers.get(node.output[0], [])
@@ -107,7 +107,7 @@ class _Titles:
 
 
 def _short(parameter: str) -> str:
-    """Return a parameter's module, from its block on."""
+    """Return the module of a parameter, from its block on."""
     stem = _ENDING.sub("", parameter)
     found = _BLOCK.search(stem)
     return found[1] if found else stem
@@ -127,19 +127,19 @@ def _joined(names: Sequence[str]) -> str:
 _RUNS = 40
 _WARM_UP = 10
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear")
-# What ONNX Runtime adds to the name of a node that it merges with others, or makes anew.
+# What ONNX Runtime adds to the names of nodes that it fuses or creates.
 _ADDED = re.compile(r"^fused |(/\w+Fusion/?)?(_token_\d+)?$")
 _BY_VALUE = "_nchwc"  # behind the name of a value: a convolution in another layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupGain:
-    """What a group saves.
+    """The time that quantizing one group saves.
 
     Attributes:
         nodes: names of its products.
-        saved: share of the float tower's time that quantizing it saves, below 0 if it costs
-            time; its share of the multiply-adds where nothing was measured.
+        saved: as a share of the float tower's time, negative if it costs time; where nothing was
+            measured, the group's share of the multiply-adds.
     """
 
     nodes: tuple[str, ...]
@@ -148,22 +148,22 @@ class GroupGain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gains(JsonRecord):
-    """What every group of a tower saves.
+    """The time that quantizing each group of a tower saves.
 
     Attributes:
         groups: in the graph's order.
-        measured: whether they were timed on the device.
+        measured: whether times were measured on the device, or operations counted.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 2
     WHAT: ClassVar[str] = "gains"
-    MEND: ClassVar[str] = "delete it and search again"
+    HINT: ClassVar[str] = "delete it and search again"
 
     groups: tuple[GroupGain, ...]
     measured: bool
 
     def of(self, nodes: Iterable[str]) -> float:
-        """Return what some products save; a part of a group takes its share by number."""
+        """Return what some products save; a group's saving is divided evenly among its products."""
         saved = {node: item.saved / len(item.nodes) for item in self.groups for node in item.nodes}
         return sum(saved.get(node, 0.0) for node in nodes)
 
@@ -175,12 +175,12 @@ def measured_gains(
     feed: Mapping[str, NDArray[Any]],
     device: DeviceProfile,
 ) -> Gains:
-    """Profile both graphs on this machine, which is the device.
+    """Measure gains by profiling both graphs on this machine, which must be the device.
 
     Args:
         source: the tower in fp32.
-        written: the same with all groups quantized; its nodes have kept their names.
-        groups: what is asked about.
+        written: the same with all groups quantized; nodes have kept their names.
+        groups: the groups to measure.
         feed: one input by its name.
         device: whose engine is ONNX Runtime.
 
@@ -204,7 +204,7 @@ def counted_gains(
     feed: Mapping[str, NDArray[Any]],
     device: DeviceProfile,
 ) -> Gains:
-    """Count multiply-adds; `device` is any that can run the graph here.
+    """Estimate gains by counting multiply-adds; `device` is any that can run the graph here.
 
     Raises:
         EngineError: the graph cannot be run.
@@ -222,8 +222,8 @@ def counted_gains(
 def _times(
     path: Path, groups: Sequence[NodeGroup], feed: Mapping[str, NDArray[Any]], device: DeviceProfile
 ) -> tuple[list[float], float]:
-    """Milliseconds of each group with all around it, and of the whole graph."""
-    # Medians by node: whole runs have some node stopped by another program more often.
+    """Return the milliseconds of each group with its Q/DQ and Add nodes, and of the whole graph."""
+    # Medians by node: in most whole runs another program interrupts some node.
     layers = profile_layers_of(path, feed, device, runs=_RUNS, warm_up=_WARM_UP).layers
     edit = _open(path)
     figures = _by_node(layers, edit, lambda layer: layer.ms)
@@ -237,7 +237,7 @@ def _open(path: Path) -> GraphEdit:
 def _by_node(
     layers: Iterable[LayerTime], edit: GraphEdit, figure: Callable[[LayerTime], float]
 ) -> dict[str, float]:
-    """Sums of a figure of layers, by the names of the nodes that they come from."""
+    """Sum a figure of layers by the names of the nodes that they come from."""
     written = {node.name for node in edit.graph.node}
     found: dict[str, float] = {}
     for layer in layers:
@@ -247,7 +247,7 @@ def _by_node(
 
 
 def _origin(layer: LayerTime, edit: GraphEdit) -> str:
-    """Name of the node that ONNX Runtime made a layer of, as far as the layer's name tells."""
+    """Return the node that ONNX Runtime made a layer from, as far as the layer's name tells."""
     name = _ADDED.sub("", layer.name)
     if layer.op != "Conv" or not name.endswith(_BY_VALUE):
         return name
@@ -262,7 +262,7 @@ def _spent(figures: Mapping[str, float], names: Iterable[str]) -> float:
 
 
 def _around(edit: GraphEdit, group: NodeGroup) -> set[str]:
-    """Names of a group's products, of what rounds for them, and of sums that read them."""
+    """Return the names of a group's products, of their Q/DQ nodes, and of Adds that read them."""
     found = [node for node in edit.graph.node if node.name in group.nodes]
     given = [name for node in found for name in node.input]
     made = [name for node in found for name in node.output]

@@ -1,9 +1,10 @@
-"""`quantization.json`: the config chosen for each tower, and the fp32 graph it was chosen on."""
+"""Read and write `quantization.json`: the config chosen for each tower, and its fp32 graph."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
@@ -14,7 +15,7 @@ from edgeclip.export.graph.graph_io import load_graph, save_graph, sha256_graph
 from edgeclip.export.graph.graph_passes import PASSES
 from edgeclip.export.graph.to_onnx import GraphForm, export_tower
 from edgeclip.export.graph.tune_passes import tune_tower
-from edgeclip.export.quantizing.config import Config, default_config, precision_of
+from edgeclip.export.quantizing.config import Config, default_config, precision_of, without_removed
 from edgeclip.runtime.bundle.files import JsonRecord, tower_path
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import detect_machine
@@ -23,18 +24,18 @@ from edgeclip.runtime.spec import Precision, Tower
 
 FILE_NAME = "quantization.json"
 
-_MEND = "search again with `edgeclip quantize`"
+_HINT = "search again with `edgeclip quantize`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TowerQuantization:
-    """What was chosen for a tower.
+    """The config chosen for a tower.
 
     Attributes:
-        config: the choice; fp32 says that nothing else is worth shipping.
-        graph: `sha256_graph` of the fp32 graph that its names of nodes belong to.
-        passes: rewrites that this graph has, in order.
-        why: it and no other.
+        config: the choice; fp32 means that no other precision is worth shipping.
+        graph: `sha256_graph` of the fp32 graph that the config's node names belong to.
+        passes: names of the rewrites applied to this graph, in order.
+        why: the reason for the choice.
     """
 
     config: Config
@@ -45,13 +46,13 @@ class TowerQuantization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchBasis:
-    """What the choices hold for.
+    """The device, machine and calibration data that the choices are valid for.
 
     Attributes:
-        device: name of its profile.
+        device: name of the device profile.
         machine: the processor that configs were timed on; None where none was timed.
-        pairs: how many calibration pairs were asked for (of emoji scenes; a folder has its own).
-        ranges: on how many of them ranges were to be found; see `open_calibration`.
+        pairs: number of calibration pairs (of emoji scenes; a folder has its own number).
+        ranges: how many of them ranges were found on; see `open_calibration`.
         calibration: sha256 of the identity of the pairs that ranges were found on.
     """
 
@@ -65,7 +66,7 @@ class SearchBasis:
     def of(
         cls, device: DeviceProfile, found: Source, *, pairs: int, ranges: int, timed: bool
     ) -> "SearchBasis":
-        """Return that of a search with ranges found on `found`, on this machine."""
+        """Return the basis of a search on this machine with ranges found on `found`."""
         return cls(
             device=device.name,
             machine=detect_machine().cpu if timed else None,
@@ -75,7 +76,9 @@ class SearchBasis:
         )
 
     def check(self, device: DeviceProfile, found: Source) -> None:
-        """Refuse what was not searched: what is made of it would not be what was judged.
+        """Check that the export uses the device, machine and calibration pairs of the search.
+
+        Otherwise the exported graph would not be the one that was judged.
 
         Raises:
             ConfigError: another device or machine, or other pairs to find ranges on.
@@ -86,40 +89,57 @@ class SearchBasis:
         if asked.device != self.device:
             raise ConfigError(
                 f"{FILE_NAME} is for the device {self.device!r}, not {device.name!r}: name that "
-                f"--device, or {_MEND}"
+                f"--device, or {_HINT}"
             )
         if asked.machine != self.machine:
             raise ConfigError(
-                f"{FILE_NAME} was timed on {self.machine}, and this is {asked.machine}: {_MEND} "
+                f"{FILE_NAME} was timed on {self.machine}, and this is {asked.machine}: {_HINT} "
                 "here, or name a --device for both"
             )
         if asked.calibration != self.calibration:
             raise ConfigError(
                 f"{FILE_NAME} has ranges of other pairs than {found.name}: name the --data that "
-                f"was searched with, as it was, or {_MEND}"
+                f"was searched with, as it was, or {_HINT}"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization(JsonRecord):
-    """The choices for a device.
+    """The configs chosen for a device.
 
     Attributes:
-        basis: what they hold for.
-        towers: those that were searched.
+        basis: what they are valid for.
+        towers: the towers that were searched.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 2
     WHAT: ClassVar[str] = FILE_NAME
-    MEND: ClassVar[str] = _MEND
+    HINT: ClassVar[str] = _HINT
 
     basis: SearchBasis
     towers: Mapping[Tower, TowerQuantization]
 
+    @classmethod
+    def from_json(cls, text: str, *, source: str) -> Self:
+        """Read a file of this version or an older one; see `JsonRecord.from_json`."""
+        # `super()` alone fails in a dataclass with slots, which is a class made anew.
+        try:
+            data: Any = json.loads(text)
+        except (ValueError, RecursionError):
+            return super(Quantization, cls).from_json(
+                text, source=source
+            )  # which says what is wrong
+        towers = data.get("towers") if isinstance(data, dict) else None
+        for tower, found in towers.items() if isinstance(towers, dict) else ():
+            if isinstance(found, dict) and "config" in found:
+                where = f"{source}: the config of the {tower} tower"
+                found["config"] = without_removed(found["config"], source=where)
+        return super(Quantization, cls).from_json(json.dumps(data), source=source)
+
     def config_for(
         self, tower: Tower, precision: Precision, device: DeviceProfile
     ) -> Config | None:
-        """What a tower is turned into in a precision; None where the search found no use in it."""
+        """Return a tower's config in a precision; None where the search chose another precision."""
         found = self.towers.get(tower)
         if found is None:
             return default_config(precision, device)
@@ -129,17 +149,17 @@ class Quantization(JsonRecord):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptPasses(JsonRecord):
-    """Which rewrites made a graph faster.
+class AppliedPasses(JsonRecord):
+    """The graph rewrites that made an exported graph faster.
 
     Attributes:
-        graph: `sha256_graph` of what the exporter wrote.
-        passes: names of what was kept, in order.
+        graph: `sha256_graph` of the exported graph.
+        passes: names of the rewrites that were kept, in order.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1
     WHAT: ClassVar[str] = "kept rewrites"
-    MEND: ClassVar[str] = "delete it and search again"
+    HINT: ClassVar[str] = "delete it and search again"
 
     graph: str
     passes: tuple[str, ...]
@@ -147,7 +167,7 @@ class KeptPasses(JsonRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchedGraph:
-    """A tower in fp32, and the rewrites that it has."""
+    """A tower in fp32, and the names of the rewrites applied to it."""
 
     graph: TowerGraph
     passes: tuple[str, ...]
@@ -161,16 +181,17 @@ def export_searched(
     *,
     sample: Source | None,
 ) -> SearchedGraph:
-    """Export one tower in fp32 as a bundle has it; where this is the device, as is fastest on it.
+    """Export one tower in fp32 as in a bundle; on the device itself, with the rewrites that help.
 
-    A second run with the same student gives the same bytes: it applies what the first one kept.
+    A second run with the same student gives the same bytes: it applies the rewrites that the
+    first one kept.
 
     Args:
         student: the model; it is put into evaluation mode.
         tower: which one.
-        device: that it is for.
-        folder: where the graph and its rewrites are kept.
-        sample: pairs to try rewrites on, on this machine; None where it is not the device.
+        device: the target device.
+        folder: where the graph and the names of its rewrites are kept.
+        sample: pairs to try rewrites on; None where this machine is not the device.
 
     Raises:
         ExportError: torch cannot capture the tower.
@@ -184,20 +205,20 @@ def export_searched(
         return SearchedGraph(graph=graph, passes=())
     plain, note = sha256_graph(graph.path), folder / f"{tower}-passes.json"
     try:
-        known = KeptPasses.load(note)
+        known = AppliedPasses.load(note)
     except ConfigError:
-        known = KeptPasses(graph="", passes=())
+        known = AppliedPasses(graph="", passes=())
     if known.graph == plain:
         apply_passes(graph.path, known.passes)
         return SearchedGraph(graph=graph, passes=known.passes)
     outcomes = tune_tower(student, graph, device, sample)
     kept = tuple(outcome.name for outcome in outcomes if outcome.kept)
-    KeptPasses(graph=plain, passes=kept).save(note)
+    AppliedPasses(graph=plain, passes=kept).save(note)
     return SearchedGraph(graph=graph, passes=kept)
 
 
 def apply_passes(path: Path, names: Sequence[str]) -> None:
-    """Rewrite a graph as `tune_graph` did when it kept these passes, in their order.
+    """Apply graph rewrites by name, in order.
 
     Raises:
         ExportError: there is no such pass, or the result is not valid ONNX.
@@ -214,10 +235,10 @@ def apply_passes(path: Path, names: Sequence[str]) -> None:
 
 
 def apply_searched(graph: TowerGraph, found: TowerQuantization) -> None:
-    """Rewrite a tower, as the exporter wrote it, into the graph that was searched.
+    """Rewrite a freshly exported tower into the graph that was searched.
 
     Raises:
-        ConfigError: that gives another graph.
+        ConfigError: the result is another graph.
         ExportError: see `apply_passes`.
     """
     apply_passes(graph.path, found.passes)

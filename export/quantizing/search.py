@@ -1,4 +1,4 @@
-"""Search for the fastest form of a tower inside its gates: mixed precision, found by measuring."""
+"""Search for the fastest quantization of a tower that passes its gates (mixed precision)."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -6,123 +6,125 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from edgeclip.export.errors import ExportError
-from edgeclip.export.quantizing.candidate_evaluator import Judgement
+from edgeclip.export.quantizing.candidate_evaluator import FinalJudgement
 from edgeclip.export.quantizing.config import Config, Float16, Float32, StaticInt8, describe
 from edgeclip.export.quantizing.node_groups import Gains, NodeGroup
 from edgeclip.export.quantizing.quantization_candidate import (
     MEAN_COSINE,
-    Point,
-    PointLatency,
-    front_of,
-    ranked,
+    CandidateLatency,
+    QuantizationCandidate,
+    pareto_front,
+    rank_shippable,
 )
 from edgeclip.export.quantizing.search_task import SearchSpace
 from edgeclip.export.quantizing.sensitivity import GroupDamage, Sensitivity
 from edgeclip.runtime.errors import EngineError
 
-Progress = Callable[[str], None]
-Clock = Callable[[], float]  # seconds
+_MAX_RACING = 4  # candidates that are timed against each other at the end
+_MAX_TEST_JUDGEMENTS = 3  # candidates that are judged on the test pairs
+_RECOVERABLE = 8.0  # times the allowed loss of cosine: beyond that no remedy is tried
+_MAX_REQUANTIZED = 8  # groups that are tried in int8 again at the end
 
 
-class Bench(Protocol):
-    """What measures configs; see `TowerTrial`."""
+class Evaluator(Protocol):
+    """Makes, judges and times configs of one tower. `CandidateEvaluator` is the real one."""
 
     @property
     def groups(self) -> tuple[NodeGroup, ...]:
-        """What can be quantized."""
+        """The groups of products that can be quantized."""
 
-    def knows(self, config: Config) -> bool:
-        """Whether a point is there already."""
+    def is_known(self, config: Config) -> bool:
+        """Return whether a config was measured before."""
 
-    def point(self, config: Config) -> Point:
-        """Return a config's point."""
+    def evaluate(self, config: Config) -> QuantizationCandidate:
+        """Make, judge and time a config."""
 
     def damage(self, config: StaticInt8) -> Sensitivity:
-        """Measure what each group suffers."""
+        """Measure the error that each group causes when it alone is quantized."""
 
     def gains(self, config: StaticInt8) -> Gains:
-        """Measure what each group saves."""
+        """Measure the time that quantizing each group saves."""
 
-    def smoothed(self, config: StaticInt8) -> StaticInt8:
-        """Return the config with the smoothing that suits it best."""
+    def with_smoothing(self, config: StaticInt8) -> StaticInt8:
+        """Return the config with the SmoothQuant alphas that suit it best."""
 
     def with_islands(self, config: Float16) -> Float16:
-        """Return the config with the nodes in fp32 without which it misses its gates."""
+        """Return the config with the fp32 nodes that it needs to pass its gates."""
 
-    def race(self, configs: Sequence[Config]) -> tuple[PointLatency, ...]:
-        """Time configs and fp32 in the same rounds, where points have times."""
+    def race(self, configs: Sequence[Config]) -> tuple[CandidateLatency, ...]:
+        """Time configs and fp32 in the same interleaved rounds."""
 
-    def judge(self, config: Config) -> Judgement:
+    def judge_on_test(self, config: Config) -> FinalJudgement:
         """Judge a config on the test pairs."""
 
 
 class TimeUpError(Exception):
-    """Nothing new may be begun; it never leaves a search."""
+    """The time limit has passed; nothing new may begin. It never leaves a search."""
 
 
-class Attempts:
-    """What was tried, and what came of it.
+class TrialLog:
+    """Run trials within a time limit and record their candidates and failures.
 
     Args:
-        bench: measures configs; those that it knows already take no time.
-        minutes: nothing new is begun after so many; None for no limit.
-        progress: called with a line for a person after each step.
-        clock: seconds, from any zero.
+        evaluator: measures configs; those that it knows already take no time.
+        minutes: nothing new begins after this time; None for no limit.
+        progress: called with one line of text after each step.
+        clock: returns seconds, from any zero.
 
     Attributes:
-        points: in the order in which they were tried, by key.
-        failed: what could not be made or run, and the reason.
+        candidates: by key, in the order in which they were tried.
+        failed: why a config could not be made or run, by its description.
     """
 
     def __init__(
         self,
-        bench: Bench,
+        evaluator: Evaluator,
         minutes: float | None = None,
-        progress: Progress = lambda line: None,
-        clock: Clock = time.monotonic,
+        progress: Callable[[str], None] = lambda line: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.bench, self.say = bench, progress
-        self.points: dict[str, Point] = {}
+        self.evaluator, self.report = evaluator, progress
+        self.candidates: dict[str, QuantizationCandidate] = {}
         self.failed: dict[str, str] = {}
         self._clock = clock
         self._end = None if minutes is None else clock() + 60 * minutes
 
-    def point(self, config: Config) -> Point | None:
-        """Return a config's point; None if it cannot be made or run.
+    def evaluate(self, config: Config) -> QuantizationCandidate | None:
+        """Return a config's candidate; None if the config cannot be made or run.
 
         Raises:
-            TimeUpError: it would have to be measured, and time is up.
+            TimeUpError: the config is not known yet, and time is up.
         """
-        if not self.bench.knows(config):
+        if not self.evaluator.is_known(config):
             self.check_time()
         try:
-            point = self.bench.point(config)
+            candidate = self.evaluator.evaluate(config)
         except (ExportError, EngineError) as error:
-            self.fail(config, error)
+            self.record_failure(config, error)
             return None
-        if point.key not in self.points:
-            self.points[point.key] = point
-            self.say(line_of(point))
-        return point
+        if candidate.key not in self.candidates:
+            self.candidates[candidate.key] = candidate
+            self.report(describe_candidate(candidate))
+        return candidate
 
-    def half(self, config: Float16) -> Point | None:
-        """Return the point of a config in fp16 with the islands that it needs.
+    def evaluate_fp16(self, config: Float16) -> QuantizationCandidate | None:
+        """Find the fp32 islands that an fp16 config needs, and evaluate the result.
 
         Raises:
-            TimeUpError: see `point`.
+            TimeUpError: time is up.
         """
         self.check_time()
         try:
-            whole = self.bench.with_islands(config)
+            complete = self.evaluator.with_islands(config)
         except (ExportError, EngineError) as error:
-            self.fail(config, error)
+            self.record_failure(config, error)
             return None
-        return self.point(whole)
+        return self.evaluate(complete)
 
-    def fail(self, config: Config, error: Exception) -> None:
-        """Note that a config cannot be made or run."""
+    def record_failure(self, config: Config, error: Exception) -> None:
+        """Record that a config cannot be made or run."""
         self.failed[describe(config)] = str(error)
-        self.say(f"{describe(config)}: not possible here ({error})")
+        self.report(f"{describe(config)}: not possible here ({error})")
 
     def check_time(self) -> None:
         """Stop the search if its time is up.
@@ -134,148 +136,136 @@ class Attempts:
             raise TimeUpError
 
 
-def line_of(point: Point) -> str:
-    """A point in a line, for a person who waits."""
-    words = [point.name]
-    if point.cosine is not None:
-        words.append(f"cosine {point.cosine.value:.5f}")
-    if point.latency is not None:
-        ratio = point.latency.ratio
+def describe_candidate(candidate: QuantizationCandidate) -> str:
+    """Return one line for the terminal: config, cosine, time ratio and gates."""
+    words = [candidate.name]
+    if candidate.cosine is not None:
+        words.append(f"cosine {candidate.cosine.value:.5f}")
+    if candidate.latency is not None:
+        ratio = candidate.latency.ratio
         words.append(f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of the time of fp32")
-    words.append("inside its gates" if point.passed else "misses its gates")
+    words.append("inside its gates" if candidate.passed else "misses its gates")
     return ", ".join(words)
 
 
-_TRIED_BACK = 8  # groups that may be quantized again in the end
-
-
-def give_back(
-    attempts: Attempts,
+def mixed_precision_search(
+    log: TrialLog,
     config: StaticInt8,
-    free: tuple[str, ...],
+    always_float: tuple[str, ...],
     damage: Sensitivity,
     gains: Gains,
     *,
     allowed: float,
 ) -> None:
-    """Try mixed forms of a config that misses its gates; what came of them is in `attempts`.
+    """Find the smallest set of groups to leave in float so that an int8 config passes its gates.
+
+    Groups are tried in two orders: by damage for the time saved, then by damage alone. All that
+    was tried is in `log`.
 
     Args:
-        attempts: tries them.
-        config: with all products in int8.
-        free: nodes that int8 makes no faster: they stay in float in any case.
-        damage, gains: of each group, with that config.
-        allowed: loss of cosine that the gates allow.
+        log: runs the trials.
+        config: has every product in int8, and fails its gates.
+        always_float: nodes that int8 makes no faster; they stay in float in any case.
+        damage: of each group alone, with this config.
+        gains: of each group, with this config.
+        allowed: loss of mean cosine that the gates allow.
 
     Raises:
         TimeUpError: time is up.
     """
-    mixed = _Mixed(attempts, config, free)
-    for order in (by_damage_for_time(damage, gains, allowed), damage.groups):
-        left = [item for item in order if not set(item.nodes) <= set(free)]
-        fewest = mixed.fewest(left)
-        if fewest is not None:
-            mixed.take_back(left[:fewest], gains)
+
+    def evaluate(in_float: Sequence[GroupDamage]) -> QuantizationCandidate | None:
+        kept = (*always_float, *product_names(in_float))
+        return log.evaluate(replace(config, kept=kept))
+
+    for order in (order_by_damage_per_time(damage, gains, allowed), damage.groups):
+        groups = [group for group in order if not set(group.nodes) <= set(always_float)]
+        count = _smallest_passing(groups, evaluate)
+        if count is not None:
+            _requantize(groups[:count], gains, evaluate)
             return
 
 
-def by_damage_for_time(
+_EvaluateMixed = Callable[[Sequence[GroupDamage]], QuantizationCandidate | None]
+
+
+def _smallest_passing(order: Sequence[GroupDamage], evaluate: _EvaluateMixed) -> int | None:
+    """Return how many groups, the first of `order`, must stay in float; None if all would have to.
+
+    Steps double until the gates hold, then the last step is bisected.
+    """
+    most = len(order) - 1  # with all groups in float it would be fp32
+    low, high = 0, min(1, most)
+    while not _passes(candidate := evaluate(order[:high])):
+        latency = None if candidate is None else candidate.latency
+        if high >= most or (latency is not None and latency.ratio.low >= 1):
+            return None  # more in float would be slower still than fp32
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _passes(evaluate(order[:middle])) else (middle, high)
+    return high
+
+
+def _requantize(in_float: Sequence[GroupDamage], gains: Gains, evaluate: _EvaluateMixed) -> None:
+    """Quantize again the groups that save most time, one by one, while the gates hold."""
+    left = list(in_float)
+    # The last group is needed: without it the gates did not hold.
+    by_gain = sorted(in_float[:-1], key=lambda group: -gains.of(group.nodes))
+    for group in by_gain[:_MAX_REQUANTIZED]:
+        fewer = [other for other in left if other is not group]
+        if _passes(evaluate(fewer)):
+            left = fewer
+
+
+def _passes(candidate: QuantizationCandidate | None) -> bool:
+    return candidate is not None and candidate.passed
+
+
+def order_by_damage_per_time(
     damage: Sensitivity, gains: Gains, allowed: float
 ) -> tuple[GroupDamage, ...]:
-    """Groups in the order in which they should go back: most damage for the time first.
+    """Sort groups by the damage that leaving them in float avoids for each unit of time.
 
-    What saves no time goes first of all, then what loses more than is `allowed` all alone.
+    Groups that save no time in int8 come first, then groups that lose more than `allowed` alone.
     """
 
-    def worth(item: GroupDamage) -> tuple[bool, bool, float]:
-        saved = gains.of(item.nodes)
-        hopeless = item.cosine_loss.value > allowed
-        return saved <= 0, hopeless, item.divergence.value / (saved if saved > 0 else 1.0)
+    def priority(group: GroupDamage) -> tuple[bool, bool, float]:
+        saved = gains.of(group.nodes)
+        too_much = group.cosine_loss.value > allowed
+        return saved <= 0, too_much, group.divergence.value / (saved if saved > 0 else 1.0)
 
-    return tuple(sorted(damage.groups, key=worth, reverse=True))
+    return tuple(sorted(damage.groups, key=priority, reverse=True))
 
 
-def nodes_of(groups: Iterable[NodeGroup | GroupDamage]) -> tuple[str, ...]:
-    """Names of all their products."""
+def product_names(groups: Iterable[NodeGroup | GroupDamage]) -> tuple[str, ...]:
+    """Return the names of all products of some groups."""
     return tuple(node for group in groups for node in group.nodes)
-
-
-class _Mixed:
-    """Forms of one config that differ in what stays in float."""
-
-    def __init__(self, attempts: Attempts, config: StaticInt8, free: tuple[str, ...]) -> None:
-        self._attempts, self._config, self._free = attempts, config, free
-
-    def fewest(self, order: Sequence[GroupDamage]) -> int | None:
-        """How many groups must go, the first of `order`; None if that would be all.
-
-        Steps grow until the gates hold, then the last one is halved: with a few groups that is
-        one after the other.
-        """
-        most = len(order) - 1  # without any int8 it would be fp32
-        low, high = 0, min(1, most)
-        while not _holds(point := self._point(order[:high])):
-            if high >= most or _surely_slower(point):
-                return None
-            low, high = high, min(2 * high, most)
-        while high - low > 1:
-            middle = (low + high) // 2
-            holds = _holds(self._point(order[:middle]))
-            low, high = (low, middle) if holds else (middle, high)
-        return high
-
-    def take_back(self, given: Sequence[GroupDamage], gains: Gains) -> None:
-        """Quantize again what saves most time, where the gates hold without it."""
-        left = list(given)
-        # The last one is needed: without it the gates did not hold.
-        worth = sorted(given[:-1], key=lambda item: -gains.of(item.nodes))
-        for item in worth[:_TRIED_BACK]:
-            fewer = [other for other in left if other is not item]
-            if _holds(self._point(fewer)):
-                left = fewer
-
-    def _point(self, given: Sequence[GroupDamage]) -> Point | None:
-        kept = (*self._free, *nodes_of(given))
-        return self._attempts.point(replace(self._config, kept=kept))
-
-
-def _holds(point: Point | None) -> bool:
-    return point is not None and point.passed
-
-
-def _surely_slower(point: Point | None) -> bool:
-    """Whether a point takes longer than fp32, so that with more in float it is no use either."""
-    return point is not None and point.latency is not None and point.latency.ratio.low >= 1
-
-
-_FINALISTS = 4  # that race each other, at most
-_LOOKS = 3  # configs that are held against the test pairs, at most
-_NEAR = 8.0  # times the loss of cosine that is allowed: finer ranges make no more good
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """What a search found.
+    """The candidates of a search, and the one to ship.
 
     Attributes:
-        points: all that were tried, in order; the first is fp32. Those that took part in the race
-            have their times from it.
-        front: those that no other beats in both time (or bytes, where no time was measured)
-            and mean cosine, the fastest first.
-        chosen: what to ship.
-        why: it and no other.
-        judged: configs that the test pairs have seen, in order, each once.
-        damage: of each group; None where it did not matter.
-        gains: likewise.
-        failed: what could not be made or run, and the reason.
-        complete: whether all was tried that was worth it; False where time was up.
+        candidates: all that were tried, in order; the first is fp32. Those that were raced have
+            their times from the race.
+        front: the Pareto front of time (bytes, where no time was measured) and mean cosine, the
+            fastest first.
+        chosen: the one to ship.
+        why: the reason for that choice.
+        judged: candidates that were judged on the test pairs, in order.
+        damage: of each group; None where it was not measured.
+        gains: of each group; None where they were not measured.
+        failed: configs that could not be made or run, each with the reason.
+        complete: False where time ran out before everything useful was tried.
     """
 
-    points: tuple[Point, ...]
-    front: tuple[Point, ...]
-    chosen: Point
+    candidates: tuple[QuantizationCandidate, ...]
+    front: tuple[QuantizationCandidate, ...]
+    chosen: QuantizationCandidate
     why: str
-    judged: tuple[Judgement, ...]
+    judged: tuple[FinalJudgement, ...]
     damage: Sensitivity | None
     gains: Gains | None
     failed: tuple[tuple[str, str], ...]
@@ -283,173 +273,170 @@ class SearchResult:
 
 
 def search(
-    bench: Bench,
+    evaluator: Evaluator,
     space: SearchSpace,
     *,
     minutes: float | None = None,
     rank: bool = False,
-    progress: Progress = lambda line: None,
-    clock: Clock = time.monotonic,
+    progress: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> SearchResult:
-    """Look for the fastest config inside its gates.
+    """Search for the fastest config that passes its gates.
 
     Args:
-        bench: measures configs; those that it knows already take no time.
-        space: what is worth trying.
-        minutes: nothing new is begun after so many; None for no limit.
+        evaluator: measures configs; those that it knows already take no time.
+        space: the configs to try.
+        minutes: nothing new begins after this time; None for no limit.
         rank: measure the damage of each group even where the gates hold without it.
-        progress: called with a line for a person after each step.
-        clock: seconds, from any zero.
+        progress: called with one line of text after each step.
+        clock: returns seconds, from any zero.
 
     Raises:
         ExportError: fp32 cannot be made.
         EngineError: the tower cannot be run in fp32.
     """
-    return _Search(Attempts(bench, minutes, progress, clock), space, rank).run()
+    return _Search(TrialLog(evaluator, minutes, progress, clock), space, rank).run()
 
 
 class _Search:
-    def __init__(self, attempts: Attempts, space: SearchSpace, rank: bool) -> None:
-        self._attempts, self._bench = attempts, attempts.bench
+    def __init__(self, log: TrialLog, space: SearchSpace, rank: bool) -> None:
+        self._log, self._evaluator = log, log.evaluator
         self._space, self._rank = space, rank
         self._damage: Sensitivity | None = None
         self._gains: Gains | None = None
 
     def run(self) -> SearchResult:
-        """Search, then judge."""
-        attempts = self._attempts
-        fp32 = self._bench.point(Float32())
-        attempts.points[fp32.key] = fp32
+        """Try int8, then the other precisions; race and judge what passes."""
+        log = self._log
+        fp32 = self._evaluator.evaluate(Float32())
+        log.candidates[fp32.key] = fp32
         complete = True
         try:
             if self._space.recipe is not None:
                 self._try_int8(self._space.recipe)
             for config in self._space.others:
                 if isinstance(config, Float16):
-                    attempts.half(config)
+                    log.evaluate_fp16(config)
                 else:
-                    attempts.point(config)
+                    log.evaluate(config)
         except TimeUpError:
             complete = False
-            attempts.say("time is up")
-        chosen, judged, why = self._judge(fp32)
-        points = tuple(attempts.points.values())
+            log.report("time is up")
+        self._race(fp32)
+        chosen, judged, why = self._choose(fp32)
+        candidates = tuple(log.candidates.values())
         return SearchResult(
-            points=points,
-            front=front_of(points),
+            candidates=candidates,
+            front=pareto_front(candidates),
             chosen=chosen,
             why=why,
             judged=judged,
             damage=self._damage,
             gains=self._gains,
-            failed=tuple(attempts.failed.items()),
+            failed=tuple(log.failed.items()),
             complete=complete,
         )
 
     def _try_int8(self, recipe: StaticInt8) -> None:
-        """Look among static int8; where that cannot go on, what was found so far counts."""
+        """Search static int8; if a measurement fails, keep what was found so far."""
         try:
-            self._quantize(recipe)
-        except (ExportError, EngineError) as error:  # of looking, such as the engine's profiler
-            self._attempts.fail(recipe, error)
+            self._search_int8(recipe)
+        except (ExportError, EngineError) as error:  # such as of the engine's profiler
+            self._log.record_failure(recipe, error)
 
-    def _quantize(self, recipe: StaticInt8) -> None:
-        """Find the fastest static int8 inside the gates."""
-        first = self._attempts.point(recipe)
+    def _search_int8(self, recipe: StaticInt8) -> None:
+        """Find the fastest static int8 that passes the gates."""
+        log = self._log
+        first = log.evaluate(recipe)
         if first is None:
             return
-        best = first if first.passed else self._remedied(first)
+        best = first if first.passed else self._remedy(first)
         config = best.config
         assert isinstance(config, StaticInt8)
-        self._attempts.check_time()
-        self._gains = gains = self._bench.gains(config)
-        free = self._free(gains)
-        if free:
-            self._attempts.say(f"{len(free)} products are no faster in int8: tried in float")
-            best = self._attempts.point(replace(config, kept=free)) or best
+        log.check_time()
+        self._gains = gains = self._evaluator.gains(config)
+        always_float = self._no_faster_in_int8(gains)
+        if always_float:
+            log.report(f"{len(always_float)} products are no faster in int8: tried in float")
+            best = log.evaluate(replace(config, kept=always_float)) or best
         if best.passed:
-            self._cheapen(best)
+            for change in self._space.cheaper:
+                assert isinstance(best.config, StaticInt8)
+                log.evaluate(change(best.config))
         if self._rank or not best.passed:
-            self._attempts.check_time()
-            self._attempts.say("measuring the damage that each group does alone")
-            self._damage = damage = self._bench.damage(config)
+            log.check_time()
+            log.report("measuring the damage that each group does alone")
+            self._damage = damage = self._evaluator.damage(config)
             if not best.passed:
-                allowed = _allowed(best)
-                give_back(self._attempts, config, free, damage, gains, allowed=allowed)
+                mixed_precision_search(
+                    log, config, always_float, damage, gains, allowed=_allowed_loss(best)
+                )
 
-    def _remedied(self, best: Point) -> Point:
-        """Return the first of a recipe's remedied forms inside the gates, else the most exact."""
-        changes = [self._bench.smoothed] if self._space.smoothing else []
-        for change in (*changes, *self._space.remedies):
+    def _remedy(self, best: QuantizationCandidate) -> QuantizationCandidate:
+        """Return the first remedied form of a candidate that passes, else the most exact one."""
+        log = self._log
+        smoothing = [self._evaluator.with_smoothing] if self._space.smoothing else []
+        for change in (*smoothing, *self._space.remedies):
             assert isinstance(best.config, StaticInt8)
-            if change in self._space.remedies and not _is_near(best):
+            recoverable = 1 - _mean_cosine(best) <= _RECOVERABLE * _allowed_loss(best)
+            if change in self._space.remedies and not recoverable:
                 break
-            self._attempts.check_time()
+            log.check_time()
             changed = change(best.config)
-            point = None if changed == best.config else self._attempts.point(changed)
-            if point is not None and _worth(point) > _worth(best):
-                best = point
+            candidate = None if changed == best.config else log.evaluate(changed)
+            if candidate is not None and _quality(candidate) > _quality(best):
+                best = candidate
             if best.passed:
                 break
         return best
 
-    def _free(self, gains: Gains) -> tuple[str, ...]:
-        """Nodes that int8 makes no faster, unless that holds for all."""
-        groups = self._bench.groups
-        free = nodes_of(group for group in groups if gains.of(group.nodes) <= 0)
-        return () if not gains.measured or len(free) == len(nodes_of(groups)) else free
+    def _no_faster_in_int8(self, gains: Gains) -> tuple[str, ...]:
+        """Return the products that int8 makes no faster; none if that holds for all of them."""
+        groups = self._evaluator.groups
+        names = product_names(group for group in groups if gains.of(group.nodes) <= 0)
+        return () if not gains.measured or len(names) == len(product_names(groups)) else names
 
-    def _cheapen(self, best: Point) -> None:
-        """Try what may save some more while the gates hold."""
-        for change in self._space.cheaper:
-            assert isinstance(best.config, StaticInt8)
-            self._attempts.point(change(best.config))
-
-    def _race(self, fp32: Point) -> None:
-        """Time in the same rounds what may be shipped, unless there is nothing to choose from."""
-        attempts = self._attempts
-        candidates, _ = ranked(list(attempts.points.values()), fp32)
-        finalists = candidates[:_FINALISTS]
+    def _race(self, fp32: QuantizationCandidate) -> None:
+        """Time the best candidates in the same rounds, if there are several and times at all."""
+        log = self._log
+        ranked, _ = rank_shippable(list(log.candidates.values()), fp32)
+        finalists = ranked[:_MAX_RACING]
         if len(finalists) < 2 or fp32.latency is None:
             return
-        attempts.say(f"{len(finalists)} that may be shipped: timed in the same rounds")
-        found = self._bench.race([point.config for point in finalists])
-        for point, latency in zip(finalists, found, strict=True):
-            raced = replace(point, latency=latency)
-            attempts.points[point.key] = raced
-            attempts.say(line_of(raced))
+        log.report(f"{len(finalists)} that may be shipped: timed in the same rounds")
+        latencies = self._evaluator.race([candidate.config for candidate in finalists])
+        for candidate, latency in zip(finalists, latencies, strict=True):
+            raced = replace(candidate, latency=latency)
+            log.candidates[candidate.key] = raced
+            log.report(describe_candidate(raced))
 
-    def _judge(self, fp32: Point) -> tuple[Point, tuple[Judgement, ...], str]:
-        """Hold what is to be shipped against the test pairs, the next best if it misses."""
-        self._race(fp32)
-        candidates, reason = ranked(list(self._attempts.points.values()), fp32)
-        judged: list[Judgement] = []
-        for point in candidates[:_LOOKS]:
-            self._attempts.say(f"judging on the test pairs: {point.name}")
-            judged.append(self._bench.judge(point.config))
+    def _choose(
+        self, fp32: QuantizationCandidate
+    ) -> tuple[QuantizationCandidate, tuple[FinalJudgement, ...], str]:
+        """Judge the best candidate on the test pairs, and the next best if it fails there."""
+        ranked, reason = rank_shippable(list(self._log.candidates.values()), fp32)
+        judged: list[FinalJudgement] = []
+        for candidate in ranked[:_MAX_TEST_JUDGEMENTS]:
+            self._log.report(f"judging on the test pairs: {candidate.name}")
+            judged.append(self._evaluator.judge_on_test(candidate.config))
             if judged[-1].passed:
-                misses = f"; {len(judged) - 1} before it missed on the test pairs"
-                return point, tuple(judged), reason + (misses if len(judged) > 1 else "")
+                before = f"; {len(judged) - 1} before it missed on the test pairs"
+                return candidate, tuple(judged), reason + (before if len(judged) > 1 else "")
         if judged:
             reason = f"the best {len(judged)} inside their gates missed on the test pairs"
         return fp32, tuple(judged), reason
 
 
-def _is_near(point: Point) -> bool:
-    """Whether a point misses by so little that finer ranges may help."""
-    return 1 - _exactness(point) <= _NEAR * _allowed(point)
-
-
-def _allowed(point: Point) -> float:
-    """The loss of cosine that a point's gates allow; none is said if nothing is usable."""
-    bounds = [record.bound for record in point.records if record.name == MEAN_COSINE]
+def _allowed_loss(candidate: QuantizationCandidate) -> float:
+    """Return the loss of mean cosine that the gates allow; 0 if no embedding is usable."""
+    bounds = [record.bound for record in candidate.records if record.name == MEAN_COSINE]
     return 1 - bounds[0] if bounds else 0.0
 
 
-def _worth(point: Point) -> tuple[bool, float]:
-    """Of two points the one to go on with has more of it."""
-    return point.passed, _exactness(point)
+def _quality(candidate: QuantizationCandidate) -> tuple[bool, float]:
+    """Sort key: passing candidates first, then by mean cosine."""
+    return candidate.passed, _mean_cosine(candidate)
 
 
-def _exactness(point: Point) -> float:
-    return -1.0 if point.cosine is None else point.cosine.value
+def _mean_cosine(candidate: QuantizationCandidate) -> float:
+    return -1.0 if candidate.cosine is None else candidate.cosine.value

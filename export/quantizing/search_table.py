@@ -10,7 +10,7 @@ from edgeclip.export.quantizing.config import (
     WeightOnly,
 )
 from edgeclip.export.quantizing.node_groups import Gains
-from edgeclip.export.quantizing.quantization_candidate import Point
+from edgeclip.export.quantizing.quantization_candidate import QuantizationCandidate
 from edgeclip.export.quantizing.search import SearchResult
 from edgeclip.export.quantizing.sensitivity import Sensitivity
 from edgeclip.runtime.bundle.manifest import GateRecord
@@ -24,8 +24,8 @@ def key_points(result: SearchResult) -> set[str]:
     They are fp32, the plain recipe, what was chosen, the front, and all that is not static
     int8.
     """
-    shown = {point.key for point in (*result.front, result.chosen, *result.points[:2])}
-    others = {p.key for p in result.points if not isinstance(p.config, StaticInt8)}
+    shown = {point.key for point in (*result.front, result.chosen, *result.candidates[:2])}
+    others = {p.key for p in result.candidates if not isinstance(p.config, StaticInt8)}
     return shown | others
 
 
@@ -47,8 +47,6 @@ def short_name(config: Config) -> str:
                 "all int8" if not config.kept else f"{len(config.kept)} in float",
                 "" if config.ranging.method == "minmax" else config.ranging.method,
                 "smoothed" if config.smoothing else "",
-                "equalised" if config.equalised else "",
-                "corrected" if config.bias_corrected else "",
                 "" if config.per_channel else "one scale",
                 "7-bit" if config.reduce_range else "",
                 "int8 tables" if config.int8_tables else "",
@@ -84,14 +82,14 @@ def search_table(result: SearchResult) -> str:
     return "\n".join(lines)
 
 
-def ordered(result: SearchResult) -> tuple[Point, ...]:
+def ordered(result: SearchResult) -> tuple[QuantizationCandidate, ...]:
     """All points: the fastest first, or the smallest where no time was measured."""
     return tuple(
-        sorted(result.points, key=lambda point: (point.ratio or 0.0, point.bytes, point.key))
+        sorted(result.candidates, key=lambda point: (point.ratio or 0.0, point.bytes, point.key))
     )
 
 
-def _row(number: int, point: Point, result: SearchResult) -> tuple[str, ...]:
+def _row(number: int, point: QuantizationCandidate, result: SearchResult) -> tuple[str, ...]:
     marks = ("*" if point.key == result.chosen.key else "") + str(number)
     time = ("", "", "")
     if point.latency is not None:

@@ -1,4 +1,4 @@
-"""What a quantization search looks for: the tower, device, data and the configs worth trying."""
+"""Define a quantization search: tower, device, data, and the configs to try."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ from edgeclip.runtime.spec import Precision, Tower
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class JudgedPairs:
-    """Pairs that configs are judged on.
+    """Pairs that configs are judged on, with labelled pictures where there are any.
 
     Attributes:
         pairs: with captions.
@@ -44,7 +44,7 @@ class JudgedPairs:
 
     @property
     def identity(self) -> str:
-        """Changes whenever a pair or a label does."""
+        """A string that changes whenever a pair or a label does."""
         zero = self.zero_shot
         labels = "" if zero is None else f"{zero.source.identity}:{zero.labels.names}"
         return f"{self.pairs.identity}:{labels}"
@@ -52,17 +52,17 @@ class JudgedPairs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SearchTask:
-    """A tower, the device that it is for, and the data that decide.
+    """A tower, its target device, and the data that configs are judged on.
 
     Attributes:
         student: the model; it is put into evaluation mode.
         graph: one of its towers in fp32, as it will be shipped.
-        device: that it is for.
-        ranges: pairs that ranges are found on.
+        device: the target device.
+        ranges: pairs that calibration ranges are found on.
         steering: held-out pairs of the same split, which decide what is tried next.
-        test: pairs of another split, for the last judgement only.
+        test: pairs of another split, for the final judgement only.
         bounds: of the gates of each precision.
-        workload: how points are timed on this machine; None where it is not the device.
+        workload: how candidates are timed; None where this machine is not the device.
     """
 
     student: DualEncoder
@@ -76,17 +76,17 @@ class SearchTask:
 
     @property
     def runner(self) -> DeviceProfile:
-        """What runs graphs while they are judged: the device, if it is a CPU."""
+        """The device profile that runs graphs while they are judged."""
         return runner_of(self.device)
 
     @property
     def tower(self) -> Tower:
-        """Which one is searched."""
+        """The searched tower."""
         return self.graph.tower
 
     @property
     def identity(self) -> str:
-        """Everything beside the config that a point depends on."""
+        """A hash of everything beside the config that a measurement depends on."""
         machine = detect_machine()
         here = (machine.cpu, machine.cores) if self.workload is not None else ()
         parts = (
@@ -121,8 +121,8 @@ def open_calibration(data: str, *, pairs: int, ranges: int, size: int) -> tuple[
     source = open_source(data, split="calibration", count=pairs, size=size)
     if len(source) < 2 * FEWEST_PAIRS:
         raise ConfigError(
-            f"{source.name}: give at least {2 * FEWEST_PAIRS} pairs to calibrate on, half of which are "
-            "held out to compare configs on"
+            f"{source.name}: give at least {2 * FEWEST_PAIRS} pairs to calibrate on, half of which "
+            "are held out to compare configs on"
         )
     found, steering = split_calibration(source, min(ranges, len(source) // 2))
     return CalibrationSource(found), steering
@@ -167,7 +167,7 @@ class SearchSpace:
     others: tuple[Config, ...] = ()
 
 
-def space_for(
+def search_space(
     device: DeviceProfile, tower: Tower, *, here: bool, dynamic: bool = False
 ) -> SearchSpace:
     """Return what suits a device's engine.

@@ -1,4 +1,4 @@
-"""Quantization sensitivity: the error of each group of products quantized alone."""
+"""Measure quantization sensitivity: the error of each group of products quantized alone."""
 
 import sys
 import tempfile
@@ -24,19 +24,19 @@ from edgeclip.export.graph.graph_io import (
     write_unchecked,
 )
 from edgeclip.export.quantizing.node_groups import NodeGroup
-from edgeclip.runtime.arrays import FloatArray
+from edgeclip.runtime.arrays import FloatArray, Tensors
 from edgeclip.runtime.bundle.files import JsonRecord
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
 from edgeclip.runtime.engines.providers import CPU
 from edgeclip.runtime.quality.intervals import Interval, bootstrap
-from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.towers.tower_runner import in_batches
 
 _SWITCHES = "edgeclip_switches"
 
 
 class SwitchedTower:
-    """A tower in memory.
+    """A loaded tower in which each product can run quantized or in float, chosen per call.
 
     Attributes:
         nodes: the products that have a switch, in the graph's order.
@@ -49,7 +49,7 @@ class SwitchedTower:
     def run(
         self, feed: Mapping[str, NDArray[Any]], quantized: Collection[str] = ()
     ) -> dict[str, NDArray[Any]]:
-        """Run with some products quantized and all others in float.
+        """Run the tower with some products quantized and all others in float.
 
         Raises:
             EngineError: the input does not fit the graph.
@@ -60,11 +60,11 @@ class SwitchedTower:
 
 @contextmanager
 def switched_tower(source: Path, written: Path, *, threads: int) -> Iterator[SwitchedTower]:
-    """Open a float tower with the quantized products of another file as its switches.
+    """Open a float tower whose products can be switched to the quantized ones of another file.
 
     Args:
         source: the tower in fp32.
-        written: the same with Q/DQ around products, whose nodes have kept their names.
+        written: the same tower with Q/DQ around products; nodes have kept their names.
         threads: of the session.
 
     Raises:
@@ -84,7 +84,7 @@ def switched_tower(source: Path, written: Path, *, threads: int) -> Iterator[Swi
 
 
 class _PlainEngine(OrtEngine):
-    """An engine that runs a graph as it is written: Q/DQ really round, and nothing is merged."""
+    """An ONNX Runtime engine without graph optimization, so that Q/DQ are executed as written."""
 
     def _load(self, ort: Any, graph: Path | bytes, options: Any, chain: list[Any]) -> Any:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -92,7 +92,7 @@ class _PlainEngine(OrtEngine):
 
 
 class _Quantized:
-    """The products of a quantized graph, each with what its two factors are read through."""
+    """The quantized products of a graph, with the DequantizeLinear of both inputs."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.opset = opset_of(model)
@@ -105,21 +105,21 @@ class _Quantized:
         }
 
     def product(self, name: str) -> onnx.NodeProto | None:
-        """Return a node if both its factors come out of a DequantizeLinear."""
+        """Return a product if both its inputs come from a DequantizeLinear."""
         node = self._nodes.get(name)
         if node is None or any(self.reader(node, place) is None for place in (0, 1)):
             return None
         return node
 
     def reader(self, node: onnx.NodeProto, place: int) -> onnx.NodeProto | None:
-        """Return the DequantizeLinear that gives a factor."""
+        """Return the DequantizeLinear that makes a product's input; None if another node does."""
         found = self._maker.get(node.input[place])
         if found is None or found.op_type != "DequantizeLinear":
             return None
         return found
 
     def constants(self, node: onnx.NodeProto, first: int) -> list[onnx.TensorProto]:
-        """Return the inputs of a DequantizeLinear from `first` on, its scale in fp32."""
+        """Return the constant inputs of a DequantizeLinear from `first` on, its scale in fp32."""
         found = []
         for place, name in enumerate(node.input[first:], first):
             tensor = self._constants[name]
@@ -131,7 +131,7 @@ class _Quantized:
 
 
 def _insert_switches(model: onnx.ModelProto, quantized: _Quantized) -> tuple[str, ...]:
-    """Replace products by switched ones, in place; return their names."""
+    """Replace quantized products by switched ones, in place; return their names."""
     graph = model.graph
     nodes: list[onnx.NodeProto] = []
     constants: dict[str, onnx.TensorProto] = {}
@@ -163,7 +163,7 @@ def _switched(
     on: str,
     constants: dict[str, onnx.TensorProto],
 ) -> onnx.NodeProto:
-    """Return an `If` in place of `node`, which computes `product` where it is on."""
+    """Return an `If` that computes the quantized `product` when `on`, else the float `node`."""
     stem = on.removesuffix("_on")
 
     def keep(tensors: list[onnx.TensorProto], what: str) -> list[str]:
@@ -212,16 +212,14 @@ def _branch(nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
     return helper.make_graph(nodes, f"{nodes[-1].name}_branch", [], [result])
 
 
-Feed = Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]]
-
 _BAD = 2.0  # times the mean damage of a group: then its nodes are measured one by one
-_SPARED = 0.1  # of the worst node's damage: a group with one below that is taken apart
+_HARMLESS = 0.1  # of the worst node's damage: a group with a node below that is split
 _COSINES_AT_ONCE = 1 << 21  # 16 MiB of float64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupDamage:
-    """What quantizing one group alone does, with 95% intervals over the inputs.
+    """The error of quantizing one group alone, with 95% intervals over the inputs.
 
     Attributes:
         title: the group, for people.
@@ -241,17 +239,16 @@ class Sensitivity(JsonRecord):
     """The damage of every group of a tower.
 
     Attributes:
-        config: key of the config whose numbers were switched on.
+        config: key of the config whose scales were used.
         groups: the most damaging first.
-        inputs: how many each was measured on.
-        runs: how many inputs the tower was run on in all: in float and with each group, those
-            that were taken apart then too.
+        inputs: how many inputs each group was measured on.
+        runs: how many inputs the tower was run on in total, in float and with each group.
         seconds: that it took.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 3
     WHAT: ClassVar[str] = "sensitivities"
-    MEND: ClassVar[str] = "delete it and search again"
+    HINT: ClassVar[str] = "delete it and search again"
 
     config: str
     groups: tuple[GroupDamage, ...]
@@ -261,20 +258,20 @@ class Sensitivity(JsonRecord):
 
     @property
     def rate(self) -> float:
-        """Runs a second."""
+        """Runs per second."""
         return self.runs / max(self.seconds, 1e-9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Probe:
-    """What damage is measured with.
+class SensitivityInputs:
+    """The inputs that sensitivity is measured on, and how to run them.
 
     Attributes:
         inputs: batches [n, ...] of the tower's inputs.
         others: the other tower's embeddings of the same pairs, float32 [N, dim].
         logit_scale: of the model.
-        feed: names a batch as the graph takes it.
-        output: which of the graph's outputs is the embedding.
+        feed: turns a batch into the named inputs of the graph.
+        output: name of the graph's embedding output.
         batch: the only batch size that the graph takes; None for any.
         threads: of the session.
     """
@@ -282,25 +279,30 @@ class Probe:
     inputs: Sequence[NDArray[Any]]
     others: FloatArray
     logit_scale: float
-    feed: Feed
+    feed: Callable[[NDArray[Any]], Tensors]
     output: str
     batch: int | None = None
     threads: int = 1
 
 
-def measure_damage(
-    source: Path, written: Path, groups: Sequence[NodeGroup], probe: Probe, *, config: str = ""
+def measure_sensitivity(
+    source: Path,
+    written: Path,
+    groups: Sequence[NodeGroup],
+    on: SensitivityInputs,
+    *,
+    config: str = "",
 ) -> Sensitivity:
-    """Measure each group alone; a bad one is taken apart if some of its nodes are not to blame.
+    """Measure the damage of each group alone; split a bad group if some of its nodes are harmless.
 
-    A terminal sees inputs per second and the time left. Memory holds the embeddings of all
+    A terminal shows inputs per second and the time left. Memory holds the embeddings of all
     groups, and one batch at a time.
 
     Args:
         source: the tower in fp32.
         written: the same with all groups quantized.
-        groups: what to switch on; of one that `written` quantizes in part, each product alone.
-        probe: what is measured with.
+        groups: the groups to measure; of a group that is quantized in part, each product alone.
+        on: the inputs to measure on.
         config: key of the config that `written` has.
 
     Raises:
@@ -308,16 +310,16 @@ def measure_damage(
         EngineError: ONNX Runtime cannot run a graph.
     """
     began = time.monotonic()
-    with switched_tower(source, written, threads=probe.threads) as tower:
+    with switched_tower(source, written, threads=on.threads) as tower:
         there = _switchable(groups, tower.nodes)
-        found = _damages(tower, there, probe)
+        found = _damages(tower, there, on)
         bad = _bad(there, found)
         for group in bad:
-            singles = _damages(tower, group.singles(), probe)
+            singles = _damages(tower, group.singles(), on)
             worst = max(item.divergence.value for item in singles)
-            if min(item.divergence.value for item in singles) < _SPARED * worst:
+            if min(item.divergence.value for item in singles) < _HARMLESS * worst:
                 found = [item for item in found if item.nodes != group.nodes] + singles
-    inputs = sum(map(len, probe.inputs))
+    inputs = sum(map(len, on.inputs))
     passes = [len(there), *(len(group.nodes) for group in bad)]
     return Sensitivity(
         config=config,
@@ -331,7 +333,7 @@ def measure_damage(
 def row_divergence(
     found: FloatArray, reference: FloatArray, others: FloatArray, logit_scale: float
 ) -> NDArray[np.float64]:
-    """Divergence of each row's softmax over `others` from the reference's: float64 [N], nats.
+    """Return the KL divergence of each row's softmax over `others`: float64 [N], in nats.
 
     Args:
         found, reference: embeddings [N, dim] of the same inputs.
@@ -349,7 +351,7 @@ def row_divergence(
 
 
 def _switchable(groups: Sequence[NodeGroup], nodes: Collection[str]) -> list[NodeGroup]:
-    """Groups all of whose nodes have a switch, and the single nodes that have one of the others.
+    """Return the groups whose nodes all have a switch, and of the others the nodes that have one.
 
     Of three products of one value, one may stay in float because fp16 cannot hold its result.
     """
@@ -360,45 +362,49 @@ def _switchable(groups: Sequence[NodeGroup], nodes: Collection[str]) -> list[Nod
     return found
 
 
-def _damages(tower: SwitchedTower, groups: Sequence[NodeGroup], probe: Probe) -> list[GroupDamage]:
+def _damages(
+    tower: SwitchedTower, groups: Sequence[NodeGroup], on: SensitivityInputs
+) -> list[GroupDamage]:
     if not groups:
         return []
-    reference, *embedded = _embed(tower, groups, probe)
+    reference, *embedded = _embed(tower, groups, on)
     return [
         GroupDamage(
             title=group.title,
             nodes=group.nodes,
-            divergence=bootstrap(row_divergence(found, reference, probe.others, probe.logit_scale)),
+            divergence=bootstrap(row_divergence(found, reference, on.others, on.logit_scale)),
             cosine_loss=bootstrap(1 - cosines(found, reference)),
         )
         for group, found in zip(groups, embedded, strict=True)
     ]
 
 
-def _embed(tower: SwitchedTower, groups: Sequence[NodeGroup], probe: Probe) -> list[FloatArray]:
-    """Embed all inputs in float, then with each group quantized: float32 [N, dim] each."""
+def _embed(
+    tower: SwitchedTower, groups: Sequence[NodeGroup], on: SensitivityInputs
+) -> list[FloatArray]:
+    """Embed all inputs in float, and with each group quantized: float32 [N, dim] each."""
     wanted: list[tuple[str, ...]] = [(), *(group.nodes for group in groups)]
     parts: list[list[FloatArray]] = [[] for _ in wanted]
-    total = len(wanted) * sum(map(len, probe.inputs))
+    total = len(wanted) * sum(map(len, on.inputs))
     hidden = not sys.stderr.isatty()
     with tqdm(desc="sensitivity", total=total, unit="input", leave=False, disable=hidden) as bar:
-        for values in probe.inputs:
+        for values in on.inputs:
             for part, nodes in zip(parts, wanted, strict=True):
-                part.append(_run(tower, values, nodes, probe))
+                part.append(_run(tower, values, nodes, on))
                 bar.update(len(values))
     return [np.concatenate(part) for part in parts]
 
 
 def _run(
-    tower: SwitchedTower, values: NDArray[Any], nodes: tuple[str, ...], probe: Probe
+    tower: SwitchedTower, values: NDArray[Any], nodes: tuple[str, ...], on: SensitivityInputs
 ) -> FloatArray:
-    return in_batches(
-        lambda piece: tower.run(probe.feed(piece), nodes), values, static=probe.batch
-    )[probe.output]
+    return in_batches(lambda piece: tower.run(on.feed(piece), nodes), values, static=on.batch)[
+        on.output
+    ]
 
 
 def _bad(groups: Sequence[NodeGroup], found: Sequence[GroupDamage]) -> list[NodeGroup]:
-    """Groups of several nodes whose damage stands out."""
+    """Return the groups of several nodes with much more damage than the mean."""
     limit = _BAD * np.mean([item.divergence.value for item in found])
     return [
         group

@@ -1,4 +1,4 @@
-"""Static int8: explicit Q/DQ around the products with constant weights, and nothing else."""
+"""Quantize a tower to static int8: Q/DQ around products with constant weights."""
 
 import shutil
 import tempfile
@@ -26,17 +26,17 @@ from edgeclip.export.quantizing.activation_ranges import (
     save_ranges,
 )
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.export.quantizing.fp16 import normalisation
-from edgeclip.export.quantizing.symmetric import INT8, write_symmetric
+from edgeclip.export.quantizing.fp16 import final_norm_nodes
+from edgeclip.export.quantizing.symmetric_qdq import INT8, write_symmetric
 from edgeclip.runtime.bundle.files import atomic_file
 
 
-def spare_other_readers(model: onnx.ModelProto) -> None:
-    """Let only quantized products read what was rounded for them, in place.
+def restore_float_readers(model: onnx.ModelProto) -> None:
+    """Connect nodes that are not quantized back to the float value before Q/DQ, in place.
 
-    ONNX Runtime's quantizer hands the rounded value to all readers, the residual sum behind a
-    norm of a BERT among them: its whole residual stream then has 8 bits, and no operator is
-    faster for it. Chains of convolutions are left alone, where the sums are int8 too.
+    ONNX Runtime's quantizer gives the rounded value to all readers, such as the residual sum
+    behind a norm of a BERT: its whole residual stream then has 8 bits, and no operator is faster
+    for it. Chains of convolutions are left alone, where sums are int8 too.
     """
     edit = GraphEdit(model)
     for node in model.graph.node:
@@ -55,7 +55,7 @@ def spare_other_readers(model: onnx.ModelProto) -> None:
 
 
 def _is_quantized(edit: GraphEdit, node: onnx.NodeProto) -> bool:
-    """Tell whether a node is a product by an int8 weight."""
+    """Return whether a node is a product with an int8 weight."""
     if node.op_type not in ("MatMul", "Gemm"):
         return False
     weight = edit.maker(node.input[1])
@@ -70,16 +70,15 @@ def write_int8(
     *,
     cache: Path | None = None,
 ) -> None:
-    """Quantize the products of an fp32 tower by what it sees in `data`.
+    """Quantize the products of an fp32 tower, with ranges found on `data`.
 
-    What a config changes before and after that (smoothing, equalisation, biases, tables) is
-    `write_config`'s to do.
+    Smoothing and int8 token tables are done by `quantize_graph`, before and after this.
 
     Args:
         source, target: the ONNX files.
-        data: what is seen.
+        data: calibration inputs.
         config: how it is quantized.
-        cache: a folder for ranges that were found, which belongs to this data alone.
+        cache: a folder for ranges, used with this data only.
 
     Raises:
         ExportError: nothing in the graph can be quantized, or the result is not valid ONNX.
@@ -122,10 +121,10 @@ def _write_asymmetric(
     nodes: list[str],
     ranges: Path,
 ) -> None:
-    """Quantize for ONNX Runtime's CPU kernels: uint8 activations, biases as int32.
+    """Quantize for ONNX Runtime's CPU kernels: uint8 activations, int32 biases.
 
-    The ranges are read from `ranges`, or if there is no such file, are the extremes, and are
-    written to it.
+    Ranges are read from the file `ranges`; if it does not exist, the extremes are found on `data`
+    and written to it.
     """
     reader = data.reader(onnx.load(source, load_external_data=False).graph.input[0].name)
     raw = ranges.with_name("int8.onnx")
@@ -147,22 +146,22 @@ def _write_asymmetric(
         extra_options={
             "ActivationSymmetric": False,
             "WeightSymmetric": True,
-            # Their results go to float operators: int8 would only lose accuracy.
+            # Their outputs go to float operators: int8 would only lose accuracy.
             "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
             "CalibStridedMinMax": 1,  # batch by batch, or memory grows with the data
         },
     )
     model = load_graph(raw)
-    spare_other_readers(model)
+    restore_float_readers(model)
     save_graph(model, target)
 
 
 def quantizable_nodes(source: Path) -> list[str]:
-    """Names of a graph's nodes whose second input is a constant weight, in its order.
+    """Return the names of the products with constant weights that can be quantized, in order.
 
-    Among convolutions these are all but two kinds. A depthwise one is no faster in int8, and
-    patches are a small part of the work whose error goes through all layers.
-    What follows the last L2 norm is an answer, and stays as exact as it is.
+    Left out are depthwise convolutions, which are no faster in int8; patch embeddings, a small
+    part of the work whose error goes through all layers; and what follows the final L2 norm,
+    such as a label head.
 
     Raises:
         ExportError: there is none.
@@ -170,22 +169,22 @@ def quantizable_nodes(source: Path) -> list[str]:
     model = onnx.load(source, load_external_data=False)
     constants = constant_names(model)
     shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
-    answers = normalisation(model.graph)
+    behind_norm = final_norm_nodes(model.graph)
     names = [
         node.name
         for node in model.graph.node
         if node.op_type in PRODUCTS
         and node.input[1] in constants
-        and node.name not in answers
-        and not (node.op_type == "Conv" and _spared(node, shapes[node.input[1]]))
+        and node.name not in behind_norm
+        and not (node.op_type == "Conv" and _stays_float(node, shapes[node.input[1]]))
     ]
     if not names:
         raise ExportError(f"{source.name} has no MatMul, Gemm or Conv with constant weights")
     return names
 
 
-def _spared(node: onnx.NodeProto, weight: tuple[int, ...]) -> bool:
-    """Tell whether a convolution is depthwise, or cuts patches: pieces of more than one pixel.
+def _stays_float(node: onnx.NodeProto, weight: tuple[int, ...]) -> bool:
+    """Return whether a convolution is depthwise or a patch embedding (kernel equal to stride).
 
     `weight` is the shape [outputs, inputs of a group, *kernel].
     """

@@ -1,17 +1,17 @@
-"""Weights in 4 or 8 bits, products of float activations: the least that a tower can weigh.
+"""Store a tower's weights in 4 or 8 bits; activations stay float (for size, not for speed).
 
 A weight [inputs, outputs] is cut into blocks of `block` inputs for each output, and each block
 w becomes whole numbers q with a scale s and a zero point z: w ~ (q - z) * s. With 8 bits they
 are s = max|w| / 127, z = 128. With 4 bits s = (high - low) / 15, z = round(-low / s), where
 `low` and `high` are the extremes of the block and 0, both drawn in by the share that makes the
-squared error of the block smallest. The last product gives the embedding, so nothing behind it
-averages its rounding out: it takes 8 bits always, which costs the built-in text tower 3% of its
-bytes and spares it two thirds of what it loses.
+squared error of the block smallest. The last product gives the embedding, and no
+layer behind it averages its rounding error out, so it always takes 8 bits: that costs the
+built-in text tower 3% of its bytes and avoids two thirds of its loss.
 
 ONNX Runtime multiplies them as MatMulNBits (com.microsoft). With `accuracy_level` 4 its CPU
 kernels round each row of the activations to int8 block by block: several times faster with 8
 bits than to leave them in float, hardly less exact, and no row depends on another. So unlike with
-`dynamic_int8` an embedding does not depend on its batch, and nothing needs calibration. Engines
+`dynamic_int8` an embedding does not depend on its batch, and no calibration is needed. Engines
 without MatMulNBits, such as TensorRT and OpenVINO, do not read these graphs.
 """
 
@@ -27,17 +27,17 @@ from onnx import helper, numpy_helper
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.graph_values import GraphEdit, attribute
-from edgeclip.export.quantizing.dynamic_int8 import store_tables
+from edgeclip.export.quantizing.dynamic_int8 import quantize_token_tables
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 
 _DOMAIN = "com.microsoft"
 _IN_INT8 = 4  # accuracy_level: what the activations are rounded to
-_SHARES = np.linspace(1, 0.7, 7)  # of a block's range, from which the best is taken
+_SHARES = np.linspace(1, 0.7, 7)  # of a block's range, of which the best is used
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight as MatMulNBits reads it.
+    """A weight in the layout of MatMulNBits.
 
     Attributes:
         packed: uint8 [outputs, blocks, bytes of a block]; of 4 bits, the first is the low half.
@@ -53,16 +53,16 @@ class PackedWeight:
 def write_weight_only(
     source: Path, target: Path, *, bits: int, block: int, kept: Collection[str] = ()
 ) -> None:
-    """Store the weights of a tower's products in few bits, and its token table in int8.
+    """Store the weights of a tower's products in 4 or 8 bits, and its token table in int8.
 
     Args:
         source, target: the ONNX files.
-        bits: 4 or 8, of all products but the last; see `int8_tables` for the table.
+        bits: 4 or 8, of all products but the last, which takes 8.
         block: inputs that share a scale: a power of two from 16 on.
         kept: names of nodes whose weights stay as they are.
 
     Raises:
-        ExportError: nothing can be stored so, or the result is not valid ONNX.
+        ExportError: there is no such weight, or the result is not valid ONNX.
     """
     model = load_graph(source)
     *_, last = able = quantizable_nodes(source)
@@ -82,7 +82,7 @@ def write_weight_only(
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(constants.values())
-    if done + store_tables(model, kept) == 0:
+    if done + quantize_token_tables(model, kept) == 0:
         raise ExportError(f"{source.name} has no weights that could be stored in {bits} bits")
     GraphEdit(model).drop_unread()
     if all(item.domain != _DOMAIN for item in model.opset_import):
@@ -91,7 +91,7 @@ def write_weight_only(
 
 
 def pack(weight: NDArray[np.floating], bits: int, block: int) -> PackedWeight:
-    """Pack a weight [inputs, outputs]; the last block of an output is filled up with zeros."""
+    """Quantize and pack a weight [inputs, outputs]; each output's last block is zero-padded."""
     inputs, outputs = weight.shape
     blocks = -(-inputs // block)
     padded = np.zeros((outputs, blocks * block))
@@ -136,14 +136,14 @@ def _asymmetric(
 
 
 def _halves(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Put two 4-bit numbers of the last axis into one byte, the first one low."""
+    """Pack pairs of 4-bit numbers on the last axis into bytes, the first in the low half."""
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
     return np.asarray(values[..., ::2] | values[..., 1::2] << 4, np.uint8)
 
 
 def _is_plain(node: onnx.NodeProto, weight: NDArray[np.floating]) -> bool:
-    """Whether a node is a product of its first input and a weight, and at most adds a bias."""
+    """Return whether a node multiplies its first input by a weight and at most adds a bias."""
     if node.op_type == "Gemm":
         scaled = attribute(node, "alpha", 1.0) != 1 or attribute(node, "beta", 1.0) != 1
         return not scaled and not attribute(node, "transA", 0)
@@ -157,7 +157,7 @@ def _packed_product(
     block: int,
     constants: dict[str, onnx.TensorProto],
 ) -> list[onnx.NodeProto]:
-    """Return a MatMulNBits in place of a node, and what adds its bias; add its constants."""
+    """Return the MatMulNBits that replaces a node, and the Add of its bias; add its constants."""
     transposed = node.op_type == "Gemm" and attribute(node, "transB", 0)
     plain = weight.T if transposed else weight
     stem = f"{node.input[1]}_{bits}bit" + ("_transposed" if transposed else "")

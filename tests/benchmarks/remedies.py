@@ -115,14 +115,14 @@ def searched(
         with open_evaluator(task, Path(folder) / "search") as trial:
             log = TrialLog(trial, progress=_say)
             for change in (trial.with_smoothing, *space.remedies, *space.cheaper):
-                log.point(change(space.recipe))
+                log.evaluate(change(space.recipe))
             result = search(trial, space, minutes=minutes, progress=_say)
     print(f"\n{name}\n{search_table(result)}", flush=True)
     config = result.chosen.config
     found = remedies_of(config, space.recipe) if isinstance(config, StaticInt8) else ()
     return Searched(
         model=name,
-        alone=tuple(map(_candidate, log.points.values())),
+        alone=tuple(map(_candidate, log.candidates.values())),
         tried=tuple(map(_candidate, result.candidates)),
         chosen=result.chosen.name,
         why=result.why,

@@ -26,14 +26,15 @@ from edgeclip.export.graph.calibration import CalibrationData, calibration_image
 from edgeclip.export.graph.to_onnx import GraphForm, export_towers
 from edgeclip.export.quantizing.config import default_config
 from edgeclip.export.quantizing.fp16 import write_fp16
+from edgeclip.export.quantizing.config import Float8
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.export.quantizing.static_int8 import write_int8
-from edgeclip.export.quantizing.write_config import write_fp8
 from edgeclip.runtime.bundle.engine_records import GraphSource
 from edgeclip.runtime.bundle.files import sha256_file
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.engines.tensorrt_build import build_engine
 from edgeclip.runtime.engines.tensorrt_library import open_library
-from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import Tower
 
 Make = Callable[..., Source]
@@ -106,7 +107,7 @@ def graphs(
         source = towers.graph(tower).path.rename(made.path(tower, "fp32"))
         write_fp16(source, made.path(tower, "fp16"), data)
         write_int8(source, made.path(tower, "int8"), data, settings)
-        write_fp8(source, made.path(tower, "fp8"), data)
+        quantize_graph(source, made.path(tower, "fp8"), Float8(), data)
     return made
 
 

@@ -24,7 +24,7 @@ from edgeclip.export.quantizing.config import (
 )
 from edgeclip.export.quantizing.qat_finetune import QAT_HINT, QatOptions
 from edgeclip.runtime.quality.intervals import Interval
-from tests.export.quantizing.test_last_resort import FACTOR, planted
+from tests.export.quantizing.test_qat_finetune import FACTOR, planted
 
 Make = Callable[..., Source]
 CPU = StaticInt8(symmetric=False, reduce_range=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 
-from edgeclip.export.quantizing.smooth import rescale
+from edgeclip.export.quantizing.smoothquant import rescale
 
 
 def plant_outlier(

@@ -11,10 +11,14 @@ from edgeclip.export.gates.gates import Bounds
 from edgeclip.export.graph.embedders import TowerGraph
 from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
-from edgeclip.export.quantizing.candidate_evaluator import Judgement
+from edgeclip.export.quantizing.candidate_evaluator import FinalJudgement
 from edgeclip.export.quantizing.config import Config, Float16, Float32, StaticInt8
 from edgeclip.export.quantizing.node_groups import Gains, GroupGain, NodeGroup
-from edgeclip.export.quantizing.quantization_candidate import Point, PointLatency, key_of
+from edgeclip.export.quantizing.quantization_candidate import (
+    CandidateLatency,
+    QuantizationCandidate,
+    key_of,
+)
 from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask
 from edgeclip.export.quantizing.sensitivity import GroupDamage, Sensitivity
 from edgeclip.runtime.bundle.manifest import GateRecord
@@ -78,7 +82,7 @@ class SumBench:
     test_loss: float = 0.0
     impossible: frozenset[str] = frozenset()
     measured: bool = True
-    known: dict[str, Point] = field(default_factory=dict)
+    known: dict[str, QuantizationCandidate] = field(default_factory=dict)
     made: list[Config] = field(default_factory=list)
     judged: list[Config] = field(default_factory=list)
     raced: list[tuple[Config, ...]] = field(default_factory=list)
@@ -87,11 +91,11 @@ class SumBench:
     def groups(self) -> tuple[NodeGroup, ...]:
         return tuple(NodeGroup(name, (name,), (name,)) for name in self.damages)
 
-    def knows(self, config: Config) -> bool:
+    def is_known(self, config: Config) -> bool:
         return key_of(config) in self.known
 
-    def point(self, config: Config) -> Point:
-        if not self.knows(config):
+    def evaluate(self, config: Config) -> QuantizationCandidate:
+        if not self.is_known(config):
             if key_of(config) in self.impossible:
                 raise ExportError("cannot be made")
             self.made.append(config)
@@ -113,20 +117,20 @@ class SumBench:
         found = [GroupGain(nodes=(name,), saved=value) for name, value in self.saved.items()]
         return Gains(groups=tuple(found), measured=self.measured)
 
-    def smoothed(self, config: StaticInt8) -> StaticInt8:
+    def with_smoothing(self, config: StaticInt8) -> StaticInt8:
         return replace(config, smoothing=(("norm", 0.5),)) if "smoothed" in self.eased else config
 
     def with_islands(self, config: Float16) -> Float16:
         return config
 
-    def race(self, configs: Sequence[Config]) -> tuple[PointLatency, ...]:
+    def race(self, configs: Sequence[Config]) -> tuple[CandidateLatency, ...]:
         self.raced.append(tuple(configs))
         return tuple(self._latency(config) for config in configs)
 
-    def judge(self, config: Config) -> Judgement:
+    def judge_on_test(self, config: Config) -> FinalJudgement:
         self.judged.append(config)
         record = cosine_record(1 - self.loss(config) - self.test_loss)
-        return Judgement(config=key_of(config), records=(record,))
+        return FinalJudgement(config=key_of(config), records=(record,))
 
     def loss(self, config: Config) -> float:
         """Of cosine."""
@@ -135,8 +139,7 @@ class SumBench:
         loss = sum(value for name, value in self.damages.items() if name not in config.kept)
         on = {
             "smoothed": bool(config.smoothing),
-            "mse": config.ranging.method == "mse",
-            "equalised": config.equalised,
+            "percentile": config.ranging.method == "percentile",
         }
         for name, left in self.eased.items():
             loss *= left if on[name] else 1.0
@@ -150,17 +153,17 @@ class SumBench:
             return 1.1
         return 1 - sum(value for name, value in self.saved.items() if name not in config.kept)
 
-    def _latency(self, config: Config) -> PointLatency:
+    def _latency(self, config: Config) -> CandidateLatency:
         ratio = self.ratio(config)
         span = Interval(ratio, ratio - 0.001, ratio + 0.001)
-        return PointLatency(
+        return CandidateLatency(
             ratio=span, ms=exact(10 * ratio), reference_ms=exact(10.0), contended=False
         )
 
-    def _point(self, config: Config) -> Point:
+    def _point(self, config: Config) -> QuantizationCandidate:
         quantized = isinstance(config, StaticInt8)
         kept = len(config.kept) if isinstance(config, StaticInt8) else 0
-        return Point(
+        return QuantizationCandidate(
             config=config,
             bytes=1000 + 100 * kept if quantized else 4000,
             latency=self._latency(config) if self.measured else None,
@@ -191,6 +194,6 @@ def tower_task(clip: DualEncoder, path: Path, device: DeviceProfile, blobs: Make
     )
 
 
-def without_seconds(points: Sequence[Point]) -> tuple[Point, ...]:
+def without_seconds(points: Sequence[QuantizationCandidate]) -> tuple[QuantizationCandidate, ...]:
     """Points less how long they took, which no two runs agree in."""
     return tuple(replace(point, seconds=0.0) for point in points)

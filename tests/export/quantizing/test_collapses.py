@@ -16,9 +16,9 @@ from edgeclip.export.gates.gates import DEFAULT_BOUNDS
 from edgeclip.export.graph.calibration import CalibrationData
 from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.quantizing.config import Config, DynamicInt8, Float16, StaticInt8, WeightOnly
-from edgeclip.export.quantizing.fp16 import emulate_half
-from edgeclip.export.quantizing.mixed_fp16 import embed
-from edgeclip.export.quantizing.write_config import write_config
+from edgeclip.export.quantizing.fp16 import emulate_fp16
+from edgeclip.export.quantizing.mixed_fp16 import embed_graph
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from tests.export.quantizing.collapse_models import (
     TEXT_TOWER,
     captions,
@@ -53,7 +53,7 @@ def planted(path: Path, *changes: Callable[[onnx.ModelProto], None]) -> Path:
 
 
 def in_half(path: Path, data: CalibrationData) -> NDArray[np.float32]:
-    return embed(emulate_half(load_graph(path)), data)
+    return embed_graph(emulate_fp16(load_graph(path)), data)
 
 
 def test_a_layer_norm_taken_apart_overflows_fp16(
@@ -61,10 +61,10 @@ def test_a_layer_norm_taken_apart_overflows_fp16(
 ) -> None:
     """The square of 400 is beyond fp16, and the variance with it."""
     source = planted(tmp_path / "f.onnx", with_massive_activation, decompose_layer_norms)
-    right = embed(load_graph(source), unseen)
+    right = embed_graph(load_graph(source), unseen)
     naive_half(source, tmp_path / "naive.onnx")
     assert not within(in_half(tmp_path / "naive.onnx", unseen), right, HALF)
-    write_config(source, tmp_path / "ours.onnx", Float16(), seen)
+    quantize_graph(source, tmp_path / "ours.onnx", Float16(), seen)
     assert within(in_half(tmp_path / "ours.onnx", unseen), right, HALF)
 
 
@@ -74,7 +74,7 @@ def test_the_same_layer_norm_as_one_operator_does_not(
     """Which is why the exporter refuses any other: even the naive way is then sound."""
     source = planted(tmp_path / "f.onnx", with_massive_activation)
     naive_half(source, tmp_path / "naive.onnx")
-    right = embed(load_graph(source), unseen)
+    right = embed_graph(load_graph(source), unseen)
     assert within(in_half(tmp_path / "naive.onnx", unseen), right, HALF)
 
 
@@ -83,13 +83,13 @@ def test_the_lowest_number_as_a_mask_is_infinite_in_fp16(
 ) -> None:
     """What may be seen is masked by 0 times the constant, which is NaN if that is infinite."""
     source = planted(tmp_path / "f.onnx", with_lowest_mask)
-    right = embed(load_graph(source), unseen)
-    np.testing.assert_allclose(right, embed(load_graph(TEXT_TOWER), unseen), atol=1e-5)
+    right = embed_graph(load_graph(source), unseen)
+    np.testing.assert_allclose(right, embed_graph(load_graph(TEXT_TOWER), unseen), atol=1e-5)
     naive_half(source, tmp_path / "naive.onnx", cut=False)
     naive = in_half(tmp_path / "naive.onnx", unseen)
     assert np.isnan(naive).any()
     assert not within(naive, right, HALF)
-    write_config(source, tmp_path / "ours.onnx", Float16(), seen)
+    quantize_graph(source, tmp_path / "ours.onnx", Float16(), seen)
     assert within(in_half(tmp_path / "ours.onnx", unseen), right, HALF)
 
 
@@ -109,8 +109,8 @@ def test_one_outsized_token_takes_the_digits_of_all_others(
 ) -> None:
     """It is in none of the texts: its share in the one scale of the table is enough."""
     source = planted(tmp_path / "f.onnx", with_outsized_token)
-    right = embed(load_graph(source), unseen)
+    right = embed_graph(load_graph(source), unseen)
     naive_dynamic_int8(source, tmp_path / "naive.onnx")
-    assert not within(embed(load_graph(tmp_path / "naive.onnx"), unseen), right, INT8)
-    write_config(source, tmp_path / "ours.onnx", config, seen)
-    assert within(embed(load_graph(tmp_path / "ours.onnx"), unseen), right, INT8)
+    assert not within(embed_graph(load_graph(tmp_path / "naive.onnx"), unseen), right, INT8)
+    quantize_graph(source, tmp_path / "ours.onnx", config, seen)
+    assert within(embed_graph(load_graph(tmp_path / "ours.onnx"), unseen), right, INT8)

@@ -30,8 +30,6 @@ FULL = StaticInt8(
     ranging=Ranging(method="percentile", percentile=99.9),
     kept=("first", "second"),
     smoothing=(("norm", 0.5),),
-    equalised=True,
-    bias_corrected=True,
     float_precision="fp16",
 )
 EVERY: list[tuple[Config, Precision, bool, str]] = [
@@ -50,7 +48,7 @@ EVERY: list[tuple[Config, Precision, bool, str]] = [
         "int8",
         False,
         "int8, symmetric, one scale for each weight, ranges by percentile 99.9, 1 LayerNorm "
-        "smoothed, equalised, biases corrected, fp16 between, 2 nodes in float",
+        "smoothed, fp16 between, 2 nodes in float",
     ),
     (DynamicInt8(), "int8", True, "dynamic int8"),
     (DynamicInt8(reduce_range=True), "int8", False, "dynamic int8, 7-bit weights"),
@@ -131,6 +129,31 @@ def test_data_that_is_no_config_is_refused(data: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         config_from_data(data, source="candidates.json")
     assert "candidates.json" in str(caught.value)
+
+
+OLD = dataclasses.asdict(StaticInt8(symmetric=False)) | {
+    "equalised": False,
+    "bias_corrected": False,
+}
+
+
+def test_a_config_of_an_older_version_is_read() -> None:
+    assert config_from_data(OLD, source="old.json") == StaticInt8(symmetric=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"equalised": True, "bias_corrected": True}, "equalised, bias_corrected"),
+        ({"ranging": {"method": "mse", "percentile": 99.99}}, "ranges by mse"),
+        ({"ranging": {"method": "entropy", "percentile": 99.99}}, "ranges by entropy"),
+    ],
+)
+def test_a_remedy_that_was_removed_says_to_search_again(
+    change: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"old.json uses {named}, .*search again"):
+        config_from_data(OLD | change, source="old.json")
 
 
 @pytest.mark.parametrize(

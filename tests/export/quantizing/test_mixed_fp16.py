@@ -17,8 +17,8 @@ from edgeclip.export.gates.gates import DEFAULT_BOUNDS
 from edgeclip.export.graph.calibration import CalibrationData
 from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
-from edgeclip.export.quantizing.fp16 import emulate_half, write_fp16
-from edgeclip.export.quantizing.mixed_fp16 import embed, fewest, find_islands
+from edgeclip.export.quantizing.fp16 import emulate_fp16, write_fp16
+from edgeclip.export.quantizing.mixed_fp16 import embed_graph, find_islands, minimal_subset
 from tests.export.quantizing.collapse_models import with_offset, within
 from tests.export.quantizing.small_graphs import batches, graph_of
 
@@ -37,7 +37,7 @@ def test_the_fewest_are_found_in_few_trials(count: int, needed: set[int]) -> Non
         tried.append(kept)
         return wanted <= set(kept)
 
-    found = fewest([str(item) for item in range(count)], passes)
+    found = minimal_subset([str(item) for item in range(count)], passes)
     assert set(found) == wanted
     assert len(tried) <= 2 * len(wanted) * (np.log2(count) + 1) + 2
 
@@ -46,14 +46,14 @@ def test_where_several_would_do_the_first_are_taken() -> None:
     def passes(kept: Collection[str]) -> bool:
         return len(kept) >= 3
 
-    assert fewest("abcdefgh", passes) == ("a", "b", "c")
+    assert minimal_subset("abcdefgh", passes) == ("a", "b", "c")
 
 
 def test_what_is_not_decided_when_trials_run_out_stays_in() -> None:
     def passes(kept: Collection[str]) -> bool:
         return "b" in kept and "g" in kept
 
-    found = fewest("abcdefgh", passes, trials=2)
+    found = minimal_subset("abcdefgh", passes, trials=2)
     assert passes(found)
     assert len(found) > 2
 
@@ -62,7 +62,7 @@ def test_all_stay_where_more_is_sometimes_worse() -> None:
     def passes(kept: Collection[str]) -> bool:
         return set(kept) in ({"a", "b", "c", "d"}, {"a", "b", "c"}, {"c"})
 
-    assert passes(fewest("abcd", passes))
+    assert passes(minimal_subset("abcd", passes))
 
 
 def text_data(clip: DualEncoder) -> CalibrationData:
@@ -82,10 +82,10 @@ def test_digits_lost_in_a_large_offset_are_found_where_ranges_say_nothing(
     model = load_graph(clip_towers.text)
     with_offset(model, 2000)
     save_graph(model, source)
-    right = embed(load_graph(source), data)
+    right = embed_graph(load_graph(source), data)
 
     write_fp16(source, half, data)
-    assert not within(embed(emulate_half(load_graph(half)), data), right, BOUNDS)
+    assert not within(embed_graph(emulate_fp16(load_graph(half)), data), right, BOUNDS)
 
     asked = []
 
@@ -96,13 +96,13 @@ def test_digits_lost_in_a_large_offset_are_found_where_ranges_say_nothing(
     islands = find_islands(source, CalibrationData(data.count, batch))
     assert asked == list(range(data.count))  # pictures are slow to prepare
     write_fp16(source, half, data, islands=islands)
-    assert within(embed(emulate_half(load_graph(half)), data), right, BOUNDS)
+    assert within(embed_graph(emulate_fp16(load_graph(half)), data), right, BOUNDS)
     nodes = {node.name: node.op_type for node in model.graph.node}
     assert 0 < len(islands) < len(nodes) / 4
     assert "Softmax" not in {nodes[name] for name in islands}
     # None of them is there for nothing.
     write_fp16(source, half, data, islands=islands[1:])
-    assert not within(embed(emulate_half(load_graph(half)), data), right, BOUNDS)
+    assert not within(embed_graph(emulate_fp16(load_graph(half)), data), right, BOUNDS)
 
 
 def test_a_tower_without_usable_embeddings_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.to_onnx import TowerPaths
-from edgeclip.export.quantizing.candidate_evaluator import open_trial
+from edgeclip.export.quantizing.candidate_evaluator import open_evaluator
 from edgeclip.export.quantizing.config import (
     Config,
     Float16,
@@ -23,10 +23,10 @@ from edgeclip.export.quantizing.config import (
     key,
 )
 from edgeclip.export.quantizing.node_groups import Gains
-from edgeclip.export.quantizing.quantization_candidate import Point
+from edgeclip.export.quantizing.quantization_candidate import QuantizationCandidate
 from edgeclip.export.quantizing.search import SearchResult, search
 from edgeclip.export.quantizing.search_table import search_table
-from edgeclip.export.quantizing.search_task import SearchSpace, space_for
+from edgeclip.export.quantizing.search_task import SearchSpace, search_space
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.errors import EngineError
 from tests.export.quantizing.search_cases import (
@@ -105,8 +105,10 @@ def test_what_is_too_much_all_alone_goes_however_much_time_it_saves() -> None:
 
 
 def test_remedies_come_before_float_and_only_as_far_as_they_are_needed() -> None:
-    bench = SumBench(damages={"a": 0.008}, saved={"a": 0.3}, eased={"smoothed": 0.5, "mse": 0.1})
-    result = search(bench, space_for(cpu(), "image", here=False))
+    bench = SumBench(
+        damages={"a": 0.008}, saved={"a": 0.3}, eased={"smoothed": 0.5, "percentile": 0.1}
+    )
+    result = search(bench, search_space(cpu(), "image", here=False))
     assert isinstance(result.chosen.config, StaticInt8)
     assert result.chosen.config.smoothing
     assert result.chosen.config.ranging.method == "minmax"
@@ -117,7 +119,7 @@ def test_a_remedy_that_holds_all_gates_is_enough_though_another_form_is_closer_o
     class Tailed(SumBench):
         """One gate is missed without smoothing, which costs some of the mean."""
 
-        def _point(self, config: Config) -> Point:
+        def _point(self, config: Config) -> QuantizationCandidate:
             found = super()._point(config)
             if not isinstance(config, StaticInt8):
                 return found
@@ -136,11 +138,11 @@ def test_a_remedy_that_holds_all_gates_is_enough_though_another_form_is_closer_o
 
 def test_a_collapse_is_not_treated_with_finer_ranges() -> None:
     bench = SumBench(
-        damages={"a": 0.9, "b": 0.001}, saved={"a": 0.3, "b": 0.3}, eased={"equalised": 0.999}
+        damages={"a": 0.9, "b": 0.001}, saved={"a": 0.3, "b": 0.3}, eased={"percentile": 0.999}
     )
-    search(bench, space_for(cpu(), "image", here=False))
+    search(bench, search_space(cpu(), "image", here=False))
     configs = [item for item in bench.made if isinstance(item, StaticInt8)]
-    assert not any(item.equalised or item.bias_corrected for item in configs)
+    assert not any(item.ranging.method == "percentile" for item in configs)
 
 
 def cpu() -> DeviceProfile:
@@ -151,8 +153,8 @@ def test_what_may_be_shipped_races_each_other_and_the_race_decides() -> None:
     """Each was timed in a minute of its own, in which int8 looked better or worse than it is."""
 
     class Moody(SumBench):
-        def point(self, config: Config) -> Point:
-            found = super().point(config)
+        def evaluate(self, config: Config) -> QuantizationCandidate:
+            found = super().evaluate(config)
             if isinstance(config, Float32) or found.latency is None:
                 return found
             flattered = 0.3 if isinstance(config, StaticInt8) and config.per_channel else 0.9
@@ -172,7 +174,7 @@ def test_what_may_be_shipped_races_each_other_and_the_race_decides() -> None:
     assert bench.raced == [(RECIPE, coarse)]
     assert result.chosen.config == coarse
     assert result.chosen.ratio == 0.5
-    assert [point.ratio for point in result.points if point.config == RECIPE] == [0.6]
+    assert [point.ratio for point in result.candidates if point.config == RECIPE] == [0.6]
     assert any("in the same rounds" in line for line in lines)
     alone = Moody(damages={"a": 0.001}, saved={"a": 0.1})
     search(alone, PLAIN)
@@ -279,23 +281,23 @@ def test_the_front_holds_what_no_other_beats() -> None:
             other.cosine is not None
             and (other.ratio or 1) < (point.ratio or 1)
             and other.cosine.value >= point.cosine.value
-            for other in result.points
+            for other in result.candidates
         )
-    assert result.points[0] in result.front  # fp32 loses nothing
+    assert result.candidates[0] in result.front  # fp32 loses nothing
 
 
 def test_spaces_follow_the_device() -> None:
-    old = space_for(load_device("x86-avx2"), "image", here=True)
+    old = search_space(load_device("x86-avx2"), "image", here=True)
     assert old.recipe is not None
     assert old.recipe.reduce_range
     assert any(not change(old.recipe).reduce_range for change in old.cheaper)
-    away = space_for(load_device("x86-avx2"), "image", here=False)
+    away = search_space(load_device("x86-avx2"), "image", here=False)
     assert away.cheaper == ()  # whether products saturate shows on the device alone
-    gpu = space_for(load_device("rtx-4000-ada"), "image", here=False)
+    gpu = search_space(load_device("rtx-4000-ada"), "image", here=False)
     assert gpu.recipe == StaticInt8(symmetric=True, float_precision="fp16")
     kinds = {type(config).__name__ for config in gpu.others}
     assert kinds == {"Float16", "Float8"}
-    text = space_for(cpu(), "text", here=True, dynamic=True)
+    text = search_space(cpu(), "text", here=True, dynamic=True)
     assert {type(config).__name__ for config in text.others} >= {"DynamicInt8", "WeightOnly"}
 
 
@@ -349,24 +351,24 @@ def test_a_search_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "int8" in seen[0]
-    kept = {path.name for path in (folder / "points").glob("point-*.json")}
+    kept = {path.name for path in (folder / "points").glob("quantizationcandidate-*.json")}
     assert len(kept) >= 2  # fp32 and all in int8
 
     made: list[str] = []
     resumed = searched(planted_task(clip, clip_towers, folder, cpu_device, blobs), folder, made)
     whole = searched(planted_task(clip, clip_towers, other, cpu_device, blobs), other, [])
-    assert without_seconds(resumed.points) == without_seconds(whole.points)
+    assert without_seconds(resumed.candidates) == without_seconds(whole.candidates)
     assert resumed.chosen.config == whole.chosen.config
     assert resumed.judged == whole.judged
     assert resumed.why == whole.why
     assert resumed.damage is not None
     assert whole.damage is not None
     assert resumed.damage.groups == whole.damage.groups
-    assert kept <= {path.name for path in (folder / "points").glob("point-*.json")}
+    assert kept <= {path.name for path in (folder / "points").glob("quantizationcandidate-*.json")}
 
 
 def searched(task: object, folder: Path, made: list[str]) -> SearchResult:
-    with open_trial(task, folder / "points") as trial:  # type: ignore[arg-type]
+    with open_evaluator(task, folder / "points") as trial:  # type: ignore[arg-type]
         return search(trial, PLAIN, progress=made.append)
 
 
@@ -380,9 +382,9 @@ def test_a_real_tower_is_timed_against_fp32_and_judged_once(
     from tests.conftest import QUICK
 
     task = replace(tower_task(clip, clip_towers.image, cpu_device, blobs), workload=QUICK)
-    with open_trial(task, tmp_path) as trial:
-        result = search(trial, space_for(cpu_device, "image", here=True), rank=True)
-        for point in result.points:
+    with open_evaluator(task, tmp_path) as trial:
+        result = search(trial, search_space(cpu_device, "image", here=True), rank=True)
+        for point in result.candidates:
             assert point.latency is not None
             ratio = point.latency.ratio
             assert ratio.low <= ratio.value <= ratio.high
@@ -391,8 +393,8 @@ def test_a_real_tower_is_timed_against_fp32_and_judged_once(
         assert len(result.damage.groups) >= len(trial.groups)
         assert result.gains is not None
         assert result.gains.measured
-    with open_trial(task, tmp_path) as trial:
-        assert search(trial, space_for(cpu_device, "image", here=True), rank=True) == result
+    with open_evaluator(task, tmp_path) as trial:
+        assert search(trial, search_space(cpu_device, "image", here=True), rank=True) == result
 
 
 def test_a_device_that_is_not_here_gets_bytes_and_no_times(
@@ -400,10 +402,10 @@ def test_a_device_that_is_not_here_gets_bytes_and_no_times(
 ) -> None:
     device = replace(load_device("rtx-4000-ada"), pixels="float32-nchw")
     task = tower_task(clip, clip_towers.image, device, blobs)
-    with open_trial(task, tmp_path) as trial:
-        result = search(trial, space_for(device, "image", here=False))
-    assert all(point.latency is None for point in result.points)
-    assert result.chosen.bytes == min(point.bytes for point in result.points if point.passed)
+    with open_evaluator(task, tmp_path) as trial:
+        result = search(trial, search_space(device, "image", here=False))
+    assert all(point.latency is None for point in result.candidates)
+    assert result.chosen.bytes == min(point.bytes for point in result.candidates if point.passed)
     assert result.gains is not None
     assert not result.gains.measured
     assert "not the device" in result.why

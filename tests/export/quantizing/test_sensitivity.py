@@ -17,16 +17,17 @@ from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import Config, Float8, StaticInt8
 from edgeclip.export.quantizing.node_groups import NodeGroup, node_groups
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.export.quantizing.sensitivity import (
-    Probe,
-    measure_damage,
+    SensitivityInputs,
+    measure_sensitivity,
     row_divergence,
     switched_tower,
 )
+from edgeclip.export.quantizing.smoothquant import apply_smoothing
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes
-from edgeclip.export.quantizing.write_config import apply_transforms, write_config
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
-from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.planted import plant_outlier
 from tests.export.quantizing.search_cases import BEHIND_OUTLIER, CHANNEL, OUTLIER
@@ -43,11 +44,11 @@ def data_for(tower: Tower, dual: DualEncoder, source: Source) -> CalibrationData
     return calibration_texts(source, dual.text_tokenizer)
 
 
-def probe_for(tower: Tower, dual: DualEncoder, source: Source) -> Probe:
+def probe_for(tower: Tower, dual: DualEncoder, source: Source) -> SensitivityInputs:
     data = data_for(tower, dual, source)
     inputs = [data.batch(number) for number in range(data.count)]
     draw = np.random.default_rng(0).normal(size=(sum(map(len, inputs)), 16)).astype(np.float32)
-    return Probe(
+    return SensitivityInputs(
         inputs=inputs,
         others=draw / np.linalg.norm(draw, axis=1, keepdims=True),
         logit_scale=20.0,
@@ -117,7 +118,7 @@ def test_switches_give_the_float_tower_and_the_quantized_one(
 ) -> None:
     source, data = clip_towers.graph(tower).path, data_for(tower, clip, blobs(16, seed=1))
     written = tmp_path / "written.onnx"
-    write_config(source, written, config, data)
+    quantize_graph(source, written, config, data)
     values = data.batch(0)
     with switched_tower(source, written, threads=1) as switched:
         assert set(switched.nodes) == set(quantizable_nodes(source))
@@ -135,12 +136,14 @@ def test_one_switch_is_the_graph_with_all_other_products_kept(
 ) -> None:
     data = data_for("image", clip, blobs(16, seed=1))
     source = clip_towers.image
-    write_config(source, tmp_path / "whole.onnx", StaticInt8(symmetric=True), data)
+    quantize_graph(source, tmp_path / "whole.onnx", StaticInt8(symmetric=True), data)
     names = quantizable_nodes(source)
     with switched_tower(source, tmp_path / "whole.onnx", threads=1) as switched:
         for name in (names[0], names[5], names[-1]):
             kept = tuple(other for other in names if other != name)
-            write_config(source, tmp_path / "one.onnx", StaticInt8(symmetric=True, kept=kept), data)
+            quantize_graph(
+                source, tmp_path / "one.onnx", StaticInt8(symmetric=True, kept=kept), data
+            )
             on = switched.run({"pixel_values": data.batch(0)}, [name])["image_embeds"]
             right = plain_run(tmp_path / "one.onnx", "image", data.batch(0))
             np.testing.assert_allclose(on, right, atol=1e-5)
@@ -176,9 +179,11 @@ def test_a_planted_outlier_damages_most(
 ) -> None:
     source = tmp_path / "planted.onnx"
     save_graph(plant_outlier(load_graph(clip_towers.image), OUTLIER, CHANNEL), source)
-    write_config(source, tmp_path / "int8.onnx", CPU, data_for("image", clip, blobs(16, seed=1)))
+    quantize_graph(source, tmp_path / "int8.onnx", CPU, data_for("image", clip, blobs(16, seed=1)))
     probe = probe_for("image", clip, blobs(20, seed=2))
-    found = measure_damage(source, tmp_path / "int8.onnx", node_groups(source), probe, config="k")
+    found = measure_sensitivity(
+        source, tmp_path / "int8.onnx", node_groups(source), probe, config="k"
+    )
     assert found.config == "k"
     assert found.inputs == 20
     worst, second = found.groups[:2]
@@ -198,13 +203,13 @@ def test_a_group_is_taken_apart_if_some_of_its_nodes_are_not_to_blame(
     save_graph(model, tmp_path / "f.onnx")
     config = StaticInt8(symmetric=False, per_channel=False)
     data = data_for("image", clip, blobs(16, seed=1))
-    write_config(tmp_path / "f.onnx", tmp_path / "q.onnx", config, data)
+    quantize_graph(tmp_path / "f.onnx", tmp_path / "q.onnx", config, data)
     broken = load_graph(tmp_path / "q.onnx")
     _coarsen(broken, bad)
     save_graph(broken, tmp_path / "q.onnx")
     probe = probe_for("image", clip, blobs(20, seed=2))
     groups = node_groups(tmp_path / "f.onnx")
-    found = measure_damage(tmp_path / "f.onnx", tmp_path / "q.onnx", groups, probe)
+    found = measure_sensitivity(tmp_path / "f.onnx", tmp_path / "q.onnx", groups, probe)
     by_nodes = {item.nodes: item for item in found.groups}
     assert found.groups[0].nodes == (bad,)
     assert wide.nodes not in by_nodes
@@ -221,10 +226,10 @@ def test_of_a_group_that_is_quantized_in_part_each_product_is_measured_alone(
     first, *rest = wide.nodes
     data = data_for("image", clip, blobs(16, seed=1))
     config = StaticInt8(symmetric=True, kept=(first,))
-    write_config(clip_towers.image, tmp_path / "q.onnx", config, data)
+    quantize_graph(clip_towers.image, tmp_path / "q.onnx", config, data)
     probe = probe_for("image", clip, blobs(8, seed=2))
     groups = node_groups(clip_towers.image)
-    found = measure_damage(clip_towers.image, tmp_path / "q.onnx", groups, probe)
+    found = measure_sensitivity(clip_towers.image, tmp_path / "q.onnx", groups, probe)
     titles = {item.nodes: item.title for item in found.groups}
     assert [titles[(node,)] for node in rest] == [
         f"layers.0.self_attn.{name}_proj" for name in "kv"
@@ -254,11 +259,13 @@ def test_damage_of_a_smoothed_config_is_that_of_its_smoothed_graph(
     save_graph(plant_outlier(load_graph(clip_towers.image), OUTLIER, CHANNEL), source)
     data = data_for("image", clip, blobs(16, seed=1))
     config = replace(CPU, smoothing=((OUTLIER, 0.5),))
-    write_config(source, tmp_path / "q.onnx", config, data)
-    save_graph(apply_transforms(load_graph(source), config, data), tmp_path / "smooth.onnx")
+    quantize_graph(source, tmp_path / "q.onnx", config, data)
+    model = load_graph(source)
+    apply_smoothing(model, config.smoothing, data)
+    save_graph(model, tmp_path / "smooth.onnx")
     probe = probe_for("image", clip, blobs(20, seed=2))
     groups = node_groups(source)
-    found = measure_damage(tmp_path / "smooth.onnx", tmp_path / "q.onnx", groups, probe)
+    found = measure_sensitivity(tmp_path / "smooth.onnx", tmp_path / "q.onnx", groups, probe)
     assert max(item.cosine_loss.value for item in found.groups) < 0.01
 
 
@@ -267,13 +274,13 @@ def test_the_other_tower_is_what_rows_are_compared_with(
 ) -> None:
     """Real embeddings of captions in place of drawn ones: damage is small and finite."""
     data = data_for("image", clip, blobs(16, seed=1))
-    write_config(clip_towers.image, tmp_path / "q.onnx", CPU, data)
+    quantize_graph(clip_towers.image, tmp_path / "q.onnx", CPU, data)
     source = blobs(12, seed=2)
     captions = [str(source.caption(number)) for number in range(12)]
     others = torch_embedder(clip, "text")(clip.text_tokenizer.encode(captions))
     probe = replace(probe_for("image", clip, source), others=others)
     nodes = tuple(quantizable_nodes(clip_towers.image))
     only = NodeGroup("all", nodes, nodes)
-    found = measure_damage(clip_towers.image, tmp_path / "q.onnx", [only], probe)
+    found = measure_sensitivity(clip_towers.image, tmp_path / "q.onnx", [only], probe)
     (whole,) = found.groups
     assert 0 < whole.divergence.value < 1

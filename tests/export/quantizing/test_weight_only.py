@@ -15,10 +15,10 @@ from onnx import helper, numpy_helper
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
 from edgeclip.export.graph.graph_io import load_graph, save_graph
-from edgeclip.export.quantizing.dynamic_int8 import token_lookups
+from edgeclip.export.quantizing.dynamic_int8 import token_table_lookups
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 from edgeclip.export.quantizing.weight_only import PackedWeight, pack, write_weight_only
-from edgeclip.runtime.quality.retrieval import cosines
+from edgeclip.runtime.bundle.index import cosines
 from tests.export.quantizing.collapse_models import TEXT_TOWER, captions
 from tests.export.quantizing.small_graphs import graph_of, run
 
@@ -146,7 +146,7 @@ def test_no_embedding_depends_on_its_batch(
 
 
 def test_kept_nodes_and_tables_stay_as_they_are(tmp_path: Path) -> None:
-    products, (table,) = quantizable_nodes(TEXT_TOWER), token_lookups(load_graph(TEXT_TOWER))
+    products, (table,) = quantizable_nodes(TEXT_TOWER), token_table_lookups(load_graph(TEXT_TOWER))
     kept = [products[0], table]
     write_weight_only(TEXT_TOWER, tmp_path / "q.onnx", bits=8, block=32, kept=kept)
     before = {node.name: node for node in load_graph(TEXT_TOWER).graph.node}

@@ -29,7 +29,7 @@ from edgeclip.export.quantizing.quantization_file import (
     apply_searched,
     export_searched,
 )
-from edgeclip.export.quantizing.write_config import write_config
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cli.main import main
 from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -98,10 +98,10 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     made: dict[str, bytes] = {}
 
     def remembering(source: Path, target: Path, config: Config, *rest: Any, **more: Any) -> None:
-        write_config(source, target, config, *rest, **more)
+        quantize_graph(source, target, config, *rest, **more)
         made[key(config)] = target.read_bytes()
 
-    monkeypatch.setattr(candidate_evaluator, "write_config", remembering)
+    monkeypatch.setattr(candidate_evaluator, "quantize_graph", remembering)
     return made
 
 

@@ -1,3 +1,5 @@
+"""Static int8 on CPUs: what is quantized, and how close it stays to fp32."""
+
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -16,16 +18,22 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import calibration_images, calibration_texts
 from edgeclip.export.graph.graph_io import data_path, load_graph, save_graph
+from edgeclip.export.graph.graph_values import GraphEdit
 from edgeclip.export.graph.label_head import add_label_head
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8, default_config
-from edgeclip.export.quantizing.static_int8 import quantizable_nodes, write_int8
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
+from edgeclip.export.quantizing.static_int8 import (
+    quantizable_nodes,
+    restore_float_readers,
+    write_int8,
+)
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.device.device_profile import load_device
-from edgeclip.runtime.quality.retrieval import cosines
 from edgeclip.runtime.spec import Tower
 from tests.export.conftest import RunGraph
-from tests.export.quantizing.small_graphs import fused, graph_of
+from tests.export.quantizing.small_graphs import batches, copy_of, fused, graph_of, run
 
 Make = Callable[..., Source]
 CPU = StaticInt8(symmetric=False, reduce_range=True)
@@ -316,3 +324,65 @@ def test_a_graph_without_weights_is_refused(blobs: Make, clip: DualEncoder, tmp_
     with pytest.raises(ExportError, match="no MatMul, Gemm or Conv"):
         write_int8(tmp_path / "relu.onnx", tmp_path / "int8.onnx", data, CPU)
     assert not (tmp_path / "int8.onnx").exists()
+
+
+make = helper.make_node
+DRAW = np.random.default_rng(0)
+
+
+def post_norm() -> onnx.ModelProto:
+    """As in a BERT: a norm is read by two products and by the sum behind them."""
+    weights = {
+        "scale": np.ones(16),
+        "w1": DRAW.normal(size=(16, 32)),
+        "w2": DRAW.normal(size=(16, 32)),
+        "w3": DRAW.normal(size=(32, 16)) / 10_000,
+    }
+    nodes = [
+        make("LayerNormalization", ["x", "scale"], ["normed"], "norm"),
+        make("MatMul", ["normed", "w1"], ["a"], "first"),
+        make("MatMul", ["normed", "w2"], ["b"], "second"),
+        make("Mul", ["a", "b"], ["ab"], "gate"),
+        make("MatMul", ["ab", "w3"], ["c"], "third"),
+        make("Add", ["normed", "c"], ["y"], "residual"),
+    ]
+    return graph_of(nodes, weights, given=["n", 16], outputs={"y": ["n", 16]})
+
+
+@pytest.mark.parametrize("kept", [(), ("second",)], ids=["whole", "one product in float"])
+def test_a_residual_sum_reads_floats(kept: tuple[str, ...], tmp_path: Path) -> None:
+    model, values = post_norm(), DRAW.normal(size=(64, 16)).astype(np.float32)
+    save_graph(copy_of(model), tmp_path / "f.onnx")
+    config = StaticInt8(symmetric=False, kept=kept)
+    quantize_graph(tmp_path / "f.onnx", tmp_path / "q.onnx", config, batches(values))
+    quantized = load_graph(tmp_path / "q.onnx")
+    edit = GraphEdit(quantized)
+    readers = {node.name for node in edit.readers("normed")}
+    assert {"residual", *kept} < readers
+    rounded = {node.name for node in quantized.graph.node if node.input[0].startswith("normed_")}
+    assert {"first", "second", *kept} - set(kept) <= rounded
+    (found,), (right,) = run(quantized, values), run(model, values)
+    # The norm itself goes through; in 8 bits it would be off by up to 0.01.
+    assert 0 < np.abs(found - right).max() < 0.003
+
+
+def test_chains_of_convolutions_are_left_alone(tmp_path: Path) -> None:
+    weights = {"w1": DRAW.normal(size=(4, 4, 3, 3)), "w2": DRAW.normal(size=(4, 4, 3, 3))}
+    nodes = [
+        make("Conv", ["x", "w1"], ["a"], "first", pads=[1, 1, 1, 1]),
+        make("Relu", ["a"], ["r"], "act"),
+        make("Conv", ["r", "w2"], ["b"], "second", pads=[1, 1, 1, 1]),
+        make("Add", ["r", "b"], ["y"], "residual"),
+    ]
+    shape = ["n", 4, 8, 8]
+    model = graph_of(nodes, weights, given=shape, outputs={"y": shape})
+    save_graph(model, tmp_path / "f.onnx")
+    data = batches(DRAW.normal(size=(16, 4, 8, 8)).astype(np.float32))
+    config = StaticInt8(symmetric=False)
+    quantize_graph(tmp_path / "f.onnx", tmp_path / "q.onnx", config, data)
+    made = load_graph(tmp_path / "q.onnx")
+    (residual,) = (node for node in made.graph.node if node.name == "residual")
+    assert all(name.endswith("DequantizeLinear_Output") for name in residual.input)
+    again = copy_of(made)
+    restore_float_readers(again)
+    assert again == made

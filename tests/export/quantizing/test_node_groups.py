@@ -13,7 +13,7 @@ from edgeclip.export.graph.graph_io import save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.node_groups import counted_gains, measured_gains, node_groups
-from edgeclip.export.quantizing.write_config import write_config
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from tests.export.quantizing.small_graphs import batches, graph_of
 
@@ -30,7 +30,7 @@ def test_gains_are_shares_of_the_float_towers_time(
     tmp_path: Path,
 ) -> None:
     data = calibration_images(blobs(16, seed=1), clip.spec.image)
-    write_config(clip_towers.image, tmp_path / "q.onnx", CPU, data)
+    quantize_graph(clip_towers.image, tmp_path / "q.onnx", CPU, data)
     groups = node_groups(clip_towers.image)
     feed = {"pixel_values": data.batch(0)[:1]}
     measured = measured_gains(clip_towers.image, tmp_path / "q.onnx", groups, feed, cpu_device)
@@ -103,7 +103,7 @@ def test_times_are_found_whatever_products_are_merged_with(
     """Against a graph without any of the products, each saves or costs all of its time."""
     path, int8, empty = (tmp_path / name for name in ("f.onnx", "int8.onnx", "empty.onnx"))
     save_graph(convolutions(), path)
-    write_config(path, int8, CPU, batches(PIXELS))
+    quantize_graph(path, int8, CPU, batches(PIXELS))
     exp = helper.make_node("Exp", ["x"], ["y"], "exp")
     shape = ["b", 32, SIDE, SIDE]
     save_graph(graph_of([exp], {}, given=shape, outputs={"y": shape}), empty)

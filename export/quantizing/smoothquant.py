@@ -1,4 +1,9 @@
-"""SmoothQuant (Xiao et al., 2023): move outliers of activations into the weights, in a graph."""
+"""SmoothQuant on a graph: move outliers behind LayerNorms into the weights that read them.
+
+A LayerNormalization's scale and bias are divided by s, and the weights behind it multiplied by s:
+s = max|activation| ** alpha / max|weight| ** (1 - alpha), for each channel. Nothing changes in
+float. Xiao et al., SmoothQuant, ICML 2023. Here alpha is searched for each norm.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,17 +18,24 @@ from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
 from edgeclip.export.graph.graph_io import load_graph
 from edgeclip.export.graph.graph_values import GraphEdit, attribute, input_axis
-from edgeclip.export.quantizing.activation_ranges import SIGNED, UNSIGNED, Histogram, Range, observe
-from edgeclip.export.quantizing.config import Smoothing, StaticInt8
+from edgeclip.export.quantizing.activation_ranges import (
+    EXTREMES,
+    SIGNED,
+    UNSIGNED,
+    Histogram,
+    ValueRange,
+    observe,
+)
+from edgeclip.export.quantizing.config import SmoothingAlphas, StaticInt8
 from edgeclip.runtime.arrays import FloatArray, Values
 
 
 class LayerError:
-    """The squared error of what some products give, when channels and weights are rescaled.
+    """The squared output error of some quantized products, for given smoothing divisors.
 
     Args:
-        rows: some of what the products read, [N, channels].
-        low, high: extremes of each channel in all that they read, [channels].
+        rows: some inputs of the products, [N, channels].
+        low, high: extremes of each channel over all inputs, [channels].
         weights: of the products, [channels, outputs] each.
         config: how they are quantized.
     """
@@ -42,31 +54,24 @@ class LayerError:
         self._right = [rows @ weight.astype(np.float32) for weight in weights]
 
     def of(self, divisors: NDArray[np.floating]) -> float:
-        """Return it for channels that are divided by `divisors` [channels], weights multiplied."""
-        rows = quantized_rows(
-            np.asarray(self._rows / divisors.astype(np.float32), np.float32),
-            Range(float((self._low / divisors).min()), float((self._high / divisors).max())),
-            self._config,
-        )
+        """Return the error for channels divided by `divisors` [channels]."""
+        rows = np.asarray(self._rows / divisors.astype(np.float32), np.float32)
+        levels = SIGNED if self._config.symmetric else UNSIGNED
+        # All inputs have these extremes; `rows` may go beyond them.
+        kept = ValueRange(float((self._low / divisors).min()), float((self._high / divisors).max()))
+        if self._config.ranging != EXTREMES:
+            histogram = Histogram()
+            histogram.add(rows)
+            kept = self._config.ranging.range_of(histogram, levels)
+        rows = levels.round(rows, kept).astype(np.float32)
         total = 0.0
         for weight, right in zip(self._weights, self._right, strict=True):
-            found = rows @ quantized_weight(weight * divisors[:, None], self._config)
+            found = rows @ _round_weight(weight * divisors[:, None], self._config)
             total += float(np.sum((found - right) ** 2, dtype=np.float64))
         return total
 
 
-def quantized_rows(rows: FloatArray, seen: Range, config: StaticInt8) -> FloatArray:
-    """Round what products read; `seen` has the extremes, which `rows` may go beyond."""
-    levels = SIGNED if config.symmetric else UNSIGNED
-    kept = seen
-    if config.ranging.method != "minmax":
-        histogram = Histogram()
-        histogram.add(rows)
-        kept = config.ranging.cut(histogram, levels)
-    return levels.round(rows, kept).astype(np.float32)
-
-
-def quantized_weight(weight: NDArray[np.floating], config: StaticInt8) -> FloatArray:
+def _round_weight(weight: NDArray[np.floating], config: StaticInt8) -> FloatArray:
     """Round a weight [channels, outputs], with a scale for each output or one for all."""
     largest = 64 if config.reduce_range else 127
     bound = np.abs(weight).max(axis=0 if config.per_channel else None)
@@ -76,14 +81,14 @@ def quantized_weight(weight: NDArray[np.floating], config: StaticInt8) -> FloatA
 
 _ALPHAS = tuple(step / 10 for step in range(11))
 
-_WORTH = 0.95  # of the error without smoothing; what saves less is not worth a change
-_SMALLEST = 1e-5  # of the largest channel: smaller ones are as good as never used
-_ROWS = 512  # of a norm's results that alphas are compared on
+_WORTH = 0.95  # of the error without smoothing: a larger error is not worth a change
+_SMALLEST = 1e-5  # of the largest channel: smaller ones count as this large
+_ROWS = 512  # of a norm's output that alphas are compared on
 
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
-    """A LayerNormalization and the products that read it, all by constant weights."""
+    """A LayerNormalization and the products with constant weights that read it."""
 
     node: onnx.NodeProto
     products: tuple[onnx.NodeProto, ...]
@@ -94,19 +99,20 @@ class _Norm:
 
 
 def smoothable(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Names of the LayerNormalizations that only products with constant weights read.
+    """Return the names of the LayerNormalizations that only products with constant weights read.
 
-    What also goes elsewhere cannot be scaled: the residual stream of a BERT, for example.
+    A norm with other readers cannot be scaled, such as one in the residual stream of a BERT.
     The fused SkipLayerNormalization is left alone.
     """
     return tuple(norm.node.name for norm in _norms(GraphEdit(model)))
 
 
-def smooth(model: onnx.ModelProto, alphas: Smoothing, data: CalibrationData) -> None:
-    """Smooth some LayerNormalizations of a graph in place, by what they give on `data`.
+def apply_smoothing(model: onnx.ModelProto, alphas: SmoothingAlphas, data: CalibrationData) -> None:
+    """Smooth some LayerNormalizations of a graph in place, by their channel sizes on `data`.
 
     Raises:
-        ExportError: one that cannot be smoothed.
+        ExportError: one of them cannot be smoothed.
+        EngineError: the graph cannot be run here.
     """
     edit = GraphEdit(model)
     norms = _chosen(edit, [name for name, _ in alphas])
@@ -114,7 +120,7 @@ def smooth(model: onnx.ModelProto, alphas: Smoothing, data: CalibrationData) -> 
     for name, alpha in alphas:
         norm = norms[name]
         weights = [_rows(edit, product) for product in norm.products]
-        _fold(edit, norm, factors(samples[norm.result].largest, weights, alpha))
+        _fold(edit, norm, smoothing_divisors(samples[norm.result].largest, weights, alpha))
     edit.drop_unread()
 
 
@@ -131,12 +137,12 @@ def rescale(model: onnx.ModelProto, norm: str, divisors: NDArray[np.floating]) -
     edit.drop_unread()
 
 
-def factors(sizes: Values, weights: Sequence[Values], alpha: float) -> Values:
-    """Return s by the formula above.
+def smoothing_divisors(sizes: Values, weights: Sequence[Values], alpha: float) -> Values:
+    """Return s [channels] by the formula of this module.
 
     Args:
         sizes: largest absolute value of each channel, [channels].
-        weights: what the channels are multiplied by, [channels, outputs] each.
+        weights: of the products that read them, [channels, outputs] each.
         alpha: 0 to 1.
     """
     read = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
@@ -146,12 +152,12 @@ def factors(sizes: Values, weights: Sequence[Values], alpha: float) -> Values:
 
 def search_alphas(
     source: Path | onnx.ModelProto, data: CalibrationData, config: StaticInt8
-) -> Smoothing:
-    """Find the alpha of each LayerNormalization with which quantizing loses least.
+) -> SmoothingAlphas:
+    """Find the alpha of each LayerNormalization with the least quantization error behind it.
 
-    It is judged by the squared error of all that its products give, on some of its results,
-    when they are quantized as `config` says. What no alpha improves is not in the answer, nor
-    is a norm whose products all stay in float. Memory does not grow with the data.
+    The error is the squared output error of its products, quantized as `config` says, on some
+    of its outputs. Norms that no alpha improves, and norms whose products all stay in float, are
+    left out. Memory does not grow with the data.
 
     Raises:
         ExportError: the graph cannot be read.
@@ -166,7 +172,9 @@ def search_alphas(
         weights = [_rows(edit, product) for product in norm.products]
         chosen = [_rows(edit, product) for product in _quantized(norm, config)]
         error = LayerError(sample.rows, sample.low, sample.high, chosen, config)
-        errors = {alpha: error.of(factors(sample.largest, weights, alpha)) for alpha in _ALPHAS}
+        errors = {
+            alpha: error.of(smoothing_divisors(sample.largest, weights, alpha)) for alpha in _ALPHAS
+        }
         alpha = min(errors, key=lambda item: errors[item])
         if errors[alpha] < _WORTH * error.of(np.ones_like(sample.largest)):
             found.append((norm.node.name, alpha))
@@ -174,10 +182,10 @@ def search_alphas(
 
 
 class _Sample:
-    """The extremes of each channel of a norm's results, and some of the results.
+    """The extremes of each channel of a norm's output, and some rows of the output.
 
-    If rows are wanted, they come from every second batch and the extremes from the others, so
-    that rows go beyond the extremes as often as they will on other data.
+    With `apart`, rows come from every second batch and extremes from the others, so that rows
+    exceed the extremes as often as on unseen data.
     """
 
     def __init__(self, rows: int, *, apart: bool) -> None:
@@ -188,7 +196,7 @@ class _Sample:
         self._high: list[NDArray[np.floating]] = []
 
     def add(self, values: NDArray[Any]) -> None:
-        """Take in a batch [..., channels]; at most `rows` of its rows are kept."""
+        """Add a batch [..., channels]; at most `rows` of its rows are kept."""
         rows = values.reshape(-1, values.shape[-1])
         if not self._apart or self._batches % 2 == 0:
             self._low = [np.min([*self._low, rows.min(axis=0)], axis=0)]
@@ -200,17 +208,17 @@ class _Sample:
 
     @property
     def rows(self) -> FloatArray:
-        """Some results, [N, channels]."""
+        """Some rows of the output, [N, channels]."""
         return np.concatenate(self._parts)
 
     @property
     def low(self) -> Values:
-        """The least of each channel."""
+        """The smallest value of each channel."""
         return self._low[0].astype(np.float64)
 
     @property
     def high(self) -> Values:
-        """The greatest of each channel."""
+        """The largest value of each channel."""
         return self._high[0].astype(np.float64)
 
     @property
@@ -222,7 +230,7 @@ class _Sample:
 def _samples(
     model: onnx.ModelProto, norms: Iterable[_Norm], data: CalibrationData, rows: int = _ROWS
 ) -> dict[str, _Sample]:
-    """Look at what norms give, by the names of the values; keep about `rows` rows of each."""
+    """Sample the outputs of norms, by the names of the values; keep about `rows` rows of each."""
     apart = rows > 0 and data.count > 1
     share = -(-rows // max(data.count // 2 if apart else data.count, 1))
     samples = {norm.result: _Sample(share, apart=apart) for norm in norms}
@@ -245,7 +253,7 @@ def _norms(edit: GraphEdit) -> Iterator[_Norm]:
 
 
 def _is_product(edit: GraphEdit, node: onnx.NodeProto, given: str, channels: int) -> bool:
-    """Tell whether a node multiplies a value [..., channels] by a constant weight."""
+    """Return whether a node multiplies a value [..., channels] by a constant weight."""
     if node.op_type not in ("MatMul", "Gemm") or node.domain or node.input[0] != given:
         return False
     if attribute(node, "transA", 0):
@@ -270,7 +278,7 @@ def _quantized(norm: _Norm, config: StaticInt8) -> list[onnx.NodeProto]:
 
 
 def _rows(edit: GraphEdit, product: onnx.NodeProto) -> Values:
-    """Weight of a product as [channels, outputs]."""
+    """Return a product's weight as [channels, outputs]."""
     weight = edit.needed(product, 1)
     return np.moveaxis(weight.astype(np.float64), input_axis(product), 0)
 
@@ -286,6 +294,6 @@ def _fold(edit: GraphEdit, norm: _Norm, divisors: Values) -> None:
 
 
 def _not_tiny(sizes: Values) -> Values:
-    """Raise what is hardly ever used, or never, to a share of the largest."""
+    """Raise values near 0 to a small share of the largest."""
     largest = float(sizes.max())
     return np.maximum(sizes, _SMALLEST * largest) if largest > 0 else np.ones_like(sizes)

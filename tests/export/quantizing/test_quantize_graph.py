@@ -27,10 +27,10 @@ from edgeclip.export.quantizing.config import (
     WeightOnly,
     describe,
 )
-from edgeclip.export.quantizing.dynamic_int8 import token_lookups
+from edgeclip.export.quantizing.dynamic_int8 import token_table_lookups
+from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes
-from edgeclip.export.quantizing.write_config import write_config
-from edgeclip.runtime.quality.retrieval import cosines
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.small_graphs import run
 
@@ -43,9 +43,9 @@ EVERY: list[Config] = [
     Float16(),
     CPU,
     StaticInt8(symmetric=False, per_channel=False, ranging=Ranging(method="percentile")),
-    StaticInt8(symmetric=False, equalised=True, bias_corrected=True, int8_tables=True),
+    StaticInt8(symmetric=False, int8_tables=True),
     StaticInt8(symmetric=True, float_precision="fp16"),
-    StaticInt8(symmetric=True, per_channel=False, bias_corrected=True),
+    StaticInt8(symmetric=True, per_channel=False),
     DynamicInt8(int8_tables=True),
     WeightOnly(bits=8),
     WeightOnly(bits=4, block=64),
@@ -92,7 +92,7 @@ def test_it_embeds_nearly_as_fp32(
 ) -> None:
     source = clip_towers.graph(tower).path
     data = texts if tower == "text" else pictures
-    write_config(source, tmp_path / "made.onnx", config, data)
+    quantize_graph(source, tmp_path / "made.onnx", config, data)
     (found,) = run(load_graph(tmp_path / "made.onnx"), data.batch(0))
     (right,) = run(load_graph(source), data.batch(0))
     assert cosines(found, right).min() > (0.9 if config == WeightOnly(bits=4, block=64) else 0.97)
@@ -103,7 +103,7 @@ def test_the_same_config_gives_the_same_bytes(
     config: Config, clip_towers: TowerPaths, texts: CalibrationData, tmp_path: Path
 ) -> None:
     for name in ("made", "again"):
-        write_config(clip_towers.text, tmp_path / f"{name}.onnx", config, texts)
+        quantize_graph(clip_towers.text, tmp_path / f"{name}.onnx", config, texts)
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "made.onnx").read_bytes()
 
 
@@ -114,14 +114,14 @@ def test_kept_nodes_stay_in_float(
     kept = tuple(quantizable_nodes(clip_towers.text)[2:5])
     path = tmp_path / "made.onnx"
     made: Config = type(config)(**{**_fields(config), "kept": kept})
-    write_config(clip_towers.text, path, made, texts)
+    quantize_graph(clip_towers.text, path, made, texts)
     model = load_graph(path)
     constants = {item.name: item.data_type for item in model.graph.initializer}
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
     nodes = {node.name: node for node in model.graph.node}
     assert {nodes[name].op_type for name in kept} == {"MatMul"}
     assert all(constants[nodes[name].input[1]] in floats for name in kept)
-    write_config(clip_towers.text, path, config, texts)
+    quantize_graph(clip_towers.text, path, config, texts)
     assert not set(kept) & {
         node.name
         for node in load_graph(path).graph.node
@@ -134,7 +134,7 @@ def test_islands_stay_in_fp32(
 ) -> None:
     source = load_graph(clip_towers.text).graph
     islands = tuple(node.name for node in source.node if node.op_type == "Softmax")
-    write_config(clip_towers.text, tmp_path / "h.onnx", Float16(islands=islands), texts)
+    quantize_graph(clip_towers.text, tmp_path / "h.onnx", Float16(islands=islands), texts)
     graph = onnx.shape_inference.infer_shapes(load_graph(tmp_path / "h.onnx")).graph
     types = {item.name: item.type.tensor_type.elem_type for item in graph.value_info}
     made = {types[node.output[0]] for node in graph.node if node.name in islands}
@@ -156,7 +156,7 @@ def test_names_that_are_not_in_the_graph_are_refused(
     config: Config, clip_towers: TowerPaths, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match="no node named node_nowhere, softmax_9"):
-        write_config(clip_towers.text, tmp_path / "made.onnx", config, unseen())
+        quantize_graph(clip_towers.text, tmp_path / "made.onnx", config, unseen())
     assert not (tmp_path / "made.onnx").exists()
 
 
@@ -164,11 +164,11 @@ def test_names_that_are_not_in_the_graph_are_refused(
 def test_everything_kept_is_refused(
     config: Config, clip_towers: TowerPaths, texts: CalibrationData, tmp_path: Path
 ) -> None:
-    tables = token_lookups(load_graph(clip_towers.text))
+    tables = token_table_lookups(load_graph(clip_towers.text))
     kept = (*quantizable_nodes(clip_towers.text), *tables)
     made: Config = type(config)(**{**_fields(config), "kept": kept})
     with pytest.raises(ExportError):
-        write_config(clip_towers.text, tmp_path / "made.onnx", made, texts)
+        quantize_graph(clip_towers.text, tmp_path / "made.onnx", made, texts)
     assert not (tmp_path / "made.onnx").exists()
 
 
@@ -197,10 +197,10 @@ def test_a_cache_spares_the_next_config_its_calibration(
 ) -> None:
     source, cache = clip_towers.text, tmp_path / "cache"
     second = _of_graph(second, source)
-    write_config(source, tmp_path / "first.onnx", first, texts, cache=cache)
-    write_config(source, tmp_path / "second.onnx", second, unseen(), cache=cache)
+    quantize_graph(source, tmp_path / "first.onnx", first, texts, cache=cache)
+    quantize_graph(source, tmp_path / "second.onnx", second, unseen(), cache=cache)
     for name, config in (("first", first), ("second", second)):
-        write_config(source, tmp_path / "plain.onnx", config, texts)
+        quantize_graph(source, tmp_path / "plain.onnx", config, texts)
         made = tmp_path / f"{name}.onnx"
         assert made.read_bytes() == (tmp_path / "plain.onnx").read_bytes()
 
@@ -209,12 +209,12 @@ def test_a_cache_is_of_one_graph_and_one_way_of_ranging(
     clip_towers: TowerPaths, texts: CalibrationData, pictures: CalibrationData, tmp_path: Path
 ) -> None:
     cache, target = tmp_path / "cache", tmp_path / "made.onnx"
-    write_config(clip_towers.text, target, CPU, texts, cache=cache)
-    write_config(clip_towers.image, target, CPU, pictures, cache=cache)
+    quantize_graph(clip_towers.text, target, CPU, texts, cache=cache)
+    quantize_graph(clip_towers.image, target, CPU, pictures, cache=cache)
     assert len(list(cache.iterdir())) == 2
     other = StaticInt8(symmetric=False, ranging=CUT)
     with pytest.raises(AssertionError, match="calibrated again"):
-        write_config(clip_towers.text, target, other, unseen(), cache=cache)
+        quantize_graph(clip_towers.text, target, other, unseen(), cache=cache)
 
 
 def test_one_scale_for_a_whole_weight(
@@ -222,7 +222,7 @@ def test_one_scale_for_a_whole_weight(
 ) -> None:
     for symmetric in (False, True):
         config = StaticInt8(symmetric=symmetric, per_channel=False)
-        write_config(clip_towers.text, tmp_path / "made.onnx", config, texts)
+        quantize_graph(clip_towers.text, tmp_path / "made.onnx", config, texts)
         graph = load_graph(tmp_path / "made.onnx").graph
         shapes = {item.name: list(item.dims) for item in graph.initializer}
         nodes = [node for node in graph.node if node.op_type == "DequantizeLinear"]

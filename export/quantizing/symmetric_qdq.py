@@ -1,4 +1,4 @@
-"""Symmetric Q/DQ graphs with fp16 between, as TensorRT asks."""
+"""Write symmetric Q/DQ graphs (int8 or float8) with fp16 in between, as TensorRT needs them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,14 +14,17 @@ from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import CalibrationData
 from edgeclip.export.graph.graph_io import PRODUCTS, limit_masks, load_graph, save_graph, with_opset
 from edgeclip.export.quantizing.activation_ranges import EXTREMES, Bounds, Ranging, cached_bounds
-from edgeclip.export.quantizing.fp16 import to_fp16, too_large
+from edgeclip.export.quantizing.fp16 import nodes_beyond_fp16, to_fp16
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """The values that a quantized number can take: those of `kind`, up to `largest`.
+class NumberFormat:
+    """A quantized data type.
 
-    `opset` is the first operator set that knows them, with fp16 scales.
+    Attributes:
+        kind: of ONNX's TensorProto.
+        largest: absolute value that is used.
+        opset: the first operator set with Q/DQ of this type and fp16 scales.
     """
 
     kind: int
@@ -29,7 +32,7 @@ class Grid:
     opset: int
 
     def round(self, values: NDArray[np.float64]) -> onnx.TensorProto:
-        """Return the nearest of them, ties to even."""
+        """Round to the nearest representable value, ties to even."""
         limited = np.asarray(np.clip(values, -self.largest, self.largest))
         if self.kind == TensorProto.INT8:
             return numpy_helper.from_array(np.asarray(np.rint(limited), np.int8))
@@ -38,14 +41,14 @@ class Grid:
         return helper.make_tensor("", self.kind, values.shape, raw, raw=True)
 
     def zeros(self, shape: tuple[int, ...]) -> onnx.TensorProto:
-        """Return zero points."""
+        """Return zero points of this type."""
         return self.round(np.zeros(shape))
 
 
-INT8 = Grid(TensorProto.INT8, 127, opset=19)
+INT8 = NumberFormat(TensorProto.INT8, 127, opset=19)
 # OCP 8-bit floating point, E4M3. Its Q/DQ came with 19, but ONNX Runtime moves them across
 # Transpose and Reshape, which take float8 since 21.
-FLOAT8 = Grid(TensorProto.FLOAT8E4M3FN, 448, opset=21)
+FLOAT8 = NumberFormat(TensorProto.FLOAT8E4M3FN, 448, opset=21)
 
 
 def write_symmetric(
@@ -54,17 +57,16 @@ def write_symmetric(
     data: CalibrationData,
     *,
     nodes: Iterable[str],
-    grid: Grid,
+    grid: NumberFormat,
     half: bool,
     ranging: Ranging = EXTREMES,
     per_channel: bool = True,
     cache: Path | None = None,
 ) -> None:
-    """Quantize `nodes` of an fp32 tower; the rest becomes fp16 if `half`, else it stays.
+    """Quantize `nodes` of an fp32 tower symmetrically; the rest becomes fp16 if `half`.
 
-    What is too large for fp16 stays in fp32 and is not quantized: such outliers would leave
-    hardly a step for all other values. `cache` is a folder for ranges that were found, which
-    belongs to this data alone.
+    Nodes beyond the range of fp16 stay in fp32 and are not quantized: such outliers would leave
+    hardly a step for all other values. `cache` is a folder for ranges, used with this data only.
 
     Raises:
         ExportError: nothing is left to quantize, or the result is not valid ONNX.
@@ -75,7 +77,7 @@ def write_symmetric(
     bounds = extremes
     if ranging != EXTREMES:
         bounds = cached_bounds(source, data, ranging, PRODUCTS, cache=cache)
-    kept = too_large(model, extremes) if half else set()
+    kept = nodes_beyond_fp16(model, extremes) if half else set()
     reads = {node.name: bounds[node.input[0]] for node in model.graph.node if node.name in nodes}
     chosen = {name: bound for name, bound in reads.items() if name not in kept}
     if not chosen:
@@ -89,13 +91,13 @@ def write_symmetric(
 
 
 def insert_qdq(
-    model: onnx.ModelProto, nodes: Bounds, grid: Grid, *, per_channel: bool = True
+    model: onnx.ModelProto, nodes: Bounds, grid: NumberFormat, *, per_channel: bool = True
 ) -> None:
-    """Put Q/DQ pairs before the first input of `nodes`, and DQ before their weights.
+    """Insert Q/DQ pairs before the first input of `nodes`, and DQ before their weights.
 
-    `nodes` has the bound of what each of them reads. Weights have one scale for each output
-    channel if `per_channel`, else one. Nodes that read the same value share a pair, which
-    lets an engine join the projections to query, key and value.
+    `nodes` has the largest absolute value of each node's input. Weights have one scale for each
+    output channel if `per_channel`, else one. Nodes that read the same value share a pair, so
+    that an engine can fuse the query, key and value projections.
     """
     graph = model.graph
     weights = {item.name: item for item in graph.initializer}
@@ -119,22 +121,22 @@ def insert_qdq(
 
 
 def _channel_axis(node: onnx.NodeProto, weight: onnx.TensorProto) -> int:
-    """Axis of a weight that counts output channels."""
+    """Return the axis of a weight's output channels."""
     transposed = any(item.name == "transB" and item.i for item in node.attribute)
     return 0 if node.op_type == "Conv" or transposed else len(weight.dims) - 1
 
 
 class _Writer:
-    """Collects the nodes and constants of a quantized graph."""
+    """Create the Q/DQ nodes and constants of a quantized graph, each once."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: NumberFormat) -> None:
         self.grid = grid
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self._done: dict[tuple[str, int | None], str] = {}
 
     def activation(self, name: str, bound: float, kind: np.dtype) -> str:
-        """Quantize a value and back; return the name of the result."""
+        """Add a Q/DQ pair for a value; return the name of its result."""
         if (name, -1) not in self._done:
             scale = self._constant(f"{name}_scale", _scale(np.array(bound), self.grid, kind))
             zero = self._zeros(())
@@ -147,9 +149,9 @@ class _Writer:
         return self._done[name, -1]
 
     def weight(self, tensor: onnx.TensorProto, axis: int | None) -> str:
-        """Store a weight quantized; return the name of what it dequantizes to.
+        """Add a quantized weight and its DQ; return the name of its result.
 
-        There is one scale for each place on `axis`, or one for all.
+        There is one scale for each index of `axis`, or one for all.
         """
         name = tensor.name
         if (name, axis) not in self._done:
@@ -183,11 +185,11 @@ class _Writer:
         return name
 
 
-def _scale(bound: NDArray[np.floating], grid: Grid, kind: np.dtype) -> NDArray[np.floating]:
-    """Scales that map `bound` to at most the largest value, rounded up to `kind`.
+def _scale(bound: NDArray[np.floating], grid: NumberFormat, kind: np.dtype) -> NDArray[np.floating]:
+    """Return bound / largest, rounded up to the dtype `kind`; 1 where `bound` is 0.
 
-    fp16 is coarse near 0. Rounded down, a scale would cut off the largest values; weights are
-    rounded by the scale as it is stored, so nothing else is lost. Where all is 0 it is 1.
+    fp16 is coarse near 0, and a scale that is rounded down would clip the largest values. Weights
+    are rounded with the scale as it is stored, so nothing else is lost.
     """
     exact = bound.astype(np.float64) / grid.largest
     stored = exact.astype(kind)

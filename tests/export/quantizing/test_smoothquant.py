@@ -16,9 +16,13 @@ from edgeclip.export.graph.calibration import CalibrationData, calibration_image
 from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.export.quantizing.config import StaticInt8
-from edgeclip.export.quantizing.smooth import rescale, search_alphas, smooth, smoothable
+from edgeclip.export.quantizing.smoothquant import (
+    apply_smoothing,
+    rescale,
+    search_alphas,
+    smoothable,
+)
 from edgeclip.export.quantizing.static_int8 import write_int8
-from edgeclip.export.quantizing.write_config import apply_transforms
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.planted import plant_outlier
 from tests.export.quantizing.small_graphs import batches, close, copy_of, fused, graph_of, run
@@ -81,7 +85,7 @@ def test_smoothing_changes_no_result(
     before = run(model, values)
     assert smoothable(model) == ("norm",)
     smoothed = copy_of(model)
-    smooth(smoothed, (("norm", alpha),), batches(values))
+    apply_smoothing(smoothed, (("norm", alpha),), batches(values))
     assert [node.op_type for node in smoothed.graph.node] == [
         node.op_type for node in model.graph.node
     ]
@@ -100,8 +104,9 @@ def test_smoothing_changes_no_tower(
     assert len(norms) == SMOOTHABLE[family, tower]
     (before,) = run(model, data.batch(0))
     for alpha in (0.0, 0.5, 1.0):
-        config = StaticInt8(symmetric=True, smoothing=tuple((name, alpha) for name in norms))
-        smoothed = apply_transforms(model, config, data)
+        smoothed = onnx.ModelProto()
+        smoothed.CopyFrom(model)
+        apply_smoothing(smoothed, tuple((name, alpha) for name in norms), data)
         assert len(smoothed.graph.node) == len(model.graph.node)
         (after,) = run(smoothed, data.batch(0))
         assert close(after, before)
@@ -112,12 +117,11 @@ def test_smoothing_makes_the_channels_of_one_size(
 ) -> None:
     model, data = load_graph(clip_towers.image), calibration_images(blobs(20), clip.spec.image)
     norm = smoothable(model)[0]
-    config = StaticInt8(symmetric=True, smoothing=((norm, 1.0),))
-    smoothed = apply_transforms(model, config, data)
-    (node,) = (item for item in smoothed.graph.node if item.name == norm)
-    smoothed.graph.output.append(helper.make_empty_tensor_value_info(node.output[0]))
+    apply_smoothing(model, ((norm, 1.0),), data)
+    (node,) = (item for item in model.graph.node if item.name == norm)
+    model.graph.output.append(helper.make_empty_tensor_value_info(node.output[0]))
     seen = np.concatenate(
-        [run(smoothed, data.batch(index))[-1].reshape(-1, 32) for index in range(data.count)]
+        [run(model, data.batch(index))[-1].reshape(-1, 32) for index in range(data.count)]
     )
     np.testing.assert_allclose(np.abs(seen).max(axis=0), 1, rtol=1e-4)
 
@@ -133,7 +137,7 @@ def test_fused_and_merged_graphs_are_smoothed_alike(
     # One is fused with the sum before it, and stays as it is.
     assert len(norms) == SMOOTHABLE["clip", "image"] - 1
     smoothed = copy_of(model)
-    smooth(smoothed, tuple((name, 0.5) for name in norms), data)
+    apply_smoothing(smoothed, tuple((name, 0.5) for name in norms), data)
     for found, right in zip(run(smoothed, data.batch(0)), run(model, data.batch(0)), strict=True):
         assert close(found, right)
 
@@ -152,7 +156,7 @@ def test_a_norm_that_is_also_read_elsewhere_is_left_alone() -> None:
         model = graph_of(nodes, weights, given=shape, outputs={"y": shape, "z": shape})
         assert smoothable(model) == ()
         with pytest.raises(ExportError, match="norm cannot be smoothed"):
-            smooth(model, (("norm", 0.5),), batches(np.ones((4, 4), np.float32)))
+            apply_smoothing(model, (("norm", 0.5),), batches(np.ones((4, 4), np.float32)))
     seen = graph_of([norm, product], weights, given=shape, outputs={"y": shape, "normed": shape})
     assert smoothable(seen) == ()
 
@@ -222,7 +226,7 @@ def test_a_planted_outlier_ruins_naive_int8_and_smoothing_repairs_it(
         else tuple((name, float(alphas)) for name in smoothable(planted))
     )
     smoothed = copy_of(planted)
-    smooth(smoothed, chosen, data)
+    apply_smoothing(smoothed, chosen, data)
     assert misses(smoothed) == []
 
 

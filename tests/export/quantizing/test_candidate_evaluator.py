@@ -9,7 +9,7 @@ import pytest
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.to_onnx import TowerPaths
-from edgeclip.export.quantizing.candidate_evaluator import open_trial
+from edgeclip.export.quantizing.candidate_evaluator import open_evaluator
 from edgeclip.export.quantizing.config import Float32, StaticInt8
 from edgeclip.export.quantizing.search import SearchResult, search
 from edgeclip.export.quantizing.search_task import SearchSpace, SearchTask
@@ -36,12 +36,12 @@ def task(
 @pytest.fixture(scope="module")
 def mixed(task: SearchTask, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
     """What is found without smoothing, which would mend the layer instead."""
-    with open_trial(task, tmp_path_factory.mktemp("points")) as trial:
+    with open_evaluator(task, tmp_path_factory.mktemp("points")) as trial:
         return search(trial, SearchSpace(recipe=RECIPE, smoothing=False))
 
 
 def test_the_naive_recipe_collapses(mixed: SearchResult) -> None:
-    naive = next(point for point in mixed.points if point.config == RECIPE)
+    naive = next(point for point in mixed.candidates if point.config == RECIPE)
     assert naive.cosine is not None
     assert 1 - naive.cosine.value > 5 * (1 - GATE)  # it loses many times what it may
     assert not naive.passed
@@ -51,8 +51,8 @@ def test_the_same_recipe_is_sound_on_the_tower_as_it_was(
     task: SearchTask, clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, tmp_path: Path
 ) -> None:
     sound = tower_task(clip, clip_towers.image, task.device, blobs)
-    with open_trial(sound, tmp_path) as trial:
-        point = trial.point(RECIPE)
+    with open_evaluator(sound, tmp_path) as trial:
+        point = trial.evaluate(RECIPE)
     assert point.passed
 
 
@@ -75,10 +75,10 @@ def test_the_fragile_layer_and_nothing_else_is_kept_in_float(mixed: SearchResult
 
 
 def test_smoothing_mends_it_without_any_float(task: SearchTask, tmp_path: Path) -> None:
-    with open_trial(task, tmp_path) as trial:
+    with open_evaluator(task, tmp_path) as trial:
         result = search(trial, SearchSpace(recipe=RECIPE))
     assert isinstance(result.chosen.config, StaticInt8)
     assert result.chosen.config.smoothing
     assert result.chosen.config.kept == ()
     assert result.chosen.config != replace(RECIPE, kept=())
-    assert result.points[0].config == Float32()
+    assert result.candidates[0].config == Float32()
