@@ -28,10 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 		-c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(STAMP) ## the whole road, teacher to report, in runs/demo (ARGS=--quick)
+demo: $(STAMP) ## distil, export and measure the built-in data's student, in runs/demo (ARGS=--quick)
 	$(BIN)/edgeclip demo --out runs/demo $(ARGS)
 
-test: $(STAMP) ## the whole test suite (ARGS='-k bundle -x')
+test: $(STAMP) ## the whole test suite (ARGS="-m 'not slow' -k bundle")
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff, its formatter, and mypy --strict on source and tests

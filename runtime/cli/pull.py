@@ -12,13 +12,13 @@ from edgeclip.runtime.hub.pull import pull
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("repo", metavar="USER/NAME", help="model repository that holds a bundle")
-    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write the bundle to")
     parser.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
     parser.add_argument("--replace", action="store_true", help="replace a bundle that is there")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Download, verify, and say what came."""
+    """Download and verify a bundle, and print its size and gates."""
     pulled = pull(args.repo, args.out, revision=args.revision, replace=args.replace)
     manifest = pulled.bundle.manifest
     total = sum(file.bytes for file in manifest.files) / 1e6
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _gates(manifest: Manifest) -> str:
-    """How many gates the bundle records, and its own in figures; `Bundle.open` checked all."""
+    """Count the recorded gates, which `Bundle.open` checked, and list those of the whole bundle."""
     gates = list(manifest.all_gates())
     if not gates:
         return "gates: none was measured"

@@ -14,15 +14,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="USER/NAME", help="model repository to send it to")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to send it to (default: main)")
-    parser.add_argument("--message", help="of the commit (default: the name of the bundle)")
+    parser.add_argument("--message", help="commit message (default: the name of the bundle)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be sent, and ask nobody"
+        "--dry-run",
+        action="store_true",
+        help="print what would be sent, without connecting to the Hub",
     )
     parser.add_argument("--card", type=Path, metavar="FILE", help="also write the model card here")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify the bundle, then send it, or say what would be sent."""
+    """Verify the bundle, then send it, or print what would be sent."""
     plan = plan_push(
         Bundle.open(args.bundle),
         args.repo,
