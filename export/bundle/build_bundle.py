@@ -1,6 +1,7 @@
 """Build a verified bundle from a student: export, quantize, judge, select, write."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_directory
 from edgeclip.runtime.spec import Precision, Tower
 
-Progress = Callable[[str], None]
+_log = logging.getLogger(__name__)
+
 TriedPasses = tuple[tuple[Tower, PassOutcome], ...]
 
 _PARITY_HINT = "The graph does not compute what the student does in torch: please report this"
@@ -63,7 +65,6 @@ def build_bundle(
     out: Path,
     *,
     replace: bool = False,
-    progress: Progress = lambda line: None,
 ) -> BuiltBundle:
     """Export, quantize, judge, measure and write a bundle; it exists whole or not at all.
 
@@ -71,7 +72,6 @@ def build_bundle(
         plan: what goes into the bundle.
         out: the directory to make.
         replace: allow `out` to be a bundle already.
-        progress: called with a line of text before each step.
 
     Raises:
         GateError: fp32 does not agree with torch, or a precision that was asked for misses
@@ -80,18 +80,18 @@ def build_bundle(
         ExportError: the student cannot be exported.
     """
     with atomic_directory(out, replace=replace) as folder:
-        progress("exporting both towers to ONNX")
+        _log.info("exporting both towers to ONNX ...")
         reference = export_fp32(plan, folder)
-        tried = apply_passes(plan, reference, progress)
-        parity = require_parity(plan, folder, reference, progress)
+        tried = apply_passes(plan, reference)
+        parity = require_parity(plan, folder, reference)
 
         if plan.configs:
             made = " and ".join(plan.wanted[1:])
-            progress(f"making {made}; calibrating on {plan.calibration.name}")
+            _log.info("making %s; calibrating on %s ...", made, plan.calibration.name)
         quantized = quantize_towers(plan, folder)
-        progress(f"embedding {plan.test.name} in {', '.join(plan.wanted)}")
+        _log.info("embedding %s in %s ...", plan.test.name, ", ".join(plan.wanted))
         candidates = evaluate_candidates(plan, (*reference, *quantized), plan.configs)
-        candidates = qat_fallback(plan, candidates, _applied(plan, tried), progress)
+        candidates = qat_fallback(plan, candidates, _applied(plan, tried))
         if plan.precisions is not None:
             require_asked_precisions(candidates)
 
@@ -100,7 +100,7 @@ def build_bundle(
             for graph in (item for item in graphs if item.tower == "image"):
                 labels = plan.labels[plan.label_head]
                 add_label_head(graph.path, labels, plan.student.spec.logit_scale)
-        selected = tuple(_select(plan, tower, graphs, progress) for tower in plan.towers)
+        selected = tuple(_select(plan, tower, graphs) for tower in plan.towers)
         selected, mixed = check_mixed_precisions(selected, candidates.embeddings, plan)
 
         shipped = {(item.tower, item.precision) for item in selected}
@@ -109,9 +109,9 @@ def build_bundle(
             item for item in graphs if item.precision != "fp32" or (item.tower, "fp32") in shipped
         ]
         length = plan.student.spec.text.context_length
-        engines = write_engines(folder, wanted, plan.device, length, progress)
+        engines = write_engines(folder, wanted, plan.device, length)
 
-        progress("writing the bundle")
+        _log.info("writing the bundle ...")
         judged = (*parity, *candidates.verdict.judged, *mixed)
         contents = BundleContents(
             graphs=graphs,
@@ -135,7 +135,7 @@ def build_bundle(
     )
 
 
-def apply_passes(plan: BundlePlan, graphs: Sequence[TowerGraph], progress: Progress) -> TriedPasses:
+def apply_passes(plan: BundlePlan, graphs: Sequence[TowerGraph]) -> TriedPasses:
     """Rewrite the fp32 graphs, in place, by the passes that make them faster on this machine.
 
     A tower of the quantization file gets the passes recorded there. The others are tried out
@@ -146,7 +146,7 @@ def apply_passes(plan: BundlePlan, graphs: Sequence[TowerGraph], progress: Progr
         if graph.tower in plan.searched:
             apply_searched(graph, plan.searched[graph.tower])
         elif plan.workload is not None:
-            progress(f"trying what makes the {graph.tower} tower's graph faster")
+            _log.info("trying what makes the %s tower's graph faster ...", graph.tower)
             outcomes = tune_tower(plan.student, graph, plan.runner, plan.test)
             tried += [(graph.tower, outcome) for outcome in outcomes]
     return tuple(tried)
@@ -162,7 +162,7 @@ def _applied(plan: BundlePlan, tried: TriedPasses) -> AppliedPasses:
 
 
 def require_parity(
-    plan: BundlePlan, folder: Path, graphs: Sequence[TowerGraph], progress: Progress
+    plan: BundlePlan, folder: Path, graphs: Sequence[TowerGraph]
 ) -> tuple[GateOutcome, ...]:
     """Judge all fp32 graphs, the one for other runtimes too, against torch.
 
@@ -172,7 +172,7 @@ def require_parity(
     named = [(graph.subject, graph) for graph in graphs]
     if plan.form.pixels != STANDARD.pixels:
         named.append(("image fp32 for others", export_interchange(plan.student, folder)))
-    progress("comparing them with torch")
+    _log.info("comparing them with torch ...")
     parity: list[GateOutcome] = []
     for subject, graph in named:
         embed = graph_embedder(graph, plan.student.spec.image, plan.runner)
@@ -213,9 +213,7 @@ def delete_rejected(plan: BundlePlan, candidates: PrecisionCandidates) -> tuple[
     return tuple(kept)
 
 
-def _select(
-    plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph], progress: Progress
-) -> SelectedPrecision:
+def _select(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) -> SelectedPrecision:
     """Select the precision of a tower: the fastest here, if this machine is the device.
 
     For a device that is not at hand it is fp32, or fp16 where a GPU runs it. int8 and fp8 are not
@@ -226,7 +224,7 @@ def _select(
         on_gpu = not plan.device.on_cpu and "fp16" in mine
         why = f"not measured: {plan.device.name} is not this machine"
         return SelectedPrecision(tower=tower, precision="fp16" if on_gpu else "fp32", why=why)
-    progress(f"timing the {tower} tower in every precision")
+    _log.info("timing the %s tower in every precision ...", tower)
     spec, tokenizer = plan.student.spec, plan.student.text_tokenizer
     embedders = {
         precision: graph_embedder(graph, spec.image, plan.runner)

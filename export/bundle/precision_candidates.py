@@ -1,7 +1,7 @@
 """Make both towers in every precision, judge each against fp32, and fine-tune if int8 fails."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -146,7 +146,6 @@ def qat_fallback(
     plan: BundlePlan,
     candidates: PrecisionCandidates,
     passes: AppliedPasses,
-    progress: Callable[[str], None] = lambda line: None,
 ) -> PrecisionCandidates:
     """Fine-tune the student for int8 and quantize it again, if int8 missed a gate.
 
@@ -157,7 +156,6 @@ def qat_fallback(
             result says how to ask for it.
         candidates: the result of quantizing alone.
         passes: names of the graph passes that each fp32 graph has, in order.
-        progress: called with a line of text before each step.
 
     Raises:
         ConfigError: training data or an earlier run that do not fit.
@@ -185,7 +183,7 @@ def qat_fallback(
         passes=passes,
         zero_shot=candidates.inputs.zero_shot,
     )
-    result = finetune_int8(task, candidates.graphs, candidates.embeddings, plan.qat, progress)
+    result = finetune_int8(task, candidates.graphs, candidates.embeddings, plan.qat)
     if not result.tuned:
         return replace(candidates, message=result.message)
     learnt: dict[tuple[Tower, Precision], Config] = {

@@ -1,7 +1,8 @@
 """Build TensorRT engines into a bundle; list which devices engines can be built for here."""
 
+import logging
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgeclip.export.graph.embedders import TowerGraph
@@ -12,6 +13,8 @@ from edgeclip.runtime.device.device_profile import DeviceProfile, device_names, 
 from edgeclip.runtime.engines.tensorrt_build import build_engine
 from edgeclip.runtime.engines.tensorrt_library import TensorRtLibrary, open_library
 from edgeclip.runtime.errors import EdgeClipError
+
+_log = logging.getLogger(__name__)
 
 BUILD_SCRIPT = "build_on_device.sh"
 
@@ -33,7 +36,6 @@ def write_engines(
     graphs: Sequence[TowerGraph],
     device: DeviceProfile,
     context_length: int,
-    progress: Callable[[str], None],
 ) -> tuple[EngineRecord, ...]:
     """Build the engines of the graphs into a bundle's folder, if this machine can.
 
@@ -47,12 +49,14 @@ def write_engines(
         return ()
     library, obstacle = can_build_ahead(device)
     if library is None:
-        progress(f"leaving {BUILD_SCRIPT}, for engines must be built on the device: {obstacle}")
+        _log.info(
+            "leaving %s, for engines must be built on the device: %s ...", BUILD_SCRIPT, obstacle
+        )
         _write_script(folder / BUILD_SCRIPT, device)
         return ()
     records = []
     for graph in graphs:
-        progress(f"building the engine of the {graph.subject} tower with {library.title}")
+        _log.info("building the engine of the %s tower with %s ...", graph.subject, library.title)
         source = _source(graph, context_length)
         built = build_engine(source, device=device, library=library)
         path = engine_path(source, built.key)

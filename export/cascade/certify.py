@@ -1,5 +1,6 @@
 """Certify a cascade: choose a threshold by fixed-sequence testing on labelled queries."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
 from edgeclip.runtime.spec import Tower
+
+_log = logging.getLogger(__name__)
 
 PValue = Callable[[Values, float, float], float]  # of values in [low, high]
 
@@ -150,9 +153,6 @@ def _binomial_tail(most: int, count: int, share: float) -> float:
     return float(np.exp(np.logaddexp.reduce(logs)))
 
 
-Progress = Callable[[str], None]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CascadePlan:
     """Student, teacher, queries and the promise to certify.
@@ -238,14 +238,12 @@ class CertificationResult:
 def certify(
     plan: CascadePlan,
     evaluator: CascadeEvaluator | None = None,
-    progress: Progress = lambda line: None,
 ) -> CertificationResult:
     """Evaluate student and teacher, and certify the lowest threshold that keeps the bound.
 
     Args:
         plan: student, teacher, queries and the promise.
         evaluator: the plan's evaluator, if the caller has made it already.
-        progress: called with a line of text before each step.
 
     Raises:
         SpaceMismatchError: student and teacher are of different embedding spaces.
@@ -254,14 +252,14 @@ def certify(
         EngineError: a tower cannot be run.
     """
     evaluator, eval_set = evaluator or plan.evaluator(), plan.eval_set
-    progress(f"asking the student about {eval_set.calibration.name}")
+    _log.info("asking the student about %s ...", eval_set.calibration.name)
     calibration = evaluator.scores(eval_set.calibration)
-    progress(f"asking student and teacher about {eval_set.test.name}")
+    _log.info("asking student and teacher about %s ...", eval_set.test.name)
     outcomes = evaluator.paired_outcomes(eval_set.test)
     if not outcomes.teacher.any():
         raise InputError("the teacher has no answer right: give it queries that it can answer")
     grid = threshold_grid(calibration)
-    progress(f"testing {len(grid)} thresholds")
+    _log.info("testing %d thresholds ...", len(grid))
     chosen = choose_threshold(outcomes, grid, bound=plan.bound, delta=plan.delta)
     certificate = None
     if chosen is not None and chosen.threshold < ESCALATE_ALL:

@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     link = None if args.link is None else load_link(args.link)
     workload = load_workload(args.workload)
     evaluator = plan.evaluator()
-    found = certify(plan, evaluator, progress=say)
+    found = certify(plan, evaluator)
     say("measuring student and teacher")
     costs, _ = measure_costs(
         student,

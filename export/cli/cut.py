@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.data.sources import EMOJI
-from edgeclip.export.cli.options import say
 from edgeclip.export.cuts.write_cuts import WrittenCuts, write_cuts
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cli.options import add_device_option, positive
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
-        help="of the tower (default: the one that the bundle ships)",
+        help="precision of the tower (default: the one that the bundle ships)",
     )
     parser.add_argument(
         "--points",
@@ -67,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
         pictures=args.pictures,
         count=args.count,
         replace=args.replace,
-        say=say,
     )
     print(_summary(written))
     return 0

@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     if args.student is None or args.out is None:
         raise InputError("name a student and --out, the bundle's directory (or ask for --list)")
     plan = _plan(args)
-    built = build_bundle(plan, args.out, replace=args.replace, progress=say)
+    built = build_bundle(plan, args.out, replace=args.replace)
     gates = [(item.subject, item.record) for item in built.judged]
     print(gates_table(gates, built.bundle.manifest.remarks))
     print(describe_build(built))

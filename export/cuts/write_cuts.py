@@ -1,8 +1,9 @@
 """Write a cut set: a bundle's image tower cut in two at several points, in one directory."""
 
 import io
+import logging
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,8 @@ from edgeclip.runtime.spec import OUTPUT_NAMES, Precision
 from edgeclip.runtime.towers.fallback import choose_precision
 from edgeclip.runtime.towers.tower_runner import TowerRunner, tower_feed
 
+_log = logging.getLogger(__name__)
+
 # The largest allowed difference of an embedding's value between the halves and the whole tower.
 MAX_DIFFERENCE = 1e-4
 
@@ -65,7 +68,6 @@ def write_cuts(
     pictures: str | Path = EMOJI,
     count: int = 32,
     replace: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> WrittenCuts:
     """Cut the image tower, compare every pair of halves with the whole, and write them.
 
@@ -79,7 +81,6 @@ def write_cuts(
             measure with.
         count: how many pictures, at most.
         replace: allow `out` to exist, if it is a cut set.
-        say: called with a line of text before each step.
 
     Raises:
         InputError: no such cut point, no pictures, `out` may not be written, or the device
@@ -95,7 +96,7 @@ def write_cuts(
     bundle.tower_bytes("image", file.precision)  # refuses what was altered
     pixels = _repeat_pictures(bundle.golden().pixels, file.batch)
     feed = tower_feed(pixels, "image", file.pixels, bundle.manifest.spec.image)
-    say(f"looking for the cuts of the {file.precision} image tower")
+    _log.info("looking for the cuts of the %s image tower ...", file.precision)
     model = prepare_for_cutting(
         load_graph(bundle.path / file.path), OUTPUT_NAMES["image"], feed, opener
     )
@@ -104,11 +105,11 @@ def write_cuts(
         _write_pictures(folder / PICTURES_NAME, pictures, count)
         if (bundle.path / "config.json").is_file():  # the sizes of the tower, for predictions
             shutil.copyfile(bundle.path / "config.json", folder / "config.json")
-        say(f"writing {len(found)} cuts")
+        _log.info("writing %d cuts ...", len(found))
         _write_graphs(folder, model, found)
         manifest = _manifest(bundle, file, found, folder)
         (folder / CUTS_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        say("running each pair of halves against the whole")
+        _log.info("running each pair of halves against the whole ...")
         whole = TowerRunner(bundle, "image", file.precision, on_cpu).run(pixels)
         difference = _check(CutSet.open(folder), pixels, whole, file, on_cpu)
     return WrittenCuts(CutSet.open(out), difference)

@@ -193,7 +193,6 @@ def bundle_student(
         plan,
         out / "bundle",
         replace=True,
-        progress=lambda line: print(f"    {line}", flush=True),
     )
     for line in built.left_out:
         print(f"    left out: {line}")

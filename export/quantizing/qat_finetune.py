@@ -1,8 +1,9 @@
 """Quantization-aware fine-tune of a student whose int8 misses its gates."""
 
 import copy
+import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -50,6 +51,8 @@ from edgeclip.runtime.bundle.files import tower_path
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Precision, Tower
+
+_log = logging.getLogger(__name__)
 
 QAT_HINT = "--qat-steps 300 would fine-tune the student for int8 and try again"
 
@@ -129,7 +132,6 @@ def finetune_int8(
     graphs: Sequence[TowerGraph],
     embeddings: TowerEmbeddings,
     options: QatOptions,
-    progress: Callable[[str], None] = lambda line: None,
 ) -> QatResult:
     """Fine-tune the towers whose int8 misses a gate, and quantize them again.
 
@@ -141,7 +143,6 @@ def finetune_int8(
         graphs: both towers in fp32 and int8; other precisions are ignored.
         embeddings: of the test pairs, by each graph.
         options: of the fine-tune.
-        progress: called with one line of text before each step.
 
     Raises:
         ConfigError: training data or an earlier run that do not fit.
@@ -165,10 +166,10 @@ def finetune_int8(
     if not towers:
         message = f"{misses}. Only static int8 can be fine-tuned"
         return QatResult(judged=judged, message=message)
-    progress(f"fine-tuning for int8, because {misses}")
+    _log.info("fine-tuning for int8, because %s ...", misses)
     options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="graphs-", dir=options.folder) as folder:
-        after = _tune(task, before, towers, options, Path(folder), progress)
+        after = _tune(task, before, towers, options, Path(folder))
         found = after.judge(task)
         if not is_better(found, judged):
             message = f"{misses}. Fine-tuning for int8 made it no better, so it is left as it was"
@@ -237,7 +238,6 @@ def _tune(
     towers: Sequence[Tower],
     options: QatOptions,
     folder: Path,
-    progress: Callable[[str], None],
 ) -> _Towers:
     """Fine-tune some towers of a copy of the student, and quantize them again."""
     student = DualEncoder(
@@ -251,7 +251,7 @@ def _tune(
         source, int8 = _starting_graphs(task, before, student, tower, folder / "start")
         config = without_smoothing(task.configs[tower])
         grids |= product_grids(student, tower, source.path, int8.path, config)
-    progress(f"embedding {options.source.name} with the student as it is")
+    _log.info("embedding %s with the student as it is ...", options.source.name)
     fine_tune(
         student,
         build_cache(task.student, options.source, options.folder / "cache"),
@@ -261,7 +261,7 @@ def _tune(
         out=options.folder / "run",
     )
     student.save(options.folder / "student")
-    progress("quantizing and judging the fine-tuned student")
+    _log.info("quantizing and judging the fine-tuned student ...")
     graphs = [_quantize(task, _export(task, student, tower, folder), folder) for tower in towers]
     with emulated_fp16(graphs, task.device) as runnable:
         embeddings = embed_test_pairs(student, runnable, task.test, task.runner)

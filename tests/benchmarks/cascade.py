@@ -264,7 +264,7 @@ def main() -> int:
             command=command(),
         )
         evaluator = CascadeEvaluator(case.student, case.teacher, case.eval_set, plan.score)
-        found = certify(plan, evaluator, progress=say)
+        found = certify(plan, evaluator)
         if found.certificate is None:
             print("nothing is certified")
             return finish(

@@ -176,7 +176,7 @@ def row(name: str, outcomes: PairedOutcomes, threshold: float, found: Values | N
     """A line of the table of shifts."""
     kept = "few answers right"
     if outcomes.teacher.sum() >= FEWEST_RIGHT:
-        ratio = bootstrap_ratio(outcomes.right(threshold), outcomes.teacher)
+        ratio = bootstrap_ratio(outcomes.correct(threshold), outcomes.teacher)
         kept = f"{ratio.value:.1%} [{ratio.low:.1%}, {ratio.high:.1%}]"
     cells = (
         f"{name:<14}{outcomes.teacher.mean():>9.1%}{outcomes.student.mean():>9.1%}"
@@ -202,7 +202,7 @@ def main() -> int:
             command=command(),
         )
         evaluator = plan.evaluator()
-        found = certify(plan, evaluator, progress=say)
+        found = certify(plan, evaluator)
         certificate = found.certificate
         assert certificate is not None, "tests/benchmarks/cascade.py shows that it is certified"
         edges = evaluator.scores(case.eval_set.calibration)

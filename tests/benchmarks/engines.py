@@ -86,7 +86,6 @@ def child(folder: Path, device_name: str, quick: bool) -> None:
             workload=None,
         ),
         folder / "bundle",
-        progress=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
     )
     for reason in built.left_out:
         print(f"left out: {reason}", file=sys.stderr)

@@ -66,7 +66,7 @@ def prepare(folder: Path, traffic: Traffic, seconds: float) -> tuple[Case, Setti
         command=command(),
     )
     evaluator = plan.evaluator()
-    found = certify(plan, evaluator, progress=say)
+    found = certify(plan, evaluator)
     if found.certificate is None:
         raise RuntimeError("the cascade could not be certified")
     print(found.certificate.promise)

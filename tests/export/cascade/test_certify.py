@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import logging
 import math
 import shlex
 import shutil
@@ -173,9 +174,11 @@ class TestCascadeEvaluator:
 
 
 class TestCertify:
-    def test_a_worse_student_escalates_some(self, plan: CascadePlan) -> None:
-        steps: list[str] = []
-        found = certify(plan, progress=steps.append)
+    def test_a_worse_student_escalates_some(
+        self, plan: CascadePlan, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.INFO, logger="edgeclip.export.cascade"):
+            found = certify(plan)
         outcomes, made = found.outcomes, found.certificate
         assert outcomes.teacher.mean() > outcomes.student.mean() + 0.05
         assert made is not None
@@ -185,7 +188,7 @@ class TestCertify:
         assert made.tested_on.count == COUNTS["test"]
         assert made.tested_on.entries == 3
         assert sum(made.sample.counts) == COUNTS["test"]
-        assert len(steps) == 3
+        assert len(caplog.messages) == 3
 
     def test_is_repeatable(self, plan: CascadePlan) -> None:
         first, second = certify(plan).certificate, certify(plan).certificate
