@@ -313,12 +313,12 @@ def nvml_meter(gpu: NvmlGpu | None) -> CounterMeter | PowerMeter | str:
             watts=lambda: _still_reported(gpu.power_w()),
             period_s=_NVML_PERIOD_S,
         )
-    return "this GPU tells NVML neither energy nor power"
+    return "this GPU reports neither energy nor power to NVML"
 
 
 def _still_reported(value: T | None) -> T:
     if value is None:
-        raise ValueError("the driver no longer tells it")
+        raise ValueError("the driver no longer reports it")
     return value
 
 
@@ -346,7 +346,7 @@ def jetson_meter(root: Path = _ROOT) -> PowerMeter | str:
     except (OSError, ValueError) as error:
         return f"the INA3221 cannot be read: {error}"
     if now <= 0:
-        return f"the INA3221 tells {now} W, which cannot be"
+        return f"the INA3221 reads {now} W, which is impossible"
     return PowerMeter(
         name=f"INA3221 {' + '.join(names)}",
         covers="module (CPU, GPU and memory)",

@@ -101,8 +101,8 @@ def test_the_engine_decides_which_meter(
     cpu_device: DeviceProfile, tmp_path: Path, make_gpu: MakeGpu
 ) -> None:
     (file,) = rapl(tmp_path, (5,), limit=2**38)
-    told = iter(range(10**6))
-    gpu = make_gpu({"millijoules": lambda: next(told)})
+    readings = iter(range(10**6))
+    gpu = make_gpu({"millijoules": lambda: next(readings)})
     with counting(file):
         on_cpu = find_meter(cpu_device, tmp_path, gpu=gpu)
         on_gpu = find_meter(load_device("rtx-4000-ada"), tmp_path, gpu=gpu)
@@ -295,7 +295,7 @@ def test_unknown_rails_are_no_meter(tmp_path: Path) -> None:
     root = orin_nano(tmp_path)
     rail = root / "sys/class/hwmon/hwmon1"
     (rail / "curr1_input").write_text("0\n")
-    assert jetson_meter(root) == "the INA3221 tells 0.0 W, which cannot be"
+    assert jetson_meter(root) == "the INA3221 reads 0.0 W, which is impossible"
     (rail / "curr1_input").unlink()
     assert "the INA3221 cannot be read" in str(jetson_meter(root))
     (rail / "in1_label").write_text("5V_MAIN\n")
@@ -324,11 +324,11 @@ def test_work_that_fails_ends_the_samples(tmp_path: Path) -> None:
 
 
 def test_a_gpu_counts_its_energy(make_gpu: MakeGpu) -> None:
-    told = iter(range(5000, 9000, 250))
-    meter = nvml_meter(make_gpu({"millijoules": lambda: next(told)}))
+    readings = iter(range(5000, 9000, 250))
+    meter = nvml_meter(make_gpu({"millijoules": lambda: next(readings)}))
     assert isinstance(meter, CounterMeter)
     assert (meter.name, meter.covers) == ("NVML energy", "GPU board")
-    assert meter.joules_during(lambda: next(told)) == pytest.approx(0.5)
+    assert meter.joules_during(lambda: next(readings)) == pytest.approx(0.5)
 
 
 def test_a_gpu_without_energy_counter_reports_its_power(make_gpu: MakeGpu) -> None:
@@ -336,7 +336,7 @@ def test_a_gpu_without_energy_counter_reports_its_power(make_gpu: MakeGpu) -> No
         meter = nvml_meter(make_gpu(values))
         assert isinstance(meter, PowerMeter)
         assert (meter.name, meter.watts()) == ("NVML power", 80.0)
-    assert nvml_meter(make_gpu({})) == "this GPU tells NVML neither energy nor power"
+    assert nvml_meter(make_gpu({})) == "this GPU reports neither energy nor power to NVML"
     assert nvml_meter(None) == "no NVIDIA GPU that NVML knows"
 
 
