@@ -66,7 +66,7 @@ def _is_own(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def log_to_stderr(*, verbose: bool = False, as_json: bool = False) -> Iterator[Callable[..., None]]:
-    """Log to stderr until the block ends; yields a function that takes the same options anew.
+    """Log to stderr until the block ends; yields a function to change the options.
 
     EdgeCLIP's messages are shown from INFO on, other libraries' from WARNING on.
 

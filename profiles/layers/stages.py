@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from edgeclip.runtime.inputs.images import decode_image
 from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.split.resilience import Clock
 from edgeclip.runtime.towers.tower_runner import TowerRunner
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from edgeclip.runtime.split.split_runtime import SplitRuntime
 
 StageInput = Path | bytes | str
-Clock = Callable[[], float]  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,9 @@
 """Open a bundle: check its manifest, paths and hashes before any of its files is used."""
 
 import hashlib
+import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from edgeclip.runtime.spec import Precision, Tower
 if TYPE_CHECKING:
     from edgeclip.runtime.bundle.labels import LabelSet
 
+_log = logging.getLogger(__name__)
 _GOLDEN_KIND = "edgeclip-golden-2"
 # An ONNX graph can refer to data files beside it, so these folders may hold declared files only.
 # Other files (README.md, .gitattributes) are never opened and may stay.
@@ -71,9 +74,12 @@ class Bundle:
             raise BundleError(
                 f"{root} records gates as failed ({', '.join(failed)}): export a bundle that passes"
             )
+        start = time.perf_counter()
         _check_tree(root, declared={file.path for file in manifest.files})
         for file in manifest.files:
             _check_file(root, file.path, file.bytes, file.sha256 if check_hashes else None)
+        seconds = time.perf_counter() - start
+        _log.debug("%s: %d files checked in %.2f s", root, len(manifest.files), seconds)
         return cls(root, manifest, check_hashes)
 
     def tower_path(self, tower: Tower, precision: Precision | None = None) -> Path:
@@ -253,7 +259,7 @@ class Golden:
         return self.pixels if tower == "image" else self.input_ids
 
     def save(self, path: Path) -> None:
-        """Write `golden.npz`, whole or not at all."""
+        """Write `golden.npz`, atomically."""
         arrays: dict[str, NDArray[Any]] = {
             "pixels": self.pixels,
             "input_ids": self.input_ids,

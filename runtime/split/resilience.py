@@ -18,7 +18,7 @@ from edgeclip.runtime.split.errors import (
     ServerError,
 )
 
-Clock = Callable[[], float]
+Clock = Callable[[], float]  # returns seconds
 
 
 @dataclass(frozen=True, slots=True)

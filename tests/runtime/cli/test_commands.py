@@ -27,7 +27,7 @@ def index(tiny_bundle: Path, photos: Path, tmp_path: Path, capsys: Capture) -> P
 
 
 def fails(capsys: Capture, *arguments: object) -> str:
-    """Run a verb that must end with status 2; return its one line."""
+    """Run a command that must end with status 2; return its one line."""
     assert main([str(item) for item in arguments]) == 2
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if "edgeclip: error:" in line]
