@@ -190,9 +190,9 @@ def _smaller_pictures(case: _Case) -> Advice | None:
         return None
     what = "Give smaller files, JPEG above all, which is reduced while it is decoded, or camera "
     what += "frames that have the tower's size already (`Encoder.encode_pixels`)"
-    parts = ", ".join(f"{name} {ms.value:.3g} ms" for name, ms in {**before, "run": run}.items())
-    evidence = f"{share:.0%} of {total:.3g} ms go by before the tower runs: {parts}"
-    return Advice("pictures", "latency", amdahl(share), what, evidence)
+    parts = "".join(f"{name} {ms.value:.3g} ms, " for name, ms in before.items())
+    evidence = f"{share:.0%} of {total:.3g} ms pass before the tower runs: {parts}run "
+    return Advice("pictures", "latency", amdahl(share), what, f"{evidence}{run.value:.3g} ms")
 
 
 def _other_threads(case: _Case) -> Advice | None:
