@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgeclip.profiles.measure.open_subject import open_subject
-from edgeclip.profiles.measure.subject import parts_of, subjects_of
+from edgeclip.profiles.measure.subject import bundle_parts, bundle_subjects
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.cli.main import main
@@ -73,16 +73,16 @@ def test_golden_texts_are_needed_only_with_a_text_tower(
 
 def test_its_parts_are_profiled(image_bundle: Path, cpu_device: DeviceProfile) -> None:
     bundle = Bundle.open(image_bundle)
-    assert parts_of(bundle) == ("image", "file")
-    subjects = subjects_of(bundle, cpu_device)
+    assert bundle_parts(bundle) == ("image", "file")
+    subjects = bundle_subjects(bundle, cpu_device)
     assert [item.title for item in subjects] == ["image fp32", "image int8", "file int8"]
     for spec in subjects:
         with open_subject(spec, bundle=bundle) as opened:
-            found = opened.candidate.run(opened.candidate.make_batch(2))
+            found = opened.target.run(opened.target.make_batch(2))
             assert isinstance(found, np.ndarray)
             assert found.shape == (2, 8)
     with pytest.raises(BundleError, match="has no text tower"):
-        subjects_of(bundle, cpu_device, ("text",))
+        bundle_subjects(bundle, cpu_device, ("text",))
 
 
 def test_it_is_served_without_a_text_model(encoder: Encoder) -> None:

@@ -104,7 +104,7 @@ def test_halves_that_differ_are_not_written(
         part.graph.initializer.append(onnx.numpy_helper.from_array(turned, "turned"))
         return part
 
-    monkeypatch.setattr(module, "tail", wrong)
+    monkeypatch.setattr(module, "cut_tail", wrong)
     out = tmp_path / "cuts"
     with pytest.raises(ExportError, match=r"changes an embedding by .*: leave it out"):
         write_cuts(Bundle.open(tiny_bundle), out, device=cpu_device, precision="fp32", count=1)

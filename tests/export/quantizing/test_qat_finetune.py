@@ -1,6 +1,7 @@
 """Quantization-aware fine-tune where int8 misses its gates."""
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,9 +61,8 @@ class Made:
     graphs: tuple[TowerGraph, ...]
     embeddings: dict[tuple[Tower, Precision], FloatArray]
 
-    def tuned(self, tuning: QatOptions, lines: list[str] | None = None) -> QatResult:
-        said: list[str] = [] if lines is None else lines
-        return finetune_int8(self.task, self.graphs, self.embeddings, tuning, said.append)
+    def tuned(self, tuning: QatOptions) -> QatResult:
+        return finetune_int8(self.task, self.graphs, self.embeddings, tuning)
 
     def files(self) -> dict[tuple[Tower, Precision], bytes]:
         return {(item.tower, item.precision): item.path.read_bytes() for item in self.graphs}
@@ -202,19 +202,21 @@ def test_a_student_that_passes_is_never_tuned(
 
 
 def test_a_few_dozen_steps_bring_a_failing_student_inside_its_gates(
-    failing: Made, tuning: QatOptions
+    failing: Made, tuning: QatOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
     student, before = failing.task.student, failing.files()
     fingerprint = space_fingerprint(student)
-    lines: list[str] = []
-    outcome = failing.tuned(tuning, lines)
+    with caplog.at_level(logging.INFO, logger="edgeclip.export"):
+        outcome = failing.tuned(tuning)
     assert outcome.tuned == ("image", "text")
     assert outcome.passed
     assert outcome.note.startswith(
         "int8 fine-tuned for 40 steps of 16 on 64 blobs, because without that image int8: mean"
     )
     assert outcome.message == "fine-tuned for int8"
-    assert lines[0].startswith("fine-tuning for int8, because image int8: mean cosine is 0.9")
+    assert caplog.messages[0].startswith(
+        "fine-tuning for int8, because image int8: mean cosine is 0.9"
+    )
     # What it was held against is the student that was given, which is still the same.
     assert space_fingerprint(student) == fingerprint
     after = failing.files()
@@ -262,7 +264,11 @@ def test_what_is_not_static_int8_cannot_be_tuned(failing: Made, tuning: QatOptio
 
 
 def test_only_the_tower_that_missed_is_tuned_and_smoothed_as_its_config_says(
-    task: QatTask, clip_towers: TowerPaths, tuning: QatOptions, tmp_path: Path
+    task: QatTask,
+    clip_towers: TowerPaths,
+    tuning: QatOptions,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     # Outliers of activations, which smoothing hands on to the weights.
     student = planted(short(task.student, ("image",)), 0.01, towers=("image",))
@@ -273,10 +279,10 @@ def test_only_the_tower_that_missed_is_tuned_and_smoothed_as_its_config_says(
     made = replace(rough, task=replace(rough.task, configs={"image": smoothed, "text": CPU}))
     before = made.files()
     few = replace(tuning, settings=replace(tuning.settings, steps=1, learning_rate=1e-9))
-    lines: list[str] = []
-    outcome = made.tuned(few, lines)
-    assert "image int8: mean cosine is 0.9" in lines[0]
-    assert "text int8" not in lines[0]
+    with caplog.at_level(logging.INFO, logger="edgeclip.export"):
+        outcome = made.tuned(few)
+    assert "image int8: mean cosine is 0.9" in caplog.messages[0]
+    assert "text int8" not in caplog.messages[0]
     assert outcome.tuned == ("image",)
     cosines = {
         item.subject: item.record.value
