@@ -225,12 +225,11 @@ def _select(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) -> Sel
         why = f"not measured: {plan.device.name} is not this machine"
         return SelectedPrecision(tower=tower, precision="fp16" if on_gpu else "fp32", why=why)
     _log.info("timing the %s tower in every precision ...", tower)
-    spec, tokenizer = plan.student.spec, plan.student.text_tokenizer
     embedders = {
-        precision: graph_embedder(graph, spec.image, plan.runner)
+        precision: graph_embedder(graph, plan.student.image_spec, plan.runner)
         for precision, graph in mine.items()
     }
-    sample = next(tower_inputs(plan.test, tower, spec, tokenizer, count=1))
+    sample = next(tower_inputs(plan.student, tower, plan.test, count=1))
     return select_precision(tower, embedders, sample, plan.workload)
 
 

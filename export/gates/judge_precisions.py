@@ -81,7 +81,7 @@ def embed_test_pairs(
     found: dict[tuple[Tower, Precision], FloatArray] = {}
     for tower in TOWERS:
         mine = [graph for graph in graphs if graph.tower == tower]
-        inputs = tower_inputs(test, tower, student.spec, student.text_tokenizer)
+        inputs = tower_inputs(student, tower, test)
         for graph, embeddings in zip(mine, _embed(student, mine, inputs, device), strict=True):
             found[tower, graph.precision] = embeddings
     return found
@@ -116,7 +116,7 @@ def gate_inputs(
     if rows is not None:
         found = [embeddings["image", graph.precision][list(rows)] for graph in mine]
     else:
-        inputs = tower_inputs(zero_shot.source, "image", student.spec, student.text_tokenizer)
+        inputs = tower_inputs(student, "image", zero_shot.source)
         found = _embed(student, mine, inputs, device)
     labelled = {graph.precision: item for graph, item in zip(mine, found, strict=True)}
     return GateInputs(data=data, zero_shot=zero_shot, labelled=labelled)

@@ -147,8 +147,8 @@ class ZeroShotSet:
 def find_zero_shot(test: Source, label_sets: Iterable[LabelSet]) -> ZeroShotSet | None:
     """Find the pictures of `test` that a label set names; use the label set that names most.
 
-    A picture's label is the name of its folder, or else the only label in its caption. A wrong label
-    ("rug" for "a cat on a rug" where "cat" is not a label) is wrong for every precision alike.
+    A picture's label is the name of its folder, or else the only label in its caption. A wrong
+    label ("rug" for "a cat on a rug" where "cat" is no label) is wrong for every precision alike.
 
     Returns:
         None if no picture has a label.

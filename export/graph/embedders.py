@@ -16,8 +16,7 @@ from edgeclip.runtime.device.device_profile import THIS_MACHINE, DeviceProfile, 
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.preprocess import crop_batch, normalise
-from edgeclip.runtime.inputs.tokenizer import TextTokenizer
-from edgeclip.runtime.spec import OUTPUT_NAMES, EncoderSpec, ImageSpec, PixelForm, Precision, Tower
+from edgeclip.runtime.spec import OUTPUT_NAMES, ImageSpec, PixelForm, Precision, Tower
 from edgeclip.runtime.towers.tower_runner import in_batches, tower_feed
 
 TOWERS: tuple[Tower, ...] = get_args(Tower)
@@ -113,10 +112,9 @@ def check_captions(source: Source, use: str) -> None:
 
 
 def tower_inputs(
-    source: Source,
+    dual: DualEncoder,
     tower: Tower,
-    spec: EncoderSpec,
-    tokenizer: TextTokenizer,
+    source: Source,
     *,
     count: int | None = None,
     batch_size: int = _BATCH,
@@ -134,9 +132,10 @@ def tower_inputs(
     for start in range(0, end, batch_size):
         chosen = range(start, min(start + batch_size, end))
         if tower == "image":
-            yield crop_batch([source[index].image for index in chosen], spec.image)
+            yield crop_batch([source[index].image for index in chosen], dual.image_spec)
         else:
-            yield tokenizer.encode([_caption(source, index) for index in chosen], truncate=True)
+            captions = [_caption(source, index) for index in chosen]
+            yield dual.text_tokenizer.encode(captions, truncate=True)
 
 
 def embed_all(inputs: Iterator[NDArray[Any]], embedders: Sequence[Embedder]) -> list[FloatArray]:

@@ -288,12 +288,11 @@ def tune_tower(
         EngineError: the graph cannot be run here.
         ExportError: it cannot be read.
     """
-    spec, tokenizer = student.spec, student.text_tokenizer
-    values = next(tower_inputs(sample, graph.tower, spec, tokenizer, count=_SAMPLES))
+    values = next(tower_inputs(student, graph.tower, sample, count=_SAMPLES))
     return tune_graph(
         graph.path,
         device,
-        tower_feed(values, graph.tower, graph.pixels, spec.image),
+        tower_feed(values, graph.tower, graph.pixels, student.image_spec),
         tower=graph.tower,
         # Other runtimes read the text tower too, and an image tower in their form.
         standard=graph.pixels in (None, STANDARD.pixels),

@@ -101,10 +101,9 @@ def check_parity(
         ConfigError: pairs without captions.
         EngineError: the engine cannot run the tower.
     """
-    spec, tokenizer = dual.spec, dual.text_tokenizer
-    together = tower_inputs(source, tower, spec, tokenizer, count=_TOGETHER)
+    together = tower_inputs(dual, tower, source, count=_TOGETHER)
     candidate, reference = embed_all(together, [embed, torch_embedder(dual, tower)])
-    singles = tower_inputs(source, tower, spec, tokenizer, count=_ALONE, batch_size=1)
+    singles = tower_inputs(dual, tower, source, count=_ALONE, batch_size=1)
     (alone,) = embed_all(singles, [embed])
     return judge_tower(
         np.concatenate([candidate, alone]),
@@ -168,7 +167,7 @@ def _worst_inputs(
 ) -> NDArray[Any]:
     """Return the inputs whose embeddings by the two embedders are furthest apart, of one batch."""
     most, found = -1.0, None
-    inputs = tower_inputs(source, tower, dual.spec, dual.text_tokenizer, count=_SEARCHED)
+    inputs = tower_inputs(dual, tower, source, count=_SEARCHED)
     for values in inputs:
         right, other = (embed(values) for embed in embedders)
         apart = np.nan_to_num(np.linalg.norm(other - right, axis=1), nan=np.inf)

@@ -207,7 +207,7 @@ class EvaluationPairs:
 
     def _batches(self, source: Source, tower: Tower) -> Iterator[NDArray[Any]]:
         student = self._task.student
-        return tower_inputs(source, tower, student.spec, student.text_tokenizer)
+        return tower_inputs(student, tower, source)
 
 
 def open_embedder(task: SearchTask, graph: TowerGraph) -> Embedder:
@@ -400,8 +400,7 @@ class CandidateEvaluator:
     def _single(self) -> NDArray[Any]:
         """One input, [1, ...]; a text has its own length, not that of a batch."""
         task, student = self.task, self.task.student
-        tokenizer = student.text_tokenizer
-        return next(tower_inputs(task.steering.pairs, task.tower, student.spec, tokenizer, count=1))
+        return next(tower_inputs(student, task.tower, task.steering.pairs, count=1))
 
     @contextmanager
     def _written(self, config: Config) -> Iterator[TowerGraph]:

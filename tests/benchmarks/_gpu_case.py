@@ -162,6 +162,6 @@ def cases(
 
 def _inputs(dual: DualEncoder, tower: Tower) -> NDArray[Any]:
     source = EmojiSource("test", _INPUTS, size=dual.spec.image.size)
-    (given,) = tower_inputs(source, tower, dual.spec, dual.text_tokenizer, batch_size=_INPUTS)
+    (given,) = tower_inputs(dual, tower, source, batch_size=_INPUTS)
     (values,) = tower_feed(given, tower, _PIXELS, dual.spec.image).values()
     return values

@@ -200,7 +200,7 @@ def open_case(
     plain = folder / "plain.onnx"
     plain_graph(dual, tower, plain, one_token=False)
     (other,) = (item for item in TOWERS if item != tower)
-    inputs = tower_inputs(test, other, dual.spec, dual.text_tokenizer)
+    inputs = tower_inputs(dual, other, test)
     (others,) = embed_all(inputs, [torch_embedder(dual, other)])
     case = Case(name=name, task=task, plain=plain, others=others, folder=folder, scratch=scratch)
     _write_rows(case, "calibration", pairs)
@@ -230,8 +230,7 @@ def _write_rows(case: Case, what: str, *sources: Source, count: int | None = Non
     """Write what the tower is given, in both forms."""
     student = case.task.student
     batches = chain.from_iterable(
-        tower_inputs(source, case.tower, student.spec, student.text_tokenizer, count=count)
-        for source in sources
+        tower_inputs(student, case.tower, source, count=count) for source in sources
     )
     if case.tower == "text":
         values, lengths = _texts(batches, student)

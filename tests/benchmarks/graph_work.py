@@ -117,9 +117,7 @@ def measure_tower(
     model: str, dual: DualEncoder, tower: Tower, device: DeviceProfile, repeats: int, size: int
 ) -> list[Row]:
     """Measure all versions of a tower, each against its base."""
-    crops = next(
-        tower_inputs(EmojiSource("test", 1, size=size), tower, dual.spec, dual.text_tokenizer)
-    )
+    crops = next(tower_inputs(dual, tower, EmojiSource("test", 1, size=size)))
     ((name, values),) = tower_feed(crops, tower, "float32-nchw", dual.spec.image).items()
     with tempfile.TemporaryDirectory() as folder:
         made = list(versions(dual, tower, values, Path(folder)))

@@ -64,7 +64,7 @@ def test_a_pass_applies_where_it_should_and_changes_no_output(
         assert domains(after) == {""}
     save_graph(after, tmp_path / "after.onnx")  # valid, with shapes that can be inferred
     for count in (1, 3):
-        values = next(tower_inputs(blobs(count), tower, dual.spec, dual.text_tokenizer))
+        values = next(tower_inputs(dual, tower, blobs(count)))
         feed = tower_feed(values, tower, "float32-nchw", dual.spec.image)
         results = [
             open_engine(path, device=cpu_device).run(feed)

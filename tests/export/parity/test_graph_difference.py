@@ -59,7 +59,7 @@ def feeds(clip: DualEncoder, blobs: Callable[..., Any]) -> dict[Tower, Outputs]:
     """Four inputs for each tower; the texts are shorter than the context."""
     found: dict[Tower, Outputs] = {}
     for tower in TOWERS:
-        values = next(tower_inputs(blobs(4), tower, clip.spec, clip.text_tokenizer))
+        values = next(tower_inputs(clip, tower, blobs(4)))
         found[tower] = tower_feed(values, tower, "float32-nchw", clip.spec.image)
     return found
 

@@ -96,7 +96,7 @@ def test_torch_and_a_sound_graph_agree_in_every_value_of_the_same_name(
 ) -> None:
     dual: DualEncoder = request.getfixturevalue(student)
     paths: TowerPaths = request.getfixturevalue(f"{student}_towers")
-    values = next(tower_inputs(blobs(3), tower, dual.spec, dual.text_tokenizer))
+    values = next(tower_inputs(dual, tower, blobs(3)))
     feed = tower_feed(values, tower, "float32-nchw", dual.spec.image)
     (given,) = map(torch.from_numpy, feed.values())
     in_torch = TorchValues(capture(dual, tower, STANDARD), (given,))
