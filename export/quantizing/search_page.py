@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 
 from edgeclip.export.quantizing.quantization_candidate import (
@@ -11,23 +10,32 @@ from edgeclip.export.quantizing.quantization_candidate import (
     P1_COSINE,
     R1_LOSS,
     ZERO_SHOT_LOSS,
-    Point,
-    measured,
+    QuantizationCandidate,
+    gate_interval,
 )
 from edgeclip.export.quantizing.search import SearchResult
 from edgeclip.export.quantizing.search_table import key_points, ordered, short_name
 from edgeclip.export.quantizing.sensitivity import GroupDamage
-from edgeclip.profiles.report.chart_parts import NARROW, WIDE, both_widths, fit, marker, named_ticks
-from edgeclip.profiles.report.chart_rows import Dot, Row, RowChart, row_picture
-from edgeclip.profiles.report.chart_scatter import Spot, spot_at, spot_labels, thin_line
-from edgeclip.profiles.report.html_page import render_sections, write_page
-from edgeclip.profiles.report.profile_blocks import (
+from edgeclip.profiles.report.charts import (
+    Dot,
+    DotRow,
+    RowChart,
+    ScatterChart,
+    ScatterPoint,
+    gate_name,
+)
+from edgeclip.profiles.report.html_page import write_html
+from edgeclip.profiles.report.sections import (
+    Alarm,
     Block,
+    Card,
     Cell,
     Commands,
     Figure,
     Heading,
     Note,
+    Page,
+    PageSummary,
     Section,
     Table,
     Tone,
@@ -35,165 +43,13 @@ from edgeclip.profiles.report.profile_blocks import (
     interval_cell,
     ratio_cell,
     section_of,
+    sections,
 )
-from edgeclip.profiles.report.profile_summary import Alarm, Card, Summary
-from edgeclip.profiles.report.report_charts import Axis, axes, line, svg, text, tick_name
-from edgeclip.profiles.report.report_labels import Box
 from edgeclip.runtime.console import digits, megabytes, seconds
 from edgeclip.runtime.quality.intervals import Interval
 
 _CIRCLE, _TRIANGLE, _CROSS = 0, 3, 4  # in SHAPES
-_SIZE, _RING = 4.5, 11.0  # pixels: the radius of a mark, and of the ring around the chosen one
 _DECADES = 6  # of a logarithmic axis, at most
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChartPoint:
-    """A point of the picture.
-
-    Attributes:
-        number: its row in the table.
-        name: printed beside its number where there is room; empty for the number alone.
-        spoken: what a pointer or a screen reader is told.
-        cost: across: a ratio to fp32's time, or MB.
-        loss: upwards.
-        passed: inside its gates.
-        chosen: it is shipped.
-        front: the thin line goes through it.
-    """
-
-    number: int
-    name: str
-    spoken: str
-    cost: Interval
-    loss: Interval
-    passed: bool
-    chosen: bool
-    front: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FrontChart:
-    """A picture's words and scales.
-
-    Attributes:
-        points: what is shown.
-        cost_name, loss_name: of the axes, with their units.
-        gate: the most that may be lost.
-        reference: a cost to compare with, and its name, if there is one.
-        floor: the least loss that a logarithmic axis shows, where what is less is drawn;
-            None for a linear axis.
-        most: the largest loss that is shown, where what is more is drawn as a triangle; None
-            for all.
-    """
-
-    points: tuple[ChartPoint, ...]
-    cost_name: str
-    loss_name: str
-    gate: float
-    reference: tuple[float, str] | None = None
-    floor: float | None = None
-    most: float | None = None
-
-
-def front_chart(chart: FrontChart, *, narrow: bool) -> str:
-    """Draw the points at 358 pixels (`narrow`) or 760 pixels wide; empty without points.
-
-    Circles are inside all gates, crosses are not, triangles are beyond the picture. Whiskers
-    are 95% intervals; a thin line joins the points of the front.
-    """
-    if not chart.points:
-        return ""
-    width, height = (NARROW, 400) if narrow else (WIDE, 420)
-    x = _cost_axis(chart, start=58, end=width - 12)
-    y = _loss_axis(chart, start=height - 46, end=38)
-    spots = {point.number: _spot(point, x, y, narrow) for point in chart.points}
-    best = sorted((p for p in chart.points if p.front), key=lambda point: point.cost.value)
-    front, at = [spots[point.number] for point in best], y.at(chart.gate)
-    gate = [Box(x.start, at - 1, x.end - x.start, 2), Box(x.end - 96, at - 18, 96, 18)]
-    parts = [
-        text(2, 16, fit(f"{chart.loss_name}, lower is better", width - 4)),
-        *axes(
-            x,
-            y,
-            x_ticks=named_ticks(x, 4 if narrow else 8, width),
-            y_ticks=[(tick, tick_name(tick)) for tick in y.ticks(5)],
-        ),
-        text(x.end, height - 6, f"{chart.cost_name}, lower is better", anchor="end"),
-        *_lines(chart, x, y),
-        thin_line(front),
-        *(_mark(point, spots[point.number], y) for point in chart.points),
-        *spot_labels([*spots.values()], front, gate, x, y),
-    ]
-    spoken = "; ".join(point.spoken for point in chart.points)
-    label = f"{chart.loss_name} against {chart.cost_name}: {spoken}"
-    return svg(width, height, parts, label=label, css="narrow" if narrow else "wide")
-
-
-def _cost_axis(chart: FrontChart, *, start: float, end: float) -> Axis:
-    seen = [value for p in chart.points for value in (p.cost.low, p.cost.value, p.cost.high)]
-    seen += [] if chart.reference is None else [chart.reference[0]]
-    room = max((max(seen) - min(seen)) * 0.06, 0.02 * max(seen))
-    return Axis(low=max(0.0, min(seen) - room), high=max(seen) + room, start=start, end=end)
-
-
-def _loss_axis(chart: FrontChart, *, start: float, end: float) -> Axis:
-    values = [chart.gate, *(point.loss.value for point in chart.points)]
-    if chart.floor is None:
-        ends = [end for point in chart.points for end in (point.loss.low, point.loss.high)]
-        low, high = min(0.0, *values, *ends), max(*values, *ends)
-        most = high if chart.most is None else min(high, chart.most)
-        room = 0.08 * (most - low)
-        return Axis(low=low - room, high=most + room, start=start, end=end)
-    high = max(values) * 2
-    least = max(chart.floor, high / 10**_DECADES)
-    low = max(least, min(max(value, least) for value in values)) / 1.8
-    return Axis(low=low, high=high, start=start, end=end, log=True)
-
-
-def _lines(chart: FrontChart, x: Axis, y: Axis) -> list[str]:
-    at = y.at(chart.gate)
-    parts = [
-        line(x.start, at, x.end, at, "bar"),
-        text(x.end, at - 6, f"gate {tick_name(chart.gate)}", css="barname", anchor="end"),
-    ]
-    if chart.reference is not None:
-        across = x.at(chart.reference[0])
-        parts.append(line(across, y.start, across, y.end, "grid"))
-        parts.append(text(across - 5, y.end + 2, chart.reference[1], anchor="end"))
-    return parts
-
-
-def _spot(point: ChartPoint, x: Axis, y: Axis, narrow: bool) -> Spot:
-    return spot_at(
-        x,
-        y,
-        point.cost,
-        point.loss,
-        radius=_RING if point.chosen else _SIZE,
-        css=("s2" if point.passed else "s1") + (" chosen" if point.chosen else ""),
-        lines=(_words(point, narrow),),
-    )
-
-
-def _words(point: ChartPoint, narrow: bool) -> str:
-    if not point.name or narrow:
-        return f"{point.number} chosen" if point.chosen else str(point.number)
-    return fit(f"{point.number}: {point.name}{', chosen' if point.chosen else ''}", 300)
-
-
-def _mark(point: ChartPoint, spot: Spot, y: Axis) -> str:
-    ring = ""
-    if point.chosen:
-        ring = f'<circle cx="{spot.x:.1f}" cy="{spot.y:.1f}" r="{_RING:g}" class="area"/>'
-    outline = _CIRCLE if point.passed else _CROSS
-    if point.loss.value > y.high:
-        outline = _TRIANGLE
-    shape = marker(outline, spot.x, spot.y, size=_SIZE)
-    title = f"<title>{escape(point.spoken)}</title>"
-    return f'<g class="{spot.css}">{title}{ring}{spot.whiskers}{shape}</g>'
-
-
 _SHOWN = 20  # groups in the picture
 
 
@@ -205,7 +61,7 @@ def damage_section(result: SearchResult) -> Section | None:
     chart = RowChart(
         rows=tuple(_row(item) for item in groups[:_SHOWN] if item.divergence.value > 0),
         axis_name="divergence of a row of similarities, nats (log)",
-        label="Damage of each group of products alone",
+        title="Damage of each group of products alone",
         log=True,
     )
     saved = "time saved, % of fp32" if _timed(result) else "multiply-adds, %"
@@ -215,7 +71,7 @@ def damage_section(result: SearchResult) -> Section | None:
         rows=tuple(_cells(item, result) for item in groups),
         folded=True,
     )
-    blocks: list[Block] = [Figure(picture=row_picture(chart), caption=_caption(result)), table]
+    blocks: list[Block] = [Figure(chart, _caption(result)), table]
     note = _measured_in(result)
     return section_of("damage", "What each group of products suffers", [*blocks, Note(note)])
 
@@ -239,9 +95,9 @@ def _measured_in(result: SearchResult) -> str:
     )
 
 
-def _row(item: GroupDamage) -> Row:
+def _row(item: GroupDamage) -> DotRow:
     value = item.divergence
-    return Row(item.title, (Dot(value),), f"{value.value:.1e}")
+    return DotRow(item.title, (Dot(value),), f"{value.value:.1e}")
 
 
 def _cells(item: GroupDamage, result: SearchResult) -> tuple[Cell, ...]:
@@ -299,30 +155,30 @@ class SearchedTower:
 
 
 def front_section(result: SearchResult) -> Section | None:
-    """Two pictures: loss of cosine and of R@1, each against time, or bytes without any."""
-    pictures = (
-        _picture(result, MEAN_COSINE, "1 - mean cosine with fp32 (log)"),
-        _picture(result, R1_LOSS, "R@1 lost, points"),
+    """Two charts: loss of cosine and of R@1, each against time, or bytes without any."""
+    charts = (
+        _chart(result, MEAN_COSINE, "1 - mean cosine with fp32 (log)"),
+        _chart(result, R1_LOSS, "R@1 lost, points"),
     )
-    cost = "bytes" if result.points[0].latency is None else "time"
+    cost = "bytes" if result.candidates[0].latency is None else "time"
     note = Note(
         "On the steering pairs, with 95% intervals. Circles are inside all gates, crosses are not, "
         "triangles lie beyond the picture. The dashed line is the gate, the loosest where "
         "precisions have different ones; the thin one joins what no other config beats in both "
         f"mean cosine and {cost}. Numbers are those of the table."
     )
-    figures: list[Block] = [Figure(picture=item, caption="") for item in pictures if item]
+    figures: list[Block] = [Figure(chart) for chart in charts if chart is not None]
     blocks = [*figures, note] if figures else []
     return section_of("front", "What each config loses, and what it takes", blocks)
 
 
 def points_section(result: SearchResult) -> Section | None:
     """A table of every config that was tried."""
-    timed = result.points[0].latency is not None
+    timed = result.candidates[0].latency is not None
     gates = [
         gate
         for gate in _GATES
-        if any(measured(point.records, gate) is not None for point in result.points)
+        if any(gate_interval(point.records, gate) is not None for point in result.candidates)
     ]
     names = columns(
         "config",
@@ -342,7 +198,7 @@ def points_section(result: SearchResult) -> Section | None:
 
 def judged_section(result: SearchResult) -> Section | None:
     """The gates of what was held against the test pairs."""
-    points = {point.key: point for point in result.points}
+    points = {point.key: point for point in result.candidates}
     blocks: list[Block] = []
     for judgement in result.judged:
         rows = tuple(
@@ -394,56 +250,86 @@ def method_section(about: SearchedTower) -> Section | None:
     return section_of("method", "How it was searched", [*notes, Commands(lines=(about.command,))])
 
 
-def _picture(result: SearchResult, gate: str, name: str) -> str:
-    """One of them in both widths; empty if no config has such a figure."""
-    points, bound = _chart_points(result, gate), _bound(result.points, gate)
-    if not points or bound is None:
-        return ""
-    timed = result.points[0].latency is not None
-    chart = FrontChart(
-        points=points,
-        cost_name="time at batch 1, fp32 is 1" if timed else "graph and weights, MB",
-        loss_name=name,
-        gate=bound,
-        reference=(1.0, "fp32") if timed else None,
-        floor=_LEAST_LOSS if gate == MEAN_COSINE else None,
-        most=None if gate == MEAN_COSINE else _MOST_GATES * bound,
-    )
-    return both_widths(lambda narrow: front_chart(chart, narrow=narrow))
+def _chart(result: SearchResult, gate: str, name: str) -> ScatterChart | None:
+    """What each config loses against what it takes; None if none has such a figure.
 
-
-def _chart_points(result: SearchResult, gate: str) -> tuple[ChartPoint, ...]:
+    Circles are inside all gates, crosses are not, triangles are beyond the picture.
+    """
+    bound, log = _bound(result.candidates, gate), gate == MEAN_COSINE
+    shown = [
+        (number, point, loss)
+        for number, point in enumerate(ordered(result), 1)
+        if (loss := _loss(point, gate)) is not None
+    ]
+    if not shown or bound is None:
+        return None
+    timed = result.candidates[0].latency is not None
+    costs = [_cost(point) for _, point, _ in shown]
+    seen = [end for cost in costs for end in (cost.low, cost.value, cost.high)]
+    seen += [1.0] if timed else []
+    room = max((max(seen) - min(seen)) * 0.06, 0.02 * max(seen))
+    low, high = _loss_limits([loss for _, _, loss in shown], bound, log=log)
     named, front = key_points(result), {point.key for point in result.front}
-    found = []
-    for number, point in enumerate(ordered(result), 1):
-        loss = _loss(point, gate)
-        if loss is None:
-            continue
-        size = point.bytes / 1e6
-        cost = Interval(size, size, size) if point.latency is None else point.latency.ratio
-        found.append(
-            ChartPoint(
-                number=number,
-                name=short_name(point.config) if point.key in named else "",
-                spoken=f"{number} {point.name}: {digits(cost.value)}, loses {digits(loss.value)}",
-                cost=cost,
-                loss=loss,
-                passed=point.passed,
-                chosen=point.key == result.chosen.key,
-                front=point.key in front,
+    points = []
+    for (number, point, loss), cost in zip(shown, costs, strict=True):
+        chosen = point.key == result.chosen.key
+        words = f"{number}: {short_name(point.config)}" if point.key in named else str(number)
+        points.append(
+            ScatterPoint(
+                name=f"{words}, chosen" if chosen else words,
+                short=f"{number} chosen" if chosen else str(number),
+                x=cost,
+                y=loss,
+                colour="green" if point.passed else "orange",
+                shape=_TRIANGLE if loss.value > high else _CIRCLE if point.passed else _CROSS,
+                chosen=chosen,
             )
         )
-    return tuple(found)
+    order = sorted(range(len(shown)), key=lambda at: costs[at].value)
+    return ScatterChart(
+        title=f"{name} against {'time' if timed else 'bytes'}",
+        points=tuple(points),
+        x_name=("time at batch 1, fp32 is 1" if timed else "graph and weights, MB")
+        + ", lower is better",
+        y_name=f"{name}, lower is better",
+        x_limits=(max(0.0, min(seen) - room), max(seen) + room),
+        y_limits=(low, high),
+        x_log=False,
+        y_log=log,
+        front=tuple(at for at in order if shown[at][1].key in front),
+        bar=(bound, gate_name(bound)),
+        reference=(1.0, "fp32") if timed else None,
+    )
 
 
-def _loss(point: Point, gate: str) -> Interval | None:
+def _cost(point: QuantizationCandidate) -> Interval:
+    """Time as a share of fp32's, or megabytes where no time was measured."""
+    size = point.bytes / 1e6
+    return Interval(size, size, size) if point.latency is None else point.latency.ratio
+
+
+def _loss_limits(losses: Sequence[Interval], gate: float, *, log: bool) -> tuple[float, float]:
+    """Of the axis: at most six decades, or five times the gate on a linear axis."""
+    values = [gate, *(loss.value for loss in losses)]
+    if log:
+        high = max(values) * 2
+        least = max(_LEAST_LOSS, high / 10**_DECADES)
+        return max(least, min(max(value, least) for value in values)) / 1.8, high
+    ends = [end for loss in losses for end in (loss.low, loss.high)]
+    low = min(0.0, *values, *ends)
+    most = min(max(*values, *ends), _MOST_GATES * gate)
+    room = 0.08 * (most - low)
+    return low - room, most + room
+
+
+def _loss(point: QuantizationCandidate, gate: str) -> Interval | None:
     cosine = point.cosine
     if gate != MEAN_COSINE or cosine is None:
         return point.r1_loss if gate == R1_LOSS else None
     return Interval(1 - cosine.value, 1 - cosine.high, 1 - cosine.low)
 
 
-def _bound(points: Sequence[Point], gate: str) -> float | None:
+def _bound(points: Sequence[QuantizationCandidate], gate: str) -> float | None:
     """The most that configs other than fp32 may lose; the loosest, where they differ."""
     bounds = [
         1 - record.bound if gate == MEAN_COSINE else record.bound
@@ -455,7 +341,7 @@ def _bound(points: Sequence[Point], gate: str) -> float | None:
 
 
 def _candidate_row(
-    number: int, point: Point, result: SearchResult, gates: Sequence[str]
+    number: int, point: QuantizationCandidate, result: SearchResult, gates: Sequence[str]
 ) -> tuple[Cell, ...]:
     chosen = point.key == result.chosen.key
     tone: Tone = "strong" if chosen else ""
@@ -471,7 +357,7 @@ def _candidate_row(
     )
 
 
-def _gate_cell(point: Point, gate: str) -> Cell:
+def _gate_cell(point: QuantizationCandidate, gate: str) -> Cell:
     """A gate's value and interval; one that is missed shows it."""
     found = [record for record in point.records if record.name.startswith(gate)]
     if not found:
@@ -481,27 +367,24 @@ def _gate_cell(point: Point, gate: str) -> Cell:
     return Cell(f"{record.value:.{places}f}", span, "" if record.passed else "miss")
 
 
-def search_page(result: SearchResult, path: Path, about: SearchedTower) -> None:
+def write_search_page(result: SearchResult, path: Path, about: SearchedTower) -> None:
     """Write the page to `path`, whole or not at all.
 
     Raises:
         InputError: it cannot be written.
-        MissingExtraError: jinja2 is not installed.
+        MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    write_page(render_search(result, about), path)
+    write_html(search_page(result, about), path)
 
 
-def render_search(result: SearchResult, about: SearchedTower) -> str:
-    """The page as HTML text; whatever comes from files is escaped.
-
-    Raises:
-        MissingExtraError: jinja2 is not installed.
-    """
-    return render_sections(
+def search_page(result: SearchResult, about: SearchedTower) -> Page:
+    """The choice, the trade-off, every config, the proof on the test pairs, and the method."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return Page(
         title=about.title,
         lead=_lead(result, about),
         summary=_summary(result),
-        sections=(
+        sections=sections(
             front_section(result),
             points_section(result),
             judged_section(result),
@@ -509,20 +392,23 @@ def render_search(result: SearchResult, about: SearchedTower) -> str:
             failed_section(result),
             method_section(about),
         ),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        footer=(
+            f"Written by EdgeCLIP on {created}. Times are wall time in milliseconds, MB are 10^6 "
+            "bytes, small figures 95% intervals.",
+        ),
     )
 
 
 def _lead(result: SearchResult, about: SearchedTower) -> tuple[str, ...]:
-    spent = seconds(sum(point.seconds for point in result.points))
+    spent = seconds(sum(point.seconds for point in result.candidates))
     where = f"Times are from {about.here}." if about.here else "No time was measured."
-    return (f"{len(result.points)} configs were made and judged in {spent}. {where}",)
+    return (f"{len(result.candidates)} configs were made and judged in {spent}. {where}",)
 
 
-def _summary(result: SearchResult) -> Summary:
-    chosen, fp32 = result.chosen, result.points[0]
+def _summary(result: SearchResult) -> PageSummary:
+    chosen, fp32 = result.chosen, result.candidates[0]
     if chosen.key == fp32.key:
-        return Summary(f"Only fp32 is to be shipped: {result.why}.", "", _alarms(result), ())
+        return PageSummary(f"Only fp32 is to be shipped: {result.why}.", "", _alarms(result), ())
     cards = [Card("Size", megabytes(chosen.bytes), f"fp32 {megabytes(fp32.bytes)}", chosen.name)]
     if chosen.latency is not None:
         ratio, latency = chosen.latency.ratio, chosen.latency
@@ -533,11 +419,11 @@ def _summary(result: SearchResult) -> Summary:
         (MEAN_COSINE, "Mean cosine with fp32", 5),
         (R1_LOSS, "R@1 lost, points", 2),
     ):
-        value = measured(last, gate)
+        value = gate_interval(last, gate)
         if value is not None:
             cards.append(_card(title, value, places, "on the test pairs"))
     verdict = f"{chosen.name}: {result.why}. On the test pairs it is inside them too."
-    return Summary(verdict, "pass", _alarms(result), tuple(cards))
+    return PageSummary(verdict, "pass", _alarms(result), tuple(cards))
 
 
 def _card(name: str, value: Interval, places: int, note: str) -> Card:
@@ -549,12 +435,12 @@ def _alarms(result: SearchResult) -> tuple[Alarm, ...]:
     alarms = []
     if not result.complete:
         alarms.append(Alarm("Time was up before all was tried: run it again to go on.", "miss"))
-    disturbed = [point for point in result.points if point.latency and point.latency.contended]
+    disturbed = [point for point in result.candidates if point.latency and point.latency.contended]
     if disturbed:
         alarms.append(
             Alarm(
-                f"{len(disturbed)} of {len(result.points)} configs were timed while other programs "
-                "took the processor: their intervals are wide.",
+                f"{len(disturbed)} of {len(result.candidates)} configs were timed while other "
+                "programs took the processor: their intervals are wide.",
                 "miss",
             )
         )

@@ -9,21 +9,23 @@ import argparse
 from pathlib import Path
 
 from edgeclip.profiles.record.measurement import MeasurementRun
-from edgeclip.profiles.report.profile_advice import advice_of
+from edgeclip.profiles.report.bundle_report import bundle_page, bundle_report
+from edgeclip.profiles.report.html_page import write_html
+from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.profiles.report.profile_data import load_runs
-from edgeclip.profiles.report.profile_markdown import markdown_of
 from edgeclip.profiles.report.profile_quality import quality_of_bundle
-from edgeclip.profiles.report.profile_report import write_profile_report
-from edgeclip.profiles.report.report_data import Choice, Gate, ReportData
-from edgeclip.profiles.report.write_report import write_report
+from edgeclip.profiles.report.profile_report import (
+    advice_of,
+    profile_summary_page,
+    write_profile_report,
+)
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the verb to argparse."""
+    """Add the command's options to its parser."""
     parser.add_argument(
         "what",
         type=Path,
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"report in {args.out}")
     if args.markdown is not None:
         with atomic_file(args.markdown) as temporary:
-            content = markdown_of(runs, quality=quality, advice=advice)
+            content = markdown_of(profile_summary_page(runs, quality=quality, advice=advice))
             temporary.write_bytes(content.encode("utf-8", "replace"))
         print(f"Markdown in {args.markdown}")
     return 0
@@ -75,38 +77,6 @@ def _report_bundle(args: argparse.Namespace) -> int:
     if args.out is None or args.markdown is not None or args.bundle:
         raise InputError("the report of a bundle is one HTML page: give --out, and only --out")
     measured = None if args.measurements is None else MeasurementRun.load(args.measurements)
-    write_report(bundle_report(Bundle.open(args.what[0]), measured), args.out)
+    write_html(bundle_page(bundle_report(Bundle.open(args.what[0]), measured)), args.out)
     print(f"report in {args.out}")
     return 0
-
-
-def bundle_report(bundle: Bundle, measured: MeasurementRun | None) -> ReportData:
-    """A report of a bundle: choices, gates, provenance, and measurements if there are any.
-
-    The machine is the one that was measured, else this one.
-    """
-    manifest = bundle.manifest
-    origin = manifest.provenance
-    commands = (origin.command,) if measured is None else (origin.command, measured.command)
-    why = "Chosen when the bundle was written."
-    return ReportData(
-        title=manifest.name,
-        summary=f"A bundle of {origin.student}, distilled from {origin.teacher} on {origin.data}.",
-        created=origin.created,
-        headlines=(),
-        choices=tuple(Choice(item.tower, item.chosen, why) for item in manifest.towers),
-        stages=(),
-        quality=(),
-        measurements=() if measured is None else measured.measurements,
-        pareto=(),
-        quality_name="",
-        latency_name="",
-        quality_bar=None,
-        losses=(),
-        gates=tuple(Gate(subject, record) for subject, record in manifest.all_gates()),
-        gallery=(),
-        failures=(),
-        machine=detect_machine() if measured is None else measured.machine,
-        commands=commands,
-        credits=(f"Licence of the bundle: {manifest.licence}.",),
-    )

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from edgeclip.profiles.record.measurement import ColdStart
-from edgeclip.profiles.report.chart_parts import both_widths
-from edgeclip.profiles.report.chart_rows import Dot, Row, RowChart, row_picture
-from edgeclip.profiles.report.chart_stack import Bar, stack_chart
-from edgeclip.profiles.report.profile_blocks import (
+from edgeclip.profiles.report.charts import Dot, DotRow, RowChart, StackBar, StackChart
+from edgeclip.profiles.report.profile_data import PART_NAMES, Subject, full_name, missing_notes
+from edgeclip.profiles.report.sections import (
     NOT_AVAILABLE,
     Block,
     Cell,
@@ -15,10 +14,9 @@ from edgeclip.profiles.report.profile_blocks import (
     Table,
     columns,
     interval_cell,
-    missing_notes,
+    section_of,
     with_interval,
 )
-from edgeclip.profiles.report.profile_data import PART_NAMES, Subject, full_name
 from edgeclip.runtime.console import digits, megabytes
 from edgeclip.runtime.quality.intervals import Interval
 
@@ -32,7 +30,7 @@ def start_section(subjects: Sequence[Subject]) -> Section | None:
     told = [s for s in subjects if s in started or s.item.peak_memory_mb is not None]
     blocks: list[Block] = []
     if started:
-        blocks.append(Figure(picture=_start_picture(started), caption=_START))
+        blocks.append(Figure(_start_chart(started), _START))
     if told:
         blocks.append(_memory_table(told))
     blocks += missing_notes(subjects, MEMORY_KEYS)
@@ -48,20 +46,18 @@ _START = (
 )
 
 
-def _start_picture(subjects: Sequence[Subject]) -> str:
-    bars = [_start_bar(s, s.item.cold_start) for s in subjects if s.item.cold_start is not None]
-    return both_widths(
-        lambda narrow: stack_chart(bars, axis_name="ms", label="Cold start", narrow=narrow)
-    )
-
-
-def _start_bar(subject: Subject, start: ColdStart) -> Bar:
-    parts = (
-        ("import", start.import_ms),
-        ("load", start.load_ms),
-        ("first run", start.first_run_ms),
-    )
-    return Bar(full_name(subject), parts, f"{digits(start.total_ms)} ms")
+def _start_chart(subjects: Sequence[Subject]) -> StackChart:
+    bars = []
+    for subject in subjects:
+        start = subject.item.cold_start
+        assert start is not None
+        parts = (
+            ("import", start.import_ms),
+            ("load", start.load_ms),
+            ("first run", start.first_run_ms),
+        )
+        bars.append(StackBar(full_name(subject), parts, f"{digits(start.total_ms)} ms"))
+    return StackChart(bars=tuple(bars), axis_name="ms", title="Cold start")
 
 
 def _memory_table(subjects: Sequence[Subject]) -> Table:
@@ -116,7 +112,7 @@ def energy_section(subjects: Sequence[Subject]) -> Section | None:
         joules = energy.joules
         scaled = Interval(1e3 * joules.value, 1e3 * joules.low, 1e3 * joules.high)
         figure = with_interval(scaled, "mJ")
-        rows.append(Row(label=full_name(subject), dots=(Dot(scaled),), figure=figure))
+        rows.append(DotRow(full_name(subject), (Dot(scaled),), figure))
         idle = NOT_AVAILABLE if energy.idle_watts is None else f"{digits(energy.idle_watts)} W"
         cells.append(
             (
@@ -127,12 +123,10 @@ def energy_section(subjects: Sequence[Subject]) -> Section | None:
                 Cell(energy.covers),
             )
         )
-    chart = RowChart(rows=tuple(rows), axis_name="mJ an image or text", label="Energy of one item")
-    picture = row_picture(chart)
+    chart = RowChart(rows=tuple(rows), axis_name="mJ an image or text", title="Energy of one item")
     head = columns("<subject", "mJ an item", "idle before", "<sensor", "<covers")
     table = Table(name="Energy in numbers", columns=head, rows=tuple(cells))
-    figure_block = Figure(picture=picture, caption=_ENERGY)
-    return Section(anchor="energy", title="Energy", blocks=(figure_block, table, *absent))
+    return section_of("energy", "Energy", [Figure(chart, _ENERGY), table, *absent])
 
 
 _ENERGY = (

@@ -1,4 +1,4 @@
-"""What the report of a profile shows: runs with names, their subjects, quality and advice."""
+"""Runs with names, their subjects, and quality figures: what the report of a profile is made of."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgeclip.profiles.record.measurement import Measurement, MeasurementRun, Part
+from edgeclip.profiles.report.sections import NOT_AVAILABLE, Note
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
 
@@ -17,6 +18,7 @@ PART_NAMES: dict[Part, str] = {
     "file": "from image file to embedding",
     "split": "from image file to embedding, with a server",
 }
+_FEW = 3  # subjects that are named one by one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +50,6 @@ class SubjectQuality:
     precision: Precision | None
     part: Part | None
     subject: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdviceNote:
-    """Something worth trying: `evidence` are the figures behind it, `gain` what it may bring."""
-
-    subject: str
-    title: str
-    text: str
-    evidence: tuple[str, ...] = ()
-    gain: str = ""
 
 
 # Compared by identity: a subject's samples are many, and each is made once.
@@ -114,3 +105,39 @@ def load_runs(paths: Sequence[Path]) -> tuple[NamedRun, ...]:
         NamedRun(name=name, run=MeasurementRun.load(path))
         for name, path in zip(names, paths, strict=True)
     )
+
+
+def missing_notes(
+    subjects: Sequence[Subject], keys: Iterable[str], *, remark: bool = False
+) -> list[Note]:
+    """Why something of `keys` could not be measured: one note a reason, with its subjects.
+
+    With `remark` the reason stands for itself, since what it is about may be there in part.
+    """
+    wanted = set(keys)
+    reasons: dict[tuple[str, str], list[Subject]] = {}
+    for subject in subjects:
+        for key, reason in subject.item.missing:
+            if key in wanted:
+                reasons.setdefault((key, reason), []).append(subject)
+    notes = []
+    for (key, reason), those in reasons.items():
+        what = key.replace("_", " ").capitalize()
+        words = reason if remark else f"{NOT_AVAILABLE} ({reason})"
+        notes.append(Note(f"{what}{_of_whom(those, subjects)}: {words}"))
+    return notes
+
+
+def _of_whom(those: Sequence[Subject], everyone: Sequence[Subject]) -> str:
+    """Names of a few subjects, numbers of many, nothing for all."""
+    if len(those) == len(everyone):
+        return ""
+    if len(those) <= _FEW:
+        return f" of {', '.join(full_name(subject) for subject in those)}"
+    names = dict.fromkeys(subject.source.name for subject in those)
+    parts = []
+    for name in names:
+        some, all_of = (sum(s.source.name == name for s in group) for group in (those, everyone))
+        run = f" on {name}" if len({s.source.name for s in everyone}) > 1 else ""
+        parts.append(f"{some} of {all_of} subjects{run}")
+    return f" of {', '.join(parts)}"

@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from edgeclip.profiles.record.conditions import Conditions
+from edgeclip.profiles.record.conditions import MachineConditions
 from edgeclip.profiles.record.measurement import MeasurementRun
-from edgeclip.profiles.report.profile_blocks import (
+from edgeclip.profiles.report.profile_data import PART_NAMES, NamedRun, Subject, missing_notes
+from edgeclip.profiles.report.sections import (
     NOT_AVAILABLE,
     Cell,
     Commands,
@@ -14,10 +15,8 @@ from edgeclip.profiles.report.profile_blocks import (
     Table,
     columns,
     count,
-    missing_notes,
     section_of,
 )
-from edgeclip.profiles.report.profile_data import PART_NAMES, NamedRun, Subject
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.console import megabytes, percent
 
@@ -108,7 +107,7 @@ def repeat_section(runs: Sequence[NamedRun]) -> Section:
 
 def _workload(workload: Workload) -> str:
     batches = ", ".join(map(str, workload.batch_sizes))
-    return f"{workload.name}: {workload.turns}; batches {batches}"
+    return f"{workload.name}: {workload.timed_runs}; batches {batches}"
 
 
 def _memory(run: MeasurementRun) -> str:
@@ -144,7 +143,7 @@ def _packages(runs: Sequence[MeasurementRun]) -> list[Fact]:
     return [fact(name) for name in names]
 
 
-def _both(run: MeasurementRun, tell: Callable[[Conditions], str]) -> str:
+def _both(run: MeasurementRun, tell: Callable[[MachineConditions], str]) -> str:
     """A condition before and after, once if it stayed."""
     before = "" if run.before is None else tell(run.before)
     after = "" if run.after is None else tell(run.after)
@@ -153,7 +152,7 @@ def _both(run: MeasurementRun, tell: Callable[[Conditions], str]) -> str:
     return f"{before} {_CHANGED} {after}"
 
 
-def _clock(conditions: Conditions) -> str:
+def _clock(conditions: MachineConditions) -> str:
     clocks = conditions.cpu_mhz
     if not clocks:
         return ""
@@ -162,13 +161,13 @@ def _clock(conditions: Conditions) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def _hottest(conditions: Conditions) -> str:
+def _hottest(conditions: MachineConditions) -> str:
     """Of all sensors, each of which has a row of its own."""
     heat = [value for _, value in conditions.temperatures_c]
     return f"at most {max(heat):.0f} °C" if heat else ""
 
 
-def _load(conditions: Conditions) -> str:
+def _load(conditions: MachineConditions) -> str:
     return "" if conditions.load_1m is None else f"{conditions.load_1m:.2f}"
 
 
@@ -225,13 +224,13 @@ def _sensors(runs: Sequence[MeasurementRun]) -> list[Fact]:
     ]
 
 
-def _sensor(title: str, name: str, values: Callable[[Conditions], dict[str, str]]) -> Fact:
+def _sensor(title: str, name: str, values: Callable[[MachineConditions], dict[str, str]]) -> Fact:
     return title, lambda run: _both(run, lambda c: values(c).get(name, ""))
 
 
-def _degrees(conditions: Conditions) -> dict[str, str]:
+def _degrees(conditions: MachineConditions) -> dict[str, str]:
     return {name: f"{value:.0f} °C" for name, value in conditions.temperatures_c}
 
 
-def _counts(conditions: Conditions) -> dict[str, str]:
+def _counts(conditions: MachineConditions) -> dict[str, str]:
     return {name: f"{value:,} times" for name, value in conditions.throttle_counts}

@@ -1,13 +1,14 @@
 """Inside an answer: its steps, the layers of a tower, and the roofline, as sections."""
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
 from edgeclip.profiles.record.measurement import LayerProfile, LayerTime, Roofline, StageName
-from edgeclip.profiles.report.chart_parts import both_widths, finite
-from edgeclip.profiles.report.chart_roofline import RoofPoint, roofline_chart
-from edgeclip.profiles.report.chart_stack import Bar, stack_chart
-from edgeclip.profiles.report.profile_blocks import (
+from edgeclip.profiles.report.charts import ScatterChart, ScatterPoint, StackBar, StackChart
+from edgeclip.profiles.report.drawing import finite
+from edgeclip.profiles.report.profile_data import PART_NAMES, Subject, full_name, missing_notes
+from edgeclip.profiles.report.sections import (
     Block,
     Cell,
     Figure,
@@ -18,12 +19,11 @@ from edgeclip.profiles.report.profile_blocks import (
     columns,
     count,
     interval_cell,
-    missing_notes,
     section_of,
     with_interval,
 )
-from edgeclip.profiles.report.profile_data import PART_NAMES, Subject, full_name
 from edgeclip.runtime.console import digits, percent
+from edgeclip.runtime.quality.intervals import Interval
 
 STAGE_KEYS = ("stages",)
 LAYER_KEYS = ("layers",)
@@ -39,25 +39,20 @@ def stage_section(subjects: Sequence[Subject]) -> Section | None:
     absent = missing_notes(subjects, STAGE_KEYS)
     if not split:
         return section_of("stages", "Where an answer's time goes", absent)
-    bars = [
-        Bar(
+    bars = tuple(
+        StackBar(
             full_name(subject),
             tuple((stage.name, stage.ms.value) for stage in subject.item.stages),
             f"{digits(sum(stage.ms.value for stage in subject.item.stages))} ms",
         )
         for subject in split
-    ]
-    names = _stage_names(split)
-    picture = both_widths(
-        lambda narrow: stack_chart(
-            bars, axis_name="ms", label="Steps of an answer", names=names, narrow=narrow
-        )
     )
-    figure = Figure(picture=picture, caption=_STAGES)
+    names = _stage_names(split)
+    chart = StackChart(bars=bars, axis_name="ms", title="Steps of an answer", names=tuple(names))
     return Section(
         anchor="stages",
         title="Where an answer's time goes",
-        blocks=(figure, _stage_table(split, names), *absent),
+        blocks=(Figure(chart, _STAGES), _stage_table(split, names), *absent),
     )
 
 
@@ -96,12 +91,7 @@ def layer_section(subjects: Sequence[Subject]) -> Section | None:
 
 def _layers(subject: Subject, profile: LayerProfile, explain: bool) -> list[Block]:
     name, roof = full_name(subject), subject.source.run.roofline
-    bars = _operators(profile)
-    picture = both_widths(
-        lambda narrow: stack_chart(
-            bars, axis_name="ms", label=f"Time by operator, {name}", narrow=narrow
-        )
-    )
+    chart = StackChart(bars=_operators(profile), axis_name="ms", title=f"Time by operator, {name}")
     words = (
         f"{profile.source}: medians of {count(profile.runs)} runs. All layers together take "
         f"{digits(profile.total_ms)} ms, the same runs without profiling "
@@ -111,13 +101,13 @@ def _layers(subject: Subject, profile: LayerProfile, explain: bool) -> list[Bloc
     return [
         Heading(name),
         Note(words),
-        Figure(picture=picture, caption=""),
+        Figure(chart),
         _layer_table(profile, name),
         *_roofline(profile, roof, name, explain),
     ]
 
 
-def _operators(profile: LayerProfile) -> list[Bar]:
+def _operators(profile: LayerProfile) -> tuple[StackBar, ...]:
     """Time by operator, the slowest first; what is beyond the tenth is put together."""
     groups: dict[str, list[LayerTime]] = {}
     for layer in profile.layers:
@@ -125,15 +115,15 @@ def _operators(profile: LayerProfile) -> list[Bar]:
     order = sorted(groups.items(), key=lambda pair: -sum(layer.ms for layer in pair[1]))
     rest = [layer for _, layers in order[_SHOWN_OPS:] for layer in layers]
     shown = order[:_SHOWN_OPS] + ([("others", rest)] if rest else [])
-    return [
-        Bar(
+    return tuple(
+        StackBar(
             f"{op} ({len(layers)}×)",
             ((op, sum(layer.ms for layer in layers)),),
             f"{digits(sum(layer.ms for layer in layers))} ms, "
             f"{percent(sum(layer.share for layer in layers))}",
         )
         for op, layers in shown
-    ]
+    )
 
 
 def _layer_table(profile: LayerProfile, name: str) -> Table:
@@ -171,22 +161,62 @@ def _gflops(layer: LayerTime) -> float | None:
 def _roofline(
     profile: LayerProfile, roof: Roofline | None, name: str, explain: bool
 ) -> list[Block]:
-    points = roof_points(profile)
+    points = drawable_layers(profile)
     if roof is None or not roof.peak_gflops:
         if not points:
             return []
         return [Note("Roofline: not available (the peaks of this machine were not measured)")]
     if not points:
         return [Note("Roofline: not available (no layer's operations can be told from shapes)")]
-    drawn = sum(point.share for point in points)
-    picture = both_widths(
-        lambda narrow: roofline_chart(points, roof, title=name, named=_NAMED, narrow=narrow)
-    )
+    drawn = sum(layer.share for _, layer in points)
     caption = f"{percent(drawn)} of the time is in layers that can be drawn."
-    figure = Figure(
-        picture=picture, caption=f"{caption} {_explained(roof)}" if explain else caption
+    caption = f"{caption} {_explained(roof)}" if explain else caption
+    return [*_disturbed(roof), Figure(roofline_chart(points, roof, title=name), caption)]
+
+
+def roofline_chart(
+    layers: Sequence[tuple[int, LayerTime]], roof: Roofline, *, title: str
+) -> ScatterChart:
+    """The roofs of a machine with layers below them (Williams et al., 2009), both axes logarithmic.
+
+    Args:
+        layers: with their numbers, the slowest first, as `drawable_layers` gives them.
+        roof: peaks of the machine, at least one.
+        title: what the layers are of.
+    """
+    wide = roof.bandwidth_gb_s.value
+    points = []
+    for at, (number, layer) in enumerate(layers):
+        flops, moved = layer.flops or 0.0, layer.bytes or 1.0
+        intensity, speed = flops / moved, flops / layer.ms / 1e6
+        short = "/".join(layer.name.strip("/").split("/")[-2:])
+        named = at < _NAMED
+        points.append(
+            ScatterPoint(
+                name=f"{number} {short}" if named else "",
+                short=str(number) if named else "",
+                x=Interval(intensity, intensity, intensity),
+                y=Interval(speed, speed, speed),
+                radius=math.sqrt(min(1.0, layer.share)),
+            )
+        )
+    peaks = [peak.value for _, peak in roof.peak_gflops]
+    across = [*(point.x.value for point in points), *(peak / wide for peak in peaks)]
+    up = [*(point.y.value for point in points), *peaks]
+    disturbed = roof.interference is not None and roof.interference.disturbed
+    return ScatterChart(
+        title=f"Roofline of {title}{', disturbed' if disturbed else ''}",
+        points=tuple(points),
+        x_name="operations a byte (log)",
+        y_name="10⁹ operations a second (log)",
+        x_limits=(min(across) / 2, max(across) * 3),
+        y_limits=(min(up) / 2, max(up) * 2),
+        y_log=True,
+        roofs=tuple((peak, f"{what} {digits(peak.value)}") for what, peak in roof.peak_gflops),
+        slope=(wide, f"memory {digits(wide)} GB/s"),
+        note="disturbed: may be too low" if disturbed else "",
+        largest=(20.0, 14.0),
     )
-    return [*_disturbed(roof), figure]
 
 
 def _disturbed(roof: Roofline) -> list[Note]:
@@ -210,16 +240,10 @@ def _explained(roof: Roofline) -> str:
     )
 
 
-def roof_points(profile: LayerProfile) -> list[RoofPoint]:
-    """The layers with known operations and bytes, numbered as in the table, the slowest first."""
+def drawable_layers(profile: LayerProfile) -> list[tuple[int, LayerTime]]:
+    """Layers with known operations and bytes, numbered as in the table, the slowest first."""
     return [
-        RoofPoint(
-            number=number,
-            name="/".join(layer.name.strip("/").split("/")[-2:]),
-            intensity=layer.flops / layer.bytes,
-            gflops=layer.flops / layer.ms / 1e6,
-            share=layer.share,
-        )
+        (number, layer)
         for number, layer in enumerate(profile.layers, 1)
         if layer.flops is not None
         and layer.bytes is not None

@@ -1,12 +1,20 @@
 """Quality beside latency: from the gates of a bundle's manifest to the Pareto pictures."""
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
 from edgeclip.profiles.record.measurement import Part
-from edgeclip.profiles.report.chart_parts import both_widths
-from edgeclip.profiles.report.chart_tradeoff import TradePoint, trade_chart
-from edgeclip.profiles.report.profile_blocks import (
+from edgeclip.profiles.report.charts import ScatterChart, ScatterPoint, frontier
+from edgeclip.profiles.report.drawing import bounds
+from edgeclip.profiles.report.profile_data import (
+    PART_NAMES,
+    QualityUnit,
+    Subject,
+    SubjectQuality,
+    by_part,
+)
+from edgeclip.profiles.report.sections import (
     Block,
     Cell,
     Figure,
@@ -16,14 +24,6 @@ from edgeclip.profiles.report.profile_blocks import (
     Table,
     columns,
 )
-from edgeclip.profiles.report.profile_data import (
-    PART_NAMES,
-    QualityUnit,
-    Subject,
-    SubjectQuality,
-    by_part,
-)
-from edgeclip.profiles.report.report_data import ParetoPoint
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME, sha256_file
 from edgeclip.runtime.bundle.manifest import GateRecord
@@ -33,6 +33,8 @@ from edgeclip.runtime.spec import Precision
 
 _LOSS = "R@1 loss "
 _COSINES = ("mean cosine", "1st-percentile cosine")
+_ENDS = {"share": (0.0, 1.0), "cosine": (-1.0, 1.0), "points": (-math.inf, math.inf)}
+_LEAST_RANGE = {"share": 0.02, "cosine": 1e-6, "points": 0.2}  # that the axis shows
 _FEWEST = 2  # points below which there is nothing to weigh
 
 
@@ -138,7 +140,7 @@ def quality_section(
             if pairs:
                 name = PART_NAMES[part] if len(runs) == 1 else f"{PART_NAMES[part]} · {run}"
                 caption = "" if blocks else _CAPTION
-                blocks += [Heading(name), Figure(picture=_trade(pairs), caption=caption)]
+                blocks += [Heading(name), Figure(_tradeoff(pairs), caption)]
     return Section(
         anchor="quality",
         title="Quality against latency",
@@ -158,17 +160,60 @@ def _weighed(
     return []
 
 
-def _trade(pairs: Sequence[tuple[Subject, SubjectQuality]]) -> str:
-    points = [_point(subject, one) for subject, one in pairs]
+def _tradeoff(pairs: Sequence[tuple[Subject, SubjectQuality]]) -> ScatterChart:
     metric, unit = pairs[0][1].metric, pairs[0][1].unit
-    return both_widths(
-        lambda narrow: trade_chart(
-            points,
-            quality_name=f"{metric}, points" if unit == "points" else metric,
-            unit=unit,
-            latency_name="p50 at batch 1",
-            narrow=narrow,
-        )
+    sizes = [0 if s.item.identity is None else s.item.identity.bytes_on_disk for s, _ in pairs]
+    points = [
+        _point(subject, one, size / max(1, *sizes))
+        for (subject, one), size in zip(pairs, sizes, strict=True)
+    ]
+    return tradeoff_chart(
+        points,
+        quality_name=f"{metric}, points" if unit == "points" else metric,
+        unit=unit,
+        latency_name="p50 at batch 1",
+    )
+
+
+def tradeoff_chart(
+    points: Sequence[ScatterPoint],
+    *,
+    quality_name: str,
+    unit: QualityUnit,
+    latency_name: str,
+    bar: float | None = None,
+) -> ScatterChart:
+    """Quality against latency: a thin line joins the points that no other beats in both.
+
+    Args:
+        points: their radii are the roots of the shares of bytes, so that areas are bytes.
+        quality_name, latency_name: of the axes.
+        unit: of the quality.
+        bar: a share of quality to reach.
+    """
+    low, high = bounds(point.x for point in points)
+    room = max((high / low) ** 0.12, 1.15)  # so that the circles stay inside
+    seen = [point.y for point in points]
+    seen += [] if bar is None else [Interval(bar, bar, bar)]
+    worst, best = bounds(seen)
+    least = _LEAST_RANGE[unit]
+    if best - worst < least:
+        worst, best = worst - least / 2, best + least / 2
+    above = (best - worst) * 0.15
+    ends = _ENDS[unit]
+    return ScatterChart(
+        title=f"{quality_name} against {latency_name}",
+        points=tuple(points),
+        x_name=f"{latency_name}, ms (log), lower is better",
+        y_name=f"{quality_name}, higher is better",
+        x_limits=(low / room, high * room),
+        y_limits=(
+            max(worst - above, min(worst, ends[0]) - above / 2),
+            min(best + above, max(best, ends[1]) + above / 2),
+        ),
+        y_percent=unit == "share",
+        front=frontier(points),
+        bar=None if bar is None else (bar, f"bar {percent(bar)}"),
     )
 
 
@@ -179,18 +224,16 @@ _CAPTION = (
 )
 
 
-def _point(subject: Subject, one: SubjectQuality) -> TradePoint:
+def _point(subject: Subject, one: SubjectQuality, share: float) -> ScatterPoint:
     item = subject.item
-    size = 0 if item.identity is None else item.identity.bytes_on_disk
     ms = item.latency.p50_ms
     facts = [f"{digits(ms.value)} ms"]
-    facts += [] if item.identity is None else [megabytes(size)]
+    facts += [] if item.identity is None else [megabytes(item.identity.bytes_on_disk)]
     if item.energy is not None:
         facts.append(f"{digits(1e3 * item.energy.joules.value)} mJ")
-    point = ParetoPoint(
-        name=item.name, role="student", quality=one.value, latency_ms=ms, bytes=size
+    return ScatterPoint(
+        name=item.name, x=ms, y=one.value, facts=tuple(facts), radius=math.sqrt(share)
     )
-    return TradePoint(point, tuple(facts))
 
 
 def _table(matched: dict[Subject, list[SubjectQuality]], folded: bool) -> Table:

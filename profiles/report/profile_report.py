@@ -1,10 +1,10 @@
-"""The report of a profile: one HTML page that needs no network, and Markdown for a pull request."""
+"""The report of a profile: a full page for HTML, and a short one in Markdown for a pull request."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgeclip.profiles.report.html_page import render_sections, write_page
-from edgeclip.profiles.report.profile_blocks import AdviceList, Section
+from edgeclip.profiles.layers.advice import MEASURE_AGAIN, Advice, advise
+from edgeclip.profiles.report.html_page import write_html
 from edgeclip.profiles.report.profile_cost import (
     ENERGY_KEYS,
     MEMORY_KEYS,
@@ -12,14 +12,16 @@ from edgeclip.profiles.report.profile_cost import (
     start_section,
 )
 from edgeclip.profiles.report.profile_data import (
-    AdviceNote,
+    PART_NAMES,
     NamedRun,
     Subject,
     SubjectQuality,
+    full_name,
     subjects_of,
 )
 from edgeclip.profiles.report.profile_environment import (
     absent_section,
+    environment_rows,
     environment_section,
     identity_section,
     repeat_section,
@@ -30,19 +32,42 @@ from edgeclip.profiles.report.profile_inside import (
     layer_section,
     stage_section,
 )
-from edgeclip.profiles.report.profile_quality import quality_section
+from edgeclip.profiles.report.profile_quality import (
+    quality_of,
+    quality_section,
+    quality_span,
+    quality_text,
+)
 from edgeclip.profiles.report.profile_speed import (
     SCENARIO_KEYS,
     histogram_section,
     latency_section,
     ratio_section,
     scenario_section,
+    spread_section,
+    sweep_section,
 )
-from edgeclip.profiles.report.profile_spread import spread_section
-from edgeclip.profiles.report.profile_summary import summary_of
-from edgeclip.profiles.report.profile_sweep import sweep_section
+from edgeclip.profiles.report.profile_summary import alarms_of, summary_of
+from edgeclip.profiles.report.sections import (
+    AdviceList,
+    AdviceNote,
+    Cell,
+    Commands,
+    Note,
+    Page,
+    PageSummary,
+    Section,
+    Table,
+    columns,
+    interval_cell,
+    section_of,
+    sections,
+    span,
+)
+from edgeclip.runtime.console import digits
 from edgeclip.runtime.errors import InputError
 
+MOST_ADVICE = 3
 _CLAIMED = (*MEMORY_KEYS, *ENERGY_KEYS, *STAGE_KEYS, *LAYER_KEYS, *SCENARIO_KEYS)
 
 
@@ -63,82 +88,176 @@ def write_profile_report(
 
     Raises:
         InputError: no run, or the file cannot be written.
-        MissingExtraError: jinja2 is not installed.
+        MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    write_page(render_profile_report(runs, quality=quality, advice=advice), out)
+    write_html(profile_page(runs, quality=quality, advice=advice), out)
 
 
-def render_profile_report(
+def profile_page(
     runs: Sequence[NamedRun],
     *,
     quality: Sequence[SubjectQuality] = (),
     advice: Sequence[AdviceNote] = (),
-) -> str:
-    """The page as HTML text; whatever comes from files is escaped.
+) -> Page:
+    """Everything that was measured, with pictures.
 
     Raises:
         InputError: no run.
-        MissingExtraError: jinja2 is not installed.
     """
     if not runs:
         raise InputError("a report needs a measurement: give a file of `edgeclip profile --out`")
     subjects = subjects_of(runs)
-    return render_sections(
-        title=title_of(subjects),
+    created = max(source.run.created for source in runs)
+    return Page(
+        title=_title(subjects),
         lead=_lead(runs),
         summary=summary_of(runs, subjects, quality),
-        sections=sections_of(runs, quality=quality, advice=advice),
-        created=max(source.run.created for source in runs),
+        sections=sections(
+            _advice_section(advice),
+            quality_section(subjects, quality),
+            latency_section(subjects),
+            histogram_section(subjects),
+            ratio_section(subjects),
+            scenario_section(subjects),
+            sweep_section(subjects),
+            start_section(subjects),
+            energy_section(subjects),
+            stage_section(subjects),
+            layer_section(subjects),
+            spread_section(runs, subjects),
+            absent_section(subjects, _CLAIMED),
+            identity_section(subjects),
+            environment_section(runs),
+            repeat_section(runs),
+        ),
+        footer=(
+            f"Written by EdgeCLIP from measurements of {created}. Times are wall time in "
+            "milliseconds, MB are 10^6 bytes, small figures 95% intervals.",
+        ),
     )
 
 
-def sections_of(
+def profile_summary_page(
     runs: Sequence[NamedRun],
     *,
     quality: Sequence[SubjectQuality] = (),
     advice: Sequence[AdviceNote] = (),
-) -> tuple[Section, ...]:
-    """The sections that have something to show, in the order of the page."""
+) -> Page:
+    """What a pull request has room for: warnings, a table, and the environment folded away."""
     subjects = subjects_of(runs)
-    found = (
-        quality_section(subjects, quality),
-        latency_section(subjects),
-        histogram_section(subjects),
-        ratio_section(subjects),
-        scenario_section(subjects),
-        sweep_section(subjects),
-        start_section(subjects),
-        energy_section(subjects),
-        stage_section(subjects),
-        layer_section(subjects),
-        _advice(advice),
-        spread_section(runs, subjects),
-        absent_section(subjects, _CLAIMED),
-        identity_section(subjects),
-        environment_section(runs),
-        repeat_section(runs),
+    head = columns("<", *(f"<{source.name}" for source in runs))
+    environment = Table(
+        name="Environment", columns=head, rows=tuple(environment_rows(runs)), folded=True
     )
-    return tuple(section for section in found if section is not None)
+    return Page(
+        title=_title(subjects),
+        lead=(),
+        summary=PageSummary("", "", tuple(alarms_of(runs, subjects))),
+        sections=sections(
+            Section(
+                anchor="figures",
+                title="Figures",
+                blocks=(
+                    _short_table(subjects, quality),
+                    Note("Small figures are 95% intervals."),
+                ),
+            ),
+            _advice_section(advice),
+            section_of("environment", "Environment", [environment]),
+            section_of(
+                "repeat",
+                "How to repeat it",
+                [Commands(tuple(source.run.command for source in runs))],
+            ),
+        ),
+    )
 
 
-def title_of(subjects: Sequence[Subject]) -> str:
+def _title(subjects: Sequence[Subject]) -> str:
     """Names what was measured, as far as identities tell."""
     bundles = dict.fromkeys(s.item.identity.bundle for s in subjects if s.item.identity is not None)
     return f"Profile of {', '.join(bundles)}" if bundles else "Profile"
 
 
-def _lead(runs: Sequence[NamedRun]) -> list[str]:
+def _lead(runs: Sequence[NamedRun]) -> tuple[str, ...]:
     """Machine and time of each run in a sentence."""
-    return [
+    return tuple(
         f"{source.name}: {source.run.machine.cpu or 'an unknown processor'}, "
         f"{source.run.machine.cores} cores, {source.run.machine.os}, measured {source.run.created}."
         for source in runs
-    ]
-
-
-def _advice(advice: Sequence[AdviceNote]) -> Section | None:
-    if not advice:
-        return None
-    return Section(
-        anchor="advice", title="What is worth trying", blocks=(AdviceList(tuple(advice)),)
     )
+
+
+def _short_table(subjects: Sequence[Subject], quality: Sequence[SubjectQuality]) -> Table:
+    """A row for each subject: two percentiles, the ratio, the highest throughput, quality."""
+    graded = any(quality_of(subject, quality) for subject in subjects)
+    rows = []
+    for subject in subjects:
+        item = subject.item
+        ratio, best = item.ratio, max(item.sweep, key=lambda p: p.items_per_s.value, default=None)
+        cells = [
+            Cell(f"{subject.label} ⚠" if item.contended else subject.label),
+            Cell(PART_NAMES[item.part]),
+            interval_cell(item.latency.p50_ms),
+            interval_cell(item.latency.p99_ms, absent="too few runs"),
+            Cell("")
+            if ratio is None
+            else Cell(
+                f"{ratio.ratio.value:.3f}",
+                f"{ratio.ratio.low:.3f} to {ratio.ratio.high:.3f} of {ratio.reference}",
+            ),
+            Cell("")
+            if best is None
+            else Cell(
+                digits(best.items_per_s.value), f"{span(best.items_per_s)}, batch {best.batch}"
+            ),
+        ]
+        if graded:
+            found = quality_of(subject, quality)
+            cells += [_quality_cell(found[0]) if found else Cell("")]
+        rows.append(tuple(cells))
+    names = ("<subject", "<part", "p50 ms", "p99 ms", "ratio", "most a second")
+    head = columns(*names, *(["quality"] if graded else []))
+    return Table(name="Figures", columns=head, rows=tuple(rows))
+
+
+def _quality_cell(one: SubjectQuality) -> Cell:
+    small = ", ".join(filter(None, (one.metric, quality_span(one))))
+    return Cell(quality_text(one.value.value, one.unit), small)
+
+
+def _advice_section(advice: Sequence[AdviceNote]) -> Section | None:
+    return section_of(
+        "advice", "What is worth trying", [AdviceList(tuple(advice))] if advice else []
+    )
+
+
+def advice_of(runs: Sequence[NamedRun]) -> tuple[AdviceNote, ...]:
+    """At most three things to try for each run: of each topic the one that can gain most.
+
+    Doubts about the figures come first. Nothing is said of a run without a device profile.
+    """
+    notes = []
+    for source in runs:
+        found: dict[str, list[tuple[Advice, Subject]]] = {}
+        for subject in subjects_of([source]):
+            for advice in advise(source.run, subject.item):
+                found.setdefault(advice.topic, []).append((advice, subject))
+        best = [max(same, key=lambda pair: pair[0].saves) for same in found.values()]
+        best.sort(key=lambda pair: (pair[0].topic != MEASURE_AGAIN, -pair[0].saves))
+        for advice, subject in best[:MOST_ADVICE]:
+            others = len(found[advice.topic]) - 1
+            whom = f"{full_name(subject)}, and {others} more" if others else full_name(subject)
+            # To measure again is about the whole run.
+            whom = "all subjects" if advice.topic == MEASURE_AGAIN else whom
+            notes.append(
+                AdviceNote(
+                    subject=whom if len(runs) == 1 else f"{whom} · {source.name}",
+                    title=advice.what,
+                    evidence=(advice.evidence,),
+                    gain=""
+                    if advice.at_most is None
+                    else f"{advice.gains}: at most {advice.at_most:.2f} ×",
+                )
+            )
+    return tuple(notes)

@@ -1,30 +1,45 @@
-"""Latency, histograms, paired ratios, scenarios and sweeps of a profile as sections."""
+"""The sections on speed: percentiles, histograms, ratios, scenarios, sweeps, processes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from edgeclip.profiles.record.measurement import Latency, Measurement
-from edgeclip.profiles.report.chart_histogram import histogram
-from edgeclip.profiles.report.chart_rows import Dot, Row, RowChart, row_picture
-from edgeclip.profiles.report.profile_blocks import (
+from edgeclip.profiles.record.measurement import Latency, Measurement, Yardstick
+from edgeclip.profiles.report.charts import (
+    Dot,
+    DotRow,
+    HistogramChart,
+    RowChart,
+    Series,
+    SweepChart,
+)
+from edgeclip.profiles.report.drawing import bounds
+from edgeclip.profiles.report.profile_data import (
+    PART_NAMES,
+    NamedRun,
+    Subject,
+    by_part,
+    full_name,
+    missing_notes,
+)
+from edgeclip.profiles.report.sections import (
     Block,
     Cell,
     Figure,
+    FigureGrid,
     Heading,
     Note,
     Section,
-    SmallCharts,
     Table,
     columns,
     count,
     interval_cell,
-    missing_notes,
     ratio_cell,
     section_of,
+    span,
 )
-from edgeclip.profiles.report.profile_data import PART_NAMES, Subject, by_part
-from edgeclip.runtime.console import digits
+from edgeclip.runtime.console import digits, percent
 from edgeclip.runtime.quality.intervals import Interval
 
 SCENARIO_KEYS = ("scenarios",)
@@ -49,17 +64,17 @@ def latency_section(subjects: Sequence[Subject]) -> Section | None:
     blocks: list[Block] = []
     for part, group in by_part(subjects).items():
         name = PART_NAMES[part]
-        caption = "" if blocks else _LADDER
+        caption = "" if blocks else _LATENCY
         table = Table(
             name=f"Latency, {name}",
             columns=columns("<ms at batch 1", *_PERCENTILES, "ratio", "runs", "<machine was"),
             rows=tuple(_latency_row(subject) for subject in group),
         )
-        blocks += [Heading(name), Figure(picture=_ladder(name, group), caption=caption), table]
+        blocks += [Heading(name), Figure(_percentile_chart(name, group), caption), table]
     return section_of("latency", "Latency", blocks)
 
 
-_LADDER = (
+_LATENCY = (
     "One run after the other at batch 1, all subjects taking turns. Whiskers and small figures "
     "are 95% intervals; a whisker without an end goes on beyond the picture. A percentile is left "
     "out where too few runs lie beyond it. Ratios are to the reference of the run, see below. "
@@ -67,30 +82,29 @@ _LADDER = (
 )
 
 
-def _ladder(name: str, subjects: Sequence[Subject]) -> str:
+def _percentile_chart(name: str, subjects: Sequence[Subject]) -> RowChart:
     rows = tuple(
-        Row(
+        DotRow(
             label=subject.label,
             dots=tuple(
-                Dot(value, shape, which)
-                for shape, (which, value) in enumerate(percentiles(subject.item.latency))
+                Dot(value, shape)
+                for shape, (_, value) in enumerate(percentiles(subject.item.latency))
                 if value is not None
             ),
             figure=_two_percentiles(subject.item.latency),
         )
         for subject in subjects
     )
-    chart = RowChart(
+    return RowChart(
         rows=rows,
         axis_name="ms",
-        label=f"Latency, {name}",
+        title=f"Latency, {name}",
         legend=tuple(
             (shape, name)
             for shape, name in enumerate(_PERCENTILES)
             if any(dot.shape == shape for row in rows for dot in row.dots)
         ),
     )
-    return row_picture(chart)
 
 
 def _two_percentiles(latency: Latency) -> str:
@@ -127,10 +141,8 @@ def histogram_section(subjects: Sequence[Subject]) -> Section | None:
     """A small histogram of all runs of each subject."""
     blocks: list[Block] = []
     for part, group in by_part(s for s in subjects if any(s.item.samples_ms)).items():
-        pictures = tuple(picture for subject in group if (picture := _histogram(subject)))
-        if pictures:
-            caption = "" if blocks else _HISTOGRAM
-            blocks += [Heading(PART_NAMES[part]), SmallCharts(pictures=pictures, caption=caption)]
+        charts = tuple(_histogram(subject) for subject in group)
+        blocks += [Heading(PART_NAMES[part]), FigureGrid(charts, "" if blocks else _HISTOGRAM)]
     return section_of("histograms", "How the times are distributed", blocks)
 
 
@@ -140,12 +152,14 @@ _HISTOGRAM = (
 )
 
 
-def _histogram(subject: Subject) -> str:
+def _histogram(subject: Subject) -> HistogramChart:
     item = subject.item
-    samples = np.array([ms for process in item.samples_ms for ms in process], dtype=np.float64)
     high = [(name, value) for name, value in percentiles(item.latency)[1:4] if value is not None]
-    return histogram(
-        subject.label, samples, median=item.latency.p50_ms, tail=high[-1] if high else None
+    return HistogramChart(
+        title=subject.label,
+        samples=tuple(ms for process in item.samples_ms for ms in process),
+        median=item.latency.p50_ms,
+        tail=high[-1] if high else None,
     )
 
 
@@ -159,13 +173,11 @@ def ratio_section(subjects: Sequence[Subject]) -> Section | None:
         chart = RowChart(
             rows=rows,
             axis_name=f"{name} = 1, lower is better",
-            label=f"Paired ratios, {PART_NAMES[part]}",
+            title=f"Paired ratios, {PART_NAMES[part]}",
             reference=(1.0, f"as slow as {name}"),
             log=False,
         )
-        picture = row_picture(chart)
-        caption = "" if blocks else _RATIO
-        blocks += [Heading(PART_NAMES[part]), Figure(picture=picture, caption=caption)]
+        blocks += [Heading(PART_NAMES[part]), Figure(chart, "" if blocks else _RATIO)]
     return section_of("ratios", "Against the reference", blocks)
 
 
@@ -176,11 +188,11 @@ _RATIO = (
 )
 
 
-def _ratio_row(subject: Subject) -> Row:
+def _ratio_row(subject: Subject) -> DotRow:
     assert subject.item.ratio is not None
     value = subject.item.ratio.ratio
     figure = f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
-    return Row(label=subject.label, dots=(Dot(value),), figure=figure)
+    return DotRow(subject.label, (Dot(value),), figure)
 
 
 def scenario_section(subjects: Sequence[Subject]) -> Section | None:
@@ -254,3 +266,233 @@ def _samples_each(number: int) -> str:
 def _asked(qps: float | None, bound: float | None, percentile: float | None) -> Cell:
     limit = "" if bound is None else f"{percentile or 99:g}% within {digits(bound)} ms"
     return Cell("" if qps is None else f"{digits(qps)} queries/s", limit)
+
+
+_MOST_LINES = 6
+
+
+def sweep_section(subjects: Sequence[Subject]) -> Section | None:
+    """Small charts of throughput against latency over batches, and a table of all points."""
+    swept = [subject for subject in subjects if subject.item.sweep]
+    if not swept:
+        return None
+    blocks: list[Block] = []
+    for part, group in by_part(swept).items():
+        charts = _sweep_charts(group)
+        if charts:
+            blocks += [Heading(PART_NAMES[part]), FigureGrid(charts, "" if blocks else _SWEEP)]
+    return Section(
+        anchor="sweep",
+        title="Batches and threads",
+        blocks=(*blocks, _sweep_table(swept, bool(blocks))),
+    )
+
+
+_SWEEP = (
+    "Items a second against the median time of one batch: up is more work, left is a sooner "
+    "answer. A line is a number of the engine's threads, a point a batch size, named on one line; "
+    "whiskers are 95% intervals. Charts of one part share their axes."
+)
+
+
+def _sweep_charts(subjects: Sequence[Subject]) -> tuple[SweepChart, ...]:
+    """A chart of each subject that has a line of two points, all over the same axes."""
+    points = [point for subject in subjects for point in subject.item.sweep]
+    x_limits, y_limits = bounds(p.p50_ms for p in points), bounds(p.items_per_s for p in points)
+    lines = [(subject.label, _series(subject.item)) for subject in subjects]
+    return tuple(
+        SweepChart(title=label, series=series, x_limits=x_limits, y_limits=y_limits)
+        for label, series in lines
+        if any(len(one.x) > 1 for one in series)
+    )
+
+
+def _series(item: Measurement) -> tuple[Series, ...]:
+    """One line for each number of threads, at most six: fewest and most stay."""
+    numbers = _threads(item)
+    if len(numbers) > _MOST_LINES:
+        numbers = [*numbers[: _MOST_LINES - 1], numbers[-1]]
+    lines = []
+    for threads in numbers:
+        points = sorted(
+            (point for point in item.sweep if point.threads == threads), key=lambda p: p.batch
+        )
+        lines.append(
+            Series(
+                threads_name(threads),
+                tuple(point.p50_ms for point in points),
+                tuple(point.items_per_s for point in points),
+                tuple(str(point.batch) for point in points),
+            )
+        )
+    return tuple(lines)
+
+
+def _threads(item: Measurement) -> list[int | None]:
+    return sorted({point.threads for point in item.sweep}, key=lambda number: number or 0)
+
+
+def threads_name(threads: int | None) -> str:
+    """ "1 thread", "4 threads"; of the device where they are not known."""
+    if threads is None:
+        return "device"
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def _sweep_table(subjects: Sequence[Subject], folded: bool) -> Table:
+    batches = sorted({point.batch for subject in subjects for point in subject.item.sweep})
+    rows = []
+    for subject in subjects:
+        item = subject.item
+        for threads in _threads(item):
+            cells = [_point_cell(item, batch, threads) for batch in batches]
+            head = (Cell(subject.label, PART_NAMES[item.part]), Cell(threads_name(threads)))
+            rows.append((*head, *cells))
+    names = columns("<per second", "<threads", *(f"batch {batch}" for batch in batches))
+    return Table(
+        name="Every point in numbers: items a second, median of a batch",
+        columns=names,
+        rows=tuple(rows),
+        folded=folded,
+    )
+
+
+def _point_cell(item: Measurement, batch: int, threads: int | None) -> Cell:
+    for point in item.sweep:
+        if point.batch == batch and point.threads == threads:
+            ms = f"{digits(point.p50_ms.value)} ms ({span(point.p50_ms)})"
+            return Cell(digits(point.items_per_s.value), f"{span(point.items_per_s)}\n{ms}")
+    return Cell("")
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Medians of the processes in ms, and by how much the largest exceeds the smallest."""
+
+    medians: tuple[float, ...]
+    plain: float
+    by_yardstick: float | None
+
+
+def process_medians(samples: tuple[tuple[float, ...], ...]) -> tuple[float, ...]:
+    """The median of each process that has runs."""
+    return tuple(float(np.median(runs)) for runs in samples if runs)
+
+
+def spread_of(samples: tuple[tuple[float, ...], ...], yardstick: Yardstick | None) -> Spread | None:
+    """The spread between processes; None where fewer than two ran.
+
+    Divided by the yardstick's median of the same process, the spread loses what the machine
+    as a whole did, and keeps what is the subject's own.
+    """
+    medians = process_medians(samples)
+    if len(medians) < 2 or min(medians) <= 0:
+        return None
+    scaled = None
+    if yardstick is not None:
+        theirs = process_medians(yardstick.samples_ms)
+        if len(theirs) == len(medians) and min(theirs) > 0:
+            scaled = _excess([ours / other for ours, other in zip(medians, theirs, strict=True)])
+    return Spread(medians, _excess(medians), scaled)
+
+
+def _excess(values: Sequence[float]) -> float:
+    return max(values) / min(values) - 1
+
+
+def spread_section(runs: Sequence[NamedRun], subjects: Sequence[Subject]) -> Section | None:
+    """Per-process medians of every subject and of the yardstick of each run."""
+    found = {
+        subject: spread
+        for subject in subjects
+        if (spread := spread_of(subject.item.samples_ms, subject.source.run.yardstick)) is not None
+    }
+    sticks = _yardsticks(runs)
+    if not found and not sticks:
+        return None
+    blocks: list[Block] = [] if found else [Note(_ONE_PROCESS)]
+    if found:
+        blocks += [Figure(_spread_chart(found, sticks), _SPREAD), _spread_table(found)]
+    if len(sticks) > 1:
+        blocks += [Heading("The yardstick of each run"), Note(_YARDSTICK), _stick_table(sticks)]
+    return Section(anchor="spread", title="From process to process", blocks=tuple(blocks))
+
+
+_ONE_PROCESS = (
+    "Each subject ran in one process only: how much processes differ is not known, and the "
+    "intervals are too narrow for that."
+)
+_SPREAD = (
+    "Each dot is the median of one fresh process, as a share of the middle one. Where processes "
+    "differ more than the runs of one, how memory came to lie decides, and no number of runs in "
+    "one process can tell. The yardstick is a small fixed graph that takes turns with the "
+    "subjects: what it shows is the machine's own."
+)
+_YARDSTICK = "Where the yardstick is slower in one run than in another, so was the machine."
+
+
+def _spread_chart(
+    found: dict[Subject, Spread], sticks: Sequence[tuple[NamedRun, Yardstick]]
+) -> RowChart:
+    rows = [_spread_row(full_name(subject), spread) for subject, spread in found.items()]
+    for source, stick in sticks:
+        spread = spread_of(stick.samples_ms, None)
+        if spread is not None:
+            name = "yardstick" if len(sticks) == 1 else f"yardstick · {source.name}"
+            rows.append(_spread_row(name, spread))
+    return RowChart(
+        rows=tuple(rows),
+        axis_name="median of a process, percent of the middle one",
+        title="Medians of the processes",
+        log=False,
+        apart=False,
+    )
+
+
+def _spread_row(label: str, spread: Spread) -> DotRow:
+    middle = float(np.median(spread.medians))
+    shares = [100 * ms / middle for ms in spread.medians]
+    dots = tuple(Dot(Interval(share, share, share)) for share in shares)
+    return DotRow(label, dots, f"spread {percent(spread.plain)}")
+
+
+def _spread_table(found: dict[Subject, Spread]) -> Table:
+    rows = tuple(
+        (
+            Cell(subject.label),
+            Cell(PART_NAMES[subject.item.part]),
+            Cell(", ".join(digits(ms) for ms in spread.medians)),
+            Cell(percent(spread.plain)),
+            Cell("no yardstick" if spread.by_yardstick is None else percent(spread.by_yardstick)),
+        )
+        for subject, spread in found.items()
+    )
+    head = columns("<subject", "<part", "<medians, ms", "spread", "spread by the yardstick")
+    return Table(name="Spread between processes in numbers", columns=head, rows=rows, folded=True)
+
+
+def _yardsticks(runs: Sequence[NamedRun]) -> list[tuple[NamedRun, Yardstick]]:
+    return [
+        (source, source.run.yardstick)
+        for source in runs
+        if source.run.yardstick is not None and any(source.run.yardstick.samples_ms)
+    ]
+
+
+def _stick_table(sticks: Sequence[tuple[NamedRun, Yardstick]]) -> Table:
+    first = float(np.median(process_medians(sticks[0][1].samples_ms)))
+    rows = []
+    for source, stick in sticks:
+        medians = process_medians(stick.samples_ms)
+        middle = float(np.median(medians))
+        same = stick.name == sticks[0][1].name
+        rows.append(
+            (
+                Cell(source.name),
+                Cell(stick.name),
+                Cell(digits(middle), f"{digits(min(medians))} to {digits(max(medians))}"),
+                Cell(f"{middle / first:.3f}" if same else "another yardstick"),
+            )
+        )
+    head = columns("<run", "<yardstick", "median ms", f"of {sticks[0][0].name}")
+    return Table(name="The yardstick of each run", columns=head, rows=tuple(rows))

@@ -1,11 +1,9 @@
 """The head of a profile's report: what disturbed it, and the figures that matter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from edgeclip.profiles.record.conditions import Interference
 from edgeclip.profiles.record.measurement import MeasurementRun, SweepPoint
-from edgeclip.profiles.report.profile_blocks import Tone, count, span
 from edgeclip.profiles.report.profile_data import (
     PART_NAMES,
     NamedRun,
@@ -14,48 +12,21 @@ from edgeclip.profiles.report.profile_data import (
     full_name,
 )
 from edgeclip.profiles.report.profile_quality import quality_of, quality_span, quality_text
-from edgeclip.profiles.report.profile_sweep import threads_name
+from edgeclip.profiles.report.profile_speed import threads_name
+from edgeclip.profiles.report.sections import Alarm, Card, PageSummary, Tone, count, span
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.console import digits, percent
 
 _SERVER = "server"  # of `Measurement.missing`: answers that the server had no part in
 
 
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    """Something that the reader must know before any figure; "miss" is loud."""
-
-    text: str
-    tone: Tone
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A figure that matters, its interval, and what it is of."""
-
-    name: str
-    figure: str
-    interval: str
-    note: str
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """The head of the page: a verdict with its tone, alarms and cards."""
-
-    verdict: str
-    tone: Tone
-    alarms: tuple[Alarm, ...]
-    cards: tuple[Card, ...]
-
-
 def summary_of(
     runs: Sequence[NamedRun], subjects: Sequence[Subject], quality: Sequence[SubjectQuality]
-) -> Summary:
+) -> PageSummary:
     """Judge the machine first, then name the figures."""
     alarms = tuple(alarms_of(runs, subjects))
     verdict, tone = _verdict(alarms, runs)
-    return Summary(verdict, tone, alarms, tuple(_cards(subjects, quality)))
+    return PageSummary(verdict, tone, alarms, tuple(_cards(subjects, quality)))
 
 
 def _verdict(alarms: Sequence[Alarm], runs: Sequence[NamedRun]) -> tuple[str, Tone]:
@@ -157,7 +128,7 @@ def _differences(runs: Sequence[NamedRun]) -> list[Alarm]:
 
 
 def _workload(workload: Workload) -> tuple[object, ...]:
-    return (workload.turns, workload.batch_sizes, workload.threads)
+    return (workload.timed_runs, workload.batch_sizes, workload.threads)
 
 
 def _cards(subjects: Sequence[Subject], quality: Sequence[SubjectQuality]) -> list[Card]:

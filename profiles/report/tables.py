@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeclip.profiles.record.measurement import Latency, Measurement, MeasurementRun
-from edgeclip.profiles.report.profile_sweep import threads_name
+from edgeclip.profiles.report.profile_speed import threads_name
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.console import MISSING, columns, digits, megabytes
 from edgeclip.runtime.errors import MissingExtraError
@@ -24,7 +24,7 @@ def measurement_table(run: MeasurementRun) -> str:
     rates = (_rate_row(item, places) for item in measured)
     parts = [
         f"{run.machine.cpu}, {run.machine.cores} cores, {run.machine.os}; workload "
-        f"{run.workload.name}: {run.workload.turns} at batch 1",
+        f"{run.workload.name}: {run.workload.timed_runs} at batch 1",
         columns([_HEADER, *map(_latency_row, measured)], left=2),
         columns([("tower", "items per second", *_heads(places)), *rates], left=2),
     ]

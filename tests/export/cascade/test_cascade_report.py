@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from edgeclip.export.cascade.cascade_report import (
-    CascadePage,
+    CascadeReport,
     Costs,
     CurvePoint,
+    cascade_page,
     curve,
     curve_table,
-    render_page,
 )
+from edgeclip.profiles.report.html_page import html_of
+from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.runtime.cascade.certificate import (
     ESCALATE_ALL,
     ESCALATE_NONE,
@@ -79,7 +81,7 @@ def test_table_has_a_line_for_each_point(points: tuple[CurvePoint, ...]) -> None
 
 
 def test_page_is_whole_and_escaped(points: tuple[CurvePoint, ...]) -> None:
-    page = CascadePage(
+    report = CascadeReport(
         title="<script>alert(1)</script>",
         verdict="nothing & nobody",
         bound=0.95,
@@ -88,7 +90,7 @@ def test_page_is_whole_and_escaped(points: tuple[CurvePoint, ...]) -> None:
         certificate=None,
         machine="a <b>",
     )
-    html = render_page(page)
+    html = html_of(cascade_page(report))
     found = Page(html)
     assert found.open == []
     assert "script" not in found.tags
@@ -96,3 +98,5 @@ def test_page_is_whole_and_escaped(points: tuple[CurvePoint, ...]) -> None:
     assert found.tags.count("tr") == len(points) + 1
     assert "nothing &amp; nobody" in html
     assert "http" not in html.replace("http-equiv", "")
+    told = markdown_of(cascade_page(report))
+    assert told.count("| all |") == 1

@@ -2,7 +2,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-from edgeclip.profiles.report.profile_blocks import Note
 from edgeclip.profiles.report.profile_data import NamedRun, SubjectQuality, subjects_of
 from edgeclip.profiles.report.profile_quality import (
     quality_of,
@@ -10,6 +9,7 @@ from edgeclip.profiles.report.profile_quality import (
     quality_section,
     quality_text,
 )
+from edgeclip.profiles.report.sections import Note
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.quality.intervals import Interval

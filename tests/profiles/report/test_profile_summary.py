@@ -3,12 +3,12 @@ import dataclasses
 import pytest
 
 from edgeclip.profiles.record.measurement import Measurement, Yardstick
-from edgeclip.profiles.report.profile_advice import advice_of
-from edgeclip.profiles.report.profile_blocks import Note
+from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.profiles.report.profile_data import NamedRun, subjects_of
-from edgeclip.profiles.report.profile_report import render_profile_report, sections_of
-from edgeclip.profiles.report.profile_spread import spread_of
+from edgeclip.profiles.report.profile_report import MOST_ADVICE, advice_of, profile_page
+from edgeclip.profiles.report.profile_speed import spread_of
 from edgeclip.profiles.report.profile_summary import summary_of
+from edgeclip.profiles.report.sections import Note
 from edgeclip.runtime.quality.intervals import Interval
 from tests.profiles.report.profile_factory import (
     alone,
@@ -36,8 +36,8 @@ def test_a_disturbed_and_throttled_machine_is_told_loudly() -> None:
     for wanted in ("DISTURBED", "24% of the CPU time", "THROTTLED", "teacher fp16", "INVALID"):
         assert wanted in loud
     assert "CONTENDED" not in loud  # said already
-    html = render_profile_report(runs)
-    assert html.index("DISTURBED") < html.index("<h2")
+    text = markdown_of(profile_page(runs))
+    assert text.index("DISTURBED") < text.index("#### ")
 
 
 def test_contended_runs_ring_without_an_account_of_interference() -> None:
@@ -118,7 +118,7 @@ def test_answers_without_the_server_are_told_loudly() -> None:
     (alarm,) = summary_of(runs, subjects_of(runs), ()).alarms
     assert alarm.tone == "miss"
     assert "3 of 220 answers are the device's own" in alarm.text
-    remarks = next(s for s in sections_of(runs) if s.anchor == "missing")
+    remarks = next(s for s in profile_page(runs).sections if s.anchor == "missing")
     assert [block.text for block in remarks.blocks if isinstance(block, Note)] == [
         "Server: 3 of 220 answers are the device's own: deadline"
     ]
@@ -139,15 +139,19 @@ def test_spread_loses_what_the_yardstick_shares() -> None:
     assert spread_of((), None) is None
 
 
-def test_advice_is_given_by_subject_and_to_measure_again_once() -> None:
-    notes = advice_of(two_runs())
-    assert notes
-    again = [note.subject for note in notes if note.subject.startswith("all subjects")]
-    assert again == ["all subjects · laptop"]
-    assert len({(note.subject, note.title) for note in notes}) == len(notes)
-    assert all(note.title for note in notes)
-    assert all(note.evidence for note in notes)
-    without = dataclasses.replace(quiet_run(), device=None)
-    assert advice_of(alone(without)) == ()
-    (first, *_) = advice_of(alone(quiet_run()))
-    assert "·" not in first.subject
+def test_advice_comes_once_for_a_run_and_the_best_first() -> None:
+    notes = advice_of(alone(quiet_run()))
+    assert 0 < len(notes) <= MOST_ADVICE
+    assert len({note.title for note in notes}) == len(notes)
+    assert all(note.title and note.evidence for note in notes)
+    assert all("·" not in note.subject for note in notes)
+    gains = [float(note.gain.split()[-2]) for note in notes if note.gain]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_doubts_about_a_run_come_before_its_other_advice() -> None:
+    notes = [note for note in advice_of(two_runs()) if note.subject.endswith("laptop")]
+    assert notes[0].subject == "all subjects · laptop"
+    assert [note.subject for note in notes].count("all subjects · laptop") == 1
+    assert len(notes) <= MOST_ADVICE
+    assert advice_of(alone(dataclasses.replace(quiet_run(), device=None))) == ()

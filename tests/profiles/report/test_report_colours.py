@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import edgeclip.profiles.report as reporting
+from edgeclip.profiles.report.drawing import COLOURS, SERIES
 from edgeclip.runtime.arrays import Values
 
-STYLE = (Path(reporting.__path__[0]) / "report_style.css").read_text(encoding="utf-8")
-SERIES = ("s0", "s1", "s2", "s3", "s4", "s5")
+STYLE = (Path(reporting.__path__[0]) / "report.css").read_text(encoding="utf-8")
 # Machado, Oliveira, Fernandes, "A Physiologically-based Model for Simulation of Color Vision
 # Deficiency", 2009: severity 1.0, for linear RGB.
 BLIND = {
@@ -60,12 +60,18 @@ def lab(rgb: Values) -> Values:
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
+def test_charts_are_drawn_in_the_colours_of_the_light_theme() -> None:
+    light = themes()["light"]
+    assert {name: light[name] for name in COLOURS} == COLOURS
+    assert set(COLOURS) <= set(themes()["dark"])
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_and_lines_can_be_seen(theme: str) -> None:
     colours = themes()[theme]
-    for name in ("ink", "muted", "student", "pass", "miss", *SERIES):
+    for name in ("ink", "muted", *SERIES):
         assert contrast(colours[name], colours["paper"]) >= 4.5, name
-    for name in ("ink", "muted", "pass", "miss"):
+    for name in ("ink", "muted", "green", "orange"):
         assert contrast(colours[name], colours["panel"]) >= 4.5, name
     assert contrast(colours["bar"], colours["paper"]) >= 3
 

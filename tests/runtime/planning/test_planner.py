@@ -6,7 +6,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from edgeclip.profiles.cuts.plan_report import explain, plan_page, plan_picture, plan_table
+from edgeclip.profiles.cuts.plan_report import explain, plan_chart, plan_page, plan_table
+from edgeclip.profiles.report.drawing import svg
+from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.runtime.device.link import load_link
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.cut_set import CutSet
@@ -187,10 +189,11 @@ def test_table_and_picture_show_every_kind(
     assert sum(line.startswith(">") for line in lines) == 1
     assert "more with --all" in table
     assert len(plan_table(choice, all_codecs=True).splitlines()) > len(lines)
-    picture = plan_picture(choice, title="Plans <over> a link", deadline_ms=90.0)
-    root = ElementTree.fromstring(picture)
+    chart = plan_chart(choice, title="Plans <over> a link", deadline_ms=90.0)
+    root = ElementTree.fromstring(svg(chart, alone=True))
     texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {"device only", "Plans <over> a link", "milliseconds"} & texts
     assert {"on the server", "round trip", "wait for the server"} <= texts
-    page = plan_page(picture, title="Plans", words="one <two>\nthree")
-    assert "<p>one &lt;two&gt;</p><p>three</p>" in page
+    page = markdown_of(plan_page(chart, choice, words="one <two>\nthree"))
+    assert "one &lt;two&gt;" in page
+    assert "three" in page

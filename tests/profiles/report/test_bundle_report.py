@@ -18,21 +18,21 @@ from edgeclip.profiles.record.measurement import (
     SweepPoint,
     WarmUp,
 )
-from edgeclip.profiles.report.report_data import (
-    Choice,
+from edgeclip.profiles.report.bundle_report import (
     DirectionQuality,
-    GalleryEntry,
-    Gate,
     Headline,
-    LossCurve,
     ModelQuality,
     ParetoPoint,
     ReportData,
     Role,
-    ShownAnswer,
-    Stage,
+    RunStep,
+    ShippedPrecision,
+    bundle_page,
 )
-from edgeclip.profiles.report.write_report import data_uri, render_report, write_report
+from edgeclip.profiles.report.charts import LossCurve
+from edgeclip.profiles.report.html_page import data_uri, html_of, write_html
+from edgeclip.profiles.report.markdown import markdown_of
+from edgeclip.profiles.report.sections import GalleryEntry, ShownAnswer
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.errors import InputError, MissingExtraError
@@ -133,7 +133,7 @@ def gallery(pictures: list[tuple[Image.Image, str]], wrong: bool) -> tuple[Galle
     return tuple(entries)
 
 
-def gates() -> tuple[Gate, ...]:
+def gates() -> tuple[tuple[str, GateRecord], ...]:
     found = []
     for subject, mean, low in (
         ("image fp16", 0.99998, 0.9998),
@@ -152,12 +152,16 @@ def gates() -> tuple[Gate, ...]:
                 unit="",
                 passed=True,
             )
-            found.append(Gate(subject, record))
+            found.append((subject, record))
     change = GateRecord(
         name="R@1 lost", value=0.6, low=-0.4, high=1.5, bound=1.0, direction="<=", unit="points",
         passed=True,
     )  # fmt: skip
-    return (*found, Gate("bundle", change))
+    return (*found, ("bundle", change))
+
+
+def render(data: ReportData) -> str:
+    return html_of(bundle_page(data))
 
 
 def sample() -> ReportData:
@@ -193,14 +197,14 @@ def sample() -> ReportData:
             ),
         ),
         choices=(
-            Choice("image", "int8", "Passes every gate and takes 0.70 of the time of fp32."),
-            Choice("text", "fp32", "int8 passes its gates, but is not faster here (1.04 of fp32)."),
+            ShippedPrecision("image", "int8", "Passes every gate and takes 0.70 of fp32."),
+            ShippedPrecision("text", "fp32", "int8 passes its gates, but is not faster here."),
         ),
-        stages=(
-            Stage("teacher cache", 41.2),
-            Stage("distillation", 262.0),
-            Stage("export and gates", 38.4),
-            Stage("measurement", 55.0),
+        steps=(
+            RunStep("teacher cache", 41.2),
+            RunStep("distillation", 262.0),
+            RunStep("export and gates", 38.4),
+            RunStep("measurement", 55.0),
         ),
         quality=tuple(
             quality(name, role, r1) for name, role, r1, _, _ in MODELS if "torch" not in name
@@ -250,24 +254,24 @@ def sample() -> ReportData:
 
 
 def test_page_is_well_formed_and_needs_no_network() -> None:
-    html = render_report(sample())
+    html = render(sample())
     page = Page(html)
     assert page.open == []
     assert page.addresses
-    assert all(address.startswith("data:") for address in page.addresses)
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
     assert not {"script", "iframe", "object", "embed"} & set(page.tags)
-    assert "url(" not in html
+    assert "url(" not in html.replace("url(#", "")
     assert "@import" not in html
 
 
 def test_shows_every_part() -> None:
-    text = visible(render_report(sample()))
+    text = visible(render(sample()))
     for wanted in (
         "Meets both bars.",
         "96.5%",
         "95.1 to 97.8%",
         "23.5%",
-        "Image tower: int8.",
+        "Passes every gate and takes 0.70 of fp32.",
         "teacher (torch)",
         "contended",
         "unavailable",
@@ -276,7 +280,7 @@ def test_shows_every_part() -> None:
         "affinity KL",
         "Student: wrong",
         "4 min 22 s",
-        "6 min 37 s",  # all stages together
+        "6 min 37 s",  # all steps together
         "Example CPU @ 2.50GHz",
         "edgeclip demo --out runs/demo",
         "Emoji by OpenMoji, CC BY-SA 4.0.",
@@ -284,22 +288,28 @@ def test_shows_every_part() -> None:
         assert wanted in text, wanted
 
 
+def test_the_markdown_tells_the_same() -> None:
+    text = markdown_of(bundle_page(sample()))
+    for wanted in ("Meets both bars.", "96.5%", "0.99998", "affinity KL", "4 min 22 s", "1.62 ms"):
+        assert wanted in text, wanted
+
+
 def test_verdict_names_a_missed_bar_and_a_failed_gate() -> None:
     data = sample()
     missed = dataclasses.replace(data.headlines[0], value=Interval(0.94, 0.92, 0.96))
-    record = dataclasses.replace(data.gates[0].record, value=0.9, passed=False)
+    record = dataclasses.replace(data.gates[0][1], value=0.9, passed=False)
     text = visible(
-        render_report(
+        render(
             dataclasses.replace(
                 data,
                 headlines=(missed, data.headlines[1]),
-                gates=(Gate("image fp16", record), *data.gates[1:]),
+                gates=(("image fp16", record), *data.gates[1:]),
             )
         )
     )
     assert "Misses 1 of 2 bars: Quality kept, of the teacher's R@1." in text
     assert "1 of 9 gates failed." in text
-    assert "missed , but the interval reaches across the bar" in text
+    assert "missed, but the interval reaches across the bar" in text
     assert "Meets" not in text
 
 
@@ -325,7 +335,7 @@ def test_escapes_everything_given() -> None:
     entry = dataclasses.replace(
         data.gallery[0], caption=HOSTILE, teacher=(answer,), student=(answer,)
     )
-    html = render_report(
+    html = render(
         dataclasses.replace(
             data,
             title=HOSTILE,
@@ -334,10 +344,10 @@ def test_escapes_everything_given() -> None:
             credits=(HOSTILE,),
             gallery=(entry,),
             headlines=(dataclasses.replace(data.headlines[0], name=HOSTILE, note=HOSTILE),),
-            choices=(Choice("image", "int8", HOSTILE),),
-            stages=(Stage(HOSTILE, 1.0),),
+            choices=(ShippedPrecision("image", "int8", HOSTILE),),
+            steps=(RunStep(HOSTILE, 1.0),),
             losses=(LossCurve(HOSTILE, (1.0, 2.0), (3.0, 2.0)),),
-            gates=(Gate(HOSTILE, dataclasses.replace(data.gates[0].record, name=HOSTILE)),),
+            gates=((HOSTILE, dataclasses.replace(data.gates[0][1], name=HOSTILE)),),
             pareto=(dataclasses.replace(data.pareto[0], name=HOSTILE[:24]),),
             quality=(dataclasses.replace(data.quality[0], name=HOSTILE),),
             measurements=(dataclasses.replace(data.measurements[0], name=HOSTILE),),
@@ -356,7 +366,7 @@ def test_a_page_with_nothing_to_show_leaves_the_parts_out() -> None:
         sample(),
         headlines=(),
         choices=(),
-        stages=(),
+        steps=(),
         quality=(),
         measurements=(),
         pareto=(),
@@ -367,7 +377,7 @@ def test_a_page_with_nothing_to_show_leaves_the_parts_out() -> None:
         commands=(),
         credits=(),
     )
-    html = render_report(empty)
+    html = render(empty)
     text = visible(html)
     assert "How to repeat it" in text
     assert "nan" not in text.lower()
@@ -378,19 +388,20 @@ def test_a_page_with_nothing_to_show_leaves_the_parts_out() -> None:
 
 def test_writes_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "report.html"
-    write_report(sample(), path)
+    write_html(bundle_page(sample()), path)
     before = path.read_bytes()
     assert before.endswith(b"</html>")
     broken = dataclasses.replace(sample().gallery[0], picture=b"not a picture")
     with pytest.raises(InputError, match="picture"):
-        write_report(dataclasses.replace(sample(), gallery=(broken,)), path)
+        write_html(bundle_page(dataclasses.replace(sample(), gallery=(broken,))), path)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
 def test_writes_a_caption_that_utf8_cannot_hold(tmp_path: Path) -> None:
     entry = dataclasses.replace(sample().gallery[0], caption="caf\udce9")
-    write_report(dataclasses.replace(sample(), gallery=(entry,)), tmp_path / "report.html")
+    data = dataclasses.replace(sample(), gallery=(entry,))
+    write_html(bundle_page(data), tmp_path / "report.html")
     assert "caf?" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -419,4 +430,4 @@ def test_loss_curve_needs_a_value_for_each_step() -> None:
 def test_missing_jinja_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtraError, match=r"edgeclip\[report\]"):
-        render_report(sample())
+        render(sample())

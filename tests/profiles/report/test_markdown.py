@@ -1,10 +1,12 @@
 import dataclasses
+from typing import Any
 
 import pytest
 
-from edgeclip.profiles.report.profile_blocks import code_parts
-from edgeclip.profiles.report.profile_data import AdviceNote, NamedRun
-from edgeclip.profiles.report.profile_markdown import escaped, markdown_of
+from edgeclip.profiles.report.markdown import escaped, markdown_of
+from edgeclip.profiles.report.profile_data import NamedRun
+from edgeclip.profiles.report.profile_report import profile_summary_page
+from edgeclip.profiles.report.sections import AdviceNote, code_parts
 from tests.profiles.report.profile_factory import (
     advice,
     disturbed_run,
@@ -14,20 +16,24 @@ from tests.profiles.report.profile_factory import (
 )
 
 
+def short(runs: tuple[NamedRun, ...], **more: Any) -> str:
+    return markdown_of(profile_summary_page(runs, **more))
+
+
 def test_warnings_come_before_the_table_and_the_environment_is_folded() -> None:
-    text = markdown_of(two_runs(), quality=quality(), advice=advice())
+    text = short(two_runs(), quality=quality(), advice=advice())
     warning, table, folded = (
         text.index(words) for words in ("> [!WARNING]", "| subject |", "<details>")
     )
     assert warning < table < folded
     assert "laptop: DISTURBED while it was measured" in text
     assert "laptop: THROTTLED" in text
-    assert text.count("<details>") == text.count("</details>") == 2
+    assert text.count("<details>") == text.count("</details>") == 1
 
 
 def test_every_subject_has_a_row_with_its_intervals() -> None:
     runs = two_runs()
-    lines = markdown_of(runs, quality=quality()).splitlines()
+    lines = short(runs, quality=quality()).splitlines()
     rows = [line for line in lines if line.startswith("| student") or line.startswith("| teacher")]
     assert len(rows) == sum(len(one.run.measurements) for one in runs)
     columns = {line.count(" | ") for line in rows}
@@ -46,7 +52,7 @@ def test_every_subject_has_a_row_with_its_intervals() -> None:
 def test_a_quiet_run_has_no_warning_and_no_empty_column() -> None:
     run = quiet_run()
     items = tuple(dataclasses.replace(item, scenarios=()) for item in run.measurements)
-    text = markdown_of((NamedRun(name="epyc", run=dataclasses.replace(run, measurements=items)),))
+    text = short((NamedRun(name="epyc", run=dataclasses.replace(run, measurements=items)),))
     assert "[!" not in text
     assert "quality" not in text
     assert "| student int8 |" in text
@@ -72,7 +78,7 @@ def test_commands_in_advice_stay_code() -> None:
     note = AdviceNote(
         subject="image int8", title="Run `edgeclip embed --batch-size 4` or *wait*", text=""
     )
-    text = markdown_of((NamedRun(name="epyc", run=quiet_run()),), advice=(note,))
+    text = short((NamedRun(name="epyc", run=quiet_run()),), advice=(note,))
     assert "- **Run `edgeclip embed --batch-size 4` or \\*wait\\*** (image int8)" in text
     assert code_parts("a ` lone `b` tick") == [(False, "a ` lone `b` tick")]
 
@@ -84,7 +90,7 @@ def test_a_hostile_name_makes_no_markup() -> None:
         dataclasses.replace(item, name=f"{name}{at}") for at, item in enumerate(run.measurements)
     )
     run = dataclasses.replace(run, measurements=items, command="echo ````\n</details>")
-    text = markdown_of((NamedRun(name=name, run=run),))
+    text = short((NamedRun(name=name, run=run),))
     assert "<script" not in text
     assert "@team" not in text
     assert "\n# heading" not in text
