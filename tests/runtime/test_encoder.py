@@ -270,8 +270,8 @@ def test_labels_are_the_mean_over_templates(encoder: Encoder) -> None:
         ([], ["{}"], "at least one name"),
         ("red", ["{}"], "a list of"),
         (["red"], [], "at least one template"),
-        (["red"], ["no place"], "must hold"),
-        (["red"], ["{} and {}"], "must hold"),
+        (["red"], ["no place"], "must contain"),
+        (["red"], ["{} and {}"], "must contain"),
         (["red", "red"], ["{}"], "twice"),
     ],
 )
@@ -333,5 +333,5 @@ def test_search_for_a_mixture_or_nothing(encoder: Encoder, index: Index) -> None
     mixture: Any = ["red", picture("red")]
     with pytest.raises(InputError, match="not for both"):
         encoder.search(mixture, index)
-    with pytest.raises(InputError, match="nothing to search for"):
+    with pytest.raises(InputError, match="no query was given"):
         encoder.search([], index)
