@@ -1,4 +1,4 @@
-"""Connections to a server that another thread can cancel, and the threads that use them."""
+"""HTTP connections that another thread can cancel, and the daemon threads that use them."""
 
 import queue
 import re
@@ -24,53 +24,53 @@ _KEEP_ALIVE = (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 class CancelToken:
-    """Ends one exchange from another thread: its socket is shut down, and its thread wakes.
+    """Cancel one exchange from another thread: its socket is shut down, and its thread wakes.
 
-    A socket's own timeout is for each read, so a server that sends a byte now and then could
-    hold a thread forever.
+    A socket's own timeout counts from each read, so a server that sends a byte now and then
+    could hold a thread forever.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._line: _CancellableSocket | None = None
-        self.was_cut = False
+        self._socket: _CancellableSocket | None = None
+        self.is_cancelled = False
 
     def __call__(self) -> None:
-        """End the exchange, if it is still under way."""
+        """Cancel the exchange, if it is still in progress."""
         with self._lock:
-            self.was_cut = True
-            if self._line is not None:
-                self._line.shut(self)
+            self.is_cancelled = True
+            if self._socket is not None:
+                self._socket.shut_down(self)
 
-    def attach(self, line: "_CancellableSocket") -> None:
+    def attach(self, sock: "_CancellableSocket") -> None:
         with self._lock:
-            self._line = line
-            if self.was_cut:
-                line.shut(self)
+            self._socket = sock
+            if self.is_cancelled:
+                sock.shut_down(self)
 
     def detach(self) -> None:
         with self._lock:
-            if self._line is not None:
-                self._line.released(self)
-            self._line = None
+            if self._socket is not None:
+                self._socket.release(self)
+            self._socket = None
 
 
 _current = threading.local()
 
 
 @contextmanager
-def cancelled_by(cut_off: CancelToken) -> Iterator[None]:
-    """Let `cut_off` end what this thread exchanges inside the block."""
-    _current.cut_off = cut_off
+def cancelled_by(token: CancelToken) -> Iterator[None]:
+    """Let `token` cancel the exchange of this thread inside the block."""
+    _current.token = token
     try:
         yield
     finally:
-        _current.cut_off = None
-        cut_off.detach()
+        _current.token = None
+        token.detach()
 
 
 class _CancellableSocket:
-    """The socket below a connection, and the exchange that it is used for."""
+    """The socket of a connection, and the token of the exchange that uses it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -78,35 +78,36 @@ class _CancellableSocket:
         self._user: CancelToken | None = None
         self._is_closed = True
 
-    def connected(self, sock: socket.socket) -> None:
+    def connect(self, sock: socket.socket) -> None:
         # A copy: TLS moves the descriptor to an object that only its own thread may use.
         with self._lock:
             self._drop()
             self._socket, self._is_closed = sock.dup(), False
-        self.used()
+        self.use()
 
-    def used(self) -> None:
-        """Note that the thread's current exchange uses the connection, and no earlier one."""
-        user: CancelToken | None = getattr(_current, "cut_off", None)
+    def use(self) -> None:
+        """Assign the connection to the thread's current exchange."""
+        user: CancelToken | None = getattr(_current, "token", None)
         with self._lock:
             self._user = user
         if user is not None:
             user.attach(self)
 
-    def shut(self, user: CancelToken) -> None:
+    def shut_down(self, user: CancelToken) -> None:
+        """Shut the socket down if this exchange still uses it."""
         with self._lock:
             if self._user is user and self._socket is not None:
                 _shut_down(self._socket)
 
-    def closed(self) -> None:
-        """Note that the connection was closed; its last reply may still be read."""
+    def close(self) -> None:
+        """Mark the connection as closed; its last reply may still be read."""
         with self._lock:
             self._is_closed = True
             if self._user is None:
                 self._drop()
 
-    def released(self, user: CancelToken) -> None:
-        """Note that an exchange is over."""
+    def release(self, user: CancelToken) -> None:
+        """Release the connection at the end of an exchange."""
         with self._lock:
             if self._user is user:
                 self._user = None
@@ -127,26 +128,28 @@ def _shut_down(sock: socket.socket) -> None:
 
 
 class _PlainConnection(HTTPConnection):
+    """A cancellable connection."""
+
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._line = _CancellableSocket()
+        self._cancellable = _CancellableSocket()
         super().__init__(*args, **options)
 
     def _new_conn(self) -> socket.socket:
         sock = super()._new_conn()
-        self._line.connected(sock)
+        self._cancellable.connect(sock)
         return sock
 
     def request(self, *args: Any, **options: Any) -> None:
-        self._line.used()
+        self._cancellable.use()
         super().request(*args, **options)
 
     def close(self) -> None:
         super().close()
-        self._line.closed()
+        self._cancellable.close()
 
 
 class _TlsConnection(_PlainConnection, HTTPSConnection):
-    """The same, with the certificate checked."""
+    """A cancellable connection with TLS."""
 
 
 class _PlainPool(HTTPConnectionPool):
@@ -159,13 +162,13 @@ class _TlsPool(HTTPSConnectionPool):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Where a server is, and how to know that it is the right one.
+    """The address of a server, and how to verify its identity.
 
     Attributes:
-        url: `http://` or `https://`, host, perhaps port and path prefix.
+        url: `http://` or `https://`, host, and perhaps port and path prefix.
         fingerprint: SHA-256 of the server's certificate, 64 hexadecimal digits, colons
-            allowed. It alone is trusted then, whoever signed it and whatever its name.
-        ca: file of certificates (PEM) to trust in place of the system's.
+            allowed. Only this certificate is trusted then, whatever its issuer and name.
+        ca: file of CA certificates (PEM) to trust in place of the system's.
     """
 
     url: str
@@ -174,7 +177,7 @@ class Address:
 
 
 def open_pool(address: Address, connections: int) -> tuple[HTTPConnectionPool, str]:
-    """A pool of at most that many idle connections, and the prefix of all paths.
+    """Return a pool of at most `connections` idle connections, and the prefix of all paths.
 
     Nothing is connected yet.
 
@@ -193,7 +196,7 @@ def open_pool(address: Address, connections: int) -> tuple[HTTPConnectionPool, s
 
 
 def is_confidential(url: str) -> bool:
-    """Whether nobody else can read what is sent: TLS, or a host that is this machine.
+    """Return whether nobody else can read the traffic: TLS, or a host that is this machine.
 
     Raises:
         InputError: an address that cannot be used.
@@ -206,9 +209,11 @@ def _parse(text: str) -> Url:
     try:
         url = parse_url(text)
     except HTTPError as error:
-        raise InputError(f"{text!r} is no address of a server: {error}") from None
+        raise InputError(f"{text!r} is not the address of a server: {error}") from None
     if url.scheme not in ("http", "https") or not url.host or "://" not in text:
-        raise InputError(f"{text!r} is no address of a server: write http://HOST:PORT or https://")
+        raise InputError(
+            f"{text!r} is not the address of a server: write http://HOST:PORT or https://"
+        )
     if url.auth or url.query or url.fragment:
         raise InputError(
             "the address of a server has no user, query or fragment: give a token instead"
@@ -225,7 +230,7 @@ def _trust(address: Address) -> dict[str, Any]:
             "a fingerprint is the SHA-256 of a certificate, 64 hexadecimal digits, not "
             f"{address.fingerprint[:80]!r}"
         )
-    # The one certificate is known: neither its signer nor its name adds anything.
+    # The certificate itself is known: neither its issuer nor its name adds anything.
     return {"cert_reqs": "CERT_NONE", "assert_fingerprint": pinned}
 
 
@@ -234,14 +239,14 @@ _Job = tuple[Callable[[], Any], "Future[Any]"]
 
 
 class DaemonThreads:
-    """Daemon threads, made when they are needed and kept.
+    """A pool of daemon threads without a queue, started on demand and kept.
 
-    Unlike `concurrent.futures.ThreadPoolExecutor`, nothing ever queues behind a thread that
+    Unlike with `concurrent.futures.ThreadPoolExecutor`, nothing ever waits for a thread that
     hangs, and a hanging thread does not keep the program from ending.
 
     Args:
-        most: how many threads there may be.
-        name: what the threads are called.
+        most: maximum number of threads.
+        name: of the threads.
 
     Raises:
         InputError: `most` is below 1.
@@ -253,20 +258,20 @@ class DaemonThreads:
         self._most, self._name = most, name
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._busy = 0  # jobs that were taken on and are not done
+        self._busy = 0  # jobs that are not done
         self._threads = 0
         self._is_closed = False
 
     @property
     def busy(self) -> int:
-        """How many threads are at work."""
+        """The number of busy threads."""
         return self._busy
 
     def submit(self, work: Callable[[], T]) -> "Future[T]":
         """Run `work` on a free thread.
 
         Raises:
-            ClientBusyError: no thread is free, or these were closed.
+            ClientBusyError: no thread is free, or the pool is closed.
         """
         with self._lock:
             if self._is_closed:
@@ -287,11 +292,11 @@ class DaemonThreads:
         try:
             threading.Thread(target=self._work, name=self._name, daemon=True).start()
         except RuntimeError as error:
-            raise ClientBusyError(f"the system gives no further thread: {error}") from None
+            raise ClientBusyError(f"the system starts no further thread: {error}") from None
         self._threads += 1
 
     def close(self) -> None:
-        """Let the threads end once they are done; what hangs is left to its own timeout."""
+        """Let the threads end when they are done; a hanging one ends at its own timeout."""
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -303,13 +308,13 @@ class DaemonThreads:
             work, future = job
             try:
                 result = work()
-            except BaseException as error:  # it belongs to the caller
+            except BaseException as error:  # raised in the caller
                 self._done()
                 future.set_exception(error)
             else:
                 self._done()
                 future.set_result(result)
-            del job, work, future  # a thread that waits must not keep what it did alive
+            del job, work, future  # a waiting thread must not keep objects of its last job alive
 
     def _done(self) -> None:
         with self._lock:

@@ -1,19 +1,19 @@
-"""What can go wrong between a device and a server, as the device sees it.
+"""Errors of calls to a server, on the device's side.
 
-Each error carries a short `reason`: what a degraded reply says of itself.
+Each has a short `reason`, which a degraded reply reports.
 """
 
 from edgeclip.runtime.errors import EdgeClipError
 
 
 class ServerError(EdgeClipError):
-    """The server did not give an answer that can be used.
+    """The server did not return a usable response.
 
     Attributes:
         reason: why, in a few words.
-        retryable: whether the same call may do better in a moment.
-        server_works: what this says of the server's health; None if nothing.
-        lasting: whether something has to be mended, so that it is of no use to try again soon.
+        retryable: whether a retry in a moment may succeed.
+        server_works: what the error says about the server's health; None if nothing.
+        lasting: whether something has to be fixed, so that a retry soon is of no use.
     """
 
     reason = "server error"
@@ -23,24 +23,24 @@ class ServerError(EdgeClipError):
 
 
 class ServerUnreachableError(ServerError):
-    """No connection, or one that broke before the reply was whole."""
+    """There is no connection, or it broke before the reply was complete."""
 
     reason = "unreachable"
     retryable = True
 
 
 class ServerUntrustedError(ServerError):
-    """The server's certificate is not the one that was asked for."""
+    """The server's certificate is not the expected one."""
 
     reason = "certificate"
     lasting = True
 
 
 class ServerBusyError(ServerError):
-    """The server has too much to do, or is not ready (429, 502, 503, 504).
+    """The server is overloaded or not ready (429, 502, 503, 504).
 
     Attributes:
-        retry_after: seconds after which it wants to be asked again; None if it did not say.
+        retry_after: seconds after which to retry, by `Retry-After`; None without that header.
     """
 
     reason = "server busy"
@@ -52,7 +52,7 @@ class ServerBusyError(ServerError):
 
 
 class ServerRefusedError(ServerError):
-    """The server answered with an HTTP status that is an error.
+    """The server answered with another error status.
 
     Attributes:
         status: the HTTP status.
@@ -60,7 +60,7 @@ class ServerRefusedError(ServerError):
 
     reason = "refused"
     _FOR_THE_REQUEST = frozenset({400, 413, 415, 422})
-    _FOR_SETTINGS = frozenset({401, 403, 404})  # the token, or a model that is not there
+    _FOR_SETTINGS = frozenset({401, 403, 404})  # wrong token, or unknown model
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -70,13 +70,13 @@ class ServerRefusedError(ServerError):
 
 
 class BadReplyError(ServerError):
-    """A reply that came whole, but is not what was asked for."""
+    """The reply is complete, but not what was requested."""
 
     reason = "bad reply"
 
 
 class WrongSpaceError(ServerError):
-    """The server's embeddings are of another embedding space: they are never mixed in."""
+    """The server's embeddings are of another embedding space, and cannot be mixed in."""
 
     reason = "wrong space"
     lasting = True
@@ -89,10 +89,10 @@ class DeadlineExceededError(ServerError):
 
 
 class BreakerOpenError(ServerError):
-    """The server failed a moment ago and was not asked.
+    """The server failed a moment ago and was not called.
 
     Attributes:
-        reason: that of the failure that is remembered, where it is a lasting one.
+        reason: that of the earlier failure, if it is a lasting one.
     """
 
     reason = "breaker open"
@@ -105,7 +105,7 @@ class BreakerOpenError(ServerError):
 
 
 class ClientBusyError(ServerError):
-    """Too many calls of this device wait for the server: one more would have to queue."""
+    """All connections of this client are busy: one more call would have to queue."""
 
     reason = "client busy"
     server_works = None

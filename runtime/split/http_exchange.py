@@ -1,4 +1,4 @@
-"""One HTTP request to a model and its whole reply; every failure becomes a `ServerError`."""
+"""Send one HTTP request to a model and read the whole reply, with failures as `ServerError`."""
 
 import dataclasses
 import email.utils
@@ -54,14 +54,14 @@ from edgeclip.runtime.wire.messages import (
 )
 
 _CHUNK = 1 << 16
-_LONGEST_MESSAGE = 200  # characters of what the server says
+_MAX_MESSAGE = 200  # characters of an error message of the server
 _BUSY = frozenset({429, 502, 503, 504})
-_CONFLICT = 409  # how the server refuses a request of another embedding space
+_CONFLICT = 409  # the request is of another embedding space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HttpRequest:
-    """What to send."""
+    """A request to send."""
 
     method: str
     path: str
@@ -81,32 +81,32 @@ def exchange(
     pool: HTTPConnectionPool,
     request: HttpRequest,
     deadline: Deadline,
-    cut_off: CancelToken,
+    token: CancelToken,
     *,
     most_bytes: int,
 ) -> HttpReply:
     """Send a request and read the whole reply.
 
     Args:
-        pool: gives the connection.
+        pool: provides the connection.
         request: what to send.
-        deadline: bounds connecting, sending and each read. `cut_off` at the deadline, from
+        deadline: bounds connecting, sending and each read. Cancelling at the deadline, from
             another thread, bounds the whole.
-        cut_off: ends the exchange.
-        most_bytes: of the body that is read.
+        token: cancels the exchange.
+        most_bytes: bound of the reply's body.
 
     Raises:
-        DeadlineExceededError: the deadline passed, or the exchange was cut off.
+        DeadlineExceededError: the deadline passed, or the exchange was cancelled.
         ServerUnreachableError: no connection, or it broke before the reply was whole.
         ServerUntrustedError: TLS failed: another certificate, or none.
         ServerBusyError, ServerRefusedError, WrongSpaceError: by status.
         BadReplyError: not HTTP, or larger than `most_bytes`.
     """
     left = deadline.left()
-    if left <= 0 or cut_off.was_cut:
+    if left <= 0 or token.is_cancelled:
         raise DeadlineExceededError("the server was not asked: no time was left")
     try:
-        with cancelled_by(cut_off):
+        with cancelled_by(token):
             response = pool.urlopen(
                 request.method,
                 request.path,
@@ -124,12 +124,12 @@ def exchange(
                 response.close()
                 raise
     except (HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-        if cut_off.was_cut or deadline.passed:
+        if token.is_cancelled or deadline.passed:
             raise DeadlineExceededError("the server did not answer in time") from None
-        raise _explained(error, pool) from error
+        raise _server_error(error, pool) from error
     headers = {name.lower(): value for name, value in response.headers.items()}
     if response.status != 200:
-        raise _refusal(response.status, headers, body)
+        raise _status_error(response.status, headers, body)
     return HttpReply(headers=headers, body=body)
 
 
@@ -149,7 +149,7 @@ def _read(response: BaseHTTPResponse, deadline: Deadline, most_bytes: int) -> by
     return b"".join(chunks)
 
 
-def _explained(error: Exception, pool: HTTPConnectionPool) -> ServerError:
+def _server_error(error: Exception, pool: HTTPConnectionPool) -> ServerError:
     where = f"{pool.host}:{pool.port}"
     if isinstance(error, SSLError):
         return ServerUntrustedError(
@@ -170,8 +170,8 @@ def _explained(error: Exception, pool: HTTPConnectionPool) -> ServerError:
     return ServerUnreachableError(f"the connection to {where} broke ({_short(cause)})")
 
 
-def _refusal(status: int, headers: Mapping[str, str], body: bytes) -> ServerError:
-    said = " ".join(decode_error(body).split())[:_LONGEST_MESSAGE] or http.client.responses.get(
+def _status_error(status: int, headers: Mapping[str, str], body: bytes) -> ServerError:
+    said = " ".join(decode_error(body).split())[:_MAX_MESSAGE] or http.client.responses.get(
         status, "no reason given"
     )
     if status in _BUSY:
@@ -185,13 +185,13 @@ def _refusal(status: int, headers: Mapping[str, str], body: bytes) -> ServerErro
 
 
 def retry_after(header: str | None, now: float | None = None) -> float | None:
-    """Seconds that a `Retry-After` header asks for; None where there is none to understand.
+    """Parse a `Retry-After` header to seconds; None if it is missing or malformed.
 
     Source: RFC 9110, section 10.2.3: seconds, or an HTTP date.
 
     Args:
         header: its value.
-        now: seconds since 1970, for a date; by default those of this machine.
+        now: seconds since 1970, to compare a date with; by default this machine's clock.
     """
     if header is None:
         return None
@@ -207,7 +207,7 @@ def retry_after(header: str | None, now: float | None = None) -> float | None:
 
 
 def _short(error: Exception) -> str:
-    return first_line(error)[:_LONGEST_MESSAGE]
+    return first_line(error)[:_MAX_MESSAGE]
 
 
 T = TypeVar("T")
@@ -215,12 +215,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InferCall(Generic[T]):
-    """What a model is asked.
+    """A call of a model: its request, deadline, and reader of the response.
 
-    Attributes:
-        request: see `Server.ask`.
-        deadline: see `Server.ask`.
-        read: see `Server.ask`.
+    The attributes are the arguments of `Server.ask`.
     """
 
     request: InferRequest
@@ -228,7 +225,7 @@ class InferCall(Generic[T]):
     read: Callable[[InferResponse], T]
 
     def http_request(self) -> HttpRequest:
-        """What is sent at this moment.
+        """Make the HTTP request, with the time that is left now.
 
         Raises:
             WireError: the request holds what the protocol cannot carry.
@@ -244,7 +241,7 @@ class InferCall(Generic[T]):
         """Decode the reply and return what `read` makes of it.
 
         Raises:
-            BadReplyError: it is not of the protocol, or `read` refuses it.
+            BadReplyError: it violates the protocol, or `read` refuses it.
             WrongSpaceError: it is of another embedding space than the request.
         """
         try:
@@ -268,12 +265,12 @@ def _check_space(request: InferRequest, response: InferResponse) -> None:
 
 
 class Endpoint:
-    """A server's address, with connections that are kept.
+    """A server with a pool of connections and threads.
 
     Args:
-        address: where it is.
-        token: sent as a bearer token; None for none.
-        connections: how many exchanges there may be at a time.
+        address: of the server.
+        token: bearer token; None for none.
+        connections: maximum number of simultaneous exchanges.
 
     Raises:
         InputError: an address or token that cannot be used. A token is sent only where nobody
@@ -288,7 +285,7 @@ class Endpoint:
 
     @property
     def busy(self) -> int:
-        """How many exchanges are under way, those that were given up included."""
+        """The number of exchanges in progress, including cancelled ones."""
         return self._workers.busy
 
     def start(
@@ -299,18 +296,18 @@ class Endpoint:
         *,
         most_bytes: int,
     ) -> Attempt[T]:
-        """Begin an exchange and return at once.
+        """Start an exchange on another thread and return at once.
 
         Args:
-            request: makes what is sent, at the last moment.
-            read: makes the result of the reply.
+            request: makes the request, on that thread.
+            read: converts the reply to the result.
             deadline: see `exchange`.
             most_bytes: see `exchange`.
 
         Raises:
-            ClientBusyError: no thread is free, or this was closed.
+            ClientBusyError: no thread is free, or this is closed.
         """
-        cut_off = CancelToken()
+        token = CancelToken()
 
         def work() -> T:
             plain = request()
@@ -320,17 +317,17 @@ class Endpoint:
                 headers={**plain.headers, **self._headers},
                 body=plain.body,
             )
-            return read(exchange(self._pool, full, deadline, cut_off, most_bytes=most_bytes))
+            return read(exchange(self._pool, full, deadline, token, most_bytes=most_bytes))
 
-        return Attempt(self._workers.submit(work), cut_off)
+        return Attempt(self._workers.submit(work), token)
 
     def forget_connections(self) -> None:
-        """Connect anew from here on; exchanges under way go on."""
+        """Use new connections from here on; exchanges in progress continue."""
         # The old pool closes its idle connections once nobody uses it.
         self._pool, _ = open_pool(self._address, self._connections)
 
     def close(self) -> None:
-        """Close idle connections and let the threads end; nothing can be started after that."""
+        """Close idle connections and let the threads end; later exchanges are refused."""
         self._workers.close()
         self._pool.close()
 
@@ -339,7 +336,7 @@ def _authorization(token: str | None, url: str) -> dict[str, str]:
     if token is None:
         return {}
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise InputError("a token is ASCII without spaces: check where it was read from")
+        raise InputError("a token must be ASCII without spaces: check where it was read from")
     if not is_confidential(url):
         raise InputError(f"a token is not sent to {url} in the clear: use https://")
     return {"Authorization": f"Bearer {token}"}

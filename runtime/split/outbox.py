@@ -1,4 +1,4 @@
-"""Outbox: requests kept on disk (SQLite) until the server can be reached."""
+"""A bounded queue of requests on disk (SQLite), for a server that cannot be reached."""
 
 import dataclasses
 import os
@@ -29,16 +29,16 @@ EntryKind = Literal["escalation", "telemetry"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A request that waits to be sent.
+    """A request in the outbox.
 
     Attributes:
-        key: the same for two requests that must not both take effect; sent with the request.
-        kind: telemetry makes room for escalations, never the other way round.
-        model: the server's model that is asked.
-        body: the request as `wire.encode_request` wrote it.
+        key: idempotency key, the same for two requests that must not both take effect.
+        kind: telemetry is dropped to make room for escalations, never the other way round.
+        model: the server's model.
+        body: the request as `encode_request` wrote it.
         json_length: where the JSON of the body ends; None if it is JSON alone.
         created: seconds since 1970.
-        failures: how often the server answered, but not with a reply.
+        failures: number of error responses.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Entry:
 
     @classmethod
     def of(cls, key: str, request: InferRequest, kind: EntryKind, created: float) -> "Entry":
-        """Wrap a request.
+        """Make an entry of a request.
 
         Raises:
             InputError: the key is empty.
@@ -70,7 +70,7 @@ class Entry:
         )
 
     def request(self) -> InferRequest:
-        """The request again, its key beside it, and as its id.
+        """Return the request, with the key as its idempotency key and id.
 
         Raises:
             WireError: the body was damaged.
@@ -86,13 +86,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboxRules:
-    """How much an outbox holds, and for how long.
+    """Capacity of an outbox, and lifetime of its entries.
 
     Attributes:
         most_bytes: of all bodies together.
-        most_entries: that wait; as many keys of sent ones are remembered.
-        lives_s: seconds after which an entry is not worth sending, and a key that was sent may
-            come again.
+        most_entries: waiting entries; as many keys of sent ones are remembered.
+        lives_s: seconds after which an entry expires, and a sent key may be used again.
         busy_s: how long to wait for another process that writes.
 
     Raises:
@@ -111,15 +110,15 @@ class OutboxRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboxCounts:
-    """What waits, and what became of the rest since the outbox was made.
+    """Numbers of waiting, sent and lost entries since the outbox was created.
 
     Attributes:
-        escalations, telemetry: entries that wait.
+        escalations, telemetry: waiting entries.
         waiting_bytes: of their bodies.
-        sent: confirmed by the server.
-        dropped_escalations, dropped_telemetry: for want of room.
+        sent: answered by the server.
+        dropped_escalations, dropped_telemetry: removed to make room.
         expired: too old to be sent.
-        refused: taken out because the server would never take them.
+        refused: removed because the server rejects them.
     """
 
     escalations: int = 0
@@ -132,7 +131,7 @@ class OutboxCounts:
     refused: int = 0
 
 
-_APPLICATION = 0x45434F42  # "ECOB": tells an outbox from other SQLite files
+_APPLICATION = 0x45434F42  # "ECOB": distinguishes an outbox from other SQLite files
 _VERSION = 1
 _PAUSE_S = 0.01
 _MEND = "choose another name, or delete it"
@@ -159,14 +158,14 @@ PRAGMA user_version = {_VERSION};
 
 
 class OutboxStore:
-    """A connection to the file, for all threads of a process.
+    """The SQLite file of an outbox, for all threads of a process.
 
     Args:
-        path: made if it is missing, for the owner's eyes only: it holds pictures.
+        path: created if missing, readable by its owner only: it holds pictures.
         busy_s: how long to wait for another process that writes.
 
     Raises:
-        OutboxError: the file cannot be made, or is something else.
+        OutboxError: the file cannot be created, or is not an outbox.
     """
 
     def __init__(self, path: Path, busy_s: float) -> None:
@@ -185,13 +184,13 @@ class OutboxStore:
                 raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._lock:
             self._connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection; what the block did is on the disk once it ended well, or undone.
+        """Yield the connection for a transaction, which is on the disk when the block has ended.
 
         Raises:
             OutboxError: the file cannot be written, such as on a full disk, or was closed.
@@ -208,7 +207,7 @@ class OutboxStore:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection for a single query.
+        """Yield the connection for a single query.
 
         Raises:
             OutboxError: the file cannot be read, or was closed.
@@ -220,17 +219,17 @@ class OutboxStore:
         self._begin_log(busy_s)
         self._value("PRAGMA synchronous = FULL")
         self._value("PRAGMA journal_size_limit = 1048576")
-        self._value("BEGIN IMMEDIATE")  # two processes may be making it
+        self._value("BEGIN IMMEDIATE")  # two processes may be creating it
         if self._value("SELECT count(*) FROM sqlite_master") == 0:
             for statement in _SCHEMA.split(";"):
                 self._value(statement)
         found = self._value("PRAGMA application_id"), self._value("PRAGMA user_version")
         if found != (_APPLICATION, _VERSION):
-            raise OutboxError(f"{self.path} is no outbox of this version: {_MEND}")
+            raise OutboxError(f"{self.path} is not an outbox of this version: {_MEND}")
         self._value("COMMIT")
 
     def _begin_log(self, busy_s: float) -> None:
-        """Turn the write-ahead log on; SQLite does not wait for others by itself here."""
+        """Turn on the write-ahead log; here SQLite does not wait for other processes itself."""
         end = time.monotonic() + busy_s
         while True:
             try:
@@ -259,27 +258,27 @@ class OutboxStore:
             raise OutboxError(f"outbox {self.path} cannot be read ({error}): {_MEND}") from error
 
 
-# A device without a battery for its clock begins in 1970, until it has reached a time server;
-# what was put before must not be too old at once.
+# The clock of a device without a battery starts in 1970, until it has reached a time server:
+# entries of that time must not expire at once.
 _CLOCK_IS_SET = 1_700_000_000.0
 _NEVER = 1e12
 _COLUMNS = "key, kind, model, json_length, body, created, failures"
 
 
 class Outbox:
-    """A bounded queue in a SQLite file; several threads and processes may share it.
+    """A bounded queue of requests in a SQLite file; threads and processes may share it.
 
-    What was put is on the disk when `put` returns, and stays until the server has confirmed it
-    (`Replayer`), it is too old, or there is no room: then the oldest telemetry goes first, and
-    what goes is counted. A key that waits, or was sent a while ago, is not taken again.
+    A request is on the disk when `put` returns, and stays until the server has answered it
+    (`Replayer`), it expires, or there is no room: then the oldest telemetry is dropped first,
+    and counted. A key that waits, or was sent lately, is not added again.
 
     Args:
-        path: the file; made if it is missing, beside it a -wal and a -shm.
+        path: the file; created if missing, beside it a -wal and a -shm.
         rules: see `OutboxRules`.
         clock: seconds since 1970.
 
     Raises:
-        OutboxError: the file cannot be made, or is something else.
+        OutboxError: the file cannot be created, or is not an outbox.
     """
 
     def __init__(
@@ -307,19 +306,19 @@ class Outbox:
         return self._store.path
 
     def close(self) -> None:
-        """Let go of the file; what waits stays in it."""
+        """Close the file; waiting entries stay in it."""
         self._store.close()
 
     def put(self, key: str, request: InferRequest, *, kind: EntryKind = "escalation") -> bool:
-        """Keep a request to be sent later.
+        """Store a request to be sent later.
 
         Args:
-            key: the same for requests that must not both take effect.
+            key: idempotency key, the same for requests that must not both take effect.
             request: what to send; its id is replaced by the key.
             kind: see `Entry`.
 
         Returns:
-            False for telemetry for which there is no room; True if it waits or was sent.
+            False if there is no room for the telemetry; True if it waits or was sent.
 
         Raises:
             InputError: the key is empty, or the request larger than the whole outbox may be.
@@ -344,7 +343,7 @@ class Outbox:
         return True
 
     def oldest(self) -> Entry | None:
-        """The entry to be sent next; None if nothing waits.
+        """Return the entry to be sent next; None if there is none.
 
         Raises:
             OutboxError: the file cannot be read.
@@ -355,7 +354,7 @@ class Outbox:
         return None if row is None else _entry(row)
 
     def confirm(self, key: str) -> None:
-        """Take an entry out that the server has answered.
+        """Remove an entry that the server has answered.
 
         Raises:
             OutboxError: the file cannot be written.
@@ -374,7 +373,7 @@ class Outbox:
             )
 
     def failed(self, key: str, *, most: int) -> None:
-        """Note that the server answered an entry with an error; after `most` it is taken out.
+        """Count an error response to an entry; after `most` of them, remove the entry.
 
         Raises:
             OutboxError: the file cannot be written.
@@ -385,7 +384,7 @@ class Outbox:
             _count(connection, "refused", connection.execute(query, (key, most)).rowcount)
 
     def counts(self) -> OutboxCounts:
-        """What waits, and what became of the rest.
+        """Return the numbers of waiting, sent and lost entries.
 
         Raises:
             OutboxError: the file cannot be written.
@@ -404,12 +403,12 @@ class Outbox:
         )
 
     def wait(self, seconds: float) -> None:
-        """Wait until this process puts something, at most that long."""
+        """Wait until this process puts an entry, at most `seconds`."""
         self._has_come.wait(seconds)
         self._has_come.clear()
 
     def _end(self, now: float) -> float:
-        """When what comes at `now` is too old."""
+        """Return when an entry of now expires."""
         return now + self.rules.lives_s if now > _CLOCK_IS_SET else _NEVER
 
     def _expire(self, connection: sqlite3.Connection, now: float) -> None:
@@ -418,7 +417,7 @@ class Outbox:
         connection.execute("DELETE FROM sent WHERE expires <= ?", (now,))
 
     def _make_room(self, connection: sqlite3.Connection, entry: Entry) -> bool:
-        """Drop the oldest until `entry` fits; False if it is the one to be dropped."""
+        """Drop the oldest entries until `entry` fits; False if `entry` itself is dropped."""
         query = "SELECT count(*), coalesce(sum(size), 0) FROM entries"
         count, size = connection.execute(query).fetchone()
         too_many = count + 1 - self.rules.most_entries

@@ -1,4 +1,4 @@
-"""Replayer: sends what waits in an outbox once the server can be reached, in order."""
+"""Send the requests in an outbox, in order, once the server can be reached."""
 
 import logging
 import os
@@ -26,13 +26,13 @@ Step = Literal["sent", "set aside", "nothing waits", "no server"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayRules:
-    """How an outbox is emptied.
+    """Rate and limits of a replayer.
 
     Attributes:
-        per_second: entries at most, so that a server that is just back is not flooded.
+        per_second: entries per second at most, so that a recovering server is not flooded.
         deadline_ms: of one entry.
-        pause_s: before the server, or an outbox that was empty, is looked at again.
-        most_failures: answers of the server that are errors, after which an entry is given up.
+        pause_s: before an unavailable server, or an empty outbox, is checked again.
+        most_failures: error responses after which an entry is given up.
 
     Raises:
         InputError: a value that is not above 0.
@@ -49,17 +49,17 @@ class ReplayRules:
 
 
 class Replayer:
-    """Sends entries one by one, the oldest first, on a thread of its own.
+    """Send the entries of an outbox one by one, the oldest first, on a thread of its own.
 
-    The server's breaker decides when it is asked at all. An entry is taken out once the server
-    has confirmed it: if the program dies in between, it is sent again with the same id, by which
-    the server recognises it. Of several processes that share an outbox, one at a time sends.
+    The client's circuit breaker decides when the server is called at all. An entry is removed
+    once the server has answered it: if the program dies in between, it is sent again with the
+    same idempotency key. Of several processes that share an outbox, one at a time sends.
 
     Args:
-        outbox: what to empty; not closed by this.
-        server: where to send it; likewise.
-        on_reply: given each entry and its reply before it is taken out, so that no reply is
-            lost; the same entry may be given twice.
+        outbox: the outbox; it is not closed by this.
+        server: the client of the server; likewise.
+        on_reply: called with each entry and its response before the entry is removed, so that
+            no response is lost; perhaps twice for the same entry.
         rules: see `ReplayRules`.
     """
 
@@ -89,17 +89,17 @@ class Replayer:
         self.close()
 
     def start(self) -> None:
-        """Begin to send."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the entry that is under way; the rest waits for the next start."""
+        """Stop after the current entry; the rest waits for the next start."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def step(self) -> Step:
-        """Send the oldest entry.
+        """Send the oldest entry and return what happened.
 
         Raises:
             OutboxError: the file cannot be read or written.
@@ -118,12 +118,12 @@ class Replayer:
         try:
             self._on_reply(entry, response)
         except Exception:
-            _log.exception("what takes the reply to outbox entry %s failed", entry.key)
+            _log.exception("on_reply failed for outbox entry %s", entry.key)
         self._outbox.confirm(entry.key)
         return "sent"
 
     def _after(self, error: ServerError, entry: Entry) -> Step:
-        """Decide whether it is the entry that is wrong, or the server."""
+        """Decide whether the entry is at fault, or the server."""
         is_answer = isinstance(error, ServerRefusedError | BadReplyError) and not error.lasting
         if is_answer:
             most = 1 if error.server_works else self._rules.most_failures
@@ -136,10 +136,10 @@ class Replayer:
     def _run(self) -> None:
         while not self._stopped.is_set():
             try:
-                with _turn(self._outbox.path) as is_ours:
+                with _lock(self._outbox.path) as is_ours:
                     while is_ours and not self._stopped.is_set():
                         self._pause_after(self.step())
-            except (EdgeClipError, OSError) as error:  # a full disk, say, which may pass
+            except (EdgeClipError, OSError) as error:  # perhaps temporary, such as a full disk
                 _log.warning("the outbox cannot be emptied: %s", error)
             self._stopped.wait(self._rules.pause_s)
 
@@ -162,10 +162,10 @@ def _reader(entry: Entry) -> Callable[[InferResponse], InferResponse]:
 
 
 @contextmanager
-def _turn(path: Path) -> Iterator[bool]:
-    """Give whether this process may send; another one that dies lets go of its turn.
+def _lock(path: Path) -> Iterator[bool]:
+    """Yield whether this process may send; the lock of a process that dies is released.
 
-    Where files cannot be locked, all may: the server recognises what comes twice.
+    If files cannot be locked, all may: the server runs each idempotency key once.
     """
     if sys.platform == "win32":
         yield True

@@ -1,5 +1,6 @@
-"""Keep a call within its deadline: retries with a budget, a circuit breaker, hedged attempts."""
+"""Deadlines, retries with a budget, a circuit breaker, and hedged attempts of a call."""
 
+import contextlib
 import math
 import random
 import threading
@@ -23,13 +24,13 @@ Clock = Callable[[], float]  # returns seconds
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """An absolute moment on a clock that never jumps.
+    """The moment by which a call must be over, on a monotonic clock.
 
-    Handing it down, rather than a timeout, leaves no step with more time than the whole has.
+    Passing a deadline instead of a timeout keeps each step within the time of the whole call.
 
     Attributes:
         at: a reading of `clock`, in seconds.
-        clock: seconds since some moment; it must not go backwards.
+        clock: seconds, monotonic.
     """
 
     at: float
@@ -37,7 +38,7 @@ class Deadline:
 
     @classmethod
     def after_ms(cls, milliseconds: float, clock: Clock = time.monotonic) -> "Deadline":
-        """The moment `milliseconds` from the present.
+        """Return the deadline `milliseconds` from now.
 
         Raises:
             InputError: not above 0, or not a finite number.
@@ -47,33 +48,33 @@ class Deadline:
         return cls(clock() + milliseconds / 1e3, clock)
 
     def left(self) -> float:
-        """Seconds that are left, 0 once it has passed."""
+        """Return the seconds left, 0 once it has passed."""
         return max(0.0, self.at - self.clock())
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is left."""
+        """Whether no time is left."""
         return self.clock() >= self.at
 
     def earlier(self, seconds: float) -> "Deadline":
-        """The moment `seconds` before this one, to keep a reserve."""
+        """Return the deadline `seconds` before this one, to keep a reserve."""
         return Deadline(self.at - seconds, self.clock)
 
 
 class RetryBudget:
-    """A token bucket: each call pays in `share`, each retry or hedge takes out 1.
+    """A token bucket for extra attempts: each call adds `share`, each retry or hedge takes 1.
 
-    Over any number of calls there are at most `share` times as many extra attempts, and
-    `most` beyond that. A budget that is full lasts for a short disturbance; in a long one,
-    retries fall to the share.
+    Over any number of calls there are at most `share` times as many extra attempts, plus
+    `most`. A full budget lasts for a short disturbance; in a long one, retries fall to the
+    share.
 
     Source: Finagle's RetryBudget (finagle.github.io/blog/2016/02/08/retry-budgets) and gRPC's
     retry throttling (gRFC A6, proposal A6-client-retries.md); the idea of 10% is that of
     Beyer et al., Site Reliability Engineering (2016), chapter 21, "Handling Overload".
 
     Args:
-        share: of the calls, at least 0.
-        most: tokens that can be saved up; the bucket starts full.
+        share: tokens per call, at least 0.
+        most: capacity of the bucket, which starts full.
 
     Raises:
         InputError: one of them is below 0.
@@ -92,9 +93,9 @@ class RetryBudget:
             self._tokens = min(self._most, self._tokens + self._share)
 
     def withdraw(self) -> bool:
-        """Ask for one more attempt; False if the budget does not allow it."""
+        """Take a token for one more attempt; False if there is none."""
         with self._lock:
-            # Ten deposits of 0.1 are a little less than 1 in binary.
+            # Ten deposits of 0.1 sum to slightly less than 1 in binary.
             if self._tokens < 1 - 1e-9:
                 return False
             self._tokens = max(0.0, self._tokens - 1)
@@ -139,11 +140,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
-    """How often to try, and how long to pause between.
+    """Number of attempts, and pauses between them.
 
     Attributes:
-        attempts: at most, the first one included.
-        first_s: bound of the first pause; it doubles with each.
+        attempts: at most, including the first one.
+        first_s: bound of the first pause; it doubles with each retry.
         longest_s: the largest bound.
 
     Raises:
@@ -159,7 +160,7 @@ class Backoff:
             raise InputError(f"a backoff cannot be {self}")
 
     def bound_s(self, retry: int) -> float:
-        """The longest pause before the retry of that number, from 0."""
+        """Return the longest pause before a retry; the first retry is number 0."""
         return min(self.longest_s, self.first_s * 2.0 ** min(retry, 30))
 
 
@@ -172,15 +173,15 @@ def with_retries(
     sleep: Callable[[float], object] = time.sleep,
     uniform: Callable[[float, float], float] = random.uniform,
 ) -> T:
-    """Call `attempt` until it succeeds, or trying again is of no use.
+    """Call `attempt` until it succeeds, or a retry is of no use.
 
-    Pauses have full jitter. A server that says when it wants to be asked again is obeyed; if
-    that is past the deadline, it is not asked again.
+    Pauses have full jitter. A server's `Retry-After` is respected; if it is past the deadline,
+    there is no retry.
 
     Source: Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog (2015).
 
     Raises:
-        ServerError: what the last attempt raised.
+        ServerError: from the last attempt.
     """
     for retry in range(backoff.attempts):
         try:
@@ -188,7 +189,7 @@ def with_retries(
         except ServerError as error:
             wait = uniform(0, backoff.bound_s(retry))
             if isinstance(error, ServerBusyError) and error.retry_after is not None:
-                wait += error.retry_after  # jitter on top: others were told the same
+                wait += error.retry_after  # plus jitter: other clients were told the same
             is_last = retry + 1 == backoff.attempts
             if is_last or not error.retryable or wait >= deadline.left() or not budget.withdraw():
                 raise
@@ -201,13 +202,13 @@ State = Literal["closed", "open", "half-open"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakerRules:
-    """When a breaker opens, and for how long.
+    """When a circuit breaker opens, and for how long.
 
     Attributes:
-        failure_share: of the calls in the window, from which it opens.
-        window_calls: how many of the last calls count.
-        window_s: for how many seconds a call counts.
-        fewest_calls: how many must count before it may open.
+        failure_share: share of failures in the window at which it opens.
+        window_calls: size of the window in calls.
+        window_s: size of the window in seconds.
+        fewest_calls: minimum number of calls in the window before it opens.
         first_open_s: bound of the first open time; it doubles each time in a row.
         longest_open_s: the largest bound.
 
@@ -229,18 +230,18 @@ class BreakerRules:
 
 
 class CircuitBreaker:
-    """Admits calls while they tend to go well.
+    """Circuit breaker: stop calling a server that fails.
 
-    Closed, it admits all. Open, it admits none. Half-open, it admits one at a time, whose end
-    decides; what earlier calls report meanwhile does not count.
+    Closed, it admits all calls. Open, it admits none. Half-open, it admits one at a time, whose
+    result decides; the results of earlier calls do not count then.
 
     Args:
         rules: see `BreakerRules`.
-        half_opens: whether the end of the open time lets one call through. If not, somebody
-            else has to look after the server, and tell by `half_open` or `stay_open`.
+        half_opens: whether it becomes half-open by itself after the open time. If not, a probe
+            of the server has to call `half_open` or `stay_open`.
         on_open: called whenever it opens, in the thread whose call failed.
-        clock: seconds, never backwards.
-        uniform: a random number between two bounds.
+        clock: seconds, monotonic.
+        uniform: returns a random number between two bounds.
     """
 
     def __init__(
@@ -262,26 +263,26 @@ class CircuitBreaker:
         self._lasting = False
         self._open_until = 0.0
         self._openings = 0  # in a row
-        self._era = 0  # permits of an earlier one do not count
+        self._era = 0  # permits of an earlier era do not count
         self._is_probing = False
 
     @property
     def state(self) -> State:
-        """Closed, open or half-open."""
+        """The state: closed, open or half-open."""
         return self._state
 
     @property
     def reason(self) -> str | None:
-        """Why it opened, if waiting does not mend that; None otherwise."""
+        """Why it opened, if waiting does not help; None otherwise."""
         return self._reason if self._lasting and self._state != "closed" else None
 
     def open_s(self) -> float:
-        """Seconds until the open time is over; 0 if it is not open."""
+        """Return the seconds until the open time is over; 0 if it is not open."""
         with self._lock:
             return max(0.0, self._open_until - self._clock()) if self._state == "open" else 0.0
 
     def admit(self) -> "Permit | None":
-        """Ask to make a call; None if it must not be made. Each permit is to be ended once."""
+        """Return a permit for a call, which must be ended once; None to refuse the call."""
         with self._lock:
             if self._state == "closed":
                 return Permit(self, self._era)
@@ -295,19 +296,19 @@ class CircuitBreaker:
             return Permit(self, self._era)
 
     def would_admit(self) -> bool:
-        """Whether `admit` would give a permit; costs nothing, promises nothing."""
+        """Return whether `admit` would return a permit now; changes nothing."""
         if self._state == "open":
             return self._half_opens and self._clock() >= self._open_until
         return not self._is_probing
 
     def half_open(self) -> None:
-        """Let one call through: the server seems to be back."""
+        """Admit one call: the server seems to be available again."""
         with self._lock:
             if self._state == "open":
                 self._state = "half-open"
 
     def stay_open(self) -> None:
-        """Begin another, longer open time: the server is not back."""
+        """Start another, longer open time: the server is not available yet."""
         with self._lock:
             if self._state == "open":
                 self._begin_open_time()
@@ -327,7 +328,7 @@ class CircuitBreaker:
             self._on_open()
 
     def _count(self, succeeded: bool, lasting: bool) -> bool:
-        """Take note of the end of a call; whether the breaker has to open."""
+        """Count the result of a call; return whether the breaker has to open."""
         if self._state == "half-open":
             if succeeded:
                 self._close()
@@ -361,7 +362,7 @@ class CircuitBreaker:
 
 
 class Permit:
-    """The right to make one call; say how it ended."""
+    """Permission to make one call; call one method with its result."""
 
     __slots__ = ("_breaker", "_era")
 
@@ -369,34 +370,34 @@ class Permit:
         self._breaker, self._era = breaker, era
 
     def succeeded(self) -> None:
-        """The server answered as it should."""
+        """Report a success."""
         self._breaker._end(self._era, True, "", False)
 
     def failed(self, reason: str = "", *, lasting: bool = False) -> None:
-        """The server failed.
+        """Report a failure of the server.
 
         Args:
             reason: in a few words.
-            lasting: waiting a little does not mend it, so that the breaker opens at once.
+            lasting: waiting a little does not help, so that the breaker opens at once.
         """
         self._breaker._end(self._era, False, reason, lasting)
 
     def unused(self) -> None:
-        """The call says nothing about the server, or was not made."""
+        """Report that the call says nothing about the server, or was not made."""
         self._breaker._end(self._era, None, "", False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attempt(Generic[T]):
-    """An attempt under way.
+    """An attempt in progress.
 
     Attributes:
-        future: its end.
-        cut_off: ends it early; harmless once it is over.
+        future: its result.
+        cancel: ends it early; does nothing once it is over.
     """
 
     future: "Future[T]"
-    cut_off: Callable[[], None]
+    cancel: Callable[[], None]
 
 
 def first_answer(
@@ -406,37 +407,31 @@ def first_answer(
     hedge_after: float | None = None,
     may_hedge: Callable[[], bool] = lambda: True,
 ) -> T:
-    """Start an attempt, a second one if need be, and return the first answer.
+    """Start an attempt, and a second one if it is slow; return the first result.
 
-    Both are cut off when this returns, whatever the reason.
+    Both are cancelled when this returns, whatever the reason.
 
     Args:
-        start: begins an attempt and returns at once.
+        start: starts an attempt and returns at once.
         deadline: when to give up.
-        hedge_after: seconds after which a second attempt is made; None for never.
-        may_hedge: asked once, at that moment.
+        hedge_after: seconds after which a second attempt is started; None for never.
+        may_hedge: called at that moment; whether the second attempt is allowed.
 
     Raises:
-        DeadlineExceededError: no answer in time.
-        Exception: what the first attempt raised, if none succeeded.
+        DeadlineExceededError: no result in time.
+        Exception: from the first attempt, if none succeeded.
     """
     attempts = [start()]
     try:
         if hedge_after is not None and hedge_after < deadline.left():
             _, pending = wait([attempts[0].future], timeout=hedge_after)
             if pending and may_hedge():
-                attempts += _one_more(start)
+                with contextlib.suppress(ClientBusyError):
+                    attempts.append(start())
         return _first([attempt.future for attempt in attempts], deadline)
     finally:
         for attempt in attempts:
-            attempt.cut_off()
-
-
-def _one_more(start: Callable[[], Attempt[T]]) -> list[Attempt[T]]:
-    try:
-        return [start()]
-    except ClientBusyError:
-        return []
+            attempt.cancel()
 
 
 def _first(futures: "list[Future[T]]", deadline: Deadline) -> T:
@@ -448,5 +443,5 @@ def _first(futures: "list[Future[T]]", deadline: Deadline) -> T:
         for future in futures:
             if future in done and future.exception() is None:
                 return future.result()
-    # All have failed; the first error is told.
+    # All have failed; the first error is raised.
     return futures[0].result()

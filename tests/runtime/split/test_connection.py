@@ -87,14 +87,14 @@ def test_server_without_tls_is_not_trusted() -> None:
             server.infer(a_request(), soon(300))
 
 
-def test_exchange_that_was_cut_off_before_it_began_is_not_made() -> None:
+def test_exchange_that_was_cancelled_before_it_began_is_not_made() -> None:
     with serving(RawServer()) as raw:
         pool, _ = open_pool(Address(url=raw.url), 1)
-        cut_off = CancelToken()
-        cut_off()
+        token = CancelToken()
+        token()
         request = HttpRequest(method="GET", path="/v2/health/ready", headers={})
         with pytest.raises(DeadlineExceededError):
-            exchange(pool, request, soon(), cut_off, most_bytes=100)
+            exchange(pool, request, soon(), token, most_bytes=100)
     assert raw.connections == 0
 
 

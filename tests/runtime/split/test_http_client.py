@@ -310,9 +310,9 @@ def test_closed_server() -> None:
 @pytest.mark.parametrize(
     ("url", "options", "says"),
     [
-        ("127.0.0.1:8000", {}, "no address"),
-        ("ftp://host", {}, "no address"),
-        ("http://", {}, "no address"),
+        ("127.0.0.1:8000", {}, "not the address"),
+        ("ftp://host", {}, "not the address"),
+        ("http://", {}, "not the address"),
         ("http://user:word@host", {}, "give a token"),
         ("http://host", {"fingerprint": "0" * 64}, "https"),
         ("https://host", {"fingerprint": "abc"}, "SHA-256"),

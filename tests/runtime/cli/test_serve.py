@@ -4,21 +4,27 @@ import hashlib
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
 import numpy as np
 import pytest
 
 from edgeclip.runtime.bundle.index import Index
+from edgeclip.runtime.cli.main import main
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.planning.cut_set import CutHead, CutSet
 from edgeclip.runtime.serving.bundle_models import CutTail
+from edgeclip.runtime.serving.server import listen
 from edgeclip.runtime.wire.codec import encode
 from edgeclip.runtime.wire.messages import CODEC, SPACE_ID, InferRequest
 from tests.conftest import COLOURS, DIM, SPACE
 from tests.runtime.serving.ask_server import PATIENCE, ask, in_thread, infer, serve_process, until
+from tests.runtime.serving.grpc_parts import call
 
 ECHO = ("--function", "tests.echo_function:echo")
 # Waits for a file, so that a test decides when a run ends.
@@ -196,3 +202,29 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path: Path) 
             assert server.end() == 2
             until(lambda: bool(server.said))
             assert f"cannot listen on 127.0.0.1 port {port}" in server.said[0]
+
+
+SERVE = (sys.executable, "-m", "edgeclip.runtime.cli.main", "serve", *ECHO, "--port", "0")
+
+
+def test_both_ports_are_served_until_a_signal() -> None:
+    process = subprocess.Popen(
+        [*SERVE, "--grpc-port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("serving echo at http://127.0.0.1:")
+        line = process.stderr.readline().strip()
+        with grpc.insecure_channel(line.removeprefix("serving gRPC at ")) as channel:
+            assert call(channel, "ServerReady").ready
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_a_port_that_is_taken_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", *ECHO, "--port", "0", "--grpc-port", port]) == 2
+    assert "cannot listen on 127.0.0.1 port" in capsys.readouterr().err
