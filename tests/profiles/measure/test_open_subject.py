@@ -163,7 +163,7 @@ def test_what_cannot_be_opened(
     for spec, kind, message in (
         (spec_of(tiny_bundle, cpu_device, "image", precision="fp16"), BundleError, "no fp16 image"),
         (spec_of(tiny_bundle, device, "file", precision="int8"), InputError, "not allow int8"),
-        (spec_of(tmp_path, cpu_device, "text"), BundleError, "is not a bundle"),
+        (spec_of(tmp_path, cpu_device, "text"), BundleError, "is no bundle"),
         (spec_of(tiny_bundle, cpu_device, "file", pictures=missing), InputError, "none.jpg does"),
         (
             spec_of(tiny_bundle, cpu_device, "file", pictures=(str(damaged),)),

@@ -447,7 +447,7 @@ def test_context_runs_like_the_graph(tower: Path, tmp_path: Path, openvino: Devi
     target = tmp_path / "context.onnx"
     if "OpenVINOExecutionProvider" not in {item.ep_name for item in onnxruntime.get_ep_devices()}:
         # The wheels of onnxruntime-openvino lack the library that reads contexts of CPUs.
-        with pytest.raises(EngineError, match=r"cannot read back the context .* another build"):
+        with pytest.raises(EngineError, match=r"cannot read the context .* another build"):
             embed_context(tower, device=openvino, target=target)
         assert list(tmp_path.iterdir()) == []
         return
