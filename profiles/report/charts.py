@@ -486,7 +486,7 @@ def _pixel_mark(
             markersize=size,
             linestyle="none",
             color=COLOURS[colour],
-            markeredgewidth=0,
+            markeredgewidth=2.0 if shape == "|" else 0.0,
         )
     )
 

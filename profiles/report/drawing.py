@@ -275,7 +275,7 @@ def set_axis(
     axes.minorticks_off()
     scale = 100.0 if percent else 1.0
     places = ticks(scale * low, scale * high, count, log=log)
-    names = tick_names(places)
+    names = [tick_name(place) for place in places] if log else tick_names(places)
     if which == "x":
         # Names that would touch the one before, or leave the picture, are left out.
         figure = axes.get_figure(root=True)
@@ -320,7 +320,7 @@ def ticks(low: float, high: float, count: int, *, log: bool) -> list[float]:
 def tick_names(places: Sequence[float]) -> list[str]:
     """Short names with equally many decimals where steps are equal: 0.9990, 0.9995, 1.0000."""
     steps = {round(b - a, 12) for a, b in itertools.pairwise(places)}
-    if len(steps) == 1 and max(map(abs, places)) < 1e6:
+    if len(steps) == 1 and 0.01 <= max(map(abs, places)) < 1e6:
         step = steps.pop()
         decimals = next((d for d in range(9) if abs(round(step, d) - step) < step * 1e-6), 9)
         return [f"{place:,.{decimals}f}" for place in places]
@@ -411,7 +411,7 @@ def place_labels(
             if any(_overlap(box, other, 2.0) for other in placed.values()):
                 continue
             covered = sum(_overlap(box, other, 1.0) for other in avoid)
-            cost += 40.0 * bool(covered) + covered / 4
+            cost += 60.0 * bool(covered) + covered / 4
             if best is None or cost < best[0]:
                 best = cost, box
         if best is not None:
