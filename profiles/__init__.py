@@ -1,1 +1,1 @@
-"""What devices, links, workloads and traffic are: data, and its typed loaders."""
+"""Profiles: descriptions of devices, links and workloads, measurements, comparisons, reports."""
