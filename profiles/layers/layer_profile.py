@@ -1,30 +1,27 @@
 """Profile the layers of a tower: time each node of its graph by ONNX Runtime's own trace."""
 
 import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from edgeclip.profiles.layers.node_costs import TensorType, node_bytes, node_flops
+from edgeclip.profiles.layers.summarize_layers import Layer, run_alternately, summarize_layers
 from edgeclip.profiles.measure.subject import example_feed
-from edgeclip.profiles.record.measurement import LayerProfile, LayerTime
+from edgeclip.profiles.record.measurement import LayerProfile
 from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine, make_ort_engine
 from edgeclip.runtime.engines.providers import CPU, provider_of
-from edgeclip.runtime.errors import EngineError, InputError
+from edgeclip.runtime.errors import EngineError
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.towers.tower_runner import open_tower
-
-Key = TypeVar("Key", bound=Hashable)
 
 _KERNEL = "_kernel_time"
 _HOLDS_NODES = {"If", "Loop", "Scan"}  # the nodes inside have events of their own
@@ -97,78 +94,6 @@ def _node(name: str, event: dict[str, Any]) -> NodeRun:
 
 def _tensors(listed: Sequence[dict[str, list[int]]]) -> tuple[TensorType, ...]:
     return tuple((kind, tuple(shape)) for item in listed for kind, shape in item.items())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """A layer before it is timed; the fields are those of `LayerTime`."""
-
-    name: str
-    op: str
-    provider: str
-    flops: float | None
-    bytes: float | None
-
-
-def summarize_layers(
-    source: str,
-    layers: Mapping[Key, Layer],
-    runs: Sequence[Mapping[Key, float]],
-    plain_ms: Sequence[float],
-) -> LayerProfile:
-    """Make a layer profile from several runs: medians, the slowest layer first.
-
-    Args:
-        source: see `LayerProfile`.
-        layers: every layer that ran, by a key of its own.
-        runs: milliseconds by layer key, one mapping for each run; a missing layer counts as 0.
-        plain_ms: milliseconds of whole runs without profiling.
-    """
-    medians = {key: statistics.median(run.get(key, 0.0) for run in runs) for key in layers}
-    total = sum(medians.values())
-    times = (
-        LayerTime(
-            name=layer.name,
-            op=layer.op,
-            provider=layer.provider,
-            ms=medians[key],
-            share=medians[key] / total if total else 0.0,
-            flops=layer.flops,
-            bytes=layer.bytes,
-        )
-        for key, layer in layers.items()
-    )
-    return LayerProfile(
-        source=source,
-        runs=len(runs),
-        total_ms=statistics.median(sum(run.values()) for run in runs),
-        plain_ms=statistics.median(plain_ms),
-        layers=tuple(sorted(times, key=lambda layer: -layer.ms)),
-    )
-
-
-def run_alternately(
-    plain: Callable[[], object], profiled: Callable[[], object], *, runs: int, warm_up: int
-) -> tuple[float, ...]:
-    """Run the plain and the profiled function alternately; return ms of the plain runs.
-
-    Each runs `warm_up + runs` times; the first `warm_up` times are left out.
-
-    Raises:
-        InputError: `runs` is below 1 or `warm_up` below 0.
-    """
-    if runs < 1 or warm_up < 0:
-        raise InputError(f"profile at least 1 run after 0 or more, not {runs} after {warm_up}")
-    times = []
-    for number in range(warm_up + runs):
-        if number % 2:
-            profiled()
-        start = time.perf_counter()
-        plain()
-        times.append(1e3 * (time.perf_counter() - start))
-        if not number % 2:
-            profiled()
-    return tuple(times[warm_up:])
 
 
 _NO_PREPACKING = {"session.disable_prepacking": "1"}

@@ -16,8 +16,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgeclip.profiles.layers.layer_profile import Layer, run_alternately, summarize_layers
 from edgeclip.profiles.layers.node_costs import TensorType, node_bytes
+from edgeclip.profiles.layers.summarize_layers import Layer, run_alternately, summarize_layers
 from edgeclip.profiles.record.measurement import LayerProfile
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import Engine

@@ -6,7 +6,6 @@ import pytest
 from edgeclip.profiles.predict import measured_device
 from edgeclip.profiles.predict.measured_device import load_measured, measured_names
 from edgeclip.profiles.predict.predict_latency import Predictor
-from edgeclip.profiles.predict.predict_stages import _load
 from edgeclip.runtime.errors import ConfigError
 from tests.profiles.predict.known_device import known_device
 
@@ -39,7 +38,6 @@ def test_some_come_with_the_package() -> None:
 def test_one_that_comes_with_the_package_can_be_believed(name: str) -> None:
     found = load_measured(name)
     assert found.name == name
-    assert _load(name) == found  # as `edgeclip plan --device-times` reads it
     assert found.carried is None
     assert found.interference is not None
     assert not found.interference.disturbed
