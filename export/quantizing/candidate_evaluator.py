@@ -228,7 +228,7 @@ def time_candidates(
     workload: Workload = SEARCH_WORKLOAD,
     seconds: float = _SECONDS,
 ) -> tuple[CandidateLatency, ...]:
-    """Time candidates and the reference in the same rounds; see `ab_benchmark`.
+    """Time candidates and the reference in the same interleaved rounds; see `ab_benchmark`.
 
     Figures are the geometric means of both measurements; intervals cover both intervals.
     """

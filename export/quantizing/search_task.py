@@ -106,7 +106,7 @@ class SearchTask:
 
 
 def open_calibration(data: str, *, pairs: int, ranges: int, size: int) -> tuple[Source, Source]:
-    """Open calibration pairs in two parts: those to find ranges on, and those to steer by.
+    """Open calibration pairs, split into those to find ranges on and those to steer by.
 
     Args:
         data: emoji, or a folder; see `open_source`.
@@ -129,9 +129,9 @@ def open_calibration(data: str, *, pairs: int, ranges: int, size: int) -> tuple[
 
 
 def split_calibration(source: Source, ranges: int) -> tuple[Source, Source]:
-    """Split calibration pairs in two: `ranges` of them to find ranges on, the others to steer by.
+    """Split calibration pairs at random: `ranges` to find ranges on, the others to steer by.
 
-    Which is which is drawn, because folders are often sorted by what they show.
+    The split is random because folders are often sorted by what they show.
     """
     drawn = np.random.default_rng(0).permutation(len(source))
     first, rest = (sorted(map(int, part)) for part in (drawn[:ranges], drawn[ranges:]))
@@ -147,16 +147,16 @@ Change = Callable[[StaticInt8], StaticInt8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
-    """Configs to try.
+    """The configs that a search tries.
 
     Attributes:
-        recipe: static int8 with everything quantized, as it suits the engine; None where the
+        recipe: static int8 with every product quantized, as the engine needs it; None where the
             device has no int8.
-        remedies: changes of the recipe that cost no time on the device; they are tried one
-            after another where it misses its gates.
-        smoothing: whether LayerNorms may be smoothed, before all other remedies.
-        cheaper: changes that may save some time or bytes and lose some quality; they are tried
-            one by one where the recipe is inside its gates.
+        remedies: changes of the recipe that cost no time on the device; tried one after another
+            while it misses its gates.
+        smoothing: try SmoothQuant, before all other remedies.
+        cheaper: changes that may save time or bytes and lose quality; tried one by one where the
+            recipe is inside its gates.
         others: configs of other kinds, tried as they are.
     """
 
@@ -170,13 +170,13 @@ class SearchSpace:
 def search_space(
     device: DeviceProfile, tower: Tower, *, here: bool, dynamic: bool = False
 ) -> SearchSpace:
-    """Return what suits a device's engine.
+    """Return the configs worth trying on a device.
 
     Args:
-        device: the tower runs on it.
-        tower: which one; weights alone are only quantized for texts, whose table is large.
-        here: whether this machine is the device, so that what costs time shows.
-        dynamic: try dynamic int8 too, whose embeddings depend on what else is in a batch.
+        device: the target device.
+        tower: which one; weight-only configs are only for texts, whose token table is large.
+        here: whether this machine is the device, so that time is measured.
+        dynamic: try dynamic int8 too, whose embeddings depend on the rest of their batch.
     """
     others: list[Config] = []
     if "fp16" in device.precisions:

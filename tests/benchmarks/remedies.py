@@ -23,7 +23,7 @@ from _bars import Bar, finish, options
 from _quantizer_grow import plant_outliers
 from graph_work import random_vit_b32
 
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds

@@ -89,9 +89,9 @@ def test_a_record_is_found_again_by_all_it_depends_on_and_nothing_else(tmp_path:
     assert store.load(Gains, "config") is None
     assert store.load_or_make(Gains, "config", make) == FOUND
     assert store.load(Gains, "config") == FOUND
-    assert RecordStore(tmp_path, "graph, data, bounds").find(Gains, "config") == FOUND
+    assert RecordStore(tmp_path, "graph, data, bounds").load(Gains, "config") == FOUND
     assert store.load(Gains, "another config") is None
-    assert RecordStore(tmp_path, "graph, other data, bounds").find(Gains, "config") is None
+    assert RecordStore(tmp_path, "graph, other data, bounds").load(Gains, "config") is None
 
 
 def test_what_cannot_be_read_is_made_again(tmp_path: Path) -> None:

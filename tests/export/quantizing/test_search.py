@@ -304,7 +304,7 @@ def test_spaces_follow_the_device() -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from edgeclip.export.quantizing.candidate_evaluator import open_trial
+from edgeclip.export.quantizing.candidate_evaluator import open_evaluator
 from edgeclip.export.quantizing.search import search
 from edgeclip.export.graph.to_onnx import TowerPaths
 from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -322,7 +322,7 @@ device = DeviceProfile(
     memory_mb=1000,
 )
 task = planted_task(tiny_clip(), TowerPaths(image, image, "float32-nchw"), folder, device, Blobs)
-with open_trial(task, folder / "points") as trial:
+with open_evaluator(task, folder / "points") as trial:
     search(trial, PLAIN, progress=lambda line: print(line, flush=True))
 print("not killed", flush=True)
 """
