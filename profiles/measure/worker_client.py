@@ -49,7 +49,7 @@ class WorkerRequest(JsonRecord):
         seconds: for each batch size of "sweep".
     """
 
-    WHAT: ClassVar[str] = "a request"
+    WHAT: ClassVar[str] = "a benchmark request"
     HINT: ClassVar[str] = "write it with this version"
 
     task: WorkerTask
@@ -88,7 +88,7 @@ class WorkerResult(JsonRecord):
         sweep: of "sweep", without batch sizes that the graph does not take.
     """
 
-    WHAT: ClassVar[str] = "an answer"
+    WHAT: ClassVar[str] = "a benchmark result"
     HINT: ClassVar[str] = "measure again"
 
     runs: tuple[SubjectRuns, ...] = ()
@@ -118,7 +118,7 @@ def run_worker(request: WorkerRequest, *, progress: Progress | None = None) -> W
         try:
             return WorkerResult.load(result_file)
         except ConfigError as error:
-            raise EngineError(f"a process that measured left no answer: {error}") from error
+            raise EngineError(f"the benchmark process left no result: {error}") from error
 
 
 def _with_pictures(subjects: Sequence[SubjectSpec], folder: Path) -> tuple[SubjectSpec, ...]:
@@ -181,6 +181,6 @@ def _failure(last: Iterable[str], status: int) -> str:
     if status < 0:
         name = signal.Signals(-status).name
         hint = ": it may have run out of memory" if name == "SIGKILL" else ""
-        return f"a process that measured was ended by {name}{hint}"
+        return f"the benchmark process was killed by {name}{hint}"
     end = lines[-1] if lines else f"exit status {status}"
-    return f"a process that measured failed: {end}"
+    return f"the benchmark process failed: {end}"

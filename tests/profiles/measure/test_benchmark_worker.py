@@ -122,11 +122,11 @@ def test_it_starts_light() -> None:
     ("script", "message"),
     [
         ("import sys; print('edgeclip: error: it is away', file=sys.stderr); sys.exit(2)", "it is"),
-        ("raise ValueError('odd')", "a process that measured failed: ValueError: odd"),
-        ("import sys; sys.exit(3)", "a process that measured failed: exit status 3"),
-        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL: it may have run out of memory"),
-        ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
-        ("print('step 1 2')", "left no answer"),
+        ("raise ValueError('odd')", "the benchmark process failed: ValueError: odd"),
+        ("import sys; sys.exit(3)", "the benchmark process failed: exit status 3"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL: it may have run out of memory"),
+        ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+        ("print('step 1 2')", "left no result"),
     ],
 )
 def test_a_process_that_fails(
