@@ -1,4 +1,4 @@
-"""The curve of a cascade (quality, time, bytes for every threshold) as text and as an HTML page."""
+"""Report a cascade: quality, time and bytes for each threshold, as text and as an HTML page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -155,7 +155,7 @@ def test_values_without_an_embedding_are_the_senders_fault(
 ) -> None:
     tail = CutTail(emoji_cuts, 3, cpu_device)
     huge = np.random.default_rng(0).choice([-3e38, 3e38], (1, 65, 128)).astype(np.float32)
-    with pytest.raises(InputError, match="no picture's"):
+    with pytest.raises(InputError, match="not those of a picture"):
         tail.run({"cut": huge}, {})
 
 
