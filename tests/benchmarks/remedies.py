@@ -7,7 +7,7 @@ Three image towers are searched for this machine, as `edgeclip quantize` does:
 - a CLIP ViT-B/32 with random weights, whose retrieval means nothing and is not judged.
 
 Each remedy is also measured alone on the plain recipe. Planting changes no embedding in fp32.
-A remedy wins if it is part of the configuration that is shipped. Takes about ten minutes.
+A remedy wins if it is part of the configuration that is shipped. Takes some twenty minutes.
 """
 
 import copy
