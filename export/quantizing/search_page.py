@@ -1,4 +1,4 @@
-"""A quantization search as one HTML page: the trade-off, every candidate, the proof."""
+"""The HTML page of a quantization search: trade-off, all candidates, gates on the test pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -230,7 +230,7 @@ def failed_section(result: SearchResult) -> Section | None:
 
 
 def method_section(about: SearchedTower) -> Section | None:
-    """How it was done, and what to type to do it again."""
+    """The method, and the command that repeats the search."""
     notes = [
         Note(
             f"Ranges were found on {about.ranges}. What was tried next was decided on "
@@ -309,7 +309,7 @@ def _cost(point: QuantizationCandidate) -> Interval:
 
 
 def _loss_limits(losses: Sequence[Interval], gate: float, *, log: bool) -> tuple[float, float]:
-    """Of the axis: at most six decades, or five times the gate on a linear axis."""
+    """Limits of the loss axis: at most six decades, or five times the gate on a linear axis."""
     values = [gate, *(loss.value for loss in losses)]
     if log:
         high = max(values) * 2

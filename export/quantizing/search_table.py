@@ -1,4 +1,4 @@
-"""A quantization search as text: a line for each candidate, the choice, what failed."""
+"""The text table of a quantization search: candidates, the choice, failures."""
 
 from edgeclip.export.quantizing.config import (
     Config,
@@ -19,7 +19,7 @@ from edgeclip.runtime.quality.intervals import Interval
 
 
 def key_points(result: SearchResult) -> set[str]:
-    """Keys of the points that a picture names; others are known by their number alone.
+    """Keys of the candidates that a chart names; others have only their number.
 
     They are fp32, the plain recipe, what was chosen, the front, and all that is not static
     int8.
@@ -30,7 +30,7 @@ def key_points(result: SearchResult) -> set[str]:
 
 
 def short_name(config: Config) -> str:
-    """A few letters: what differs between the configs of one search."""
+    """A short name of a config: only what differs between those of one search."""
     match config:
         case Float32():
             return "fp32"

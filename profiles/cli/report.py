@@ -1,8 +1,8 @@
 """`edgeclip report`: measurements, or a bundle, as one HTML page and as Markdown.
 
-Of measurement files (`edgeclip profile --out`) it makes a page in which all runs stand side by
-side; of a bundle one of what its manifest and measurements of it say. `edgeclip demo` writes a
-fuller one of a bundle, with the training, the quality and a gallery.
+Measurement files (`edgeclip profile --out`) become one page with all runs side by side. A bundle
+becomes a page of its manifest, with measurements if they are given; `edgeclip demo` writes a
+fuller one, with training curves, quality and a gallery.
 """
 
 import argparse

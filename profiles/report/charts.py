@@ -283,7 +283,7 @@ def frontier(points: Sequence[ScatterPoint]) -> tuple[int, ...]:
 
 
 def _pixels(axes: "Axes", x: float, y: float) -> tuple[float, float]:
-    """The place of a value in pixels, held at the ends of the axes."""
+    """Convert a value to pixels from the left foot, clamped to the axes."""
     (low_x, high_x), (low_y, high_y) = axes.get_xlim(), axes.get_ylim()
     held = min(max(x, low_x), high_x), min(max(y, low_y), high_y)
     across, up = axes.transData.transform(held)
@@ -312,7 +312,7 @@ def _mark(axes: "Axes", point: ScatterPoint, radius: float) -> None:
     (low_x, high_x), (low_y, high_y) = axes.get_xlim(), axes.get_ylim()
     x, y = min(max(point.x.value, low_x), high_x), min(max(point.y.value, low_y), high_y)
     colour = COLOURS[point.colour]
-    size = 3.0 if point.radius else 4.5
+    size = min(3.0, max(1.5, radius / 4)) if point.radius else 4.5
     ring = radius if point.radius else 11.0 * point.chosen
     if ring:
         alpha = (0.32, 1.0) if point.chosen else (0.13, 0.55)

@@ -275,7 +275,7 @@ def set_axis(
     axes.minorticks_off()
     scale = 100.0 if percent else 1.0
     places = ticks(scale * low, scale * high, count, log=log)
-    names = [tick_name(place) for place in places] if log else tick_names(places)
+    names = tick_names(places, log=log)
     if which == "x":
         # Names that would touch the one before, or leave the picture, are left out.
         figure = axes.get_figure(root=True)
@@ -317,21 +317,26 @@ def ticks(low: float, high: float, count: int, *, log: bool) -> list[float]:
     return [float(v) for v in locator.tick_values(low, high) if low - room <= v <= high + room]
 
 
-def tick_names(places: Sequence[float]) -> list[str]:
-    """Short names with equally many decimals where steps are equal: 0.9990, 0.9995, 1.0000."""
+def tick_names(places: Sequence[float], *, log: bool = False) -> list[str]:
+    """Short names that differ; with equally many decimals where steps are equal: 0.9990, 1.0000."""
     steps = {round(b - a, 12) for a, b in itertools.pairwise(places)}
-    if len(steps) == 1 and 0.01 <= max(map(abs, places)) < 1e6:
+    if not log and len(steps) == 1 and 0.01 <= max(map(abs, places)) < 1e6:
         step = steps.pop()
         decimals = next((d for d in range(9) if abs(round(step, d) - step) < step * 1e-6), 9)
         return [f"{place:,.{decimals}f}" for place in places]
-    return [tick_name(place) for place in places]
+    for decimals in range(1, 9):
+        names = [tick_name(place, decimals) for place in places]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
-def tick_name(value: float) -> str:
+def tick_name(value: float, decimals: int = 1) -> str:
     """A short name for a value: 2,000, 0.5, 7.5e-4."""
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:,g}"
-    return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
+    mantissa, _, power = f"{value:.{decimals}e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
 
 
 def bounds(values: Iterable[Interval]) -> tuple[float, float]:

@@ -25,7 +25,7 @@ ENERGY_KEYS = ("energy",)
 
 
 def start_section(subjects: Sequence[Subject]) -> Section | None:
-    """What a fresh process pays before its first answer, and the memory it needs."""
+    """Cold start of a fresh process in its steps, and memory."""
     started = [s for s in subjects if s.item.cold_start is not None]
     told = [s for s in subjects if s in started or s.item.peak_memory_mb is not None]
     blocks: list[Block] = []

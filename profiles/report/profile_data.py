@@ -31,7 +31,7 @@ class NamedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubjectQuality:
-    """One quality figure and which measurements it is of. None fits all of them.
+    """A quality figure and which measurements it belongs to; a field that is None matches all.
 
     Attributes:
         metric: what it is, such as "mean cosine to fp32".

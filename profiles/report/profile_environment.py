@@ -25,7 +25,7 @@ _CHANGED = "⟶"
 
 
 def identity_section(subjects: Sequence[Subject]) -> Section | None:
-    """Which bundle, in which precision, on which engine: enough to find it again."""
+    """Table of what was measured: bundle, precision, engine, threads, input shape, size."""
     rows = []
     for subject in subjects:
         identity = subject.item.identity
@@ -162,7 +162,7 @@ def _clock(conditions: MachineConditions) -> str:
 
 
 def _hottest(conditions: MachineConditions) -> str:
-    """Of all sensors, each of which has a row of its own."""
+    """The highest temperature of all sensors."""
     heat = [value for _, value in conditions.temperatures_c]
     return f"at most {max(heat):.0f} °C" if heat else ""
 

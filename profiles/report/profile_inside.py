@@ -220,7 +220,7 @@ def roofline_chart(
 
 
 def _disturbed(roof: Roofline) -> list[Note]:
-    """That the roofs cannot be trusted, and why."""
+    """A warning if the machine was disturbed while the peaks were measured."""
     found = roof.interference
     if found is None or not found.disturbed:
         return []

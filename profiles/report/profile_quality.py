@@ -39,7 +39,7 @@ _FEWEST = 2  # points below which there is nothing to weigh
 
 
 def quality_of_bundle(bundle: Bundle) -> tuple[SubjectQuality, ...]:
-    """What the gates of a bundle measured: R@1 against fp32, and cosines of each tower.
+    """Read quality figures from a bundle's gates: R@1 against fp32, and cosines of each tower.
 
     Figures fit measurements of this very bundle only, told by the hash of its manifest.
     """

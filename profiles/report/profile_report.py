@@ -143,7 +143,7 @@ def profile_summary_page(
     quality: Sequence[SubjectQuality] = (),
     advice: Sequence[AdviceNote] = (),
 ) -> Page:
-    """What a pull request has room for: warnings, a table, and the environment folded away."""
+    """A short page for a pull request: warnings, one table, advice, the environment folded."""
     subjects = subjects_of(runs)
     head = columns("<", *(f"<{source.name}" for source in runs))
     environment = Table(
@@ -174,7 +174,7 @@ def profile_summary_page(
 
 
 def _title(subjects: Sequence[Subject]) -> str:
-    """Names what was measured, as far as identities tell."""
+    """The title, with the names of the bundles that were measured."""
     bundles = dict.fromkeys(s.item.identity.bundle for s in subjects if s.item.identity is not None)
     return f"Profile of {', '.join(bundles)}" if bundles else "Profile"
 

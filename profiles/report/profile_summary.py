@@ -23,7 +23,7 @@ _SERVER = "server"  # of `Measurement.missing`: answers that the server had no p
 def summary_of(
     runs: Sequence[NamedRun], subjects: Sequence[Subject], quality: Sequence[SubjectQuality]
 ) -> PageSummary:
-    """Judge the machine first, then name the figures."""
+    """Build the head of the page: a verdict on the machine, alarms, and the key figures."""
     alarms = tuple(alarms_of(runs, subjects))
     verdict, tone = _verdict(alarms, runs)
     return PageSummary(verdict, tone, alarms, tuple(_cards(subjects, quality)))
@@ -110,7 +110,7 @@ def interference_words(found: Interference) -> str:
 
 
 def _differences(runs: Sequence[NamedRun]) -> list[Alarm]:
-    """What sets runs apart that stand side by side."""
+    """Tell in what runs differ: processor, system, packages, workload, device."""
     if len(runs) < 2:
         return []
     facts: dict[str, list[object]] = {
@@ -162,7 +162,7 @@ def _latency_card(subject: Subject, others: Sequence[Subject]) -> Card:
 
 
 def _surely_faster(one: Subject, other: Subject) -> bool:
-    """By the ratio of paired runs where there is one: what slows both is no part of it."""
+    """Whether `one` is faster beyond doubt: by paired runs if there are any, else by intervals."""
     if one.source is other.source:
         for item, base in ((one.item, other.item), (other.item, one.item)):
             if item.ratio is not None and item.ratio.reference == base.name:
