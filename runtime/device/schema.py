@@ -40,7 +40,9 @@ def check_bounds(made: object) -> None:
         ValueError: one message that names every field out of bounds.
     """
     mistakes = []
-    for name, marks in _bounded_fields(type(made)).items():
+    # mypy does not see that a class is hashable.
+    fields = _bounded_fields(type(made))  # type: ignore[arg-type]
+    for name, marks in fields.items():
         value = getattr(made, name)
         if value is None:
             continue
@@ -92,7 +94,7 @@ def parse(kind: type[T], data: object, *, source: str) -> T:
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source} is not plain data: {error}") from None
     try:
-        value: T = _adapter(kind).validate_json(text)
+        value: T = _adapter(kind).validate_json(text)  # type: ignore[arg-type]
     except ValidationError as error:
         lines = [_describe(item) for item in error.errors(include_url=False)]
         raise ConfigError(f"{source} is not valid:\n" + "\n".join(lines)) from None
