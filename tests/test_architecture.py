@@ -46,6 +46,7 @@ DEVICE_PACKAGES = {
         "annotated_types",
         "jinja2",
         "markupsafe",
+        "matplotlib",
         "mlperf_loadgen",
         "numpy",
         "onnxruntime",
