@@ -18,7 +18,7 @@ from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.fp16 import write_fp16
 from edgeclip.export.quantizing.static_int8 import write_int8
 from edgeclip.runtime.arrays import FloatArray
-from edgeclip.runtime.quality.retrieval import cosines
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.spec import Precision, Tower
 
 Make = Callable[..., Source]

@@ -24,9 +24,8 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.calibration import CalibrationData, calibration_images, calibration_texts
 from edgeclip.export.graph.to_onnx import GraphForm, export_towers
-from edgeclip.export.quantizing.config import default_config
+from edgeclip.export.quantizing.config import Float8, default_config
 from edgeclip.export.quantizing.fp16 import write_fp16
-from edgeclip.export.quantizing.config import Float8
 from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.export.quantizing.static_int8 import write_int8
 from edgeclip.runtime.bundle.engine_records import GraphSource

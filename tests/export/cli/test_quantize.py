@@ -83,15 +83,9 @@ def test_a_tower_is_searched_and_the_choice_written(
     both = Quantization.load(out / "quantization.json")
     assert set(both.towers) == {"image", "text"}
     assert both.towers["image"] == chosen.towers["image"]
-    before = {
-        path: path.stat().st_mtime_ns
-        for path in (out / "image").glob("quantizationc*.json")
-    }
+    before = {path: path.stat().st_mtime_ns for path in (out / "image").glob("quantizationc*.json")}
     assert run(*words, "--out", out) == 0
-    after = {
-        path: path.stat().st_mtime_ns
-        for path in (out / "image").glob("quantizationc*.json")
-    }
+    after = {path: path.stat().st_mtime_ns for path in (out / "image").glob("quantizationc*.json")}
     assert after == before
     capsys.readouterr()
     assert run(*words[:-1], "x86-avx2", "--out", out) == 2
