@@ -24,7 +24,7 @@ from edgeclip.runtime.spec import (
     Precision,
     Tower,
 )
-from edgeclip.runtime.towers.fallback import choose_precision, open_with_fallback
+from edgeclip.runtime.towers.precision_fallback import choose_precision, open_with_fallback
 from edgeclip.runtime.towers.tower_runner import TowerRunner
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from edgeclip.profiles.report.html_page import write_html
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.device.link import LinkProfile, link_names, load_link
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.planning.choose_plan import Objective, PlanChoice, choose_plan, estimate_plans
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate
 from edgeclip.runtime.planning.link_state import LinkState
 from edgeclip.runtime.planning.plan import Goal
-from edgeclip.runtime.planning.planner import Objective, PlanChoice, choose_plan, estimate_plans
 from edgeclip.runtime.planning.stage_times import StageTimes
 
 _HTTP_MS = 1.5

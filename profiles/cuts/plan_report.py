@@ -17,8 +17,8 @@ from edgeclip.profiles.report.sections import (
 )
 from edgeclip.runtime.console import columns as text_columns
 from edgeclip.runtime.console import digits, percent
+from edgeclip.runtime.planning.choose_plan import Objective, PlanChoice
 from edgeclip.runtime.planning.estimate import PlanEstimate
-from edgeclip.runtime.planning.planner import Objective, PlanChoice
 
 _HEADER = (
     *("", "plan", "p50 ms", "p95 ms", "bytes", "cosine", "least"),

@@ -24,7 +24,7 @@ from edgeclip.runtime.inputs.images import decode_image
 from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.quality.intervals import Interval
-from edgeclip.runtime.split.resilience import Clock
+from edgeclip.runtime.split.retries_and_breaker import Clock
 from edgeclip.runtime.towers.tower_runner import TowerRunner
 
 if TYPE_CHECKING:

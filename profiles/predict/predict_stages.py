@@ -18,8 +18,8 @@ from edgeclip.profiles.predict.tower_shapes import (
     read_image_tower,
 )
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.planning.choose_plan import PlanChoice
 from edgeclip.runtime.planning.cut_set import CutSet
-from edgeclip.runtime.planning.planner import PlanChoice
 from edgeclip.runtime.planning.stage_times import Predicted, SplitStage, StageSamples, StageTimes
 
 _CUT_NAME = re.compile(r"(before|in|after) block (\d+(?:\.\d+)?)(?: \(\d+\))?")

@@ -15,7 +15,7 @@ from edgeclip.runtime.engines.onnxruntime_engine import embed_context
 from edgeclip.runtime.engines.providers import provider_of
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.fallback import usable_precisions
+from edgeclip.runtime.towers.precision_fallback import usable_precisions
 from edgeclip.runtime.towers.tower_runner import open_tower
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeclip.runtime.bundle.bundle import Bundle, Expected, Golden
-from edgeclip.runtime.bundle.gates_table import gates_table
 from edgeclip.runtime.bundle.index import cosines
+from edgeclip.runtime.bundle.manifest import gates_table
 from edgeclip.runtime.cli.options import add_device_option, add_json_option, print_json
 from edgeclip.runtime.console import plain_text
 from edgeclip.runtime.errors import BundleError
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.fallback import usable_precisions
+from edgeclip.runtime.towers.precision_fallback import usable_precisions
 from edgeclip.runtime.towers.tower_runner import TowerRunner
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.planning.choose_plan import Objective, choose_plan, estimate_plans
 from edgeclip.runtime.planning.cut_set import CutManifest
 from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate
 from edgeclip.runtime.planning.link_state import HTTP_DOWN, HTTP_UP, LinkState, transfer_ms
 from edgeclip.runtime.planning.plan import SplitPlan
-from edgeclip.runtime.planning.planner import Objective, choose_plan, estimate_plans
 from edgeclip.runtime.planning.stage_times import StageTimes
 
 GAIN = 0.10

@@ -15,7 +15,7 @@ from edgeclip.runtime.cascade.scores import Similarities, embed_views
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.split.remote_models import ImageBatch, RemoteImageTower, RemoteModel
 from edgeclip.runtime.split.remote_with_fallback import RemoteWithFallback, StepResult
-from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.split.retries_and_breaker import Deadline
 from edgeclip.runtime.wire.messages import InferRequest
 
 _log = logging.getLogger(__name__)

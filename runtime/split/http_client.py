@@ -16,7 +16,7 @@ from edgeclip.runtime.split.errors import (
     ServerError,
 )
 from edgeclip.runtime.split.http_exchange import Endpoint, HttpReply, HttpRequest, InferCall
-from edgeclip.runtime.split.resilience import (
+from edgeclip.runtime.split.retries_and_breaker import (
     Attempt,
     Backoff,
     BreakerRules,

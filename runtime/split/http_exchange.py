@@ -39,7 +39,7 @@ from edgeclip.runtime.split.errors import (
     ServerUntrustedError,
     WrongSpaceError,
 )
-from edgeclip.runtime.split.resilience import Attempt, Deadline
+from edgeclip.runtime.split.retries_and_breaker import Attempt, Deadline
 from edgeclip.runtime.wire.messages import (
     DEADLINE_MS,
     JSON_LENGTH_HEADER,

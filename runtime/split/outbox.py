@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.split.errors import OutboxError
-from edgeclip.runtime.split.resilience import Clock
+from edgeclip.runtime.split.retries_and_breaker import Clock
 from edgeclip.runtime.wire.messages import (
     IDEMPOTENCY_KEY,
     JSON_LENGTH_HEADER,

@@ -23,7 +23,7 @@ from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.spec import ImageSpec
 from edgeclip.runtime.split.errors import BadReplyError
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.split.retries_and_breaker import Deadline
 from edgeclip.runtime.wire.codec import (
     FILE,
     CodecName,

@@ -13,7 +13,7 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.split.errors import ServerError
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.remote_models import ImageBatch, RemoteTower, typical_image_file
-from edgeclip.runtime.split.resilience import Deadline, RecentTimes
+from edgeclip.runtime.split.retries_and_breaker import Deadline, RecentTimes
 
 T = TypeVar("T")
 Source = Literal["device", "server"]

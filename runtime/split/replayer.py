@@ -15,7 +15,7 @@ from edgeclip.runtime.errors import EdgeClipError, InputError
 from edgeclip.runtime.split.errors import BadReplyError, ServerError, ServerRefusedError
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.outbox import Entry, Outbox
-from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.split.retries_and_breaker import Deadline
 from edgeclip.runtime.wire.messages import InferResponse, WireError
 
 _log = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from edgeclip.runtime.split.remote_with_fallback import (
     Work,
     measure_image_tower,
 )
-from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.split.retries_and_breaker import Deadline
 from edgeclip.runtime.wire.codec import FILE
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.split.http_client import ClientRules, Server
 from edgeclip.runtime.split.remote_with_fallback import DeviceTimes, RemoteWithFallback
-from edgeclip.runtime.split.resilience import BreakerRules, Deadline
+from edgeclip.runtime.split.retries_and_breaker import BreakerRules, Deadline
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 
 _NOBODY = "http://127.0.0.1:9"  # the discard port: nobody listens

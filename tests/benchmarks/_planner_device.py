@@ -21,7 +21,7 @@ from edgeclip.runtime.planning.cut_set import CutHead, CutSet
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.serving.bundle_models import CutTail
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.split.retries_and_breaker import Deadline
 from edgeclip.runtime.wire.codec import codec_name, encode, encode_picture
 from edgeclip.runtime.wire.messages import BUNDLE, CODEC, CUT, SPACE_ID, InferRequest
 

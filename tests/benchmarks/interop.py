@@ -34,7 +34,7 @@ from edgeclip.runtime.serving.grpc_server import GrpcListener
 from edgeclip.runtime.serving.models import Registry
 from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.split.retries_and_breaker import Deadline
 from edgeclip.runtime.wire.messages import InferRequest
 
 _HERE = Path(__file__).parent

@@ -43,10 +43,10 @@ from edgeclip.profiles.record.timing_statistics import percentile_interval
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import device_yaml
 from edgeclip.runtime.device.machine import detect_machine
+from edgeclip.runtime.planning.choose_plan import Objective, PlanChoice, choose_plan, estimate_plans
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate
 from edgeclip.runtime.planning.plan import list_candidates
-from edgeclip.runtime.planning.planner import Objective, PlanChoice, choose_plan, estimate_plans
 from edgeclip.runtime.planning.stage_times import SplitStage, StageTimes
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.split.http_client import ClientRules, Server

@@ -24,7 +24,7 @@ from _server_load import Load, load, tool
 
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.split.retries_and_breaker import Deadline
 from edgeclip.runtime.wire.messages import JSON_LENGTH_HEADER, InferRequest, encode_request
 
 _ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.planning.choose_plan import Objective
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import PlanConditions
 from edgeclip.runtime.planning.link_state import LinkState
-from edgeclip.runtime.planning.planner import Objective
 from edgeclip.runtime.planning.replanning import AdaptivePlan, Hysteresis, LinkEstimator
 from edgeclip.runtime.planning.stage_times import StageTimes
 from tests.runtime.conftest import Clock

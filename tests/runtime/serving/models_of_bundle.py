@@ -11,7 +11,7 @@ from edgeclip.runtime.serving.bundle_models import LabelModel, bundle_models
 from edgeclip.runtime.serving.models import ServingModel
 from edgeclip.runtime.serving.search_model import SearchModel
 from edgeclip.runtime.split.http_client import ClientRules
-from edgeclip.runtime.split.resilience import BreakerRules
+from edgeclip.runtime.split.retries_and_breaker import BreakerRules
 from edgeclip.runtime.wire.messages import SPACE_ID, InferRequest, InferResponse
 from tests.conftest import SPACE
 from tests.runtime.split.raw_server import Answer

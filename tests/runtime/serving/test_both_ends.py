@@ -18,7 +18,7 @@ from edgeclip.runtime.split.errors import (
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.outbox import Outbox
 from edgeclip.runtime.split.replayer import Replayer
-from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.split.retries_and_breaker import Deadline
 from tests.runtime.serving.ask_server import PATIENCE
 from tests.runtime.serving.odd_models import SPACE, GatedModel, question
 

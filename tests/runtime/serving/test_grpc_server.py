@@ -17,7 +17,7 @@ from edgeclip.runtime.serving.bundle_models import bundle_models
 from edgeclip.runtime.serving.grpc_codec import message_type
 from edgeclip.runtime.serving.security import load_or_create_certificate
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.split.retries_and_breaker import Deadline
 from edgeclip.runtime.wire.messages import DEADLINE_MS, SPACE_ID, InferRequest
 from tests.runtime.serving.grpc_parts import (
     SPACE,

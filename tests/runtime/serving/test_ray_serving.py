@@ -17,7 +17,7 @@ from edgeclip.runtime.errors import ConfigError, MissingExtraError
 from edgeclip.runtime.serving.ray_serving import RayServing, application, deployment, on_ray
 from edgeclip.runtime.split.errors import ServerRefusedError
 from edgeclip.runtime.split.http_client import Server
-from edgeclip.runtime.split.resilience import Deadline
+from edgeclip.runtime.split.retries_and_breaker import Deadline
 from edgeclip.runtime.wire.messages import SPACE_ID, InferRequest, InferResponse
 from tests.conftest import SPACE
 

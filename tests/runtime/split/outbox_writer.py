@@ -11,7 +11,7 @@ import numpy as np
 from edgeclip.runtime.split.http_client import ClientRules, Server
 from edgeclip.runtime.split.outbox import Outbox
 from edgeclip.runtime.split.replayer import Replayer, ReplayRules
-from edgeclip.runtime.split.resilience import BreakerRules
+from edgeclip.runtime.split.retries_and_breaker import BreakerRules
 from edgeclip.runtime.wire.messages import InferRequest
 
 

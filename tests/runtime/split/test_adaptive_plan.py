@@ -13,10 +13,10 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.planning.choose_plan import Objective
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import PlanConditions
 from edgeclip.runtime.planning.link_state import LinkState
-from edgeclip.runtime.planning.planner import Objective
 from edgeclip.runtime.planning.replanning import AdaptivePlan
 from edgeclip.runtime.planning.stage_times import StageTimes
 from edgeclip.runtime.serving.bundle_models import ImageModel, tail_models

@@ -16,7 +16,7 @@ from edgeclip.runtime.split.errors import (
 )
 from edgeclip.runtime.split.http_client import ClientRules, Server
 from edgeclip.runtime.split.http_exchange import HttpRequest, exchange, retry_after
-from edgeclip.runtime.split.resilience import Backoff, Deadline
+from edgeclip.runtime.split.retries_and_breaker import Backoff, Deadline
 from tests.runtime.split import raw_server
 from tests.runtime.split.raw_server import RawServer, a_request, serving
 

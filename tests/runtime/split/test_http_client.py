@@ -20,7 +20,7 @@ from edgeclip.runtime.split.errors import (
     WrongSpaceError,
 )
 from edgeclip.runtime.split.http_client import ClientRules, Server, Transfer
-from edgeclip.runtime.split.resilience import Backoff, BreakerRules, Deadline
+from edgeclip.runtime.split.retries_and_breaker import Backoff, BreakerRules, Deadline
 from edgeclip.runtime.wire.messages import DEADLINE_MS, SPACE_ID, InferResponse, WireError
 from tests.runtime.split import raw_server
 from tests.runtime.split.raw_server import Behaviour, RawServer, a_request, serving

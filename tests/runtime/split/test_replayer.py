@@ -12,7 +12,7 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.split.http_client import ClientRules, Server
 from edgeclip.runtime.split.outbox import Entry, Outbox
 from edgeclip.runtime.split.replayer import Replayer, ReplayRules
-from edgeclip.runtime.split.resilience import BreakerRules
+from edgeclip.runtime.split.retries_and_breaker import BreakerRules
 from edgeclip.runtime.wire.messages import InferRequest, InferResponse
 from tests.runtime.split import raw_server
 from tests.runtime.split.raw_server import RawServer, serving

@@ -23,7 +23,7 @@ from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.split.errors import ServerError, WrongSpaceError
 from edgeclip.runtime.split.escalation import Escalation
 from edgeclip.runtime.split.http_client import ClientRules, Server
-from edgeclip.runtime.split.resilience import BreakerRules, Deadline
+from edgeclip.runtime.split.retries_and_breaker import BreakerRules, Deadline
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 from edgeclip.runtime.wire.messages import SPACE_ID, InferRequest, InferResponse
 from tests.conftest import SPACE

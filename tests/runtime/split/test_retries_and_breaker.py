@@ -22,7 +22,7 @@ from edgeclip.runtime.split.errors import (
     ServerUnreachableError,
 )
 from edgeclip.runtime.split.remote_with_fallback import DeviceTimes
-from edgeclip.runtime.split.resilience import (
+from edgeclip.runtime.split.retries_and_breaker import (
     Attempt,
     Backoff,
     BreakerRules,

@@ -11,6 +11,7 @@ from edgeclip.profiles.report.drawing import svg
 from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.runtime.device.link import load_link
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.planning.choose_plan import Objective, PlanChoice, choose_plan, estimate_plans
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import (
     PlanConditions,
@@ -20,7 +21,6 @@ from edgeclip.runtime.planning.estimate import (
 )
 from edgeclip.runtime.planning.link_state import LinkState
 from edgeclip.runtime.planning.plan import list_candidates
-from edgeclip.runtime.planning.planner import Objective, PlanChoice, choose_plan, estimate_plans
 from edgeclip.runtime.planning.stage_times import StageTimes
 from tests.runtime.planning.made_up_times import CODEC_MS, HEAD_MS, PREPARE_MS, made_up
 
