@@ -22,8 +22,8 @@ from edgeclip.export.gates.zero_shot import (
 from edgeclip.export.quantizing.qat_finetune import QatOptions
 from edgeclip.export.quantizing.quantization_file import FILE_NAME, Quantization
 from edgeclip.export.quantizing.search_task import open_calibration
-from edgeclip.runtime.bundle.gates_table import gates_table
 from edgeclip.runtime.bundle.index import check_space
+from edgeclip.runtime.bundle.manifest import gates_table
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from edgeclip.runtime.bundle.files import (
     check_path,
     labels_path,
 )
+from edgeclip.runtime.console import columns, plain_text
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import BundleError, ConfigError
 from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower
@@ -332,3 +333,37 @@ def _wrong_version(source: str, version: object) -> str:
         return f"{source} gives no schema_version as an integer; {reads}"
     hint = "update edgeclip" if version > SCHEMA_VERSION else "export the bundle again"
     return f"{source} has schema version {version}, but {reads}: {hint}"
+
+
+def gates_table(gates: Sequence[tuple[str, GateRecord]], remarks: Iterable[GateRemark] = ()) -> str:
+    """Return one line for each gate, then the data they were measured on, then the remarks.
+
+    Nothing in a name can move the cursor or colour the terminal.
+
+    Args:
+        gates: what each gate is about, such as "image int8", and the gate:
+            `Manifest.all_gates`.
+        remarks: warnings of the export: `Manifest.remarks`.
+    """
+    data = list(dict.fromkeys(gate.data for _, gate in gates if gate.data is not None))
+    rows: list[tuple[str, ...]] = [("what", "gate", "value", "95% interval", "bound", "data", "")]
+    rows += [
+        (
+            plain_text(subject),
+            plain_text(gate.name),
+            f"{gate.value:.5f}",
+            f"{gate.low:.5f} to {gate.high:.5f}",
+            f"{gate.direction} {gate.bound:g} {plain_text(gate.unit)}",
+            "" if gate.data is None else f"[{data.index(gate.data) + 1}]",
+            "pass" if gate.passed else "miss",
+        )
+        for subject, gate in gates
+    ]
+    lines = [columns(rows, left=len(rows[0]))]
+    lines += [
+        f"data [{number}]: {plain_text(item.name)}; {item.count:,} measured; "
+        f"sha256 {item.sha256[:16]}"
+        for number, item in enumerate(data, start=1)
+    ]
+    lines += [f"warning: {plain_text(str(remark))}" for remark in remarks]
+    return "\n".join(lines)

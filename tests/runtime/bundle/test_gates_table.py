@@ -6,8 +6,7 @@ import pytest
 
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME
-from edgeclip.runtime.bundle.gates_table import gates_table
-from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, GateRemark
+from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, GateRemark, gates_table
 from edgeclip.runtime.cli.main import main
 
 DATA = DataRecord("photos, 1,000 pictures", 1000, "ab" * 32)
