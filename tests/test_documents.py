@@ -51,7 +51,7 @@ roofline_seconds: 0.5
 SHORTER: dict[str, dict[str, str | None]] = {
     "distill": {"--steps": "2", "--batch-size": "8", "--image-layers": "1", "--text-layers": "1"},
     "profile": {"--workload": "least.yaml", "--parts": "text", "--brief": None},
-    "cascade": {"--count": "300"},
+    "cascade": {"--test-count": "600", "--calibration-count": "100", "--gallery-count": "100"},
     "measure-cuts": {"--rounds": "10"},
     "quantize": {"--minutes": "0.05"},
 }
@@ -140,7 +140,7 @@ def test_what_a_document_shows_runs(
         if block.reason is not None:
             continue
         if block.language == "python":
-            exec(compile(block.code, name, "exec"), {"__name__": "__main__"})  # noqa: S102
+            exec(compile(block.code, name, "exec"), {"__name__": "__main__"})
         for words in block.commands if block.language == "sh" else ():
             if words[0] != "edgeclip" or words[-1] == "--help":
                 continue
@@ -189,17 +189,21 @@ def test_links_lead_to_files_and_headings(name: str) -> None:
         assert path.exists(), link
         if anchor:
             headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            slugs = {
+                re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }
             assert anchor in slugs
 
 
 @pytest.mark.parametrize("kind", [DeviceProfile, LinkProfile, Workload])
 def test_every_field_of_a_profile_is_described(kind: Any) -> None:
     (section,) = re.findall(
-        rf"^## {kind.__name__}\n(.*?)(?=^## |\Z)", TEXTS["docs/profiles.md"], re.MULTILINE | re.DOTALL
+        rf"^## {kind.__name__}\n(.*?)(?=^## |\Z)",
+        TEXTS["docs/profiles.md"],
+        re.MULTILINE | re.DOTALL,
     )
     described = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
-    assert described == [field.name for field in dataclasses.fields(kind)]
+    assert sorted(described) == sorted(field.name for field in dataclasses.fields(kind))
 
 
 def test_the_readme_is_short() -> None:

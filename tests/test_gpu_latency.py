@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import CLIPConfig, CLIPModel
 
-from edgeclip.compress.cli.options import BUILT_IN_TEACHER
+from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import ImageSpec, Tower
@@ -29,6 +29,8 @@ from _gpu_machine import GpuMachine, why_no_gpu  # noqa: E402
 from _gpu_measure import attempt, measure_case  # noqa: E402
 from _gpu_rows import Row, bars, table  # noqa: E402
 from _gpu_torch import REFERENCE, torch_variants  # noqa: E402
+
+pytestmark = pytest.mark.slow
 
 _SCRIPT = _BENCHMARKS / "gpu_latency.py"
 _HOPPER = GpuMachine(

@@ -1,7 +1,6 @@
 """The whole road at tiny size, through the command line: teacher, student, bundle, answers."""
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,8 @@ import pytest
 
 from edgeclip.runtime import Encoder
 from edgeclip.runtime.cli.main import main
+
+pytestmark = pytest.mark.slow
 
 _TEACHER = (
     *("--steps", "8", "--batch-size", "16", "--image-size", "32", "--patch-size", "8"),
@@ -19,17 +20,6 @@ _STUDENT = (
     *("--count", "48", "--steps", "6", "--batch-size", "16"),
     *("--image-heads", "1", "--image-layers", "1", "--text-heads", "1", "--text-layers", "1"),
 )
-_LEAST = """\
-name: least
-description: a bit of everything, hardly measured
-batch_sizes: [1, 3]
-min_warmup_runs: 3
-max_warmup_seconds: 0.1
-repeats: 10
-seconds_per_batch: 0.05
-cold_starts: 1
-roofline_seconds: 0.5
-"""
 
 
 def _run(*words: object) -> None:
@@ -86,15 +76,6 @@ def test_classify_and_eval_answer(road: Path, capsys: pytest.CaptureFixture[str]
     _run("classify", picture, "--bundle", road / "bundle", "--labels", f"{caption},nothing at all")
     _run("eval", road / "photos", "--bundle", road / "bundle")
     assert "R@1" in capsys.readouterr().out
-
-
-def test_profile_and_report(road: Path) -> None:
-    measurements, page = road / "m.json", road / "r.html"
-    (road / "least.yaml").write_text(_LEAST)
-    _run("profile", road / "bundle", "--workload", road / "least.yaml", "--out", measurements)
-    assert json.loads(measurements.read_text(encoding="utf-8"))["measurements"]
-    _run("report", road / "bundle", "--measurements", measurements, "--out", page)
-    assert "Latency, throughput, memory" in page.read_text(encoding="utf-8")
 
 
 def test_precisions_agree(road: Path) -> None:

@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ("profiles", "runtime", "compress", "export")
 PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")

@@ -109,7 +109,7 @@ class Case:
             EngineError: it cannot run.
         """
         asked = replace(entrant, rows=self.rows("test", form))
-        return embed(asked, threads=self.task.runner.threads)
+        return embed(asked, threads=self.task.judging_device.threads)
 
     def judge(self, found: FloatArray, reference: FloatArray) -> tuple[GateRecord, ...]:
         """Hold embeddings of all test inputs against those of the plain export."""

@@ -35,7 +35,13 @@ from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS
 from edgeclip.export.graph import to_onnx
-from edgeclip.export.graph.to_onnx import STANDARD, GraphForm, TowerPaths, capture, export_towers
+from edgeclip.export.graph.to_onnx import (
+    INTERCHANGE_FORM,
+    GraphForm,
+    TowerPaths,
+    capture,
+    export_towers,
+)
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
@@ -198,7 +204,9 @@ def capturing_once(captured: Captured) -> Iterator[None]:
 
     def once(dual: DualEncoder, tower: Tower, form: GraphForm) -> SimpleNamespace:
         patches = form.patch_features and tower == "image"
-        plain = replace(form, pixels=STANDARD.pixels, patch_features=patches)  # all that it reads
+        plain = replace(
+            form, pixels=INTERCHANGE_FORM.pixels, patch_features=patches
+        )  # all that it reads
         place = (space_fingerprint(dual), tower, plain)
         if place not in captured:
             captured[place] = capture(dual, tower, plain).model_proto.SerializeToString()

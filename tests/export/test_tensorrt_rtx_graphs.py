@@ -36,6 +36,8 @@ from edgeclip.runtime.engines.tensorrt_build import build_engine
 from edgeclip.runtime.engines.tensorrt_library import open_library
 from edgeclip.runtime.spec import Tower
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Source]
 RunGraph = Callable[[Path, NDArray[Any]], dict[str, NDArray[Any]]]
 Reduced = Literal["fp16", "int8", "fp8"]

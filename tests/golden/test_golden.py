@@ -25,7 +25,7 @@ OUTPUTS = Path(__file__).with_name("outputs")
 RECORDING = os.environ.get("EDGECLIP_RECORD_GOLDEN") == "1"
 COMMANDS = [name for name in MISTAKES if name != "edgeclip"]
 # The first test waits for whatever it needs, and a machine may be busy.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def check(name: str, found: str) -> None:

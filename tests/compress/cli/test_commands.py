@@ -17,6 +17,8 @@ from edgeclip.compress.teachers.teacher_cache import embed_source, open_cache
 from edgeclip.compress.train.train_loop import read_log
 from edgeclip.runtime.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 Capture = pytest.CaptureFixture[str]
 SMALL = ["--image-heads", "1", "--image-layers", "2", "--text-heads", "1", "--text-layers", "1"]
 

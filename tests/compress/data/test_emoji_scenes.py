@@ -26,6 +26,8 @@ from edgeclip.compress.data.emoji_scenes import (
 )
 from edgeclip.runtime.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 SPLITS: tuple[Split, ...] = get_args(Split)
 SIDES = {1: 0.6, 2: 0.42, 3: 0.4}  # of an emoji of middle size, by how many there are
 

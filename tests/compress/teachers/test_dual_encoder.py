@@ -22,6 +22,8 @@ from edgeclip.compress.teachers.dual_encoder import (
 )
 from edgeclip.runtime.errors import ConfigError, InputError
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["red apple", "hot beverage left of red apple on a blue background", ""]
 
 

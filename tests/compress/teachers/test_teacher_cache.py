@@ -26,6 +26,8 @@ from edgeclip.compress.teachers.teacher_cache import (
 from edgeclip.runtime.bundle.files import read_npz, write_npz
 from edgeclip.runtime.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 SHARD = "shard-00000.npz"
 
 

@@ -24,6 +24,8 @@ from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings, read_log
 from edgeclip.runtime.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 SMALL = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)
 # The same as in killed_run.py, which saves after every step.
 SETTINGS = TrainSettings(steps=12, batch_size=8, warmup_steps=3, compute="fp32")

@@ -12,7 +12,7 @@ from edgeclip.compress.teachers.dual_encoder import space_fingerprint
 from edgeclip.compress.train.quantization_aware import finetune_settings
 from edgeclip.export.bundle.build_bundle import build_bundle, require_asked_precisions
 from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.bundle.precision_candidates import PrecisionCandidates, qat_fallback
+from edgeclip.export.bundle.precision_candidates import PrecisionCandidates, fine_tune_failed_int8
 from edgeclip.export.cli.export import describe_build
 from edgeclip.export.errors import GateError
 from edgeclip.export.gates.gates import Gate, GateOutcome
@@ -26,6 +26,8 @@ from edgeclip.export.quantizing.config import (
 from edgeclip.export.quantizing.qat_finetune import QAT_HINT, QatOptions
 from edgeclip.runtime.quality.intervals import Interval
 from tests.export.quantizing.test_qat_finetune import FACTOR, planted
+
+pytestmark = pytest.mark.slow
 
 Make = Callable[..., Source]
 CPU = StaticInt8(symmetric=False, reduce_range=True)
@@ -60,7 +62,7 @@ def candidates(
 
 
 def test_the_message_of_a_missed_gate_ends_in_how_to_go_on(plan: BundlePlan) -> None:
-    mended = qat_fallback(plan, candidates(0.9), {})
+    mended = fine_tune_failed_int8(plan, candidates(0.9), {})
     with pytest.raises(GateError, match=r"image int8: mean cosine is 0\.9") as caught:
         require_asked_precisions(mended)
     assert str(caught.value).endswith(QAT_HINT)
@@ -78,8 +80,8 @@ def test_the_message_of_a_missed_gate_ends_in_how_to_go_on(plan: BundlePlan) -> 
 def test_where_a_fine_tune_would_not_help_there_is_none(
     outcome: PrecisionCandidates, plan: BundlePlan, qat: QatOptions
 ) -> None:
-    assert qat_fallback(plan, outcome, {}).message == ""
-    assert qat_fallback(replace(plan, qat=qat), outcome, {}).message == ""
+    assert fine_tune_failed_int8(plan, outcome, {}).message == ""
+    assert fine_tune_failed_int8(replace(plan, qat=qat), outcome, {}).message == ""
     assert not qat.folder.exists()
 
 

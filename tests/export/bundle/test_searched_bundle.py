@@ -31,6 +31,8 @@ from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Tower
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Source]
 
 

@@ -18,6 +18,8 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import BundleError, EdgeClipError
 from edgeclip.runtime.towers.tower_runner import graph_source
 
+pytestmark = pytest.mark.slow
+
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed"
 )

@@ -57,6 +57,8 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import ConfigError, EdgeClipError, InputError, SpaceMismatchError
 from edgeclip.runtime.spec import Tower
 
+pytestmark = pytest.mark.slow
+
 COUNTS = {"test": 300, "calibration": 120}
 COLOURS = ("blue", "green", "red")
 Blobs = Callable[..., Any]
@@ -95,7 +97,7 @@ def worse_bundle(own_bundle: Path, reseal: Callable[[Path], None]) -> Path:
 
 
 @pytest.fixture
-def plan(
+def cascade_plan(
     worse_bundle: Path, tiny_bundle: Path, colours: Path, cpu_device: DeviceProfile
 ) -> CascadePlan:
     return CascadePlan(
@@ -175,10 +177,10 @@ class TestCascadeEvaluator:
 
 class TestCertify:
     def test_a_worse_student_escalates_some(
-        self, plan: CascadePlan, caplog: pytest.LogCaptureFixture
+        self, cascade_plan: CascadePlan, caplog: pytest.LogCaptureFixture
     ) -> None:
         with caplog.at_level(logging.INFO, logger="edgeclip.export.cascade"):
-            found = certify(plan)
+            found = certify(cascade_plan)
         outcomes, made = found.outcomes, found.certificate
         assert outcomes.teacher.mean() > outcomes.student.mean() + 0.05
         assert made is not None
@@ -190,23 +192,23 @@ class TestCertify:
         assert sum(made.sample.counts) == COUNTS["test"]
         assert len(caplog.messages) == 3
 
-    def test_is_repeatable(self, plan: CascadePlan) -> None:
-        first, second = certify(plan).certificate, certify(plan).certificate
+    def test_is_repeatable(self, cascade_plan: CascadePlan) -> None:
+        first, second = certify(cascade_plan).certificate, certify(cascade_plan).certificate
         assert first is not None
         assert second is not None
         assert dataclasses.replace(first, created="") == dataclasses.replace(second, created="")
 
     def test_holds_for_its_student_only(
-        self, plan: CascadePlan, cpu_device: DeviceProfile, tiny_bundle: Path
+        self, cascade_plan: CascadePlan, cpu_device: DeviceProfile, tiny_bundle: Path
     ) -> None:
-        made = certify(plan).certificate
+        made = certify(cascade_plan).certificate
         assert made is not None
-        made.check(plan.student.bundle.manifest, plan.student.precisions)
+        made.check(cascade_plan.student.bundle.manifest, cascade_plan.student.precisions)
         with pytest.raises(EdgeClipError, match="another image tower"):
-            made.check(plan.teacher.bundle.manifest, plan.teacher.precisions)
+            made.check(cascade_plan.teacher.bundle.manifest, cascade_plan.teacher.precisions)
 
     def test_too_few_queries_certify_nothing(
-        self, plan: CascadePlan, colours: Path, tmp_path: Path
+        self, cascade_plan: CascadePlan, colours: Path, tmp_path: Path
     ) -> None:
         few = tmp_path / "few"
         shutil.copytree(colours / "calibration", few / "calibration")
@@ -214,20 +216,24 @@ class TestCertify:
             (few / "test" / colour).mkdir(parents=True)
             for path in sorted((colours / "test" / colour).iterdir())[:5]:
                 shutil.copy(path, few / "test" / colour)
-        found = certify(dataclasses.replace(plan, eval_set=zero_shot_eval_set(str(few), size=8)))
+        found = certify(
+            dataclasses.replace(cascade_plan, eval_set=zero_shot_eval_set(str(few), size=8))
+        )
         assert found.certificate is None
         assert found.count == 0
 
-    def test_shares_out_of_range_are_refused(self, plan: CascadePlan) -> None:
+    def test_shares_out_of_range_are_refused(self, cascade_plan: CascadePlan) -> None:
         for bound, delta in ((0.0, 0.05), (1.01, 0.05), (0.95, 0.0), (0.95, 1.0)):
             with pytest.raises(InputError, match="0 < share <= 1 and 0 < delta < 1"):
-                dataclasses.replace(plan, bound=bound, delta=delta)
+                dataclasses.replace(cascade_plan, bound=bound, delta=delta)
 
-    def test_a_student_is_no_teacher_of_its_own(self, plan: CascadePlan) -> None:
+    def test_a_student_is_no_teacher_of_its_own(self, cascade_plan: CascadePlan) -> None:
         with pytest.raises(InputError, match="has the image tower of its student in fp32"):
-            dataclasses.replace(plan, teacher=plan.student)
-        rounded = Encoder(plan.student.bundle, plan.student.device, "int8")
-        dataclasses.replace(plan, student=rounded, teacher=plan.student)  # fp32 may teach int8
+            dataclasses.replace(cascade_plan, teacher=cascade_plan.student)
+        rounded = Encoder(cascade_plan.student.bundle, cascade_plan.student.device, "int8")
+        dataclasses.replace(
+            cascade_plan, student=rounded, teacher=cascade_plan.student
+        )  # fp32 may teach int8
 
 
 class TestQuestions:

@@ -25,6 +25,8 @@ from edgeclip.runtime.spec import ImageSpec, Precision
 from edgeclip.runtime.towers.tower_runner import tower_feed
 from tests.export.quantizing.small_graphs import graph_of
 
+pytestmark = pytest.mark.slow
+
 SIZE = 32
 IMAGE = ImageSpec(size=SIZE, resize=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)

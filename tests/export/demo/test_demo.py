@@ -11,6 +11,8 @@ from edgeclip.export.demo.summary import DemoSummary
 from edgeclip.runtime.device.device_profile import load_device
 from tests.export.conftest import Captured, capturing_once
 
+pytestmark = pytest.mark.slow
+
 LEAST = """\
 name: least
 description: latency at batch 1, hardly measured

@@ -17,7 +17,7 @@ from edgeclip.export.gates.judge_precisions import (
 )
 from edgeclip.export.gates.zero_shot import SubsetSource, ZeroShotSet
 from edgeclip.export.graph.embedders import TowerGraph
-from edgeclip.export.graph.to_onnx import STANDARD, TowerPaths
+from edgeclip.export.graph.to_onnx import INTERCHANGE_FORM, TowerPaths
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRemark
 from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -174,8 +174,8 @@ def test_labelled_pictures_are_embedded_by_every_image_graph(
     clip: DualEncoder, clip_towers: TowerPaths, blobs: Make, cpu_device: DeviceProfile
 ) -> None:
     graphs = [
-        TowerGraph("image", "fp32", clip_towers.image, STANDARD.pixels),
-        TowerGraph("image", "fp16", clip_towers.image, STANDARD.pixels),
+        TowerGraph("image", "fp32", clip_towers.image, INTERCHANGE_FORM.pixels),
+        TowerGraph("image", "fp16", clip_towers.image, INTERCHANGE_FORM.pixels),
         TowerGraph("text", "fp32", clip_towers.text, None),
     ]
     test, others = blobs(6), blobs(5, seed=1)

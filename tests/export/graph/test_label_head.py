@@ -7,10 +7,11 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.graph.label_head import add_label_head
-from edgeclip.export.graph.to_onnx import export_tower
+from edgeclip.export.graph.to_onnx import add_label_head, export_tower
 from edgeclip.export.quantizing.fp16 import write_fp16
 from edgeclip.runtime.bundle.labels import LabelSet
+
+pytestmark = pytest.mark.slow
 
 RunGraph = Callable[[Path, NDArray[Any]], dict[str, NDArray[Any]]]
 

@@ -29,6 +29,8 @@ from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.inputs.preprocess import normalise
 from edgeclip.runtime.spec import Tower
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-5
 TEXTS = ["red", "", "picture of a teal blob", "blue green red white"]
 

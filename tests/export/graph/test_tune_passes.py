@@ -28,6 +28,8 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.quality.intervals import Interval
 
+pytestmark = pytest.mark.slow
+
 QUICK = replace(TUNING_WORKLOAD, repeats=20, max_warmup_seconds=0.1)
 IDS = np.array([[1, 9, 8, 7, 6, 2], [1, 20, 30, 2, 0, 0]])
 

@@ -29,6 +29,8 @@ from edgeclip.runtime.engines.engine import Engine, open_engine
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
+pytestmark = pytest.mark.slow
+
 # Those of the two tiny CLIP towers whose second input is a weight: six in each of two layers.
 PRODUCTS = range(12)
 TOWERS: tuple[Tower, ...] = ("image", "text")

@@ -26,6 +26,8 @@ from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
+pytestmark = pytest.mark.slow
+
 STANDARD = GraphForm()
 BOUNDS = DEFAULT_BOUNDS["fp32"]
 

@@ -29,6 +29,8 @@ from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SIZE = ImageProbeSize(width=256, image_size=32, patch=16)
 PAIR = ProbePlan(images=(SIZE,), texts=(), convs=())
 STEM = ProbePlan(images=(), texts=(), convs=(), stems=(SIZE,))

@@ -22,6 +22,8 @@ from edgeclip.runtime.spec import Tower
 from tests.export.conftest import RunGraph
 from tests.export.quantizing.small_graphs import graph_of, run
 
+pytestmark = pytest.mark.slow
+
 NODES = {"first", "up", "gain_up", "relu", "gain_down", "down", "residual", "project", "norm"}
 
 

@@ -22,6 +22,8 @@ from edgeclip.export.quantizing.mixed_fp16 import embed_graph, find_islands, min
 from tests.export.quantizing.collapse_models import with_offset, within
 from tests.export.quantizing.small_graphs import batches, graph_of
 
+pytestmark = pytest.mark.slow
+
 BOUNDS = DEFAULT_BOUNDS["fp16"]
 
 

@@ -45,6 +45,8 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Precision, Tower
 from tests.export.quantizing.search_cases import cosine_record, loss_record
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Source]
 
 CPU = StaticInt8(symmetric=False, reduce_range=True)
@@ -82,7 +84,7 @@ def quantized(task: QatTask, graphs: Sequence[TowerGraph], folder: Path) -> Made
         quantize_graph(graph.path, path, task.configs[graph.tower], data)
         made.append(replace(graph, precision="int8", path=path))
     found = (*graphs, *made)
-    return Made(task, found, embed_test_pairs(task.student, found, task.test, task.runner))
+    return Made(task, found, embed_test_pairs(task.student, found, task.test, task.judging_device))
 
 
 def exported(student: DualEncoder, tower: Tower, folder: Path) -> TowerGraph:
@@ -223,7 +225,9 @@ def test_a_few_dozen_steps_bring_a_failing_student_inside_its_gates(
     changed = {place for place, content in before.items() if after[place] != content}
     assert changed == {("image", "int8"), ("text", "int8")}
     # The files that are there now are those that were judged.
-    embeddings = embed_test_pairs(student, failing.graphs, failing.task.test, failing.task.runner)
+    embeddings = embed_test_pairs(
+        student, failing.graphs, failing.task.test, failing.task.judging_device
+    )
     again = finetune_int8(
         failing.task, failing.graphs, embeddings, replace(tuning, source=Untouchable())
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +39,8 @@ from tests.export.quantizing.search_cases import (
     tower_task,
     without_seconds,
 )
+
+pytestmark = pytest.mark.slow
 
 Make = Callable[..., Source]
 PLAIN = SearchSpace(recipe=RECIPE, smoothing=False)
@@ -351,7 +354,7 @@ def test_a_search_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "int8" in seen[0]
-    kept = {path.name for path in (folder / "points").glob("quantizationcandidate-*.json")}
+    kept = {path.name for path in (folder / "points").glob("candidate-*.json")}
     assert len(kept) >= 2  # fp32 and all in int8
 
     made: list[str] = []
@@ -364,7 +367,7 @@ def test_a_search_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
     assert resumed.damage is not None
     assert whole.damage is not None
     assert resumed.damage.groups == whole.damage.groups
-    assert kept <= {path.name for path in (folder / "points").glob("quantizationcandidate-*.json")}
+    assert kept <= {path.name for path in (folder / "points").glob("candidate-*.json")}
 
 
 def searched(task: object, folder: Path, made: list[str]) -> SearchResult:

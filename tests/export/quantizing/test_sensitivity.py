@@ -32,6 +32,8 @@ from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.planted import plant_outlier
 from tests.export.quantizing.search_cases import BEHIND_OUTLIER, CHANNEL, OUTLIER
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Source]
 CPU = StaticInt8(symmetric=False)
 INPUTS = {"image": "pixel_values", "text": "input_ids"}

@@ -19,8 +19,7 @@ from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.calibration import calibration_images, calibration_texts
 from edgeclip.export.graph.graph_io import data_path, load_graph, save_graph
 from edgeclip.export.graph.graph_values import GraphEdit
-from edgeclip.export.graph.label_head import add_label_head
-from edgeclip.export.graph.to_onnx import TowerPaths
+from edgeclip.export.graph.to_onnx import TowerPaths, add_label_head
 from edgeclip.export.quantizing.config import StaticInt8, default_config
 from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.export.quantizing.static_int8 import (

@@ -31,6 +31,8 @@ from edgeclip.export.quantizing.symmetric_qdq import (
 )
 from edgeclip.runtime.bundle.index import cosines
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Source]
 OPSET = [helper.make_opsetid("", 21)]
 

@@ -21,6 +21,8 @@ from edgeclip.runtime.planning.stage_times import StageTimes
 from tests.profiles.predict.known_device import known_device
 from tests.profiles.predict.test_predict_stages import sealed
 
+pytestmark = pytest.mark.slow
+
 
 def run(command: ModuleType, *words: str | Path) -> int:
     parser = argparse.ArgumentParser(prog="edgeclip")

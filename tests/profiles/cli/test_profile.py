@@ -14,6 +14,8 @@ from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.quality.intervals import Interval
 from tests.conftest import SPACE
 
+pytestmark = pytest.mark.slow
+
 WORKLOAD = """\
 name: tiny
 description: as little as there can be

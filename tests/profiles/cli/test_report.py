@@ -8,6 +8,8 @@ from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.cli.main import main
 from tests.profiles.report.profile_factory import disturbed_run, quiet_run
 
+pytestmark = pytest.mark.slow
+
 Capture = pytest.CaptureFixture[str]
 
 

@@ -24,6 +24,8 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import EngineError, InputError
 from tests.conftest import QUICK
 
+pytestmark = pytest.mark.slow
+
 WORKLOAD = dataclasses.replace(QUICK, processes=2)
 IDENTITY = Identity(
     bundle="b",

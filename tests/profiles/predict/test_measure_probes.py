@@ -39,6 +39,8 @@ from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.quality.intervals import Interval
 from tests.profiles.predict.known_device import known_device
 
+pytestmark = pytest.mark.slow
+
 TOWER = ConvTower(widths=(8,), depths=(4,), image_size=16, dim=8)
 
 

@@ -34,6 +34,8 @@ from tests.profiles.report.profile_factory import (
 )
 from tests.profiles.report.test_bundle_report import HOSTILE
 
+pytestmark = pytest.mark.slow
+
 
 def bare(item: Measurement) -> Measurement:
     """What is left of a measurement that asked for the least."""

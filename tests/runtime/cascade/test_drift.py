@@ -19,6 +19,8 @@ from edgeclip.runtime.cascade.drift import (
 )
 from edgeclip.runtime.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 ALPHA = 0.05
 
 

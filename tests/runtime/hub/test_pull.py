@@ -108,12 +108,12 @@ def test_broken_connection_is_taken_up_again(hub: FakeHub, files: Files, tmp_pat
 def test_hub_that_goes_away_and_comes_back(hub: FakeHub, files: Files, tmp_path: Path) -> None:
     hub.add(REPO, files)
     out = tmp_path / "out"
-    hub.dies_at = 9  # in the middle of the files
+    hub.dies_at = 9  # in the middle of the files, several of which are fetched at a time
     with pytest.raises(HubError, match="does not answer"):
         pull_it(hub, out)
     assert nothing_left(out)
     before = hub.downloads()
-    assert 1 < len(before) < len(files)
+    assert 1 <= len(before) < len(files)
     hub.dies_at = None
     pull_it(hub, out)
     after = hub.downloads()

@@ -17,6 +17,8 @@ from tests.runtime.conftest import Clock
 from tests.runtime.planning.made_up_times import made_up
 from tests.runtime.planning.test_link_state import PLAIN, exchange_ms
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("a", "b", "c")
 COSTS = st.lists(
     st.tuples(st.floats(0.1, 5), st.tuples(*[st.floats(1, 100)] * 3)), min_size=1, max_size=60

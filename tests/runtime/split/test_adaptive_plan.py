@@ -27,6 +27,8 @@ from tests.runtime.planning.made_up_times import made_up
 from tests.runtime.serving.models_of_bundle import AMPLE_MS, RULES, answer_by
 from tests.runtime.split.raw_server import Behaviour, Call, RawServer, good, hang, serving
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 30.0  # seconds
 GOOD_LINK = LinkState(name="good", rtt_ms=(2.0,), up_mbps=(100.0,), down_mbps=(100.0,))
 
