@@ -71,7 +71,7 @@ def base_model(manifest: Manifest) -> str | None:
 
 
 def render_card(bundle: Bundle, repo: str, *, base_model: str | None) -> str:
-    """Write the model card.
+    """Return the text of the model card.
 
     Whatever comes from the manifest is escaped: it can neither end the front matter nor be
     taken for markup.

@@ -43,7 +43,7 @@ class Escalation:
 
 
 class Escalator:
-    """Replace the embeddings of which a student is unsure by a teacher's.
+    """Replace embeddings that a student is unsure about by the teacher's.
 
     Args:
         escalation: which teacher to ask, and about which pictures.
@@ -69,26 +69,27 @@ class Escalator:
         self._deferring.shutdown()
 
     def embed(
-        self, images: ImageBatch, entries: FloatArray, deadline: Deadline
+        self, images: ImageBatch, compared_with: FloatArray, deadline: Deadline
     ) -> StepResult[FloatArray]:
-        """Embed pictures; float32 [N, dim]. If the teacher cannot be asked, by the student alone.
+        """Embed pictures, float32 [N, dim]; by the student alone if the teacher cannot be asked.
 
         Args:
             images: any number.
-            entries: what the embeddings will be compared with, float32 [K, dim].
-            deadline: of all of it.
+            compared_with: embeddings of the labels or index entries, float32 [K, dim]; how similar
+                they are decides which pictures the student is unsure about.
+            deadline: when the embeddings are needed.
 
         Raises:
             InputError: a picture that cannot be loaded.
             EngineError: the student failed.
         """
         student = self._encoder.encode_pixels(images.pixels)
-        if not len(images) or len(entries) < 2:  # without a choice there is no doubt
+        if not len(images) or len(compared_with) < 2:  # with no alternative, nothing is unsure
             return StepResult(student, "device")
         views = embed_views(
             self._encoder.encode_pixels, images.pixels, self._escalation.cascade.score.views
         )
-        similarities = Similarities.between(student, entries, views)
+        similarities = Similarities.between(student, compared_with, views)
         rows = np.flatnonzero(self._escalation.cascade.select(similarities))
         if not len(rows):
             return StepResult(student, "device")

@@ -133,6 +133,14 @@ def is_image_query(query: Any) -> bool:
     return bool(items) and not any(isinstance(item, str) for item in items)
 
 
+def is_label_model(name: str) -> bool:
+    """Return whether a server's model of this name scores labels, rather than searching an index.
+
+    `edgeclip serve` names label models BUNDLE-labels-SET.
+    """
+    return "-labels-" in name
+
+
 def typical_image_file() -> bytes:
     """Make the largest JPEG file that is sent as it is, to measure its decoding."""
     side = int(_MAX_PIXELS**0.5)
@@ -169,7 +177,7 @@ class RemoteModel:
 
     Attributes:
         server: the server.
-        name: of the model on the server.
+        name: name of the model on the server.
         bundle: name of the device's bundle.
         space: fingerprint of the embedding space that replies must have.
         dim: length of an embedding.

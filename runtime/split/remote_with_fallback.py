@@ -16,10 +16,10 @@ from edgeclip.runtime.split.remote_models import ImageBatch, RemoteTower, typica
 from edgeclip.runtime.split.retries_and_breaker import Deadline, RecentTimes
 
 T = TypeVar("T")
-Source = Literal["device", "server"]
-# Work of the device: the image tower from an undecoded file or from pixels; then scoring labels,
-# searching an index, or nothing.
-Work = Literal["file", "pixels", "labels", "index", "nothing"]
+ComputedBy = Literal["device", "server"]
+# Kinds of work of the device: the image tower from an undecoded file or from decoded pixels;
+# then scoring labels, searching an index, or nothing.
+DeviceWork = Literal["file", "pixels", "labels", "index", "nothing"]
 
 _QUANTILE = 0.95
 _MARGIN = 1.25  # factor: the next run may be slower than 95% of the latest ones
@@ -33,14 +33,14 @@ class Reply(Generic[T]):
 
     Attributes:
         value: the result, as `Encoder` would return it.
-        source: who computed it; "server" if the server had a part in it.
-        degraded: why the server had no part in it although the plan says so, in a few words,
-            such as "deadline", "breaker open" or "wrong space"; None if all went as planned.
+        source: who computed it; "server" if the server did part of the work.
+        degraded: reason why the device did work that the plan gives to the server, such as
+            "deadline", "breaker open" or "wrong space"; None if not degraded.
         ms: how long the call took, in milliseconds.
     """
 
     value: T
-    source: Source
+    source: ComputedBy
     degraded: str | None
     ms: float
 
@@ -50,7 +50,7 @@ class StepResult(Generic[T]):
     """The result of one step of a call; the attributes are those of `Reply`."""
 
     value: T
-    source: Source
+    source: ComputedBy
     degraded: str | None = None
 
 
@@ -58,22 +58,22 @@ class DeviceTimes:
     """Recent durations of the device's own work, by kind of work, per picture or query."""
 
     def __init__(self) -> None:
-        self._times = {work: RecentTimes() for work in get_args(Work)}
+        self._times = {kind: RecentTimes() for kind in get_args(DeviceWork)}
 
     @contextmanager
-    def measured(self, work: Work, count: int) -> Iterator[None]:
+    def measured(self, work: DeviceWork, count: int) -> Iterator[None]:
         """Time the block, which does this work on `count` pictures or queries."""
         began = time.perf_counter()
         yield
         self._times[work].add((time.perf_counter() - began) / max(1, count))
 
-    def reserve_s(self, *works: Work, count: int = 1) -> float:
-        """Return the seconds to reserve for doing these in sequence; unknown work counts as 0.
+    def reserve_s(self, *work: DeviceWork, count: int = 1) -> float:
+        """Return the seconds to reserve for this work, done in sequence; unmeasured kinds count 0.
 
         `count` pictures are assumed to take `count` times as long as one; they take less.
         """
-        each = sum(self._times[work].quantile(_QUANTILE) or 0.0 for work in works)
-        return _MARGIN * each * max(1, count) + _MARGIN_S
+        one = sum(self._times[kind].quantile(_QUANTILE) or 0.0 for kind in work)
+        return _MARGIN * one * max(1, count) + _MARGIN_S
 
 
 class RemoteWithFallback:
@@ -91,30 +91,31 @@ class RemoteWithFallback:
         self,
         remote: Callable[[Deadline], T],
         local: Callable[[], T],
-        works: tuple[Work, ...],
+        device_work: tuple[DeviceWork, ...],
         count: int,
         deadline: Deadline,
     ) -> StepResult[T]:
-        """Call the server until the device has to begin, then do the work here if it failed.
+        """Call the server; if it fails, or must be given up to keep the deadline, use the device.
 
         Args:
-            remote: calls the server by a deadline; raises `ServerError`.
-            local: does the same work on the device.
-            works: what `local` does, then what the device does with the result in any case.
+            remote: calls the server with the deadline that it is given; raises `ServerError`.
+            local: computes the same result on the device.
+            device_work: kinds of work: that of `local`, then what the device does with the result,
+                whoever computed it.
             count: number of pictures or queries.
-            deadline: of all of it.
+            deadline: deadline of `local` or `remote` and the work after it together.
         """
         reason = self._server.unavailable_reason()
         if reason is None:
-            # Keep the device's own time in reserve; if that is too late already, the server
-            # gets all the time there is.
-            reserve = self._times.reserve_s(*works, count=count)
+            # Reserve time for the device. If that is more than is left, the server gets the
+            # whole deadline.
+            reserve = self._times.reserve_s(*device_work, count=count)
             until = deadline.earlier(reserve) if reserve < deadline.left() else deadline
             try:
                 return StepResult(remote(until), "server")
             except ServerError as error:
                 reason = error.reason
-        with self._times.measured(works[0], count):
+        with self._times.measured(device_work[0], count):
             return StepResult(local(), "device", reason)
 
 
@@ -137,24 +138,26 @@ def measure_image_tower(encoder: Encoder, times: DeviceTimes, *, with_file: bool
 
 
 class ImageTowerWithFallback:
-    """Embed pictures by a tower on the server, or by the device's own tower.
+    """Embed pictures with a tower on the server; fall back to the device's own tower.
 
     Args:
         encoder: the device's own towers.
         remote: the server's tower.
-        fallback: runs one of both.
+        fallback: runs the server's tower, or the device's if that fails.
     """
 
     def __init__(self, encoder: Encoder, remote: RemoteTower, fallback: RemoteWithFallback) -> None:
         self._encoder, self._remote, self._fallback = encoder, remote, fallback
 
-    def embed(self, images: ImageBatch, deadline: Deadline, *then: Work) -> StepResult[FloatArray]:
+    def embed(
+        self, images: ImageBatch, deadline: Deadline, *next_work: DeviceWork
+    ) -> StepResult[FloatArray]:
         """Embed pictures; float32 [N, dim].
 
         Args:
             images: any number.
-            deadline: of all that has to be done.
-            then: what the device has to do with the embeddings.
+            deadline: deadline of the embedding and of `next_work`.
+            next_work: what the device then does with the embeddings.
 
         Raises:
             InputError: a picture that cannot be loaded.
@@ -164,7 +167,7 @@ class ImageTowerWithFallback:
         return self._fallback.run(
             lambda until: self._remote.embed(images, until),
             lambda: self._encoder.encode_pixels(images.pixels),
-            ("file" if is_file else "pixels", *then),
+            ("file" if is_file else "pixels", *next_work),
             len(images),
             deadline,
         )

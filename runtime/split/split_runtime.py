@@ -1,4 +1,4 @@
-"""An `Encoder` that sends work to a server as a plan says, and answers without it if need be."""
+"""An `Encoder` that lets a server do part of the work, and does all of it if the server fails."""
 
 import logging
 import threading
@@ -26,15 +26,16 @@ from edgeclip.runtime.split.remote_models import (
     ImageBatch,
     RemoteModel,
     is_image_query,
+    is_label_model,
     open_remote_tower,
 )
 from edgeclip.runtime.split.remote_with_fallback import (
     DeviceTimes,
+    DeviceWork,
     ImageTowerWithFallback,
     RemoteWithFallback,
     Reply,
     StepResult,
-    Work,
     measure_image_tower,
 )
 from edgeclip.runtime.split.retries_and_breaker import Deadline
@@ -51,7 +52,6 @@ Answers = list[tuple[LabelScore, ...]]
 Hits = list[tuple[Hit, ...]]
 
 DEFAULT_DEADLINE_MS = 1000.0
-_LABELS = "-labels-"  # in the names of a server's label models
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +80,27 @@ class SplitRuntime:
 
     The plan says what the server does. If the server does not answer in time, the device does
     the work itself, with the bundle's own towers, and the reply says so. The time that the
-    device needs for that is measured and kept in reserve; if it exceeds the deadline, the server
-    gets all the time there is, and the device's answer comes late. The constructor loads and
-    measures the tower to fall back to.
+    device needs for that is measured and reserved. If the device needs longer than the deadline,
+    the server gets the whole deadline; if it then fails, the device's answer is late. The
+    constructor loads and measures the tower to fall back to.
 
     With an `AdaptivePlan` the plan follows the link: every request to the server is an
-    observation of the link, and the plan is reviewed after calls, on a thread of its own. A
+    observation of the link, and the plan is reviewed after calls, on a background thread. A
     request that was given up at its deadline counts as an observation too.
 
-    Texts are embedded on the device whatever the plan. With a server, numpy's products are held
-    to one thread each from then on, since calls come from several threads.
+    Texts are always embedded on the device. If the runtime uses a server, the constructor limits
+    BLAS to one thread per product for the whole process, because calls come from several threads.
 
     Args:
         encoder: the bundle on the device alone.
         plan: what runs where; fixed, or adapted to the link.
         server: the server; not needed for a plan of kind "device" without `escalation`.
         cuts: the cut set of the bundle, for a plan of kind "cut" or an adaptive one.
-        escalation: ask a teacher about the pictures of which `classify` or `search` is unsure,
+        escalation: ask a teacher about the pictures that `classify` or `search` is unsure about;
             for a plan of kind "device".
 
     Attributes:
-        encoder: see above.
+        encoder: the bundle on the device alone.
 
     Raises:
         SpaceMismatchError: bundle, plan and cuts are not of one embedding space.
@@ -128,8 +128,10 @@ class SplitRuntime:
         self._server, self._cuts, self._adaptive = server, cuts, adaptive
         self._times = DeviceTimes()
         self._escalator: Escalator | None = None
+        # Held while a review is submitted or runs: acquired by the thread of a call, released by
+        # the pool's thread at the end of the review.
         self._review_lock = threading.Lock()
-        self._reviews: ThreadPoolExecutor | None = None
+        self._review_pool: ThreadPoolExecutor | None = None
         if adaptive is None and escalation is None and first.kind == "device":
             self._route = _Route(first)
             return
@@ -145,12 +147,12 @@ class SplitRuntime:
             teacher = RemoteModel.of(encoder, server, escalation.model)
             self._escalator = Escalator(escalation, encoder, teacher, self._fallback)
         if adaptive is not None:
-            self._reviews = ThreadPoolExecutor(1, "edgeclip-replan")
+            self._review_pool = ThreadPoolExecutor(1, "edgeclip-replan")
             server.add_observer(partial(_observe, adaptive))
 
     @property
     def plan(self) -> SplitPlan:
-        """The plan, which changes from call to call if it is an adaptive one."""
+        """The plan in use; an adaptive one may change between calls."""
         return self._route.plan
 
     def _open_route(self, plan: SplitPlan, server: Server) -> _Route:
@@ -178,8 +180,8 @@ class SplitRuntime:
         """Wait until deferred escalations are stored. The server's connections stay open."""
         if self._escalator is not None:
             self._escalator.close()
-        if self._reviews is not None:
-            self._reviews.shutdown()
+        if self._review_pool is not None:
+            self._review_pool.shutdown()
 
     def encode_image(
         self, images: ImageInput | Sequence[ImageInput], *, deadline_ms: float | None = None
@@ -240,15 +242,15 @@ class SplitRuntime:
         _check_top(top)
         if labels is None and remote is None:
             raise InputError("no labels were given, and by this plan no server has them")
-        baked = self._baked(labels)
-        entries = None if baked is None else baked.embeddings
-        found = self._embed(self._batch(images), entries, call.deadline, "labels")
+        label_set = self._label_set(labels)
+        compared_with = None if label_set is None else label_set.embeddings
+        embedded = self._embed(self._batch(images), compared_with, call.deadline, "labels")
         result = self._compare(
-            found,
+            embedded,
             None if remote is None else partial(remote.classify, top=top),
             None
-            if baked is None
-            else partial(self.encoder.classify_embeddings, labels=baked, top=top),
+            if label_set is None
+            else partial(self.encoder.classify_embeddings, labels=label_set, top=top),
             "labels",
             call.deadline,
         )
@@ -280,13 +282,13 @@ class SplitRuntime:
         if index is not None:
             index.check_space(self.encoder.space)
         if is_image_query(query):
-            entries = None if index is None else index.embeddings
-            found = self._embed(self._batch(query), entries, call.deadline, "index")
+            compared_with = None if index is None else index.embeddings
+            embedded = self._embed(self._batch(query), compared_with, call.deadline, "index")
         else:
-            found = StepResult(self.encoder.embed_query(query), "device")
-        ask = None if remote is None else partial(remote.search, top=top)
+            embedded = StepResult(self.encoder.embed_query(query), "device")
+        on_server = None if remote is None else partial(remote.search, top=top)
         local = None if index is None else partial(self.encoder.search, index=index, top=top)
-        return call.reply(self._compare(found, ask, local, "index", call.deadline))
+        return call.reply(self._compare(embedded, on_server, local, "index", call.deadline))
 
     def _begin(self, deadline_ms: float | None) -> _Call:
         if deadline_ms is None:
@@ -297,34 +299,42 @@ class SplitRuntime:
         return ImageBatch(images, self.encoder.spec.image)
 
     def _remote_model(self, *, of_labels: bool) -> RemoteModel | None:
-        """Return the label model, or the index, that an embedding plan names."""
+        """Return the model that an embedding plan names, if it is of the requested kind."""
         model = self._route.model
-        return model if model is not None and (_LABELS in model.name) is of_labels else None
+        if model is None or is_label_model(model.name) != of_labels:
+            return None
+        return model
 
-    def _baked(self, labels: LabelSet | Sequence[str] | None) -> LabelSet | None:
+    def _label_set(self, labels: LabelSet | Sequence[str] | None) -> LabelSet | None:
         if labels is None:
             return None
-        baked = labels if isinstance(labels, LabelSet) else self.encoder.bake_labels(labels)
-        baked.check_space(self.encoder.space)
-        return baked
+        label_set = labels if isinstance(labels, LabelSet) else self.encoder.bake_labels(labels)
+        label_set.check_space(self.encoder.space)
+        return label_set
 
     def _embed(
-        self, images: ImageBatch, entries: FloatArray | None, deadline: Deadline, *then: Work
+        self,
+        images: ImageBatch,
+        compared_with: FloatArray | None,
+        deadline: Deadline,
+        *next_work: DeviceWork,
     ) -> StepResult[FloatArray]:
         """Embed pictures as planned.
 
         Args:
             images: the pictures.
-            entries: what the embeddings are compared with next, for an escalation.
-            deadline: of the whole call.
-            then: what the device does with the embeddings next.
+            compared_with: embeddings of the labels or index entries that the result is compared
+                with next; None if unknown. Only classify and search escalate, so with an
+                escalation they also decide whether to escalate.
+            deadline: deadline of the whole call.
+            next_work: what the device does with the embeddings next.
         """
-        if self._escalator is not None and entries is not None:
-            return self._escalator.embed(images, entries, deadline)
+        if self._escalator is not None and compared_with is not None:
+            return self._escalator.embed(images, compared_with, deadline)
         tower = self._route.tower
         try:
             if tower is not None and len(images):
-                return tower.embed(images, deadline, *then)
+                return tower.embed(images, deadline, *next_work)
             return StepResult(self.encoder.encode_pixels(images.pixels), "device")
         finally:
             self._start_review()
@@ -334,7 +344,7 @@ class SplitRuntime:
         embedded: StepResult[FloatArray],
         remote: Callable[[FloatArray, Deadline], T] | None,
         local: Callable[[FloatArray], T] | None,
-        work: Work,
+        device_work: DeviceWork,
         deadline: Deadline,
     ) -> StepResult[T]:
         """Compare embeddings with the labels or index of the server, or with local ones."""
@@ -343,20 +353,24 @@ class SplitRuntime:
             return StepResult(remote(embeddings, deadline), "server")
         if remote is not None and local is not None and count:
             return self._fallback.run(
-                partial(remote, embeddings), partial(local, embeddings), (work,), count, deadline
+                partial(remote, embeddings),
+                partial(local, embeddings),
+                (device_work,),
+                count,
+                deadline,
             )
         assert local is not None
-        with self._times.measured(work, count):
+        with self._times.measured(device_work, count):
             return StepResult(local(embeddings), embedded.source, embedded.degraded)
 
     def _start_review(self) -> None:
         """Review an adaptive plan in the background, if a review is due and none is running."""
-        if self._adaptive is None or self._reviews is None or not self._adaptive.is_due:
+        if self._adaptive is None or self._review_pool is None or not self._adaptive.is_due:
             return
         if self._review_lock.acquire(blocking=False):
             try:
-                self._reviews.submit(self._review, self._adaptive)
-            except RuntimeError:  # after `close`
+                self._review_pool.submit(self._review, self._adaptive)
+            except RuntimeError:  # after `close`: no review will run and release the lock
                 self._review_lock.release()
 
     def _review(self, adaptive: "AdaptivePlan") -> None:
