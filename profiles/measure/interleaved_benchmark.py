@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,21 +28,21 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.console import Progress
 from edgeclip.runtime.errors import EngineError, InputError
 
-_DISTURBED_ABOVE = 0.05  # denied share of a process's CPU time
-_MAX_PROCESSES = 2  # times the workload's number of processes
+_DISTURBED_ABOVE = 0.05  # lost share of a process's CPU time
+_MAX_PROCESSES_FACTOR = 2  # of the workload's number of processes
 _NO_MEMORY = ("memory", "this system does not report the peak memory of a process")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterleavedResult:
-    """Runs of some subjects in all processes.
+    """Runs of each subject in the processes that count.
 
     Attributes:
         specs: the subjects.
-        runs: one tuple for each process, its subjects in the order of `specs`.
-        yardstick: of the same rounds.
-        peak_memory_mb: one for each subject, see `Measurement`; empty if not measured.
-        left_out: number of disturbed processes that were replaced.
+        runs: one tuple for each process, with its subjects in the order of `specs`.
+        yardstick: run times of a small fixed graph in the same rounds.
+        peak_memory_mb: peak memory of each subject, as in `Measurement`; empty if not measured.
+        left_out: number of processes that do not count, because they were disturbed most.
     """
 
     specs: tuple[SubjectSpec, ...]
@@ -64,12 +65,13 @@ def run_interleaved_benchmark(
     round, in an order that changes from round to round. The order of loading changes from process
     to process, since a model that is loaded later may be faster for the life of the process.
 
-    A process that was denied more than 5% of its CPU time is replaced by another one, whatever
-    the subjects' times were. At most twice as many processes run; the least disturbed ones count.
+    If a process lost more than 5% of its CPU time to others, another one runs in its place; the
+    subjects' times play no part in this. At most twice as many processes run; the least disturbed
+    ones count.
 
     Args:
-        specs: at least one; subjects of the same part need different names.
-        workload: warm-up, repeats and processes.
+        specs: at least one subject; subjects of the same part need different names.
+        workload: duration of the warm-up, number of rounds and of processes.
         progress: called as the processes advance.
         memory: also measure the peak memory of each subject in a process of its own.
 
@@ -83,8 +85,10 @@ def run_interleaved_benchmark(
     if len(set(titles)) != len(titles):
         raise InputError(f"subjects of a part need different names, got {', '.join(titles)}")
     results = _run_until_undisturbed(specs, workload, progress)
-    by_disturbance = sorted(range(len(results)), key=lambda at: (_denied_share(results[at]), at))
-    kept = [results[at] for at in sorted(by_disturbance[: workload.processes])]
+    least_disturbed_first = sorted(
+        range(len(results)), key=lambda index: (_lost_cpu_share(results[index]), index)
+    )
+    kept = [results[index] for index in sorted(least_disturbed_first[: workload.processes])]
     peaks = [
         run_worker(WorkerRequest(task="memory", subjects=(spec,))).peak_memory_mb
         for spec in (specs if memory else ())
@@ -95,7 +99,7 @@ def run_interleaved_benchmark(
         runs=tuple(result.runs for result in kept),
         yardstick=Yardstick(
             name=yardsticks[0].name,
-            samples_ms=tuple(samples for each in yardsticks for samples in each.samples_ms),
+            samples_ms=tuple(samples for item in yardsticks for samples in item.samples_ms),
         ),
         peak_memory_mb=tuple(peaks),
         left_out=len(results) - len(kept),
@@ -108,29 +112,36 @@ def _run_until_undisturbed(
     """Run processes until enough were undisturbed, or twice as many as requested ran."""
     wanted, steps = workload.processes, len(specs) + 1 + workload.repeats
     results: list[WorkerResult] = []
-    while len(results) < _MAX_PROCESSES * wanted:
+    while len(results) < _MAX_PROCESSES_FACTOR * wanted:
         number = len(results)
         before, total = number * steps, max(wanted, number + 1) * steps
-
-        def step(done: int, _of: int, before: int = before, total: int = total) -> None:
-            if progress is not None:
-                progress(before + done, total)
-
+        report = partial(_report_progress, progress, before, total)
         order = round_order(len(specs), number)
         request = WorkerRequest(
-            task="interleaved", subjects=tuple(specs[at] for at in order), workload=workload
+            task="interleaved", subjects=tuple(specs[index] for index in order), workload=workload
         )
-        result = run_worker(request, progress=step)
-        step(steps, steps)
+        result = run_worker(request, progress=report)
+        report(steps, steps)
         by_spec = dict(zip(order, result.runs, strict=True))
-        results.append(replace(result, runs=tuple(by_spec[at] for at in range(len(specs)))))
-        if sum(_denied_share(each) <= _DISTURBED_ABOVE for each in results) == wanted:
+        results.append(replace(result, runs=tuple(by_spec[index] for index in range(len(specs)))))
+        if sum(_lost_cpu_share(result) <= _DISTURBED_ABOVE for result in results) == wanted:
             break
     return results
 
 
-def _denied_share(result: WorkerResult) -> float:
-    """Share of CPU time that the process was denied; 0 if unknown."""
+def _report_progress(
+    progress: Progress | None, before: int, total: int, done: int, _of: int
+) -> None:
+    """Report `done` steps of the present process, after `before` steps of earlier ones."""
+    if progress is not None:
+        progress(before + done, total)
+
+
+def _lost_cpu_share(result: WorkerResult) -> float:
+    """Share of CPU time lost to other processes (waiting) and to the hypervisor (steal).
+
+    An unknown share counts as 0.
+    """
     cpu = result.runs[0].cpu  # the shares are the same for all subjects of a process
     return (cpu.waiting_share or 0.0) + (cpu.steal_share or 0.0)
 
@@ -141,20 +152,20 @@ def to_measurements(
     """Summarize the runs of each subject, in the order of `result.specs`.
 
     Args:
-        result: of `run_interleaved_benchmark`.
-        reference: name of the subject that others of the same part are divided by, round by
-            round; a part without a subject of this name gets no ratios.
+        result: the result of `run_interleaved_benchmark`.
+        reference: name of the denominator subject: ratio = subject time / reference time, round
+            by round, within the same part. A part without a subject of this name gets no ratios.
 
     Raises:
         EngineError: a bundle or file changed during the benchmark.
     """
-    bases = {
+    reference_samples = {
         spec.part: _samples(result, number)
         for number, spec in enumerate(result.specs)
         if spec.name == reference
     }
     return tuple(
-        _to_measurement(result, number, reference, bases.get(spec.part))
+        _to_measurement(result, number, reference, reference_samples.get(spec.part))
         for number, spec in enumerate(result.specs)
     )
 
@@ -167,15 +178,15 @@ def _to_measurement(
     result: InterleavedResult,
     number: int,
     reference: str | None,
-    base: list[NDArray[np.float64]] | None,
+    reference_samples: list[NDArray[np.float64]] | None,
 ) -> Measurement:
     spec, runs = result.specs[number], [process[number] for process in result.runs]
     first, samples = runs[0], _samples(result, number)
-    if any(each.identity != first.identity for each in runs):
+    if any(process.identity != first.identity for process in runs):
         raise EngineError(f"{spec.title} was altered while it was measured: measure again")
     ratio = None
-    if base is not None and reference is not None and spec.name != reference:
-        ratio = PairedRatio(reference=reference, ratio=paired_ratio(samples, base))
+    if reference_samples is not None and reference is not None and spec.name != reference:
+        ratio = PairedRatio(reference=reference, ratio=paired_ratio(samples, reference_samples))
     memory = result.peak_memory_mb[number] if result.peak_memory_mb else None
     missing = [_NO_MEMORY] if result.peak_memory_mb and memory is None else []
     if result.left_out:
@@ -183,21 +194,21 @@ def _to_measurement(
         missing.append(
             ("processes", f"{result.left_out} of {count} processes were disturbed and left out")
         )
-    cpu = _cpu_time([each.cpu for each in runs])
+    cpu = _cpu_time([process.cpu for process in runs])
     return Measurement(
         name=spec.name,
         part=spec.part,
         input_shape=first.identity.input_shape,
         warm_up=WarmUp(
-            runs=sum(each.warm_up.runs for each in runs),
-            settled=all(each.warm_up.settled for each in runs),
+            runs=sum(process.warm_up.runs for process in runs),
+            settled=all(process.warm_up.settled for process in runs),
         ),
         latency=latency_of(samples),
         ratio=ratio,
         sweep=(),
         cpu=cpu,
         contended=cpu.contended,
-        samples_ms=tuple(each.samples_ms for each in runs),
+        samples_ms=tuple(process.samples_ms for process in runs),
         identity=first.identity,
         peak_memory_mb=memory,
         missing=(*missing, *_remarks(runs)),
@@ -209,19 +220,19 @@ def _remarks(runs: Sequence[SubjectRuns]) -> tuple[tuple[str, str], ...]:
     count = len(runs)
     return tuple(
         (key, text if count == 1 else f"process {number} of {count}: {text}")
-        for number, each in enumerate(runs, 1)
-        for key, text in each.remarks
+        for number, process in enumerate(runs, 1)
+        for key, text in process.remarks
     )
 
 
-def _cpu_time(several: Sequence[CpuTime]) -> CpuTime:
+def _cpu_time(cpu_times: Sequence[CpuTime]) -> CpuTime:
     """Add up the times of all processes; the shares are those of the most disturbed one."""
-    waiting = [each.waiting_share for each in several if each.waiting_share is not None]
-    steal = [each.steal_share for each in several if each.steal_share is not None]
+    waiting = [cpu.waiting_share for cpu in cpu_times if cpu.waiting_share is not None]
+    steal = [cpu.steal_share for cpu in cpu_times if cpu.steal_share is not None]
     return CpuTime(
-        wall_s=sum(each.wall_s for each in several),
-        thread_s=sum(each.thread_s for each in several),
-        process_s=sum(each.process_s for each in several),
+        wall_s=sum(cpu.wall_s for cpu in cpu_times),
+        thread_s=sum(cpu.thread_s for cpu in cpu_times),
+        process_s=sum(cpu.process_s for cpu in cpu_times),
         waiting_share=max(waiting, default=None),
         steal_share=max(steal, default=None),
     )
@@ -239,8 +250,8 @@ def sweep_subject(
     Args:
         spec: the subject.
         batch_sizes: images or texts per batch; sizes that the graph does not take are skipped.
-        threads: engine thread counts; if empty, that of the device.
-        seconds: time for each point, and at most as much again to warm up.
+        threads: numbers of engine threads; if empty, the number in the device's profile.
+        seconds: seconds for each point; the warm-up takes at most as long again.
         progress: called after each process.
 
     Raises:

@@ -24,9 +24,9 @@ _TAIL = 0.025  # probability beyond each end of a 95% interval
 _NORMAL = 1.959964  # its end in standard deviations of a normal distribution
 _DRAWS = 1000  # bootstrap resamples for an interval
 _FEW_DRAWS = 200  # enough for a standard deviation
-_TRIMMED = 5  # 1 / 5 of the processes is trimmed at either end
+_TRIM_ONE_IN = 5  # one fifth of the processes is trimmed at either end
 _BATCHED = 8  # from so many processes on, neighbours are averaged first
-_LEAST = 1e-9  # replaces 0 before taking the logarithm; below the resolution of any clock
+_SMALLEST = 1e-9  # replaces 0 before taking the logarithm; below the resolution of any clock
 _VALUES_AT_ONCE = 1 << 21  # per bootstrap chunk: 16 MiB of indices and 16 MiB of values
 
 
@@ -148,7 +148,7 @@ def process_minima(processes: Sequence[Runs]) -> ProcessSummary:
 
 def _summarize(values: Runs, noise: float) -> ProcessSummary:
     logs = np.sort(values)
-    count, trim = len(logs), len(logs) // _TRIMMED
+    count, trim = len(logs), len(logs) // _TRIM_ONE_IN
     kept = logs[trim : count - trim]
     spread = None
     if count > 1:
@@ -175,8 +175,8 @@ def _percentiles(
     """Compute percentiles with intervals: a bootstrap for one process, else Student's t."""
     _check(processes)
     if len(processes) == 1:
-        values = _at(processes[0], percents)
-        draws = _draw(processes[0], percents, seed, _DRAWS)
+        values = _percentiles_of(processes[0], percents)
+        draws = _bootstrap_percentiles(processes[0], percents, seed, _DRAWS)
         low, high = np.quantile(draws, [_TAIL, 1 - _TAIL], axis=1)
     else:
         logs = _log_percentiles(processes, percents)
@@ -204,35 +204,35 @@ def _half_width(logs: Runs, noise: Runs) -> Runs:
 
 def _log_percentiles(processes: Sequence[Runs], percents: Sequence[float]) -> Runs:
     """Logarithms of percentiles: [processes, percentiles]."""
-    return np.log(np.maximum([_at(runs, percents) for runs in processes], _LEAST))
+    return np.log(np.maximum([_percentiles_of(runs, percents) for runs in processes], _SMALLEST))
 
 
 def _noise(processes: Sequence[Runs], percents: Sequence[float], seed: int) -> Runs:
     """Standard deviation of one process's log percentiles due to its runs: [percentiles]."""
     variances = []
     for number, runs in enumerate(processes):
-        draws = _draw(runs, percents, seed + number, _FEW_DRAWS)
-        variances.append(np.log(np.maximum(draws, _LEAST)).var(axis=1))
+        draws = _bootstrap_percentiles(runs, percents, seed + number, _FEW_DRAWS)
+        variances.append(np.log(np.maximum(draws, _SMALLEST)).var(axis=1))
     return np.asarray(np.sqrt(np.mean(variances, axis=0)))
 
 
-def _at(values: Runs, percents: Sequence[float]) -> Runs:
+def _percentiles_of(values: Runs, percents: Sequence[float]) -> Runs:
     """Percentiles over the last axis: [percentiles, ...], by method 8 of Hyndman and Fan (1996)."""
     return np.asarray(np.percentile(values, percents, axis=-1, method="median_unbiased"))
 
 
-def _draw(values: Runs, percents: Sequence[float], seed: int, draws: int) -> Runs:
+def _bootstrap_percentiles(values: Runs, percents: Sequence[float], seed: int, draws: int) -> Runs:
     """Percentiles of block bootstrap resamples of `values` [N]: [percentiles, draws]."""
     count = len(values)
     block = max(1, round(count ** (1 / 3)))
     generator = np.random.default_rng(seed)
-    found, chunk = [], max(1, _VALUES_AT_ONCE // count)
+    parts, chunk = [], max(1, _VALUES_AT_ONCE // count)
     for done in range(0, draws, chunk):
         size = min(chunk, draws - done)
         starts = generator.integers(count, size=(size, -(-count // block)))
-        at = (starts[:, :, None] + np.arange(block)) % count
-        found.append(_at(values[at.reshape(size, -1)[:, :count]], percents))
-    return np.concatenate(found, axis=1)
+        indices = (starts[:, :, None] + np.arange(block)) % count
+        parts.append(_percentiles_of(values[indices.reshape(size, -1)[:, :count]], percents))
+    return np.concatenate(parts, axis=1)
 
 
 # Student's t distribution, with x = tan(angle) * sqrt(degrees): its density over the angle is
