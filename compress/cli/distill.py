@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         student,
         cache,
         source,
-        weights=weights,
+        loss_weights=weights,
         settings=settings,
         out=folder,
     )

@@ -1,6 +1,7 @@
-"""Options that several commands of this room share, and what they load."""
+"""Options that several commands of training and export share, and what they load."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
@@ -9,6 +10,8 @@ from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 def add_teacher(parser: argparse.ArgumentParser) -> None:
@@ -59,3 +62,18 @@ def _teacher_source(args: argparse.Namespace) -> str | Path:
 def load_source(args: argparse.Namespace, teacher: DualEncoder, *, split: Split) -> Source:
     """Open the data of `--data` and `--count`."""
     return open_source(args.data, split=split, count=args.count, size=teacher.image_spec.size)
+
+
+def add_pairs_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--data`, a source that `open_source` splits."""
+    parser.add_argument(
+        "--data",
+        default=EMOJI,
+        help="emoji, or a folder of pictures with captions, which is split by its subfolders "
+        "train, calibration and test, or else by a hash of each path (default: emoji)",
+    )
+
+
+def log_step(line: str) -> None:
+    """Log what the command does next."""
+    _log.info("%s ...", line)

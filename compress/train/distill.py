@@ -37,18 +37,18 @@ def distill(
     cache: TeacherCache,
     source: Source,
     *,
-    weights: LossWeights,
+    loss_weights: LossWeights,
     settings: TrainSettings,
     out: Path,
 ) -> None:
     """Train `student` in place; write checkpoints and `log.jsonl` to `out`.
 
-    Pictures without captions train the image tower alone, by the feature loss; the text
-    tower stays as it is, so it should be the teacher's own, whole.
+    Pictures without captions train the image tower alone, by the feature loss. The text tower is
+    frozen. It should be the teacher's unmodified text tower; this is not checked here.
 
     Raises:
-        ConfigError: cache and source do not belong together, or the student's embeddings
-            have another length than the teacher's.
+        ConfigError: the cache was made from other data than `source`, or the student's
+            embeddings have another length than the teacher's.
     """
     if cache.settings.source != source.identity:
         raise ConfigError(f"the teacher cache was made from other data than {source.name}")
@@ -69,7 +69,7 @@ def distill(
         text = student.embed_text(batch.ids)
         with full_precision(student.device):
             return distillation_losses(
-                weights,
+                loss_weights,
                 image=image,
                 text=text,
                 teacher_image=batch.teacher_image,
@@ -83,7 +83,7 @@ def distill(
             module=student,
             batch=batches,
             losses=losses,
-            identity=_identity(student, cache, weights),
+            identity=_identity(student, cache, loss_weights),
         ),
         settings,
         out,
@@ -91,9 +91,10 @@ def distill(
 
 
 class DistillationBatches:
-    """Makes the batch of a step as a function of (seed, step) alone.
+    """Make the batch of each step.
 
-    Every epoch is a new order of all pairs; epoch e shows view e modulo the views cached.
+    It depends only on seed and step, so a resumed run sees the same batches. Every epoch shuffles
+    all pairs anew. Epoch e uses the augmented view number e mod (number of cached views).
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class DistillationBatches:
         self._source = source
         self._settings = settings
 
-    def picks(self, step: int) -> tuple[list[int], list[int]]:
-        """Return indices and views of the pairs in a batch."""
+    def pairs_of_step(self, step: int) -> tuple[list[int], list[int]]:
+        """Return the index and the view number of each pair in a batch."""
         count, size = len(self._source), self._settings.batch_size
         indices: list[int] = []
         views: list[int] = []
@@ -118,10 +119,10 @@ class DistillationBatches:
         return indices, views
 
     def __call__(self, step: int) -> DistillationBatch:
-        indices, views = self.picks(step)
-        how = self._cache.settings.augmentation
+        indices, views = self.pairs_of_step(step)
+        augmentation = self._cache.settings.augmentation
         pictures = [
-            augment(self._source[index].image, how, index=index, view=view)
+            augment(self._source[index].image, augmentation, index=index, view=view)
             for index, view in zip(indices, views, strict=True)
         ]
         pixels = self._student.preprocess(pictures)
@@ -142,8 +143,11 @@ class DistillationBatches:
         return torch.nn.functional.normalize(tensor, dim=-1)  # float16 rounds lengths off 1
 
 
-def _identity(student: DualEncoder, cache: TeacherCache, weights: LossWeights) -> str:
-    """Return the identity of a run, without the config: that has the teacher's path and date."""
+def _identity(student: DualEncoder, cache: TeacherCache, loss_weights: LossWeights) -> str:
+    """Return the identity of a run.
+
+    The full model config is not part of it, because it contains the teacher's path and a date.
+    """
     sizes = {name: list(value.shape) for name, value in student.model.state_dict().items()}
-    parts = (asdict(cache.settings), student.model.config.model_type, sizes, asdict(weights))
+    parts = (asdict(cache.settings), student.model.config.model_type, sizes, asdict(loss_weights))
     return "distill " + json.dumps(parts, sort_keys=True)

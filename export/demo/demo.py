@@ -159,7 +159,7 @@ def train_student(
             learning_rate=settings.learning_rate,
         )
         run = out / "run"
-        distill(student, cache, scenes, weights=LossWeights(), settings=train, out=run)
+        distill(student, cache, scenes, loss_weights=LossWeights(), settings=train, out=run)
         student.save(out / "student")
     return student, run / "log.jsonl"
 

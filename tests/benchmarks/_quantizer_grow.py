@@ -175,7 +175,7 @@ def _learn(dual: DualEncoder, teacher: DualEncoder, growth: Growth) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = build_cache(teacher, source, Path(folder) / "cache")
         out = Path(folder) / "run"
-        distill(dual, cache, source, weights=LossWeights(), settings=settings, out=out)
+        distill(dual, cache, source, loss_weights=LossWeights(), settings=settings, out=out)
 
 
 def _weights(

@@ -48,7 +48,7 @@ def main(what: str, teacher_folder: str, pictures: str, out: str, cache: str, re
         new_student(teacher, shape),
         open_cache(Path(cache)),
         source,
-        weights=LossWeights(),
+        loss_weights=LossWeights(),
         settings=TrainSettings(
             steps=12, batch_size=8, warmup_steps=3, compute=compute, checkpoint_seconds=1e-6
         ),

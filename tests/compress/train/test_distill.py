@@ -54,7 +54,7 @@ def _distilled(
     shape: StudentShape = SMALL,
 ) -> DualEncoder:
     student = new_student(teacher, shape)
-    distill(student, cache, source, weights=LossWeights(), settings=settings, out=out)
+    distill(student, cache, source, loss_weights=LossWeights(), settings=settings, out=out)
     return student
 
 
@@ -89,10 +89,10 @@ def test_an_epoch_shows_every_pair_once(
     epochs = views + 1
     shown: list[tuple[int, int]] = []
     for step in range(-(-epochs * count // size)):
-        picks = batches.picks(step)
-        assert len(picks[0]) == len(picks[1]) == size
-        assert picks == batches.picks(step)
-        shown += zip(*picks, strict=True)
+        pairs = batches.pairs_of_step(step)
+        assert len(pairs[0]) == len(pairs[1]) == size
+        assert pairs == batches.pairs_of_step(step)
+        shown += zip(*pairs, strict=True)
     for epoch in range(epochs):
         part = shown[epoch * count : (epoch + 1) * count]
         assert Counter(part) == Counter((index, epoch % views) for index in range(count))
@@ -107,7 +107,7 @@ def test_every_epoch_and_seed_has_an_order_of_its_own(teacher: DualEncoder) -> N
                 _empty_cache(40, 1),
                 data,
                 TrainSettings(steps=1, batch_size=40, seed=seed),
-            ).picks(epoch)[0]
+            ).pairs_of_step(epoch)[0]
         )
         for seed in (0, 1)
         for epoch in (0, 1)
@@ -129,7 +129,7 @@ def test_a_batch_holds_what_belongs_together(
         assert (image * batch.teacher_image).sum(dim=1).min() > 0.999
         assert (text * batch.teacher_text).sum(dim=1).min() > 0.999
         torch.testing.assert_close(batch.teacher_image.norm(dim=1), torch.ones(15))
-    assert set(batches.picks(1)[1]) == {0, 1}
+    assert set(batches.pairs_of_step(1)[1]) == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,12 @@ def test_a_cache_of_other_data_is_refused(
     student = new_student(teacher, SMALL)
     with pytest.raises(ConfigError, match="was made from other data than EmojiScenes train, 20"):
         distill(
-            student, cache, other, weights=LossWeights(), settings=SETTINGS, out=tmp_path / "run"
+            student,
+            cache,
+            other,
+            loss_weights=LossWeights(),
+            settings=SETTINGS,
+            out=tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
 
