@@ -32,7 +32,7 @@ def add_to_bundle(bundle: Bundle, path: str, content: bytes) -> Bundle:
 
     Args:
         bundle: an opened bundle.
-        path: of the file inside the bundle, not among towers, engines and labels.
+        path: path of the file inside the bundle, not among towers, engines and labels.
         content: the bytes of the file.
 
     Raises:

@@ -1,8 +1,9 @@
 """Build a verified bundle from a student: export, quantize, judge, select, write."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgeclip.export.bundle.bundle_plan import BundlePlan
@@ -12,7 +13,7 @@ from edgeclip.export.bundle.precision_candidates import (
     evaluate_candidates,
     export_fp32,
     export_interchange,
-    qat_fallback,
+    fine_tune_failed_int8,
     quantize_towers,
 )
 from edgeclip.export.bundle.write_bundle import BuildRecipe, BundleContents, write_bundle
@@ -22,8 +23,7 @@ from edgeclip.export.gates.judge_precisions import TowerEmbeddings, describe_pai
 from edgeclip.export.gates.select_precision import SelectedPrecision, select_precision
 from edgeclip.export.graph.embedders import TowerGraph, graph_embedder, tower_inputs
 from edgeclip.export.graph.graph_io import graph_files
-from edgeclip.export.graph.label_head import add_label_head
-from edgeclip.export.graph.to_onnx import STANDARD
+from edgeclip.export.graph.to_onnx import INTERCHANGE_FORM, add_label_head
 from edgeclip.export.graph.tune_passes import PassOutcome, tune_tower
 from edgeclip.export.parity.torch_parity import check_parity, explain_parity
 from edgeclip.export.quantizing.quantization_file import apply_searched
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 TriedPasses = tuple[tuple[Tower, PassOutcome], ...]
 
 _PARITY_HINT = "The graph does not compute what the student does in torch: please report this"
-_GATE_HINT = "Train the student longer, or do not ask for what misses its gates"
+_GATE_HINT = "Train the student longer, or leave out of --precisions what misses its gates"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,11 +45,12 @@ class BuiltBundle:
 
     Attributes:
         bundle: the bundle, opened.
-        judged: all gates that were checked, also those that a left-out precision missed.
+        judged: all gates that were checked, also those that a left-out precision missed; except
+            a missed gate of mixed precisions, which only `why` of `selected` tells of.
         left_out: one line for each precision that was left out, with the reason.
         selected: for each tower the precision that it ships in, why, and its measurements.
         tried_passes: the outcome of each graph pass that was tried on a tower.
-        message: what was done about int8 where it missed a gate, or what might help.
+        int8_hint: if int8 missed a gate: what was done about it, or what might help. Else empty.
     """
 
     bundle: Bundle
@@ -57,7 +58,7 @@ class BuiltBundle:
     left_out: tuple[str, ...]
     selected: tuple[SelectedPrecision, ...]
     tried_passes: TriedPasses
-    message: str = ""
+    int8_hint: str = ""
 
 
 def build_bundle(
@@ -91,9 +92,9 @@ def build_bundle(
         quantized = quantize_towers(plan, folder)
         _log.info("embedding %s in %s ...", plan.test.name, ", ".join(plan.wanted))
         candidates = evaluate_candidates(plan, (*reference, *quantized), plan.configs)
-        candidates = qat_fallback(plan, candidates, _applied(plan, tried))
+        candidates = fine_tune_failed_int8(plan, candidates, _applied(plan, tried))
         if plan.precisions is not None:
-            require_asked_precisions(candidates)
+            require_named_precisions(candidates)
 
         graphs = delete_rejected(plan, candidates)
         if plan.label_head is not None:
@@ -104,7 +105,8 @@ def build_bundle(
         selected, mixed = check_mixed_precisions(selected, candidates.embeddings, plan)
 
         shipped = {(item.tower, item.precision) for item in selected}
-        # fp32 has an engine only where it ships: the device chooses among the others.
+        # Build an fp32 engine only if fp32 is the default of its tower; the device chooses among
+        # the smaller precisions.
         wanted = [
             item for item in graphs if item.precision != "fp32" or (item.tower, "fp32") in shipped
         ]
@@ -121,8 +123,8 @@ def build_bundle(
             recipe=BuildRecipe(
                 configs=candidates.configs, device=plan.device, finetuned=candidates.finetuned
             ),
-            remarks=candidates.verdict.remarks,
-            note=candidates.note,
+            gate_remarks=candidates.verdict.gate_remarks,
+            provenance_note=candidates.provenance_note,
         )
         write_bundle(plan, folder, contents)
     return BuiltBundle(
@@ -131,15 +133,15 @@ def build_bundle(
         left_out=(*plan.unused, *candidates.verdict.left_out),
         selected=selected,
         tried_passes=tried,
-        message=candidates.message,
+        int8_hint=candidates.int8_hint,
     )
 
 
 def apply_passes(plan: BundlePlan, graphs: Sequence[TowerGraph]) -> TriedPasses:
     """Rewrite the fp32 graphs, in place, by the passes that make them faster on this machine.
 
-    A tower of the quantization file gets the passes recorded there. The others are tried out
-    if this machine is the device.
+    A tower of the quantization file gets the passes recorded there. For another tower they are
+    timed and selected here, if this machine is the device.
     """
     tried: list[tuple[Tower, PassOutcome]] = []
     for graph in (item for item in graphs if item.tower in plan.towers):
@@ -147,7 +149,7 @@ def apply_passes(plan: BundlePlan, graphs: Sequence[TowerGraph]) -> TriedPasses:
             apply_searched(graph, plan.searched[graph.tower])
         elif plan.workload is not None:
             _log.info("trying what makes the %s tower's graph faster ...", graph.tower)
-            outcomes = tune_tower(plan.student, graph, plan.runner, plan.test)
+            outcomes = tune_tower(plan.student, graph, plan.judging_device, plan.test)
             tried += [(graph.tower, outcome) for outcome in outcomes]
     return tuple(tried)
 
@@ -164,38 +166,40 @@ def _applied(plan: BundlePlan, tried: TriedPasses) -> AppliedPasses:
 def require_parity(
     plan: BundlePlan, folder: Path, graphs: Sequence[TowerGraph]
 ) -> tuple[GateOutcome, ...]:
-    """Judge all fp32 graphs, the one for other runtimes too, against torch.
+    """Judge all fp32 graphs against torch, and the interchange graph if the device's form differs.
 
     Raises:
         GateError: a graph differs; the message names the first node that does.
     """
     named = [(graph.subject, graph) for graph in graphs]
-    if plan.form.pixels != STANDARD.pixels:
-        named.append(("image fp32 for others", export_interchange(plan.student, folder)))
+    if plan.form.pixels != INTERCHANGE_FORM.pixels:
+        interchange = export_interchange(plan.student, folder)
+        named.append(("image fp32 for others", interchange))  # a gate's name in bundles
     _log.info("comparing them with torch ...")
     parity: list[GateOutcome] = []
     for subject, graph in named:
-        embed = graph_embedder(graph, plan.student.spec.image, plan.runner)
+        embed = graph_embedder(graph, plan.student.spec.image, plan.judging_device)
         records = check_parity(plan.student, graph.tower, embed, plan.test, plan.bounds["fp32"])
         parity += [GateOutcome(subject, record) for record in records]
-    causes = [
-        f"{graph.subject}: {explain_parity(plan.student, graph, plan.test, plan.runner, plan.form)}"
-        for graph in graphs
-        if describe_missed(item for item in parity if item.subject == graph.subject)
-    ]
+    causes = []
+    for graph in graphs:
+        if describe_missed(item for item in parity if item.subject == graph.subject):
+            device, form = plan.judging_device, plan.form
+            cause = explain_parity(plan.student, graph, plan.test, device, form)
+            causes.append(f"{graph.subject}: {cause}")
     raise_if_missed(parity, "; ".join([*causes, _PARITY_HINT]))
     return tuple(parity)
 
 
-def require_asked_precisions(candidates: PrecisionCandidates) -> None:
-    """Stop if a precision misses its gates, where the user asked for it.
+def require_named_precisions(candidates: PrecisionCandidates) -> None:
+    """Raise if any precision missed its gates; called only when the user named the precisions.
 
     Raises:
         GateError: names the missed gates, and ends with what might help.
     """
     verdict = candidates.verdict
-    hints = [_GATE_HINT, *map(str, verdict.remarks)]
-    hints += [candidates.message] if candidates.message else []
+    hints = [_GATE_HINT, *map(str, verdict.gate_remarks)]
+    hints += [candidates.int8_hint] if candidates.int8_hint else []
     raise_if_missed(verdict.judged, "; ".join(hints))
 
 
@@ -214,10 +218,10 @@ def delete_rejected(plan: BundlePlan, candidates: PrecisionCandidates) -> tuple[
 
 
 def _select(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) -> SelectedPrecision:
-    """Select the precision of a tower: the fastest here, if this machine is the device.
+    """Select the precision of a tower: the fastest on this machine, if it is the device.
 
-    For a device that is not at hand it is fp32, or fp16 where a GPU runs it. int8 and fp8 are not
-    always faster, so they are left for the device's own measurement to select.
+    `plan.workload` is None if this machine is not the device. Then fp32 is selected, or fp16 for
+    a GPU: int8 and fp8 are not always faster, so only the device's own measurement selects them.
     """
     mine = {graph.precision: graph for graph in graphs if graph.tower == tower}
     if plan.workload is None:
@@ -226,7 +230,7 @@ def _select(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) -> Sel
         return SelectedPrecision(tower=tower, precision="fp16" if on_gpu else "fp32", why=why)
     _log.info("timing the %s tower in every precision ...", tower)
     embedders = {
-        precision: graph_embedder(graph, plan.student.image_spec, plan.runner)
+        precision: graph_embedder(graph, plan.student.image_spec, plan.judging_device)
         for precision, graph in mine.items()
     }
     sample = next(tower_inputs(plan.student, tower, plan.test, count=1))
@@ -238,8 +242,11 @@ def check_mixed_precisions(
 ) -> tuple[tuple[SelectedPrecision, ...], tuple[GateOutcome, ...]]:
     """Judge towers of different precisions together, and fall back to fp32 if they fail.
 
+    The bound is the larger of the two R@1 bounds.
+
     Returns:
-        The precisions to ship, and the gate if there was one to judge.
+        The precisions to ship, and the outcome of the gate if it was judged and passed. A missed
+        gate is only in `why` of the precisions.
     """
     chosen: dict[Tower, Precision] = {item.tower: item.precision for item in selected}
     if len(set(chosen.values())) == 1:
@@ -251,4 +258,4 @@ def check_mixed_precisions(
     if judged.record.passed:
         return selected, (judged,)
     why = f"the precisions that are fastest lose {judged.record.value:.2f} points R@1 together"
-    return tuple(replace(item, precision="fp32", why=why) for item in selected), ()
+    return tuple(dataclasses.replace(item, precision="fp32", why=why) for item in selected), ()

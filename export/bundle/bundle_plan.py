@@ -9,7 +9,7 @@ from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds
 from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
 from edgeclip.export.gates.zero_shot import ZeroShotSet, find_zero_shot
 from edgeclip.export.graph.calibration import CalibrationSource
-from edgeclip.export.graph.embedders import TOWERS, check_captions, runner_of
+from edgeclip.export.graph.embedders import TOWERS, check_captions, judging_device
 from edgeclip.export.graph.to_onnx import GraphForm
 from edgeclip.export.quantizing.config import Config, default_config
 from edgeclip.export.quantizing.qat_finetune import QatOptions
@@ -175,6 +175,6 @@ class BundlePlan:
         return GraphForm.for_device(self.device, patch_features=self.patch_features)
 
     @property
-    def runner(self) -> DeviceProfile:
+    def judging_device(self) -> DeviceProfile:
         """The device profile that runs the graphs while they are judged."""
-        return runner_of(self.device)
+        return judging_device(self.device)

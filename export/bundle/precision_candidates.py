@@ -18,7 +18,7 @@ from edgeclip.export.gates.judge_precisions import (
 )
 from edgeclip.export.graph.calibration import calibration_data
 from edgeclip.export.graph.embedders import TOWERS, TowerGraph
-from edgeclip.export.graph.to_onnx import STANDARD, export_tower
+from edgeclip.export.graph.to_onnx import INTERCHANGE_FORM, export_tower
 from edgeclip.export.quantizing.config import Config, StaticInt8
 from edgeclip.export.quantizing.fp16 import emulated_fp16
 from edgeclip.export.quantizing.qat_finetune import (
@@ -43,12 +43,12 @@ class PrecisionCandidates:
     Attributes:
         graphs: both towers in fp32, then the graphs made from them.
         configs: the quantization config of each graph that was made from fp32.
-        embeddings: of the test pairs, by each graph.
-        inputs: what else the gates were judged on.
+        embeddings: embeddings of the test pairs, computed by each graph.
+        inputs: the other inputs of the gates.
         verdict: which precisions are inside their gates.
         finetuned: towers whose int8 graph comes from a student that was fine-tuned for it.
-        note: about that fine-tune, for the bundle's provenance.
-        message: about int8, for the user; empty if int8 is inside its gates.
+        provenance_note: about that fine-tune, for the bundle's provenance.
+        int8_hint: about int8, for the user; empty if int8 is inside its gates.
     """
 
     graphs: tuple[TowerGraph, ...]
@@ -57,8 +57,8 @@ class PrecisionCandidates:
     inputs: GateInputs
     verdict: PrecisionVerdict
     finetuned: tuple[Tower, ...] = ()
-    note: str = ""
-    message: str = ""
+    provenance_note: str = ""
+    int8_hint: str = ""
 
 
 def export_fp32(plan: BundlePlan, folder: Path) -> tuple[TowerGraph, ...]:
@@ -74,14 +74,16 @@ def export_fp32(plan: BundlePlan, folder: Path) -> tuple[TowerGraph, ...]:
 
 
 def export_interchange(student: DualEncoder, folder: Path) -> TowerGraph:
-    """Export the image tower with float32 NCHW input, for transformers.js, optimum and others.
+    """Export the interchange graph: the image tower with float32 NCHW input, for other runtimes.
+
+    Among these are transformers.js and optimum.
 
     Raises:
         ExportError: torch cannot capture the tower.
     """
-    path = folder / tower_path("image", "fp32", STANDARD.pixels)
-    export_tower(student, "image", path, STANDARD)
-    return TowerGraph("image", "fp32", path, STANDARD.pixels)
+    path = folder / tower_path("image", "fp32", INTERCHANGE_FORM.pixels)
+    export_tower(student, "image", path, INTERCHANGE_FORM)
+    return TowerGraph("image", "fp32", path, INTERCHANGE_FORM.pixels)
 
 
 def quantize_towers(plan: BundlePlan, folder: Path) -> tuple[TowerGraph, ...]:
@@ -131,8 +133,10 @@ def evaluate_candidates(
     """
     zero_shot = plan.labelled if len(plan.wanted) > 1 else None
     with emulated_fp16(graphs, plan.device) as emulated:
-        embeddings = embed_test_pairs(plan.student, emulated, plan.test, plan.runner)
-        inputs = gate_inputs(plan.student, emulated, plan.test, zero_shot, embeddings, plan.runner)
+        embeddings = embed_test_pairs(plan.student, emulated, plan.test, plan.judging_device)
+        inputs = gate_inputs(
+            plan.student, emulated, plan.test, zero_shot, embeddings, plan.judging_device
+        )
     return PrecisionCandidates(
         graphs=tuple(graphs),
         configs=configs,
@@ -142,17 +146,17 @@ def evaluate_candidates(
     )
 
 
-def qat_fallback(
+def fine_tune_failed_int8(
     plan: BundlePlan,
     candidates: PrecisionCandidates,
     passes: AppliedPasses,
 ) -> PrecisionCandidates:
     """Fine-tune the student for int8 and quantize it again, if int8 missed a gate.
 
-    The int8 files are replaced where that is better.
+    The int8 files are replaced if the fine-tuned student is better.
 
     Args:
-        plan: its `qat` is the fine-tune that the user allows. Without one, the message of the
+        plan: its `qat` is the fine-tune that the user allows. Without one, `int8_hint` of the
             result says how to ask for it.
         candidates: the result of quantizing alone.
         passes: names of the graph passes that each fp32 graph has, in order.
@@ -171,7 +175,7 @@ def qat_fallback(
     if not failing_towers(filter(_is_int8, candidates.verdict.judged), trainable):
         return candidates
     if plan.qat is None:
-        return replace(candidates, message=QAT_HINT)
+        return replace(candidates, int8_hint=QAT_HINT)
     task = QatTask(
         student=plan.student,
         configs=trainable,
@@ -185,15 +189,15 @@ def qat_fallback(
     )
     result = finetune_int8(task, candidates.graphs, candidates.embeddings, plan.qat)
     if not result.tuned:
-        return replace(candidates, message=result.message)
+        return replace(candidates, int8_hint=result.message)
     learnt: dict[tuple[Tower, Precision], Config] = {
         (tower, "int8"): without_smoothing(trainable[tower]) for tower in result.tuned
     }
     return replace(
         evaluate_candidates(plan, candidates.graphs, {**candidates.configs, **learnt}),
         finetuned=result.tuned,
-        note=result.note,
-        message=result.message,
+        provenance_note=result.note,
+        int8_hint=result.message,
     )
 
 

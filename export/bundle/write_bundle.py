@@ -88,8 +88,8 @@ class BundleContents:
         selected: for each tower, the precision that it ships in.
         engines: prebuilt engines.
         recipe: how the graphs were made.
-        remarks: gates that were not judged, or on too little data.
-        note: about a fine-tune for int8, for the provenance.
+        gate_remarks: gates that were not judged, or on too little data.
+        provenance_note: about a fine-tune for int8, for the provenance.
     """
 
     graphs: tuple[TowerGraph, ...]
@@ -97,8 +97,8 @@ class BundleContents:
     selected: tuple[SelectedPrecision, ...]
     engines: tuple[EngineRecord, ...]
     recipe: BuildRecipe
-    remarks: tuple[GateRemark, ...] = ()
-    note: str = ""
+    gate_remarks: tuple[GateRemark, ...] = ()
+    provenance_note: str = ""
 
 
 def write_bundle(plan: BundlePlan, folder: Path, contents: BundleContents) -> None:
@@ -127,7 +127,7 @@ def write_golden(plan: BundlePlan, folder: Path, graphs: tuple[TowerGraph, ...])
         ids = tokenizer.encode(texts)
     expected = []
     for graph in graphs:
-        embed = graph_embedder(graph, spec.image, plan.runner)
+        embed = graph_embedder(graph, spec.image, plan.judging_device)
         embeddings = embed(pixels if graph.tower == "image" else ids)
         expected.append(Expected(graph.tower, graph.precision, embeddings.astype(np.float32)))
     golden = Golden(pixels=pixels, texts=texts, input_ids=ids, expected=tuple(expected))
@@ -147,6 +147,8 @@ def write_manifest(plan: BundlePlan, folder: Path, contents: BundleContents) -> 
     machine = detect_machine()
     measured = any(item.measurements for item in contents.selected)
     data = f"tested on {plan.test.name}; calibrated on {plan.calibration.name}"
+    if contents.provenance_note:
+        data += f"; {contents.provenance_note}"
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         name=plan.origin.name,
@@ -154,11 +156,11 @@ def write_manifest(plan: BundlePlan, folder: Path, contents: BundleContents) -> 
         spec=plan.student.spec,
         towers=tuple(_tower_manifest(plan, folder, contents, item) for item in contents.selected),
         gates=tuple(item.record for item in contents.gates if item.subject == "bundle"),
-        measured_on=f"{machine.cpu}, {plan.runner.engine}" if measured else "",
+        measured_on=f"{machine.cpu}, {plan.judging_device.engine}" if measured else "",
         provenance=Provenance(
             teacher=plan.origin.teacher,
             student=plan.origin.student,
-            data=f"{data}; {contents.note}" if contents.note else data,
+            data=data,
             command=plan.origin.command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=machine.packages,
@@ -168,7 +170,7 @@ def write_manifest(plan: BundlePlan, folder: Path, contents: BundleContents) -> 
         patch_features=plan.form.patch_features,
         label_head=plan.label_head,
         engines=contents.engines,
-        remarks=contents.remarks,
+        remarks=contents.gate_remarks,
     )
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from edgeclip.compress.cli.options import add_pairs_option, log_step
 from edgeclip.export.bundle.add_to_bundle import add_to_bundle
 from edgeclip.export.cascade.cascade_eval_set import (
     CascadeEvalSet,
@@ -20,7 +21,6 @@ from edgeclip.export.cascade.cascade_report import (
     write_cascade_page,
 )
 from edgeclip.export.cascade.certify import CascadePlan, CertificationResult, certify
-from edgeclip.export.cli.options import add_pairs_option, say
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin, Score
 from edgeclip.runtime.cli.options import (
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     workload = load_workload(args.workload)
     evaluator = plan.evaluator()
     found = certify(plan, evaluator)
-    say("measuring student and teacher")
+    log_step("measuring student and teacher")
     costs, _ = measure_costs(
         student,
         teacher,
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     if found.certificate is not None and not args.dry_run:
         content = found.certificate.to_json().encode()
         written = add_to_bundle(student.bundle, found.certificate.path, content)
-        say(f"certificate written to {written.path / found.certificate.path}")
+        log_step(f"certificate written to {written.path / found.certificate.path}")
     return 1 if found.certificate is None else 0
 
 

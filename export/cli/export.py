@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from edgeclip.compress.cli.options import add_teacher, load_teacher
+from edgeclip.compress.cli.options import add_pairs_option, add_teacher, load_teacher, log_step
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.train.quantization_aware import finetune_settings
 from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.bundle.write_engines import targets_table
-from edgeclip.export.cli.options import add_pairs_option, say
 from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
 from edgeclip.export.gates.zero_shot import (
     bake_labels_with_teacher,
@@ -145,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
 def describe_build(built: BuiltBundle) -> str:
     """List what was left out, the precision of each tower and why, and where the bundle is."""
     lines = [f"left out: {reason}" for reason in built.left_out]
-    lines += [f"int8: {built.message}"] if built.message else []
+    lines += [f"int8: {built.int8_hint}"] if built.int8_hint else []
     lines += [f"{tower} tower: {item}" for tower, item in built.tried_passes if item.places]
     lines += [f"{item.tower} tower: {item.precision} ({item.why})" for item in built.selected]
     return "\n".join([*lines, f"bundle written to {built.bundle.path}"])
@@ -186,7 +185,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
     )
     if args.data != EMOJI or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
         return plan
-    say("embedding the names of emoji")
+    log_step("embedding the names of emoji")
     return replace(plan, zero_shot=emoji_zero_shot(teacher, count=args.test_count, size=size))
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.built_in import BUILT_IN
-from edgeclip.compress.cli.options import add_teacher, load_teacher
+from edgeclip.compress.cli.options import add_pairs_option, add_teacher, load_teacher
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.cli.options import add_pairs_option
 from edgeclip.export.gates.zero_shot import (
     ZeroShotSet,
     bake_labels_with_teacher,

@@ -61,13 +61,13 @@ class PrecisionVerdict:
         judged: every gate that was checked, including missed ones.
         kept: tower and precision of each graph that is inside its gates.
         left_out: for each other graph, which gate it missed and by how much.
-        remarks: for what is kept, the gates that were not judged, or on too little data.
+        gate_remarks: the gates of kept precisions that were not judged, or on too little data.
     """
 
     judged: tuple[GateOutcome, ...]
     kept: frozenset[tuple[Tower, Precision]]
     left_out: tuple[str, ...]
-    remarks: tuple[GateRemark, ...] = ()
+    gate_remarks: tuple[GateRemark, ...] = ()
 
 
 def embed_test_pairs(
@@ -102,7 +102,8 @@ def gate_inputs(
         graphs: graphs of both towers; only those of the image tower are run.
         test: the test pairs.
         zero_shot: labelled pictures, if there are any.
-        embeddings: of the test pairs; pictures that are among them are not embedded again.
+        embeddings: embeddings of the test pairs; pictures that are among them are not embedded
+            again.
         device: runs the graphs.
 
     Raises:
@@ -147,7 +148,8 @@ def judge_precisions(
     they are judged together as well.
 
     Args:
-        embeddings: of the test pairs, by tower and precision; both towers in fp32 are needed.
+        embeddings: embeddings of the test pairs, by tower and precision; both towers in fp32 are
+            needed.
         bounds: the bounds of each precision.
         inputs: other data of the gates; by default neither data nor labels are known.
     """

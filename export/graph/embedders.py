@@ -53,7 +53,7 @@ class PairEmbeddings:
         return self.image if tower == "image" else self.text
 
 
-def runner_of(device: DeviceProfile) -> DeviceProfile:
+def judging_device(device: DeviceProfile) -> DeviceProfile:
     """Return the profile to judge graphs on: the device if it is a CPU, else this machine.
 
     This machine then takes the batch sizes of the device.
@@ -80,7 +80,7 @@ def graph_embedder(graph: TowerGraph, spec: ImageSpec, device: DeviceProfile) ->
     def run(values: NDArray[Any]) -> dict[str, NDArray[Any]]:
         return engine.run(tower_feed(values, graph.tower, graph.pixels, spec))
 
-    return lambda values: in_batches(run, values, static=device.static_batch)[wanted]
+    return lambda values: in_batches(run, values, fixed_batch=device.static_batch)[wanted]
 
 
 def torch_embedder(dual: DualEncoder, tower: Tower) -> Embedder:

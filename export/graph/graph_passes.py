@@ -117,7 +117,7 @@ class GraphPass:
     """A rewrite that keeps the results, except for rounding.
 
     Attributes:
-        name: for messages and records.
+        name: short name in messages and records.
         change: rewrites the graph in place, after shape inference; returns the number of places.
         engines: engines that can run the result; None if it is standard ONNX.
     """

@@ -26,11 +26,13 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.embedders import TowerGraph
 from edgeclip.export.graph.export_modules import tower_module
-from edgeclip.export.graph.graph_io import limit_masks, save_graph
+from edgeclip.export.graph.graph_io import limit_masks, load_graph, save_graph
 from edgeclip.runtime.bundle.files import tower_path
+from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import first_line
 from edgeclip.runtime.spec import (
+    LABEL_OUTPUTS,
     OUTPUT_NAMES,
     PATCH_OUTPUT,
     PIXEL_INPUTS,
@@ -47,7 +49,7 @@ PLAIN_OPSET = 18
 TENSORRT_OPSET = 19
 
 _SAMPLES = 2  # the exporter would take a batch of 1 for a constant
-_STANDARD, _DEVICE = PIXEL_INPUTS["float32-nchw"], PIXEL_INPUTS["uint8-nhwc"]
+_INTERCHANGE, _DEVICE = PIXEL_INPUTS["float32-nchw"], PIXEL_INPUTS["uint8-nhwc"]
 _FLOATS, _CHANNELS_FIRST = f"{_DEVICE}_float", f"{_DEVICE}_nchw"
 
 Axes = dict[str, dict[int, str]]
@@ -80,7 +82,8 @@ class GraphForm:
         )
 
 
-STANDARD = GraphForm()
+# What other runtimes, such as transformers.js and optimum, expect.
+INTERCHANGE_FORM = GraphForm()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,9 @@ class TowerPaths:
         return TowerGraph("text", "fp32", self.text, None)
 
 
-def export_towers(dual: DualEncoder, folder: Path, form: GraphForm = STANDARD) -> TowerPaths:
+def export_towers(
+    dual: DualEncoder, folder: Path, form: GraphForm = INTERCHANGE_FORM
+) -> TowerPaths:
     """Export both towers in fp32, named as in a bundle: `onnx/text_model.onnx` and so on.
 
     Raises:
@@ -114,7 +119,9 @@ def export_towers(dual: DualEncoder, folder: Path, form: GraphForm = STANDARD) -
     return paths
 
 
-def export_tower(dual: DualEncoder, tower: Tower, path: Path, form: GraphForm = STANDARD) -> None:
+def export_tower(
+    dual: DualEncoder, tower: Tower, path: Path, form: GraphForm = INTERCHANGE_FORM
+) -> None:
     """Export one tower in fp32; texts have a dynamic length.
 
     The image tower maps `pixel_values` float32 [batch, 3, size, size], or `pixels` uint8
@@ -300,7 +307,7 @@ def to_device_form(model: onnx.ModelProto, spec: ImageSpec) -> None:
     batch = given.type.tensor_type.shape.dim[0]
     scale = (1 / (255 * np.asarray(spec.std))).astype(np.float32)
     shift = (-np.asarray(spec.mean) / np.asarray(spec.std)).astype(np.float32)
-    asking = [node for node in graph.node if _STANDARD in node.input]
+    asking = [node for node in graph.node if _INTERCHANGE in node.input]
     readers = [node for node in asking if node.op_type != "Shape"]
     before = [
         # TensorRT reads uint8 in nothing but a cast at the graph's edge.
@@ -312,7 +319,9 @@ def to_device_form(model: onnx.ModelProto, spec: ImageSpec) -> None:
     if len(readers) == 1 and _foldable(graph, readers[0]):
         _fold(graph, readers[0], scale, shift)
         for node in asking:  # the other readers only ask for the batch size
-            node.input[:] = [_CHANNELS_FIRST if name == _STANDARD else name for name in node.input]
+            node.input[:] = [
+                _CHANNELS_FIRST if name == _INTERCHANGE else name for name in node.input
+            ]
     else:
         before += _normalising(graph, scale, shift)
     nodes = [*before, *graph.node]
@@ -375,5 +384,51 @@ def _normalising(
     scaled = f"{_DEVICE}_scaled"
     return [
         helper.make_node("Mul", [_CHANNELS_FIRST, names[0]], [scaled], "pixels_scale"),
-        helper.make_node("Add", [scaled, names[1]], [_STANDARD], "pixels_shift"),
+        helper.make_node("Add", [scaled, names[1]], [_INTERCHANGE], "pixels_shift"),
     ]
+
+
+def add_label_head(path: Path, labels: LabelSet, logit_scale: float) -> None:
+    """Add a zero-shot classification head to an image tower: the best label and its score.
+
+    The outputs are `label_index` int64 [N] and `label_score` float32 [N], for devices whose
+    program needs a label rather than an embedding. The head comes last in the graph and stays in
+    fp32: logits are the cosines times the logit scale, and the score is the softmax probability
+    of the best label (Radford et al. 2021, section 3.1).
+
+    Args:
+        path: the image tower's graph, which is rewritten.
+        labels: the labels; `label_index` counts in their order.
+        logit_scale: factor of the cosines.
+
+    Raises:
+        ExportError: the result is not valid ONNX.
+    """
+    model = load_graph(path)
+    graph = model.graph
+    weights = (logit_scale * labels.embeddings.T).astype(np.float32)
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.ascontiguousarray(weights), "label_weights"),
+            numpy_helper.from_array(np.array([1]), "label_axis"),
+        ]
+    )
+    index, score = LABEL_OUTPUTS
+    embeds, logits, shares = OUTPUT_NAMES["image"], "label_logits", "label_shares"
+    graph.node.extend(
+        [
+            helper.make_node("MatMul", [embeds, "label_weights"], [logits], logits),
+            helper.make_node("ArgMax", [logits], [index], index, axis=1, keepdims=0),
+            helper.make_node("Softmax", [logits], [shares], shares, axis=1),
+            helper.make_node("ReduceMax", [shares, "label_axis"], [score], score, keepdims=0),
+        ]
+    )
+    batch = graph.output[0].type.tensor_type.shape.dim[0]
+    count = [batch.dim_param or batch.dim_value]
+    graph.output.extend(
+        [
+            helper.make_tensor_value_info(index, TensorProto.INT64, count),
+            helper.make_tensor_value_info(score, TensorProto.FLOAT, count),
+        ]
+    )
+    save_graph(model, path)

@@ -19,7 +19,7 @@ from edgeclip.export.graph.embedders import TowerGraph, tower_inputs
 from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.graph_passes import GraphPass, passes_for
 from edgeclip.export.graph.graph_values import relative_error
-from edgeclip.export.graph.to_onnx import STANDARD
+from edgeclip.export.graph.to_onnx import INTERCHANGE_FORM
 from edgeclip.profiles.measure.interleaved_runs import (
     BenchmarkTarget,
     measure_interleaved,
@@ -136,7 +136,7 @@ class PassOutcome:
 
     Attributes:
         name: the pass.
-        places: in how many places it changed the graph.
+        places: number of places where it changed the graph.
         ratio: time with the pass divided by time without, over paired runs, the worse of two
             measurements; None if not measured.
         error: largest relative error of an output, compared with the graph as it was given; None
@@ -245,7 +245,7 @@ class _PassTuner:
             return in_batches(
                 lambda piece: engine.run({self._name: piece}),
                 values,
-                static=self._device.static_batch,
+                fixed_batch=self._device.static_batch,
             )
 
         return run
@@ -295,5 +295,5 @@ def tune_tower(
         tower_feed(values, graph.tower, graph.pixels, student.image_spec),
         tower=graph.tower,
         # Other runtimes read the text tower too, and an image tower in their form.
-        standard=graph.pixels in (None, STANDARD.pixels),
+        standard=graph.pixels in (None, INTERCHANGE_FORM.pixels),
     )

@@ -216,7 +216,7 @@ def open_embedder(task: SearchTask, graph: TowerGraph) -> Embedder:
     Raises:
         EngineError: it cannot be loaded.
     """
-    return graph_embedder(graph, task.student.spec.image, task.runner)
+    return graph_embedder(graph, task.student.spec.image, task.judging_device)
 
 
 def time_candidates(
@@ -434,7 +434,7 @@ class CandidateEvaluator:
             feed=lambda values: tower_feed(values, task.tower, task.graph.pixels, spec.image),
             output=OUTPUT_NAMES[task.tower],
             batch=task.device.static_batch,
-            threads=task.runner.threads,
+            threads=task.judging_device.threads,
         )
         with self._written(config) as graph:
             source = task.graph.path
@@ -450,9 +450,11 @@ class CandidateEvaluator:
         values = np.repeat(self._single, task.device.static_batch or 1, axis=0)
         feed = tower_feed(values, task.tower, task.graph.pixels, task.student.spec.image)
         if task.workload is None:
-            return counted_gains(task.graph.path, self.groups, feed, task.runner)
+            return counted_gains(task.graph.path, self.groups, feed, task.judging_device)
         with self._written(config) as graph:
-            return measured_gains(task.graph.path, graph.path, self.groups, feed, task.runner)
+            return measured_gains(
+                task.graph.path, graph.path, self.groups, feed, task.judging_device
+            )
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class StaticInt8:
         kept: nodes that stay in float.
         smoothing: LayerNorms whose outliers move into the weights behind them (SmoothQuant),
             each with its alpha, from 0 (the activations keep them) to 1 (the weights take all).
-        float_precision: of all that is not int8.
+        float_precision: precision of everything that is not int8.
         int8_tables: token tables are stored in int8 too, with a scale for each row.
 
     Raises:
@@ -127,7 +127,7 @@ class WeightOnly:
     """Weights stored in 4 or 8 bits, float activations: for size, not for speed.
 
     Attributes:
-        bits: of a product's weight. The last product and token tables take 8 bits.
+        bits: number of bits of a product's weight. The last product and token tables take 8 bits.
         block: how many weights of one output channel share a scale.
         kept: nodes that stay in float; a token table is kept by naming its Gather.
 

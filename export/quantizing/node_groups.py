@@ -31,7 +31,7 @@ class NodeGroup:
     Attributes:
         title: shown to the user.
         nodes: names of the products in the graph.
-        names: of each product, shown to the user.
+        names: name of each product, as shown to the user.
     """
 
     title: str
@@ -151,7 +151,7 @@ class Gains(JsonRecord):
     """The time that quantizing each group of a tower saves.
 
     Attributes:
-        groups: in the graph's order.
+        groups: gain of each group, in the graph's order.
         measured: whether times were measured on the device, or operations counted.
     """
 

@@ -38,10 +38,10 @@ from edgeclip.export.gates.judge_precisions import (
 )
 from edgeclip.export.gates.zero_shot import ZeroShotSet
 from edgeclip.export.graph.calibration import CalibrationData, calibration_data
-from edgeclip.export.graph.embedders import TowerGraph, runner_of
+from edgeclip.export.graph.embedders import TowerGraph, judging_device
 from edgeclip.export.graph.graph_io import PRODUCTS, load_graph, save_graph
 from edgeclip.export.graph.graph_values import GraphEdit, attribute
-from edgeclip.export.graph.to_onnx import STANDARD, GraphForm, export_tower
+from edgeclip.export.graph.to_onnx import INTERCHANGE_FORM, GraphForm, export_tower
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.fp16 import emulated_fp16
 from edgeclip.export.quantizing.quantization_file import apply_passes
@@ -63,11 +63,11 @@ class QatTask:
 
     Attributes:
         student: the model; it is put into evaluation mode, and its weights stay.
-        configs: of the towers in static int8; no other kind can be fine-tuned.
+        configs: configs of the towers in static int8; no other kind can be fine-tuned.
         calibration: pairs with captions that ranges are found on.
         test: pairs with captions that the gates are measured on.
         device: the device that int8 is for.
-        bounds: of the gates of int8.
+        bounds: bounds of the int8 gates.
         form: how the towers are exported.
         passes: names of the rewrites that the fp32 graph of a tower has, in order.
         zero_shot: labelled pictures, if there are any.
@@ -84,9 +84,9 @@ class QatTask:
     zero_shot: ZeroShotSet | None = None
 
     @property
-    def runner(self) -> DeviceProfile:
+    def judging_device(self) -> DeviceProfile:
         """The device profile that runs graphs while they are judged."""
-        return runner_of(self.device)
+        return judging_device(self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,7 +96,7 @@ class QatOptions:
     Attributes:
         source: pictures with captions to train on; best those that the student was trained on.
         settings: steps and learning rate; see `finetune_settings`.
-        folder: for embeddings, checkpoints and the log, and in the end the student, in `student`.
+        folder: holds embeddings, checkpoints and the log; at the end the student, in `student`.
             A run that was stopped continues there.
     """
 
@@ -112,8 +112,8 @@ class QatResult:
     Attributes:
         judged: the gates of int8 as it is now.
         tuned: towers whose int8 files are now the fine-tuned ones.
-        note: for a bundle's provenance; empty unless `tuned`.
-        message: for the user; empty if all gates held from the beginning.
+        note: text for a bundle's provenance; empty unless `tuned`.
+        message: text for the user; empty if all gates held from the beginning.
     """
 
     judged: tuple[GateOutcome, ...]
@@ -141,8 +141,8 @@ def finetune_int8(
     Args:
         task: the student, its configs and its test data.
         graphs: both towers in fp32 and int8; other precisions are ignored.
-        embeddings: of the test pairs, by each graph.
-        options: of the fine-tune.
+        embeddings: embeddings of the test pairs, by each graph.
+        options: options of the fine-tune.
 
     Raises:
         ConfigError: training data or an earlier run that do not fit.
@@ -227,7 +227,12 @@ class _Towers:
         """Judge int8 against fp32."""
         with emulated_fp16([*self.graphs.values()], task.device) as runnable:
             inputs = gate_inputs(
-                task.student, runnable, task.test, task.zero_shot, self.embeddings, task.runner
+                task.student,
+                runnable,
+                task.test,
+                task.zero_shot,
+                self.embeddings,
+                task.judging_device,
             )
         return judge_precisions(self.embeddings, {"int8": task.bounds}, inputs).judged
 
@@ -264,7 +269,7 @@ def _tune(
     _log.info("quantizing and judging the fine-tuned student ...")
     graphs = [_quantize(task, _export(task, student, tower, folder), folder) for tower in towers]
     with emulated_fp16(graphs, task.device) as runnable:
-        embeddings = embed_test_pairs(student, runnable, task.test, task.runner)
+        embeddings = embed_test_pairs(student, runnable, task.test, task.judging_device)
     return _Towers(
         graphs={**before.graphs, **{(graph.tower, graph.precision): graph for graph in graphs}},
         embeddings={**before.embeddings, **embeddings},
@@ -284,7 +289,7 @@ def _starting_graphs(
     by_norm: dict[str, float] = {}
     for node, name in layer_norm_names(student, tower, source.path, tuple(alphas)).items():
         by_norm[name] = max(alphas[node], by_norm.get(name, 0.0))  # one norm may be two nodes
-    pixels = None if tower == "text" else STANDARD.pixels
+    pixels = None if tower == "text" else INTERCHANGE_FORM.pixels
     data = calibration_data(task.student, task.calibration, pixels, batch=task.form.batch)
     smooth_student(student, tower, by_norm, data)
     source = _export(task, student, tower, folder)

@@ -30,9 +30,9 @@ class CandidateLatency:
     """Time of one call at batch 1 on the device, interleaved with calls of fp32.
 
     Attributes:
-        ratio: to fp32's time.
-        ms: of one call.
-        reference_ms: of one call of fp32, in the same rounds.
+        ratio: its time / fp32's time.
+        ms: median milliseconds of one call.
+        reference_ms: median milliseconds of one call of fp32, in the same rounds.
         contended: other programs used the processor during the measurement.
     """
 
@@ -48,7 +48,7 @@ class QuantizationCandidate(JsonRecord):
 
     Attributes:
         config: what was tried.
-        bytes: of the graph and its weights.
+        bytes: size of the graph and its weights.
         latency: None where this machine is not the device.
         records: its gates on the steering pairs: neither calibration nor test pairs.
         seconds: that making and measuring it took.
@@ -128,7 +128,7 @@ class RecordStore:
         """Return a stored record; None if there is none, or none readable.
 
         Args:
-            kind: its class, whose name is the beginning of the file's.
+            kind: its class, which gives the file's name its first word.
             what: identifies it among others of its kind.
         """
         try:
@@ -150,7 +150,8 @@ class RecordStore:
 
     def _path(self, kind: type[JsonRecord], what: str) -> Path:
         name = hashlib.sha256(f"{_VERSION}\n{self._identity}\n{what}".encode()).hexdigest()[:20]
-        return self._folder / f"{kind.__name__.lower()}-{name}.json"
+        prefix = kind.__name__.removeprefix("Quantization").lower()
+        return self._folder / f"{prefix}-{name}.json"
 
 
 def rank_shippable(

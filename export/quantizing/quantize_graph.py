@@ -54,7 +54,9 @@ def quantize_graph(
             write_fp16(source, target, data, islands=config.islands, cache=cache)
         case Float8():
             nodes = [name for name in quantizable_nodes(source) if name not in config.kept]
-            write_symmetric(source, target, data, nodes=nodes, grid=FLOAT8, half=True, cache=cache)
+            write_symmetric(
+                source, target, data, nodes=nodes, number_format=FLOAT8, half=True, cache=cache
+            )
         case StaticInt8():
             _write_static(source, target, config, data, cache)
         case DynamicInt8():

@@ -72,7 +72,7 @@ class TrialLog:
         clock: returns seconds, from any zero.
 
     Attributes:
-        candidates: by key, in the order in which they were tried.
+        candidates: candidates by key, in the order in which they were tried.
         failed: why a config could not be made or run, by its description.
     """
 
@@ -166,8 +166,8 @@ def mixed_precision_search(
         log: runs the trials.
         config: has every product in int8, and fails its gates.
         always_float: nodes that int8 makes no faster; they stay in float in any case.
-        damage: of each group alone, with this config.
-        gains: of each group, with this config.
+        damage: error that each group causes alone, with this config.
+        gains: time that quantizing each group saves, with this config.
         allowed: loss of mean cosine that the gates allow.
 
     Raises:
@@ -255,8 +255,8 @@ class SearchResult:
         chosen: the one to ship.
         why: the reason for that choice.
         judged: candidates that were judged on the test pairs, in order.
-        damage: of each group; None where it was not measured.
-        gains: of each group; None where they were not measured.
+        damage: error that each group causes alone; None if it was not measured.
+        gains: time that quantizing each group saves; None if it was not measured.
         failed: configs that could not be made or run, each with the reason.
         complete: False where time ran out before everything useful was tried.
     """

@@ -11,7 +11,7 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerpri
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds
 from edgeclip.export.gates.zero_shot import SubsetSource, ZeroShotSet
 from edgeclip.export.graph.calibration import FEWEST_PAIRS, CalibrationSource
-from edgeclip.export.graph.embedders import TowerGraph, runner_of
+from edgeclip.export.graph.embedders import TowerGraph, judging_device
 from edgeclip.export.graph.graph_io import sha256_graph
 from edgeclip.export.quantizing.activation_ranges import Ranging
 from edgeclip.export.quantizing.config import (
@@ -61,7 +61,7 @@ class SearchTask:
         ranges: pairs that calibration ranges are found on.
         steering: held-out pairs of the same split, which decide what is tried next.
         test: pairs of another split, for the final judgement only.
-        bounds: of the gates of each precision.
+        bounds: bounds of the gates of each precision.
         workload: how candidates are timed; None where this machine is not the device.
     """
 
@@ -75,9 +75,9 @@ class SearchTask:
     workload: Workload | None = None
 
     @property
-    def runner(self) -> DeviceProfile:
+    def judging_device(self) -> DeviceProfile:
         """The device profile that runs graphs while they are judged."""
-        return runner_of(self.device)
+        return judging_device(self.device)
 
     @property
     def tower(self) -> Tower:
@@ -112,7 +112,7 @@ def open_calibration(data: str, *, pairs: int, ranges: int, size: int) -> tuple[
         data: emoji, or a folder; see `open_source`.
         pairs: how many emoji scenes in all.
         ranges: how many to find ranges on; at most half of what there is.
-        size: of a picture, in pixels.
+        size: side of a picture in pixels.
 
     Raises:
         ConfigError: there are too few.

@@ -65,7 +65,7 @@ def switched_tower(source: Path, written: Path, *, threads: int) -> Iterator[Swi
     Args:
         source: the tower in fp32.
         written: the same tower with Q/DQ around products; nodes have kept their names.
-        threads: of the session.
+        threads: number of threads of the session.
 
     Raises:
         ExportError: `written` has no such product, or a file cannot be read.
@@ -269,11 +269,11 @@ class SensitivityInputs:
     Attributes:
         inputs: batches [n, ...] of the tower's inputs.
         others: the other tower's embeddings of the same pairs, float32 [N, dim].
-        logit_scale: of the model.
+        logit_scale: logit scale of the model.
         feed: turns a batch into the named inputs of the graph.
         output: name of the graph's embedding output.
         batch: the only batch size that the graph takes; None for any.
-        threads: of the session.
+        threads: number of threads of the session.
     """
 
     inputs: Sequence[NDArray[Any]]
@@ -398,7 +398,7 @@ def _embed(
 def _run(
     tower: SwitchedTower, values: NDArray[Any], nodes: tuple[str, ...], on: SensitivityInputs
 ) -> FloatArray:
-    return in_batches(lambda piece: tower.run(on.feed(piece), nodes), values, static=on.batch)[
+    return in_batches(lambda piece: tower.run(on.feed(piece), nodes), values, fixed_batch=on.batch)[
         on.output
     ]
 

@@ -36,7 +36,7 @@ class LayerError:
     Args:
         rows: some inputs of the products, [N, channels].
         low, high: extremes of each channel over all inputs, [channels].
-        weights: of the products, [channels, outputs] each.
+        weights: weights of the products, [channels, outputs] each.
         config: how they are quantized.
     """
 
@@ -142,7 +142,7 @@ def smoothing_divisors(sizes: Values, weights: Sequence[Values], alpha: float) -
 
     Args:
         sizes: largest absolute value of each channel, [channels].
-        weights: of the products that read them, [channels, outputs] each.
+        weights: weights of the products that read them, [channels, outputs] each.
         alpha: 0 to 1.
     """
     read = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)

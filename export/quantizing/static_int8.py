@@ -70,7 +70,7 @@ def write_int8(
     *,
     cache: Path | None = None,
 ) -> None:
-    """Quantize the products of an fp32 tower, with ranges found on `data`.
+    """Quantize the MatMul, Gemm and Conv nodes of an fp32 tower, with ranges found on `data`.
 
     Smoothing and int8 token tables are done by `quantize_graph`, before and after this.
 
@@ -93,7 +93,7 @@ def write_int8(
             target,
             data,
             nodes=nodes,
-            grid=INT8,
+            number_format=INT8,
             half=config.float_precision == "fp16",
             ranging=config.ranging,
             per_channel=config.per_channel,

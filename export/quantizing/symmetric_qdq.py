@@ -22,7 +22,7 @@ class NumberFormat:
     """A quantized data type.
 
     Attributes:
-        kind: of ONNX's TensorProto.
+        kind: data type, a constant of ONNX's TensorProto.
         largest: absolute value that is used.
         opset: the first operator set with Q/DQ of this type and fp16 scales.
     """
@@ -57,7 +57,7 @@ def write_symmetric(
     data: CalibrationData,
     *,
     nodes: Iterable[str],
-    grid: NumberFormat,
+    number_format: NumberFormat,
     half: bool,
     ranging: Ranging = EXTREMES,
     per_channel: bool = True,
@@ -82,16 +82,16 @@ def write_symmetric(
     chosen = {name: bound for name, bound in reads.items() if name not in kept}
     if not chosen:
         raise ExportError(f"{source.name}: everything that could be quantized is too large for it")
-    if half or grid == FLOAT8:
-        model = with_opset(model, grid.opset)
+    if half or number_format == FLOAT8:
+        model = with_opset(model, number_format.opset)
     if half:
         model = to_fp16(model, kept)
-    insert_qdq(model, chosen, grid, per_channel=per_channel)
+    insert_qdq(model, chosen, number_format, per_channel=per_channel)
     save_graph(model, target)
 
 
 def insert_qdq(
-    model: onnx.ModelProto, nodes: Bounds, grid: NumberFormat, *, per_channel: bool = True
+    model: onnx.ModelProto, nodes: Bounds, number_format: NumberFormat, *, per_channel: bool = True
 ) -> None:
     """Insert Q/DQ pairs before the first input of `nodes`, and DQ before their weights.
 
@@ -101,7 +101,7 @@ def insert_qdq(
     """
     graph = model.graph
     weights = {item.name: item for item in graph.initializer}
-    writer = _Writer(grid)
+    writer = _Writer(number_format)
     for node in graph.node:
         if node.name in nodes:
             weight = weights[node.input[1]]
@@ -129,8 +129,8 @@ def _channel_axis(node: onnx.NodeProto, weight: onnx.TensorProto) -> int:
 class _Writer:
     """Create the Q/DQ nodes and constants of a quantized graph, each once."""
 
-    def __init__(self, grid: NumberFormat) -> None:
-        self.grid = grid
+    def __init__(self, number_format: NumberFormat) -> None:
+        self.number_format = number_format
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self._done: dict[tuple[str, int | None], str] = {}
@@ -138,7 +138,9 @@ class _Writer:
     def activation(self, name: str, bound: float, kind: np.dtype) -> str:
         """Add a Q/DQ pair for a value; return the name of its result."""
         if (name, -1) not in self._done:
-            scale = self._constant(f"{name}_scale", _scale(np.array(bound), self.grid, kind))
+            scale = self._constant(
+                f"{name}_scale", _scale(np.array(bound), self.number_format, kind)
+            )
             zero = self._zeros(())
             whole, back = f"{name}_quantized", f"{name}_dequantized"
             self.nodes += [
@@ -157,10 +159,12 @@ class _Writer:
         if (name, axis) not in self._done:
             values = numpy_helper.to_array(tensor)
             others = tuple(place for place in range(values.ndim) if place != axis)
-            scales = _scale(np.asarray(np.abs(values).max(axis=others)), self.grid, values.dtype)
+            scales = _scale(
+                np.asarray(np.abs(values).max(axis=others)), self.number_format, values.dtype
+            )
             spread = np.expand_dims(scales.astype(np.float64), others)
             stem = name if axis is None else f"{name}_axis{axis}"
-            rounded = self.grid.round(values.astype(np.float64) / spread)
+            rounded = self.number_format.round(values.astype(np.float64) / spread)
             rounded.name = f"{stem}_quantized"
             self.constants[rounded.name] = rounded
             inputs = [rounded.name, self._constant(f"{stem}_scale", scales)]
@@ -179,19 +183,21 @@ class _Writer:
 
     def _zeros(self, shape: tuple[int, ...]) -> str:
         name = "_".join(["zero_point", *map(str, shape)])
-        zeros = self.grid.zeros(shape)
+        zeros = self.number_format.zeros(shape)
         zeros.name = name
         self.constants[name] = zeros
         return name
 
 
-def _scale(bound: NDArray[np.floating], grid: NumberFormat, kind: np.dtype) -> NDArray[np.floating]:
+def _scale(
+    bound: NDArray[np.floating], number_format: NumberFormat, kind: np.dtype
+) -> NDArray[np.floating]:
     """Return bound / largest, rounded up to the dtype `kind`; 1 where `bound` is 0.
 
     fp16 is coarse near 0, and a scale that is rounded down would clip the largest values. Weights
     are rounded with the scale as it is stored, so nothing else is lost.
     """
-    exact = bound.astype(np.float64) / grid.largest
+    exact = bound.astype(np.float64) / number_format.largest
     stored = exact.astype(kind)
     up = np.nextafter(stored, np.array(np.inf, kind))
     scale = np.where(stored.astype(np.float64) < exact, up, stored)

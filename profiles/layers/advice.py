@@ -42,10 +42,10 @@ class Advice:
     """One thing to try next.
 
     Attributes:
-        topic: of the rule, such as "threads".
+        topic: topic of the rule, such as "threads".
         gains: what becomes better.
         at_most: how many times better, a bound and no promise; None where there is none.
-        what: to do, one sentence with the command or setting that does it.
+        what: what to do, in one sentence with the command or setting that does it.
         evidence: the figures that say so.
     """
 
@@ -94,7 +94,8 @@ class _Case:
     """A measurement with what is known around it.
 
     Attributes:
-        threads, precision: of the engine and of what ran; None for a file of someone else's.
+        threads, precision: threads of the engine, and precision that ran; None for a file of
+            someone else's.
         by_threads: the sweep at batch 1.
         by_batch: the sweep with the threads of the measurement.
         others: the same part of the same bundle on the same engine in other precisions.

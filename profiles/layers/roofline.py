@@ -72,7 +72,7 @@ def measure_roofline(
     Args:
         device: says which engine, and how many threads.
         seconds: about how long, loading not counted; nothing runs fewer than 5 times.
-        array_bytes: of each array that shows the CPU's memory bandwidth; by default four
+        array_bytes: size of each array that shows the CPU's memory bandwidth; by default four
             times the last-level caches.
 
     Raises:
@@ -183,7 +183,7 @@ def _open(path: Path, device: DeviceProfile) -> Engine:
         GraphSource(name=path.stem, content=content, sha256=sha256, text_length=None),
         device=device,
         library=open_library(device),
-        gate=lambda engine: (),
+        check=lambda engine: (),
     )
 
 

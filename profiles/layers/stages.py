@@ -39,7 +39,7 @@ class StageReport:
     """Times of the stages of an embedding and of the whole; medians over rounds, in milliseconds.
 
     Attributes:
-        stages: in the order in which they happen.
+        stages: the stages, in the order in which they run.
         whole_ms: one call of the encoder, from input to embedding.
         unexplained_ms: the whole less the stages of the same round; it can be negative, since
             the two are separate runs.
@@ -227,7 +227,8 @@ def measure_split_stages(
         transfers: the list that the runtime's `Server` tells (`watch=transfers.append`).
         pictures: image files, taken in turns.
         runs: rounds, at least 1; one before them is not counted.
-        deadline_ms: of each call, ample: a call that the device had to answer is an error.
+        deadline_ms: deadline of each call. Make it long: a call that the device had to answer is
+            an error.
         clock: seconds.
 
     Raises:

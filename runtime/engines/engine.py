@@ -43,7 +43,7 @@ def open_engine(
         content: loaded instead of the file; `path` is then its name in messages.
         data_folder: folder of the graph's external data, if it is loaded from `content`. The
             caller has verified these files; without a folder, external data is refused.
-        context_length: of a text tower, the longest text in tokens; engines that are built
+        context_length: for a text tower, the longest text in tokens; engines that are built
             for a range of shapes need it.
 
     Raises:

@@ -41,7 +41,7 @@ class EngineEntry:
     Attributes:
         schema_version: `ENTRY_VERSION` of the software that wrote it.
         key: graph, library and GPU that the engine was built for.
-        sha256: of the engine.
+        sha256: SHA-256 of the engine.
         gates: gates that it passed on this machine.
         failed: why it must not be used, such as the gates that it missed; "" if it may be.
         seconds: duration of the build; 0 for an engine that came with a bundle.
@@ -196,7 +196,7 @@ def find_or_build(
     *,
     device: DeviceProfile,
     library: TensorRtLibrary,
-    gate: EngineCheck,
+    check: EngineCheck,
     shipped: BundledEngines = (),
     folder: Path | None = None,
     opened_by: OpenEngine | None = None,
@@ -204,14 +204,14 @@ def find_or_build(
     """Open the engine of a graph, building it if necessary.
 
     An engine of the bundle is tried first, then one in the cache. Every engine must pass
-    `gate` once on the machine that runs it: an engine that was built on a machine without a
+    `check` once on the machine that runs it: an engine that was built on a machine without a
     GPU has never run before. Two processes that need the same engine build it once.
 
     Args:
         source: the graph.
         device: where it runs.
         library: loads and builds engines.
-        gate: runs an engine and measures it against its bounds.
+        check: runs an engine and measures it against its bounds.
         shipped: engines of the bundle, each with a function that reads it and checks its
             hash.
         folder: the cache; `engine_cache_folder()` by default.
@@ -229,7 +229,7 @@ def find_or_build(
     else:
         where = device.name
     cache = EngineCache(folder or engine_cache_folder())
-    search = _EngineSearch(source, device, library, gate, cache, opened_by, where)
+    search = _EngineSearch(source, device, library, check, cache, opened_by, where)
     return search.in_bundle(shipped) or search.in_cache_or_build(shipped)
 
 
@@ -263,13 +263,13 @@ class _EngineSearch:
         source: GraphSource,
         device: DeviceProfile,
         library: TensorRtLibrary,
-        gate: EngineCheck,
+        check: EngineCheck,
         cache: EngineCache,
         open_engine: OpenEngine,
         where: str,
     ) -> None:
         self._source, self._device, self._library = source, device, library
-        self._gate, self._cache = gate, cache
+        self._check, self._cache = check, cache
         self._open, self._where = open_engine, where
         self._key = EngineKey.of(source, device, library)
         self._stem = self._key.stem(source.name)
@@ -291,7 +291,7 @@ class _EngineSearch:
         try:
             if entry is None or entry.sha256 != sha256:
                 engine = self._start(content, record.key, stem)
-                entry = _entry(record.key, sha256, self._gate(engine), seconds=0.0)
+                entry = _entry(record.key, sha256, self._check(engine), seconds=0.0)
                 self._cache.write(stem, entry)
                 if not entry.failed:
                     return engine
@@ -339,7 +339,7 @@ class _EngineSearch:
             timing_cache=self._cache.timing(self._stem),
         )
         engine = self._start(built.engine, self._key, self._stem)
-        self._keep(built, self._gate(engine))
+        self._keep(built, self._check(engine))
         return engine
 
     def _keep(self, built: BuiltEngine, gates: tuple[GateRecord, ...]) -> None:

@@ -107,7 +107,7 @@ class OrtEngine:
             **(entries or {}),
         }.items():
             configured.add_session_config_entry(key, value)
-        chain = _reach(ort, configured, providers, options or {})
+        chain = _session_providers(ort, configured, providers, options or {})
         self._session = self._load(ort, path if content is None else content, configured, chain)
         used = self._session.get_providers()
         if used[0] != asked:
@@ -162,7 +162,7 @@ def open_ort_engine(
     Args:
         path, content, data_folder, entries: see `OrtEngine`.
         device: sets the provider. The graph's precision is taken from the file's name.
-        context_length: of a text tower, the longest text in tokens.
+        context_length: for a text tower, the longest text in tokens.
 
     Raises:
         EngineError, MissingExtraError: see `OrtEngine`.
@@ -194,7 +194,7 @@ def make_ort_engine(
         make: called with the arguments of `OrtEngine`.
         path, content, data_folder, entries: see `OrtEngine`.
         device: sets the provider. The graph's precision is taken from the file's name.
-        context_length: of a text tower, the longest text in tokens.
+        context_length: for a text tower, the longest text in tokens.
 
     Raises:
         EngineError, MissingExtraError: see `OrtEngine`.
@@ -236,7 +236,7 @@ def embed_context(
         graph: the ONNX file.
         device: where the file will run; this machine must have its provider and hardware.
         target: the file to write; an existing one is replaced.
-        context_length: of a text tower, the longest text in tokens.
+        context_length: for a text tower, the longest text in tokens.
 
     Raises:
         EngineError: the provider has no EP contexts, is missing, or cannot compile the graph
@@ -276,7 +276,7 @@ def embed_context(
             ) from error
 
 
-def _reach(
+def _session_providers(
     ort: Any, configured: Any, names: tuple[str, ...], options: Mapping[str, Options]
 ) -> list[tuple[str, Options]]:
     """Return the providers for a new session; a plug-in goes into its options instead.

@@ -31,7 +31,7 @@ class GraphFacts:
     """What a provider's options depend on in a graph.
 
     Attributes:
-        precision: of the graph's weights.
+        precision: precision of the graph's weights.
         inputs: name and shape of each input, None for a dimension that varies; the first of
             those is the batch. Empty for providers that need no shapes.
         context_length: the longest text, in tokens, if a second dimension varies.

@@ -47,8 +47,8 @@ def shape_range(name: str, shape: tuple[int, ...], key: EngineKey) -> ShapeRange
     tokens, or fewer if the model accepts fewer.
 
     Args:
-        name: of the input.
-        shape: as in the graph, -1 where it may vary.
+        name: name of the input.
+        shape: shape in the graph, -1 where it may vary.
         key: sets the batch sizes and the length of texts.
 
     Raises:

@@ -45,8 +45,8 @@ class CutPoint:
     Attributes:
         number: 0 for the pixels, then in the order of the graph.
         name: such as "after block 3".
-        shape: for one picture, without the batch axis.
-        dtype: in the graph; heads and tails exchange float16 values as float32.
+        shape: shape for one picture, without the batch axis.
+        dtype: dtype in the graph; heads and tails exchange float16 values as float32.
         axis: the channel axis in [N, *shape], for the int8 codec.
     """
 
@@ -309,7 +309,7 @@ def open_cut_graph(cuts: CutSet, name: str, device: "DeviceProfile") -> Engine:
 
 
 def run_cut_graph(
-    cuts: CutSet, engine: Engine, values: NDArray[Any], most: int, *, at_cut: bool = False
+    cuts: CutSet, engine: Engine, values: NDArray[Any], max_batch: int, *, at_cut: bool = False
 ) -> Outputs:
     """Run a head on pixels, or a tail on values at the cut, in batches that it accepts.
 
@@ -323,7 +323,7 @@ def run_cut_graph(
             return engine.run({CUT_TENSOR: part})
         return engine.run(tower_feed(part, manifest.tower, manifest.pixels, manifest.image))
 
-    return in_batches(run, values, static=manifest.batch, most=most)
+    return in_batches(run, values, fixed_batch=manifest.batch, max_batch=max_batch)
 
 
 def _check_pixels(pixels: NDArray[Any], size: int) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 OpenRunner = Callable[[Bundle, Tower, Precision, "DeviceProfile"], TowerRunner]
 
 _log = logging.getLogger(__name__)
-_EXACTNESS: tuple[Precision, ...] = ("fp8", "int8", "fp16", "fp32")  # the most exact last
+_EXACTNESS: tuple[Precision, ...] = ("fp8", "int8", "fp16", "fp32")  # in rising order
 
 
 def usable_precisions(tower: TowerManifest, device: "DeviceProfile") -> tuple[Precision, ...]:
@@ -72,7 +72,7 @@ def open_with_fallback(
     *,
     open_runner: OpenRunner = TowerRunner,
 ) -> TowerRunner:
-    """Load a tower; if its engine is wrong, load a more exact precision, at last on the CPU.
+    """Load a tower; if its engine is wrong, load a more exact one, and finally fp32 on the CPU.
 
     Some versions of TensorRT silently compute wrong numbers in half precision; such an engine
     misses its parity gate on the device. The fallback is slower but correct, and each step is
@@ -90,14 +90,14 @@ def open_with_fallback(
         EngineError, BundleError, MissingExtraError: see `TowerRunner`.
     """
     attempts = list(_attempts(bundle, tower, precision, device))
-    for (wanted, where), (instead, there) in itertools.pairwise(attempts):
+    for (precision, device), (next_precision, next_device) in itertools.pairwise(attempts):
         try:
-            return open_runner(bundle, tower, wanted, where)
+            return open_runner(bundle, tower, precision, device)
         except EngineParityError as error:
-            place = "" if there is where else " with ONNX Runtime on the CPU, which is slow"
-            _log.warning("%s; using %s for the %s tower%s", error, instead, tower, place)
-    wanted, where = attempts[-1]
-    return open_runner(bundle, tower, wanted, where)
+            place = "" if next_device is device else " with ONNX Runtime on the CPU, which is slow"
+            _log.warning("%s; using %s for the %s tower%s", error, next_precision, tower, place)
+    precision, device = attempts[-1]
+    return open_runner(bundle, tower, precision, device)
 
 
 def _attempts(

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
 
 _log = logging.getLogger(__name__)
-# The least cosine of an engine's embeddings with those of ONNX Runtime on the same graph. Some
-# versions of TensorRT silently compute wrong numbers in half precision.
-_BOUNDS: dict[Precision, float] = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99, "fp8": 0.99}
+# Smallest allowed cosine between an engine's embeddings and the bundle's golden ones (made with
+# ONNX Runtime from the same graph). Some versions of TensorRT silently compute wrong numbers in
+# half precision.
+_LEAST_COSINE: dict[Precision, float] = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99, "fp8": 0.99}
 
 
 class TowerRunner:
@@ -62,8 +63,8 @@ class TowerRunner:
         self._path = bundle.tower_path(tower, precision)
         self._spec = bundle.manifest.spec
         self._pixels = file.pixels
-        self._batch = file.batch
-        self._most = device.batch_max
+        self._fixed_batch = file.batch
+        self._max_batch = device.batch_max
         start = time.perf_counter()
         self._engine = open_tower(bundle, tower, precision, device)
         seconds = time.perf_counter() - start
@@ -80,8 +81,8 @@ class TowerRunner:
             EngineError: the engine failed, or its output has another shape or dtype, NaN, or
                 embeddings whose length is not 1.
         """
-        found: FloatArray = self.outputs(values)[OUTPUT_NAMES[self._tower]]
-        return found
+        embeddings: FloatArray = self.outputs(values)[OUTPUT_NAMES[self._tower]]
+        return embeddings
 
     def outputs(self, values: NDArray[Any]) -> Outputs:
         """Return all outputs of the graph: embeddings, patch features, labels.
@@ -89,25 +90,27 @@ class TowerRunner:
         Raises:
             EngineError: see `run`.
         """
-        found = in_batches(self._run, values, static=self._batch, most=self._most)
-        self._check(found.get(OUTPUT_NAMES[self._tower]), len(values))
-        return found
+        outputs = in_batches(
+            self._run, values, fixed_batch=self._fixed_batch, max_batch=self._max_batch
+        )
+        self._check(outputs.get(OUTPUT_NAMES[self._tower]), len(values))
+        return outputs
 
     def _run(self, values: NDArray[Any]) -> Outputs:
         return self._engine.run(tower_feed(values, self._tower, self._pixels, self._spec.image))
 
-    def _check(self, found: NDArray[Any] | None, count: int) -> None:
-        if found is None:
+    def _check(self, embeddings: NDArray[Any] | None, count: int) -> None:
+        if embeddings is None:
             name = OUTPUT_NAMES[self._tower]
             raise EngineError(f"{self._path} has no output {name}: export the bundle again")
         expected = (count, self._spec.dim)
-        if found.shape != expected or found.dtype != np.float32:
+        if embeddings.shape != expected or embeddings.dtype != np.float32:
             raise EngineError(
-                f"{self._path} gave {found.dtype} {list(found.shape)} instead of float32 "
+                f"{self._path} gave {embeddings.dtype} {list(embeddings.shape)} instead of float32 "
                 f"{list(expected)}: export the bundle again"
             )
         try:
-            check_unit_rows(found, f"the output of {self._path}")
+            check_unit_rows(embeddings, f"the output of {self._path}")
         except InputError as error:
             raise EngineError(f"{error}; or use another precision") from error
 
@@ -152,7 +155,7 @@ def _open_tensorrt(
         graph_source(bundle, tower, precision),
         device=device,
         library=open_library(device),
-        gate=golden_gate(bundle, bundle.golden(), tower, precision),
+        check=golden_check(bundle, bundle.golden(), tower, precision),
         shipped=shipped,
     )
 
@@ -177,10 +180,10 @@ def graph_source(bundle: Bundle, tower: Tower, precision: Precision) -> "GraphSo
     )
 
 
-def golden_gate(
+def golden_check(
     bundle: Bundle, golden: Golden, tower: Tower, precision: Precision
 ) -> Callable[[Engine], tuple[GateRecord, ...]]:
-    """Return the function that compares an engine with the bundle's golden embeddings."""
+    """Return a function that checks an engine's embeddings of the golden inputs."""
     file = bundle.manifest.tower(tower).file(precision)
     spec = bundle.manifest.spec.image
     (expected,) = (
@@ -189,15 +192,17 @@ def golden_gate(
         if (item.tower, item.precision) == (tower, precision)
     )
 
-    def gate(engine: Engine) -> tuple[GateRecord, ...]:
-        found = in_batches(
+    def check(engine: Engine) -> tuple[GateRecord, ...]:
+        embeddings = in_batches(
             lambda values: engine.run(tower_feed(values, tower, file.pixels, spec)),
             golden.inputs(tower),
-            static=file.batch,
-            most=1,  # the one batch size that every engine accepts, if none is fixed
+            fixed_batch=file.batch,
+            max_batch=1,  # the one batch size that every engine accepts, if none is fixed
         )[OUTPUT_NAMES[tower]]
-        least = float(cosines(found, expected).min()) if np.isfinite(found).all() else -1.0
-        bound = _BOUNDS[precision]
+        least = (
+            float(cosines(embeddings, expected).min()) if np.isfinite(embeddings).all() else -1.0
+        )
+        bound = _LEAST_COSINE[precision]
         return (
             GateRecord(
                 name="least cosine with the golden embeddings",
@@ -211,7 +216,7 @@ def golden_gate(
             ),
         )
 
-    return gate
+    return check
 
 
 def tower_feed(
@@ -235,23 +240,23 @@ def in_batches(
     run: Callable[[NDArray[Any]], Outputs],
     values: NDArray[Any],
     *,
-    static: int | None = None,
-    most: int | None = None,
+    fixed_batch: int | None = None,
+    max_batch: int | None = None,
 ) -> Outputs:
     """Run `values` [N, ...] in batches that a graph accepts, and concatenate the outputs.
 
     Args:
         run: runs one batch.
-        values: at least one row.
-        static: the only batch size that the graph accepts; the last batch is padded with
+        values: the inputs, at least one row.
+        fixed_batch: the only batch size that the graph accepts; the last batch is padded with
             copies of its last row, whose outputs are dropped.
-        most: the largest batch if the size may vary; None for no limit.
+        max_batch: the largest batch that the graph accepts if the size may vary; None for no limit.
     """
-    size = static or most or len(values)
+    size = fixed_batch or max_batch or len(values)
     parts = []
     for start in range(0, len(values), size):
         batch = values[start : start + size]
-        missing = 0 if static is None else static - len(batch)
+        missing = 0 if fixed_batch is None else fixed_batch - len(batch)
         padded = np.concatenate([batch, batch[-1:].repeat(missing, 0)]) if missing else batch
         parts.append({name: value[: len(batch)] for name, value in run(padded).items()})
     if len(parts) == 1:

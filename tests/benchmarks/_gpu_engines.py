@@ -136,7 +136,7 @@ class TensorRtRunner:
             ),
             device=device,
             library=open_library(device),
-            gate=lambda engine: (),  # every candidate is held against torch, this one too
+            check=lambda engine: (),  # every candidate is held against torch, this one too
             folder=folder,
         )
         if not isinstance(engine, TensorRtEngine):

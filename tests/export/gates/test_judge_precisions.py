@@ -126,7 +126,7 @@ def test_zero_shot_accuracy_can_refuse_what_retrieval_allows(blobs: Make) -> Non
 
 def test_without_labels_the_record_says_so() -> None:
     verdict = judge_precisions(of(image_fp16=1e-4, text_fp16=1e-4), DEFAULT_BOUNDS)
-    assert verdict.remarks == (
+    assert verdict.gate_remarks == (
         GateRemark("image fp16", "zero-shot top-1 loss", "not judged: no labels"),
     )
     assert not any("zero-shot" in item.record.name for item in verdict.judged)
@@ -135,7 +135,7 @@ def test_without_labels_the_record_says_so() -> None:
 @pytest.mark.parametrize("count", [1, FEWEST_PAIRS - 1, FEWEST_PAIRS])
 def test_too_few_pairs_are_told(count: int) -> None:
     verdict = judge_precisions(of(text_int8=1e-4), DEFAULT_BOUNDS, GateInputs(data=pairs(count)))
-    told = [str(remark) for remark in verdict.remarks]
+    told = [str(remark) for remark in verdict.gate_remarks]
     if count >= FEWEST_PAIRS:
         assert told == []
         return
@@ -148,8 +148,8 @@ def test_too_few_pairs_are_told_even_if_nothing_is_kept() -> None:
     on = GateInputs(data=pairs(20))
     verdict = judge_precisions(of(text_int8=1.0), DEFAULT_BOUNDS, on)
     assert verdict.kept == frozenset()
-    assert "20 test pairs, so it goes in steps of 2.5 points" in str(verdict.remarks[0])
-    assert judge_precisions(of(), DEFAULT_BOUNDS, on).remarks == ()  # fp32 has no such gate
+    assert "20 test pairs, so it goes in steps of 2.5 points" in str(verdict.gate_remarks[0])
+    assert judge_precisions(of(), DEFAULT_BOUNDS, on).gate_remarks == ()  # fp32 has no such gate
 
 
 @pytest.mark.parametrize("count", [FEWEST_LABELLED - 1, FEWEST_LABELLED])
@@ -157,7 +157,7 @@ def test_too_few_labelled_pictures_are_told(count: int, blobs: Make) -> None:
     seen = rows()[:count]
     asked = labelled(blobs(count), seen)
     on = GateInputs(zero_shot=asked, labelled={"fp32": seen, "int8": seen})
-    (*told,) = judge_precisions(of(image_int8=1e-4), DEFAULT_BOUNDS, on).remarks
+    (*told,) = judge_precisions(of(image_int8=1e-4), DEFAULT_BOUNDS, on).gate_remarks
     assert len(told) == (count < FEWEST_LABELLED)
     assert all("199 labelled pictures, so it goes in steps of 0.5 points" in i.says for i in told)
 

@@ -73,14 +73,14 @@ def dequantized(model: onnx.ModelProto) -> NDArray[np.floating]:
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
-@pytest.mark.parametrize("grid", [INT8, FLOAT8], ids=["int8", "fp8"])
+@pytest.mark.parametrize("number_format", [INT8, FLOAT8], ids=["int8", "fp8"])
 @given(data=st.data(), bound=st.floats(0, 16000))
 def test_weights_lose_at_most_half_a_step_and_nothing_is_cut_off(
-    grid: NumberFormat, kind: type[np.floating], data: st.DataObject, bound: float
+    number_format: NumberFormat, kind: type[np.floating], data: st.DataObject, bound: float
 ) -> None:
     weight = data.draw(weights_of(kind))
     model = one_product(weight)
-    insert_qdq(model, {"product": bound}, grid)
+    insert_qdq(model, {"product": bound}, number_format)
     onnx.checker.check_model(model, full_check=True)
     scales = {
         item.name: numpy_helper.to_array(item)
@@ -92,12 +92,12 @@ def test_weights_lose_at_most_half_a_step_and_nothing_is_cut_off(
         assert np.isfinite(scale).all()
         assert (scale > 0).all()
     # Nothing that calibration saw is beyond the largest value.
-    assert float(scales["x_scale"]) * grid.largest >= bound
+    assert float(scales["x_scale"]) * number_format.largest >= bound
     steps = scales["w_axis1_scale"].astype(np.float64)
     error = np.abs(dequantized(model).astype(np.float64) - weight)
     rounding = 2.0**-10 * np.abs(weight) if kind == np.float16 else 2.0**-22 * np.abs(weight)
     # E4M3: three bits of fraction, and steps of 2^-9 near 0.
-    half = 0.5 if grid == INT8 else np.maximum(2.0**-4 * np.abs(weight) / steps, 2.0**-10)
+    half = 0.5 if number_format == INT8 else np.maximum(2.0**-4 * np.abs(weight) / steps, 2.0**-10)
     # Products of tiny fp16 scales fall between the subnormal numbers.
     assert (error <= half * steps * 1.001 + rounding + 2.0**-24).all()
 
@@ -117,7 +117,9 @@ def test_projections_of_one_value_share_its_pair(
 ) -> None:
     nodes = quantizable_nodes(clip_towers.text)
     data = calibration_texts(blobs(8), clip.text_tokenizer)
-    write_symmetric(clip_towers.text, tmp_path / "q.onnx", data, nodes=nodes, grid=INT8, half=True)
+    write_symmetric(
+        clip_towers.text, tmp_path / "q.onnx", data, nodes=nodes, number_format=INT8, half=True
+    )
     graph = onnx.load(tmp_path / "q.onnx").graph
     pairs = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     readers = [
@@ -135,12 +137,17 @@ def test_an_old_operator_set_is_raised_for_fp16_scales_and_only_then(
     nodes = quantizable_nodes(clip_towers.text)
     data = calibration_texts(blobs(8), clip.text_tokenizer)
     found = {}
-    for grid, half in ((INT8, False), (INT8, True), (FLOAT8, True)):
+    for number_format, half in ((INT8, False), (INT8, True), (FLOAT8, True)):
         write_symmetric(
-            clip_towers.text, tmp_path / "q.onnx", data, nodes=nodes, grid=grid, half=half
+            clip_towers.text,
+            tmp_path / "q.onnx",
+            data,
+            nodes=nodes,
+            number_format=number_format,
+            half=half,
         )
         (imported,) = onnx.load(tmp_path / "q.onnx").opset_import
-        found[grid.kind, half] = imported.version
+        found[number_format.kind, half] = imported.version
     assert found == {
         (TensorProto.INT8, False): 18,
         (TensorProto.INT8, True): 19,
@@ -160,7 +167,7 @@ def test_outliers_beyond_fp16_stay_fp32_and_are_not_quantized(tmp_path: Path) ->
     nodes = quantizable_nodes(tmp_path / "f.onnx")
     assert nodes == ["product", "after", "last"]
     write_symmetric(
-        tmp_path / "f.onnx", tmp_path / "q.onnx", data, nodes=nodes, grid=INT8, half=True
+        tmp_path / "f.onnx", tmp_path / "q.onnx", data, nodes=nodes, number_format=INT8, half=True
     )
     quantized = onnx.load(tmp_path / "q.onnx").graph
     made = {name: node.op_type for node in quantized.node for name in node.output}
@@ -180,7 +187,7 @@ def test_a_tower_of_outliers_only_is_refused(tmp_path: Path) -> None:
             tmp_path / "q.onnx",
             data,
             nodes=["product"],
-            grid=FLOAT8,
+            number_format=FLOAT8,
             half=True,
         )
     assert not (tmp_path / "q.onnx").exists()

@@ -296,7 +296,7 @@ def find(
             image_source,
             device=ada,
             library=library,
-            gate=gate,
+            check=gate,
             folder=tmp_path / "engines",
             opened_by=opened_by,
             **more,  # type: ignore[arg-type]
@@ -495,7 +495,7 @@ def test_nothing_shipped_and_nothing_to_build_with(
             image_source,
             device=device,
             library=TensorRtLibrary("tensorrt", "10.3.0", None),
-            gate=Counter(),
+            check=Counter(),
             folder=tmp_path,
             opened_by=opened,
         )
@@ -507,5 +507,5 @@ def test_without_gpu_nothing_is_built(
     if shutil.which("nvidia-smi"):
         pytest.skip("this machine has a GPU")
     with pytest.raises(EngineError, match=r"GPU|cuda-bindings|NVIDIA driver"):
-        find_or_build(image_source, device=ada, library=rtx, gate=Counter(), folder=tmp_path)
+        find_or_build(image_source, device=ada, library=rtx, check=Counter(), folder=tmp_path)
     assert list(tmp_path.iterdir()) == []

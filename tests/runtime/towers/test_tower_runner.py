@@ -12,7 +12,7 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import Engine
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.tower_runner import golden_gate, graph_source, in_batches, open_tower
+from edgeclip.runtime.towers.tower_runner import golden_check, graph_source, in_batches, open_tower
 
 
 class Changed:
@@ -33,14 +33,14 @@ def test_an_engine_must_agree_with_the_golden_embeddings(
     tower: Tower, precision: Precision, tiny_bundle: Path, cpu_device: DeviceProfile
 ) -> None:
     bundle = Bundle.open(tiny_bundle)
-    gate = golden_gate(bundle, bundle.golden(), tower, precision)
+    check = golden_check(bundle, bundle.golden(), tower, precision)
     engine = open_tower(bundle, tower, precision, cpu_device)
-    (record,) = gate(engine)
+    (record,) = check(engine)
     assert record.passed
     assert record.value == pytest.approx(1, abs=1e-6)
-    (wrong,) = gate(Changed(engine, lambda value: value[:, ::-1]))
+    (wrong,) = check(Changed(engine, lambda value: value[:, ::-1]))
     assert not wrong.passed
-    (overflown,) = gate(Changed(engine, lambda value: np.full_like(value, np.nan)))
+    (overflown,) = check(Changed(engine, lambda value: np.full_like(value, np.nan)))
     assert (overflown.passed, overflown.value) == (False, -1.0)
 
 
@@ -55,10 +55,12 @@ def test_a_graph_is_known_by_its_declared_hash(tiny_bundle: Path) -> None:
 
 @given(
     rows=st.integers(1, 20),
-    static=st.one_of(st.none(), st.integers(1, 8)),
-    most=st.one_of(st.none(), st.integers(1, 8)),
+    fixed_batch=st.one_of(st.none(), st.integers(1, 8)),
+    max_batch=st.one_of(st.none(), st.integers(1, 8)),
 )
-def test_batches_join_to_what_was_asked(rows: int, static: int | None, most: int | None) -> None:
+def test_batches_join_to_what_was_asked(
+    rows: int, fixed_batch: int | None, max_batch: int | None
+) -> None:
     seen: list[int] = []
 
     def run(values: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -66,9 +68,9 @@ def test_batches_join_to_what_was_asked(rows: int, static: int | None, most: int
         return {"double": 2 * values}
 
     values = np.arange(3 * rows).reshape(rows, 3)
-    found = in_batches(run, values, static=static, most=most)["double"]
+    found = in_batches(run, values, fixed_batch=fixed_batch, max_batch=max_batch)["double"]
     np.testing.assert_array_equal(found, 2 * values)
-    if static is not None:
-        assert set(seen) == {static}
-    elif most is not None:
-        assert max(seen) <= most
+    if fixed_batch is not None:
+        assert set(seen) == {fixed_batch}
+    elif max_batch is not None:
+        assert max(seen) <= max_batch

@@ -10,7 +10,7 @@ import pytest
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import space_fingerprint
 from edgeclip.compress.train.quantization_aware import finetune_settings
-from edgeclip.export.bundle.build_bundle import build_bundle, require_asked_precisions
+from edgeclip.export.bundle.build_bundle import build_bundle, require_named_precisions
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.bundle.precision_candidates import PrecisionCandidates, fine_tune_failed_int8
 from edgeclip.export.cli.export import describe_build
@@ -64,7 +64,7 @@ def candidates(
 def test_the_message_of_a_missed_gate_ends_in_how_to_go_on(plan: BundlePlan) -> None:
     mended = fine_tune_failed_int8(plan, candidates(0.9), {})
     with pytest.raises(GateError, match=r"image int8: mean cosine is 0\.9") as caught:
-        require_asked_precisions(mended)
+        require_named_precisions(mended)
     assert str(caught.value).endswith(QAT_HINT)
 
 
@@ -80,8 +80,8 @@ def test_the_message_of_a_missed_gate_ends_in_how_to_go_on(plan: BundlePlan) -> 
 def test_where_a_fine_tune_would_not_help_there_is_none(
     outcome: PrecisionCandidates, plan: BundlePlan, qat: QatOptions
 ) -> None:
-    assert fine_tune_failed_int8(plan, outcome, {}).message == ""
-    assert fine_tune_failed_int8(replace(plan, qat=qat), outcome, {}).message == ""
+    assert fine_tune_failed_int8(plan, outcome, {}).int8_hint == ""
+    assert fine_tune_failed_int8(replace(plan, qat=qat), outcome, {}).int8_hint == ""
     assert not qat.folder.exists()
 
 
@@ -103,7 +103,7 @@ def test_a_fine_tune_that_is_allowed_brings_int8_inside_its_gates(
     assert any(
         line.startswith("fine-tuning for int8, because image int8") for line in caplog.messages
     )
-    assert built.message == "fine-tuned for int8"
+    assert built.int8_hint == "fine-tuned for int8"
     manifest = built.bundle.manifest
     assert "int8 fine-tuned for 40 steps of 16 on 64 blobs" in manifest.provenance.data
     recipes = dict(manifest.recipes())
