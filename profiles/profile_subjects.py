@@ -48,7 +48,7 @@ class ProfilePlan:
 
     Attributes:
         specs: the subjects.
-        device: for the roofline, and for the record.
+        device: the device; decides the roofline, and is recorded.
         workload: batch sizes, repeats, processes and scenarios.
         command: the command line that the user typed.
         reference: name of the subject that others of the same part are divided by.

@@ -19,9 +19,10 @@ class Workload:
     Attributes:
         name: a short name.
         description: one line of text.
-        batch_sizes: of the throughput sweep, strictly ascending; batch 1 comes first, since
-            latency is measured there.
-        threads: of the throughput sweep, strictly ascending; if empty, those of the device.
+        batch_sizes: batch sizes of the throughput sweep, strictly ascending; batch 1 comes first,
+            since latency is measured there.
+        threads: thread counts of the throughput sweep, strictly ascending; if empty, those of the
+            device.
         min_warmup_runs: least number of runs before timing starts.
         max_warmup_seconds: warm-up of one target ends after this time even if its median is
             still changing; the measurement says so.

@@ -43,7 +43,7 @@ class LabelScore:
 
 
 class Encoder:
-    """Embeds images and texts with one bundle on one device.
+    """Embed, classify and search images and texts with one bundle on one device.
 
     A tower is loaded on its first use, so a device that only embeds images never holds the
     text tower in memory (a bundle may have none). An embedding does not depend on the other
@@ -52,12 +52,12 @@ class Encoder:
     Args:
         bundle: an opened bundle.
         device: which engine and precisions may be used, and with how many threads.
-        precision: of both towers. By default the one the bundle chose for each tower, else the
-            first that the device allows; if the engine computes it wrongly on this machine,
-            a more exact one (see `open_with_fallback`).
+        precision: precision of both towers. By default the one the bundle chose for each tower,
+            else the first that the device allows; if the engine computes it wrongly on this
+            machine, a more exact one (see `open_with_fallback`).
 
     Attributes:
-        precisions: of each tower; once a tower is loaded, the precision that runs.
+        precisions: precision of each tower; once a tower is loaded, the precision that runs.
 
     Raises:
         BundleError: the bundle holds no precision that the device allows.
@@ -88,7 +88,7 @@ class Encoder:
         Args:
             path: the bundle's directory.
             device: a `DeviceProfile`, the name of a built-in one, or a YAML file.
-            precision: of both towers; None lets bundle and device decide.
+            precision: precision of both towers; None for the bundle's and the device's choice.
             check_hashes: False skips the SHA-256 of the files. Use it only if the bundle was
                 verified before and cannot have changed since.
 
@@ -211,10 +211,10 @@ class Encoder:
             EngineError: see `encode_image`.
         """
         self._check_text_tower()
-        several = [texts] if isinstance(texts, str) else list(texts)
+        text_list = [texts] if isinstance(texts, str) else list(texts)
         parts = [
             self._text_tower.run(self._tokenizer.encode(chunk, truncate=truncate, first=start))
-            for start, chunk in _chunks(several, batch_size)
+            for start, chunk in _chunks(text_list, batch_size)
         ]
         return self._joined(parts)
 
@@ -255,9 +255,9 @@ class Encoder:
             SpaceMismatchError: the label set was made in another embedding space.
             InputError: no labels, `top` below 1, or an image that cannot be read.
         """
-        baked = labels if isinstance(labels, LabelSet) else self.bake_labels(labels)
-        baked.check_space(self.space)
-        return self.classify_embeddings(self.encode_image(images), baked, top=top)
+        label_set = labels if isinstance(labels, LabelSet) else self.bake_labels(labels)
+        label_set.check_space(self.space)
+        return self.classify_embeddings(self.encode_image(images), label_set, top=top)
 
     def classify_embeddings(
         self, embeddings: FloatArray, labels: LabelSet, *, top: int = 5
@@ -338,13 +338,13 @@ class Encoder:
             what = "a query of floats (a grey image is given as uint8)"
             check_embeddings(query, self.spec.dim, what)
             return query
-        several = [query] if isinstance(query, str) else as_image_list(query)
-        texts = [item for item in several if isinstance(item, str)]
-        if not several:
+        items = [query] if isinstance(query, str) else as_image_list(query)
+        texts = [item for item in items if isinstance(item, str)]
+        if not items:
             raise InputError("no query was given: give at least one text or image")
-        if texts and len(texts) < len(several):
+        if texts and len(texts) < len(items):
             raise InputError("search for texts or for images, not for both in one call")
-        return self.encode_text(texts) if texts else self.encode_image(several)
+        return self.encode_text(texts) if texts else self.encode_image(items)
 
     def _image_outputs(
         self, images: ImageInput | Sequence[ImageInput], batch_size: int

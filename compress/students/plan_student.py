@@ -127,11 +127,11 @@ class PlannedStudent:
     """A candidate tower of a student.
 
     Attributes:
-        shape: for `new_student`; what it says of the other tower is the default.
-        tower: its sizes.
-        parameters: weights of the tower.
-        share: of the teacher's tower of that part.
-        prediction: of its latency.
+        shape: sizes for `new_student`; the other tower has the default sizes.
+        tower: sizes of the tower.
+        parameters: number of weights of the tower.
+        share: `parameters` as a share of the teacher's tower of that part.
+        prediction: the predicted latency.
         keeps: even the upper end of the prediction meets the budget.
     """
 
@@ -174,7 +174,7 @@ def plan_student(
         measured: the device.
         latency_ms: budget of one image or text.
         part: which tower.
-        precision: of the graph that will run.
+        precision: precision of the graph that will run.
         text_tokens: length of a text, start and end included; None for the whole context.
 
     Raises:

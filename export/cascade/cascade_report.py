@@ -103,7 +103,7 @@ def curve(
         outcomes: answers to the same queries by student and teacher.
         grid: thresholds, descending.
         certified: how many of them, from the first on, the certificate holds for.
-        costs: for time and bytes.
+        costs: time and bytes of student and teacher.
         rows: how many points to aim at, 2 or more.
 
     Raises:

@@ -122,7 +122,7 @@ def choose_threshold(
             `threshold_grid` makes them.
         bound: the share of the teacher's quality to certify, in (0, 1].
         delta: the chance of a wrong certificate that is accepted, in (0, 1).
-        p_value: of "the mean of these values in [low, high] is at most 0".
+        p_value: p-value of "the mean of these values in [low, high] is at most 0".
     """
     order = np.random.default_rng(_ORDER_SEED).permutation(len(outcomes))
     found: list[float] = []
@@ -221,7 +221,7 @@ class CertificationResult:
         outcomes: the answers of student and teacher to the test queries.
         grid: the thresholds, from the one that escalates most to the one that escalates least.
         chosen: the lowest certified threshold; None if none is certified.
-        certificate: for `chosen`; None if every query would have to be escalated.
+        certificate: the certificate of `chosen`; None if every query would have to be escalated.
     """
 
     outcomes: PairedOutcomes

@@ -138,7 +138,7 @@ def product_graph(form: Form, size: int) -> onnx.ModelProto:
     Args:
         form: "int8" has uint8 activations with a zero point as CPUs like it, "symmetric_int8"
             signed ones as TensorRT does, both with int8 weights.
-        size: of the matrices.
+        size: size of the matrices.
     """
     nodes = _GraphBuilder()
     grid = _grid(nodes, size)

@@ -45,8 +45,8 @@ def random_dual(tower: AnyTower, *, seed: int = 0, context: int = 77) -> DualEnc
     """Make a dual encoder with a tower of these sizes; its other tower is tiny.
 
     Args:
-        tower: of a text tower `tokens` does not matter.
-        seed: of the weights.
+        tower: its shape; for a text tower `tokens` is not used.
+        seed: random seed of the weights.
         context: the longest text of a text tower.
     """
     torch.manual_seed(seed)

@@ -69,10 +69,10 @@ def write_probes(
 
     Args:
         out: the directory to make.
-        device: for which graphs are written, as `edgeclip export` does; its int8 too.
+        device: the device to write graphs for, in its form and its int8, as `edgeclip export` does.
         command: what was typed, for the record.
         plan: what is probed.
-        seed: of the weights.
+        seed: random seed of the weights.
         replace: allow `out` to be a set of probes already.
 
     Raises:

@@ -135,7 +135,7 @@ class Comparison:
     """Comparison of one subject, now and in the baseline.
 
     Attributes:
-        part, name: of the subject, in both runs.
+        part, name: part and name of the subject, in both runs.
         now_ms, baseline_ms: the medians, with their intervals.
         processes: number of processes now and in the baseline.
         rounds: least number of rounds of a process now.

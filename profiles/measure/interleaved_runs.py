@@ -87,10 +87,10 @@ class TargetRuns:
     """Runs of one target at batch 1 in one process.
 
     Attributes:
-        input_shape: at batch 1.
-        warm_up: runs before the timed ones.
-        times: of the timed runs.
-        cpu: CPU time used and denied.
+        input_shape: shape of the input at batch 1.
+        warm_up: the runs before the timed ones.
+        times: times of the timed runs.
+        cpu: CPU time used, and lost to other processes and the hypervisor.
     """
 
     input_shape: tuple[int, ...]
@@ -112,7 +112,7 @@ def measure_interleaved(
     The garbage collector is off during timed runs.
 
     Args:
-        targets: at least one, with different names.
+        targets: at least one target; their names differ.
         workload: batch sizes, warm-up and repeats; its `cold_starts` are ignored here.
         part: the part of a bundle that all targets implement.
         reference: name of the target that the ratios divide by, if any.

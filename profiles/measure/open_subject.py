@@ -254,7 +254,7 @@ class FixedPrecisionEncoder(Encoder):
     Args:
         bundle: an opened bundle.
         device: engine and allowed precisions.
-        precision: of the image tower; by default the one that `Encoder` would choose.
+        precision: precision of the image tower; by default the one that `Encoder` would choose.
     """
 
     def __init__(self, bundle: Bundle, device: DeviceProfile, precision: Precision | None) -> None:

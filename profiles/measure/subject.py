@@ -55,7 +55,7 @@ class SubjectSpec:
         bundle: its directory; None for a peer.
         model: ONNX file of a peer: somebody else's image or text tower, run unchanged in ONNX
             Runtime.
-        precision: of the bundle's tower; by default the bundle's choice for the device.
+        precision: precision of the bundle's tower; by default the bundle's choice for the device.
         pictures: image files of the parts "file" and "split"; the first one runs at batch 1. By
             default generated ones with the statistics of photos.
         split: required for the part "split", and only there.

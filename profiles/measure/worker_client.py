@@ -44,9 +44,9 @@ class WorkerRequest(JsonRecord):
             subject, runs it a few times and reports the peak memory; "sweep" measures one
             subject's throughput by batch size.
         subjects: the subjects; one for "memory" and "sweep".
-        workload: for "interleaved".
-        batch_sizes: for "sweep".
-        seconds: for each batch size of "sweep".
+        workload: workload of the task "interleaved".
+        batch_sizes: batch sizes of the task "sweep".
+        seconds: seconds for each batch size of the task "sweep".
     """
 
     WHAT: ClassVar[str] = "a benchmark request"
@@ -82,10 +82,10 @@ class WorkerResult(JsonRecord):
     """Result of one worker process.
 
     Attributes:
-        runs: of "interleaved", one for each subject in the request's order.
-        yardstick: of "interleaved".
-        peak_memory_mb: of "memory", 10^6 bytes; None if the system does not report it.
-        sweep: of "sweep", without batch sizes that the graph does not take.
+        runs: result of "interleaved": runs of each subject, in the request's order.
+        yardstick: result of "interleaved": run times of the yardstick in the same rounds.
+        peak_memory_mb: result of "memory", in 10^6 bytes; None if the system does not report it.
+        sweep: result of "sweep", without batch sizes that the graph does not accept.
     """
 
     WHAT: ClassVar[str] = "a benchmark result"

@@ -25,7 +25,7 @@ class BlockCost:
     Attributes:
         probe: name of the probe that measured it.
         piece: the block.
-        precision: of the graph; blocks that stay float in int8 are measured in fp32 only.
+        precision: precision of the graph; blocks that stay float in int8 are measured in fp32 only.
         ms: median, with its 95% interval.
         samples_ms: one value a round; empty where the cost was transferred from another device.
         few: its probe is one of the few that a transfer needs.
@@ -44,8 +44,8 @@ class CheckTime:
     """Measured time of a whole tower, which predictions are checked against.
 
     Attributes:
-        name: of the tower.
-        precision: of its graph.
+        name: name of the tower.
+        precision: precision of its graph.
         parts: its blocks.
         ms: median at batch 1, with its 95% interval.
     """
@@ -82,13 +82,13 @@ class MeasuredDevice(JsonRecord):
         created: ISO 8601 in UTC.
         command: what was typed.
         device: the profile that it was measured with.
-        machine: where; versions of packages are part of it.
+        machine: where it was measured, with versions of packages.
         rounds: timed rounds; sample i of every block is of round i of its group.
-        costs: of the blocks.
+        costs: costs of the blocks.
         checks: times of whole towers.
         before, after: clocks and temperatures around the timed runs.
         interference: what else the machine did meanwhile.
-        carried: of costs that were transferred; None where every cost was measured here.
+        carried: source and accuracy of transferred costs; None if every cost was measured here.
     """
 
     WHAT: ClassVar[str] = "a measured device"

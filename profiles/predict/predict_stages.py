@@ -34,7 +34,7 @@ def prefix_cost(tower: AnyTower, cut: str, cost: Callable[[TowerBlock], float]) 
         tower: the whole.
         cut: name of the cut, such as "after block 3"; of a ConvNeXt "after block 1.0", which is
             the first block of the second stage.
-        cost: of one block.
+        cost: cost of one block.
 
     Raises:
         InputError: the name tells no place in this tower.

@@ -39,8 +39,8 @@ class GraphInput:
     """A graph and the one input that it is run on.
 
     Attributes:
-        path: of the ONNX file in the set.
-        name, dtype, shape: of the input.
+        path: path of the ONNX file in the set.
+        name, dtype, shape: name, dtype and shape of the input.
         weight_bytes: what the loaded weights take.
     """
 
@@ -64,7 +64,7 @@ class Probe:
 
     Attributes:
         name: unique in its set.
-        precision: of the graph.
+        precision: precision of the graph.
         graph: what is run.
         piece, count: the block, and how many of it there are more; of a stem, all that it has.
         beyond: name of the probe that it is compared with; None where there is none.
@@ -103,7 +103,7 @@ class ProbeIndex(JsonRecord):
         command: what was typed.
         device: name of the device profile that the graphs were made for.
         needs_vnni: its int8 is for CPUs with int8 dot products.
-        seed: of the weights.
+        seed: random seed of the weights.
         probes, checks: what is measured.
         files: all files but `probes.json`.
     """

@@ -38,7 +38,7 @@ class TowerBlock:
         positions: tokens, class token included; or pixels of a map, patches of a stem.
         given: input channels of a down-sampling step; embedding length of a last block or head.
         patch: side of a patch in pixels.
-        heads: of the attention.
+        heads: number of attention heads.
         hidden: width inside the MLP.
         gelu: the MLP has the exact GELU in place of the quick one.
     """
@@ -73,9 +73,10 @@ class TransformerTower:
 
     Attributes:
         part: which of the two.
-        width, heads, hidden, layers: as in a Hugging Face config: hidden_size,
+        width, heads, hidden, layers: sizes as in a Hugging Face config: hidden_size,
             num_attention_heads, intermediate_size, num_hidden_layers.
-        tokens: of an image (patches and class token), or of the text whose time is asked for.
+        tokens: number of tokens of an image (patches and class token), or of the text whose time is
+            asked for.
         dim: length of an embedding.
         patch: side of a patch in pixels; 0 for text.
         gelu: exact GELU in place of the quick one.

@@ -34,11 +34,11 @@ class Interference:
     """Other load and throttling during a measurement.
 
     Attributes:
-        waiting_share: of the CPU time that the watching process asked for, as in `CpuTime`; None
-            if it hardly ran.
-        steal_share: of all cores' time, taken by the hypervisor.
-        others_share: of all cores' time, used by other processes; in a container, by all of the
-            host's other processes.
+        waiting_share: lost share of the CPU time that the watching process asked for, as in
+            `CpuTime`; None if it hardly ran.
+        steal_share: share of all cores' time that the hypervisor took.
+        others_share: share of all cores' time used by other processes; in a container, by all of
+            the host's other processes.
         throttled: whether a processor was throttled for heat or power; None if unknown.
         disturbed: whether any of these exceeded its limit; None if all are unknown.
         reasons: what exceeded its limit, in words.

@@ -26,7 +26,7 @@ class LayerTime:
         op: operator, such as "MatMul".
         provider: execution provider that ran it.
         ms: median over runs, milliseconds.
-        share: of the sum of all layers, 0 to 1.
+        share: share of the sum of all layers, 0 to 1.
         flops: floating-point (or integer) operations of one run, a multiply-add counts as 2;
             None if the shapes do not determine it.
         bytes: least memory traffic: inputs, weights and outputs, each once; None if unknown.
@@ -143,12 +143,12 @@ class ScenarioResult:
         queries: number of completed queries.
         samples_per_query: images or texts in each query.
         seconds: duration of the test.
-        latency: of a query, from its scheduled time (Server), else from its issue; None for
+        latency: time of a query, from its scheduled time (Server), else from its issue; None for
             Offline, which is a single query.
         samples_per_s: images or texts per second.
         target_qps: requested queries per second; Server only.
         bound_ms: latency bound for `bound_percentile` of the queries; Server only.
-        bound_percentile: in percent; Server only.
+        bound_percentile: percentile that `bound_ms` limits, in percent; Server only.
         valid: whether LoadGen judged the test valid.
         loadgen_p50_ms: median latency in LoadGen's own log, as a cross-check.
         reasons: why the test is invalid, in LoadGen's words.
@@ -239,14 +239,15 @@ class Identity:
 
     Attributes:
         bundle: name of the bundle; for a peer, its file name.
-        sha256: of the bundle's manifest or of the peer's file, 64 hexadecimal digits.
+        sha256: SHA-256 of the bundle's manifest or of the peer's file, 64 hexadecimal digits.
         precision: the precision that ran; None for a peer.
         engine: name of the engine in the `DeviceProfile`.
         provider: execution provider reported by the session, such as "CPUExecutionProvider"; if
             the device allows a fallback, all providers in order of preference.
-        threads: of the engine.
+        threads: number of engine threads.
         bytes_on_disk: size of graph and weights.
-        input_shape: at batch 1; a text tower's time depends on the sequence length.
+        input_shape: shape of the input at batch 1; a text tower's time depends on the sequence
+            length.
     """
 
     bundle: str
@@ -266,17 +267,17 @@ class Measurement:
     Attributes:
         name: unique among the subjects of the same part.
         part: the part of a bundle that runs.
-        input_shape: at batch 1.
+        input_shape: shape of the input at batch 1.
         warm_up: runs before the timed ones.
-        latency: at batch 1, runs interleaved with those of the other subjects.
-        ratio: to the run's reference subject.
+        latency: percentiles at batch 1, in runs interleaved with those of the other subjects.
+        ratio: its time / the reference subject's time, round by round.
         sweep: throughput by batch size and threads.
         cpu, contended: where the time went, see `CpuTime`.
         samples_ms: wall time of each run behind `latency`, one tuple for each process; entry i
             is from round i, in which every subject ran once.
         identity: None if the target is no bundle or file.
         cold_start, scenarios, energy, stages, layers: present if requested.
-        peak_memory_mb: of a process that runs this subject alone, MB of 10^6 bytes.
+        peak_memory_mb: peak memory of a process that runs this subject alone, in 10^6 bytes.
         missing: (name, reason) of what could not be measured, such as ("energy", "no sensor").
     """
 
@@ -307,8 +308,8 @@ class Yardstick:
     The machine's speed may change between two profiles; dividing by the yardstick cancels it.
 
     Attributes:
-        name: of the graph; only times of graphs with the same name may be compared.
-        samples_ms: as in `Measurement`.
+        name: name of the graph; only times of graphs with the same name may be compared.
+        samples_ms: run times, as in `Measurement`.
     """
 
     name: str

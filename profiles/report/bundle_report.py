@@ -136,7 +136,7 @@ class ReportData:
         credits: licences and attribution, one sentence each.
         headlines: the figures that decide, most important first.
         choices: the precision chosen for each tower.
-        steps: of the run, in order.
+        steps: steps of the run, in order.
         quality: one row per model.
         measurements: latency, throughput, cold start and memory, one row per candidate.
         pareto: points of quality against latency.

@@ -51,8 +51,8 @@ class ScatterPoint:
         short: its label on a phone; None for the name itself.
         facts: the other lines' parts, the less important first; a phone shows the last two.
         x, y: where it lies, with intervals drawn as whiskers.
-        radius: of its circle, as a share of the largest; 0 for a mark alone.
-        colour, shape: of its mark; shapes count in `SHAPES`.
+        radius: radius of its circle, as a share of the largest; 0 for a mark alone.
+        colour, shape: colour and shape of its mark; shapes count in `SHAPES`.
         chosen: drawn with emphasis.
     """
 
@@ -72,10 +72,10 @@ class ScatterChart:
     """Points over two axes, labelled where there is room.
 
     Attributes:
-        title: for a screen reader.
+        title: title for screen readers.
         points: what is shown, the most important first.
-        x_name, y_name: of the axes.
-        x_limits, y_limits: of the axes; None to follow the points.
+        x_name, y_name: names of the axes.
+        x_limits, y_limits: limits of the axes; None to follow the points.
         x_log, y_log: whether an axis is logarithmic.
         y_percent: the y axis is a share, written in percent.
         front: points, by their place, that a thin line joins.
@@ -361,7 +361,7 @@ class RowChart:
     Attributes:
         rows: from top to bottom; each has a dot at least.
         axis_name: what the axis shows, with its unit.
-        title: for a screen reader.
+        title: title for screen readers.
         legend: (shape, its meaning).
         reference: a value to compare with, and its name.
         log: whether the axis is logarithmic; None where the data decide.
@@ -496,7 +496,7 @@ class StackBar:
     """Parts of one whole from left to right, as (name, value), and what is printed beside them.
 
     Attributes:
-        label: of the bar.
+        label: label of the bar.
         parts: names and values.
         figure: printed beside it.
         mark: a value beyond the sum, such as a 95th percentile; None for none.
@@ -519,9 +519,11 @@ class StackChart:
     Attributes:
         bars: from top to bottom.
         axis_name: with its unit.
-        title: for a screen reader.
-        names: of all parts in the order of their numbers; () for the order in which they come.
-        colours: of parts by their names, with how strong they are; by number where it is empty.
+        title: title for screen readers.
+        names: names of all parts in the order of their numbers; () for the order in which they
+            come.
+        colours: colours of parts by their names, with how strong they are; by number where it is
+            empty.
         legend: whether names stand above the picture, not inside parts.
         mark_name: what the marks of bars are.
         limit: a value to keep, and its name.
@@ -731,7 +733,7 @@ class SweepChart:
     Attributes:
         title: the subject.
         series: one line each, at most six; the points of the last are named.
-        x_limits, y_limits: of all charts that share their axes.
+        x_limits, y_limits: limits of all charts that share their axes.
     """
 
     small = True
@@ -864,10 +866,10 @@ class BandChart:
     """A line of shares over shares with a band of intervals, and a bar to reach.
 
     Attributes:
-        title: for a screen reader.
+        title: title for screen readers.
         x: shares, ascending or descending.
         y: shares with their intervals.
-        x_name, y_name: of the axes.
+        x_name, y_name: names of the axes.
         below: a second line of names below the ticks, for a share.
         bar: a share to reach, and its name.
         marked: the place of a point with a name, if there is one.

@@ -81,7 +81,7 @@ def svg(chart: Chart, *, narrow: bool = False, alone: bool = False) -> str:
     Args:
         chart: what to draw.
         narrow: 358 instead of 760 pixels wide.
-        alone: for a file of its own: title, fixed size, light colours, a white ground.
+        alone: whether it is a file of its own: title, fixed size, light colours, a white ground.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

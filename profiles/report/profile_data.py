@@ -38,7 +38,7 @@ class SubjectQuality:
         value: in `unit`; higher is better.
         unit: a share between 0 and 1 (shown in percent), a cosine, or percentage points.
         sha256: `Identity.sha256` of what it was measured on.
-        precision: of the towers.
+        precision: precision of the towers.
         part: that it is about.
         subject: name of one measurement, for what has no identity.
     """

@@ -187,8 +187,8 @@ def tradeoff_chart(
 
     Args:
         points: their radii are the roots of the shares of bytes, so that areas are bytes.
-        quality_name, latency_name: of the axes.
-        unit: of the quality.
+        quality_name, latency_name: names of the axes.
+        unit: unit of the quality.
         bar: a share of quality to reach.
     """
     low, high = bounds(point.x for point in points)

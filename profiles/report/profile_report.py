@@ -81,9 +81,9 @@ def write_profile_report(
     """Write the page to `out`, whole or not at all.
 
     Args:
-        runs: at least one; their subjects stand side by side.
+        runs: at least one run; their subjects stand side by side.
         out: the HTML file.
-        quality: of the subjects, such as `quality_of_bundle` gives.
+        quality: quality of the subjects, for example from `quality_of_bundle`.
         advice: what is worth trying, the most promising first.
 
     Raises:

@@ -186,10 +186,10 @@ class Page:
     """A report.
 
     Attributes:
-        title: of the page.
+        title: title of the page.
         lead: sentences below it.
         summary: the verdict and the figures that matter.
-        sections: in their order.
+        sections: the sections, in order.
         footer: sentences at the end, such as licences and when it was written.
     """
 

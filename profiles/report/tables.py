@@ -103,14 +103,15 @@ class Row:
     """One figure with its interval, and all that says what it is of.
 
     Attributes:
-        created, command, workload, cpu, os, device: of the run; device "" where it has none.
-        bundle, sha256, precision, engine, provider: of the subject; "" where unknown.
-        name, part: of the subject.
-        threads: of the engine; 0 where unknown.
+        created, command, workload, cpu, os, device: properties of the run; device "" where it has
+            none.
+        bundle, sha256, precision, engine, provider: properties of the subject; "" where unknown.
+        name, part: name and part of the subject.
+        threads: number of engine threads; 0 where unknown.
         scenario: "turns" for runs one after the other, "sweep", "cold start", or LoadGen's.
         batch: images or texts in one run, or in one query of LoadGen.
         metric: such as "p50" or "rate".
-        unit: of the figure.
+        unit: unit of the figure.
         value, low, high: the interval is the value itself where none is known.
         disturbed: whether the run was; None where it cannot be told.
     """

@@ -89,7 +89,7 @@ class CounterMeter:
     """An `EnergyMeter` that adds up energy counters.
 
     Attributes:
-        counters: at least one; none may start again twice between two readings.
+        counters: at least one counter; none may start again twice between two readings.
         per_joule: counts in one joule.
     """
 
@@ -383,7 +383,7 @@ def measure_energy(
     Args:
         meter: see `find_meter`.
         run: embeds one image or text; warmed up before.
-        seconds: of all blocks together. Each lasts `meter.least_s` at least, and one call.
+        seconds: duration of all blocks together. Each lasts `meter.least_s` at least, and one call.
         blocks: 3 at least, and better 10: intervals of few are too narrow.
 
     Raises:

@@ -28,9 +28,9 @@ class BusyTime:
     """Processor time used since the machine started, in ticks.
 
     Attributes:
-        programs: by all programs, on all processors.
-        processors: used or idle, on all processors.
-        own: by one process and its descendants, those that have ended included.
+        programs: time used by all programs, on all processors.
+        processors: time used or idle, on all processors.
+        own: time used by one process and its descendants, those that have ended included.
     """
 
     programs: int

@@ -43,7 +43,7 @@ class GraphSource:
     Attributes:
         name: a short name for files, such as "vision_int8".
         content: the graph, or the path of its file if its weights are in a file beside it.
-        sha256: of the graph and its weights (see `graph_sha256`).
+        sha256: SHA-256 of the graph and its weights (see `graph_sha256`).
         text_length: the most tokens of one text; None for an image tower.
 
     Raises:
@@ -76,9 +76,9 @@ class EngineKey:
 
     Attributes:
         library: "tensorrt" or "tensorrt-rtx".
-        version: of that library.
+        version: version of that library.
         capability: compute capability that it was built for, such as "8.9".
-        graph_sha256: of the graph.
+        graph_sha256: SHA-256 of the graph.
         batch_min: the smallest batch that it accepts.
         batch_best: the batch that it is tuned for.
         batch_max: the largest batch that it accepts.
@@ -192,7 +192,7 @@ class EngineRecord:
 
     Attributes:
         tower: the tower that it computes.
-        precision: of the graph that it was built from.
+        precision: precision of the graph that it was built from.
         path: POSIX path in the bundle, under engines/; its size and hash are in
             `Manifest.files`.
         key: graph, library and GPU that it was built for.

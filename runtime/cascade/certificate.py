@@ -104,8 +104,8 @@ class TowerIdentity:
     """Identify a tower by its files and precision.
 
     Attributes:
-        name: of its bundle.
-        precision: in which it ran.
+        name: name of its bundle.
+        precision: precision in which it ran.
         files: its graph, and its weights where they lie beside it.
     """
 
@@ -174,7 +174,7 @@ class Certificate(JsonRecord):
         bound: the share of the teacher's quality (top-1, over the population that the test
             queries were drawn from) that the cascade keeps at least.
         delta: the chance that this is wrong.
-        p_value: of "it keeps less" at the threshold.
+        p_value: p-value of "it keeps less" at the threshold.
         space: fingerprint of the embedding space.
         student: the tower on the device.
         student_index: the student's other tower, if that embeds the entries.
@@ -183,7 +183,7 @@ class Certificate(JsonRecord):
         threshold: queries with a lower score go to the teacher.
         escalated: share of these queries; the interval has confidence 1 - delta for all
             thresholds at once, so it holds for this one.
-        quality: on the test queries.
+        quality: quality on the test queries.
         sample: scores without drift.
         tested_on: the test queries.
         created: ISO 8601 in UTC.
@@ -243,8 +243,8 @@ class Certificate(JsonRecord):
         """Raise if the student of a bundle is not the one that was certified.
 
         Args:
-            manifest: of the student's bundle.
-            precisions: in which its towers run.
+            manifest: manifest of the student's bundle.
+            precisions: precisions in which its towers run.
 
         Raises:
             CertificateError: another embedding space, precision or tower.

@@ -91,7 +91,7 @@ class DriftState:
     """The state of a `DriftDetector`: about 3 kB, however long the stream was.
 
     Attributes:
-        seed: of the random numbers that break ties.
+        seed: seed of the random numbers that break ties.
         counts: number of scores in each bin, including those of the certificate.
         seen: number of scores of the stream so far.
         capital: the martingale.
@@ -215,7 +215,7 @@ class DriftDetector:
         sample: scores without drift.
         rule: when to raise the alarm.
         state: the state to continue from; by default the initial one.
-        seed: of the random numbers that break ties, if there is no `state`.
+        seed: seed of the random numbers that break ties, if there is no `state`.
 
     Raises:
         InputError: `state` is of another sample.

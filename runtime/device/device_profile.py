@@ -60,7 +60,7 @@ class DeviceProfile:
         shared_memory: CPU and GPU share that memory.
         vnni: the CPU has int8 dot products (AVX-VNNI, AVX512-VNNI, Arm dotprod). Without
             them 8-bit products can saturate, and a reduced range is needed.
-        compute_capability: of the NVIDIA GPU, such as "8.7"; None without one.
+        compute_capability: compute capability of the NVIDIA GPU, such as "8.7"; None without one.
         structured_sparsity: the GPU has 2:4 sparse tensor cores.
         tensorrt_major: the TensorRT on the device. Version 10 takes builder flags for
             precision, 11 is strongly typed only.

@@ -36,7 +36,7 @@ class PushPlan:
         repo: USER/NAME of the model repository.
         revision: the branch; it is made if it is not there.
         private: make the repository a private one.
-        message: of the commit.
+        message: message of the commit.
         base_model: the teacher's repository on the Hub, if its name could be one.
     """
 

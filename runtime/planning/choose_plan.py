@@ -22,9 +22,9 @@ class Objective:
     bytes and server time into milliseconds.
 
     Attributes:
-        ms_per_joule: of the device's energy, where it was measured.
-        ms_per_megabyte: of bytes sent, at their 95th percentile.
-        ms_per_server_second: of the server's time.
+        ms_per_joule: weight of the device's energy, if it was measured.
+        ms_per_megabyte: weight of the bytes sent, at their 95th percentile.
+        ms_per_server_second: weight of the server's time.
         deadline_ms: bound of the 95th percentile.
         mean_cosine, least_cosine: bounds of the embeddings' cosine after a codec, over the
             pictures.
@@ -97,10 +97,10 @@ def estimate_plans(
     """Predict every plan of a cut set.
 
     Args:
-        manifest: of the cut set.
+        manifest: manifest of the cut set.
         device, server: stage times measured on both sides.
         conditions: link, loads and goal.
-        deadline_ms: of every plan.
+        deadline_ms: deadline of every plan.
         index: the server's index model, for the goal "search".
         exclude: names of plans to leave out.
 

@@ -34,7 +34,8 @@ def draw_waiting(service_ms: Values, utilisation: float, rng: np.random.Generato
     rho E[S^2] / (2 E[S] (1 - rho)).
 
     Args:
-        service_ms: of each request [N]; other clients' requests are assumed to be alike.
+        service_ms: service time of each request [N]; other clients' requests are assumed to be
+            alike.
         utilisation: rho, the share of time that the server is busy, 0 to below 1.
         rng: random generator.
 
@@ -71,7 +72,8 @@ class PlanConditions:
         load: factor by which the device's own times are longer than measured.
         utilisation: share of time that the server is busy with others, 0 to below 1.
         goal: an "embedding" on the device, or the hits of a "search" on the server.
-        seed, draws: of the prediction; a percentile rests on a few hundred draws at least.
+        seed, draws: random seed and number of draws of the prediction; a percentile rests on a few
+            hundred draws at least.
     """
 
     link: LinkState
@@ -113,7 +115,8 @@ class PlanEstimate:
         plan: with its p50, p95 and bytes.
         parts: where the time goes.
         bytes_p50: median size of a request's body.
-        cosine_mean, cosine_least: of embeddings, with those of uncompressed pictures.
+        cosine_mean, cosine_least: mean and least cosine with the embeddings of uncompressed
+            pictures.
         joules: energy of the device, as far as its sensor covers it; None if not measured.
     """
 

@@ -44,9 +44,9 @@ class LinkState:
     """A link, as samples of its round trip and bandwidths.
 
     Attributes:
-        name: for people.
-        rtt_ms: of a small request on a kept connection; with `http_ms` 0 it includes what
-            HTTP costs on both sides.
+        name: readable name.
+        rtt_ms: round-trip time of a small request on a kept connection; with `http_ms` 0 it
+            includes what HTTP costs on both sides.
         up_mbps, down_mbps: 10^6 bits per second of payload, from the device and to it.
         loss: share of packets lost.
         efficiency: eta, the payload's share if the bandwidths count headers too.

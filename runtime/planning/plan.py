@@ -20,7 +20,7 @@ class SplitPlan(JsonRecord):
     """Which work runs on the device and on the server, and what crosses the network.
 
     Attributes:
-        name: for people, such as "cut 3 (after block 1), int8".
+        name: readable name, such as "cut 3 (after block 1), int8".
         kind: "device" runs the whole tower and sends nothing; "image" sends the picture;
             "embedding" runs the whole tower and sends its result to a search or label model;
             "cut" runs the tower up to a cut.
@@ -106,13 +106,13 @@ def list_candidates(
     """List all plans: the device alone, and everything that can be sent in every codec.
 
     Args:
-        manifest: of the cut set.
+        manifest: manifest of the cut set.
         device: stage times of the device; a plan is listed for each measured payload.
         goal: an "embedding" on the device, or the hits of a "search" in an index of the server.
             The index may lie on the device too, so the device alone is always a candidate; its
             search is assumed to cost as much as the server's, and both are left out.
         index: the server's index model.
-        deadline_ms: of every plan.
+        deadline_ms: deadline of every plan.
     """
     alone = SplitPlan(
         name="device only", kind="device", space=manifest.space, deadline_ms=deadline_ms

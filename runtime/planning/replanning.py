@@ -184,8 +184,8 @@ class Hysteresis:
 
     Args:
         first: the choice to begin with.
-        gain: by what share of the present cost another one must be cheaper.
-        dwell_s: for how many seconds, at every update.
+        gain: share of the present cost by which another choice must be cheaper.
+        dwell_s: seconds for which it must be cheaper, at every update.
 
     Attributes:
         current: the present choice.
@@ -201,7 +201,7 @@ class Hysteresis:
 
         Args:
             now: seconds, monotonic.
-            costs: of all that may be chosen, at least one. If the present choice is not among
+            costs: cost of each choice, at least one. If the present choice is not among
                 them, the cheapest replaces it at once.
         """
         if self.current not in costs:
@@ -229,7 +229,7 @@ class AdaptivePlan:
     `review` and `exclude` from one at a time.
 
     Args:
-        manifest: of the cut set.
+        manifest: manifest of the cut set.
         device, server: stage times measured on both sides.
         conditions: loads of both sides, and the link that is assumed until requests were made.
         objective: cost and bounds of a plan.

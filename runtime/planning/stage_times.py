@@ -28,8 +28,8 @@ class SplitStage:
             codec sends. On the server "open" turns a picture sent by an image codec into
             pixels, "decode" a request's body into the value at a cut, "tail" that into an
             embedding; tail 0 is the whole tower.
-        cut: for head, encode, decode and tail.
-        codec: for encode, decode, compress and open.
+        cut: number of the cut; for head, encode, decode and tail.
+        codec: name of the codec; for encode, decode, compress and open.
     """
 
     kind: StageKind
@@ -103,10 +103,10 @@ class StageTimes(JsonRecord):
         bundle, space, precision: identify the tower.
         rounds: number of rounds; sample i of every stage is of round i and the same picture.
         pictures: number of different pictures; round i uses picture i modulo that.
-        stages: of both sides; the planner uses those that the machine would run.
+        stages: stages of both sides; the planner uses those that the machine would run.
         payloads: what is sent.
-        waiting_share, steal_share: CPU time denied, see `cpu_time.CpuTime`.
-        contended: whether more than a tenth was denied; None if unknown.
+        waiting_share, steal_share: lost shares of CPU time, as in `CpuTime`.
+        contended: whether more than a tenth was lost; None if unknown.
         energy_sensor: what measured `joules`; None if nothing did.
         on_cpu: whether heads and tails ran on the CPU; None if unknown.
         predicted: None for measured times.

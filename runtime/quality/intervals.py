@@ -34,7 +34,7 @@ def bootstrap(
 
     Args:
         per_item: one number or boolean per item.
-        seed: of the random draws.
+        seed: seed of the random draws.
         draws: how many resamples.
         level: coverage of the interval, in (0, 1).
 

@@ -96,7 +96,7 @@ async def read_body(
     """Read the body of a request.
 
     Args:
-        receive: of the request.
+        receive: receive function of the request.
         headers: names in lower case.
         most: bound in bytes.
         seconds: timeout.

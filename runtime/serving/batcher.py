@@ -55,7 +55,7 @@ def run_batch(model: ServingModel, items: Sequence[BatchItem]) -> list[BatchResu
 
     Args:
         model: returns one row for each row of its inputs.
-        items: of equal `key`; at least one.
+        items: at least one item; all have the same `key`.
     """
     if len(items) > 1:
         try:
@@ -141,7 +141,7 @@ class Batcher:
 
     Args:
         served: the model.
-        limits: of batches and queue.
+        limits: limits of batches and queue.
         metrics: count each run.
         loop: the event loop; None for the running one.
     """
@@ -199,8 +199,8 @@ class Batcher:
 
         Args:
             inputs: arrays whose first axis has `rows`, checked by `check_inputs`.
-            parameters: for the model; requests with different parameters share no batch.
-            rows: at least 1.
+            parameters: parameters of the model; requests with different parameters share no batch.
+            rows: number of rows, at least 1.
             deadline: `time.monotonic()` after which no run begins; None for never.
 
         Raises:

@@ -35,7 +35,7 @@ def bundle_models(encoder: Encoder, name: str) -> Iterator[ServingModel]:
     """Yield all models of a bundle, after loading its towers.
 
     Args:
-        encoder: of the bundle.
+        encoder: encoder of the bundle.
         name: prefix of their names.
 
     Raises:
@@ -164,7 +164,7 @@ class CutTail:
 
     Args:
         cuts: the cut set.
-        number: of the cut point.
+        number: number of the cut point.
         device: the server's device profile.
         bundle: name of the bundle on the server; by default its own name.
 

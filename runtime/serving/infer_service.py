@@ -119,7 +119,7 @@ class InferService:
 
     Args:
         registry: the models.
-        limits: of each model's batches and queue.
+        limits: limits of each model's batches and queue.
         metrics: count requests and runs.
     """
 

@@ -46,7 +46,7 @@ class ServerLimits:
         body_seconds: from the head of a request to the end of its body.
         head_seconds: from its first byte to the end of its head.
         idle_seconds: after which an unused connection is closed.
-        grace_seconds: for the requests in flight at shutdown.
+        grace_seconds: seconds that requests in flight get at shutdown.
 
     Raises:
         ValueError: a value out of bounds.

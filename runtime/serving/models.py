@@ -22,7 +22,7 @@ class TensorSpec:
 
     Attributes:
         name: unique among the inputs, or among the outputs.
-        datatype: of the Open Inference Protocol, such as FP32 or BYTES.
+        datatype: data type of the Open Inference Protocol, such as FP32 or BYTES.
         shape: -1 for a size that varies; the first axis is the batch.
     """
 
@@ -188,7 +188,7 @@ class FunctionModel:
 
     Args:
         function: the function.
-        name: of the model.
+        name: name of the model.
 
     Raises:
         InputError: attributes of another type.

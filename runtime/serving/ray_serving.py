@@ -32,17 +32,17 @@ class RayServing:
     """What the replicas serve, and how many replicas there are.
 
     Attributes:
-        bundles, cuts, indexes, functions: as in `Sources`; every machine of the cluster has to
-            have their files.
+        bundles, cuts, indexes, functions: sources as in `Sources`; every machine of the cluster has
+            to have their files.
         device: name of a device or its YAML file, as for `edgeclip serve`.
         replicas: number of replicas; with `max_replicas`, the minimum.
         max_replicas: maximum for autoscaling; None for a fixed number.
-        cpus: of one replica, as Ray counts them.
+        cpus: CPUs of one replica, as Ray counts them.
         gpus: likewise.
         max_batch: rows of one batch, and number of requests to one replica from which on Ray
             adds another replica.
         queue: requests in flight in one replica at most.
-        grace_seconds: for the requests in flight when a replica shuts down.
+        grace_seconds: seconds that requests in flight get when a replica shuts down.
         token: bearer token that clients must send; None for none.
 
     Raises:

@@ -134,7 +134,7 @@ class SearchModel:
 
     Args:
         index: the entries.
-        name: of the model.
+        name: name of the model.
         folder: cache of the graphs of large indexes.
         exact_up_to: entries of the largest index that is searched exactly.
 

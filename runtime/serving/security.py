@@ -45,7 +45,7 @@ def is_authorized(headers: Mapping[bytes, bytes], token: bytes | None) -> bool:
     """Return whether a request carries the bearer token (RFC 6750), in constant time.
 
     Args:
-        headers: of the request, names in lower case.
+        headers: headers of the request, names in lower case.
         token: the expected token; None accepts every request.
     """
     if token is None:
@@ -244,14 +244,14 @@ def choose_security(
     """Choose token and certificate; beyond this machine, create and keep missing ones.
 
     Args:
-        host: as the user wrote it.
+        host: host as the user wrote it.
         is_local: whether only this machine can reach it.
         token_file: file with the token; by default $EDGECLIP_TOKEN is used.
         certificate: PEM file.
         key: PEM file; both or none.
         is_insecure: use neither token nor TLS.
-        folder: for created files; by default `server_folder()`.
-        environment: of the process.
+        folder: folder of created files; by default `server_folder()`.
+        environment: environment variables of the process.
 
     Raises:
         InputError: options that contradict each other, or a file that cannot be used.

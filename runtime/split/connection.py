@@ -246,7 +246,7 @@ class DaemonThreads:
 
     Args:
         most: maximum number of threads.
-        name: of the threads.
+        name: name of the threads.
 
     Raises:
         InputError: `most` is below 1.

@@ -49,7 +49,7 @@ class ClientRules:
     Attributes:
         connections: how many calls may be in flight at a time.
         most_reply_bytes: bound of one reply.
-        backoff: of the retries of one call.
+        backoff: waiting times between the retries of a call.
         retry_share: extra attempts (retries and hedges) per call, over many calls.
         hedges: whether a call that is slower than 95% of the earlier ones is sent a second time.
         breaker: when to stop calling a server that fails.
@@ -179,7 +179,7 @@ class Server:
         Args:
             request: its `deadline_ms` is set to the time left when it is sent. With a
                 `space_id`, the response must carry the same.
-            deadline: of all attempts together.
+            deadline: deadline of all attempts together.
             read: raises `BadReplyError` for an unusable response, which counts as a failure of
                 the server.
             idempotent: whether the request may be sent twice (retried or hedged).

@@ -268,7 +268,7 @@ class Endpoint:
     """A server with a pool of connections and threads.
 
     Args:
-        address: of the server.
+        address: address of the server.
         token: bearer token; None for none.
         connections: maximum number of simultaneous exchanges.
 

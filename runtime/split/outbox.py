@@ -89,7 +89,7 @@ class OutboxRules:
     """Capacity of an outbox, and lifetime of its entries.
 
     Attributes:
-        most_bytes: of all bodies together.
+        most_bytes: largest size of all bodies together.
         most_entries: waiting entries; as many keys of sent ones are remembered.
         lives_s: seconds after which an entry expires, and a sent key may be used again.
         busy_s: how long to wait for another process that writes.
@@ -114,7 +114,7 @@ class OutboxCounts:
 
     Attributes:
         escalations, telemetry: waiting entries.
-        waiting_bytes: of their bodies.
+        waiting_bytes: size of their bodies.
         sent: answered by the server.
         dropped_escalations, dropped_telemetry: removed to make room.
         expired: too old to be sent.

@@ -30,7 +30,7 @@ class ReplayRules:
 
     Attributes:
         per_second: entries per second at most, so that a recovering server is not flooded.
-        deadline_ms: of one entry.
+        deadline_ms: milliseconds for one entry.
         pause_s: before an unavailable server, or an empty outbox, is checked again.
         most_failures: error responses after which an entry is given up.
 

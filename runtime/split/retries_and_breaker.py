@@ -143,7 +143,7 @@ class Backoff:
     """Number of attempts, and pauses between them.
 
     Attributes:
-        attempts: at most, including the first one.
+        attempts: largest number of attempts, including the first one.
         first_s: bound of the first pause; it doubles with each retry.
         longest_s: the largest bound.
 
@@ -377,7 +377,7 @@ class Permit:
         """Report a failure of the server.
 
         Args:
-            reason: in a few words.
+            reason: why, in a few words.
             lasting: waiting a little does not help, so that the breaker opens at once.
         """
         self._breaker._end(self._era, False, reason, lasting)

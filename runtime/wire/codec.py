@@ -85,8 +85,8 @@ def decode(codec: CodecName, tensors: Tensors, *, shape: Shape, axis: int = -1) 
     Args:
         codec: how they were encoded.
         tensors: the result of `encode`.
-        shape: of one picture's values, without N; nothing larger is ever unpacked, and at most
-            `MAX_FRAMES` rows.
+        shape: shape of one picture's values, without N; nothing larger is ever unpacked, and at
+            most `MAX_FRAMES` rows.
         axis: see `encode`.
 
     Returns:

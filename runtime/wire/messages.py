@@ -94,7 +94,7 @@ class InferRequest:
     Attributes:
         model: name of the model; in HTTP it is a part of the path.
         inputs: numeric arrays, or object arrays of bytes, by name.
-        parameters: for the whole request.
+        parameters: parameters of the whole request.
         id: returned with the response.
         outputs: names of the wanted outputs; () for all.
         binary: which outputs to return as bytes and not in the JSON: all, none, or these.
