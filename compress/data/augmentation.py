@@ -25,17 +25,20 @@ class Augmentation:
             raise ValueError(f"need 0 < crop <= 1 and 0 <= colour < 1, got {self}")
 
 
-def augment(image: Image.Image, how: Augmentation, *, index: int, view: int) -> Image.Image:
-    """Return view `view` of picture `index`; view 0 is the picture itself."""
+def augment(
+    image: Image.Image, augmentation: Augmentation, *, index: int, view: int
+) -> Image.Image:
+    """Return view number `view` of picture `index`; view 0 is the unchanged picture."""
     if view == 0:
         return image
-    rng = np.random.default_rng(np.random.SeedSequence((how.seed, index, view)))
-    width, height = (side * float(rng.uniform(how.crop, 1.0)) for side in image.size)
+    rng = np.random.default_rng(np.random.SeedSequence((augmentation.seed, index, view)))
+    width, height = (side * float(rng.uniform(augmentation.crop, 1.0)) for side in image.size)
     left = float(rng.uniform(0, image.width - width))
     top = float(rng.uniform(0, image.height - height))
     changed = image.resize(
         image.size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
     )
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        changed = enhance(changed).enhance(float(rng.uniform(1 - how.colour, 1 + how.colour)))
+        factor = rng.uniform(1 - augmentation.colour, 1 + augmentation.colour)
+        changed = enhance(changed).enhance(float(factor))
     return changed

@@ -28,7 +28,19 @@ Float16 = NDArray[np.float16]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSettings:
-    """The identity of a cache: caches with equal settings hold equal embeddings."""
+    """The identity of a cache: caches with equal settings hold equal embeddings.
+
+    Attributes:
+        space: fingerprint of the teacher's embedding space.
+        source: identity of the data.
+        count: number of pictures.
+        views: number of augmented views of each picture.
+        dim: length of an embedding.
+        captions: whether the captions are embedded too.
+        augmentation: how the views are made.
+        logit_scale: the teacher's logit scale.
+        shard_size: number of pictures in a file.
+    """
 
     space: str
     source: str
@@ -72,11 +84,11 @@ def build_cache(
         ConfigError: `folder` holds a cache of another teacher, source or augmentation, or
             there is nothing to cache.
     """
-    there = _read_settings(folder) if (folder / _SETTINGS).exists() else None
+    existing = _read_settings(folder) if (folder / _SETTINGS).exists() else None
     if views is None:
-        views = there.views if there else 1
+        views = existing.views if existing else 1
     if augmentation is None:
-        augmentation = there.augmentation if there else Augmentation()
+        augmentation = existing.augmentation if existing else Augmentation()
     if len(source) < 1 or views < 1:
         raise ConfigError(f"a cache needs pictures and views, got {len(source)} and {views}")
     settings = CacheSettings(
@@ -107,7 +119,7 @@ def open_cache(folder: Path) -> TeacherCache:
     """Read a finished cache.
 
     Raises:
-        ConfigError: not a cache, or shards are missing or damaged.
+        ConfigError: `folder` holds no cache, or shards are missing or damaged.
     """
     settings = _read_settings(folder)
     shards = []
@@ -167,14 +179,14 @@ def _embed_shard(
 
 @contextmanager
 def fast_inference(model: DualEncoder) -> Iterator[None]:
-    """Evaluation mode without gradients, in bfloat16 where the hardware has it."""
-    before = model.training
+    """Run the block in evaluation mode, without gradients, in bfloat16 if the hardware has it."""
+    was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), autocast("auto", model.device):
             yield
     finally:
-        model.train(before)
+        model.train(was_training)
 
 
 def _half(embeddings: torch.Tensor) -> Float16:
@@ -198,8 +210,8 @@ def _claim(folder: Path, settings: CacheSettings) -> None:
             text = json.dumps(asdict(settings), indent=2) + "\n"
             temporary.write_text(text, encoding="utf-8")
         return
-    there, wanted = asdict(_read_settings(folder)), asdict(settings)
-    different = [name for name, value in wanted.items() if there[name] != value]
+    existing, wanted = asdict(_read_settings(folder)), asdict(settings)
+    different = [name for name, value in wanted.items() if existing[name] != value]
     if different:
         raise ConfigError(
             f"{folder} is a cache with another {', '.join(different)}: choose another "

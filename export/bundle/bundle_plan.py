@@ -56,7 +56,7 @@ class BundlePlan:
         device: decides which precisions are made, and the format of int8.
         origin: what the manifest says about teacher and student.
         precisions: the precisions that must be in the bundle besides fp32, which always is; None
-            for whatever the device allows and is inside its gates.
+            for every precision that the device allows and that passes its gates.
         labels: label sets by name, made by the teacher.
         bounds: the bounds of the gates of each precision.
         label_head: name of the label set of `labels` that the image towers carry, if any.
@@ -66,15 +66,15 @@ class BundlePlan:
         text_tower: whether the bundle holds the text tower. Without it, a device classifies by
             label sets and searches by pictures; it is still exported, to judge the image tower.
         workload: how to time the precisions on this machine; None if this machine is not the
-            device, which then ships fp32.
+            device. Then the bundle's default is fp32, or fp16 for a GPU.
         quantization: the result of a quantization search, whose ranges were found on
             `calibration`; None for the device's default configs.
-        qat: the fine-tune that is allowed where int8 misses a gate; None for none.
+        qat: options of the fine-tune if int8 misses a gate; None to leave int8 out instead.
 
     Raises:
         ConfigError: a source that is empty or lacks captions; a calibration source of another
             split or too small; a precision that the device does not allow; or a search made for
-            something else, or one that found no use in a precision of `precisions`.
+            something else, or one that rejected a precision of `precisions`.
         SpaceMismatchError: a label set of another embedding space.
     """
 
@@ -146,7 +146,7 @@ class BundlePlan:
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """One line for each precision of a tower that the search found no use in."""
+        """One line for each precision of a tower that the quantization search rejected."""
         return tuple(
             f"{tower} {precision}: {FILE_NAME} has no use for it ({self.searched[tower].why})"
             for (tower, precision), config in self._configs.items()

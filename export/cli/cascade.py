@@ -156,12 +156,12 @@ def run(args: argparse.Namespace) -> int:
     return 1 if found.certificate is None else 0
 
 
-def verdict(plan: CascadePlan, found: CertificationResult) -> str:
+def verdict(plan: CascadePlan, result: CertificationResult) -> str:
     """Return one sentence: the certificate's promise, or why nothing is certified."""
-    if found.certificate is not None:
-        return found.certificate.promise
+    if result.certificate is not None:
+        return result.certificate.promise
     return (
-        f"Nothing is certified: with {len(found.outcomes):,} queries, no threshold is sure enough "
+        f"Nothing is certified: with {len(result.outcomes):,} queries, no threshold is sure enough "
         f"to keep {100 * plan.bound:.3g}% of the teacher's quality. Give more test pairs, or ask "
         "for a smaller --share"
     )

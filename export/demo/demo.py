@@ -64,15 +64,15 @@ class DemoSettings:
 
 
 class StepTimer:
-    """Prints the name of each step, and records how long it took."""
+    """Print a message at the beginning of each step, and record how long the step took."""
 
     def __init__(self) -> None:
         self.done: list[RunStep] = []
 
     @contextmanager
-    def step(self, name: str, says: str) -> Iterator[None]:
+    def step(self, name: str, message: str) -> Iterator[None]:
         """Time the block as step `name`."""
-        print(f"[{len(self.done) + 1}] {says}", flush=True)
+        print(f"[{len(self.done) + 1}] {message}", flush=True)
         start = time.monotonic()
         yield
         self.done.append(RunStep(name, time.monotonic() - start))

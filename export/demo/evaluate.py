@@ -145,18 +145,18 @@ def gallery(
     )
 
 
-def failures(student: EvaluatedModel, *, most: int) -> list[int]:
-    """Return the pictures whose caption the student ranks worst, without those ranked first."""
+def failures(student: EvaluatedModel, *, count: int) -> list[int]:
+    """Return up to `count` pictures whose own caption the student ranks worst, and not first."""
     ranks = student.ranks.image_to_text
-    worst = np.argsort(-ranks, kind="stable")[:most]
+    worst = np.argsort(-ranks, kind="stable")[:count]
     return [int(number) for number in worst if ranks[number] > 1]
 
 
 def _nearest(source: EmojiSource, model: EvaluatedModel, number: int) -> tuple[ShownAnswer, ...]:
     scores = model.text @ model.image[number]
     return tuple(
-        ShownAnswer(source.caption(int(at)), float(scores[at]), int(at) == number)
-        for at in np.argsort(-scores)[:3]
+        ShownAnswer(source.caption(int(index)), float(scores[index]), int(index) == number)
+        for index in np.argsort(-scores)[:3]
     )
 
 

@@ -283,7 +283,7 @@ def report_data(
         losses=() if log is None else _curves(log),
         gates=tuple(bundle.manifest.all_gates()),
         gallery=gallery(source, teacher, student, range(_SHOWN)),
-        failures=gallery(source, teacher, student, failures(student, most=_SHOWN)),
+        failures=gallery(source, teacher, student, failures(student, count=_SHOWN)),
         machine=summary.machine,
         commands=(summary.command,),
         credits=CREDITS,

@@ -48,20 +48,20 @@ def bake_labels_with_teacher(
     return bake_labels(names, templates, encode, teacher.space)
 
 
-def read_label_names(given: str) -> tuple[str, tuple[str, ...]]:
+def read_label_names(argument: str) -> tuple[str, tuple[str, ...]]:
     """Parse a value of `--labels` into a label set's name and its labels.
 
     Args:
-        given: labels with commas between them, or a text file with a label on each line;
-            `NAME=` before it names the set, which is else called after the file, or "labels".
+        argument: labels with commas between them, or a text file with a label on each line;
+            `NAME=` before it names the set, which is otherwise named after the file, or "labels".
 
     Raises:
         InputError: a name that cannot be a file's, an empty label, or a file that cannot be
             read.
     """
-    name, equals, what = given.partition("=")
+    name, equals, what = argument.partition("=")
     if not equals:
-        name, what = "", given
+        name, what = "", argument
     path = Path(what)
     if path.suffix != ".txt":
         return _plain(name or "labels"), split_names(what)

@@ -66,7 +66,7 @@ class ImageProbeSize:
     few: bool = False
 
     def tower(self, layers: int, *, gelu: bool = False) -> TransformerTower:
-        """Return an image tower of so many layers."""
+        """Return an image tower with this number of layers."""
         tokens = image_tokens(self.image_size, self.patch)
         return probe_transformer("image", self.width, layers, tokens, patch=self.patch, gelu=gelu)
 

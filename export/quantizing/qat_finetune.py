@@ -193,9 +193,9 @@ def failing_towers(judged: Iterable[GateOutcome], quantized: Iterable[Tower]) ->
     return tuple(tower for tower in quantized if f"{tower} int8" in subjects)
 
 
-def is_better(found: Iterable[GateOutcome], than: Iterable[GateOutcome]) -> bool:
-    """Return whether fewer gates are missed, or as many and the worst of them by less."""
-    return _misses(found) < _misses(than)
+def is_better(outcomes: Iterable[GateOutcome], baseline: Iterable[GateOutcome]) -> bool:
+    """Return whether `outcomes` miss fewer gates, or as many but the worst of them by less."""
+    return _misses(outcomes) < _misses(baseline)
 
 
 def _misses(judged: Iterable[GateOutcome]) -> tuple[int, float]:

@@ -64,18 +64,18 @@ class SearchBasis:
 
     @classmethod
     def of(
-        cls, device: DeviceProfile, found: Source, *, pairs: int, ranges: int, timed: bool
+        cls, device: DeviceProfile, calibration: Source, *, pairs: int, ranges: int, timed: bool
     ) -> "SearchBasis":
-        """Return the basis of a search on this machine with ranges found on `found`."""
+        """Return the basis of a search on this machine with ranges found on `calibration`."""
         return cls(
             device=device.name,
             machine=detect_machine().cpu if timed else None,
             pairs=pairs,
             ranges=ranges,
-            calibration=data_record(found).sha256,
+            calibration=data_record(calibration).sha256,
         )
 
-    def check(self, device: DeviceProfile, found: Source) -> None:
+    def check(self, device: DeviceProfile, calibration: Source) -> None:
         """Check that the export uses the device, machine and calibration pairs of the search.
 
         Otherwise the exported graph would not be the one that was judged.
@@ -83,23 +83,27 @@ class SearchBasis:
         Raises:
             ConfigError: another device or machine, or other pairs to find ranges on.
         """
-        asked = SearchBasis.of(
-            device, found, pairs=self.pairs, ranges=self.ranges, timed=self.machine is not None
+        exported = SearchBasis.of(
+            device,
+            calibration,
+            pairs=self.pairs,
+            ranges=self.ranges,
+            timed=self.machine is not None,
         )
-        if asked.device != self.device:
+        if exported.device != self.device:
             raise ConfigError(
                 f"{FILE_NAME} is for the device {self.device!r}, not {device.name!r}: name that "
                 f"--device, or {_HINT}"
             )
-        if asked.machine != self.machine:
+        if exported.machine != self.machine:
             raise ConfigError(
-                f"{FILE_NAME} was timed on {self.machine}, and this is {asked.machine}: {_HINT} "
+                f"{FILE_NAME} was timed on {self.machine}, and this is {exported.machine}: {_HINT} "
                 "here, or name a --device for both"
             )
-        if asked.calibration != self.calibration:
+        if exported.calibration != self.calibration:
             raise ConfigError(
-                f"{FILE_NAME} has ranges of other pairs than {found.name}: name the --data that "
-                f"was searched with, as it was, or {_HINT}"
+                f"{FILE_NAME} has ranges of other pairs than {calibration.name}: name the --data "
+                f"that was searched with, as it was, or {_HINT}"
             )
 
 
@@ -234,15 +238,15 @@ def apply_passes(path: Path, names: Sequence[str]) -> None:
         save_graph(changed, path)
 
 
-def apply_searched(graph: TowerGraph, found: TowerQuantization) -> None:
+def apply_searched(graph: TowerGraph, quantization: TowerQuantization) -> None:
     """Rewrite a freshly exported tower into the graph that was searched.
 
     Raises:
         ConfigError: the result is another graph.
         ExportError: see `apply_passes`.
     """
-    apply_passes(graph.path, found.passes)
-    if sha256_graph(graph.path) != found.graph:
+    apply_passes(graph.path, quantization.passes)
+    if sha256_graph(graph.path) != quantization.graph:
         raise ConfigError(
             f"the {graph.tower} tower is not the one that was searched for {FILE_NAME}: the "
             "student, an option of the export (such as --patch-features) or a package is another; "

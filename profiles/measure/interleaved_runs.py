@@ -148,26 +148,26 @@ def measure_interleaved(
             sweep.append(point)
         step()
     base = None if reference is None else np.array(runs[names.index(reference)].times.wall)
-    found = []
-    for target, each, sweep in zip(targets, runs, sweeps, strict=True):
-        seconds, ratio = np.array(each.times.wall), None
+    measurements = []
+    for target, target_runs, sweep in zip(targets, runs, sweeps, strict=True):
+        seconds, ratio = np.array(target_runs.times.wall), None
         if base is not None and reference is not None and target.name != reference:
             ratio = PairedRatio(reference=reference, ratio=paired_ratio([seconds], [base]))
-        found.append(
+        measurements.append(
             Measurement(
                 name=target.name,
                 part=part,
-                input_shape=each.input_shape,
-                warm_up=each.warm_up,
+                input_shape=target_runs.input_shape,
+                warm_up=target_runs.warm_up,
                 latency=latency_of([seconds * 1e3]),
-                samples_ms=(each.times.wall_ms,),
+                samples_ms=(target_runs.times.wall_ms,),
                 ratio=ratio,
                 sweep=tuple(sweep),
-                cpu=each.cpu,
-                contended=each.cpu.contended,
+                cpu=target_runs.cpu,
+                contended=target_runs.cpu.contended,
             )
         )
-    return tuple(found)
+    return tuple(measurements)
 
 
 def run_interleaved(
@@ -264,7 +264,7 @@ def warm_up(
 
 
 def _is_steady(recent: deque[float]) -> bool:
-    """Whether the median of the last runs equals that of the runs before them, about."""
+    """Return whether the median of the last 5 runs is within 5% of that of the 5 runs before."""
     if len(recent) < 2 * _WINDOW:
         return False
     values = list(recent)
@@ -302,14 +302,14 @@ def _run_rounds(
     for number in itertools.count():
         if not go_on(number):
             break
-        for at in round_order(len(targets), number):
+        for index in round_order(len(targets), number):
             process, thread = time.process_time(), time.thread_time()
             start = time.perf_counter()
-            targets[at].run(batches[at])
+            targets[index].run(batches[index])
             end = time.perf_counter()
-            times[at].wall.append(end - start)
-            times[at].thread.append(time.thread_time() - thread)
-            times[at].process.append(time.process_time() - process)
+            times[index].wall.append(end - start)
+            times[index].thread.append(time.thread_time() - thread)
+            times[index].process.append(time.process_time() - process)
     return times
 
 

@@ -1,4 +1,4 @@
-"""Conditions of a measurement: clocks, temperatures, interference, CPU time used and denied."""
+"""Conditions of a measurement: clocks, temperatures, interference, CPU time used and lost."""
 
 import time
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ _STEAL_COLUMN = 8  # of the `cpu` line in /proc/stat, see proc_stat(5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuTime:
-    """Wall time, CPU time and denied CPU time of one target's timed runs at batch 1.
+    """Wall time, CPU time and lost CPU time of one target's timed runs at batch 1.
 
     `wall_s`, `thread_s` (the calling thread) and `process_s` (all threads) are sums over the
     target's runs. The two shares cover the whole interleaved phase, because a disturbance hits
@@ -80,7 +80,7 @@ class CpuTime:
 
     @property
     def contended(self) -> bool | None:
-        """True if more than 10% of the CPU time was denied; None if unknown.
+        """True if more than 10% of the CPU time was lost to others; None if unknown.
 
         If waiting time is reported, it decides, together with steal time. If not, only a run
         on a single thread can be judged: its wall and CPU time must not differ by more than

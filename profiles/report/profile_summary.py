@@ -98,12 +98,12 @@ def _disturbances(run: MeasurementRun, who: str) -> list[Alarm]:
     return alarms
 
 
-def interference_words(found: Interference) -> str:
+def interference_words(interference: Interference) -> str:
     """The shares that could be told: "0.4% waiting, 0.0% stolen, 1.2% used by others"."""
     shares = (
-        ("waiting", found.waiting_share),
-        ("stolen", found.steal_share),
-        ("used by others", found.others_share),
+        ("waiting", interference.waiting_share),
+        ("stolen", interference.steal_share),
+        ("used by others", interference.others_share),
     )
     told = [f"{percent(share)} {name}" for name, share in shares if share is not None]
     return ", ".join(told) or "nothing could be told"

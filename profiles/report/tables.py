@@ -100,7 +100,7 @@ def _warnings(measured: Sequence[Measurement]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One figure with its interval, and all that says what it is of.
+    """One figure with its interval, and the run, subject and metric that it belongs to.
 
     Attributes:
         created, command, workload, cpu, os, device: properties of the run; device "" where it has
@@ -110,10 +110,10 @@ class Row:
         threads: number of engine threads; 0 where unknown.
         scenario: "turns" for runs one after the other, "sweep", "cold start", or LoadGen's.
         batch: images or texts in one run, or in one query of LoadGen.
-        metric: such as "p50" or "rate".
+        metric: name of the metric, such as "p50" or "rate".
         unit: unit of the figure.
         value, low, high: the interval is the value itself where none is known.
-        disturbed: whether the run was; None where it cannot be told.
+        disturbed: whether the run was disturbed; None if unknown.
     """
 
     created: str

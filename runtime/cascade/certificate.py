@@ -232,7 +232,7 @@ class Certificate(JsonRecord):
 
     @property
     def promise(self) -> str:
-        """What the certificate says, as one sentence."""
+        """The certificate's statement as one sentence."""
         return (
             f"Keeps at least {100 * self.bound:.3g}% of the quality of {self.teacher.name} on "
             f"queries like those of {self.tested_on.data} (wrong with probability {self.delta:g} "

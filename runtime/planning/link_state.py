@@ -130,10 +130,10 @@ def draw_exchange(
         rng.choice(np.array(rates), count) * link.efficiency
         for rates in (link.up_mbps, link.down_mbps)
     )
-    most = math.inf if link.loss == 0 else max(2.0, math.sqrt(1.5 / link.loss))
+    max_window = math.inf if link.loss == 0 else max(2.0, math.sqrt(1.5 / link.loss))
     both = (
-        transfer_ms(sent, up, rtt, head=HTTP_UP, window=link.window, most=most),
-        transfer_ms(received, down, rtt, head=HTTP_DOWN, window=link.window, most=most),
+        transfer_ms(sent, up, rtt, head=HTTP_UP, window=link.window, max_window=max_window),
+        transfer_ms(received, down, rtt, head=HTTP_DOWN, window=link.window, max_window=max_window),
     )
     if link.loss > 0:
         lost = [_recovery_ms(_segments(body), rtt, link.loss, rng) for body in (sent, received)]
@@ -142,7 +142,7 @@ def draw_exchange(
 
 
 def transfer_ms(
-    body: Values, mbps: Values, rtt: Values, *, head: int, window: int, most: float = math.inf
+    body: Values, mbps: Values, rtt: Values, *, head: int, window: int, max_window: float = math.inf
 ) -> Values:
     """Return the milliseconds beyond the round trip to transfer a message without loss [draws].
 
@@ -151,10 +151,10 @@ def transfer_ms(
         mbps: 10^6 bits per second.
         rtt: milliseconds.
         window: segments at the beginning.
-        most: segments beyond which the window does not grow.
+        max_window: segments beyond which the window does not grow.
     """
     time: Values = 8e-3 * (body + head) / mbps
-    return time + slow_start_ms(_segments(body), mbps, rtt, window, most)
+    return time + slow_start_ms(_segments(body), mbps, rtt, window, max_window)
 
 
 def slow_start_ms(
@@ -162,7 +162,7 @@ def slow_start_ms(
     mbps: Values,
     rtt: Values,
     window: int = FIRST_WINDOW,
-    most: float = math.inf,
+    max_window: float = math.inf,
 ) -> Values:
     """Return the milliseconds that a sender waits for its window to grow; all arrays [draws].
 
@@ -170,15 +170,15 @@ def slow_start_ms(
         segments: number to send.
         mbps: 10^6 bits per second.
         rtt: milliseconds.
-        window, most: segments at the beginning, and beyond which the window does not grow.
+        window, max_window: segments at the beginning, and beyond which the window does not grow.
     """
-    left, allowed = segments.astype(np.float64), min(float(window), most)
+    left, allowed = segments.astype(np.float64), min(float(window), max_window)
     waited = np.zeros_like(left)
     while (left > allowed).any():
         waits = np.maximum(0.0, rtt - 8e-3 * allowed * SEGMENT / mbps)
         waited += np.where(left > allowed, waits, 0.0)
         left = left - allowed
-        allowed = min(2 * allowed, most)
+        allowed = min(2 * allowed, max_window)
     return waited
 
 

@@ -91,29 +91,29 @@ class BodyBudget:
 
 
 async def read_body(
-    receive: Receive, headers: Mapping[bytes, bytes], *, most: int, seconds: float
+    receive: Receive, headers: Mapping[bytes, bytes], *, max_bytes: int, seconds: float
 ) -> bytes:
     """Read the body of a request.
 
     Args:
         receive: receive function of the request.
         headers: names in lower case.
-        most: bound in bytes.
+        max_bytes: bound in bytes.
         seconds: timeout.
 
     Raises:
-        HttpError: 413, larger than `most`; 415, compressed; 408, too slow.
+        HttpError: 413, larger than `max_bytes`; 415, compressed; 408, too slow.
         ClientGoneError: the client closed the connection first.
     """
     if headers.get(b"content-encoding", b"identity") != b"identity":
         raise HttpError(415, "compressed bodies are not supported: send the body uncompressed")
-    declared_size(headers, most)
+    declared_size(headers, max_bytes)
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
-        return _first_part(message, most)
+        return _first_part(message, max_bytes)
     try:
         async with asyncio.timeout(seconds):
-            return await _read_on(message, receive, most)
+            return await _read_on(message, receive, max_bytes)
     except TimeoutError:
         raise HttpError(408, f"the body was not complete within {seconds:g} s") from None
 
@@ -124,47 +124,47 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-def declared_size(headers: Mapping[bytes, bytes], most: int) -> int:
-    """Return the value of `Content-Length`, or `most` if it is missing.
+def declared_size(headers: Mapping[bytes, bytes], max_bytes: int) -> int:
+    """Return the value of `Content-Length`, or `max_bytes` if it is missing.
 
     Raises:
-        HttpError: 413, larger than `most`; 400, not a number.
+        HttpError: 413, larger than `max_bytes`; 400, not a number.
     """
     text = headers.get(b"content-length")
     if text is None:
-        return most
+        return max_bytes
     if not text.isdigit():
         raise HttpError(400, "Content-Length must be a whole number")
     # Digits are counted first: Python refuses to parse very long numbers.
-    if len(text) > _MAX_DIGITS or int(text) > most:
-        raise _too_large(most)
+    if len(text) > _MAX_DIGITS or int(text) > max_bytes:
+        raise _too_large(max_bytes)
     return int(text)
 
 
-def _first_part(message: Message, most: int) -> bytes:
+def _first_part(message: Message, max_bytes: int) -> bytes:
     body: bytes = message.get("body", b"")
-    if len(body) > most:
-        raise _too_large(most)
+    if len(body) > max_bytes:
+        raise _too_large(max_bytes)
     return body
 
 
-async def _read_on(message: Message, receive: Receive, most: int) -> bytes:
+async def _read_on(message: Message, receive: Receive, max_bytes: int) -> bytes:
     parts, size = [], 0
     while True:
         if message["type"] == "http.disconnect":
             raise ClientGoneError
         part = message.get("body", b"")
         size += len(part)
-        if size > most:
-            raise _too_large(most)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
         message = await receive()
 
 
-def _too_large(most: int) -> HttpError:
-    return HttpError(413, f"the body is larger than {most} bytes: send less at a time")
+def _too_large(max_bytes: int) -> HttpError:
+    return HttpError(413, f"the body is larger than {max_bytes} bytes: send less at a time")
 
 
 _LOG = logging.getLogger(__name__)
@@ -339,7 +339,7 @@ class App:
         self.budget.reserve(size)
         try:
             body = await read_body(
-                receive, headers, most=limits.max_body, seconds=limits.body_seconds
+                receive, headers, max_bytes=limits.max_body, seconds=limits.body_seconds
             )
             received = time.monotonic()
             request = self._decode(name, headers, body)

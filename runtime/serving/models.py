@@ -157,18 +157,18 @@ def check_inputs(model: ServingModel, inputs: Tensors) -> int:
     return int(rows)
 
 
-def take_top(parameters: Mapping[str, Parameter], default: int, most: int) -> int:
-    """Return the parameter `top`, at most `most`.
+def take_top(parameters: Mapping[str, Parameter], default: int, maximum: int) -> int:
+    """Return the parameter `top`, at most `maximum`.
 
     Raises:
         InputError: not a whole number above 0.
     """
     top = get_number(parameters, TOP)
     if top is None:
-        return min(default, most)
+        return min(default, maximum)
     if top != int(top) or top < 1:
         raise InputError(f"{TOP} is {top:g}: ask for a whole number of answers, at least 1")
-    return min(int(top), most)
+    return min(int(top), maximum)
 
 
 def _names(names: Any) -> str:

@@ -57,38 +57,38 @@ def open_registry(sources: Sources, device: str) -> Registry:
     return registry
 
 
-def _add_index(registry: Registry, given: str) -> None:
+def _add_index(registry: Registry, argument: str) -> None:
     from edgeclip.runtime.bundle.index import Index
     from edgeclip.runtime.serving.search_model import SearchModel
     from edgeclip.runtime.serving.security import server_folder
 
-    name, path = _split_name(given)
+    name, path = _split_name(argument)
     model = SearchModel(Index.load(path), name or path.stem, server_folder() / "search")
     _log.info("%s", model.description)
     registry.add(model)
 
 
-def _add_bundle(registry: Registry, given: str, device: str) -> None:
+def _add_bundle(registry: Registry, argument: str, device: str) -> None:
     from edgeclip.runtime.encoder import Encoder
     from edgeclip.runtime.serving.bundle_models import bundle_models
 
-    name, path = _split_name(given)
+    name, path = _split_name(argument)
     encoder = Encoder.open(path, device=device)
     for model in bundle_models(encoder, name or encoder.bundle.manifest.name):
         registry.add(model)
 
 
-def _add_tails(registry: Registry, given: str, device: str) -> None:
+def _add_tails(registry: Registry, argument: str, device: str) -> None:
     from edgeclip.runtime.device.device_profile import load_device
     from edgeclip.runtime.planning.cut_set import CutSet
     from edgeclip.runtime.serving.bundle_models import tail_models
 
-    name, path = _split_name(given)
+    name, path = _split_name(argument)
     for tail in tail_models(CutSet.open(path), load_device(device), name or None):
         registry.add(tail)
 
 
-def _split_name(given: str) -> tuple[str, Path]:
-    """Split NAME=PATH into name and path; the name is empty if none is given."""
-    name, equals, path = given.partition("=")
-    return (name, Path(path)) if equals and "/" not in name else ("", Path(given))
+def _split_name(argument: str) -> tuple[str, Path]:
+    """Split NAME=PATH into name and path; the name is empty if there is none."""
+    name, equals, path = argument.partition("=")
+    return (name, Path(path)) if equals and "/" not in name else ("", Path(argument))

@@ -245,17 +245,17 @@ class DaemonThreads:
     hangs, and a hanging thread does not keep the program from ending.
 
     Args:
-        most: maximum number of threads.
+        max_threads: maximum number of threads.
         name: name of the threads.
 
     Raises:
-        InputError: `most` is below 1.
+        InputError: `max_threads` is below 1.
     """
 
-    def __init__(self, most: int, name: str) -> None:
-        if most < 1:
-            raise InputError(f"{most} workers: take at least 1")
-        self._most, self._name = most, name
+    def __init__(self, max_threads: int, name: str) -> None:
+        if max_threads < 1:
+            raise InputError(f"{max_threads} workers: take at least 1")
+        self._max_threads, self._name = max_threads, name
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._busy = 0  # jobs that are not done
@@ -276,10 +276,10 @@ class DaemonThreads:
         with self._lock:
             if self._is_closed:
                 raise ClientBusyError("the connection to the server was closed: open it anew")
-            if self._busy == self._most:
+            if self._busy == self._max_threads:
                 raise ClientBusyError(
-                    f"{self._most} calls wait for the server already: make fewer at a time, or "
-                    "allow more connections"
+                    f"{self._max_threads} calls wait for the server already: make fewer at a time, "
+                    "or allow more connections"
                 )
             if self._busy == self._threads:
                 self._begin_thread()

@@ -48,7 +48,7 @@ class ClientRules:
 
     Attributes:
         connections: how many calls may be in flight at a time.
-        most_reply_bytes: bound of one reply.
+        max_reply_bytes: bound of one reply.
         backoff: waiting times between the retries of a call.
         retry_share: extra attempts (retries and hedges) per call, over many calls.
         hedges: whether a call that is slower than 95% of the earlier ones is sent a second time.
@@ -57,7 +57,7 @@ class ClientRules:
     """
 
     connections: int = 8
-    most_reply_bytes: int = 64 << 20
+    max_reply_bytes: int = 64 << 20
     backoff: Backoff = field(default_factory=Backoff)
     retry_share: float = 0.1
     hedges: bool = True
@@ -223,7 +223,7 @@ class Server:
             lambda: request,
             lambda reply: None,
             deadline,
-            most_bytes=_MAX_READY_BYTES,
+            max_bytes=_MAX_READY_BYTES,
         )
         try:
             first_answer(start, deadline=deadline)
@@ -283,8 +283,8 @@ class Server:
             )
             return found
 
-        most = self.rules.most_reply_bytes
-        return self._endpoint.start(request, read, call.deadline, most_bytes=most)
+        limit = self.rules.max_reply_bytes
+        return self._endpoint.start(request, read, call.deadline, max_bytes=limit)
 
     def _tell(self, transfer: Transfer) -> None:
         for observer in self._observers:

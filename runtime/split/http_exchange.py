@@ -83,7 +83,7 @@ def exchange(
     deadline: Deadline,
     token: CancelToken,
     *,
-    most_bytes: int,
+    max_bytes: int,
 ) -> HttpReply:
     """Send a request and read the whole reply.
 
@@ -93,14 +93,14 @@ def exchange(
         deadline: bounds connecting, sending and each read. Cancelling at the deadline, from
             another thread, bounds the whole.
         token: cancels the exchange.
-        most_bytes: bound of the reply's body.
+        max_bytes: bound of the reply's body.
 
     Raises:
         DeadlineExceededError: the deadline passed, or the exchange was cancelled.
         ServerUnreachableError: no connection, or it broke before the reply was whole.
         ServerUntrustedError: TLS failed: another certificate, or none.
         ServerBusyError, ServerRefusedError, WrongSpaceError: by status.
-        BadReplyError: not HTTP, or larger than `most_bytes`.
+        BadReplyError: not HTTP, or larger than `max_bytes`.
     """
     left = deadline.left()
     if left <= 0 or token.is_cancelled:
@@ -119,7 +119,7 @@ def exchange(
                 decode_content=False,
             )
             try:
-                body = _read(response, deadline, most_bytes)
+                body = _read(response, deadline, max_bytes)
             except BaseException:
                 response.close()
                 raise
@@ -133,17 +133,17 @@ def exchange(
     return HttpReply(headers=headers, body=body)
 
 
-def _read(response: BaseHTTPResponse, deadline: Deadline, most_bytes: int) -> bytes:
+def _read(response: BaseHTTPResponse, deadline: Deadline, max_bytes: int) -> bytes:
     declared = response.length_remaining
-    if declared is not None and declared > most_bytes:
-        raise BadReplyError(f"the server's reply has {declared} bytes; {most_bytes} are allowed")
+    if declared is not None and declared > max_bytes:
+        raise BadReplyError(f"the server's reply has {declared} bytes; {max_bytes} are allowed")
     chunks: list[bytes] = []
     size = 0
     while chunk := response.read1(_CHUNK):
         chunks.append(chunk)
         size += len(chunk)
-        if size > most_bytes:
-            raise BadReplyError(f"the server's reply has more than the {most_bytes} bytes allowed")
+        if size > max_bytes:
+            raise BadReplyError(f"the server's reply has more than the {max_bytes} bytes allowed")
         if deadline.passed:
             raise DeadlineExceededError("the server's reply was not whole in time")
     return b"".join(chunks)
@@ -294,7 +294,7 @@ class Endpoint:
         read: Callable[[HttpReply], T],
         deadline: Deadline,
         *,
-        most_bytes: int,
+        max_bytes: int,
     ) -> Attempt[T]:
         """Start an exchange on another thread and return at once.
 
@@ -302,7 +302,7 @@ class Endpoint:
             request: makes the request, on that thread.
             read: converts the reply to the result.
             deadline: see `exchange`.
-            most_bytes: see `exchange`.
+            max_bytes: see `exchange`.
 
         Raises:
             ClientBusyError: no thread is free, or this is closed.
@@ -317,7 +317,7 @@ class Endpoint:
                 headers={**plain.headers, **self._headers},
                 body=plain.body,
             )
-            return read(exchange(self._pool, full, deadline, token, most_bytes=most_bytes))
+            return read(exchange(self._pool, full, deadline, token, max_bytes=max_bytes))
 
         return Attempt(self._workers.submit(work), token)
 

@@ -89,8 +89,8 @@ class OutboxRules:
     """Capacity of an outbox, and lifetime of its entries.
 
     Attributes:
-        most_bytes: largest size of all bodies together.
-        most_entries: waiting entries; as many keys of sent ones are remembered.
+        max_bytes: largest size of all bodies together.
+        max_entries: waiting entries; as many keys of sent ones are remembered.
         lives_s: seconds after which an entry expires, and a sent key may be used again.
         busy_s: how long to wait for another process that writes.
 
@@ -98,13 +98,13 @@ class OutboxRules:
         InputError: a value that is not above 0.
     """
 
-    most_bytes: int = 64 << 20
-    most_entries: int = 10_000
+    max_bytes: int = 64 << 20
+    max_entries: int = 10_000
     lives_s: float = 86_400.0
     busy_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if min(self.most_bytes, self.most_entries, self.lives_s, self.busy_s) <= 0:
+        if min(self.max_bytes, self.max_entries, self.lives_s, self.busy_s) <= 0:
             raise InputError(f"an outbox cannot have these rules: {self}")
 
 
@@ -327,10 +327,10 @@ class Outbox:
         """
         now = self._clock()
         entry = Entry.of(key, request, kind, now)
-        if len(entry.body) > self.rules.most_bytes:
+        if len(entry.body) > self.rules.max_bytes:
             raise InputError(
                 f"a request of {len(entry.body)} bytes does not fit into an outbox of "
-                f"{self.rules.most_bytes}: make it smaller, or the outbox larger"
+                f"{self.rules.max_bytes}: make it smaller, or the outbox larger"
             )
         with self._store.transaction() as connection:
             self._expire(connection, now)
@@ -369,11 +369,11 @@ class Outbox:
             )
             connection.execute(
                 "DELETE FROM sent WHERE number <= (SELECT max(number) FROM sent) - ?",
-                (self.rules.most_entries,),
+                (self.rules.max_entries,),
             )
 
-    def failed(self, key: str, *, most: int) -> None:
-        """Count an error response to an entry; after `most` of them, remove the entry.
+    def failed(self, key: str, *, max_failures: int) -> None:
+        """Count an error response to an entry; after `max_failures` of them, remove the entry.
 
         Raises:
             OutboxError: the file cannot be written.
@@ -381,7 +381,7 @@ class Outbox:
         with self._store.transaction() as connection:
             connection.execute("UPDATE entries SET failures = failures + 1 WHERE key = ?", (key,))
             query = "DELETE FROM entries WHERE key = ? AND failures >= ?"
-            _count(connection, "refused", connection.execute(query, (key, most)).rowcount)
+            _count(connection, "refused", connection.execute(query, (key, max_failures)).rowcount)
 
     def counts(self) -> OutboxCounts:
         """Return the numbers of waiting, sent and lost entries.
@@ -420,8 +420,8 @@ class Outbox:
         """Drop the oldest entries until `entry` fits; False if `entry` itself is dropped."""
         query = "SELECT count(*), coalesce(sum(size), 0) FROM entries"
         count, size = connection.execute(query).fetchone()
-        too_many = count + 1 - self.rules.most_entries
-        too_large = size + len(entry.body) - self.rules.most_bytes
+        too_many = count + 1 - self.rules.max_entries
+        too_large = size + len(entry.body) - self.rules.max_bytes
         kinds: tuple[EntryKind, ...] = ("telemetry", "escalation")
         for kind in kinds[: 1 + (entry.kind == "escalation")]:
             rows = connection.execute(

@@ -32,7 +32,7 @@ class ReplayRules:
         per_second: entries per second at most, so that a recovering server is not flooded.
         deadline_ms: milliseconds for one entry.
         pause_s: before an unavailable server, or an empty outbox, is checked again.
-        most_failures: error responses after which an entry is given up.
+        max_failures: error responses after which an entry is given up.
 
     Raises:
         InputError: a value that is not above 0.
@@ -41,10 +41,10 @@ class ReplayRules:
     per_second: float = 5.0
     deadline_ms: float = 10_000.0
     pause_s: float = 1.0
-    most_failures: int = 5
+    max_failures: int = 5
 
     def __post_init__(self) -> None:
-        if min(self.per_second, self.deadline_ms, self.pause_s, self.most_failures) <= 0:
+        if min(self.per_second, self.deadline_ms, self.pause_s, self.max_failures) <= 0:
             raise InputError(f"a replayer cannot have these rules: {self}")
 
 
@@ -111,7 +111,7 @@ class Replayer:
             deadline = Deadline.after_ms(self._rules.deadline_ms)
             response = self._server.ask(entry.request(), deadline, _reader(entry))
         except WireError:
-            self._outbox.failed(entry.key, most=1)
+            self._outbox.failed(entry.key, max_failures=1)
             return "set aside"
         except ServerError as error:
             return self._after(error, entry)
@@ -126,9 +126,9 @@ class Replayer:
         """Decide whether the entry is at fault, or the server."""
         is_answer = isinstance(error, ServerRefusedError | BadReplyError) and not error.lasting
         if is_answer:
-            most = 1 if error.server_works else self._rules.most_failures
-            self._outbox.failed(entry.key, most=most)
-            if most == 1:
+            limit = 1 if error.server_works else self._rules.max_failures
+            self._outbox.failed(entry.key, max_failures=limit)
+            if limit == 1:
                 _log.warning("outbox entry %s is given up: %s", entry.key, error)
                 return "set aside"
         return "no server"

@@ -65,7 +65,7 @@ class RetryBudget:
     """A token bucket for extra attempts: each call adds `share`, each retry or hedge takes 1.
 
     Over any number of calls there are at most `share` times as many extra attempts, plus
-    `most`. A full budget lasts for a short disturbance; in a long one, retries fall to the
+    `capacity`. A full budget lasts for a short disturbance; in a long one, retries fall to the
     share.
 
     Source: Finagle's RetryBudget (finagle.github.io/blog/2016/02/08/retry-budgets) and gRPC's
@@ -74,23 +74,25 @@ class RetryBudget:
 
     Args:
         share: tokens per call, at least 0.
-        most: capacity of the bucket, which starts full.
+        capacity: capacity of the bucket, which starts full.
 
     Raises:
         InputError: one of them is below 0.
     """
 
-    def __init__(self, share: float = 0.1, most: float = 5.0) -> None:
-        if share < 0 or most < 0:
-            raise InputError(f"a retry budget of {share:g} per call, at most {most:g}: both from 0")
-        self._share, self._most = share, most
-        self._tokens = most
+    def __init__(self, share: float = 0.1, capacity: float = 5.0) -> None:
+        if share < 0 or capacity < 0:
+            raise InputError(
+                f"a retry budget of {share:g} per call, at most {capacity:g}: both from 0"
+            )
+        self._share, self._capacity = share, capacity
+        self._tokens = capacity
         self._lock = threading.Lock()
 
     def deposit(self) -> None:
         """Count a call."""
         with self._lock:
-            self._tokens = min(self._most, self._tokens + self._share)
+            self._tokens = min(self._capacity, self._tokens + self._share)
 
     def withdraw(self) -> bool:
         """Take a token for one more attempt; False if there is none."""

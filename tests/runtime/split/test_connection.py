@@ -94,7 +94,7 @@ def test_exchange_that_was_cancelled_before_it_began_is_not_made() -> None:
         token()
         request = HttpRequest(method="GET", path="/v2/health/ready", headers={})
         with pytest.raises(DeadlineExceededError):
-            exchange(pool, request, soon(), token, most_bytes=100)
+            exchange(pool, request, soon(), token, max_bytes=100)
     assert raw.connections == 0
 
 
@@ -103,9 +103,9 @@ def test_late_cut_does_not_reach_the_next_exchange() -> None:
         pool, _ = open_pool(Address(url=raw.url), 1)
         request = HttpRequest(method="GET", path="/v2/health/ready", headers={})
         first = CancelToken()
-        exchange(pool, request, soon(), first, most_bytes=100)
+        exchange(pool, request, soon(), first, max_bytes=100)
         first()
-        exchange(pool, request, soon(), CancelToken(), most_bytes=100)
+        exchange(pool, request, soon(), CancelToken(), max_bytes=100)
     assert raw.connections == 1
 
 

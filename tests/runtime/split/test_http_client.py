@@ -31,7 +31,7 @@ ONCE = ClientRules(
     backoff=Backoff(attempts=1),
     hedges=False,
     breaker=BreakerRules(fewest_calls=10),
-    most_reply_bytes=1 << 20,
+    max_reply_bytes=1 << 20,
 )
 EAGER = ClientRules(breaker=BreakerRules(fewest_calls=1, window_calls=1), hedges=False)
 

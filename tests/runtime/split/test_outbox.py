@@ -40,7 +40,7 @@ def request(size: int = 10) -> InferRequest:
 
 
 def small(tmp_path: Path, *, entries: int = 1000, size: int = 1 << 20) -> Outbox:
-    rules = OutboxRules(most_entries=entries, most_bytes=size)
+    rules = OutboxRules(max_entries=entries, max_bytes=size)
     return Outbox(tmp_path / "small.db", rules=rules)
 
 
@@ -170,9 +170,9 @@ def test_it_behaves_like_a_list(
 def test_failures_are_counted_until_it_is_given_up(outbox: Outbox) -> None:
     outbox.put("a", request())
     outbox.put("b", request())
-    outbox.failed("a", most=2)
+    outbox.failed("a", max_failures=2)
     assert outbox.counts().escalations == 2
-    outbox.failed("a", most=2)
+    outbox.failed("a", max_failures=2)
     assert drain(outbox) == ["b"]
     assert outbox.counts().refused == 1
 
@@ -248,7 +248,7 @@ def test_writer_that_holds_the_file_too_long_is_told_of(tmp_path: Path) -> None:
 
 def test_rules_that_make_no_sense() -> None:
     with pytest.raises(InputError):
-        OutboxRules(most_bytes=0)
+        OutboxRules(max_bytes=0)
 
 
 def test_killed_again_and_again_it_loses_nothing_and_sends_nothing_twice(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from edgeclip.runtime.wire.messages import InferRequest, InferResponse
 from tests.runtime.split import raw_server
 from tests.runtime.split.raw_server import RawServer, serving
 
-FAST = ReplayRules(per_second=1000, pause_s=0.02, deadline_ms=300, most_failures=2)
+FAST = ReplayRules(per_second=1000, pause_s=0.02, deadline_ms=300, max_failures=2)
 
 
 @pytest.fixture
