@@ -21,6 +21,8 @@ from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.spec import Precision, Tower
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Source]
 Values = NDArray[np.generic]
 

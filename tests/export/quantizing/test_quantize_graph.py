@@ -34,6 +34,8 @@ from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.spec import Tower
 from tests.export.quantizing.small_graphs import run
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Source]
 
 CPU = StaticInt8(symmetric=False, reduce_range=True)

@@ -34,6 +34,8 @@ from edgeclip.runtime.spec import Tower
 from tests.export.conftest import RunGraph
 from tests.export.quantizing.small_graphs import batches, copy_of, fused, graph_of, run
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Source]
 CPU = StaticInt8(symmetric=False, reduce_range=True)
 TENSORRT = StaticInt8(symmetric=True, float_precision="fp16")
