@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,7 +79,14 @@ def build_engine(
     start = time.perf_counter()
 
     def work(cancel: threading.Event) -> tuple[bytes, bytes | None]:
-        return _Build(source, key, library).run(timing_cache, progress or bars, cancel)
+        build = _Build(source, key, library)
+        try:
+            return build.run(timing_cache, progress or bars, cancel)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold objects of TensorRT
+            raise
+        finally:
+            build.close()
 
     try:
         engine, timings = _interruptible(work)
@@ -110,7 +118,11 @@ def _interruptible(work: Callable[[threading.Event], T]) -> T:
 
 
 class _Build:
-    """One run of TensorRT's builder, in one thread."""
+    """One run of TensorRT's builder, in one thread, which also has to close it.
+
+    Left to the garbage collector, TensorRT's objects are destroyed in whichever thread collects
+    next, and in one that never called TensorRT its destructor can wait for itself forever.
+    """
 
     def __init__(self, source: GraphSource, key: EngineKey, library: TensorRtLibrary) -> None:
         self._source, self._key, self._library = source, key, library
@@ -143,6 +155,11 @@ class _Build:
                 f"{self._key.capability}: {self._log.summary()}"
             )
         return bytes(engine), None if cache is None else bytes(cache.serialize())
+
+    def close(self) -> None:
+        """Destroy the network, then the builder, in this thread."""
+        self._network = None
+        self._builder = None
 
     def _parse(self) -> Any:
         parser = self._trt.OnnxParser(self._network, self._log.logger)
