@@ -45,8 +45,8 @@ class BuiltBundle:
 
     Attributes:
         bundle: the bundle, opened.
-        judged: all gates that were checked, also those that a left-out precision missed; except
-            a missed gate of mixed precisions, which only `why` of `selected` tells of.
+        judged: all gates that were checked, also those that a left-out precision missed or
+            that towers of different precisions missed together.
         left_out: one line for each precision that was left out, with the reason.
         selected: for each tower the precision that it ships in, why, and its measurements.
         tried_passes: the outcome of each graph pass that was tried on a tower.
@@ -245,8 +245,7 @@ def check_mixed_precisions(
     The bound is the larger of the two R@1 bounds.
 
     Returns:
-        The precisions to ship, and the outcome of the gate if it was judged and passed. A missed
-        gate is only in `why` of the precisions.
+        The precisions to ship, and the outcome of the gate if the precisions differ.
     """
     chosen: dict[Tower, Precision] = {item.tower: item.precision for item in selected}
     if len(set(chosen.values())) == 1:
@@ -258,4 +257,5 @@ def check_mixed_precisions(
     if judged.record.passed:
         return selected, (judged,)
     why = f"the precisions that are fastest lose {judged.record.value:.2f} points R@1 together"
-    return tuple(dataclasses.replace(item, precision="fp32", why=why) for item in selected), ()
+    fallback = tuple(dataclasses.replace(item, precision="fp32", why=why) for item in selected)
+    return fallback, (judged,)

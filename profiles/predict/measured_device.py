@@ -64,12 +64,14 @@ class TransferAccuracy:
         source: name of that device.
         probes: how many blocks were measured on both.
         error: median over those of the relative error with which the others predict each of them.
+        error_p90: 90th percentile of these.
         worst: the largest of these.
     """
 
     source: str
     probes: int
     error: float
+    error_p90: float
     worst: float
 
 

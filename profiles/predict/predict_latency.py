@@ -162,7 +162,7 @@ class Predictor:
         ]
         self._tower_error = float(np.quantile(errors, LEVEL)) if errors else _UNCHECKED
         if measured.carried is not None:
-            self._tower_error = math.hypot(self._tower_error, measured.carried.error)
+            self._tower_error = math.hypot(self._tower_error, measured.carried.error_p90)
 
     def predict(self, tower: AnyTower, precision: Precision) -> Prediction:
         """Predict a tower.

@@ -80,6 +80,7 @@ def transfer_costs(source: MeasuredDevice, few: MeasuredDevice) -> MeasuredDevic
             source=source.name,
             probes=len(pairs),
             error=float(np.median(errors)),
+            error_p90=float(np.quantile(errors, 0.9)),
             worst=max(errors),
         ),
     )

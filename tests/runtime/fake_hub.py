@@ -55,7 +55,8 @@ class FakeHub:
 
     `served` replaces the content of a file on download only; `cut` ends the connection after
     so many bytes of a file; `ignored` is what a `.gitignore` keeps out of commits; `dies_at`
-    drops every connection from that request on; `answer_first` answers a method and path first.
+    drops every connection from that request on, `dies_after` from the request for a file on that
+    follows so many; `answer_first` answers a method and path first.
     """
 
     url: str = ""
@@ -66,6 +67,8 @@ class FakeHub:
     cut: dict[str, int] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
     dies_at: int | None = None
+    dies_after: int | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
     answer_first: Callable[[str, str], tuple[int, dict[str, str]] | None] = lambda method, path: (
         None
     )
@@ -75,6 +78,18 @@ class FakeHub:
         repo = self.repos[name] = Repo(private)
         repo.commit("main", files)
         return repo
+
+    def take(self, method: str, path: str) -> bool:
+        """Note a request; False if the Hub is gone."""
+        with self.lock:
+            if self.dies_after is not None and self.dies_at is None:
+                wanted = method == "GET" and "/resolve/" in path
+                if wanted and len(self.downloads()) >= self.dies_after:
+                    self.dies_at = len(self.requests)
+            alive = self.dies_at is None or len(self.requests) < self.dies_at
+            if alive:
+                self.requests.append((method, path))
+            return alive
 
     def downloads(self) -> list[str]:
         """Paths of the files that were downloaded, in order."""
@@ -134,10 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
         path = urlsplit(self.path).path
-        if self.hub.dies_at is not None and len(self.hub.requests) >= self.hub.dies_at:
+        if not self.hub.take(self.command, unquote(path)):
             self.close_connection = True
             return
-        self.hub.requests.append((self.command, unquote(path)))
         try:
             if said := self.hub.answer_first(self.command, unquote(path)):
                 raise _Refused(said[0], **said[1])

@@ -16,14 +16,13 @@ def test_a_device_with_a_few_probes_is_predicted_from_another() -> None:
 
     source, few = known_device(), known_device(slower, name="slow", few=True)
     moved = transfer_costs(source, few)
-    predictor, inside = Predictor(moved), list[bool]()
+    predictor = Predictor(moved)
     for tower in TOWERS:
         for precision in source.precisions:
             found = predictor.predict(tower, precision)
             right = tower_ms(tower, precision, slower)
             assert found.ms == pytest.approx(right, rel=0.15)
-            inside.append(found.low < right < found.high)
-    assert sum(inside) >= 0.8 * len(inside)
+            assert found.low < right < found.high
     assert "transferred from known" in predictor.predict(TOWERS[0], "fp32").method
 
 

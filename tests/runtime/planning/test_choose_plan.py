@@ -1,44 +1,30 @@
 import dataclasses
-from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from edgeclip.profiles.cuts.plan_report import explain, plan_chart, plan_page, plan_table
-from edgeclip.profiles.report.drawing import svg
-from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.runtime.device.link import load_link
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.planning.choose_plan import Objective, PlanChoice, choose_plan, estimate_plans
+from edgeclip.runtime.planning.choose_plan import Objective, choose_plan, estimate_plans
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import (
     PlanConditions,
-    PlanEstimate,
     embedding_bytes,
     estimate_plan,
 )
 from edgeclip.runtime.planning.link_state import LinkState
 from edgeclip.runtime.planning.plan import list_candidates
 from edgeclip.runtime.planning.stage_times import StageTimes
-from tests.runtime.planning.made_up_times import CODEC_MS, HEAD_MS, PREPARE_MS, made_up
-
-FAST = LinkState(name="fast", rtt_ms=(0.1,), up_mbps=(10_000.0,), down_mbps=(10_000.0,))
-SLOW = LinkState(name="slow", rtt_ms=(200.0,), up_mbps=(0.1,), down_mbps=(0.1,))
-
-
-def estimates(
-    cuts: CutSet, times: StageTimes, link: LinkState, *, slower: float = 1.0, **more: Any
-) -> dict[str, PlanEstimate]:
-    """All plans, with a device that is so many times slower than the server."""
-    conditions = PlanConditions(link=link, dim=256, draws=500, **more)
-    found = estimate_plans(cuts.manifest, made_up(times, slower=slower), made_up(times), conditions)
-    return {item.plan.name: item for item in found}
-
-
-def chosen(found: dict[str, PlanEstimate], **more: Any) -> PlanChoice:
-    return choose_plan(list(found.values()), Objective(**more))
+from tests.runtime.planning.made_up_times import (
+    CODEC_MS,
+    FAST,
+    HEAD_MS,
+    PREPARE_MS,
+    SLOW,
+    chosen,
+    estimates,
+    made_up,
+)
 
 
 def test_all_kinds_of_plans_are_there(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
@@ -99,15 +85,11 @@ def test_slow_device_on_a_fast_link_sends_the_picture(
 ) -> None:
     choice = chosen(estimates(emoji_cuts, emoji_times, FAST, slower=20.0))
     assert choice.best.plan.kind == "image"
-    words = explain(choice, Objective())
-    assert "No cut in the middle wins" in words
-    assert "a tower of constant width carries as many values" in words
 
 
 def test_slow_link_leaves_all_to_the_device(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
     choice = chosen(estimates(emoji_cuts, emoji_times, SLOW))
     assert choice.best.plan.kind == "device"
-    assert "No cut in the middle wins" in explain(choice, Objective())
 
 
 def test_narrow_late_cut_wins_where_it_should(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
@@ -125,14 +107,12 @@ def test_narrow_late_cut_wins_where_it_should(emoji_cuts: CutSet, emoji_times: S
     found = estimate_plans(emoji_cuts.manifest, device, made_up(emoji_times), conditions)
     choice = choose_plan(found, Objective())
     assert (choice.best.plan.kind, choice.best.plan.cut) == ("cut", 8)
-    assert "No cut in the middle" not in explain(choice, Objective())
 
 
 def test_deadline_and_quality_bound_the_choice(emoji_cuts: CutSet, emoji_times: StageTimes) -> None:
     found = estimates(emoji_cuts, emoji_times, FAST, slower=20.0)
     hopeless = chosen(found, deadline_ms=0.5)
     assert not hopeless.meets_deadline
-    assert "No plan keeps the deadline" in explain(hopeless, Objective(deadline_ms=0.5))
     strict = chosen(found, least_cosine=0.9999)
     assert {item.plan.codec for item in strict.refused} >= {"jpeg-75", "webp-80"}
     assert all(item.cosine_least >= 0.9999 for item in strict.allowed)
@@ -156,7 +136,6 @@ def test_energy_counts_only_where_it_was_measured(
     objective = Objective(ms_per_joule=1e6)
     choice = choose_plan(list(found.values()), objective)
     assert choice.best.joules is None
-    assert "Energy was not measured" in explain(choice, objective)
     device = made_up(emoji_times)
     stages = tuple(dataclasses.replace(item, joules=1e-3 * item.ms[0]) for item in device.stages)
     metered = dataclasses.replace(device, stages=stages, energy_sensor="RAPL packages")
@@ -177,23 +156,3 @@ def test_times_of_another_tower_are_refused(emoji_cuts: CutSet, emoji_times: Sta
     for device, server in ((other, emoji_times), (emoji_times, other)):
         with pytest.raises(InputError, match="measure the same cut set on both sides"):
             estimate_plans(emoji_cuts.manifest, device, server, PlanConditions(link=FAST, dim=256))
-
-
-def test_table_and_picture_show_every_kind(
-    emoji_cuts: CutSet, emoji_times: StageTimes, tmp_path: Path
-) -> None:
-    choice = chosen(estimates(emoji_cuts, emoji_times, SLOW, utilisation=0.3), deadline_ms=90.0)
-    table = plan_table(choice)
-    lines = table.splitlines()
-    assert lines[0].split()[:5] == ["plan", "p50", "ms", "p95", "ms"]
-    assert sum(line.startswith(">") for line in lines) == 1
-    assert "more with --all" in table
-    assert len(plan_table(choice, all_codecs=True).splitlines()) > len(lines)
-    chart = plan_chart(choice, title="Plans <over> a link", deadline_ms=90.0)
-    root = ElementTree.fromstring(svg(chart, alone=True))
-    texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"device only", "Plans <over> a link", "milliseconds"} & texts
-    assert {"on the server", "round trip", "wait for the server"} <= texts
-    page = markdown_of(plan_page(chart, choice, words="one <two>\nthree"))
-    assert "one &lt;two&gt;" in page
-    assert "three" in page
