@@ -5,7 +5,9 @@ and both give embeddings in one space: a red picture is nearest to "a red apple"
 """
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +46,10 @@ from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.spec import EncoderSpec, ImageSpec, PixelForm, Precision, TextSpec, Tower
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
+# Several tests run at a time: more threads than cores would wait for each other. Read at import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Whoever starts the suite in the background makes it deaf to Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine must not fail a test that only asks for a right answer.
 settings.register_profile("edgeclip", deadline=None)
 settings.load_profile("edgeclip")

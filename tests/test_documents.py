@@ -24,6 +24,7 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.cli.main import main
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.link import LinkProfile
+from tests.captures import captured_once, captures  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,11 +1,9 @@
 """Tiny students with random weights, a tiny source of pairs, and what is exported of them."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,23 +27,20 @@ from transformers import (
 
 from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.sources import Pair
-from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.train.pretrain import train_tokenizer
 from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS
-from edgeclip.export.graph import to_onnx
 from edgeclip.export.graph.to_onnx import (
-    INTERCHANGE_FORM,
-    GraphForm,
     TowerPaths,
-    capture,
     export_towers,
 )
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
-from edgeclip.runtime.spec import ImageSpec, Tower
+from edgeclip.runtime.spec import ImageSpec
+from tests.captures import captured_once, captures  # noqa: F401 (fixtures)
 from tests.compress.conftest import one_thread  # noqa: F401 (a fixture)
 from tests.conftest import QUICK
 
@@ -186,50 +181,9 @@ def convnext() -> DualEncoder:
     return tiny_convnext()
 
 
-Captured = dict[tuple[str, Tower, GraphForm], bytes]
-
-
 @pytest.fixture(scope="session")
-def captured() -> Captured:
-    """What torch captured under `capturing_once`, by weights, tower and form."""
-    return {}
-
-
-@contextmanager
-def capturing_once(captured: Captured) -> Iterator[None]:
-    """Let torch, which takes seconds for it, capture a tower once; what follows is done anew.
-
-    A second capture would be the same: see `test_the_same_weights_give_the_same_bytes`.
-    """
-
-    def once(dual: DualEncoder, tower: Tower, form: GraphForm) -> SimpleNamespace:
-        patches = form.patch_features and tower == "image"
-        plain = replace(
-            form, pixels=INTERCHANGE_FORM.pixels, patch_features=patches
-        )  # all that it reads
-        place = (space_fingerprint(dual), tower, plain)
-        if place not in captured:
-            captured[place] = capture(dual, tower, plain).model_proto.SerializeToString()
-        return SimpleNamespace(model_proto=onnx.load_model_from_string(captured[place]))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "capture", once)
-        yield
-
-
-@pytest.fixture
-def captured_once(captured: Captured) -> Iterator[None]:
-    """`capturing_once` for a test, with all that others captured."""
-    with capturing_once(captured):
-        yield
-
-
-@pytest.fixture(scope="session")
-def clip_towers(
-    clip: DualEncoder, captured: Captured, tmp_path_factory: pytest.TempPathFactory
-) -> TowerPaths:
-    with capturing_once(captured):
-        return export_towers(clip, tmp_path_factory.mktemp("clip"))
+def clip_towers(clip: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> TowerPaths:
+    return export_towers(clip, tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")
@@ -276,12 +230,9 @@ def fp32_plan(plan: BundlePlan) -> BundlePlan:
 
 
 @pytest.fixture(scope="session")
-def built(
-    plan: BundlePlan, captured: Captured, tmp_path_factory: pytest.TempPathFactory
-) -> BuiltBundle:
+def built(plan: BundlePlan, tmp_path_factory: pytest.TempPathFactory) -> BuiltBundle:
     """A bundle in all precisions; read it, do not alter it."""
-    with capturing_once(captured):
-        return build_bundle(plan, Path(tmp_path_factory.mktemp("built")) / "bundle")
+    return build_bundle(plan, Path(tmp_path_factory.mktemp("built")) / "bundle")
 
 
 @pytest.fixture

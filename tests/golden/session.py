@@ -1,15 +1,16 @@
 """Run the golden cases of a session, two at a time, each in a folder of its own."""
 
-import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +21,19 @@ COMMAND = Path(sys.executable).with_name("edgeclip")
 _AT_ONCE = 2
 _PATIENCE = 600.0  # seconds for one command on a busy machine
 # Many command lines in one process, so that what takes seconds to import is imported once.
-_SHORT_RUNS = """
-import contextlib, io, json, sys, traceback
+_MANY_COMMANDS = """
+import json, os, sys, tempfile, traceback
 from importlib.metadata import entry_points
 
+answers = os.fdopen(os.dup(1), "w")
 main = next(iter(entry_points(group="console_scripts", name="edgeclip"))).load()
-answers = []
-for words in json.loads(sys.argv[1]):
+for line in sys.stdin:
+    folder, words = json.loads(line)
+    os.chdir(folder)
     sys.argv = ["edgeclip", *words]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
         try:
             status = main()
         except SystemExit as end:
@@ -37,8 +41,13 @@ for words in json.loads(sys.argv[1]):
         except BaseException:
             traceback.print_exc()
             status = "exception"
-    answers.append([status or 0, out.getvalue(), err.getvalue()])
-print(json.dumps(answers))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        print(json.dumps([status or 0, *texts]), file=answers, flush=True)
 """
 
 
@@ -74,6 +83,36 @@ class Run:
     status: int = 0
 
 
+class _Process:
+    """Runs one command line after the other."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _MANY_COMMANDS],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, folder: Path, words: Sequence[str]) -> Answer:
+        """What a command line prints in a folder, and its exit status."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        impatience = threading.Timer(_PATIENCE, self._process.kill)
+        impatience.start()
+        try:
+            print(json.dumps([str(folder), words]), file=self._process.stdin, flush=True)
+            return Answer(*json.loads(self._process.stdout.readline()))
+        finally:
+            impatience.cancel()
+
+    def close(self) -> None:
+        """End the process."""
+        with self._process:
+            self._process.kill()
+
+
 class Session:
     """The masked outputs of all cases that are asked for, each computed once."""
 
@@ -82,8 +121,11 @@ class Session:
         self._runs = runs
         self._short = short
         self._pool = ThreadPoolExecutor(_AT_ONCE)
+        self._processes: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._started: dict[str, Future[str]] = {}
         self._answers: Future[dict[str, Answer]] | None = None
+        for _ in range(_AT_ONCE):
+            self._processes.put(_Process(self._environment()))
         named = self._command(folder, ["device", "--list"]).out.splitlines()[0]
         processor = named.removeprefix("this-machine").removesuffix(", detected").strip()
         self._mask = Mask(folder, processor)
@@ -119,6 +161,8 @@ class Session:
     def close(self) -> None:
         """Wait for what has begun, and begin nothing more."""
         self._pool.shutdown(cancel_futures=True)
+        for _ in range(_AT_ONCE):
+            self._processes.get().close()
 
     def served(self, words: str) -> str:
         """Serve, ask one thing, interrupt; the masked record of all that."""
@@ -154,20 +198,7 @@ class Session:
     def _all_short(self) -> dict[str, Answer]:
         folder = self._folder / "short"
         folder.mkdir()
-        lines = json.dumps([line.split() for line in self._short])
-        done = subprocess.run(
-            [sys.executable, "-c", _SHORT_RUNS, lines],
-            cwd=folder,
-            env=self._environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_PATIENCE,
-        )
-        assert done.returncode == 0, done.stderr
-        answers = json.loads(done.stdout)
-        return {line: Answer(*told) for line, told in zip(self._short, answers, strict=True)}
+        return {line: self._command(folder, line.split()) for line in self._short}
 
     def _run(self, name: str) -> str:
         run = self._runs[name]
@@ -178,8 +209,13 @@ class Session:
         if run.before is not None:
             run.before(folder)
         there = _written(folder)
-        with self._hub(run) as more:
-            answer = self._command(folder, run.words.split(), more)
+        if run.hub:
+            with serve_repository(self._folder / "emoji") as address:
+                hub = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
+                with closing(_Process({**self._environment(), **hub})) as process:
+                    answer = process.run(folder, run.words.split())
+        else:
+            answer = self._command(folder, run.words.split())
         files = self._mask.files(folder, _written(folder) - there)
 
         def mask(text: str) -> str:
@@ -187,28 +223,12 @@ class Session:
 
         return _record(run.words, answer.status, mask, answer, files)
 
-    def _command(
-        self, folder: Path, words: Sequence[str], more: Mapping[str, str] | None = None
-    ) -> Answer:
-        done = subprocess.run(
-            [COMMAND, *words],
-            cwd=folder,
-            env={**self._environment(), **(more or {})},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_PATIENCE,
-        )
-        return Answer(done.returncode, done.stdout, done.stderr)
-
-    @contextlib.contextmanager
-    def _hub(self, run: Run) -> Iterator[dict[str, str]]:
-        if not run.hub:
-            yield {}
-            return
-        with serve_repository(self._folder / "emoji") as address:
-            yield {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
+    def _command(self, folder: Path, words: Sequence[str]) -> Answer:
+        process = self._processes.get()
+        try:
+            return process.run(folder, words)
+        finally:
+            self._processes.put(process)
 
     def _environment(self) -> dict[str, str]:
         own = {

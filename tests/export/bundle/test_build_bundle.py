@@ -40,7 +40,7 @@ from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.spec import Tower
 from tests.export.conftest import tiny_clip
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("captured_once")]
+pytestmark = pytest.mark.slow
 
 Make = Callable[..., Source]
 IMPOSSIBLE = Bounds(mean_cosine=1.1, p1_cosine=0.5, r1_loss=25)

@@ -14,7 +14,7 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cli.main import main
 from tests.export.conftest import LOOSE
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("captured_once")]
+pytestmark = pytest.mark.slow
 ELSEWHERE = ("--device", "x86-avx2", "--precisions", "fp32")  # nothing is timed
 
 

@@ -36,7 +36,7 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import ConfigError
 from tests.export.conftest import LOOSE
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("captured_once")]
+pytestmark = pytest.mark.slow
 
 BASIS = SearchBasis(device="test-cpu", machine=None, pairs=9, ranges=3, calibration="2" * 64)
 

@@ -9,7 +9,6 @@ import pytest
 from edgeclip.export.demo.demo import DemoSettings, run_demo
 from edgeclip.export.demo.summary import DemoSummary
 from edgeclip.runtime.device.device_profile import load_device
-from tests.export.conftest import Captured, capturing_once
 
 pytestmark = pytest.mark.slow
 
@@ -31,12 +30,11 @@ def runs_int8() -> bool:
 
 
 @pytest.fixture(scope="module")
-def made(captured: Captured, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoSummary]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoSummary]:
     """A quick run with few scenes, and what it says of itself."""
     out = tmp_path_factory.mktemp("demo")
     settings = DemoSettings(quick=True, test_scenes=60, unseen_scenes=20, workload="quick")
-    with capturing_once(captured):
-        return out, run_demo(settings, out, command="edgeclip demo --quick")
+    return out, run_demo(settings, out, command="edgeclip demo --quick")
 
 
 def test_summary_says_what_the_run_found(made: tuple[Path, DemoSummary]) -> None:
@@ -80,7 +78,6 @@ def test_measurements_are_kept(made: tuple[Path, DemoSummary]) -> None:
     assert ("student int8" in names) is runs_int8()
 
 
-@pytest.mark.usefixtures("captured_once")
 def test_a_processor_without_int8_dot_products_gets_fp32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
