@@ -167,7 +167,7 @@ def reseal(edit_manifest: Callable[[Path, Edit], None]) -> Callable[[Path], None
 
 @pytest.fixture(scope="session")
 def cpu_device() -> DeviceProfile:
-    """A CPU with one thread on which every precision may run."""
+    """A CPU with one thread on which every precision may run, and int8 is exact."""
     return DeviceProfile(
         name="test-cpu",
         description="one thread",
@@ -175,6 +175,7 @@ def cpu_device() -> DeviceProfile:
         precisions=("fp32", "fp16", "int8"),
         threads=1,
         memory_mb=1000,
+        vnni=True,
     )
 
 

@@ -23,12 +23,24 @@ from tests.conftest import QUICK
 _BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(_BENCHMARKS))  # scripts import each other by name
 
-from _gpu_case import Case, Resident, Variant, cases  # noqa: E402
-from _gpu_engines import engine_variant, engine_variants  # noqa: E402
-from _gpu_machine import GpuMachine, why_no_gpu  # noqa: E402
-from _gpu_measure import attempt, measure_case  # noqa: E402
-from _gpu_rows import Row, bars, table  # noqa: E402
-from _gpu_torch import REFERENCE, torch_variants  # noqa: E402
+from _gpu_candidates import (  # noqa: E402
+    REFERENCE,
+    Case,
+    Resident,
+    Variant,
+    cases,
+    engine_variant,
+    torch_variants,
+)
+from gpu_latency import (  # noqa: E402
+    GpuMachine,
+    Row,
+    attempt,
+    bars,
+    measure_case,
+    table,
+    why_no_gpu,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -37,11 +49,13 @@ _HOPPER = GpuMachine(
     name="test GPU",
     capability="9.0",
     memory_mb=1000,
-    driver="580.1",
-    cuda="13.0",
-    cudnn=None,
-    tensorrt=None,
-    packages=(("triton", "3.0"),),
+    versions={
+        "driver": "580.1",
+        "CUDA": "13.0",
+        "cuDNN": None,
+        "TensorRT": None,
+        "triton": "3.0",
+    },
 )
 _TOWERS: tuple[Tower, ...] = ("image", "text")
 _BATCH = 3
@@ -140,7 +154,7 @@ def test_candidates_are_compared_and_timed(
 def test_what_cannot_run_here_is_listed_with_its_reason(
     both: dict[Tower, Case], tmp_path: Path
 ) -> None:
-    variants = [*torch_variants("cuda"), *engine_variants(_HOPPER, tmp_path)]
+    variants = [*torch_variants("cuda"), *_HOPPER.variants(tmp_path)]
     rows = measure_case(both["image"], variants, QUICK, quick=True)
     found = by_name(rows)
     assert len(found) == len(variants) == 19

@@ -56,12 +56,13 @@ class PairEmbeddings:
 def judging_device(device: DeviceProfile) -> DeviceProfile:
     """Return the profile to judge graphs on: the device if it is a CPU, else this machine.
 
-    This machine then takes the batch sizes of the device.
+    This machine then takes the batch sizes of the device, and computes int8 as exactly.
     """
     if device.engine == "onnxruntime-cpu":
         return device
     return replace(
         load_device(THIS_MACHINE),
+        vnni=True,
         batch_min=device.batch_min,
         batch_best=device.batch_best,
         batch_max=device.batch_max,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import yaml
 from annotated_types import Ge, Gt
 
-from edgeclip.runtime.device.machine import Machine, detect_machine
+from edgeclip.runtime.device.machine import Machine, detect_machine, has_int8_dot_products
 from edgeclip.runtime.device.schema import builtin_names, check_bounds, load_profile
 from edgeclip.runtime.spec import PixelForm, Precision
 
@@ -25,8 +25,6 @@ EngineName = Literal[
 Portability = Literal["none", "same-compute-capability", "ampere-plus"]
 THIS_MACHINE = "this-machine"
 
-# Instructions that multiply int8 values and sum the products without saturation.
-_INT8_DOT_PRODUCT = frozenset({"avx512_vnni", "avx_vnni", "asimddp"})
 # GPUs that TensorRT for RTX builds engines for (its support matrix).
 _RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 _CPU_ENGINES = ("onnxruntime-cpu", "onnxruntime-openvino")
@@ -216,7 +214,7 @@ def device_from_machine(machine: Machine) -> DeviceProfile:
         precisions=("fp32", "fp16", "int8"),
         threads=machine.cores,
         memory_mb=machine.memory_mb,
-        vnni=not _INT8_DOT_PRODUCT.isdisjoint(machine.flags),
+        vnni=has_int8_dot_products(machine.flags),
     )
 
 

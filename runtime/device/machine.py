@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ _MACOS_FLAGS = {
     "avx512f": "hw.optional.avx512f",
 }
 
+_INT8_DOT_PRODUCT = frozenset({"avx512_vnni", "avx_vnni", "asimddp"})
+
 
 @dataclass(frozen=True, slots=True)
 class Processor:
@@ -43,6 +45,11 @@ class Processor:
     model: str
     cores: int
     flags: tuple[str, ...]
+
+
+def has_int8_dot_products(flags: Collection[str]) -> bool:
+    """Tell from a processor's flags whether it sums int8 products without saturation."""
+    return not _INT8_DOT_PRODUCT.isdisjoint(flags)
 
 
 def detect_processor() -> Processor:

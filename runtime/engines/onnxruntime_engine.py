@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.runtime.bundle.files import atomic_file, cache_root
+from edgeclip.runtime.device.machine import detect_processor, has_int8_dot_products
 from edgeclip.runtime.engines.providers import (
     CPU,
     CUDA,
@@ -55,6 +56,9 @@ _SHAPE_OPERATORS = frozenset(
         "Unsqueeze",
     )
 )
+# Without int8 dot products, ONNX Runtime's fused int8 kernels saturate sums of products. With these
+# it computes quantized nodes in float, and the integer products of unsigned weights, which do not.
+EXACT_INT8 = {"session.disable_quant_qdq": "1", "session.x64quantprecision": "1"}
 Made = TypeVar("Made", bound="OrtEngine")
 
 
@@ -159,6 +163,9 @@ def open_ort_engine(
 ) -> OrtEngine:
     """Load a graph with a device's provider and its options.
 
+    Where the device has int8 dot products and this processor has none, int8 is computed as the
+    device does it, and slowly.
+
     Args:
         path, content, data_folder, entries: see `OrtEngine`.
         device: sets the provider. The graph's precision is taken from the file's name.
@@ -212,6 +219,9 @@ def make_ort_engine(
     if device.engine == "onnxruntime-tensorrt" and device.cpu_fallback:
         options[CUDA] = cuda_options(device, facts)  # faster than the CPU for what TensorRT lacks
         providers = (provider.name, CUDA)
+    emulated = device.vnni and not has_int8_dot_products(detect_processor().flags)
+    if emulated and provider.name == CPU:
+        entries = {**EXACT_INT8, **(entries or {})}
     return make(
         path,
         providers=providers,

@@ -5,17 +5,19 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.quality.intervals import Interval
 
-EMOJI_BUNDLE = Path(__file__).parents[2] / "export" / "emoji_bundle"  # the built-in student's
+ROOT = Path(__file__).parents[2]
+EMOJI_BUNDLE = ROOT / "export" / "emoji_bundle"  # the built-in student's
+sys.path.append(str(ROOT))  # for `tests`, which is not installed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Bar:
     """A bound that a measured value must meet.
 
@@ -45,8 +47,29 @@ class Bar:
         return f"BAR {self.name}: {self.value:.4g}{unit} {bound} {verdict}"
 
 
-def options(description: str) -> argparse.ArgumentParser:
-    """`--quick` and `--out`, as every benchmark has them."""
+def at_least(name: str, value: float | Interval, bound: float, unit: str = "") -> Bar:
+    """A bar of a least value; of an interval the value counts, not its ends."""
+    if isinstance(value, Interval):
+        return Bar(name, value.value, ">=", bound, unit, value)
+    return Bar(name, value, ">=", bound, unit)
+
+
+def at_most(name: str, value: float | Interval, bound: float, unit: str = "") -> Bar:
+    """A bar of a largest value, likewise."""
+    return replace(at_least(name, value, bound, unit), direction="<=")
+
+
+def span(item: Interval, digits: int = 3) -> str:
+    """`value [low, high]`."""
+    return f"{item.value:.{digits}f} [{item.low:.{digits}f}, {item.high:.{digits}f}]"
+
+
+def say(line: str) -> None:
+    """Tell on stderr what is going on."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
@@ -54,21 +77,26 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def command() -> str:
-    """What was typed, for the record."""
     return shlex.join(["python", *sys.argv])
 
 
 def finish(bars: Sequence[Bar], out: Path | None, **found: Any) -> int:
-    """Write the JSON file, `found` in it; print a line a bar; the exit status, 1 for a miss."""
+    """Write the JSON file; print a line a bar; return the exit status, 1 for a miss.
+
+    Args:
+        bars: to be met.
+        out: the file, if one was asked for.
+        found: what else is written, dataclasses among it as objects.
+    """
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "command": command(),
-            "machine": asdict(detect_machine()),
+            "machine": detect_machine(),
             **found,
             "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars],
         }
-        out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(record, indent=2, default=asdict) + "\n", encoding="utf-8")
     print()
     for bar in bars:
         print(bar.line())

@@ -1,53 +1,52 @@
 """A device and a server on one machine with a link between them, as slow as is asked for.
 
-Two network namespaces, each with a TUN device; a process of ours (`_network_relay.py`) carries
-every packet from one to the other after its serialisation, the delay, and perhaps a loss. So
-the kernel's own TCP sees the link: its round trip, its congestion window, its retransmissions.
-`tc` would do with less, but `netem` is often missing, and a token bucket (`tbf`) lets the first
-packets of a burst through for nothing, which no link does.
-
-Rates count IP packets: of 1500 bytes 1448 are payload. Needs root, `ip` and /dev/net/tun.
+Two network namespaces, each with a TUN device; a process of ours (this file as a script) carries
+every packet from one to the other after its serialisation and the delay, so that the kernel's own
+TCP sees the link. `tc` would do with less, but `netem` is often missing, and a token bucket (`tbf`)
+lets the first packets of a burst through for nothing, which no link does. Rates count IP packets:
+of 1500 bytes 1448 are payload. Needs root, `ip` and /dev/net/tun.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
-import re
+import select
 import shutil
+import struct
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from _processes import UnavailableError
+
 Side = Literal["device", "server"]
 
-SIDES: tuple[Side, Side] = ("device", "server")
 ADDRESSES: dict[Side, str] = {"device": "10.213.0.1", "server": "10.213.0.2"}
-INTERFACE = "link0"
 EFFICIENCY = 1448 / 1500  # payload in a full packet
-NETNS = Path("/var/run/netns")
 
-_RELAY = Path(__file__).with_name("_network_relay.py")
+_INTERFACE = "link0"
+_NETNS = Path("/var/run/netns")
 _NEW_NET = 0x40000000  # CLONE_NEWNET, setns(2)
-_NAME = re.compile(r"edgeclip-(\d+)-(?:device|server)")
-
-
-class NetworkUnavailableError(Exception):
-    """No such network can be made here; the message says what is missing."""
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+_LARGEST_PACKET = 65535
+_MOST_WAITING = 1000  # packets in front of the link; more are dropped, as by a switch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What the link is like: 10^6 bits per second of IP packets, milliseconds, share lost."""
+    """What the link is like: 10^6 bits per second of IP packets, and milliseconds."""
 
     up_mbps: float
     down_mbps: float
     rtt_ms: float
-    loss: float = 0.0
 
 
 class Network:
@@ -55,11 +54,6 @@ class Network:
 
     def __init__(self, names: dict[Side, str], relay: "subprocess.Popen[str]") -> None:
         self._names, self._relay = names, relay
-
-    @property
-    def server_address(self) -> str:
-        """The server's IP address, as the device reaches it."""
-        return ADDRESSES["server"]
 
     def command(self, side: Side, words: Sequence[str]) -> list[str]:
         """A command line that runs `words` on one side."""
@@ -69,7 +63,7 @@ class Network:
     def entered(self, side: Side) -> Iterator[None]:
         """Let the sockets that this thread makes in the block be of one side."""
         own = Path(f"/proc/self/task/{threading.get_native_id()}/ns/net")
-        with own.open() as before, (NETNS / self._names[side]).open() as there:
+        with own.open() as before, (_NETNS / self._names[side]).open() as there:
             _setns(there.fileno())
             try:
                 yield
@@ -87,34 +81,27 @@ class Network:
 
 
 @contextlib.contextmanager
-def shaped_network(shape: Shape, *, seed: int = 0) -> Iterator[Network]:
+def shaped_network(shape: Shape) -> Iterator[Network]:
     """Make both sides and the link; all of it is gone afterwards.
 
-    Args:
-        shape: at the beginning.
-        seed: of which packets are lost.
-
     Raises:
-        NetworkUnavailableError: no root, no `ip`, no TUN, or the kernel refuses.
+        UnavailableError: no root, no `ip`, no TUN, or the kernel refuses.
     """
-    _check()
-    _remove_leftovers()
-    names: dict[Side, str] = {side: f"edgeclip-{os.getpid()}-{side}" for side in SIDES}
+    tun, ip = Path("/dev/net/tun").exists(), shutil.which("ip")
+    if os.geteuid() != 0 or not tun or ip is None:
+        raise UnavailableError("a shaped network needs root, /dev/net/tun and `ip` (iproute2)")
+    names: dict[Side, str] = {side: f"edgeclip-{os.getpid()}-{side}" for side in ADDRESSES}
     with contextlib.ExitStack() as stack:
         for name in names.values():
             _ip("netns", "add", name)
             stack.callback(_ip, "netns", "delete", name)
-        ends = [str(NETNS / name) for name in names.values()]
-        relay = subprocess.Popen(
-            [sys.executable, str(_RELAY), *ends, INTERFACE, str(seed)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        stack.callback(_end, relay)
+        words = [sys.executable, __file__, *(str(_NETNS / name) for name in names.values())]
+        pipe = subprocess.PIPE
+        relay = stack.enter_context(subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True))
+        stack.callback(relay.kill)
         assert relay.stdout is not None
         if relay.stdout.readline().strip() != "ready":
-            raise NetworkUnavailableError("the relay could not open its TUN devices, see above")
+            raise UnavailableError("the relay could not open its TUN devices, see above")
         for side, name in names.items():
             _configure(name, ADDRESSES[side])
         network = Network(names, relay)
@@ -122,52 +109,20 @@ def shaped_network(shape: Shape, *, seed: int = 0) -> Iterator[Network]:
         yield network
 
 
-def _check() -> None:
-    wrong = None
-    if sys.platform != "linux" or os.geteuid() != 0:
-        wrong = "root on Linux"
-    elif shutil.which("ip") is None:
-        wrong = "the command `ip` (package iproute2)"
-    elif not Path("/dev/net/tun").exists():
-        wrong = "/dev/net/tun"
-    if wrong:
-        raise NetworkUnavailableError(f"a shaped network needs {wrong}: it cannot be made here")
-
-
 def _ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise NetworkUnavailableError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+        raise UnavailableError(f"ip {' '.join(words)}: {done.stderr.strip()}")
 
 
 def _configure(name: str, address: str) -> None:
     _ip("-n", name, "link", "set", "lo", "up")
-    _ip("-n", name, "addr", "add", f"{address}/24", "dev", INTERFACE)
-    _ip("-n", name, "link", "set", INTERFACE, "up")
+    _ip("-n", name, "addr", "add", f"{address}/24", "dev", _INTERFACE)
+    _ip("-n", name, "link", "set", _INTERFACE, "up")
     # Every connection begins as the first one did, and with the textbook's slow start.
-    settings = ("net.ipv4.tcp_no_metrics_save=1", "net.ipv4.tcp_congestion_control=reno")
-    for setting in settings:
+    for setting in ("net.ipv4.tcp_no_metrics_save=1", "net.ipv4.tcp_congestion_control=reno"):
         command = ["ip", "netns", "exec", name, "sysctl", "-q", "-w", setting]
         subprocess.run(command, capture_output=True, check=False)
-
-
-def _remove_leftovers() -> None:
-    """Remove namespaces of benchmarks that were killed."""
-    for path in NETNS.glob("edgeclip-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and not Path(f"/proc/{match[1]}").exists():
-            with contextlib.suppress(NetworkUnavailableError):
-                _ip("netns", "delete", path.name)
-
-
-def _end(relay: "subprocess.Popen[str]") -> None:
-    assert relay.stdin is not None
-    relay.stdin.close()  # which ends it
-    try:
-        relay.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        relay.kill()
-        relay.wait()
 
 
 def _setns(descriptor: int) -> None:
@@ -175,3 +130,71 @@ def _setns(descriptor: int) -> None:
     if libc.setns(descriptor, _NEW_NET) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+@dataclass(slots=True)
+class _Direction:
+    source: int  # file descriptor of the TUN device that packets come from
+    target: int
+    mbps: float = 1000.0
+    delay: float = 0.0  # seconds
+    free_at: float = 0.0  # when the last packet will have been serialised
+    waiting: deque[tuple[float, bytes]] = field(default_factory=deque)
+
+    def take(self) -> None:
+        """Read all packets that are there and say when each will arrive."""
+        while True:
+            try:
+                packet = os.read(self.source, _LARGEST_PACKET)
+            except BlockingIOError:
+                return
+            if len(self.waiting) < _MOST_WAITING:
+                self.free_at = max(time.monotonic(), self.free_at) + len(packet) * 8e-6 / self.mbps
+                self.waiting.append((self.free_at + self.delay, packet))
+
+    def give(self) -> float:
+        """Hand over what has arrived; return seconds until the next packet does, at most 1."""
+        while self.waiting:
+            left = self.waiting[0][0] - time.monotonic()
+            if left > 0:
+                return left
+            with contextlib.suppress(OSError):  # an interface that is not up yet
+                os.write(self.target, self.waiting.popleft()[1])
+        return 1.0
+
+
+def _open_tun(namespace: str) -> int:
+    """Make a TUN device in a namespace; its file descriptor works from anywhere."""
+    with open(namespace) as there:
+        _setns(there.fileno())
+    descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    request = struct.pack("16sH14x", _INTERFACE.encode(), _IFF_TUN | _IFF_NO_PI)
+    fcntl.ioctl(descriptor, _TUNSETIFF, request)
+    return descriptor
+
+
+def _relay(namespaces: Sequence[str]) -> None:
+    """Carry packets between two namespaces; each line on stdin is a shape, its end ends it."""
+    device, server = map(_open_tun, namespaces)
+    up, down = _Direction(device, server), _Direction(server, device)
+    with contextlib.suppress(OSError):  # a late relay would measure the scheduler
+        os.setpriority(os.PRIO_PROCESS, 0, -15)
+    pause = 0.0
+    print("ready", flush=True)
+    while True:
+        readable, _, _ = select.select([device, server, sys.stdin], [], [], pause)
+        if sys.stdin in readable:
+            line = sys.stdin.readline()
+            if not line:
+                return
+            shape = json.loads(line)
+            up.mbps, down.mbps = shape["up_mbps"], shape["down_mbps"]
+            up.delay = down.delay = shape["rtt_ms"] / 2e3
+            print("shaped", flush=True)
+        for direction in (up, down):
+            direction.take()
+        pause = min(direction.give() for direction in (up, down))
+
+
+if __name__ == "__main__":
+    _relay(sys.argv[1:])

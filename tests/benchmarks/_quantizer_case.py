@@ -1,16 +1,26 @@
-"""A tower that is quantized: what it is calibrated with, chosen by, judged on and timed on."""
+"""Forms of a tower that are judged on the same pairs and timed in a race.
 
+Every form runs in a process of its own (`_quantizer_process.py`), one run at a time, in turns. A
+set of processes lives for some rounds; then all are started anew, because how memory comes to lie
+in a process makes its runs faster or slower for as long as it lives. So intervals are those of a
+ratio over sets.
+"""
+
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _quantizer_race import Entrant, embed
-from graph_work import padded_ids, plain_graph
+from _bars import Bar, at_least, say, span
+from _processes import UnavailableError, last_line, run_to_end
+from _quantizer_models import WORK
+from graph_work import plain_graph
 from numpy.typing import NDArray
 
 from edgeclip.compress.built_in import BUILT_IN_TEACHER
@@ -37,114 +47,186 @@ from edgeclip.export.quantizing.search_task import (
     search_space,
     split_calibration,
 )
+from edgeclip.profiles.measure.interleaved_runs import round_order
+from edgeclip.profiles.record.timing_statistics import latency_of, paired_ratio
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.manifest import GateRecord
-from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.console import columns
+from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
+from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.quality.intervals import Interval, bootstrap
 from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
-_BATCH = 32
+PLAIN_FP32, OUR_FP32 = "plain fp32", "our fp32"
 OURS, PLAIN = "ours", "plain"  # forms of an input
+HERE = Path(sys.executable)
+PROCESS = str(Path(__file__).with_name("_quantizer_process.py"))
+_WARM = 0.5  # seconds
+_CONTENDED = 0.1  # share of the time that a process was ready to run but had no core
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How many pairs: to find ranges on, to steer by, to test on; and labelled pictures.
-
-    `minutes` is when a search begins nothing new; None does without a search.
-    """
+    """How many pairs, labelled pictures, minutes of a search, and rounds in sets of processes."""
 
     ranges: int
     steering: int
     test: int
     labelled: int
     minutes: float | None
+    sets: int
+    rounds: int
 
 
-FULL = Sizes(ranges=96, steering=128, test=400, labelled=200, minutes=4)
-QUICK = Sizes(ranges=16, steering=32, test=60, labelled=40, minutes=None)
+FULL = Sizes(ranges=96, steering=128, test=400, labelled=200, minutes=4, sets=5, rounds=16)
+# Fewer sets have no interval to speak of.
+QUICK = Sizes(ranges=16, steering=32, test=60, labelled=40, minutes=None, sets=3, rounds=8)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Case:
-    """One tower of one model.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entrant:
+    """A tower's file, the engine of `_quantizer_process.py` that runs it, and its inputs."""
 
-    Attributes:
-        name: a short one.
-        task: our fp32 graph of it, the device, and the data.
-        plain: the plain export: all tokens through the last layer, float32 pixels.
-        others: the other tower's embeddings of the test pairs, float32 [N, dim].
-        folder: of its files, which are kept.
-        scratch: of its inputs, which are large.
+    model: Path
+    rows: Path
+    engine: str = "onnxruntime"
+    python: Path = HERE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One form of a tower: how good, how large, and how fast with so many threads.
+
+    `records` are its gates on the test inputs, `r1` is that of the test pairs with the other tower
+    in fp32, `ratio` the time divided by that of the plain fp32 export, `why` why it is not there.
     """
 
-    name: str
-    task: SearchTask
-    plain: Path
-    others: FloatArray
-    folder: Path
-    scratch: Path
+    model: str
+    form: str
+    records: tuple[GateRecord, ...] = ()
+    r1: Interval | None = None
+    megabytes: float | None = None
+    threads: int = 0
+    ms: Interval | None = None
+    ratio: Interval | None = None
+    contended: bool | None = None
+    why: str = ""
 
     @property
-    def tower(self) -> Tower:
-        """Which one."""
-        return self.task.tower
+    def passed(self) -> bool:
+        return not self.why and all(record.passed for record in self.records)
 
-    def rows(self, what: str, form: str) -> Path:
-        """The file with `calibration`, `test` or `single` inputs, as `form` takes them."""
-        kind = "npz" if self.tower == "text" else "npy"
-        form = "" if self.tower == "text" else f"-{form}"
-        return self.scratch / f"{self.name}-{self.tower}-{what}{form}.{kind}"
 
-    def entrant(self, name: str, model: Path, form: str, **where: Any) -> Entrant:
-        """A file of this tower, ready to be timed."""
-        return Entrant(name=name, model=model, rows=self.rows("single", form), **where)
+Seconds = Mapping[str, Sequence[NDArray[np.float64]]]  # by form, one array [rounds] a set
 
-    def embed(self, entrant: Entrant, form: str) -> FloatArray:
-        """Embeddings of all test inputs: the pairs, then the labelled pictures.
 
-        Raises:
-            EngineError: it cannot run.
-        """
-        asked = replace(entrant, rows=self.rows("test", form))
-        return embed(asked, threads=self.task.judging_device.threads)
+class Contest:
+    """Forms of one tower: what they are judged on, and what came of them by form.
 
-    def judge(self, found: FloatArray, reference: FloatArray) -> tuple[GateRecord, ...]:
-        """Hold embeddings of all test inputs against those of the plain export."""
-        test, count = self.task.test, len(self.others)
-        (other,) = (tower for tower in TOWERS if tower != self.tower)
-        zero = test.zero_shot
-        judged = judge_alone(
-            self.tower,
-            "int8",
-            {
-                (self.tower, "fp32"): reference[:count],
-                (self.tower, "int8"): found[:count],
-                (other, "fp32"): self.others,
-            },
-            DEFAULT_BOUNDS["int8"],
-            GateInputs(
-                data=data_record(test.pairs),
-                zero_shot=zero,
-                labelled=None
-                if zero is None
-                else {"fp32": reference[count:], "int8": found[count:]},
-            ),
+    Graph and search are kept between runs, those of a quick run apart; inputs are written to
+    `scratch`. `task` has our fp32 graph, `plain` is the plain export: all tokens through the last
+    layer, float32 pixels. `entrants` are the forms that run.
+    """
+
+    def __init__(
+        self, model: str, dual: DualEncoder, tower: Tower, sizes: Sizes, scratch: Path
+    ) -> None:
+        self.model, self._sizes, self._scratch = model, sizes, scratch
+        part = "quick" if sizes.minutes is None else "full"
+        self._folder = WORK / "cases" / part / f"{model.removesuffix(f'_{tower}')}-{tower}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        size, device = dual.image_spec.size, load_device(THIS_MACHINE)
+        pairs = EmojiSource("calibration", sizes.ranges + sizes.steering, size=size, distinct=True)
+        ranges, steering = split_calibration(pairs, sizes.ranges)
+        test = EmojiSource("test", sizes.test, size=size, distinct=True)
+        labelled = None
+        if tower == "image":
+            teacher = DualEncoder.load(BUILT_IN_TEACHER)
+            labelled = emoji_zero_shot(teacher, count=sizes.labelled, size=size)
+        self.task = SearchTask(
+            student=dual,
+            graph=export_searched(dual, tower, device, self._folder, sample=ranges).graph,
+            device=device,
+            ranges=CalibrationSource(ranges),
+            steering=JudgedPairs(pairs=steering),
+            test=JudgedPairs(pairs=test, zero_shot=labelled),
+            workload=SEARCH_WORKLOAD,
         )
+        self.plain = self._folder / "plain.onnx"
+        plain_graph(dual, tower, self.plain, one_token=False)
+        (self._other,) = (item for item in TOWERS if item != tower)
+        inputs = tower_inputs(dual, self._other, test)
+        (self._others,) = embed_all(inputs, [torch_embedder(dual, self._other)])
+        self.write_rows("calibration", pairs)
+        self.write_rows("test", test, *([labelled.source] if labelled else []))
+        self.write_rows("single", test, count=1)
+        self.rows: dict[str, Row] = {}
+        self.entrants: dict[str, Entrant] = {}
+        self._reference: FloatArray | None = None
+
+    def path(self, what: str, form: str) -> Path:
+        """The file with `calibration`, `test` or `single` inputs, as `form` takes them."""
+        return self._scratch / f"{what}-{form}.npz"
+
+    def write_rows(self, what: str, *sources: Source, count: int | None = None) -> None:
+        """Write what the tower is given, in both forms; texts are not padded."""
+        dual, tower = self.task.student, self.task.tower
+        rows: dict[str, list[NDArray[Any]]] = {OURS: [], PLAIN: []}
+        for batch in chain(*(tower_inputs(dual, tower, item, count=count) for item in sources)):
+            (plain,) = tower_feed(batch, tower, "float32-nchw", dual.spec.image).values()
+            for form, values in ((OURS, batch), (PLAIN, plain)):
+                for at in range(len(values)):
+                    row = values[at : at + 1]
+                    if tower == "text":
+                        row = row[:, : 1 + int((row[0] == dual.spec.text.eos_id).argmax())]
+                    rows[form].append(row)
+        for form, found in rows.items():
+            np.savez(self.path(what, form), *found)
+
+    def enter(
+        self, name: str, model: Path, form: str, engine: str = "onnxruntime", python: Path = HERE
+    ) -> Row:
+        """Judge a form, and let it race if it runs; the first is the plain fp32 export."""
+        beside = (model, data_path(model), model.with_suffix(".bin"))
+        size = sum(item.stat().st_size for item in beside if item.is_file()) / 1e6
+        row = Row(model=self.model, form=name, megabytes=size)
+        tests = Entrant(model=model, rows=self.path("test", form), engine=engine, python=python)
+        try:
+            found = embed(tests, self.task.judging_device.threads)
+        except UnavailableError as error:
+            row = replace(row, why=f"does not run: {error}")
+        else:
+            if self._reference is None:
+                self._reference = found
+            records = () if name == PLAIN_FP32 else self._judge(found, self._reference)
+            both = found[: len(self._others)], self._others
+            images, texts = both if self.task.tower == "image" else both[::-1]
+            r1 = bootstrap(pair_ranks(images, texts).hits(1))
+            row = replace(row, r1=r1, records=records)
+            self.entrants[name] = replace(tests, rows=self.path("single", form))
+        self.rows[name] = row
+        return row
+
+    def _judge(self, found: FloatArray, reference: FloatArray) -> tuple[GateRecord, ...]:
+        """Hold embeddings of all test inputs against those of the plain export."""
+        test, count, tower = self.task.test, len(self._others), self.task.tower
+        inputs = GateInputs(
+            data=data_record(test.pairs),
+            zero_shot=test.zero_shot,
+            labelled={"fp32": reference[count:], "int8": found[count:]} if test.zero_shot else None,
+        )
+        embeddings = {
+            (tower, "fp32"): reference[:count],
+            (tower, "int8"): found[:count],
+            (self._other, "fp32"): self._others,
+        }
+        judged = judge_alone(tower, "int8", embeddings, DEFAULT_BOUNDS["int8"], inputs)
         return tuple(item.record for item in judged)
 
-    def r1(self, found: FloatArray) -> Interval:
-        """R@1 of the test pairs, mean of both directions, the other tower being in fp32."""
-        both = found[: len(self.others)], self.others
-        images, texts = both if self.tower == "image" else both[::-1]
-        return bootstrap(pair_ranks(images, texts).hits(1))
-
     def write(self, config: Config, name: str) -> Path:
-        """Quantize our graph; return the file."""
-        path = self.folder / f"{name}.onnx"
-        task, spec = self.task, self.task.student.spec
+        path, task, spec = self._folder / f"{name}.onnx", self.task, self.task.student.spec
         if task.graph.pixels is not None:
             data = calibration_images(task.ranges, spec.image, task.graph.pixels)
         else:
@@ -152,109 +234,156 @@ class Case:
         quantize_graph(task.graph.path, path, config, data)
         return path
 
+    def enter_chosen(self, name: str) -> tuple[Config, str]:
+        """Enter both fp32 graphs, and what our search chooses for this machine, and say why that.
 
-def open_case(
-    name: str,
-    dual: DualEncoder,
-    tower: Tower,
-    device: DeviceProfile,
-    sizes: Sizes,
-    *,
-    work: Path,
-    scratch: Path,
-) -> Case:
-    """Export a tower and prepare its data.
+        Without a search that is the default.
+        """
+        self.enter(PLAIN_FP32, self.plain, PLAIN)
+        self.enter(OUR_FP32, self.task.graph.path, OURS)
+        config, why = default_config("int8", self.task.device), "the default, not searched"
+        if self._sizes.minutes is not None:
+            space = search_space(self.task.device, self.task.tower, here=True)
+            with open_evaluator(self.task, self._folder / "search") as trial:
+                found = search(trial, space, minutes=self._sizes.minutes, progress=say)
+            config, why = found.chosen.config, f"{describe(found.chosen.config)}: {found.why}"
+        self.enter(name, self.write(config, "chosen"), OURS)
+        return config, why
 
-    Args:
-        name: of the model, for files and tables.
-        dual: the model, in the built-in teacher's space.
-        tower: which one.
-        device: this machine.
-        sizes: of the data.
-        work: where graphs and the search are kept between runs, for all benchmarks; those of a
-            quick run are apart.
-        scratch: where inputs are written.
-    """
-    part = "quick" if sizes.minutes is None else "full"
-    folder = work / "cases" / part / f"{name}-{tower}"
-    folder.mkdir(parents=True, exist_ok=True)
-    size = dual.image_spec.size
-    count = sizes.ranges + sizes.steering
-    pairs = EmojiSource("calibration", count, size=size, distinct=True)
-    ranges, steering = split_calibration(pairs, sizes.ranges)
-    test = EmojiSource("test", sizes.test, size=size, distinct=True)
-    labelled = None
-    if tower == "image":
-        teacher = DualEncoder.load(BUILT_IN_TEACHER)
-        labelled = emoji_zero_shot(teacher, count=sizes.labelled, size=size)
-    exported = export_searched(dual, tower, device, folder, sample=ranges)
-    task = SearchTask(
-        student=dual,
-        graph=exported.graph,
-        device=device,
-        ranges=CalibrationSource(ranges),
-        steering=JudgedPairs(pairs=steering),
-        test=JudgedPairs(pairs=test, zero_shot=labelled),
-        workload=SEARCH_WORKLOAD,
-    )
-    plain = folder / "plain.onnx"
-    plain_graph(dual, tower, plain, one_token=False)
-    (other,) = (item for item in TOWERS if item != tower)
-    inputs = tower_inputs(dual, other, test)
-    (others,) = embed_all(inputs, [torch_embedder(dual, other)])
-    case = Case(name=name, task=task, plain=plain, others=others, folder=folder, scratch=scratch)
-    _write_rows(case, "calibration", pairs)
-    _write_rows(case, "test", test, *([labelled.source] if labelled else []))
-    _write_rows(case, "single", test, count=1)
-    return case
+    def race(self, threads: int) -> tuple[Seconds, list[Row]]:
+        """Time all that runs, in turns; rows in the order of entering."""
+        raced, contended = race(self.entrants, self._sizes, threads)
+        rows = []
+        for form, row in self.rows.items():
+            if form in raced:
+                ms = latency_of([1e3 * runs for runs in raced[form]]).p50_ms
+                ratio = paired_ratio(raced[form], raced[PLAIN_FP32])
+                row = replace(row, threads=threads, ms=ms, ratio=ratio, contended=contended)
+            rows.append(row)
+        return raced, rows
 
 
-def chosen_config(case: Case, sizes: Sizes) -> tuple[Config, str]:
-    """What our search chooses for this machine, and why; without a search, the default."""
-    task = case.task
-    if sizes.minutes is None:
-        return default_config("int8", task.device), "the default, not searched"
-    space = search_space(task.device, task.tower, here=True)
-    with open_evaluator(task, case.folder / "search") as trial:
-        result = search(trial, space, minutes=sizes.minutes, progress=partial(_say, case.name))
-    return result.chosen.config, f"{describe(result.chosen.config)}: {result.why}"
+class _Process:
+    def __init__(self, process: "subprocess.Popen[str]", said: Path) -> None:
+        self._process, self._said = process, said
+        self.read()
+
+    def ask(self, line: str) -> float:
+        """Send a line and return the answer."""
+        assert self._process.stdin is not None
+        with suppress(OSError):  # `read` says why
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+        return self.read()
+
+    def read(self) -> float:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise UnavailableError(last_line(self._said.read_text("utf-8", "replace")))
+        return float(line)
+
+    def times(self) -> NDArray[np.float64] | None:
+        """Seconds on a core and seconds of waiting for one, of all threads: [2]."""
+        try:
+            tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
+            found = [(task / "schedstat").read_text().split()[:2] for task in tasks]
+        except OSError:
+            return None
+        return np.asarray(np.array(found, np.float64).sum(axis=0) / 1e9)
 
 
-def size_mb(path: Path) -> float:
-    """Of a graph and its weights, in 10^6 bytes."""
-    beside = (path, data_path(path), path.with_suffix(".bin"))
-    return sum(item.stat().st_size for item in beside if item.is_file()) / 1e6
+@contextmanager
+def started(entrant: Entrant, threads: int) -> Iterator[_Process]:
+    """Start an engine and load its file; it ends with the block."""
+    given = [entrant.engine, str(threads), str(entrant.model), str(entrant.rows)]
+    command = [str(entrant.python), "-I", PROCESS, "serve", *given]
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said.txt"
+        with (
+            said.open("w") as sink,
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=sink, text=True) as process,
+        ):
+            try:
+                yield _Process(process, said)
+            finally:
+                process.kill()
 
 
-def _write_rows(case: Case, what: str, *sources: Source, count: int | None = None) -> None:
-    """Write what the tower is given, in both forms."""
-    student = case.task.student
-    batches = chain.from_iterable(
-        tower_inputs(student, case.tower, source, count=count) for source in sources
-    )
-    if case.tower == "text":
-        values, lengths = _texts(batches, student)
-        np.savez(case.rows(what, PLAIN), values=values, lengths=lengths)
-        return
-    crops = np.concatenate(list(batches))
-    np.save(case.rows(what, OURS), crops)
-    shape = (len(crops), 3, *crops.shape[1:3])
-    path = case.rows(what, PLAIN)
-    floats = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    for start in range(0, len(crops), _BATCH):
-        part = crops[start : start + _BATCH]
-        feed = tower_feed(part, "image", "float32-nchw", student.spec.image)
-        (floats[start : start + _BATCH],) = feed.values()
-    floats.flush()
+def race(
+    entrants: Mapping[str, Entrant], sizes: Sizes, threads: int
+) -> tuple[Seconds, bool | None]:
+    """Time all in turns; and whether other programs took the processor meanwhile."""
+    seconds: dict[str, list[NDArray[np.float64]]] = {name: [] for name in entrants}
+    waiting: list[float] = []
+    for number in range(sizes.sets):
+        order = list(entrants)[:: -1 if number % 2 else 1]
+        with ExitStack() as stack:
+            open_ = {name: stack.enter_context(started(entrants[name], threads)) for name in order}
+            processes = [open_[name] for name in entrants]
+            for process in processes:
+                process.ask(f"warm {_WARM}")
+            before = [process.times() for process in processes]
+            found = np.zeros((sizes.rounds, len(processes)))
+            for at in range(sizes.rounds):
+                for place in round_order(len(processes), at):
+                    found[at, place] = processes[place].ask("run")
+            after = [process.times() for process in processes]
+        for place, name in enumerate(entrants):
+            seconds[name].append(found[:, place])
+        for first, last in zip(before, after, strict=True):
+            if first is not None and last is not None and last[0] > first[0]:
+                ran, waited = last - first
+                waiting.append(float(waited / (ran + waited)))
+    return seconds, max(waiting) > _CONTENDED if waiting else None
 
 
-def _texts(
-    batches: Iterator[NDArray[np.int64]], dual: DualEncoder
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids [N, context length], padded, and how many of each belong to the text."""
-    values = np.concatenate([padded_ids(dual, batch) for batch in batches])
-    return values, 1 + (values == dual.spec.text.eos_id).argmax(axis=1)
+def embed(entrant: Entrant, threads: int) -> FloatArray:
+    """Embeddings of all its rows, float32 [N, dim]."""
+    with tempfile.TemporaryDirectory() as folder, started(entrant, threads) as process:
+        path = Path(folder) / "embeddings.npy"
+        process.ask(f"embed {path}")
+        return np.asarray(np.load(path), np.float32)
 
 
-def _say(name: str, line: str) -> None:
-    print(f"  {name}: {line}", file=sys.stderr, flush=True)
+def make(recipe: str, source: Path, target: Path, rows: Path, python: Path) -> None:
+    """Let a recipe of `_quantizer_process.py` quantize a tower."""
+    given = [recipe, str(source), str(target), str(rows)]
+    run_to_end([str(python), "-I", PROCESS, "make", *given], target.parent)
+
+
+def gate_bars(model: str, records: Sequence[GateRecord]) -> Iterator[Bar]:
+    """A bar for each gate of a form; one that is missed, if it was not judged."""
+    if not records:
+        yield at_least(f"{model}_judged", 0, 1)
+    for item in records:
+        words = item.name.replace(",", "").replace("@", "").replace("-", "_").split()
+        interval = Interval(item.value, item.low, item.high)
+        name = "_".join((model, *words))
+        yield Bar(name, item.value, item.direction, item.bound, item.unit, interval)
+
+
+def table(rows: Sequence[Row]) -> str:
+    cells = [("form", "threads", "ms", "MB", "of plain", "mean cosine", "R@1", "gates", "")]
+    for row in rows:
+        if row.ms is None or row.ratio is None or row.r1 is None:
+            cells.append((row.form, *6 * ("",), row.why, ""))
+            continue
+        missed = ", ".join(
+            f"{item.name} {item.value:.4g}" for item in row.records if not item.passed
+        )
+        inside = f"missed: {missed}" if missed else "inside" if row.records else ""
+        cosine = next(
+            (f"{item.value:.5f}" for item in row.records if item.name == "mean cosine"), ""
+        )
+        times = (str(row.threads), f"{row.ms.value:.2f}", f"{row.megabytes:.1f}", span(row.ratio))
+        marks = "contended" if row.contended else ""
+        cells.append((row.form, *times, cosine, span(row.r1), inside, marks))
+    return columns(cells)
+
+
+def ran_on() -> str:
+    """Which machine this is, and whether it has what makes 8-bit products fast and exact."""
+    machine, without = detect_machine(), "" if load_device(THIS_MACHINE).vnni else "out"
+    return f"on {machine.cpu}, {machine.cores} cores, with{without} int8 dot products (VNNI)"

@@ -5,9 +5,9 @@
 
 `make` quantizes a tower as the documentation of its maker shows it, with ROWS to calibrate on.
 `serve` answers lines: `warm S` runs the first of ROWS for S seconds, `run` once, giving its
-seconds, and `embed FILE.npy` writes the embeddings of all, run one by one. ROWS is an .npy
-file, or an .npz file with `values` and the `lengths` that count of them. This runs in
-environments without EdgeCLIP and imports nothing of it.
+seconds, and `embed FILE.npy` writes the embeddings of all, run one by one. ROWS is an .npz file
+of inputs of batch 1, in order. This runs in environments without EdgeCLIP and imports nothing
+of it.
 """
 
 import os
@@ -26,24 +26,10 @@ EMBEDDINGS = ("image_embeds", "text_embeds")
 LEAST_RUNS = 10
 
 
-class Rows:
-    """Inputs of batch 1, read when they are needed; of token ids only those of the text."""
-
-    def __init__(self, path: str) -> None:
-        self.lengths = None
-        if path.endswith(".npy"):
-            self.values = np.load(path, mmap_mode="r")
-        else:
-            with np.load(path) as file:
-                self.values, self.lengths = file["values"], file["lengths"]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __iter__(self) -> Iterator[Array]:
-        for at in range(len(self)):
-            row = np.array(self.values[at : at + 1])
-            yield row if self.lengths is None else row[:, : self.lengths[at]]
+def rows(path: str) -> Iterator[Array]:
+    with np.load(path) as file:
+        for name in file.files:
+            yield file[name]
 
 
 def input_name(source: str) -> str:
@@ -54,24 +40,8 @@ def input_name(source: str) -> str:
 
 
 def feeds(source: str, path: str) -> Iterator[dict[str, Array]]:
-    """What a tower is calibrated with."""
     name = input_name(source)
-    for row in Rows(path):
-        yield {name: row}
-
-
-def reader(source: str, path: str) -> Any:
-    """As ONNX Runtime's quantizer wants it."""
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime is untyped
-        def __init__(self) -> None:
-            self.left = feeds(source, path)
-
-        def get_next(self) -> dict[str, Array] | None:
-            return next(self.left, None)
-
-    return Reader()
+    return ({name: row} for row in rows(path))
 
 
 def ort_static(source: str, target: str, path: str) -> None:
@@ -80,19 +50,24 @@ def ort_static(source: str, target: str, path: str) -> None:
     Symbolic shape inference, the first step of that, fails on graphs of torch's exporter; its
     documentation says to leave it out then.
     """
-    from onnxruntime.quantization import quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime is untyped
+        left = feeds(source, path)
+
+        def get_next(self) -> dict[str, Array] | None:
+            return next(self.left, None)
 
     prepared = f"{target}.prepared.onnx"
     try:
         quant_pre_process(source, prepared)
     except Exception:  # whatever sympy or a failed assumption raises
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-    quantize_static(prepared, target, reader(prepared, path))
+    quantize_static(prepared, target, Reader())
 
 
 def ort_dynamic(source: str, target: str, path: str) -> None:
-    """`quantize_dynamic` with its defaults."""
     from onnxruntime.quantization import quantize_dynamic
 
     quantize_dynamic(source, target)
@@ -109,8 +84,7 @@ def optimum(source: str, target: str, path: str, *, static: bool) -> None:
     config = AutoQuantizationConfig.avx512_vnni(is_static=static)
     ranges = None
     if static:
-        name = input_name(source)
-        data = [{name: row[0]} for row in Rows(path)]
+        data = [{name: row[0] for name, row in feed.items()} for feed in feeds(source, path)]
         calibration = CalibrationConfig(
             dataset_name="rows",
             dataset_config_name="",
@@ -118,8 +92,7 @@ def optimum(source: str, target: str, path: str, *, static: bool) -> None:
             dataset_num_samples=len(data),
             method=CalibrationMethod.MinMax,
         )
-        augmented = f"{target}.augmented.onnx"
-        operators = config.operators_to_quantize
+        augmented, operators = f"{target}.augmented.onnx", config.operators_to_quantize
         ranges = quantizer.fit(data, calibration, augmented, operators)
     folder = Path(target).with_suffix("")
     quantizer.quantize(config, folder, calibration_tensors_range=ranges)
@@ -132,14 +105,12 @@ def nncf_openvino(source: str, target: str, path: str) -> None:
     import nncf
     import openvino
 
-    data = nncf.Dataset(list(Rows(path)))
-    model = openvino.Core().read_model(source)
+    data, model = nncf.Dataset(list(rows(path))), openvino.Core().read_model(source)
     model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER)
     openvino.save_model(model, target)
 
 
 def nncf_onnx(source: str, target: str, path: str) -> None:
-    """NNCF on the ONNX file, for ONNX Runtime."""
     import nncf
     import onnx
 
@@ -156,7 +127,7 @@ def autocast(source: str, target: str, path: str) -> None:
     )
 
     seen = f"{target}.seen.npz"
-    values: Any = np.array(Rows(path).values)
+    values: Any = np.concatenate(list(rows(path)))
     np.savez(seen, **{input_name(source): values})
     model = convert_to_mixed_precision(
         source, low_precision_type="fp16", keep_io_types=True, calibration_data=seen
@@ -180,8 +151,7 @@ def open_onnxruntime(model: str, threads: int, example: Array) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -203,39 +173,26 @@ def open_openvino(model: str, threads: int, example: Array) -> Run:
     return lambda values: np.asarray(compiled([values])[0])
 
 
-ENGINES: dict[str, Callable[[str, int, Array], Run]] = {
-    "onnxruntime": open_onnxruntime,
-    "openvino": open_openvino,
-}
-
-
 def serve(engine: str, threads: int, model: str, path: str) -> None:
-    """Answer until there are no more lines."""
-    inputs = Rows(path)
-    first = next(iter(inputs))
-    run = ENGINES[engine](model, threads, first)
+    first = next(rows(path))
+    opened = open_openvino if engine == "openvino" else open_onnxruntime
+    run = opened(model, threads, first)
     answer(run(first).shape[1])
     for line in sys.stdin:
         word, _, rest = line.strip().partition(" ")
+        start = time.perf_counter()
         if word == "run":
-            answer(timed(run, first))
+            run(first)
+            answer(time.perf_counter() - start)
         elif word == "warm":
-            end = time.perf_counter() + float(rest)
             done = 0
-            while done < LEAST_RUNS or time.perf_counter() < end:
+            while done < LEAST_RUNS or time.perf_counter() < start + float(rest):
                 run(first)
                 done += 1
             answer(done)
         elif word == "embed":
-            np.save(rest, np.concatenate([run(row) for row in inputs]))
-            answer(len(inputs))
-
-
-def timed(run: Run, values: Array) -> float:
-    """Seconds of one run."""
-    start = time.perf_counter()
-    run(values)
-    return time.perf_counter() - start
+            np.save(rest, np.concatenate([run(row) for row in rows(path)]))
+            answer(0)
 
 
 def answer(value: float) -> None:
@@ -246,17 +203,10 @@ def answer(value: float) -> None:
 _ANSWERS = os.dup(1)  # what libraries print must not get among the answers
 
 
-def main() -> None:
-    """Do what the arguments say."""
-    what, *rest = sys.argv[1:]
+if __name__ == "__main__":
+    what, how, *rest = sys.argv[1:]
     with redirect_stdout(sys.stderr):
         if what == "make":
-            recipe, source, target, path = rest
-            RECIPES[recipe](source, target, path)
+            RECIPES[how](*rest)
         else:
-            engine, threads, model, path = rest
-            serve(engine, int(threads), model, path)
-
-
-if __name__ == "__main__":
-    main()
+            serve(how, int(rest[0]), *rest[1:])

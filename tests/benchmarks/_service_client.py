@@ -1,8 +1,9 @@
 """The devices of the service level's benchmark: open-loop traffic through one `SplitRuntime`.
 
-    _service_client.py SETTINGS.json
+    _service_client.py FOLDER URL MODEL REQUESTS_PER_SECOND SECONDS
 
-Prints one JSON line when it is ready to begin, and one of all that happened at the end.
+FOLDER holds a student, an index and pictures, and gets log.json. Prints `ready` before it begins,
+and `done` when the last request was answered.
 """
 
 import json
@@ -10,11 +11,11 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.cascade.cascade import Cascade
@@ -25,80 +26,12 @@ from edgeclip.runtime.split.escalation import Escalation
 from edgeclip.runtime.split.http_client import ClientRules, Server
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 
+DEADLINE_MS = 1000.0
 _SEED = 0
 _THREADS = 64  # requests under way at a time; a stall must not hold back those behind it
 _CONNECTIONS = 16
 _WARM_UPS = 5
 _LEAD = 1.0  # seconds until the first request
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
-    """Open-loop traffic with its service level.
-
-    Requests are sent at times that were drawn before, whether or not earlier ones were
-    answered; latency counts from there, so that a server which stalls cannot hide it
-    (G. Tene, "How NOT to Measure Latency", 2013). Arrivals are a Poisson process.
-
-    Attributes:
-        requests_per_second: the mean rate.
-        seconds: how long it lasts.
-        link: name of the `LinkProfile` between device and server.
-        deadline_ms: of each request.
-        p99_ms: the service level's 99th percentile of latency.
-        answered: the least share of requests that must be answered, 0 to 1.
-    """
-
-    name: str
-    requests_per_second: float
-    seconds: float
-    link: str = "lan"
-    deadline_ms: float = 1000
-    p99_ms: float = 200
-    answered: float = 0.999
-
-
-TRAFFIC = {
-    "short": Traffic(name="short", requests_per_second=100, seconds=10),
-    "steady": Traffic(name="steady", requests_per_second=290, seconds=600),  # 25 million a day
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the client needs to know; paths as text."""
-
-    student: str
-    index: str
-    pictures: str
-    url: str
-    model: str
-    traffic: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Log:
-    """What happened: one entry for each request, in the order of sending.
-
-    Attributes:
-        sent: seconds from the beginning to the scheduled time.
-        late: milliseconds from that to the call itself.
-        latency: milliseconds from the scheduled time to the answer.
-        outcome: "device", "server", "degraded: WHY" or "failed: WHY".
-    """
-
-    sent: list[float]
-    late: list[float]
-    latency: list[float]
-    outcome: list[str]
-
-
-def schedule(traffic: Traffic, seconds: float) -> NDArray[np.float64]:
-    """Seconds from the beginning at which requests are sent."""
-    count = round(traffic.requests_per_second * seconds)
-    rng = np.random.default_rng(_SEED)
-    return np.cumsum(rng.exponential(1 / traffic.requests_per_second, count))
 
 
 def warm_up(
@@ -124,12 +57,18 @@ def drive(
     runtime: SplitRuntime,
     index: Index,
     pictures: list[bytes],
-    settings: Settings,
-) -> Log:
-    """Send every request at its time, whatever became of those before it."""
-    traffic = TRAFFIC[settings.traffic]
-    times = schedule(traffic, settings.seconds)
-    count = len(times)
+    rate: float,
+    seconds: float,
+) -> dict[str, list[Any]]:
+    """Send every request at its time, whatever became of those before it.
+
+    Arrivals are a Poisson process that was drawn before, and latency counts from the scheduled
+    time, so that a server which stalls cannot hide it (G. Tene, "How NOT to Measure Latency",
+    2013). Of each request there are `sent`, seconds from the beginning to its time; `late` and
+    `latency`, milliseconds from that to the call and to the answer; and `outcome`.
+    """
+    count = round(rate * seconds)
+    times = np.cumsum(np.random.default_rng(_SEED).exponential(1 / rate, count))
     # Filled in beforehand: a log that grows would look like a program that does.
     late, latency, outcomes = np.full(count, -1.0), np.full(count, -1.0), [""] * count
     began = time.perf_counter() + _LEAD
@@ -139,43 +78,45 @@ def drive(
         late[number] = 1e3 * (time.perf_counter() - due)
         picture = pictures[number % len(pictures)]
         try:
-            reply = runtime.search(picture, index, top=1, deadline_ms=traffic.deadline_ms)
+            reply = runtime.search(picture, index, top=1, deadline_ms=DEADLINE_MS)
             outcome = f"degraded: {reply.degraded}" if reply.degraded else reply.source
         except Exception as error:
             outcome = f"failed: {error}"
         outcomes[number] = sys.intern(outcome)
         latency[number] = 1e3 * (time.perf_counter() - due)
 
-    for number, seconds in enumerate(times):
-        wait = began + seconds - time.perf_counter()
-        if wait > 0:
-            time.sleep(wait)
+    for number, due in enumerate(times):
+        time.sleep(max(0.0, began + due - time.perf_counter()))
         pool.submit(ask, number)
     pool.shutdown()
-    return Log(times.tolist(), late.tolist(), latency.tolist(), outcomes)
+    return {
+        "sent": times.tolist(),
+        "late": late.tolist(),
+        "latency": latency.tolist(),
+        "outcome": outcomes,
+    }
 
 
-def main() -> int:
-    """Get ready, say so, drive the traffic, print the log."""
-    settings = Settings(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+def main() -> None:
+    folder, url, model = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    rate, seconds = map(float, sys.argv[4:])
     device = replace(load_device(THIS_MACHINE), threads=1)
-    encoder = Encoder.open(settings.student, device=device)
-    index = Index.load(Path(settings.index))
-    pictures = [path.read_bytes() for path in sorted(Path(settings.pictures).glob("*.png"))]
+    encoder = Encoder.open(folder / "student", device=device)
+    index = Index.load(folder / "captions.npz")
+    pictures = [path.read_bytes() for path in sorted((folder / "pictures").glob("*.png"))]
     plan = SplitPlan(name="cascade", kind="device", space=encoder.space)
-    escalation = Escalation(model=settings.model, cascade=Cascade.certified(encoder))
-    rules = ClientRules(connections=_CONNECTIONS)
+    escalation = Escalation(model=model, cascade=Cascade.certified(encoder))
     with (
-        Server(settings.url, rules=rules) as server,
+        Server(url, rules=ClientRules(connections=_CONNECTIONS)) as server,
         SplitRuntime(encoder, plan, server, escalation=escalation) as runtime,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         warm_up(pool, runtime, index, pictures)
-        print(json.dumps({"ready": True}), flush=True)
-        log = drive(pool, runtime, index, pictures, settings)
-    print(json.dumps(asdict(log)), flush=True)
-    return 0
+        print("ready", flush=True)
+        log = drive(pool, runtime, index, pictures, rate, seconds)
+        print("done", flush=True)
+    (folder / "log.json").write_text(json.dumps(log), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,59 +8,84 @@ for. "all in fp16" is what a converter does that looks at nothing.
 
 No GPU is needed, and no time is measured: cosines to fp32 are those of unseen inputs with every
 fp16 value rounded as a GPU stores it (`emulate_fp16`). A file that keeps everything in fp32 would
-be exact, so the table also counts products in fp16, casts and bytes. EdgeCLIP must be inside the
-gates of fp16 on all towers.
-
-AutoCast is installed under `--work`; `--quick` leaves it out. The whole takes a few minutes.
+be exact, so the table also counts products in fp16, casts and bytes. AutoCast is installed in
+build/modelopt; `--quick` leaves it out. The whole takes a few minutes.
 """
 
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from _bars import Bar, finish, options
-from _environment import InstallError, environment
-from _fp16_cases import Case, open_cases, write_naive
-from _quantizer_grow import BUILD
-from _quantizer_race import make
-from _quantizer_rows import Row as GateRow
-from _quantizer_rows import gate_bars
+from _processes import UnavailableError, environment
+from _quantizer_case import gate_bars, make
 
+from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.export.errors import ExportError
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, judge_tower
-from edgeclip.export.graph.graph_io import PRODUCTS, load_graph
+from edgeclip.export.graph.calibration import CalibrationData
+from edgeclip.export.graph.graph_io import PRODUCTS, load_graph, save_graph
 from edgeclip.export.quantizing.fp16 import emulate_fp16, fp16_values, write_fp16
 from edgeclip.export.quantizing.mixed_fp16 import embed_graph, find_islands
-from edgeclip.runtime.arrays import FloatArray
+from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.bundle.manifest import GateRecord
+from edgeclip.runtime.console import columns
 from edgeclip.runtime.errors import EngineError, first_line
+from edgeclip.runtime.inputs.preprocess import preprocess_batch
+from tests.export.quantizing.collapse_models import (
+    BUNDLE,
+    TEXT_TOWER,
+    captions,
+    decompose_layer_norms,
+    naive_half,
+    with_lowest_mask,
+    with_massive_activation,
+    with_offset,
+)
 
 REQUIREMENTS = (
     "nvidia-modelopt[onnx]==0.47.0",
     f"torch=={version('torch').split('+')[0]}",
 )
 OURS, AUTOCAST, NAIVE = "EdgeCLIP", "AutoCast", "all in fp16"
-_ALIKE, _NOTHING = 1.2, 1e-5  # a factor and a difference between losses of cosine that say little
+IMAGE_TOWER = BUNDLE / "onnx" / "vision_model.onnx"
+COLLAPSES: dict[str, tuple[Callable[[onnx.ModelProto], None], ...]] = {
+    "massive activation": (with_massive_activation,),
+    "the same, LayerNorms taken apart": (with_massive_activation, decompose_layer_norms),
+    "mask of the lowest number": (with_lowest_mask,),
+    "offset of 300": (with_offset,),
+    "offset of 3000": (lambda model: with_offset(model, 3000),),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A tower in fp32: its file, what it is calibrated on (`seen`), and judged on.
+
+    `rows` is all that is seen, as `_quantizer_process.py` reads it.
+    """
+
+    name: str
+    source: Path
+    seen: CalibrationData
+    unseen: CalibrationData
+    rows: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way to fp16 of one tower.
+    """One way to fp16 of one tower, `form` being who made it.
 
     Attributes:
-        model: which tower.
-        form: who made it.
-        records: its gates.
         mean, least: cosine to fp32; None where embeddings are no numbers.
-        casts: how many Cast nodes.
         half, products: how many of the products are computed in fp16, of how many.
-        megabytes: of the file, 10^6 bytes.
         why: it is not there.
     """
 
@@ -77,22 +102,62 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether it is there and inside its gates."""
         return bool(self.records) and all(record.passed for record in self.records)
 
 
 Write = Callable[[Case, Path], None]
 
 
+def open_cases(folder: Path, count: int) -> Iterator[Case]:
+    """Write all towers and their inputs into a folder; `count` inputs to calibrate on."""
+    rows = folder / "images.npz"
+    seen, unseen = images("calibration", count), images("test", 2 * count)
+    np.savez(rows, *np.split(seen.batch(0), count))
+    yield Case(name="student, image", source=IMAGE_TOWER, seen=seen, unseen=unseen, rows=rows)
+    rows, padding = folder / "texts.npz", Bundle.open(BUNDLE).manifest.spec.text.pad_id
+    seen, unseen = captions(1, count), captions(2, 2 * count)
+    batches = [seen.batch(index) for index in range(seen.count)]
+    longest = max(batch.shape[1] for batch in batches)
+    padded = [
+        np.pad(batch, ((0, 0), (0, longest - batch.shape[1])), constant_values=padding)
+        for batch in batches
+    ]
+    np.savez(rows, *np.split(np.concatenate(padded), count))
+    yield Case(name="student, text", source=TEXT_TOWER, seen=seen, unseen=unseen, rows=rows)
+    for name, changes in COLLAPSES.items():
+        model, source = load_graph(TEXT_TOWER), folder / f"{name.replace(' ', '_')}.onnx"
+        for change in changes:
+            change(model)
+        save_graph(model, source)
+        yield Case(name=name, source=source, seen=seen, unseen=unseen, rows=rows)
+
+
+def images(split: Any, count: int) -> CalibrationData:
+    """Scenes in one batch, float32 [N, 3, size, size]."""
+    spec = Bundle.open(BUNDLE).manifest.spec.image
+    source = EmojiSource(split, count, size=spec.size, distinct=True)
+    pixels = preprocess_batch([source[index].image for index in range(count)], spec)
+    return CalibrationData(1, lambda _: pixels)
+
+
 def write_ours(case: Case, target: Path) -> None:
-    """As `edgeclip quantize` does."""
     islands = find_islands(case.source, case.seen)
     write_fp16(case.source, target, case.seen, islands=islands)
 
 
-def autocast_of(python: Path) -> Write:
-    """AutoCast, in the environment that has it."""
-    return lambda case, target: make("autocast", case.source, target, case.rows, python)
+def ways(*, quick: bool) -> dict[str, Write | str]:
+    """All ways to fp16, or why one is not there."""
+    found: dict[str, Write | str] = {
+        NAIVE: lambda case, target: naive_half(case.source, target, cut=False),
+        OURS: write_ours,
+    }
+    if not quick:
+        try:
+            python = environment("modelopt", REQUIREMENTS)
+            found[AUTOCAST] = lambda case, to: make("autocast", case.source, to, case.rows, python)
+        except UnavailableError as error:
+            found[AUTOCAST] = str(error)
+    return found
 
 
 def rows_of(case: Case, ways: dict[str, Write | str], folder: Path) -> Iterator[Row]:
@@ -102,116 +167,52 @@ def rows_of(case: Case, ways: dict[str, Write | str], folder: Path) -> Iterator[
         target = folder / f"{form.replace(' ', '_')}.onnx"
         try:
             if isinstance(write, str):
-                raise EngineError(write)
+                raise UnavailableError(write)
             write(case, target)
             embed_graph(load_graph(target), case.unseen)  # what runs nowhere is not there
             model = load_graph(target)
             found = embed_graph(emulate_fp16(model), case.unseen)
-        except (EngineError, ExportError) as error:
+        except (UnavailableError, EngineError, ExportError) as error:
             yield Row(model=case.name, form=form, why=first_line(error))
-        else:
-            yield _judged(Row(model=case.name, form=form), target, model, found, right)
-
-
-def _judged(
-    row: Row, target: Path, model: onnx.ModelProto, found: FloatArray, right: FloatArray
-) -> Row:
-    halves = fp16_values(model)
-    products = [node for node in model.graph.node if node.op_type in PRODUCTS]
-    alike = cosines(found, right) if np.isfinite(found).all() else None
-    return Row(
-        model=row.model,
-        form=row.form,
-        records=judge_tower(found, right, DEFAULT_BOUNDS["fp16"]),
-        mean=None if alike is None else float(alike.mean()),
-        least=None if alike is None else float(alike.min()),
-        casts=sum(node.op_type == "Cast" for node in model.graph.node),
-        half=sum(node.output[0] in halves for node in products),
-        products=len(products),
-        megabytes=target.stat().st_size / 1e6,
-    )
-
-
-def print_rows(rows: Sequence[Row]) -> None:
-    """The table, and who is better at what."""
-    print(
-        f"{'tower':<34}{'by':<13}{'gates':<8}{'mean cosine':>12}{'least':>11}{'products':>10}"
-        f"{'casts':>7}{'MB':>7}"
-    )
-    for row in rows:
-        if row.why:
-            print(f"{row.model:<34}{row.form:<13}{row.why}")
             continue
-        mean, least = ("NaN" if item is None else f"{item:.7f}" for item in (row.mean, row.least))
-        print(
-            f"{row.model:<34}{row.form:<13}{'inside' if row.passed else 'missed':<8}{mean:>12}"
-            f"{least:>11}{f'{row.half}/{row.products}':>10}{row.casts:>7}{row.megabytes:>7.2f}"
+        halves, nodes = fp16_values(model), model.graph.node
+        products = [node for node in nodes if node.op_type in PRODUCTS]
+        alike = cosines(found, right) if np.isfinite(found).all() else None
+        yield Row(
+            model=case.name,
+            form=form,
+            records=judge_tower(found, right, DEFAULT_BOUNDS["fp16"]),
+            mean=None if alike is None else float(alike.mean()),
+            least=None if alike is None else float(alike.min()),
+            casts=sum(node.op_type == "Cast" for node in nodes),
+            half=sum(node.output[0] in halves for node in products),
+            products=len(products),
+            megabytes=target.stat().st_size / 1e6,
         )
-    print()
-    for model in dict.fromkeys(row.model for row in rows):
-        found = {row.form: row for row in rows if row.model == model}
-        if AUTOCAST in found:
-            print(f"{model:<34}better: {verdict(found[OURS], found[AUTOCAST])}")
 
 
-def verdict(ours: Row, theirs: Row) -> str:
-    """Who is better at what."""
-    if ours.passed != theirs.passed:
-        return f"{(ours if ours.passed else theirs).form}, alone inside the gates"
-    if not ours.passed:
-        return "neither is inside the gates"
-    said = [
-        f"{one.form} ({', '.join(words)})"
-        for one, other in ((ours, theirs), (theirs, ours))
-        if (words := list(_better(one, other)))
-    ]
-    return "; ".join(said) or "alike"
-
-
-def _better(one: Row, other: Row) -> Iterator[str]:
-    assert one.mean is not None
-    assert other.mean is not None
-    if 1 - one.mean + _NOTHING < (1 - other.mean) / _ALIKE:
-        yield "closer to fp32"
-    if one.half > other.half:
-        yield "more products in fp16"
-    if one.casts < other.casts:
-        yield "fewer casts"
-    if one.megabytes < 0.99 * other.megabytes:
-        yield "smaller"
-
-
-def ways(work: Path, *, quick: bool) -> dict[str, Write | str]:
-    """All ways to fp16, or why one is not there."""
-    found: dict[str, Write | str] = {NAIVE: write_naive, OURS: write_ours}
-    if not quick:
-        try:
-            python = environment(work / "modelopt", REQUIREMENTS).python
-            found[AUTOCAST] = autocast_of(python)
-        except InstallError as error:
-            found[AUTOCAST] = str(error)
-    return found
+def table(rows: Sequence[Row]) -> str:
+    cells = [("tower", "by", "gates", "mean cosine", "least", "products", "casts", "MB")]
+    for row in rows:
+        mean, least = ("NaN" if item is None else f"{item:.7f}" for item in (row.mean, row.least))
+        inside = "inside" if row.passed else row.why or "missed"
+        counts = (f"{row.half}/{row.products}", str(row.casts), f"{row.megabytes:.2f}")
+        cells.append((row.model, row.form, inside, mean, least, *counts))
+    return columns(cells, left=3)
 
 
 def main() -> int:
-    """Convert by all, judge, print the table, write the figures."""
-    parser = options(__doc__ or "")
-    parser.add_argument("--work", type=Path, default=BUILD, help="where AutoCast is installed")
-    args = parser.parse_args()
-    work = args.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    found = ways(work, quick=args.quick)
+    args = options(__doc__).parse_args()
+    found = ways(quick=args.quick)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        cases = open_cases(folder, 50 if args.quick else 100)
-        rows = [row for case in cases for row in rows_of(case, found, folder)]
-    print_rows(rows)
+        cases = open_cases(Path(name), 50 if args.quick else 100)
+        rows = [row for case in cases for row in rows_of(case, found, Path(name))]
+    print(table(rows))
     bars: list[Bar] = []
     for row in rows:
         if row.form == OURS:
-            model = row.model.replace(",", "").replace(" ", "_")
-            bars += gate_bars(GateRow(model=model, form=OURS, records=row.records))
-    return finish(bars, args.out, requirements=REQUIREMENTS, rows=[asdict(row) for row in rows])
+            bars += gate_bars(row.model.replace(",", "").replace(" ", "_"), row.records)
+    return finish(bars, args.out, requirements=REQUIREMENTS, rows=rows)
 
 
 if __name__ == "__main__":

@@ -2,101 +2,331 @@
 
 CLIP ViT-B/32 with random weights and the built-in teacher, image and text, batches of 1, 8
 and 32. For each the candidates take turns in one process; a ratio is the median over the
-rounds of a candidate's time divided by that of torch eager in fp32.
-
-There are two columns, not to be compared with each other. Host to host: a batch in host
-memory becomes embeddings in host memory, as `edgeclip` runs it. On the device: the batch lies
-in the GPU's memory, the embeddings stay there, and the call returns when the stream is done.
+rounds of a candidate's time divided by that of torch eager in fp32. There are two columns, not to
+be compared with each other: host to host, as `edgeclip` runs a batch, and on the device, where
+batch and embeddings stay in the GPU's memory.
 
 All get the same normalised fp32 pixels or token ids, and fp32 is without TF32. Whatever
 differs from what torch computes on the CPU is refused, and what cannot run here says why.
-`torch.compile` is tried as "reduce-overhead" and, without `--quick`, as "max-autotune".
 """
 
 import gc
+import importlib
+import importlib.metadata
+import itertools
+import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import torch
-from _bars import finish, options
-from _gpu_case import Variant, cases
-from _gpu_engines import engine_variants
-from _gpu_machine import detect_gpu, full_precision, why_no_gpu
-from _gpu_measure import measure_case
-from _gpu_rows import Row, bars, table
-from _gpu_torch import torch_variants
+from _bars import Bar, at_least, at_most, finish, options, say, span
+from _gpu_candidates import REFERENCE, Case, Runner, Variant, cases, engine_variants, torch_variants
 from graph_work import random_vit_b32
+from numpy.typing import NDArray
 
 from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.graph.embedders import TOWERS
+from edgeclip.export.graph.tune_passes import TUNING_WORKLOAD
+from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, measure_interleaved
 from edgeclip.profiles.workload import Workload
+from edgeclip.runtime.console import columns
+from edgeclip.runtime.errors import first_line
+from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Tower
 
+Column = Literal["host", "device"]
+COLUMNS: tuple[Column, ...] = get_args(Column)
+Run = Callable[[NDArray[Any]], object]
+
 _BATCHES = (1, 8, 32)
-_TOWERS: tuple[Tower, ...] = get_args(Tower)
+_CHECKED_RUN = 3  # what torch compiles runs plainly first, is recorded next, then replayed
+# Versions beside those of `edgeclip.runtime.device.machine` that can change what a GPU does.
+_PACKAGES = ("cuda-bindings", "onnxruntime-ep-nv-tensorrt-rtx", "triton")
 
 
-def workload(*, quick: bool) -> Workload:
-    """How often each candidate runs."""
-    return Workload(
-        name="gpu",
-        description="latency of one batch",
-        batch_sizes=(1,),
-        min_warmup_runs=10,
-        max_warmup_seconds=2,
-        repeats=30 if quick else 200,
-        seconds_per_batch=1,
-        cold_starts=0,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuMachine:
+    """The GPU and the versions of what runs on it, None where one cannot be found out.
+
+    `capability` is its compute capability, such as "8.6".
+    """
+
+    name: str
+    capability: str
+    memory_mb: int
+    versions: dict[str, str | None]
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {it or 'unknown'}" for name, it in self.versions.items())
+        return f"{self.name} (compute capability {self.capability}), {versions}"
+
+    def variants(self, folder: Path) -> Iterator[Variant]:
+        """The runtime's engines on it; TensorRT's are kept in `folder`."""
+        version = self.versions.get("TensorRT")
+        major = None if version is None else int(version.split(".")[0])
+        return engine_variants(self.capability, major, folder)
+
+
+def detect_gpu() -> GpuMachine:
+    """Look at the GPU that CUDA calls the first; call it only if `why_no_gpu` is None."""
+    facts = torch.cuda.get_device_properties(0)
+    versions = {"driver": _driver(), "CUDA": torch.version.cuda}
+    versions |= {"cuDNN": str(torch.backends.cudnn.version()), "TensorRT": None}
+    # Whoever installed it, it can be imported: on a Jetson no package says it.
+    with suppress(Exception):  # each release fails in its own way where a library is missing
+        versions["TensorRT"] = str(importlib.import_module("tensorrt").__version__)
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return GpuMachine(
+        name=facts.name,
+        capability=f"{facts.major}.{facts.minor}",
+        memory_mb=facts.total_memory // 10**6,
+        versions=versions,
     )
 
 
-def measure(variants: Sequence[Variant], *, quick: bool) -> Iterator[list[Row]]:
-    """The rows of each case."""
-    torch.manual_seed(0)
-    models = {"teacher": DualEncoder.load(BUILT_IN_TEACHER), "vit_b32": random_vit_b32()}
-    for model, dual in models.items():
-        for tower in _TOWERS:
-            with tempfile.TemporaryDirectory() as folder:
-                batches = _BATCHES[:1] if quick else _BATCHES
-                for case in cases(model, dual, tower, batches, Path(folder)):
-                    yield measure_case(case, variants, workload(quick=quick), quick=quick)
-                    clear()
+def why_no_gpu() -> str | None:
+    """Why torch cannot use an NVIDIA GPU here, in one line; None if it can."""
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        return None
+    driver = _driver()
+    found = "no NVIDIA driver answers" if driver is None else f"NVIDIA driver {driver} is here"
+    lack = "is built without CUDA" if torch.version.cuda is None else "finds no NVIDIA GPU"
+    return f"torch {torch.__version__} {lack}, and {found}"
 
 
-def clear() -> None:
-    """Give back what the candidates of a case held."""
-    torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.check_output(command, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(said.split()), None)
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What became of a candidate: how it is run in the columns in which it is right.
+
+    `wrong` says that it gave something else than torch, `reasons` what could not be done.
+    """
+
+    variant: Variant
+    runs: dict[Column, Run] = field(default_factory=dict)
+    cosine: float | None = None
+    wrong: bool = False
+    reasons: list[str] = field(default_factory=list)
+
+    def try_column(self, column: Column, case: Case, runner: Runner) -> None:
+        """Compare what a loaded candidate gives in a column with torch in fp32."""
+        run: Run = runner.host
+        try:
+            if column == "host":
+                found = [runner.host(case.values) for _ in range(_CHECKED_RUN)][-1]
+            else:
+                resident = runner.place(case.values)
+                for _ in range(_CHECKED_RUN):
+                    resident.run()
+                found, run = resident.fetch(), lambda _: resident.run()
+        except Exception as error:  # each library fails in its own way
+            self.reasons.append(f"{column}: {first_line(error)}")
+            return
+        cosine, fault = case.judge(found, self.variant.precision)
+        known = [value for value in (self.cosine, cosine) if value is not None]
+        self.cosine = min(known, default=None)
+        if fault:
+            self.wrong = True
+            self.reasons.append(f"{column}: wrong, {fault}")
+        else:
+            self.runs[column] = run
+
+
+def attempt(case: Case, variant: Variant, *, quick: bool = False) -> Attempt:
+    """Load a candidate and compare what it gives, in both columns, with torch in fp32."""
+    tried = Attempt(variant)
+    if quick and variant.slow:
+        tried.reasons.append("left out by --quick")
+        return tried
+    say(f"{case.model} {case.tower} {len(case.values)}: {variant.name}")
+    try:
+        runner = variant.open(case)
+    except Exception as error:  # each library fails in its own way
+        tried.reasons.append(first_line(error))
+        return tried
+    for column in COLUMNS:
+        tried.try_column(column, case, runner)
+    return tried
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Median time of a batch in ms, and of the paired ratios to the reference."""
+
+    ms: Interval
+    ratio: Interval | None
+    settled: bool
+    contended: bool | None
+
+    def __str__(self) -> str:
+        ratio = "" if self.ratio is None else f"  {span(self.ratio)}"
+        marks = "" if self.settled else " unsettled"
+        return f"{span(self.ms)}{ratio}{marks}{' contended' if self.contended else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One candidate in one case; `why` it was not timed, or not in both columns."""
+
+    model: str
+    tower: Tower
+    batch: int
+    input_shape: tuple[int, ...]
+    candidate: str
+    ours: bool
+    host: Timing | None
+    device: Timing | None
+    cosine: float | None
+    wrong: bool
+    why: str
+
+
+def measure_case(
+    case: Case, variants: Sequence[Variant], workload: Workload, *, quick: bool
+) -> list[Row]:
+    attempts = [attempt(case, variant, quick=quick) for variant in variants]
+    timings = {column: take_turns(case, attempts, column, workload) for column in COLUMNS}
+    return [
+        Row(
+            model=case.model,
+            tower=case.tower,
+            batch=len(case.values),
+            input_shape=case.values.shape,
+            candidate=item.variant.name,
+            ours=item.variant.ours,
+            **{column: timings[column].get(item.variant.name) for column in COLUMNS},
+            cosine=item.cosine,
+            wrong=item.wrong,
+            why="; ".join(item.reasons),
+        )
+        for item in attempts
+    ]
+
+
+def take_turns(
+    case: Case, attempts: Sequence[Attempt], column: Column, workload: Workload
+) -> dict[str, Timing]:
+    """Time a column; a whole batch is one item of `measure_interleaved`."""
+
+    def run_first(run: Run, batches: NDArray[Any]) -> object:
+        return run(batches[0])
+
+    targets = [
+        BenchmarkTarget(
+            item.variant.name,
+            partial(run_first, item.runs[column]),
+            lambda size: case.values[None].repeat(size, 0),
+        )
+        for item in attempts
+        if column in item.runs
+    ]
+    if not targets:
+        return {}
+    reference = REFERENCE if REFERENCE in [item.name for item in targets] else None
+    found = measure_interleaved(targets, workload, part=case.tower, reference=reference)
+    return {
+        item.name: Timing(
+            ms=item.latency.p50_ms,
+            ratio=None if item.ratio is None else item.ratio.ratio,
+            settled=item.warm_up.settled,
+            contended=item.contended,
+        )
+        for item in found
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one case; candidates that were not timed say why."""
+    first = rows[0]
+    shape = " x ".join(map(str, first.input_shape))
+    cells = [("candidate", "host to host: ms, ratio", "on the device: ms, ratio", "cosine")]
+    for row in rows:
+        if row.host or row.device:
+            cosine = "" if row.cosine is None else f"{row.cosine:.6f}"
+            cells.append((row.candidate, str(row.host or ""), str(row.device or ""), cosine))
+    title = f"{first.model}, {first.tower} tower, batch {first.batch}, input {shape}"
+    lines = [title, columns(cells, left=4)]
+    for why in dict.fromkeys(row.why for row in rows if row.why):
+        names = ", ".join(row.candidate for row in rows if row.why == why)
+        lines.append(f"{names}  not timed: {why}")
+    return "\n".join(lines)
+
+
+def bars(rows: Sequence[Row]) -> list[Bar]:
+    """Nothing is wrong; the runtime's engines run, and beat eager torch at batch 1.
+
+    The ratio is that of the engine with the best median, host to host, in the same turns.
+    """
+    ran = {row.candidate for row in rows if row.ours and row.host}
+    wrong, ratios = sum(row.wrong for row in rows), dict[str, list[Interval]]()
+    for row in rows:
+        if row.batch == 1 and row.ours and row.host is not None and row.host.ratio is not None:
+            ratios.setdefault(f"{row.model}_{row.tower}", []).append(row.host.ratio)
+    over = f"best_engine_over_{REFERENCE.replace(' ', '_')}"
+    return [
+        at_most("wrong_outputs", wrong, 0),
+        at_least("engines_timed", len(ran), 1),
+        *(
+            at_most(f"{name}_{over}", min(several, key=lambda ratio: ratio.value), 1.0)
+            for name, several in ratios.items()
+        ),
+    ]
 
 
 def main() -> int:
     """Measure, print tables, write the figures; where there is no GPU, only say so."""
-    args = options(__doc__ or "").parse_args()
+    args = options(__doc__).parse_args()
     obstacle = why_no_gpu()
     if obstacle is not None:
         print(f"gpu_latency was not run: {obstacle}")
         return 0
-    full_precision()
+    # Let fp32 mean fp32 for every candidate: no TF32, whose mantissa has 10 bits. The variable is
+    # read by cuBLAS, cuDNN and TensorRT when they start, the flag is for what torch compiles.
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    torch.backends.cudnn.allow_tf32 = False
     gpu = detect_gpu()
     print(gpu)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        variants = [*torch_variants("cuda"), *engine_variants(gpu, Path(folder))]
-        for found in measure(variants, quick=args.quick):
-            print(f"\n{table(found)}", flush=True)
-            rows += found
-    return finish(
-        bars(rows),
-        args.out,
-        gpu=asdict(gpu),
-        workload=asdict(workload(quick=args.quick)),
-        rows=[asdict(row) for row in rows],
+    amount = replace(
+        TUNING_WORKLOAD,
+        name="gpu",
+        description="latency of one batch",
+        min_warmup_runs=10,
+        max_warmup_seconds=2,
+        repeats=30 if args.quick else 200,
     )
+    rows: list[Row] = []
+    torch.manual_seed(0)
+    models = {"teacher": DualEncoder.load(BUILT_IN_TEACHER), "vit_b32": random_vit_b32()}
+    batches = _BATCHES[:1] if args.quick else _BATCHES
+    with tempfile.TemporaryDirectory() as name:
+        variants = [*torch_variants("cuda"), *gpu.variants(Path(name))]
+        for (model, dual), tower in itertools.product(models.items(), TOWERS):
+            for case in cases(model, dual, tower, batches, Path(name, f"{model}_{tower}")):
+                found = measure_case(case, variants, amount, quick=args.quick)
+                print(f"\n{table(found)}", flush=True)
+                rows += found
+                torch.compiler.reset()  # and give back what the candidates held
+                gc.collect()
+                torch.cuda.empty_cache()
+    return finish(bars(rows), args.out, gpu=gpu, workload=amount, rows=rows)
 
 
 if __name__ == "__main__":

@@ -4,28 +4,28 @@ Clients of Triton and KServe ask the server of the built-in student for embeddin
 (binary and JSON) and gRPC; EdgeCLIP's client asks PyTriton, which serves the same image tower.
 Everything is compared with what the encoder gives without any network.
 
-What is asked or asks is installed under `--work`; `--quick` leaves all but Triton's client out.
+What is asked or asks is installed in build/interop; `--quick` leaves all but Triton's client out.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _bars import EMOJI_BUNDLE, Bar, finish, options
-from _environment import InstallError, environment
-from _interop_server import REQUIREMENTS, pytriton
+from _bars import EMOJI_BUNDLE, Bar, at_least, at_most, finish, options
+from _processes import ServerProcess, UnavailableError, environment, run_to_end
 from numpy.typing import NDArray
 from PIL import Image
 
 from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.bundle.files import tower_path
+from edgeclip.runtime.console import columns
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import EdgeClipError
 from edgeclip.runtime.serving.app import App
@@ -37,14 +37,17 @@ from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.retries_and_breaker import Deadline
 from edgeclip.runtime.wire.messages import InferRequest
 
-_HERE = Path(__file__).parent
+REQUIREMENTS = {
+    "tritonclient": ("tritonclient[http,grpc]==2.73.0",),
+    "kserve": ("kserve==0.21.0",),
+    "nvidia-pytriton": ("nvidia-pytriton==0.7.0", f"onnxruntime=={version('onnxruntime')}"),
+}
+_OTHERS = str(Path(__file__).with_name("_interop_others.py"))
 _TEXTS = ("an owl on a blue background", "café, 3 stars!", "RED Apple", "☕ über 東京")
 _PICTURES = 4
 _BOUND = 1e-6
 _CLIENTS = ("tritonclient", "kserve")
-_SECONDS = 120
 _HOST = "127.0.0.1"
-_PYTRITON = REQUIREMENTS["nvidia-pytriton"][0].replace("==", " ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,16 +55,11 @@ class Row:
     """One way to ask one model; `max_abs` is None where nothing came, and `why` says why."""
 
     client: str
-    server: str
-    how: str
-    model: str
-    max_abs: float | None
+    server: str = "edgeclip"
+    how: str = ""
+    model: str = ""
+    max_abs: float | None = None
     why: str = ""
-
-    def line(self) -> str:
-        """As the table has it."""
-        found = self.why if self.max_abs is None else f"{self.max_abs:.1e}"
-        return f"{self.client:22} {self.server:26} {self.how:14} {self.model:9} {found}"
 
 
 def write_inputs(folder: Path, size: int) -> NDArray[np.uint8]:
@@ -75,53 +73,24 @@ def write_inputs(folder: Path, size: int) -> NDArray[np.uint8]:
     return pixels
 
 
-@contextmanager
-def served(encoder: Encoder) -> Iterator[tuple[str, str]]:
-    """Serve a bundle as B; the addresses of HTTP and gRPC."""
-    registry = Registry()
-    for model in bundle_models(encoder, "B"):
-        registry.add(model)
-    app = App(registry)
-    listener = GrpcListener(app, host=_HOST, port=0)
-    with in_background(app, host=_HOST, listeners=(listener,)) as url:
-        yield url, listener.address
-
-
-def asked_by(client: str, work: Path, addresses: tuple[str, str], folder: Path) -> dict[str, Any]:
-    """What a client's process found.
-
-    Raises:
-        InstallError: it cannot be installed, or its process failed.
-    """
-    made = environment(work / client, REQUIREMENTS[client])
-    print(f"{client}: {made}")
+def client_rows(
+    client: str, addresses: tuple[str, str], folder: Path, wanted: Tensors
+) -> Iterator[Row]:
+    """Let a client ask, and compare what it is given with what the encoder gives."""
     out = folder / f"{client}.out"
-    command = [str(made.python), "-I", str(_HERE / "_interop_ask.py"), client, *addresses]
-    done = subprocess.run(
-        [*command, str(folder), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=_SECONDS,
-        check=False,
-    )
-    if done.returncode:
-        raise InstallError(f"its process failed: {(done.stderr.splitlines() or ['no word'])[-1]}")
-    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return found
-
-
-def client_rows(client: str, found: Mapping[str, Any], wanted: Tensors) -> Iterator[Row]:
-    """Compare what a client was given with what the encoder gives."""
+    try:
+        python = environment(f"interop/{client}", REQUIREMENTS[client])
+        words = [str(python), "-I", _OTHERS, "ask", client, *addresses, str(folder), str(out)]
+        run_to_end(words, seconds=120)
+    except UnavailableError as error:
+        yield Row(client=client, why=f"not run: {error}")
+        return
+    found = json.loads(out.read_text(encoding="utf-8"))
+    name = f"{client} {found['version']}"
     for row in found["rows"]:
-        embeddings, model = row["embeddings"], row["model"]
-        yield Row(
-            client=f"{client} {found['version']}",
-            server="edgeclip",
-            how=row["how"],
-            model=model,
-            max_abs=None if embeddings is None else difference(embeddings, wanted[model]),
-            why=row["why"],
-        )
+        given, how, model = row["embeddings"], row["how"], row["model"]
+        largest = None if given is None else difference(given, wanted[model])
+        yield Row(client=name, how=how, model=model, max_abs=largest, why=row["why"])
 
 
 def difference(found: Any, wanted: NDArray[Any]) -> float:
@@ -130,19 +99,31 @@ def difference(found: Any, wanted: NDArray[Any]) -> float:
     return float(np.abs(array - wanted).max()) if array.shape == wanted.shape else float("inf")
 
 
-def own_row(work: Path, tower: Path, pixels: NDArray[np.uint8], wanted: NDArray[Any]) -> Row:
+def own_row(pixels: NDArray[np.uint8], wanted: NDArray[Any]) -> Row:
     """EdgeCLIP's client asks PyTriton."""
-    row = {"client": "edgeclip", "server": _PYTRITON, "how": "http, binary", "model": "B-pixels"}
+    requirements = REQUIREMENTS["nvidia-pytriton"]
+    tower = EMOJI_BUNDLE / tower_path("image", "fp32", "uint8-nhwc")  # as the encoder has it
+    name = requirements[0].replace("==", " ")
+    row = Row(client="edgeclip", server=name, how="http, binary", model="B-pixels")
     try:
-        with pytriton(work, tower) as url, Server(url) as server:
-            request = InferRequest(model="B-pixels", inputs={"pixels": pixels})
+        python = str(environment("interop/nvidia-pytriton", requirements))
+        # Triton takes the first interpreter's library that it finds, and that of another 3.11.x
+        # does not go with this one's standard library.
+        code = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
+        libraries = subprocess.check_output([python, "-c", code], text=True).strip()
+        serve = (python, "-I", _OTHERS, "serve", str(tower))
+        with (
+            ServerProcess(("env", f"LD_LIBRARY_PATH={libraries}", *serve)) as process,
+            Server(process.url) as server,
+        ):
+            request = InferRequest(model=row.model, inputs={"pixels": pixels})
             found = server.infer(request, Deadline.after_ms(60_000)).outputs["image_embeds"]
-    except (InstallError, EdgeClipError) as error:
-        return Row(**row, max_abs=None, why=f"not run: {error}")
-    return Row(**row, max_abs=difference(found, wanted))
+    except (UnavailableError, EdgeClipError) as error:
+        return replace(row, why=f"not run: {error}")
+    return replace(row, max_abs=difference(found, wanted))
 
 
-def bars(rows: Sequence[Row], expected: Sequence[str]) -> list[Bar]:
+def bars(rows: Sequence[Row], expected: int) -> list[Bar]:
     """The largest difference for each client and way to ask, and how many pairs ran whole."""
     worst: dict[str, float] = {}
     for row in rows:
@@ -153,46 +134,37 @@ def bars(rows: Sequence[Row], expected: Sequence[str]) -> list[Bar]:
     asked = {row.client.split()[0] for row in rows}
     failed = {row.client.split()[0] for row in rows if row.max_abs is None}
     return [
-        *(Bar(name=name, value=worst[name], direction="<=", bound=_BOUND) for name in worst),
-        Bar(name="clients_run", value=len(asked - failed), direction=">=", bound=len(expected)),
+        *(at_most(name, value, _BOUND) for name, value in worst.items()),
+        at_least("clients_run", len(asked - failed), expected),
     ]
 
 
 def main() -> int:
-    """Let everybody ask everybody, and compare."""
-    parser = options(__doc__ or "")
-    build = _HERE.parents[1] / "build" / "interop"
-    parser.add_argument("--work", type=Path, default=build, help="where others are installed")
-    args = parser.parse_args()
-    work: Path = args.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    args = options(__doc__).parse_args()
     clients = _CLIENTS[:1] if args.quick else _CLIENTS
     encoder = Encoder.open(EMOJI_BUNDLE, precision="fp32")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pixels = write_inputs(folder, encoder.spec.image.size)
+        pixels = write_inputs(Path(name), encoder.spec.image.size)
         embeddings = encoder.encode_pixels(pixels)
-        texts = encoder.encode_text(_TEXTS)
-        wanted = {"B-pixels": embeddings, "B-image": embeddings, "B-text": texts}
-        with served(encoder) as addresses:
+        wanted = {"B-pixels": embeddings, "B-image": embeddings}
+        wanted["B-text"] = encoder.encode_text(_TEXTS)
+        registry = Registry()
+        for model in bundle_models(encoder, "B"):
+            registry.add(model)
+        app = App(registry)
+        listener = GrpcListener(app, host=_HOST, port=0)
+        with in_background(app, host=_HOST, listeners=(listener,)) as url:
             for client in clients:
-                try:
-                    found = asked_by(client, work, addresses, folder)
-                    rows += client_rows(client, found, wanted)
-                except InstallError as error:
-                    rows.append(absent(client, str(error)))
+                rows += client_rows(client, (url, listener.address), Path(name), wanted)
     if not args.quick:
-        tower = EMOJI_BUNDLE / tower_path("image", "fp32", "uint8-nhwc")  # as the encoder has it
-        rows.append(own_row(work, tower, pixels, embeddings))
-    print("\n".join(row.line() for row in rows))
-    judged = bars(rows, clients if args.quick else (*clients, "edgeclip"))
-    return finish(judged, args.out, rows=[asdict(row) for row in rows])
-
-
-def absent(client: str, why: str) -> Row:
-    """A client that did not run."""
-    return Row(client=client, server="edgeclip", how="", model="", max_abs=None, why=why)
+        rows.append(own_row(pixels, embeddings))
+    cells = [("client", "server", "how", "model", "max abs difference")]
+    for row in rows:
+        found = row.why if row.max_abs is None else f"{row.max_abs:.1e}"
+        cells.append((row.client, row.server, row.how, row.model, found))
+    print(columns(cells, left=5))
+    return finish(bars(rows, len(clients) + (not args.quick)), args.out, rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from _bars import Bar, command, finish, options
+from _bars import at_most, command, finish, options
 
 from edgeclip.export.probes.probe_plan import STANDARD, ProbePlan
 from edgeclip.export.probes.write_probes import write_probes
@@ -27,8 +27,9 @@ from edgeclip.profiles.predict.tower_shapes import (
     image_tokens,
 )
 from edgeclip.profiles.predict.transfer_costs import transfer_costs
-from edgeclip.runtime.console import progress_bar
+from edgeclip.runtime.console import columns, progress_bar
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
+from edgeclip.runtime.spec import Tower
 
 BOUND = 0.10
 SEED = 20
@@ -56,12 +57,10 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a share of what was measured."""
         return self.predicted_ms / self.measured_ms - 1
 
     @property
     def inside(self) -> bool:
-        """Whether what was measured lies in the interval."""
         return self.low <= self.measured_ms <= self.high
 
 
@@ -82,18 +81,10 @@ def unseen(seed: int, *, quick: bool) -> Iterator[AnyTower]:
         yield ConvTower(widths=widths, depths=depths, image_size=size, dim=256)
 
 
-def transformer(part: str, heads: int, layers: int, tokens: int, patch: int) -> TransformerTower:
+def transformer(part: Tower, heads: int, layers: int, tokens: int, patch: int) -> TransformerTower:
     """Heads of 64 channels, as in the students of nearly every CLIP; embeddings of 256."""
-    return TransformerTower(
-        part="image" if part == "image" else "text",
-        width=64 * heads,
-        heads=heads,
-        hidden=256 * heads,
-        layers=layers,
-        tokens=tokens,
-        dim=256,
-        patch=patch,
-    )
+    sizes = {"width": 64 * heads, "heads": heads, "hidden": 256 * heads, "layers": layers}
+    return TransformerTower(part=part, **sizes, tokens=tokens, dim=256, patch=patch)
 
 
 def measure(
@@ -106,22 +97,18 @@ def measure(
         found = measure_probes(
             probes, device=device, name=name, command=command(), rounds=rounds, progress=progress
         )
-    students = tuple(item for item in found.checks if item.name not in known)
-    return replace(
-        found, checks=tuple(item for item in found.checks if item.name in known)
-    ), students
+    own = tuple(item for item in found.checks if item.name in known)
+    return replace(found, checks=own), tuple(
+        item for item in found.checks if item.name not in known
+    )
 
 
-def predict(how: str, device: MeasuredDevice, students: Sequence[CheckTime]) -> list[Row]:
-    """Predict each student, and put what was measured beside it."""
+def predict(how: str, device: MeasuredDevice, students: Sequence[CheckTime]) -> Iterator[Row]:
     predictor = Predictor(device)
-    rows = []
     for item in students:
-        if item.precision not in device.precisions:
-            continue
-        found = predictor.predict_blocks(item.parts, item.precision)
-        rows.append(
-            Row(
+        if item.precision in device.precisions:
+            found = predictor.predict_blocks(item.parts, item.precision)
+            yield Row(
                 how=how,
                 student=item.name.removeprefix("check-"),
                 measured_ms=item.ms.value,
@@ -129,66 +116,49 @@ def predict(how: str, device: MeasuredDevice, students: Sequence[CheckTime]) -> 
                 low=found.low,
                 high=found.high,
             )
-        )
-    return rows
 
 
 def only_few(device: MeasuredDevice, few_checks: set[str]) -> MeasuredDevice:
     """As if only the few had been measured."""
-    return replace(
-        device,
-        costs=tuple(cost for cost in device.costs if cost.few),
-        checks=tuple(check for check in device.checks if check.name in few_checks),
-    )
+    costs = tuple(cost for cost in device.costs if cost.few)
+    checks = tuple(check for check in device.checks if check.name in few_checks)
+    return replace(device, costs=costs, checks=checks)
 
 
 def as_int8(device: MeasuredDevice) -> MeasuredDevice:
     """What was measured in fp32, as if it were another device's int8."""
-    return replace(
-        device,
-        name=f"fp32 on {device.name}",
-        costs=tuple(
-            replace(cost, precision="int8") for cost in device.costs if cost.precision == "fp32"
-        ),
-        checks=(),
-    )
+    fp32 = [cost for cost in device.costs if cost.precision == "fp32"]
+    costs = tuple(replace(cost, precision="int8") for cost in fp32)
+    return replace(device, name=f"fp32 on {device.name}", costs=costs, checks=())
 
 
 def with_floats_as_int8(device: MeasuredDevice) -> MeasuredDevice:
     """Stems are float in every precision: give them the name that `as_int8` gives."""
     floats = ("image-stem", "conv-stem", "conv-down")
-    costs = [
+    costs = tuple(
         replace(cost, precision="int8")
         for cost in device.costs
         if cost.precision == "int8" or cost.piece.kind in floats
-    ]
-    checks = tuple(check for check in device.checks if check.precision == "int8")
-    return replace(device, costs=tuple(costs), checks=checks)
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """Median and worst error, bias, and how often the interval held."""
-    errors = np.abs([row.error for row in rows])
-    widths = [row.high / row.predicted_ms - 1 for row in rows]
-    bias = float(np.median([row.error for row in rows]))
-    return (
-        f"error {np.median(errors):.1%} (median), {errors.max():.1%} (worst), {bias:+.1%} (bias); "
-        f"{np.mean([row.inside for row in rows]):.0%} of {len(rows)} in intervals of "
-        f"{np.median(widths):.0%}"
     )
+    checks = tuple(check for check in device.checks if check.precision == "int8")
+    return replace(device, costs=costs, checks=checks)
 
 
 def show(rows: Sequence[Row]) -> None:
-    """A table of one way of predicting, and its summary."""
-    print(
-        f"\n{rows[0].how}\n{'student':<44}{'measured':>10}{'predicted':>11}{'error':>8}  interval"
-    )
+    """A table of one way of predicting; median and worst error, bias, how often intervals held."""
+    cells = [("student", "measured", "predicted", "low", "high", "error", "")]
     for row in rows:
-        print(
-            f"{row.student:<44}{row.measured_ms:>10.3f}{row.predicted_ms:>11.3f}{row.error:>8.1%}"
-            f"  [{row.low:.3f}, {row.high:.3f}]{'' if row.inside else '  OUTSIDE'}"
-        )
-    print(summary(rows), flush=True)
+        times = (row.measured_ms, row.predicted_ms, row.low, row.high)
+        mark = "" if row.inside else "OUTSIDE"
+        cells.append((row.student, *(f"{ms:.3f}" for ms in times), f"{row.error:+.1%}", mark))
+    errors = np.array([row.error for row in rows])
+    print(f"\n{rows[0].how}\n{columns(cells)}")
+    print(
+        f"error {np.median(abs(errors)):.1%} (median), {abs(errors).max():.1%} (worst), "
+        f"{np.median(errors):+.1%} (bias); "
+        f"{np.mean([row.inside for row in rows]):.0%} of {len(rows)} in their intervals",
+        flush=True,
+    )
 
 
 def evaluate(probes: ProbeSet, plan: ProbePlan, rounds: int) -> tuple[list[Row], bool | None]:
@@ -199,66 +169,41 @@ def evaluate(probes: ProbeSet, plan: ProbePlan, rounds: int) -> tuple[list[Row],
     one, alone = measure(probes, 1, rounds, known)
     few_two, few_one = only_few(two, few), only_few(one, few)
     int8 = transfer_costs(as_int8(two), with_floats_as_int8(few_two))
-    ways = (
+    students_int8 = [item for item in students if item.precision == "int8"]
+    ways: tuple[tuple[str, MeasuredDevice, Sequence[CheckTime]], ...] = (
         ("two threads, all probes", two, students),
         ("one thread, all probes", one, alone),
         ("two threads, transferred from one", transfer_costs(one, few_two), students),
         ("one thread, transferred from two", transfer_costs(two, few_one), alone),
-        (
-            "int8, transferred from fp32",
-            int8,
-            tuple(item for item in students if item.precision == "int8"),
-        ),
+        ("int8, transferred from fp32", int8, students_int8),
     )
     rows: list[Row] = []
-    for how, device, asked in ways:
-        found = predict(how, device, asked)
+    for way in ways:
+        found = [*predict(*way)]
         show(found)
-        if device.carried is not None:
-            transfer = device.carried
-            print(f"stated: {transfer.error:.1%} (median), {transfer.worst:.1%} (worst)")
         rows += found
-    watched = [item.interference for item in (one, two) if item.interference is not None]
-    told = [item.disturbed for item in watched if item.disturbed is not None]
+    watched = [item.interference.disturbed for item in (one, two) if item.interference is not None]
+    told = [disturbed for disturbed in watched if disturbed is not None]
     return rows, any(told) if told else None
 
 
-def bars(rows: Sequence[Row]) -> list[Bar]:
-    """The error on this machine, with all its processors and with one."""
-    found = []
-    for threads in ("two threads", "one thread"):
-        errors = [abs(row.error) for row in rows if row.how == f"{threads}, all probes"]
-        found.append(
-            Bar(
-                name=f"prediction_error_{threads.replace(' ', '_')}",
-                value=100 * float(np.median(errors)),
-                direction="<=",
-                bound=100 * BOUND,
-                unit="%",
-            )
-        )
-    return found
-
-
 def main() -> int:
-    """Write, measure, predict, compare."""
-    parser = options(__doc__ or "")
-    parser.add_argument("--keep", type=Path, help="write probes and students here, or find them")
-    args = parser.parse_args()
+    args = options(__doc__).parse_args()
     plan = QUICK if args.quick else STANDARD
     towers = tuple((tower, False) for tower in unseen(SEED, quick=args.quick))
     with tempfile.TemporaryDirectory() as folder:
-        out = args.keep or Path(folder) / "probes"
-        if not out.exists():
-            print("writing probes and students", flush=True)
-            device = load_device(THIS_MACHINE)
-            everything = replace(plan, checks=(*plan.checks, *towers))
-            write_probes(out, device=device, command=command(), plan=everything)
-        rows, disturbed = evaluate(ProbeSet.open(out), plan, 8 if args.quick else 40)
-    if disturbed:
-        print("\nDISTURBED: other programs slowed this machine meanwhile")
+        print("writing probes and students", flush=True)
+        probes, device = Path(folder) / "probes", load_device(THIS_MACHINE)
+        everything = replace(plan, checks=(*plan.checks, *towers))
+        write_probes(probes, device=device, command=command(), plan=everything)
+        rows, disturbed = evaluate(ProbeSet.open(probes), plan, 8 if args.quick else 40)
+    bars = []
+    for threads in ("two threads", "one thread"):
+        errors = [abs(row.error) for row in rows if row.how == f"{threads}, all probes"]
+        name = f"prediction_error_{threads.replace(' ', '_')}"
+        bars.append(at_most(name, 100 * float(np.median(errors)), 100 * BOUND, "%"))
     told = [asdict(row) | {"error": row.error, "inside": row.inside} for row in rows]
-    return finish(bars(rows), args.out, disturbed=disturbed, rows=told)
+    return finish(bars, args.out, disturbed=disturbed, rows=told)
 
 
 if __name__ == "__main__":

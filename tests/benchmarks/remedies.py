@@ -10,17 +10,15 @@ Each remedy is also measured alone on the plain recipe. Planting changes no embe
 A remedy wins if it is part of the configuration that is shipped. Takes some twenty minutes.
 """
 
-import copy
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from _bars import Bar, finish, options
-from _quantizer_grow import plant_outliers
+from _bars import at_least, finish, options, say
+from _quantizer_models import plant_outliers, plant_values
 from graph_work import random_vit_b32
 
 from edgeclip.compress.built_in import BUILT_IN_TEACHER
@@ -41,68 +39,18 @@ from edgeclip.export.quantizing.search_task import (
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.spec import Precision
 
-_OUTLIERS, _FACTOR = 0.01, 64.0  # share of the channels of the values, and how much larger
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A configuration, and what was measured of it on held-out calibration pairs."""
-
-    name: str
-    mean_cosine: float | None
-    time_ratio: float | None
-    passed: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Searched:
-    """One tower: each remedy alone, all that the search tried, and what it ships."""
-
-    model: str
-    alone: tuple[Candidate, ...]
-    tried: tuple[Candidate, ...]
-    chosen: str
-    why: str
-    remedies: tuple[str, ...]
-
-
-def plant_values(dual: DualEncoder, *, seed: int = 1) -> DualEncoder:
-    """Return a copy that computes the same, with some channels of each attention's values larger.
-
-    Attention averages values channel by channel, so the projection behind it undoes the factor.
-    """
-    planted = copy.deepcopy(dual)
-    draw = np.random.default_rng(seed)
-    model: Any = planted.model
-    with torch.no_grad():
-        for layer in model.vision_model.encoder.layers:
-            values, result = layer.self_attn.v_proj, layer.self_attn.out_proj
-            count = len(values.weight)
-            for channel in draw.choice(count, max(1, round(_OUTLIERS * count)), replace=False):
-                values.weight[channel] *= _FACTOR
-                values.bias[channel] *= _FACTOR
-                result.weight[:, channel] /= _FACTOR
-    return planted
-
-
-def remedies_of(config: StaticInt8, recipe: StaticInt8) -> tuple[str, ...]:
-    """What a configuration has beside the plain recipe, in words."""
-    plain = describe(recipe).split(", ")
-    return tuple(word for word in describe(config).split(", ") if word not in plain)
-
 
 def searched(
-    name: str, dual: DualEncoder, bounds: dict[Precision, Bounds], *, minutes: float, pairs: int
-) -> Searched:
+    name: str, dual: DualEncoder, bounds: Mapping[Precision, Bounds], minutes: float, pairs: int
+) -> dict[str, Any]:
     """Search one image tower, and measure each remedy alone."""
     device, size = load_device(THIS_MACHINE), dual.image_spec.size
     calibration = EmojiSource("calibration", 2 * pairs, size=size, distinct=True)
     ranges, steering = split_calibration(calibration, pairs)
     with tempfile.TemporaryDirectory() as folder:
-        exported = export_searched(dual, "image", device, Path(folder), sample=None)
         task = SearchTask(
             student=dual,
-            graph=exported.graph,
+            graph=export_searched(dual, "image", device, Path(folder), sample=None).graph,
             device=device,
             ranges=ranges,
             steering=JudgedPairs(pairs=steering),
@@ -113,68 +61,48 @@ def searched(
         space = search_space(device, "image", here=True)
         assert space.recipe is not None
         with open_evaluator(task, Path(folder) / "search") as trial:
-            log = TrialLog(trial, progress=_say)
+            log = TrialLog(trial, progress=say)
             for change in (trial.with_smoothing, *space.remedies, *space.cheaper):
                 log.evaluate(change(space.recipe))
-            result = search(trial, space, minutes=minutes, progress=_say)
-    print(f"\n{name}\n{search_table(result)}", flush=True)
-    config = result.chosen.config
-    found = remedies_of(config, space.recipe) if isinstance(config, StaticInt8) else ()
-    return Searched(
-        model=name,
-        alone=tuple(map(_candidate, log.candidates.values())),
-        tried=tuple(map(_candidate, result.candidates)),
-        chosen=result.chosen.name,
-        why=result.why,
-        remedies=found,
-    )
+            result = search(trial, space, minutes=minutes, progress=say)
+    config, plain = result.chosen.config, describe(space.recipe).split(", ")
+    words = describe(config).split(", ") if isinstance(config, StaticInt8) else ()
+    remedies = tuple(word for word in words if word not in plain)
+    print(f"\n{name}\n{search_table(result)}\n{', '.join(remedies) or 'no remedy'}", flush=True)
+    return {
+        "model": name,
+        "alone": [candidate(point) for point in log.candidates.values()],
+        "tried": [candidate(point) for point in result.candidates],
+        "chosen": result.chosen.name,
+        "why": result.why,
+        "remedies": remedies,
+    }
+
+
+def candidate(point: Any) -> dict[str, Any]:
+    """A configuration, and what was measured of it on held-out calibration pairs."""
+    cosine = None if point.cosine is None else point.cosine.value
+    about = {"name": point.name, "mean_cosine": cosine, "time_ratio": point.ratio}
+    return about | {"passed": point.passed}
 
 
 def main() -> int:
-    """Search the towers, print what won, write the figures."""
-    args = options(__doc__ or "").parse_args()
+    args = options(__doc__).parse_args()
     pairs, minutes = (32, 0.5) if args.quick else (128, 2.0)
-    planted = plant_outliers(DualEncoder.load(BUILT_IN_TEACHER))
-    cosines = {
+    norms = plant_outliers(DualEncoder.load(BUILT_IN_TEACHER))
+    both, vit = plant_values(norms), random_vit_b32()
+    unjudged = {
         name: replace(bounds, r1_loss=100.0, zero_shot_loss=100.0)
         for name, bounds in DEFAULT_BOUNDS.items()
     }
     found = [
-        searched("teacher, norms planted", planted, DEFAULT_BOUNDS, minutes=minutes, pairs=pairs),
-        searched(
-            "teacher, norms and values planted",
-            plant_values(planted),
-            DEFAULT_BOUNDS,
-            minutes=minutes,
-            pairs=pairs,
-        ),
-        searched(
-            "random ViT-B/32", random_vit_b32(), cosines, minutes=minutes + 1, pairs=pairs // 2
-        ),
+        searched("teacher, norms planted", norms, DEFAULT_BOUNDS, minutes, pairs),
+        searched("teacher, norms and values planted", both, DEFAULT_BOUNDS, minutes, pairs),
+        searched("random ViT-B/32", vit, unjudged, minutes + 1, pairs // 2),
     ]
-    for item in found:
-        print(f"{item.model}: {', '.join(item.remedies) or 'no remedy'} ({item.chosen})")
-    bars = [
-        Bar(name="searches_that_found_int8", value=_int8(found), direction=">=", bound=len(found))
-    ]
-    return finish(bars, args.out, searched=[asdict(item) for item in found])
-
-
-def _int8(found: list[Searched]) -> int:
-    return sum("int8" in item.chosen for item in found)
-
-
-def _candidate(point: Any) -> Candidate:
-    return Candidate(
-        name=point.name,
-        mean_cosine=None if point.cosine is None else point.cosine.value,
-        time_ratio=point.ratio,
-        passed=point.passed,
-    )
-
-
-def _say(line: str) -> None:
-    print(f"  {line}", file=sys.stderr, flush=True)
+    int8 = sum("int8" in item["chosen"] for item in found)
+    bars = [at_least("searches_that_found_int8", int8, len(found))]
+    return finish(bars, args.out, searched=found)
 
 
 if __name__ == "__main__":

@@ -5,64 +5,33 @@
 
 import sys
 import tempfile
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 
-from _bars import Bar, command, finish, options
+from _bars import Bar, at_least, at_most, command, finish, options
 
 from edgeclip.export.demo.demo import DemoSettings, run_demo
 from edgeclip.export.demo.summary import DemoSummary
 
 
-def bars(summary: DemoSummary, *, quick: bool) -> list[Bar]:
-    """The bars of the road from teacher to device."""
-    intervals = summary.intervals
-    teacher = [
-        Bar(
-            name=name,
-            value=intervals[name].value,
-            direction=">=",
-            bound=0.8,
-            interval=intervals[name],
-        )
-        for name in ("teacher_image_to_text_r1", "teacher_text_to_image_r1")
-    ]
-    student = [
-        Bar(
-            name="retention",
-            value=summary.retention,
-            direction=">=",
-            bound=summary.retention_bar,
-            interval=intervals["retention"],
-        ),
-        Bar(
-            name="latency_ratio",
-            value=summary.latency_ratio,
-            direction="<=",
-            bound=summary.latency_bar,
-            interval=intervals["latency_ratio"],
-        ),
-    ]
+def bars(summary: DemoSummary, *, quick: bool) -> Iterator[Bar]:
+    found = summary.intervals
+    for name in ("teacher_image_to_text_r1", "teacher_text_to_image_r1"):
+        yield at_least(name, found[name], 0.8)
+    yield at_least("retention", found["retention"], summary.retention_bar)
+    yield at_most("latency_ratio", found["latency_ratio"], summary.latency_bar)
     if summary.student_int8_r1 is not None:
         loss = 100 * (summary.student_fp32_r1 - summary.student_int8_r1)
-        student.append(
-            Bar(name="int8_r1_loss", value=loss, direction="<=", bound=1.0, unit="points")
-        )
+        yield at_most("int8_r1_loss", loss, 1.0, "points")
     if not quick:
-        minutes = sum(summary.seconds.values()) / 60
-        student.append(
-            Bar(name="demo_time", value=minutes, direction="<=", bound=8.0, unit="minutes")
-        )
-    return teacher + student
+        yield at_most("demo_time", sum(summary.seconds.values()) / 60, 8.0, "minutes")
 
 
 def main() -> int:
-    """Run the demo in a temporary directory."""
-    args = options(__doc__ or "").parse_args()
+    args = options(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = DemoSettings(quick=args.quick)
-        summary = run_demo(settings, Path(folder), command=command())
-    return finish(bars(summary, quick=args.quick), args.out, summary=asdict(summary))
+        summary = run_demo(DemoSettings(quick=args.quick), Path(folder), command=command())
+    return finish([*bars(summary, quick=args.quick)], args.out, summary=summary)
 
 
 if __name__ == "__main__":

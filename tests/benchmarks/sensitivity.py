@@ -11,13 +11,13 @@ in float and still be faster than fp32. That takes some minutes.
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
-from _bars import Bar, finish, options
+from _bars import Bar, at_least, at_most, finish, options, say
 
 from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import open_source
@@ -43,17 +43,15 @@ _FACTOR = 300.0
 
 def main() -> int:
     """Plant, rank, search; with --quick on fewer pairs."""
-    args = options(__doc__ or "").parse_args()
+    args = options(__doc__).parse_args()
     device, dual = load_device(THIS_MACHINE), DualEncoder.load(BUILT_IN_TEACHER)
-    size = dual.image_spec.size
-    count = 128 if args.quick else 768
+    size, count = dual.image_spec.size, 128 if args.quick else 768
     pairs = open_source("emoji", split="calibration", count=count, size=size)
     ranges, steering = split_calibration(pairs, count // 3)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        path = folder / "image.onnx"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.onnx"
         export_tower(dual, "image", path, GraphForm.for_device(device))
-        behind = _plant(path)
+        behind = plant(path)
         task = SearchTask(
             student=dual,
             graph=TowerGraph("image", "fp32", path, device.pixels),
@@ -64,14 +62,13 @@ def main() -> int:
             workload=SEARCH_WORKLOAD,
         )
         space = replace(search_space(device, "image", here=True), smoothing=False)
-        with open_evaluator(task, folder / "points") as trial:
-            say = partial(print, flush=True)
+        with open_evaluator(task, Path(folder) / "points") as trial:
             result = search(trial, space, rank=True, progress=say)
     print(search_table(result))
-    return finish(_bars(result, behind), args.out)
+    return finish([*bars(result, behind)], args.out)
 
 
-def _plant(path: Path) -> set[str]:
+def plant(path: Path) -> set[str]:
     """Enlarge a channel of a LayerNorm; return the names of the products that read it."""
     model = load_graph(path)
     _, norm, *_ = smoothable(model)
@@ -84,45 +81,22 @@ def _plant(path: Path) -> set[str]:
     return {item.name for item in model.graph.node if node.output[0] in item.input}
 
 
-def _bars(result: SearchResult, behind: set[str]) -> list[Bar]:
+def bars(result: SearchResult, behind: set[str]) -> Iterator[Bar]:
     naive, chosen = result.candidates[1], result.chosen
     assert result.damage is not None
     assert naive.cosine is not None
-    assert chosen.cosine is not None
+    first, second = result.damage.groups[:2]
     kept = set(chosen.config.kept) if isinstance(chosen.config, StaticInt8) else set()
-    gap = result.damage.groups[0].divergence.value / result.damage.groups[1].divergence.value
-    found = result.damage.groups[0].nodes
     last = result.judged[-1].records if result.judged else ()
-    bars = [
-        Bar(name="planted_found_first", value=float(set(found) <= behind), direction=">=", bound=1),
-        Bar(name="planted_stands_out", value=gap, direction=">=", bound=10, unit="times"),
-        Bar(name="planted_kept", value=len(behind & kept) / len(behind), direction=">=", bound=1),
-        Bar(
-            name="naive_collapses",
-            value=naive.cosine.value,
-            direction="<=",
-            bound=0.9,
-            interval=naive.cosine,
-        ),
-        Bar(
-            name="searched_gates_held_on_test",
-            value=float(bool(last) and all(record.passed for record in last)),
-            direction=">=",
-            bound=1,
-        ),
-    ]
+    gap = first.divergence.value / second.divergence.value
+    held = bool(last) and all(record.passed for record in last)
+    yield at_least("planted_found_first", float(set(first.nodes) <= behind), 1)
+    yield at_least("planted_stands_out", gap, 10, "times")
+    yield at_least("planted_kept", len(behind & kept) / len(behind), 1)
+    yield at_most("naive_collapses", naive.cosine, 0.9)
+    yield at_least("searched_gates_held_on_test", float(held), 1)
     if chosen.latency is not None:
-        ratio = chosen.latency.ratio
-        bars.append(
-            Bar(
-                name="searched_time_to_fp32",
-                value=ratio.value,
-                direction="<=",
-                bound=1.0,
-                interval=ratio,
-            )
-        )
-    return bars
+        yield at_most("searched_time_to_fp32", chosen.latency.ratio, 1.0)
 
 
 if __name__ == "__main__":

@@ -5,224 +5,157 @@ it is unsure, over the shaped network of `_network.py`. Latency counts from the 
 of each request, and a request is answered when its call gave an answer by its deadline.
 """
 
-import contextlib
 import json
 import math
-import os
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _bars import Bar, command, finish, options
-from _cascade_case import QUICK, Case, open_case, say
-from _network import Network, NetworkUnavailableError, Shape, shaped_network
-from _planner_device import ONE_THREAD
-from _service_client import TRAFFIC, Log, Settings, Traffic
-from _service_watch import Watch
-from PIL import Image
+import psutil
+from _bars import Bar, at_least, at_most, finish, options, say
+from _cascade_case import open_case
+from _network import ADDRESSES, Network, Shape, shaped_network
+from _processes import SERVE, ServerProcess, UnavailableError
+from _service_client import DEADLINE_MS
+from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.export.bundle.add_to_bundle import add_to_bundle
 from edgeclip.export.cascade.cascade_eval_set import embed_captions
-from edgeclip.export.cascade.certify import CascadePlan, certify
 from edgeclip.runtime.bundle.index import Index
-from edgeclip.runtime.cascade.scores import Margin
-from edgeclip.runtime.device.device_profile import device_yaml
+from edgeclip.runtime.device.device_profile import device_yaml, load_device
 from edgeclip.runtime.device.link import load_link
-from edgeclip.runtime.quality.intervals import bootstrap
+from edgeclip.runtime.quality.intervals import Interval, bootstrap
 
+P99_MS, ANSWERED = 200.0, 0.999
+RATE = 290.0  # requests a second: 25 million a day
 _PICTURES = 500
 _SEED = 2  # of the pictures that are asked about
 _SHORTEST_GROWTH = 60.0  # seconds
+_SETTLED = 0.5  # of the time, until caches, pools and heaps are as large as they get
+_BLOCKS = 10
 _TEACHER = "teacher"  # its name on the server
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """Log and resources of one run."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Traffic:
+    """What happened: the client's log, and RSS of both programs in MB, seen at those seconds."""
 
-    log: Log
-    watch: Watch
-    seconds: float
+    log: dict[str, list[Any]]
+    seconds: list[float]
+    rss_mb: dict[str, list[float]]
 
 
-def prepare(folder: Path, traffic: Traffic, seconds: float) -> tuple[Case, Settings]:
-    """Write bundles, certificate, index and pictures; the address is filled in later."""
-    case = open_case(folder, QUICK)
-    plan = CascadePlan(
-        student=case.student,
-        teacher=case.teacher,
-        eval_set=case.eval_set,
-        score=Margin(),
-        bound=0.95,
-        delta=0.05,
-        index_by="teacher",
-        command=command(),
-    )
-    evaluator = plan.evaluator()
-    found = certify(plan, evaluator)
-    if found.certificate is None:
-        raise RuntimeError("the cascade could not be certified")
-    print(found.certificate.promise)
-    add_to_bundle(case.student.bundle, found.certificate.path, found.certificate.to_json().encode())
-    asked = EmojiSource(
-        "test", _PICTURES, size=case.student.spec.image.size, seed=_SEED, distinct=True
-    )
+def prepare(folder: Path) -> None:
+    case = open_case(folder, gallery=5000, calibration=400, test=1500)
+    certificate = case.found.certificate
+    assert certificate is not None, "tests/benchmarks/cascade.py shows that it is certified"
+    print(certificate.promise)
+    add_to_bundle(case.student.bundle, certificate.path, certificate.to_json().encode())
+    size = case.student.spec.image.size
+    asked = EmojiSource("test", _PICTURES, size=size, seed=_SEED, distinct=True)
     # Each picture finds its own caption among those of the gallery, as when it was certified.
-    parts = [embed_captions(case.teacher, asked), evaluator.entries.embeddings]
+    parts = [embed_captions(case.teacher, asked), case.evaluator.entries.embeddings]
     embeddings = np.concatenate(parts)
     keys = tuple(map(str, range(len(embeddings))))
     Index(keys=keys, embeddings=embeddings, space=case.student.space).save(folder / "captions.npz")
     (folder / "pictures").mkdir()
     for number in range(_PICTURES):
-        picture = Image.fromarray(np.asarray(asked[number].image))
-        picture.save(folder / "pictures" / f"{number:04d}.png")
-    (folder / "one-thread.yaml").write_text(device_yaml(ONE_THREAD), encoding="utf-8")
-    return case, Settings(
-        student=str(folder / "student"),
-        index=str(folder / "captions.npz"),
-        pictures=str(folder / "pictures"),
-        url="",
-        model=f"{_TEACHER}-image",
-        traffic=traffic.name,
-        seconds=seconds,
-    )
+        asked[number].image.save(folder / "pictures" / f"{number:04d}.png")
+    device = replace(load_device("this-machine"), threads=1)
+    (folder / "one-thread.yaml").write_text(device_yaml(device), encoding="utf-8")
 
 
-@contextlib.contextmanager
-def served(folder: Path, network: Network) -> Iterator[tuple[str, int]]:
-    """Serve the teacher on the server's side; gives its address and process."""
-    words = [sys.executable, "-m", "edgeclip.runtime.cli.main", "serve"]
-    words += [f"{_TEACHER}={folder / 'teacher'}", "--host", network.server_address, "--port", "0"]
-    words += ["--insecure", "--device", str(folder / "one-thread.yaml")]
-    process = subprocess.Popen(
-        network.command("server", words), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().decode().split()[-1], process.pid
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def run(folder: Path, network: Network, settings: Settings) -> Result:
-    """Drive the traffic, with an eye on both processes."""
-    with served(folder, network) as (url, server):
-        path = folder / "settings.json"
-        path.write_text(json.dumps(asdict(settings) | {"url": url}), encoding="utf-8")
-        script = Path(__file__).with_name("_service_client.py")
-        words = network.command("device", [sys.executable, str(script), str(path)])
-        # glibc keeps a heap for each of the many threads otherwise, and fills them one by one.
-        environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as client:
+def drive(folder: Path, network: Network, rate: float, seconds: float) -> Traffic:
+    """Serve the teacher, let the client ask, and look at the memory of both."""
+    serve = (*SERVE, f"{_TEACHER}={folder / 'teacher'}", "--host", ADDRESSES["server"])
+    serve += ("--insecure", "--device", str(folder / "one-thread.yaml"))
+    script = str(Path(__file__).with_name("_service_client.py"))
+    # glibc keeps a heap for each of the many threads otherwise, and fills them one by one.
+    ask = ("env", "MALLOC_ARENA_MAX=2", sys.executable, script, str(folder))
+    with ServerProcess(network.command("server", serve)) as server:
+        words = [*ask, server.url, f"{_TEACHER}-image", str(rate), str(seconds)]
+        command = network.command("device", words)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
             assert client.stdout is not None
             if not client.stdout.readline():
                 raise RuntimeError("the client ended before it was ready")
-            say(f"{settings.seconds:g} s of traffic")
-            with Watch({"device": client.pid, "server": server}) as watch:
-                log = Log(**json.loads(client.stdout.readline()))
-    return Result(log=log, watch=watch, seconds=settings.seconds)
-
-
-def show(result: Result, traffic: Traffic) -> None:
-    """Latency by the minute, who answered, what both programs needed."""
-    latency, sent = np.array(result.log.latency), np.array(result.log.sent)
-    print(f"\n{'minute':<8}{'requests':>9}{'p50 ms':>9}{'p95':>9}{'p99':>9}{'most':>9}")
-    minutes = (sent // 60).astype(int)
-    for minute in range(minutes.max() + 1):
-        part = latency[minutes == minute]
-        p50, p95, p99 = np.percentile(part, [50, 95, 99])
-        row = f"{minute:<8}{len(part):>9,}{p50:>9.1f}{p95:>9.1f}{p99:>9.1f}{part.max():>9.1f}"
-        print(row)
-    print(
-        f"\n{len(latency) / result.seconds:.1f} requests/s, asked {traffic.requests_per_second:g}"
-    )
-    print(f"sent late: p99 {np.percentile(result.log.late, 99):.1f} ms")
-    for outcome, count in Counter(result.log.outcome).most_common(8):
-        print(f"{outcome[:60]:<60}{count / len(latency):>9.2%}")
-    for name in ("device", "server"):
-        seen = result.watch.seen(name)
-        print(
-            f"{name}: {seen.cpu_seconds / result.seconds:.2f} processors, "
-            f"{seen.rss_mb.max():.0f} MB at most"
-        )
-
-
-def bars(result: Result, traffic: Traffic) -> list[Bar]:
-    """What the service level asks for."""
-    latency = np.array(result.log.latency)
-    failed = np.array([item.startswith("failed") for item in result.log.outcome])
-    answered = ~failed & (latency <= traffic.deadline_ms)
-    rate = len(latency) / result.log.sent[-1]
-    found = [
-        Bar(
-            name="requests_per_second",
-            value=rate,
-            direction=">=",
-            # The number of arrivals in a given time is Poisson's: within two deviations.
-            bound=traffic.requests_per_second * (1 - 2 / math.sqrt(len(latency))),
-        ),
-        Bar(
-            name="p99",
-            value=float(np.percentile(latency, 99)),
-            direction="<=",
-            bound=traffic.p99_ms,
-            unit="ms",
-        ),
-        Bar(
-            name="answered",
-            value=float(answered.mean()),
-            direction=">=",
-            bound=traffic.answered,
-            interval=bootstrap(answered),
-        ),
-    ]
-    if result.seconds < _SHORTEST_GROWTH:
-        print("\nmemory was watched for too short a time to tell whether it grows")
-        return found
-    for name in ("device", "server"):
-        growth = result.watch.seen(name).growth
-        found.append(
-            Bar(
-                name=f"{name}_memory_growth_low_end",
-                value=growth.low,
-                direction="<=",
-                bound=0.0,
-                unit="MB in 10 minutes",
-                interval=growth,
-            )
-        )
+            say(f"{seconds:g} s of traffic ...")
+            pids = {"device": client.pid, "server": server.process.pid}
+            watched = {name: psutil.Process(pid) for name, pid in pids.items()}
+            found = Traffic(log={}, seconds=[], rss_mb={name: [] for name in pids})
+            while not select.select([client.stdout], [], [], 1.0)[0]:
+                found.seconds.append(time.perf_counter())
+                for name, process in watched.items():
+                    found.rss_mb[name].append(process.memory_info().rss / 1e6)
+    found.log.update(json.loads((folder / "log.json").read_text(encoding="utf-8")))
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare, run, print; 1 if the service level was missed."""
-    parser = options(__doc__ or "")
-    parser.add_argument("--traffic", choices=TRAFFIC, help="default: steady")
-    parser.add_argument("--seconds", type=float, help="default: what the profile says")
-    args: Any = parser.parse_args(arguments)
-    traffic = TRAFFIC[args.traffic or ("short" if args.quick else "steady")]
-    link = load_link(traffic.link)
+def growth(seconds: NDArray[np.float64], rss_mb: NDArray[np.float64]) -> Interval:
+    """MB in ten minutes, and its 95% interval, once settled.
+
+    Neighbouring samples are alike, so the interval is that of the slopes between the means of
+    blocks (Theil 1950, Sen 1968): the middle 95% of the slopes of all pairs.
+    """
+    keep = seconds >= seconds[0] + _SETTLED * np.ptp(seconds)
+    when, size = (
+        np.array([part.mean() for part in np.array_split(values[keep], _BLOCKS)])
+        for values in (seconds, rss_mb)
+    )
+    first, second = np.triu_indices(len(when), 1)
+    slopes = 600 * (size[second] - size[first]) / (when[second] - when[first])
+    low, value, high = (float(item) for item in np.percentile(slopes, [2.5, 50, 97.5]))
+    return Interval(value, low, high)
+
+
+def bars(traffic: Traffic, rate: float) -> list[Bar]:
+    latency = np.array(traffic.log["latency"])
+    failed = np.array([item.startswith("failed") for item in traffic.log["outcome"]])
+    # The number of arrivals in a given time is Poisson's: within two deviations.
+    wanted = rate * (1 - 2 / math.sqrt(len(latency)))
+    found = [
+        at_least("requests_per_second", len(latency) / traffic.log["sent"][-1], wanted),
+        at_most("p99", float(np.percentile(latency, 99)), P99_MS, "ms"),
+        at_least("answered", bootstrap(~failed & (latency <= DEADLINE_MS)), ANSWERED),
+    ]
+    seconds = np.array(traffic.seconds)
+    if np.ptp(seconds) < _SHORTEST_GROWTH:
+        print("\nmemory was watched for too short a time to tell whether it grows")
+        return found
+    for name, rss in traffic.rss_mb.items():
+        grows, bar = growth(seconds, np.array(rss)), f"{name}_memory_growth_low_end"
+        found.append(Bar(bar, grows.low, "<=", 0.0, "MB in 10 minutes", grows))
+    return found
+
+
+def main() -> int:
+    parser = options(__doc__)
+    parser.add_argument("--seconds", type=float, help="default: 600, or 10 with --quick")
+    args = parser.parse_args()
+    rate, seconds = (100.0, args.seconds or 10) if args.quick else (RATE, args.seconds or 600)
+    link = load_link("lan")
     shape = Shape(up_mbps=link.up_mbps, down_mbps=link.down_mbps, rtt_ms=link.rtt_ms)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _, settings = prepare(folder, traffic, args.seconds or traffic.seconds)
-        try:
-            with shaped_network(shape) as network:
-                result = run(folder, network, settings)
-        except NetworkUnavailableError as error:
-            print(f"not measured: {error}")
-            return 2
-    show(result, traffic)
-    outcomes = dict(Counter(result.log.outcome))
-    return finish(bars(result, traffic), args.out, traffic=traffic.name, outcomes=outcomes)
+    try:
+        with shaped_network(shape) as network, tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder))
+            traffic = drive(Path(folder), network, rate, seconds)
+    except UnavailableError as error:
+        print(f"not measured: {error}")
+        return 2
+    for name in ("latency", "late"):
+        p50, p95, p99 = np.percentile(traffic.log[name], [50, 95, 99])
+        print(f"{name}: p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms")
+    outcomes = dict(Counter(traffic.log["outcome"]))
+    print(f"{outcomes}; MB at most: { {name: max(rss) for name, rss in traffic.rss_mb.items()} }")
+    return finish(bars(traffic, rate), args.out, outcomes=outcomes)
 
 
 if __name__ == "__main__":

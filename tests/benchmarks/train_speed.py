@@ -5,90 +5,70 @@ chose bfloat16, written-out attention and the sizes of the built-in teacher and 
 """
 
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from _bars import finish, options
+from numpy.typing import NDArray
 from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from edgeclip.export.graph.tune_passes import TUNING_WORKLOAD
+from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, measure_interleaved
+from edgeclip.runtime.console import columns
 
 _BATCH, _SIZE = 64, 64
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One tower and how it computes."""
-
-    width: int
-    layers: int
-    patch: int
-    attention: str
-    bfloat16: bool
-
-    @property
-    def name(self) -> str:
-        """For the table."""
-        kind = "bf16" if self.bfloat16 else "fp32"
-        return f"{self.width}x{self.layers} patch {self.patch} {self.attention} {kind}"
-
-
-_CASES = (
-    Case(256, 8, 8, "eager", True),
-    Case(256, 8, 8, "sdpa", True),
-    Case(256, 8, 8, "eager", False),
-    Case(256, 8, 16, "eager", True),
-    Case(192, 6, 8, "eager", True),
-    Case(128, 4, 8, "eager", True),
+_CASES: tuple[dict[str, Any], ...] = tuple(
+    {"width": width, "layers": layers, "patch": patch, "attention": attention, "bfloat16": bf16}
+    for width, layers, patch, attention, bf16 in (
+        (256, 8, 8, "eager", True),
+        (256, 8, 8, "sdpa", True),
+        (256, 8, 8, "eager", False),
+        (256, 8, 16, "eager", True),
+        (192, 6, 8, "eager", True),
+        (128, 4, 8, "eager", True),
+    )
 )
 
 
-def training_pass(case: Case) -> Callable[[], None]:
-    """A function that does one forward and backward pass."""
+def training_pass(case: dict[str, Any]) -> BenchmarkTarget:
+    width = case["width"]
     config = CLIPVisionConfig(
-        hidden_size=case.width,
-        intermediate_size=4 * case.width,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.width // 64,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=case["layers"],
+        num_attention_heads=width // 64,
         image_size=_SIZE,
-        patch_size=case.patch,
+        patch_size=case["patch"],
     )
     model = CLIPVisionModel(config)
-    model.set_attn_implementation(case.attention)
+    model.set_attn_implementation(case["attention"])
     pixels = torch.randn(_BATCH, 3, _SIZE, _SIZE)
 
-    def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=case.bfloat16):
+    def run(_: NDArray[Any]) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=case["bfloat16"]):
             pooled = model(pixel_values=pixels).pooler_output
         pooled.float().square().mean().backward()
 
-    return run
+    return BenchmarkTarget(" ".join(map(str, case.values())), run, lambda size: np.zeros((size, 1)))
 
 
 def main() -> int:
-    """Measure, print a table, write the figures."""
-    args = options(__doc__ or "").parse_args()
-    rounds = 3 if args.quick else 12
+    args = options(__doc__).parse_args()
+    amount = replace(TUNING_WORKLOAD, min_warmup_runs=1, max_warmup_seconds=1e-3)
+    amount = replace(amount, repeats=3 if args.quick else 12)
     passes = [training_pass(case) for case in _CASES]
-    for run in passes:
-        run()
-    seconds = np.empty((rounds, len(passes)))
-    for number in range(rounds):
-        order = range(len(passes)) if number % 2 else reversed(range(len(passes)))
-        for at in order:
-            start = time.perf_counter()
-            passes[at]()
-            seconds[number, at] = time.perf_counter() - start
-    rates = _BATCH / np.median(seconds, axis=0)
-    ratios = np.median(seconds[:, :1] / seconds, axis=0)
-    print(f"{'tower':<32}{'images/s':>10}{'of the first':>14}")
-    for case, rate, ratio in zip(_CASES, rates, ratios, strict=True):
-        print(f"{case.name:<32}{rate:>10.0f}{ratio:>14.2f}")
-    rows = [
-        asdict(case) | {"images_per_s": float(rate), "of_the_first": float(ratio)}
-        for case, rate, ratio in zip(_CASES, rates, ratios, strict=True)
-    ]
+    found = measure_interleaved(passes, amount, part="image", reference=passes[0].name)
+    rows, cells = [], [(" ".join(_CASES[0]), "images/s", "of the first")]
+    for case, item in zip(_CASES, found, strict=True):
+        rate = 1e3 * _BATCH / item.latency.p50_ms.value
+        share = 1.0 if item.ratio is None else 1 / item.ratio.ratio.value
+        rows.append(case | {"images_per_s": rate, "of_the_first": share})
+        cells.append((item.name, f"{rate:.0f}", f"{share:.2f}"))
+    print(columns(cells))
     return finish([], args.out, threads=torch.get_num_threads(), rows=rows)
 
 

@@ -19,6 +19,7 @@ from edgeclip.export.quantizing.fp16 import write_fp16
 from edgeclip.export.quantizing.static_int8 import write_int8
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import cosines
+from edgeclip.runtime.device.machine import detect_processor, has_int8_dot_products
 from edgeclip.runtime.spec import Precision, Tower
 
 pytestmark = pytest.mark.slow
@@ -111,6 +112,8 @@ def test_batch_and_length_are_free(dual: DualEncoder, paths: TowerPaths) -> None
 def test_lower_precisions_stay_inside_their_gates(
     kind: str, tower: Tower, dual: DualEncoder, paths: TowerPaths, blobs: Make, tmp_path: Path
 ) -> None:
+    if kind == "symmetric" and not has_int8_dot_products(detect_processor().flags):
+        pytest.skip("OpenVINO's sums of 8-bit products saturate on this processor")
     source, target = of_tower(paths, tower), tmp_path / "tower.onnx"
     precision: Precision = "fp16"
     if kind == "fp16":

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.export.graph.calibration import CalibrationData
 from edgeclip.export.graph.graph_passes import PASSES
+from edgeclip.runtime.engines.onnxruntime_engine import EXACT_INT8
 
 Shape = Sequence[Any]
 
@@ -48,6 +49,8 @@ def run(model: onnx.ModelProto, values: NDArray[Any]) -> list[NDArray[Any]]:
     """All outputs of a graph with one input."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    for key, value in EXACT_INT8.items():
+        options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     return [np.asarray(item) for item in session.run(None, {model.graph.input[0].name: values})]
 

@@ -1,17 +1,23 @@
-"""Ask an Open Inference Protocol server with one of its other clients.
+"""Others' clients and servers of the Open Inference Protocol, as used without EdgeCLIP.
 
-    python _interop_ask.py CLIENT HTTP_ADDRESS GRPC_ADDRESS GIVEN OUT.json
+    python _interop_others.py ask CLIENT HTTP_ADDRESS GRPC_ADDRESS GIVEN OUT.json
+    python _interop_others.py serve TOWER.onnx --port 0
 
 GIVEN holds pixels.npy, texts.json and pictures; OUT.json gets a row for each way to ask, with
-the embeddings or the reason why there are none. Nothing of EdgeCLIP is imported: this is what
-somebody without it would write.
+the embeddings or the reason why there are none. `serve` is PyTriton, NVIDIA's Triton for Python,
+on the CPU and any free port until SIGTERM, and says where; its model B-pixels takes what the tower
+takes and gives its first output, `image_embeds`. Nothing of EdgeCLIP is imported.
 """
 
 import asyncio
 import importlib
 import json
+import os
+import signal
+import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,8 +36,6 @@ MODELS = {
 
 
 def with_tritonclient(protocol: str, *, binary: bool = True) -> Ask:
-    """NVIDIA's client for Triton."""
-
     def ask(address: str, model: str, values: Array) -> Array:
         triton: Any = importlib.import_module(f"tritonclient.{protocol}")
         utils: Any = importlib.import_module("tritonclient.utils")
@@ -53,8 +57,6 @@ def with_tritonclient(protocol: str, *, binary: bool = True) -> Ask:
 
 
 def with_kserve(protocol: str, *, binary: bool = True) -> Ask:
-    """KServe's own client."""
-
     async def wait(address: str, model: str, values: Array) -> Array:
         kserve: Any = importlib.import_module("kserve")
         source, target = MODELS[model]
@@ -81,21 +83,16 @@ def with_kserve(protocol: str, *, binary: bool = True) -> Ask:
 
 
 READERS: dict[str, dict[str, Ask]] = {
-    "tritonclient": {
-        "http, binary": with_tritonclient("http"),
-        "http, JSON": with_tritonclient("http", binary=False),
-        "grpc": with_tritonclient("grpc"),
-    },
-    "kserve": {
-        "http, binary": with_kserve("http"),
-        "http, JSON": with_kserve("http", binary=False),
-        "grpc": with_kserve("grpc"),
-    },
+    client: {
+        "http, binary": way("http"),
+        "http, JSON": way("http", binary=False),
+        "grpc": way("grpc"),
+    }
+    for client, way in (("tritonclient", with_tritonclient), ("kserve", with_kserve))
 }
 
 
 def inputs(folder: Path) -> dict[str, Array]:
-    """What each model is given."""
     texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     pictures = [path.read_bytes() for path in sorted(folder.glob("*.png"))]
     return {
@@ -105,17 +102,16 @@ def inputs(folder: Path) -> dict[str, Array]:
     }
 
 
-def main() -> None:
+def ask(client: str, http: str, grpc: str, folder: str, out: str) -> None:
     """Every way of one client, on every model."""
-    client, http, grpc, folder, out = sys.argv[1:]
     rows = []
     for model, values in inputs(Path(folder)).items():
-        for how, ask in READERS[client].items():
+        for how, way in READERS[client].items():
             if (model, how) == ("B-image", "http, JSON"):  # JSON has no bytes, only texts
                 continue
             row: dict[str, Any] = {"model": model, "how": how, "embeddings": None, "why": ""}
             try:
-                row["embeddings"] = ask(grpc if how == "grpc" else http, model, values).tolist()
+                row["embeddings"] = way(grpc if how == "grpc" else http, model, values).tolist()
             except Exception as error:  # whatever the client raises is the answer
                 row["why"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             rows.append(row)
@@ -123,5 +119,40 @@ def main() -> None:
     Path(out).write_text(json.dumps(record), encoding="utf-8")
 
 
+def serve(path: str, *_: str) -> None:
+    said = os.dup(1)
+    os.dup2(2, 1)  # what Triton says must not fill the pipe
+    with ExitStack() as stack:  # ports that are free at this moment; Triton does not choose
+        bound = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        http, grpc, metrics = (item.getsockname()[1] for item in bound)
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    settings: Any = importlib.import_module("pytriton.model_config")
+    pytriton: Any = importlib.import_module("pytriton.triton")
+    batch: Any = importlib.import_module("pytriton.decorators").batch
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    source, target = session.get_inputs()[0], session.get_outputs()[0]
+
+    @batch  # type: ignore[untyped-decorator]
+    def infer(pixels: Any) -> dict[str, Any]:
+        (embeddings,) = session.run([target.name], {source.name: pixels})
+        return {"image_embeds": embeddings}
+
+    tensor = settings.Tensor
+    local = {"http_address": "127.0.0.1", "grpc_address": "127.0.0.1"}
+    config = pytriton.TritonConfig(http_port=http, grpc_port=grpc, metrics_port=metrics, **local)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with pytriton.Triton(config=config) as triton:
+        triton.bind(
+            model_name="B-pixels",
+            infer_func=infer,
+            inputs=[tensor(name="pixels", dtype=np.uint8, shape=tuple(source.shape[1:]))],
+            outputs=[tensor(name="image_embeds", dtype=np.float32, shape=(-1,))],
+            config=settings.ModelConfig(max_batch_size=32),
+        )
+        triton.run()
+        os.write(said, f"serving PyTriton at http://127.0.0.1:{http}\n".encode())
+        signal.pause()
+
+
 if __name__ == "__main__":
-    main()
+    {"ask": ask, "serve": serve}[sys.argv[1]](*sys.argv[2:])
