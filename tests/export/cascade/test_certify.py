@@ -139,7 +139,8 @@ class TestCascadeEvaluator:
         for number in range(len(test)):
             indexer = teacher if index_by == "teacher" else student
             found = _one(student, indexer, query, gallery, test, number, score.views)
-            assert score.of(found)[0] == pytest.approx(outcomes.scores[number], abs=1e-5)
+            # Alone and in a batch, sums are made in another order and then rounded to fp16.
+            assert score.of(found)[0] == pytest.approx(outcomes.scores[number], abs=2e-4)
             assert _own_is_best(found) == outcomes.student[number]
             found = _one(teacher, indexer, query, gallery, test, number, 0)
             assert _own_is_best(found) == outcomes.escalated[number]
