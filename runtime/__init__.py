@@ -1,11 +1,14 @@
 """The runtime for devices: load a bundle and compute embeddings, labels and search hits, no torch.
 
+Importing it switches off the telemetry of other packages (`telemetry.py`), and nothing else.
 The public names below are imported on first use, so that importing this package costs nothing.
 None of them is named like a module of this package: importing that module would replace it.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from edgeclip.runtime import telemetry as _telemetry
 
 if TYPE_CHECKING:
     from edgeclip.runtime.bundle.bundle import Bundle
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from edgeclip.runtime.inputs.tokenizer import TextTokenizer
     from edgeclip.runtime.quality.retrieval import retrieval, zero_shot
     from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
+
+_telemetry.switch_off()
 
 __all__ = [
     "Bundle",

@@ -114,14 +114,13 @@ def build_support(device: DeviceProfile) -> str:
 
 
 def _run_support(device: DeviceProfile) -> str:
+    from edgeclip.runtime.engines.onnxruntime_engine import import_onnxruntime
     from edgeclip.runtime.engines.providers import provider_of
 
     try:
-        import onnxruntime
-
         provider = provider_of(device)
-        if provider.name not in onnxruntime.get_available_providers():
+        if provider.name not in import_onnxruntime().get_available_providers():
             return f"graphs only: this onnxruntime has no {provider.name}"
-    except (EdgeClipError, ImportError) as error:
+    except EdgeClipError as error:
         return f"graphs only: {error}"
     return "runs here" if device.name == "this-machine" else "runs here if the processor fits"

@@ -6,7 +6,6 @@ the command `python -m edgeclip.runtime.cli.ray_app` does so itself.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -148,7 +147,6 @@ def on_ray(
     options: dict[str, Any] = {"host": host, "port": free}
     if tls is not None:
         options |= {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no telemetry
     own = {"include_dashboard": False} if cluster is None else {}
     try:
         ray.init(address=cluster, log_to_driver=False, logging_level="error", **own)

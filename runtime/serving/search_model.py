@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.bundle.index import Hit, Index, check_embeddings
+from edgeclip.runtime.engines.onnxruntime_engine import import_onnxruntime
+from edgeclip.runtime.errors import MissingExtraError
 from edgeclip.runtime.serving.models import TensorSpec, take_top
 from edgeclip.runtime.wire.messages import Parameter
 from edgeclip.runtime.wire.tensors import BYTES
@@ -109,8 +111,8 @@ class ApproximateIndex:
 
 def _import_usearch() -> Any:
     """Import usearch after ONNX Runtime, which crashes if usearch was imported first."""
-    with contextlib.suppress(ImportError):
-        import onnxruntime  # noqa: F401
+    with contextlib.suppress(MissingExtraError):
+        import_onnxruntime()
     import usearch.index
 
     return usearch
