@@ -1,11 +1,14 @@
-"""Terminal output: numbers with units, aligned columns, progress bars."""
+"""Terminal output: numbers with units, aligned columns, progress bars, text safe to show."""
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from edgeclip.runtime.quality.intervals import Interval
+if TYPE_CHECKING:
+    from edgeclip.runtime.quality.intervals import Interval
 
 MISSING = "unavailable"
 
@@ -15,7 +18,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def percent_interval(value: Interval) -> str:
+def percent_interval(value: "Interval") -> str:
     """Format the bounds of a share's interval: "90.3 to 93.6%"."""
     return f"{100 * value.low:.1f} to {100 * value.high:.1f}%"
 
@@ -79,3 +82,35 @@ def plain_text(value: str) -> str:
     """One line without control characters or halves of surrogate pairs, safe to print."""
     whole = value.encode("utf-8", "replace").decode()
     return " ".join("".join(c if c.isprintable() else " " for c in whole).split())
+
+
+# Control characters but TAB and newline, line separators that are none to a terminal, marks that
+# change the direction of what follows, and halves of surrogate pairs (bytes of a file name that
+# is not UTF-8).
+_NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape_controls(text: str) -> str:
+    r"""Escape what would act on a terminal instead of being shown, as Python does: `\x1b`."""
+    return _NOT_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class EscapedOutput:
+    """A text stream on which everything can be printed.
+
+    What would act on a terminal (`escape_controls`) and what the encoding of the stream does not
+    have, as an emoji in cp1252, is escaped. All else is as the stream does it.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text; returns its length."""
+        encoding = self._stream.encoding or "utf-8"
+        shown = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
+        self._stream.write(shown)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

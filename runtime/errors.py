@@ -1,5 +1,9 @@
 """The errors that EdgeCLIP raises. Each message says what is wrong and how to fix it."""
 
+import re
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
 
 class EdgeClipError(Exception):
     """Base class of all errors that the user can fix, and of what a machine lacks."""
@@ -35,4 +39,9 @@ class MissingExtraError(EdgeClipError):
 
 def first_line(error: Exception) -> str:
     """Return the first line of another library's error message, or its class if it is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (without_colour(str(error)).strip().splitlines() or [type(error).__name__])[0]
+
+
+def without_colour(text: str) -> str:
+    """Remove the colour codes that another program or library put into its message."""
+    return _COLOUR.sub("", text)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
+from edgeclip.runtime.console import escape_controls
+
 _ROOT = "edgeclip"
 
 
@@ -41,7 +43,7 @@ class _PlainFormatter(logging.Formatter):
             prefix = "edgeclip: error: "
         elif _is_own(record) and record.levelno >= logging.WARNING:
             prefix = "edgeclip: "
-        return prefix + super().format(record)
+        return prefix + escape_controls(super().format(record))
 
 
 class _JsonFormatter(logging.Formatter):
@@ -57,7 +59,7 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+        return json.dumps(entry)
 
 
 def _is_own(record: logging.LogRecord) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeclip.runtime.errors import EdgeClipError, EngineError, InputError
+from edgeclip.runtime.errors import EdgeClipError, EngineError, InputError, without_colour
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,12 +101,15 @@ def _intervals(runs: Sequence[Mapping[str, float]]) -> "StartIntervals":
 def _run_child(command: list[str]) -> dict[str, Any]:
     """Run the command and parse the JSON in the last line that it prints."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         raise EngineError(f"a cold start took more than {_TIMEOUT_S} s: {command[3]}") from None
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
-        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        said = without_colour(done.stderr).strip().splitlines()
+        why = said[-1] if said else f"exit status {done.returncode}"
         raise EngineError(f"a cold start of {command[3]} failed: {why}")
     result: dict[str, Any] = json.loads(lines[-1])
     return result
@@ -121,7 +124,9 @@ def _time_cold_start(model: Path, inputs: list[str], device_name: str) -> dict[s
     import edgeclip.runtime.encoder  # noqa: F401  (imported for its cost)
 
     if device.engine.startswith("onnxruntime"):
-        import onnxruntime  # noqa: F401
+        from edgeclip.runtime.engines.onnxruntime_engine import import_onnxruntime
+
+        import_onnxruntime()
     from edgeclip.profiles.sensors.machine_state import peak_memory_mb
     from edgeclip.runtime.engines.engine import open_engine
 

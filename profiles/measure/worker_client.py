@@ -23,7 +23,7 @@ from edgeclip.profiles.record.measurement import Identity, SweepPoint, WarmUp, Y
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.console import Progress
-from edgeclip.runtime.errors import ConfigError, EngineError
+from edgeclip.runtime.errors import ConfigError, EngineError, without_colour
 from edgeclip.runtime.logs import log_json_line
 
 WorkerTask = Literal["interleaved", "memory", "sweep"]
@@ -169,7 +169,7 @@ def _relay_log(lines: Iterable[str], last: deque[str]) -> None:
     """Log what the worker logged, and keep its other last lines for the error message."""
     for line in lines:
         if not log_json_line(line):
-            last.append(line.strip())
+            last.append(without_colour(line).strip())
 
 
 def _failure(last: Iterable[str], status: int) -> str:

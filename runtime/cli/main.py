@@ -1,9 +1,11 @@
 """The `edgeclip` program: find the command that was asked for, import its module and run it."""
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
+import io
 import itertools
 import logging
 import os
@@ -11,9 +13,11 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
-from edgeclip.runtime.errors import EdgeClipError, MissingExtraError
+from edgeclip.runtime.console import EscapedOutput, escape_controls
+from edgeclip.runtime.errors import EdgeClipError, MissingExtraError, without_colour
+from edgeclip.runtime.home import ensure_home
 from edgeclip.runtime.logs import log_to_stderr
 
 _log = logging.getLogger("edgeclip.runtime.cli.main")  # not __name__, which may be "__main__"
@@ -119,8 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = set(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     is_verbose, is_json = bool(options & set(_VERBOSE)), _LOG_JSON in options
-    with log_to_stderr(verbose=is_verbose, as_json=is_json) as configure_log:
+    out = contextlib.redirect_stdout(cast(Any, EscapedOutput(sys.stdout or io.StringIO())))
+    with out, log_to_stderr(verbose=is_verbose, as_json=is_json) as configure_log:
         try:
+            ensure_home()
             status = _dispatch(arguments, configure_log)
             sys.stdout.flush()
             return status
@@ -163,7 +169,8 @@ def _run(name: str, rest: list[str], configure_log: Callable[..., None]) -> int:
         parser.add_argument(
             _LOG_JSON, action="store_true", help="log to stderr as JSON, one object a line"
         )
-        typed = argparse.Namespace(command=shlex.join(["edgeclip", name, *rest]))
+        command_line = escape_controls(shlex.join(["edgeclip", name, *rest]))
+        typed = argparse.Namespace(command=command_line)
         args = parser.parse_args(rest, typed)
         if args.verbose or args.log_json:  # argparse also takes shortened names
             configure_log(verbose=args.verbose, as_json=args.log_json)
@@ -189,9 +196,12 @@ class _Parser(argparse.ArgumentParser):
 
     logs_errors = False
 
+    def format_help(self) -> str:
+        return without_colour(super().format_help())  # stdout shows no control characters
+
     def error(self, message: str) -> NoReturn:
         if not self.logs_errors:
-            super().error(message)
+            super().error(escape_controls(message))
         _log.error("%s: %s", self.prog, message)
         raise SystemExit(_USAGE)
 

@@ -48,8 +48,8 @@ def open_encoder(args: argparse.Namespace) -> "Encoder":
 
 
 def print_json(value: Mapping[str, object]) -> None:
-    """Print one JSON object on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print one JSON object on stdout, in ASCII, which every console and pipe can carry."""
+    print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def positive(text: str) -> int:

@@ -334,7 +334,7 @@ def session_options(ort: Any, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3  # errors only, which are raised as exceptions too
+    options.log_severity_level = 4  # not the errors, which are raised as exceptions too
     # Threads stop spinning between calls, which frees the CPU at no cost in latency.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

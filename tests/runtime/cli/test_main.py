@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tqdm import tqdm
 
 from edgeclip.runtime.cli import main as cli
@@ -249,6 +251,82 @@ def test_messages_as_json(command: Any, capsys: Capture, words: list[str]) -> No
     assert found["-v" in words :][:2] == [("INFO", "notice"), ("WARNING", "slow")]
     assert "UserWarning: old" in found[-1][1]
     datetime.fromisoformat(entries[0]["time"])
+
+
+ODD = "\x1b[31mcafé\x1b[0m \udce9 猫"
+
+
+class Shows:
+    """A command that prints, logs and fails with an odd name."""
+
+    __doc__ = "Shows a cat: 猫."
+
+    def add_arguments(self, parser: Any) -> None:
+        parser.add_argument("--number", type=int, help="of 猫")
+
+    def run(self, args: Any) -> int:
+        print(ODD)
+        logging.getLogger("edgeclip.runtime.test").info("%s", ODD)
+        raise InputError(f"cannot read {ODD}")
+
+
+def test_control_characters_are_escaped_on_both_streams(command: Any, capsys: Capture) -> None:
+    command(Shows())
+    assert cli.main(["plain"]) == 2
+    found = capsys.readouterr()
+    shown = r"\x1b[31mcafé\x1b[0m \udce9 猫"
+    assert found.out == f"{shown}\n"
+    assert found.err == f"{shown}\nedgeclip: error: cannot read {shown}\n"
+    with pytest.raises(SystemExit):
+        cli.main(["plain", "--number", "\x1b[31m"])
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_json_messages_are_ascii(command: Any, capsys: Capture) -> None:
+    command(Shows())
+    assert cli.main(["plain", "--log-json"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    assert json.loads(lines[0])["message"] == ODD
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp1252:strict", "utf-16"])
+def test_every_encoding_of_stdout_is_printed_to(
+    encoding: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    picture, index = tmp_path / "猫 é.png", tmp_path / "i.npz"
+    Image.new("RGB", (9, 9), "red").save(picture)
+    common = ["--bundle", str(tiny_bundle)]
+    lines = [
+        ["classify", str(picture), "--labels", "red,🐈", *common],
+        ["embed", str(picture), "--out", str(index), *common],
+        ["search", "a red 🍎", "--index", str(index), *common],
+        ["search", "a red 🍎", "--index", str(index), "--json", *common],
+        ["--help"],
+    ]
+    code = (
+        "import json, sys; from edgeclip.runtime.cli.main import main\n"
+        "assert [main(line) for line in json.loads(sys.argv[1])] == [0, 0, 0, 0, 0]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(lines)],
+        capture_output=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.decode(encoding.partition(":")[0])
+    assert ("猫" if encoding == "utf-16" else r"\u732b") in out
+    hits = out[out.index("{") : out.index("}\n", out.rindex("]")) + 1]
+    assert hits.isascii()
+    assert list(json.loads(hits)) == ["a red 🍎"]
+
+
+def test_closed_stdout_is_no_fault() -> None:
+    command = f"{sys.executable} -m edgeclip.runtime.cli.main --help >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("words", [["--log-json", "try"], ["try", "--log-json"]])
