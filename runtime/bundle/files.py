@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.home import home_folder
 from edgeclip.runtime.spec import PixelForm, Precision, Tower
 
 MANIFEST_NAME = "edgeclip.json"
@@ -234,7 +235,7 @@ def cache_root() -> Path:
     if own:
         return Path(own).expanduser()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    base = shared if shared.is_absolute() else Path.home() / ".cache"
+    base = shared if shared.is_absolute() else home_folder() / ".cache"
     return base / "edgeclip"
 
 

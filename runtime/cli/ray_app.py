@@ -15,6 +15,7 @@ from pathlib import Path
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.errors import EdgeClipError, InputError
+from edgeclip.runtime.home import ensure_home
 from edgeclip.runtime.logs import log_to_stderr
 from edgeclip.runtime.serving.ray_serving import RayServing, on_ray
 from edgeclip.runtime.serving.security import Security, choose_security
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     with log_to_stderr():
         try:
+            ensure_home()
             security = _security(args)
             for line in security.lines:
                 _log.info("%s", line)
