@@ -23,6 +23,7 @@ from edgeclip.runtime.spec import (
     EncoderSpec,
     Precision,
     Tower,
+    as_text_list,
 )
 from edgeclip.runtime.towers.precision_fallback import choose_precision, open_with_fallback
 from edgeclip.runtime.towers.tower_runner import TowerRunner
@@ -119,6 +120,18 @@ class Encoder:
     def _text_tower(self) -> TowerRunner:
         return self._open_tower("text")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: all but towers and tokenizer, which load on their next use.
+
+        The bundle has to lie at the same path where it is unpickled.
+        """
+        loaded = {
+            name
+            for name, value in vars(type(self)).items()
+            if isinstance(value, functools.cached_property)
+        }
+        return {name: value for name, value in vars(self).items() if name not in loaded}
+
     def _open_tower(self, tower: Tower) -> TowerRunner:
         load = TowerRunner if self._is_wanted else open_with_fallback
         runner = load(self.bundle, tower, self.precisions[tower], self.device)
@@ -206,15 +219,14 @@ class Encoder:
             batch_size: how many texts are run at a time.
 
         Raises:
-            InputError: a text that is too long, unless `truncate`, or the bundle was exported
-                without a text tower.
+            InputError: a text that is too long, unless `truncate`, or no text at all (`bytes`,
+                None, a number), or the bundle was exported without a text tower.
             EngineError: see `encode_image`.
         """
         self._check_text_tower()
-        text_list = [texts] if isinstance(texts, str) else list(texts)
         parts = [
             self._text_tower.run(self._tokenizer.encode(chunk, truncate=truncate, first=start))
-            for start, chunk in _chunks(text_list, batch_size)
+            for start, chunk in _chunks(as_text_list(texts), batch_size)
         ]
         return self._joined(parts)
 

@@ -1,7 +1,10 @@
 """The input and output contract of a dual encoder: image size, tokens, names of tensors."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from edgeclip.runtime.errors import InputError
 
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Tower = Literal["image", "text"]
@@ -63,3 +66,21 @@ class EncoderSpec:
     image: ImageSpec
     text: TextSpec
     logit_scale: float
+
+
+def as_text_list(texts: str | Iterable[str], what: str = "texts") -> list[str]:
+    """Return one text or several as a list; its items are not checked.
+
+    Raises:
+        InputError: something else, or a set or dict, whose order says nothing. `what` names it.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, bytes | bytearray | memoryview | set | frozenset | dict):
+        raise InputError(f"{what} are {type(texts).__name__}: give a str or a list of str")
+    try:
+        return list(texts)
+    except TypeError:
+        raise InputError(
+            f"{what} are {type(texts).__name__}: give a str or a list of str"
+        ) from None

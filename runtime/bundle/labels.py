@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from edgeclip.runtime.bundle.files import read_npz, write_npz
 from edgeclip.runtime.bundle.index import check_keyed, check_space, text_tuple
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.spec import as_text_list
 
 _KIND = "edgeclip-labels-1"
 
@@ -89,10 +90,16 @@ def bake_labels(
         space: fingerprint of its embedding space.
 
     Raises:
-        InputError: no names, a repeated name, or a template without exactly one `{}`.
+        InputError: no names, a repeated name, one that is not a str, or a template without
+            exactly one `{}`.
     """
-    if isinstance(names, str) or not names or not templates:
+    names = () if isinstance(names, str) else as_text_list(names, "labels")
+    templates = as_text_list(templates, "templates")
+    if not names or not templates:
         raise InputError("labels must be a list of at least one name, with at least one template")
+    other = [item for item in (*names, *templates) if not isinstance(item, str)]
+    if other:
+        raise InputError(f"label or template {other[0]!r} is {type(other[0]).__name__}, not str")
     wrong = [template for template in templates if template.count("{}") != 1]
     if wrong:
         raise InputError(f"template {wrong[0]!r} must contain {{}} exactly once, for the name")

@@ -96,7 +96,8 @@ class TextTokenizer:
 
     def _token_ids(self, texts: Sequence[str], first: int = 0) -> list[list[int]]:
         _check_texts(texts, first)
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        plain = [str(text) for text in texts]  # not a subclass, such as numpy's
+        encodings = self._tokenizer.encode_batch(plain, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def _pad(self, rows: list[list[int]]) -> NDArray[np.int64]:

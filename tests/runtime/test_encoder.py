@@ -1,4 +1,6 @@
+import copy
 import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,47 @@ def test_messages_count_in_the_whole_list(encoder: Encoder) -> None:
     texts: Any = [*"abcd", None]
     with pytest.raises(InputError, match=r"^text 4 is NoneType"):
         encoder.encode_text(texts, batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [1, None, b"red", [b"red"], {"red": 1}, {"red"}, [["red"]], [1.0], np.array("red"), object()],
+    ids=repr,
+)
+def test_what_is_no_text_is_refused(encoder: Encoder, texts: Any) -> None:
+    for ask in (
+        encoder.encode_text,
+        encoder.bake_labels,
+        lambda given: encoder.bake_labels(["red"], given),
+        lambda given: encoder.classify(picture("red"), given),
+    ):
+        with pytest.raises(InputError, match=type(texts).__name__ + "|bytes|list|float"):
+            ask(texts)
+
+
+@pytest.mark.parametrize("make", [tuple, np.array, iter, lambda texts: dict.fromkeys(texts).keys()])
+def test_any_iterable_of_texts_will_do(encoder: Encoder, make: Callable[[list[str]], Any]) -> None:
+    texts = ["red", "a green tree"]
+    expected = encoder.encode_text(texts)
+    np.testing.assert_array_equal(encoder.encode_text(make(texts)), expected)
+    assert encoder.bake_labels(make(texts)).names == tuple(texts)
+
+
+def test_one_template_may_be_given_without_a_list(encoder: Encoder) -> None:
+    one, several = encoder.bake_labels(["red"], "a {}"), encoder.bake_labels(["red"], ["a {}"])
+    assert one.templates == several.templates == ("a {}",)
+
+
+@pytest.mark.parametrize("again", [lambda item: pickle.loads(pickle.dumps(item)), copy.deepcopy])
+def test_a_copy_of_a_used_encoder_answers_the_same(
+    tiny_bundle: Path, cpu_device: DeviceProfile, again: Callable[[Encoder], Encoder]
+) -> None:
+    encoder = Encoder.open(tiny_bundle, device=cpu_device)
+    images, texts = encoder.encode_image(picture("red")), encoder.encode_text("red")
+    copied = again(encoder)
+    assert copied.precisions == encoder.precisions
+    np.testing.assert_array_equal(copied.encode_image(picture("red")), images)
+    np.testing.assert_array_equal(copied.encode_text("red"), texts)
 
 
 def test_classify(encoder: Encoder) -> None:
