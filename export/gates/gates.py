@@ -14,7 +14,7 @@ from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.bundle.labels import LabelSet
-from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord
+from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, keeps_bound
 from edgeclip.runtime.quality.intervals import (
     Interval,
     bootstrap,
@@ -41,9 +41,6 @@ class Gate:
 
         `data` describes what it was measured on, for the record.
         """
-        holds = measured.value >= self.bound
-        if self.direction == "<=":
-            holds = measured.value <= self.bound
         return GateRecord(
             name=self.name,
             value=measured.value,
@@ -52,7 +49,7 @@ class Gate:
             bound=self.bound,
             direction=self.direction,
             unit=self.unit,
-            passed=holds,
+            passed=keeps_bound(measured.value, self.direction, self.bound),
             data=data,
         )
 

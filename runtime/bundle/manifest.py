@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower
 
 SCHEMA_VERSION = 3
 _HEX = re.compile(r"[0-9a-f]{64}")
+_ROUNDING = 1e-9  # of a bound, or of 1 for small ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,16 @@ class DataRecord:
             raise ValueError(f"{self.name}: sha256 must be 64 lower-case hexadecimal digits")
 
 
+def keeps_bound(value: float, direction: Literal[">=", "<="], bound: float) -> bool:
+    """Return whether a measured value keeps a bound; rounding alone does not miss it.
+
+    A loss of 3 pairs of 300 is 1 point, and in floating point can be 1.0000000000000142.
+    """
+    if math.isclose(value, bound, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+        return True
+    return value >= bound if direction == ">=" else value <= bound
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateRecord:
     """A quality gate: a bound and the value measured against it.
@@ -78,8 +90,7 @@ class GateRecord:
     data: DataRecord | None = None
 
     def __post_init__(self) -> None:
-        holds = self.value >= self.bound if self.direction == ">=" else self.value <= self.bound
-        if self.passed and not holds:
+        if self.passed and not keeps_bound(self.value, self.direction, self.bound):
             raise ValueError(f"gate {self.name!r} is recorded as passed, but its value misses it")
 
 

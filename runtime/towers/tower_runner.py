@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgeclip.runtime.arrays import FloatArray, Outputs
 from edgeclip.runtime.bundle.bundle import Bundle, Golden
 from edgeclip.runtime.bundle.index import check_unit_rows, cosines
-from edgeclip.runtime.bundle.manifest import GateRecord
+from edgeclip.runtime.bundle.manifest import GateRecord, keeps_bound
 from edgeclip.runtime.engines.engine import Engine, open_engine
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.inputs.preprocess import normalise
@@ -212,7 +212,7 @@ def golden_check(
                 bound=bound,
                 direction=">=",
                 unit="cosine",
-                passed=least >= bound,
+                passed=keeps_bound(least, ">=", bound),
             ),
         )
 

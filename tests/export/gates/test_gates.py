@@ -48,6 +48,11 @@ def turned(rows: FloatArray, cosine: float) -> FloatArray:
         ("<=", 0.9901, False),
         (">=", float("nan"), False),
         ("<=", float("nan"), False),
+        # A miss by rounding is none, and a miss by more is one.
+        (">=", 0.99 - 1e-15, True),
+        ("<=", 0.99 + 1e-15, True),
+        (">=", 0.99 - 1e-7, False),
+        ("<=", 0.99 + 1e-7, False),
     ],
 )
 def test_the_value_is_held_against_the_bound(direction: str, value: float, passed: bool) -> None:
@@ -110,6 +115,20 @@ def test_lost_retrieval_is_counted_in_points() -> None:
     gained = judge_retrieval(reference, PairEmbeddings(swapped, rows), BOUNDS, "int8")
     assert gained.value == pytest.approx(-2)
     assert gained.passed is True
+
+
+def test_a_loss_of_exactly_the_bound_is_allowed() -> None:
+    rows = random_rows(300)
+    candidate, reference = rows.copy(), rows.copy()
+    for broken, lost in ((reference, 106), (candidate, 109)):  # of 300: 3 more, which is 1 point
+        broken[:lost] = np.roll(rows[:lost], 1, axis=0)
+    bounds = Bounds(mean_cosine=0, p1_cosine=0, r1_loss=1.0)
+    record = judge_retrieval(
+        PairEmbeddings(candidate, rows), PairEmbeddings(reference, rows), bounds, "int8"
+    )
+    assert record.value == pytest.approx(1)
+    assert record.value > 1  # in floating point
+    assert record.passed
 
 
 def test_lost_labels_are_counted_in_points() -> None:

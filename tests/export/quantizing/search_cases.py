@@ -21,7 +21,7 @@ from edgeclip.export.quantizing.quantization_candidate import (
 )
 from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask
 from edgeclip.export.quantizing.sensitivity import GroupDamage, Sensitivity
-from edgeclip.runtime.bundle.manifest import GateRecord
+from edgeclip.runtime.bundle.manifest import GateRecord, keeps_bound
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
@@ -48,7 +48,8 @@ def exact(value: float) -> Interval:
 
 
 def cosine_record(value: float, bound: float = 0.995) -> GateRecord:
-    return replace(GATE, value=value, low=value, high=value, bound=bound, passed=value >= bound)
+    passed = keeps_bound(value, ">=", bound)
+    return replace(GATE, value=value, low=value, high=value, bound=bound, passed=passed)
 
 
 def loss_record(name: str, value: float, bound: float) -> GateRecord:
@@ -58,7 +59,7 @@ def loss_record(name: str, value: float, bound: float) -> GateRecord:
         name=name,
         direction="<=",
         unit="points",
-        passed=value <= bound,
+        passed=keeps_bound(value, "<=", bound),
     )
 
 
