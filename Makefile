@@ -2,17 +2,32 @@
 # `make` alone lists the targets.
 
 PYTHON ?= python3
-VENV := .venv
+ROOMS := runtime profiles compress export
+ARGS ?=
+EXTRA ?=
+MINUTES ?= 10
+NAME ?=
+
+# Tests that need one more extra, EXTRA=openvino (whose ONNX Runtime takes the place of the usual
+# one) or EXTRA=ray, have an environment of their own; with ARGS, all tests can run in it.
+VENV := .venv$(addprefix -,$(EXTRA))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-ROOMS := runtime profiles compress export
-EXTRAS := cpu,hub,serve,grpc,export,profile,dev
-ARGS ?=
-NAME ?=
+EXTRAS := hub,serve,grpc,export,profile,dev
+ifeq ($(EXTRA),)
+EXTRAS := cpu,$(EXTRAS)
+else ifeq ($(EXTRA),openvino)
+EXTRAS := openvino,$(EXTRAS)
+else ifeq ($(EXTRA),ray)
+EXTRAS := cpu,ray,$(EXTRAS)
+else
+$(error EXTRA=$(EXTRA): openvino and ray have tests of their own)
+endif
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint types bench clean
+.PHONY: help venv demo test fuzz lint types bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -31,8 +46,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## distil, export and measure the built-in data's student, in runs/demo (ARGS=--quick)
 	$(BIN)/edgeclip demo --out runs/demo $(ARGS)
 
-test: $(STAMP) ## the whole test suite (ARGS="-m 'not slow' -k bundle")
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(ARGS)
+test: $(STAMP) ## the whole test suite (ARGS="-m 'not slow' -k bundle"; EXTRA=openvino or ray)
+	$(PYTEST) $(or $(ARGS),$(addprefix -m ,$(EXTRA)))
+
+fuzz: $(STAMP) ## property tests with random examples, until one fails (MINUTES=10)
+	@end=$$(($$(date +%s) + 60 * $(MINUTES))); \
+	while test $$(date +%s) -lt $$end; do \
+		$(PYTEST) --quiet -m hypothesis --hypothesis-profile fuzz $(ARGS) || exit 1; \
+	done
 
 lint: $(STAMP) ## ruff, its formatter, and mypy --strict on source and tests
 	$(BIN)/ruff check .

@@ -50,8 +50,11 @@ from edgeclip.runtime.towers.tower_runner import tower_feed
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Whoever starts the suite in the background makes it deaf to Ctrl-C, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# A busy machine must not fail a test that only asks for a right answer.
-settings.register_profile("edgeclip", deadline=None)
+# The same examples in every run, and no deadline: a busy machine must not fail a test that only
+# asks for a right answer. `make fuzz` searches at random with the other profile, and keeps what
+# failed in .hypothesis until it passes.
+settings.register_profile("edgeclip", deadline=None, derandomize=True, database=None)
+settings.register_profile("fuzz", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("edgeclip")
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
@@ -90,6 +93,9 @@ Edit = Callable[[dict[str, Any]], None]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest files first, so that no process is left alone with one of them at the end.
     items.sort(key=lambda item: item.path.name not in ("test_documents.py", "test_golden.py"))
+    for item in items:
+        if "openvino" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.openvino)
     if shutil.which("nvidia-smi") is None:
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -23,7 +23,7 @@ from tests.conftest import SPACE
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(
-    not HAS_RAY, reason="ray is not installed: pip install 'edgeclip[ray]' takes 460 MB"
+    not HAS_RAY, reason="ray is not installed, which takes 460 MB: make test EXTRA=ray"
 )
 without_ray = pytest.mark.skipif(HAS_RAY, reason="ray is installed")
 TOKEN = "correct-horse"
@@ -51,6 +51,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.ray
 @needs_ray
 def test_replicas_answer_as_the_encoder_does_and_end_well(
     tiny_bundle: Path, cpu_device: DeviceProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
