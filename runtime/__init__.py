@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from edgeclip.runtime.inputs.preprocess import crop_batch
     from edgeclip.runtime.inputs.tokenizer import TextTokenizer
+    from edgeclip.runtime.quality.relevance import Relevance
     from edgeclip.runtime.quality.retrieval import retrieval, zero_shot
     from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
 
@@ -48,6 +49,7 @@ __all__ = [
     "LabelSet",
     "Manifest",
     "MissingExtraError",
+    "Relevance",
     "SpaceMismatchError",
     "TextSpec",
     "TextTokenizer",
@@ -68,6 +70,7 @@ _MODULES = {
     ),
     "inputs.preprocess": ("crop_batch",),
     "inputs.tokenizer": ("TextTokenizer",),
+    "quality.relevance": ("Relevance",),
     "quality.retrieval": ("retrieval", "zero_shot"),
     "spec": ("EncoderSpec", "ImageSpec", "TextSpec"),
 }

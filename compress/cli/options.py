@@ -35,6 +35,15 @@ def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
     parser.add_argument(
         "--count", type=int, default=count, help=f"number of built-in scenes (default: {count})"
     )
+    _add_strict(parser)
+
+
+def _add_strict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a folder with files that would be left out (default: name them at the end)",
+    )
 
 
 def load_teacher(args: argparse.Namespace) -> DualEncoder:
@@ -61,7 +70,8 @@ def _teacher_source(args: argparse.Namespace) -> str | Path:
 
 def load_source(args: argparse.Namespace, teacher: DualEncoder, *, split: Split) -> Source:
     """Open the data of `--data` and `--count`."""
-    return open_source(args.data, split=split, count=args.count, size=teacher.image_spec.size)
+    size = teacher.image_spec.size
+    return open_source(args.data, split=split, count=args.count, size=size, strict=args.strict)
 
 
 def add_pairs_option(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +82,7 @@ def add_pairs_option(parser: argparse.ArgumentParser) -> None:
         help="emoji, or a folder of pictures with captions, which is split by its subfolders "
         "train, calibration and test, or else by a hash of each path (default: emoji)",
     )
+    _add_strict(parser)
 
 
 def log_step(line: str) -> None:

@@ -12,15 +12,16 @@ from PIL import Image
 
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Scene, Split, split_of, vocabulary
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.inputs.image_folder import read_captions
-from edgeclip.runtime.inputs.images import list_images, load_image
+from edgeclip.runtime.inputs.captions import is_table, read_captions
+from edgeclip.runtime.inputs.find_images import leave_out_others, list_images
+from edgeclip.runtime.inputs.images import load_image
 
 EMOJI = "emoji"  # the value of `--data` for the built-in scenes
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An RGB picture and its caption; `caption` is None if it has none."""
+    """An RGB picture and its first caption; `caption` is None if it has none."""
 
     image: Image.Image
     caption: str | None
@@ -50,7 +51,10 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Pair: ...
 
     def caption(self, index: int) -> str | None:
-        """Return the caption alone, without drawing or decoding the picture."""
+        """Return the first caption alone, without drawing or decoding the picture."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return all captions of a picture; none if `has_captions` is false."""
 
 
 class EmojiSource:
@@ -94,6 +98,9 @@ class EmojiSource:
     def caption(self, index: int) -> str:
         return self.scene(index).caption
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (self.caption(index),)
+
 
 @functools.lru_cache(maxsize=1)
 def _drawn_from() -> str:
@@ -105,9 +112,9 @@ def _drawn_from() -> str:
 
 
 class FolderSource:
-    """A folder of pictures, with captions from `captions.csv` or a `NAME.txt` beside each picture.
+    """A folder of pictures with their captions, see `read_captions`.
 
-    Either all pictures have a caption or none has.
+    Either all pictures have captions or none has.
 
     Args:
         folder: searched with its subfolders.
@@ -115,6 +122,8 @@ class FolderSource:
         divide: take only the pictures that the hash of their path puts into the split.
         min_side: the shortest side, in pixels, that is needed; large JPEG files are then decoded at
             a reduced size, see `load_image`.
+        below: take only the pictures in this subfolder; captions are read in `folder`.
+        strict: refuse a folder with files that would be left out, see `list_images`.
 
     Raises:
         InputError: no folder, no pictures in it, or captions for only some of them.
@@ -128,15 +137,18 @@ class FolderSource:
         split: Split | None = None,
         divide: bool = True,
         min_side: int | None = None,
+        below: str | None = None,
+        strict: bool = False,
     ) -> None:
         self.split = split
-        everything = list_images(folder)
+        everything = list_images(folder, strict=strict)
         by_hash = split if divide else None
-        captions = read_captions(folder, everything) or (None,) * len(everything)
+        captions = read_captions(folder, everything, strict=strict) or ((),) * len(everything)
         wanted = [
-            (path, caption)
-            for path, caption in zip(everything, captions, strict=True)
+            (path, own)
+            for path, own in zip(everything, captions, strict=True)
             if by_hash in (None, split_of(path.relative_to(folder).as_posix()))
+            and below in (None, path.relative_to(folder).parts[0])
         ]
         if not wanted:
             raise ConfigError(
@@ -145,50 +157,72 @@ class FolderSource:
             )
         self._min_side = min_side
         self.paths = tuple(path for path, _ in wanted)
-        self._captions = tuple(caption for _, caption in wanted)
+        self._captions = tuple(own for _, own in wanted)
         part = "" if by_hash is None else f" of {len(everything)}, for {split}"
-        self.name = f"{folder}, {len(self.paths)} pictures{part}"
+        self.name = f"{folder / (below or '')}, {len(self.paths)} pictures{part}"
         digest = hashlib.sha256()
-        for path, caption in zip(self.paths, self._captions, strict=True):
+        for path, own in wanted:
             state = path.stat()
-            key = f"{path.relative_to(folder)}|{state.st_size}|{state.st_mtime_ns}|{caption}"
+            told = own[0] if len(own) == 1 else own or None
+            key = f"{path.relative_to(folder)}|{state.st_size}|{state.st_mtime_ns}|{told}"
             digest.update(key.encode())
         self.identity = f"folder:{min_side}:{digest.hexdigest()}"
 
     @property
     def has_captions(self) -> bool:
-        return self._captions[0] is not None
+        return bool(self._captions[0])
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(load_image(self.paths[index], min_side=self._min_side), self._captions[index])
+        image = load_image(self.paths[index], min_side=self._min_side)
+        return Pair(image, self.caption(index))
 
     def caption(self, index: int) -> str | None:
+        return next(iter(self._captions[index]), None)
+
+    def captions(self, index: int) -> tuple[str, ...]:
         return self._captions[index]
 
 
-def open_source(data: str, *, split: Split, count: int, size: int) -> Source:
+def open_source(data: str, *, split: Split, count: int, size: int, strict: bool = False) -> Source:
     """Open the data of `--data`: `emoji` for the built-in scenes, else a folder of pictures.
 
     A folder with subfolders named after the splits is split by them, any other by the hash
     of its pictures' paths: 80% train, 10% calibration, 10% test. So what int8 is calibrated
-    on never decides whether it passes its gates.
+    on never decides whether it passes its gates. A caption table lies in the subfolder of the
+    split, or one for all splits in the folder.
 
     Raises:
         ConfigError: some of the subfolders are there, but not the one for `split`.
-        InputError: no folder, no pictures in it, or captions for only some of them.
+        InputError: no folder, no pictures in it, captions for only some of them, or with `strict`
+            files that would be left out.
     """
     if data == EMOJI:
         return EmojiSource(split, count, size=size, distinct=split != "train")
     folder = Path(data)
-    there = [name for name in get_args(Split) if (folder / name).is_dir()]
-    if there and split not in there:
+    splits = get_args(Split)
+    there = [name for name in splits if (folder / name).is_dir()]
+    if not there:
+        return FolderSource(folder, split=split, min_side=size, strict=strict)
+    if split not in there:
         raise ConfigError(f"{folder} has the subfolder {there[0]}, so it needs {split} as well")
-    if there:
-        return FolderSource(folder / split, split=split, divide=False, min_side=size)
-    return FolderSource(folder, split=split, min_side=size)
+    own, shared = (any(map(is_table, item.iterdir())) for item in (folder / split, folder))
+    below = split if shared and not own else None
+    if below is None:
+        leave_out_others(folder, splits, "in no subfolder of a split", strict=strict)
+        folder = folder / split
+    return FolderSource(
+        folder, split=split, divide=False, min_side=size, below=below, strict=strict
+    )
+
+
+def most_captions(source: Source) -> int:
+    """Return how many captions the picture with the most of them has, at least 1."""
+    if isinstance(source, EmojiSource):  # without composing every scene
+        return 1
+    return max(1, *(len(source.captions(index)) for index in range(len(source))))
 
 
 def captions_of(source: Source, indices: Sequence[int]) -> list[str]:

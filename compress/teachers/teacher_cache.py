@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from edgeclip.compress.compute import autocast
 from edgeclip.compress.data.augmentation import Augmentation, augment
-from edgeclip.compress.data.sources import Source, captions_of
+from edgeclip.compress.data.sources import Source, captions_of, most_captions
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.runtime.bundle.files import atomic_file, read_npz, write_npz
 from edgeclip.runtime.device.schema import parse
@@ -37,6 +37,7 @@ class CacheSettings:
         views: number of augmented views of each picture.
         dim: length of an embedding.
         captions: whether the captions are embedded too.
+        texts: the most captions that a picture has.
         augmentation: how the views are made.
         logit_scale: the teacher's logit scale.
         shard_size: number of pictures in a file.
@@ -51,14 +52,15 @@ class CacheSettings:
     augmentation: Augmentation
     logit_scale: float
     shard_size: int = 1024
+    texts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherCache:
     """Embeddings of every view and caption of a source, L2-normalised.
 
-    `image` is float16 [count, views, dim]; `text` is float16 [count, dim], or None for
-    pictures without captions.
+    `image` is float16 [count, views, dim]; `text` is float16 [count, texts, dim], zeros where a
+    picture has fewer captions than others, or None for pictures without captions.
     """
 
     settings: CacheSettings
@@ -100,6 +102,7 @@ def build_cache(
         captions=source.has_captions,
         augmentation=augmentation,
         logit_scale=teacher.spec.logit_scale,
+        texts=most_captions(source),
     )
     _claim(folder, settings)
     starts = range(0, settings.count, settings.shard_size)
@@ -134,7 +137,10 @@ def open_cache(folder: Path) -> TeacherCache:
                 f"{path} is damaged: delete it, and run the command that made it again"
             ) from error
     image = np.concatenate([shard["image"] for shard in shards])
-    text = np.concatenate([shard["text"] for shard in shards]) if settings.captions else None
+    text = None
+    if settings.captions:
+        text = np.concatenate([shard["text"] for shard in shards])
+        text = text.reshape(settings.count, settings.texts, settings.dim)
     if image.shape != (settings.count, settings.views, settings.dim):
         raise ConfigError(f"{folder}: shards of another shape than {_SETTINGS} says; delete it")
     return TeacherCache(settings, image, text)
@@ -159,7 +165,7 @@ def _embed_shard(
     teacher: DualEncoder, source: Source, settings: CacheSettings, indices: range
 ) -> dict[str, NDArray[np.generic]]:
     image = np.empty((len(indices), settings.views, settings.dim), np.float16)
-    text = np.empty((len(indices), settings.dim), np.float16)
+    text = np.zeros((len(indices), settings.texts, settings.dim), np.float16)
     with fast_inference(teacher):
         for first in range(0, len(indices), _BATCH):
             rows = slice(first, first + _BATCH)
@@ -172,9 +178,13 @@ def _embed_shard(
                 ]
                 image[rows, view] = _half(teacher.embed_image(teacher.preprocess(pictures)))
             if settings.captions:
-                captions = [str(pair.caption) for pair in pairs]
-                text[rows] = _half(teacher.embed_text(teacher.tokenize(captions)))
-    return {"image": image, "text": text} if settings.captions else {"image": image}
+                own = [source.captions(index) for index in chunk]
+                place = [(row, n) for row, given in enumerate(own) for n in range(len(given))]
+                captions = [caption for given in own for caption in given]
+                found = _half(teacher.embed_text(teacher.tokenize(captions)))
+                text[rows][tuple(zip(*place, strict=True))] = found
+    flat = text.reshape(-1, settings.dim)
+    return {"image": image, "text": flat} if settings.captions else {"image": image}
 
 
 @contextmanager

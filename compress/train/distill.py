@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgeclip.compress.compute import full_precision
 from edgeclip.compress.data.augmentation import augment
-from edgeclip.compress.data.sources import Source, captions_of
+from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.losses import LossWeights, distillation_losses, feature_loss
@@ -94,7 +94,8 @@ class DistillationBatches:
     """Make the batch of each step.
 
     It depends only on seed and step, so a resumed run sees the same batches. Every epoch shuffles
-    all pairs anew. Epoch e uses the augmented view number e mod (number of cached views).
+    all pairs anew. Epoch e uses the augmented view number e mod (number of cached views), and of
+    each picture the caption number e mod (number of its captions).
     """
 
     def __init__(
@@ -129,9 +130,15 @@ class DistillationBatches:
         teacher_image = self._tensor(self._cache.image[indices, views])
         if self._cache.text is None:
             return DistillationBatch(pixels, teacher_image)
-        ids = self._student.tokenize(captions_of(self._source, indices))
+        numbers, captions = [], []
+        for place, index in enumerate(indices):
+            own = self._source.captions(index)
+            epoch = (step * len(indices) + place) // len(self._source)
+            numbers.append(epoch % len(own))
+            captions.append(own[numbers[-1]])
+        ids = self._student.tokenize(captions)
         return DistillationBatch(
-            pixels, teacher_image, ids, self._tensor(self._cache.text[indices])
+            pixels, teacher_image, ids, self._tensor(self._cache.text[indices, numbers])
         )
 
     def _order(self, epoch: int) -> NDArray[np.int64]:

@@ -18,8 +18,19 @@ from edgeclip.export.bundle.precision_candidates import (
 )
 from edgeclip.export.bundle.write_bundle import BuildRecipe, BundleContents, write_bundle
 from edgeclip.export.bundle.write_engines import write_engines
-from edgeclip.export.gates.gates import GateOutcome, data_record, describe_missed, raise_if_missed
-from edgeclip.export.gates.judge_precisions import TowerEmbeddings, describe_pairing, judge_together
+from edgeclip.export.gates.gates import (
+    GateOutcome,
+    data_record,
+    describe_missed,
+    raise_if_missed,
+    relevance_of,
+)
+from edgeclip.export.gates.judge_precisions import (
+    GateInputs,
+    TowerEmbeddings,
+    describe_pairing,
+    judge_together,
+)
 from edgeclip.export.gates.select_precision import SelectedPrecision, select_precision
 from edgeclip.export.graph.embedders import TowerGraph, graph_embedder, tower_inputs
 from edgeclip.export.graph.graph_io import graph_files
@@ -252,8 +263,8 @@ def check_mixed_precisions(
         return selected, ()
     others = set(chosen.values()) - {"fp32"}
     bounds = max((plan.bounds[item] for item in others), key=lambda item: item.r1_loss)
-    data = data_record(plan.test)
-    judged = judge_together(embeddings, chosen, bounds, describe_pairing(chosen), data)
+    inputs = GateInputs(data=data_record(plan.test), relevance=relevance_of(plan.test))
+    judged = judge_together(embeddings, chosen, bounds, describe_pairing(chosen), inputs)
     if judged.record.passed:
         return selected, (judged,)
     why = f"the precisions that are fastest lose {judged.record.value:.2f} points R@1 together"

@@ -15,6 +15,7 @@ from edgeclip.runtime.cascade.scores import embed_views
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.preprocess import crop_batch
+from edgeclip.runtime.quality.relevance import caption_key
 from edgeclip.runtime.spec import Tower
 
 _BATCH = 64
@@ -89,7 +90,7 @@ class CascadeEvalSet:
         """Embed the entries that all queries choose from."""
         if self.gallery is None:
             return Entries(self.labels, encoder.bake_labels(self.labels, self.templates).embeddings)
-        return Entries(_captions(self.gallery), self._embed_other_side(encoder, self.gallery))
+        return Entries(_keys(self.gallery), self._embed_other_side(encoder, self.gallery))
 
     def embed_answers(self, encoder: Encoder, source: Source, entries: Entries) -> Entries:
         """Embed the right answer to each query of a source, in the order of the queries.
@@ -97,7 +98,7 @@ class CascadeEvalSet:
         `entries` must come from the same encoder.
         """
         if self.gallery is not None:
-            return Entries(_captions(source), self._embed_other_side(encoder, source))
+            return Entries(_keys(source), self._embed_other_side(encoder, source))
         names = _classes(source)
         rows = [self.labels.index(name) for name in names]
         return Entries(names, entries.embeddings[rows])
@@ -122,22 +123,36 @@ class CascadeEvalSet:
 
 
 def retrieval_eval_set(
-    data: str, query: Tower, *, calibration: int, test: int, gallery: int, size: int
+    data: str,
+    query: Tower,
+    *,
+    calibration: int,
+    test: int,
+    gallery: int,
+    size: int,
+    strict: bool = False,
 ) -> CascadeEvalSet:
     """Make a retrieval set from pairs of `--data`; the counts apply to emoji scenes.
 
-    A folder is divided as in `open_source`, and its calibration part is the gallery.
+    A folder is divided as in `open_source`, and its calibration part is the gallery. Of a picture
+    with several captions the first counts: an answer is one other side, not one of several.
     """
     return CascadeEvalSet(
         query=query,
-        calibration=open_source(data, split="calibration", count=calibration, size=size),
-        test=open_source(data, split="test", count=test, size=size),
-        gallery=open_source(data, split="calibration", count=gallery, size=size),
+        calibration=open_source(
+            data, split="calibration", count=calibration, size=size, strict=strict
+        ),
+        test=open_source(data, split="test", count=test, size=size, strict=strict),
+        gallery=open_source(data, split="calibration", count=gallery, size=size, strict=strict),
     )
 
 
 def zero_shot_eval_set(
-    folder: str, templates: Sequence[str] = DEFAULT_TEMPLATES, *, size: int
+    folder: str,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    *,
+    size: int,
+    strict: bool = False,
 ) -> CascadeEvalSet:
     """Make a zero-shot set from a folder with one subfolder of pictures for each class.
 
@@ -146,8 +161,8 @@ def zero_shot_eval_set(
     Raises:
         ConfigError: not a folder, or fewer than two classes.
     """
-    calibration = open_source(folder, split="calibration", count=0, size=size)
-    test = open_source(folder, split="test", count=0, size=size)
+    calibration = open_source(folder, split="calibration", count=0, size=size, strict=strict)
+    test = open_source(folder, split="test", count=0, size=size, strict=strict)
     return CascadeEvalSet(
         query="image",
         calibration=calibration,
@@ -178,6 +193,10 @@ def embed_pictures(
 def embed_captions(encoder: Encoder, source: Source) -> FloatArray:
     """Embed all captions of a source, too long ones cut: float32 [N, dim]."""
     return encoder.encode_text(_captions(source), truncate=True)
+
+
+def _keys(source: Source) -> tuple[str, ...]:
+    return tuple(map(caption_key, _captions(source)))
 
 
 def _captions(source: Source) -> tuple[str, ...]:

@@ -203,7 +203,8 @@ def _eval_set(args: argparse.Namespace, spec: EncoderSpec) -> CascadeEvalSet:
     if args.labels and args.query == "text":
         raise InputError("only pictures are classified: leave out --labels or --query text")
     if args.labels:
-        return zero_shot_eval_set(args.data, args.template or DEFAULT_TEMPLATES, size=size)
+        templates = args.template or DEFAULT_TEMPLATES
+        return zero_shot_eval_set(args.data, templates, size=size, strict=args.strict)
     return retrieval_eval_set(
         args.data,
         args.query,
@@ -211,6 +212,7 @@ def _eval_set(args: argparse.Namespace, spec: EncoderSpec) -> CascadeEvalSet:
         test=args.test_count,
         gallery=args.gallery_count,
         size=size,
+        strict=args.strict,
     )
 
 

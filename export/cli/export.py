@@ -110,7 +110,7 @@ def _add_label_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="[NAME=]LABELS",
         help="a label set to embed with the teacher and store in the bundle: labels separated by "
-        "commas, or a .txt file with one on each line; may be repeated",
+        "commas, or a file with one on each line; may be repeated",
     )
     parser.add_argument(
         "--template",
@@ -162,7 +162,9 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
         student=student,
         space=teacher.space,
         calibration=_calibration(args, quantization, size),
-        test=open_source(args.data, split="test", count=args.test_count, size=size),
+        test=open_source(
+            args.data, split="test", count=args.test_count, size=size, strict=args.strict
+        ),
         device=device,
         origin=Origin(
             name=args.name or args.out.name,
@@ -198,14 +200,19 @@ def _calibration(args: argparse.Namespace, quantization: Quantization | None, si
     """
     count = args.calibration_count
     if quantization is None:
-        return open_source(args.data, split="calibration", count=count or _CALIBRATION, size=size)
+        count = count or _CALIBRATION
+        return open_source(
+            args.data, split="calibration", count=count, size=size, strict=args.strict
+        )
     basis = quantization.basis
     if count not in (None, basis.pairs):
         raise InputError(
             f"{args.quantization} was searched with {basis.pairs} calibration pairs: leave out "
             "--calibration-count"
         )
-    found, _ = open_calibration(args.data, pairs=basis.pairs, ranges=basis.ranges, size=size)
+    found, _ = open_calibration(
+        args.data, pairs=basis.pairs, ranges=basis.ranges, size=size, strict=args.strict
+    )
     return found
 
 
@@ -220,7 +227,7 @@ def _qat_options(args: argparse.Namespace, size: int) -> QatOptions | None:
     settings = finetune_settings(args.qat_steps)
     scenes = min(args.qat_steps * settings.batch_size, _TUNING_SCENES)
     return QatOptions(
-        source=open_source(args.data, split="train", count=scenes, size=size),
+        source=open_source(args.data, split="train", count=scenes, size=size, strict=args.strict),
         settings=settings,
         folder=args.out.with_name(f"{args.out.name}-qat"),
     )

@@ -170,9 +170,15 @@ def _data(args: argparse.Namespace) -> _Data:
     check_space(teacher.space, student.space, f"the student {args.student}")
     size = student.image_spec.size
     ranges, steering = open_calibration(
-        args.data, pairs=args.calibration_count, ranges=args.ranges, size=size
+        args.data,
+        pairs=args.calibration_count,
+        ranges=args.ranges,
+        size=size,
+        strict=args.strict,
     )
-    test = open_source(args.data, split="test", count=args.test_count, size=size)
+    test = open_source(
+        args.data, split="test", count=args.test_count, size=size, strict=args.strict
+    )
     for source in (steering, test):
         check_captions(source, "comparing configs")
     steered, judged = _zero_shot(args, teacher, steering, test, size)

@@ -24,7 +24,7 @@ from edgeclip.runtime.bundle.manifest import TowerFile
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.images import list_images
+from edgeclip.runtime.inputs.find_images import list_images
 from edgeclip.runtime.planning.cut_set import (
     CUTS_NAME,
     PICTURES_NAME,

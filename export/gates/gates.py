@@ -15,12 +15,14 @@ from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, keeps_bound
+from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.intervals import (
     Interval,
     bootstrap,
     bootstrap_difference,
     bootstrap_percentile,
 )
+from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import label_ranks, pair_ranks
 from edgeclip.runtime.spec import Precision
 
@@ -94,6 +96,11 @@ def data_record(source: Source, count: int | None = None) -> DataRecord:
     return DataRecord(source.name, len(source) if count is None else count, sha256)
 
 
+def relevance_of(source: Source) -> Relevance:
+    """Tell which captions of a source are right for which of its pictures."""
+    return Relevance.of_captions([source.captions(index) for index in range(len(source))])
+
+
 def judge_tower(
     candidate: FloatArray,
     reference: FloatArray,
@@ -126,13 +133,26 @@ def judge_retrieval(
     bounds: Bounds,
     name: str,
     data: DataRecord | None = None,
+    relevance: Relevance | None = None,
 ) -> GateRecord:
     """Judge the R@1 that the two towers of the candidate lose together.
 
     The value is in points of 100, the mean of both directions; its interval is a paired
-    bootstrap over the pairs. `name` says what is compared with the reference.
+    bootstrap over the pictures, each with all its captions. `name` says what is compared with the
+    reference. Without `relevance`, texts that the reference embeds alike are equal captions.
+
+    Raises:
+        ConfigError: every caption is right for every picture, so that no answer can be wrong.
     """
-    hits = [pair_ranks(item.image, item.text).hits(1) for item in (reference, candidate)]
+    if relevance is None:
+        relevance = Relevance.of_texts_embedded(reference.text)
+    if relevance.tells_nothing:
+        raise ConfigError(
+            f"R@1 cannot be judged: each of the {relevance.images} test captions is right for "
+            "every picture; give captions that tell the pictures apart"
+        )
+    both = (reference, candidate)
+    hits = [pair_ranks(item.image, item.text, relevance).hits(1) for item in both]
     loss = bootstrap_difference(100 * hits[0], 100 * hits[1])
     return Gate(f"R@1 loss {name}", "<=", bounds.r1_loss, "points").judge(loss, data)
 

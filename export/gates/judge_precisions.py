@@ -18,6 +18,7 @@ from edgeclip.export.gates.gates import (
     judge_retrieval,
     judge_tower,
     judge_zero_shot,
+    relevance_of,
 )
 from edgeclip.export.gates.zero_shot import ZeroShotSet
 from edgeclip.export.graph.embedders import (
@@ -31,6 +32,7 @@ from edgeclip.export.graph.embedders import (
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRemark
 from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.spec import Precision, Tower
 
 TowerEmbeddings = Mapping[tuple[Tower, Precision], FloatArray]
@@ -44,11 +46,13 @@ class GateInputs:
 
     Attributes:
         data: describes the test pairs; None leaves that out of the records.
+        relevance: which captions are right for which pictures; see `judge_retrieval`.
         zero_shot: labelled pictures; None if no picture has a label.
         labelled: embeddings of these pictures, float32 [N, dim], by the image tower's precision.
     """
 
     data: DataRecord | None = None
+    relevance: Relevance | None = None
     zero_shot: ZeroShotSet | None = None
     labelled: Mapping[Precision, FloatArray] | None = None
 
@@ -109,9 +113,9 @@ def gate_inputs(
     Raises:
         EngineError: a graph cannot be run.
     """
-    data = data_record(test)
+    data, relevance = data_record(test), relevance_of(test)
     if zero_shot is None:
-        return GateInputs(data=data)
+        return GateInputs(data=data, relevance=relevance)
     mine = [graph for graph in graphs if graph.tower == "image"]
     rows = zero_shot.rows_of(test)
     if rows is not None:
@@ -120,7 +124,7 @@ def gate_inputs(
         inputs = tower_inputs(student, "image", zero_shot.source)
         found = _embed(student, mine, inputs, device)
     labelled = {graph.precision: item for graph, item in zip(mine, found, strict=True)}
-    return GateInputs(data=data, zero_shot=zero_shot, labelled=labelled)
+    return GateInputs(data=data, relevance=relevance, zero_shot=zero_shot, labelled=labelled)
 
 
 def _embed(
@@ -165,7 +169,7 @@ def judge_precisions(
                 good += [] if describe_missed(alone) else [tower]
         if len(good) == len(TOWERS):
             chosen = dict.fromkeys(TOWERS, precision)
-            together = judge_together(embeddings, chosen, bounds[precision], precision, inputs.data)
+            together = judge_together(embeddings, chosen, bounds[precision], precision, inputs)
             judged.append(together)
             good = good if together.record.passed else []
         kept |= {(tower, precision) for tower in good}
@@ -195,8 +199,9 @@ def judge_alone(
             records.append(judge_zero_shot(*found, zero.labels, zero.targets, bounds, data))
         swapped: dict[Tower, Precision] = {**dict.fromkeys(TOWERS, "fp32"), tower: precision}
         pairs = pair_embeddings(embeddings, swapped)
+        name = describe_pairing(swapped)
         records.append(
-            judge_retrieval(pairs, reference, bounds, describe_pairing(swapped), inputs.data)
+            judge_retrieval(pairs, reference, bounds, name, inputs.data, inputs.relevance)
         )
     return tuple(GateOutcome(f"{tower} {precision}", record) for record in records)
 
@@ -206,12 +211,13 @@ def judge_together(
     chosen: Mapping[Tower, Precision],
     bounds: Bounds,
     name: str,
-    data: DataRecord | None = None,
+    inputs: GateInputs,
 ) -> GateOutcome:
     """Judge the R@1 that both towers lose together, each in its precision of `chosen`."""
     candidate = pair_embeddings(embeddings, chosen)
     reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
-    return GateOutcome("bundle", judge_retrieval(candidate, reference, bounds, name, data))
+    record = judge_retrieval(candidate, reference, bounds, name, inputs.data, inputs.relevance)
+    return GateOutcome("bundle", record)
 
 
 def describe_pairing(chosen: Mapping[Tower, Precision]) -> str:

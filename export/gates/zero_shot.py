@@ -14,9 +14,10 @@ from edgeclip.compress.data.sources import EmojiSource, FolderSource, Pair, Sour
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.embedders import torch_embedder
 from edgeclip.runtime.arrays import FloatArray
-from edgeclip.runtime.bundle.labels import LabelSet, bake_labels, split_names
+from edgeclip.runtime.bundle.labels import LabelSet, bake_labels
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.label_names import labels_file, read_label_file, split_names
 
 _AT_ONCE = 64  # texts
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # it becomes the name of a file
@@ -52,8 +53,8 @@ def read_label_names(argument: str) -> tuple[str, tuple[str, ...]]:
     """Parse a value of `--labels` into a label set's name and its labels.
 
     Args:
-        argument: labels with commas between them, or a text file with a label on each line;
-            `NAME=` before it names the set, which is otherwise named after the file, or "labels".
+        argument: labels with commas between them, or a file with a label on each line; `NAME=`
+            before it names the set, which is otherwise named after the file, or "labels".
 
     Raises:
         InputError: a name that cannot be a file's, an empty label, or a file that cannot be
@@ -62,14 +63,10 @@ def read_label_names(argument: str) -> tuple[str, tuple[str, ...]]:
     name, equals, what = argument.partition("=")
     if not equals:
         name, what = "", argument
-    path = Path(what)
-    if path.suffix != ".txt":
+    path = labels_file(what)
+    if path is None:
         return _plain(name or "labels"), split_names(what)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the labels in {path}: {error}") from None
-    return _plain(name or path.stem), tuple(line.strip() for line in lines if line.strip())
+    return _plain(name or path.stem), read_label_file(path)
 
 
 def _plain(name: str) -> str:
@@ -113,6 +110,9 @@ class SubsetSource:
     def caption(self, index: int) -> str | None:
         return self.base.caption(self.numbers[index])
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.base.captions(self.numbers[index])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ZeroShotSet:
@@ -147,7 +147,7 @@ class ZeroShotSet:
 def find_zero_shot(test: Source, label_sets: Iterable[LabelSet]) -> ZeroShotSet | None:
     """Find the pictures of `test` that a label set names; use the label set that names most.
 
-    A picture's label is the name of its folder, or else the only label in its caption. A wrong
+    A picture's label is the name of its folder, or else the only label in its captions. A wrong
     label ("rug" for "a cat on a rug" where "cat" is no label) is wrong for every precision alike.
 
     Returns:
@@ -208,6 +208,7 @@ def _labelled(test: Source, names: Sequence[str]) -> Iterator[tuple[int, int]]:
         if isinstance(test, FolderSource):
             folder = Path(test.paths[number]).parent.name.replace("_", " ").casefold()
         found = {folder} & places.keys()
-        found = found or set(named.findall((test.caption(number) or "").casefold()))
+        for caption in () if found else test.captions(number):
+            found |= set(named.findall(caption.casefold()))
         if len(found) == 1:
             yield number, places[found.pop()]

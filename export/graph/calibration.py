@@ -95,6 +95,10 @@ class CalibrationSource:
         """Return the caption alone."""
         return self.source.caption(index)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return all captions of a picture."""
+        return self.source.captions(index)
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationData:
@@ -158,9 +162,9 @@ def calibration_texts(
         ConfigError: the source is empty or has no captions, or its split is not for calibration.
     """
     source = _usable(source)
-    captions = [source.caption(index) for index in range(len(source))]
-    texts = [caption for caption in captions if caption is not None]
-    if len(texts) < len(captions):
+    captions = [source.captions(index) for index in range(len(source))]
+    texts = [caption for own in captions for caption in own]
+    if not all(captions):
         raise ConfigError(f"{source.name}: calibrating the text tower needs captions")
     by_length: dict[int, list[str]] = {}
     for text, length in zip(texts, tokenizer.token_counts(texts), strict=True):

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -37,13 +38,17 @@ class TowerGraph:
         return f"{self.tower} {self.precision}"
 
 
+T = TypeVar("T")
 Embedder = Callable[[NDArray[Any]], FloatArray]
 _BATCH = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairEmbeddings:
-    """Embeddings of pairs, image i belonging to text i: float32 [N, dim] each."""
+    """Embeddings of N images and of all their captions: float32 [N, dim] and [M, dim].
+
+    With one caption an image, image i belongs to text i.
+    """
 
     image: FloatArray
     text: FloatArray
@@ -120,23 +125,23 @@ def tower_inputs(
     count: int | None = None,
     batch_size: int = _BATCH,
 ) -> Iterator[NDArray[Any]]:
-    """Yield a tower's inputs for the first `count` pairs (default: all), in batches, in order.
+    """Yield a tower's first `count` inputs (default: all) in batches, in the order of the source.
 
-    They are uint8 crops [N, size, size, 3], or int64 token ids [N, length] of the captions.
-    Captions that are too long are cut.
+    They are uint8 crops [N, size, size, 3], or int64 token ids [N, length] of the captions: all
+    captions of the first picture, then those of the next. Captions that are too long are cut.
 
     Raises:
         ConfigError: a pair without a caption, where captions are asked for.
         InputError: a picture that cannot be read.
     """
-    end = len(source) if count is None else min(count, len(source))
-    for start in range(0, end, batch_size):
-        chosen = range(start, min(start + batch_size, end))
-        if tower == "image":
+    every = range(len(source))
+    if tower == "image":
+        for chosen in _chunks(islice(every, count), batch_size):
             yield crop_batch([source[index].image for index in chosen], dual.image_spec)
-        else:
-            captions = [_caption(source, index) for index in chosen]
-            yield dual.text_tokenizer.encode(captions, truncate=True)
+        return
+    captions = (text for index in every for text in _captions(source, index))
+    for texts in _chunks(islice(captions, count), batch_size):
+        yield dual.text_tokenizer.encode(texts, truncate=True)
 
 
 def embed_all(inputs: Iterator[NDArray[Any]], embedders: Sequence[Embedder]) -> list[FloatArray]:
@@ -148,8 +153,13 @@ def embed_all(inputs: Iterator[NDArray[Any]], embedders: Sequence[Embedder]) -> 
     return [np.concatenate(part) for part in parts]
 
 
-def _caption(source: Source, index: int) -> str:
-    caption = source.caption(index)
-    if caption is None:
+def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+def _captions(source: Source, index: int) -> tuple[str, ...]:
+    captions = source.captions(index)
+    if not captions:
         raise ConfigError(f"{source.name}: judging the text tower needs captions")
-    return caption
+    return captions

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import Source
-from edgeclip.export.gates.gates import data_record
+from edgeclip.export.gates.gates import data_record, relevance_of
 from edgeclip.export.gates.judge_precisions import GateInputs, judge_alone
 from edgeclip.export.graph.calibration import CalibrationData, calibration_data
 from edgeclip.export.graph.embedders import (
@@ -174,6 +174,7 @@ class EvaluationPairs:
             task.bounds[precision],
             GateInputs(
                 data=data_record(self._judged.pairs),
+                relevance=relevance_of(self._judged.pairs),
                 zero_shot=self._judged.zero_shot,
                 labelled=by_precision or None,
             ),

@@ -105,7 +105,9 @@ class SearchTask:
         return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
 
 
-def open_calibration(data: str, *, pairs: int, ranges: int, size: int) -> tuple[Source, Source]:
+def open_calibration(
+    data: str, *, pairs: int, ranges: int, size: int, strict: bool = False
+) -> tuple[Source, Source]:
     """Open calibration pairs, split into those to find ranges on and those to steer by.
 
     Args:
@@ -113,12 +115,13 @@ def open_calibration(data: str, *, pairs: int, ranges: int, size: int) -> tuple[
         pairs: how many emoji scenes in all.
         ranges: how many to find ranges on; at most half of what there is.
         size: side of a picture in pixels.
+        strict: see `open_source`.
 
     Raises:
         ConfigError: there are too few.
         InputError: see `open_source`.
     """
-    source = open_source(data, split="calibration", count=pairs, size=size)
+    source = open_source(data, split="calibration", count=pairs, size=size, strict=strict)
     if len(source) < 2 * FEWEST_PAIRS:
         raise ConfigError(
             f"{source.name}: give at least {2 * FEWEST_PAIRS} pairs to calibrate on, half of which "

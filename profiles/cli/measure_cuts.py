@@ -7,7 +7,7 @@ from edgeclip.profiles.cuts.measure_cuts import measure_cuts, stage_table
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import load_device
-from edgeclip.runtime.inputs.image_folder import find_images
+from edgeclip.runtime.inputs.find_images import find_images
 from edgeclip.runtime.planning.cut_set import CutSet
 
 

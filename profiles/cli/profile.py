@@ -35,7 +35,7 @@ from edgeclip.runtime.cli.options import add_device_option
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.images import list_images
+from edgeclip.runtime.inputs.find_images import list_images
 
 _log = logging.getLogger(__name__)
 _PARTS = ("image", "text", "file")

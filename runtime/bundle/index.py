@@ -29,7 +29,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Index:
-    """Keys, such as file paths, with one embedding each.
+    """Keys, such as file paths or texts, with one embedding each; a key may occur again.
 
     `embeddings` is float32 [N, dim], L2-normalised, made in the embedding space whose
     fingerprint is `space`.
@@ -43,9 +43,9 @@ class Index:
         """Check keys and embeddings.
 
         Raises:
-            InputError: repeated or empty keys, or embeddings that do not fit them.
+            InputError: empty keys, or embeddings that do not fit them.
         """
-        check_keyed("index", self.keys, self.embeddings, self.space)
+        check_keyed("index", self.keys, self.embeddings, self.space, unique=False)
 
     def search(
         self, queries: NDArray[Any], top: int = 10, *, space: str | None = None
@@ -244,8 +244,15 @@ def check_space(expected: str, found: str, what: str) -> None:
         )
 
 
-def check_keyed(what: str, keys: Sequence[object], embeddings: NDArray[Any], space: object) -> None:
-    """Check that each row of unit float32 embeddings has a unique name.
+def check_keyed(
+    what: str,
+    keys: Sequence[object],
+    embeddings: NDArray[Any],
+    space: object,
+    *,
+    unique: bool = True,
+) -> None:
+    """Check that each row of unit float32 embeddings has a name, and if asked for a unique one.
 
     Raises:
         InputError: repeated, empty or too few keys, or embeddings that are not float32
@@ -258,7 +265,7 @@ def check_keyed(what: str, keys: Sequence[object], embeddings: NDArray[Any], spa
         raise InputError(f"{len(keys)} {what} names cannot name {len(embeddings)} embeddings")
     if not all(isinstance(key, str) and key for key in keys):
         raise InputError(f"every {what} name must be a non-empty text")
-    if len(set(keys)) != len(keys):
+    if unique and len(set(keys)) != len(keys):
         first = Counter(keys).most_common(1)[0][0]
         raise InputError(f"the {what} name {first!r} occurs twice: make the names unique")
     if not isinstance(space, str) or not space:

@@ -107,15 +107,3 @@ def bake_labels(
     mean = encode(texts).reshape(len(names), len(templates), -1).mean(axis=1)
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
     return LabelSet(names=tuple(names), embeddings=mean, space=space, templates=tuple(templates))
-
-
-def split_names(text: str) -> tuple[str, ...]:
-    """Split "red, blue" at the commas into names.
-
-    Raises:
-        InputError: a name is empty.
-    """
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise InputError(f"{text!r} holds an empty name: write NAME,NAME,...")
-    return names

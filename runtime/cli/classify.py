@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from edgeclip.runtime.bundle.labels import LabelSet, split_names
+from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.cli.options import (
     add_encoder_options,
     add_json_option,
@@ -14,7 +14,9 @@ from edgeclip.runtime.cli.options import (
 )
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.image_folder import embed_files, find_images, report_skipped
+from edgeclip.runtime.inputs.find_images import find_images
+from edgeclip.runtime.inputs.image_folder import embed_files, report_skipped
+from edgeclip.runtime.inputs.label_names import labels_file, read_label_file, split_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument(
         "--labels",
-        help="names separated by commas, a label set of the bundle, or a label file (.npz) "
+        help="names separated by commas, a label set of the bundle, a file with a name on each "
+        "line, or a label set's file (.npz) "
         "(default: the label set of the bundle's label head, or its only label set)",
     )
     parser.add_argument(
@@ -33,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", type=positive, default=5, help="labels per image (default: 5)")
     parser.add_argument(
-        "--strict", action="store_true", help="stop at the first image that cannot be read"
+        "--strict",
+        action="store_true",
+        help="stop at the first image that cannot be read, and at files that would be left out",
     )
     add_json_option(parser)
     add_encoder_options(parser)
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the labels of each image."""
-    paths = find_images(args.paths)
+    paths = find_images(args.paths, strict=args.strict)
     encoder = open_encoder(args)
     labels = read_labels(encoder, args.labels or _default_labels(encoder), args.template)
     embedded = embed_files(encoder, paths, batch_size=args.batch_size, strict=args.strict)
@@ -75,14 +80,16 @@ def _default_labels(encoder: Encoder) -> str:
 
 
 def read_labels(encoder: Encoder, labels: str, templates: list[str] | None) -> LabelSet:
-    """Load a label file or a label set of the bundle, or embed the given names.
+    """Load a label set from its file or from the bundle, or embed the given names.
 
     Raises:
-        InputError: the file cannot be read, or there are no names.
+        InputError: the file does not exist or cannot be read, or there are no names.
         SpaceMismatchError: the labels belong to another embedding space.
     """
     if labels.endswith(".npz"):
         return LabelSet.load(Path(labels))
     if labels in encoder.bundle.label_names:
         return encoder.bundle.labels(labels)
-    return encoder.bake_labels(split_names(labels), tuple(templates or DEFAULT_TEMPLATES))
+    file = labels_file(labels)
+    names = split_names(labels) if file is None else read_label_file(file)
+    return encoder.bake_labels(names, tuple(templates or DEFAULT_TEMPLATES))

@@ -6,7 +6,9 @@ from pathlib import Path
 from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.cli.options import add_encoder_options, open_encoder
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.image_folder import embed_files, find_images, report_skipped
+from edgeclip.runtime.inputs.find_images import find_images
+from edgeclip.runtime.inputs.image_folder import embed_files, report_skipped
+from edgeclip.runtime.inputs.text_files import read_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="stop at the first image that cannot be read (default: skip it)",
+        help="stop at the first image that cannot be read, and at files that would be left out "
+        "(default: skip and name them)",
     )
     parser.add_argument(
         "--truncate", action="store_true", help="truncate texts that are too long (default: refuse)"
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _embed_images(args: argparse.Namespace) -> Index:
-    paths = find_images(args.paths)
+    paths = find_images(args.paths, strict=args.strict)
     encoder = open_encoder(args)
     embedded = embed_files(encoder, paths, batch_size=args.batch_size, strict=args.strict)
     report_skipped(embedded)
@@ -47,13 +50,7 @@ def _embed_images(args: argparse.Namespace) -> Index:
 
 
 def _embed_texts(args: argparse.Namespace) -> Index:
-    try:
-        lines = args.texts.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {args.texts} as UTF-8 text: {error}") from error
-    texts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not texts:
-        raise InputError(f"{args.texts} holds no texts: write one per line")
+    texts = tuple(read_lines(args.texts))  # row i of the index is line i
     encoder = open_encoder(args)
     embeddings = encoder.encode_text(texts, truncate=args.truncate, batch_size=args.batch_size)
     return Index(keys=texts, embeddings=embeddings, space=encoder.space)

@@ -13,9 +13,11 @@ from edgeclip.runtime.cli.options import (
 )
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.image_folder import embed_files, read_captions, report_skipped
-from edgeclip.runtime.inputs.images import list_images
+from edgeclip.runtime.inputs.captions import read_captions
+from edgeclip.runtime.inputs.find_images import list_images
+from edgeclip.runtime.inputs.image_folder import embed_files, report_skipped
 from edgeclip.runtime.quality.intervals import Interval, bootstrap
+from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import (
     DirectionMetrics,
     label_ranks,
@@ -29,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         type=Path,
-        help="images, with captions.csv (columns file,caption) or NAME.txt beside each image",
+        help="images, with captions.csv (columns file,caption) or NAME.txt beside each image; "
+        "several captions of one image are all right answers, and so are equal captions",
     )
     parser.add_argument(
         "--labels",
@@ -48,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="truncate captions that are too long (default: refuse)",
     )
     parser.add_argument(
-        "--strict", action="store_true", help="stop at the first image that cannot be read"
+        "--strict",
+        action="store_true",
+        help="stop at the first image that cannot be read, and at files that would be left out",
     )
     add_json_option(parser)
     add_encoder_options(parser)
@@ -60,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _retrieval(args: argparse.Namespace) -> int:
-    images = list_images(args.folder)
-    captions = read_captions(args.folder, images)
+    images = list_images(args.folder, strict=args.strict)
+    captions = read_captions(args.folder, images, strict=args.strict)
     if captions is None:
         raise InputError(
             f"{args.folder} has no captions: write captions.csv with the columns file,caption, or "
@@ -71,21 +76,27 @@ def _retrieval(args: argparse.Namespace) -> int:
     embedded = embed_files(encoder, images, batch_size=args.batch_size, strict=args.strict)
     report_skipped(embedded)
     by_image = dict(zip(images, captions, strict=True))
-    texts = [by_image[path] for path in embedded.paths]
+    own = [by_image[path] for path in embedded.paths]
+    texts, relevance = [text for captions in own for text in captions], Relevance.of_captions(own)
+    if relevance.tells_nothing:
+        raise InputError(
+            f"{args.folder}: each caption is right for every image, so R@1 says nothing: give "
+            "captions that tell the images apart"
+        )
     text_embeddings = encoder.encode_text(texts, truncate=args.truncate, batch_size=args.batch_size)
-    ranks = pair_ranks(embedded.embeddings, text_embeddings)
+    ranks = pair_ranks(embedded.embeddings, text_embeddings, relevance)
     found = retrieval_of_ranks(ranks)
     mean = bootstrap(ranks.hits(1))
     directions = {
-        "image to text": (found.image_to_text, bootstrap(ranks.image_to_text <= 1)),
-        "text to image": (found.text_to_image, bootstrap(ranks.text_to_image <= 1)),
+        "image to text": (found.image_to_text, bootstrap(ranks.image_hits(1))),
+        "text to image": (found.text_to_image, bootstrap(ranks.text_hits(1))),
     }
     if args.json:
         rows = {name: _direction_json(*values) for name, values in directions.items()}
-        counts = {"pairs": len(texts), "skipped": len(embedded.skipped)}
+        counts = {"images": len(own), "captions": len(texts), "skipped": len(embedded.skipped)}
         print_json({**counts, "mean_r1": _interval_json(mean), **rows})
         return 0
-    print(f"{len(texts)} pairs; 95% intervals by bootstrap")
+    print(f"{len(own)} images, {len(texts)} captions; 95% intervals by bootstrap over the images")
     print(f"{'':<14}{'R@1':<24}{'R@5':>7}{'R@10':>8}{'median rank':>13}{'mean rank':>11}")
     for name, (metrics, interval) in directions.items():
         print(_direction_row(name, metrics, interval))
@@ -94,7 +105,7 @@ def _retrieval(args: argparse.Namespace) -> int:
 
 
 def _zero_shot(args: argparse.Namespace) -> int:
-    images = list_images(args.folder)
+    images = list_images(args.folder, strict=args.strict)
     loose = [path for path in images if path.parent == args.folder]
     if loose:
         raise InputError(f"{loose[0]} is in no class: put each image into its class's subfolder")

@@ -11,7 +11,8 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
@@ -174,7 +175,8 @@ def _run(name: str, rest: list[str], configure_log: Callable[..., None]) -> int:
         args = parser.parse_args(rest, typed)
         if args.verbose or args.log_json:  # argparse also takes shortened names
             configure_log(verbose=args.verbose, as_json=args.log_json)
-        status: int = module.run(args)
+        with _left_out_told():
+            status: int = module.run(args)
     except ImportError as error:
         package = (error.name or "").split(".")[0]
         # No extra brings onnxruntime: which of its builds fits is the user's choice.
@@ -189,6 +191,19 @@ def _run(name: str, rest: list[str], configure_log: Callable[..., None]) -> int:
             f"edgeclip {name} needs the package {package!r}: pip install {extras}"
         ) from error
     return status
+
+
+@contextmanager
+def _left_out_told() -> Iterator[None]:
+    """Tell at the end of the block what it was given and did not use; few commands note any."""
+    name = "edgeclip.runtime.inputs.left_out"  # it loads numpy, which not every command does
+    if name in sys.modules:
+        sys.modules[name].forget_left_out()
+    try:
+        yield
+    finally:
+        if name in sys.modules:
+            sys.modules[name].report_left_out()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 
 from edgeclip.runtime.bundle.index import Hit, Index
@@ -14,6 +15,8 @@ from edgeclip.runtime.cli.options import (
 )
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES
+from edgeclip.runtime.inputs.more_formats import MORE_SUFFIXES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +39,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the hits of each query, best first."""
     if not args.texts and not args.image:
         raise InputError("nothing to search for: give a text, or --image FILE")
+    for text in args.texts:  # else the file's name would be searched for
+        if Path(text).suffix.lower() in IMAGE_SUFFIXES | MORE_SUFFIXES and os.path.isfile(text):
+            raise InputError(f"{text} is an image file: search by it with --image {text}")
     index = Index.load(args.index)
     found = _search(open_encoder(args), index, args)
     if args.json:

@@ -1,8 +1,10 @@
 """Load images from paths, bytes, Pillow images and arrays as upright 8-bit RGB."""
 
+import functools
 import io
 import os
 import stat
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +12,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from edgeclip.runtime.errors import EdgeClipError, InputError
+from edgeclip.runtime.inputs.more_formats import MORE_SUFFIXES, is_raw_tiff, open_more, open_raw
 
 _SIXTEEN_BIT_STEP = 257  # 65535 / 255
 # A float image that was resampled overshoots [0, 1] a little; more is a mistake.
 _OVERSHOOT = 1e-3
+LIMIT_VARIABLE = "EDGECLIP_MAX_MEGAPIXELS"
 ImageInput = str | Path | bytes | Image.Image | NDArray[Any]
 Box = tuple[float, float, float, float]
 IMAGE_SUFFIXES = frozenset(
@@ -67,6 +71,7 @@ class DecodedImage:
 def load_image(source: ImageInput, *, min_side: int | None = None) -> Image.Image:
     """Load any image input as an upright RGB Pillow image.
 
+    HEIC, JPEG XL and the previews of camera raw files need the extra `images`.
     EXIF rotation is applied and only the first frame of an animated file is read; of a
     Pillow image, the current frame. Transparency is composited over white (see
     `image_to_rgb`), 16-bit grey is scaled, CMYK, YCCK and palettes are converted.
@@ -77,8 +82,9 @@ def load_image(source: ImageInput, *, min_side: int | None = None) -> Image.Imag
             then reduced while decoding, to no less than three times that.
 
     Raises:
-        InputError: no such file, a directory, damaged or unknown data, a decompression
-            bomb by Pillow's guard, or an array that is not an image.
+        InputError: no such file, a directory, damaged or unknown data, more pixels than
+            Pillow's guard against decompression bombs or $EDGECLIP_MAX_MEGAPIXELS allows, or an
+            array that is not an image.
     """
     return decode_image(source, min_side=min_side).image
 
@@ -110,32 +116,8 @@ def as_image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]
     return [images]
 
 
-def list_images(folder: str | Path) -> tuple[Path, ...]:
-    """List the image files under a folder, at any depth, sorted by their path in it.
-
-    Image files are known by their suffix (`IMAGE_SUFFIXES`, any case); hidden files are ignored.
-
-    Raises:
-        InputError: not a folder, or no image in it.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise InputError(f"{root} {what}: give a folder of images")
-    found = [
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
-    ]
-    if not found:
-        raise InputError(f"{root} holds no images: known suffixes are {_suffixes()}")
-    return tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
-
-
 def _suffixes() -> str:
-    return " ".join(sorted(IMAGE_SUFFIXES))
+    return " ".join(sorted(IMAGE_SUFFIXES | MORE_SUFFIXES))
 
 
 def _existing_file(source: str | os.PathLike[str]) -> Path:
@@ -152,13 +134,56 @@ def _existing_file(source: str | os.PathLike[str]) -> Path:
 
 
 def _open_and_decode(file: Path | io.BytesIO, name: str, min_side: int | None) -> DecodedImage:
+    limit = _pixel_limit()
+
+    def check(size: tuple[int, int]) -> None:
+        if limit is not None and size[0] * size[1] > limit:
+            raise Image.DecompressionBombError(f"{size[0]} x {size[1]} pixels")
+
     try:
-        with Image.open(file, formats=_FORMATS) as image:
-            return _decode(image, name, min_side)
-    except EdgeClipError:
-        raise
+        more = open_more(file, check, min_side)
+        if more is None:
+            with Image.open(file, formats=_usable_formats()) as image:
+                check(image.size)
+                if not (image.format == "TIFF" and is_raw_tiff(image)):
+                    return _decode(image, name, min_side)
+            more = open_raw(file, min_side)
+        return decode_image(more, min_side=min_side)
+    except EdgeClipError as error:
+        told = str(error)
+        raise InputError(told if told.startswith(name) else f"{name}: {told}") from error
     except Exception as error:
         raise _unreadable(name, error) from error
+
+
+@functools.cache
+def _usable_formats() -> tuple[str, ...]:
+    """Return the formats that this build of Pillow has; it refuses to look for any other."""
+    return tuple(item for item in _FORMATS if item != "AVIF" or features.check("avif"))
+
+
+def _pixel_limit() -> int | None:
+    """Return the most pixels that an image file may have; None for any number.
+
+    It is Pillow's own (179 million), or $EDGECLIP_MAX_MEGAPIXELS million: Pillow's guard, which
+    the whole process shares, is then set to that.
+
+    Raises:
+        InputError: the variable holds something else than a number above 0.
+    """
+    given = os.environ.get(LIMIT_VARIABLE)
+    if given is None:
+        return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+    try:
+        limit = int(float(given) * 1e6)
+    except (ValueError, OverflowError):
+        limit = 0
+    if limit < 1:
+        raise InputError(f"{LIMIT_VARIABLE} is {given!r}: give a number of megapixels, such as 250")
+    if limit != Image.MAX_IMAGE_PIXELS:  # Pillow warns of more, and refuses twice as many
+        Image.MAX_IMAGE_PIXELS = limit
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    return limit
 
 
 def _decode(image: Image.Image, name: str, min_side: int | None) -> DecodedImage:
@@ -220,7 +245,10 @@ def _apply_orientation(
 
 def _unreadable(name: str, error: Exception) -> InputError:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return InputError(f"{name} has too many pixels to be safe: scale it down first ({error})")
+        return InputError(
+            f"{name} has too many pixels to be safe ({error}): scale it down first, or allow it "
+            f"with {LIMIT_VARIABLE}=NUMBER"
+        )
     if isinstance(error, UnidentifiedImageError):
         return InputError(f"{name} is not an image of a known format ({_suffixes()})")
     if isinstance(error, PermissionError):

@@ -1,11 +1,16 @@
 """Quality of embeddings: retrieval in both directions, zero-shot classification.
 
-Ranks are pessimistic: a target ranks behind everything with an equal score. A collapsed tower,
+Retrieval is over relevance (`relevance.py`), by the protocol of Karpathy and Fei-Fei (2015) that
+COCO's 1K and 5K and Flickr30k's 1K test sets are reported by: image to text counts each image
+once, and its rank is that of the best placed right text; text to image counts each caption once.
+
+Ranks are pessimistic: a target ranks behind every wrong one with an equal score. A collapsed tower,
 whose embeddings are all the same, therefore has R@1 = 0; optimistic ranks would call it perfect.
 Scores are cosines in float64; those closer than `TIE` count as equal, since matrix products of
 equal rows may differ in the last bits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.bundle.index import paired_unit_rows, unit_rows
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.quality.relevance import Relevance
 
 TIE = 1e-9  # far above float64 rounding, far below a float32 embedding's resolution
 _SCORES_AT_ONCE = 1 << 23  # 64 MiB of float64
@@ -21,21 +27,39 @@ _SCORES_AT_ONCE = 1 << 23  # 64 MiB of float64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranks:
-    """Rank of each pair's partner (1 is best) in either direction, int64 [N].
+    """Rank of the best placed right answer to each query (1 is best), in either direction.
 
-    `hits(k)` are per-item values for the bootstrap; those of two models are paired.
+    The hits are values of each image [N] for the bootstrap, an image with all its captions being
+    one item; those of two models are paired.
+
+    Attributes:
+        image_to_text: int64 [N], of each image.
+        text_to_image: int64 [M], of each caption.
+        owner: int64 [M], the image of each caption; None if caption i is that of image i.
     """
 
     image_to_text: NDArray[np.int64]
     text_to_image: NDArray[np.int64]
+    owner: NDArray[np.int64] | None = None
+
+    def image_hits(self, k: int) -> NDArray[np.float64]:
+        """Return whether each image finds a text by rank k: 0 or 1; the mean is R@k."""
+        return (self.image_to_text <= k).astype(np.float64)
+
+    def text_hits(self, k: int) -> NDArray[np.float64]:
+        """Return each image's share of the captions that find an image by rank k.
+
+        The shares are scaled so that their mean over the images is R@k over all captions.
+        """
+        found = (self.text_to_image <= k).astype(np.float64)
+        if self.owner is None:
+            return found
+        images = len(self.image_to_text)
+        return np.bincount(self.owner, found, minlength=images) * (images / len(found))
 
     def hits(self, k: int) -> NDArray[np.float64]:
-        """Return for each pair the share of directions (0, 0.5, 1) with a rank of at most k.
-
-        Its mean is R@k, averaged over both directions.
-        """
-        found = (self.image_to_text <= k).astype(np.float64) + (self.text_to_image <= k)
-        return found / 2
+        """Return for each image the mean over both directions; its mean is R@k of both."""
+        return (self.image_hits(k) + self.text_hits(k)) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,28 +90,64 @@ class ZeroShot:
     top5: float
 
 
-def retrieval(image_embeddings: NDArray[Any], text_embeddings: NDArray[Any]) -> Retrieval:
-    """Measure retrieval between images and texts, where image i belongs to text i.
+def retrieval(
+    image_embeddings: NDArray[Any],
+    text_embeddings: NDArray[Any],
+    relevance: Relevance | None = None,
+) -> Retrieval:
+    """Measure retrieval between images and texts.
 
     Args:
         image_embeddings: floats [N, dim].
-        text_embeddings: floats [N, dim].
+        text_embeddings: floats [M, dim].
+        relevance: which texts are right for which images, best from the captions themselves
+            (`Relevance.of_captions`); None where image i belongs to text i (M = N): texts with
+            the same embedding then count as equal captions.
 
     Raises:
-        InputError: shapes that differ, NaN or infinity, or an embedding of length 0.
+        InputError: shapes that do not fit, NaN or infinity, an embedding of length 0, or texts of
+            which every one is right for every image.
     """
-    return retrieval_of_ranks(pair_ranks(image_embeddings, text_embeddings))
+    if relevance is None and np.ndim(text_embeddings) == 2:
+        paired_unit_rows(image_embeddings, text_embeddings)  # or the messages would be of numpy
+        relevance = Relevance.of_texts_embedded(text_embeddings)
+    if relevance is not None and relevance.tells_nothing:
+        raise InputError(
+            "every text is right for every image, so retrieval says nothing: give captions that "
+            "tell the images apart, and check that the text tower does"
+        )
+    return retrieval_of_ranks(pair_ranks(image_embeddings, text_embeddings, relevance))
 
 
-def pair_ranks(image_embeddings: NDArray[Any], text_embeddings: NDArray[Any]) -> Ranks:
-    """Rank each pair's partner among all [N], in both directions.
+def pair_ranks(
+    image_embeddings: NDArray[Any],
+    text_embeddings: NDArray[Any],
+    relevance: Relevance | None = None,
+) -> Ranks:
+    """Rank the best placed right answer to each query, in both directions.
+
+    Without `relevance` text i alone is right for image i, even where embeddings are equal.
 
     Raises:
         InputError: as `retrieval`.
     """
-    images, texts = paired_unit_rows(image_embeddings, text_embeddings)
-    own = np.arange(len(images))
-    return Ranks(_ranks(images, texts, own), _ranks(texts, images, own))
+    if relevance is None:
+        images, texts = paired_unit_rows(image_embeddings, text_embeddings)
+        relevance = Relevance.of_pairs(len(images))
+    else:
+        images = unit_rows(image_embeddings, "image embeddings")
+        texts = unit_rows(text_embeddings, "text embeddings")
+        wanted = (relevance.images, len(relevance.owner), images.shape[1])
+        if (len(images), len(texts), texts.shape[1]) != wanted:
+            raise InputError(
+                f"image embeddings {images.shape} and text embeddings {texts.shape} are not "
+                f"those of {wanted[0]} images with {wanted[1]} captions"
+            )
+    return Ranks(
+        _ranks(images, texts, relevance.of_images),
+        _ranks(texts, images, relevance.of_texts),
+        relevance.owner,
+    )
 
 
 def retrieval_of_ranks(ranks: Ranks) -> Retrieval:
@@ -140,20 +200,26 @@ def label_ranks(
             f"labels span {right.min()} to {right.max()}, but classes go from 0 to "
             f"{len(classes) - 1}"
         )
-    return _ranks(images, classes, right)
+    every = np.arange(len(classes))
+    return _ranks(images, classes, lambda part: right[part, None] == every)
 
 
 def _ranks(
-    queries: NDArray[np.float64], targets: NDArray[np.float64], right: NDArray[Any]
+    queries: NDArray[np.float64],
+    targets: NDArray[np.float64],
+    right_of: Callable[[slice], NDArray[np.bool_]],
 ) -> NDArray[np.int64]:
-    """Count for each query the targets that score at least as high as the correct one."""
+    """Count for each query the wrong targets that score as high as the best right one, and 1.
+
+    `right_of` tells for some queries which targets are right, bool [queries, targets].
+    """
     ranks = np.empty(len(queries), dtype=np.int64)
     chunk = max(1, _SCORES_AT_ONCE // len(targets))
     for start in range(0, len(queries), chunk):
         part = slice(start, start + chunk)
-        scores = queries[part] @ targets.T
-        own = np.take_along_axis(scores, right[part, None], axis=1)
-        ranks[part] = (scores >= own - TIE).sum(axis=1)
+        scores, right = queries[part] @ targets.T, right_of(part)
+        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+        ranks[part] = 1 + ((scores >= best - TIE) & ~right).sum(axis=1)
     return ranks
 
 

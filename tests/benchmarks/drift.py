@@ -51,6 +51,9 @@ class Altered:
     def caption(self, index: int) -> str | None:
         return self._source.caption(index)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(index)
+
 
 def noise(levels: float) -> Alter:
     """Gaussian noise, as of a small sensor at night."""

@@ -93,6 +93,9 @@ class Blobs:
         words = draw.choice(COLOURS, size=1 + index % 5)
         return f"picture {index}: {' '.join(words)}" if self.has_captions else None
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (str(self.caption(index)),) if self.has_captions else ()
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     texts = [f"picture {index}: {' '.join(COLOURS)}" for index in range(20)]

@@ -153,7 +153,7 @@ def test_labels_come_from_a_line_or_a_file(tmp_path: Path) -> None:
         ("a/b=cat", "cannot name a label set"),
         (".hidden=cat", "cannot name a label set"),
         ("pets=cat,,dog", "empty name"),
-        ("missing.txt", "cannot read the labels in missing.txt"),
+        ("missing.txt", "missing.txt does not exist"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(given: str, message: str) -> None:

@@ -184,6 +184,9 @@ class Untouchable:
     def caption(self, index: int) -> str | None:
         raise AssertionError("captions were read")
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        raise AssertionError("captions were read")
+
 
 def test_a_student_that_passes_is_never_tuned(
     task: QatTask, clip_towers: TowerPaths, tuning: QatOptions, tmp_path: Path

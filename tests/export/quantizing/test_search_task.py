@@ -46,6 +46,9 @@ class Part:
     def caption(self, index: int) -> str | None:
         return f"picture {index}: red" if self.has_captions else None
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (str(self.caption(index)),) if self.has_captions else ()
+
 
 @pytest.mark.parametrize("split", ["calibration", "train"])
 def test_pairs_for_calibration_or_training_are_taken(split: Split, clip: DualEncoder) -> None:

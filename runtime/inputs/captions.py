@@ -1,0 +1,383 @@
+"""Read the captions of a folder of images: a table or annotation file, or a text beside each."""
+
+import csv
+import fnmatch
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.left_out import leave_out
+from edgeclip.runtime.inputs.text_files import read_text, split_lines
+
+Captions = tuple[tuple[str, ...], ...]
+TABLE_NAME = "captions.csv"
+# Names of files that hold the captions of a whole folder, in any case; the first is taken.
+_TABLES = (
+    *(TABLE_NAME, "captions.tsv", "captions.jsonl", "captions.json", "captions.txt"),
+    *("*.token", "*.token.txt"),  # Flickr30k and Flickr8k
+    *("captions_*.json", "dataset_*.json"),  # COCO, and its splits by Karpathy and Fei-Fei
+)
+# Columns and JSON keys by what people call them, the first is taken; after that of a caption may
+# come a number.
+_IMAGE_NAMES = (
+    *("file", "filename", "file_name", "filepath", "file_path"),
+    *("image", "image_name", "image_path", "image_file", "img", "path"),
+)
+_CAPTION_NAMES = (
+    *("caption", "captions", "title", "text", "description", "comment", "sentence"),
+    *("sentences", "raw"),
+)
+_NEEDS = "needs a header with the columns file and caption"
+_NUMBER = re.compile(r"#\d+$")  # Flickr's token files: NAME.jpg#0 to NAME.jpg#4
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a table says of an image; `where` is the file and the line, for messages."""
+
+    where: str
+    image: str
+    captions: tuple[str, ...]
+
+
+def read_captions(folder: Path, images: Sequence[Path], *, strict: bool = False) -> Captions | None:
+    """Return the captions of each image, one or several; None if the folder has none at all.
+
+    They stand in a table in the folder, or in a `NAME.txt` beside each `NAME.jpg`, one on a line.
+    A table is `captions.csv`, `.tsv` or `.txt` with a header (comma, TAB, semicolon or bar; columns
+    as `file,caption`, `image,caption`, `filepath,title`), a Flickr token file, `captions.jsonl`, or
+    a JSON file of COCO's or of Karpathy's form. It may name an image on several rows. Names are
+    relative to the folder, or all to one of its subfolders; both slashes are read, and any Unicode
+    form.
+
+    Raises:
+        InputError: some images have a caption and others none; or a table is damaged, has a row
+            with more or fewer cells than its header, an empty caption, or an image that is not
+            there (an annotation file in JSON may name more than are there). The message names
+            the file and the line.
+    """
+    table = _find_table(folder, images, strict=strict)
+    if table is None:
+        found = _captions_beside(images)
+        if not any(found):
+            return None
+    else:
+        found = _captions_of_table(table, images, strict=strict)
+    missing = [path for path, captions in zip(images, found, strict=True) if not captions]
+    if missing:
+        raise InputError(
+            f"{table or folder}: {len(missing)} of {len(images)} images have no caption, the first "
+            f"is {missing[0].relative_to(folder)}: give every image one"
+        )
+    return tuple(found)
+
+
+def is_table(path: Path) -> bool:
+    """Tell by its name whether a file holds the captions of the folder that it lies in."""
+    return any(fnmatch.fnmatchcase(path.name.casefold(), name) for name in _TABLES)
+
+
+def beside_name(path: Path) -> tuple[Path, str]:
+    """Return what an image and the text file beside it have in common."""
+    return path.parent, path.stem.casefold()
+
+
+def _find_table(folder: Path, images: Sequence[Path], *, strict: bool) -> Path | None:
+    beside = {beside_name(path) for path in images}
+    files = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
+    files = [path for path in files if path.suffix != ".txt" or beside_name(path) not in beside]
+    ordered = [
+        path
+        for name in _TABLES
+        for path in files
+        if fnmatch.fnmatchcase(path.name.casefold(), name)
+    ]
+    if not ordered:
+        return None
+    table, *others = dict.fromkeys(ordered)
+    others += [text for text in _texts_beside(images).values() if text != table]
+    leave_out([(path, f"captions are read from {table.name}") for path in others], strict=strict)
+    return table
+
+
+def _texts_beside(images: Sequence[Path]) -> dict[tuple[Path, str], Path]:
+    """Return the text files beside images, by `beside_name`."""
+    wanted = {beside_name(path) for path in images}
+    texts = (path for folder in {path.parent for path in images} for path in folder.iterdir())
+    found = {beside_name(path): path for path in texts if path.suffix.lower() == ".txt"}
+    return {name: path for name, path in sorted(found.items()) if name in wanted}
+
+
+def _captions_beside(images: Sequence[Path]) -> list[tuple[str, ...]]:
+    texts = _texts_beside(images)
+    found = []
+    for image in images:
+        text = texts.get(beside_name(image))
+        lines = split_lines(read_text(text)) if text is not None and text.is_file() else []
+        found.append(tuple(line.strip() for line in lines if line.strip()))
+    return found
+
+
+def _captions_of_table(
+    table: Path, images: Sequence[Path], *, strict: bool
+) -> list[tuple[str, ...]]:
+    rows = list(_rows(table))
+    if not rows:
+        raise InputError(f"{table} names no images: write one row for each caption")
+    names = _Names(table.parent, images)
+    base = names.base(rows)
+    captions: dict[Path, list[str]] = {}
+    absent: dict[Path, str] = {}
+    for row in rows:
+        if not row.captions:
+            raise InputError(f"{row.where}: {row.image} has an empty caption")
+        image = names.find(row.image, base, row.where)
+        if image is not None:
+            captions.setdefault(image, []).extend(row.captions)
+        elif table.suffix.lower() == ".json":
+            absent[table.parent / row.image] = f"named in {table.name}, but not there"
+        elif not names.is_left_out(row.image, base):
+            raise InputError(f"{row.where}: {row.image} is no image in this folder")
+    leave_out(list(absent.items()), strict=strict)
+    return [tuple(captions.get(image, ())) for image in images]
+
+
+class _Names:
+    """Find images by the names that tables give them.
+
+    Args:
+        folder: the folder that the table lies in.
+        images: the images under it.
+    """
+
+    def __init__(self, folder: Path, images: Sequence[Path]) -> None:
+        self._folder = folder
+        self._exact: dict[str, list[Path]] = {}
+        self._folded: dict[str, list[Path]] = {}
+        self._bases: set[str] = set()
+        for path in images:
+            name = _plain(path.relative_to(folder).as_posix())
+            self._exact.setdefault(name, []).append(path)
+            self._folded.setdefault(name.casefold(), []).append(path)
+            self._bases.update(f"{parent}/" for parent in PurePosixPath(name).parents[:-1])
+
+    def base(self, rows: Sequence[_Row]) -> str:
+        """Return the subfolder, with its slash, that the names of a table are relative to.
+
+        Raises:
+            InputError: there are several.
+        """
+        if not self._bases or any(self.find(row.image, "", row.where) for row in rows):
+            return ""
+        bases = sorted(
+            base
+            for base in self._bases
+            if any(self.find(row.image, base, row.where) for row in rows)
+        )
+        if len(bases) > 1:
+            raise InputError(
+                f"{rows[0].where}: {rows[0].image} and the others could be in {bases[0]} or in "
+                f"{bases[1]}: write the folder before each name"
+            )
+        return bases[0] if bases else ""
+
+    def find(self, name: str, base: str, where: str) -> Path | None:
+        """Return the image of that name; None if there is none.
+
+        Raises:
+            InputError: there are several.
+        """
+        for tried in self._spellings(name):
+            for known, key in (
+                (self._exact, base + tried),
+                (self._folded, (base + tried).casefold()),
+            ):
+                found = known.get(key, [])
+                if len(found) > 1:
+                    raise InputError(
+                        f"{where}: {name} may be {found[0].name!r} or {found[1].name!r}: "
+                        "rename one of them"
+                    )
+                if found:
+                    return found[0]
+        return None
+
+    def is_left_out(self, name: str, base: str) -> bool:
+        """Tell whether that is a file in the folder, though no image that can be read here."""
+        return any(
+            tried and ".." not in tried.split("/") and (self._folder / (base + tried)).is_file()
+            for tried in (name.strip().replace("\\", "/"), *self._spellings(name))
+        )
+
+    def _spellings(self, name: str) -> Iterator[str]:
+        """Yield what a name may mean: as it is, without #0, or as a path through the folder."""
+        for given in dict.fromkeys((name, name.replace("\\", "/"))):
+            for short in dict.fromkeys((given, _NUMBER.sub("", given))):
+                plain = _plain(short)
+                yield plain
+                own = unicodedata.normalize("NFC", self._folder.resolve().name)
+                _, inside, rest = f"/{plain}".rpartition(f"/{own}/")
+                if inside:
+                    yield rest
+
+
+def _plain(name: str) -> str:
+    """Return a relative path without `./` and doubled slashes, in Unicode's form NFC."""
+    parts = unicodedata.normalize("NFC", name.strip()).split("/")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def _rows(table: Path) -> Iterator[_Row]:
+    text, suffix = read_text(table), table.suffix.lower()
+    if suffix == ".json":
+        return _rows_of_json(table, text)
+    if suffix == ".jsonl":
+        return _rows_of_json_lines(table, text)
+    return _rows_of_table(table, text)
+
+
+def _rows_of_table(table: Path, text: str) -> Iterator[_Row]:
+    lines = split_lines(text)
+    first = next((number for number, line in enumerate(lines) if line.strip()), None)
+    if first is None:
+        raise InputError(f"{table}, line 1: {_NEEDS}; it is empty")
+    told = re.fullmatch(r"sep=(.)", lines[first].strip(), re.IGNORECASE)  # of Excel
+    for delimiter in (told[1],) if told else ("\t", ";", "|", ","):
+        reader = csv.reader(
+            io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True
+        )
+        records = _records(table, reader, skip=first + bool(told))
+        header = next(records, None)
+        columns = None if header is None else _columns(header[1])
+        if columns is not None:
+            yield from _rows_below(table, records, *columns)
+            return
+    if "\t" not in lines[first]:
+        raise InputError(f"{table}, line {first + 1}: {_NEEDS}")
+    for number, line in enumerate(lines, 1):  # without a header nothing is quoted
+        if line.strip():
+            where = f"{table}, line {number}"
+            name, *rest = line.split("\t")
+            if len(rest) != 1:
+                raise InputError(f"{where}: {len(rest)} TABs, where one parts name and caption")
+            yield _Row(where, name, _texts(rest))
+
+
+def _records(table: Path, reader: Any, *, skip: int) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a CSV reader that are not blank, with the number of their first line."""
+    line = 1
+    try:
+        for row in reader:
+            if line > skip and any(cell.strip() for cell in row):
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:  # the reader may be far beyond the row that failed
+        raise InputError(
+            f"{table}, the row from line {line} on: {error}; close every quote, and write it twice "
+            "inside a quoted caption"
+        ) from error
+
+
+def _columns(header: list[str]) -> tuple[int, int, list[int]] | None:
+    """Return how many columns there are, and which hold the image and the captions."""
+    names = [re.sub(r"[ -]+", "_", cell.strip().casefold()) for cell in header]
+    image = next((names.index(name) for name in _IMAGE_NAMES if name in names), None)
+    for wanted in _CAPTION_NAMES:
+        pattern = re.compile(rf"{wanted}_?\d*")
+        captions = [place for place, name in enumerate(names) if pattern.fullmatch(name)]
+        if captions and image is not None:
+            return len(header), image, captions
+    return None
+
+
+def _rows_below(
+    table: Path,
+    records: Iterator[tuple[int, list[str]]],
+    count: int,
+    image: int,
+    captions: list[int],
+) -> Iterator[_Row]:
+    for line, row in records:
+        where = f"{table}, line {line}"
+        while len(row) > count and not row[-1].strip():  # Excel fills up
+            row.pop()
+        if len(row) != count:
+            raise InputError(
+                f"{where}: {len(row)} cells under {count} columns: put a caption that holds the "
+                'separator or a line end into "quotes"'
+            )
+        yield _Row(where, row[image], _texts([row[place] for place in captions]))
+
+
+def _rows_of_json_lines(table: Path, text: str) -> Iterator[_Row]:
+    for number, line in enumerate(split_lines(text), 1):
+        if line.strip():
+            yield _row_of_entry(f"{table}, line {number}", _parse(table, line, number))
+
+
+def _rows_of_json(table: Path, text: str) -> Iterator[_Row]:
+    data = _parse(table, text, 1)
+    if isinstance(data, list):
+        for number, entry in enumerate(data, 1):
+            yield _row_of_entry(f"{table}, entry {number}", entry)
+    elif isinstance(data, dict) and isinstance(data.get("annotations"), list):
+        yield from _rows_of_coco(table, data)
+    elif isinstance(data, dict) and isinstance(data.get("images"), list):
+        for number, entry in enumerate(data["images"], 1):
+            row = _row_of_entry(f"{table}, image {number}", entry)
+            folder = entry.get("filepath")  # Karpathy: a folder beside "filename"
+            in_folder = isinstance(folder, str) and folder != row.image
+            yield _Row(row.where, f"{folder}/{row.image}", row.captions) if in_folder else row
+    elif isinstance(data, dict):
+        for number, (name, value) in enumerate(data.items(), 1):
+            yield _Row(f"{table}, entry {number}", name, _texts(value))
+    else:
+        raise InputError(f"{table}, line 1: give a list of images with captions, or an object")
+
+
+def _rows_of_coco(table: Path, data: Mapping[str, Any]) -> Iterator[_Row]:
+    names: dict[object, str] = {}
+    for number, image in enumerate(data.get("images") or [], 1):
+        try:
+            names[image["id"]] = str(image["file_name"])
+        except (TypeError, KeyError):
+            raise InputError(f"{table}, image {number}: needs id and file_name") from None
+    for number, item in enumerate(data["annotations"], 1):
+        where = f"{table}, annotation {number}"
+        try:
+            yield _Row(where, names[item["image_id"]], _texts(item["caption"]))
+        except (TypeError, KeyError):
+            raise InputError(
+                f"{where}: needs a caption and the image_id of one of the images"
+            ) from None
+
+
+def _row_of_entry(where: str, entry: object) -> _Row:
+    given = entry if isinstance(entry, dict) else {}
+    image = next((given[name] for name in _IMAGE_NAMES if name in given), None)
+    texts = next((given[name] for name in _CAPTION_NAMES if name in given), None)
+    if not isinstance(image, str) or texts is None:
+        raise InputError(f'{where}: needs an object such as {{"file": "a.jpg", "caption": "..."}}')
+    return _Row(where, image, _texts(texts))
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """Return the captions of a text, or of a list of texts or of sentences (Karpathy's "raw")."""
+    items = value if isinstance(value, list) else [value]
+    items = [item.get("raw") if isinstance(item, dict) else item for item in items]
+    return tuple(item.strip() for item in items if isinstance(item, str) and item.strip())
+
+
+def _parse(table: Path, text: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{table}, line {line + error.lineno - 1}: {error.msg}: no JSON") from None
+    except RecursionError:
+        raise InputError(f"{table}, line {line}: nested too deeply") from None
