@@ -10,6 +10,7 @@ from edgeclip.compress.data import sources
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Split, split_of, vocabulary
 from edgeclip.compress.data.sources import EmojiSource, FolderSource, Source, open_source
 from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.inputs.left_out import forget_left_out, report_left_out
 
 
 @pytest.fixture
@@ -122,6 +123,16 @@ def test_captions_for_some_pictures_only(folder: Path) -> None:
         FolderSource(folder)
 
 
+def test_several_captions_of_a_picture(folder: Path) -> None:
+    _write_table(folder, "b.png,one", "deep/c.png,two", "a.png,three", "b.png,four")
+    source = FolderSource(folder)
+    assert [source.captions(index) for index in range(3)] == [("three",), ("one", "four"), ("two",)]
+    assert source[1].caption == source.caption(1) == "one"
+    before = source.identity
+    _write_table(folder, "b.png,one", "deep/c.png,two", "a.png,three", "b.png,five")
+    assert FolderSource(folder).identity != before
+
+
 def test_a_table_that_names_no_picture(folder: Path) -> None:
     _write_table(folder, "a.png,a", "b.png,b", "c.png,c")
     with pytest.raises(InputError, match=r"line 4: c\.png is no image in this folder"):
@@ -209,6 +220,31 @@ def test_open_source_takes_the_subfolder_of_a_split(folder: Path) -> None:
     assert len(open_source(str(folder), split="test", count=1, size=8)) == 1
     with pytest.raises(ConfigError, match="has the subfolder test, so it needs train as well"):
         open_source(str(folder), split="train", count=1, size=8)
+
+
+def test_one_table_for_all_splits(tmp_path: Path) -> None:
+    rows = []
+    for name in ("train/a.png", "test/b.png", "calibration/c.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        rows.append(f"{name},in {name}")
+    _write_table(tmp_path, *rows)
+    splits: tuple[Split, ...] = ("train", "calibration", "test")
+    for split, name in zip(splits, ("a.png", "c.png", "b.png"), strict=True):
+        source = open_source(str(tmp_path), split=split, count=1, size=8)
+        assert [source.captions(index) for index in range(len(source))] == [(f"in {split}/{name}",)]
+
+
+def test_what_lies_in_no_split_is_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "deep").rename(folder / "test")
+    forget_left_out()
+    open_source(str(folder), split="test", count=1, size=8)
+    report_left_out()
+    (line,) = caplog.messages
+    assert "left out 2 files: in no subfolder of a split: " in line
+    assert "a.png" in line
+    with pytest.raises(InputError, match=r"a\.png"):
+        open_source(str(folder), split="test", count=1, size=8, strict=True)
 
 
 def test_open_source_splits_a_plain_folder_by_the_hash_of_paths(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_shapes_and_settings(
     cache: TeacherCache, teacher: DualEncoder, source: FolderSource
 ) -> None:
     assert cache.text is not None
-    assert (cache.image.shape, cache.text.shape) == ((20, 2, 32), (20, 32))
+    assert (cache.image.shape, cache.text.shape) == ((20, 2, 32), (20, 1, 32))
     assert cache.image.dtype == cache.text.dtype == np.float16
     settings = cache.settings
     assert settings.space == space_fingerprint(teacher)
@@ -67,8 +67,35 @@ def test_cached_embeddings_are_the_teachers(
     assert cache.text is not None
     with fast_inference(teacher):
         direct = teacher.embed_text(teacher.tokenize(captions_of(source, indices))).numpy()
-    np.testing.assert_array_equal(cache.text, direct.astype(np.float16))
+    np.testing.assert_array_equal(cache.text[:, 0], direct.astype(np.float16))
     assert np.abs(cache.image[:, 0] - cache.image[:, 1]).max() > 1e-3
+
+
+def test_every_caption_of_a_picture_is_embedded(
+    teacher: DualEncoder, few_pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "several"
+    folder.mkdir()
+    rows = ["file,caption"]
+    for number, path in enumerate(sorted(few_pictures.glob("*.bmp"))[:5]):
+        (folder / path.name).write_bytes(path.read_bytes())
+        rows += [f"{path.name},picture {number} is more {k}" for k in range(1 + number % 3)]
+    (folder / "captions.csv").write_text("\n".join(rows))
+    source = FolderSource(folder)
+    cache = build_cache(teacher, source, tmp_path / "cache")
+    assert cache.settings.texts == 3
+    assert cache.text is not None
+    assert cache.text.shape == (5, 3, 32)
+    for index in range(5):
+        captions = source.captions(index)
+        assert len(captions) == 1 + index % 3
+        with fast_inference(teacher):
+            direct = teacher.embed_text(teacher.tokenize(list(captions))).numpy()
+        # Not bit for bit: it is another batch.
+        np.testing.assert_allclose(cache.text[index, : len(captions)], direct, atol=2e-2)
+        assert not cache.text[index, len(captions) :].any()
+    again = open_cache(tmp_path / "cache")
+    np.testing.assert_array_equal(again.text, cache.text)
 
 
 def test_opening_gives_what_was_built(cache: TeacherCache, tmp_path: Path) -> None:

@@ -98,6 +98,34 @@ def test_an_epoch_shows_every_pair_once(
         assert Counter(part) == Counter((index, epoch % views) for index in range(count))
 
 
+def test_each_epoch_shows_the_next_caption_of_a_picture(
+    teacher: DualEncoder, few_pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "several"
+    folder.mkdir()
+    rows = ["file,caption"]
+    for number, path in enumerate(sorted(few_pictures.glob("*.bmp"))[:6]):
+        (folder / path.name).write_bytes(path.read_bytes())
+        rows += [f"{path.name},{number} {k}" for k in range(1 + number % 3)]
+    (folder / "captions.csv").write_text("\n".join(rows))
+    source = FolderSource(folder)
+    cache = build_cache(teacher, source, tmp_path / "cache")
+    assert cache.text is not None
+    how = TrainSettings(steps=1, batch_size=4)
+    batches = DistillationBatches(teacher, cache, source, how)
+    for step in range(9):  # six epochs
+        batch = batches(step)
+        indices, _ = batches.pairs_of_step(step)
+        numbers = [(4 * step + place) // 6 % (1 + index % 3) for place, index in enumerate(indices)]
+        captions = [f"{index} {number}" for index, number in zip(indices, numbers, strict=True)]
+        assert batch.ids is not None
+        assert batch.teacher_text is not None
+        assert torch.equal(batch.ids, teacher.tokenize(captions))
+        wanted = torch.from_numpy(cache.text[indices, numbers].astype(np.float32))
+        wanted = torch.nn.functional.normalize(wanted, dim=-1)
+        torch.testing.assert_close(batch.teacher_text.cpu(), wanted)
+
+
 def test_every_epoch_and_seed_has_an_order_of_its_own(teacher: DualEncoder) -> None:
     data = EmojiSource("train", 40, size=8)
     orders = {

@@ -18,7 +18,9 @@ from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.labels import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord
+from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.quality.relevance import Relevance
 
 BOUNDS = Bounds(mean_cosine=0.99, p1_cosine=0.97)
 
@@ -129,6 +131,56 @@ def test_a_loss_of_exactly_the_bound_is_allowed() -> None:
     assert record.value == pytest.approx(1)
     assert record.value > 1  # in floating point
     assert record.passed
+
+
+@pytest.mark.parametrize("copies", [1, 2, 10])
+@pytest.mark.parametrize("known", [True, False])
+def test_random_embeddings_fail_however_often_a_caption_occurs(copies: int, known: bool) -> None:
+    rows = np.repeat(random_rows(50), copies, axis=0)
+    captions = [[f"picture {index // copies}"] for index in range(50 * copies)]
+    relevance = Relevance.of_captions(captions) if known else None
+    reference = PairEmbeddings(rows, rows)
+    noise = random_rows(50 * copies, seed=1)
+    for candidate in (PairEmbeddings(noise, rows), PairEmbeddings(rows, noise)):
+        record = judge_retrieval(candidate, reference, BOUNDS, "int8", relevance=relevance)
+        assert record.value > 50
+        assert not record.passed
+    same = judge_retrieval(reference, reference, BOUNDS, "int8", relevance=relevance)
+    assert (same.value, same.passed) == (0, True)
+
+
+def test_a_candidate_that_collapsed_fails() -> None:
+    rows = np.repeat(random_rows(50), 2, axis=0)
+    one = np.repeat(random_rows(1), 100, axis=0)
+    record = judge_retrieval(PairEmbeddings(one, one), PairEmbeddings(rows, rows), BOUNDS, "int8")
+    assert record.value == 100
+
+
+def test_five_captions_a_picture_are_one_item_of_the_interval() -> None:
+    rows = random_rows(100)
+    relevance = Relevance.of_captions(
+        [[f"{k} of {index}" for k in range(5)] for index in range(100)]
+    )
+    texts = np.repeat(rows, 5, axis=0)
+    swapped = rows.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    record = judge_retrieval(
+        PairEmbeddings(swapped, texts),
+        PairEmbeddings(rows, texts),
+        BOUNDS,
+        "int8",
+        relevance=relevance,
+    )
+    assert record.value == pytest.approx(2)
+    one = judge_retrieval(PairEmbeddings(swapped, rows), PairEmbeddings(rows, rows), BOUNDS, "int8")
+    assert (record.low, record.high) == pytest.approx((one.low, one.high))
+
+
+def test_captions_that_tell_no_picture_apart_are_refused() -> None:
+    rows = random_rows(20)
+    same = np.repeat(random_rows(1), 20, axis=0)
+    with pytest.raises(ConfigError, match="give captions that tell the pictures apart"):
+        judge_retrieval(PairEmbeddings(rows, same), PairEmbeddings(rows, same), BOUNDS, "int8")
 
 
 def test_lost_labels_are_counted_in_points() -> None:

@@ -141,11 +141,27 @@ class TestEmbed:
         assert len(Index.load(out).keys) == 3
 
     def test_texts(self, tiny_bundle: Path, tmp_path: Path) -> None:
-        (tmp_path / "texts.txt").write_text("a red car\n\n green \na red car\n", encoding="utf-8")
+        (tmp_path / "texts.txt").write_bytes("a red car\r\n green\u2028blue \na red car\n".encode())
         out = tmp_path / "index.npz"
         options = ["--texts", str(tmp_path / "texts.txt"), "--bundle", str(tiny_bundle)]
         assert main(["embed", *options, "--out", str(out)]) == 0
-        assert Index.load(out).keys == ("a red car", "green")
+        found = Index.load(out)  # row i is line i
+        assert found.keys == ("a red car", "green\u2028blue", "a red car")
+        assert np.array_equal(found.embeddings[0], found.embeddings[2])
+
+    def test_what_is_left_out_is_told_at_the_end(
+        self, tiny_bundle: Path, photos: Path, tmp_path: Path, capsys: Capture
+    ) -> None:
+        (photos / "clip.mov").touch()
+        out = tmp_path / "index.npz"
+        arguments = ["embed", str(photos), "--bundle", str(tiny_bundle), "--out", str(out)]
+        assert main(arguments) == 0
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("edgeclip: left out 1 file: ")
+        assert "clip.mov" in last
+        out.unlink()
+        assert "clip.mov" in fails(capsys, *arguments, "--strict")
+        assert not out.exists()
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -156,6 +172,7 @@ class TestEmbed:
             (["{tmp}/empty"], "holds no images"),
             (["--texts", "{tmp}/empty"], "cannot read"),
             (["--texts", "{tmp}/blank.txt"], "holds no texts"),
+            (["--texts", "{tmp}/gap.txt"], "gap.txt, line 2 is empty"),
             (["--texts", "{tmp}/long.txt"], "the limit is 16"),
         ],
     )
@@ -170,6 +187,7 @@ class TestEmbed:
     ) -> None:
         (tmp_path / "empty").mkdir()
         (tmp_path / "blank.txt").write_text("\n\n")
+        (tmp_path / "gap.txt").write_text("red\n\nblue\n")
         (tmp_path / "long.txt").write_text("red " * 500)
         paths = [item.format(photos=photos, tmp=tmp_path) for item in arguments]
         out = tmp_path / "out.npz"
@@ -188,6 +206,23 @@ class TestClassify:
         assert main(["classify", *arguments, "--top", "1"]) == 0
         lines = capsys.readouterr().out.split()
         assert [Path(lines[i]).stem for i in (0, 3, 6)] == [lines[i] for i in (2, 5, 8)]
+
+    def test_a_file_of_labels(
+        self,
+        tiny_bundle: Path,
+        photos: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: Capture,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("labels.txt").write_text("red, or so\nblue\n")
+        options = ["--bundle", tiny_bundle, "--labels"]
+        found = prints_json(capsys, "classify", photos, *options, "labels.txt")
+        best = found["images"][(photos / "red.png").as_posix()]
+        assert [item["label"] for item in best] == ["red, or so", "blue"]
+        line = fails(capsys, "classify", photos, *options, "missing.txt")
+        assert "missing.txt does not exist" in line
 
     def test_json_and_skipped(self, tiny_bundle: Path, photos: Path, capsys: Capture) -> None:
         (photos / "broken.png").write_bytes(b"")
@@ -241,6 +276,13 @@ class TestSearch:
         assert lines[1].endswith("blue.png")
         assert len(lines) == 4
 
+    def test_the_name_of_an_image_is_no_text(
+        self, tiny_bundle: Path, index: Path, photos: Path, capsys: Capture
+    ) -> None:
+        image = photos / "red.png"
+        line = fails(capsys, "search", image, "--bundle", tiny_bundle, "--index", index)
+        assert f"search by it with --image {image}" in line
+
     def test_nothing_to_look_for(self, tiny_bundle: Path, index: Path, capsys: Capture) -> None:
         line = fails(capsys, "search", "--bundle", tiny_bundle, "--index", index)
         assert "nothing to search for" in line
@@ -266,9 +308,32 @@ class TestSearch:
 class TestEval:
     def test_retrieval(self, tiny_bundle: Path, photos: Path, capsys: Capture) -> None:
         found = prints_json(capsys, "eval", photos, "--bundle", tiny_bundle)
-        assert found["pairs"] == 3
+        assert (found["images"], found["captions"], found["skipped"]) == (3, 3, 0)
         assert found["mean_r1"] == {"value": 1.0, "low": 1.0, "high": 1.0}
         assert found["image to text"]["median_rank"] == 1
+
+    def test_equal_and_several_captions_are_right(
+        self, tiny_bundle: Path, photos: Path, capsys: Capture
+    ) -> None:
+        rows = ["file,caption"]
+        for path in sorted(photos.glob("*.png")):
+            copy = photos / f"copy-{path.name}"
+            shutil.copy(path, copy)
+            rows += [f"{path.name},a photo of {path.stem}", f"{path.name},{path.stem}"]
+            rows += [f"{copy.name},A photo of  {path.stem}"]
+        (photos / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        found = prints_json(capsys, "eval", photos, "--bundle", tiny_bundle)
+        assert (found["images"], found["captions"]) == (6, 9)
+        assert found["mean_r1"]["value"] == 1
+
+    def test_captions_that_tell_nothing(
+        self, tiny_bundle: Path, photos: Path, capsys: Capture
+    ) -> None:
+        (photos / "captions.csv").unlink()
+        for path in list(photos.iterdir()):
+            path.with_suffix(".txt").write_text("a photo")
+        line = fails(capsys, "eval", photos, "--bundle", tiny_bundle)
+        assert "each caption is right for every image" in line
 
     def test_wrong_captions_show(self, tiny_bundle: Path, photos: Path, capsys: Capture) -> None:
         table = photos / "captions.csv"
@@ -283,7 +348,7 @@ class TestEval:
         (photos / "red.png").write_bytes(b"")
         assert main(["eval", str(photos), "--bundle", str(tiny_bundle)]) == 0
         printed = capsys.readouterr()
-        assert printed.out.startswith("2 pairs")
+        assert printed.out.startswith("2 images, 2 captions;")
         assert "image to text 100.0% [100.0%, 100.0%]" in printed.out
         assert "skipped 1 of 3 images" in printed.err
 

@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,11 +16,11 @@ from PIL import Image
 
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import (
+    LIMIT_VARIABLE,
     ImageInput,
     array_to_rgb,
     decode_image,
     image_to_rgb,
-    list_images,
     load_image,
 )
 from edgeclip.runtime.inputs.preprocess import preprocess
@@ -257,6 +259,26 @@ def test_png_bomb_is_refused() -> None:
         load_image(bytes(data))
 
 
+def test_a_panorama_is_read_where_its_size_is_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "panorama.jpg"  # decoded at an eighth of its size
+    Image.new("L", (20_000, 10_000), 99).save(path)
+    script = (
+        "import sys; from edgeclip.runtime.inputs.images import load_image;"
+        "print(load_image(sys.argv[1], min_side=32).size)"
+    )
+
+    def load(allowed: str | None) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if name != LIMIT_VARIABLE}
+        environment |= {} if allowed is None else {LIMIT_VARIABLE: allowed}
+        command = [sys.executable, "-W", "error", "-c", script, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    assert "too many pixels" in load(None).stderr
+    assert f"{LIMIT_VARIABLE}=NUMBER" in load("199.9").stderr
+    assert load("200").stdout == "(2500, 1250)\n"
+    assert "give a number of megapixels" in load("many").stderr
+
+
 def test_postscript_is_not_run() -> None:
     with pytest.raises(InputError, match="not an image of a known format"):
         load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
@@ -300,26 +322,6 @@ def test_closed_pillow_image_is_refused() -> None:
     image.close()
     with pytest.raises(InputError, match="Pillow image"):
         load_image(image)
-
-
-def test_list_images_is_sorted_recursive_and_by_suffix(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a/z.png", "a/notes.txt", "c.webp", "._c.jpg", ".hidden/d.png"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-    (tmp_path / "folder.png").mkdir()
-    names = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
-    assert names == ["a/z.png", "b.JPG", "c.webp"]
-
-
-def test_list_images_refuses_what_holds_none(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(InputError, match="holds no images"):
-        list_images(tmp_path)
-    with pytest.raises(InputError, match="is a file"):
-        list_images(tmp_path / "notes.txt")
-    with pytest.raises(InputError, match="does not exist"):
-        list_images(tmp_path / "missing")
 
 
 GREY_16 = np.array([[0, 128, 129, 257], [25_700, 32_768, 65_406, 65_535]], dtype=np.uint16)

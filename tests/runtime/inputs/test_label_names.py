@@ -1,0 +1,58 @@
+"""Labels from files and from the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.label_names import labels_file, read_label_file, split_names
+
+
+def test_a_file_of_that_name_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("labels.txt", "places", "a,b"):
+        Path(name).write_text("\ufeffWashington, D.C.\r\n\r\nsalt\u2028water\r\n", encoding="utf-8")
+        file = labels_file(name)
+        assert file == Path(name)
+        assert read_label_file(file) == ("Washington, D.C.", "salt\u2028water")
+    assert labels_file("cat,dog") is None
+    assert labels_file("AC/DC") is None
+    assert labels_file("x" * 9999) is None
+    Path("cat").mkdir()
+    assert labels_file("cat") is None
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "missing.csv", "deep/missing.TXT"])
+def test_a_file_that_is_missing_is_no_label(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} does not exist"):
+        labels_file(name)
+
+
+def test_a_folder_is_no_labels(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        labels_file(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n\n", "holds no labels"),
+        ("cat\ndog\n\n cat\n", "line 4: the label 'cat' stands on line 1 too"),
+    ],
+)
+def test_files_that_are_no_labels(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_label_file(path)
+
+
+def test_a_name_in_quotes_may_hold_a_comma() -> None:
+    assert split_names('"Washington, D.C.", eagle') == ("Washington, D.C.", "eagle")
+    assert split_names("5\" pipe, o'clock") == ('5" pipe', "o'clock")
+
+
+@pytest.mark.parametrize("given", ["", "a,,b", " , a", '"a', "a,\n"])
+def test_names_that_cannot_be_split(given: str) -> None:
+    with pytest.raises(InputError, match=r"empty name|cannot be split"):
+        split_names(given)
