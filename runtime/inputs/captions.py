@@ -248,25 +248,41 @@ def _rows_of_table(table: Path, text: str) -> Iterator[_Row]:
     if first is None:
         raise InputError(f"{table}, line 1: {_NEEDS}; it is empty")
     told = re.fullmatch(r"sep=(.)", lines[first].strip(), re.IGNORECASE)  # of Excel
+    first += bool(told)
     for delimiter in (told[1],) if told else ("\t", ";", "|", ","):
-        reader = csv.reader(
-            io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True
-        )
-        records = _records(table, reader, skip=first + bool(told))
-        header = next(records, None)
-        columns = None if header is None else _columns(header[1])
+        (header,) = csv.reader(lines[first : first + 1], delimiter=delimiter, skipinitialspace=True)
+        columns = _columns(header)
         if columns is not None:
+            reader = csv.reader(
+                io.StringIO(text, newline=""),
+                delimiter=delimiter,
+                strict=True,
+                skipinitialspace=True,
+            )
+            records = _records(table, reader, skip=first + 1)
             yield from _rows_below(table, records, *columns)
             return
     if "\t" not in lines[first]:
         raise InputError(f"{table}, line {first + 1}: {_NEEDS}")
-    for number, line in enumerate(lines, 1):  # without a header nothing is quoted
+    for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{table}, line {number}"
-            name, *rest = line.split("\t")
-            if len(rest) != 1:
-                raise InputError(f"{where}: {len(rest)} TABs, where one parts name and caption")
-            yield _Row(where, name, _texts(rest))
+            cells = line.split("\t")
+            if len(cells) != 2:
+                count = len(cells) - 1
+                raise InputError(f"{where}: {count} TABs, where one parts name and caption")
+            # Flickr's token files quote nothing, and a caption may begin with a quote.
+            name, caption = cells if _NUMBER.search(cells[0]) else map(_unquoted, cells)
+            yield _Row(where, name, _texts(caption))
+
+
+def _unquoted(cell: str) -> str:
+    """Return what a cell of CSV means, or the cell as it is where it is none."""
+    try:
+        ((plain,),) = csv.reader([cell], delimiter="\t", strict=True)
+    except (csv.Error, ValueError):
+        return cell
+    return plain
 
 
 def _records(table: Path, reader: Any, *, skip: int) -> Iterator[tuple[int, list[str]]]:

@@ -32,9 +32,7 @@ def read_text(path: Path) -> str:
         raise InputError(f"cannot read {path}: {reason}") from None
     mark, encoding = next((item for item in _MARKS if data.startswith(item[0])), (b"", ""))
     if not encoding:
-        encoding = {b"\0": "utf-16-be"}.get(data[:1], "utf-8")
-        if data[1:2] == b"\0" != data[:1]:
-            encoding = "utf-16-le"
+        encoding = _guess(data[:4096])
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
@@ -47,6 +45,14 @@ def read_text(path: Path) -> str:
         line = len(_LINE_END.findall(text[: text.index("\0")])) + 1
         raise InputError(f"{path}, line {line}: a NUL character; is it a text file?")
     return text
+
+
+def _guess(data: bytes) -> str:
+    """Tell UTF-16 by its many NUL bytes, which stand at odd or at even places alone."""
+    even, odd = data[::2].count(0), data[1::2].count(0)
+    if max(even, odd) * 8 > len(data) and min(even, odd) * 4 < max(even, odd):
+        return "utf-16-le" if odd > even else "utf-16-be"
+    return "utf-8"
 
 
 def split_lines(text: str) -> list[str]:
