@@ -15,6 +15,7 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.captions import is_table, read_captions
 from edgeclip.runtime.inputs.find_images import leave_out_others, list_images
 from edgeclip.runtime.inputs.images import load_image
+from edgeclip.runtime.quality.relevance import Relevance
 
 EMOJI = "emoji"  # the value of `--data` for the built-in scenes
 
@@ -225,8 +226,13 @@ def most_captions(source: Source) -> int:
     return max(1, *(len(source.captions(index)) for index in range(len(source))))
 
 
+def relevance_of(source: Source) -> Relevance:
+    """Tell which captions of a source, all in order, are right for which of its pictures."""
+    return Relevance.of_captions([source.captions(index) for index in range(len(source))])
+
+
 def captions_of(source: Source, indices: Sequence[int]) -> list[str]:
-    """Return the captions of some pairs.
+    """Return the first captions of some pairs.
 
     Raises:
         ConfigError: a pair has no caption.

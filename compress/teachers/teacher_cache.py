@@ -149,7 +149,7 @@ def open_cache(folder: Path) -> TeacherCache:
 def embed_source(
     model: DualEncoder, source: Source, *, batch_size: int = 128
 ) -> tuple[Tensor, Tensor]:
-    """Embed all pictures and captions of a source, in full precision: two float32 [N, dim]."""
+    """Embed N pictures and all their M captions in full precision: float32 [N, dim], [M, dim]."""
     image, text = [], []
     model.eval()
     with torch.inference_mode():
@@ -157,7 +157,9 @@ def embed_source(
             chunk = range(first, min(first + batch_size, len(source)))
             pictures = [source[index].image for index in chunk]
             image.append(model.embed_image(model.preprocess(pictures)).cpu())
-            text.append(model.embed_text(model.tokenize(captions_of(source, chunk))).cpu())
+            captions_of(source, chunk)  # refuses a picture without any
+            captions = [caption for index in chunk for caption in source.captions(index)]
+            text.append(model.embed_text(model.tokenize(captions)).cpu())
     return torch.cat(image), torch.cat(text)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeclip.compress.data.sources import relevance_of
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.bundle.precision_candidates import (
     AppliedPasses,
@@ -23,7 +24,6 @@ from edgeclip.export.gates.gates import (
     data_record,
     describe_missed,
     raise_if_missed,
-    relevance_of,
 )
 from edgeclip.export.gates.judge_precisions import (
     GateInputs,

@@ -96,11 +96,6 @@ def data_record(source: Source, count: int | None = None) -> DataRecord:
     return DataRecord(source.name, len(source) if count is None else count, sha256)
 
 
-def relevance_of(source: Source) -> Relevance:
-    """Tell which captions of a source are right for which of its pictures."""
-    return Relevance.of_captions([source.captions(index) for index in range(len(source))])
-
-
 def judge_tower(
     candidate: FloatArray,
     reference: FloatArray,

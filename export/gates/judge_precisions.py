@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from edgeclip.compress.data.sources import Source
+from edgeclip.compress.data.sources import Source, relevance_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import (
     Bounds,
@@ -18,7 +18,6 @@ from edgeclip.export.gates.gates import (
     judge_retrieval,
     judge_tower,
     judge_zero_shot,
-    relevance_of,
 )
 from edgeclip.export.gates.zero_shot import ZeroShotSet
 from edgeclip.export.graph.embedders import (
@@ -33,6 +32,7 @@ from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRemark
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.quality.relevance import Relevance
+from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Precision, Tower
 
 TowerEmbeddings = Mapping[tuple[Tower, Precision], FloatArray]
@@ -174,6 +174,10 @@ def judge_precisions(
             good = good if together.record.passed else []
         kept |= {(tower, precision) for tower in good}
     remarks = (*few_pairs(inputs.data if judged else None), *_remarks(kept, inputs))
+    if judged:
+        reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
+        used = [bounds[precision].r1_loss for _, precision in embeddings if precision != "fp32"]
+        remarks = (*remarks, *nothing_to_lose(reference, max(used), inputs.relevance))
     return PrecisionVerdict(tuple(judged), frozenset(kept), tuple(describe_missed(judged)), remarks)
 
 
@@ -232,6 +236,28 @@ def pair_embeddings(
     return PairEmbeddings(
         image=embeddings["image", chosen["image"]], text=embeddings["text", chosen["text"]]
     )
+
+
+def nothing_to_lose(
+    reference: PairEmbeddings, bound: float, relevance: Relevance | None = None
+) -> tuple[GateRemark, ...]:
+    """Return a remark if fp32 finds so little that embeddings of noise would pass the R@1 gate.
+
+    Args:
+        reference: the embeddings in fp32.
+        bound: the allowed loss of R@1, in points of 100.
+        relevance: see `judge_retrieval`.
+    """
+    if relevance is None:
+        relevance = Relevance.of_texts_embedded(reference.text)
+    found = float(pair_ranks(reference.image, reference.text, relevance).hits(1).mean())
+    if 100 * (found - relevance.chance) > bound:
+        return ()
+    says = (
+        f"fp32 itself finds {100 * found:.2g}% and noise would find "
+        f"{100 * relevance.chance:.2g}%, so a loss of {bound:g} points cannot show"
+    )
+    return (GateRemark("bundle", "R@1 loss", says),)
 
 
 def few_pairs(data: DataRecord | None) -> tuple[GateRemark, ...]:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.compress.data.sources import Source
-from edgeclip.export.gates.gates import data_record, relevance_of
+from edgeclip.compress.data.sources import Source, relevance_of
+from edgeclip.export.gates.gates import data_record
 from edgeclip.export.gates.judge_precisions import GateInputs, judge_alone
 from edgeclip.export.graph.calibration import CalibrationData, calibration_data
 from edgeclip.export.graph.embedders import (

@@ -77,6 +77,16 @@ class Relevance:
         held = np.unique(self.owner * groups + self.group)
         return self.images > 1 and len(held) == self.images * groups
 
+    @property
+    def chance(self) -> float:
+        """R@1 of embeddings that mean nothing, expected: the mean of both directions."""
+        groups = int(self.group.max()) + 1
+        held = np.unique(self.owner * groups + self.group)
+        texts_of = np.bincount(self.group)[held % groups]
+        right_texts = np.bincount(held // groups, texts_of).mean() / len(self.group)
+        right_images = np.bincount(held % groups)[self.group].mean() / self.images
+        return float(right_texts + right_images) / 2
+
     def of_images(self, part: slice) -> NDArray[np.bool_]:
         """Tell for some images which texts are right: bool [images, M]."""
         start, stop, _ = part.indices(self.images)

@@ -70,6 +70,20 @@ def test_what_is_close_to_fp32_is_kept() -> None:
     ]
 
 
+def test_a_gate_that_noise_would_pass_is_told() -> None:
+    noise = {
+        key: np.random.default_rng(place).normal(size=value.shape).astype(np.float32)
+        for place, (key, value) in enumerate(of(image_int8=1e-4).items())
+    }
+    noise = {
+        key: value / np.linalg.norm(value, axis=1, keepdims=True) for key, value in noise.items()
+    }
+    noise["image", "int8"] = noise["image", "fp32"]
+    remark = judge_precisions(noise, DEFAULT_BOUNDS).gate_remarks[-1]
+    assert (remark.subject, remark.gate) == ("bundle", "R@1 loss")
+    assert "noise would find" in remark.says
+
+
 def test_one_tower_may_fail_without_the_other() -> None:
     verdict = judge_precisions(of(image_int8=0.03, text_int8=1.0), DEFAULT_BOUNDS)
     assert verdict.kept == {("image", "int8")}

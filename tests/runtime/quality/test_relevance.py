@@ -164,6 +164,20 @@ def test_which_captions_are_equal(one: str, other: str, equal: bool) -> None:
     assert (caption_key(one) == caption_key(other)) is equal
 
 
+def test_chance_is_what_noise_finds() -> None:
+    captions = [[f"class {index % 4}", f"{index}"] if index % 3 else ["all"] for index in range(24)]
+    relevance = Relevance.of_captions(captions)
+    draw = np.random.default_rng(0)
+    found = [
+        pair_ranks(
+            draw.normal(size=(24, 6)), draw.normal(size=(len(relevance.owner), 6)), relevance
+        ).hits(1)
+        for _ in range(1500)
+    ]
+    assert np.mean(found) == pytest.approx(relevance.chance, abs=0.005)
+    assert Relevance.of_pairs(50).chance == pytest.approx(1 / 50)
+
+
 def test_captions_that_tell_nothing_are_refused() -> None:
     same = Relevance.of_captions([["a", "b"], ["b", "A"], ["a", "B"]])
     assert same.tells_nothing
