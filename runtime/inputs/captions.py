@@ -34,6 +34,7 @@ _CAPTION_NAMES = (
     *("sentences", "raw"),
 )
 _NEEDS = "needs a header with the columns file and caption"
+_FIRST = 100  # rows that tell which folder the names of a table are relative to
 _NUMBER = re.compile(r"#\d+$")  # Flickr's token files: NAME.jpg#0 to NAME.jpg#4
 
 
@@ -158,6 +159,7 @@ class _Names:
 
     def __init__(self, folder: Path, images: Sequence[Path]) -> None:
         self._folder = folder
+        self._own = unicodedata.normalize("NFC", folder.resolve().name)
         self._exact: dict[str, list[Path]] = {}
         self._folded: dict[str, list[Path]] = {}
         self._bases: set[str] = set()
@@ -173,12 +175,13 @@ class _Names:
         Raises:
             InputError: there are several.
         """
-        if not self._bases or any(self.find(row.image, "", row.where) for row in rows):
+        first = rows[:_FIRST]
+        if not self._bases or any(self.find(row.image, "", row.where) for row in first):
             return ""
         bases = sorted(
             base
             for base in self._bases
-            if any(self.find(row.image, base, row.where) for row in rows)
+            if any(self.find(row.image, base, row.where) for row in first)
         )
         if len(bases) > 1:
             raise InputError(
@@ -221,8 +224,7 @@ class _Names:
             for short in dict.fromkeys((given, _NUMBER.sub("", given))):
                 plain = _plain(short)
                 yield plain
-                own = unicodedata.normalize("NFC", self._folder.resolve().name)
-                _, inside, rest = f"/{plain}".rpartition(f"/{own}/")
+                _, inside, rest = f"/{plain}".rpartition(f"/{self._own}/")
                 if inside:
                     yield rest
 
