@@ -176,7 +176,9 @@ class _Names:
             InputError: there are several.
         """
         first = rows[:_FIRST]
-        if not self._bases or any(self.find(row.image, "", row.where) for row in first):
+        if not self._bases or any(
+            self.find(row.image, "", row.where) or self.is_left_out(row.image, "") for row in first
+        ):
             return ""
         bases = sorted(
             base
@@ -327,8 +329,8 @@ def _rows_below(
             row.pop()
         if len(row) != count:
             raise InputError(
-                f"{where}: {len(row)} cells under {count} columns: put a caption that holds the "
-                'separator or a line end into "quotes"'
+                f"{where}: {len(row)} cells, where the header has {count}: put a caption that "
+                'holds the separator into "quotes"'
             )
         yield _Row(where, row[image], _texts([row[place] for place in captions]))
 
