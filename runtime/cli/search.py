@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     for text in args.texts:  # else the file's name would be searched for
         if Path(text).suffix.lower() in IMAGE_SUFFIXES | MORE_SUFFIXES and os.path.isfile(text):
             raise InputError(f"{text} is an image file: search by it with --image {text}")
+        if text.lower().endswith(".txt") and os.path.isfile(text):
+            raise InputError(f"{text} is a file: give the texts themselves")
     index = Index.load(args.index)
     found = _search(open_encoder(args), index, args)
     if args.json:

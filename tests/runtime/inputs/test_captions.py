@@ -188,7 +188,10 @@ def test_names_that_mean_two_images(tmp_path: Path) -> None:
         ("file,caption\nc.png,a\n", r"line 2: c\.png is no image"),
         ("file,caption\n../a.png,a\n", "is no image"),
         ("file,caption\n,a\n", "line 2:  is no image"),
-        ("file,caption\na.png,red, round\ndeep/b.png,b\n", "line 2: 3 cells, where the header has 2"),
+        (
+            "file,caption\na.png,red, round\ndeep/b.png,b\n",
+            "line 2: 3 cells, where the header has 2",
+        ),
         ("caption,file\n\nred, round,a.png\n", "line 3: 3 cells, where the header has 2"),
         ("file,caption\na.png\ndeep/b.png,b\n", "line 2: 1 cells?, where the header has 2"),
         ("file,caption,split\na.png,red, round\n", r"2: a\.png|1 of 2 images have no"),

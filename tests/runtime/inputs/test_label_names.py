@@ -33,15 +33,29 @@ def test_a_folder_is_no_labels(tmp_path: Path) -> None:
         labels_file(str(tmp_path))
 
 
+def test_labels_of_other_programs(tmp_path: Path) -> None:
+    for name, text in (
+        ("labels.csv", '"Washington, D.C."\r\n\r\neagle\r\n'),
+        ("labels.json", '["Washington, D.C.", "eagle"]'),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_label_file(tmp_path / name) == ("Washington, D.C.", "eagle")
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "text", "message"),
     [
-        ("\n\n", "holds no labels"),
-        ("cat\ndog\n\n cat\n", "line 4: the label 'cat' stands on line 1 too"),
+        ("labels.txt", "\n\n", "holds no labels"),
+        ("labels.txt", "cat\ndog\n\n cat\n", "line 4: the label 'cat' stands on line 1 too"),
+        ("labels.txt", "\ncat, dog, owl\n", "line 2: one label, 'cat, dog, owl'"),
+        ("labels.csv", "owl\ncat,dog\n", "line 2: 2 cells: write one label on each line"),
+        ("labels.json", '["cat",\n', "line 2: no JSON"),
+        ("labels.json", '{"cat": 0}', "line 1: give a list"),
+        ("labels.yaml", "- cat\n", "is no text file of labels"),
     ],
 )
-def test_files_that_are_no_labels(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "labels.txt"
+def test_files_that_are_no_labels(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = tmp_path / name
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_label_file(path)
