@@ -211,7 +211,7 @@ def lines_case(draw: random.Random, root: Path, kind: str) -> Case:
     """A file with one text or one label on each line; every third one is spoiled."""
     items = [sentence(draw) for _ in range(draw.randint(1, 9))]
     if kind == "labels":
-        items = list(dict.fromkeys(items))
+        items = list(dict.fromkeys([*items, "one more"]))  # a single one may not hold a comma
     damage = ""
     if draw.random() < 0.35:
         damage = draw.choice(("bad byte", "nul", "empty", "twice" if kind == "labels" else "gap"))
