@@ -352,7 +352,7 @@ def _rows_of_json(table: Path, text: str) -> Iterator[_Row]:
         for number, entry in enumerate(data["images"], 1):
             row = _row_of_entry(f"{table}, image {number}", entry)
             folder = entry.get("filepath")  # Karpathy: a folder beside "filename"
-            in_folder = isinstance(folder, str) and folder != row.image
+            in_folder = isinstance(folder, str) and (table.parent / folder).is_dir()
             yield _Row(row.where, f"{folder}/{row.image}", row.captions) if in_folder else row
     elif isinstance(data, dict):
         for number, (name, value) in enumerate(data.items(), 1):

@@ -7,10 +7,10 @@ has ended at a libheif with known holes. AVIF needs nothing here: Pillow's wheel
 dav1d and libaom (BSD-2-Clause).
 """
 
-import importlib.util
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ _TURNS = {3: 2, 5: 1, 6: 3}
 def why_unreadable(suffix: str) -> str | None:
     """Return why files with this suffix cannot be read here; None if they can."""
     for item in _FORMATS:
-        if suffix.lower() in item.suffixes and importlib.util.find_spec(item.module) is None:
+        if suffix.lower() in item.suffixes and find_spec(item.module) is None:
             return _missing(item)
     if suffix.lower() == ".avif" and not features.check("avif"):
         return "AVIF, which needs Pillow 11.3 or later to be read"
@@ -116,9 +116,9 @@ def _head(file: File) -> bytes:
 
 def _open_heic(file: File, check: PixelCheck) -> Image.Image:
     _need(_HEIC)
-    import pi_heif
+    from pi_heif.heif import open_heif
 
-    container = pi_heif.open_heif(file, convert_hdr_to_8bit=True)
+    container = open_heif(file, convert_hdr_to_8bit=True)
     check(container.size)
     return container.to_pillow()  # libheif has turned it; the orientation of its EXIF is 1
 
@@ -174,5 +174,5 @@ def open_raw(file: File, min_side: int | None) -> NDArray[Any] | bytes:
 
 
 def _need(item: Format) -> None:
-    if importlib.util.find_spec(item.module) is None:
+    if find_spec(item.module) is None:
         raise InputError(_missing(item))

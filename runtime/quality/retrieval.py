@@ -55,7 +55,8 @@ class Ranks:
         if self.owner is None:
             return found
         images = len(self.image_to_text)
-        return np.bincount(self.owner, found, minlength=images) * (images / len(found))
+        counts: NDArray[np.float64] = np.bincount(self.owner, found, minlength=images)
+        return counts * np.float64(images / len(found))
 
     def hits(self, k: int) -> NDArray[np.float64]:
         """Return for each image the mean over both directions; its mean is R@k of both."""

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 WORDS = (
     *("a", "red", "Bäume", "dog;", "owl|", "“round”", "5'", 'say "hi"', "o\u2028ne", "pa\u0085ge"),
@@ -97,7 +98,7 @@ def table_case(draw: random.Random, root: Path) -> Case:
     _spoil_rows(draw, lines, at, damage, names, extra)
     end = draw.choice(("\n", "\r\n", "\r"))
     stream = io.StringIO()
-    quoting = draw.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    quoting: Literal[0, 1] = csv.QUOTE_ALL if draw.random() < 0.5 else csv.QUOTE_MINIMAL
     writer = csv.writer(stream, delimiter=separator, lineterminator=end, quoting=quoting)
     for number, line in enumerate(lines):
         if damage == "separator inside" and number == at:

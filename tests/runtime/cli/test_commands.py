@@ -319,8 +319,8 @@ class TestEval:
         for path in sorted(photos.glob("*.png")):
             copy = photos / f"copy-{path.name}"
             shutil.copy(path, copy)
-            rows += [f"{path.name},a photo of {path.stem}", f"{path.name},{path.stem}"]
-            rows += [f"{copy.name},A photo of  {path.stem}"]
+            rows += [f'{path.name},"a photo, {path.stem}"', f"{path.name},{path.stem}"]
+            rows += [f'{copy.name},"a photo,  {path.stem}"']
         (photos / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
         found = prints_json(capsys, "eval", photos, "--bundle", tiny_bundle)
         assert (found["images"], found["captions"]) == (6, 9)

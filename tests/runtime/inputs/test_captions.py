@@ -2,7 +2,6 @@
 
 import json
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,6 @@ def touch(folder: Path, *names: str) -> list[Path]:
 
 def write_table(folder: Path, text: str, name: str = "captions.csv") -> None:
     (folder / name).write_bytes(text.encode())
-
-
-@pytest.fixture
-def left_out(caplog: pytest.LogCaptureFixture) -> Sequence[str]:
-    forget_left_out()
-    return caplog.messages
 
 
 def test_none_at_all(tmp_path: Path, images: list[Path]) -> None:
@@ -141,8 +134,27 @@ def test_the_forms_that_people_use(tmp_path: Path, name: str, table: str) -> Non
             json.dumps(
                 {
                     "images": [
-                        {"filename": "a.png", "sentences": [{"raw": "1"}, {"raw": "2"}]},
+                        {
+                            "filename": "a.png",
+                            "filepath": "Images",
+                            "sentences": [{"raw": "1"}, {"raw": "2"}],
+                        },
                         {"filename": "b.png", "filepath": "Images", "sentences": [{"raw": "3"}]},
+                    ]
+                }
+            ),
+        ),
+        (
+            "dataset_coco.json",
+            json.dumps(
+                {
+                    "images": [
+                        {
+                            "filename": "a.png",
+                            "filepath": "val2014",
+                            "sentences": [{"raw": "1"}, {"raw": "2"}],
+                        },
+                        {"filename": "b.png", "filepath": "val2014", "sentences": [{"raw": "3"}]},
                     ]
                 }
             ),
@@ -244,14 +256,15 @@ def test_table_that_is_not_text(tmp_path: Path, images: list[Path]) -> None:
 
 
 def test_other_captions_are_named(
-    tmp_path: Path, images: list[Path], left_out: Sequence[str]
+    tmp_path: Path, images: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     write_table(tmp_path, "file,caption\na.png,one\ndeep/b.png,two\n")
+    forget_left_out()
     write_table(tmp_path, "a.png\tother\n", "captions.txt")
     (tmp_path / "a.txt").write_text("another")
     assert read_captions(tmp_path, images) == BOTH
     report_left_out()
-    (line,) = left_out
+    (line,) = caplog.messages
     assert "left out 2 files: captions are read from captions.csv" in line
     assert "captions.txt" in line
     assert "a.txt" in line
@@ -266,8 +279,9 @@ def test_a_picture_called_captions_keeps_its_text(tmp_path: Path) -> None:
 
 
 def test_rows_of_files_that_are_left_out_are_no_mistake(
-    tmp_path: Path, images: list[Path], left_out: Sequence[str]
+    tmp_path: Path, images: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
+    forget_left_out()
     touch(tmp_path, "c.mov")
     write_table(tmp_path, "file,caption\na.png,one\ndeep/b.png,two\nc.mov,three\n")
     assert read_captions(tmp_path, images) == BOTH
@@ -280,6 +294,6 @@ def test_rows_of_files_that_are_left_out_are_no_mistake(
     write_table(tmp_path, json.dumps(annotations), "captions_all.json")
     assert read_captions(tmp_path, images) == BOTH
     report_left_out()
-    assert "gone.png" in left_out[0]
+    assert "gone.png" in caplog.messages[0]
     with pytest.raises(InputError, match=r"gone\.png"):
         read_captions(tmp_path, images, strict=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs import more_formats
 from edgeclip.runtime.inputs.find_images import find_images, list_images
 from edgeclip.runtime.inputs.left_out import forget_left_out, report_left_out
 
@@ -103,7 +102,7 @@ def test_formats_without_their_package_are_named(
 ) -> None:
     touch(tmp_path, "a.jpg", f"b{suffix}", f"c{suffix}", "c.txt")
     assert names(tmp_path) == ["a.jpg", f"b{suffix}", f"c{suffix}"]
-    monkeypatch.setattr(more_formats.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("edgeclip.runtime.inputs.more_formats.find_spec", lambda name: None)
     assert names(tmp_path) == ["a.jpg"]
     assert "left out 2 files" in (line := told())
     assert "pip install 'edgeclip[images]'" in line

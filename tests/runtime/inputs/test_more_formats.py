@@ -9,7 +9,6 @@ from PIL import Image
 
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs import images as images_module
-from edgeclip.runtime.inputs import more_formats
 from edgeclip.runtime.inputs.images import load_image
 from tests.runtime.inputs.dng import dng
 
@@ -69,7 +68,7 @@ def test_jpeg_xl(tmp_path: Path) -> None:
     path = tmp_path / "picture.jxl"
     path.write_bytes(pylibjxl.encode(pixels, lossless=True))
     assert np.array_equal(np.asarray(load_image(path)), pixels)
-    check_scene(load_image(pylibjxl.encode(pixels, distance=1.0)))
+    check_scene(load_image(pylibjxl.encode(pixels, distance=1.0)), within=30)
     grey = load_image(pylibjxl.encode(np.ascontiguousarray(pixels[..., 0]), lossless=True))
     assert np.array_equal(np.asarray(grey)[..., 2], pixels[..., 0])
     alpha = np.dstack([pixels, np.zeros((32, 48), np.uint8)])
@@ -109,7 +108,7 @@ def test_raw_files_without_a_preview_or_damaged(tmp_path: Path) -> None:
 
 
 def test_what_needs_the_extra_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(more_formats.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("edgeclip.runtime.inputs.more_formats.find_spec", lambda name: None)
     files = {
         "a.heic": (FILES / "picture.heic").read_bytes(),
         "misnamed.jpg": (FILES / "picture.heic").read_bytes(),
