@@ -320,10 +320,10 @@ class TestEval:
             copy = photos / f"copy-{path.name}"
             shutil.copy(path, copy)
             rows += [f'{path.name},"a photo, {path.stem}"', f"{path.name},{path.stem}"]
-            rows += [f'{copy.name},"a photo,  {path.stem}"']
+            rows += [f'{copy.name},"a photo,  {path.stem}"', f"{copy.name},{path.stem}"]
         (photos / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
         found = prints_json(capsys, "eval", photos, "--bundle", tiny_bundle)
-        assert (found["images"], found["captions"]) == (6, 9)
+        assert (found["images"], found["captions"]) == (6, 12)
         assert found["mean_r1"]["value"] == 1
 
     def test_captions_that_tell_nothing(
