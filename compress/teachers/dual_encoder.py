@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import json
+import logging
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +24,11 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from edgeclip.runtime.bundle.files import MANIFEST_NAME, atomic_directory
+from edgeclip.compress.teachers.model_folder import model_folder, read_config, read_json
+from edgeclip.compress.teachers.model_parts import check_parts
+from edgeclip.runtime.bundle.files import atomic_directory
 from edgeclip.runtime.device.schema import parse
-from edgeclip.runtime.errors import ConfigError, first_line
+from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.preprocess import image_spec_from_hugging_face, preprocess_batch
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
@@ -63,37 +67,30 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 class ModelRecord:
     """The record of a saved model's embedding space; a student has its teacher's.
 
-    `space` is a fingerprint from `space_fingerprint`, 64 hex digits.
+    `space` is a fingerprint from `space_fingerprint`, `model` one from `model_fingerprint` of the
+    files as saved: 64 hex digits each. Version 1 has no `model`.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     space: str
+    model: str | None = None
 
     def __post_init__(self) -> None:
-        if not _HEX.fullmatch(self.space):
-            raise ValueError(f"space must be 64 hexadecimal digits, got {self.space[:70]!r}")
+        for name, value in (("space", self.space), ("model", self.model)):
+            if value is not None and not _HEX.fullmatch(value):
+                raise ValueError(f"{name} must be 64 hexadecimal digits, got {value[:70]!r}")
+        if (self.model is None) is (self.schema_version == 2):
+            raise ValueError("model is for schema_version 2, and needed there")
 
 
-def write_record(folder: Path, space: str) -> None:
-    """Write the record of the embedding space into a model's directory."""
-    text = json.dumps(asdict(ModelRecord(1, space)), indent=2) + "\n"
-    (folder / MARKER).write_text(text, encoding="utf-8")
-
-
-def recorded_space(folder: Path) -> str | None:
-    """Read the embedding space recorded in a directory; None if EdgeCLIP did not save the model.
+def read_record(folder: Path) -> ModelRecord | None:
+    """Read the record in a model's directory; None if EdgeCLIP did not save the model.
 
     Raises:
         ConfigError: the record is damaged, or of another version.
     """
     path = folder / MARKER
-    if not path.exists():
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    return parse(ModelRecord, data, source=str(path)).space
+    return parse(ModelRecord, read_json(path), source=str(path)) if path.exists() else None
 
 
 SUPPORTED: dict[str, type[PreTrainedModel]] = {
@@ -102,6 +99,7 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
 }
 transformers.utils.logging.disable_progress_bar()  # a file or two is no long work
 transformers.utils.logging.set_verbosity_error()  # `load` says itself which weights are amiss
+_log = logging.getLogger(__name__)
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
@@ -150,22 +148,47 @@ class DualEncoder(nn.Module):
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
+    @functools.cached_property
+    def _frame(self) -> tuple[int, int]:
+        """The first and the last id of every text: what the tokenizer makes of an empty one."""
+        ids = self.tokenizer("")["input_ids"]
+        if len(ids) == 2:
+            return int(ids[0]), int(ids[1])
+        return (
+            _token(self.tokenizer, "bos_token_id", "cls_token_id"),
+            _token(self.tokenizer, "eos_token_id", "sep_token_id"),
+        )
+
     @property
     def _pad_id(self) -> int:
-        return _token(self.tokenizer, "pad_token_id", "eos_token_id")
+        found = _token(self.tokenizer, "pad_token_id", "eos_token_id", "sep_token_id")
+        if self.pools_at_largest_id:  # where a padding id must never be the largest
+            return min(found, self._frame[1])
+        return found
+
+    @property
+    def _context_length(self) -> int:
+        """The most tokens of a text: what tower and tokenizer both allow."""
+        count = int(self.model.config.text_config.max_position_embeddings)
+        tower: Any = self.model.text_model
+        positions = getattr(getattr(tower, "embeddings", None), "position_embeddings", None)
+        offset = getattr(positions, "padding_idx", None)
+        if offset is not None:  # RoBERTa and its kin count positions from there
+            count -= offset + 1
+        return min(count, int(self.tokenizer.model_max_length))
 
     @property
     def spec(self) -> EncoderSpec:
         """Input contract and sizes, read from the model as it is now."""
-        text = self.model.config.text_config
+        bos_id, eos_id = self._frame
         return EncoderSpec(
             dim=int(self.model.config.projection_dim),
             image=self.image_spec,
             text=TextSpec(
-                context_length=int(text.max_position_embeddings),
-                vocab_size=int(text.vocab_size),
-                bos_id=_token(self.tokenizer, "bos_token_id", "cls_token_id"),
-                eos_id=_token(self.tokenizer, "eos_token_id", "sep_token_id"),
+                context_length=self._context_length,
+                vocab_size=int(self.model.config.text_config.vocab_size),
+                bos_id=bos_id,
+                eos_id=eos_id,
                 pad_id=self._pad_id,
             ),
             logit_scale=float(self.logit_scale.detach().exp()),
@@ -192,7 +215,10 @@ class DualEncoder(nn.Module):
         """
         mask = None
         if not self.is_causal_text:
-            mask = (input_ids != self._pad_id).long()
+            padding = (input_ids == self._pad_id).long()
+            if self._pad_id == self._frame[1]:  # the first of them ends the text
+                padding = (padding.cumsum(dim=-1) > padding).long()
+            mask = 1 - padding
         model: Any = self.model
         features = model.get_text_features(input_ids=input_ids, attention_mask=mask)
         return nn.functional.normalize(features.pooler_output.float(), dim=-1)
@@ -201,6 +227,15 @@ class DualEncoder(nn.Module):
     def is_causal_text(self) -> bool:
         """Whether the text tower is CLIP's own, which pools at the end-of-text token."""
         return str(self.model.config.text_config.model_type).startswith("clip")
+
+    @property
+    def pools_at_largest_id(self) -> bool:
+        """Whether the text tower pools at the largest id, as CLIPs from before 2023 do.
+
+        transformers takes the `eos_token_id` 2 for the mark of such a checkpoint (its pull request
+        24773); in any other CLIP it is the id of the token to pool at.
+        """
+        return self.is_causal_text and self.model.config.text_config.eos_token_id == 2
 
     @functools.cached_property
     def text_tokenizer(self) -> TextTokenizer:
@@ -224,28 +259,37 @@ class DualEncoder(nn.Module):
         Raises:
             ConfigError: not found, not a supported family, or a part is missing.
         """
-        folder = _local(source)
-        if (folder / MANIFEST_NAME).is_file():
-            raise ConfigError(f"{source} is a bundle: give the student that it was exported from")
-        config = _json(folder / "config.json")
-        family = config.get("model_type")
-        if family not in SUPPORTED:
-            known = ", ".join(SUPPORTED)
-            raise ConfigError(f"{source}: model_type {family!r} is not supported; known: {known}")
-        image, space = _image_spec(folder), recorded_space(folder)
+        folder = model_folder(source)
+        record = read_record(folder)
+        dual = cls._read(folder, source, space=record and record.space)
+        check_parts(dual, folder, source)
+        if record is not None:
+            dual._space = _space_now(dual, record, source)
+        return dual
+
+    @classmethod
+    def _read(cls, folder: Path, source: str | Path, space: str | None = None) -> Self:
+        family = SUPPORTED[read_config(folder, source, SUPPORTED)]
+        image = _image_spec(folder)
         try:
-            loaded: Any = SUPPORTED[family].from_pretrained(
+            loaded: Any = family.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # told apart below, in one line
                 output_loading_info=True,
             )
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # transformers raises many kinds on damaged files
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigError(f"{source} cannot be loaded: {reason}") from error
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except BaseException as error:  # transformers raises many kinds on damaged files
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise  # the Rust code in safetensors and tokenizers raises a BaseException
+            raise ConfigError(f"{source} cannot be loaded: {_reason(error)}") from error
         model, found = loaded
         _refuse_other_weights(found, source)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"{source}: its {type(tokenizer).__name__} is written in Python, and a device "
+                "needs a tokenizer.json: save a fast tokenizer of the same vocabulary there"
+            )
         return cls(model, image, tokenizer, space=space).eval()
 
     def save(self, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -268,10 +312,13 @@ class DualEncoder(nn.Module):
         self.model.config.dtype = dtype
         self.model.save_pretrained(folder, state_dict=state)
         self.save_settings(folder)
+        saved = DualEncoder._read(folder, folder)
         space = self.space
         if space == space_fingerprint(self):  # its own: that of the weights as rounded
-            space = space_fingerprint(DualEncoder.load(folder))
-        write_record(folder, space)
+            space = space_fingerprint(saved)
+        record = ModelRecord(2, space, model_fingerprint(saved))
+        text = json.dumps(asdict(record), indent=2) + "\n"
+        (folder / MARKER).write_text(text, encoding="utf-8")
 
     def save_settings(self, folder: Path, *, texts: bool = True) -> None:
         """Save config, tokenizer and processor only, as a bundle needs them.
@@ -305,23 +352,56 @@ def space_fingerprint(dual: DualEncoder) -> str:
     return digest.hexdigest()
 
 
-def _local(source: str | Path) -> Path:
-    """Return `source` as a local directory; a hub id is downloaded into the hub's cache."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(source).startswith((".", "/", "~")):
-        raise ConfigError(f"{source} is not a directory with a Hugging Face dual encoder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "pad_token_id")
 
-    try:
-        wanted = ["*.json", "*.txt", "*.safetensors"]
-        return Path(snapshot_download(str(source), allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"{source} is neither a directory here nor to be had from the hub ({first_line(error)})"
-        ) from error
+
+def model_fingerprint(dual: DualEncoder) -> str:
+    """Return the SHA-256 (64 hex digits) of all that `space_fingerprint` covers, and of settings.
+
+    The settings are those of config.json that change an embedding and no shape of a weight.
+    """
+    config: Any = dual.model.config
+    settings = [
+        [getattr(tower, name, None) for name in _SETTINGS]
+        for tower in (config.vision_config, config.text_config)
+    ]
+    text = f"{space_fingerprint(dual)} {json.dumps(settings)}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _space_now(dual: DualEncoder, record: ModelRecord, source: str | Path) -> str | None:
+    """Return the space of a loaded model with a record; None if it is the weights' own.
+
+    A model that was changed since, by another program, has left the space of the record.
+    """
+    if record.model is None:
+        _log.warning(
+            "%s was saved by an older EdgeCLIP: whether its weights were changed since, and left "
+            "the recorded embedding space, cannot be told; write it again with the command that "
+            "made it",
+            source,
+        )
+        return record.space
+    now = model_fingerprint(dual)
+    if now == record.model:
+        return record.space
+    _log.warning(
+        "%s was changed since EdgeCLIP saved it (weights, tokenizer, processor or config.json): "
+        "its embedding space is a new one, and indexes and caches of the old one will be refused",
+        source,
+    )
+    return now if space_fingerprint(dual) == record.space else None
+
+
+def _reason(error: BaseException) -> str:
+    """Return another library's message as one line, cut where it gets long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "weights_only" in text:  # torch then advises to run whatever the file holds
+        return (
+            "its weights in PyTorch's format are damaged, or hold more than tensors, which is not "
+            "loaded because it could run any program; save them as safetensors (`save_pretrained`)"
+        )
+    return textwrap.shorten(text, 400, placeholder=" ...")
 
 
 def _refuse_other_weights(found: Mapping[str, Iterable[Any]], source: str | Path) -> None:
@@ -335,31 +415,29 @@ def _refuse_other_weights(found: Mapping[str, Iterable[Any]], source: str | Path
     }
     problems = [f"{len(names)} {how} (such as {names[0]})" for how, names in amiss.items() if names]
     if problems:
+        mend = "both files must come from one model"
+        if any(re.search(r"lora_|\.base_layer\.|^base_model\.", key) for key in amiss["unknown"]):
+            mend = (
+                "these hold a LoRA adapter: merge it with peft (`merge_and_unload()`), save again"
+            )
+        elif any(name.startswith(("module.", "_orig_mod.")) for name in amiss["unknown"]):
+            mend = (
+                "these were saved through a wrapper (DDP, torch.compile): save the model inside it"
+            )
         raise ConfigError(
-            f"{source}: the weights do not fit config.json: {', '.join(problems)}; "
-            f"both files must come from one model"
+            f"{source}: the weights do not fit config.json: {', '.join(problems)}; {mend}"
         )
 
 
 def _image_spec(folder: Path) -> ImageSpec:
-    """Read the image preprocessing, also from the processor_config.json of transformers 5."""
+    """Read the image preprocessing; in processor_config.json of transformers 5 it goes first."""
     path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if path.exists() or not whole.exists():
-        return image_spec_from_hugging_face(_json(path), source=str(path))
-    config = _json(whole).get("image_processor")
-    if not isinstance(config, dict):
+    nested = read_json(whole).get("image_processor") if whole.exists() else None
+    if isinstance(nested, dict):
+        return image_spec_from_hugging_face(nested, source=str(whole))
+    if whole.exists() and not path.exists():
         raise ConfigError(f"{whole} has no image_processor, and there is no {path.name}")
-    return image_spec_from_hugging_face(config, source=str(whole))
-
-
-def _json(path: Path) -> dict[str, object]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} does not hold a JSON object")
-    return data
+    return image_spec_from_hugging_face(read_json(path), source=str(path))
 
 
 def _token(tokenizer: PreTrainedTokenizerFast, *names: str) -> int:

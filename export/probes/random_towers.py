@@ -170,4 +170,5 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     """Load the built-in teacher's tokenizer alone: an installed wheel leaves its weights out."""
     tokenizer = AutoTokenizer.from_pretrained(BUILT_IN_TEACHER)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    tokenizer.model_max_length = 2**31 - 1  # a probe's texts are as long as its positions
     return tokenizer

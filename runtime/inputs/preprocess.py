@@ -185,8 +185,11 @@ def _flag_problems(config: Mapping[str, Any]) -> list[str]:
     for flag in ("do_resize", "do_center_crop", "do_rescale"):
         if not config.get(flag, True):
             problems.append(f"{flag} is off, but images of any size must be accepted")
-    if config.get("do_pad"):
-        problems.append("do_pad is on, but padding is not supported")
+    if config.get("do_normalize", True) is None:  # releases of transformers differ in that
+        problems.append("do_normalize is null, which may mean on or off: write true or false")
+    for flag in ("do_pad", "use_square_size"):
+        if config.get(flag):
+            problems.append(f"{flag} is on, but neither padding nor stretching is supported")
     factor = config.get("rescale_factor", 1 / 255)
     if not _is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         problems.append(f"rescale_factor is {factor!r}, not 1/255")

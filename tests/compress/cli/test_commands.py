@@ -12,7 +12,7 @@ import torch
 
 from edgeclip.compress.cli import pretrain
 from edgeclip.compress.data.sources import EmojiSource
-from edgeclip.compress.teachers.dual_encoder import DualEncoder, recorded_space, space_fingerprint
+from edgeclip.compress.teachers.dual_encoder import DualEncoder, read_record, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import embed_source, open_cache
 from edgeclip.compress.train.train_loop import read_log
 from edgeclip.runtime.cli.main import main
@@ -40,7 +40,9 @@ def test_pretrain_writes_a_teacher(
     assert f"teacher written to {out}" in capsys.readouterr().out
     teacher = DualEncoder.load(out)
     assert (teacher.spec.dim, teacher.spec.image.size) == (16, 32)
-    assert recorded_space(out) == space_fingerprint(teacher)  # of the weights in fp16
+    record = read_record(out)
+    assert record is not None
+    assert record.space == space_fingerprint(teacher)  # of the weights in fp16
     image, text = embed_source(teacher, EmojiSource("test", 3, size=32))
     assert image.shape == text.shape == (3, 16)
     assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -16,7 +17,8 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProce
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.teachers.dual_encoder import (
     DualEncoder,
-    recorded_space,
+    model_fingerprint,
+    read_record,
     space_fingerprint,
     write_portable_config,
 )
@@ -45,6 +47,12 @@ def _embeddings(model: DualEncoder) -> tuple[Tensor, Tensor]:
     with torch.inference_mode():
         image = model.embed_image(model.preprocess(pictures))
         return image, model.embed_text(model.tokenize(TEXTS))
+
+
+def _recorded(folder: Path) -> str:
+    record = read_record(folder)
+    assert record is not None
+    return record.space
 
 
 def _edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
@@ -144,11 +152,11 @@ def test_a_teacher_records_the_space_it_was_rounded_to(
 ) -> None:
     assert teacher.space == space_fingerprint(teacher)
     teacher.save(tmp_path / "whole")
-    assert recorded_space(tmp_path / "whole") == teacher.space
+    assert _recorded(tmp_path / "whole") == teacher.space
     whole = DualEncoder.load(tmp_path / "whole")
     whole.save(tmp_path / "half", dtype=torch.float16)
     half = DualEncoder.load(tmp_path / "half")
-    assert half.space == recorded_space(tmp_path / "half") == space_fingerprint(half)
+    assert half.space == _recorded(tmp_path / "half") == space_fingerprint(half)
     assert half.space != teacher.space
 
 
@@ -161,7 +169,8 @@ def test_a_model_without_a_record_has_its_own_space(own_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"schema_version": 2, "space": "' + "0" * 64 + '"}', "schema_version"),
+        ('{"schema_version": 3, "space": "' + "0" * 64 + '"}', "schema_version"),
+        ('{"schema_version": 2, "space": "' + "0" * 64 + '"}', "model is for schema_version 2"),
         ('{"schema_version": 1, "space": "abc"}', "64 hexadecimal digits"),
         ('{"schema_version": 1}', "space"),
         ("{", "cannot read"),
@@ -173,6 +182,75 @@ def test_a_damaged_record(own_folder: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         DualEncoder.load(own_folder)
     assert str(path) in str(caught.value)
+
+
+def _retrained(folder: Path) -> None:
+    model = CLIPModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.text_projection.weight.mul_(-1)
+    model.save_pretrained(folder)
+
+
+def _other_activation(folder: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["text_config"]["hidden_act"] = "gelu"
+
+    _edit(folder / "config.json", change)
+
+
+def _other_mean(folder: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["image_mean"] = [0.4, 0.5, 0.5]
+
+    _edit(folder / "preprocessor_config.json", change)
+
+
+@pytest.mark.parametrize("change", [_retrained, _other_activation, _other_mean])
+@pytest.mark.parametrize("of_a_student", [False, True])
+def test_a_model_that_was_changed_has_left_its_space(
+    own_teacher: DualEncoder,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    of_a_student: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "saved"
+    space = "7" * 64 if of_a_student else None
+    parts = (own_teacher.model, own_teacher.image_spec, own_teacher.tokenizer)
+    DualEncoder(*parts, space=space).save(folder)
+    before = DualEncoder.load(folder).space
+    assert not caplog.records
+    change(folder)
+    changed = DualEncoder.load(folder)
+    assert "was changed since EdgeCLIP saved it" in caplog.text
+    assert changed.space != before
+    changed.save(tmp_path / "again")  # says what it is now
+    caplog.clear()
+    assert DualEncoder.load(tmp_path / "again").space == changed.space
+    assert not caplog.records
+
+
+def test_saving_by_others_without_a_change_keeps_the_space(own_folder: Path) -> None:
+    before = DualEncoder.load(own_folder).space
+    CLIPModel.from_pretrained(own_folder).save_pretrained(own_folder)
+    AutoTokenizer.from_pretrained(own_folder).save_pretrained(own_folder)
+    assert DualEncoder.load(own_folder).space == before
+
+
+def test_a_record_of_an_older_release_is_taken_with_a_warning(
+    own_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = json.dumps({"schema_version": 1, "space": "7" * 64})
+    (own_folder / "edgeclip-model.json").write_text(text)
+    assert DualEncoder.load(own_folder).space == "7" * 64
+    assert "saved by an older EdgeCLIP" in caplog.text
+
+
+def test_any_setting_of_the_towers_changes_the_model_fingerprint(own_teacher: DualEncoder) -> None:
+    before, space = model_fingerprint(own_teacher), space_fingerprint(own_teacher)
+    own_teacher.model.config.vision_config.num_attention_heads = 4
+    assert model_fingerprint(own_teacher) != before
+    assert space_fingerprint(own_teacher) == space
 
 
 def test_a_processor_saved_whole(teacher: DualEncoder, own_folder: Path) -> None:

@@ -250,6 +250,8 @@ def test_what_transformers_saves_means_the_same_here(tmp_path: Path, file: str) 
         ({"do_center_crop": None}, "do_center_crop is off"),
         ({"do_rescale": False}, "do_rescale is off"),
         ({"do_pad": True}, "do_pad"),
+        ({"use_square_size": True}, "use_square_size"),
+        ({"do_normalize": None}, "do_normalize is null"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
         ({"resample": 4}, "resample 4 is none of"),
         ({"resample": [3]}, "resample"),

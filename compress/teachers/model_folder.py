@@ -1,0 +1,219 @@
+"""Find the directory of a Hugging Face model, and name what lies there if it is none."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from edgeclip.runtime.bundle.files import MANIFEST_NAME
+from edgeclip.runtime.errors import ConfigError, first_line
+
+_SMALL = ("*.json", "*.txt", "*.model")  # settings and vocabularies
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them, in order
+_PYTORCH = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_FOREIGN = (".onnx", ".gguf", ".h5", ".msgpack", ".tflite")
+_LFS = b"version https://git-lfs"
+
+
+def model_folder(source: str | Path) -> Path:
+    """Return `source` as a local directory; a hub id is downloaded into the hub's cache.
+
+    Of a hub repository without safetensors, the weights in PyTorch's format are taken.
+
+    Raises:
+        ConfigError: neither a directory here nor to be had from the hub.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ConfigError(
+            f"{source} is a file: give the directory of a Hugging Face dual encoder, with "
+            "config.json, weights, tokenizer and preprocessor_config.json"
+        )
+    if folder.exists() or str(source).startswith((".", "/", "~")):
+        raise ConfigError(f"{source} is not a directory with a Hugging Face dual encoder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(str(source), allow_patterns=[*_SMALL, "model*.safetensors"]))
+        if (found / "config.json").is_file() and not any(found.glob("model*.safetensors")):
+            wanted = [*_SMALL, "pytorch_model*.bin"]
+            found = Path(snapshot_download(str(source), allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"{source} is neither a directory here nor to be had from the hub ({first_line(error)})"
+        ) from error
+    return found
+
+
+def read_config(folder: Path, source: str | Path, families: Mapping[str, object]) -> str:
+    """Return the family of the model in a directory, its `model_type`.
+
+    Args:
+        folder: the directory.
+        source: how the user named it, for the messages.
+        families: the `model_type` that are supported.
+
+    Raises:
+        ConfigError: a bundle, a model in another format (named, with what to do about it), or of
+            another family; or weights or tokenizer files that are missing.
+    """
+    if (folder / MANIFEST_NAME).is_file():
+        raise ConfigError(f"{source} is a bundle: give the student that it was exported from")
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{source} holds a LoRA or other PEFT adapter, not a whole model: load it with peft, "
+            "merge it (`merge_and_unload()`), save model, tokenizer and processor to a directory, "
+            "and give that"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{source}: {_other_format(folder, source, families, 'no config.json')}")
+    family = read_json(folder / "config.json").get("model_type")
+    is_known = isinstance(family, str) and family in families
+    if family is None or (not is_known and (folder / "modules.json").is_file()):
+        found = _other_format(folder, source, families, "no model_type in config.json")
+        raise ConfigError(f"{source}: {found}")
+    if not is_known:
+        known = ", ".join(families)
+        raise ConfigError(f"{source}: model_type {family!r} is not supported; known: {known}")
+    _check_weights(folder, source)
+    _check_tokenizer_files(folder, source)
+    return str(family)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object.
+
+    Raises:
+        ConfigError: missing, damaged, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return data
+
+
+def _other_format(
+    folder: Path, source: str | Path, families: Mapping[str, object], lacks: str
+) -> str:
+    """Name the format of a directory without a usable config.json, and what to do about it.
+
+    `lacks` says what is not there.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    within = _model_within(folder, source, families)
+    if any(name.startswith("open_clip") for name in names):
+        return (
+            "an open_clip checkpoint, which transformers cannot read: give a version of it that "
+            "was converted to a CLIPModel of transformers (config.json and model.safetensors)"
+        )
+    if {"modules.json", "config_sentence_transformers.json"} & set(names):
+        if within:
+            return f"a sentence-transformers model: give the CLIP in it, {within}"
+        return (
+            "a sentence-transformers model without a CLIP of transformers in it: give a model with "
+            f"an image and a text tower ({', '.join(families)})"
+        )
+    if "model_index.json" in names:
+        return (
+            "a diffusers pipeline, whose text encoder has no image tower: give the whole CLIP that "
+            "it came from"
+        )
+    if within:
+        return f"{lacks}, but a model lies in a subfolder: give {within}"
+    if "architecture" in _loose_json(folder / "config.json"):
+        return "a timm model, which has no text tower: give a CLIP of transformers"
+    foreign = [name for name in names if name.endswith(_FOREIGN)]
+    if foreign:
+        return f"{lacks}, but {foreign[0]}: give the model of transformers that it was made from"
+    if any(name.endswith(_PYTORCH) for name in names):
+        return (
+            f"weights, but {lacks}, so their architecture is unknown: save the model with "
+            "`save_pretrained`, or bring the config.json that belongs to them"
+        )
+    return f"{lacks}, so it is no Hugging Face model"
+
+
+def _model_within(folder: Path, source: str | Path, families: Mapping[str, object]) -> str | None:
+    """Say where a model lies in a subfolder; None if none does."""
+    configs = sorted((*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")))
+    found = [
+        path.parent for path in configs if str(_loose_json(path).get("model_type")) in families
+    ]
+    if not found or Path(source).is_dir():
+        return str(found[0]) if found else None
+    # Of a hub repository only the small files are here.
+    part = found[0].relative_to(folder).as_posix()
+    return f"DIR/{part} after `hf download {source} --local-dir DIR`"
+
+
+def _loose_json(path: Path) -> dict[str, object]:
+    try:
+        return read_json(path)
+    except ConfigError:
+        return {}
+
+
+def _check_weights(folder: Path, source: str | Path) -> None:
+    """Refuse weights that are missing, named otherwise, or stand-ins of Git LFS."""
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return _check_file(folder / name, source)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _check_shards(index, source)
+    suffixes = (*_PYTORCH, *_FOREIGN)
+    others = sorted(path.name for path in folder.iterdir() if path.name.endswith(suffixes))
+    holds = f"; it holds {', '.join(others[:3])}" if others else ""
+    raise ConfigError(
+        f"{source} has no weights: neither model.safetensors nor pytorch_model.bin, nor an index "
+        f"of shards{holds}. Save the model with `save_pretrained`, or download it whole"
+    )
+
+
+def _check_shards(index: Path, source: str | Path) -> None:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ConfigError(f"{index} has no weight_map: download it again")
+    names = sorted(set(map(str, shards.values())))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{source} lacks {len(missing)} of the {len(names)} files with weights that "
+            f"{index.name} names, such as {missing[0]}: download the model again"
+        )
+    for name in names:
+        _check_file(index.parent / name, source)
+
+
+def _check_file(path: Path, source: str | Path) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if start == _LFS:
+        raise ConfigError(
+            f"{path} is a stand-in of Git LFS, without the weights: run `git lfs pull` there"
+        )
+    if not start:
+        raise ConfigError(f"{source} cannot be loaded: {path.name} is empty; download it again")
+
+
+def _check_tokenizer_files(folder: Path, source: str | Path) -> None:
+    """Refuse a directory without a vocabulary: transformers would invent one of a few tokens."""
+    names = {path.name for path in folder.iterdir()}
+    split = {"vocab.json", "merges.txt"}  # of byte-pair encoding: neither is enough alone
+    whole = "tokenizer.json" in names or "vocab.txt" in names or split <= names
+    if whole or any(name.endswith((".model", ".tiktoken")) for name in names):
+        return
+    has = sorted(split & names)
+    raise ConfigError(
+        f"{source} has no vocabulary: {f'{has[0]} alone is not enough' if has else 'no file of it'}"
+        "; bring tokenizer.json (or vocab.json and merges.txt, or vocab.txt) of the model, with "
+        "its tokenizer_config.json"
+    )
