@@ -6,9 +6,9 @@ what EdgeCLIP reads from their settings cannot answer otherwise than they do.
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from edgeclip.runtime.errors import ConfigError, first_line
-
-if TYPE_CHECKING:
-    from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.runtime.spec import EncoderSpec
 
 _log = logging.getLogger(__name__)
 # Common words in several scripts, for few vocabularies know them all.
@@ -38,7 +36,29 @@ _APART = 1e-5  # embeddings of two inputs whose values are all closer are the sa
 _LEVELS = 2.0  # mean difference of a pixel, of 255: Pillow and torchvision do not resize alike
 
 
-def check_parts(dual: "DualEncoder", folder: Path, source: str | Path) -> None:
+class Parts(Protocol):
+    """A `DualEncoder`, as far as its parts are looked at here."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def spec(self) -> EncoderSpec: ...
+
+    @property
+    def is_causal_text(self) -> bool: ...
+
+    @property
+    def pools_at_largest_id(self) -> bool: ...
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor: ...
+
+    def embed_image(self, pixel_values: Tensor) -> Tensor: ...
+
+    def embed_text(self, input_ids: Tensor) -> Tensor: ...
+
+
+def check_parts(dual: Parts, folder: Path, source: str | Path) -> None:
     """Refuse a model whose parts cannot work together; warn where transformers is wrong as well.
 
     Args:
@@ -67,7 +87,7 @@ def check_parts(dual: "DualEncoder", folder: Path, source: str | Path) -> None:
         raise _misfit(source, "its parts do not belong together", error) from error
 
 
-def _check_vocabulary(dual: "DualEncoder", source: str | Path) -> None:
+def _check_vocabulary(dual: Parts, source: str | Path) -> None:
     """Refuse token ids without a vector, and texts without room for a token."""
     vocabulary, spec = dual.tokenizer.get_vocab(), dual.spec.text
     largest = max(vocabulary.values(), default=-1)
@@ -100,7 +120,7 @@ def _check_vocabulary(dual: "DualEncoder", source: str | Path) -> None:
         )
 
 
-def _check_end_of_text(dual: "DualEncoder", source: str | Path) -> None:
+def _check_end_of_text(dual: Parts, source: str | Path) -> None:
     """Refuse a CLIP that would not pool at the tokenizer's end token, see `CLIPTextModel`."""
     if not dual.is_causal_text:
         return
@@ -125,7 +145,7 @@ def _check_end_of_text(dual: "DualEncoder", source: str | Path) -> None:
         )
 
 
-def _check_texts(dual: "DualEncoder", source: str | Path) -> None:
+def _check_texts(dual: Parts, source: str | Path) -> None:
     """Refuse other token ids or embeddings than transformers gives, and one for all texts."""
     spec, tokenizer = dual.spec.text, dual.tokenizer
     long = " ".join([_WORDS[0]] * spec.context_length)
@@ -173,7 +193,7 @@ def _check_texts(dual: "DualEncoder", source: str | Path) -> None:
     _refuse_collapse(dual.embed_text(texts), source, "text")
 
 
-def _as_transformers(dual: "DualEncoder", texts: tuple[str, ...]) -> Tensor:
+def _as_transformers(dual: Parts, texts: tuple[str, ...]) -> Tensor:
     """Embed texts one by one, by transformers' own tokenizer and forward pass."""
     model: Any = dual.model
     known = inspect.signature(model.get_text_features).parameters
@@ -187,7 +207,7 @@ def _as_transformers(dual: "DualEncoder", texts: tuple[str, ...]) -> Tensor:
     return nn.functional.normalize(torch.cat(found).float(), dim=-1)
 
 
-def _check_pictures(dual: "DualEncoder", folder: Path, source: str | Path) -> None:
+def _check_pictures(dual: Parts, folder: Path, source: str | Path) -> None:
     """Refuse pixels that the tower cannot take or transformers computes otherwise."""
     spec = dual.spec.image
     pictures = _pictures(spec.resize)
