@@ -13,7 +13,7 @@ import pytest
 
 from tests import watched_network
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2000)]
 
 ROOT = Path(__file__).parents[1]
 COMMAND = Path(sys.executable).with_name("edgeclip")

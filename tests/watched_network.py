@@ -21,7 +21,7 @@ from pathlib import Path
 
 _UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--mount")
 _NAME_SERVER = "192.0.2.53"  # of a network that is kept for documents (RFC 5737)
-_PATIENCE = 600.0  # seconds for all commands on a busy machine
+_PATIENCE = 1800.0  # seconds for all commands on a busy machine
 _ALL_PROTOCOLS = 3  # ETH_P_ALL
 _OUTGOING = 4  # PACKET_OUTGOING: each packet of the loopback is seen twice
 # Numbers of rtnetlink(7).
