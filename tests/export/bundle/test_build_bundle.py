@@ -266,7 +266,7 @@ def test_fp16_is_judged_as_a_gpu_rounds_it(
 
 
 def test_a_mixed_choice_that_fails_together_falls_back(plan: BundlePlan) -> None:
-    draw = np.random.default_rng(0).normal(size=(100, 16)).astype(np.float32)
+    draw = np.random.default_rng(0).normal(size=(len(plan.test), 16)).astype(np.float32)
     draw /= np.linalg.norm(draw, axis=1, keepdims=True)
     choices = (
         SelectedPrecision(tower="image", precision="int8", why="fast"),
