@@ -55,8 +55,9 @@ class Ranks:
         if self.owner is None:
             return found
         images = len(self.image_to_text)
-        counts: NDArray[np.float64] = np.bincount(self.owner, found, minlength=images)
-        return counts * np.float64(images / len(found))
+        counts = np.bincount(self.owner, found, minlength=images).astype(np.float64)
+        scaled: NDArray[np.float64] = counts * (images / len(found))
+        return scaled
 
     def hits(self, k: int) -> NDArray[np.float64]:
         """Return for each image the mean over both directions; its mean is R@k of both."""
