@@ -19,12 +19,8 @@ from edgeclip.export.bundle.precision_candidates import (
 )
 from edgeclip.export.bundle.write_bundle import BuildRecipe, BundleContents, write_bundle
 from edgeclip.export.bundle.write_engines import write_engines
-from edgeclip.export.gates.gates import (
-    GateOutcome,
-    data_record,
-    describe_missed,
-    raise_if_missed,
-)
+from edgeclip.export.gates.collapse import COLLAPSE_HINT, judge_towers
+from edgeclip.export.gates.gates import GateOutcome, data_record, describe_missed, raise_if_missed
 from edgeclip.export.gates.judge_precisions import (
     GateInputs,
     TowerEmbeddings,
@@ -86,8 +82,8 @@ def build_bundle(
         replace: allow `out` to be a bundle already.
 
     Raises:
-        GateError: fp32 does not agree with torch, or a precision that was asked for misses
-            its gates; nothing is written.
+        GateError: fp32 does not agree with torch, a tower has collapsed, or a precision that was
+            asked for misses its gates; nothing is written.
         InputError: `out` exists and may not be replaced, or a picture cannot be read.
         ExportError: the student cannot be exported.
     """
@@ -103,6 +99,8 @@ def build_bundle(
         quantized = quantize_towers(plan, folder)
         _log.info("embedding %s in %s ...", plan.test.name, ", ".join(plan.wanted))
         candidates = evaluate_candidates(plan, (*reference, *quantized), plan.configs)
+        apart, one_input = judge_towers(plan.student, plan.test, candidates.embeddings)
+        raise_if_missed(apart, COLLAPSE_HINT)
         candidates = fine_tune_failed_int8(plan, candidates, _applied(plan, tried))
         if plan.precisions is not None:
             require_named_precisions(candidates)
@@ -125,7 +123,7 @@ def build_bundle(
         engines = write_engines(folder, wanted, plan.device, length)
 
         _log.info("writing the bundle ...")
-        judged = (*parity, *candidates.verdict.judged, *mixed)
+        judged = (*parity, *apart, *candidates.verdict.judged, *mixed)
         contents = BundleContents(
             graphs=graphs,
             gates=tuple(item for item in judged if item.record.passed),
@@ -134,7 +132,7 @@ def build_bundle(
             recipe=BuildRecipe(
                 configs=candidates.configs, device=plan.device, finetuned=candidates.finetuned
             ),
-            gate_remarks=candidates.verdict.gate_remarks,
+            gate_remarks=(*one_input, *candidates.verdict.gate_remarks),
             provenance_note=candidates.provenance_note,
         )
         write_bundle(plan, folder, contents)

@@ -21,6 +21,8 @@ from edgeclip.runtime.towers.tower_runner import TowerRunner
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
 
+_SAME = 1e-6  # values of embeddings that differ by less are the same
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
@@ -68,8 +70,8 @@ def replay_golden(bundle: Bundle, device: "DeviceProfile") -> tuple[Replay, ...]
     """Run the golden inputs through every tower and precision that the device allows.
 
     Raises:
-        BundleError: the tokenizer's ids differ from the recorded ones, or the device allows
-            no precision of the bundle.
+        BundleError: the tokenizer's ids differ from the recorded ones, a tower gives all
+            inputs one embedding, or the device allows no precision of the bundle.
         EngineError: a tower cannot be loaded or run.
     """
     golden = bundle.golden()
@@ -104,7 +106,13 @@ def _check_tokenizer(bundle: Bundle, golden: Golden) -> None:
 def _replay(bundle: Bundle, device: "DeviceProfile", golden: Golden, item: Expected) -> Replay:
     manifest = bundle.manifest.tower(item.tower)
     runner = TowerRunner(bundle, item.tower, item.precision, device)
-    embeddings = runner.run(golden.inputs(item.tower))
+    inputs = golden.inputs(item.tower)
+    embeddings = runner.run(inputs)
+    if (inputs != inputs[0]).any() and np.abs(embeddings - embeddings[0]).max() < _SAME:
+        raise BundleError(
+            f"the {item.tower} tower in {item.precision} gives all golden inputs one embedding: it "
+            "has collapsed; export a model that tells its inputs apart"
+        )
     return Replay(
         tower=item.tower,
         precision=item.precision,

@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import os
@@ -8,10 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
@@ -78,7 +81,7 @@ def test_the_manifest_records_gates_choices_and_origin(
             assert names[:3] == ["usable embeddings", "mean cosine", "1st-percentile cosine"]
             chosen = dict.fromkeys(("image", "text"), "fp32") | {tower.tower: file.precision}
             beside = f"R@1 loss {chosen['image']} images, {chosen['text']} texts"
-            assert names[3:] == ([] if file.precision == "fp32" else [beside])
+            assert names[3:] == ["told apart" if file.precision == "fp32" else beside]
             assert {gate.data for gate in file.gates} == {data_record(plan.test)}
             assert file.latency_ms is not None
             assert file.latency_ms > 0
@@ -86,6 +89,17 @@ def test_the_manifest_records_gates_choices_and_origin(
     assert all(gate.passed for _, gate in manifest.all_gates())
     assert manifest.measured_on.endswith("onnxruntime-cpu")
     assert built.left_out == ()
+
+
+def test_a_collapsed_tower_ships_in_no_bundle(fp32_plan: BundlePlan, tmp_path: Path) -> None:
+    """Its graph does what torch does, so that parity alone would pass it."""
+    student = copy.deepcopy(fp32_plan.student)
+    text_model: Any = student.model.text_model
+    with torch.no_grad():  # every text is the bias of the last norm
+        text_model.final_layer_norm.weight.zero_()
+    with pytest.raises(GateError, match=r"text fp32: told apart is 0 .*do not belong together"):
+        build_bundle(replace(fp32_plan, student=student), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_what_could_not_be_judged_is_on_record(built: BuiltBundle) -> None:

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from edgeclip.runtime.bundle.bundle import Bundle, Expected, Golden
 from edgeclip.runtime.cli.verify import replay_golden
@@ -96,6 +98,28 @@ def test_tokenizer_that_changed_its_mind(
     other.save(own_bundle / "golden.npz")
     reseal(own_bundle)
     with pytest.raises(BundleError, match="gives other token ids"):
+        replay_golden(Bundle.open(own_bundle), cpu_device)
+
+
+def test_a_collapsed_tower_does_not_pass(
+    own_bundle: Path, reseal: Reseal, cpu_device: DeviceProfile, golden: Golden
+) -> None:
+    """Even if its golden embeddings were recorded so."""
+    path = own_bundle / "onnx" / "text_model.onnx"
+    model = onnx.load(path)
+    (output,) = model.graph.output
+    last = next(node for node in model.graph.node if output.name in node.output)
+    last.output[:] = ["told_apart"]
+    for name, value in (
+        ("zero", 0.0),
+        ("all_alike", golden.expected[0].embeddings.shape[1] ** -0.5),
+    ):
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
+    model.graph.node.append(helper.make_node("Mul", ["told_apart", "zero"], ["nothing"]))
+    model.graph.node.append(helper.make_node("Add", ["nothing", "all_alike"], [output.name]))
+    onnx.save(model, path)
+    reseal(own_bundle)
+    with pytest.raises(BundleError, match="text tower in fp32 gives all golden inputs one embed"):
         replay_golden(Bundle.open(own_bundle), cpu_device)
 
 
