@@ -261,7 +261,7 @@ class DualEncoder(nn.Module):
         """
         folder = model_folder(source)
         record = read_record(folder)
-        dual = cls._read(folder, source, space=record and record.space)
+        dual = cls._read(folder, source, space=None if record is None else record.space)
         check_parts(dual, folder, source)
         if record is not None:
             dual._space = _space_now(dual, record, source)

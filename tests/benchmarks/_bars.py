@@ -19,11 +19,9 @@ sys.path.append(str(ROOT))  # for `tests`, which is not installed
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A bound that a measured value must meet.
+    """A bound that a measured value must meet; its interval is that of 95%.
 
-    Attributes:
-        interval: of 95%, where one was computed; the lowest and the highest of a few runs in
-            `server.py`.
+    In `server.py` it is from the lowest to the highest of a few runs.
     """
 
     name: str
@@ -81,13 +79,7 @@ def command() -> str:
 
 
 def finish(bars: Sequence[Bar], out: Path | None, **found: Any) -> int:
-    """Write the JSON file; print a line a bar; return the exit status, 1 for a miss.
-
-    Args:
-        bars: to be met.
-        out: the file, if one was asked for.
-        found: what else is written, dataclasses among it as objects.
-    """
+    """Write the JSON file, `found` in it; print a line a bar; the exit status, 1 for a miss."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         record = {

@@ -98,11 +98,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A batch in the GPU's memory.
-
-    `run` embeds it, the result staying there too, and returns when the GPU is done; `fetch` copies
-    the result of the last run to host memory.
-    """
+    """A batch in the GPU's memory: embed it there, and copy the last result to host memory."""
 
     run: Callable[[], None]
     fetch: Callable[[], NDArray[Any]]
@@ -154,10 +150,7 @@ def cases(
 
 
 def torch_variants(device: str) -> Iterator[Variant]:
-    """All candidates of torch on a device, "cuda" or "cpu".
-
-    Both modes of `torch.compile` use CUDA graphs; a part that is not compiled would be an error.
-    """
+    """All candidates of torch on "cuda" or "cpu"; a break in what is compiled is an error."""
 
     def eager(case: Case, precision: GpuPrecision, plain: bool = False) -> Runner:
         return TorchRunner(_module(case, precision, device, plain=plain), device)
@@ -259,9 +252,6 @@ class GraphRunner:
         return Resident(run, lambda: self._found.cpu().numpy())
 
 
-Profile = Callable[[int], DeviceProfile]  # for a batch size
-
-
 def engine_variants(capability: str, tensorrt_major: int | None, folder: Path) -> Iterator[Variant]:
     """All of the runtime's engines on a GPU; TensorRT's are kept in `folder`."""
     for engine, title in _TITLES.items():
@@ -270,7 +260,9 @@ def engine_variants(capability: str, tensorrt_major: int | None, folder: Path) -
             yield engine_variant(f"{title} {precision}", profile, precision, folder)
 
 
-def engine_variant(name: str, profile: Profile, precision: GpuPrecision, folder: Path) -> Variant:
+def engine_variant(
+    name: str, profile: Callable[[int], DeviceProfile], precision: GpuPrecision, folder: Path
+) -> Variant:
     def load(case: Case) -> Runner:
         return EngineRunner(case, precision, profile(len(case.values)), folder)
 

@@ -82,16 +82,6 @@ def with_kserve(protocol: str, *, binary: bool = True) -> Ask:
     return lambda address, model, values: asyncio.run(wait(address, model, values))
 
 
-READERS: dict[str, dict[str, Ask]] = {
-    client: {
-        "http, binary": way("http"),
-        "http, JSON": way("http", binary=False),
-        "grpc": way("grpc"),
-    }
-    for client, way in (("tritonclient", with_tritonclient), ("kserve", with_kserve))
-}
-
-
 def inputs(folder: Path) -> dict[str, Array]:
     texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     pictures = [path.read_bytes() for path in sorted(folder.glob("*.png"))]
@@ -104,14 +94,16 @@ def inputs(folder: Path) -> dict[str, Array]:
 
 def ask(client: str, http: str, grpc: str, folder: str, out: str) -> None:
     """Every way of one client, on every model."""
-    rows = []
+    rows, way = [], with_kserve if client == "kserve" else with_tritonclient
+    ways = {"http, binary": way("http"), "http, JSON": way("http", binary=False)}
+    ways["grpc"] = way("grpc")
     for model, values in inputs(Path(folder)).items():
-        for how, way in READERS[client].items():
+        for how, way_of in ways.items():
             if (model, how) == ("B-image", "http, JSON"):  # JSON has no bytes, only texts
                 continue
             row: dict[str, Any] = {"model": model, "how": how, "embeddings": None, "why": ""}
             try:
-                row["embeddings"] = way(grpc if how == "grpc" else http, model, values).tolist()
+                row["embeddings"] = way_of(grpc if how == "grpc" else http, model, values).tolist()
             except Exception as error:  # whatever the client raises is the answer
                 row["why"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             rows.append(row)
@@ -155,4 +147,5 @@ def serve(path: str, *_: str) -> None:
 
 
 if __name__ == "__main__":
-    {"ask": ask, "serve": serve}[sys.argv[1]](*sys.argv[2:])
+    what, *given = sys.argv[1:]
+    ask(*given) if what == "ask" else serve(*given)

@@ -82,11 +82,7 @@ class Network:
 
 @contextlib.contextmanager
 def shaped_network(shape: Shape) -> Iterator[Network]:
-    """Make both sides and the link; all of it is gone afterwards.
-
-    Raises:
-        UnavailableError: no root, no `ip`, no TUN, or the kernel refuses.
-    """
+    """Make both sides and the link; all of it is gone afterwards."""
     tun, ip = Path("/dev/net/tun").exists(), shutil.which("ip")
     if os.geteuid() != 0 or not tun or ip is None:
         raise UnavailableError("a shaped network needs root, /dev/net/tun and `ip` (iproute2)")

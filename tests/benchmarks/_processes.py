@@ -19,10 +19,7 @@ class UnavailableError(Exception):
 
 
 class ServerProcess:
-    """A server that says `serving ... at URL` once it is ready; it ends with the block.
-
-    `words` is its command line, without a port.
-    """
+    """A server that says `serving ... at URL` once it is ready; it ends with the block."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words, self.port = words, 0
@@ -54,11 +51,7 @@ class ServerProcess:
 
 
 def environment(name: str, requirements: Sequence[str]) -> Path:
-    """Make a virtual environment in build/NAME, or take the one that is there; its Python.
-
-    Raises:
-        UnavailableError: pip cannot install the requirements here.
-    """
+    """Make a virtual environment in build/NAME, or take the one that is there; its Python."""
     folder = BUILD / name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
@@ -90,11 +83,7 @@ def run_to_end(
     seconds: float = 1200,
     variables: Mapping[str, str] | None = None,
 ) -> None:
-    """Run a program to its end.
-
-    Raises:
-        UnavailableError: it failed, with its last words, or took too long.
-    """
+    """Run a program to its end; if it fails or takes too long, raise `UnavailableError`."""
     name = Path(command[0]).name
     try:
         done = subprocess.run(

@@ -56,7 +56,7 @@ from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.quality.intervals import Interval, bootstrap
 from edgeclip.runtime.quality.retrieval import pair_ranks
-from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
 PLAIN_FP32, OUR_FP32 = "plain fp32", "our fp32"
@@ -217,7 +217,7 @@ class Contest:
             zero_shot=test.zero_shot,
             labelled={"fp32": reference[count:], "int8": found[count:]} if test.zero_shot else None,
         )
-        embeddings = {
+        embeddings: dict[tuple[Tower, Precision], FloatArray] = {
             (tower, "fp32"): reference[:count],
             (tower, "int8"): found[:count],
             (self._other, "fp32"): self._others,
@@ -241,7 +241,8 @@ class Contest:
         """
         self.enter(PLAIN_FP32, self.plain, PLAIN)
         self.enter(OUR_FP32, self.task.graph.path, OURS)
-        config, why = default_config("int8", self.task.device), "the default, not searched"
+        why = "the default, not searched"
+        config: Config = default_config("int8", self.task.device)
         if self._sizes.minutes is not None:
             space = search_space(self.task.device, self.task.tower, here=True)
             with open_evaluator(self.task, self._folder / "search") as trial:
@@ -266,18 +267,15 @@ class Contest:
 class _Process:
     def __init__(self, process: "subprocess.Popen[str]", said: Path) -> None:
         self._process, self._said = process, said
-        self.read()
+        self.ask("")
 
     def ask(self, line: str) -> float:
-        """Send a line and return the answer."""
+        """Send a line, or nothing, and return the answer."""
         assert self._process.stdin is not None
-        with suppress(OSError):  # `read` says why
-            self._process.stdin.write(f"{line}\n")
-            self._process.stdin.flush()
-        return self.read()
-
-    def read(self) -> float:
         assert self._process.stdout is not None
+        with suppress(OSError):  # what it said says why
+            self._process.stdin.write(line and f"{line}\n")
+            self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise UnavailableError(last_line(self._said.read_text("utf-8", "replace")))
@@ -370,16 +368,12 @@ def table(rows: Sequence[Row]) -> str:
         if row.ms is None or row.ratio is None or row.r1 is None:
             cells.append((row.form, *6 * ("",), row.why, ""))
             continue
-        missed = ", ".join(
-            f"{item.name} {item.value:.4g}" for item in row.records if not item.passed
-        )
-        inside = f"missed: {missed}" if missed else "inside" if row.records else ""
-        cosine = next(
-            (f"{item.value:.5f}" for item in row.records if item.name == "mean cosine"), ""
-        )
+        gates = {item.name: f"{item.value:.5g}" for item in row.records}
+        missed = [f"{item.name} {item.value:.4g}" for item in row.records if not item.passed]
+        inside = f"missed: {', '.join(missed)}" if missed else "inside" if gates else ""
         times = (str(row.threads), f"{row.ms.value:.2f}", f"{row.megabytes:.1f}", span(row.ratio))
         marks = "contended" if row.contended else ""
-        cells.append((row.form, *times, cosine, span(row.r1), inside, marks))
+        cells.append((row.form, *times, gates.get("mean cosine", ""), span(row.r1), inside, marks))
     return columns(cells)
 
 

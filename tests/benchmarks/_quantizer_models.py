@@ -10,19 +10,16 @@ none of the channels that are many times larger than the others: `plant_outliers
 """
 
 import copy
-import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _bars import command
-from _processes import BUILD
+from _processes import BUILD, install_once
 from onnx import GraphProto, numpy_helper
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
@@ -67,25 +64,18 @@ VIT_B32 = Growth(
 
 
 def grown(growth: Growth, folder: Path = WORK) -> DualEncoder:
-    """Return a grown tower beside the teacher's text tower; made once, then kept in `folder`.
+    """Return a grown tower beside the teacher's text tower; made once, then kept in `folder`."""
+    target = folder / growth.name
 
-    `NAME.json` beside the model says by which command it was made and how long that took.
-    """
-    target, note = folder / growth.name, folder / f"{growth.name}.json"
-    wanted = json.loads(json.dumps(asdict(growth)))
-    if not note.is_file() or json.loads(note.read_text(encoding="utf-8"))["growth"] != wanted:
-        print(f"growing {growth.name} from the built-in teacher, into {target}", flush=True)
-        began = time.monotonic()
+    def grow() -> None:
         teacher = DualEncoder.load(BUILT_IN_TEACHER)
         dual = _grow(teacher, growth)
         if growth.steps:
             _learn(dual, teacher, growth)
-        folder.mkdir(parents=True, exist_ok=True)
-        dual.save(target)
-        seconds = round(time.monotonic() - began)
-        record = {"growth": wanted, "command": command(), "seconds": seconds}
-        note.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return DualEncoder.load(target)
+        dual.save(target / "model")
+
+    install_once(target, str(growth), grow)
+    return DualEncoder.load(target / "model")
 
 
 def _grow(teacher: DualEncoder, growth: Growth) -> DualEncoder:
@@ -172,9 +162,9 @@ def plant_outliers(dual: DualEncoder) -> DualEncoder:
     Such channels of trained ViTs vary severely (RepQ-ViT, Li et al. 2023; FQ-ViT, Lin et al. 2022);
     how many become how large here, and the weights behind them smaller, is this benchmark's choice.
     """
-    planted, draw = copy.deepcopy(dual), np.random.default_rng(0)
-    ends = np.log(_FACTORS)
-    for layer in _layers(planted):
+    planted, draw, ends = copy.deepcopy(dual), np.random.default_rng(0), np.log(_FACTORS)
+    model: Any = planted.model
+    for layer in model.vision_model.encoder.layers:
         attention = layer.self_attn
         readers = (attention.q_proj, attention.k_proj, attention.v_proj)
         for norm, behind in ((layer.layer_norm1, readers), (layer.layer_norm2, (layer.mlp.fc1,))):
@@ -183,20 +173,13 @@ def plant_outliers(dual: DualEncoder) -> DualEncoder:
 
 
 def plant_values(dual: DualEncoder) -> DualEncoder:
-    """Return a copy that computes the same, with some channels of each attention's values larger.
-
-    Attention averages values channel by channel, so the projection behind it undoes the factor.
-    """
+    """The same with channels of each attention's values, which the projection behind undoes."""
     planted, draw = copy.deepcopy(dual), np.random.default_rng(1)
-    for layer in _layers(planted):
+    model: Any = planted.model
+    for layer in model.vision_model.encoder.layers:
         attention = layer.self_attn
         _enlarge(attention.v_proj, (attention.out_proj,), draw, lambda: _VALUES_FACTOR)
     return planted
-
-
-def _layers(dual: DualEncoder) -> Any:
-    model: Any = dual.model
-    return model.vision_model.encoder.layers
 
 
 @torch.no_grad()
@@ -213,11 +196,7 @@ def _enlarge(
 
 
 def kept_student() -> DualEncoder:
-    """Return the student whose bundle is kept, its weights read back from the bundle's graphs.
-
-    The exporter keeps the names of most weights. Those of products it transposes, and the bias
-    that is added right behind has the name.
-    """
+    """Return the student whose bundle is kept, its weights read back from the bundle's graphs."""
     manifest = Bundle.open(KEPT_BUNDLE).manifest
     weights = {"logit_scale": torch.tensor(math.log(manifest.spec.logit_scale))}
     for tower, name in _PROJECTIONS:
@@ -239,6 +218,7 @@ def _named(graph: GraphProto) -> Iterator[tuple[str, Tensor]]:
     for node in graph.node:
         biases = [name for name in node.input if name.endswith(".bias") and name in constants]
         made = [products[name] for name in node.input if name in products]
+        # Weights of products are transposed, and the bias that is added right behind has the name.
         if node.op_type == "Add" and biases and made:
             name = f"{biases[0].removesuffix('.bias')}.weight"
             yield name, torch.from_numpy(constants[made[0].input[1]].T.copy())

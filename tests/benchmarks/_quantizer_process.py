@@ -6,8 +6,7 @@
 `make` quantizes a tower as the documentation of its maker shows it, with ROWS to calibrate on.
 `serve` answers lines: `warm S` runs the first of ROWS for S seconds, `run` once, giving its
 seconds, and `embed FILE.npy` writes the embeddings of all, run one by one. ROWS is an .npz file
-of inputs of batch 1, in order. This runs in environments without EdgeCLIP and imports nothing
-of it.
+of inputs of batch 1, in order. Nothing of EdgeCLIP is imported.
 """
 
 import os

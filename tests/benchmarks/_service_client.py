@@ -10,6 +10,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.split.escalation import Escalation
 from edgeclip.runtime.split.http_client import ClientRules, Server
+from edgeclip.runtime.split.remote_with_fallback import Reply
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 
 DEADLINE_MS = 1000.0
@@ -34,32 +36,26 @@ _WARM_UPS = 5
 _LEAD = 1.0  # seconds until the first request
 
 
-def warm_up(
-    pool: ThreadPoolExecutor, runtime: SplitRuntime, index: Index, pictures: list[bytes]
-) -> None:
+Ask = Callable[..., Reply[Any]]  # about the picture of a number, perhaps with a deadline
+
+
+def warm_up(pool: ThreadPoolExecutor, ask: Ask) -> None:
     """Let all threads work at once, a few times.
 
-    A pool makes a thread when it first needs one more. With traffic that comes by chance, the
-    most that were ever needed keeps rising for a long time, and the memory with it.
+    With traffic that comes by chance, the most that a pool ever needed keeps rising for a long
+    time, and the memory with it.
     """
     together = threading.Barrier(_THREADS)
 
-    def ask(number: int) -> None:
+    def ask_together(number: int) -> None:
         together.wait()
-        runtime.search(pictures[number % len(pictures)], index, top=1)
+        ask(number)
 
     for _ in range(_WARM_UPS):
-        list(pool.map(ask, range(_THREADS)))
+        list(pool.map(ask_together, range(_THREADS)))
 
 
-def drive(
-    pool: ThreadPoolExecutor,
-    runtime: SplitRuntime,
-    index: Index,
-    pictures: list[bytes],
-    rate: float,
-    seconds: float,
-) -> dict[str, list[Any]]:
+def drive(pool: ThreadPoolExecutor, ask: Ask, rate: float, seconds: float) -> dict[str, list[Any]]:
     """Send every request at its time, whatever became of those before it.
 
     Arrivals are a Poisson process that was drawn before, and latency counts from the scheduled
@@ -73,12 +69,11 @@ def drive(
     late, latency, outcomes = np.full(count, -1.0), np.full(count, -1.0), [""] * count
     began = time.perf_counter() + _LEAD
 
-    def ask(number: int) -> None:
+    def ask_and_log(number: int) -> None:
         due = began + times[number]
         late[number] = 1e3 * (time.perf_counter() - due)
-        picture = pictures[number % len(pictures)]
         try:
-            reply = runtime.search(picture, index, top=1, deadline_ms=DEADLINE_MS)
+            reply = ask(number, deadline_ms=DEADLINE_MS)
             outcome = f"degraded: {reply.degraded}" if reply.degraded else reply.source
         except Exception as error:
             outcome = f"failed: {error}"
@@ -87,14 +82,10 @@ def drive(
 
     for number, due in enumerate(times):
         time.sleep(max(0.0, began + due - time.perf_counter()))
-        pool.submit(ask, number)
+        pool.submit(ask_and_log, number)
     pool.shutdown()
-    return {
-        "sent": times.tolist(),
-        "late": late.tolist(),
-        "latency": latency.tolist(),
-        "outcome": outcomes,
-    }
+    measured = {"sent": times.tolist(), "late": late.tolist(), "latency": latency.tolist()}
+    return measured | {"outcome": outcomes}
 
 
 def main() -> None:
@@ -111,9 +102,14 @@ def main() -> None:
         SplitRuntime(encoder, plan, server, escalation=escalation) as runtime,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
-        warm_up(pool, runtime, index, pictures)
+
+        def ask(number: int, **deadline: float) -> Reply[Any]:
+            picture = pictures[number % len(pictures)]
+            return runtime.search(picture, index, top=1, **deadline)
+
+        warm_up(pool, ask)
         print("ready", flush=True)
-        log = drive(pool, runtime, index, pictures, rate, seconds)
+        log = drive(pool, ask, rate, seconds)
         print("done", flush=True)
     (folder / "log.json").write_text(json.dumps(log), encoding="utf-8")
 

@@ -88,11 +88,13 @@ def measure(
 ) -> tuple[dict[str, NDArray[np.float64]], bool | None]:
     """Let student, teacher and cascade take turns; each pass has a cascade of its own.
 
-    Returns:
-        Milliseconds of each picture by who answered, float64 [N]; and whether other programs had
-        more than a tenth of the CPU time, None if unknown.
+    Milliseconds of each picture by who answered, float64 [N]; and whether other programs had more
+    than a tenth of the CPU time, None if unknown.
     """
-    pictures = [png_file(fresh, number) for number in range(count)]
+    pictures = []
+    for number in range(count):
+        fresh[number].image.save(file := io.BytesIO(), format="PNG")
+        pictures.append(file.getvalue())
     captions = case.teacher.encode_text([fresh.caption(number) for number in range(count)])
     # On one thread each: with more, a busy neighbour costs the short runs most.
     device = replace(case.student.device, threads=1)
@@ -102,12 +104,6 @@ def measure(
     denied = [share for share in CpuSnapshot.take().denied_since(before) if share is not None]
     ms = {name: np.median([each[name] for each in passes], axis=0) for name in passes[0]}
     return ms, max(denied) > CONTENDED if denied else None
-
-
-def png_file(source: EmojiSource, number: int) -> bytes:
-    file = io.BytesIO()
-    source[number].image.save(file, format="PNG")
-    return file.getvalue()
 
 
 def main() -> int:

@@ -59,6 +59,7 @@ REQUIREMENTS = {
     "optimum-onnx": ("optimum-onnx[onnxruntime]==0.1.0", "pillow"),
     "optimum-intel": ("optimum-intel[openvino]==2.2.0", "pillow"),
 }
+_TORCH = f"torch=={version('torch').split('+')[0]}"
 PRESENT = ("onnxruntime", "openvino")
 INSTALLED = ("transformers.js", *REQUIREMENTS)
 # What is held to the bar, by tower and kind of input, and what it is called there.
@@ -177,16 +178,11 @@ def pictures(folder: Path, stem: str, sizes: Sequence[tuple[int, int]]) -> list[
 
 
 def scene_captions(split: Any, count: int) -> list[str]:
-    source = EmojiSource(split, count, size=64)
-    return [source.caption(index) for index in range(count)]
+    return [*map(EmojiSource(split, count, size=64).caption, range(count))]
 
 
 def openai_layout() -> DualEncoder:
-    """A small random CLIP as OpenAI's are stored.
-
-    Its tokenizer splits into words and pads with the end mark, which is the largest id, and
-    its config has the eos_token_id 2 that those checkpoints have.
-    """
+    """A small random CLIP as OpenAI's are stored: padded with the end mark, eos_token_id 2."""
     tokenizer = openai_tokenizer()
     shape = {"hidden_size": 64, "intermediate_size": 256, "projection_dim": 32}
     shape |= {"num_hidden_layers": 3, "num_attention_heads": 4}
@@ -228,7 +224,7 @@ def convnext_bert() -> DualEncoder:
     tokenizer = train_tokenizer(iter(captions), vocab_size=600, context_length=40)
     vision = ConvNextConfig(depths=[1, 1], hidden_sizes=[32, 64], num_stages=2, image_size=64)
     vision.hidden_size = 64  # the projection reads its width there
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"intermediate_size": 256, "max_position_embeddings": 40}
     pad = tokenizer.pad_token_id
     text = BertConfig(vocab_size=len(tokenizer), pad_token_id=pad, **shape)
@@ -266,8 +262,7 @@ def command_of(consumer: str) -> list[str]:
         return node_command()
     python = Path(sys.executable)
     if consumer in REQUIREMENTS:
-        wanted = f"torch=={version('torch').split('+')[0]}"
-        python = environment(f"consumers/{consumer}", [*REQUIREMENTS[consumer], wanted])
+        python = environment(f"consumers/{consumer}", [*REQUIREMENTS[consumer], _TORCH])
         drop_unfit_torchvision(python)
     return [str(python), str(HERE / "run_towers.py"), consumer]
 
@@ -286,10 +281,7 @@ def node_command() -> list[str]:
 
 
 def drop_unfit_torchvision(python: Path) -> None:
-    """torchvision fits one build of torch only; transformers does without, but not with a bad one.
-
-    PyPI's belongs to PyPI's torch, and pip does not know that beside one from another index.
-    """
+    """PyPI's fits PyPI's torch alone; transformers does without, but not with a bad one."""
     probe = "import importlib.util as u; u.find_spec('torchvision') and __import__('torchvision')"
     if subprocess.run([str(python), "-c", probe], capture_output=True, check=False).returncode:
         say("removing torchvision, which was built for another torch")

@@ -50,10 +50,7 @@ from tests.export.quantizing.collapse_models import (
     with_offset,
 )
 
-REQUIREMENTS = (
-    "nvidia-modelopt[onnx]==0.47.0",
-    f"torch=={version('torch').split('+')[0]}",
-)
+REQUIREMENTS = ("nvidia-modelopt[onnx]==0.47.0", f"torch=={version('torch').split('+')[0]}")
 OURS, AUTOCAST, NAIVE = "EdgeCLIP", "AutoCast", "all in fp16"
 IMAGE_TOWER = BUNDLE / "onnx" / "vision_model.onnx"
 COLLAPSES: dict[str, tuple[Callable[[onnx.ModelProto], None], ...]] = {
@@ -67,10 +64,7 @@ COLLAPSES: dict[str, tuple[Callable[[onnx.ModelProto], None], ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A tower in fp32: its file, what it is calibrated on (`seen`), and judged on.
-
-    `rows` is all that is seen, as `_quantizer_process.py` reads it.
-    """
+    """A tower in fp32, what it is calibrated on (also as `rows` for AutoCast), and judged on."""
 
     name: str
     source: Path
@@ -81,13 +75,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way to fp16 of one tower, `form` being who made it.
-
-    Attributes:
-        mean, least: cosine to fp32; None where embeddings are no numbers.
-        half, products: how many of the products are computed in fp16, of how many.
-        why: it is not there.
-    """
+    """One way to fp16 of one tower: cosines to fp32, how many products are in fp16, of how many."""
 
     model: str
     form: str
@@ -140,17 +128,15 @@ def images(split: Any, count: int) -> CalibrationData:
     return CalibrationData(1, lambda _: pixels)
 
 
-def write_ours(case: Case, target: Path) -> None:
-    islands = find_islands(case.source, case.seen)
-    write_fp16(case.source, target, case.seen, islands=islands)
-
-
 def ways(*, quick: bool) -> dict[str, Write | str]:
     """All ways to fp16, or why one is not there."""
-    found: dict[str, Write | str] = {
-        NAIVE: lambda case, target: naive_half(case.source, target, cut=False),
-        OURS: write_ours,
-    }
+
+    def ours(case: Case, target: Path) -> None:
+        islands = find_islands(case.source, case.seen)
+        write_fp16(case.source, target, case.seen, islands=islands)
+
+    found: dict[str, Write | str] = {OURS: ours}
+    found[NAIVE] = lambda case, target: naive_half(case.source, target, cut=False)
     if not quick:
         try:
             python = environment("modelopt", REQUIREMENTS)

@@ -35,7 +35,11 @@ from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.embedders import TOWERS
 from edgeclip.export.graph.tune_passes import TUNING_WORKLOAD
-from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, measure_interleaved
+from edgeclip.profiles.measure.interleaved_runs import (
+    BenchmarkTarget,
+    measure_interleaved,
+    repeat_rows,
+)
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.errors import first_line
@@ -54,10 +58,7 @@ _PACKAGES = ("cuda-bindings", "onnxruntime-ep-nv-tensorrt-rtx", "triton")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuMachine:
-    """The GPU and the versions of what runs on it, None where one cannot be found out.
-
-    `capability` is its compute capability, such as "8.6".
-    """
+    """The GPU, its compute capability, and the versions of what runs on it, None if unknown."""
 
     name: str
     capability: str
@@ -78,8 +79,9 @@ class GpuMachine:
 def detect_gpu() -> GpuMachine:
     """Look at the GPU that CUDA calls the first; call it only if `why_no_gpu` is None."""
     facts = torch.cuda.get_device_properties(0)
+    cudnn = torch.backends.cudnn.version()
     versions = {"driver": _driver(), "CUDA": torch.version.cuda}
-    versions |= {"cuDNN": str(torch.backends.cudnn.version()), "TensorRT": None}
+    versions |= {"cuDNN": cudnn and str(cudnn), "TensorRT": None}
     # Whoever installed it, it can be imported: on a Jetson no package says it.
     with suppress(Exception):  # each release fails in its own way where a library is missing
         versions["TensorRT"] = str(importlib.import_module("tensorrt").__version__)
@@ -107,7 +109,8 @@ def why_no_gpu() -> str | None:
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.check_output(command, text=True, timeout=30)
+        quiet = subprocess.DEVNULL
+        said = subprocess.check_output(command, stderr=quiet, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
     return next(iter(said.split()), None)
@@ -115,10 +118,7 @@ def _driver() -> str | None:
 
 @dataclass(slots=True)
 class Attempt:
-    """What became of a candidate: how it is run in the columns in which it is right.
-
-    `wrong` says that it gave something else than torch, `reasons` what could not be done.
-    """
+    """What became of a candidate: how it is run in the columns in which it is right."""
 
     variant: Variant
     runs: dict[Column, Run] = field(default_factory=dict)
@@ -152,16 +152,14 @@ class Attempt:
 
 def attempt(case: Case, variant: Variant, *, quick: bool = False) -> Attempt:
     """Load a candidate and compare what it gives, in both columns, with torch in fp32."""
-    tried = Attempt(variant)
     if quick and variant.slow:
-        tried.reasons.append("left out by --quick")
-        return tried
+        return Attempt(variant, reasons=["left out by --quick"])
     say(f"{case.model} {case.tower} {len(case.values)}: {variant.name}")
     try:
         runner = variant.open(case)
     except Exception as error:  # each library fails in its own way
-        tried.reasons.append(first_line(error))
-        return tried
+        return Attempt(variant, reasons=[first_line(error)])
+    tried = Attempt(variant)
     for column in COLUMNS:
         tried.try_column(column, case, runner)
     return tried
@@ -229,12 +227,9 @@ def take_turns(
     def run_first(run: Run, batches: NDArray[Any]) -> object:
         return run(batches[0])
 
+    make_batch = repeat_rows(case.values[None])
     targets = [
-        BenchmarkTarget(
-            item.variant.name,
-            partial(run_first, item.runs[column]),
-            lambda size: case.values[None].repeat(size, 0),
-        )
+        BenchmarkTarget(item.variant.name, partial(run_first, item.runs[column]), make_batch)
         for item in attempts
         if column in item.runs
     ]
@@ -255,14 +250,13 @@ def take_turns(
 
 def table(rows: Sequence[Row]) -> str:
     """The rows of one case; candidates that were not timed say why."""
-    first = rows[0]
-    shape = " x ".join(map(str, first.input_shape))
     cells = [("candidate", "host to host: ms, ratio", "on the device: ms, ratio", "cosine")]
     for row in rows:
         if row.host or row.device:
             cosine = "" if row.cosine is None else f"{row.cosine:.6f}"
             cells.append((row.candidate, str(row.host or ""), str(row.device or ""), cosine))
-    title = f"{first.model}, {first.tower} tower, batch {first.batch}, input {shape}"
+    first = rows[0]
+    title = f"{first.model}, {first.tower} tower, input {' x '.join(map(str, first.input_shape))}"
     lines = [title, columns(cells, left=4)]
     for why in dict.fromkeys(row.why for row in rows if row.why):
         names = ", ".join(row.candidate for row in rows if row.why == why)

@@ -161,10 +161,8 @@ def table(rows: Sequence[Row]) -> str:
     cells = [("version", "compared with", "ms", "ratio", "error", "")]
     for item in rows:
         base, ratio = ("", "") if item.ratio is None else (item.base, span(item.ratio))
-        marks = "contended" if item.contended else ""
-        cells.append(
-            (item.version, base, f"{item.median_ms:.2f}", ratio, f"{item.error:.0e}", marks)
-        )
+        found = (f"{item.median_ms:.2f}", ratio, f"{item.error:.0e}")
+        cells.append((item.version, base, *found, "contended" if item.contended else ""))
     return columns(cells, left=2)
 
 

@@ -33,7 +33,7 @@ BARS = {VIT_8M.name: 1.8, VIT_B32.name: 2.1}
 
 
 def measure(name: str, dual: DualEncoder, sizes: Sizes) -> tuple[str, list[Row]]:
-    """Why its int8 is the chosen one, and all of a model, with one thread and with all."""
+    """Why its int8 is the chosen one, and all rows of a model, with one thread and with all."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         contest = Contest(name, dual, "image", sizes, Path(scratch))

@@ -102,7 +102,8 @@ def main() -> int:
             for at in round_order(len(steps), number):
                 for key, median_ms in steps[at]().items():
                     found.setdefault(key, []).append(median_ms)
-    cells, bars = [("tower", "way", "median ms", "ratio to the bare loop", "low", "high")], []
+    head = ("tower", "way", "median ms", "of the bare loop", "low", "high")
+    cells, bars = list[tuple[str, ...]]([head]), []
     for (name, way), medians in found.items():
         ratio = paired_ratio([np.array(medians)], [np.array(found[name, BARE])])
         ends = (f"{value:.4f}" for value in (ratio.value, ratio.low, ratio.high))

@@ -31,7 +31,7 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.device.device_profile import device_yaml, load_device
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
-from edgeclip.runtime.planning.choose_plan import Objective, PlanChoice, choose_plan, estimate_plans
+from edgeclip.runtime.planning.choose_plan import Objective, choose_plan, estimate_plans
 from edgeclip.runtime.planning.cut_set import CutHead, CutSet
 from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate, estimate_plan
 from edgeclip.runtime.planning.link_state import LinkState
@@ -132,7 +132,7 @@ class Probe:
 
     def __init__(self, device: Device, mbps: float) -> None:
         self._device = device
-        about = {"rtt_ms": (RTT_MS,), "up_mbps": (mbps,), "down_mbps": (mbps,)}
+        about: dict[str, Any] = {"rtt_ms": (RTT_MS,), "up_mbps": (mbps,), "down_mbps": (mbps,)}
         assumed = LinkState(name=f"{mbps:g} Mbit/s", efficiency=EFFICIENCY, **about)
         self._estimator = LinkEstimator(assumed, max_age_s=3600)
         device.echo(_SMALL)  # makes the connection
@@ -175,13 +175,6 @@ class PlanSamples:
         return estimate_plan(replace(self.candidate, payload=payload), here, there, conditions)
 
 
-def worth_measuring(choice: PlanChoice) -> set[str]:
-    """The device alone, the picture and the pixels in each codec, and the best cuts inside."""
-    inside = [item for item in choice.best_of_each() if item.plan.kind == "cut" and item.plan.cut]
-    others = [item for item in choice.allowed if not item.plan.cut]
-    return {item.plan.name for item in (*others, *inside[:_CUTS])}
-
-
 def take_turns(device: Device, plans: Sequence[PlanSamples], probe: Probe, rounds: int) -> None:
     """Run all plans in turns; a latency counts from when its request was scheduled."""
     for number in range(rounds):
@@ -213,7 +206,10 @@ def measure_link(
     for size in (_SMALL,) * 8 + (_LARGE,) * 4:
         probe.send(size)
     choice = choose_plan(estimate_plans(manifest, *times, probe.conditions()), Objective())
-    wanted = worth_measuring(choice)
+    # The device alone, the picture and the pixels in each codec, and the best cuts inside.
+    inside = [item for item in choice.best_of_each() if item.plan.kind == "cut" and item.plan.cut]
+    others = [item for item in choice.allowed if not item.plan.cut]
+    wanted = {item.plan.name for item in (*others, *inside[:_CUTS])}
     plans = [
         PlanSamples(item, works, len(device.pictures))
         for item in list_candidates(manifest, times[0])
@@ -237,7 +233,7 @@ def measure_link(
 
 def table(rows: Sequence[Row]) -> str:
     """The plans over one link, the soonest first."""
-    cells = [("", "plan", "p50", "predicted", "p95", "predicted", "error")]
+    cells: list[tuple[str, ...]] = [("", "plan", "p50", "predicted", "p95", "predicted", "error")]
     for row in sorted(rows, key=lambda row: row.measured_p95.value):
         p95 = row.measured_p95.value
         times = (row.measured_p50, row.predicted_p50, p95, row.predicted_p95)
@@ -258,7 +254,7 @@ def run(folder: Path, bandwidths: Sequence[float], rounds: int) -> Iterator[list
     cuts = write_cuts(Bundle.open(EMOJI_BUNDLE), folder / "cuts", device=ONE_THREAD).cuts
     profile = folder / "one-thread.yaml"
     profile.write_text(device_yaml(ONE_THREAD), encoding="utf-8")
-    serve = (*SERVE, str(EMOJI_BUNDLE), "--function", "tests.echo_function:echo", "--insecure")
+    serve = [*SERVE, str(EMOJI_BUNDLE), "--function", "tests.echo_function:echo", "--insecure"]
     serve += ("--cuts", str(cuts.path), "--device", str(profile), "--host", ADDRESSES["server"])
     shape = Shape(up_mbps=bandwidths[0], down_mbps=bandwidths[0], rtt_ms=RTT_MS)
     with (

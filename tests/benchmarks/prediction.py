@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from _bars import at_most, command, finish, options
@@ -83,8 +84,8 @@ def unseen(seed: int, *, quick: bool) -> Iterator[AnyTower]:
 
 def transformer(part: Tower, heads: int, layers: int, tokens: int, patch: int) -> TransformerTower:
     """Heads of 64 channels, as in the students of nearly every CLIP; embeddings of 256."""
-    sizes = {"width": 64 * heads, "heads": heads, "hidden": 256 * heads, "layers": layers}
-    return TransformerTower(part=part, **sizes, tokens=tokens, dim=256, patch=patch)
+    sizes: dict[str, Any] = {"width": 64 * heads, "heads": heads, "hidden": 256 * heads}
+    return TransformerTower(part=part, layers=layers, tokens=tokens, dim=256, patch=patch, **sizes)
 
 
 def measure(
@@ -98,9 +99,8 @@ def measure(
             probes, device=device, name=name, command=command(), rounds=rounds, progress=progress
         )
     own = tuple(item for item in found.checks if item.name in known)
-    return replace(found, checks=own), tuple(
-        item for item in found.checks if item.name not in known
-    )
+    students = tuple(item for item in found.checks if item.name not in known)
+    return replace(found, checks=own), students
 
 
 def predict(how: str, device: MeasuredDevice, students: Sequence[CheckTime]) -> Iterator[Row]:
@@ -146,7 +146,9 @@ def with_floats_as_int8(device: MeasuredDevice) -> MeasuredDevice:
 
 def show(rows: Sequence[Row]) -> None:
     """A table of one way of predicting; median and worst error, bias, how often intervals held."""
-    cells = [("student", "measured", "predicted", "low", "high", "error", "")]
+    cells: list[tuple[str, ...]] = [
+        ("student", "measured", "predicted", "low", "high", "error", "")
+    ]
     for row in rows:
         times = (row.measured_ms, row.predicted_ms, row.low, row.high)
         mark = "" if row.inside else "OUTSIDE"

@@ -78,12 +78,10 @@ Homes = dict[str, Path | str]  # the interpreter of each environment, or why it 
 
 
 def homes(*, quick: bool) -> Homes:
-    found: Homes = {"": HERE}
-    for name, requirements in REQUIREMENTS.items():
+    found: Homes = {"": HERE, **dict.fromkeys(REQUIREMENTS, "not asked for")}
+    for name, requirements in () if quick else REQUIREMENTS.items():
         try:
-            found[name] = "not asked for"
-            if not quick:
-                found[name] = environment(f"quantizers/{name}", requirements)
+            found[name] = environment(f"quantizers/{name}", requirements)
         except UnavailableError as error:
             found[name] = str(error)
     return found

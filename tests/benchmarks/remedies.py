@@ -1,13 +1,10 @@
 """Which remedies the quantization search chooses where plain int8 fails its gates.
 
-Three image towers are searched for this machine, as `edgeclip quantize` does:
-
-- the built-in teacher with outlier channels planted behind every LayerNorm;
-- the same with outlier channels planted in the values of every attention too;
-- a CLIP ViT-B/32 with random weights, whose retrieval means nothing and is not judged.
-
-Each remedy is also measured alone on the plain recipe. Planting changes no embedding in fp32.
-A remedy wins if it is part of the configuration that is shipped. Takes some twenty minutes.
+Three image towers are searched for this machine, as `edgeclip quantize` does: the built-in teacher
+with outlier channels planted behind every LayerNorm; the same with some in the values of every
+attention too; and a CLIP ViT-B/32 with random weights, whose retrieval is not judged. Each remedy
+is also measured alone on the plain recipe. Planting changes no embedding in fp32. A remedy wins if
+it is part of the configuration that is shipped. Takes some twenty minutes.
 """
 
 import sys

@@ -1,12 +1,10 @@
 """A planted fragile layer is found and kept in float, and the search ships what is faster.
 
-One channel of one LayerNorm of the built-in teacher's image tower is made 300 times as large;
-what the tower computes stays the same. All in int8 it collapses. (It is the LayerNorm before the
-first MLP: what is lost behind a later one, the residual stream around it makes up for.) Trained
-transformers have activations that are up to 100,000 times larger than others (Sun et al. 2024,
-Massive Activations in Large Language Models, arXiv:2402.17762). The sensitivity pass must
-name the layer behind it, and the search, which may not smooth it here, must keep that layer
-in float and still be faster than fp32. That takes some minutes.
+One channel of the LayerNorm before the first MLP of the built-in teacher's image tower is made 300
+times as large; what the tower computes stays the same, but all in int8 it collapses. (Trained
+transformers have activations up to 100,000 times larger than others: Sun et al. 2024,
+arXiv:2402.17762.) The sensitivity pass must name the layer behind it, and the search, which may not
+smooth it here, must keep that layer in float and still be faster than fp32. Some minutes.
 """
 
 import sys

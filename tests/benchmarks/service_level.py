@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,8 @@ _BLOCKS = 10
 _TEACHER = "teacher"  # its name on the server
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Traffic:
-    """What happened: the client's log, and RSS of both programs in MB, seen at those seconds."""
-
-    log: dict[str, list[Any]]
-    seconds: list[float]
-    rss_mb: dict[str, list[float]]
+Log = dict[str, list[Any]]  # of the client
+Memory = dict[str, list[float]]  # RSS of both programs in MB, and the `seconds` it was seen at
 
 
 def prepare(folder: Path) -> None:
@@ -73,9 +68,9 @@ def prepare(folder: Path) -> None:
     (folder / "one-thread.yaml").write_text(device_yaml(device), encoding="utf-8")
 
 
-def drive(folder: Path, network: Network, rate: float, seconds: float) -> Traffic:
+def drive(folder: Path, network: Network, rate: float, seconds: float) -> tuple[Log, Memory]:
     """Serve the teacher, let the client ask, and look at the memory of both."""
-    serve = (*SERVE, f"{_TEACHER}={folder / 'teacher'}", "--host", ADDRESSES["server"])
+    serve = [*SERVE, f"{_TEACHER}={folder / 'teacher'}", "--host", ADDRESSES["server"]]
     serve += ("--insecure", "--device", str(folder / "one-thread.yaml"))
     script = str(Path(__file__).with_name("_service_client.py"))
     # glibc keeps a heap for each of the many threads otherwise, and fills them one by one.
@@ -90,13 +85,12 @@ def drive(folder: Path, network: Network, rate: float, seconds: float) -> Traffi
             say(f"{seconds:g} s of traffic ...")
             pids = {"device": client.pid, "server": server.process.pid}
             watched = {name: psutil.Process(pid) for name, pid in pids.items()}
-            found = Traffic(log={}, seconds=[], rss_mb={name: [] for name in pids})
+            memory: Memory = {name: [] for name in ("seconds", *pids)}
             while not select.select([client.stdout], [], [], 1.0)[0]:
-                found.seconds.append(time.perf_counter())
+                memory["seconds"].append(time.perf_counter())
                 for name, process in watched.items():
-                    found.rss_mb[name].append(process.memory_info().rss / 1e6)
-    found.log.update(json.loads((folder / "log.json").read_text(encoding="utf-8")))
-    return found
+                    memory[name].append(process.memory_info().rss / 1e6)
+    return json.loads((folder / "log.json").read_text(encoding="utf-8")), memory
 
 
 def growth(seconds: NDArray[np.float64], rss_mb: NDArray[np.float64]) -> Interval:
@@ -116,22 +110,22 @@ def growth(seconds: NDArray[np.float64], rss_mb: NDArray[np.float64]) -> Interva
     return Interval(value, low, high)
 
 
-def bars(traffic: Traffic, rate: float) -> list[Bar]:
-    latency = np.array(traffic.log["latency"])
-    failed = np.array([item.startswith("failed") for item in traffic.log["outcome"]])
+def bars(log: Log, memory: Memory, rate: float) -> list[Bar]:
+    latency = np.array(log["latency"])
+    failed = np.array([item.startswith("failed") for item in log["outcome"]])
     # The number of arrivals in a given time is Poisson's: within two deviations.
     wanted = rate * (1 - 2 / math.sqrt(len(latency)))
     found = [
-        at_least("requests_per_second", len(latency) / traffic.log["sent"][-1], wanted),
+        at_least("requests_per_second", len(latency) / log["sent"][-1], wanted),
         at_most("p99", float(np.percentile(latency, 99)), P99_MS, "ms"),
         at_least("answered", bootstrap(~failed & (latency <= DEADLINE_MS)), ANSWERED),
     ]
-    seconds = np.array(traffic.seconds)
+    seconds = np.array(memory["seconds"])
     if np.ptp(seconds) < _SHORTEST_GROWTH:
-        print("\nmemory was watched for too short a time to tell whether it grows")
+        print("memory was watched for too short a time to tell whether it grows")
         return found
-    for name, rss in traffic.rss_mb.items():
-        grows, bar = growth(seconds, np.array(rss)), f"{name}_memory_growth_low_end"
+    for name in ("device", "server"):
+        grows, bar = growth(seconds, np.array(memory[name])), f"{name}_memory_growth_low_end"
         found.append(Bar(bar, grows.low, "<=", 0.0, "MB in 10 minutes", grows))
     return found
 
@@ -146,16 +140,16 @@ def main() -> int:
     try:
         with shaped_network(shape) as network, tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder))
-            traffic = drive(Path(folder), network, rate, seconds)
+            log, memory = drive(Path(folder), network, rate, seconds)
     except UnavailableError as error:
         print(f"not measured: {error}")
         return 2
     for name in ("latency", "late"):
-        p50, p95, p99 = np.percentile(traffic.log[name], [50, 95, 99])
+        p50, p95, p99 = np.percentile(log[name], [50, 95, 99])
         print(f"{name}: p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms")
-    outcomes = dict(Counter(traffic.log["outcome"]))
-    print(f"{outcomes}; MB at most: { {name: max(rss) for name, rss in traffic.rss_mb.items()} }")
-    return finish(bars(traffic, rate), args.out, outcomes=outcomes)
+    outcomes = dict(Counter(log["outcome"]))
+    print(f"{outcomes}; MB at most: {max(memory['device']):.0f}, {max(memory['server']):.0f}")
+    return finish(bars(log, memory, rate), args.out, outcomes=outcomes)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-// Read the towers of each case with transformers.js: node run.mjs CASES OUT.json
-//
-// CASES holds folders with given.json and model/; OUT.json gets one row for each class, tower
-// and kind of input, with the embeddings or the reason why there are none.
-
+// Read the towers of each case with transformers.js: node run.mjs CASES OUT.json, as run_towers.py
 import { readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import {

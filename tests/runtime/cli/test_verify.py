@@ -114,7 +114,7 @@ def test_a_collapsed_tower_does_not_pass(
         ("zero", 0.0),
         ("all_alike", golden.expected[0].embeddings.shape[1] ** -0.5),
     ):
-        model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
     model.graph.node.append(helper.make_node("Mul", ["told_apart", "zero"], ["nothing"]))
     model.graph.node.append(helper.make_node("Add", ["nothing", "all_alike"], [output.name]))
     onnx.save(model, path)
