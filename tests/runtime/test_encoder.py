@@ -242,7 +242,7 @@ def test_messages_count_in_the_whole_list(encoder: Encoder) -> None:
 @pytest.mark.parametrize(
     "texts",
     [1, None, b"red", [b"red"], {"red": 1}, {"red"}, [["red"]], [1.0], np.array("red"), object()],
-    ids=repr,
+    ids=lambda texts: type(texts).__name__,
 )
 def test_what_is_no_text_is_refused(encoder: Encoder, texts: Any) -> None:
     for ask in (
