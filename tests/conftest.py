@@ -183,7 +183,7 @@ def reseal(edit_manifest: Callable[[Path, Edit], None]) -> Callable[[Path], None
 
 @pytest.fixture(scope="session")
 def cpu_device() -> DeviceProfile:
-    """A CPU with one thread on which every precision may run, and int8 is exact."""
+    """A CPU with one thread on which every precision may run."""
     return DeviceProfile(
         name="test-cpu",
         description="one thread",
@@ -191,7 +191,6 @@ def cpu_device() -> DeviceProfile:
         precisions=("fp32", "fp16", "int8"),
         threads=1,
         memory_mb=1000,
-        vnni=True,
     )
 
 

@@ -98,7 +98,7 @@ def test_a_classifier_has_labels_and_no_text_tower(
     [
         (["--labels", "cat", "--labels", "dog"], "two label sets are called 'labels'"),
         (["--labels", "head=cat", "--label-head", "dog"], "two label sets are called 'head'"),
-        (["--labels", "missing.txt"], "cannot read the labels in missing.txt"),
+        (["--labels", "missing.txt"], "missing.txt does not exist"),
     ],
 )
 def test_labels_that_cannot_be_told_apart(
