@@ -23,7 +23,9 @@ EXTRAS := cpu,ray,$(EXTRAS)
 else
 $(error EXTRA=$(EXTRA): openvino and ray have tests of their own)
 endif
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+# One process more than there are processors: tests wait for servers and for other processes.
+PROCESSES = $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
+PYTEST = $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

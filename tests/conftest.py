@@ -92,7 +92,8 @@ Edit = Callable[[dict[str, Any]], None]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest files first, so that no process is left alone with one of them at the end.
-    items.sort(key=lambda item: item.path.name not in ("test_documents.py", "test_golden.py"))
+    longest = ("test_documents.py", "test_golden.py", "test_no_connections.py")
+    items.sort(key=lambda item: item.path.name not in longest)
     for item in items:
         if "openvino" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.openvino)
