@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from edgeclip.compress.compute import best_device, full_precision
 from edgeclip.compress.data.sources import EmojiSource, captions_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.train.losses import contrastive_loss
+from edgeclip.compress.train.losses import contrastive_loss, equal_rows
 from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import ImageSpec
@@ -141,7 +141,7 @@ def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEnc
         scale = teacher.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
         image, text = teacher.embed_image(pixels), teacher.embed_text(ids)
         with full_precision(teacher.device):
-            return {"total": contrastive_loss(image, text, scale)}
+            return {"total": contrastive_loss(image, text, scale, equal_rows(ids))}
 
     task = TrainTask(
         title="pretrain",

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 from torch import Tensor, tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from edgeclip.compress.train.losses import (
     LossWeights,
     affinity_loss,
     contrastive_loss,
     distillation_losses,
+    equal_rows,
     feature_loss,
     interactive_loss,
 )
@@ -49,6 +50,21 @@ def test_contrastive() -> None:
     assert contrastive_loss(IMAGE, TEXT, tensor(2.0)).item() == pytest.approx(0.4541, abs=1e-4)
 
 
+def test_pairs_of_one_caption_are_no_rivals() -> None:
+    # Pictures 0 and 1 have one caption, whose half each is then right: -(log p + log q) / 2.
+    image, text = IMAGE[[0, 1]], TEXT[[0, 0]]
+    same = equal_rows(tensor([[7, 8], [7, 8]]))
+    assert same.all()
+    # Both captions are equally near to each picture; pictures to captions: 1.2 and 1.6.
+    rows = math.log(2)
+    columns = (_log1pexp(0.4) + _log1pexp(-0.4)) / 2
+    value = contrastive_loss(image, text, 2.0, same).item()
+    assert value == pytest.approx((rows + columns) / 2, abs=1e-6)
+    ids = tensor([[1, 2, 0], [1, 2, 3], [1, 2, 0]])
+    wanted = [[True, False, True], [False, True, False], [True, False, True]]
+    assert equal_rows(ids).tolist() == wanted
+
+
 def test_contrastive_of_one_pair_is_zero() -> None:
     assert contrastive_loss(IMAGE[:1], TEXT[:1], 3.0).item() == 0
 
@@ -63,13 +79,24 @@ def test_feature() -> None:
 
 def test_affinity() -> None:
     # Student logits at scale 2: [[1.2, 0], [1.6, 2]]; teacher's: 2 [[1, 0], [.8, .6]].
-    # Rows: the first of two has probability sigmoid(difference).
-    rows = _kl(_sigmoid(2.0), _sigmoid(1.2)) + _kl(_sigmoid(0.4), _sigmoid(-0.4))
+    # Rows: the first of two has probability sigmoid(difference). Before each KL stands what the
+    # teacher gives to the right one.
+    rows = _sigmoid(2.0) * _kl(_sigmoid(2.0), _sigmoid(1.2))
+    rows += _sigmoid(-0.4) * _kl(_sigmoid(0.4), _sigmoid(-0.4))
     # Columns of the teacher: 2 - 1.6 and 0 - 1.2; of the student: 1.2 - 1.6 and 0 - 2.
-    columns = _kl(_sigmoid(0.4), _sigmoid(-0.4)) + _kl(_sigmoid(-1.2), _sigmoid(-2.0))
+    columns = _sigmoid(0.4) * _kl(_sigmoid(0.4), _sigmoid(-0.4))
+    columns += _sigmoid(1.2) * _kl(_sigmoid(-1.2), _sigmoid(-2.0))
     value = affinity_loss(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0).item()
     assert value == pytest.approx((rows / 2 + columns / 2) / 2, abs=1e-6)
-    assert value == pytest.approx(0.0619, abs=1e-4)
+
+
+def test_equal_captions_are_known_together() -> None:
+    # With all captions equal, whatever the teacher takes is right: every row counts in full.
+    rows = _kl(_sigmoid(2.0), _sigmoid(1.2)) + _kl(_sigmoid(0.4), _sigmoid(-0.4))
+    columns = _kl(_sigmoid(0.4), _sigmoid(-0.4)) + _kl(_sigmoid(-1.2), _sigmoid(-2.0))
+    same = torch.ones(2, 2, dtype=torch.bool)
+    value = affinity_loss(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0, same).item()
+    assert value == pytest.approx((rows / 2 + columns / 2) / 2, abs=1e-6)
 
 
 def test_affinity_of_equals_is_zero() -> None:
@@ -77,13 +104,18 @@ def test_affinity_of_equals_is_zero() -> None:
 
 
 def test_interactive() -> None:
-    # Image against teacher's text: 2 [[1, 0], [0, 1]]: right minus wrong is 2, 2.
-    images = _log1pexp(-2.0)
-    # Text against teacher's image: 2 [[.6, .96], [0, .6]]: right minus wrong -0.72, 1.2.
-    texts = (_log1pexp(0.72) + _log1pexp(-1.2)) / 2
+    # Image against teacher's text: 2 [[1, 0], [0, 1]]; the teacher's images: 2 [[1, 0], [.8, .6]].
+    # The first rows are equal; the second takes the first text with sigmoid(-2), not (0.4).
+    images = _sigmoid(-0.4) * _kl(_sigmoid(0.4), _sigmoid(-2.0)) / 2
+    # Text against teacher's image: 2 [[.6, .96], [0, .6]]; the teacher's: 2 [[1, .8], [0, .6]].
+    texts = _sigmoid(0.4) * _kl(_sigmoid(0.4), _sigmoid(-0.72)) / 2
     value = interactive_loss(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0).item()
     assert value == pytest.approx((images + texts) / 2, abs=1e-6)
-    assert value == pytest.approx(0.4084, abs=1e-4)
+
+
+def test_interactive_of_equals_is_zero() -> None:
+    rows = (TEACHER_IMAGE, TEACHER_TEXT)
+    assert interactive_loss(*rows, *rows, 50.0).item() == pytest.approx(0, abs=1e-6)
 
 
 def _random(seed: int, count: int = 6, dim: int = 5) -> tuple[Tensor, ...]:
@@ -174,6 +206,72 @@ def test_learning_by_each_loss_finds_the_teacher() -> None:
             optimizer.step()
             values.append(total.item())
         assert values[-1] < 0.5 * values[0], name
+
+
+def _strangers(count: int = 64, dim: int = 32) -> tuple[Tensor, Tensor]:
+    """Embeddings by a teacher that knows nothing: which text is nearest to an image is chance."""
+    generator = torch.Generator().manual_seed(7)
+    image, text = (normalize(torch.randn(count, dim, generator=generator)) for _ in range(2))
+    return image, text
+
+
+def _hard_interactive(image: Tensor, text: Tensor, teachers: tuple[Tensor, Tensor]) -> Tensor:
+    """CLIP-KD's own loss: the targets are one-hot, whatever the teacher knows."""
+    target = torch.arange(len(image))
+    logits = 100 * image @ teachers[1].T, 100 * text @ teachers[0].T
+    return (cross_entropy(logits[0], target) + cross_entropy(logits[1], target)) / 2
+
+
+def _along_the_sphere(rows: Tensor) -> float:
+    """The largest gradient of a row that turns it; what only makes it longer is normalised off."""
+    assert rows.grad is not None
+    unit = rows.detach()
+    turning = rows.grad - (rows.grad * unit).sum(dim=1, keepdim=True) * unit
+    largest: float = turning.norm(dim=1).max().item()
+    return largest * len(rows)
+
+
+def test_nothing_pulls_a_student_that_equals_its_teacher() -> None:
+    teachers = _strangers()
+    image, text = (rows.clone().requires_grad_() for rows in teachers)
+    distillation_losses(
+        LossWeights(),
+        image=image,
+        text=text,
+        teacher_image=teachers[0],
+        teacher_text=teachers[1],
+        scale=100.0,
+    )["total"].backward()
+    assert max(map(_along_the_sphere, (image, text))) < 1e-2
+    image, text = (rows.clone().requires_grad_() for rows in teachers)
+    _hard_interactive(image, text, teachers).backward()
+    assert min(map(_along_the_sphere, (image, text))) > 10
+
+
+def test_by_default_a_teacher_that_knows_nothing_is_found_too() -> None:
+    teachers = _strangers()
+
+    def reached(hard: float) -> float:
+        generator = torch.Generator().manual_seed(8)
+        free = [torch.randn(64, 32, generator=generator, requires_grad=True) for _ in range(2)]
+        optimizer = torch.optim.Adam(free, lr=0.02)
+        for _ in range(300):
+            image, text = normalize(free[0]), normalize(free[1])
+            total = distillation_losses(
+                LossWeights(),
+                image=image,
+                text=text,
+                teacher_image=teachers[0],
+                teacher_text=teachers[1],
+                scale=100.0,
+            )["total"] + hard * _hard_interactive(image, text, teachers)
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+        return (normalize(free[0]) * teachers[0]).sum(dim=1).mean().item()
+
+    assert reached(hard=0.0) > 0.99
+    assert reached(hard=1.0) < 0.9
 
 
 def test_default_weights_leave_plain_contrast_out() -> None:
