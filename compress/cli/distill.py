@@ -15,6 +15,7 @@ from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import MARKER
 from edgeclip.compress.teachers.teacher_cache import build_cache
 from edgeclip.compress.train.distill import distill
+from edgeclip.compress.train.held_out import MOST_HELD_OUT
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.runtime.bundle.files import check_target
@@ -68,6 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 0.001")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        metavar="N",
+        help="pictures that are not trained on, but tell whether student and teacher agree; the "
+        "student is kept as it was when they agreed best (default: a tenth, at most "
+        f"{MOST_HELD_OUT})",
+    )
     for name, weight in asdict(LossWeights()).items():
         parser.add_argument(
             f"--{name}",
@@ -99,15 +108,21 @@ def run(args: argparse.Namespace) -> int:
         shape = replace(shape, whole_text=True)
     student = new_student(teacher, shape, seed=args.seed).to(teacher.device)
     cache = build_cache(teacher, source, args.cache or folder / "cache", views=args.views)
-    distill(
+    best = distill(
         student,
         cache,
         source,
         loss_weights=weights,
         settings=settings,
         out=folder,
+        held_out=args.held_out,
     )
     student.save(args.out)
+    if best is not None:
+        print(
+            f"held-out pictures: {best.validation.says} at step {best.step} of {settings.steps}, "
+            "which is kept"
+        )
     print(f"student written to {args.out}; log and checkpoints in {folder}")
     return 0
 

@@ -1,6 +1,7 @@
 """Distil a student: train it to reproduce the teacher's cached embeddings."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,9 +15,20 @@ from edgeclip.compress.data.augmentation import augment
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
-from edgeclip.compress.train.losses import LossWeights, distillation_losses, feature_loss
-from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
+from edgeclip.compress.train.held_out import HeldOut, split_rows
+from edgeclip.compress.train.losses import (
+    LossWeights,
+    distillation_losses,
+    equal_rows,
+    feature_loss,
+)
+from edgeclip.compress.train.train_loop import BestStep, TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+_VALIDATIONS = 20  # in a run, besides that of the first step
+_TRAINED_PER_HELD_OUT = 4  # pictures to train on, at least, for each that is validated
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +52,13 @@ def distill(
     loss_weights: LossWeights,
     settings: TrainSettings,
     out: Path,
-) -> None:
+    held_out: int | None = None,
+) -> BestStep | None:
     """Train `student` in place; write checkpoints and `log.jsonl` to `out`.
+
+    `held_out` pictures (default: see `split_rows`) are not trained on: on them student and teacher
+    are compared while training goes on, and the student ends as it was where they agreed best.
+    Returns that step; None if nothing is held out.
 
     Pictures without captions train the image tower alone, by the feature loss. The text tower is
     frozen. It should be the teacher's unmodified text tower; this is not checked here.
@@ -60,7 +77,16 @@ def distill(
     if cache.text is None:
         student.model.text_model.requires_grad_(False)
         student.model.text_projection.requires_grad_(False)
-    batches = DistillationBatches(student, cache, source, settings)
+    split = split_rows(len(source), held_out)
+    validate = None
+    if len(split.held_out):
+        validate = HeldOut(student, cache, source, split.held_out, compute=settings.compute)
+    else:
+        _log.info(
+            "none of %d pictures is held out, so nothing tells whether student and teacher agree "
+            "on others ...",
+            len(source),
+        )
 
     def losses(batch: DistillationBatch) -> dict[str, Tensor]:
         image = student.embed_image(batch.pixels)
@@ -75,15 +101,19 @@ def distill(
                 teacher_image=batch.teacher_image,
                 teacher_text=batch.teacher_text,
                 scale=cache.settings.logit_scale,
+                same=equal_rows(batch.ids),
             )
 
-    train(
+    seldom = _TRAINED_PER_HELD_OUT * len(split.held_out) // settings.batch_size
+    return train(
         TrainTask(
             title="distill",
             module=student,
-            batch=batches,
+            batch=DistillationBatches(student, cache, source, settings, rows=split.train),
             losses=losses,
-            identity=_identity(student, cache, loss_weights),
+            identity=_identity(student, cache, loss_weights, len(split.held_out)),
+            validate=validate,
+            validate_every=max(1, settings.steps // _VALIDATIONS, seldom),
         ),
         settings,
         out,
@@ -96,19 +126,33 @@ class DistillationBatches:
     It depends only on seed and step, so a resumed run sees the same batches. Every epoch shuffles
     all pairs anew. Epoch e uses the augmented view number e mod (number of cached views), and of
     each picture the caption number e mod (number of its captions).
+
+    Args:
+        student: makes the inputs.
+        cache: the teacher's embeddings.
+        source: the pairs.
+        settings: the seed, and the size of a batch.
+        rows: indices of the pairs to use, int64; None for all.
     """
 
     def __init__(
-        self, student: DualEncoder, cache: TeacherCache, source: Source, settings: TrainSettings
+        self,
+        student: DualEncoder,
+        cache: TeacherCache,
+        source: Source,
+        settings: TrainSettings,
+        *,
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
         self._student = student
         self._cache = cache
         self._source = source
         self._settings = settings
+        self._rows = np.arange(len(source)) if rows is None else rows
 
     def pairs_of_step(self, step: int) -> tuple[list[int], list[int]]:
         """Return the index and the view number of each pair in a batch."""
-        count, size = len(self._source), self._settings.batch_size
+        count, size = len(self._rows), self._settings.batch_size
         indices: list[int] = []
         views: list[int] = []
         position = step * size
@@ -133,7 +177,7 @@ class DistillationBatches:
         numbers, captions = [], []
         for place, index in enumerate(indices):
             own = self._source.captions(index)
-            epoch = (step * len(indices) + place) // len(self._source)
+            epoch = (step * len(indices) + place) // len(self._rows)
             numbers.append(epoch % len(own))
             captions.append(own[numbers[-1]])
         ids = self._student.tokenize(captions)
@@ -143,18 +187,22 @@ class DistillationBatches:
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         rng = np.random.default_rng(np.random.SeedSequence((self._settings.seed, epoch)))
-        return rng.permutation(len(self._source))
+        order: NDArray[np.int64] = self._rows[rng.permutation(len(self._rows))]
+        return order
 
     def _tensor(self, rows: NDArray[np.float16]) -> Tensor:
         tensor = torch.from_numpy(rows.astype(np.float32)).to(self._student.device)
         return torch.nn.functional.normalize(tensor, dim=-1)  # float16 rounds lengths off 1
 
 
-def _identity(student: DualEncoder, cache: TeacherCache, loss_weights: LossWeights) -> str:
+def _identity(
+    student: DualEncoder, cache: TeacherCache, loss_weights: LossWeights, held_out: int
+) -> str:
     """Return the identity of a run.
 
     The full model config is not part of it, because it contains the teacher's path and a date.
     """
     sizes = {name: list(value.shape) for name, value in student.model.state_dict().items()}
-    parts = (asdict(cache.settings), student.model.config.model_type, sizes, asdict(loss_weights))
+    weights = asdict(loss_weights)
+    parts = (asdict(cache.settings), student.model.config.model_type, sizes, weights, held_out)
     return "distill " + json.dumps(parts, sort_keys=True)

@@ -5,6 +5,7 @@ run that was killed and resumed ends with the weights of one that was not (on on
 """
 
 import json
+import logging
 import math
 import signal
 import threading
@@ -26,7 +27,12 @@ from edgeclip.compress.compute import ComputeType, autocast
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.errors import ConfigError
 
+_log = logging.getLogger(__name__)
+
 Batch = TypeVar("Batch")
+
+
+_WORSE = 0.02  # how much lower than the best a score must be to be warned of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +64,21 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """What a module reaches on data held out of training.
+
+    Attributes:
+        score: the higher, the better; the step of the highest is kept.
+        values: what the log holds of it, by name.
+        says: the same in a few words, for the progress bar.
+    """
+
+    score: float
+    values: dict[str, float]
+    says: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainTask(Generic[Batch]):
     """A module to train, with its batches and losses.
 
@@ -67,6 +88,9 @@ class TrainTask(Generic[Batch]):
         batch: makes the batch of a step; runs in its own thread, one step ahead.
         losses: returns the named losses of a batch; `total` is minimised.
         identity: names data, teacher and student; resuming with another identity is refused.
+        validate: measures the module, in evaluation mode and without gradients; None for never.
+        validate_every: steps between two validations; the first and the last step are always
+            validated.
     """
 
     title: str
@@ -74,13 +98,25 @@ class TrainTask(Generic[Batch]):
     batch: Callable[[int], Batch]
     losses: Callable[[Batch], dict[str, Tensor]]
     identity: str
+    validate: Callable[[], Validation] | None = None
+    validate_every: int = 1
 
 
-def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestStep:
+    """The validation of the step whose weights were kept: counted from 1, the latest of equals."""
+
+    step: int
+    validation: Validation
+
+
+def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> BestStep | None:
     """Train `task.module` in place, or go on from the checkpoint in `out`.
 
-    Writes `log.jsonl` (a line a step: step, seconds, rate, every loss) and
-    `checkpoint.pt`, and leaves both when done.
+    Writes `log.jsonl` (a line a step: step, seconds, every loss, and the values of a validation)
+    and `checkpoint.pt`, and leaves both when done. The module ends with the weights of the best
+    validation, or of the last step if there is none. A score that falls while the loss falls too
+    is warned of.
 
     Raises:
         ConfigError: `out` holds a run with other settings, or the loss is not finite.
@@ -89,7 +125,8 @@ def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     weights = [p for p in task.module.parameters() if p.requires_grad]
     optimizer = _optimizer(weights, settings)
-    state = _Checkpoint(out, task, settings, optimizer)
+    best = _Best()
+    state = _Checkpoint(out, task, settings, optimizer, best)
     start, seconds = state.resume()
     bar = tqdm(
         total=settings.steps * settings.batch_size,
@@ -100,7 +137,7 @@ def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> None:
         dynamic_ncols=True,
     )
     task.module.train()
-    clock = _RunClock(seconds)
+    clock, shown = _RunClock(seconds), ""
     with bar, (out / "log.jsonl").open("a", encoding="utf-8") as log, _stop_on_interrupt() as stop:
         for step, batch in _prefetched(task.batch, start, settings.steps):
             for group in optimizer.param_groups:
@@ -113,15 +150,91 @@ def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> None:
             _check_finite(losses["total"], norm, step)
             optimizer.step()
             values = {name: value.item() for name, value in losses.items()}
+            best.add_loss(values["total"])
+            validation = _validated(task, step, settings.steps)
+            if validation is not None:
+                best.compare(step + 1, validation, task.module)
+                shown = f", {validation.says}"
+                values |= validation.values
             _write_line(log, {"step": step + 1, "seconds": clock.now(), **values})
             bar.update(settings.batch_size)
-            bar.set_postfix(loss=f"{values['total']:.3f}", refresh=False)
+            bar.set_postfix_str(f"loss={values['total']:.3f}{shown}", refresh=False)
             if stop.is_set or step + 1 == settings.steps or clock.due(settings.checkpoint_seconds):
                 log.flush()
                 state.save(step + 1, clock.now())
             if stop.is_set and step + 1 < settings.steps:
                 raise KeyboardInterrupt(f"stopped at step {step + 1}; run it again to go on")
     task.module.eval()
+    return best.restore(task.module)
+
+
+def _validated(task: TrainTask[Batch], step: int, steps: int) -> Validation | None:
+    """Validate the module if it is time to; `step` counts from 0."""
+    if task.validate is None:
+        return None
+    if (step + 1) % task.validate_every and step not in (0, steps - 1):
+        return None
+    task.module.eval()
+    with torch.inference_mode():
+        found = task.validate()
+    task.module.train()
+    return found
+
+
+class _Best:
+    """Keeps the weights of the best validation, and warns of what became worse since."""
+
+    def __init__(self) -> None:
+        self._step = BestStep(step=0, validation=Validation(score=-math.inf, values={}, says=""))
+        self._weights: dict[str, Tensor] | None = None
+        self._loss = math.inf  # mean of the steps that led to the best one
+        self._recent, self._count = 0.0, 0  # losses since the last validation: sum, number
+        self._warned = False
+
+    def add_loss(self, loss: float) -> None:
+        self._recent, self._count = self._recent + loss, self._count + 1
+
+    def compare(self, step: int, found: Validation, module: nn.Module) -> None:
+        loss, self._recent, self._count = self._recent / self._count, 0.0, 0
+        best = self._step.validation
+        if found.score >= best.score:
+            self._step = BestStep(step=step, validation=found)
+            self._weights = {
+                name: value.detach().cpu().clone() for name, value in module.state_dict().items()
+            }
+            self._loss, self._warned = loss, False
+        elif best.score - found.score > _WORSE and loss < self._loss and not self._warned:
+            self._warned = True
+            _log.warning(
+                "on held-out data step %d (%s) was better than step %d (%s), though the loss fell "
+                "from %.3g to %.3g: more data, fewer steps or less --contrastive may help; step %d "
+                "is what is kept",
+                *(self._step.step, best.says, step, found.says, self._loss, loss, self._step.step),
+            )
+
+    def restore(self, module: nn.Module) -> BestStep | None:
+        """Give the module the best weights; None if nothing was validated."""
+        if self._weights is None:
+            return None
+        module.load_state_dict(self._weights)
+        return self._step
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": asdict(self._step),
+            "weights": self._weights,
+            "loss": self._loss,
+            "recent": self._recent,
+            "count": self._count,
+            "warned": self._warned,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        found = state["step"]
+        self._step = BestStep(step=found["step"], validation=Validation(**found["validation"]))
+        self._weights, self._loss = state["weights"], state["loss"]
+        self._recent, self._count = state["recent"], state["count"]
+        self._warned = state["warned"]
 
 
 def _check_finite(loss: Tensor, norm: Tensor, step: int) -> None:
@@ -141,12 +254,13 @@ def read_log(path: Path) -> tuple[dict[str, float], ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Checkpoint(Generic[Batch]):
-    """Saves and loads `checkpoint.pt`: weights, optimizer, step and identity of a run."""
+    """Saves and loads `checkpoint.pt`: weights, optimizer, best step, step, identity of a run."""
 
     out: Path
     task: TrainTask[Batch]
     settings: TrainSettings
     optimizer: torch.optim.Optimizer
+    best: _Best
 
     @property
     def _path(self) -> Path:
@@ -167,6 +281,7 @@ class _Checkpoint(Generic[Batch]):
                     "seconds": seconds,
                     "weights": self.task.module.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
+                    "best": self.best.state(),
                 },
                 path,
             )
@@ -185,6 +300,8 @@ class _Checkpoint(Generic[Batch]):
             )
         self.task.module.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        if "best" in saved:  # not in a checkpoint of before there were validations
+            self.best.load(saved["best"])
         lines = log.read_text(encoding="utf-8").splitlines()[: saved["step"]]
         with atomic_file(log) as path:  # lines past the checkpoint will be written again
             path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -347,6 +347,9 @@ def _pareto(rows: Sequence[ModelRow], shipped: str) -> tuple[ParetoPoint, ...]:
 
 def _curves(log: Path) -> tuple[LossCurve, ...]:
     lines = read_log(log)
-    steps = tuple(line["step"] for line in lines)
-    names = [name for name in lines[0] if name not in {"step", "seconds"}]
-    return tuple(LossCurve(name, steps, tuple(line[name] for line in lines)) for name in names)
+    curves = []
+    for name in (name for name in lines[0] if name not in {"step", "seconds"}):
+        there = [line for line in lines if name in line]  # not every step is validated
+        steps, values = (tuple(line[key] for line in there) for key in ("step", name))
+        curves.append(LossCurve(name.replace("_", " "), steps, values))
+    return tuple(curves)

@@ -1,9 +1,10 @@
 """The loop on a line fit of two numbers: every step can be checked in no time."""
 
 import json
+import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, read_log, train
+from edgeclip.compress.train.train_loop import (
+    BestStep,
+    TrainSettings,
+    TrainTask,
+    Validation,
+    read_log,
+    train,
+)
 from edgeclip.runtime.errors import ConfigError
 
 SETTINGS = TrainSettings(
@@ -302,6 +310,102 @@ def test_a_failing_batch_fails_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="picture 17"):
         train(replace(_task(_module()), batch=batch), SETTINGS, tmp_path)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 5
+
+
+SCORES = (0.1, 0.5, 0.9, 0.9, 0.3, 0.2)  # after steps 1, 2, 4, 6, 8, 10
+
+
+def _validated(
+    module: nn.Module,
+    out: Path,
+    *,
+    scores: Sequence[float] = SCORES,
+    at_step: Callable[[int], None] = lambda _step: None,
+    loss_factor: Callable[[int], float] = lambda _step: 1.0,
+) -> tuple[BestStep | None, dict[int, dict[str, Tensor]]]:
+    """Train with scores that are given by step; return the best and the weights at each of them."""
+    done: list[int] = []
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    def validate() -> Validation:
+        assert not module.training
+        assert torch.is_inference_mode_enabled()
+        step = done[-1] + 1
+        seen[step] = {name: value.clone() for name, value in module.state_dict().items()}
+        score = scores[step // 2]
+        return Validation(score=score, values={"held_out": score}, says=f"score {score}")
+
+    def began(step: int) -> None:
+        at_step(step)
+        done.append(step)
+        assert module.training
+
+    task = _task(module, at_step=began, loss_factor=loss_factor)
+    return train(replace(task, validate=validate, validate_every=2), SETTINGS, out), seen
+
+
+def test_the_first_the_last_and_every_so_many_steps_are_validated(tmp_path: Path) -> None:
+    _validated(_module(), tmp_path)
+    log = read_log(tmp_path / "log.jsonl")
+    found = {line["step"]: line["held_out"] for line in log if "held_out" in line}
+    assert found == dict(zip((1, 2, 4, 6, 8, 10), SCORES, strict=True))
+
+
+def test_the_best_step_is_kept_and_the_latest_of_equals(tmp_path: Path) -> None:
+    module = _module()
+    best, seen = _validated(module, tmp_path)
+    assert best is not None
+    assert (best.step, best.validation.score) == (6, 0.9)
+    assert all(torch.equal(value, seen[6][name]) for name, value in module.state_dict().items())
+    assert not torch.equal(seen[6]["weight"], seen[10]["weight"])
+    again = _module()
+    assert _validated(again, tmp_path)[0] == best  # a finished run
+    assert _equal(again, module)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7, 9])
+def test_the_best_step_outlives_an_interruption(tmp_path: Path, stop: int) -> None:
+    whole, parts = _module(), _module()
+    expected, _ = _validated(whole, tmp_path / "whole")
+    with pytest.raises(InterruptedRunError):
+        _validated(_module(), tmp_path / "parts", at_step=_stop_at(stop))
+    assert _validated(parts, tmp_path / "parts")[0] == expected
+    assert _equal(parts, whole)
+    lines = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "parts")]
+    for line in (*lines[0], *lines[1]):
+        del line["seconds"]
+    assert lines[0] == lines[1]
+
+
+def test_validation_changes_no_training(tmp_path: Path) -> None:
+    plain, validated = _module(), _module()
+    train(_task(plain), SETTINGS, tmp_path / "plain")
+    _validated(validated, tmp_path / "validated", scores=(0, 0.1, 0.2, 0.3, 0.4, 0.5))
+    assert _equal(plain, validated)
+
+
+def _falling(step: int) -> float:
+    return 0.5**step
+
+
+def test_a_score_that_falls_with_the_loss_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="edgeclip.compress")
+    with pytest.raises(InterruptedRunError):
+        _validated(_module(), tmp_path, at_step=_stop_at(9), loss_factor=_falling)
+    _validated(_module(), tmp_path, loss_factor=_falling)  # goes on, and does not say it again
+    (message,) = caplog.messages
+    assert message.startswith(
+        "on held-out data step 6 (score 0.9) was better than step 8 (score 0.3), though the loss"
+    )
+
+
+def test_a_score_that_falls_while_the_loss_rises_is_no_surprise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _validated(_module(), tmp_path, loss_factor=lambda step: 3.0**step)
+    assert caplog.messages == []
 
 
 def test_rate_warms_up_and_decays() -> None:

@@ -1,0 +1,128 @@
+"""A student that is compared with its teacher on pictures held out of training."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeclip.compress.data.sources import FolderSource
+from edgeclip.compress.students.student import StudentShape, new_student
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
+from edgeclip.compress.train.distill import distill
+from edgeclip.compress.train.held_out import (
+    IMAGE_COSINE,
+    STUDENT_R1,
+    TEACHER_R1,
+    TEXT_COSINE,
+    HeldOut,
+    split_rows,
+)
+from edgeclip.compress.train.losses import LossWeights
+from edgeclip.compress.train.train_loop import BestStep, TrainSettings, read_log
+from edgeclip.runtime.errors import ConfigError
+from tests.compress.conftest import write_pictures
+
+SMALL = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)
+Run = Callable[[LossWeights], tuple[DualEncoder, BestStep, list[dict[str, float]]]]
+
+
+@given(count=st.integers(1, 3000), wanted=st.one_of(st.none(), st.integers(0, 400)))
+def test_no_row_is_trained_on_and_held_out(count: int, wanted: int | None) -> None:
+    if wanted and wanted >= count:
+        with pytest.raises(ConfigError, match=f"cannot hold {wanted} of {count} pictures"):
+            split_rows(count, wanted)
+        return
+    split = split_rows(count, wanted)
+    assert sorted((*split.train, *split.held_out)) == list(range(count))
+    assert len(split.held_out) == (min(count // 10, 256) if wanted is None else wanted)
+    assert np.array_equal(split.held_out, split_rows(count, wanted).held_out)
+
+
+def test_fewer_than_none_cannot_be_held_out() -> None:
+    with pytest.raises(ConfigError, match="cannot hold -1 of 5 pictures"):
+        split_rows(5, -1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> FolderSource:
+    """160 pictures of which the untrained teacher knows nothing."""
+    return FolderSource(write_pictures(tmp_path_factory.mktemp("pictures") / "some", 160))
+
+
+@pytest.fixture(scope="module")
+def cache(
+    teacher: DualEncoder, source: FolderSource, tmp_path_factory: pytest.TempPathFactory
+) -> TeacherCache:
+    return build_cache(teacher, source, tmp_path_factory.mktemp("cache") / "cache", views=2)
+
+
+def test_a_teacher_agrees_with_itself(
+    teacher: DualEncoder, cache: TeacherCache, source: FolderSource
+) -> None:
+    rows = split_rows(len(source)).held_out
+    values = HeldOut(teacher, cache, source, rows, compute="fp32")().values
+    assert values[IMAGE_COSINE] == pytest.approx(1, abs=1e-3)
+    assert values[TEXT_COSINE] == pytest.approx(1, abs=1e-3)
+    assert 0 <= values[TEACHER_R1] < 0.3
+    assert abs(values[STUDENT_R1] - values[TEACHER_R1]) < 0.1  # the cache is rounded to float16
+
+
+def test_pictures_alone_are_compared_without_texts(
+    teacher: DualEncoder, cache: TeacherCache, source: FolderSource
+) -> None:
+    bare = TeacherCache(replace(cache.settings, captions=False), cache.image, None)
+    found = HeldOut(teacher, bare, source, np.arange(70), compute="fp32")()
+    assert set(found.values) == {IMAGE_COSINE}
+    assert found.score == found.values[IMAGE_COSINE] > 0.99
+
+
+@pytest.fixture
+def run(teacher: DualEncoder, cache: TeacherCache, source: FolderSource, tmp_path: Path) -> Run:
+    settings = TrainSettings(
+        steps=80, batch_size=32, learning_rate=3e-3, warmup_steps=8, compute="fp32"
+    )
+
+    def run(weights: LossWeights) -> tuple[DualEncoder, BestStep, list[dict[str, float]]]:
+        student = new_student(teacher, SMALL)
+        out = tmp_path / "run"
+        best = distill(student, cache, source, loss_weights=weights, settings=settings, out=out)
+        assert best is not None
+        lines = [line for line in read_log(out / "log.jsonl") if IMAGE_COSINE in line]
+        return student, best, lines
+
+    return run
+
+
+@pytest.mark.slow
+def test_by_default_agreement_grows_where_the_teacher_knows_nothing(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, best, lines = run(LossWeights())
+    for name in (IMAGE_COSINE, TEXT_COSINE):
+        assert lines[-1][name] > lines[0][name] + 0.2
+        assert lines[-1][name] > 0.8
+    assert best.step > 60
+    assert caplog.messages == []
+
+
+@pytest.mark.slow
+def test_losses_that_pull_away_are_warned_of_and_the_best_student_is_kept(
+    run: Run,
+    cache: TeacherCache,
+    source: FolderSource,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, logger="edgeclip.compress")
+    student, best, lines = run(LossWeights(affinity=0, feature=0, interactive=0, contrastive=1))
+    assert lines[-1][IMAGE_COSINE] + lines[-1][TEXT_COSINE] < 2 * best.validation.score - 0.04
+    assert "was better than step" in caplog.text
+    with torch.inference_mode():
+        now = HeldOut(student, cache, source, split_rows(len(source)).held_out, compute="fp32")()
+    assert now.score == pytest.approx(best.validation.score, abs=1e-5)
