@@ -28,6 +28,7 @@ from edgeclip.export.gates.judge_precisions import (
     judge_together,
 )
 from edgeclip.export.gates.select_precision import SelectedPrecision, select_precision
+from edgeclip.export.gates.teacher_agreement import Agreement, judge_agreement
 from edgeclip.export.graph.embedders import TowerGraph, graph_embedder, tower_inputs
 from edgeclip.export.graph.graph_io import graph_files
 from edgeclip.export.graph.to_onnx import INTERCHANGE_FORM, add_label_head
@@ -43,6 +44,11 @@ _log = logging.getLogger(__name__)
 TriedPasses = tuple[tuple[Tower, PassOutcome], ...]
 
 _PARITY_HINT = "The graph does not compute what the student does in torch: please report this"
+_AGREEMENT_HINT = (
+    "The student is not in its teacher's embedding space: distil it longer, on data like these, or "
+    "lower the bounds (--teacher-mean-cosine, --teacher-p1-cosine, --teacher-r1-kept), or give the "
+    "bundle a space of its own with --own-space"
+)
 _GATE_HINT = "Train the student longer, or leave out of --precisions what misses its gates"
 
 
@@ -82,12 +88,13 @@ def build_bundle(
         replace: allow `out` to be a bundle already.
 
     Raises:
-        GateError: fp32 does not agree with torch, a tower has collapsed, or a precision that was
-            asked for misses its gates; nothing is written.
+        GateError: the student is not in its teacher's space, fp32 does not agree with torch, a tower
+            has collapsed, or a precision that was asked for misses its gates; nothing is written.
         InputError: `out` exists and may not be replaced, or a picture cannot be read.
         ExportError: the student cannot be exported.
     """
     with atomic_directory(out, replace=replace) as folder:
+        agreement = require_agreement(plan)
         _log.info("exporting both towers to ONNX ...")
         reference = export_fp32(plan, folder)
         tried = apply_passes(plan, reference)
@@ -123,7 +130,7 @@ def build_bundle(
         engines = write_engines(folder, wanted, plan.device, length)
 
         _log.info("writing the bundle ...")
-        judged = (*parity, *apart, *candidates.verdict.judged, *mixed)
+        judged = (*parity, *apart, *agreement.judged, *candidates.verdict.judged, *mixed)
         contents = BundleContents(
             graphs=graphs,
             gates=tuple(item for item in judged if item.record.passed),
@@ -132,7 +139,7 @@ def build_bundle(
             recipe=BuildRecipe(
                 configs=candidates.configs, device=plan.device, finetuned=candidates.finetuned
             ),
-            gate_remarks=(*one_input, *candidates.verdict.gate_remarks),
+            gate_remarks=(*agreement.remarks, *one_input, *candidates.verdict.gate_remarks),
             provenance_note=candidates.provenance_note,
         )
         write_bundle(plan, folder, contents)
@@ -144,6 +151,22 @@ def build_bundle(
         tried_passes=tried,
         int8_hint=candidates.int8_hint,
     )
+
+
+def require_agreement(plan: BundlePlan) -> Agreement:
+    """Hold the student against the teacher of the plan; without one there is nothing to hold.
+
+    Raises:
+        GateError: it is not in the teacher's embedding space.
+    """
+    if plan.teacher is None:
+        return Agreement(())
+    _log.info("comparing the student with its teacher on %s ...", plan.test.name)
+    found = judge_agreement(
+        plan.student, plan.teacher, plan.test, plan.teacher_bounds, text_tower=plan.text_tower
+    )
+    raise_if_missed(found.judged, _AGREEMENT_HINT)
+    return found
 
 
 def apply_passes(plan: BundlePlan, graphs: Sequence[TowerGraph]) -> TriedPasses:

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edgeclip.compress.data.sources import Source
-from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds
 from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
+from edgeclip.export.gates.teacher_agreement import TeacherBounds
 from edgeclip.export.gates.zero_shot import ZeroShotSet, find_zero_shot
 from edgeclip.export.graph.calibration import CalibrationSource
 from edgeclip.export.graph.embedders import TOWERS, check_captions, judging_device
@@ -50,11 +51,13 @@ class BundlePlan:
 
     Attributes:
         student: the model; it is put into evaluation mode.
-        space: fingerprint of the teacher's embedding space.
         calibration: pairs with captions to calibrate int8 on; never those of the test split.
         test: pairs with captions to measure the gates on.
         device: decides which precisions are made, and the format of int8.
         origin: what the manifest says about teacher and student.
+        teacher: holds the student to its embedding space by gates; None leaves the bundle a space
+            of its own.
+        teacher_bounds: the bounds of these gates.
         precisions: the precisions that must be in the bundle besides fp32, which always is; None
             for every precision that the device allows and that passes its gates.
         labels: label sets by name, made by the teacher.
@@ -70,6 +73,7 @@ class BundlePlan:
         quantization: the result of a quantization search, whose ranges were found on
             `calibration`; None for the device's default configs.
         qat: options of the fine-tune if int8 misses a gate; None to leave int8 out instead.
+        space: fingerprint of the bundle's embedding space, the teacher's or the student's own.
 
     Raises:
         ConfigError: a source that is empty or lacks captions; a calibration source of another
@@ -79,11 +83,12 @@ class BundlePlan:
     """
 
     student: DualEncoder
-    space: str
     calibration: Source
     test: Source
     device: DeviceProfile
     origin: Origin
+    teacher: DualEncoder | None = None
+    teacher_bounds: TeacherBounds = field(default_factory=TeacherBounds)
     precisions: Sequence[Precision] | None = None
     labels: Mapping[str, LabelSet] = field(default_factory=dict)
     bounds: Mapping[Precision, Bounds] = field(default_factory=lambda: DEFAULT_BOUNDS)
@@ -94,8 +99,11 @@ class BundlePlan:
     workload: Workload | None = SELECTION_WORKLOAD
     quantization: Quantization | None = None
     qat: QatOptions | None = None
+    space: str = field(init=False)
 
     def __post_init__(self) -> None:
+        space = space_fingerprint(self.student) if self.teacher is None else self.teacher.space
+        object.__setattr__(self, "space", space)
         for source in (self.calibration, self.test):
             check_captions(source, "a bundle")
         CalibrationSource(self.calibration)

@@ -1,10 +1,11 @@
 """`edgeclip export`: turn a student into a verified bundle for a device."""
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
+from edgeclip.compress.built_in import BUILT_IN
 from edgeclip.compress.cli.options import add_pairs_option, add_teacher, load_teacher, log_step
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
@@ -13,6 +14,7 @@ from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.bundle.write_engines import targets_table
 from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
+from edgeclip.export.gates.teacher_agreement import TeacherBounds
 from edgeclip.export.gates.zero_shot import (
     bake_labels_with_teacher,
     emoji_zero_shot,
@@ -29,6 +31,8 @@ from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Precision
 
+_BOUNDS = tuple(asdict(TeacherBounds()))
+_NO_TEACHER = "none (it has a space of its own)"
 _HEAD = "head"  # the label set of the label head, if it has no other name
 _CALIBRATION = 256  # emoji scenes to find ranges on
 _TUNING_SCENES = 8192  # to fine-tune on, at most; they are embedded first
@@ -65,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"number of calibration pairs, with --data emoji (default: {_CALIBRATION}, or that of "
         "--quantization)",
     )
+    _add_teacher_bounds(parser)
     _add_int8_options(parser)
     _add_label_options(parser)
     parser.add_argument(
@@ -83,6 +88,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--licence", default="unknown", help="licence of the weights, as SPDX identifier"
     )
     parser.add_argument("--replace", action="store_true", help="replace an existing bundle")
+
+
+def _add_teacher_bounds(parser: argparse.ArgumentParser) -> None:
+    says = {
+        "mean_cosine": "smallest mean cosine of a tower's embeddings of the test pairs to the "
+        "teacher's",
+        "p1_cosine": "smallest 1st percentile of these cosines",
+        "r1_kept": "smallest share of the teacher's R@1 on the test pairs",
+    }
+    for name, bound in asdict(TeacherBounds()).items():
+        parser.add_argument(
+            f"--teacher-{name.replace('_', '-')}",
+            type=float,
+            default=bound,
+            metavar="BOUND",
+            help=f"{says[name]} (default: {bound:g})",
+        )
+    parser.add_argument(
+        "--own-space",
+        action="store_true",
+        help="hold the student against no teacher: the bundle gets an embedding space of its own, "
+        "which no index or label set of the teacher fits; labels are embedded by the student",
+    )
 
 
 def _add_int8_options(parser: argparse.ArgumentParser) -> None:
@@ -153,14 +181,13 @@ def describe_build(built: BuiltBundle) -> str:
 def _plan(args: argparse.Namespace) -> BundlePlan:
     named, head = _labels(args)
     device = load_device(args.device)
-    student = DualEncoder.load(args.student)
-    teacher, size = load_teacher(args), student.image_spec.size
-    check_space(teacher.space, student.space, f"the student {args.student}")
+    bounds = TeacherBounds(**{name: getattr(args, f"teacher_{name}") for name in _BOUNDS})
+    student, teacher = _models(args)
+    labeller, size = teacher or student, student.image_spec.size
     templates = tuple(args.template or DEFAULT_TEMPLATES)
     quantization = None if args.quantization is None else Quantization.load(args.quantization)
     plan = BundlePlan(
         student=student,
-        space=teacher.space,
         calibration=_calibration(args, quantization, size),
         test=open_source(
             args.data, split="test", count=args.test_count, size=size, strict=args.strict
@@ -168,14 +195,16 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
         device=device,
         origin=Origin(
             name=args.name or args.out.name,
-            teacher=args.teacher,
+            teacher=_NO_TEACHER if teacher is None else args.teacher,
             student=args.student,
             command=args.command,
             licence=args.licence,
         ),
+        teacher=teacher,
+        teacher_bounds=bounds,
         precisions=args.precisions,
         labels={
-            name: bake_labels_with_teacher(teacher, items, templates)
+            name: bake_labels_with_teacher(labeller, items, templates)
             for name, items in named.items()
         },
         label_head=head,
@@ -188,7 +217,25 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
     if args.data != EMOJI or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
         return plan
     log_step("embedding the names of emoji")
-    return replace(plan, zero_shot=emoji_zero_shot(teacher, count=args.test_count, size=size))
+    return replace(plan, zero_shot=emoji_zero_shot(labeller, count=args.test_count, size=size))
+
+
+def _models(args: argparse.Namespace) -> tuple[DualEncoder, DualEncoder | None]:
+    """Load the student and its teacher; no teacher with `--own-space`.
+
+    Raises:
+        ConfigError: a model cannot be loaded.
+        InputError: a teacher is named as well as `--own-space`.
+        SpaceMismatchError: the student was distilled from another teacher.
+    """
+    student = DualEncoder.load(args.student)
+    if args.own_space:
+        if args.teacher != BUILT_IN:
+            raise InputError("--own-space holds the student against no teacher: leave out one")
+        return DualEncoder(student.model, student.image_spec, student.tokenizer).eval(), None
+    teacher = load_teacher(args)
+    check_space(teacher.space, student.space, f"the student {args.student}")
+    return student, teacher
 
 
 def _calibration(args: argparse.Namespace, quantization: Quantization | None, size: int) -> Source:

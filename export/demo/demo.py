@@ -176,7 +176,7 @@ def bundle_student(
     count, size = settings.calibration_scenes, teacher.image_spec.size
     plan = BundlePlan(
         student=student,
-        space=teacher.space,
+        teacher=teacher,
         calibration=EmojiSource("calibration", count, size=size),
         test=test_source(settings, teacher),
         device=device,

@@ -179,9 +179,11 @@ def bundle_report(bundle: Bundle, measured: MeasurementRun | None) -> ReportData
     manifest = bundle.manifest
     origin = manifest.provenance
     why = "Chosen when the bundle was written."
+    held = "The gates below held it" if manifest.held_to_teacher else "No gate held it"
     return ReportData(
         title=manifest.name,
-        summary=f"A bundle of {origin.student}, distilled from {origin.teacher} on {origin.data}.",
+        summary=f"A bundle of {origin.student}, distilled from {origin.teacher} on {origin.data}. "
+        f"{held} to the teacher's embedding space.",
         created=origin.created,
         machine=detect_machine() if measured is None else measured.machine,
         commands=(origin.command,) if measured is None else (origin.command, measured.command),

@@ -22,6 +22,10 @@ from edgeclip.runtime.errors import BundleError, ConfigError
 from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower
 
 SCHEMA_VERSION = 3
+# Gates between a student and its teacher, on pairs that the student never saw.
+COSINE_TO_TEACHER = "mean cosine to the teacher"
+P1_COSINE_TO_TEACHER = "1st-percentile cosine to the teacher"
+R1_KEPT = "R@1 kept of the teacher's"
 _HEX = re.compile(r"[0-9a-f]{64}")
 _ROUNDING = 1e-9  # of a bound, or of 1 for small ones
 
@@ -216,7 +220,8 @@ class Manifest:
     Attributes:
         schema_version: `SCHEMA_VERSION` of the software that wrote it.
         name: name of the model.
-        space: SHA-256 fingerprint of the embedding space, which is the teacher's.
+        space: SHA-256 fingerprint of the embedding space: the teacher's if `held_to_teacher`, else
+            the bundle's own. A bundle from before there were such gates says the teacher's.
         spec: input contract and embedding size.
         towers: image, and text if the bundle can embed texts, once each.
         gates: gates that both towers passed together, such as the loss of R@1.
@@ -287,6 +292,11 @@ class Manifest:
             for file in item.files:
                 yield from ((f"{item.tower} {file.precision}", gate) for gate in file.gates)
         yield from (("bundle", gate) for gate in self.gates)
+
+    @property
+    def held_to_teacher(self) -> bool:
+        """Whether gates held the towers against the teacher whose space they are in."""
+        return any(gate.name == COSINE_TO_TEACHER for _, gate in self.all_gates())
 
     def recipes(self) -> Iterable[tuple[str, Recipe]]:
         """Yield every recorded recipe with its subject, such as "image int8"."""

@@ -126,6 +126,8 @@ def _as_json(bundle: Bundle, replays: tuple[Replay, ...], *, passed: bool) -> di
     manifest = bundle.manifest
     return {
         "bundle": manifest.name,
+        "space": manifest.space,
+        "held_to_teacher": manifest.held_to_teacher,
         "passed": passed,
         "replays": [dataclasses.asdict(item) | {"passed": item.passed} for item in replays],
         "recipes": [
@@ -142,6 +144,8 @@ def _print_table(bundle: Bundle, replays: tuple[Replay, ...]) -> None:
     files = bundle.manifest.files
     megabytes = sum(file.bytes for file in files) / 1e6
     print(f"{bundle.manifest.name}: {len(files)} files, {megabytes:.1f} MB, all as declared")
+    held = "held against" if bundle.manifest.held_to_teacher else "not held against"
+    print(f"embedding space {bundle.manifest.space[:12]}, {held} its teacher by a gate")
     print(f"{'tower':<6} {'precision':<9} {'deviation':>9} {'tolerance':>9} {'cosine':>9}")
     for item in replays:
         print(

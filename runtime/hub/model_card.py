@@ -144,9 +144,12 @@ def _what_it_is(manifest: Manifest) -> str:
         lines.append(f"- Labels inside the image towers: {_text(manifest.label_head)}")
     if manifest.patch_features:
         lines.append("- The image towers also give the features of each patch")
+    held = "This is the teacher's space: gates below held the towers against the teacher."
+    if not manifest.held_to_teacher:
+        held = "No gate held the towers against a teacher."
     lines += [
         f"- Embedding space: `{manifest.space}`. Indexes and label sets fit only if they were "
-        "made in this space.",
+        f"made in this space. {held}",
     ]
     return "\n".join(lines)
 

@@ -50,7 +50,7 @@ def open_case(folder: Path, *, gallery: int, calibration: int, test: int) -> Cas
     )
     bundle_plan = BundlePlan(
         student=dual,
-        space=dual.space,
+        teacher=dual,
         calibration=EmojiSource("calibration", _BUNDLE_TEST, size=size),
         test=EmojiSource("test", _BUNDLE_TEST, size=size, distinct=True),
         device=device,

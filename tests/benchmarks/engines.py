@@ -54,7 +54,6 @@ def child(folder: Path, quick: bool) -> None:
     )
     plan = BundlePlan(
         student=dual,
-        space=dual.space,
         calibration=open_source("emoji", split="calibration", count=32, size=224),
         test=open_source("emoji", split="test", count=32, size=224),
         device=load_device("rtx-4000-ada"),

@@ -49,7 +49,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that tests start
 CONTEXT = 24
 SIZE = 32
 DIM = 16
-SPACE = "7" * 64
 COLOURS = ("red", "green", "blue", "white", "black", "pink", "teal", "brown")
 
 # Weights without training tell few pictures apart, so that rounding alone can cost a rank,
@@ -210,10 +209,10 @@ def run_graph(cpu_device: DeviceProfile) -> RunGraph:
 
 @pytest.fixture(scope="session")
 def plan(clip: DualEncoder, cpu_device: DeviceProfile) -> BundlePlan:
-    letters = LabelSet(names=("a", "b"), embeddings=np.eye(2, DIM, dtype=np.float32), space=SPACE)
+    embeddings = np.eye(2, DIM, dtype=np.float32)
+    letters = LabelSet(names=("a", "b"), embeddings=embeddings, space=space_fingerprint(clip))
     return BundlePlan(
         student=clip,
-        space=SPACE,
         calibration=Blobs(24, seed=1),
         test=Blobs(40),
         device=cpu_device,

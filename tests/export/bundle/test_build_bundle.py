@@ -231,7 +231,7 @@ def test_labels_travel_with_the_bundle(built: BuiltBundle) -> None:
 
 def test_labels_of_another_space_are_refused(plan: BundlePlan) -> None:
     with pytest.raises(SpaceMismatchError, match="label set"):
-        replace(plan, space="8" * 64)
+        replace(plan, labels={"letters": replace(plan.labels["letters"], space="8" * 64)})
 
 
 def test_a_plan_that_cannot_work_is_refused_at_once(

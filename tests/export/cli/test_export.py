@@ -56,6 +56,48 @@ def test_a_student_of_another_space_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_student_that_left_its_teachers_space_is_not_exported_into_it(
+    clip: DualEncoder, pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip.save(tmp_path / "teacher")
+    space = DualEncoder.load(tmp_path / "teacher").space
+    left = copy.deepcopy(clip)
+    with torch.no_grad():
+        left.model.get_parameter("visual_projection.weight").mul_(-1)
+    DualEncoder(left.model, left.image_spec, left.tokenizer, space=space).save(tmp_path / "student")
+    student, teacher = str(tmp_path / "student"), str(tmp_path / "teacher")
+    out = tmp_path / "bundle"
+    command = ["export", student, "--data", str(pair_folder), *ELSEWHERE, "--out", str(out)]
+    command += ["--labels", "red,teal"]
+    assert main([*command, "--teacher", teacher]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "no bundle was written: image fp32: mean cosine to the teacher is -1" in error
+    assert not out.exists()
+
+    assert main([*command, "--teacher", teacher, "--own-space"]) == 2
+    assert "--own-space holds the student against no teacher" in capsys.readouterr().err
+    assert main([*command, "--own-space"]) == 0, capsys.readouterr().err
+    bundle = Bundle.open(out)
+    assert bundle.manifest.space == space_fingerprint(DualEncoder.load(student)) != space
+    assert bundle.labels("labels").space == bundle.manifest.space
+    capsys.readouterr()
+    assert main(["verify", str(out)]) == 0
+    assert f"embedding space {bundle.manifest.space[:12]}, not held" in capsys.readouterr().out
+
+    picture = str(next((pair_folder / "test").glob("*.png")))
+    index = str(tmp_path / "index.npz")
+    assert main(["embed", str(pair_folder), "--bundle", str(out), "--out", index]) == 0
+    assert main(["search", "--image", picture, "--bundle", str(out), "--index", index]) == 0
+    whole = str(tmp_path / "whole")
+    command = ["export", teacher, "--teacher", teacher, "--data", str(pair_folder), *ELSEWHERE]
+    assert main([*command, "--out", whole]) == 0
+    capsys.readouterr()
+    assert main(["verify", whole]) == 0
+    assert f"embedding space {space[:12]}, held against" in capsys.readouterr().out
+    assert main(["search", "--image", picture, "--bundle", whole, "--index", index]) == 2
+    assert "was made in the embedding space" in capsys.readouterr().err
+
+
 def test_a_student_that_is_not_there_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,7 +165,11 @@ def test_few_pictures_are_warned_of(
     assert main(command) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert "so a loss of 25 points cannot show" in warnings.pop()  # the student is not trained
+    found = warnings[0].split("finds ")[1].split()[0]
     assert warnings == [
+        "warning: bundle: R@1 kept of the teacher's: not judged: the teacher itself finds "
+        f"{found} of 8 pairs, so only cosines tell whether the student is in its space: test on "
+        "pairs that it knows",
         "warning: bundle: R@1 loss: 8 test pairs, so it goes in steps of 6.2 points and half a "
         "point cannot be told: test on 100 or more",
         "warning: image int8: zero-shot top-1 loss: not judged: no labels",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME, check_path, tower_path
 from edgeclip.runtime.bundle.manifest import (
+    COSINE_TO_TEACHER,
     SCHEMA_VERSION,
     DataRecord,
     GateRecord,
@@ -57,6 +58,16 @@ def test_what_gates_were_measured_on_comes_back(text: str) -> None:
     assert manifest.gates[0].data == DataRecord("photos", 40, HASH)
     assert str(manifest.remarks[0]) == "image int8: zero-shot top-1 loss: not judged"
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_only_a_gate_says_that_the_space_is_the_teachers(text: str) -> None:
+    assert not Manifest.from_json(text).held_to_teacher  # as in a bundle from before such gates
+    gate = {**GATE, "name": COSINE_TO_TEACHER, "direction": ">=", "bound": 0.4}
+
+    def change(data: dict[str, Any]) -> None:
+        data["towers"][1]["files"][0]["gates"].append(gate)
+
+    assert Manifest.from_json(changed(text, change)).held_to_teacher
 
 
 def test_a_bundle_may_have_no_text_tower(text: str) -> None:

@@ -46,6 +46,10 @@ class TestVerify:
         assert main(["verify", str(tiny_bundle)]) == 0
         out = capsys.readouterr().out
         assert "tiny: 9 files" in out
+        space = Bundle.open(tiny_bundle).manifest.space
+        assert f"embedding space {space[:12]}, not held against its teacher by a gate" in out
+        found = prints_json(capsys, "verify", tiny_bundle)
+        assert (found["space"], found["held_to_teacher"]) == (space, False)
         assert out.count(" ok\n") == 4
 
     def test_out_of_tolerance(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.manifest import (
+    COSINE_TO_TEACHER,
     DataRecord,
     FileRecord,
     GateRemark,
@@ -218,6 +219,15 @@ def test_what_lies_in_the_bundle(bundle: Bundle) -> None:
     assert "\n- Engines: engines/b&#124;c.engine\n" in card
     assert bundle.manifest.space in card
     assert f"{len(bundle.manifest.files) + 2} files, 2.0" in card
+
+
+def test_whose_space_it_is(bundle: Bundle) -> None:
+    assert "No gate held the towers against a teacher." in card_of(bundle)
+    files = bundle.manifest.tower("image").files
+    gate = dataclasses.replace(files[0].gates[0], name=COSINE_TO_TEACHER)
+    card = card_of(bundle, **with_towers(bundle.manifest, gates=(gate,)))
+    assert "This is the teacher's space" in card
+    assert [row[1] for row in rows(card, "Quality gates")].count(COSINE_TO_TEACHER) >= 1
 
 
 def test_more_that_the_image_towers_give(bundle: Bundle) -> None:

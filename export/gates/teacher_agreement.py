@@ -1,0 +1,154 @@
+"""Judge whether a student is in its teacher's embedding space, on pairs that it never saw."""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.gates.gates import Gate, GateOutcome, data_record
+from edgeclip.export.graph.embedders import (
+    TOWERS,
+    PairEmbeddings,
+    embed_all,
+    torch_embedder,
+    tower_inputs,
+)
+from edgeclip.runtime.arrays import FloatArray
+from edgeclip.runtime.bundle.index import cosines
+from edgeclip.runtime.bundle.manifest import (
+    COSINE_TO_TEACHER,
+    P1_COSINE_TO_TEACHER,
+    R1_KEPT,
+    DataRecord,
+    GateRemark,
+)
+from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_percentile, bootstrap_ratio
+from edgeclip.runtime.quality.retrieval import pair_ranks
+from edgeclip.runtime.spec import Tower
+
+# With as many, no resample of a bootstrap is without any: e^-20 is far below one in 2,000.
+FEWEST_FOUND = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherBounds:
+    """The bounds within which a student is in its teacher's embedding space.
+
+    Attributes:
+        mean_cosine: the smallest allowed mean cosine of each tower to the teacher's.
+        p1_cosine: the smallest allowed 1st percentile of these cosines.
+        r1_kept: the smallest allowed share of the teacher's R@1 (mean of both directions).
+
+    Raises:
+        ConfigError: a cosine outside -1 to 1, or a share below 0.
+    """
+
+    mean_cosine: float = 0.8
+    p1_cosine: float = 0.5
+    r1_kept: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name in ("mean_cosine", "p1_cosine"):
+            if not -1 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a cosine, from -1 to 1, not {getattr(self, name)}")
+        if not 0 <= self.r1_kept < float("inf"):
+            raise ConfigError(f"r1_kept is a share of the teacher's R@1, not {self.r1_kept}")
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The outcomes of the gates between student and teacher, and what could not be judged."""
+
+    judged: tuple[GateOutcome, ...]
+    remarks: tuple[GateRemark, ...] = ()
+
+
+def judge_agreement(
+    student: DualEncoder,
+    teacher: DualEncoder,
+    test: Source,
+    bounds: TeacherBounds,
+    *,
+    text_tower: bool = True,
+) -> Agreement:
+    """Embed the test pairs with both models in torch, and judge the student's towers.
+
+    The records are about the fp32 towers, whose graphs must equal torch to be in a bundle. Without
+    a text tower, the student's images are searched among the teacher's texts, as label sets and
+    indexes of the teacher will be.
+
+    Raises:
+        ConfigError: pairs without captions, or embeddings of another length than the teacher's.
+        InputError: a picture that cannot be read.
+    """
+    if student.spec.dim != teacher.spec.dim:
+        raise ConfigError(
+            f"the teacher embeds to {teacher.spec.dim} numbers, the student to "
+            f"{student.spec.dim}: they cannot share a space"
+        )
+    towers: tuple[Tower, ...] = TOWERS if text_tower else ("image",)
+    theirs = {tower: _embed(teacher, "teacher", tower, test) for tower in TOWERS}
+    ours = {tower: _embed(student, "student", tower, test) for tower in towers}
+    data = data_record(test)
+    judged: list[GateOutcome] = []
+    for tower in towers:
+        judged += _judge_tower(tower, ours[tower], theirs[tower], bounds, data)
+    if not all(np.isfinite(embeddings).all() for embeddings in ours.values()):
+        return Agreement(tuple(judged))
+    reference = PairEmbeddings(theirs["image"], theirs["text"])
+    candidate = PairEmbeddings(ours["image"], ours.get("text", theirs["text"]))
+    kept = _judge_kept(candidate, reference, bounds, data)
+    if isinstance(kept, GateRemark):
+        return Agreement(tuple(judged), (kept,))
+    return Agreement((*judged, kept))
+
+
+def _embed(model: DualEncoder, role: str, tower: Tower, test: Source) -> FloatArray:
+    inputs = tower_inputs(model, tower, test)
+    bar = tqdm(inputs, desc=f"{role}, {tower} tower", unit="batch", disable=not sys.stderr.isatty())
+    (found,) = embed_all(iter(bar), [torch_embedder(model, tower)])
+    return found
+
+
+def _judge_tower(
+    tower: Tower,
+    student: FloatArray,
+    teacher: FloatArray,
+    bounds: TeacherBounds,
+    data: DataRecord,
+) -> list[GateOutcome]:
+    if not np.isfinite(student).all():
+        whole = Gate("usable embeddings", ">=", 1.0, "share")
+        usable = bootstrap(np.isfinite(student).all(axis=1))
+        return [GateOutcome(f"{tower} fp32", whole.judge(usable, data))]
+    found = cosines(student, teacher)
+    mean = Gate(COSINE_TO_TEACHER, ">=", bounds.mean_cosine, "cosine")
+    low = Gate(P1_COSINE_TO_TEACHER, ">=", bounds.p1_cosine, "cosine")
+    return [
+        GateOutcome(f"{tower} fp32", mean.judge(bootstrap(found), data)),
+        GateOutcome(f"{tower} fp32", low.judge(bootstrap_percentile(found, 1), data)),
+    ]
+
+
+def _judge_kept(
+    student: PairEmbeddings, teacher: PairEmbeddings, bounds: TeacherBounds, data: DataRecord
+) -> GateOutcome | GateRemark:
+    """Judge the share of the teacher's R@1 that the student keeps, by a paired bootstrap.
+
+    A teacher that finds hardly more than chance would has no R@1 to keep: then only the cosines
+    tell, and a remark says so.
+    """
+    theirs, ours = (pair_ranks(item.image, item.text).hits(1) for item in (teacher, student))
+    found = float(theirs.sum())
+    if found < FEWEST_FOUND or bootstrap(theirs).low <= 1 / len(theirs):
+        says = (
+            f"not judged: the teacher itself finds {found:g} of {len(theirs)} pairs, so only "
+            "cosines tell whether the student is in its space: test on pairs that it knows"
+        )
+        return GateRemark("bundle", R1_KEPT, says)
+    gate = Gate(R1_KEPT, ">=", bounds.r1_kept, "share")
+    return GateOutcome("bundle", gate.judge(bootstrap_ratio(ours, theirs), data))
