@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeclip.compress.compute import ComputeType, autocast
-from edgeclip.compress.data.sources import Source, captions_of
+from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.train_loop import Validation
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.preprocess import crop_batch, normalise
+from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import pair_ranks
 
 # What a line of `log.jsonl` calls the values of a validation; all are shares or cosines.
@@ -58,7 +59,7 @@ class HeldOut:
     Args:
         student: the model, as it is at each call.
         cache: the teacher's embeddings; of the pictures, the unchanged view is used.
-        source: the pictures, which are read once and kept as uint8 crops.
+        source: the pictures, which are read once and kept as uint8 crops, with all their captions.
         rows: indices of the held-out pictures, at least one.
         compute: as in training.
     """
@@ -82,9 +83,12 @@ class HeldOut:
         self._teacher_image = _unit(cache.image[rows, 0])
         self._ids: Tensor | None = None
         if cache.text is not None:
-            self._ids = student.tokenize(captions_of(source, rows.tolist()))
-            self._teacher_text = _unit(cache.text[rows])
-            self._teacher_r1 = _r1(self._teacher_image, self._teacher_text)
+            captions = [source.captions(index) for index in rows.tolist()]
+            self._ids = student.tokenize([text for own in captions for text in own])
+            self._relevance = Relevance.of_captions(captions)
+            number = np.concatenate([np.arange(len(own)) for own in captions])
+            self._teacher_text = _unit(cache.text[rows[self._relevance.owner], number])
+            self._teacher_r1 = self._r1(self._teacher_image, self._teacher_text)
 
     def __call__(self) -> Validation:
         """Measure cosines, and R@1 if there are captions; the score is the mean of the cosines."""
@@ -94,13 +98,16 @@ class HeldOut:
             cosine = values[IMAGE_COSINE]
             return Validation(score=cosine, values=values, says=f"cosine {cosine:.3f}")
         values[TEXT_COSINE] = _mean_cosine(text, self._teacher_text)
-        values[STUDENT_R1], values[TEACHER_R1] = _r1(image, text), self._teacher_r1
+        values[STUDENT_R1], values[TEACHER_R1] = self._r1(image, text), self._teacher_r1
         return Validation(
             score=(values[IMAGE_COSINE] + values[TEXT_COSINE]) / 2,
             values=values,
             says=f"cosine {values[IMAGE_COSINE]:.3f} image, {values[TEXT_COSINE]:.3f} text, "
             f"R@1 {values[STUDENT_R1]:.1%} (teacher {self._teacher_r1:.1%})",
         )
+
+    def _r1(self, image: FloatArray, text: FloatArray) -> float:
+        return float(pair_ranks(image, text, self._relevance).hits(1).mean())
 
     def _embed(self) -> tuple[FloatArray, FloatArray | None]:
         student = self._student
@@ -130,7 +137,3 @@ def _unit(rows: NDArray[np.float16]) -> FloatArray:
 
 def _mean_cosine(ours: FloatArray, theirs: FloatArray) -> float:
     return float((ours * theirs).sum(axis=1).mean())
-
-
-def _r1(image: FloatArray, text: FloatArray) -> float:
-    return float(pair_ranks(image, text).hits(1).mean())

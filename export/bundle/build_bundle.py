@@ -88,8 +88,9 @@ def build_bundle(
         replace: allow `out` to be a bundle already.
 
     Raises:
-        GateError: the student is not in its teacher's space, fp32 does not agree with torch, a tower
-            has collapsed, or a precision that was asked for misses its gates; nothing is written.
+        GateError: the student is not in its teacher's space, fp32 does not agree with torch, a
+            tower has collapsed, or a precision that was asked for misses its gates; nothing is
+            written.
         InputError: `out` exists and may not be replaced, or a picture cannot be read.
         ExportError: the student cannot be exported.
     """

@@ -4,9 +4,10 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from edgeclip.compress.data.sources import Source
+from edgeclip.compress.data.sources import Source, relevance_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import Gate, GateOutcome, data_record
 from edgeclip.export.graph.embedders import (
@@ -27,6 +28,7 @@ from edgeclip.runtime.bundle.manifest import (
 )
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_percentile, bootstrap_ratio
+from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Tower
 
@@ -101,7 +103,7 @@ def judge_agreement(
         return Agreement(tuple(judged))
     reference = PairEmbeddings(theirs["image"], theirs["text"])
     candidate = PairEmbeddings(ours["image"], ours.get("text", theirs["text"]))
-    kept = _judge_kept(candidate, reference, bounds, data)
+    kept = _judge_kept(candidate, reference, relevance_of(test), bounds, data)
     if isinstance(kept, GateRemark):
         return Agreement(tuple(judged), (kept,))
     return Agreement((*judged, kept))
@@ -121,10 +123,10 @@ def _judge_tower(
     bounds: TeacherBounds,
     data: DataRecord,
 ) -> list[GateOutcome]:
-    if not np.isfinite(student).all():
+    usable: NDArray[np.bool_] = np.isfinite(student).all(axis=1)
+    if not usable.all():
         whole = Gate("usable embeddings", ">=", 1.0, "share")
-        usable = bootstrap(np.isfinite(student).all(axis=1))
-        return [GateOutcome(f"{tower} fp32", whole.judge(usable, data))]
+        return [GateOutcome(f"{tower} fp32", whole.judge(bootstrap(usable), data))]
     found = cosines(student, teacher)
     mean = Gate(COSINE_TO_TEACHER, ">=", bounds.mean_cosine, "cosine")
     low = Gate(P1_COSINE_TO_TEACHER, ">=", bounds.p1_cosine, "cosine")
@@ -135,16 +137,21 @@ def _judge_tower(
 
 
 def _judge_kept(
-    student: PairEmbeddings, teacher: PairEmbeddings, bounds: TeacherBounds, data: DataRecord
+    student: PairEmbeddings,
+    teacher: PairEmbeddings,
+    relevance: Relevance,
+    bounds: TeacherBounds,
+    data: DataRecord,
 ) -> GateOutcome | GateRemark:
     """Judge the share of the teacher's R@1 that the student keeps, by a paired bootstrap.
 
     A teacher that finds hardly more than chance would has no R@1 to keep: then only the cosines
     tell, and a remark says so.
     """
-    theirs, ours = (pair_ranks(item.image, item.text).hits(1) for item in (teacher, student))
+    both = (teacher, student)
+    theirs, ours = (pair_ranks(item.image, item.text, relevance).hits(1) for item in both)
     found = float(theirs.sum())
-    if found < FEWEST_FOUND or bootstrap(theirs).low <= 1 / len(theirs):
+    if found < FEWEST_FOUND or bootstrap(theirs).low <= relevance.chance:
         says = (
             f"not judged: the teacher itself finds {found:g} of {len(theirs)} pairs, so only "
             "cosines tell whether the student is in its space: test on pairs that it knows"

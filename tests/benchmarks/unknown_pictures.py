@@ -30,7 +30,7 @@ from torch import Tensor
 from edgeclip.compress.built_in import built_in_teacher
 from edgeclip.compress.compute import full_precision
 from edgeclip.compress.data.emoji_scenes import Split
-from edgeclip.compress.data.sources import EmojiSource, Pair, Source
+from edgeclip.compress.data.sources import EmojiSource, Pair, Source, relevance_of
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache, embed_source
@@ -83,6 +83,9 @@ class DeadLeaves:
 
     def caption(self, index: int) -> str:
         return self._captions[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (self._captions[index],)
 
 
 def _sentence(rng: np.random.Generator) -> str:
@@ -287,7 +290,8 @@ def reach(
     student.load_state_dict(lasts[0])
     ours, theirs = ([part.numpy() for part in embed_source(model, test)]
                     for model in (student, teacher))  # fmt: skip
-    hits, teacher_hits = (pair_ranks(*pair).hits(1) for pair in (ours, theirs))
+    relevance = relevance_of(test)
+    hits, teacher_hits = (pair_ranks(*pair, relevance).hits(1) for pair in (ours, theirs))
     return Reached(
         data=data,
         losses=losses,

@@ -210,7 +210,7 @@ def run_graph(cpu_device: DeviceProfile) -> RunGraph:
 @pytest.fixture(scope="session")
 def plan(clip: DualEncoder, cpu_device: DeviceProfile) -> BundlePlan:
     embeddings = np.eye(2, DIM, dtype=np.float32)
-    letters = LabelSet(names=("a", "b"), embeddings=embeddings, space=space_fingerprint(clip))
+    letters = LabelSet(names=("a", "b"), embeddings=embeddings, space=clip.space)
     return BundlePlan(
         student=clip,
         calibration=Blobs(24, seed=1),

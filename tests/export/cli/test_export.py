@@ -174,7 +174,7 @@ def test_few_pictures_are_warned_of(
         "point cannot be told: test on 100 or more",
         "warning: image int8: zero-shot top-1 loss: not judged: no labels",
     ]
-    assert len(Bundle.open(out).manifest.remarks) == 3
+    assert len(Bundle.open(out).manifest.remarks) == 4
 
 
 def test_the_verdict_says_what_each_tower_ships_in(built: BuiltBundle) -> None:

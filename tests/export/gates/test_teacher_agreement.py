@@ -31,6 +31,7 @@ from edgeclip.runtime.bundle.manifest import (
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import ConfigError, SpaceMismatchError
+from edgeclip.runtime.quality.relevance import Relevance
 
 Make = Callable[..., Source]
 DATA = DataRecord("pairs", 100, "0" * 64)
@@ -93,7 +94,8 @@ def rows(count: int, seed: int = 0) -> FloatArray:
 
 
 def kept(student: PairEmbeddings, teacher: PairEmbeddings) -> GateOutcome | GateRemark:
-    return teacher_agreement._judge_kept(student, teacher, TeacherBounds(), DATA)
+    relevance = Relevance.of_pairs(len(teacher.image))
+    return teacher_agreement._judge_kept(student, teacher, relevance, TeacherBounds(), DATA)
 
 
 def test_the_share_of_r1_that_is_kept_has_an_interval() -> None:
@@ -126,7 +128,6 @@ def test_bounds_that_mean_nothing_are_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("captured_once")
 def test_a_bundle_claims_the_teachers_space_only_after_the_gate(
     fp32_plan: BundlePlan,
     clip: DualEncoder,
@@ -163,7 +164,6 @@ def test_a_bundle_claims_the_teachers_space_only_after_the_gate(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("captured_once")
 def test_the_gate_is_on_record(fp32_plan: BundlePlan, clip: DualEncoder, tmp_path: Path) -> None:
     built = build_bundle(replace(fp32_plan, teacher=clip), tmp_path / "bundle")
     manifest = built.bundle.manifest
