@@ -1,15 +1,13 @@
 """Judge whether a student is in its teacher's embedding space, on pairs that it never saw."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from edgeclip.compress.data.sources import Source, relevance_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.gates.gates import Gate, GateOutcome, data_record
+from edgeclip.export.gates.gates import Bounds, Gate, GateOutcome, data_record, judge_tower
 from edgeclip.export.graph.embedders import (
     TOWERS,
     PairEmbeddings,
@@ -18,7 +16,6 @@ from edgeclip.export.graph.embedders import (
     tower_inputs,
 )
 from edgeclip.runtime.arrays import FloatArray
-from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.bundle.manifest import (
     COSINE_TO_TEACHER,
     P1_COSINE_TO_TEACHER,
@@ -27,13 +24,13 @@ from edgeclip.runtime.bundle.manifest import (
     GateRemark,
 )
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_percentile, bootstrap_ratio
+from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_ratio
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Tower
 
 # With as many, no resample of a bootstrap is without any: e^-20 is far below one in 2,000.
-FEWEST_FOUND = 20
+_FEWEST_FOUND = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +96,8 @@ def judge_agreement(
     judged: list[GateOutcome] = []
     for tower in towers:
         judged += _judge_tower(tower, ours[tower], theirs[tower], bounds, data)
-    if not all(np.isfinite(embeddings).all() for embeddings in ours.values()):
-        return Agreement(tuple(judged))
+    if not all(item.record.name in (COSINE_TO_TEACHER, P1_COSINE_TO_TEACHER) for item in judged):
+        return Agreement(tuple(judged))  # embeddings that are no numbers have no ranks
     reference = PairEmbeddings(theirs["image"], theirs["text"])
     candidate = PairEmbeddings(ours["image"], ours.get("text", theirs["text"]))
     kept = _judge_kept(candidate, reference, relevance_of(test), bounds, data)
@@ -123,16 +120,14 @@ def _judge_tower(
     bounds: TeacherBounds,
     data: DataRecord,
 ) -> list[GateOutcome]:
-    usable: NDArray[np.bool_] = np.isfinite(student).all(axis=1)
-    if not usable.all():
-        whole = Gate("usable embeddings", ">=", 1.0, "share")
-        return [GateOutcome(f"{tower} fp32", whole.judge(bootstrap(usable), data))]
-    found = cosines(student, teacher)
-    mean = Gate(COSINE_TO_TEACHER, ">=", bounds.mean_cosine, "cosine")
-    low = Gate(P1_COSINE_TO_TEACHER, ">=", bounds.p1_cosine, "cosine")
+    held = Bounds(mean_cosine=bounds.mean_cosine, p1_cosine=bounds.p1_cosine)
+    usable, *close = judge_tower(student, teacher, held, data)
+    if not close:
+        return [GateOutcome(f"{tower} fp32", usable)]
+    names = (COSINE_TO_TEACHER, P1_COSINE_TO_TEACHER)
     return [
-        GateOutcome(f"{tower} fp32", mean.judge(bootstrap(found), data)),
-        GateOutcome(f"{tower} fp32", low.judge(bootstrap_percentile(found, 1), data)),
+        GateOutcome(f"{tower} fp32", replace(record, name=name))
+        for name, record in zip(names, close, strict=True)
     ]
 
 
@@ -151,7 +146,7 @@ def _judge_kept(
     both = (teacher, student)
     theirs, ours = (pair_ranks(item.image, item.text, relevance).hits(1) for item in both)
     found = float(theirs.sum())
-    if found < FEWEST_FOUND or bootstrap(theirs).low <= relevance.chance:
+    if found < _FEWEST_FOUND or bootstrap(theirs).low <= relevance.chance:
         says = (
             f"not judged: the teacher itself finds {found:g} of {len(theirs)} pairs, so only "
             "cosines tell whether the student is in its space: test on pairs that it knows"
