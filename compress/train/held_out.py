@@ -1,6 +1,7 @@
 """Hold pictures out of training, and measure on them how well a student agrees with its teacher."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.train_loop import Validation
 from edgeclip.runtime.arrays import FloatArray
+from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.preprocess import crop_batch, normalise
 from edgeclip.runtime.quality.relevance import Relevance
@@ -80,24 +82,24 @@ class HeldOut:
                        student.image_spec)
             for first in range(0, len(rows), _BATCH)
         ]  # fmt: skip
-        self._teacher_image = _unit(cache.image[rows, 0])
+        self._teacher_image = cache.image[rows, 0]
         self._ids: Tensor | None = None
         if cache.text is not None:
             captions = [source.captions(index) for index in rows.tolist()]
             self._ids = student.tokenize([text for own in captions for text in own])
             self._relevance = Relevance.of_captions(captions)
             number = np.concatenate([np.arange(len(own)) for own in captions])
-            self._teacher_text = _unit(cache.text[rows[self._relevance.owner], number])
+            self._teacher_text = cache.text[rows[self._relevance.owner], number]
             self._teacher_r1 = self._r1(self._teacher_image, self._teacher_text)
 
     def __call__(self) -> Validation:
         """Measure cosines, and R@1 if there are captions; the score is the mean of the cosines."""
         image, text = self._embed()
-        values = {IMAGE_COSINE: _mean_cosine(image, self._teacher_image)}
+        values = {IMAGE_COSINE: float(cosines(image, self._teacher_image).mean())}
         if text is None:
             cosine = values[IMAGE_COSINE]
             return Validation(score=cosine, values=values, says=f"cosine {cosine:.3f}")
-        values[TEXT_COSINE] = _mean_cosine(text, self._teacher_text)
+        values[TEXT_COSINE] = float(cosines(text, self._teacher_text).mean())
         values[STUDENT_R1], values[TEACHER_R1] = self._r1(image, text), self._teacher_r1
         return Validation(
             score=(values[IMAGE_COSINE] + values[TEXT_COSINE]) / 2,
@@ -106,7 +108,7 @@ class HeldOut:
             f"R@1 {values[STUDENT_R1]:.1%} (teacher {self._teacher_r1:.1%})",
         )
 
-    def _r1(self, image: FloatArray, text: FloatArray) -> float:
+    def _r1(self, image: NDArray[Any], text: NDArray[Any]) -> float:
         return float(pair_ranks(image, text, self._relevance).hits(1).mean())
 
     def _embed(self) -> tuple[FloatArray, FloatArray | None]:
@@ -127,13 +129,3 @@ class HeldOut:
 def _array(parts: list[Tensor]) -> FloatArray:
     rows: FloatArray = torch.cat(parts).float().cpu().numpy()
     return rows
-
-
-def _unit(rows: NDArray[np.float16]) -> FloatArray:
-    wide = rows.astype(np.float32)
-    unit: FloatArray = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-    return unit
-
-
-def _mean_cosine(ours: FloatArray, theirs: FloatArray) -> float:
-    return float((ours * theirs).sum(axis=1).mean())
