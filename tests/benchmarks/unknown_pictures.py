@@ -14,15 +14,14 @@ alone. What each reaches is measured on pairs that none has seen.
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _bars import Bar, finish, options
+from _bars import Bar, at_least, at_most, finish, options, say
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -35,12 +34,7 @@ from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache, embed_source
 from edgeclip.compress.train.distill import DistillationBatch, DistillationBatches
-from edgeclip.compress.train.held_out import (
-    IMAGE_COSINE,
-    TEXT_COSINE,
-    HeldOut,
-    split_rows,
-)
+from edgeclip.compress.train.held_out import IMAGE_COSINE, TEXT_COSINE, HeldOut, split_rows
 from edgeclip.compress.train.losses import (
     LossWeights,
     distillation_losses,
@@ -129,43 +123,39 @@ def _pink_noise(rng: np.random.Generator, size: int) -> NDArray[np.float64]:
     return unit
 
 
-Teachers = tuple[Tensor, Tensor]
-Losses = Callable[[DistillationBatch, Tensor, Tensor, Teachers, float], dict[str, Tensor]]
+Losses = Callable[[DistillationBatch, Tensor, Tensor, float], dict[str, Tensor]]
 
 
 def by_weights(
-    weights: LossWeights,
-    batch: DistillationBatch,
-    image: Tensor,
-    text: Tensor,
-    teachers: Teachers,
-    scale: float,
+    weights: LossWeights, batch: DistillationBatch, image: Tensor, text: Tensor, scale: float
 ) -> dict[str, Tensor]:
     """The losses of `edgeclip distill`."""
     assert batch.ids is not None
+    assert batch.teacher_text is not None
     return distillation_losses(
         weights,
         image=image,
         text=text,
-        teacher_image=teachers[0],
-        teacher_text=teachers[1],
+        teacher_image=batch.teacher_image,
+        teacher_text=batch.teacher_text,
         scale=scale,
         same=equal_rows(batch.ids),
     )
 
 
 def one_hot(
-    _batch: DistillationBatch, image: Tensor, text: Tensor, teachers: Teachers, scale: float
+    batch: DistillationBatch, image: Tensor, text: Tensor, scale: float
 ) -> dict[str, Tensor]:
     """The defaults of before: affinity (TinyCLIP, eq. 3), feature, interactive (CLIP-KD, eq. 8)."""
-    ours, theirs = scale * image @ text.T, scale * teachers[0] @ teachers[1].T
+    assert batch.teacher_text is not None
+    teacher_image, teacher_text = batch.teacher_image, batch.teacher_text
+    ours, theirs = scale * image @ text.T, scale * teacher_image @ teacher_text.T
     own = torch.arange(len(image), device=image.device)
     affinity = (_kl(ours, theirs) + _kl(ours.T, theirs.T)) / 2
-    feature = (feature_loss(image, teachers[0]) + feature_loss(text, teachers[1])) / 2
-    images = F.cross_entropy(scale * image @ teachers[1].T, own)
-    texts = F.cross_entropy(scale * text @ teachers[0].T, own)
-    interactive = (images + texts) / 2
-    return {"total": affinity + feature + interactive}
+    feature = (feature_loss(image, teacher_image) + feature_loss(text, teacher_text)) / 2
+    images = F.cross_entropy(scale * image @ teacher_text.T, own)
+    texts = F.cross_entropy(scale * text @ teacher_image.T, own)
+    return {"total": affinity + feature + (images + texts) / 2}
 
 
 def _kl(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -227,17 +217,6 @@ class Reached:
             f"{self.r1.value:>7.1%} {self.teacher_r1.value:>7.1%}"
         )
 
-    def plain(self) -> dict[str, Any]:
-        """What the JSON file holds."""
-        names = ("image_cosine", "text_cosine", "r1", "teacher_r1")
-        intervals = {name: getattr(self, name) for name in names}
-        return {
-            "data": self.data,
-            "losses": self.losses,
-            "held_out": self.held_out,
-            **{name: [item.value, item.low, item.high] for name, item in intervals.items()},
-        }
-
 
 HEAD = (
     f"{'data':<12} {'losses':<14} {'loss':>7} {'':>7} {'held-out cosine':>15} {'image':>7} "
@@ -262,36 +241,29 @@ def reach(
 
     def compute(batch: DistillationBatch) -> dict[str, Tensor]:
         assert batch.ids is not None
-        assert batch.teacher_text is not None
         image, text = student.embed_image(batch.pixels), student.embed_text(batch.ids)
-        teachers = (batch.teacher_image, batch.teacher_text)
         with full_precision(student.device):
-            return ALL_LOSSES[losses](batch, image, text, teachers, scale)
+            return ALL_LOSSES[losses](batch, image, text, scale)
 
     held_out = HeldOut(student, cache, source, split.held_out)
-    lasts: list[dict[str, Tensor]] = []
-
-    def validate() -> Any:
-        lasts[:] = [{name: value.clone() for name, value in student.state_dict().items()}]
-        return held_out()
-
     task = TrainTask(
         title=f"{data}, {losses}",
         module=student,
         batch=DistillationBatches(student, cache, source, settings, rows=split.train),
         losses=compute,
         identity=losses,
-        validate=validate,
+        validate=lambda: replace(held_out(), score=0.0),  # of equals the last step is kept
         validate_every=max(1, sizes.steps // 10),
     )
     with tempfile.TemporaryDirectory() as folder:
         train(task, settings, Path(folder))
         log = read_log(Path(folder) / "log.jsonl")
-    student.load_state_dict(lasts[0])
     ours, theirs = ([part.numpy() for part in embed_source(model, test)]
                     for model in (student, teacher))  # fmt: skip
     relevance = relevance_of(test)
-    hits, teacher_hits = (pair_ranks(*pair, relevance).hits(1) for pair in (ours, theirs))
+    hits, teacher_hits = (
+        pair_ranks(image, text, relevance).hits(1) for image, text in (ours, theirs)
+    )
     return Reached(
         data=data,
         losses=losses,
@@ -316,39 +288,18 @@ def bars(found: Sequence[Reached]) -> list[Bar]:
     )
     now, before, alone = (unknown[name] for name in ("defaults", "one-hot", "feature alone"))
     gained = bootstrap_difference(100 * known["defaults"].hits, 100 * known["one-hot"].hits)
+    grown = now.held_out[-1][2] - now.held_out[0][2]
     return [
-        Bar(
-            name="unknown_cosine_gained_in_training",
-            value=now.held_out[-1][2] - now.held_out[0][2],
-            direction=">=",
-            bound=0.2,
-        ),
-        Bar(
-            name="unknown_cosine_below_feature_alone",
-            value=alone.cosine - now.cosine,
-            direction="<=",
-            bound=0.02,
-        ),
-        Bar(
-            name="unknown_cosine_above_one_hot",
-            value=now.cosine - before.cosine,
-            direction=">=",
-            bound=0.2,
-        ),
-        Bar(
-            name="emoji_r1_above_one_hot",
-            value=gained.value,
-            direction=">=",
-            bound=-1.0,
-            unit="points",
-            interval=gained,
-        ),
+        at_least("unknown_cosine_gained_in_training", grown, 0.2),
+        at_most("unknown_cosine_below_feature_alone", alone.cosine - now.cosine, 0.02),
+        at_least("unknown_cosine_above_one_hot", now.cosine - before.cosine, 0.2),
+        at_least("emoji_r1_above_one_hot", gained, -1.0, "points"),
     ]
 
 
 def main() -> int:
     """Distil, measure, print the table and the bars."""
-    args = options(__doc__ or "").parse_args()
+    args = options(__doc__).parse_args()
     sizes = QUICK if args.quick else Sizes()
     teacher = DualEncoder.load(built_in_teacher())
     size = teacher.image_spec.size
@@ -368,9 +319,12 @@ def main() -> int:
             cache = build_cache(teacher, source, Path(folder))
         for losses in ALL_LOSSES:
             found.append(reach(teacher, cache, source, test, data, losses, sizes))
-            print(found[-1].row(), file=sys.stderr, flush=True)
+            say(found[-1].row())
     print("\n".join([HEAD, *(item.row() for item in found)]))
-    return finish(bars(found), args.out, students=[item.plain() for item in found])
+    students = [asdict(item) for item in found]
+    for item in students:
+        del item["hits"]
+    return finish(bars(found), args.out, students=students)
 
 
 if __name__ == "__main__":
