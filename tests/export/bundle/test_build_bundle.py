@@ -98,7 +98,7 @@ def test_a_collapsed_tower_ships_in_no_bundle(fp32_plan: BundlePlan, tmp_path: P
     with torch.no_grad():  # every text is the bias of the last norm
         text_model.final_layer_norm.weight.zero_()
     with pytest.raises(GateError, match=r"text fp32: told apart is 0 .*do not belong together"):
-        build_bundle(replace(fp32_plan, student=student), tmp_path / "bundle")
+        build_bundle(replace(fp32_plan, student=student, labels={}), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
 

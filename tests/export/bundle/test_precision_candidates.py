@@ -37,7 +37,7 @@ CPU = StaticInt8(symmetric=False, reduce_range=True)
 def failing(plan: BundlePlan) -> BundlePlan:
     """A student whose image tower int8 ruins."""
     student = planted(plan.student, FACTOR, towers=("image",))
-    return replace(plan, student=student, workload=None)
+    return replace(plan, student=student, labels={}, workload=None)
 
 
 @pytest.fixture
