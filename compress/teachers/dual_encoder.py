@@ -401,6 +401,12 @@ def _reason(error: BaseException) -> str:
             "its weights in PyTorch's format are damaged, or hold more than tensors, which is not "
             "loaded because it could run any program; save them as safetensors (`save_pretrained`)"
         )
+    if isinstance(error, ArithmeticError | AttributeError | LookupError | TypeError):
+        # Not raised on purpose: the message alone would be a riddle, such as a missing key.
+        text = (
+            "transformers cannot use a setting in config.json or tokenizer_config.json "
+            f"({type(error).__name__}: {text})"
+        )
     return textwrap.shorten(text, 400, placeholder=" ...")
 
 

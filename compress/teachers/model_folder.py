@@ -11,6 +11,13 @@ _SMALL = ("*.json", "*.txt", "*.model")  # settings and vocabularies
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them, in order
 _PYTORCH = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _FOREIGN = (".onnx", ".gguf", ".h5", ".msgpack", ".tflite")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 _LFS = b"version https://git-lfs"
 
 
@@ -202,11 +209,26 @@ def _check_file(path: Path, source: str | Path) -> None:
         )
     if not start:
         raise ConfigError(f"{source} cannot be loaded: {path.name} is empty; download it again")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"{path} is damaged or cut short ({first_line(error)}): download it again"
+            ) from error
 
 
 def _check_tokenizer_files(folder: Path, source: str | Path) -> None:
-    """Refuse a directory without a vocabulary: transformers would invent one of a few tokens."""
+    """Refuse a directory without a vocabulary: transformers would invent one of a few tokens.
+
+    A damaged file of settings or tokens is named.
+    """
     names = {path.name for path in folder.iterdir()}
+    for name in sorted(names.intersection(_TOKENIZER_FILES)):
+        read_json(folder / name)
     split = {"vocab.json", "merges.txt"}  # of byte-pair encoding: neither is enough alone
     whole = "tokenizer.json" in names or "vocab.txt" in names or split <= names
     if whole or any(name.endswith((".model", ".tiktoken")) for name in names):

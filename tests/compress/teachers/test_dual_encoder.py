@@ -311,14 +311,33 @@ def test_using_the_tokenizer_changes_no_fingerprint(own_teacher: DualEncoder) ->
 @pytest.mark.parametrize(
     "name", ["config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"]
 )
-@pytest.mark.parametrize("damage", ["missing", "{", "[]"])
+@pytest.mark.parametrize("damage", ["missing", "", "{", "[]"])
 def test_missing_and_damaged_files(own_folder: Path, name: str, damage: str) -> None:
     path = own_folder / name
     path.unlink() if damage == "missing" else path.write_text(damage)
     with pytest.raises(ConfigError) as caught:
         DualEncoder.load(own_folder)
     assert str(own_folder) in str(caught.value)
+    assert damage == "missing" or name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+)
+def test_a_damaged_file_of_the_tokenizer_is_named(own_folder: Path, name: str) -> None:
+    (own_folder / name).write_text('{"unk_token": ')
+    with pytest.raises(ConfigError, match=name):
+        DualEncoder.load(own_folder)
+
+
+def test_a_setting_that_transformers_does_not_know(own_folder: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["text_config"]["hidden_act"] = "no such function"
+
+    _edit(own_folder / "config.json", change)
+    with pytest.raises(ConfigError, match=r"setting in config\.json .*no such function"):
+        DualEncoder.load(own_folder)
 
 
 def test_a_bundle_is_no_student(own_folder: Path) -> None:
@@ -330,7 +349,7 @@ def test_a_bundle_is_no_student(own_folder: Path) -> None:
 def test_truncated_weights(own_folder: Path) -> None:
     path = own_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged or cut short"):
         DualEncoder.load(own_folder)
 
 
