@@ -28,7 +28,7 @@ from edgeclip.export.gates.judge_precisions import (
     judge_together,
 )
 from edgeclip.export.gates.select_precision import SelectedPrecision, select_precision
-from edgeclip.export.gates.teacher_agreement import Agreement, judge_agreement
+from edgeclip.export.gates.teacher_agreement import TeacherAgreement, judge_agreement
 from edgeclip.export.graph.embedders import TowerGraph, graph_embedder, tower_inputs
 from edgeclip.export.graph.graph_io import graph_files
 from edgeclip.export.graph.to_onnx import INTERCHANGE_FORM, add_label_head
@@ -154,14 +154,14 @@ def build_bundle(
     )
 
 
-def require_agreement(plan: BundlePlan) -> Agreement:
+def require_agreement(plan: BundlePlan) -> TeacherAgreement:
     """Hold the student against the teacher of the plan; without one there is nothing to hold.
 
     Raises:
         GateError: it is not in the teacher's embedding space.
     """
     if plan.teacher is None:
-        return Agreement(())
+        return TeacherAgreement(())
     _log.info("comparing the student with its teacher on %s ...", plan.test.name)
     found = judge_agreement(
         plan.student, plan.teacher, plan.test, plan.teacher_bounds, text_tower=plan.text_tower

@@ -59,7 +59,7 @@ class TeacherBounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class TeacherAgreement:
     """The outcomes of the gates between student and teacher, and what could not be judged."""
 
     judged: tuple[GateOutcome, ...]
@@ -73,7 +73,7 @@ def judge_agreement(
     bounds: TeacherBounds,
     *,
     text_tower: bool = True,
-) -> Agreement:
+) -> TeacherAgreement:
     """Embed the test pairs with both models in torch, and judge the student's towers.
 
     The records are about the fp32 towers, whose graphs must equal torch to be in a bundle. Without
@@ -97,13 +97,13 @@ def judge_agreement(
     for tower in towers:
         judged += _judge_tower(tower, ours[tower], theirs[tower], bounds, data)
     if not all(item.record.name in (COSINE_TO_TEACHER, P1_COSINE_TO_TEACHER) for item in judged):
-        return Agreement(tuple(judged))  # embeddings that are no numbers have no ranks
+        return TeacherAgreement(tuple(judged))  # embeddings that are no numbers have no ranks
     reference = PairEmbeddings(theirs["image"], theirs["text"])
     candidate = PairEmbeddings(ours["image"], ours.get("text", theirs["text"]))
     kept = _judge_kept(candidate, reference, relevance_of(test), bounds, data)
     if isinstance(kept, GateRemark):
-        return Agreement(tuple(judged), (kept,))
-    return Agreement((*judged, kept))
+        return TeacherAgreement(tuple(judged), (kept,))
+    return TeacherAgreement((*judged, kept))
 
 
 def _embed(model: DualEncoder, role: str, tower: Tower, test: Source) -> FloatArray:

@@ -16,7 +16,7 @@ from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.errors import GateError
 from edgeclip.export.gates import teacher_agreement
 from edgeclip.export.gates.gates import GateOutcome
-from edgeclip.export.gates.teacher_agreement import Agreement, TeacherBounds, judge_agreement
+from edgeclip.export.gates.teacher_agreement import TeacherAgreement, TeacherBounds, judge_agreement
 from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import Index
@@ -37,7 +37,7 @@ Make = Callable[..., Source]
 DATA = DataRecord("pairs", 100, "0" * 64)
 
 
-def by_name(found: Agreement) -> dict[tuple[str, str], GateRecord]:
+def by_name(found: TeacherAgreement) -> dict[tuple[str, str], GateRecord]:
     return {(item.subject, item.record.name): item.record for item in found.judged}
 
 
