@@ -25,7 +25,8 @@ $(error EXTRA=$(EXTRA): openvino and ray have tests of their own)
 endif
 # One process more than there are processors: tests wait for servers and for other processes.
 PROCESSES = $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
-PYTEST = $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
+# In the order of tests/conftest.py, the longest files first, not by the number of tests in a file.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -87,13 +87,28 @@ GATE = GateRecord(
     passed=True,
 )
 
+LONGEST = (
+    "test_documents.py",
+    "test_golden.py",
+    "test_no_connections.py",
+    "test_profile.py",
+    "test_tensorrt_rtx_graphs.py",
+    "test_to_onnx.py",
+    "test_build_bundle.py",
+    "test_gpu_latency.py",
+    "test_road.py",
+    "test_quantize.py",
+    "test_wheel.py",
+    "test_write_probes.py",
+)
+
 Edit = Callable[[dict[str, Any]], None]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest files first, so that no process is left alone with one of them at the end.
-    longest = ("test_documents.py", "test_golden.py", "test_no_connections.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     for item in items:
         if "openvino" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.openvino)
