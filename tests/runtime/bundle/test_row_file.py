@@ -1,0 +1,169 @@
+"""Rows by the hash of what they were computed from: appended, torn, damaged, of other settings."""
+
+import hashlib
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeclip.runtime.bundle.row_file import RowFile, row_bytes
+from edgeclip.runtime.errors import InputError
+
+KEYS = [hashlib.sha256(bytes([number])).digest() for number in range(9)]
+ROWS = np.arange(54, dtype=np.float16).reshape(9, 2, 3)
+
+
+def opened(path: Path, **other: Any) -> RowFile:
+    how: dict[str, Any] = {"shape": (2, 3), "dtype": np.float16, "settings": {"model": "a"}}
+    return RowFile(path, **{**how, **other}, mend="delete it")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "some.rows"
+    with opened(path) as file:
+        file.append(KEYS[:4], ROWS[:4])
+        file.append(KEYS[4:6], ROWS[4:6])
+    return path
+
+
+def test_rows_come_back_in_any_order(path: Path) -> None:
+    file = opened(path)
+    assert (len(file), file.keys, file.row_shape) == (6, tuple(KEYS[:6]), (2, 3))
+    assert KEYS[5] in file
+    assert KEYS[6] not in file
+    found = file.rows([KEYS[5], KEYS[0], KEYS[5]])
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, ROWS[[5, 0, 5]])
+    assert file.rows([]).shape == (0, 2, 3)
+
+
+def test_a_new_row_of_a_key_replaces_the_one_before(path: Path) -> None:
+    with opened(path) as file:
+        file.append(KEYS[:1], ROWS[8:])
+        np.testing.assert_array_equal(file.rows(KEYS[:1]), ROWS[8:])
+    np.testing.assert_array_equal(opened(path).rows(KEYS[:2]), ROWS[[8, 1]])
+
+
+def test_nothing_is_written_before_the_first_row(tmp_path: Path) -> None:
+    with opened(tmp_path / "new") as file:
+        assert len(file) == 0
+    assert not (tmp_path / "new").exists()
+
+
+def test_size_is_told_beforehand(path: Path) -> None:
+    header = path.read_bytes().index(b"\n") + 1
+    assert path.stat().st_size == header + row_bytes(6, (2, 3), np.float16)
+
+
+@pytest.mark.parametrize("lost", [1, 47, 48, 49])
+def test_a_torn_end_costs_its_records_alone(path: Path, lost: int) -> None:
+    path.write_bytes(path.read_bytes()[:-lost])
+    whole = 6 - -(-lost // 48)
+    assert opened(path).keys == tuple(KEYS[:whole])
+    with opened(path) as file:
+        file.append(KEYS[whole:], ROWS[whole:])
+    np.testing.assert_array_equal(opened(path).rows(KEYS), ROWS)
+
+
+def test_an_altered_record_is_missing(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-48 * 3 + 40] ^= 1
+    path.write_bytes(content)
+    with opened(path) as file:
+        assert file.keys == (*KEYS[:3], *KEYS[4:6])
+        file.append(KEYS[3:4], ROWS[3:4])
+    np.testing.assert_array_equal(opened(path).rows(KEYS[:6]), ROWS[:6])
+
+
+@pytest.mark.parametrize(
+    "other", [{"shape": (3, 2)}, {"dtype": np.float32}, {"settings": {"model": "b"}}]
+)
+def test_other_settings(path: Path, other: dict[str, Any]) -> None:
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"some\.rows is of other settings: delete it"):
+        opened(path, **other)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{}\n", b"PK\3\4", b'{"kind": "edgeclip-rows-1"'])
+def test_no_such_file(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"some\.rows is damaged: delete it"):
+        opened(path)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from tests.runtime.bundle.test_row_file import KEYS, ROWS, opened
+from edgeclip.runtime.errors import InputError
+size = Path(sys.argv[1]).stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 60, size + 60))
+with opened(Path(sys.argv[1])) as file:
+    try:
+        file.append(KEYS[6:], ROWS[6:])
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limit of file sizes here")
+def test_a_full_disk_costs_no_row_of_before(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, path],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "File too large; what it holds is kept, so make room and run" in done.stdout
+    with opened(path) as file:
+        np.testing.assert_array_equal(file.rows(KEYS[:6]), ROWS[:6])
+        file.append(KEYS[6:], ROWS[6:])
+    np.testing.assert_array_equal(opened(path).rows(KEYS), ROWS)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.runtime.bundle.test_row_file import KEYS, ROWS, opened
+file = opened(Path(sys.argv[1]))
+file.append(KEYS[6:8], ROWS[6:8])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_costs_nothing_that_was_appended(path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], check=False)
+    assert done.returncode == -signal.SIGKILL
+    np.testing.assert_array_equal(opened(path).rows(KEYS[:8]), ROWS[:8])
+
+
+def test_one_process_appends_while_others_read(path: Path) -> None:
+    reader, late = opened(path), opened(path)
+    with opened(path) as file:
+        file.append(KEYS[6:7], ROWS[6:7])
+        with pytest.raises(InputError, match=r"another process of edgeclip writes .*some\.rows"):
+            reader.append(KEYS[7:8], ROWS[7:8])
+        np.testing.assert_array_equal(opened(path).rows(KEYS[:7]), ROWS[:7])
+    with late:  # it was opened before the others wrote
+        late.append(KEYS[7:], ROWS[7:])
+        np.testing.assert_array_equal(late.rows(KEYS), ROWS)
+    np.testing.assert_array_equal(opened(path).rows(KEYS), ROWS)
+
+
+def test_two_that_find_no_file_make_one(tmp_path: Path) -> None:
+    path = tmp_path / "new.rows"
+    first, second = opened(path), opened(path)
+    with first:
+        first.append(KEYS[:2], ROWS[:2])
+    with second:
+        second.append(KEYS[2:3], ROWS[2:3])
+    np.testing.assert_array_equal(opened(path).rows(KEYS[:3]), ROWS[:3])
