@@ -10,6 +10,7 @@ from edgeclip.compress.teachers.dual_encoder import MARKER
 from edgeclip.compress.train.pretrain import TeacherShape, pretrain
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.runtime.bundle.files import atomic_directory, check_target
+from edgeclip.runtime.bundle.targets import Targets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=int, default=field.default, help=f"default: {field.default}")
 
 
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(directories=(args.out,), folders=(_run_folder(args),))
+
+
+def _run_folder(args: argparse.Namespace) -> Path:
+    # Not beside the teacher: that may be inside a package.
+    folder: Path = args.run or Path("runs", f"{args.out.resolve().name}-run")
+    return folder
+
+
 def run(args: argparse.Namespace) -> int:
     """Train, then write the teacher with fp16 weights and the log of its training."""
     check_target(args.out, replace=True, marker=MARKER)
@@ -40,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
         warmup_steps=150,
         seed=args.seed,
     )
-    # Not beside the teacher: that may be inside a package.
-    folder = args.run or Path("runs", f"{args.out.resolve().name}-run")
+    folder = _run_folder(args)
     teacher = pretrain(shape, settings, folder)
     with atomic_directory(args.out, replace=True, marker=MARKER) as written:
         teacher.save_into(written, dtype=torch.float16)

@@ -7,6 +7,7 @@ from typing import get_args
 
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Split
 from edgeclip.runtime.bundle.files import atomic_directory
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.captions import TABLE_NAME
 
@@ -21,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=100, help="number of scenes (default: 100)")
     parser.add_argument("--size", type=int, default=192, help="side in pixels (default: 192)")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(directories=(args.folder,))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from edgeclip.export.cascade.cascade_report import (
 )
 from edgeclip.export.cascade.certify import CascadePlan, CertificationResult, certify
 from edgeclip.profiles.workload import load_workload, workload_names
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin, Score
 from edgeclip.runtime.cli.options import (
     add_device_option,
@@ -116,6 +117,12 @@ def _add_eval_set_options(parser: argparse.ArgumentParser) -> None:
             default=count,
             help=f"number of {name} pairs, with --data emoji (default: {count})",
         )
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    written = None if args.dry_run or not args.bundle.is_dir() else args.bundle
+    return Targets(folders=(written,), files=(args.page,))
 
 
 def run(args: argparse.Namespace) -> int:

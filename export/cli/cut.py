@@ -8,6 +8,7 @@ from typing import get_args
 from edgeclip.compress.data.sources import EMOJI
 from edgeclip.export.cuts.write_cuts import WrittenCuts, write_cuts
 from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.errors import InputError
@@ -48,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device_option(parser)
     parser.add_argument("--replace", action="store_true", help="replace an existing cut set")
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(directories=(args.out,))
 
 
 def run(args: argparse.Namespace) -> int:

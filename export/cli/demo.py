@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeclip.compress.built_in import built_in_teacher
+from edgeclip.runtime.bundle.targets import Targets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, help="number of distillation steps")
     parser.add_argument("--scenes", type=int, help="number of training scenes")
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(folders=(args.out,))
 
 
 def run(args: argparse.Namespace) -> int:

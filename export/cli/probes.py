@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgeclip.export.probes.probe_plan import PLANS
 from edgeclip.export.probes.write_probes import write_probes
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.cli.options import add_device_option
 from edgeclip.runtime.device.device_profile import load_device
 
@@ -23,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     add_device_option(parser)
     parser.add_argument("--replace", action="store_true", help="replace a set that is there")
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(directories=(args.out,))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from edgeclip.profiles.cuts.measure_cuts import measure_cuts, stage_table
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import load_device
@@ -26,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=positive, default=100, help="samples of each stage (default: 100)"
     )
     add_device_option(parser)
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(files=(args.out,))
 
 
 def run(args: argparse.Namespace) -> int:

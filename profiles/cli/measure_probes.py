@@ -9,6 +9,7 @@ from edgeclip.profiles.predict.measured_device import MeasuredDevice, load_measu
 from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.probe_set import ProbeSet
 from edgeclip.profiles.predict.transfer_costs import transfer_costs
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import load_device
@@ -32,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"a file, or one of {', '.join(measured_names())}",
     )
     add_device_option(parser)
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(files=(args.out,))
 
 
 def run(args: argparse.Namespace) -> int:

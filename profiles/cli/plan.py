@@ -17,6 +17,7 @@ from edgeclip.profiles.record.measurement import MeasurementRun
 from edgeclip.profiles.report.drawing import svg
 from edgeclip.profiles.report.html_page import write_html
 from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.device.link import LinkProfile, link_names, load_link
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.choose_plan import Objective, PlanChoice, choose_plan, estimate_plans
@@ -89,6 +90,11 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
     for name, (default, words) in numbers.items():
         note = "" if default is None else f" (default: {default:g})"
         parser.add_argument(name, type=float, default=default, help=words + note)
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(files=(args.out, args.picture))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from edgeclip.profiles.report.tables import measurement_table, write_parquet
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.cli.options import add_device_option
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.device.machine import detect_machine
@@ -117,6 +118,11 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, help="write an HTML page")
     parser.add_argument("--markdown", type=Path, help="write Markdown for a pull request")
     parser.add_argument("--parquet", type=Path, help="write a long table, one row for each figure")
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(files=(args.out, args.report, args.markdown, args.parquet))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -271,7 +277,8 @@ def _write(
     if args.markdown is not None:
         content = markdown_of(profile_summary_page([named], quality=quality, advice=notes))
         with atomic_file(args.markdown) as temporary:
-            temporary.write_text(f"{content}\n{comparison}".rstrip() + "\n", encoding="utf-8")
+            text = f"{content}\n{comparison}".rstrip() + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     if args.parquet is not None:
         write_parquet([named.run], args.parquet)
     for path in (args.out, args.report, args.markdown, args.parquet):

@@ -21,6 +21,7 @@ from edgeclip.profiles.report.profile_report import (
 )
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.errors import InputError
 
 
@@ -45,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="the HTML file to write")
     parser.add_argument("--markdown", type=Path, help="the Markdown file to write, of measurements")
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(files=(args.out, args.markdown))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.engines.onnxruntime_engine import embed_context
 from edgeclip.runtime.engines.providers import provider_of
 from edgeclip.runtime.errors import EngineError, InputError
@@ -43,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Precision),
         help="may be given several times (default: all that bundle and device have in common)",
     )
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(folders=(args.out,))
 
 
 def run(args: argparse.Namespace) -> int:

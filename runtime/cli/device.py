@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.device.device_profile import (
     THIS_MACHINE,
     device_names,
@@ -22,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--list", action="store_true", help="list the known devices instead")
     parser.add_argument("--out", type=Path, help="write the YAML to this file, do not print it")
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(files=(args.out,))
 
 
 def run(args: argparse.Namespace) -> int:

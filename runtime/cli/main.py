@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
+from edgeclip.runtime.bundle.targets import Targets, claim_targets
 from edgeclip.runtime.console import EscapedOutput, escape_controls
 from edgeclip.runtime.errors import EdgeClipError, MissingExtraError, without_colour
 from edgeclip.runtime.home import ensure_home
@@ -30,7 +31,8 @@ class Command:
 
     Attributes:
         module: defines `add_arguments(parser)` and `run(args)`, which returns the exit status.
-            `args.command` is the whole command line, for records.
+            `args.command` is the whole command line, for records. One that writes files also
+            defines `targets(args)`, which are checked and locked while it runs.
         help: one line for the overview.
         extra: the optional dependency group that the command needs, if any.
     """
@@ -133,6 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
         except EdgeClipError as error:
             return _fail(str(error))
+        except UnicodeEncodeError as error:
+            if not all("\ud800" <= c <= "\udfff" for c in error.object[error.start : error.end]):
+                raise
+            # Libraries in C++ and Rust open no such file.
+            return _fail(f"{error.object} is not valid UTF-8: rename it")
         except BrokenPipeError:
             _release_stdout()  # the reader, such as `head`, has seen enough
             return 0
@@ -175,7 +182,8 @@ def _run(name: str, rest: list[str], configure_log: Callable[..., None]) -> int:
         args = parser.parse_args(rest, typed)
         if args.verbose or args.log_json:  # argparse also takes shortened names
             configure_log(verbose=args.verbose, as_json=args.log_json)
-        with _left_out_told():
+        targets = getattr(module, "targets", lambda _: Targets())(args)
+        with _left_out_told(), claim_targets(targets):
             status: int = module.run(args)
     except ImportError as error:
         package = (error.name or "").split(".")[0]

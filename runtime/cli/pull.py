@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from edgeclip.runtime.bundle.manifest import Manifest
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.console import plain_text
 from edgeclip.runtime.hub.pull import pull
 
@@ -15,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write the bundle to")
     parser.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
     parser.add_argument("--replace", action="store_true", help="replace a bundle that is there")
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(directories=(args.out,))
 
 
 def run(args: argparse.Namespace) -> int:

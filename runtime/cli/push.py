@@ -5,6 +5,7 @@ from pathlib import Path
 
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.hub.push import PushPlan, plan_push, push
 
 
@@ -21,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print what would be sent, without connecting to the Hub",
     )
     parser.add_argument("--card", type=Path, metavar="FILE", help="also write the model card here")
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(files=(args.card,))
 
 
 def run(args: argparse.Namespace) -> int:
