@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.runtime.device.schema import parse
-from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.errors import ConfigError, EdgeClipError, InputError, first_line
 from edgeclip.runtime.home import home_folder
 from edgeclip.runtime.spec import PixelForm, Precision, Tower
 
@@ -81,14 +81,16 @@ def atomic_file(target: Path) -> Iterator[Path]:
     A killed writer leaves `.edgeclip-tmp-*` beside it, which the next write removes.
 
     Raises:
-        InputError: the folder of `target` cannot be made, or `target` is a directory.
+        InputError: the folder of `target` cannot be made, `target` is a directory, or another
+            library found the disk full.
     """
     _prepare(target)
     if target.is_dir():
         raise InputError(f"{target} is a directory: give the name of a file to write")
     with _sibling(target, "tmp") as temporary:
         try:
-            yield temporary
+            with _full_disk_explained(target):
+                yield temporary
             _fsync(temporary)
             temporary.replace(target)
             _fsync(target.parent)
@@ -114,14 +116,16 @@ def atomic_directory(
         marker: a file which shows that `target` may be deleted.
 
     Raises:
-        InputError: `target` exists and may not be replaced, or its parent cannot be made.
+        InputError: `target` exists and may not be replaced, its parent cannot be made, or another
+            library found the disk full.
     """
     _prepare(target)
     check_target(target, replace=replace, marker=marker)
     with _sibling(target, "tmp") as temporary:
         temporary.mkdir()
         try:
-            yield temporary
+            with _full_disk_explained(target):
+                yield temporary
             for folder, _, names in os.walk(temporary, topdown=False):
                 for name in names:
                     _fsync(Path(folder, name))
@@ -130,6 +134,29 @@ def atomic_directory(
             _swap(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+# How torch, and libraries in Rust and C++, say that a disk is full.
+_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|os error (?:27|28|122)\b"
+    r"|inline_container\.cc|iostream error"
+)
+
+
+@contextmanager
+def _full_disk_explained(target: Path) -> Iterator[None]:
+    """Turn other libraries' errors about a full disk into one line."""
+    try:
+        yield
+    except (EdgeClipError, OSError):
+        raise
+    except Exception as error:
+        if _FULL.search(str(error)) is None:
+            raise
+        raise InputError(
+            f"cannot write {target}: its disk is full ({first_line(error)}); make room and run it "
+            "again, what was finished is kept"
+        ) from error
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -259,7 +286,10 @@ def write_npz(
     if _META in arrays or any(array.dtype.hasobject for array in arrays.values()):
         raise ValueError("arrays must be numeric, and none may be called 'meta'")
     text = json.dumps({"kind": kind, **meta}, ensure_ascii=False, allow_nan=False)
-    described = {_META: np.frombuffer(text.encode(), dtype=np.uint8), **arrays}
+    # Names of files may hold bytes that are no UTF-8, as halves of surrogate pairs; the escape
+    # of these is what JSON writes too.
+    encoded = text.encode("utf-8", "backslashreplace")
+    described = {_META: np.frombuffer(encoded, dtype=np.uint8), **arrays}
     try:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **cast("Mapping[str, Any]", described))
@@ -364,7 +394,7 @@ class JsonRecord:
             InputError: the file cannot be written.
         """
         with atomic_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -174,6 +174,7 @@ class SearchModel:
         queries = inputs["embeddings"]
         check_embeddings(queries, self._dim, "embeddings")
         rows = self._search(queries, take_top(parameters, _DEFAULT_TOP, self._count))
-        keys = [[hit.key.encode() for hit in row] for row in rows]
+        # A file's name that is not UTF-8 goes as the bytes that it has on the disk.
+        keys = [[hit.key.encode("utf-8", "surrogateescape") for hit in row] for row in rows]
         scores = [[hit.score for hit in row] for row in rows]
         return {"key": np.array(keys, object), "score": np.array(scores, np.float32)}

@@ -355,7 +355,10 @@ def _rows_reader(
             )
         try:
             return [
-                tuple(make(each.decode(), float(score)) for each, score in zip(*row, strict=True))
+                tuple(
+                    make(each.decode("utf-8", "surrogateescape"), float(score))
+                    for each, score in zip(*row, strict=True)
+                )
                 for row in zip(texts, scores, strict=True)
             ]
         except (UnicodeDecodeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from edgeclip.runtime.errors import InputError, SpaceMismatchError
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.serving.app import App
 from edgeclip.runtime.serving.models import Registry
+from edgeclip.runtime.serving.search_model import SearchModel
 from edgeclip.runtime.serving.server import in_background
 from edgeclip.runtime.split.errors import ServerError, WrongSpaceError
 from edgeclip.runtime.split.escalation import Escalation
@@ -26,10 +28,11 @@ from edgeclip.runtime.split.http_client import ClientRules, Server
 from edgeclip.runtime.split.retries_and_breaker import BreakerRules, Deadline
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 from edgeclip.runtime.wire.messages import SPACE_ID, InferRequest, InferResponse
-from tests.conftest import SPACE
+from tests.conftest import DIM, SPACE
 from tests.runtime.serving.models_of_bundle import (
     AMPLE_MS,
     COLOURS,
+    answer_by,
     models_of,
     plan,
 )
@@ -234,7 +237,6 @@ def test_servers_labels_answer_for_the_devices_embeddings(
     [
         {"key": np.array([[b"a"]], object)},
         {"key": np.array([[b"a"]], object), "score": np.zeros((1, 2), np.float32)},
-        {"key": np.array([[b"\xff"]], object), "score": np.zeros((1, 1), np.float32)},
         {"key": np.zeros((1, 1), np.float32), "score": np.zeros((1, 1), np.float32)},
         {"key": np.array([b"a"], object), "score": np.zeros(1, np.float32)},
     ],
@@ -249,6 +251,17 @@ def test_hits_that_are_none_are_refused(
     with pytest.raises(ServerError) as caught:
         runtime.search("red", deadline_ms=AMPLE_MS)
     assert caught.value.reason == "bad reply"
+
+
+def test_a_key_that_is_not_utf8_is_the_name_of_its_file(
+    encoder: Encoder, server: Server, raw: RawServer, tmp_path: Path
+) -> None:
+    keys = (os.fsdecode(b"caf\xe9.png"), "b.png")
+    index = Index(keys, np.eye(2, DIM, dtype=np.float32), SPACE)
+    raw.answer = answer_by({"colours": SearchModel(index, "colours", tmp_path)})
+    runtime = SplitRuntime(encoder, plan("embedding", model="colours"), server)
+    reply = runtime.search(np.eye(1, DIM, dtype=np.float32), deadline_ms=AMPLE_MS)
+    assert [hit.key for hit in reply.value[0]] == list(keys)
 
 
 def test_against_the_server_that_comes_with_it(
