@@ -138,6 +138,20 @@ class Encoder:
         self.precisions[tower] = runner.precision
         return runner
 
+    def model_of(self, tower: Tower) -> str:
+        """Name what embeds: tower, precision and SHA-256 of its files; loads the tower.
+
+        Raises:
+            BundleError, EngineError: the tower cannot be loaded.
+        """
+        if tower == "text":
+            self._check_text_tower()
+        runner = self._image_tower if tower == "image" else self._text_tower
+        file = self.bundle.manifest.tower(tower).file(runner.precision)
+        paths = (file.path, file.data_path)
+        hashes = [item.sha256 for item in self.bundle.manifest.files if item.path in paths]
+        return " ".join([tower, runner.precision, *sorted(hashes)])
+
     @functools.cached_property
     def _tokenizer(self) -> "TextTokenizer":
         from edgeclip.runtime.inputs.tokenizer import TextTokenizer

@@ -1,31 +1,66 @@
-"""`edgeclip embed`: embed image files or texts, and write an index for `edgeclip search`."""
+"""`edgeclip embed`: embed image files or texts, and write or update an index for `search`.
+
+An index that exists is updated: only what is new or changed is embedded, what is gone from the
+named folders is removed and named, and entries of other folders stay. A stopped run goes on.
+"""
 
 import argparse
-from pathlib import Path
+import hashlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import TypeVar
 
-from edgeclip.runtime.bundle.index import Index
+import numpy as np
+from tqdm import tqdm
+
+from edgeclip.runtime.bundle.index_update import IndexChange, IndexUpdate, index_bytes
+from edgeclip.runtime.bundle.targets import Targets, require_space
 from edgeclip.runtime.cli.options import add_encoder_options, open_encoder
+from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.bad_items import add_max_bad_option, report_bad
+from edgeclip.runtime.inputs.content import ContentHashes
 from edgeclip.runtime.inputs.find_images import find_images
-from edgeclip.runtime.inputs.image_folder import embed_files, report_skipped
+from edgeclip.runtime.inputs.preprocess import resize_and_crop
 from edgeclip.runtime.inputs.text_files import read_lines
+from edgeclip.runtime.inputs.tokenizer import TextTokenizer
+from edgeclip.runtime.spec import Tower
+
+_log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+_TEXTS_AT_ONCE = 4096  # that are tokenized
+_NAMED = 20  # removed entries that are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("paths", type=Path, nargs="*", help="image files, or folders of them")
     parser.add_argument("--texts", type=Path, help="instead of images: a file, one text per line")
-    parser.add_argument("--out", type=Path, required=True, help="the index to write (.npz)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the index to write or to update (.npz)"
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="embed everything anew, and keep no other entry"
+    )
     parser.add_argument(
         "--strict",
         action="store_true",
         help="stop at the first image that cannot be read, and at files that would be left out "
         "(default: skip and name them)",
     )
+    add_max_bad_option(parser)
     parser.add_argument(
         "--truncate", action="store_true", help="truncate texts that are too long (default: refuse)"
     )
     add_encoder_options(parser)
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(files=(args.out,))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,23 +69,97 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("give images or folders, or --texts FILE, and not both")
     if args.out.suffix != ".npz":
         raise InputError(f"{args.out}: the name of an index ends in .npz")
-    index = _embed_texts(args) if args.texts else _embed_images(args)
-    index.save(args.out)
+    is_update = args.out.exists() and not args.replace
+    change = _embed_texts(args) if args.texts else _embed_images(args)
+    index = change.index
     print(f"{len(index.keys)} embeddings of length {index.embeddings.shape[1]} in {args.out}")
+    if is_update:
+        if change.removed:
+            names, more = ", ".join(change.removed[:_NAMED]), len(change.removed) - _NAMED
+            _log.info("removed: %s%s", names, f" and {more} more" if more > 0 else "")
+        counts = (len(change.added), len(change.changed), len(change.removed), change.kept)
+        print("{} added, {} changed, {} removed, {} as before".format(*counts))
     return 0
 
 
-def _embed_images(args: argparse.Namespace) -> Index:
+def _embed_images(args: argparse.Namespace) -> IndexChange:
     paths = find_images(args.paths, strict=args.strict)
     encoder = open_encoder(args)
-    embedded = embed_files(encoder, paths, batch_size=args.batch_size, strict=args.strict)
-    report_skipped(embedded)
-    keys = tuple(path.as_posix() for path in embedded.paths)
-    return Index(keys=keys, embeddings=embedded.embeddings, space=encoder.space)
+    hashes = ContentHashes()
+    kept: list[tuple[Path, bytes]] = []
+    bad: list[str] = []
+    with (
+        _update(args, encoder, "image", len(paths)) as update,
+        tqdm(total=len(paths), desc="embed", unit="image", file=sys.stderr) as bar,
+    ):
+        for chunk in _chunks(paths, args.batch_size):
+            new = {}
+            for path in chunk:
+                try:
+                    content = hashes.of(path)
+                    if content not in update and content not in new:
+                        new[content] = resize_and_crop(path, encoder.spec.image)
+                except InputError as error:
+                    if args.strict:
+                        raise
+                    bad.append(str(error))
+                else:
+                    kept.append((path, content))
+            if new:
+                update.add(tuple(new), encoder.encode_pixels(np.stack(list(new.values()))))
+            bar.update(len(chunk))
+        report_bad(bad, len(paths), args.max_bad)
+        keys = [path.as_posix() for path, _ in kept]
+        contents = [content for _, content in kept]
+        return update.finish(keys, contents, is_named=_under(args.paths))
 
 
-def _embed_texts(args: argparse.Namespace) -> Index:
+def _embed_texts(args: argparse.Namespace) -> IndexChange:
     texts = tuple(read_lines(args.texts))  # row i of the index is line i
     encoder = open_encoder(args)
-    embeddings = encoder.encode_text(texts, truncate=args.truncate, batch_size=args.batch_size)
-    return Index(keys=texts, embeddings=embeddings, space=encoder.space)
+    contents = [hashlib.sha256(f"text {args.truncate} {text}".encode()).digest() for text in texts]
+    with _update(args, encoder, "text", len(texts)) as update:
+        tokenizer = TextTokenizer.from_file(encoder.bundle.tokenizer_path, encoder.spec.text)
+        for start, chunk in enumerate(_chunks(texts, _TEXTS_AT_ONCE)):  # all, before long work
+            tokenizer.encode(chunk, truncate=args.truncate, first=start * _TEXTS_AT_ONCE)
+        for numbers in _chunks(range(len(texts)), args.batch_size):
+            new = {contents[n]: texts[n] for n in numbers if contents[n] not in update}
+            if new:
+                embeddings = encoder.encode_text(
+                    list(new.values()), truncate=args.truncate, batch_size=args.batch_size
+                )
+                update.add(tuple(new), embeddings)
+        # The file is the whole list: what it no longer holds is removed.
+        return update.finish(texts, contents, is_named=lambda _: True)
+
+
+@contextmanager
+def _update(
+    args: argparse.Namespace, encoder: Encoder, tower: Tower, count: int
+) -> Iterator[IndexUpdate]:
+    """Open the index of `--out` for `count` embeddings of a tower; say on Ctrl-C what is kept."""
+    dim = encoder.spec.dim
+    require_space(args.out, index_bytes(count, dim))
+    update = IndexUpdate(
+        args.out,
+        space=encoder.space,
+        model=encoder.model_of(tower),
+        dim=dim,
+        replace=args.replace,
+    )
+    try:
+        with update:
+            yield update
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped; {len(update)} embeddings are kept, so run it again to go on"
+        ) from None
+
+
+def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _under(paths: Sequence[Path]) -> Callable[[str], bool]:
+    """Return whether a key lies at one of the given files or under one of the folders."""
+    return lambda key: any(PurePath(key).is_relative_to(path) for path in paths)

@@ -13,6 +13,7 @@ from edgeclip.runtime.cli.options import (
 )
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.bad_items import add_max_bad_option
 from edgeclip.runtime.inputs.captions import read_captions
 from edgeclip.runtime.inputs.find_images import list_images
 from edgeclip.runtime.inputs.image_folder import embed_files, report_skipped
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="stop at the first image that cannot be read, and at files that would be left out",
     )
+    add_max_bad_option(parser)
     add_json_option(parser)
     add_encoder_options(parser)
 
@@ -74,7 +76,7 @@ def _retrieval(args: argparse.Namespace) -> int:
         )
     encoder = open_encoder(args)
     embedded = embed_files(encoder, images, batch_size=args.batch_size, strict=args.strict)
-    report_skipped(embedded)
+    report_skipped(embedded, args.max_bad)
     by_image = dict(zip(images, captions, strict=True))
     own = [by_image[path] for path in embedded.paths]
     texts, relevance = [text for captions in own for text in captions], Relevance.of_captions(own)
@@ -114,7 +116,7 @@ def _zero_shot(args: argparse.Namespace) -> int:
     names = [name.replace("_", " ") for name in classes]
     labels = encoder.bake_labels(names, tuple(args.template or DEFAULT_TEMPLATES))
     embedded = embed_files(encoder, images, batch_size=args.batch_size, strict=args.strict)
-    report_skipped(embedded)
+    report_skipped(embedded, args.max_bad)
     right = np.array([classes.index(_class_of(path, args.folder)) for path in embedded.paths])
     ranks = label_ranks(embedded.embeddings, labels.embeddings, right)
     top1, top5 = bootstrap(ranks <= 1), bootstrap(ranks <= 5)

@@ -1,6 +1,5 @@
 """Embed image files, and skip damaged ones."""
 
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ from tqdm import tqdm
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.bad_items import MaxBad, report_bad
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +59,11 @@ def embed_files(
     return EmbeddedFiles(tuple(kept), np.concatenate(parts), tuple(skipped))
 
 
-def report_skipped(embedded: EmbeddedFiles) -> None:
-    """Log each skipped file with the reason, and their number."""
-    for _, reason in embedded.skipped:
-        _log.info("skipped: %s", reason)
-    if embedded.skipped:
-        total = len(embedded.paths) + len(embedded.skipped)
-        _log.info("skipped %d of %d images", len(embedded.skipped), total)
+def report_skipped(embedded: EmbeddedFiles, limit: MaxBad | None = None) -> None:
+    """Log the skipped files with the reasons, and their number.
+
+    Raises:
+        InputError: more were skipped than `limit` allows; None allows any number.
+    """
+    reasons = [reason for _, reason in embedded.skipped]
+    report_bad(reasons, len(embedded.paths) + len(reasons), limit)
