@@ -6,6 +6,8 @@ from pathlib import Path
 from edgeclip.compress.cli.options import add_data, add_teacher, load_source, load_teacher
 from edgeclip.compress.data.augmentation import Augmentation
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
+from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.inputs.bad_items import add_max_bad_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser, count=32_768)
     parser.add_argument("--views", type=int, default=1, help="augmented views of each picture")
     parser.add_argument("--seed", type=int, default=0, help="seed of the augmentation")
+    add_max_bad_option(parser)
     parser.add_argument("--out", type=Path, required=True, help="directory of the cache")
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(shared=(args.out,))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,7 +30,12 @@ def run(args: argparse.Namespace) -> int:
     teacher = load_teacher(args)
     source = load_source(args, teacher, split="train")
     cache: TeacherCache = build_cache(
-        teacher, source, args.out, views=args.views, augmentation=Augmentation(seed=args.seed)
+        teacher,
+        source,
+        args.out,
+        views=args.views,
+        augmentation=Augmentation(seed=args.seed),
+        max_bad=args.max_bad,
     )
     settings = cache.settings
     print(f"{settings.count} pictures in {settings.views} views are in {args.out}")

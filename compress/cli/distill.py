@@ -11,6 +11,7 @@ from edgeclip.compress.cli.options import (
     load_teacher,
     refuse_teacher_as_output,
 )
+from edgeclip.compress.data.sources import without
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import MARKER
 from edgeclip.compress.teachers.teacher_cache import build_cache
@@ -19,6 +20,8 @@ from edgeclip.compress.train.held_out import MOST_HELD_OUT
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.runtime.bundle.files import check_target
+from edgeclip.runtime.bundle.targets import Targets, require_space
+from edgeclip.runtime.inputs.bad_items import add_max_bad_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=default,
             help=f"{what} of each ConvNeXt stage (default: {' '.join(map(str, default))})",
         )
-    parser.add_argument("--steps", type=int, default=2000, help="default: 2000")
+    add_max_bad_option(parser)
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=2000,
+        help="may be raised for a run that has ended: its learning rate then goes on as in a run "
+        "of so many steps (default: 2000)",
+    )
     parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 0.001")
     parser.add_argument("--seed", type=int, default=0)
@@ -86,13 +96,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    if not args.out.name:  # refused below
+        return Targets()
+    folder = _run_folder(args)
+    cache = args.cache or folder / "cache"
+    return Targets(directories=(args.out,), folders=(folder,), shared=(cache,))
+
+
+def _run_folder(args: argparse.Namespace) -> Path:
+    folder: Path = args.run or args.out.with_name(args.out.name + "-run")
+    return folder
+
+
 def run(args: argparse.Namespace) -> int:
     """Cache, distil and save; a run that was stopped goes on where it was."""
     refuse_teacher_as_output(args)
     check_target(args.out, replace=True, marker=MARKER)
     teacher = load_teacher(args)
     source = load_source(args, teacher, split="train")
-    folder = args.run or args.out.with_name(args.out.name + "-run")
+    folder = _run_folder(args)
     weights, settings = _weights(args), _settings(args)
     shape = StudentShape(
         family=args.family,
@@ -107,15 +131,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"{source.name}: no captions, so the teacher's text tower is kept as it is")
         shape = replace(shape, whole_text=True)
     student = new_student(teacher, shape, seed=args.seed).to(teacher.device)
-    cache = build_cache(teacher, source, args.cache or folder / "cache", views=args.views)
+    require_space(args.out, sum(4 * weight.numel() for weight in student.parameters()))
+    cache = build_cache(
+        teacher, source, args.cache or folder / "cache", views=args.views, max_bad=args.max_bad
+    )
     best = distill(
         student,
         cache,
-        source,
+        without(source, cache.unreadable),
         loss_weights=weights,
         settings=settings,
         out=folder,
         held_out=args.held_out,
+        max_bad=args.max_bad,
     )
     student.save(args.out)
     if best is not None:

@@ -142,7 +142,10 @@ def vocabulary() -> tuple[Emoji, ...]:
 
 def _share(key: str) -> float:
     """Hash `key` to a number in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    return (
+        int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+        / 2**64
+    )
 
 
 @functools.lru_cache(maxsize=2)

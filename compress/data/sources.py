@@ -1,23 +1,31 @@
 """Open image-text pairs by split: the built-in scenes, or a folder of pictures with captions."""
 
+import copy
 import functools
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol, get_args
 
 from PIL import Image
+from tqdm import tqdm
 
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Scene, Split, split_of, vocabulary
-from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.console import escape_controls
+from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.inputs.bad_items import MaxBad, report_bad
 from edgeclip.runtime.inputs.captions import is_table, read_captions
+from edgeclip.runtime.inputs.content import ContentHashes
 from edgeclip.runtime.inputs.find_images import leave_out_others, list_images
 from edgeclip.runtime.inputs.images import load_image
 from edgeclip.runtime.quality.relevance import Relevance
 
 EMOJI = "emoji"  # the value of `--data` for the built-in scenes
+_OF_WORLD = 48  # of the 64 digits that name a built-in scene; the others are its number
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +65,22 @@ class Source(Protocol):
     def captions(self, index: int) -> tuple[str, ...]:
         """Return all captions of a picture; none if `has_captions` is false."""
 
+    def content(self, index: int) -> str:
+        """Return 64 hexadecimal digits that change whenever the picture does, and only then.
+
+        Raises:
+            InputError: the picture cannot be read.
+        """
+
 
 class EmojiSource:
     """The first `count` scenes of a split of EmojiScenes, drawn at `size` pixels.
 
     Args:
         distinct: skip scenes with a caption that came before, as retrieval needs.
+
+    Attributes:
+        of_world: a hash of all that a scene depends on but its number.
     """
 
     has_captions = True
@@ -79,6 +97,8 @@ class EmojiSource:
         self._size = size
         self.name = f"EmojiScenes {split}, {count} scenes"
         self.identity = f"emoji-scenes:{split}:{seed}:{count}:{size}:{distinct}:{_drawn_from()}"
+        world = f"emoji-scenes:{split}:{seed}:{size}:{distinct}:{_drawn_from()}"
+        self.of_world = hashlib.sha256(world.encode()).hexdigest()[:_OF_WORLD]
 
     def __len__(self) -> int:
         return self._count
@@ -101,6 +121,10 @@ class EmojiSource:
 
     def captions(self, index: int) -> tuple[str, ...]:
         return (self.caption(index),)
+
+    def content(self, index: int) -> str:
+        """Return a hash of what scenes are drawn from, and the number of the scene."""
+        return f"{self.of_world}{index:0{64 - _OF_WORLD}x}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -160,14 +184,47 @@ class FolderSource:
         self.paths = tuple(path for path, _ in wanted)
         self._captions = tuple(own for _, own in wanted)
         part = "" if by_hash is None else f" of {len(everything)}, for {split}"
-        self.name = f"{folder / (below or '')}, {len(self.paths)} pictures{part}"
+        shown = escape_controls(str(folder / (below or "")))
+        self.name = f"{shown}, {len(self.paths)} pictures{part}"
+        self._folder = folder
+        self._contents: dict[Path, str] = {}
+
+    @functools.cached_property
+    def identity(self) -> str:
         digest = hashlib.sha256()
-        for path, own in wanted:
-            state = path.stat()
-            told = own[0] if len(own) == 1 else own or None
-            key = f"{path.relative_to(folder)}|{state.st_size}|{state.st_mtime_ns}|{told}"
-            digest.update(key.encode())
-        self.identity = f"folder:{min_side}:{digest.hexdigest()}"
+        for index, path in enumerate(self.paths):
+            try:
+                content = self.content(index)
+            except InputError:
+                content = "unreadable"
+            key = f"{path.relative_to(self._folder)}|{content}|{self._captions[index]}"
+            digest.update(key.encode("utf-8", "surrogateescape"))
+        return f"folder:{self._min_side}:{digest.hexdigest()}"
+
+    @functools.cached_property
+    def _hashes(self) -> ContentHashes:
+        return ContentHashes()
+
+    def content(self, index: int) -> str:
+        """Return a hash of the file's bytes and of how they are decoded."""
+        path = self.paths[index]
+        if path not in self._contents:
+            bytes_hash = self._hashes.of(path).hex()
+            of_both = hashlib.sha256(f"{self._min_side}:{bytes_hash}".encode())
+            self._contents[path] = of_both.hexdigest()
+        return self._contents[path]
+
+    def without(self, numbers: Collection[int]) -> "FolderSource":
+        """Return these pairs but for some, by their index."""
+        if not numbers:
+            return self
+        rest = [index for index in range(len(self)) if index not in numbers]
+        found = copy.copy(self)
+        found.__dict__.pop("identity", None)
+        found.paths = tuple(self.paths[index] for index in rest)
+        found._captions = tuple(self._captions[index] for index in rest)
+        found.name = f"{self.name}, {len(numbers)} of them left out"
+        return found
 
     @property
     def has_captions(self) -> bool:
@@ -187,7 +244,15 @@ class FolderSource:
         return self._captions[index]
 
 
-def open_source(data: str, *, split: Split, count: int, size: int, strict: bool = False) -> Source:
+def open_source(
+    data: str,
+    *,
+    split: Split,
+    count: int,
+    size: int,
+    strict: bool = False,
+    max_bad: MaxBad | None = None,
+) -> Source:
     """Open the data of `--data`: `emoji` for the built-in scenes, else a folder of pictures.
 
     A folder with subfolders named after the splits is split by them, any other by the hash
@@ -195,28 +260,31 @@ def open_source(data: str, *, split: Split, count: int, size: int, strict: bool 
     on never decides whether it passes its gates. A caption table lies in the subfolder of the
     split, or one for all splits in the folder.
 
+    With `max_bad` every picture of a folder is decoded, and those that cannot be are left out.
+
     Raises:
         ConfigError: some of the subfolders are there, but not the one for `split`.
-        InputError: no folder, no pictures in it, captions for only some of them, or with `strict`
-            files that would be left out.
+        InputError: no folder, no pictures in it, captions for only some of them, with `strict`
+            files that would be left out, or more unreadable pictures than `max_bad`.
     """
     if data == EMOJI:
         return EmojiSource(split, count, size=size, distinct=split != "train")
     folder = Path(data)
     splits = get_args(Split)
     there = [name for name in splits if (folder / name).is_dir()]
-    if not there:
-        return FolderSource(folder, split=split, min_side=size, strict=strict)
-    if split not in there:
+    if there and split not in there:
         raise ConfigError(f"{folder} has the subfolder {there[0]}, so it needs {split} as well")
-    own, shared = (any(map(is_table, item.iterdir())) for item in (folder / split, folder))
-    below = split if shared and not own else None
-    if below is None:
-        leave_out_others(folder, splits, "in no subfolder of a split", strict=strict)
-        folder = folder / split
-    return FolderSource(
-        folder, split=split, divide=False, min_side=size, below=below, strict=strict
+    below = None
+    if there:
+        own, shared = (any(map(is_table, item.iterdir())) for item in (folder / split, folder))
+        below = split if shared and not own else None
+        if below is None:
+            leave_out_others(folder, splits, "in no subfolder of a split", strict=strict)
+            folder = folder / split
+    source = FolderSource(
+        folder, split=split, divide=not there, min_side=size, below=below, strict=strict
     )
+    return source if max_bad is None else readable(source, max_bad)
 
 
 def most_captions(source: Source) -> int:
@@ -229,6 +297,42 @@ def most_captions(source: Source) -> int:
 def relevance_of(source: Source) -> Relevance:
     """Tell which captions of a source, all in order, are right for which of its pictures."""
     return Relevance.of_captions([source.captions(index) for index in range(len(source))])
+
+
+def without(source: Source, numbers: Collection[int]) -> Source:
+    """Return a source without the pictures that cannot be read; only a folder has such."""
+    return source.without(numbers) if isinstance(source, FolderSource) else source
+
+
+def readable(source: FolderSource, limit: MaxBad) -> FolderSource:
+    """Decode every picture of a folder, and return the source without those that cannot be read.
+
+    Raises:
+        InputError: there are more of these than `limit` allows.
+    """
+
+    def fault(index: int) -> str | None:
+        try:
+            source[index]
+        except InputError as error:
+            return str(error)
+        return None
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(source), desc="check", unit="img", dynamic_ncols=True) as bar,
+    ):
+        found = []
+        for reason in pool.map(fault, range(len(source))):
+            found.append(reason)
+            bar.update()
+    report_bad([reason for reason in found if reason is not None], len(source), limit)
+    return source.without([index for index, reason in enumerate(found) if reason is not None])
+
+
+def seed_of(source: Source, index: int) -> int:
+    """Return the number that decides on the augmented views of a picture, by its content."""
+    return int(source.content(index)[_OF_WORLD:], 16)
 
 
 def captions_of(source: Source, indices: Sequence[int]) -> list[str]:

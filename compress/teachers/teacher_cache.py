@@ -1,57 +1,68 @@
 """Compute the teacher's embeddings of a data set once, and keep them on disk."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from edgeclip.compress.compute import autocast
 from edgeclip.compress.data.augmentation import Augmentation, augment
-from edgeclip.compress.data.sources import Source, captions_of, most_captions
+from edgeclip.compress.data.sources import Source, captions_of, most_captions, seed_of, without
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
-from edgeclip.runtime.bundle.files import atomic_file, read_npz, write_npz
+from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.bundle.row_file import RowFile, row_bytes
+from edgeclip.runtime.bundle.targets import require_space
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.inputs.bad_items import DEFAULT_MAX_BAD, MaxBad, report_bad
 
 _SETTINGS = "cache.json"
-_KIND = "edgeclip-teacher-cache-1"
 _BATCH = 64
 Float16 = NDArray[np.float16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheSettings:
-    """The identity of a cache: caches with equal settings hold equal embeddings.
+class CacheIdentity:
+    """What all embeddings of a cache depend on, beside the picture or the caption itself.
 
     Attributes:
         space: fingerprint of the teacher's embedding space.
-        source: identity of the data.
-        count: number of pictures.
         views: number of augmented views of each picture.
         dim: length of an embedding.
-        captions: whether the captions are embedded too.
-        texts: the most captions that a picture has.
         augmentation: how the views are made.
         logit_scale: the teacher's logit scale.
-        shard_size: number of pictures in a file.
     """
 
     space: str
-    source: str
-    count: int
     views: int
     dim: int
-    captions: bool
     augmentation: Augmentation
     logit_scale: float
-    shard_size: int = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings(CacheIdentity):
+    """The identity of a source's embeddings: equal settings mean equal embeddings.
+
+    Attributes:
+        source: identity of the data, without the pictures that cannot be read.
+        count: number of pictures.
+        captions: whether the captions are embedded too.
+        texts: the most captions that a picture has.
+    """
+
+    source: str
+    count: int
+    captions: bool
     texts: int = 1
 
 
@@ -60,12 +71,15 @@ class TeacherCache:
     """Embeddings of every view and caption of a source, L2-normalised.
 
     `image` is float16 [count, views, dim]; `text` is float16 [count, texts, dim], zeros where a
-    picture has fewer captions than others, or None for pictures without captions.
+    picture has fewer captions than others, or None for pictures without captions. `unreadable`
+    holds the indices, in the source that was given, of pictures that could not be read and have no
+    row; see `sources.without`.
     """
 
     settings: CacheSettings
     image: Float16
     text: Float16 | None
+    unreadable: tuple[int, ...] = ()
 
 
 def build_cache(
@@ -75,75 +89,131 @@ def build_cache(
     *,
     views: int | None = None,
     augmentation: Augmentation | None = None,
+    max_bad: MaxBad = DEFAULT_MAX_BAD,
 ) -> TeacherCache:
-    """Compute the shards that `folder` lacks, and open the cache.
+    """Compute the embeddings that `folder` lacks, and return those of the source.
+
+    The folder holds `image.rows` and `text.rows` (`RowFile`), where a picture's embeddings lie
+    under its content and a caption's under its SHA-256. So a new, changed or mended picture
+    computes itself alone, and a run that was killed loses the batch in hand.
 
     Args:
         views, augmentation: None takes those of an existing cache; for a new cache, one view and
             `Augmentation()`.
+        max_bad: how many pictures may be unreadable; they are skipped and named.
 
     Raises:
-        ConfigError: `folder` holds a cache of another teacher, source or augmentation, or
-            there is nothing to cache.
+        ConfigError: `folder` holds a cache of another teacher or augmentation, or there is
+            nothing to cache.
+        InputError: more pictures are unreadable than `max_bad` allows, or the disk is full; what
+            was computed is kept.
     """
-    existing = _read_settings(folder) if (folder / _SETTINGS).exists() else None
+    existing = _read_identity(folder) if (folder / _SETTINGS).exists() else None
     if views is None:
         views = existing.views if existing else 1
     if augmentation is None:
         augmentation = existing.augmentation if existing else Augmentation()
-    if len(source) < 1 or views < 1:
-        raise ConfigError(f"a cache needs pictures and views, got {len(source)} and {views}")
-    settings = CacheSettings(
+    count = len(source)
+    if count < 1 or views < 1:
+        raise ConfigError(f"a cache needs pictures and views, got {count} and {views}")
+    identity = CacheIdentity(
         space=space_fingerprint(teacher),
-        source=source.identity,
-        count=len(source),
         views=views,
         dim=teacher.spec.dim,
-        captions=source.has_captions,
         augmentation=augmentation,
         logit_scale=teacher.spec.logit_scale,
-        texts=most_captions(source),
     )
-    _claim(folder, settings)
-    starts = range(0, settings.count, settings.shard_size)
-    total = settings.count * settings.views
-    with tqdm(total=total, desc="teacher cache", unit="img", dynamic_ncols=True) as bar:
-        for start in starts:
-            size = min(settings.shard_size, settings.count - start)
-            path = _shard(folder, start // settings.shard_size)
-            if not path.exists():
-                arrays = _embed_shard(teacher, source, settings, range(start, start + size))
-                write_npz(path, _KIND, {}, arrays)
-            bar.update(size * settings.views)
-    return open_cache(folder)
-
-
-def open_cache(folder: Path) -> TeacherCache:
-    """Read a finished cache.
-
-    Raises:
-        ConfigError: `folder` holds no cache, or shards are missing or damaged.
-    """
-    settings = _read_settings(folder)
-    shards = []
-    for number in range(-(-settings.count // settings.shard_size)):
-        path = _shard(folder, number)
-        if not path.exists():
-            raise ConfigError(f"{folder} is unfinished: run the command that made it again")
-        try:
-            shards.append(read_npz(path, _KIND, frozenset(), _arrays(settings))[1])
-        except InputError as error:
-            raise ConfigError(
-                f"{path} is damaged: delete it, and run the command that made it again"
-            ) from error
-    image = np.concatenate([shard["image"] for shard in shards])
+    image_file, text_file = folder / "image.rows", folder / "text.rows"
+    image_row, text_row = (views, identity.dim), (identity.dim,)
+    needed = row_bytes(count, image_row, np.float16)
+    needed += row_bytes(count * most_captions(source), text_row, np.float16)
+    there = sum(path.stat().st_size for path in (image_file, text_file) if path.exists())
+    require_space(folder, max(0, needed - there))
+    _claim(folder, identity)
+    bad: dict[int, str] = {}
+    with (
+        _open_rows(image_file, image_row) as images,
+        _open_rows(text_file, text_row) as texts,
+        fast_inference(teacher),
+        tqdm(total=count * views, desc="teacher cache", unit="img", dynamic_ncols=True) as bar,
+    ):
+        for first in range(0, count, _BATCH):
+            chunk = range(first, min(first + _BATCH, count))
+            bad |= _add_pictures(images, teacher, source, chunk, identity)
+            if source.has_captions:
+                captions_of(source, chunk)  # refuses a picture without any
+                own = [source.captions(index) for index in chunk if index not in bad]
+                _add_captions(texts, teacher, [caption for given in own for caption in given])
+            bar.update(len(chunk) * views)
+    report_bad(list(bad.values()), count, max_bad)
+    source = without(source, bad)
+    numbers = range(len(source))
     text = None
-    if settings.captions:
-        text = np.concatenate([shard["text"] for shard in shards])
-        text = text.reshape(settings.count, settings.texts, settings.dim)
-    if image.shape != (settings.count, settings.views, settings.dim):
-        raise ConfigError(f"{folder}: shards of another shape than {_SETTINGS} says; delete it")
-    return TeacherCache(settings, image, text)
+    most = most_captions(source)
+    if source.has_captions:
+        text = np.zeros((len(source), most, identity.dim), np.float16)
+        for number in numbers:
+            keys = [_caption_key(caption) for caption in source.captions(number)]
+            text[number, : len(keys)] = texts.rows(keys)
+    return TeacherCache(
+        CacheSettings(
+            **{field.name: getattr(identity, field.name) for field in fields(identity)},
+            source=source.identity,
+            count=len(source),
+            captions=source.has_captions,
+            texts=most,
+        ),
+        images.rows([bytes.fromhex(source.content(number)) for number in numbers]),
+        text,
+        tuple(bad),
+    )
+
+
+def _add_pictures(
+    file: RowFile, teacher: DualEncoder, source: Source, chunk: range, identity: CacheIdentity
+) -> dict[int, str]:
+    """Embed the pictures that `file` lacks; return why others cannot be read, by their index."""
+    pictures: dict[bytes, tuple[int, Image.Image]] = {}
+    bad: dict[int, str] = {}
+    for index in chunk:
+        try:
+            key = bytes.fromhex(source.content(index))
+            if key not in file and key not in pictures:
+                pictures[key] = (index, source[index].image)
+        except InputError as error:
+            bad[index] = str(error)
+    if not pictures:
+        return bad
+    found = np.empty((len(pictures), identity.views, identity.dim), np.float16)
+    for view in range(identity.views):
+        seen = [
+            augment(image, identity.augmentation, index=seed_of(source, index), view=view)
+            for index, image in pictures.values()
+        ]
+        found[:, view] = _half(teacher.embed_image(teacher.preprocess(seen)))
+    file.append(tuple(pictures), found)
+    return bad
+
+
+def _add_captions(file: RowFile, teacher: DualEncoder, captions: Sequence[str]) -> None:
+    """Embed the captions that `file` lacks."""
+    keys = {_caption_key(caption): caption for caption in captions}
+    lacking = {key: caption for key, caption in keys.items() if key not in file}
+    if lacking:
+        found = _half(teacher.embed_text(teacher.tokenize(list(lacking.values()))))
+        file.append(tuple(lacking), found)
+
+
+def _caption_key(caption: str) -> bytes:
+    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()
+
+
+def _open_rows(path: Path, shape: tuple[int, ...]) -> RowFile:
+    mend = "delete it, and run the command that made it again"
+    try:
+        return RowFile(path, shape=shape, dtype=np.float16, settings={}, mend=mend)
+    except InputError as error:
+        raise ConfigError(str(error)) from error
 
 
 def embed_source(
@@ -163,32 +233,6 @@ def embed_source(
     return torch.cat(image), torch.cat(text)
 
 
-def _embed_shard(
-    teacher: DualEncoder, source: Source, settings: CacheSettings, indices: range
-) -> dict[str, NDArray[np.generic]]:
-    image = np.empty((len(indices), settings.views, settings.dim), np.float16)
-    text = np.zeros((len(indices), settings.texts, settings.dim), np.float16)
-    with fast_inference(teacher):
-        for first in range(0, len(indices), _BATCH):
-            rows = slice(first, first + _BATCH)
-            chunk = indices[rows]
-            pairs = [source[index] for index in chunk]
-            for view in range(settings.views):
-                pictures = [
-                    augment(pair.image, settings.augmentation, index=index, view=view)
-                    for pair, index in zip(pairs, chunk, strict=True)
-                ]
-                image[rows, view] = _half(teacher.embed_image(teacher.preprocess(pictures)))
-            if settings.captions:
-                own = [source.captions(index) for index in chunk]
-                place = [(row, n) for row, given in enumerate(own) for n in range(len(given))]
-                captions = [caption for given in own for caption in given]
-                found = _half(teacher.embed_text(teacher.tokenize(captions)))
-                text[rows][tuple(zip(*place, strict=True))] = found
-    flat = text.reshape(-1, settings.dim)
-    return {"image": image, "text": flat} if settings.captions else {"image": image}
-
-
 @contextmanager
 def fast_inference(model: DualEncoder) -> Iterator[None]:
     """Run the block in evaluation mode, without gradients, in bfloat16 if the hardware has it."""
@@ -205,24 +249,16 @@ def _half(embeddings: torch.Tensor) -> Float16:
     return embeddings.cpu().numpy().astype(np.float16)
 
 
-def _arrays(settings: CacheSettings) -> frozenset[str]:
-    return frozenset(("image", "text") if settings.captions else ("image",))
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.npz"
-
-
-def _claim(folder: Path, settings: CacheSettings) -> None:
-    """Write the settings of a new cache, or check those of an existing one."""
+def _claim(folder: Path, identity: CacheIdentity) -> None:
+    """Write the identity of a new cache, or check that of an existing one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _SETTINGS
     if not path.exists():
         with atomic_file(path) as temporary:
-            text = json.dumps(asdict(settings), indent=2) + "\n"
+            text = json.dumps(asdict(identity), indent=2) + "\n"
             temporary.write_text(text, encoding="utf-8")
         return
-    existing, wanted = asdict(_read_settings(folder)), asdict(settings)
+    existing, wanted = asdict(_read_identity(folder)), asdict(identity)
     different = [name for name, value in wanted.items() if existing[name] != value]
     if different:
         raise ConfigError(
@@ -231,12 +267,15 @@ def _claim(folder: Path, settings: CacheSettings) -> None:
         )
 
 
-def _read_settings(folder: Path) -> CacheSettings:
+def _read_identity(folder: Path) -> CacheIdentity:
     path = folder / _SETTINGS
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no teacher cache (no {_SETTINGS})") from None
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
-    return parse(CacheSettings, data, source=str(path))
+    if isinstance(data, dict) and "shard_size" in data:
+        raise ConfigError(
+            f"{folder} is a cache of an earlier version, which did not name pictures by their "
+            "content: choose another directory, or delete it"
+        )
+    return parse(CacheIdentity, data, source=str(path))

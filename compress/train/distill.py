@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgeclip.compress.compute import full_precision
 from edgeclip.compress.data.augmentation import augment
-from edgeclip.compress.data.sources import Source
+from edgeclip.compress.data.sources import Source, seed_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.held_out import HeldOut, split_rows
@@ -23,7 +23,8 @@ from edgeclip.compress.train.losses import (
     feature_loss,
 )
 from edgeclip.compress.train.train_loop import BestStep, TrainSettings, TrainTask, train
-from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.inputs.bad_items import DEFAULT_MAX_BAD, MaxBad, report_bad
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def distill(
     settings: TrainSettings,
     out: Path,
     held_out: int | None = None,
+    max_bad: MaxBad = DEFAULT_MAX_BAD,
 ) -> BestStep | None:
     """Train `student` in place; write checkpoints and `log.jsonl` to `out`.
 
@@ -109,7 +111,9 @@ def distill(
         TrainTask(
             title="distill",
             module=student,
-            batch=DistillationBatches(student, cache, source, settings, rows=split.train),
+            batch=DistillationBatches(
+                student, cache, source, settings, rows=split.train, max_bad=max_bad
+            ),
             losses=losses,
             identity=_identity(student, cache, loss_weights, len(split.held_out)),
             validate=validate,
@@ -125,7 +129,8 @@ class DistillationBatches:
 
     It depends only on seed and step, so a resumed run sees the same batches. Every epoch shuffles
     all pairs anew. Epoch e uses the augmented view number e mod (number of cached views), and of
-    each picture the caption number e mod (number of its captions).
+    each picture the caption number e mod (number of its captions). A picture that can no longer be
+    read is left out of its batches and named once; `max_bad` is their most.
 
     Args:
         student: makes the inputs.
@@ -143,7 +148,10 @@ class DistillationBatches:
         settings: TrainSettings,
         *,
         rows: NDArray[np.int64] | None = None,
+        max_bad: MaxBad = DEFAULT_MAX_BAD,
     ) -> None:
+        self._max_bad = max_bad
+        self._bad: dict[int, str] = {}
         self._student = student
         self._cache = cache
         self._source = source
@@ -164,26 +172,45 @@ class DistillationBatches:
         return indices, views
 
     def __call__(self, step: int) -> DistillationBatch:
-        indices, views = self.pairs_of_step(step)
         augmentation = self._cache.settings.augmentation
-        pictures = [
-            augment(self._source[index].image, augmentation, index=index, view=view)
-            for index, view in zip(indices, views, strict=True)
-        ]
+        pictures, places, indices, views = [], [], [], []
+        for place, (index, view) in enumerate(zip(*self.pairs_of_step(step), strict=True)):
+            try:
+                image, seed = self._source[index].image, seed_of(self._source, index)
+            except InputError as error:
+                self._skip(index, str(error))
+                continue
+            pictures.append(augment(image, augmentation, index=seed, view=view))
+            places.append(step * self._settings.batch_size + place)
+            indices.append(index)
+            views.append(view)
+        if not pictures:
+            raise InputError(f"no picture of step {step + 1} can be read: {self._bad[index]}")
         pixels = self._student.preprocess(pictures)
         teacher_image = self._tensor(self._cache.image[indices, views])
         if self._cache.text is None:
             return DistillationBatch(pixels, teacher_image)
         numbers, captions = [], []
-        for place, index in enumerate(indices):
+        for place, index in zip(places, indices, strict=True):
             own = self._source.captions(index)
-            epoch = (step * len(indices) + place) // len(self._rows)
-            numbers.append(epoch % len(own))
+            numbers.append(place // len(self._rows) % len(own))
             captions.append(own[numbers[-1]])
         ids = self._student.tokenize(captions)
         return DistillationBatch(
             pixels, teacher_image, ids, self._tensor(self._cache.text[indices, numbers])
         )
+
+    def _skip(self, index: int, reason: str) -> None:
+        """Leave a picture out that was readable when it was cached.
+
+        Raises:
+            InputError: there are more of them than may be.
+        """
+        if index not in self._bad:
+            self._bad[index] = reason
+            _log.warning("left out of training: %s", reason)
+        if len(self._bad) > self._max_bad.allowed(len(self._source)):
+            report_bad(list(self._bad.values()), len(self._source), self._max_bad)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         rng = np.random.default_rng(np.random.SeedSequence((self._settings.seed, epoch)))

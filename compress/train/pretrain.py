@@ -148,7 +148,8 @@ def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEnc
         module=teacher,
         batch=batch,
         losses=losses,
-        identity=f"pretrain {source.identity} {sorted(asdict(shape).items())}",
+        # Without the number of scenes, which grows with that of steps.
+        identity=f"pretrain {source.of_world} {sorted(asdict(shape).items())}",
     )
     train(task, settings, out)
     return teacher

@@ -2,6 +2,10 @@
 
 A run is a pure function of its settings: batch `step` depends on (seed, step) alone, so a
 run that was killed and resumed ends with the weights of one that was not (on one CPU).
+
+Only the number of steps may change later. From there on the learning rate is that of a run of the
+new number of steps: raised at the end of a cosine, it rises again, and decays once more (a warm
+restart).
 """
 
 import json
@@ -25,6 +29,7 @@ from tqdm import tqdm
 
 from edgeclip.compress.compute import ComputeType, autocast
 from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.bundle.targets import require_space
 from edgeclip.runtime.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -119,11 +124,14 @@ def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> BestSte
     is warned of.
 
     Raises:
-        ConfigError: `out` holds a run with other settings, or the loss is not finite.
+        ConfigError: `out` holds a run with other settings or more steps, or the loss is not finite.
+        InputError: the disk is full; the last checkpoint is kept whole.
         KeyboardInterrupt: Ctrl-C, after the step in hand was saved.
     """
     out.mkdir(parents=True, exist_ok=True)
     weights = [p for p in task.module.parameters() if p.requires_grad]
+    # Weights, two numbers of AdamW for each, and a best step; written beside the checkpoint before.
+    require_space(out, 4 * sum(weight.nbytes for weight in weights))
     optimizer = _optimizer(weights, settings)
     best = _Best()
     state = _Checkpoint(out, task, settings, optimizer, best)
@@ -293,10 +301,24 @@ class _Checkpoint(Generic[Batch]):
             log.unlink(missing_ok=True)
             return 0, 0.0
         saved = self._read()
-        if saved["run"] != self._run:
+        before = json.loads(saved["run"])
+        steps = before["settings"]["steps"]
+        before["settings"]["steps"] = self.settings.steps
+        if before != json.loads(self._run):
             raise ConfigError(
                 f"{self.out} holds a run with other settings or data; choose another --out, "
                 f"or delete it to start again"
+            )
+        if saved["step"] > self.settings.steps:
+            raise ConfigError(
+                f"{self.out} holds a run that has done {saved['step']} steps: give at least as "
+                "many, or choose another --out"
+            )
+        if steps != self.settings.steps:
+            _log.info(
+                "the run was of %d steps and is of %d now: its learning rate goes on from step %d "
+                "as in a run of %d",
+                *(steps, self.settings.steps, saved["step"] + 1, self.settings.steps),
             )
         self.task.module.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])

@@ -37,6 +37,7 @@ from edgeclip.export.parity.torch_parity import check_parity, explain_parity
 from edgeclip.export.quantizing.quantization_file import apply_searched
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_directory
+from edgeclip.runtime.bundle.targets import require_space
 from edgeclip.runtime.spec import Precision, Tower
 
 _log = logging.getLogger(__name__)
@@ -91,9 +92,13 @@ def build_bundle(
         GateError: the student is not in its teacher's space, fp32 does not agree with torch, a
             tower has collapsed, or a precision that was asked for misses its gates; nothing is
             written.
-        InputError: `out` exists and may not be replaced, or a picture cannot be read.
+        InputError: `out` exists and may not be replaced, its disk has no room, or a picture cannot
+            be read.
         ExportError: the student cannot be exported.
     """
+    # fp32 twice, for the device and for others, and the other precisions, each at most as large.
+    weights = sum(4 * weight.numel() for weight in plan.student.parameters())
+    require_space(out, weights * (1 + len(plan.wanted)))
     with atomic_directory(out, replace=replace) as folder:
         agreement = require_agreement(plan)
         _log.info("exporting both towers to ONNX ...")

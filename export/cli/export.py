@@ -23,12 +23,15 @@ from edgeclip.export.gates.zero_shot import (
 from edgeclip.export.quantizing.qat_finetune import QatOptions
 from edgeclip.export.quantizing.quantization_file import FILE_NAME, Quantization
 from edgeclip.export.quantizing.search_task import open_calibration
+from edgeclip.runtime.bundle.files import MANIFEST_NAME, check_target
 from edgeclip.runtime.bundle.index import check_space
 from edgeclip.runtime.bundle.manifest import gates_table
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.bad_items import add_max_bad_option
 from edgeclip.runtime.spec import Precision
 
 _BOUNDS = tuple(asdict(TeacherBounds()))
@@ -69,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"number of calibration pairs, with --data emoji (default: {_CALIBRATION}, or that of "
         "--quantization)",
     )
+    add_max_bad_option(parser)
     _add_teacher_bounds(parser)
     _add_int8_options(parser)
     _add_label_options(parser)
@@ -154,6 +158,14 @@ def _add_label_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    if args.list or args.out is None:
+        return Targets()
+    qat = (_qat_folder(args),) if args.qat_steps and args.out.name else ()
+    return Targets(directories=(args.out,), folders=qat)
+
+
 def run(args: argparse.Namespace) -> int:
     """Build the bundle, then print its gates with remarks, and what was built."""
     if args.list:
@@ -161,6 +173,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.student is None or args.out is None:
         raise InputError("name a student and --out, the bundle's directory (or ask for --list)")
+    check_target(args.out, replace=args.replace, marker=MANIFEST_NAME)
     plan = _plan(args)
     built = build_bundle(plan, args.out, replace=args.replace)
     gates = [(item.subject, item.record) for item in built.judged]
@@ -190,7 +203,12 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
         student=student,
         calibration=_calibration(args, quantization, size),
         test=open_source(
-            args.data, split="test", count=args.test_count, size=size, strict=args.strict
+            args.data,
+            split="test",
+            count=args.test_count,
+            size=size,
+            strict=args.strict,
+            max_bad=args.max_bad,
         ),
         device=device,
         origin=Origin(
@@ -249,7 +267,12 @@ def _calibration(args: argparse.Namespace, quantization: Quantization | None, si
     if quantization is None:
         count = count or _CALIBRATION
         return open_source(
-            args.data, split="calibration", count=count, size=size, strict=args.strict
+            args.data,
+            split="calibration",
+            count=count,
+            size=size,
+            strict=args.strict,
+            max_bad=args.max_bad,
         )
     basis = quantization.basis
     if count not in (None, basis.pairs):
@@ -258,7 +281,12 @@ def _calibration(args: argparse.Namespace, quantization: Quantization | None, si
             "--calibration-count"
         )
     found, _ = open_calibration(
-        args.data, pairs=basis.pairs, ranges=basis.ranges, size=size, strict=args.strict
+        args.data,
+        pairs=basis.pairs,
+        ranges=basis.ranges,
+        size=size,
+        strict=args.strict,
+        max_bad=args.max_bad,
     )
     return found
 
@@ -276,8 +304,14 @@ def _qat_options(args: argparse.Namespace, size: int) -> QatOptions | None:
     return QatOptions(
         source=open_source(args.data, split="train", count=scenes, size=size, strict=args.strict),
         settings=settings,
-        folder=args.out.with_name(f"{args.out.name}-qat"),
+        folder=_qat_folder(args),
+        max_bad=args.max_bad,
     )
+
+
+def _qat_folder(args: argparse.Namespace) -> Path:
+    folder: Path = args.out.with_name(f"{args.out.name}-qat")
+    return folder
 
 
 def _steps(text: str) -> int:

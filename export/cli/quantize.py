@@ -40,10 +40,12 @@ from edgeclip.export.quantizing.search_task import (
     search_space,
 )
 from edgeclip.runtime.bundle.index import check_space
+from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.cli.options import positive
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, DeviceProfile, load_device
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.bad_items import add_max_bad_option
 from edgeclip.runtime.spec import Tower
 
 _log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="begin nothing new after this time (default: 15)",
     )
     parser.add_argument("--page", type=Path, help="write the result as an HTML page")
+    add_max_bad_option(parser)
     parser.add_argument(
         "--dynamic",
         action="store_true",
@@ -106,6 +109,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many of the calibration pairs ranges are found on; configs are compared on the "
         "others (default: 256, and at most half)",
     )
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(folders=(args.out,), files=(args.page,))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -175,9 +183,15 @@ def _data(args: argparse.Namespace) -> _Data:
         ranges=args.ranges,
         size=size,
         strict=args.strict,
+        max_bad=args.max_bad,
     )
     test = open_source(
-        args.data, split="test", count=args.test_count, size=size, strict=args.strict
+        args.data,
+        split="test",
+        count=args.test_count,
+        size=size,
+        strict=args.strict,
+        max_bad=args.max_bad,
     )
     for source in (steering, test):
         check_captions(source, "comparing configs")

@@ -113,6 +113,10 @@ class SubsetSource:
     def captions(self, index: int) -> tuple[str, ...]:
         return self.base.captions(self.numbers[index])
 
+    def content(self, index: int) -> str:
+        """Return the content of a picture; see `Source`."""
+        return self.base.content(self.numbers[index])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ZeroShotSet:

@@ -99,6 +99,10 @@ class CalibrationSource:
         """Return all captions of a picture."""
         return self.source.captions(index)
 
+    def content(self, index: int) -> str:
+        """Return the content of a picture; see `Source`."""
+        return self.source.content(index)
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationData:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgeclip.compress.data.sources import Source
+from edgeclip.compress.data.sources import Source, without
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import build_cache
 from edgeclip.compress.train.quantization_aware import (
@@ -50,6 +50,7 @@ from edgeclip.export.quantizing.smoothquant import smoothing_divisors
 from edgeclip.runtime.bundle.files import tower_path
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.inputs.bad_items import DEFAULT_MAX_BAD, MaxBad
 from edgeclip.runtime.spec import Precision, Tower
 
 _log = logging.getLogger(__name__)
@@ -98,11 +99,13 @@ class QatOptions:
         settings: steps and learning rate; see `finetune_settings`.
         folder: holds embeddings, checkpoints and the log; at the end the student, in `student`.
             A run that was stopped continues there.
+        max_bad: how many pictures may be unreadable.
     """
 
     source: Source
     settings: TrainSettings
     folder: Path
+    max_bad: MaxBad = DEFAULT_MAX_BAD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -257,10 +260,12 @@ def _tune(
         config = without_smoothing(task.configs[tower])
         grids |= product_grids(student, tower, source.path, int8.path, config)
     _log.info("embedding %s with the student as it is ...", options.source.name)
+    folder_of_cache = options.folder / "cache"
+    cache = build_cache(task.student, options.source, folder_of_cache, max_bad=options.max_bad)
     fine_tune(
         student,
-        build_cache(task.student, options.source, options.folder / "cache"),
-        options.source,
+        cache,
+        without(options.source, cache.unreadable),
         grids=grids,
         settings=options.settings,
         out=options.folder / "run",

@@ -27,6 +27,7 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.inputs.bad_items import MaxBad
 from edgeclip.runtime.spec import Precision, Tower
 
 
@@ -106,7 +107,13 @@ class SearchTask:
 
 
 def open_calibration(
-    data: str, *, pairs: int, ranges: int, size: int, strict: bool = False
+    data: str,
+    *,
+    pairs: int,
+    ranges: int,
+    size: int,
+    strict: bool = False,
+    max_bad: MaxBad | None = None,
 ) -> tuple[Source, Source]:
     """Open calibration pairs, split into those to find ranges on and those to steer by.
 
@@ -115,13 +122,15 @@ def open_calibration(
         pairs: how many emoji scenes in all.
         ranges: how many to find ranges on; at most half of what there is.
         size: side of a picture in pixels.
-        strict: see `open_source`.
+        strict, max_bad: see `open_source`.
 
     Raises:
         ConfigError: there are too few.
         InputError: see `open_source`.
     """
-    source = open_source(data, split="calibration", count=pairs, size=size, strict=strict)
+    source = open_source(
+        data, split="calibration", count=pairs, size=size, strict=strict, max_bad=max_bad
+    )
     if len(source) < 2 * FEWEST_PAIRS:
         raise ConfigError(
             f"{source.name}: give at least {2 * FEWEST_PAIRS} pairs to calibrate on, half of which "

@@ -6,6 +6,7 @@ into scenes with noise, blur, little light, or emoji that no training showed. Sl
 blur cost few answers: how often they are found is told, not held.
 """
 
+import hashlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -53,6 +54,9 @@ class Altered:
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._source.captions(index)
+
+    def content(self, index: int) -> str:
+        return hashlib.sha256(f"{self.identity}:{index}".encode()).hexdigest()
 
 
 def noise(levels: float) -> Alter:

@@ -15,7 +15,7 @@ from edgeclip.compress.compute import ComputeType
 from edgeclip.compress.data.sources import FolderSource, Pair
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.teachers.teacher_cache import build_cache, open_cache
+from edgeclip.compress.teachers.teacher_cache import build_cache
 from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings
@@ -46,7 +46,7 @@ def main(what: str, teacher_folder: str, pictures: str, out: str, cache: str, re
     shape = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)
     distill(
         new_student(teacher, shape),
-        open_cache(Path(cache)),
+        build_cache(teacher, source, Path(cache)),
         source,
         loss_weights=LossWeights(),
         settings=TrainSettings(

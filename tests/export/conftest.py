@@ -95,6 +95,9 @@ class Blobs:
     def captions(self, index: int) -> tuple[str, ...]:
         return (str(self.caption(index)),) if self.has_captions else ()
 
+    def content(self, index: int) -> str:
+        return f"{self.seed:032x}{index:032x}"
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     texts = [f"picture {index}: {' '.join(COLOURS)}" for index in range(20)]

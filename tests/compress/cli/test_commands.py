@@ -1,6 +1,7 @@
 """pretrain, cache and distill as a person runs them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 from edgeclip.compress.cli import pretrain
-from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.data.sources import EmojiSource, FolderSource
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, read_record, space_fingerprint
-from edgeclip.compress.teachers.teacher_cache import embed_source, open_cache
+from edgeclip.compress.teachers.teacher_cache import build_cache, embed_source
 from edgeclip.compress.train.train_loop import read_log
 from edgeclip.runtime.cli.main import main
 
@@ -67,12 +68,14 @@ def test_cache_and_distill(teacher_folder: Path, tmp_path: Path, capsys: Capture
     given = ["--teacher", str(teacher_folder), "--count", "12", "--views", "2"]
     assert main(["cache", *given, "--out", str(cache)]) == 0
     assert f"12 pictures in 2 views are in {cache}" in capsys.readouterr().out
-    assert open_cache(cache).image.shape == (12, 2, 32)
-    made = (cache / "shard-00000.npz").stat().st_mtime_ns
+    teacher = DualEncoder.load(teacher_folder)
+    source = EmojiSource("train", 12, size=teacher.image_spec.size)
+    assert build_cache(teacher, source, cache).image.shape == (12, 2, 32)
+    made = (cache / "image.rows").stat().st_mtime_ns
     out = tmp_path / "student"
     more = ["--count", 12, "--views", 2, "--steps", 8, "--contrastive", 0.5]
     assert main(_distill(teacher_folder, out, *more)) == 0
-    assert (cache / "shard-00000.npz").stat().st_mtime_ns == made
+    assert (cache / "image.rows").stat().st_mtime_ns == made
     student = DualEncoder.load(out)
     assert student.model.config.vision_config.hidden_size == 32
     log = read_log(tmp_path / "student-run" / "log.jsonl")
@@ -209,6 +212,54 @@ def test_mistakes_are_one_line(
     assert message in errors
     assert errors.count("\n") == 1
     assert not (tmp_path / "student-run").exists()
+
+
+def _with_damage(few_pictures: Path, folder: Path) -> Path:
+    """The 20 pictures: one truncated, one empty, one that is a web page."""
+    shutil.copytree(few_pictures, folder)
+    taken = FolderSource(folder, split="train").paths[:3]
+    taken[0].write_bytes(taken[0].read_bytes()[:100])
+    taken[1].write_bytes(b"")
+    taken[2].write_bytes(b"<html>404</html>")
+    return folder
+
+
+def test_damaged_pictures_are_skipped_and_named(
+    teacher_folder: Path, few_pictures: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    data = _with_damage(few_pictures, tmp_path / "data")
+    cache = tmp_path / "cache"
+    given = ["--teacher", str(teacher_folder), "--data", str(data)]
+    count = len(FolderSource(data, split="train"))
+    assert main(["cache", *given, "--out", str(cache), "--max-bad", "2"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"3 of {count} images cannot be read, and 2 are allowed" in error
+    assert all(f"/{path.name} " in error for path in FolderSource(data, split="train").paths[:3])
+    kept = (cache / "image.rows").stat().st_mtime_ns
+
+    assert main(["cache", *given, "--out", str(cache)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{count - 3} pictures in 1 views are in {cache}\n"
+    assert printed.err.count("skipped: ") == 3
+    assert f"skipped 3 of {count} images" in printed.err
+    assert (cache / "image.rows").stat().st_mtime_ns == kept  # nothing is embedded twice
+    more = ["--data", data, "--steps", 3, "--cache", cache]
+    assert main(_distill(teacher_folder, tmp_path / "student", *more)) == 0
+    assert f"skipped 3 of {count} images" in capsys.readouterr().err
+    more = ["--data", data, "--steps", 3, "--cache", cache, "--max-bad", "1%"]
+    assert main(_distill(teacher_folder, tmp_path / "another", *more)) == 2
+    assert not (tmp_path / "another").exists()
+
+
+def test_steps_of_a_finished_run_may_be_raised(
+    teacher_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    for steps in (4, 7):
+        command = _distill(teacher_folder, tmp_path / "s", "--count", 8, "--steps", steps)
+        assert main(command) == 0, capsys.readouterr().err
+        log = read_log(tmp_path / "s-run" / "log.jsonl")
+        assert [line["step"] for line in log] == list(range(1, steps + 1))
+    assert "the run was of 4 steps and is of 7 now" in capsys.readouterr().err
 
 
 def test_no_such_teacher(tmp_path: Path, capsys: Capture) -> None:

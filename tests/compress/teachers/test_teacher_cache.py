@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,21 +16,20 @@ import torch
 from PIL import Image
 
 from edgeclip.compress.data.augmentation import Augmentation, augment
-from edgeclip.compress.data.sources import EmojiSource, FolderSource, captions_of
+from edgeclip.compress.data.sources import EmojiSource, FolderSource, captions_of, seed_of, without
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import (
     TeacherCache,
     build_cache,
     embed_source,
     fast_inference,
-    open_cache,
 )
-from edgeclip.runtime.bundle.files import read_npz, write_npz
-from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.inputs.bad_items import MaxBad
 
 pytestmark = pytest.mark.slow
 
-SHARD = "shard-00000.npz"
+FILES = ("image.rows", "text.rows")
 
 
 @pytest.fixture
@@ -55,7 +56,9 @@ def test_cached_embeddings_are_the_teachers(
     how = cache.settings.augmentation
     indices = range(len(source))
     for view in (0, 1):
-        pictures = [augment(source[i].image, how, index=i, view=view) for i in indices]
+        pictures = [
+            augment(source[i].image, how, index=seed_of(source, i), view=view) for i in indices
+        ]
         pixels = teacher.preprocess(pictures)
         with fast_inference(teacher):
             direct = teacher.embed_image(pixels).numpy()
@@ -94,26 +97,131 @@ def test_every_caption_of_a_picture_is_embedded(
         # Not bit for bit: it is another batch.
         np.testing.assert_allclose(cache.text[index, : len(captions)], direct, atol=2e-2)
         assert not cache.text[index, len(captions) :].any()
-    again = open_cache(tmp_path / "cache")
+    again = build_cache(teacher, source, tmp_path / "cache")
     np.testing.assert_array_equal(again.text, cache.text)
 
 
-def test_opening_gives_what_was_built(cache: TeacherCache, tmp_path: Path) -> None:
-    again = open_cache(tmp_path / "cache")
-    assert again.settings == cache.settings
-    np.testing.assert_array_equal(again.image, cache.image)
-    assert again.text is not None
-    assert cache.text is not None
-    np.testing.assert_array_equal(again.text, cache.text)
+@pytest.fixture
+def embedded(teacher: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many pictures and texts the teacher has embedded since."""
+    count = {"image": 0, "text": 0}
+
+    def counting(what: str) -> None:
+        embed = getattr(teacher, f"embed_{what}")
+
+        def counted(batch: torch.Tensor) -> torch.Tensor:
+            count[what] += len(batch)
+            found: torch.Tensor = embed(batch)
+            return found
+
+        monkeypatch.setattr(teacher, f"embed_{what}", counted)
+
+    counting("image")
+    counting("text")
+    return count
+
+
+def _equal(one: TeacherCache, other: TeacherCache) -> bool:
+    assert one.text is not None
+    assert other.text is not None
+    return (
+        one.image.tobytes() == other.image.tobytes() and one.text.tobytes() == other.text.tobytes()
+    )
 
 
 def test_building_again_computes_nothing(
-    cache: TeacherCache, teacher: DualEncoder, source: FolderSource, tmp_path: Path
+    cache: TeacherCache,
+    teacher: DualEncoder,
+    source: FolderSource,
+    tmp_path: Path,
+    embedded: dict[str, int],
 ) -> None:
-    path = tmp_path / "cache" / SHARD
-    before = path.stat().st_mtime_ns
-    build_cache(teacher, source, tmp_path / "cache", views=2)
-    assert path.stat().st_mtime_ns == before
+    before = [(tmp_path / "cache" / name).read_bytes() for name in FILES]
+    again = build_cache(teacher, source, tmp_path / "cache")
+    assert again.settings == cache.settings
+    assert _equal(again, cache)
+    assert embedded == {"image": 0, "text": 0}
+    assert [(tmp_path / "cache" / name).read_bytes() for name in FILES] == before
+
+
+def test_a_touched_or_copied_folder_computes_nothing(
+    cache: TeacherCache,
+    teacher: DualEncoder,
+    few_pictures: Path,
+    tmp_path: Path,
+    embedded: dict[str, int],
+) -> None:
+    copy = shutil.copytree(few_pictures, tmp_path / "copy", copy_function=shutil.copyfile)
+    for path in copy.iterdir():
+        os.utime(path, (1, 1))
+    again = build_cache(teacher, FolderSource(copy), tmp_path / "cache")
+    assert again.settings == cache.settings
+    assert _equal(again, cache)
+    assert embedded == {"image": 0, "text": 0}
+
+
+def test_new_and_changed_pictures_compute_themselves(
+    teacher: DualEncoder, few_pictures: Path, tmp_path: Path, embedded: dict[str, int]
+) -> None:
+    data, folder = shutil.copytree(few_pictures, tmp_path / "data"), tmp_path / "cache"
+    first = build_cache(teacher, FolderSource(data), folder, views=2)
+    embedded.update(image=0, text=0)
+    Image.new("RGB", (16, 16), "green").save(data / "0003.bmp")  # changed
+    Image.new("RGB", (16, 16), "yellow").save(data / "000x.bmp")  # new, in the middle
+    (data / "0012.bmp").unlink()
+    table = data / "captions.csv"
+    rows = [row for row in table.read_text().splitlines() if not row.startswith("0012")]
+    rows[8] = rows[8].split(",")[0] + ",another caption"
+    table.write_text("\n".join([*rows, "000x.bmp,a yellow picture"]))
+    source = FolderSource(data)
+    grown = build_cache(teacher, source, folder)
+    assert embedded == {"image": 2 * 2, "text": 2}
+    assert grown.settings.count == 20
+    fresh = build_cache(teacher, source, tmp_path / "fresh", views=2)
+    assert grown.settings == fresh.settings
+    assert grown.text is not None
+    assert fresh.text is not None
+    for ours, theirs in ((grown.image, fresh.image), (grown.text, fresh.text)):
+        np.testing.assert_allclose(ours, theirs, atol=2e-3)  # other batches
+    np.testing.assert_array_equal(grown.image[0], first.image[0])
+
+
+def test_damaged_pictures_are_left_out_until_they_are_mended(
+    teacher: DualEncoder, few_pictures: Path, tmp_path: Path, embedded: dict[str, int]
+) -> None:
+    data, folder = shutil.copytree(few_pictures, tmp_path / "data"), tmp_path / "cache"
+    whole = (data / "0005.bmp").read_bytes()
+    (data / "0005.bmp").write_bytes(whole[:200])
+    (data / "0009.bmp").write_bytes(b"")
+    source = FolderSource(data)
+    with pytest.raises(InputError, match=r"2 of 20 images cannot be read, and 1 are .*0005\.bmp"):
+        build_cache(teacher, source, folder, max_bad=MaxBad(share=0.05, count=0))
+    assert embedded == {"image": 18, "text": 18}
+    cache = build_cache(teacher, source, folder)
+    assert embedded == {"image": 18, "text": 18}
+    assert cache.unreadable == (5, 9)
+    assert cache.settings.count == len(cache.image) == 18
+    assert cache.text is not None
+    assert len(cache.text) == 18
+    rest = without(source, cache.unreadable)
+    assert cache.settings.source == rest.identity
+    assert len(rest) == 18
+    (data / "0005.bmp").write_bytes(whole)
+    mended = build_cache(teacher, FolderSource(data), folder)
+    assert embedded == {"image": 19, "text": 19}
+    assert mended.unreadable == (9,)
+
+
+def test_equal_pictures_are_embedded_once(
+    teacher: DualEncoder, few_pictures: Path, tmp_path: Path, embedded: dict[str, int]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a", "b", "c"):
+        shutil.copyfile(few_pictures / f"000{int(name == 'c')}.bmp", data / f"{name}.bmp")
+    cache = build_cache(teacher, FolderSource(data), tmp_path / "cache")
+    assert embedded == {"image": 2, "text": 0}
+    np.testing.assert_array_equal(cache.image[0], cache.image[1])
 
 
 def test_pictures_without_captions(
@@ -129,31 +237,27 @@ def test_pictures_without_captions(
     assert not cache.settings.captions
 
 
-def test_kill_in_the_middle_loses_the_shard_in_hand(
-    teacher: DualEncoder, teacher_folder: Path, many_pictures: Path, tmp_path: Path
+def test_kill_in_the_middle_loses_the_batch_in_hand(
+    teacher: DualEncoder,
+    teacher_folder: Path,
+    many_pictures: Path,
+    tmp_path: Path,
+    embedded: dict[str, int],
 ) -> None:
     source = FolderSource(many_pictures)
     killed = tmp_path / "killed"
     script = Path(__file__).parents[1] / "killed_run.py"
-    reads = "1060"  # of 1,100: the first shard of 1,024 is done, the second is not
     done = subprocess.run(
-        [sys.executable, script, "cache", teacher_folder, many_pictures, "-", killed, reads],
+        [sys.executable, script, "cache", teacher_folder, many_pictures, "-", killed, "200"],
         check=False,
         capture_output=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert [path.name for path in killed.glob("shard-*")] == [SHARD]
-    with pytest.raises(ConfigError, match="is unfinished: run the command that made it again"):
-        open_cache(killed)
-    before = (killed / SHARD).stat().st_mtime_ns
     resumed = build_cache(teacher, source, killed)
-    assert (killed / SHARD).stat().st_mtime_ns == before
+    assert embedded == {"image": 1100 - 192, "text": 1100 - 192}  # three batches of 64 are kept
     whole = build_cache(teacher, source, tmp_path / "whole")
     assert resumed.settings == whole.settings
-    assert resumed.text is not None
-    assert whole.text is not None
-    assert resumed.image.tobytes() == whole.image.tobytes()
-    assert resumed.text.tobytes() == whole.text.tobytes()
+    assert _equal(resumed, whole)
     assert sorted(path.name for path in killed.iterdir()) == sorted(
         path.name for path in (tmp_path / "whole").iterdir()
     )
@@ -169,10 +273,21 @@ def test_another_teacher(
         build_cache(other, source, tmp_path / "cache", views=2)
 
 
-def test_other_data(cache: TeacherCache, teacher: DualEncoder, tmp_path: Path) -> None:
-    other = EmojiSource("train", 4, size=32)
-    with pytest.raises(ConfigError, match="is a cache with another source, count: choose"):
-        build_cache(teacher, other, tmp_path / "cache", views=2)
+def test_other_data_go_beside(
+    cache: TeacherCache,
+    teacher: DualEncoder,
+    source: FolderSource,
+    tmp_path: Path,
+    embedded: dict[str, int],
+) -> None:
+    other = build_cache(teacher, EmojiSource("train", 4, size=32), tmp_path / "cache")
+    assert other.image.shape == (4, 2, 32)
+    assert embedded["image"] == 8
+    more = build_cache(teacher, EmojiSource("train", 6, size=32), tmp_path / "cache")
+    assert embedded["image"] == 12
+    np.testing.assert_array_equal(more.image[:4], other.image)
+    assert _equal(build_cache(teacher, source, tmp_path / "cache"), cache)
+    assert embedded["image"] == 12
 
 
 def test_other_views(
@@ -180,7 +295,7 @@ def test_other_views(
 ) -> None:
     with pytest.raises(ConfigError, match="is a cache with another views, augmentation: choose"):
         build_cache(teacher, source, tmp_path / "cache", views=3, augmentation=Augmentation(seed=1))
-    assert open_cache(tmp_path / "cache").settings == cache.settings
+    assert build_cache(teacher, source, tmp_path / "cache").settings == cache.settings
 
 
 def _truncate(path: Path) -> None:
@@ -193,55 +308,62 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def _empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [_truncate, _flip, _empty])
-def test_damaged_shard(
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [_truncate, _flip])
+def test_damaged_rows_are_computed_again(
     cache: TeacherCache,
     teacher: DualEncoder,
     source: FolderSource,
     tmp_path: Path,
+    embedded: dict[str, int],
+    name: str,
     damage: Callable[[Path], None],
 ) -> None:
-    path = tmp_path / "cache" / SHARD
-    damage(path)
-    with pytest.raises(ConfigError, match=rf"{SHARD} is damaged: delete it, and run") as caught:
-        open_cache(tmp_path / "cache")
+    damage(tmp_path / "cache" / name)
+    mended = build_cache(teacher, source, tmp_path / "cache")
+    assert embedded == {"image": 2 * (name == "image.rows"), "text": int(name == "text.rows")}
+    np.testing.assert_allclose(mended.image, cache.image, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file(
+    cache: TeacherCache, teacher: DualEncoder, source: FolderSource, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "cache" / name
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match=rf"{name} is damaged: delete it, and run") as caught:
+        build_cache(teacher, source, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     path.unlink()
-    mended = build_cache(teacher, source, tmp_path / "cache", views=2)
-    assert mended.image.tobytes() == cache.image.tobytes()
-
-
-def test_shard_of_another_shape(cache: TeacherCache, tmp_path: Path) -> None:
-    path = tmp_path / "cache" / SHARD
-    kind = "edgeclip-teacher-cache-1"
-    _, arrays = read_npz(path, kind, frozenset(), frozenset(("image", "text")))
-    write_npz(path, kind, {}, {**arrays, "image": arrays["image"][:, :1]})
-    with pytest.raises(ConfigError, match=r"shards of another shape than cache\.json says"):
-        open_cache(tmp_path / "cache")
+    assert _equal(build_cache(teacher, source, tmp_path / "cache"), cache)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"space": 1}'])
-def test_damaged_settings(cache: TeacherCache, tmp_path: Path, text: str) -> None:
+def test_damaged_settings(
+    cache: TeacherCache, teacher: DualEncoder, source: FolderSource, tmp_path: Path, text: str
+) -> None:
     (tmp_path / "cache" / "cache.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"cache\.json"):
-        open_cache(tmp_path / "cache")
+        build_cache(teacher, source, tmp_path / "cache")
 
 
-def test_unknown_setting(cache: TeacherCache, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("colour", "colour: unknown key"), ("shard_size", "is a cache of an earlier version, which")],
+)
+def test_settings_of_another_version(
+    cache: TeacherCache,
+    teacher: DualEncoder,
+    source: FolderSource,
+    tmp_path: Path,
+    key: str,
+    message: str,
+) -> None:
     path = tmp_path / "cache" / "cache.json"
     data = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**data, "colour": 1}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="colour: unknown key"):
-        open_cache(tmp_path / "cache")
-
-
-def test_no_cache_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no teacher cache \(no cache\.json\)"):
-        open_cache(tmp_path)
+    path.write_text(json.dumps({**data, key: 1}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        build_cache(teacher, source, tmp_path / "cache")
 
 
 def test_nothing_to_cache(teacher: DualEncoder, source: FolderSource, tmp_path: Path) -> None:

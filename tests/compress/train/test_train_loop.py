@@ -3,6 +3,8 @@
 import json
 import logging
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -202,15 +204,81 @@ def test_how_often_to_save_may_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 11), ("batch_size", 5), ("learning_rate", 0.1), ("seed", 1), ("compute", "bf16")],
+    [("steps", 9), ("batch_size", 5), ("learning_rate", 0.1), ("seed", 1), ("compute", "bf16")],
 )
 def test_other_settings_are_refused(tmp_path: Path, name: str, value: float | str) -> None:
     _trained(tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(ConfigError, match="holds a run with other settings or data; choose anot"):
+    with pytest.raises(ConfigError, match=r"holds a run .*choose another"):
         _trained(tmp_path, replace(SETTINGS, **{name: value}))  # type: ignore[arg-type]
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert len(_steps(tmp_path)) == 10
+
+
+@pytest.mark.parametrize("stop", [5, None])
+def test_steps_may_be_raised(
+    tmp_path: Path, stop: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    if stop is None:
+        _trained(tmp_path)
+    else:
+        with pytest.raises(InterruptedRunError):
+            train(_task(_module(), at_step=_stop_at(stop)), SETTINGS, tmp_path)
+    start, more = stop or 10, replace(SETTINGS, steps=16)
+    done: list[int] = []
+    module = _module()
+    train(_task(module, at_step=done.append), more, tmp_path)
+    assert done == list(range(start, 16))
+    assert _steps(tmp_path) == list(range(1, 17))
+    assert f"goes on from step {start + 1} as in a run of 16" in caplog.text
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    rates = [group["lr"] for group in saved["optimizer"]["param_groups"]]
+    assert set(rates) == {more.rate(15)}
+    assert more.rate(10) > SETTINGS.rate(9)  # a warm restart
+    again = _module()
+    train(_task(again, at_step=done.append), more, tmp_path)
+    assert len(done) == 16 - start
+    assert _equal(again, module)
+    with pytest.raises(ConfigError, match="holds a run that has done 16 steps: give at least as"):
+        _trained(tmp_path)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from dataclasses import replace
+from edgeclip.runtime.errors import InputError
+from tests.compress.train.test_train_loop import SETTINGS, _module, _task
+from edgeclip.compress.train.train_loop import train
+
+def at_step(step):
+    if step == 5:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+
+try:
+    train(_task(_module(), at_step=at_step), SETTINGS, Path(sys.argv[1]))
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path / "parts"],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint.pt: its disk is full (" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 5
+    names = sorted(path.name for path in (tmp_path / "parts").iterdir())
+    assert names == ["checkpoint.pt", "log.jsonl"]
+    assert _equal(_trained(tmp_path / "parts"), _trained(tmp_path / "whole"))
+    assert _steps(tmp_path / "parts") == list(range(1, 11))
 
 
 def test_another_task_is_refused(tmp_path: Path) -> None:

@@ -187,6 +187,9 @@ class Untouchable:
     def captions(self, index: int) -> tuple[str, ...]:
         raise AssertionError("captions were read")
 
+    def content(self, index: int) -> str:
+        raise AssertionError("training data were read")
+
 
 def test_a_student_that_passes_is_never_tuned(
     task: QatTask, clip_towers: TowerPaths, tuning: QatOptions, tmp_path: Path

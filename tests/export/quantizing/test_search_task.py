@@ -49,6 +49,9 @@ class Part:
     def captions(self, index: int) -> tuple[str, ...]:
         return (str(self.caption(index)),) if self.has_captions else ()
 
+    def content(self, index: int) -> str:
+        return f"{index:064x}"
+
 
 @pytest.mark.parametrize("split", ["calibration", "train"])
 def test_pairs_for_calibration_or_training_are_taken(split: Split, clip: DualEncoder) -> None:
