@@ -239,7 +239,7 @@ class Session:
         return {
             **own,
             "COLUMNS": "80",
-            "EDGECLIP_CACHE": str(self._folder / "cache"),
+            "EDGECLIP_CACHE": str(self._folder / "kept"),
             "HF_HOME": str(self._folder / "hf-home"),
             "HF_HUB_OFFLINE": "1",
             "NO_COLOR": "1",
