@@ -7,7 +7,7 @@ from edgeclip.compress.cli.options import add_data, add_teacher, load_source, lo
 from edgeclip.compress.data.augmentation import Augmentation
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.runtime.bundle.targets import Targets
-from edgeclip.runtime.inputs.bad_items import add_max_bad_option
+from edgeclip.runtime.inputs.find_images import add_max_bad_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

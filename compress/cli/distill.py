@@ -21,7 +21,7 @@ from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.runtime.bundle.files import check_target
 from edgeclip.runtime.bundle.targets import Targets, require_space
-from edgeclip.runtime.inputs.bad_items import add_max_bad_option
+from edgeclip.runtime.inputs.find_images import add_max_bad_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

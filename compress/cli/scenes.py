@@ -9,7 +9,7 @@ from edgeclip.compress.data.emoji_scenes import EmojiScenes, Split
 from edgeclip.runtime.bundle.files import atomic_directory
 from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.inputs.captions import TABLE_NAME
+from edgeclip.runtime.inputs.find_images import TABLE_NAME
 
 # Only this command writes it: captions.csv is in people's own folders too.
 _MARKER = ".edgeclip-scenes"

@@ -17,10 +17,15 @@ from tqdm import tqdm
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Scene, Split, split_of, vocabulary
 from edgeclip.runtime.console import escape_controls
 from edgeclip.runtime.errors import ConfigError, InputError
-from edgeclip.runtime.inputs.bad_items import MaxBad, report_bad
-from edgeclip.runtime.inputs.captions import is_table, read_captions
+from edgeclip.runtime.inputs.captions import read_captions
 from edgeclip.runtime.inputs.content import ContentHashes
-from edgeclip.runtime.inputs.find_images import leave_out_others, list_images
+from edgeclip.runtime.inputs.find_images import (
+    MaxBad,
+    is_table,
+    leave_out_others,
+    list_images,
+    report_bad,
+)
 from edgeclip.runtime.inputs.images import load_image
 from edgeclip.runtime.quality.relevance import Relevance
 

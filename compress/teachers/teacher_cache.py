@@ -23,7 +23,7 @@ from edgeclip.runtime.bundle.row_file import RowFile, row_bytes
 from edgeclip.runtime.bundle.targets import require_space
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError, InputError
-from edgeclip.runtime.inputs.bad_items import DEFAULT_MAX_BAD, MaxBad, report_bad
+from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad, report_bad
 
 _SETTINGS = "cache.json"
 _BATCH = 64

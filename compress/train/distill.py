@@ -24,7 +24,7 @@ from edgeclip.compress.train.losses import (
 )
 from edgeclip.compress.train.train_loop import BestStep, TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError, InputError
-from edgeclip.runtime.inputs.bad_items import DEFAULT_MAX_BAD, MaxBad, report_bad
+from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad, report_bad
 
 _log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.bad_items import add_max_bad_option
+from edgeclip.runtime.inputs.find_images import add_max_bad_option
 from edgeclip.runtime.spec import Precision
 
 _BOUNDS = tuple(asdict(TeacherBounds()))

@@ -45,7 +45,7 @@ from edgeclip.runtime.cli.options import positive
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, DeviceProfile, load_device
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.bad_items import add_max_bad_option
+from edgeclip.runtime.inputs.find_images import add_max_bad_option
 from edgeclip.runtime.spec import Tower
 
 _log = logging.getLogger(__name__)

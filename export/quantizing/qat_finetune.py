@@ -50,7 +50,7 @@ from edgeclip.export.quantizing.smoothquant import smoothing_divisors
 from edgeclip.runtime.bundle.files import tower_path
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
-from edgeclip.runtime.inputs.bad_items import DEFAULT_MAX_BAD, MaxBad
+from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad
 from edgeclip.runtime.spec import Precision, Tower
 
 _log = logging.getLogger(__name__)

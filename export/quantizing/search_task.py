@@ -27,7 +27,7 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.inputs.bad_items import MaxBad
+from edgeclip.runtime.inputs.find_images import MaxBad
 from edgeclip.runtime.spec import Precision, Tower
 
 

@@ -14,8 +14,7 @@ from edgeclip.runtime.cli.options import (
 )
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.find_images import find_images
-from edgeclip.runtime.inputs.image_folder import embed_files, report_skipped
+from edgeclip.runtime.inputs.find_images import embed_files, find_images, report_skipped
 from edgeclip.runtime.inputs.label_names import labels_file, read_label_file, split_names
 
 
@@ -49,7 +48,13 @@ def run(args: argparse.Namespace) -> int:
     paths = find_images(args.paths, strict=args.strict)
     encoder = open_encoder(args)
     labels = read_labels(encoder, args.labels or _default_labels(encoder), args.template)
-    embedded = embed_files(encoder, paths, batch_size=args.batch_size, strict=args.strict)
+    embedded = embed_files(
+        encoder.encode_pixels,
+        encoder.spec.image,
+        paths,
+        batch_size=args.batch_size,
+        strict=args.strict,
+    )
     report_skipped(embedded)
     answers = encoder.classify_embeddings(embedded.embeddings, labels, top=args.top)
     if args.json:

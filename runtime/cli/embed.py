@@ -21,9 +21,8 @@ from edgeclip.runtime.bundle.targets import Targets, require_space
 from edgeclip.runtime.cli.options import add_encoder_options, open_encoder
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.bad_items import add_max_bad_option, report_bad
 from edgeclip.runtime.inputs.content import ContentHashes
-from edgeclip.runtime.inputs.find_images import find_images
+from edgeclip.runtime.inputs.find_images import add_max_bad_option, find_images, report_bad
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
 from edgeclip.runtime.inputs.text_files import read_lines
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer

@@ -13,10 +13,13 @@ from edgeclip.runtime.cli.options import (
 )
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.bad_items import add_max_bad_option
 from edgeclip.runtime.inputs.captions import read_captions
-from edgeclip.runtime.inputs.find_images import list_images
-from edgeclip.runtime.inputs.image_folder import embed_files, report_skipped
+from edgeclip.runtime.inputs.find_images import (
+    add_max_bad_option,
+    embed_files,
+    list_images,
+    report_skipped,
+)
 from edgeclip.runtime.quality.intervals import Interval, bootstrap
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import (
@@ -75,7 +78,13 @@ def _retrieval(args: argparse.Namespace) -> int:
             "NAME.txt beside each image; for a folder per class use --labels"
         )
     encoder = open_encoder(args)
-    embedded = embed_files(encoder, images, batch_size=args.batch_size, strict=args.strict)
+    embedded = embed_files(
+        encoder.encode_pixels,
+        encoder.spec.image,
+        images,
+        batch_size=args.batch_size,
+        strict=args.strict,
+    )
     report_skipped(embedded, args.max_bad)
     by_image = dict(zip(images, captions, strict=True))
     own = [by_image[path] for path in embedded.paths]
@@ -115,7 +124,13 @@ def _zero_shot(args: argparse.Namespace) -> int:
     encoder = open_encoder(args)
     names = [name.replace("_", " ") for name in classes]
     labels = encoder.bake_labels(names, tuple(args.template or DEFAULT_TEMPLATES))
-    embedded = embed_files(encoder, images, batch_size=args.batch_size, strict=args.strict)
+    embedded = embed_files(
+        encoder.encode_pixels,
+        encoder.spec.image,
+        images,
+        batch_size=args.batch_size,
+        strict=args.strict,
+    )
     report_skipped(embedded, args.max_bad)
     right = np.array([classes.index(_class_of(path, args.folder)) for path in embedded.paths])
     ranks = label_ranks(embedded.embeddings, labels.embeddings, right)

@@ -204,7 +204,7 @@ def _run(name: str, rest: list[str], configure_log: Callable[..., None]) -> int:
 @contextmanager
 def _left_out_told() -> Iterator[None]:
     """Tell at the end of the block what it was given and did not use; few commands note any."""
-    name = "edgeclip.runtime.inputs.left_out"  # it loads numpy, which not every command does
+    name = "edgeclip.runtime.inputs.find_images"  # it loads numpy, which not every command does
     if name in sys.modules:
         sys.modules[name].forget_left_out()
     try:

@@ -12,17 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.left_out import leave_out
+from edgeclip.runtime.inputs.find_images import TABLES, beside_name, is_table, leave_out
 from edgeclip.runtime.inputs.text_files import read_text, split_lines
 
 Captions = tuple[tuple[str, ...], ...]
-TABLE_NAME = "captions.csv"
-# Names of files that hold the captions of a whole folder, in any case; the first is taken.
-_TABLES = (
-    *(TABLE_NAME, "captions.tsv", "captions.jsonl", "captions.json", "captions.txt"),
-    *("*.token", "*.token.txt"),  # Flickr30k and Flickr8k
-    *("captions_*.json", "dataset_*.json"),  # COCO, and its splits by Karpathy and Fei-Fei
-)
 # Columns and JSON keys by what people call them, the first is taken; after that of a caption may
 # come a number.
 _IMAGE_NAMES = (
@@ -79,25 +72,12 @@ def read_captions(folder: Path, images: Sequence[Path], *, strict: bool = False)
     return tuple(found)
 
 
-def is_table(path: Path) -> bool:
-    """Tell by its name whether a file holds the captions of the folder that it lies in."""
-    return any(fnmatch.fnmatchcase(path.name.casefold(), name) for name in _TABLES)
-
-
-def beside_name(path: Path) -> tuple[Path, str]:
-    """Return what an image and the text file beside it have in common."""
-    return path.parent, path.stem.casefold()
-
-
 def _find_table(folder: Path, images: Sequence[Path], *, strict: bool) -> Path | None:
     beside = {beside_name(path) for path in images}
     files = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
     files = [path for path in files if path.suffix != ".txt" or beside_name(path) not in beside]
     ordered = [
-        path
-        for name in _TABLES
-        for path in files
-        if fnmatch.fnmatchcase(path.name.casefold(), name)
+        path for name in TABLES for path in files if fnmatch.fnmatchcase(path.name.casefold(), name)
     ]
     if not ordered:
         return None

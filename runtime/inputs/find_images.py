@@ -1,16 +1,46 @@
-"""Find the image files of a folder, and account for everything else that lies in it."""
+"""Find the image files of a folder, and account for what is left out and what cannot be read."""
 
+import argparse
+import fnmatch
+import logging
+import math
 import os
+import re
 import stat
-from collections.abc import Collection, Iterable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from edgeclip.runtime.arrays import FloatArray
+from edgeclip.runtime.console import plain_text
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.captions import beside_name, is_table
 from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES
-from edgeclip.runtime.inputs.left_out import leave_out
 from edgeclip.runtime.inputs.more_formats import MORE_SUFFIXES, why_unreadable
+from edgeclip.runtime.inputs.preprocess import resize_and_crop
+from edgeclip.runtime.spec import ImageSpec
+
+_log = logging.getLogger(__name__)
+
+TABLE_NAME = "captions.csv"
+# Names of files that hold the captions of a whole folder, in any case; the first is taken.
+TABLES = (
+    *(TABLE_NAME, "captions.tsv", "captions.jsonl", "captions.json", "captions.txt"),
+    *("*.token", "*.token.txt"),  # Flickr30k and Flickr8k
+    *("captions_*.json", "dataset_*.json"),  # COCO, and its splits by Karpathy and Fei-Fei
+)
+
+_NAMED_LEFT_OUT = 5  # files that the line names for each reason; `-v` names all
+# By path, since several sources may open the same folder in one command.
+_left_out_noted: dict[Path, str] = {}
+
+_NAMED_BAD = 20  # skipped items that are named; -v names all
+_NAMED_IN_ERROR = 5
+_LIMIT = re.compile(r"(\d+(?:\.\d+)?)(%?)")
 
 
 @dataclass(slots=True)
@@ -149,3 +179,196 @@ def _holds_images(folder: Path) -> bool:
 def _identity(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
+
+
+def is_table(path: Path) -> bool:
+    """Tell by its name whether a file holds the captions of the folder that it lies in."""
+    return any(fnmatch.fnmatchcase(path.name.casefold(), name) for name in TABLES)
+
+
+def beside_name(path: Path) -> tuple[Path, str]:
+    """Return what an image and the text file beside it have in common."""
+    return path.parent, path.stem.casefold()
+
+
+def leave_out(items: Sequence[tuple[Path, str]], *, strict: bool = False) -> None:
+    """Note files, each with the reason why it is not used.
+
+    Raises:
+        InputError: with `strict`, if there are any.
+    """
+    if items and strict:
+        raise InputError(f"{_describe_left_out(items)}; without --strict they are left out")
+    for path, reason in items:
+        _log.debug("left out: %s (%s)", plain_text(str(path)), reason)
+    _left_out_noted.update(items)
+
+
+def forget_left_out() -> None:
+    """Begin a new account."""
+    _left_out_noted.clear()
+
+
+def report_left_out() -> None:
+    """Log one line about all that was noted, if anything was, and forget it."""
+    items = list(_left_out_noted.items())
+    forget_left_out()
+    if items:
+        _log.warning("left out %s", _describe_left_out(items))
+
+
+def _describe_left_out(items: Sequence[tuple[Path, str]]) -> str:
+    by_reason: dict[str, list[Path]] = {}
+    for path, reason in items:
+        by_reason.setdefault(reason, []).append(path)
+    parts = []
+    for reason, paths in by_reason.items():
+        more = len(paths) - _NAMED_LEFT_OUT
+        names = ", ".join(plain_text(str(path)) for path in paths[:_NAMED_LEFT_OUT])
+        names += f" and {more} more (-v names all)" if more > 0 else ""
+        parts.append(f"{reason}: {names}")
+    count = "1 file" if len(items) == 1 else f"{len(items)} files"
+    return f"{count}: {'; '.join(parts)}"
+
+
+@dataclass(frozen=True, slots=True)
+class MaxBad:
+    """The most items that may be unreadable: a share of all, and a number allowed in any case.
+
+    The default is 1%, or 5 in a set so small that 1% of it is less.
+    """
+
+    share: float = 0.01
+    count: int = 5
+
+    def allowed(self, total: int) -> int:
+        """Return how many of `total` items may be unreadable."""
+        return max(self.count, math.floor(self.share * total + 1e-9))
+
+
+DEFAULT_MAX_BAD = MaxBad()
+
+
+def parse_max_bad(text: str) -> MaxBad:
+    """Convert the argument of `--max-bad`, such as 1% or 20, for argparse."""
+    match = _LIMIT.fullmatch(text.strip())
+    if match is None or (not match[2] and not match[1].isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a share such as 1% nor a number such as 20"
+        )
+    if not match[2]:
+        return MaxBad(share=0.0, count=int(match[1]))
+    if float(match[1]) > 100:
+        raise argparse.ArgumentTypeError(f"{text} is more than 100%")
+    return MaxBad(share=float(match[1]) / 100, count=0)
+
+
+def add_max_bad_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--max-bad`."""
+    parser.add_argument(
+        "--max-bad",
+        type=parse_max_bad,
+        default=DEFAULT_MAX_BAD,
+        metavar="LIMIT",
+        help="how many images may be unreadable, as a share such as 1%% or a number; they are "
+        f"skipped and named (default: {100 * DEFAULT_MAX_BAD.share:g}%%, and always "
+        f"{DEFAULT_MAX_BAD.count})",
+    )
+
+
+def report_bad(reasons: Sequence[str], total: int, limit: MaxBad | None) -> None:
+    """Log the items that were skipped and their number.
+
+    Args:
+        reasons: what is wrong with each, beginning with its name.
+        total: how many items there are, with these.
+        limit: how many may be skipped; None for any number.
+
+    Raises:
+        InputError: more are unreadable than `limit` allows, or all are.
+    """
+    for reason in reasons[:_NAMED_BAD]:
+        _log.info("skipped: %s", reason)
+    for reason in reasons[_NAMED_BAD:]:
+        _log.debug("skipped: %s", reason)
+    if len(reasons) > _NAMED_BAD:
+        _log.info("skipped: %d more, which -v names", len(reasons) - _NAMED_BAD)
+    if reasons:
+        _log.info("skipped %d of %d images", len(reasons), total)
+    if reasons and len(reasons) == total:
+        raise InputError(f"none of {total} images could be read; the first: {reasons[0]}")
+    allowed = total if limit is None else limit.allowed(total)
+    if len(reasons) > allowed:
+        shown = "; ".join(reasons[:_NAMED_IN_ERROR])
+        more = len(reasons) - _NAMED_IN_ERROR
+        raise InputError(
+            f"{len(reasons)} of {total} images cannot be read, and {allowed} are allowed: "
+            f"{shown}{f'; and {more} more' if more > 0 else ''}. Mend or remove them, or allow "
+            f"more with --max-bad {math.ceil(1000 * len(reasons) / total) / 10:g}%"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedFiles:
+    """Image files that were embedded, their embeddings float32 [N, dim], and files skipped.
+
+    `skipped` holds (path, reason).
+    """
+
+    paths: tuple[Path, ...]
+    embeddings: FloatArray
+    skipped: tuple[tuple[Path, str], ...]
+
+
+def embed_files(
+    encode: Callable[[NDArray[np.uint8]], FloatArray],
+    spec: ImageSpec,
+    paths: Sequence[Path],
+    *,
+    batch_size: int = 32,
+    strict: bool = False,
+) -> EmbeddedFiles:
+    """Embed image files, skipping those that cannot be read; shows a progress bar on stderr.
+
+    Args:
+        encode: the image tower, pixels uint8 [N, size, size, 3] -> float32 [N, dim].
+        spec: how it wants its pixels.
+        paths: the files.
+        batch_size: how many are embedded at a time.
+        strict: stop at the first that cannot be read.
+
+    Raises:
+        InputError: with `strict`, the first file that cannot be read; else only if none can.
+        EngineError: the engine failed.
+    """
+    kept: list[Path] = []
+    parts: list[FloatArray] = []
+    skipped: list[tuple[Path, str]] = []
+    with tqdm(total=len(paths), desc="embed", unit="image", file=sys.stderr) as bar:
+        for start in range(0, len(paths), batch_size):
+            chunk = paths[start : start + batch_size]
+            pixels = []
+            for path in chunk:
+                try:
+                    pixels.append(resize_and_crop(path, spec))
+                    kept.append(path)
+                except InputError as error:
+                    if strict:
+                        raise
+                    skipped.append((path, str(error)))
+            if pixels:
+                parts.append(encode(np.stack(pixels)))
+            bar.update(len(chunk))
+    if not parts:
+        raise InputError(f"none of {len(paths)} images could be read; the first: {skipped[0][1]}")
+    return EmbeddedFiles(tuple(kept), np.concatenate(parts), tuple(skipped))
+
+
+def report_skipped(embedded: EmbeddedFiles, limit: MaxBad | None = None) -> None:
+    """Log the skipped files with the reasons, and their number.
+
+    Raises:
+        InputError: more were skipped than `limit` allows; None allows any number.
+    """
+    reasons = [reason for _, reason in embedded.skipped]
+    report_bad(reasons, len(embedded.paths) + len(reasons), limit)

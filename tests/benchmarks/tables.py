@@ -29,9 +29,8 @@ from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.cli.main import main as edgeclip
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.captions import read_captions
-from edgeclip.runtime.inputs.find_images import list_images
+from edgeclip.runtime.inputs.find_images import forget_left_out, list_images, report_left_out
 from edgeclip.runtime.inputs.label_names import read_label_file
-from edgeclip.runtime.inputs.left_out import forget_left_out, report_left_out
 from edgeclip.runtime.inputs.text_files import read_lines
 
 KINDS = ("table", "labels", "texts", "folder", "noise")

@@ -20,8 +20,12 @@ from edgeclip.compress.data.sources import (
     seed_of,
 )
 from edgeclip.runtime.errors import ConfigError, InputError
-from edgeclip.runtime.inputs.bad_items import DEFAULT_MAX_BAD, MaxBad
-from edgeclip.runtime.inputs.left_out import forget_left_out, report_left_out
+from edgeclip.runtime.inputs.find_images import (
+    DEFAULT_MAX_BAD,
+    MaxBad,
+    forget_left_out,
+    report_left_out,
+)
 
 
 @pytest.fixture

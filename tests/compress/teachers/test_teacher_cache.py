@@ -25,7 +25,7 @@ from edgeclip.compress.teachers.teacher_cache import (
     fast_inference,
 )
 from edgeclip.runtime.errors import ConfigError, InputError
-from edgeclip.runtime.inputs.bad_items import MaxBad
+from edgeclip.runtime.inputs.find_images import MaxBad
 
 pytestmark = pytest.mark.slow
 

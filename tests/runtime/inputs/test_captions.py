@@ -8,7 +8,7 @@ import pytest
 
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.captions import read_captions
-from edgeclip.runtime.inputs.left_out import forget_left_out, report_left_out
+from edgeclip.runtime.inputs.find_images import forget_left_out, report_left_out
 
 BOTH = (("one",), ("two",))
 

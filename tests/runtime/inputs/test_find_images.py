@@ -1,5 +1,7 @@
-"""The images of a folder, and the account of everything else in it."""
+"""The images of a folder, the account of everything else in it, and how many may be unreadable."""
 
+import argparse
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +9,16 @@ from pathlib import Path
 import pytest
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.find_images import find_images, list_images
-from edgeclip.runtime.inputs.left_out import forget_left_out, report_left_out
+from edgeclip.runtime.inputs.find_images import (
+    DEFAULT_MAX_BAD,
+    MaxBad,
+    find_images,
+    forget_left_out,
+    list_images,
+    parse_max_bad,
+    report_bad,
+    report_left_out,
+)
 
 Told = Callable[[], str]
 
@@ -136,3 +146,67 @@ def test_files_and_folders_together_count_once(tmp_path: Path) -> None:
     assert [path.name for path in find_images(paths)] == ["b.png", "a.png", "c.odd"]
     with pytest.raises(InputError, match="does not exist"):
         find_images([tmp_path / "missing.png"])
+
+
+@pytest.mark.parametrize(
+    ("text", "total", "allowed"),
+    [
+        ("1%", 2000, 20),
+        ("1%", 199, 1),
+        ("1%", 99, 0),
+        ("0.5%", 1000, 5),
+        ("29%", 100, 29),
+        ("100%", 7, 7),
+        ("0", 1000, 0),
+        ("0%", 1000, 0),
+        ("12", 3, 12),
+    ],
+)
+def test_limits(text: str, total: int, allowed: int) -> None:
+    assert parse_max_bad(text).allowed(total) == allowed
+
+
+@pytest.mark.parametrize(("total", "allowed"), [(3, 5), (500, 5), (2000, 20)])
+def test_default_allows_a_few_in_a_small_set(total: int, allowed: int) -> None:
+    assert DEFAULT_MAX_BAD.allowed(total) == allowed
+
+
+@pytest.mark.parametrize("text", ["", "1.5", "-1", "-1%", "many", "1 %%", "101%", "nan", "1e3"])
+def test_no_limits(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_max_bad(text)
+
+
+def test_some_are_named_and_all_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    reasons = [f"{number}.jpg is damaged" for number in range(30)]
+    report_bad(reasons, 1000, MaxBad(share=0.03, count=0))
+    said = [(record.levelno, record.getMessage()) for record in caplog.records]
+    assert sorted(text for _, text in said if text.endswith("is damaged")) == sorted(
+        f"skipped: {reason}" for reason in reasons
+    )
+    shown = [text for level, text in said if level == logging.INFO]
+    assert len(shown) == 22
+    assert shown[-2:] == ["skipped: 10 more, which -v names", "skipped 30 of 1000 images"]
+    with pytest.raises(
+        InputError, match=r"^30 of 1000 images cannot be read, and 29 are allowed: 0"
+    ):
+        report_bad(reasons, 1000, MaxBad(share=0.0299, count=0))
+    with pytest.raises(InputError, match=r"4\.jpg is damaged; and 25 more\. .* --max-bad 3%$"):
+        report_bad(reasons, 1000, MaxBad(share=0, count=1))
+
+
+def test_nothing_is_bad(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    report_bad([], 0, MaxBad(share=0, count=0))
+    report_bad([], 10, None)
+    assert not caplog.records
+
+
+def test_everything_is_bad() -> None:
+    with pytest.raises(InputError, match=r"none of 2 images could be read; the first: a"):
+        report_bad(["a is damaged", "b is damaged"], 2, None)
+
+
+def test_any_number_may_be_bad() -> None:
+    report_bad(["a is damaged"] * 9, 10, None)
