@@ -17,7 +17,7 @@ from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.labels import LabelSet, bake_labels
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.label_names import labels_file, read_label_file, split_names
+from edgeclip.runtime.inputs.text_files import labels_file, read_label_file, split_names
 
 _AT_ONCE = 64  # texts
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # it becomes the name of a file

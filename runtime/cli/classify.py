@@ -15,7 +15,7 @@ from edgeclip.runtime.cli.options import (
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.find_images import embed_files, find_images, report_skipped
-from edgeclip.runtime.inputs.label_names import labels_file, read_label_file, split_names
+from edgeclip.runtime.inputs.text_files import labels_file, read_label_file, split_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

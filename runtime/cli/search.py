@@ -15,8 +15,7 @@ from edgeclip.runtime.cli.options import (
 )
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES
-from edgeclip.runtime.inputs.more_formats import MORE_SUFFIXES
+from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES, MORE_SUFFIXES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.console import plain_text
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES
-from edgeclip.runtime.inputs.more_formats import MORE_SUFFIXES, why_unreadable
+from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES, MORE_SUFFIXES, why_unreadable
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
 from edgeclip.runtime.spec import ImageSpec
 

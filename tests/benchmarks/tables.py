@@ -30,8 +30,7 @@ from edgeclip.runtime.cli.main import main as edgeclip
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.captions import read_captions
 from edgeclip.runtime.inputs.find_images import forget_left_out, list_images, report_left_out
-from edgeclip.runtime.inputs.label_names import read_label_file
-from edgeclip.runtime.inputs.text_files import read_lines
+from edgeclip.runtime.inputs.text_files import read_label_file, read_lines
 
 KINDS = ("table", "labels", "texts", "folder", "noise")
 SHARES = (0.45, 0.12, 0.12, 0.16, 0.15)

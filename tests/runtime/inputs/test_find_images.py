@@ -112,7 +112,7 @@ def test_formats_without_their_package_are_named(
 ) -> None:
     touch(tmp_path, "a.jpg", f"b{suffix}", f"c{suffix}", "c.txt")
     assert names(tmp_path) == ["a.jpg", f"b{suffix}", f"c{suffix}"]
-    monkeypatch.setattr("edgeclip.runtime.inputs.more_formats.find_spec", lambda name: None)
+    monkeypatch.setattr("edgeclip.runtime.inputs.images.find_spec", lambda name: None)
     assert names(tmp_path) == ["a.jpg"]
     assert "left out 2 files" in (line := told())
     assert "pip install 'edgeclip[images]'" in line

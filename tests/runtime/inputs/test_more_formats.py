@@ -108,7 +108,7 @@ def test_raw_files_without_a_preview_or_damaged(tmp_path: Path) -> None:
 
 
 def test_what_needs_the_extra_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeclip.runtime.inputs.more_formats.find_spec", lambda name: None)
+    monkeypatch.setattr("edgeclip.runtime.inputs.images.find_spec", lambda name: None)
     files = {
         "a.heic": (FILES / "picture.heic").read_bytes(),
         "misnamed.jpg": (FILES / "picture.heic").read_bytes(),
