@@ -15,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Scene, Split, split_of, vocabulary
+from edgeclip.runtime.bundle.files import ContentHashes
 from edgeclip.runtime.console import escape_controls
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.captions import read_captions
-from edgeclip.runtime.inputs.content import ContentHashes
 from edgeclip.runtime.inputs.find_images import (
     MaxBad,
     is_table,

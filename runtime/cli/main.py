@@ -19,7 +19,6 @@ from typing import Any, NoReturn, cast
 from edgeclip.runtime.bundle.targets import Targets, claim_targets
 from edgeclip.runtime.console import EscapedOutput, escape_controls
 from edgeclip.runtime.errors import EdgeClipError, MissingExtraError, without_colour
-from edgeclip.runtime.home import ensure_home
 from edgeclip.runtime.logs import log_to_stderr
 
 _log = logging.getLogger("edgeclip.runtime.cli.main")  # not __name__, which may be "__main__"
@@ -129,7 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = contextlib.redirect_stdout(cast(Any, EscapedOutput(sys.stdout or io.StringIO())))
     with out, log_to_stderr(verbose=is_verbose, as_json=is_json) as configure_log:
         try:
-            ensure_home()
+            if "HOME" not in os.environ:
+                from edgeclip.runtime.bundle.files import ensure_home  # loads numpy
+
+                ensure_home()
             status = _dispatch(arguments, configure_log)
             sys.stdout.flush()
             return status

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.files import ensure_home
 from edgeclip.runtime.cli.options import add_device_option, positive
 from edgeclip.runtime.errors import EdgeClipError, InputError
-from edgeclip.runtime.home import ensure_home
 from edgeclip.runtime.logs import log_to_stderr
 from edgeclip.runtime.serving.ray_serving import RayServing, on_ray
 from edgeclip.runtime.serving.security import Security, choose_security

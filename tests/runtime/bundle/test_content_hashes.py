@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from edgeclip.runtime.bundle import files
+from edgeclip.runtime.bundle.files import ContentHashes
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs import content
-from edgeclip.runtime.inputs.content import ContentHashes
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         found.append(path)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(content, "sha256_file", hashed)
-    monkeypatch.setattr(content, "_SETTLED_NS", -(10**18))  # no file is too young
+    monkeypatch.setattr(files, "sha256_file", hashed)
+    monkeypatch.setattr(files, "_SETTLED_NS", -(10**18))  # no file is too young
     return found
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip.runtime.bundle.files import cache_root
+from edgeclip.runtime.bundle.files import cache_root, ensure_home, home_folder
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.home import ensure_home, home_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="there Windows knows the home directory")
 USER = 54321
@@ -92,4 +91,5 @@ def test_commands_work_for_a_user_that_no_list_knows(
         )
         assert done.returncode == (2 if words[0] == "pull" else 0), done.stderr
         assert "Traceback" not in done.stderr
-    assert [path.name for path in work.iterdir()] == ["photos.npz"]  # and no folder named ~
+    made = sorted(path.name for path in work.iterdir())
+    assert made == ["photos.npz", "photos.npz.contents"]  # and no folder named ~
