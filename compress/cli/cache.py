@@ -6,7 +6,7 @@ from pathlib import Path
 from edgeclip.compress.cli.options import add_data, add_teacher, load_source, load_teacher
 from edgeclip.compress.data.augmentation import Augmentation
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
-from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.inputs.find_images import add_max_bad_option
 
 

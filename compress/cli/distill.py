@@ -19,8 +19,8 @@ from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.held_out import MOST_HELD_OUT
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings
-from edgeclip.runtime.bundle.files import check_target
-from edgeclip.runtime.bundle.targets import Targets, require_space
+from edgeclip.runtime.bundle.files import check_target, require_space
+from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.inputs.find_images import add_max_bad_option
 
 

@@ -10,7 +10,7 @@ from edgeclip.compress.teachers.dual_encoder import MARKER
 from edgeclip.compress.train.pretrain import TeacherShape, pretrain
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.runtime.bundle.files import atomic_directory, check_target
-from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.cli.options import Targets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from typing import get_args
 
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Split
 from edgeclip.runtime.bundle.files import atomic_directory
-from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import TABLE_NAME
 

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from edgeclip.compress.compute import ComputeType, autocast
-from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.bundle.targets import require_space
+from edgeclip.runtime.bundle.files import atomic_file, require_space
 from edgeclip.runtime.errors import ConfigError
 
 _log = logging.getLogger(__name__)

@@ -36,8 +36,7 @@ from edgeclip.export.graph.tune_passes import PassOutcome, tune_tower
 from edgeclip.export.parity.torch_parity import check_parity, explain_parity
 from edgeclip.export.quantizing.quantization_file import apply_searched
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.files import atomic_directory
-from edgeclip.runtime.bundle.targets import require_space
+from edgeclip.runtime.bundle.files import atomic_directory, require_space
 from edgeclip.runtime.spec import Precision, Tower
 
 _log = logging.getLogger(__name__)

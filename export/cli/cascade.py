@@ -22,9 +22,9 @@ from edgeclip.export.cascade.cascade_report import (
 )
 from edgeclip.export.cascade.certify import CascadePlan, CertificationResult, certify
 from edgeclip.profiles.workload import load_workload, workload_names
-from edgeclip.runtime.bundle.targets import Targets
 from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin, Score
 from edgeclip.runtime.cli.options import (
+    Targets,
     add_device_option,
     add_json_option,
     positive,

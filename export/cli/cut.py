@@ -8,8 +8,7 @@ from typing import get_args
 from edgeclip.compress.data.sources import EMOJI
 from edgeclip.export.cuts.write_cuts import WrittenCuts, write_cuts
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.targets import Targets
-from edgeclip.runtime.cli.options import add_device_option, positive
+from edgeclip.runtime.cli.options import Targets, add_device_option, positive
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.cut_set import WEIGHTS_NAME

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeclip.compress.built_in import built_in_teacher
-from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.cli.options import Targets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

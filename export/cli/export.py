@@ -26,8 +26,7 @@ from edgeclip.export.quantizing.search_task import open_calibration
 from edgeclip.runtime.bundle.files import MANIFEST_NAME, check_target
 from edgeclip.runtime.bundle.index import check_space
 from edgeclip.runtime.bundle.manifest import gates_table
-from edgeclip.runtime.bundle.targets import Targets
-from edgeclip.runtime.cli.options import add_device_option, positive
+from edgeclip.runtime.cli.options import Targets, add_device_option, positive
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from edgeclip.export.probes.probe_plan import PLANS
 from edgeclip.export.probes.write_probes import write_probes
-from edgeclip.runtime.bundle.targets import Targets
-from edgeclip.runtime.cli.options import add_device_option
+from edgeclip.runtime.cli.options import Targets, add_device_option
 from edgeclip.runtime.device.device_profile import load_device
 
 

@@ -40,8 +40,7 @@ from edgeclip.export.quantizing.search_task import (
     search_space,
 )
 from edgeclip.runtime.bundle.index import check_space
-from edgeclip.runtime.bundle.targets import Targets
-from edgeclip.runtime.cli.options import positive
+from edgeclip.runtime.cli.options import Targets, positive
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, DeviceProfile, load_device
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 
 from edgeclip.profiles.cuts.measure_cuts import measure_cuts, stage_table
-from edgeclip.runtime.bundle.targets import Targets
-from edgeclip.runtime.cli.options import add_device_option, positive
+from edgeclip.runtime.cli.options import Targets, add_device_option, positive
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.inputs.find_images import find_images

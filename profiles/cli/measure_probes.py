@@ -9,8 +9,7 @@ from edgeclip.profiles.predict.measured_device import MeasuredDevice, load_measu
 from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.probe_set import ProbeSet
 from edgeclip.profiles.predict.transfer_costs import transfer_costs
-from edgeclip.runtime.bundle.targets import Targets
-from edgeclip.runtime.cli.options import add_device_option, positive
+from edgeclip.runtime.cli.options import Targets, add_device_option, positive
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import load_device
 

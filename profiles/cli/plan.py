@@ -17,7 +17,7 @@ from edgeclip.profiles.record.measurement import MeasurementRun
 from edgeclip.profiles.report.drawing import svg
 from edgeclip.profiles.report.html_page import write_html
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.device.link import LinkProfile, link_names, load_link
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.choose_plan import Objective, PlanChoice, choose_plan, estimate_plans

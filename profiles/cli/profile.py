@@ -31,8 +31,7 @@ from edgeclip.profiles.report.tables import measurement_table, write_parquet
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.bundle.targets import Targets
-from edgeclip.runtime.cli.options import add_device_option
+from edgeclip.runtime.cli.options import Targets, add_device_option
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError

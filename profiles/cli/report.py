@@ -21,7 +21,7 @@ from edgeclip.profiles.report.profile_report import (
 )
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.errors import InputError
 
 

@@ -200,6 +200,37 @@ def check_target(target: Path, *, replace: bool, marker: str) -> None:
         )
 
 
+def require_space(target: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        target: the file or directory to write; it need not exist.
+        needed: bytes that will be written.
+
+    Raises:
+        InputError: less is free.
+    """
+    place = target.absolute()
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:
+        return  # a file system that does not tell
+    if free < needed:
+        raise InputError(
+            f"{target} needs {_in_bytes(needed)}, and {_in_bytes(free)} are free on its disk: make "
+            "room, or choose a target elsewhere"
+        )
+
+
+def _in_bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:,} bytes"
+
+
 @contextmanager
 def _sibling(target: Path, kind: str) -> Iterator[Path]:
     """Yield a temporary name beside `target`, protected from `_prepare` in this process."""

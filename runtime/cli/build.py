@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.engines.onnxruntime_engine import embed_context
 from edgeclip.runtime.engines.providers import provider_of
 from edgeclip.runtime.errors import EngineError, InputError

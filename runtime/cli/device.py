@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.device.device_profile import (
     THIS_MACHINE,
     device_names,

@@ -16,10 +16,9 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from edgeclip.runtime.bundle.files import ContentHashes
+from edgeclip.runtime.bundle.files import ContentHashes, require_space
 from edgeclip.runtime.bundle.index_update import IndexChange, IndexUpdate, index_bytes
-from edgeclip.runtime.bundle.targets import Targets, require_space
-from edgeclip.runtime.cli.options import add_encoder_options, open_encoder
+from edgeclip.runtime.cli.options import Targets, add_encoder_options, open_encoder
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.find_images import add_max_bad_option, find_images, report_bad

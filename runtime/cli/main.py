@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
-from edgeclip.runtime.bundle.targets import Targets, claim_targets
+from edgeclip.runtime.cli.options import Targets, claim_targets
 from edgeclip.runtime.console import EscapedOutput, escape_controls
 from edgeclip.runtime.errors import EdgeClipError, MissingExtraError, without_colour
 from edgeclip.runtime.logs import log_to_stderr

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from edgeclip.runtime.bundle.manifest import Manifest
-from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.console import plain_text
 from edgeclip.runtime.hub.pull import pull
 

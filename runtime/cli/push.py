@@ -5,7 +5,7 @@ from pathlib import Path
 
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.bundle.targets import Targets
+from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.hub.push import PushPlan, plan_push, push
 
 

@@ -334,7 +334,7 @@ def test_no_room_is_found_before_the_first_picture(
 
 
 def test_two_processes_do_not_write_one_index(pictures: Path, run: Callable[..., str]) -> None:
-    from edgeclip.runtime.bundle.targets import Targets, claim_targets
+    from edgeclip.runtime.cli.options import Targets, claim_targets
 
     with claim_targets(Targets(files=(Path("index.npz"),))):
         said = run(pictures, status=2)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip.runtime.bundle.targets import Targets, claim_targets, require_space
+from edgeclip.runtime.bundle.files import require_space
 from edgeclip.runtime.cli.main import main
+from edgeclip.runtime.cli.options import Targets, claim_targets
 from edgeclip.runtime.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -135,7 +136,7 @@ def test_room_is_asked_for(small_disk: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from edgeclip.runtime.bundle.targets import Targets, claim_targets
+from edgeclip.runtime.cli.options import Targets, claim_targets
 with claim_targets(Targets(**{sys.argv[1]: (Path(sys.argv[2]),)})):
     print("held", flush=True)
     time.sleep(600)
