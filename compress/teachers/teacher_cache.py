@@ -19,7 +19,7 @@ from edgeclip.compress.data.augmentation import Augmentation, augment
 from edgeclip.compress.data.sources import Source, captions_of, most_captions, seed_of, without
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.runtime.bundle.files import atomic_file, require_space
-from edgeclip.runtime.bundle.row_file import RowFile, row_bytes
+from edgeclip.runtime.bundle.rows import RowFile, row_bytes
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad, report_bad

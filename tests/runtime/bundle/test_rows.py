@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeclip.runtime.bundle.row_file import RowFile, row_bytes
+from edgeclip.runtime.bundle.rows import RowFile, row_bytes
 from edgeclip.runtime.errors import InputError
 
 KEYS = [hashlib.sha256(bytes([number])).digest() for number in range(9)]
@@ -101,7 +101,7 @@ def test_no_such_file(path: Path, content: bytes) -> None:
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from tests.runtime.bundle.test_row_file import KEYS, ROWS, opened
+from tests.runtime.bundle.test_rows import KEYS, ROWS, opened
 from edgeclip.runtime.errors import InputError
 size = Path(sys.argv[1]).stat().st_size
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 60, size + 60))
@@ -132,7 +132,7 @@ def test_a_full_disk_costs_no_row_of_before(path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.runtime.bundle.test_row_file import KEYS, ROWS, opened
+from tests.runtime.bundle.test_rows import KEYS, ROWS, opened
 file = opened(Path(sys.argv[1]))
 file.append(KEYS[6:8], ROWS[6:8])
 os.kill(os.getpid(), signal.SIGKILL)
