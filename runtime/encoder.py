@@ -25,8 +25,7 @@ from edgeclip.runtime.spec import (
     Tower,
     as_text_list,
 )
-from edgeclip.runtime.towers.precision_fallback import choose_precision, open_with_fallback
-from edgeclip.runtime.towers.tower_runner import TowerRunner
+from edgeclip.runtime.towers.tower_runner import TowerRunner, choose_precision, open_with_fallback
 
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile

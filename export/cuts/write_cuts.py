@@ -38,8 +38,7 @@ from edgeclip.runtime.planning.cut_set import (
 )
 from edgeclip.runtime.serving.bundle_models import CutTail
 from edgeclip.runtime.spec import OUTPUT_NAMES, Precision
-from edgeclip.runtime.towers.precision_fallback import choose_precision
-from edgeclip.runtime.towers.tower_runner import TowerRunner, tower_feed
+from edgeclip.runtime.towers.tower_runner import TowerRunner, choose_precision, tower_feed
 
 _log = logging.getLogger(__name__)
 

@@ -31,8 +31,7 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.quality.intervals import Interval, bootstrap
 from edgeclip.runtime.quality.retrieval import Ranks, pair_ranks, retrieval_of_ranks
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.precision_fallback import usable_precisions
-from edgeclip.runtime.towers.tower_runner import tower_feed
+from edgeclip.runtime.towers.tower_runner import tower_feed, usable_precisions
 
 TEACHER, STUDENT, SHIPPED = "teacher", "student ", "student as shipped"
 

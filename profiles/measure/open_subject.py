@@ -29,8 +29,7 @@ from edgeclip.runtime.planning.cut_set import WEIGHTS_NAME, CutSet, head_file_na
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.serving.security import read_token
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.precision_fallback import choose_precision
-from edgeclip.runtime.towers.tower_runner import TowerRunner
+from edgeclip.runtime.towers.tower_runner import TowerRunner, choose_precision
 
 if TYPE_CHECKING:
     from edgeclip.runtime.split.http_client import Transfer

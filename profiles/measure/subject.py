@@ -17,8 +17,7 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.precision_fallback import choose_precision, usable_precisions
-from edgeclip.runtime.towers.tower_runner import tower_feed
+from edgeclip.runtime.towers.tower_runner import choose_precision, tower_feed, usable_precisions
 
 _TOWERS = ("image", "text")
 

@@ -16,8 +16,7 @@ from edgeclip.runtime.engines.onnxruntime_engine import embed_context
 from edgeclip.runtime.engines.providers import provider_of
 from edgeclip.runtime.errors import EngineError, InputError
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.precision_fallback import usable_precisions
-from edgeclip.runtime.towers.tower_runner import open_tower
+from edgeclip.runtime.towers.tower_runner import open_tower, usable_precisions
 
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile

@@ -15,8 +15,7 @@ from edgeclip.runtime.cli.options import add_device_option, add_json_option, pri
 from edgeclip.runtime.console import plain_text
 from edgeclip.runtime.errors import BundleError
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.precision_fallback import usable_precisions
-from edgeclip.runtime.towers.tower_runner import TowerRunner
+from edgeclip.runtime.towers.tower_runner import TowerRunner, usable_precisions
 
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile

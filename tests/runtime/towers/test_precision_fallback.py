@@ -16,12 +16,12 @@ from edgeclip.runtime.engines import engine_cache
 from edgeclip.runtime.engines.engine import Engine
 from edgeclip.runtime.errors import BundleError, EngineError, EngineParityError, InputError
 from edgeclip.runtime.spec import Precision, Tower
-from edgeclip.runtime.towers.precision_fallback import (
+from edgeclip.runtime.towers.tower_runner import (
+    TowerRunner,
     choose_precision,
     open_with_fallback,
     usable_precisions,
 )
-from edgeclip.runtime.towers.tower_runner import TowerRunner
 
 Log = pytest.LogCaptureFixture
 
