@@ -12,8 +12,7 @@ from edgeclip.runtime import telemetry as _telemetry
 
 if TYPE_CHECKING:
     from edgeclip.runtime.bundle.bundle import Bundle
-    from edgeclip.runtime.bundle.index import Hit, Index
-    from edgeclip.runtime.bundle.labels import LabelSet
+    from edgeclip.runtime.bundle.index import Hit, Index, LabelSet
     from edgeclip.runtime.bundle.manifest import Manifest
     from edgeclip.runtime.encoder import Encoder, LabelScore
     from edgeclip.runtime.errors import (
@@ -60,8 +59,7 @@ __all__ = [
 
 _MODULES = {
     "bundle.bundle": ("Bundle",),
-    "bundle.index": ("Hit", "Index"),
-    "bundle.labels": ("LabelSet",),
+    "bundle.index": ("Hit", "Index", "LabelSet"),
     "bundle.manifest": ("Manifest",),
     "encoder": ("LabelScore", "Encoder"),
     "errors": (

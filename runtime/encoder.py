@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import FloatArray, Outputs
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.index import Hit, Index, check_embeddings
-from edgeclip.runtime.bundle.labels import LabelSet, bake_labels
+from edgeclip.runtime.bundle.index import Hit, Index, LabelSet, bake_labels, check_embeddings
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import ImageInput, as_image_list
 from edgeclip.runtime.inputs.preprocess import crop_batch

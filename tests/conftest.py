@@ -29,7 +29,7 @@ from edgeclip.runtime.bundle.files import (
     sha256_file,
     tower_path,
 )
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.bundle.manifest import (
     SCHEMA_VERSION,
     FileRecord,

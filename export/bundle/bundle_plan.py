@@ -20,7 +20,7 @@ from edgeclip.export.quantizing.quantization_file import (
     TowerQuantization,
 )
 from edgeclip.profiles.workload import Workload
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Precision, Tower

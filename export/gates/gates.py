@@ -12,8 +12,7 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.export.errors import GateError
 from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
-from edgeclip.runtime.bundle.index import cosines
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet, cosines
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, keeps_bound
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.intervals import (

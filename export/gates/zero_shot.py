@@ -14,7 +14,7 @@ from edgeclip.compress.data.sources import EmojiSource, FolderSource, Pair, Sour
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.embedders import torch_embedder
 from edgeclip.runtime.arrays import FloatArray
-from edgeclip.runtime.bundle.labels import LabelSet, bake_labels
+from edgeclip.runtime.bundle.index import LabelSet, bake_labels
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.text_files import labels_file, read_label_file, split_names

@@ -28,7 +28,7 @@ from edgeclip.export.graph.embedders import TowerGraph
 from edgeclip.export.graph.export_modules import tower_module
 from edgeclip.export.graph.graph_io import limit_masks, load_graph, save_graph
 from edgeclip.runtime.bundle.files import tower_path
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import first_line
 from edgeclip.runtime.spec import (

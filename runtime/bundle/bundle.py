@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,10 @@ from edgeclip.runtime.bundle.files import (
     sha256_file,
     write_npz,
 )
-from edgeclip.runtime.bundle.index import text_tuple
+from edgeclip.runtime.bundle.index import LabelSet, text_tuple
 from edgeclip.runtime.bundle.manifest import Manifest
 from edgeclip.runtime.errors import BundleError, InputError
 from edgeclip.runtime.spec import Precision, Tower
-
-if TYPE_CHECKING:
-    from edgeclip.runtime.bundle.labels import LabelSet
 
 _log = logging.getLogger(__name__)
 _GOLDEN_KIND = "edgeclip-golden-2"
@@ -144,15 +141,13 @@ class Bundle:
             if name.startswith("labels/") and name.endswith(".npz")
         )
 
-    def labels(self, name: str) -> "LabelSet":
+    def labels(self, name: str) -> LabelSet:
         """Load a label set by its name.
 
         Raises:
             BundleError: the bundle has no such label set.
             SpaceMismatchError: it was made in another embedding space.
         """
-        from edgeclip.runtime.bundle.labels import LabelSet
-
         if name not in self.label_names:
             has = ", ".join(self.label_names) or "none"
             raise BundleError(f"{self.path} has no label set {name!r}; it has {has}")

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.cli.options import (
     add_encoder_options,
     add_json_option,

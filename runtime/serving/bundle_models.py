@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import Outputs, Tensors
-from edgeclip.runtime.bundle.index import check_space, check_unit_rows
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet, check_space, check_unit_rows
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError

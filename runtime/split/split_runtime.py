@@ -14,8 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import FloatArray
-from edgeclip.runtime.bundle.index import Hit, Index, check_space, limit_blas_to_one_thread
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import (
+    Hit,
+    Index,
+    LabelSet,
+    check_space,
+    limit_blas_to_one_thread,
+)
 from edgeclip.runtime.encoder import Encoder, LabelScore
 from edgeclip.runtime.errors import EdgeClipError, InputError
 from edgeclip.runtime.inputs.images import ImageInput

@@ -36,7 +36,7 @@ from edgeclip.export.graph.to_onnx import (
     TowerPaths,
     export_towers,
 )
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.spec import ImageSpec

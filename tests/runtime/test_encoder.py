@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from edgeclip.runtime.bundle.index import Index
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import Index, LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import (

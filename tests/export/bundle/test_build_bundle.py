@@ -34,7 +34,7 @@ from edgeclip.export.quantizing.config import (
 )
 from edgeclip.export.quantizing.fp16 import write_fp16
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.cli.verify import replay_golden
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.encoder import Encoder

@@ -16,7 +16,7 @@ from edgeclip.export.gates.gates import (
 )
 from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.intervals import Interval

@@ -18,7 +18,7 @@ from edgeclip.export.gates.judge_precisions import (
 from edgeclip.export.gates.zero_shot import SubsetSource, ZeroShotSet
 from edgeclip.export.graph.embedders import TowerGraph
 from edgeclip.export.graph.to_onnx import INTERCHANGE_FORM, TowerPaths
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRemark
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Precision, Tower

@@ -20,7 +20,7 @@ from edgeclip.export.gates.zero_shot import (
     read_label_names,
 )
 from edgeclip.export.graph.embedders import torch_embedder
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.errors import InputError
 
 Make = Callable[..., Source]

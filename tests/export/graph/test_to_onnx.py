@@ -29,7 +29,7 @@ from edgeclip.export.graph.to_onnx import (
     export_towers,
 )
 from edgeclip.export.quantizing.fp16 import write_fp16
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.inputs.preprocess import normalise
 from edgeclip.runtime.spec import Tower

@@ -27,8 +27,7 @@ from edgeclip.export.quantizing.static_int8 import (
     restore_float_readers,
     write_int8,
 )
-from edgeclip.runtime.bundle.index import cosines
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet, cosines
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.spec import Tower
 from tests.export.conftest import RunGraph

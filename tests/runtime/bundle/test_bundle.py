@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.bundle.manifest import SCHEMA_VERSION
 from edgeclip.runtime.errors import BundleError, SpaceMismatchError
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeclip.runtime.bundle import index as index_module
-from edgeclip.runtime.bundle.index import Hit, Index
+from edgeclip.runtime.bundle.index import Hit, Index, LabelSet
 from edgeclip.runtime.errors import InputError, SpaceMismatchError
 
 SPACE = "ab" * 32
@@ -83,8 +83,6 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_label_set_is_not_an_index(tmp_path: Path) -> None:
-    from edgeclip.runtime.bundle.labels import LabelSet
-
     path = tmp_path / "labels.npz"
     LabelSet(names=("a",), embeddings=unit(1, 3), space=SPACE).save(path)
     with pytest.raises(InputError, match="kind 'edgeclip-labels-1', expected 'edgeclip-index-1'"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from edgeclip.runtime.bundle.files import write_npz
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.errors import InputError, SpaceMismatchError
 
 SPACE = "ab" * 32

@@ -241,7 +241,7 @@ class TestClassify:
     def test_label_file_of_another_space(
         self, tiny_bundle: Path, photos: Path, tmp_path: Path, capsys: Capture
     ) -> None:
-        from edgeclip.runtime.bundle.labels import LabelSet
+        from edgeclip.runtime.bundle.index import LabelSet
 
         path = tmp_path / "labels.npz"
         rows = np.eye(2, 8, dtype=np.float32)

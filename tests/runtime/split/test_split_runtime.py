@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.runtime.bundle.index import Index
-from edgeclip.runtime.bundle.labels import LabelSet
+from edgeclip.runtime.bundle.index import Index, LabelSet
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.scores import Margin
 from edgeclip.runtime.encoder import Encoder
