@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from edgeclip.compress.cli.options import add_data, add_teacher, load_source, load_teacher
+from edgeclip.compress.cli.options import add_data, add_teacher, load_source, load_teacher, max_bad
 from edgeclip.compress.data.augmentation import Augmentation
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.runtime.cli.options import Targets
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         views=args.views,
         augmentation=Augmentation(seed=args.seed),
-        max_bad=args.max_bad,
+        max_bad=max_bad(args),
     )
     settings = cache.settings
     print(f"{settings.count} pictures in {settings.views} views are in {args.out}")

@@ -9,6 +9,7 @@ from edgeclip.compress.cli.options import (
     add_teacher,
     load_source,
     load_teacher,
+    max_bad,
     refuse_teacher_as_output,
 )
 from edgeclip.compress.data.sources import without
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     student = new_student(teacher, shape, seed=args.seed).to(teacher.device)
     require_space(args.out, sum(4 * weight.numel() for weight in student.parameters()))
     cache = build_cache(
-        teacher, source, args.cache or folder / "cache", views=args.views, max_bad=args.max_bad
+        teacher, source, args.cache or folder / "cache", views=args.views, max_bad=max_bad(args)
     )
     best = distill(
         student,
@@ -143,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
         settings=settings,
         out=folder,
         held_out=args.held_out,
-        max_bad=args.max_bad,
+        max_bad=max_bad(args),
     )
     student.save(args.out)
     if best is not None:

@@ -10,6 +10,7 @@ from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.inputs.find_images import MaxBad
 
 _log = logging.getLogger(__name__)
 
@@ -38,11 +39,18 @@ def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
     _add_strict(parser)
 
 
+def max_bad(args: argparse.Namespace) -> MaxBad:
+    """Return how many pictures may be unreadable: none with `--strict`, else `--max-bad`."""
+    limit: MaxBad = args.max_bad
+    return MaxBad(share=0.0, count=0) if args.strict else limit
+
+
 def _add_strict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="refuse a folder with files that would be left out (default: name them at the end)",
+        help="refuse a folder with files that would be left out, or pictures that cannot be read "
+        "(default: name them)",
     )
 
 

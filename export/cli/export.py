@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.built_in import BUILT_IN
-from edgeclip.compress.cli.options import add_pairs_option, add_teacher, load_teacher, log_step
+from edgeclip.compress.cli.options import (
+    add_pairs_option,
+    add_teacher,
+    load_teacher,
+    log_step,
+    max_bad,
+)
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.train.quantization_aware import finetune_settings
@@ -207,7 +213,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
             count=args.test_count,
             size=size,
             strict=args.strict,
-            max_bad=args.max_bad,
+            max_bad=max_bad(args),
         ),
         device=device,
         origin=Origin(
@@ -271,7 +277,7 @@ def _calibration(args: argparse.Namespace, quantization: Quantization | None, si
             count=count,
             size=size,
             strict=args.strict,
-            max_bad=args.max_bad,
+            max_bad=max_bad(args),
         )
     basis = quantization.basis
     if count not in (None, basis.pairs):
@@ -285,7 +291,7 @@ def _calibration(args: argparse.Namespace, quantization: Quantization | None, si
         ranges=basis.ranges,
         size=size,
         strict=args.strict,
-        max_bad=args.max_bad,
+        max_bad=max_bad(args),
     )
     return found
 
@@ -304,7 +310,7 @@ def _qat_options(args: argparse.Namespace, size: int) -> QatOptions | None:
         source=open_source(args.data, split="train", count=scenes, size=size, strict=args.strict),
         settings=settings,
         folder=_qat_folder(args),
-        max_bad=args.max_bad,
+        max_bad=max_bad(args),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.built_in import BUILT_IN
-from edgeclip.compress.cli.options import add_pairs_option, add_teacher, load_teacher
+from edgeclip.compress.cli.options import add_pairs_option, add_teacher, load_teacher, max_bad
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.zero_shot import (
@@ -182,7 +182,7 @@ def _data(args: argparse.Namespace) -> _Data:
         ranges=args.ranges,
         size=size,
         strict=args.strict,
-        max_bad=args.max_bad,
+        max_bad=max_bad(args),
     )
     test = open_source(
         args.data,
@@ -190,7 +190,7 @@ def _data(args: argparse.Namespace) -> _Data:
         count=args.test_count,
         size=size,
         strict=args.strict,
-        max_bad=args.max_bad,
+        max_bad=max_bad(args),
     )
     for source in (steering, test):
         check_captions(source, "comparing configs")

@@ -236,6 +236,8 @@ def test_damaged_pictures_are_skipped_and_named(
     assert f"3 of {count} images cannot be read, and 2 are allowed" in error
     assert all(f"/{path.name} " in error for path in FolderSource(data, split="train").paths[:3])
     kept = (cache / "image.rows").stat().st_mtime_ns
+    assert main(["cache", *given, "--out", str(cache), "--strict"]) == 2
+    assert "and 0 are allowed" in capsys.readouterr().err
 
     assert main(["cache", *given, "--out", str(cache)]) == 0
     printed = capsys.readouterr()
