@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeclip.profiles.report.charts import BandChart
-from edgeclip.profiles.report.html_page import write_html
 from edgeclip.profiles.report.sections import (
     Cell,
     Facts,
@@ -19,6 +18,7 @@ from edgeclip.profiles.report.sections import (
     section_of,
     sections,
 )
+from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.cascade.certificate import (
     ESCALATE_ALL,
     ESCALATE_NONE,

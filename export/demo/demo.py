@@ -29,7 +29,7 @@ from edgeclip.export.gates.zero_shot import emoji_zero_shot
 from edgeclip.export.graph.to_onnx import GraphForm, export_towers
 from edgeclip.profiles.record.measurement import measurement_run
 from edgeclip.profiles.report.bundle_report import RunStep, bundle_page
-from edgeclip.profiles.report.html_page import write_html
+from edgeclip.profiles.report.write_page import write_html
 from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME, atomic_directory, check_target

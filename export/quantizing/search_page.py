@@ -24,7 +24,6 @@ from edgeclip.profiles.report.charts import (
     ScatterPoint,
     gate_name,
 )
-from edgeclip.profiles.report.html_page import write_html
 from edgeclip.profiles.report.sections import (
     Alarm,
     Block,
@@ -45,6 +44,7 @@ from edgeclip.profiles.report.sections import (
     section_of,
     sections,
 )
+from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.console import digits, megabytes, seconds
 from edgeclip.runtime.quality.intervals import Interval
 

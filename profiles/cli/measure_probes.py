@@ -4,11 +4,10 @@ import argparse
 import statistics
 from pathlib import Path
 
-from edgeclip.profiles.predict.measure_probes import FEWEST_ROUNDS, measure_probes
+from edgeclip.profiles.predict.measure_probes import FEWEST_ROUNDS, measure_probes, transfer_costs
 from edgeclip.profiles.predict.measured_device import MeasuredDevice, load_measured, measured_names
 from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.probe_set import ProbeSet
-from edgeclip.profiles.predict.transfer_costs import transfer_costs
 from edgeclip.runtime.cli.options import Targets, add_device_option, positive
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import load_device

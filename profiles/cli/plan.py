@@ -15,7 +15,7 @@ from edgeclip.profiles.predict.predict_stages import (
 )
 from edgeclip.profiles.record.measurement import MeasurementRun
 from edgeclip.profiles.report.drawing import svg
-from edgeclip.profiles.report.html_page import write_html
+from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.device.link import LinkProfile, link_names, load_link

@@ -13,12 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeclip.profiles.compare.compare_runs import compare_runs, describe_hardware, subjects_only_in
-from edgeclip.profiles.compare.comparison_table import comparison_markdown, comparison_text
-from edgeclip.profiles.compare.regression_gate import parse_max_regression, regression_gate
+from edgeclip.profiles.compare.regression_gate import (
+    comparison_markdown,
+    comparison_text,
+    parse_max_regression,
+    regression_gate,
+)
 from edgeclip.profiles.measure.subject import SplitSpec, SubjectSpec, bundle_parts, bundle_subjects
 from edgeclip.profiles.profile_subjects import ProfilePlan, profile_subjects
 from edgeclip.profiles.record.measurement import MeasurementRun
-from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.profiles.report.profile_data import NamedRun
 from edgeclip.profiles.report.profile_quality import quality_of_bundle
 from edgeclip.profiles.report.profile_report import (
@@ -28,6 +31,7 @@ from edgeclip.profiles.report.profile_report import (
 )
 from edgeclip.profiles.report.sections import AdviceNote
 from edgeclip.profiles.report.tables import measurement_table, write_parquet
+from edgeclip.profiles.report.write_page import markdown_of
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file

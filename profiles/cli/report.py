@@ -10,8 +10,6 @@ from pathlib import Path
 
 from edgeclip.profiles.record.measurement import MeasurementRun
 from edgeclip.profiles.report.bundle_report import bundle_page, bundle_report
-from edgeclip.profiles.report.html_page import write_html
-from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.profiles.report.profile_data import load_runs
 from edgeclip.profiles.report.profile_quality import quality_of_bundle
 from edgeclip.profiles.report.profile_report import (
@@ -19,6 +17,7 @@ from edgeclip.profiles.report.profile_report import (
     profile_summary_page,
     write_profile_report,
 )
+from edgeclip.profiles.report.write_page import markdown_of, write_html
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.cli.options import Targets

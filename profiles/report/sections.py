@@ -1,7 +1,7 @@
 """The model of a report: a page of sections, each of notes, tables, figures and lists.
 
-It is plain data: `html_page` writes it as HTML, `markdown` as Markdown, and both escape all
-text. Figures are charts that have not been drawn yet.
+It is plain data: `write_page` writes it as HTML or as Markdown, and escapes all text. Figures are
+charts that have not been drawn yet.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ from _bars import at_most, command, finish, options
 
 from edgeclip.export.probes.probe_plan import STANDARD, ProbePlan
 from edgeclip.export.probes.write_probes import write_probes
-from edgeclip.profiles.predict.measure_probes import measure_probes
+from edgeclip.profiles.predict.measure_probes import measure_probes, transfer_costs
 from edgeclip.profiles.predict.measured_device import CheckTime, MeasuredDevice
 from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.probe_set import ProbeSet
@@ -27,7 +27,6 @@ from edgeclip.profiles.predict.tower_shapes import (
     TransformerTower,
     image_tokens,
 )
-from edgeclip.profiles.predict.transfer_costs import transfer_costs
 from edgeclip.runtime.console import columns, progress_bar
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.spec import Tower

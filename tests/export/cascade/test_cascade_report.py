@@ -13,8 +13,7 @@ from edgeclip.export.cascade.cascade_report import (
     curve,
     curve_table,
 )
-from edgeclip.profiles.report.html_page import html_of
-from edgeclip.profiles.report.markdown import markdown_of
+from edgeclip.profiles.report.write_page import html_of, markdown_of
 from edgeclip.runtime.cascade.certificate import (
     ESCALATE_ALL,
     ESCALATE_NONE,

@@ -19,7 +19,7 @@ from edgeclip.export.graph.embedders import tower_inputs
 from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.graph_values import GraphValues, Opener, relative_error
 from edgeclip.export.graph.to_onnx import TowerPaths
-from edgeclip.export.parity.graph_difference import GraphDifference, find_first_difference
+from edgeclip.export.parity.torch_parity import GraphDifference, find_first_difference
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.fp16 import write_fp16
 from edgeclip.export.quantizing.static_int8 import write_int8

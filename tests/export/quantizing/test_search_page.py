@@ -15,8 +15,8 @@ from edgeclip.export.quantizing.search_page import (
 from edgeclip.export.quantizing.search_table import search_table
 from edgeclip.export.quantizing.search_task import SearchSpace
 from edgeclip.profiles.report.charts import ScatterChart
-from edgeclip.profiles.report.html_page import html_of
 from edgeclip.profiles.report.sections import Figure
+from edgeclip.profiles.report.write_page import html_of
 from edgeclip.runtime.errors import InputError
 from tests.conftest import GATE
 from tests.export.quantizing.search_cases import RECIPE, SumBench, loss_record

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from edgeclip.profiles.compare.compare_runs import Comparison, compare_runs
-from edgeclip.profiles.compare.comparison_table import (
+from edgeclip.profiles.compare.regression_gate import (
     comparison_markdown,
     comparison_text,
+    regression_gate,
     summary,
 )
-from edgeclip.profiles.compare.regression_gate import regression_gate
 from tests.profiles.run_cases import (
     MACHINE,
     compared,

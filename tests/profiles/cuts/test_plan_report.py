@@ -7,7 +7,7 @@ import pytest
 
 from edgeclip.profiles.cuts.plan_report import explain, plan_chart, plan_page, plan_table
 from edgeclip.profiles.report.drawing import svg
-from edgeclip.profiles.report.markdown import markdown_of
+from edgeclip.profiles.report.write_page import markdown_of
 from edgeclip.runtime.planning.choose_plan import Objective, choose_plan
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.stage_times import StageTimes

@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
+from edgeclip.profiles.predict.measure_probes import transfer_costs
 from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.tower_shapes import TowerBlock
-from edgeclip.profiles.predict.transfer_costs import transfer_costs
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Precision
 from tests.profiles.predict.known_device import TOWERS, known_device, law, tower_ms

@@ -30,9 +30,8 @@ from edgeclip.profiles.report.bundle_report import (
     bundle_page,
 )
 from edgeclip.profiles.report.charts import LossCurve
-from edgeclip.profiles.report.html_page import data_uri, html_of, write_html
-from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.profiles.report.sections import GalleryEntry, ShownAnswer
+from edgeclip.profiles.report.write_page import data_uri, html_of, markdown_of, write_html
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.errors import InputError, MissingExtraError

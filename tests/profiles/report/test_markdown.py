@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 
-from edgeclip.profiles.report.markdown import escaped, markdown_of
 from edgeclip.profiles.report.profile_data import NamedRun
 from edgeclip.profiles.report.profile_report import profile_summary_page
 from edgeclip.profiles.report.sections import AdviceNote, code_parts
+from edgeclip.profiles.report.write_page import escaped, markdown_of
 from tests.profiles.report.profile_factory import (
     advice,
     disturbed_run,

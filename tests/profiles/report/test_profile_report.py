@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 from edgeclip.profiles.record.measurement import Measurement, MeasurementRun
-from edgeclip.profiles.report.html_page import html_of
-from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.profiles.report.profile_data import (
     NamedRun,
     SubjectQuality,
@@ -19,6 +17,7 @@ from edgeclip.profiles.report.profile_data import (
 from edgeclip.profiles.report.profile_inside import drawable_layers
 from edgeclip.profiles.report.profile_report import profile_page, write_profile_report
 from edgeclip.profiles.report.sections import AdviceNote, Note, Section, Table
+from edgeclip.profiles.report.write_page import html_of, markdown_of
 from edgeclip.profiles.sensors.interference import judge_interference
 from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.quality.intervals import Interval

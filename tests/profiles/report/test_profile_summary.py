@@ -3,12 +3,12 @@ import dataclasses
 import pytest
 
 from edgeclip.profiles.record.measurement import Measurement, Yardstick
-from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.profiles.report.profile_data import NamedRun, subjects_of
 from edgeclip.profiles.report.profile_report import MOST_ADVICE, advice_of, profile_page
 from edgeclip.profiles.report.profile_speed import spread_of
 from edgeclip.profiles.report.profile_summary import summary_of
 from edgeclip.profiles.report.sections import Note
+from edgeclip.profiles.report.write_page import markdown_of
 from edgeclip.runtime.quality.intervals import Interval
 from tests.profiles.report.profile_factory import (
     alone,

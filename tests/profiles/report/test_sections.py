@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from edgeclip.profiles.report.html_page import html_of
-from edgeclip.profiles.report.markdown import markdown_of
 from edgeclip.profiles.report.sections import (
     AdviceList,
     AdviceNote,
@@ -31,6 +29,7 @@ from edgeclip.profiles.report.sections import (
     ShownAnswer,
     Table,
 )
+from edgeclip.profiles.report.write_page import html_of, markdown_of
 from tests.page import Page as Found
 from tests.page import visible
 from tests.profiles.report.test_charts import chart
