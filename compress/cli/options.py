@@ -50,7 +50,7 @@ def _add_strict(parser: argparse.ArgumentParser) -> None:
         "--strict",
         action="store_true",
         help="refuse a folder with files that would be left out, or pictures that cannot be read "
-        "(default: name them)",
+        "(default: name what is left out)",
     )
 
 
