@@ -285,6 +285,20 @@ def test_too_many_bad_pictures(
     assert reads == ["bad0.png", "bad1.png", "bad2.png"]
 
 
+def test_a_line_that_occurs_again_keeps_its_row(pictures: Path, run: Callable[..., str]) -> None:
+    Path("texts.txt").write_text("a red car\na blue sea\na red car\n")
+    run("--texts", "texts.txt")
+    assert run("--texts", "texts.txt").endswith("0 added, 0 changed, 0 removed, 3 as before\n")
+    texts = Index.load(Path("index.npz"))
+    assert texts.keys == ("a red car", "a blue sea", "a red car")
+    Path("index.npz.contents").unlink()  # or pictures would be refused beside texts
+    run(pictures)
+    index = Index.load(Path("index.npz"))
+    assert index.keys[:3] == texts.keys
+    assert np.array_equal(index.embeddings[:3], texts.embeddings)
+    assert len(index.keys) == 15
+
+
 def test_texts_are_embedded_once(pictures: Path, run: Callable[..., str]) -> None:
     Path("texts.txt").write_text("a red car\na blue sea\na green tree\n")
     run("--texts", "texts.txt")
