@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeclip.compress.compute import full_precision
-from edgeclip.compress.data.augmentation import augment
 from edgeclip.compress.data.sources import Source, seed_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.teachers.teacher_cache import TeacherCache
+from edgeclip.compress.teachers.teacher_cache import TeacherCache, augment
 from edgeclip.compress.train.held_out import HeldOut, split_rows
 from edgeclip.compress.train.losses import (
     LossWeights,

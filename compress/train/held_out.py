@@ -1,5 +1,6 @@
 """Hold pictures out of training, and measure on them how well a student agrees with its teacher."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,12 @@ from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.train_loop import Validation
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import cosines
-from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.preprocess import crop_batch, normalise
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import pair_ranks
 
+_log = logging.getLogger(__name__)
 # What a line of `log.jsonl` calls the values of a validation; all are shares or cosines.
 IMAGE_COSINE, TEXT_COSINE = "held_out_image_cosine", "held_out_text_cosine"
 STUDENT_R1, TEACHER_R1 = "held_out_r1", "held_out_teacher_r1"
@@ -64,6 +66,11 @@ class HeldOut:
         source: the pictures, which are read once and kept as uint8 crops, with all their captions.
         rows: indices of the held-out pictures, at least one.
         compute: as in training.
+
+    A picture that can no longer be read is left out, with a warning.
+
+    Raises:
+        InputError: none of the pictures can be read.
     """
 
     def __init__(
@@ -77,11 +84,21 @@ class HeldOut:
     ) -> None:
         self._student = student
         self._compute = compute
-        self._crops = [
-            crop_batch([source[index].image for index in rows[first : first + _BATCH].tolist()],
-                       student.image_spec)
-            for first in range(0, len(rows), _BATCH)
-        ]  # fmt: skip
+        crops, readable = [], []
+        for index in rows.tolist():
+            try:
+                crops.append(crop_batch([source[index].image], student.image_spec))
+            except InputError as error:
+                _log.warning("left out of the held-out pictures: %s", error)
+                continue
+            readable.append(index)
+        if not readable:
+            raise InputError(
+                f"none of the {len(rows)} held-out pictures of {source.name} can be read"
+            )
+        rows = np.array(readable)
+        every = np.concatenate(crops)
+        self._crops = [every[first : first + _BATCH] for first in range(0, len(every), _BATCH)]
         self._teacher_image = cache.image[rows, 0]
         self._ids: Tensor | None = None
         if cache.text is not None:

@@ -19,13 +19,19 @@ from edgeclip.export.bundle.precision_candidates import (
 )
 from edgeclip.export.bundle.write_bundle import BuildRecipe, BundleContents, write_bundle
 from edgeclip.export.bundle.write_engines import write_engines
-from edgeclip.export.gates.collapse import COLLAPSE_HINT, judge_towers
-from edgeclip.export.gates.gates import GateOutcome, data_record, describe_missed, raise_if_missed
+from edgeclip.export.gates.gates import (
+    COLLAPSE_HINT,
+    GateOutcome,
+    data_record,
+    describe_missed,
+    raise_if_missed,
+)
 from edgeclip.export.gates.judge_precisions import (
     GateInputs,
     TowerEmbeddings,
     describe_pairing,
     judge_together,
+    judge_told_apart,
 )
 from edgeclip.export.gates.select_precision import SelectedPrecision, select_precision
 from edgeclip.export.gates.teacher_agreement import TeacherAgreement, judge_agreement
@@ -111,7 +117,7 @@ def build_bundle(
         quantized = quantize_towers(plan, folder)
         _log.info("embedding %s in %s ...", plan.test.name, ", ".join(plan.wanted))
         candidates = evaluate_candidates(plan, (*reference, *quantized), plan.configs)
-        apart, one_input = judge_towers(plan.student, plan.test, candidates.embeddings)
+        apart, one_input = judge_told_apart(plan.student, plan.test, candidates.embeddings)
         raise_if_missed(apart, COLLAPSE_HINT)
         candidates = fine_tune_failed_int8(plan, candidates, _applied(plan, tried))
         if plan.precisions is not None:

@@ -1,7 +1,7 @@
 """Define the quality gates of a bundle, and judge embeddings against their bounds."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from edgeclip.runtime.quality.retrieval import label_ranks, pair_ranks
 from edgeclip.runtime.spec import Precision
 
 _UNIT = 5e-3  # the largest allowed difference of an embedding's length from 1
+_SAME = 1e-3  # largest distance of two embeddings that count as one
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,14 @@ DEFAULT_BOUNDS: dict[Precision, Bounds] = {
 }
 
 
+# Most, not all: texts may differ only where they are cut, or in words that the tokenizer drops.
+COLLAPSE_GATE = Gate("told apart", ">=", 0.9, "share")
+COLLAPSE_HINT = (
+    "Different inputs have the same embedding: tokenizer, config.json, processor and weights do "
+    "not belong together, or the training collapsed"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class GateOutcome:
     """The record of a judged gate, and its subject such as "image int8"."""
@@ -119,6 +128,28 @@ def judge_tower(
         mean.judge(bootstrap(found), data),
         low.judge(bootstrap_percentile(found, 1), data),
     )
+
+
+def judge_collapse(
+    embeddings: FloatArray, inputs: Sequence[Hashable], data: DataRecord | None = None
+) -> GateRecord | None:
+    """Judge the share of different inputs whose embedding is like that of no other.
+
+    Args:
+        embeddings: of length 1, float32 [N, dim].
+        inputs: what each is the embedding of; equal inputs count once.
+        data: describes them, for the record.
+
+    Returns:
+        The record; None if all inputs are equal, so that there is nothing to judge.
+    """
+    rows = list({item: row for row, item in enumerate(inputs)}.values())
+    if len(rows) < 2:
+        return None
+    different = embeddings[rows].astype(np.float64)
+    apart = np.linalg.norm(different[:, None] - different[None], axis=-1)
+    np.fill_diagonal(apart, np.inf)
+    return COLLAPSE_GATE.judge(bootstrap(apart.min(axis=1) > _SAME), data)
 
 
 def judge_retrieval(

@@ -1,7 +1,7 @@
 """Judge every precision against fp32 on the test pairs, and say which are inside their gates."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ from tqdm import tqdm
 from edgeclip.compress.data.sources import Source, relevance_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import (
+    COLLAPSE_GATE,
     Bounds,
     GateOutcome,
     data_record,
     describe_missed,
+    judge_collapse,
     judge_retrieval,
     judge_tower,
     judge_zero_shot,
@@ -36,6 +38,7 @@ from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Precision, Tower
 
 TowerEmbeddings = Mapping[tuple[Tower, Precision], FloatArray]
+_FIRST = 128  # pairs whose embeddings are compared, each with each
 # With as many or more, one pair (in one direction) or one picture is half a point or less.
 FEWEST_PAIRS, FEWEST_LABELLED = 100, 200
 
@@ -284,3 +287,36 @@ def _remarks(kept: Iterable[tuple[Tower, Precision]], inputs: GateInputs) -> lis
         )
     images = sorted(precision for tower, precision in kept if tower == "image")
     return [GateRemark(f"image {item}", "zero-shot top-1 loss", says) for item in images]
+
+
+def judge_told_apart(
+    student: DualEncoder, test: Source, embeddings: TowerEmbeddings
+) -> tuple[tuple[GateOutcome, ...], tuple[GateRemark, ...]]:
+    """Judge both towers in fp32 on the first test pairs.
+
+    Returns:
+        The outcomes, and a remark on each tower that could not be judged.
+
+    Raises:
+        InputError: a picture that cannot be read.
+    """
+    judged, remarks = [], []
+    for tower in TOWERS:
+        inputs = _inputs(student, tower, test)
+        found = embeddings[tower, "fp32"][: len(inputs)]
+        record = judge_collapse(found, inputs, data_record(test, len(inputs)))
+        if record is None:
+            says = "not judged: the test pairs hold one and the same"
+            remarks.append(GateRemark(f"{tower} fp32", COLLAPSE_GATE.name, says))
+        else:
+            judged.append(GateOutcome(f"{tower} fp32", record))
+    return tuple(judged), tuple(remarks)
+
+
+def _inputs(student: DualEncoder, tower: Tower, test: Source) -> list[Hashable]:
+    """Return what is embedded of the first pairs: pixels, or texts without case and spacing."""
+    count = min(len(test), _FIRST)
+    if tower == "image":
+        batches = tower_inputs(student, tower, test, count=count)
+        return [pixels.tobytes() for batch in batches for pixels in batch]
+    return [" ".join(str(test.caption(index)).casefold().split()) for index in range(count)]

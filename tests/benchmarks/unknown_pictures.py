@@ -11,6 +11,7 @@ the student and the other tower of the teacher, and unweighted affinity), and by
 alone. What each reaches is measured on pairs that none has seen.
 """
 
+import hashlib
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -80,6 +81,9 @@ class DeadLeaves:
 
     def captions(self, index: int) -> tuple[str, ...]:
         return (self._captions[index],)
+
+    def content(self, index: int) -> str:
+        return hashlib.sha256(self._pictures[index].tobytes()).hexdigest()
 
 
 def _sentence(rng: np.random.Generator) -> str:

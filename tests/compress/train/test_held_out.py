@@ -26,7 +26,7 @@ from edgeclip.compress.train.held_out import (
 )
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import BestStep, TrainSettings, read_log
-from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.errors import ConfigError, InputError
 from tests.compress.conftest import write_pictures
 
 SMALL = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)
@@ -81,6 +81,24 @@ def test_pictures_alone_are_compared_without_texts(
     found = HeldOut(teacher, bare, source, np.arange(70), compute="fp32")()
     assert set(found.values) == {IMAGE_COSINE}
     assert found.score == found.values[IMAGE_COSINE] > 0.99
+
+
+def test_a_picture_that_broke_after_it_was_cached_is_left_out(
+    teacher: DualEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_pictures(tmp_path / "pictures", 12)
+    source = FolderSource(folder)
+    cache = build_cache(teacher, source, tmp_path / "cache", views=1)
+    first, *others = sorted(folder.glob("*.bmp"))
+    first.write_bytes(b"")
+    caplog.set_level(logging.WARNING, logger="edgeclip.compress")
+    values = HeldOut(teacher, cache, source, np.arange(6), compute="fp32")().values
+    assert values[IMAGE_COSINE] == pytest.approx(1, abs=1e-3)
+    assert first.name in caplog.text
+    for path in others:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="none of the 6 held-out pictures"):
+        HeldOut(teacher, cache, source, np.arange(6), compute="fp32")
 
 
 @pytest.fixture

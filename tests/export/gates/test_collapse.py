@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.gates.collapse import judge_collapse, judge_towers
+from edgeclip.export.gates.gates import judge_collapse
+from edgeclip.export.gates.judge_precisions import judge_told_apart
 from edgeclip.runtime.spec import Precision, Tower
 
 Make = Callable[..., Source]
@@ -57,7 +58,7 @@ def test_what_is_not_finite_misses() -> None:
 def test_both_towers_are_judged(clip: DualEncoder, blobs: Make) -> None:
     test = blobs(20)
     embeddings: Embeddings = {("image", "fp32"): rows(20), ("text", "fp32"): rows(20)}
-    judged, remarks = judge_towers(clip, test, embeddings)
+    judged, remarks = judge_told_apart(clip, test, embeddings)
     assert [(item.subject, item.record.passed) for item in judged] == [
         ("image fp32", True),
         ("text fp32", True),
@@ -66,12 +67,12 @@ def test_both_towers_are_judged(clip: DualEncoder, blobs: Make) -> None:
     assert judged[0].record.data.count == 20
     assert remarks == ()
     embeddings["text", "fp32"] = np.repeat(rows(1), 20, axis=0)
-    judged, _ = judge_towers(clip, test, embeddings)
+    judged, _ = judge_told_apart(clip, test, embeddings)
     assert [item.record.passed for item in judged] == [True, False]
 
 
 def test_a_single_pair_gives_remarks(clip: DualEncoder, blobs: Make) -> None:
     embeddings: Embeddings = {("image", "fp32"): rows(1), ("text", "fp32"): rows(1)}
-    judged, remarks = judge_towers(clip, blobs(1), embeddings)
+    judged, remarks = judge_told_apart(clip, blobs(1), embeddings)
     assert judged == ()
     assert [item.subject for item in remarks] == ["image fp32", "text fp32"]
