@@ -16,6 +16,8 @@ _TEACHER = (
     *("--image-width", "64", "--image-layers", "2", "--text-width", "64", "--text-layers", "2"),
     *("--head-size", "32", "--dim", "32", "--vocab-size", "400"),
 )
+# Six steps bring no student near its teacher.
+_BOUNDS = ("--teacher-mean-cosine=-1", "--teacher-p1-cosine=-1", "--teacher-r1-kept=0")
 _STUDENT = (
     *("--count", "48", "--steps", "6", "--batch-size", "16"),
     *("--image-heads", "1", "--image-layers", "1", "--text-heads", "1", "--text-layers", "1"),
@@ -34,7 +36,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _run("pretrain", "--out", teacher, "--run", folder / "teacher-run", *_TEACHER)
     _run("distill", "--teacher", teacher, "--out", student, *_STUDENT)
     counts = ("--test-count", 40, "--calibration-count", 16)
-    _run("export", student, "--teacher", teacher, "--out", folder / "bundle", *counts)
+    _run("export", student, "--teacher", teacher, "--out", folder / "bundle", *counts, *_BOUNDS)
     _run("scenes", folder / "photos", "--count", 6, "--size", 80)
     return folder
 
@@ -50,11 +52,11 @@ def test_student_and_teacher_share_one_space(road: Path) -> None:
 
     encoder = Encoder.open(road / "bundle")
     teacher = DualEncoder.load(road / "teacher")
-    assert encoder.space == space_fingerprint(teacher)
+    assert encoder.space == teacher.space
     assert encoder.spec.dim == teacher.spec.dim
     # So does the student's directory, which is another's work by its own weights.
     student = DualEncoder.load(road / "student")
-    assert student.space == space_fingerprint(teacher) == teacher.space
+    assert student.space == teacher.space
     assert space_fingerprint(student) != student.space
 
 

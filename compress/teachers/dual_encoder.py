@@ -67,8 +67,8 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 class ModelRecord:
     """The record of a saved model's embedding space; a student has its teacher's.
 
-    `space` is a fingerprint from `space_fingerprint`, `model` one from `model_fingerprint` of the
-    files as saved: 64 hex digits each. Version 1 has no `model`.
+    `space` is the fingerprint of that space, `model` the one that the files define themselves, as
+    saved: 64 hex digits each, from `space_fingerprint`. Version 1 has no `model`.
     """
 
     schema_version: Literal[1, 2]
@@ -316,7 +316,7 @@ class DualEncoder(nn.Module):
         space = self.space
         if space == space_fingerprint(self):  # its own: that of the weights as rounded
             space = space_fingerprint(saved)
-        record = ModelRecord(2, space, model_fingerprint(saved))
+        record = ModelRecord(2, space, space_fingerprint(saved))
         text = json.dumps(asdict(record), indent=2) + "\n"
         (folder / MARKER).write_text(text, encoding="utf-8")
 
@@ -333,13 +333,28 @@ class DualEncoder(nn.Module):
         (folder / "preprocessor_config.json").write_text(processor, encoding="utf-8")
 
 
-def space_fingerprint(dual: DualEncoder) -> str:
-    """Return the SHA-256 (64 hex digits) of the embedding space that `dual` defines.
+# Of config.json: they change an embedding, but no shape of a weight.
+_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "pad_token_id")
 
-    It covers what changes an embedding: the towers' weights as float32, the input contract and
-    the tokenizer. Two files of the same weights in other formats have the same space. The
-    temperature is left out: it changes no embedding, and exp() differs between machines.
+
+def space_fingerprint(dual: DualEncoder) -> str:
+    """Return the SHA-256 (64 hex digits) of the embedding space that `dual` itself defines.
+
+    It covers what changes an embedding: the towers' weights as float32 and their settings, the
+    input contract and the tokenizer. Two files of the same weights in other formats have the same
+    space. The temperature is left out: it changes no embedding, and exp() differs between machines.
     """
+    config: Any = dual.model.config
+    settings = [
+        [getattr(tower, name, None) for name in _SETTINGS]
+        for tower in (config.vision_config, config.text_config)
+    ]
+    text = f"{_weights_fingerprint(dual)} {json.dumps(settings)}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _weights_fingerprint(dual: DualEncoder) -> str:
+    """Return the SHA-256 of weights, input contract and tokenizer."""
     spec = asdict(dual.spec)
     del spec["logit_scale"]
     digest = hashlib.sha256()
@@ -350,23 +365,6 @@ def space_fingerprint(dual: DualEncoder) -> str:
             digest.update(f"{name} {tuple(value.shape)}".encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "pad_token_id")
-
-
-def model_fingerprint(dual: DualEncoder) -> str:
-    """Return the SHA-256 (64 hex digits) of all that `space_fingerprint` covers, and of settings.
-
-    The settings are those of config.json that change an embedding and no shape of a weight.
-    """
-    config: Any = dual.model.config
-    settings = [
-        [getattr(tower, name, None) for name in _SETTINGS]
-        for tower in (config.vision_config, config.text_config)
-    ]
-    text = f"{space_fingerprint(dual)} {json.dumps(settings)}"
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _space_now(dual: DualEncoder, record: ModelRecord, source: str | Path) -> str | None:
@@ -382,15 +380,14 @@ def _space_now(dual: DualEncoder, record: ModelRecord, source: str | Path) -> st
             source,
         )
         return record.space
-    now = model_fingerprint(dual)
-    if now == record.model:
+    if space_fingerprint(dual) == record.model:
         return record.space
     _log.warning(
         "%s was changed since EdgeCLIP saved it (weights, tokenizer, processor or config.json): "
         "its embedding space is a new one, and indexes and caches of the old one will be refused",
         source,
     )
-    return now if space_fingerprint(dual) == record.space else None
+    return None
 
 
 def _reason(error: BaseException) -> str:
