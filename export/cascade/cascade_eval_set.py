@@ -1,5 +1,6 @@
 """Build the labelled queries that a cascade is certified on (retrieval or zero-shot)."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.cascade.scores import embed_views
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.inputs.find_images import MaxBad
 from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.quality.relevance import caption_key
 from edgeclip.runtime.spec import Tower
@@ -131,19 +133,19 @@ def retrieval_eval_set(
     gallery: int,
     size: int,
     strict: bool = False,
+    max_bad: MaxBad | None = None,
 ) -> CascadeEvalSet:
     """Make a retrieval set from pairs of `--data`; the counts apply to emoji scenes.
 
     A folder is divided as in `open_source`, and its calibration part is the gallery. Of a picture
     with several captions the first counts: an answer is one other side, not one of several.
     """
+    opened = functools.partial(open_source, data, size=size, strict=strict, max_bad=max_bad)
     return CascadeEvalSet(
         query=query,
-        calibration=open_source(
-            data, split="calibration", count=calibration, size=size, strict=strict
-        ),
-        test=open_source(data, split="test", count=test, size=size, strict=strict),
-        gallery=open_source(data, split="calibration", count=gallery, size=size, strict=strict),
+        calibration=opened(split="calibration", count=calibration),
+        test=opened(split="test", count=test),
+        gallery=opened(split="calibration", count=gallery),
     )
 
 
@@ -153,6 +155,7 @@ def zero_shot_eval_set(
     *,
     size: int,
     strict: bool = False,
+    max_bad: MaxBad | None = None,
 ) -> CascadeEvalSet:
     """Make a zero-shot set from a folder with one subfolder of pictures for each class.
 
@@ -161,8 +164,10 @@ def zero_shot_eval_set(
     Raises:
         ConfigError: not a folder, or fewer than two classes.
     """
-    calibration = open_source(folder, split="calibration", count=0, size=size, strict=strict)
-    test = open_source(folder, split="test", count=0, size=size, strict=strict)
+    opened = functools.partial(
+        open_source, folder, count=0, size=size, strict=strict, max_bad=max_bad
+    )
+    calibration, test = opened(split="calibration"), opened(split="test")
     return CascadeEvalSet(
         query="image",
         calibration=calibration,

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from edgeclip.compress.cli.options import add_pairs_option, log_step
+from edgeclip.compress.cli.options import add_pairs_option, log_step, max_bad
 from edgeclip.export.bundle.add_to_bundle import add_to_bundle
 from edgeclip.export.cascade.cascade_eval_set import (
     CascadeEvalSet,
@@ -34,6 +34,7 @@ from edgeclip.runtime.device.link import link_names, load_link
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.inputs.find_images import add_max_bad_option
 from edgeclip.runtime.spec import EncoderSpec
 
 
@@ -98,6 +99,7 @@ def _add_eval_set_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="classify instead of retrieve, with one subfolder of pictures for each class",
     )
+    add_max_bad_option(parser)
     parser.add_argument(
         "--template",
         action="append",
@@ -211,7 +213,9 @@ def _eval_set(args: argparse.Namespace, spec: EncoderSpec) -> CascadeEvalSet:
         raise InputError("only pictures are classified: leave out --labels or --query text")
     if args.labels:
         templates = args.template or DEFAULT_TEMPLATES
-        return zero_shot_eval_set(args.data, templates, size=size, strict=args.strict)
+        return zero_shot_eval_set(
+            args.data, templates, size=size, strict=args.strict, max_bad=max_bad(args)
+        )
     return retrieval_eval_set(
         args.data,
         args.query,
@@ -220,6 +224,7 @@ def _eval_set(args: argparse.Namespace, spec: EncoderSpec) -> CascadeEvalSet:
         gallery=args.gallery_count,
         size=size,
         strict=args.strict,
+        max_bad=max_bad(args),
     )
 
 

@@ -24,7 +24,7 @@ from edgeclip.runtime.bundle.manifest import TowerFile
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.find_images import list_images
+from edgeclip.runtime.inputs.find_images import list_images, readable_images
 from edgeclip.runtime.planning.cut_set import (
     CUTS_NAME,
     PICTURES_NAME,
@@ -168,7 +168,7 @@ def _write_pictures(folder: Path, source: str | Path, count: int) -> None:
             scenes[number].image.save(written, "JPEG", quality=_JPEG_QUALITY)
             (folder / f"{number:04}.jpg").write_bytes(written.getvalue())
         return
-    for number, path in enumerate(list_images(source)[:count]):
+    for number, path in enumerate(readable_images(list_images(source), most=count)):
         shutil.copyfile(path, folder / f"{number:04}{path.suffix.lower()}")
 
 

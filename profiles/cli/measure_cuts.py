@@ -7,7 +7,7 @@ from edgeclip.profiles.cuts.measure_cuts import measure_cuts, stage_table
 from edgeclip.runtime.cli.options import Targets, add_device_option, positive
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import load_device
-from edgeclip.runtime.inputs.find_images import find_images
+from edgeclip.runtime.inputs.find_images import find_images, readable_images
 from edgeclip.runtime.planning.cut_set import CutSet
 
 
@@ -36,7 +36,7 @@ def targets(args: argparse.Namespace) -> Targets:
 def run(args: argparse.Namespace) -> int:
     """Measure all stages, write their times, print the medians."""
     cuts, device = CutSet.open(args.cuts), load_device(args.device)
-    pictures = find_images(args.pictures)
+    pictures = readable_images(find_images(args.pictures), most=args.rounds)
     with progress_bar("measure") as progress:
         times = measure_cuts(
             cuts,

@@ -39,7 +39,7 @@ from edgeclip.runtime.cli.options import Targets, add_device_option
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.find_images import list_images
+from edgeclip.runtime.inputs.find_images import list_images, readable_images
 
 _log = logging.getLogger(__name__)
 _PARTS = ("image", "text", "file")
@@ -198,7 +198,7 @@ def _subjects(
     unknown = sorted(set(asked or ()) - {*_PARTS, "split"})
     if unknown:
         raise InputError(f"there is no part {unknown[0]!r}: choose from {', '.join(_PARTS)}, split")
-    pictures = [] if args.pictures is None else list_images(args.pictures)
+    pictures = () if args.pictures is None else readable_images(list_images(args.pictures))
     split = _split(args) if args.plan else None
     found = []
     for name, bundle in bundles:

@@ -19,7 +19,12 @@ from tqdm import tqdm
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.console import plain_text
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES, MORE_SUFFIXES, why_unreadable
+from edgeclip.runtime.inputs.images import (
+    IMAGE_SUFFIXES,
+    MORE_SUFFIXES,
+    decode_image,
+    why_unreadable,
+)
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
 from edgeclip.runtime.spec import ImageSpec
 
@@ -305,6 +310,29 @@ def report_bad(reasons: Sequence[str], total: int, limit: MaxBad | None) -> None
             f"{shown}{f'; and {more} more' if more > 0 else ''}. Mend or remove them, or allow "
             f"more with --max-bad {math.ceil(1000 * len(reasons) / total) / 10:g}%"
         )
+
+
+def readable_images(
+    paths: Sequence[Path], *, most: int | None = None, limit: MaxBad = DEFAULT_MAX_BAD
+) -> tuple[Path, ...]:
+    """Return the first `most` image files that can be decoded; the others are named and counted.
+
+    Raises:
+        InputError: more are unreadable than `limit` allows, or all.
+    """
+    kept: list[Path] = []
+    bad: list[str] = []
+    for path in paths:
+        if most is not None and len(kept) >= most:
+            break
+        try:
+            decode_image(path)
+        except InputError as error:
+            bad.append(str(error))
+        else:
+            kept.append(path)
+    report_bad(bad, len(kept) + len(bad), limit)
+    return tuple(kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,13 @@ def test_verb_writes_and_lists(
     assert run(*words, "--replace") == 0
 
 
+def test_a_broken_picture_is_in_no_cut_set(tiny_bundle: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "blue.png").write_bytes(b"<html>404</html>")
+    words = (tiny_bundle, "--out", tmp_path / "cuts", "--pictures", photos, "--points", "1")
+    assert run(*words) == 0
+    assert len(CutSet.open(tmp_path / "cuts").pictures) == 2
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

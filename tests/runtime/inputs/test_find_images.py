@@ -16,6 +16,7 @@ from edgeclip.runtime.inputs.find_images import (
     forget_left_out,
     list_images,
     parse_max_bad,
+    readable_images,
     report_bad,
     report_left_out,
 )
@@ -210,3 +211,18 @@ def test_everything_is_bad() -> None:
 
 def test_any_number_may_be_bad() -> None:
     report_bad(["a is damaged"] * 9, 10, None)
+
+
+def test_the_first_readable_images_are_kept(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="edgeclip.runtime")
+    paths = list_images(photos)
+    paths[0].write_bytes(b"")
+    assert readable_images(paths) == paths[1:]
+    assert f"skipped: {paths[0]}" in caplog.text
+    assert readable_images(paths, most=1) == paths[1:2]
+    with pytest.raises(InputError, match=r"1 of 3 images .*, and 0 are allowed"):
+        readable_images(paths, limit=MaxBad(share=0.0, count=0))
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="none of 3 images could be read"):
+        readable_images(paths)
