@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.train.held_out import IMAGE_COSINE, STUDENT_R1, TEACHER_R1, TEXT_COSINE
 from edgeclip.compress.train.train_loop import read_log
 from edgeclip.export.demo.evaluate import (
     SHIPPED,
@@ -34,9 +35,10 @@ from edgeclip.profiles.report.bundle_report import (
     RunStep,
     ShippedPrecision,
 )
-from edgeclip.profiles.report.charts import LossCurve
+from edgeclip.profiles.report.charts import TrainingCurve
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.console import percent
 from edgeclip.runtime.device.machine import Machine, detect_machine
 from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
 from edgeclip.runtime.spec import Precision, Tower
@@ -345,11 +347,27 @@ def _pareto(rows: Sequence[ModelRow], shipped: str) -> tuple[ParetoPoint, ...]:
     )
 
 
-def _curves(log: Path) -> tuple[LossCurve, ...]:
+_HELD_OUT_TITLES = {
+    IMAGE_COSINE: "held-out cosine, images",
+    TEXT_COSINE: "held-out cosine, texts",
+    STUDENT_R1: "held-out R@1",
+}
+
+
+def _curves(log: Path) -> tuple[TrainingCurve, ...]:
+    """Make a curve of each series of a training log; the teacher's R@1 is a line beside its own."""
     lines = read_log(log)
     curves = []
-    for name in (name for name in lines[0] if name not in {"step", "seconds"}):
+    for name in (name for name in lines[0] if name not in {"step", "seconds", TEACHER_R1}):
         there = [line for line in lines if name in line]  # not every step is validated
         steps, values = (tuple(line[key] for line in there) for key in ("step", name))
-        curves.append(LossCurve(name.replace("_", " "), steps, values))
+        teacher = there[-1][TEACHER_R1] if name == STUDENT_R1 else None
+        curves.append(
+            TrainingCurve(
+                _HELD_OUT_TITLES.get(name, name.replace("_", " ")),
+                steps,
+                values,
+                reference=None if teacher is None else (teacher, f"teacher {percent(teacher)}"),
+            )
+        )
     return tuple(curves)

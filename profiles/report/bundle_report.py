@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgeclip.profiles.record.measurement import ColdStart, Measurement, MeasurementRun
-from edgeclip.profiles.report.charts import BoundChart, LossCurve, ScatterPoint
+from edgeclip.profiles.report.charts import BoundChart, ScatterPoint, TrainingCurve
 from edgeclip.profiles.report.profile_quality import tradeoff_chart
 from edgeclip.profiles.report.sections import (
     Card,
@@ -165,7 +165,7 @@ class ReportData:
     quality_name: str = ""
     latency_name: str = ""
     quality_bar: float | None = None
-    losses: tuple[LossCurve, ...] = ()
+    losses: tuple[TrainingCurve, ...] = ()
     gates: tuple[tuple[str, GateRecord], ...] = ()
     gallery: tuple[GalleryEntry, ...] = ()
     failures: tuple[GalleryEntry, ...] = ()
@@ -456,7 +456,7 @@ def _gates(gates: Sequence[tuple[str, GateRecord]]) -> Section | None:
     return section_of("gates", "Gates", [note, Table(name="Gates", columns=head, rows=rows)])
 
 
-def _training(losses: Sequence[LossCurve]) -> Section | None:
+def _training(losses: Sequence[TrainingCurve]) -> Section | None:
     drawn = tuple(curve for curve in losses if any(map(math.isfinite, curve.values)))
     note = Note(
         "Each point is the mean of neighbouring steps; the horizontal axis is the training step."

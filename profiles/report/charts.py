@@ -798,17 +798,19 @@ class SweepChart:
 
 
 @dataclass(frozen=True, slots=True)
-class LossCurve:
+class TrainingCurve:
     """A small chart of a series of a training log: equally long `steps` and `values`.
 
     At most 200 points are drawn, each the mean of a few steps; values that are not finite are
-    left out.
+    left out. A series with a reference, such as the teacher's value and its name, is one of shares
+    or cosines and is drawn from 0 to 1.
     """
 
     small = True
     title: str
     steps: tuple[float, ...]
     values: tuple[float, ...]
+    reference: tuple[float, str] | None = None
 
     def __post_init__(self) -> None:
         if len(self.steps) != len(self.values):
@@ -844,6 +846,8 @@ class LossCurve:
             low, high = low / 1.1, high * 1.1
         elif 0 < low < 0.6 * high:
             low = 0.0  # a loss is read against zero where that does not flatten it
+        if self.reference is not None:
+            log, low, high = False, min(low, 0.0), max(high, 1.0)
         first = 0.0 if 0 <= min(steps) < 0.1 * max(steps) else min(steps)
         set_axis(axes, "y", low, _above(low, high), log=log, count=4, grid=True)
         set_axis(axes, "x", first, _above(first, max(steps)), count=4)
@@ -851,6 +855,11 @@ class LossCurve:
         title = fit(self.title, SMALL - 12 - text_width(end), bold=True)
         write(figure, 2, 14, title, colour="ink", bold=True)
         write(figure, SMALL - 2, 14, end, colour="blue", anchor="right")
+        if self.reference is not None:
+            level, name = self.reference
+            axes.axhline(level, color=COLOURS["orange"], linewidth=1.25, linestyle=(0, (4, 2)))
+            # At the foot, where a series that rises to the reference is not.
+            write(figure, 310, 160, fit(f"- - {name}", 240), colour="orange", anchor="right")
         axes.plot(steps, values, color=COLOURS["blue"], linewidth=1.75, clip_on=False)
         axes.plot(steps[-1:], values[-1:], "o", color=COLOURS["blue"], markersize=6, clip_on=False)
         return figure

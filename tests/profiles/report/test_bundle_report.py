@@ -29,7 +29,7 @@ from edgeclip.profiles.report.bundle_report import (
     ShippedPrecision,
     bundle_page,
 )
-from edgeclip.profiles.report.charts import LossCurve
+from edgeclip.profiles.report.charts import TrainingCurve
 from edgeclip.profiles.report.sections import GalleryEntry, ShownAnswer
 from edgeclip.profiles.report.write_page import data_uri, html_of, markdown_of, write_html
 from edgeclip.runtime.bundle.manifest import GateRecord
@@ -227,7 +227,7 @@ def sample() -> ReportData:
         latency_name="image tower, batch 1",
         quality_bar=0.95 * 0.874,
         losses=tuple(
-            LossCurve(name, steps, tuple(map(float, values))) for name, values in curves.items()
+            TrainingCurve(name, steps, tuple(map(float, values))) for name, values in curves.items()
         ),
         gates=gates(),
         gallery=gallery(pictures[:9], wrong=False),
@@ -345,7 +345,7 @@ def test_escapes_everything_given() -> None:
             headlines=(dataclasses.replace(data.headlines[0], name=HOSTILE, note=HOSTILE),),
             choices=(ShippedPrecision("image", "int8", HOSTILE),),
             steps=(RunStep(HOSTILE, 1.0),),
-            losses=(LossCurve(HOSTILE, (1.0, 2.0), (3.0, 2.0)),),
+            losses=(TrainingCurve(HOSTILE, (1.0, 2.0), (3.0, 2.0)),),
             gates=((HOSTILE, dataclasses.replace(data.gates[0][1], name=HOSTILE)),),
             pareto=(dataclasses.replace(data.pareto[0], name=HOSTILE[:24]),),
             quality=(dataclasses.replace(data.quality[0], name=HOSTILE),),
@@ -423,7 +423,7 @@ def test_data_uri_leaves_the_caller_s_picture_alone() -> None:
 
 def test_loss_curve_needs_a_value_for_each_step() -> None:
     with pytest.raises(ValueError, match="2 steps but 1 values"):
-        LossCurve("loss", (1.0, 2.0), (0.5,))
+        TrainingCurve("loss", (1.0, 2.0), (0.5,))
 
 
 def test_missing_jinja_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from edgeclip.profiles.report.charts import (
     Dot,
     DotRow,
     HistogramChart,
-    LossCurve,
     RowChart,
     ScatterChart,
     ScatterPoint,
@@ -25,6 +24,7 @@ from edgeclip.profiles.report.charts import (
     StackBar,
     StackChart,
     SweepChart,
+    TrainingCurve,
     frontier,
 )
 from edgeclip.profiles.report.drawing import (
@@ -96,7 +96,8 @@ def chart(kind: str, name: str = "fp32") -> Chart:
         "sweep": SweepChart(
             title=name, series=(series, series), x_limits=(0.5, 10.0), y_limits=(0.5, 10.0)
         ),
-        "loss": LossCurve(name, (1.0, 2.0, 3.0), (9.0, 0.01, float("nan"))),
+        "loss": TrainingCurve(name, (1.0, 2.0, 3.0), (9.0, 0.01, float("nan"))),
+        "agreement": TrainingCurve(name, (1.0, 2.0), (0.1, 0.9), reference=(0.95, name)),
         "band": BandChart(
             title=name,
             x=(0.0, 0.5, 1.0),
@@ -114,7 +115,7 @@ def chart(kind: str, name: str = "fp32") -> Chart:
 
 KINDS = (
     *("scatter", "roofline", "rows", "stack", "legend"),
-    *("histogram", "sweep", "loss", "band", "bound"),
+    *("histogram", "sweep", "loss", "agreement", "band", "bound"),
 )
 
 
@@ -161,7 +162,7 @@ def test_nothing_to_draw_is_no_picture() -> None:
         HistogramChart(title="x", samples=(), median=around(1, 0), tail=None),
         HistogramChart(title="x", samples=(float("nan"), 0.0), median=around(1, 0), tail=None),
         SweepChart(title="x", series=(), x_limits=(1, 2), y_limits=(1, 2)),
-        LossCurve("x", (1.0,), (float("inf"),)),
+        TrainingCurve("x", (1.0,), (float("inf"),)),
     )
     for one in empty:
         assert svg(one) == ""
@@ -241,7 +242,7 @@ def test_the_front_is_what_no_other_beats() -> None:
 
 def test_loss_curve_needs_a_value_for_each_step() -> None:
     with pytest.raises(ValueError, match="2 steps but 1 values"):
-        LossCurve("loss", (1.0, 2.0), (0.5,))
+        TrainingCurve("loss", (1.0, 2.0), (0.5,))
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
