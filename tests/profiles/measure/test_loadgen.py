@@ -28,6 +28,8 @@ from edgeclip.runtime.errors import EngineError, InputError, MissingExtraError
 from edgeclip.runtime.towers.tower_runner import TowerRunner
 from tests.conftest import QUICK
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("mlperf_loadgen")
 
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)

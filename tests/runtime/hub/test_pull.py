@@ -19,6 +19,8 @@ from edgeclip.runtime.hub.model_card import CARD_NAME
 from edgeclip.runtime.hub.pull import PulledBundle, pull
 from tests.runtime.fake_hub import TOKEN, USER, FakeHub, Files, files_of, serve, serve_to
 
+pytestmark = pytest.mark.slow
+
 REPO = f"{USER}/tiny"
 IMAGE = "onnx/vision_model.onnx"
 Patch = pytest.MonkeyPatch
