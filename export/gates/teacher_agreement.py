@@ -147,9 +147,11 @@ def _judge_kept(
     theirs, ours = (pair_ranks(item.image, item.text, relevance).hits(1) for item in both)
     found = float(theirs.sum())
     if found < _FEWEST_FOUND or bootstrap(theirs).low <= relevance.chance:
+        few = len(theirs) < 2 * _FEWEST_FOUND
+        mend = "give more test pairs" if few else "test on pairs that it knows"
         says = (
             f"not judged: the teacher itself finds {found:g} of {len(theirs)} pairs, so only "
-            "cosines tell whether the student is in its space: test on pairs that it knows"
+            f"cosines tell whether the student is in its space: {mend}"
         )
         return GateRemark("bundle", R1_KEPT, says)
     gate = Gate(R1_KEPT, ">=", bounds.r1_kept, "share")

@@ -299,7 +299,9 @@ def _unreadable(name: str, error: Exception) -> InputError:
             f"with {LIMIT_VARIABLE}=NUMBER"
         )
     if isinstance(error, UnidentifiedImageError):
-        return InputError(f"{name} is not an image of a known format ({_suffixes()})")
+        is_named_so = Path(name).suffix.lower() in IMAGE_SUFFIXES | MORE_SUFFIXES
+        more = ", whatever its name says" if is_named_so else f" ({_suffixes()})"
+        return InputError(f"{name} is not an image of a known format{more}")
     if isinstance(error, PermissionError):
         return InputError(f"{name} may not be read: check its permissions")
     reason = " ".join(str(error).split()) or type(error).__name__
