@@ -7,6 +7,7 @@ named folders is removed and named, and entries of other folders stay. A stopped
 import argparse
 import hashlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -159,5 +160,12 @@ def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def _under(paths: Sequence[Path]) -> Callable[[str], bool]:
-    """Return whether a key lies at one of the given files or under one of the folders."""
-    return lambda key: any(PurePath(key).is_relative_to(path) for path in paths)
+    """Return whether a key lies at one of the given files or under one of the folders.
+
+    A folder is the same however it is spelled: `.` does not hold `../a.png`, and a folder that was
+    named by a relative path may be named by an absolute one.
+    """
+    places = [PurePath(os.path.abspath(path)) for path in paths]
+    return lambda key: any(
+        PurePath(os.path.abspath(key)).is_relative_to(place) for place in places
+    )

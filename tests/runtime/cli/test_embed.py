@@ -167,6 +167,25 @@ def test_an_index_grows_by_other_folders(
     assert list(loaded()) == ["more/a.png"]
 
 
+def test_a_folder_is_the_same_however_it_is_spelled(
+    pictures: Path,
+    run: Callable[..., str],
+    reads: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run(pictures)
+    (pictures / "05.png").unlink()
+    reads.clear()
+    assert run(tmp_path / "pics").endswith("11 added, 0 changed, 12 removed, 0 as before\n")
+    assert reads == []
+    picture(Path("below/more/a.png"), 60)
+    monkeypatch.chdir("below")
+    assert run("../pics") == "11 embeddings of length 8 in index.npz\n"
+    assert run(".").endswith("1 added, 0 changed, 0 removed, 11 as before\n")
+    assert run("more/../more").endswith("1 added, 0 changed, 1 removed, 11 as before\n")
+
+
 def test_a_moved_or_renamed_folder_is_not_embedded_again(
     pictures: Path, run: Callable[..., str], reads: list[str]
 ) -> None:
