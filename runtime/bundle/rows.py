@@ -242,7 +242,7 @@ class IndexUpdate:
         space: fingerprint of the embedding space.
         model: names what embeds: bundle, tower and precision.
         dim: length of an embedding.
-        replace: forget the index that exists.
+        replace: forget the index that exists, and an unfinished run of another model.
 
     Raises:
         SpaceMismatchError: the index belongs to another embedding space.
@@ -255,17 +255,21 @@ class IndexUpdate:
         settings = {"space": space, "model": model}
         part = out.with_name(out.name + ".part")
         self._contents_path = out.with_name(out.name + ".contents")
-        if replace:
-            part.unlink(missing_ok=True)
         self._old = None if replace or not out.exists() else _load_index(out, space)
-        self._part = RowFile(
-            part,
-            shape=(dim,),
-            dtype=np.float32,
-            settings=settings,
-            mend="it is an unfinished run, so finish that with its bundle and --precision, or "
+        part_settings: dict[str, Any] = {
+            "shape": (dim,),
+            "dtype": np.float32,
+            "settings": settings,
+            "mend": "it is an unfinished run, so finish that with its bundle and --precision, or "
             "begin anew with --replace",
-        )
+        }
+        try:
+            self._part = RowFile(part, **part_settings)
+        except InputError:
+            if not replace:
+                raise
+            part.unlink()
+            self._part = RowFile(part, **part_settings)
         self._digest_settings: dict[str, Any] = {
             "shape": (_DIGEST,),
             "dtype": np.uint8,
@@ -322,6 +326,8 @@ class IndexUpdate:
         if self._old is not None and others:
             embeddings = np.concatenate([self._old.embeddings[others], rows])
         index = Index((*(old_keys[n] for n in others), *keys), embeddings, self._space)
+        if self._old is None:  # or a kill would leave contents that are not of this index's model
+            self._contents_path.unlink(missing_ok=True)
         index.save(self._out)
         self._write_contents(contents, rows, index)
         self._part.close()

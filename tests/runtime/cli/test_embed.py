@@ -249,6 +249,33 @@ def test_an_interrupted_run_says_what_it_keeps(
     assert said.endswith("edgeclip: stopped; 4 embeddings are kept, so run it again to go on\n")
 
 
+def test_an_interrupted_replacement_goes_on(
+    pictures: Path, run: Callable[..., str], reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(pictures)
+    arguments = (pictures, "--replace", "--precision", "fp32")
+
+    def interrupted(path: Path, *more: Any) -> Any:
+        if path.name == "06.png":
+            raise KeyboardInterrupt
+        return resize_and_crop(path, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "resize_and_crop", interrupted)
+        assert "4 embeddings are kept, so run it again to go on" in run(*arguments, status=130)
+    reads.clear()
+    run(*arguments)
+    assert reads == [f"{number:02}.png" for number in range(4, 12)]
+    # An unfinished run of another model is no part of it.
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "resize_and_crop", interrupted)
+        run(*arguments, status=130)
+    reads.clear()
+    run(pictures, "--replace")
+    assert len(reads) == 12
+    assert files() == ["index.npz", "index.npz.contents"]
+
+
 def test_another_bundle_or_precision_is_refused(
     pictures: Path, run: Callable[..., str], own_bundle: Path, edit_manifest: Callable[..., None]
 ) -> None:
