@@ -115,9 +115,7 @@ class RowFile:
         try:
             if self._file is None:
                 self._file = self._open()
-            left = memoryview(records.tobytes())
-            while left:
-                left = left[self._file.write(left) :]
+            _write(self._file, records.tobytes())
         except OSError as error:
             raise InputError(
                 f"cannot write {self.path}: {error.strerror}; what it holds is kept, so make room "
@@ -156,11 +154,13 @@ class RowFile:
             return
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from error
+        self._size = len(content)
+        if self._header.startswith(content):  # its first writer has not begun, or was killed
+            return
         if not content.startswith(self._header):
             head = content[:_LONGEST_HEADER].partition(b"\n")[0]
             what = "is of other settings" if _is_header(head) else "is damaged"
             raise InputError(f"{self.path} {what}: {self._mend}")
-        self._size = len(content)
         whole = (len(content) - len(self._header)) // self._record.itemsize
         self._end = len(self._header) + whole * self._record.itemsize
         records = np.frombuffer(content, self._record, whole, len(self._header))
@@ -168,10 +168,9 @@ class RowFile:
 
     def _open(self) -> BinaryIO:
         """Open the file to append to it, with a lock that ends with this process."""
-        if not self.path.exists():
-            with atomic_file(self.path) as temporary:
-                temporary.write_bytes(self._header)
-        file = self.path.open("r+b", buffering=0)  # so that nothing waits in this process
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Not renamed into place: that would take the file from a process that has just made it too.
+        file = self.path.open("a+b", buffering=0)  # so that nothing waits in this process
         if sys.platform != "win32":
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,7 +184,8 @@ class RowFile:
         if os.fstat(file.fileno()).st_size != self._size:  # another process was here meanwhile
             self._load()
         file.truncate(self._end)
-        file.seek(self._end)
+        if self._end == 0:
+            _write(file, self._header)
         return file
 
     def _remember(self, records: NDArray[Any], valid: NDArray[np.bool_]) -> None:
@@ -199,6 +199,12 @@ class RowFile:
 def row_bytes(count: int, shape: tuple[int, ...], dtype: DTypeLike) -> int:
     """Return how many bytes `count` rows take in a `RowFile`."""
     return count * (KEY_BYTES + math.prod(shape) * np.dtype(dtype).itemsize + 4)
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    left = memoryview(content)
+    while left:  # an unbuffered file may take a part
+        left = left[file.write(left) :]
 
 
 def _checksums(records: NDArray[Any]) -> NDArray[np.uint32]:

@@ -166,6 +166,4 @@ def _under(paths: Sequence[Path]) -> Callable[[str], bool]:
     named by a relative path may be named by an absolute one.
     """
     places = [PurePath(os.path.abspath(path)) for path in paths]
-    return lambda key: any(
-        PurePath(os.path.abspath(key)).is_relative_to(place) for place in places
-    )
+    return lambda key: any(PurePath(os.path.abspath(key)).is_relative_to(place) for place in places)

@@ -91,7 +91,16 @@ def test_other_settings(path: Path, other: dict[str, Any]) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"{}\n", b"PK\3\4", b'{"kind": "edgeclip-rows-1"'])
+@pytest.mark.parametrize("length", [0, 9])
+def test_a_torn_first_line_costs_nothing(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+    with opened(path) as file:
+        assert len(file) == 0
+        file.append(KEYS, ROWS)
+    np.testing.assert_array_equal(opened(path).rows(KEYS), ROWS)
+
+
+@pytest.mark.parametrize("content", [b"{}\n", b"PK\3\4", b'{"kind": "edgeclip-rows-1"'])
 def test_no_such_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"some\.rows is damaged: delete it"):
