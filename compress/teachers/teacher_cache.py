@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -161,18 +161,24 @@ def build_cache(
     )
     image_file, text_file = folder / "image.rows", folder / "text.rows"
     image_row, text_row = (views, identity.dim), (identity.dim,)
+    # The rows say themselves whose they are, for somebody may delete cache.json alone.
+    of_texts = {"space": identity.space}
+    of_images = {**of_texts, "augmentation": asdict(augmentation)}
     needed = row_bytes(count, image_row, np.float16)
     needed += row_bytes(count * most_captions(source), text_row, np.float16)
     there = sum(path.stat().st_size for path in (image_file, text_file) if path.exists())
     require_space(folder, max(0, needed - there))
-    _claim(folder, identity)
+    if existing is not None:
+        _refuse_other(folder, existing, identity)
     bad: dict[int, str] = {}
     with (
-        _open_rows(image_file, image_row) as images,
-        _open_rows(text_file, text_row) as texts,
+        _open_rows(image_file, image_row, of_images) as images,
+        _open_rows(text_file, text_row, of_texts) as texts,
         fast_inference(teacher),
         tqdm(total=count * views, desc="teacher cache", unit="img", dynamic_ncols=True) as bar,
     ):
+        if existing is None:
+            _write_identity(folder, identity)
         for first in range(0, count, _BATCH):
             chunk = range(first, min(first + _BATCH, count))
             bad |= _add_pictures(images, teacher, source, chunk, identity)
@@ -244,10 +250,10 @@ def _caption_key(caption: str) -> bytes:
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()
 
 
-def _open_rows(path: Path, shape: tuple[int, ...]) -> RowFile:
+def _open_rows(path: Path, shape: tuple[int, ...], settings: Mapping[str, object]) -> RowFile:
     mend = "delete it, and run the command that made it again"
     try:
-        return RowFile(path, shape=shape, dtype=np.float16, settings={}, mend=mend)
+        return RowFile(path, shape=shape, dtype=np.float16, settings=settings, mend=mend)
     except InputError as error:
         raise ConfigError(str(error)) from error
 
@@ -285,17 +291,14 @@ def _half(embeddings: torch.Tensor) -> Float16:
     return embeddings.cpu().numpy().astype(np.float16)
 
 
-def _claim(folder: Path, identity: CacheIdentity) -> None:
-    """Write the identity of a new cache, or check that of an existing one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _SETTINGS
-    if not path.exists():
-        with atomic_file(path) as temporary:
-            text = json.dumps(asdict(identity), indent=2) + "\n"
-            temporary.write_text(text, encoding="utf-8")
-        return
-    existing, wanted = asdict(_read_identity(folder)), asdict(identity)
-    different = [name for name, value in wanted.items() if existing[name] != value]
+def _write_identity(folder: Path, identity: CacheIdentity) -> None:
+    with atomic_file(folder / _SETTINGS) as temporary:
+        temporary.write_text(json.dumps(asdict(identity), indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_other(folder: Path, existing: CacheIdentity, wanted: CacheIdentity) -> None:
+    found, given = asdict(existing), asdict(wanted)
+    different = [name for name, value in given.items() if found[name] != value]
     if different:
         raise ConfigError(
             f"{folder} is a cache with another {', '.join(different)}: choose another "
