@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -152,12 +153,15 @@ def build_cache(
     count = len(source)
     if count < 1 or views < 1:
         raise ConfigError(f"a cache needs pictures and views, got {count} and {views}")
+    scale = teacher.spec.logit_scale
+    if existing and math.isclose(existing.logit_scale, scale, rel_tol=1e-6):
+        scale = existing.logit_scale  # exp() differs between machines
     identity = CacheIdentity(
         space=space_fingerprint(teacher),
         views=views,
         dim=teacher.spec.dim,
         augmentation=augmentation,
-        logit_scale=teacher.spec.logit_scale,
+        logit_scale=scale,
     )
     image_file, text_file = folder / "image.rows", folder / "text.rows"
     image_row, text_row = (views, identity.dim), (identity.dim,)

@@ -337,7 +337,7 @@ def test_a_damaged_file(
     cache: TeacherCache, teacher: DualEncoder, source: FolderSource, tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / "cache" / name
-    path.write_bytes(b"")
+    path.write_bytes(b"<html>")
     with pytest.raises(ConfigError, match=rf"{name} is damaged: delete it, and run") as caught:
         build_cache(teacher, source, tmp_path / "cache")
     assert "\n" not in str(caught.value)
@@ -370,6 +370,25 @@ def test_settings_of_another_version(
     data = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**data, key: 1}), encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
+        build_cache(teacher, source, tmp_path / "cache")
+
+
+def test_a_cache_from_another_machine(
+    cache: TeacherCache,
+    teacher: DualEncoder,
+    source: FolderSource,
+    tmp_path: Path,
+    embedded: dict[str, int],
+) -> None:
+    path = tmp_path / "cache" / "cache.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["logit_scale"] = np.nextafter(data["logit_scale"], np.inf)  # as its exp() rounds
+    path.write_text(json.dumps(data), encoding="utf-8")
+    moved = build_cache(teacher, source, tmp_path / "cache")
+    assert moved.settings.logit_scale == data["logit_scale"]
+    assert embedded == {"image": 0, "text": 0}
+    path.write_text(json.dumps({**data, "logit_scale": 2 * data["logit_scale"]}))
+    with pytest.raises(ConfigError, match="is a cache with another logit_scale"):
         build_cache(teacher, source, tmp_path / "cache")
 
 
