@@ -128,6 +128,15 @@ def test_a_model_of_others_is_not_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_too_many_held_out_are_refused_before_the_teachers_work(
+    teacher_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    more = ["--count", 8, "--held-out", 8]
+    assert main(_distill(teacher_folder, tmp_path / "student", *more)) == 2
+    assert "cannot hold 8 of 8 pictures out of training" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_distill_a_convolutional_student(teacher_folder: Path, tmp_path: Path) -> None:
     more = ["--count", 8, "--steps", 2, "--family", "convolutional"]
     assert main(_distill(teacher_folder, tmp_path / "student", *more)) == 0
