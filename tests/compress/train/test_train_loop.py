@@ -390,6 +390,7 @@ def _validated(
     scores: Sequence[float] = SCORES,
     at_step: Callable[[int], None] = lambda _step: None,
     loss_factor: Callable[[int], float] = lambda _step: 1.0,
+    settings: TrainSettings = SETTINGS,
 ) -> tuple[BestStep | None, dict[int, dict[str, Tensor]]]:
     """Train with scores that are given by step; return the best and the weights at each of them."""
     done: list[int] = []
@@ -409,7 +410,7 @@ def _validated(
         assert module.training
 
     task = _task(module, at_step=began, loss_factor=loss_factor)
-    return train(replace(task, validate=validate, validate_every=2), SETTINGS, out), seen
+    return train(replace(task, validate=validate, validate_every=2), settings, out), seen
 
 
 def test_the_first_the_last_and_every_so_many_steps_are_validated(tmp_path: Path) -> None:
@@ -443,6 +444,26 @@ def test_the_best_step_outlives_an_interruption(tmp_path: Path, stop: int) -> No
     for line in (*lines[0], *lines[1]):
         del line["seconds"]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize(("later", "best_step"), [((0.5, 0.8), 6), ((0.95, 0.5), 12)])
+def test_more_steps_go_on_from_the_last_and_keep_the_best_of_all(
+    tmp_path: Path, later: tuple[float, float], best_step: int
+) -> None:
+    more = replace(SETTINGS, steps=14)
+    scores = (*SCORES, *later)
+    _, before = _validated(_module(), tmp_path)
+    raised = _module()
+    best, after = _validated(raised, tmp_path, scores=scores, settings=more)
+    assert best is not None
+    assert (best.step, best.validation.score) == (best_step, max(scores))
+    kept = {**before, **after}[best_step]
+    assert all(torch.equal(value, kept[name]) for name, value in raised.state_dict().items())
+    assert sorted(after) == [12, 14]
+    plain = _module()  # without validations, so nothing but its last step goes on
+    train(_task(plain), SETTINGS, tmp_path / "plain")
+    train(_task(plain), more, tmp_path / "plain")
+    assert all(torch.equal(value, after[14][name]) for name, value in plain.state_dict().items())
 
 
 def test_validation_changes_no_training(tmp_path: Path) -> None:
