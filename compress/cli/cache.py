@@ -5,7 +5,7 @@ from pathlib import Path
 
 from edgeclip.compress.cli.options import add_data, add_teacher, load_source, load_teacher, max_bad
 from edgeclip.compress.teachers.teacher_cache import Augmentation, TeacherCache, build_cache
-from edgeclip.runtime.cli.options import Targets
+from edgeclip.runtime.cli.options import Targets, zero_or_more
 from edgeclip.runtime.inputs.find_images import add_max_bad_option
 
 
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_teacher(parser)
     add_data(parser, count=32_768)
     parser.add_argument("--views", type=int, default=1, help="augmented views of each picture")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the augmentation")
+    parser.add_argument("--seed", type=zero_or_more, default=0, help="seed of the augmentation")
     add_max_bad_option(parser)
     parser.add_argument("--out", type=Path, required=True, help="directory of the cache")
 

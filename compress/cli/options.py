@@ -9,6 +9,7 @@ from edgeclip.compress.compute import best_device
 from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.runtime.cli.options import zero_or_more
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import MaxBad
 
@@ -34,7 +35,10 @@ def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
         "'emoji' for the built-in scenes (default)",
     )
     parser.add_argument(
-        "--count", type=int, default=count, help=f"number of built-in scenes (default: {count})"
+        "--count",
+        type=zero_or_more,
+        default=count,
+        help=f"number of built-in scenes (default: {count})",
     )
     _add_strict(parser)
 

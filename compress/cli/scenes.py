@@ -7,7 +7,7 @@ from typing import get_args
 
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Split
 from edgeclip.runtime.bundle.files import atomic_directory
-from edgeclip.runtime.cli.options import Targets
+from edgeclip.runtime.cli.options import Targets, zero_or_more
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import TABLE_NAME
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=get_args(Split), default="test")
     parser.add_argument("--count", type=int, default=100, help="number of scenes (default: 100)")
     parser.add_argument("--size", type=int, default=192, help="side in pixels (default: 192)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=zero_or_more, default=0)
 
 
 def targets(args: argparse.Namespace) -> Targets:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeclip.compress.built_in import built_in_teacher
-from edgeclip.runtime.cli.options import Targets
+from edgeclip.runtime.cli.options import Targets, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="skip the training, and measure the bundle of the repository",
     )
-    parser.add_argument("--steps", type=int, help="number of distillation steps")
-    parser.add_argument("--scenes", type=int, help="number of training scenes")
+    parser.add_argument("--steps", type=positive, help="number of distillation steps")
+    parser.add_argument("--scenes", type=positive, help="number of training scenes")
 
 
 def targets(args: argparse.Namespace) -> Targets:

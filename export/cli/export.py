@@ -32,7 +32,7 @@ from edgeclip.export.quantizing.search_task import open_calibration
 from edgeclip.runtime.bundle.files import MANIFEST_NAME, check_target
 from edgeclip.runtime.bundle.index import check_space
 from edgeclip.runtime.bundle.manifest import gates_table
-from edgeclip.runtime.cli.options import Targets, add_device_option, positive
+from edgeclip.runtime.cli.options import Targets, add_device_option, positive, zero_or_more
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
@@ -132,7 +132,7 @@ def _add_int8_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--qat-steps",
-        type=_steps,
+        type=zero_or_more,
         default=0,
         metavar="N",
         help="if int8 misses a gate, fine-tune the student for int8 for N steps on the train split "
@@ -317,13 +317,6 @@ def _qat_options(args: argparse.Namespace, size: int) -> QatOptions | None:
 def _qat_folder(args: argparse.Namespace) -> Path:
     folder: Path = args.out.with_name(f"{args.out.name}-qat")
     return folder
-
-
-def _steps(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
 
 
 def _labels(args: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], str | None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgeclip.export.probes.probe_plan import PLANS
 from edgeclip.export.probes.write_probes import write_probes
-from edgeclip.runtime.cli.options import Targets, add_device_option
+from edgeclip.runtime.cli.options import Targets, add_device_option, zero_or_more
 from edgeclip.runtime.device.device_profile import load_device
 
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many: standard takes some minutes; small is for trying things out "
         "(default: standard)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--seed", type=zero_or_more, default=0, help="of the weights")
     add_device_option(parser)
     parser.add_argument("--replace", action="store_true", help="replace a set that is there")
 

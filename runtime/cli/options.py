@@ -69,6 +69,14 @@ def positive(text: str) -> int:
     return value
 
 
+def zero_or_more(text: str) -> int:
+    """Convert an argument to a whole number of 0 or above, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Targets:
     """What a command writes; None stands for an option that was not given.

@@ -223,6 +223,26 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "student-run").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["cache", "--out", "made", "--count", "-5"],
+        ["cache", "--out", "made", "--count", "3", "--seed", "-1", "--views", "2"],
+        ["distill", "--out", "made", "--count", "-5"],
+        ["scenes", "made", "--seed", "-1"],
+    ],
+)
+def test_numbers_below_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "is below 0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def _with_damage(few_pictures: Path, folder: Path) -> Path:
     """The 20 pictures: one truncated, one empty, one that is a web page."""
     shutil.copytree(few_pictures, folder)
