@@ -1,4 +1,4 @@
-"""Compute the teacher's embeddings of all views of a data set once, and keep them on disk."""
+"""Make augmented views of pictures, and keep the teacher's embeddings of them on disk."""
 
 import hashlib
 import json
@@ -49,12 +49,15 @@ class Augmentation:
 
 
 def augment(
-    image: Image.Image, augmentation: Augmentation, *, index: int, view: int
+    image: Image.Image, augmentation: Augmentation, *, picture_seed: int, view: int
 ) -> Image.Image:
-    """Return view number `view` of picture `index`; view 0 is the unchanged picture."""
+    """Return view number `view` of a picture; view 0 is the unchanged picture.
+
+    `picture_seed` makes the views of one picture differ from another's, see `seed_of`.
+    """
     if view == 0:
         return image
-    rng = np.random.default_rng(np.random.SeedSequence((augmentation.seed, index, view)))
+    rng = np.random.default_rng(np.random.SeedSequence((augmentation.seed, picture_seed, view)))
     width, height = (side * float(rng.uniform(augmentation.crop, 1.0)) for side in image.size)
     left = float(rng.uniform(0, image.width - width))
     top = float(rng.uniform(0, image.height - height))
@@ -233,7 +236,7 @@ def _add_pictures(
     found = np.empty((len(pictures), identity.views, identity.dim), np.float16)
     for view in range(identity.views):
         seen = [
-            augment(image, identity.augmentation, index=seed_of(source, index), view=view)
+            augment(image, identity.augmentation, picture_seed=seed_of(source, index), view=view)
             for index, image in pictures.values()
         ]
         found[:, view] = _half(teacher.embed_image(teacher.preprocess(seen)))

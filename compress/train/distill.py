@@ -179,7 +179,7 @@ class DistillationBatches:
             except InputError as error:
                 self._skip(index, str(error))
                 continue
-            pictures.append(augment(image, augmentation, index=seed, view=view))
+            pictures.append(augment(image, augmentation, picture_seed=seed, view=view))
             places.append(step * self._settings.batch_size + place)
             indices.append(index)
             views.append(view)

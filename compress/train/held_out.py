@@ -31,14 +31,14 @@ _BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class RowSplit:
     """The rows of a source to train on, and those held out: int64, ascending, none in both."""
 
     train: NDArray[np.int64]
     held_out: NDArray[np.int64]
 
 
-def split_rows(count: int, wanted: int | None = None) -> Split:
+def split_rows(count: int, wanted: int | None = None) -> RowSplit:
     """Split `count` rows by a shuffle that depends on `count` alone.
 
     Args:
@@ -54,7 +54,7 @@ def split_rows(count: int, wanted: int | None = None) -> Split:
             f"cannot hold {number} of {count} pictures out of training: choose 0 to {count - 1}"
         )
     order = np.random.default_rng(0).permutation(count)
-    return Split(np.sort(order[number:]), np.sort(order[:number]))
+    return RowSplit(np.sort(order[number:]), np.sort(order[:number]))
 
 
 class HeldOut:

@@ -1,4 +1,4 @@
-"""Judge every precision against fp32 on the test pairs, and say which are inside their gates."""
+"""Judge on the test pairs whether fp32 tells inputs apart, and how near to it a precision is."""
 
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence

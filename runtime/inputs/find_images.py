@@ -1,4 +1,4 @@
-"""Find the image files of a folder, and account for what is left out and what cannot be read."""
+"""Find image files and embed them; account for what is left out and what cannot be read."""
 
 import argparse
 import fnmatch

@@ -60,7 +60,8 @@ def test_cached_embeddings_are_the_teachers(
     indices = range(len(source))
     for view in (0, 1):
         pictures = [
-            augment(source[i].image, how, index=seed_of(source, i), view=view) for i in indices
+            augment(source[i].image, how, picture_seed=seed_of(source, i), view=view)
+            for i in indices
         ]
         pixels = teacher.preprocess(pictures)
         with fast_inference(teacher):
@@ -464,7 +465,7 @@ def _picture(width: int, height: int) -> Image.Image:
 
 def test_view_0_is_the_picture_itself() -> None:
     picture = _picture(20, 30)
-    assert augment(picture, Augmentation(crop=0.5, colour=0.9), index=3, view=0) is picture
+    assert augment(picture, Augmentation(crop=0.5, colour=0.9), picture_seed=3, view=0) is picture
 
 
 @given(
@@ -481,9 +482,9 @@ def test_views_are_replayable_and_keep_the_size(
     picture = _picture(width, height)
     before = picture.tobytes()
     how = Augmentation(crop=crop, colour=colour)
-    first = augment(picture, how, index=index, view=view)
-    augment(picture, how, index=index + 1, view=view)
-    again = augment(picture, how, index=index, view=view)
+    first = augment(picture, how, picture_seed=index, view=view)
+    augment(picture, how, picture_seed=index + 1, view=view)
+    again = augment(picture, how, picture_seed=index, view=view)
     assert (first.size, first.mode) == (picture.size, "RGB")
     assert first.tobytes() == again.tobytes()
     assert picture.tobytes() == before
@@ -492,7 +493,7 @@ def test_views_are_replayable_and_keep_the_size(
 def test_views_differ_by_view_index_and_seed() -> None:
     picture = _picture(32, 32)
     views = {
-        augment(picture, Augmentation(seed=seed), index=index, view=view).tobytes()
+        augment(picture, Augmentation(seed=seed), picture_seed=index, view=view).tobytes()
         for seed in (0, 1)
         for index in (0, 1)
         for view in (0, 1, 2, 3)
@@ -502,7 +503,7 @@ def test_views_differ_by_view_index_and_seed() -> None:
 
 def test_no_change_allowed_means_no_change() -> None:
     picture = _picture(24, 18)
-    still = augment(picture, Augmentation(crop=1.0, colour=0.0), index=5, view=2)
+    still = augment(picture, Augmentation(crop=1.0, colour=0.0), picture_seed=5, view=2)
     assert still.tobytes() == picture.tobytes()
 
 
@@ -510,7 +511,7 @@ def test_left_stays_left() -> None:
     picture = Image.new("RGB", (32, 32), (10, 10, 200))
     picture.paste((200, 10, 10), (0, 0, 16, 32))
     for view in range(1, 30):
-        pixels = np.asarray(augment(picture, Augmentation(), index=0, view=view), np.int16)
+        pixels = np.asarray(augment(picture, Augmentation(), picture_seed=0, view=view), np.int16)
         assert (pixels[:, :8, 0] > pixels[:, :8, 2]).all()
         assert (pixels[:, -8:, 2] > pixels[:, -8:, 0]).all()
 
