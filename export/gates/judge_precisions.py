@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from numpy.typing import NDArray
@@ -292,7 +293,7 @@ def _remarks(kept: Iterable[tuple[Tower, Precision]], inputs: GateInputs) -> lis
 def judge_told_apart(
     student: DualEncoder, test: Source, embeddings: TowerEmbeddings
 ) -> tuple[tuple[GateOutcome, ...], tuple[GateRemark, ...]]:
-    """Judge both towers in fp32 on the first test pairs.
+    """Judge both towers in fp32 on the first pictures and texts of the test pairs.
 
     Returns:
         The outcomes, and a remark on each tower that could not be judged.
@@ -314,9 +315,12 @@ def judge_told_apart(
 
 
 def _inputs(student: DualEncoder, tower: Tower, test: Source) -> list[Hashable]:
-    """Return what is embedded of the first pairs: pixels, or texts without case and spacing."""
-    count = min(len(test), _FIRST)
+    """Return what the first embeddings are of: pixels, or texts without case and spacing.
+
+    A picture with several captions has as many texts, see `tower_inputs`.
+    """
     if tower == "image":
-        batches = tower_inputs(student, tower, test, count=count)
+        batches = tower_inputs(student, tower, test, count=_FIRST)
         return [pixels.tobytes() for batch in batches for pixels in batch]
-    return [" ".join(str(test.caption(index)).casefold().split()) for index in range(count)]
+    texts = (text for index in range(len(test)) for text in test.captions(index))
+    return [" ".join(text.casefold().split()) for text in islice(texts, _FIRST)]

@@ -1,10 +1,12 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
-from edgeclip.compress.data.sources import Source
+from edgeclip.compress.data.sources import FolderSource, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.gates import judge_collapse
 from edgeclip.export.gates.judge_precisions import judge_told_apart
@@ -69,6 +71,23 @@ def test_both_towers_are_judged(clip: DualEncoder, blobs: Make) -> None:
     embeddings["text", "fp32"] = np.repeat(rows(1), 20, axis=0)
     judged, _ = judge_told_apart(clip, test, embeddings)
     assert [item.record.passed for item in judged] == [True, False]
+
+
+def test_every_text_is_judged_by_its_own_embedding(clip: DualEncoder, tmp_path: Path) -> None:
+    table = ["file,caption"]
+    for number in range(30):
+        name = f"{number:02}.png"
+        Image.new("RGB", (8, 8), (8 * number, 0, 255 - 8 * number)).save(tmp_path / name)
+        table += [f"{name},picture {number}"] * 2 + [f"{name},Picture  {number}"] * 3
+    (tmp_path / "captions.csv").write_text("\n".join(table))
+    test = FolderSource(tmp_path)
+    assert len(test.captions(0)) == 5
+    embeddings: Embeddings = {
+        ("image", "fp32"): rows(30),
+        ("text", "fp32"): np.repeat(rows(30), 5, axis=0),
+    }
+    judged, _ = judge_told_apart(clip, test, embeddings)
+    assert [item.record.value for item in judged] == [1.0, 1.0]
 
 
 def test_a_single_pair_gives_remarks(clip: DualEncoder, blobs: Make) -> None:
