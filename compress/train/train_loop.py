@@ -129,12 +129,14 @@ def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> BestSte
     """
     out.mkdir(parents=True, exist_ok=True)
     weights = [p for p in task.module.parameters() if p.requires_grad]
-    # Weights, two numbers of AdamW for each, and a best step; written beside the checkpoint before.
-    require_space(out, 4 * sum(weight.nbytes for weight in weights))
+    # All weights, those of the best step, and two numbers of AdamW for each that is trained;
+    # written beside the checkpoint before.
+    state = sum(value.nbytes for value in task.module.state_dict().values())
+    require_space(out, 2 * state + 2 * sum(weight.nbytes for weight in weights))
     optimizer = _optimizer(weights, settings)
     best = _Best()
-    state = _Checkpoint(out, task, settings, optimizer, best)
-    start, seconds = state.resume()
+    checkpoint = _Checkpoint(out, task, settings, optimizer, best)
+    start, seconds = checkpoint.resume()
     bar = tqdm(
         total=settings.steps * settings.batch_size,
         initial=start * settings.batch_size,
@@ -168,7 +170,7 @@ def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> BestSte
             bar.set_postfix_str(f"loss={values['total']:.3f}{shown}", refresh=False)
             if stop.is_set or step + 1 == settings.steps or clock.due(settings.checkpoint_seconds):
                 log.flush()
-                state.save(step + 1, clock.now())
+                checkpoint.save(step + 1, clock.now())
             if stop.is_set and step + 1 < settings.steps:
                 raise KeyboardInterrupt(f"stopped at step {step + 1}; run it again to go on")
     task.module.eval()
