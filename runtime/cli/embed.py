@@ -1,7 +1,8 @@
 """`edgeclip embed`: embed image files or texts, and write or update an index for `search`.
 
 An index that exists is updated: only what is new or changed is embedded, what is gone from the
-named folders is removed and named, and entries of other folders stay. A stopped run goes on.
+named folders or damaged now is removed and named, and entries of other folders stay. A stopped run
+goes on.
 """
 
 import argparse
@@ -87,6 +88,7 @@ def _embed_images(args: argparse.Namespace) -> IndexChange:
     hashes = ContentHashes()
     kept: list[tuple[Path, bytes]] = []
     bad: list[str] = []
+    unopened: set[str] = set()
     with (
         _update(args, encoder, "image", len(paths)) as update,
         tqdm(total=len(paths), desc="embed", unit="image", file=sys.stderr) as bar,
@@ -94,6 +96,7 @@ def _embed_images(args: argparse.Namespace) -> IndexChange:
         for chunk in _chunks(paths, args.batch_size):
             new = {}
             for path in chunk:
+                content = None
                 try:
                     content = hashes.of(path)
                     if content not in update and content not in new:
@@ -102,6 +105,8 @@ def _embed_images(args: argparse.Namespace) -> IndexChange:
                     if args.strict:
                         raise
                     bad.append(str(error))
+                    if content is None:
+                        unopened.add(path.as_posix())
                 else:
                     kept.append((path, content))
             if new:
@@ -110,7 +115,11 @@ def _embed_images(args: argparse.Namespace) -> IndexChange:
         report_bad(bad, len(paths), args.max_bad)
         keys = [path.as_posix() for path, _ in kept]
         contents = [content for _, content in kept]
-        return update.finish(keys, contents, is_named=_under(args.paths))
+        is_under = _under(args.paths)
+        # A picture whose bytes cannot be read may be the same as before, so its entry stays.
+        return update.finish(
+            keys, contents, is_named=lambda key: key not in unopened and is_under(key)
+        )
 
 
 def _embed_texts(args: argparse.Namespace) -> IndexChange:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -148,6 +149,28 @@ def test_what_is_removed_is_named(
     (pictures / "05.png").unlink()
     assert main(["embed", "pics", "--bundle", str(tiny_bundle), "--out", "index.npz"]) == 0
     assert "removed: pics/05.png\n" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_read_now(
+    pictures: Path, run: Callable[..., str], reads: list[str], capsys: Capture
+) -> None:
+    named = sorted(pictures.glob("*.png"))
+    run(*named)
+    before = loaded()
+    (pictures / "03.png").write_bytes(b"<html>404</html>")  # what was embedded is no more
+    (pictures / "05.png").rename("aside.png")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind("pics/05.png")  # it is there, and cannot be opened
+        said = run(*named)
+    assert said.endswith("0 added, 0 changed, 1 removed, 11 as before\n")
+    after = loaded()
+    assert before.keys() - after.keys() == {"pics/03.png"}
+    assert all(before[key] == row for key, row in after.items())
+    (pictures / "05.png").unlink()
+    Path("aside.png").rename(pictures / "05.png")
+    reads.clear()
+    assert run(*named).endswith("0 added, 0 changed, 0 removed, 11 as before\n")
+    assert reads == ["03.png"]
 
 
 def test_an_index_grows_by_other_folders(
