@@ -356,7 +356,9 @@ class ContentHashes:
     """SHA-256 of files' bytes; those found before are kept in this user's cache.
 
     A hash is taken from there while size, inode and both times (of content and of inode) are the
-    same, which no change of the bytes leaves so. Without a usable cache every file is read.
+    same, which no change of the bytes leaves so; on Windows, where the second is that of the file's
+    making, only a program that sets the first one back does. Without a usable cache every file is
+    read.
     """
 
     _kept: "sqlite3.Connection | None" = None
