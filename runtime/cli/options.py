@@ -128,13 +128,20 @@ def claim_targets(targets: Targets) -> Iterator[None]:
                 _probe(full, path)
                 if path in targets.folders:
                     stack.enter_context(_locked(full / _LOCK, path))
+                    # Another command may replace the folder as a whole, if that is possible here.
+                    if full.name and os.access(full.parent, os.W_OK):
+                        stack.enter_context(_locked(_beside(full), path))
         for path in (*targets.directories, *targets.files):
             if path is not None:
                 full = _new(path.parent.resolve() / path.name, seen, path)
                 stack.enter_context(_made(full.parent, path))
                 _probe(full.parent, path)
-                stack.enter_context(_locked(full.with_name(f"{_LOCK}.{full.name}"), path))
+                stack.enter_context(_locked(_beside(full), path))
         yield
+
+
+def _beside(full: Path) -> Path:
+    return full.with_name(f"{_LOCK}.{full.name}")
 
 
 def _new(full: Path, seen: set[Path], path: Path) -> Path:

@@ -162,6 +162,22 @@ def test_one_process_at_a_time(tmp_path: Path, kind: str, end: signal.Signals) -
     assert not any(name.startswith(".edgeclip-lock") for name in listed(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("folders", "directories"), ("directories", "folders")]
+)
+def test_a_folder_that_is_filled_is_not_replaced_meanwhile(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    bundle = tmp_path / "bundle"  # cascade adds to it, export --replace replaces it
+    bundle.mkdir()
+    with (
+        claim_targets(Targets(**{first: (bundle,)})),
+        pytest.raises(InputError, match=r"another process of edgeclip writes .*/bundle"),
+    ):
+        claimed(**{second: (bundle,)})
+    assert listed(tmp_path) == ["bundle"]
+
+
 def test_a_shared_folder_is_not_locked(tmp_path: Path) -> None:
     with claim_targets(Targets(shared=(tmp_path / "cache",))):
         claimed(shared=(tmp_path / "cache",))
