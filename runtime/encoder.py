@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import FloatArray, Outputs
 from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.files import TOKENIZER_NAME
 from edgeclip.runtime.bundle.index import Hit, Index, LabelSet, bake_labels, check_embeddings
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import ImageInput, as_image_list
@@ -137,7 +138,9 @@ class Encoder:
         return runner
 
     def model_of(self, tower: Tower) -> str:
-        """Name what embeds: tower, precision and SHA-256 of its files; loads the tower.
+        """Name what embeds: tower, precision, SHA-256 of its files and how input is prepared.
+
+        Loads the tower.
 
         Raises:
             BundleError, EngineError: the tower cannot be loaded.
@@ -146,9 +149,10 @@ class Encoder:
             self._check_text_tower()
         runner = self._image_tower if tower == "image" else self._text_tower
         file = self.bundle.manifest.tower(tower).file(runner.precision)
-        paths = (file.path, file.data_path)
+        paths = {file.path, file.data_path, *((TOKENIZER_NAME,) if tower == "text" else ())}
         hashes = [item.sha256 for item in self.bundle.manifest.files if item.path in paths]
-        return " ".join([tower, runner.precision, *sorted(hashes)])
+        prepared = self.spec.image if tower == "image" else self.spec.text
+        return " ".join([tower, runner.precision, *sorted(hashes), str(prepared)])
 
     @functools.cached_property
     def _tokenizer(self) -> "TextTokenizer":

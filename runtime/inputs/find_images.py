@@ -62,13 +62,14 @@ def find_images(paths: Iterable[Path], *, strict: bool = False) -> tuple[Path, .
     Raises:
         InputError: a path that does not exist, or see `list_images`.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}  # by place: a path may be given in two spellings
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} does not exist: give image files or folders")
         inside = list_images(path, strict=strict) if path.is_dir() else (path,)
-        found.update(dict.fromkeys(inside))
-    return tuple(found)
+        for item in inside:
+            found.setdefault(os.path.abspath(item), item)
+    return tuple(found.values())
 
 
 def list_images(folder: str | Path, *, strict: bool = False) -> tuple[Path, ...]:

@@ -25,6 +25,7 @@ from edgeclip.runtime.errors import (
     SpaceMismatchError,
 )
 from edgeclip.runtime.inputs.images import ImageInput
+from tests.conftest import Edit
 
 TEXTS = ["a red apple", "green", "a photo of the blue sea and a red car", "hill", ""]
 
@@ -377,3 +378,23 @@ def test_search_for_a_mixture_or_nothing(encoder: Encoder, index: Index) -> None
         encoder.search(mixture, index)
     with pytest.raises(InputError, match="no query was given"):
         encoder.search([], index)
+
+
+def test_a_model_is_named_by_how_its_input_is_prepared(
+    tiny_bundle: Path,
+    own_bundle: Path,
+    edit_manifest: Callable[[Path, Edit], None],
+    cpu_device: DeviceProfile,
+) -> None:
+    def names(bundle: Path) -> tuple[str, str]:
+        encoder = Encoder.open(bundle, device=cpu_device)
+        return encoder.model_of("image"), encoder.model_of("text")
+
+    def change(data: dict[str, Any]) -> None:
+        data["spec"]["image"]["resample"] = "nearest"
+
+    image, text = names(tiny_bundle)
+    assert names(own_bundle) == (image, text)
+    edit_manifest(own_bundle, change)
+    assert names(own_bundle)[0] != image
+    assert names(own_bundle)[1] == text

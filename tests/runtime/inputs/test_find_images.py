@@ -145,6 +145,8 @@ def test_files_and_folders_together_count_once(tmp_path: Path) -> None:
     touch(tmp_path, "x/a.png", "x/b.png", "c.odd")
     paths = [tmp_path / "x" / "b.png", tmp_path / "x", tmp_path / "c.odd"]
     assert [path.name for path in find_images(paths)] == ["b.png", "a.png", "c.odd"]
+    spelled = [tmp_path / "x", tmp_path / "x" / ".." / "x", tmp_path / "x" / ".." / "c.odd"]
+    assert [path.name for path in find_images(spelled)] == ["a.png", "b.png", "c.odd"]
     with pytest.raises(InputError, match="does not exist"):
         find_images([tmp_path / "missing.png"])
 
