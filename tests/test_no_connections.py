@@ -13,31 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests import watched_network
+from tests.golden.conftest import CPU, LEAST
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2000)]
 
 ROOT = Path(__file__).parents[1]
 COMMAND = Path(sys.executable).with_name("edgeclip")
-CPU = """\
-name: test-cpu
-description: one thread
-engine: onnxruntime-cpu
-precisions: [fp32]
-threads: 1
-memory_mb: 1000
-"""
-LEAST = """\
-name: least
-description: as little as there can be
-batch_sizes: [1]
-min_warmup_runs: 3
-max_warmup_seconds: 0.1
-repeats: 10
-processes: 1
-seconds_per_batch: 0.05
-cold_starts: 1
-roofline_seconds: 0.5
-"""
 LINES = [
     "device --list",
     "verify emoji --device cpu.yaml",

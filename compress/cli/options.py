@@ -100,3 +100,19 @@ def add_pairs_option(parser: argparse.ArgumentParser) -> None:
 def log_step(line: str) -> None:
     """Log what the command does next."""
     _log.info("%s ...", line)
+
+
+def open_test(args: argparse.Namespace, size: int) -> Source:
+    """Open the test split of `--data`, of `--test-count` pairs if it is the built-in scenes.
+
+    Raises:
+        ConfigError, InputError: see `open_source`.
+    """
+    return open_source(
+        args.data,
+        split="test",
+        count=args.test_count,
+        size=size,
+        strict=args.strict,
+        max_bad=max_bad(args),
+    )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -179,8 +179,8 @@ def build_cache(
         _refuse_other(folder, existing, identity)
     bad: dict[int, str] = {}
     with (
-        _open_rows(image_file, image_row, of_images) as images,
-        _open_rows(text_file, text_row, of_texts) as texts,
+        closing(_open_rows(image_file, image_row, of_images)) as images,
+        closing(_open_rows(text_file, text_row, of_texts)) as texts,
         fast_inference(teacher),
         tqdm(total=count * views, desc="teacher cache", unit="img", dynamic_ncols=True) as bar,
     ):

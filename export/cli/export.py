@@ -12,6 +12,7 @@ from edgeclip.compress.cli.options import (
     load_teacher,
     log_step,
     max_bad,
+    open_test,
 )
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
@@ -207,14 +208,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
     plan = BundlePlan(
         student=student,
         calibration=_calibration(args, quantization, size),
-        test=open_source(
-            args.data,
-            split="test",
-            count=args.test_count,
-            size=size,
-            strict=args.strict,
-            max_bad=max_bad(args),
-        ),
+        test=open_test(args, size),
         device=device,
         origin=Origin(
             name=args.name or args.out.name,

@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.built_in import BUILT_IN
-from edgeclip.compress.cli.options import add_pairs_option, add_teacher, load_teacher, max_bad
-from edgeclip.compress.data.sources import EMOJI, Source, open_source
+from edgeclip.compress.cli.options import (
+    add_pairs_option,
+    add_teacher,
+    load_teacher,
+    max_bad,
+    open_test,
+)
+from edgeclip.compress.data.sources import EMOJI, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.gates.zero_shot import (
     ZeroShotSet,
@@ -184,14 +190,7 @@ def _data(args: argparse.Namespace) -> _Data:
         strict=args.strict,
         max_bad=max_bad(args),
     )
-    test = open_source(
-        args.data,
-        split="test",
-        count=args.test_count,
-        size=size,
-        strict=args.strict,
-        max_bad=max_bad(args),
-    )
+    test = open_test(args, size)
     for source in (steering, test):
         check_captions(source, "comparing configs")
     steered, judged = _zero_shot(args, teacher, steering, test, size)

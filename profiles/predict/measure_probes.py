@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import numpy as np
 
@@ -213,8 +214,7 @@ _LEVEL_PULL = 0.5  # blocks, as if so many had been seen on the line of all bloc
 _LEAST_MS = 1e-4
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
+class _Pair(NamedTuple):
     """Logarithms of what one block costs on both devices."""
 
     group: str

@@ -10,10 +10,10 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -40,8 +40,7 @@ class RowFile:
     was killed leaves at most one torn record, at the end, which the next writer cuts off. A record
     of another checksum counts as missing, and what it held is computed again.
 
-    One process at a time may append, and others read. Use it as a context manager, which flushes
-    it to the disk.
+    One process at a time may append, and others read; `close` flushes it to the disk.
 
     Args:
         path: the file; the first `append` makes it.
@@ -131,17 +130,6 @@ class RowFile:
             finally:
                 self._file.close()
                 self._file = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _load(self) -> None:
         """Read the file, and remember where its last whole record ends."""
@@ -236,7 +224,7 @@ class IndexChange:
 
 
 class IndexUpdate:
-    """An index while it is made or updated; use it as a context manager.
+    """An index while it is made or updated; `close` it in any case.
 
     Beside the index `NAME.npz` lie two files of rows by the content's hash (`RowFile`):
     `NAME.npz.part` with the embeddings of an unfinished run, and `NAME.npz.contents` with the
@@ -378,19 +366,12 @@ class IndexUpdate:
         digests = np.frombuffer(b"".join(found.values()), np.uint8).reshape(-1, _DIGEST)
         with (
             atomic_file(self._contents_path) as temporary,
-            RowFile(temporary, **self._digest_settings) as file,
+            closing(RowFile(temporary, **self._digest_settings)) as file,
         ):
             file.append(tuple(found), digests)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Flush the unfinished run to the disk, and close its file."""
         self._part.close()
 
 

@@ -8,13 +8,14 @@ from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.cli.options import (
     add_encoder_options,
     add_json_option,
+    embed_images,
     open_encoder,
     positive,
     print_json,
 )
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.find_images import embed_files, find_images, report_skipped
+from edgeclip.runtime.inputs.find_images import find_images
 from edgeclip.runtime.inputs.text_files import labels_file, read_label_file, split_names
 
 
@@ -48,14 +49,7 @@ def run(args: argparse.Namespace) -> int:
     paths = find_images(args.paths, strict=args.strict)
     encoder = open_encoder(args)
     labels = read_labels(encoder, args.labels or _default_labels(encoder), args.template)
-    embedded = embed_files(
-        encoder.encode_pixels,
-        encoder.spec.image,
-        paths,
-        batch_size=args.batch_size,
-        strict=args.strict,
-    )
-    report_skipped(embedded)
+    embedded = embed_images(args, encoder, paths)
     answers = encoder.classify_embeddings(embedded.embeddings, labels, top=args.top)
     if args.json:
         images = {

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -156,7 +156,7 @@ def _update(
         replace=args.replace,
     )
     try:
-        with update:
+        with closing(update):
             yield update
     except KeyboardInterrupt:
         raise KeyboardInterrupt(

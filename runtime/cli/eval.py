@@ -8,6 +8,7 @@ import numpy as np
 from edgeclip.runtime.cli.options import (
     add_encoder_options,
     add_json_option,
+    embed_images,
     open_encoder,
     print_json,
 )
@@ -16,9 +17,7 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.captions import read_captions
 from edgeclip.runtime.inputs.find_images import (
     add_max_bad_option,
-    embed_files,
     list_images,
-    report_skipped,
 )
 from edgeclip.runtime.quality.intervals import Interval, bootstrap
 from edgeclip.runtime.quality.relevance import Relevance
@@ -78,14 +77,7 @@ def _retrieval(args: argparse.Namespace) -> int:
             "NAME.txt beside each image; for a folder per class use --labels"
         )
     encoder = open_encoder(args)
-    embedded = embed_files(
-        encoder.encode_pixels,
-        encoder.spec.image,
-        images,
-        batch_size=args.batch_size,
-        strict=args.strict,
-    )
-    report_skipped(embedded, args.max_bad)
+    embedded = embed_images(args, encoder, images, args.max_bad)
     by_image = dict(zip(images, captions, strict=True))
     own = [by_image[path] for path in embedded.paths]
     texts, relevance = [text for captions in own for text in captions], Relevance.of_captions(own)
@@ -124,14 +116,7 @@ def _zero_shot(args: argparse.Namespace) -> int:
     encoder = open_encoder(args)
     names = [name.replace("_", " ") for name in classes]
     labels = encoder.bake_labels(names, tuple(args.template or DEFAULT_TEMPLATES))
-    embedded = embed_files(
-        encoder.encode_pixels,
-        encoder.spec.image,
-        images,
-        batch_size=args.batch_size,
-        strict=args.strict,
-    )
-    report_skipped(embedded, args.max_bad)
+    embedded = embed_images(args, encoder, images, args.max_bad)
     right = np.array([classes.index(_class_of(path, args.folder)) for path in embedded.paths])
     ranks = label_ranks(embedded.embeddings, labels.embeddings, right)
     top1, top5 = bootstrap(ranks <= 1), bootstrap(ranks <= 5)

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from edgeclip.runtime.spec import Precision
 
 if TYPE_CHECKING:
     from edgeclip.runtime.encoder import Encoder
+    from edgeclip.runtime.inputs.find_images import EmbeddedFiles, MaxBad
 
 _LOCK = ".edgeclip-lock"
 _PROBE_BYTES = 4096
@@ -54,6 +55,30 @@ def open_encoder(args: argparse.Namespace) -> "Encoder":
     from edgeclip.runtime.encoder import Encoder  # imports Pillow, which few commands need
 
     return Encoder.open(args.bundle, device=args.device, precision=args.precision)
+
+
+def embed_images(
+    args: argparse.Namespace,
+    encoder: "Encoder",
+    paths: Sequence[Path],
+    limit: "MaxBad | None" = None,
+) -> "EmbeddedFiles":
+    """Embed image files by `--batch-size` and `--strict`, and report those that were skipped.
+
+    Raises:
+        InputError: more were skipped than `limit` allows (None: any number), or all.
+    """
+    from edgeclip.runtime.inputs.find_images import embed_files, report_skipped
+
+    embedded = embed_files(
+        encoder.encode_pixels,
+        encoder.spec.image,
+        paths,
+        batch_size=args.batch_size,
+        strict=args.strict,
+    )
+    report_skipped(embedded, limit)
+    return embedded
 
 
 def print_json(value: Mapping[str, object]) -> None:

@@ -11,7 +11,7 @@ from tests.golden.session import Session
 
 _ROOT = Path(__file__).parents[2]
 _NOT_SOURCE = {"build", "dist", "runs", "tests"}
-_CPU = """\
+CPU = """\
 name: test-cpu
 description: one thread
 engine: onnxruntime-cpu
@@ -19,7 +19,7 @@ precisions: [fp32]
 threads: 1
 memory_mb: 1000
 """
-_LEAST = """\
+LEAST = """\
 name: least
 description: as little as there can be
 batch_sizes: [1]
@@ -48,10 +48,10 @@ def golden(
     folder = tmp_path_factory.mktemp("golden")
     inputs = folder / "inputs"
     inputs.mkdir()
-    (inputs / "cpu.yaml").write_text(_CPU, encoding="utf-8")
-    openvino = _CPU.replace("test-cpu", "test-openvino").replace("runtime-cpu", "runtime-openvino")
+    (inputs / "cpu.yaml").write_text(CPU, encoding="utf-8")
+    openvino = CPU.replace("test-cpu", "test-openvino").replace("runtime-cpu", "runtime-openvino")
     (inputs / "openvino.yaml").write_text(openvino, encoding="utf-8")
-    (inputs / "least.yaml").write_text(_LEAST, encoding="utf-8")
+    (inputs / "least.yaml").write_text(LEAST, encoding="utf-8")
     (inputs / "texts.txt").write_text("a cat\na dog\n", encoding="utf-8")
     shutil.copytree(_kept_bundle(), folder / "emoji")
     session = Session(folder, RUNS, short_lines())

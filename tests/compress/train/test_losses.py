@@ -231,17 +231,22 @@ def _along_the_sphere(rows: Tensor) -> float:
     return largest * len(rows)
 
 
-def test_nothing_pulls_a_student_that_equals_its_teacher() -> None:
-    teachers = _strangers()
-    image, text = (rows.clone().requires_grad_() for rows in teachers)
-    distillation_losses(
+def _default_total(image: Tensor, text: Tensor, teachers: tuple[Tensor, Tensor]) -> Tensor:
+    found = distillation_losses(
         LossWeights(),
         image=image,
         text=text,
         teacher_image=teachers[0],
         teacher_text=teachers[1],
         scale=100.0,
-    )["total"].backward()
+    )
+    return found["total"]
+
+
+def test_nothing_pulls_a_student_that_equals_its_teacher() -> None:
+    teachers = _strangers()
+    image, text = (rows.clone().requires_grad_() for rows in teachers)
+    _default_total(image, text, teachers).backward()
     assert max(map(_along_the_sphere, (image, text))) < 1e-2
     image, text = (rows.clone().requires_grad_() for rows in teachers)
     _hard_interactive(image, text, teachers).backward()
@@ -257,14 +262,8 @@ def test_by_default_a_teacher_that_knows_nothing_is_found_too() -> None:
         optimizer = torch.optim.Adam(free, lr=0.02)
         for _ in range(300):
             image, text = normalize(free[0]), normalize(free[1])
-            total = distillation_losses(
-                LossWeights(),
-                image=image,
-                text=text,
-                teacher_image=teachers[0],
-                teacher_text=teachers[1],
-                scale=100.0,
-            )["total"] + hard * _hard_interactive(image, text, teachers)
+            total = _default_total(image, text, teachers)
+            total = total + hard * _hard_interactive(image, text, teachers)
             optimizer.zero_grad()
             total.backward()
             optimizer.step()

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def opened(path: Path, **other: Any) -> RowFile:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "some.rows"
-    with opened(path) as file:
+    with closing(opened(path)) as file:
         file.append(KEYS[:4], ROWS[:4])
         file.append(KEYS[4:6], ROWS[4:6])
     return path
@@ -44,14 +45,14 @@ def test_rows_come_back_in_any_order(path: Path) -> None:
 
 
 def test_a_new_row_of_a_key_replaces_the_one_before(path: Path) -> None:
-    with opened(path) as file:
+    with closing(opened(path)) as file:
         file.append(KEYS[:1], ROWS[8:])
         np.testing.assert_array_equal(file.rows(KEYS[:1]), ROWS[8:])
     np.testing.assert_array_equal(opened(path).rows(KEYS[:2]), ROWS[[8, 1]])
 
 
 def test_nothing_is_written_before_the_first_row(tmp_path: Path) -> None:
-    with opened(tmp_path / "new") as file:
+    with closing(opened(tmp_path / "new")) as file:
         assert len(file) == 0
     assert not (tmp_path / "new").exists()
 
@@ -66,7 +67,7 @@ def test_a_torn_end_costs_its_records_alone(path: Path, lost: int) -> None:
     path.write_bytes(path.read_bytes()[:-lost])
     whole = 6 - -(-lost // 48)
     assert opened(path).keys == tuple(KEYS[:whole])
-    with opened(path) as file:
+    with closing(opened(path)) as file:
         file.append(KEYS[whole:], ROWS[whole:])
     np.testing.assert_array_equal(opened(path).rows(KEYS), ROWS)
 
@@ -75,7 +76,7 @@ def test_an_altered_record_is_missing(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-48 * 3 + 40] ^= 1
     path.write_bytes(content)
-    with opened(path) as file:
+    with closing(opened(path)) as file:
         assert file.keys == (*KEYS[:3], *KEYS[4:6])
         file.append(KEYS[3:4], ROWS[3:4])
     np.testing.assert_array_equal(opened(path).rows(KEYS[:6]), ROWS[:6])
@@ -94,7 +95,7 @@ def test_other_settings(path: Path, other: dict[str, Any]) -> None:
 @pytest.mark.parametrize("length", [0, 9])
 def test_a_torn_first_line_costs_nothing(path: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
-    with opened(path) as file:
+    with closing(opened(path)) as file:
         assert len(file) == 0
         file.append(KEYS, ROWS)
     np.testing.assert_array_equal(opened(path).rows(KEYS), ROWS)
@@ -109,12 +110,13 @@ def test_no_such_file(path: Path, content: bytes) -> None:
 
 LIMITED = """
 import resource, sys
+from contextlib import closing
 from pathlib import Path
 from tests.runtime.bundle.test_rows import KEYS, ROWS, opened
 from edgeclip.runtime.errors import InputError
 size = Path(sys.argv[1]).stat().st_size
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 60, size + 60))
-with opened(Path(sys.argv[1])) as file:
+with closing(opened(Path(sys.argv[1]))) as file:
     try:
         file.append(KEYS[6:], ROWS[6:])
     except InputError as error:
@@ -132,7 +134,7 @@ def test_a_full_disk_costs_no_row_of_before(path: Path) -> None:
         check=True,
     )
     assert "File too large; what it holds is kept, so make room and run" in done.stdout
-    with opened(path) as file:
+    with closing(opened(path)) as file:
         np.testing.assert_array_equal(file.rows(KEYS[:6]), ROWS[:6])
         file.append(KEYS[6:], ROWS[6:])
     np.testing.assert_array_equal(opened(path).rows(KEYS), ROWS)
@@ -157,12 +159,12 @@ def test_a_kill_costs_nothing_that_was_appended(path: Path) -> None:
 
 def test_one_process_appends_while_others_read(path: Path) -> None:
     reader, late = opened(path), opened(path)
-    with opened(path) as file:
+    with closing(opened(path)) as file:
         file.append(KEYS[6:7], ROWS[6:7])
         with pytest.raises(InputError, match=r"another process of edgeclip writes .*some\.rows"):
             reader.append(KEYS[7:8], ROWS[7:8])
         np.testing.assert_array_equal(opened(path).rows(KEYS[:7]), ROWS[:7])
-    with late:  # it was opened before the others wrote
+    with closing(late):  # it was opened before the others wrote
         late.append(KEYS[7:], ROWS[7:])
         np.testing.assert_array_equal(late.rows(KEYS), ROWS)
     np.testing.assert_array_equal(opened(path).rows(KEYS), ROWS)
@@ -171,8 +173,8 @@ def test_one_process_appends_while_others_read(path: Path) -> None:
 def test_two_that_find_no_file_make_one(tmp_path: Path) -> None:
     path = tmp_path / "new.rows"
     first, second = opened(path), opened(path)
-    with first:
+    with closing(first):
         first.append(KEYS[:2], ROWS[:2])
-    with second:
+    with closing(second):
         second.append(KEYS[2:3], ROWS[2:3])
     np.testing.assert_array_equal(opened(path).rows(KEYS[:3]), ROWS[:3])
