@@ -168,8 +168,8 @@ def test_few_pictures_are_warned_of(
     found = warnings[0].split("finds ")[1].split()[0]
     assert warnings == [
         "warning: bundle: R@1 kept of the teacher's: not judged: the teacher itself finds "
-        f"{found} of 8 pairs, so only cosines tell whether the student is in its space: test on "
-        "pairs that it knows",
+        f"{found} of 8 pairs, so only cosines tell whether the student is in its space: give more "
+        "test pairs",
         "warning: bundle: R@1 loss: 8 test pairs, so it goes in steps of 6.2 points and half a "
         "point cannot be told: test on 100 or more",
         "warning: image int8: zero-shot top-1 loss: not judged: no labels",
