@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from edgeclip.compress.teachers.dual_encoder import MARKER
+from edgeclip.compress.teachers.dual_encoder import MARKER, keep_others
 from edgeclip.compress.train.pretrain import TeacherShape, pretrain
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.runtime.bundle.files import atomic_directory, check_target
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     teacher = pretrain(shape, settings, folder)
     with atomic_directory(args.out, replace=True, marker=MARKER) as written:
         teacher.save_into(written, dtype=torch.float16)
+        keep_others(args.out, written)
         (written / "log.jsonl").write_bytes((folder / "log.jsonl").read_bytes())
     print(f"teacher written to {args.out}; checkpoints in {folder}")
     return 0

@@ -2,13 +2,14 @@
 
 import argparse
 import csv
+import hashlib
 from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Split
-from edgeclip.runtime.bundle.files import atomic_directory
+from edgeclip.runtime.bundle.files import atomic_directory, sha256_file
 from edgeclip.runtime.cli.options import Targets, zero_or_more
-from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import TABLE_NAME
 
 # Only this command writes it: captions.csv is in people's own folders too.
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Write 00000.png and so on, and one table of their captions."""
     if args.count < 1 or args.size < 1:
         raise ConfigError(f"--count and --size must be at least 1, got {args.count}, {args.size}")
+    _refuse_changed(args.folder)
     world = EmojiScenes(args.split, seed=args.seed)
     rows = [("file", "caption")]
     with atomic_directory(args.folder, replace=True, marker=_MARKER) as folder:
@@ -41,6 +43,30 @@ def run(args: argparse.Namespace) -> int:
             world.render(scene, args.size).save(folder / rows[-1][0])
         with (folder / TABLE_NAME).open("w", encoding="utf-8", newline="") as table:
             csv.writer(table).writerows(rows)
-        (folder / _MARKER).touch()
+        (folder / _MARKER).write_text(_content(folder), encoding="utf-8")
     print(f"{args.count} scenes with captions in {args.folder}")
     return 0
+
+
+def _refuse_changed(folder: Path) -> None:
+    """Refuse a folder of scenes to which somebody added, or in which somebody changed, anything.
+
+    Raises:
+        InputError: it would be lost.
+    """
+    marker = folder / _MARKER
+    if marker.is_file() and marker.read_text(encoding="utf-8") != _content(folder):
+        raise InputError(
+            f"{folder} holds files that were added or changed since `edgeclip scenes` wrote it: "
+            "choose another folder, or delete it yourself"
+        )
+
+
+def _content(folder: Path) -> str:
+    """Return a hash of the names and contents of all files but the marker."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _MARKER:
+            name = path.relative_to(folder).as_posix()
+            digest.update(f"{name!r} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -100,6 +101,7 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
 transformers.utils.logging.disable_progress_bar()  # a file or two is no long work
 transformers.utils.logging.set_verbosity_error()  # `load` says itself which weights are amiss
 _log = logging.getLogger(__name__)
+_OF_MODELS = {".json", ".jsonl", ".txt", ".safetensors", ".bin", ".jinja", ".model"}
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
@@ -302,6 +304,7 @@ class DualEncoder(nn.Module):
         """
         with atomic_directory(directory, replace=True, marker=MARKER) as folder:
             self.save_into(folder, dtype=dtype)
+            keep_others(directory, folder)
 
     def save_into(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Save the files of `save` into an existing folder."""
@@ -335,6 +338,13 @@ class DualEncoder(nn.Module):
 
 # Of config.json: they change an embedding, but no shape of a weight.
 _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "pad_token_id")
+
+
+def keep_others(old: Path, new: Path) -> None:
+    """Copy what somebody put beside a model that is replaced, such as a README, to the new one."""
+    for path in sorted(old.glob("*")):
+        if path.is_file() and path.suffix not in _OF_MODELS and not (new / path.name).exists():
+            shutil.copy2(path, new / path.name)
 
 
 def space_fingerprint(dual: DualEncoder) -> str:

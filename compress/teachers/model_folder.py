@@ -67,7 +67,7 @@ def read_config(folder: Path, source: str | Path, families: Mapping[str, object]
             another family; or weights or tokenizer files that are missing.
     """
     if (folder / MANIFEST_NAME).is_file():
-        raise ConfigError(f"{source} is a bundle: give the student that it was exported from")
+        raise ConfigError(f"{source} is a bundle: give the model that it was exported from")
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(
             f"{source} holds a LoRA or other PEFT adapter, not a whole model: load it with peft, "

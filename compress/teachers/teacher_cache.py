@@ -186,14 +186,19 @@ def build_cache(
     ):
         if existing is None:
             _write_identity(folder, identity)
-        for first in range(0, count, _BATCH):
-            chunk = range(first, min(first + _BATCH, count))
-            bad |= _add_pictures(images, teacher, source, chunk, identity)
-            if source.has_captions:
-                captions_of(source, chunk)  # refuses a picture without any
-                own = [source.captions(index) for index in chunk if index not in bad]
-                _add_captions(texts, teacher, [caption for given in own for caption in given])
-            bar.update(len(chunk) * views)
+        try:
+            for first in range(0, count, _BATCH):
+                chunk = range(first, min(first + _BATCH, count))
+                bad |= _add_pictures(images, teacher, source, chunk, identity)
+                if source.has_captions:
+                    captions_of(source, chunk)  # refuses a picture without any
+                    own = [source.captions(index) for index in chunk if index not in bad]
+                    _add_captions(texts, teacher, [caption for given in own for caption in given])
+                bar.update(len(chunk) * views)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped; {len(images)} pictures are kept in {folder}, so run it again to go on"
+            ) from None
     report_bad(list(bad.values()), count, max_bad)
     source = without(source, bad)
     numbers = range(len(source))

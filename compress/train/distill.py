@@ -85,7 +85,7 @@ def distill(
     else:
         _log.info(
             "none of %d pictures is held out, so nothing tells whether student and teacher agree "
-            "on others ...",
+            "on others",
             len(source),
         )
 

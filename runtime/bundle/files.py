@@ -193,7 +193,7 @@ def check_target(target: Path, *, replace: bool, marker: str) -> None:
     if not target.exists() or not any(target.iterdir()):
         return
     if not replace:
-        raise InputError(f"{target} exists: choose another name, or ask to replace it")
+        raise InputError(f"{target} exists: choose another name, or give --replace")
     if not (target / marker).is_file():
         raise InputError(
             f"{target} holds no {marker}, so it is not replaced: delete it yourself if you want to"
@@ -488,7 +488,9 @@ def read_npz(
         ) from error
     found = meta.pop("kind", None) if isinstance(meta, dict) else None
     if found != kind:
-        raise InputError(f"{path} is of kind {found!r}, expected {kind!r}")
+        raise InputError(
+            f"{path} is of kind {found!r}, and {kind!r} is needed: give the file that belongs here"
+        )
     for wanted, got in ((meta_keys, frozenset(meta)), (array_keys, frozenset(arrays))):
         if wanted != got:
             raise InputError(

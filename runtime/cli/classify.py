@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the labels of each image."""
     paths = find_images(args.paths, strict=args.strict)
     encoder = open_encoder(args)
+    if args.labels is not None and not args.labels.strip():
+        raise InputError("--labels is empty: give names separated by commas, or a file of them")
     labels = read_labels(encoder, args.labels or _default_labels(encoder), args.template)
     embedded = embed_images(args, encoder, paths)
     answers = encoder.classify_embeddings(embedded.embeddings, labels, top=args.top)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from edgeclip.runtime.cli.options import (
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES, MORE_SUFFIXES
+
+_log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +42,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.texts and not args.image:
         raise InputError("nothing to search for: give a text, or --image FILE")
     for text in args.texts:  # else the file's name would be searched for
-        if Path(text).suffix.lower() in IMAGE_SUFFIXES | MORE_SUFFIXES and os.path.isfile(text):
-            raise InputError(f"{text} is an image file: search by it with --image {text}")
+        if not text.strip():
+            raise InputError("a text to search for is empty: give a text, or --image FILE")
+        if Path(text).suffix.lower() in IMAGE_SUFFIXES | MORE_SUFFIXES:
+            if os.path.isfile(text):
+                raise InputError(f"{text} is an image file: search by it with --image {text}")
+            _log.warning("%s is searched for as a text: there is no such file", text)
         if text.lower().endswith(".txt") and os.path.isfile(text):
             raise InputError(f"{text} is a file: give the texts themselves")
     index = Index.load(args.index)

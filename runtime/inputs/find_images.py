@@ -92,7 +92,7 @@ def list_images(folder: str | Path, *, strict: bool = False) -> tuple[Path, ...]
     found = _walk(root)
     images = [path for path in found.images if not why_unreadable(path.suffix)]
     if not images:
-        why = "known suffixes are " + " ".join(sorted(IMAGE_SUFFIXES))
+        why = "known suffixes are " + " ".join(sorted(IMAGE_SUFFIXES | MORE_SUFFIXES))
         if found.images:
             count, first = len(found.images), found.images[0]
             why = f"{first.name} is one of {count} {why_unreadable(first.suffix)}"

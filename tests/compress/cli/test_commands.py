@@ -117,6 +117,28 @@ def test_distill_does_not_replace_its_teacher(
     DualEncoder.load("teacher")
 
 
+@pytest.mark.parametrize("change", ["added", "changed", "removed"])
+def test_scenes_that_somebody_changed_are_not_replaced(
+    tmp_path: Path, capsys: Capture, change: str
+) -> None:
+    folder = tmp_path / "scenes"
+    words = ["scenes", str(folder), "--size", "16", "--count"]
+    assert main([*words, "4"]) == 0
+    assert main([*words, "3"]) == 0
+    assert len(list(folder.glob("*.png"))) == 3
+    if change == "added":
+        shutil.copy(folder / "00000.png", folder / "holiday.png")
+    elif change == "changed":
+        (folder / "captions.csv").write_text("file,caption\n", encoding="utf-8")
+    else:
+        (folder / "00001.png").unlink()
+    before = sorted(folder.iterdir())
+    capsys.readouterr()
+    assert main([*words, "2"]) == 2
+    assert "were added or changed since" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
 @pytest.mark.parametrize("command", ["pretrain", "distill"])
 def test_a_model_of_others_is_not_replaced(
     teacher_folder: Path, tmp_path: Path, capsys: Capture, command: str

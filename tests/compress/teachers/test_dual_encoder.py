@@ -146,6 +146,14 @@ def test_a_directory_of_something_else_is_not_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_what_others_put_beside_a_model_is_kept(teacher: DualEncoder, own_folder: Path) -> None:
+    (own_folder / "README.md").write_text("ours", encoding="utf-8")
+    (own_folder / "model-00001-of-00002.safetensors").write_bytes(b"of a larger model before")
+    teacher.save(own_folder)
+    assert (own_folder / "README.md").read_text(encoding="utf-8") == "ours"
+    assert not list(own_folder.glob("model-*"))
+
+
 def test_a_teacher_records_the_space_it_was_rounded_to(
     teacher: DualEncoder, tmp_path: Path
 ) -> None:
@@ -351,7 +359,7 @@ def test_a_setting_that_transformers_does_not_know(own_folder: Path) -> None:
 
 def test_a_bundle_is_no_student(own_folder: Path) -> None:
     (own_folder / "edgeclip.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is a bundle: give the student"):
+    with pytest.raises(ConfigError, match="is a bundle: give the model"):
         DualEncoder.load(own_folder)
 
 

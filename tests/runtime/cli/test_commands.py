@@ -290,6 +290,13 @@ class TestSearch:
     def test_nothing_to_look_for(self, tiny_bundle: Path, index: Path, capsys: Capture) -> None:
         line = fails(capsys, "search", "--bundle", tiny_bundle, "--index", index)
         assert "nothing to search for" in line
+        line = fails(capsys, "search", "  ", "--bundle", tiny_bundle, "--index", index)
+        assert "a text to search for is empty" in line
+        line = fails(capsys, "classify", index, "--bundle", tiny_bundle, "--labels", "")
+        assert "--labels is empty" in line
+        words = ["search", "no-such.png", "--bundle", str(tiny_bundle), "--index", str(index)]
+        assert main(words) == 0
+        assert "no-such.png is searched for as a text" in capsys.readouterr().err
 
     def test_damaged_index(self, tiny_bundle: Path, index: Path, capsys: Capture) -> None:
         index.write_bytes(index.read_bytes()[:-50])
