@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from edgeclip.runtime.bundle.files import ContentHashes, require_space
-from edgeclip.runtime.bundle.rows import IndexChange, IndexUpdate, index_bytes
+from edgeclip.runtime.bundle.index import IndexChange, IndexUpdate, index_bytes
 from edgeclip.runtime.cli.options import Targets, add_encoder_options, open_encoder
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError

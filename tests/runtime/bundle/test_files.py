@@ -363,7 +363,7 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="damaged or not EdgeCLIP's"):
         read(path)
     write(path, kind="other-1")
-    with pytest.raises(InputError, match="kind 'other-1', expected 'test-1'"):
+    with pytest.raises(InputError, match="kind 'other-1', and 'test-1' is needed"):
         read(path)
 
 
