@@ -95,6 +95,11 @@ def escape_controls(text: str) -> str:
     return _NOT_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def on_one_line(text: str) -> str:
+    r"""Escape line breaks too, which a file name may hold: `\n`."""
+    return escape_controls(text).replace("\n", "\\n")
+
+
 class EscapedOutput:
     """A text stream on which everything can be printed.
 

@@ -13,6 +13,7 @@ from edgeclip.runtime.cli.options import (
     positive,
     print_json,
 )
+from edgeclip.runtime.console import on_one_line
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.find_images import find_images
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print_json({"images": images, "skipped": skipped})
         return 0
     for path, best in zip(embedded.paths, answers, strict=True):
-        print(path.as_posix())
+        print(on_one_line(path.as_posix()))
         for item in best:
             print(f"  {item.score:6.1%}  {item.label}")
     return 0

@@ -14,6 +14,7 @@ from edgeclip.runtime.cli.options import (
     positive,
     print_json,
 )
+from edgeclip.runtime.console import on_one_line
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES, MORE_SUFFIXES
@@ -56,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
         print_json({query: [dataclasses.asdict(hit) for hit in hits] for query, hits in found})
         return 0
     for query, hits in found:
-        print(query)
+        print(on_one_line(query))
         for hit in hits:
-            print(f"  {hit.score:+.3f}  {hit.key}")
+            print(f"  {hit.score:+.3f}  {on_one_line(hit.key)}")
     return 0
 
 

@@ -85,7 +85,9 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_a_label_set_is_not_an_index(tmp_path: Path) -> None:
     path = tmp_path / "labels.npz"
     LabelSet(names=("a",), embeddings=unit(1, 3), space=SPACE).save(path)
-    with pytest.raises(InputError, match="kind 'edgeclip-labels-1', and 'edgeclip-index-1' is needed"):
+    with pytest.raises(
+        InputError, match="kind 'edgeclip-labels-1', and 'edgeclip-index-1' is needed"
+    ):
         Index.load(path)
 
 

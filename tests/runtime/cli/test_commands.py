@@ -280,6 +280,22 @@ class TestSearch:
         assert lines[1].endswith("blue.png")
         assert len(lines) == 4
 
+    def test_a_line_break_in_a_name_breaks_no_line(
+        self, tiny_bundle: Path, photos: Path, tmp_path: Path, capsys: Capture
+    ) -> None:
+        (photos / "red.png").rename(photos / "red\nor not.png")
+        out = tmp_path / "broken.npz"
+        options = ["--bundle", str(tiny_bundle)]
+        folder = tmp_path / "alone"
+        folder.mkdir()
+        shutil.copy(photos / "red\nor not.png", folder)
+        assert main(["embed", str(folder), *options, "--out", str(out)]) == 0
+        capsys.readouterr()
+        assert main(["search", "red", *options, "--index", str(out)]) == 0
+        assert capsys.readouterr().out.splitlines()[1].endswith("red\\nor not.png")
+        assert main(["classify", str(folder), *options, "--labels", "red,blue"]) == 0
+        assert capsys.readouterr().out.splitlines()[0].endswith("red\\nor not.png")
+
     def test_the_name_of_an_image_is_no_text(
         self, tiny_bundle: Path, index: Path, photos: Path, capsys: Capture
     ) -> None:
