@@ -18,6 +18,8 @@ from edgeclip.compress.cli.options import (
 )
 from edgeclip.compress.data.sources import EMOJI, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.gates.gates import describe_missed
+from edgeclip.export.gates.teacher_agreement import TeacherBounds, judge_agreement
 from edgeclip.export.gates.zero_shot import (
     ZeroShotSet,
     bake_labels_with_teacher,
@@ -193,6 +195,7 @@ def _data(args: argparse.Namespace) -> _Data:
     test = open_test(args, size)
     for source in (steering, test):
         check_captions(source, "comparing configs")
+    _warn_of_export(student, teacher, test)
     steered, judged = _zero_shot(args, teacher, steering, test, size)
     return _Data(
         student=student,
@@ -200,6 +203,18 @@ def _data(args: argparse.Namespace) -> _Data:
         steering=JudgedPairs(pairs=steering, zero_shot=steered),
         test=JudgedPairs(pairs=test, zero_shot=judged),
     )
+
+
+def _warn_of_export(student: DualEncoder, teacher: DualEncoder, test: Source) -> None:
+    """Warn before the search of a student that `edgeclip export` will refuse."""
+    found = judge_agreement(student, teacher, test, TeacherBounds())
+    missed = describe_missed(found.judged)
+    if missed:
+        _log.warning(
+            "the student is not in its teacher's embedding space, so `edgeclip export` will refuse "
+            "it without other bounds or --own-space: %s",
+            "; ".join(missed),
+        )
 
 
 def _zero_shot(

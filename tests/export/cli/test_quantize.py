@@ -1,9 +1,11 @@
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle import bundle_plan
@@ -58,6 +60,25 @@ def pairs(tmp_path: Path) -> Path:
             source[index].image.save(folder / f"{index}.png")
             (folder / f"{index}.txt").write_text(str(source.caption(index)))
     return tmp_path / "pairs"
+
+
+def test_a_student_outside_its_teachers_space_is_warned_of_before_the_search(
+    clip: DualEncoder, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip.save(tmp_path / "teacher")
+    other = DualEncoder(
+        copy.deepcopy(clip.model), clip.image_spec, clip.tokenizer, space=clip.space
+    )
+    with torch.no_grad():
+        other.model.get_parameter("visual_projection.weight").neg_()
+    other.save(tmp_path / "student")
+    words = [tmp_path / "student", "--teacher", tmp_path / "teacher", "--data", pairs]
+    words += ["--device", "rtx-4000-ada", "--minutes", 0.01]
+    assert run(*words, "--out", tmp_path / "out") == 0
+    told = capsys.readouterr().err
+    warned = told.index("`edgeclip export` will refuse it")
+    assert "image fp32: mean cosine to the teacher is -" in told[warned:]
+    assert warned < told.index("exporting the image tower")
 
 
 def test_a_tower_is_searched_and_the_choice_written(
