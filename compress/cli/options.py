@@ -102,16 +102,16 @@ def log_step(line: str) -> None:
     _log.info("%s ...", line)
 
 
-def open_test(args: argparse.Namespace, size: int) -> Source:
-    """Open the test split of `--data`, of `--test-count` pairs if it is the built-in scenes.
+def open_split(args: argparse.Namespace, split: Split, *, count: int, size: int) -> Source:
+    """Open a split of `--data` by `--strict` and `--max-bad`; `count` is of built-in scenes.
 
     Raises:
         ConfigError, InputError: see `open_source`.
     """
     return open_source(
         args.data,
-        split="test",
-        count=args.test_count,
+        split=split,
+        count=count,
         size=size,
         strict=args.strict,
         max_bad=max_bad(args),

@@ -12,7 +12,7 @@ from edgeclip.compress.cli.options import (
     load_teacher,
     log_step,
     max_bad,
-    open_test,
+    open_split,
 )
 from edgeclip.compress.data.sources import EMOJI, Source, open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
@@ -208,7 +208,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
     plan = BundlePlan(
         student=student,
         calibration=_calibration(args, quantization, size),
-        test=open_test(args, size),
+        test=open_split(args, "test", count=args.test_count, size=size),
         device=device,
         origin=Origin(
             name=args.name or args.out.name,
@@ -265,14 +265,7 @@ def _calibration(args: argparse.Namespace, quantization: Quantization | None, si
     count = args.calibration_count
     if quantization is None:
         count = count or _CALIBRATION
-        return open_source(
-            args.data,
-            split="calibration",
-            count=count,
-            size=size,
-            strict=args.strict,
-            max_bad=max_bad(args),
-        )
+        return open_split(args, "calibration", count=count, size=size)
     basis = quantization.basis
     if count not in (None, basis.pairs):
         raise InputError(

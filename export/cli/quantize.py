@@ -14,7 +14,7 @@ from edgeclip.compress.cli.options import (
     add_teacher,
     load_teacher,
     max_bad,
-    open_test,
+    open_split,
 )
 from edgeclip.compress.data.sources import EMOJI, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
@@ -192,7 +192,7 @@ def _data(args: argparse.Namespace) -> _Data:
         strict=args.strict,
         max_bad=max_bad(args),
     )
-    test = open_test(args, size)
+    test = open_split(args, "test", count=args.test_count, size=size)
     for source in (steering, test):
         check_captions(source, "comparing configs")
     _warn_of_export(student, teacher, test)
