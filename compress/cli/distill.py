@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{source.name}: no captions, so the teacher's text tower is kept as it is")
         shape = replace(shape, whole_text=True)
     student = new_student(teacher, shape, seed=args.seed).to(teacher.device)
-    require_space(args.out, sum(4 * weight.numel() for weight in student.parameters()))
+    require_space(args.out, student.weight_bytes)
     cache = build_cache(
         teacher, source, args.cache or folder / "cache", views=args.views, max_bad=max_bad(args)
     )

@@ -144,6 +144,11 @@ class DualEncoder(nn.Module):
         return self.model.device
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as float32."""
+        return 4 * sum(weight.numel() for weight in self.parameters())
+
+    @property
     def logit_scale(self) -> nn.Parameter:
         """Logarithm of the factor from cosines to logits."""
         parameter = self.model.logit_scale

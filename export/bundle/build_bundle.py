@@ -102,8 +102,7 @@ def build_bundle(
         ExportError: the student cannot be exported.
     """
     # fp32 twice, for the device and for others, and the other precisions, each at most as large.
-    weights = sum(4 * weight.numel() for weight in plan.student.parameters())
-    require_space(out, weights * (1 + len(plan.wanted)))
+    require_space(out, plan.student.weight_bytes * (1 + len(plan.wanted)))
     with atomic_directory(out, replace=replace) as folder:
         agreement = require_agreement(plan)
         _log.info("exporting both towers to ONNX ...")
