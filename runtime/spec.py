@@ -1,8 +1,8 @@
 """The input and output contract of a dual encoder: image size, tokens, names of tensors."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from edgeclip.runtime.errors import InputError
 
@@ -27,7 +27,8 @@ class ImageSpec:
     """How an image is preprocessed for the image tower.
 
     The shortest edge is resized to `resize` pixels, the centre `size` x `size` is cropped,
-    values are scaled to [0, 1] and normalised by `mean` and `std` (RGB).
+    values are scaled to [0, 1] and normalised by `mean` and `std` (RGB). With `stretch` the whole
+    image is resized to `resize` x `resize` instead, as SigLIP does.
     """
 
     size: int
@@ -35,6 +36,7 @@ class ImageSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resample: Resample = "bicubic"
+    stretch: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.size <= self.resize:
@@ -45,13 +47,24 @@ class ImageSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpec:
-    """How a text is tokenized for the text tower: at most `context_length` token ids."""
+    """How a text is tokenized for the text tower: at most `context_length` token ids.
+
+    `bos_id` and `eos_id` are None where a tower's texts have no start or no end token. With
+    `pad_to_context` every text is padded to the whole context, which the tower was trained to see.
+    """
 
     context_length: int
     vocab_size: int
-    bos_id: int
-    eos_id: int
+    bos_id: int | None
+    eos_id: int | None
     pad_id: int
+    pad_to_context: bool = False
+
+    @property
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids before and behind those of a text."""
+        before, behind = (() if id is None else (id,) for id in (self.bos_id, self.eos_id))
+        return before, behind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +79,21 @@ class EncoderSpec:
     image: ImageSpec
     text: TextSpec
     logit_scale: float
+
+
+def plain_spec(spec: EncoderSpec | ImageSpec | TextSpec) -> dict[str, Any]:
+    """Return a spec as plain data, `stretch` and `pad_to_context` only where they are set.
+
+    So older releases, which do not know them, read what has no use for them.
+    """
+    if isinstance(spec, EncoderSpec):
+        parts = {"image": plain_spec(spec.image), "text": plain_spec(spec.text)}
+        return asdict(spec) | parts
+    return {
+        name: value
+        for name, value in asdict(spec).items()
+        if value or name not in ("stretch", "pad_to_context")
+    }
 
 
 def as_text_list(texts: str | Iterable[str], what: str = "texts") -> list[str]:

@@ -17,14 +17,15 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    CLIPModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    VisionTextDualEncoderModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from edgeclip.compress.teachers.families import (
+    FAMILIES,
+    Padding,
+    family_of,
+    text_padding,
+    text_positions,
+)
 from edgeclip.compress.teachers.model_folder import model_folder, read_config, read_json
 from edgeclip.compress.teachers.model_parts import check_parts
 from edgeclip.runtime.bundle.files import atomic_directory
@@ -32,7 +33,7 @@ from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.preprocess import image_spec_from_hugging_face, preprocess_batch
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer
-from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec
+from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec, Tower, plain_spec
 
 # Settings of the process that saved the tokenizer, not of the tokenizer.
 _PRIVATE = ("backend", "is_local", "local_files_only")
@@ -94,10 +95,6 @@ def read_record(folder: Path) -> ModelRecord | None:
     return parse(ModelRecord, read_json(path), source=str(path)) if path.exists() else None
 
 
-SUPPORTED: dict[str, type[PreTrainedModel]] = {
-    "clip": CLIPModel,
-    "vision-text-dual-encoder": VisionTextDualEncoderModel,
-}
 transformers.utils.logging.disable_progress_bar()  # a file or two is no long work
 transformers.utils.logging.set_verbosity_error()  # `load` says itself which weights are amiss
 _log = logging.getLogger(__name__)
@@ -109,9 +106,9 @@ class DualEncoder(nn.Module):
     """A CLIP-style pair of image and text towers whose embeddings share one space.
 
     Args:
-        model: `CLIPModel` or `VisionTextDualEncoderModel`.
+        model: a model of one of the `FAMILIES`.
         image: the preprocessing of the image tower.
-        tokenizer: a fast tokenizer with bos, eos and pad tokens.
+        tokenizer: a fast tokenizer with the tokens that a text of the family has.
         space: fingerprint of the teacher's embedding space, for a student; None if the
             model defines its own space.
     """
@@ -129,6 +126,7 @@ class DualEncoder(nn.Module):
         # on a CPU, and exports to plain MatMul and Softmax.
         model.set_attn_implementation("eager")
         self.model = model
+        self.family = family_of(model)
         self.image_spec = image
         self.tokenizer = tokenizer
         self._space = space
@@ -156,8 +154,13 @@ class DualEncoder(nn.Module):
         return parameter
 
     @functools.cached_property
-    def _frame(self) -> tuple[int, int]:
-        """The first and the last id of every text: what the tokenizer makes of an empty one."""
+    def _frame(self) -> tuple[int | None, int | None]:
+        """The first and the last id of every text, as the tokenizer puts them around one."""
+        if self.text_padding == "seen":  # the only towers whose texts may lack one
+            whole = self.tokenizer("a")["input_ids"]
+            inner = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+            if whole[: len(inner)] == inner and len(whole) <= len(inner) + 1:
+                return None, int(whole[-1]) if len(whole) > len(inner) else None
         ids = self.tokenizer("")["input_ids"]
         if len(ids) == 2:
             return int(ids[0]), int(ids[1])
@@ -167,21 +170,23 @@ class DualEncoder(nn.Module):
         )
 
     @property
+    def text_padding(self) -> Padding:
+        """How the text tower meets padding."""
+        return text_padding(self.model)
+
+    @property
     def _pad_id(self) -> int:
         found = _token(self.tokenizer, "pad_token_id", "eos_token_id", "sep_token_id")
         if self.pools_at_largest_id:  # where a padding id must never be the largest
-            return min(found, self._frame[1])
+            return min(found, self._frame[1] or 0)
         return found
 
     @property
     def _context_length(self) -> int:
         """The most tokens of a text: what tower and tokenizer both allow."""
-        count = int(self.model.config.text_config.max_position_embeddings)
-        tower: Any = self.model.text_model
-        positions = getattr(getattr(tower, "embeddings", None), "position_embeddings", None)
-        offset = getattr(positions, "padding_idx", None)
-        if offset is not None:  # RoBERTa and its kin count positions from there
-            count -= offset + 1
+        count = text_positions(self.model)
+        if self.text_padding == "seen":  # trained on texts of the whole context
+            return count
         return min(count, int(self.tokenizer.model_max_length))
 
     @property
@@ -189,7 +194,7 @@ class DualEncoder(nn.Module):
         """Input contract and sizes, read from the model as it is now."""
         bos_id, eos_id = self._frame
         return EncoderSpec(
-            dim=int(self.model.config.projection_dim),
+            dim=self.family.dim(self.model.config),
             image=self.image_spec,
             text=TextSpec(
                 context_length=self._context_length,
@@ -197,6 +202,7 @@ class DualEncoder(nn.Module):
                 bos_id=bos_id,
                 eos_id=eos_id,
                 pad_id=self._pad_id,
+                pad_to_context=self.text_padding == "seen",
             ),
             logit_scale=float(self.logit_scale.detach().exp()),
         )
@@ -206,7 +212,10 @@ class DualEncoder(nn.Module):
         return torch.from_numpy(preprocess_batch(images, self.image_spec)).to(self.device)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Tokenize captions to int64 [N, longest], cut at the context length, on the device."""
+        """Tokenize captions to int64 [N, length], cut at the context length, on the device.
+
+        The length is that of the longest caption, or of the context where the tower asks for it.
+        """
         return torch.from_numpy(self.text_tokenizer.encode(captions, truncate=True)).to(self.device)
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
@@ -218,10 +227,11 @@ class DualEncoder(nn.Module):
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """Embed token ids, int64 [N, length], as float32 [N, dim], L2-normalised.
 
-        Ids are bos .. eos, then padding. A causal tower ignores the padding; any other gets a mask.
+        Ids are bos .. eos, then padding, as `tokenize` makes them. Unless the tower ignores padding
+        or was trained to see it, it gets a mask.
         """
         mask = None
-        if not self.is_causal_text:
+        if self.text_padding == "masked":
             padding = (input_ids == self._pad_id).long()
             if self._pad_id == self._frame[1]:  # the first of them ends the text
                 padding = (padding.cumsum(dim=-1) > padding).long()
@@ -232,8 +242,8 @@ class DualEncoder(nn.Module):
 
     @property
     def is_causal_text(self) -> bool:
-        """Whether the text tower is CLIP's own, which pools at the end-of-text token."""
-        return str(self.model.config.text_config.model_type).startswith("clip")
+        """Whether the text tower is a CLIP's, which pools at the end-of-text token."""
+        return self.text_padding == "unseen"
 
     @property
     def pools_at_largest_id(self) -> bool:
@@ -242,7 +252,16 @@ class DualEncoder(nn.Module):
         transformers takes the `eos_token_id` 2 for the mark of such a checkpoint (its pull request
         24773); in any other CLIP it is the id of the token to pool at.
         """
-        return self.is_causal_text and self.model.config.text_config.eos_token_id == 2
+        text = self.model.config.text_config
+        return bool(text.model_type == "clip_text_model" and text.eos_token_id == 2)
+
+    def tower_parts(self, tower: Tower) -> tuple[str, ...]:
+        """Return the prefixes of a tower's names in `named_parameters` and `named_modules`."""
+        return tuple(f"model.{name}" for name in self.family.tower_names(tower))
+
+    def project(self, tower: Tower, pooled: Tensor) -> Tensor:
+        """Map what a tower pools, float32 [N, width], to embeddings [N, dim], not normalised."""
+        return self.family.project(self.model, tower, pooled)
 
     @functools.cached_property
     def text_tokenizer(self) -> TextTokenizer:
@@ -276,10 +295,11 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def _read(cls, folder: Path, source: str | Path, space: str | None = None) -> Self:
-        family = SUPPORTED[read_config(folder, source, SUPPORTED)]
+        family = FAMILIES[read_config(folder, source, FAMILIES)]
         image = _image_spec(folder)
         try:
-            loaded: Any = family.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            loaded: Any = family.model_class(config).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # told apart below, in one line
@@ -357,7 +377,8 @@ def space_fingerprint(dual: DualEncoder) -> str:
 
     It covers what changes an embedding: the towers' weights as float32 and their settings, the
     input contract and the tokenizer. Two files of the same weights in other formats have the same
-    space. The temperature is left out: it changes no embedding, and exp() differs between machines.
+    space. Temperature and bias are left out: they change no embedding, and exp() differs between
+    machines.
     """
     config: Any = dual.model.config
     settings = [
@@ -370,13 +391,13 @@ def space_fingerprint(dual: DualEncoder) -> str:
 
 def _weights_fingerprint(dual: DualEncoder) -> str:
     """Return the SHA-256 of weights, input contract and tokenizer."""
-    spec = asdict(dual.spec)
+    spec = plain_spec(dual.spec)
     del spec["logit_scale"]
     digest = hashlib.sha256()
     digest.update(json.dumps(spec, sort_keys=True).encode())
     digest.update(dual.tokenizer_json().encode())
     for name, value in sorted(dual.model.state_dict().items()):
-        if name != "logit_scale":
+        if name not in ("logit_scale", "logit_bias"):
             digest.update(f"{name} {tuple(value.shape)}".encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -467,11 +488,14 @@ def _token(tokenizer: PreTrainedTokenizerFast, *names: str) -> int:
 
 
 def _processor_config(image: ImageSpec) -> dict[str, object]:
+    size: dict[str, int] = {"shortest_edge": image.resize}
+    if image.stretch:
+        size = {"height": image.resize, "width": image.resize}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": image.resize},
+        "size": size,
         "resample": _RESAMPLE[image.resample],
         "do_center_crop": True,
         "crop_size": {"height": image.size, "width": image.size},

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from edgeclip.compress.teachers.families import Padding
 from edgeclip.runtime.errors import ConfigError, first_line
 from edgeclip.runtime.spec import EncoderSpec
 
@@ -47,6 +48,9 @@ class Parts(Protocol):
 
     @property
     def is_causal_text(self) -> bool: ...
+
+    @property
+    def text_padding(self) -> Padding: ...
 
     @property
     def pools_at_largest_id(self) -> bool: ...
@@ -110,7 +114,8 @@ def _check_vocabulary(dual: Parts, source: str | Path) -> None:
             spec.vocab_size,
         )
     pads, configured = dual.tokenizer.pad_token_id, dual.model.config.text_config.pad_token_id
-    if not dual.is_causal_text and None not in (pads, configured) and pads != configured:
+    is_masked = dual.text_padding == "masked"
+    if is_masked and None not in (pads, configured) and pads != configured:
         _log.warning(
             "%s: the tokenizer pads with token %d, text_config.pad_token_id in config.json is %d: "
             "unless it was trained so, the tokenizer is of another model",
@@ -148,17 +153,24 @@ def _check_end_of_text(dual: Parts, source: str | Path) -> None:
 def _check_texts(dual: Parts, source: str | Path) -> None:
     """Refuse other token ids or embeddings than transformers gives, and one for all texts."""
     spec, tokenizer = dual.spec.text, dual.tokenizer
-    long = " ".join([_WORDS[0]] * spec.context_length)
+    (before, behind), length = spec.frame, spec.context_length
+    marks = len(before) + len(behind)
+    long = " ".join([_WORDS[0]] * length)
     rows: dict[str, list[int]] = {}
     for text in (*_WORDS, "", long):
-        inner = tokenizer(text, add_special_tokens=False)["input_ids"][: spec.context_length - 2]
-        rows[text] = [spec.bos_id, *inner, spec.eos_id]
-        theirs = list(tokenizer(text, truncation=True, max_length=spec.context_length)["input_ids"])
-        if theirs != rows[text]:
+        inner = tokenizer(text, add_special_tokens=False)["input_ids"][: length - marks]
+        rows[text] = [*before, *inner, *behind]
+        theirs = list(_tokens_of_transformers(dual, text)["input_ids"])
+        ours = rows[text]
+        if spec.pad_to_context:
+            ours = ours + [spec.pad_id] * (length - len(ours))
+        if theirs != ours:
+            mend = "put one token before and one behind a text, and truncation_side be right"
+            if spec.pad_to_context:
+                mend = "put one token behind a text, and truncation_side and padding_side be right"
             raise ConfigError(
                 f"{source}: transformers' tokenizer makes {_few(theirs)} of {text[:20]!r}, where a "
-                f"device makes {_few(rows[text])}: its post-processor must put one token before "
-                "and one behind a text, and truncation_side be right"
+                f"device makes {_few(ours)}: its post-processor must {mend}"
             )
     words = [rows[text] for text in _WORDS]
     if all(row == words[0] for row in words):
@@ -166,7 +178,7 @@ def _check_texts(dual: Parts, source: str | Path) -> None:
             f"{source}: the tokenizer makes {_few(words[0])} of every text, so that all would have "
             "one embedding: its vocabulary is missing, or of another model"
         )
-    unknown = [row[1:-1].count(tokenizer.unk_token_id) / max(len(row) - 2, 1) for row in words]
+    unknown = [row.count(tokenizer.unk_token_id) / max(len(row) - marks, 1) for row in words]
     if min(unknown) > 0.5:
         _log.warning(
             "%s: the tokenizer knows less than half of common words, such as those of %r: unless "
@@ -175,13 +187,11 @@ def _check_texts(dual: Parts, source: str | Path) -> None:
             _WORDS[0],
         )
     probes = (_WORDS[0], "", long)
-    padded = torch.full((len(probes), spec.context_length), spec.pad_id)
-    for place, text in zip(padded, probes, strict=True):
-        place[: len(rows[text])] = torch.tensor(rows[text])
-    what = f"text of {spec.context_length} tokens"
-    ours = _embedded(lambda: dual.embed_text(padded), source, what)
-    alone = _embedded(lambda: _as_transformers(dual, probes), source, what)
-    if (ours - alone).abs().max() > _SAME:
+    padded = _padded([rows[text] for text in probes], dual)
+    what = f"text of {length} tokens"
+    here = _embedded(lambda: dual.embed_text(padded), source, what)
+    there = _embedded(lambda: _as_transformers(dual, probes), source, what)
+    if (here - there).abs().max() > _SAME:
         raise ConfigError(
             f"{source}: the text tower answers otherwise for a text with padding behind it than "
             "transformers for the text alone: a tower that minds the padding is not supported"
@@ -189,19 +199,37 @@ def _check_texts(dual: Parts, source: str | Path) -> None:
     special = set(tokenizer.all_special_ids)
     plain = sorted(number for number in tokenizer.get_vocab().values() if number not in special)
     chosen = plain[:: max(1, len(plain) // 8)]
-    texts = torch.tensor([[spec.bos_id, number, spec.eos_id] for number in chosen])
+    texts = _padded([[*before, number, *behind] for number in chosen], dual)
     _refuse_collapse(dual.embed_text(texts), source, "text")
+
+
+def _padded(rows: list[list[int]], dual: Parts) -> Tensor:
+    """Pad token ids to the whole context: int64 [N, context_length]."""
+    spec = dual.spec.text
+    padded = torch.full((len(rows), spec.context_length), spec.pad_id)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = torch.tensor(row)
+    return padded
+
+
+def _tokens_of_transformers(dual: Parts, text: str, **options: Any) -> Any:
+    """Tokenize a text as the documents of transformers say for this family."""
+    spec = dual.spec.text
+    padding = "max_length" if spec.pad_to_context else False
+    return dual.tokenizer(
+        text, truncation=True, max_length=spec.context_length, padding=padding, **options
+    )
 
 
 def _as_transformers(dual: Parts, texts: tuple[str, ...]) -> Tensor:
     """Embed texts one by one, by transformers' own tokenizer and forward pass."""
     model: Any = dual.model
-    known = inspect.signature(model.get_text_features).parameters
+    known = set(inspect.signature(model.get_text_features).parameters)
+    if dual.text_padding == "seen":
+        known.discard("attention_mask")  # as in training
     found = []
     for text in texts:
-        given = dual.tokenizer(
-            text, truncation=True, max_length=dual.spec.text.context_length, return_tensors="pt"
-        )
+        given = _tokens_of_transformers(dual, text, return_tensors="pt")
         taken = {name: value for name, value in given.items() if name in known}
         found.append(model.get_text_features(**taken).pooler_output)
     return nn.functional.normalize(torch.cat(found).float(), dim=-1)

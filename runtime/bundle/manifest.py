@@ -19,7 +19,7 @@ from edgeclip.runtime.bundle.files import (
 from edgeclip.runtime.console import columns, plain_text
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import BundleError, ConfigError
-from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower
+from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower, plain_spec
 
 SCHEMA_VERSION = 3
 # Gates between a student and its teacher, on pairs that the student never saw.
@@ -307,7 +307,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of `edgeclip.json`, which `from_json` reads back."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        data = dataclasses.asdict(self) | {"spec": plain_spec(self.spec)}
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str = MANIFEST_NAME) -> "Manifest":

@@ -1,6 +1,7 @@
 """Preprocess images for the image tower: resize, crop, scale and normalise."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -81,7 +82,9 @@ def resize_and_crop(image: ImageInput, spec: ImageSpec) -> NDArray[np.uint8]:
         InputError: the image cannot be loaded, see `load_image`.
     """
     picture = decode_image(image, min_side=spec.resize)
-    width, height = _resized(*picture.full_size, spec.resize)
+    width = height = spec.resize
+    if not spec.stretch:
+        width, height = _resized(*picture.full_size, spec.resize)
     left, upper = (width - spec.size) // 2, (height - spec.size) // 2
     crop = (left, upper, left + spec.size, upper + spec.size)
     resample = _FILTERS[spec.resample]
@@ -127,18 +130,44 @@ def normalise(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]
 T = TypeVar("T")
 Triple = tuple[float, float, float]
 
-# The image processors for which "size": 224 means the shortest edge; for most others, a square.
-_CLIP_PROCESSORS = (
-    *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
-    *("CLIPFeatureExtractor", "ChineseCLIPImageProcessor", "ChineseCLIPFeatureExtractor"),
-)
-_RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic")  # Pillow's numbers
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
+_SHORTEST_EDGE: dict[str, Any] = {
+    "size": {"shortest_edge": 224},
+    "crop_size": 224,
+    "do_center_crop": True,
+    "resample": 3,
+    "image_mean": _CLIP_MEAN,
+    "image_std": _CLIP_STD,
+}
+_STRETCH: dict[str, Any] = {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "resample": 3,
+    "image_mean": _HALF,
+    "image_std": _HALF,
+}
+# What transformers takes for settings that a file leaves out. For a processor that crops, a bare
+# "size": 224 means the shortest edge; for the others, a square.
+_PROCESSORS: dict[str, dict[str, Any]] = {
+    "CLIP": _SHORTEST_EDGE,
+    "ChineseCLIP": _SHORTEST_EDGE,
+    "Bit": _SHORTEST_EDGE,
+    "Siglip": _STRETCH,
+    "ViT": _STRETCH | {"resample": 2},
+    "ConvNext": {"size": {"shortest_edge": 384}, "resample": 3, "do_center_crop": False}
+    | {"image_mean": _HALF, "image_std": _HALF, "crop_pct": 224 / 256},
+}
+_SUFFIX = re.compile(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$")
+_RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic")  # Pillow's numbers
+_UNCROPPED = 384  # from this size on, ConvNeXt's processor stretches instead of cropping
 
 
 def image_spec_from_hugging_face(config: Mapping[str, Any], source: str) -> ImageSpec:
-    """Convert the settings of a Hugging Face CLIP image processor to an `ImageSpec`.
+    """Convert the settings of a Hugging Face image processor to an `ImageSpec`.
+
+    Those of CLIP, Chinese-CLIP, SigLIP, ViT, BiT (which DINOv2 uses) and ConvNeXt can be converted.
 
     Args:
         config: the parsed preprocessor_config.json, or a processor_config.json that holds
@@ -151,21 +180,55 @@ def image_spec_from_hugging_face(config: Mapping[str, Any], source: str) -> Imag
     nested = config.get("image_processor")
     if isinstance(nested, Mapping):
         config = nested
-    problems = _flag_problems(config)
-    resize = _collect(problems, _shortest_edge, config.get("size", 224))
-    size = _collect(problems, _square, config.get("crop_size", 224))
-    resample = _collect(problems, _resample, config.get("resample", 3))
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP")
+    family = _SUFFIX.sub("", kind)
+    if family not in _PROCESSORS:
+        known = ", ".join(_PROCESSORS)
+        raise ConfigError(
+            f"{source}: its type is {kind}, which cannot be carried to a device: only the image "
+            f"processors of {known} can"
+        )
+    given = {**_PROCESSORS[family], **config}
+    if family == "ConvNext":
+        given = _as_cropped(given)
+    problems = _flag_problems(given)
+    crops = bool(given["do_center_crop"])
+    resize = _collect(problems, lambda value: _resize(value, crops), given["size"])
+    size = None if resize is None else resize[0]
+    if crops:
+        size = _collect(problems, _square, given.get("crop_size", 224))
+    resample = _collect(problems, _resample, given["resample"])
     mean: Triple | None = (0.0, 0.0, 0.0)
     std: Triple | None = (1.0, 1.0, 1.0)
-    if config.get("do_normalize", True):
-        mean = _collect(problems, _triple, config.get("image_mean", _CLIP_MEAN))
-        std = _collect(problems, _triple, config.get("image_std", _CLIP_STD))
+    if given.get("do_normalize", True):
+        mean = _collect(problems, _triple, given["image_mean"])
+        std = _collect(problems, _triple, given["image_std"])
     if resize and size and resample and mean and std and not problems:
         try:
-            return ImageSpec(size=size, resize=resize, mean=mean, std=std, resample=resample)
+            return ImageSpec(
+                size=size,
+                resize=resize[0],
+                mean=mean,
+                std=std,
+                resample=resample,
+                stretch=resize[1],
+            )
         except ValueError as error:
             problems.append(str(error))
-    raise ConfigError(f"{source} is not a CLIP image processor's: " + "; ".join(problems))
+    raise ConfigError(f"{source} cannot be carried to a device: " + "; ".join(problems))
+
+
+def _as_cropped(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Say in the words of the other processors what `size` and `crop_pct` of a ConvNeXt mean."""
+    size = config["size"]
+    edge = size.get("shortest_edge") if isinstance(size, Mapping) else size
+    share = config.get("crop_pct", 224 / 256)
+    if not _is_positive_int(edge) or not _is_number(share) or not 0 < share <= 1:
+        return {**config}
+    if edge >= _UNCROPPED:
+        return {**config, "size": {"height": edge, "width": edge}}
+    crop = {"do_center_crop": True, "crop_size": edge}
+    return {**config, **crop, "size": {"shortest_edge": int(edge / share)}}
 
 
 def _collect(problems: list[str], read: Callable[[object], T], value: object) -> T | None:
@@ -179,33 +242,35 @@ def _collect(problems: list[str], read: Callable[[object], T], value: object) ->
 
 def _flag_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
-    kind = config.get("image_processor_type", config.get("feature_extractor_type"))
-    if kind is not None and kind not in _CLIP_PROCESSORS:
-        problems.append(f"its type is {kind}")
-    for flag in ("do_resize", "do_center_crop", "do_rescale"):
+    for flag in ("do_resize", "do_rescale"):
         if not config.get(flag, True):
             problems.append(f"{flag} is off, but images of any size must be accepted")
     if config.get("do_normalize", True) is None:  # releases of transformers differ in that
         problems.append("do_normalize is null, which may mean on or off: write true or false")
     for flag in ("do_pad", "use_square_size"):
         if config.get(flag):
-            problems.append(f"{flag} is on, but neither padding nor stretching is supported")
+            problems.append(f"{flag} is on, which is not supported: images are not padded")
     factor = config.get("rescale_factor", 1 / 255)
     if not _is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         problems.append(f"rescale_factor is {factor!r}, not 1/255")
     return problems
 
 
-def _shortest_edge(value: object) -> int:
-    size = value
-    if isinstance(value, Mapping):
-        given = {key: side for key, side in value.items() if side is not None}
-        size = given["shortest_edge"] if set(given) == {"shortest_edge"} else None
-    if not _is_positive_int(size):
-        raise ValueError(
-            f"size {value!r} is not one shortest edge (a fixed height and width would stretch)"
-        )
-    return size
+def _resize(value: object, crops: bool) -> tuple[int, bool]:
+    """Return the side that an image is resized to, and whether it is stretched to a square."""
+    if not isinstance(value, Mapping):
+        value = {"shortest_edge": value} if crops else {"height": value, "width": value}
+    sides = {key: side for key, side in value.items() if side is not None}
+    if set(sides) == {"shortest_edge"} and _is_positive_int(sides["shortest_edge"]):
+        if not crops:
+            raise ValueError(
+                f"do_center_crop is off, but with size {value!r} images do not become square"
+            )
+        return sides["shortest_edge"], False
+    is_square = set(sides) == {"height", "width"} and sides["height"] == sides["width"]
+    if is_square and _is_positive_int(sides["height"]):
+        return sides["height"], True
+    raise ValueError(f"size {value!r} is neither one shortest edge nor a square")
 
 
 def _square(value: object) -> int:

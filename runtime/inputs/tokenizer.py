@@ -37,7 +37,7 @@ class TextTokenizer:
                 "they do not belong together"
             )
         for name, token in (("start", spec.bos_id), ("end", spec.eos_id)):
-            if tokenizer.id_to_token(token) is None:
+            if token is not None and tokenizer.id_to_token(token) is None:
                 raise ConfigError(f"the tokenizer has no token {token}, the {name} token of a text")
         self._tokenizer = tokenizer
         self.spec = spec
@@ -64,10 +64,11 @@ class TextTokenizer:
     ) -> NDArray[np.int64]:
         """Tokenize texts to int64 ids [N, L]; L is the longest text with start and end token.
 
-        Shorter texts are padded with `pad_id` on the right. An empty text has only the start
-        and end token. A text longer than `context_length` is refused; with `truncate` it is
-        cut before the end token, and a warning with the number of such texts is logged.
-        `first` is the number of the first text in a longer list, for the messages.
+        Shorter texts are padded with `pad_id` on the right, with `pad_to_context` to the whole
+        context. An empty text has only the start and end token. A text longer than
+        `context_length` is refused; with `truncate` it is cut before the end token, and a warning
+        with the number of such texts is logged. `first` is the number of the first text in a
+        longer list, for the messages.
 
         Raises:
             InputError: no texts, one `str` in place of a list, an item that is not `str`
@@ -75,16 +76,16 @@ class TextTokenizer:
         """
         limit = self.spec.context_length
         rows = self._token_ids(texts, first)
-        long = [number for number, ids in enumerate(rows) if len(ids) + 2 > limit]
+        long = [number for number, ids in enumerate(rows) if len(ids) + self._marks > limit]
         if long and not truncate:
             number = long[0]
             raise InputError(
-                f"text {first + number} has {len(rows[number]) + 2} tokens with its start and "
-                f"end token, the limit is {limit}: shorten it, or ask to truncate"
+                f"text {first + number} has {len(rows[number]) + self._marks} tokens with its "
+                f"start and end token, the limit is {limit}: shorten it, or ask to truncate"
             )
         if long:
             _log.warning("%d of %d texts were cut to %d tokens", len(long), len(rows), limit)
-        return self._pad([ids[: limit - 2] for ids in rows])
+        return self._pad([ids[: limit - self._marks] for ids in rows])
 
     def token_counts(self, texts: Sequence[str]) -> tuple[int, ...]:
         """Count the tokens of each text, with start and end token, without truncation.
@@ -92,7 +93,12 @@ class TextTokenizer:
         Raises:
             InputError: as `encode`, except for long texts.
         """
-        return tuple(len(ids) + 2 for ids in self._token_ids(texts))
+        return tuple(len(ids) + self._marks for ids in self._token_ids(texts))
+
+    @property
+    def _marks(self) -> int:
+        """Number of start and end tokens of a text."""
+        return sum(map(len, self.spec.frame))
 
     def _token_ids(self, texts: Sequence[str], first: int = 0) -> list[list[int]]:
         _check_texts(texts, first)
@@ -101,10 +107,13 @@ class TextTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def _pad(self, rows: list[list[int]]) -> NDArray[np.int64]:
-        length = max(len(ids) for ids in rows) + 2
-        padded = np.full((len(rows), length), self.spec.pad_id, dtype=np.int64)
+        before, behind = self.spec.frame
+        length = max(len(ids) for ids in rows) + self._marks
+        if self.spec.pad_to_context:
+            length = self.spec.context_length
+        padded = np.full((len(rows), max(1, length)), self.spec.pad_id, dtype=np.int64)
         for row, ids in zip(padded, rows, strict=True):
-            row[: len(ids) + 2] = [self.spec.bos_id, *ids, self.spec.eos_id]
+            row[: len(ids) + self._marks] = [*before, *ids, *behind]
         return padded
 
 

@@ -18,7 +18,7 @@ from edgeclip.runtime.bundle.manifest import FileRecord
 from edgeclip.runtime.device.schema import check_bounds, parse
 from edgeclip.runtime.engines.engine import Engine, open_engine
 from edgeclip.runtime.errors import ConfigError, EdgeClipError, EngineError, InputError
-from edgeclip.runtime.spec import ImageSpec, PixelForm, Precision, Tower
+from edgeclip.runtime.spec import ImageSpec, PixelForm, Precision, Tower, plain_spec
 from edgeclip.runtime.towers.tower_runner import in_batches, tower_feed
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class CutManifest:
 
     def to_json(self) -> str:
         """Return the text of `cuts.json`."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        data = dataclasses.asdict(self) | {"image": plain_spec(self.image)}
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def head_file_name(number: int) -> str:

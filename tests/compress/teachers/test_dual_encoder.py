@@ -394,8 +394,8 @@ def test_weights_that_do_not_fit_the_config(
 
 
 def test_unsupported_family(own_folder: Path) -> None:
-    _edit(own_folder / "config.json", lambda data: data.update(model_type="siglip"))
-    with pytest.raises(ConfigError, match="'siglip' is not supported; known: clip, vision-text"):
+    _edit(own_folder / "config.json", lambda data: data.update(model_type="blip"))
+    with pytest.raises(ConfigError, match="'blip' is not supported; known: clip, siglip, altclip"):
         DualEncoder.load(own_folder)
 
 

@@ -22,6 +22,8 @@ def texts(dual: DualEncoder, length: int, ends: list[int]) -> Tensor:
     spec = dual.spec.text
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(3, spec.vocab_size, (len(ends), length), generator=generator)
+    assert spec.bos_id is not None
+    assert spec.eos_id is not None
     ids[:, 0] = spec.bos_id
     for row, end in zip(ids, ends, strict=True):
         row[end] = spec.eos_id

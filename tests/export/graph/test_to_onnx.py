@@ -130,7 +130,8 @@ def test_every_text_length_up_to_the_context_runs(
     dual: DualEncoder = request.getfixturevalue(family)
     paths: TowerPaths = request.getfixturevalue(f"{family}_towers")
     ids = np.full((3, length), 40, dtype=np.int64)
-    ids[:, 0], ids[:, -1] = dual.spec.text.bos_id, dual.spec.text.eos_id
+    (first,), (last,) = dual.spec.text.frame
+    ids[:, 0], ids[:, -1] = first, last
     found = graph_embedder(paths.graph("text"), dual.image_spec, cpu_device)(ids)
     np.testing.assert_allclose(found, torch_embedder(dual, "text")(ids), atol=EXACT)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,18 +237,54 @@ def test_what_transformers_saves_means_the_same_here(tmp_path: Path, file: str) 
 
 
 @pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("SiglipImageProcessorPil", {"size": {"height": 32, "width": 32}}),
+        ("ViTImageProcessorPil", {"size": {"height": 40, "width": 40}}),
+        ("CLIPImageProcessorPil", {"size": {"height": 40, "width": 40}, "crop_size": 32}),
+        ("BitImageProcessorPil", {"size": {"shortest_edge": 40}, "crop_size": 32}),
+        ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 32}}),
+        ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 384}}),
+    ],
+)
+@pytest.mark.parametrize("shape", [(70, 51, 3), (31, 95, 3), (33, 32, 3)])
+def test_processors_of_other_families(
+    tmp_path: Path, kind: str, settings: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    """Those that crop, those that stretch, and those that do both."""
+    import transformers
+
+    processor: Any = getattr(transformers, kind)(**settings)
+    processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    spec = image_spec_from_hugging_face(config, "saved")
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    theirs = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+    assert np.abs(preprocess(pixels, spec) - theirs).max() < 1e-5
+
+
+def test_a_stretched_picture_is_seen_whole() -> None:
+    halves = Image.new("RGB", (400, 50), (255, 0, 0))
+    halves.paste((0, 0, 255), (200, 0, 400, 50))
+    plain = ImageSpec(size=10, resize=10, mean=(0, 0, 0), std=(1, 1, 1), resample="nearest")
+    pixels = resize_and_crop(halves, replace(plain, stretch=True))
+    assert (pixels[:, :5] == (255, 0, 0)).all()
+    assert (pixels[:, 5:] == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": {"height": 224, "width": 224}}, "would stretch"),
-        ({"size": {"shortest_edge": 224, "longest_edge": 500}}, "would stretch"),
-        ({"size": "224"}, "would stretch"),
-        ({"size": 0}, "would stretch"),
-        ({"size": True}, "would stretch"),
+        ({"size": {"height": 224, "width": 200}}, "neither one shortest edge nor a square"),
+        ({"size": {"shortest_edge": 224, "longest_edge": 500}}, "neither one shortest edge"),
+        ({"size": "224"}, "neither one shortest edge"),
+        ({"size": 0}, "neither one shortest edge"),
+        ({"size": True}, "neither one shortest edge"),
         ({"crop_size": {"height": 224, "width": 200}}, "not a square"),
         ({"crop_size": {"shortest_edge": 224}}, "not a square"),
         ({"crop_size": 256}, "size <= resize"),
         ({"do_resize": False}, "do_resize is off"),
-        ({"do_center_crop": None}, "do_center_crop is off"),
+        ({"do_center_crop": None, "size": {"shortest_edge": 224}}, "do_center_crop is off"),
         ({"do_rescale": False}, "do_rescale is off"),
         ({"do_pad": True}, "do_pad"),
         ({"use_square_size": True}, "use_square_size"),
@@ -259,7 +296,7 @@ def test_what_transformers_saves_means_the_same_here(tmp_path: Path, file: str) 
         ({"image_std": [0.5, 0.5]}, "three numbers"),
         ({"image_std": [0.5, 0.5, float("nan")]}, "three numbers"),
         ({"image_std": [0.5, 0.5, 0]}, "std must be positive"),
-        ({"image_processor_type": "SiglipImageProcessor"}, "SiglipImageProcessor"),
+        ({"image_processor_type": "BlipImageProcessor"}, "its type is BlipImageProcessor"),
     ],
 )
 def test_what_a_spec_cannot_say_is_refused(changes: dict[str, Any], message: str) -> None:

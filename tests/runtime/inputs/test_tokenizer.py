@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,21 @@ def test_damaged_or_foreign_files_are_refused(
     path.write_text(path.read_text()[:1000])
     with pytest.raises(ConfigError, match=r"is not a tokenizer\.json"):
         TextTokenizer.from_file(path, spec)
+
+
+def test_texts_without_a_start_token_fill_the_context(
+    reference: Any, tokenizer: TextTokenizer
+) -> None:
+    """As SigLIP's: the text, an end token, padding to the end of the context."""
+    usual = tokenizer.encode(["a red apple", ""])
+    spec = replace(tokenizer.spec, bos_id=None, pad_to_context=True)
+    found = TextTokenizer(Tokenizer.from_str(reference.backend_tokenizer.to_str()), spec)
+    ids = found.encode(["a red apple", ""])
+    assert ids.shape == (2, 20)
+    inner = usual[0, 1:].tolist()
+    assert ids[0].tolist() == inner + [2] * (20 - len(inner))
+    assert ids[1].tolist() == [1] + [2] * 19
+    assert found.token_counts(["", "a red apple"]) == (1, len(inner))
+    cut = found.encode(["red " * 40], truncate=True)[0]
+    assert cut[-1] == 1
+    assert 2 not in cut
