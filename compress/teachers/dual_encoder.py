@@ -17,7 +17,7 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from edgeclip.compress.teachers.families import (
     FAMILIES,
@@ -28,6 +28,7 @@ from edgeclip.compress.teachers.families import (
 )
 from edgeclip.compress.teachers.model_folder import model_folder, read_config, read_json
 from edgeclip.compress.teachers.model_parts import check_parts
+from edgeclip.compress.teachers.read_tokenizer import read_tokenizer
 from edgeclip.runtime.bundle.files import atomic_directory
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError
@@ -305,18 +306,15 @@ class DualEncoder(nn.Module):
                 ignore_mismatched_sizes=True,  # told apart below, in one line
                 output_loading_info=True,
             )
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = read_tokenizer(folder, source)
+        except ConfigError:
+            raise
         except BaseException as error:  # transformers raises many kinds on damaged files
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise  # the Rust code in safetensors and tokenizers raises a BaseException
             raise ConfigError(f"{source} cannot be loaded: {_reason(error)}") from error
         model, found = loaded
         _refuse_other_weights(found, source)
-        if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError(
-                f"{source}: its {type(tokenizer).__name__} is written in Python, and a device "
-                "needs a tokenizer.json: save a fast tokenizer of the same vocabulary there"
-            )
         return cls(model, image, tokenizer, space=space).eval()
 
     def save(self, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
