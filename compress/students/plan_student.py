@@ -6,8 +6,9 @@ Nothing is trained or run: latencies are predicted from block costs of the devic
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers import AutoConfig, CLIPConfig, MetaClip2Config
 
 from edgeclip.compress.students.student import StudentShape
 from edgeclip.profiles.predict.measured_device import MeasuredDevice
@@ -25,7 +26,7 @@ from edgeclip.runtime.spec import Precision, Tower
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSizes:
-    """Sizes of both towers of a CLIP.
+    """Sizes of both towers of a CLIP or a MetaCLIP 2, whose towers are alike.
 
     Attributes:
         image, text: the towers; `tokens` of the text tower is the whole context.
@@ -43,7 +44,7 @@ class TeacherSizes:
         """Read `config.json` of a directory or hub id; no weights are loaded.
 
         Raises:
-            ConfigError: not found, or not a CLIP.
+            ConfigError: not found, or of another architecture.
         """
         try:
             config = AutoConfig.from_pretrained(source)
@@ -51,11 +52,13 @@ class TeacherSizes:
             raise ConfigError(
                 f"cannot read the configuration of the teacher {source}: {first_line(error)}"
             ) from error
-        if not isinstance(config, CLIPConfig):
-            raise ConfigError("only a CLIP model can be a teacher of students so far")
-        vision, text = config.vision_config, config.text_config
-        assert isinstance(vision, CLIPVisionConfig)
-        assert isinstance(text, CLIPTextConfig)
+        if not isinstance(config, CLIPConfig | MetaClip2Config):
+            raise ConfigError(
+                f"{source} is a {config.model_type}: only students of a CLIP or a MetaCLIP 2 can "
+                "be planned; those of others can be distilled all the same"
+            )
+        vision: Any = config.vision_config
+        text: Any = config.text_config
         size, patch = _whole(vision.image_size), _whole(vision.patch_size)
         dim, tokens = _whole(config.projection_dim), image_tokens(size, patch)
         return cls(
@@ -92,9 +95,7 @@ def _whole(value: object) -> int:
     return value
 
 
-def _tower(
-    part: Tower, config: CLIPVisionConfig | CLIPTextConfig, tokens: int, dim: int, patch: int
-) -> TransformerTower:
+def _tower(part: Tower, config: Any, tokens: int, dim: int, patch: int) -> TransformerTower:
     return TransformerTower(
         part=part,
         width=int(config.hidden_size),

@@ -1,27 +1,33 @@
 """Make a student: a smaller dual encoder that inherits a part of the teacher's weights."""
 
 import copy
-from dataclasses import dataclass
-from typing import Literal
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPVisionConfig,
+    AutoModel,
     ConvNextConfig,
     ConvNextModel,
+    PreTrainedConfig,
     PreTrainedModel,
+    SiglipModel,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.families import FAMILIES
+from edgeclip.compress.teachers.mixed_towers import MixedDualEncoder, tower_of
 from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.spec import ImageSpec, Tower
 
-_ENCODER_LAYERS = "encoder.layers."
+# The number of a layer in the name of a weight: encoder.layers.3.mlp, encoder.layer.3, layers.3.
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
 def even_stride(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
@@ -42,12 +48,16 @@ def inherit(student: nn.Module, teacher: nn.Module) -> None:
     """Fill every weight of `student` with the leading part of the teacher's weight of that name.
 
     Both are towers (or whole models) of one family; the student may be narrower and
-    shallower. `encoder.layers.I` is filled from the teacher's layer at an even stride.
+    shallower. A layer is filled from the teacher's layer at an even stride.
 
     Raises:
         ConfigError: the teacher lacks a weight, or has a smaller one.
     """
-    source = teacher.state_dict()
+    _fill(student, teacher.state_dict())
+
+
+def _fill(student: nn.Module, source: Mapping[str, Tensor]) -> None:
+    """Fill a student from the teacher's weights by name."""
     layers = _layer_map(student.state_dict(), source)
     with torch.no_grad():
         for name, target in student.state_dict().items():
@@ -65,10 +75,15 @@ def _leading(weight: Tensor, shape: torch.Size, name: str) -> Tensor:
             f"{name}: the student wants {tuple(shape)}, the teacher has {tuple(weight.shape)}; "
             f"a student can only be smaller"
         )
+    if name.endswith(("in_proj_weight", "in_proj_bias")):  # query, key and value in one
+        parts = weight.unflatten(0, (3, -1))[:, : shape[0] // 3]
+        weight = parts.flatten(0, 1)
     return weight[tuple(slice(0, size) for size in shape)]
 
 
-def _layer_map(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, dict[int, int]]:
+def _layer_map(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+) -> dict[str, dict[int, int]]:
     """Map student layers to teacher layers, for each encoder by the prefix of its name."""
     counts = _count_layers(teacher)
     return {
@@ -77,21 +92,22 @@ def _layer_map(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[s
     }
 
 
-def _count_layers(state: dict[str, Tensor]) -> dict[str, int]:
+def _count_layers(state: Mapping[str, Tensor]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name in state:
-        prefix, found, rest = name.partition(_ENCODER_LAYERS)
+        found = _LAYER.search(name)
         if found:
-            counts[prefix] = max(counts.get(prefix, 0), int(rest.split(".")[0]) + 1)
+            prefix = name[: found.start(1)]
+            counts[prefix] = max(counts.get(prefix, 0), int(found[1]) + 1)
     return counts
 
 
 def _renamed(name: str, layers: dict[str, dict[int, int]]) -> str:
-    prefix, found, rest = name.partition(_ENCODER_LAYERS)
+    found = _LAYER.search(name)
     if not found:
         return name
-    number, _, tail = rest.partition(".")
-    return f"{prefix}{_ENCODER_LAYERS}{layers[prefix][int(number)]}.{tail}"
+    prefix = name[: found.start(1)]
+    return f"{prefix}{layers[prefix][int(found[1])]}{name[found.end(1) :]}"
 
 
 Family = Literal["inherited", "convolutional"]
@@ -99,7 +115,7 @@ Family = Literal["inherited", "convolutional"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentShape:
-    """Sizes of a student; space, dim, tokenizer and picture size are the teacher's.
+    """Sizes of a student; space, dim and tokenizer are the teacher's.
 
     Args:
         family: `inherited`, a smaller copy of the teacher's own towers, or
@@ -109,6 +125,8 @@ class StudentShape:
         image_layers: transformer layers of the image tower; None is half the teacher's as well.
         text_heads, text_layers: the same for the text tower.
         whole_text: keep the teacher's text tower as it is.
+        image_size: side of the student's pictures in pixels; None is the teacher's.
+        patch_size: side of an inherited image tower's patches in pixels; None is the teacher's.
         conv_widths, conv_depths: channels and blocks of each ConvNeXt stage.
     """
 
@@ -118,6 +136,8 @@ class StudentShape:
     text_heads: int | None = None
     text_layers: int | None = None
     whole_text: bool = False
+    image_size: int | None = None
+    patch_size: int | None = None
     conv_widths: tuple[int, ...] = (48, 96, 192)
     conv_depths: tuple[int, ...] = (2, 2, 4)
 
@@ -126,69 +146,203 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
     """Make an untrained student that inherits from `teacher` where it can.
 
     Raises:
-        ConfigError: a shape larger than the teacher, or a teacher that is not a CLIP.
+        ConfigError: a shape larger than the teacher, or an inherited tower of a teacher's that is
+            no plain transformer; the message says what can be chosen.
     """
-    if not isinstance(teacher.model, CLIPModel):
-        raise ConfigError("only a CLIP model can be a teacher of students so far")
+    image = _image_spec(teacher.image_spec, shape.image_size)
     torch.manual_seed(seed)
-    config = copy.deepcopy(teacher.model.config)
-    vision, text = config.vision_config, config.text_config
-    assert isinstance(vision, CLIPVisionConfig)
-    assert isinstance(text, CLIPTextConfig)
     if shape.family == "inherited":
-        _shrink(vision, shape.image_heads, shape.image_layers)
+        model = _inherited(teacher, shape)
     else:
-        _shrink(vision, 1, 1)  # gives way to the convolutional tower
-    if not shape.whole_text:
-        _shrink(text, shape.text_heads, shape.text_layers)
-    inherited = CLIPModel(config)
-    inherit(inherited, teacher.model)
-    model: PreTrainedModel = inherited
-    if shape.family == "convolutional":
-        model = _convolutional(inherited, text, teacher.image_spec.size, shape)
-    student = DualEncoder(model, teacher.image_spec, teacher.tokenizer, space=teacher.space)
-    with torch.no_grad():
-        student.logit_scale.copy_(teacher.logit_scale)
-    student.logit_scale.requires_grad_(False)  # both answer at the teacher's temperature
+        model = _convolutional(teacher, shape)
+    student = DualEncoder(model, image, teacher.tokenizer, space=teacher.space)
+    _take_temperature(student, teacher)
     return student
 
 
-def _shrink(
-    config: CLIPVisionConfig | CLIPTextConfig, heads: int | None, layers: int | None
-) -> None:
+def _take_temperature(student: DualEncoder, teacher: DualEncoder) -> None:
+    """Let a student answer at the teacher's temperature."""
+    with torch.no_grad():
+        student.logit_scale.copy_(teacher.logit_scale.reshape(student.logit_scale.shape))
+    student.logit_scale.requires_grad_(False)
+
+
+def _image_spec(image: ImageSpec, size: int | None) -> ImageSpec:
+    if size is None:
+        return image
+    if size < 1:
+        raise ConfigError(f"pictures have a side of at least 1 pixel, not {size}")
+    return replace(image, size=size, resize=round(image.resize * size / image.size))
+
+
+def _inherited(teacher: DualEncoder, shape: StudentShape) -> PreTrainedModel:
+    """Make a smaller copy of the teacher's own towers."""
+    config: Any = copy.deepcopy(teacher.model.config)
+    vision, text = config.vision_config, config.text_config
+    _shrink(vision, "image", shape.image_heads, shape.image_layers)
+    if not shape.whole_text:
+        _shrink(text, "text", shape.text_heads, shape.text_layers)
+    source = dict(teacher.model.state_dict())
+    if (shape.image_size or shape.patch_size) is not None:
+        vision.image_size = shape.image_size or teacher.image_spec.size
+        vision.patch_size = shape.patch_size or vision.patch_size
+        _resample_pictures(source, teacher, vision)
+    if isinstance(teacher.model, SiglipModel) and vision.hidden_size != teacher.spec.dim:
+        config = _mixed_config(vision, text, teacher.spec.dim)
+        source["visual_projection.weight"] = torch.eye(teacher.spec.dim)
+        source["logit_scale"] = source["logit_scale"].reshape(())
+    model = FAMILIES[str(config.model_type)].model_class(config)(config)
+    _fill(model, source)
+    return model
+
+
+def _mixed_config(vision: PreTrainedConfig, text: PreTrainedConfig, dim: int) -> Any:
+    return VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=dim)
+
+
+_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+
+
+def _shrink(config: Any, tower: Tower, heads: int | None, layers: int | None) -> None:
+    """Make the config of a plain transformer smaller, in place.
+
+    Raises:
+        ConfigError: not a plain transformer, or no head or layer left.
+    """
+    if not all(isinstance(getattr(config, name, None), int) for name in _SIZES):
+        choose = "choose the convolutional family" if tower == "image" else "keep the whole tower"
+        raise ConfigError(
+            f"the teacher's {tower} tower, a {config.model_type}, is no plain transformer, so that "
+            f"no smaller one can inherit from it: {choose}"
+        )
     heads = (config.num_attention_heads + 1) // 2 if heads is None else heads
     layers = (config.num_hidden_layers + 1) // 2 if layers is None else layers
     if heads < 1 or layers < 1:
         raise ConfigError(
             f"a tower needs at least one attention head and one layer, got {heads} and {layers}"
         )
-    head_size = config.hidden_size // config.num_attention_heads
-    ratio = config.intermediate_size / config.hidden_size
+    before = config.hidden_size
+    width = heads * (before // config.num_attention_heads)
+    if isinstance(getattr(config, "intermediate_size", None), int):  # else a ratio
+        config.intermediate_size = round(width * (config.intermediate_size / before))
+    if getattr(config, "pooler_output_size", None) == before:
+        config.pooler_output_size = width
     config.num_attention_heads = heads
-    config.hidden_size = heads * head_size
-    config.intermediate_size = round(heads * head_size * ratio)
+    config.hidden_size = width
     config.num_hidden_layers = layers
+    if getattr(config, "stage_names", None):  # a tower that can be a backbone names its layers
+        config.stage_names = ["stem", *(f"stage{number + 1}" for number in range(layers))]
+        config.set_output_features_output_indices(None, None)
 
 
-def _convolutional(
-    inherited: CLIPModel, text: CLIPTextConfig, image_size: int, shape: StudentShape
-) -> VisionTextDualEncoderModel:
-    """Replace the image tower by a randomly initialised ConvNeXt (Liu et al. 2022)."""
+def _resample_pictures(source: dict[str, Tensor], teacher: DualEncoder, vision: Any) -> None:
+    """Resample positions and patches of the image tower to another grid and size of patches.
+
+    Patches are resampled so that a smooth picture gives the same values: an enlarged kernel sums
+    over more pixels, and is divided by their number.
+    """
+    theirs: Any = teacher.model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    if side < 1:
+        raise ConfigError(
+            f"a picture of {vision.image_size} pixels has no patch of {vision.patch_size}"
+        )
+    for name, weight in list(source.items()):
+        if not name.startswith("vision_model."):
+            continue
+        if "position_embedding" in name and weight.is_floating_point():
+            source[name] = _resampled_positions(weight, side)
+        elif weight.dim() == 4 and weight.shape[-1] == theirs.patch_size != vision.patch_size:
+            size = (vision.patch_size, vision.patch_size)
+            scale = (theirs.patch_size / vision.patch_size) ** 2
+            source[name] = scale * nn.functional.interpolate(
+                weight, size, mode="bicubic", antialias=True
+            )
+
+
+def _resampled_positions(weight: Tensor, side: int) -> Tensor:
+    """Resample position embeddings [.., extra + grid, width] to a grid of side x side places."""
+    rows = weight.flatten(0, -2)
+    before = math.isqrt(len(rows))
+    extra = len(rows) - before**2
+    grid = rows[extra:].T.unflatten(1, (before, before))[None]
+    grid = nn.functional.interpolate(grid, (side, side), mode="bicubic", antialias=True)
+    found = torch.cat([rows[:extra], grid[0].flatten(1).T])
+    return found.reshape(*weight.shape[:-2], *found.shape)
+
+
+def _convolutional(teacher: DualEncoder, shape: StudentShape) -> PreTrainedModel:
+    """Put a randomly initialised ConvNeXt (Liu et al. 2022) beside the teacher's text tower."""
     if len(shape.conv_widths) != len(shape.conv_depths):
         raise ConfigError("conv_widths and conv_depths need one number for each stage")
+    text: Any = copy.deepcopy(teacher.model.config.text_config)
+    if not shape.whole_text:
+        _shrink(text, "text", shape.text_heads, shape.text_layers)
     vision = ConvNextConfig(
         num_stages=len(shape.conv_widths),
         hidden_sizes=list(shape.conv_widths),
         depths=list(shape.conv_depths),
-        image_size=image_size,
+        image_size=shape.image_size or teacher.image_spec.size,
         layer_scale_init_value=0.0,  # made for very deep networks; slows small ones
     )
     vision.hidden_size = shape.conv_widths[-1]  # the dual encoder's projection asks for it
-    text_model = CLIPTextModel(text)
-    text_model.load_state_dict(inherited.text_model.state_dict())
-    config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        vision, text, projection_dim=inherited.config.projection_dim
-    )
-    model = VisionTextDualEncoderModel(config, ConvNextModel(vision), text_model)
-    model.text_projection.load_state_dict(inherited.text_projection.state_dict())
+    config = _mixed_config(vision, text, teacher.spec.dim)
+    towers = (ConvNextModel(vision), tower_of(text) or AutoModel.from_config(text))
+    kind = MixedDualEncoder if MixedDualEncoder.is_needed(config) else VisionTextDualEncoderModel
+    model: PreTrainedModel = kind(config, *towers)
+    source = teacher.model.state_dict()
+    for name in ("text_model", "text_projection"):
+        _fill(model.get_submodule(name), _within(source, name))
     return model
+
+
+def _within(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the weights of a submodule by their names in it."""
+    start = f"{name}."
+    return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+
+
+def adopt_student(model: DualEncoder, teacher: DualEncoder, *, seed: int = 0) -> DualEncoder:
+    """Make a student of an existing dual encoder, such as a TinyCLIP, with all its weights.
+
+    It keeps its own towers, tokenizer and preprocessing. Where its embeddings have another length
+    than the teacher's, one linear map with orthonormal columns (rows, if the teacher's are shorter)
+    is multiplied into the projections of both towers, so that longer embeddings keep their cosines.
+    The temperature is the teacher's.
+
+    Args:
+        model: the model to start from; it is left as it is.
+        teacher: defines the embedding space.
+        seed: of the linear map.
+    """
+    made: Any = copy.deepcopy(model.model)
+    dim = teacher.spec.dim
+    if model.spec.dim != dim:
+        made = _with_dim(made, dim, torch.Generator().manual_seed(seed))
+    student = DualEncoder(made, model.image_spec, model.tokenizer, space=teacher.space)
+    _take_temperature(student, teacher)
+    return student
+
+
+def _with_dim(model: Any, dim: int, generator: torch.Generator) -> PreTrainedModel:
+    """Return a model with embeddings of another length, the map folded into its projections."""
+    if isinstance(model, SiglipModel):
+        config: Any = model.config
+        width = config.vision_config.hidden_size
+        mixed = _mixed_config(config.vision_config, config.text_config, width)
+        model = MixedDualEncoder(mixed, model.vision_model, model.text_model)
+    before = int(model.config.projection_dim)
+    mapping = nn.init.orthogonal_(torch.empty(dim, before), generator=generator)
+    for name in ("visual_projection", "text_projection"):
+        projection = getattr(model, name)  # nothing where a SigLIP's head is the projection
+        own = projection.weight if isinstance(projection, nn.Linear) else torch.eye(before)
+        folded = nn.Linear(own.shape[1], dim, bias=False)
+        with torch.no_grad():
+            folded.weight.copy_(mapping.to(own.device) @ own)
+        setattr(model, name, folded.to(own.device))
+    model.config.projection_dim = dim
+    for tower in (model.config.vision_config, model.config.text_config):
+        if hasattr(tower, "projection_dim"):
+            tower.projection_dim = dim
+    made: PreTrainedModel = model
+    return made

@@ -139,7 +139,7 @@ def test_verb_prints_students_and_the_command(
 
 def test_other_teachers_are_refused(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="only a CLIP model"):
+    with pytest.raises(ConfigError, match="is a bert: only students of a CLIP"):
         TeacherSizes.read(tmp_path)
     with pytest.raises(ConfigError, match="cannot read the configuration of the teacher"):
         TeacherSizes.read(tmp_path / "nowhere")

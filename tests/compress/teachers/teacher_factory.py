@@ -235,7 +235,8 @@ def vit_and_bert(folder: Path) -> Teacher:
 
 def dinov2_and_clip(folder: Path) -> Teacher:
     tokenizer = train_tokenizer(corpus(), vocab_size=VOCABULARY, context_length=CONTEXT)
-    text = CLIPTextConfig(**_clip_config(tokenizer).text_config.to_dict())
+    config: Any = _clip_config(tokenizer)
+    text = CLIPTextConfig(**config.text_config.to_dict())
     sizes = {name: value for name, value in VISION.items() if name != "intermediate_size"}
     vision = Dinov2Config(**sizes, mlp_ratio=2)
     processor = _clip_processor("Bit")
