@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from edgeclip.compress.cli.options import add_data, add_teacher, load_source, load_teacher, max_bad
-from edgeclip.compress.teachers.teacher_cache import Augmentation, TeacherCache, build_cache
+from edgeclip.compress.data.augmentation import Augmentation
+from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.runtime.cli.options import Targets, zero_or_more
 from edgeclip.runtime.inputs.find_images import add_max_bad_option
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from edgeclip.compress.compute import autocast
+from edgeclip.compress.data.augmentation import Augmentation
 from edgeclip.compress.data.sources import Source, captions_of, most_captions, seed_of, without
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.runtime.bundle.files import atomic_file, require_space
@@ -27,25 +28,6 @@ from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad, report_
 _SETTINGS = "cache.json"
 _BATCH = 64
 Float16 = NDArray[np.float16]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Augmentation:
-    """Settings of mild crops and colour changes; no flips, since captions say left and right.
-
-    Args:
-        crop: the smallest share of each side that a random crop keeps, in (0, 1].
-        colour: the largest relative change of brightness, contrast and saturation, in [0, 1).
-        seed: another seed gives other views.
-    """
-
-    crop: float = 0.9
-    colour: float = 0.2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1 or not 0 <= self.colour < 1:
-            raise ValueError(f"need 0 < crop <= 1 and 0 <= colour < 1, got {self}")
 
 
 def augment(

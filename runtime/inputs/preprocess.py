@@ -14,7 +14,7 @@ from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.images import Box, DecodedImage, ImageInput, decode_image
 from edgeclip.runtime.spec import ImageSpec, Resample
 
-_FILTERS: dict[Resample, Image.Resampling] = {
+FILTERS: dict[Resample, Image.Resampling] = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -87,7 +87,7 @@ def resize_and_crop(image: ImageInput, spec: ImageSpec) -> NDArray[np.uint8]:
         width, height = _resized(*picture.full_size, spec.resize)
     left, upper = (width - spec.size) // 2, (height - spec.size) // 2
     crop = (left, upper, left + spec.size, upper + spec.size)
-    resample = _FILTERS[spec.resample]
+    resample = FILTERS[spec.resample]
     if max(width, height) > _STRIP * spec.resize:
         box = _box_of_crop(picture, (width, height), crop)
         return np.asarray(picture.image.resize((spec.size, spec.size), resample, box=box))
@@ -109,6 +109,18 @@ def _box_of_crop(
         min(first_x + right * step_x, picture.image.width),
         min(first_y + lower * step_y, picture.image.height),
     )
+
+
+def seen_box(width: int, height: int, spec: ImageSpec) -> Box:
+    """Return the box of an image of that size, in pixels, that `resize_and_crop` shows the model.
+
+    It lies in the image as (left, upper, right, lower).
+    """
+    full = _resized(width, height, spec.resize)
+    step_x, step_y = width / full[0], height / full[1]
+    left, upper = (full[0] - spec.size) // 2, (full[1] - spec.size) // 2
+    right, lower = (left + spec.size) * step_x, (upper + spec.size) * step_y
+    return left * step_x, upper * step_y, min(right, width), min(lower, height)
 
 
 def _resized(width: int, height: int, shortest: int) -> tuple[int, int]:

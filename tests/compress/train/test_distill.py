@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeclip.compress.compute import ComputeType
+from edgeclip.compress.data.augmentation import Augmentation
 from edgeclip.compress.data.sources import EmojiSource, FolderSource
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import (
-    Augmentation,
     CacheSettings,
     TeacherCache,
     build_cache,
