@@ -16,6 +16,8 @@ OFF = {
     # programs fetched to look for, transfer statistics.
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    # datasets: tells the hub of every data set that is opened, local ones too.
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     # transformers: asks a service to convert a repository that holds no safetensors.
     "DISABLE_SAFETENSORS_CONVERSION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -7,7 +7,8 @@ from pathlib import Path
 from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
 from edgeclip.compress.compute import best_device
 from edgeclip.compress.data.emoji_scenes import Split
-from edgeclip.compress.data.sources import EMOJI, Source, open_source
+from edgeclip.compress.data.open_source import open_source
+from edgeclip.compress.data.sources import EMOJI, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.cli.options import zero_or_more
 from edgeclip.runtime.errors import ConfigError

@@ -37,7 +37,11 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 _SIZES = {"small ": 0.72, "": 1.0, "large ": 1.3}
 _GLYPH = 96  # px of the cached glyphs; scenes scale them down
-_SPLIT_SHARES = (("test", 0.1), ("calibration", 0.2), ("train", 1.0))  # cumulative
+SPLIT_SHARES: tuple[tuple[Split, float], ...] = (
+    ("test", 0.1),
+    ("calibration", 0.2),
+    ("train", 1.0),
+)  # cumulative
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +144,8 @@ def vocabulary() -> tuple[Emoji, ...]:
     return tuple(item for item, _ in _drawn())
 
 
-def _share(key: str) -> float:
-    """Hash `key` to a number in [0, 1)."""
+def hash_share(key: str) -> float:
+    """Return the hash of `key` as a number in [0, 1)."""
     return (
         int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big")
         / 2**64
@@ -152,16 +156,16 @@ def _share(key: str) -> float:
 def emoji_of(unseen: bool) -> tuple[int, ...]:
     """Return the indices into `vocabulary()` for the `unseen` split (5%), or for all others."""
     return tuple(
-        i for i, e in enumerate(vocabulary()) if (_share("unseen" + e.text) < 0.05) is unseen
+        i for i, e in enumerate(vocabulary()) if (hash_share("unseen" + e.text) < 0.05) is unseen
     )
 
 
 def split_of(key: str) -> Split:
     """Assign `key` by its hash to train (80%), calibration or test (10% each)."""
-    share = _share(key)
-    for split, bound in _SPLIT_SHARES[:-1]:
+    share = hash_share(key)
+    for split, bound in SPLIT_SHARES[:-1]:
         if share < bound:
-            return split  # type: ignore[return-value]
+            return split
     return "train"
 
 

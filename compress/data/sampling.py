@@ -117,7 +117,7 @@ class Sampling:
             before = _scaled(rank, share, left)
             is_own = _scaled(rank + 1, share, left) > before
             passes, offset = np.divmod(before[is_own], self._train[part])
-            keys = _mix(self._keys[part] + passes.astype(np.uint64) * np.uint64(_GOLDEN))
+            keys = mix64(self._keys[part] + passes.astype(np.uint64) * np.uint64(_GOLDEN))
             slot = _permuted(offset, int(self._train[part]), keys)
             index[places[is_own]] = self._item(part, self._held[part] + slot)
             epoch[places[is_own]] = passes
@@ -189,8 +189,8 @@ def _feistel(values: _UInt64, rows: int, columns: int, keys: _UInt64) -> _UInt64
     """Permute the numbers below rows * columns."""
     row, column = np.divmod(values, np.uint64(columns))
     for number in range(0, _ROUNDS, 2):
-        row = (row + _mix(column ^ _round_key(keys, number))) % np.uint64(rows)
-        column = (column + _mix(row ^ _round_key(keys, number + 1))) % np.uint64(columns)
+        row = (row + mix64(column ^ _round_key(keys, number))) % np.uint64(rows)
+        column = (column + mix64(row ^ _round_key(keys, number + 1))) % np.uint64(columns)
     return row * np.uint64(columns) + column
 
 
@@ -198,8 +198,8 @@ def _round_key(keys: _UInt64, number: int) -> _UInt64:
     return keys + np.uint64((number + 1) * _GOLDEN & _MASK)
 
 
-def _mix(values: _UInt64) -> _UInt64:
-    """Return SplitMix64's finaliser of each value."""
+def mix64(values: _UInt64) -> _UInt64:
+    """Return a hash of each value, the same for every equal one: SplitMix64's finaliser."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

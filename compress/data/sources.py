@@ -1,4 +1,4 @@
-"""Open image-text pairs by split: the built-in scenes, or a folder of pictures with captions."""
+"""Image-text pairs: what a source of them is, the built-in scenes, and a folder of pictures."""
 
 import copy
 import functools
@@ -9,20 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Any, Protocol, overload, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from edgeclip.compress.data.emoji_scenes import EmojiScenes, Scene, Split, split_of, vocabulary
+from edgeclip.compress.data.emoji_scenes import EmojiScenes, Scene, Split, vocabulary
+from edgeclip.compress.data.packed_texts import PackedPaths, PackedTexts
+from edgeclip.compress.data.splits import OwnSplits
 from edgeclip.runtime.bundle.files import ContentHashes
 from edgeclip.runtime.console import escape_controls
 from edgeclip.runtime.errors import ConfigError, InputError
-from edgeclip.runtime.inputs.captions import read_captions
+from edgeclip.runtime.inputs.captions import read_annotations
 from edgeclip.runtime.inputs.find_images import (
     MaxBad,
-    is_table,
-    leave_out_others,
     list_images,
     report_bad,
 )
@@ -30,6 +32,7 @@ from edgeclip.runtime.inputs.images import load_image
 from edgeclip.runtime.quality.relevance import Relevance
 
 EMOJI = "emoji"  # the value of `--data` for the built-in scenes
+_DIGEST = 32  # bytes of a SHA-256
 _OF_WORLD = 48  # of the 64 digits that name a built-in scene; the others are its number
 
 
@@ -42,7 +45,10 @@ class Pair:
 
 
 class Source(Protocol):
-    """A sequence of image-text pairs; the same index always gives the same pair."""
+    """A sequence of image-text pairs; the same index always gives the same pair.
+
+    It may be read by processes that were forked from the one that opened it.
+    """
 
     @property
     def name(self) -> str:
@@ -58,17 +64,22 @@ class Source(Protocol):
 
     @property
     def has_captions(self) -> bool:
-        """Whether every pair has a caption."""
+        """Whether any pair has a caption; see `first_without_caption`."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Pair: ...
+    def __getitem__(self, index: int) -> Pair:
+        """Return a pair.
+
+        Raises:
+            InputError: the picture cannot be read.
+        """
 
     def caption(self, index: int) -> str | None:
         """Return the first caption alone, without drawing or decoding the picture."""
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return all captions of a picture; none if `has_captions` is false."""
+        """Return all captions of a picture; an empty tuple where it has none."""
 
     def content(self, index: int) -> str:
         """Return 64 hexadecimal digits that change whenever the picture does, and only then.
@@ -89,6 +100,7 @@ class EmojiSource:
     """
 
     has_captions = True
+    most_captions = 1
 
     def __init__(
         self, split: Split, count: int, *, size: int, seed: int = 0, distinct: bool = False
@@ -142,21 +154,22 @@ def _drawn_from() -> str:
 
 
 class FolderSource:
-    """A folder of pictures with their captions, see `read_captions`.
-
-    Either all pictures have captions or none has.
+    """A folder of pictures, with captions for all, some or none of them; see `read_annotations`.
 
     Args:
         folder: searched with its subfolders.
         split: the split of the pictures; None if it is unknown.
-        divide: take only the pictures that the hash of their path puts into the split.
-        min_side: the shortest side, in pixels, that is needed; large JPEG files are then decoded at
-            a reduced size, see `load_image`.
-        below: take only the pictures in this subfolder; captions are read in `folder`.
+        divide: take only the pictures of the split: by the annotation file where it divides them,
+            else by the hash of their path.
+        min_side: the shortest side that will be needed, in pixels; see `load_image`.
+        below: take only the pictures in this subfolder.
         strict: refuse a folder with files that would be left out, see `list_images`.
 
+    Attributes:
+        paths: the picture files.
+
     Raises:
-        InputError: no folder, no pictures in it, or captions for only some of them.
+        InputError: no folder, no pictures in it, a damaged table of captions, or see `strict`.
         ConfigError: no picture is of that split.
     """
 
@@ -172,27 +185,34 @@ class FolderSource:
     ) -> None:
         self.split = split
         everything = list_images(folder, strict=strict)
-        by_hash = split if divide else None
-        captions = read_captions(folder, everything, strict=strict) or ((),) * len(everything)
-        wanted = [
-            (path, own)
-            for path, own in zip(everything, captions, strict=True)
-            if by_hash in (None, split_of(path.relative_to(folder).as_posix()))
-            and below in (None, path.relative_to(folder).parts[0])
-        ]
+        found = read_annotations(folder, everything, strict=strict)
+        own = OwnSplits({name for name in found.splits if name is not None})
+        by_split = split if divide else None
+
+        def is_wanted(number: int) -> bool:
+            inside = everything[number].relative_to(folder)
+            if below not in (None, inside.parts[0]):
+                return False
+            if by_split is None:
+                return True
+            return own.include(by_split, found.splits[number], inside.as_posix())
+
+        wanted = [number for number in range(len(everything)) if is_wanted(number)]
         if not wanted:
             raise ConfigError(
                 f"none of the {len(everything)} pictures in {folder} falls to {split}: give more, "
                 f"or sort them into the subfolders train, calibration and test"
             )
         self._min_side = min_side
-        self.paths = tuple(path for path, _ in wanted)
-        self._captions = tuple(own for _, own in wanted)
-        part = "" if by_hash is None else f" of {len(everything)}, for {split}"
+        self._folder = folder
+        self.paths = PackedPaths.of(folder, (everything[number] for number in wanted))
+        self._captions = PackedTexts.of(found.captions[number] for number in wanted)
+        part = "" if by_split is None else f" of {len(everything)}, for {split}"
         shown = escape_controls(str(folder / (below or "")))
         self.name = f"{shown}, {len(self.paths)} pictures{part}"
-        self._folder = folder
-        self._contents: dict[Path, str] = {}
+        self._contents = np.zeros((len(self.paths), _DIGEST), np.uint8)
+        self._is_known = np.zeros(len(self.paths), np.bool_)
+        self._hashes_of: dict[int, ContentHashes] = {}  # by process: SQLite is not to be forked
 
     @functools.cached_property
     def identity(self) -> str:
@@ -206,34 +226,46 @@ class FolderSource:
             digest.update(key.encode("utf-8", "surrogateescape"))
         return f"folder:{self._min_side}:{digest.hexdigest()}"
 
-    @functools.cached_property
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hashes_of": {}}
+
+    @property
     def _hashes(self) -> ContentHashes:
-        return ContentHashes()
+        process = os.getpid()
+        if process not in self._hashes_of:
+            self._hashes_of[process] = ContentHashes()
+        return self._hashes_of[process]
 
     def content(self, index: int) -> str:
         """Return a hash of the file's bytes and of how they are decoded."""
-        path = self.paths[index]
-        if path not in self._contents:
-            bytes_hash = self._hashes.of(path).hex()
-            of_both = hashlib.sha256(f"{self._min_side}:{bytes_hash}".encode())
-            self._contents[path] = of_both.hexdigest()
-        return self._contents[path]
+        if not self._is_known[index]:
+            found = content_of(self._hashes.of(self.paths[index]), self._min_side)
+            self._contents[index] = np.frombuffer(bytes.fromhex(found), np.uint8)
+            self._is_known[index] = True
+        known: bytes = self._contents[index].tobytes()
+        return known.hex()
 
     def without(self, numbers: Collection[int]) -> "FolderSource":
         """Return these pairs but for some, by their index."""
         if not numbers:
             return self
-        rest = [index for index in range(len(self)) if index not in numbers]
+        rest = np.delete(np.arange(len(self)), sorted(numbers))
         found = copy.copy(self)
         found.__dict__.pop("identity", None)
-        found.paths = tuple(self.paths[index] for index in rest)
-        found._captions = tuple(self._captions[index] for index in rest)
+        found.paths = self.paths.take(rest)
+        found._captions = self._captions.take(rest)
+        found._contents, found._is_known = self._contents[rest], self._is_known[rest]
         found.name = f"{self.name}, {len(numbers)} of them left out"
         return found
 
     @property
     def has_captions(self) -> bool:
-        return bool(self._captions[0])
+        return self._captions.any()
+
+    @property
+    def most_captions(self) -> int:
+        """The most captions of a picture."""
+        return self._captions.most()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -249,54 +281,135 @@ class FolderSource:
         return self._captions[index]
 
 
-def open_source(
-    data: str,
-    *,
-    split: Split,
-    count: int,
-    size: int,
-    strict: bool = False,
-    max_bad: MaxBad | None = None,
-) -> Source:
-    """Open the data of `--data`: `emoji` for the built-in scenes, else a folder of pictures.
+class Rows(Protocol):
+    """Indices into a source, by their place."""
 
-    A folder with subfolders named after the splits is split by them, any other by the hash
-    of its pictures' paths: 80% train, 10% calibration, 10% test. So what int8 is calibrated
-    on never decides whether it passes its gates. A caption table lies in the subfolder of the
-    split, or one for all splits in the folder.
+    def __len__(self) -> int: ...
 
-    With `max_bad` every picture of a folder is decoded, and those that cannot be are left out.
+    def __getitem__(self, place: int, /) -> Any: ...
+
+
+class Subset:
+    """Some of the pairs of another source; see `subset` and `without`.
+
+    Args:
+        base: the source.
+        rows: their indices in it, in order.
+        name: the name for messages and records.
+        choice: names the rows in the identity.
+    """
+
+    def __init__(self, base: Source, rows: Rows, *, name: str, choice: str) -> None:
+        self._base = base
+        self._rows = rows
+        self._choice = choice
+        self.name = name
+        self.split = base.split
+
+    @property
+    def identity(self) -> str:
+        return f"{self._choice}:{self._base.identity}"
+
+    @functools.cached_property
+    def has_captions(self) -> bool:
+        if not self._base.has_captions:
+            return False
+        return any(self.captions(index) for index in range(len(self)))
+
+    @property
+    def most_captions(self) -> int:
+        """The most captions of a picture, or more."""
+        return most_captions(self._base)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _row(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return int(self._rows[index])
+
+    def __getitem__(self, index: int) -> Pair:
+        return self._base[self._row(index)]
+
+    def caption(self, index: int) -> str | None:
+        return self._base.caption(self._row(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._base.captions(self._row(index))
+
+    def content(self, index: int) -> str:
+        """Return the content of a picture; see `Source`."""
+        return self._base.content(self._row(index))
+
+
+def subset(source: Source, rows: Sequence[int] | NDArray[np.int64], *, name: str) -> Subset:
+    """Return the pairs of a source at some indices, in the order of these.
 
     Raises:
-        ConfigError: some of the subfolders are there, but not the one for `split`.
-        InputError: no folder, no pictures in it, captions for only some of them, with `strict`
-            files that would be left out, or more unreadable pictures than `max_bad`.
+        IndexError: an index that the source does not have.
     """
-    if data == EMOJI:
-        return EmojiSource(split, count, size=size, distinct=split != "train")
-    folder = Path(data)
-    splits = get_args(Split)
-    there = [name for name in splits if (folder / name).is_dir()]
-    if there and split not in there:
-        raise ConfigError(f"{folder} has the subfolder {there[0]}, so it needs {split} as well")
-    below = None
-    if there:
-        own, shared = (any(map(is_table, item.iterdir())) for item in (folder / split, folder))
-        below = split if shared and not own else None
-        if below is None:
-            leave_out_others(folder, splits, "in no subfolder of a split", strict=strict)
-            folder = folder / split
-    source = FolderSource(
-        folder, split=split, divide=not there, min_side=size, below=below, strict=strict
+    chosen = np.asarray(rows, np.int64)
+    if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(source)):
+        raise IndexError(f"{source.name} has no pairs {chosen.min()} to {chosen.max()}")
+    choice = f"chosen:{hashlib.sha256(chosen.tobytes()).hexdigest()}"
+    return Subset(source, chosen, name=name, choice=choice)
+
+
+class _AllBut:
+    """The numbers 0..count-1 without a few, which alone take memory: int64, ascending."""
+
+    def __init__(self, count: int, few: NDArray[np.int64]) -> None:
+        self._length = count - len(few)
+        self._kept_before = few - np.arange(len(few))  # how many of the others come before each
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: int, /) -> int:
+        return place + int(np.searchsorted(self._kept_before, place, side="right"))
+
+
+@runtime_checkable
+class _Removing(Protocol):
+    """A source that has a better way than `Subset` to leave pairs out."""
+
+    def without(self, numbers: Collection[int]) -> Source: ...
+
+
+def without(source: Source, numbers: Collection[int]) -> Source:
+    """Return a source without some pairs, such as pictures that cannot be read."""
+    if not numbers:
+        return source
+    if isinstance(source, _Removing):
+        return source.without(numbers)
+    few = np.array(sorted(numbers), np.int64)
+    return Subset(
+        source,
+        _AllBut(len(source), few),
+        name=f"{source.name}, {len(few)} of them left out",
+        choice=f"without:{hashlib.sha256(few.tobytes()).hexdigest()}",
     )
-    return source if max_bad is None else readable(source, max_bad)
+
+
+@runtime_checkable
+class _Counting(Protocol):
+    @property
+    def most_captions(self) -> int: ...
 
 
 def most_captions(source: Source) -> int:
     """Return how many captions the picture with the most of them has, at least 1."""
-    if isinstance(source, EmojiSource):  # without composing every scene
-        return 1
+    if isinstance(source, _Counting):  # without asking for those of each picture
+        return max(1, source.most_captions)
     return max(1, *(len(source.captions(index)) for index in range(len(source))))
+
+
+def first_without_caption(source: Source) -> int | None:
+    """Return the first picture that has no caption; None if all have one."""
+    if isinstance(source, EmojiSource):  # without composing every scene
+        return None
+    return next((index for index in range(len(source)) if not source.captions(index)), None)
 
 
 def relevance_of(source: Source) -> Relevance:
@@ -304,17 +417,18 @@ def relevance_of(source: Source) -> Relevance:
     return Relevance.of_captions([source.captions(index) for index in range(len(source))])
 
 
-def without(source: Source, numbers: Collection[int]) -> Source:
-    """Return a source without the pictures that cannot be read; only a folder has such."""
-    return source.without(numbers) if isinstance(source, FolderSource) else source
-
-
-def readable(source: FolderSource, limit: MaxBad) -> FolderSource:
-    """Decode every picture of a folder, and return the source without those that cannot be read.
+@overload
+def readable(source: FolderSource, limit: MaxBad) -> FolderSource: ...
+@overload
+def readable(source: Source, limit: MaxBad) -> Source: ...
+def readable(source: Source, limit: MaxBad) -> Source:
+    """Decode every picture, and return the source without those that cannot be read.
 
     Raises:
         InputError: there are more of these than `limit` allows.
     """
+    if isinstance(source, EmojiSource):
+        return source
 
     def fault(index: int) -> str | None:
         try:
@@ -332,7 +446,12 @@ def readable(source: FolderSource, limit: MaxBad) -> FolderSource:
             found.append(reason)
             bar.update()
     report_bad([reason for reason in found if reason is not None], len(source), limit)
-    return source.without([index for index, reason in enumerate(found) if reason is not None])
+    return without(source, [index for index, reason in enumerate(found) if reason is not None])
+
+
+def content_of(bytes_hash: bytes, min_side: int | None) -> str:
+    """Return the content of a picture, from its file's SHA-256 and how it is decoded."""
+    return hashlib.sha256(f"{min_side}:{bytes_hash.hex()}".encode()).hexdigest()
 
 
 def seed_of(source: Source, index: int) -> int:

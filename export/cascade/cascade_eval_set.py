@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from edgeclip.compress.data.sources import FolderSource, Source, open_source
+from edgeclip.compress.data.open_source import open_source
+from edgeclip.compress.data.sources import FolderSource, Source, captions_of
 from edgeclip.export.graph.embedders import check_captions
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.cascade.scores import embed_views
@@ -205,7 +206,7 @@ def _keys(source: Source) -> tuple[str, ...]:
 
 
 def _captions(source: Source) -> tuple[str, ...]:
-    return tuple(str(source.caption(number)) for number in range(len(source)))
+    return tuple(captions_of(source, range(len(source))))
 
 
 def _classes(source: Source) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from edgeclip.compress.cli.options import (
     max_bad,
     open_split,
 )
-from edgeclip.compress.data.sources import EMOJI, Source, open_source
+from edgeclip.compress.data.open_source import open_source
+from edgeclip.compress.data.sources import EMOJI, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.train.quantization_aware import finetune_settings
 from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle

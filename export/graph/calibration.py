@@ -75,7 +75,7 @@ class CalibrationSource:
 
     @property
     def has_captions(self) -> bool:
-        """Whether every pair has a caption."""
+        """Whether any pair has a caption."""
         return self.source.has_captions
 
     @property

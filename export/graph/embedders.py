@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeclip.compress.data.sources import Source
+from edgeclip.compress.data.sources import Source, first_without_caption
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, DeviceProfile, load_device
@@ -105,15 +105,22 @@ def torch_embedder(dual: DualEncoder, tower: Tower) -> Embedder:
 
 
 def check_captions(source: Source, use: str) -> None:
-    """Refuse a source that is empty or has no captions; `use` names what needs them.
+    """Refuse a source that is empty or lacks captions; `use` names what needs them.
 
     Raises:
-        ConfigError: the source is empty or has no captions; the message says how to give them.
+        ConfigError: the source is empty, or a picture has no caption; the message says how to give
+            them.
     """
     if len(source) == 0 or not source.has_captions:
         raise ConfigError(
             f"{source.name}: {use} needs pictures with captions; give each one a line in "
             "captions.csv, or a NAME.txt beside it"
+        )
+    bare = first_without_caption(source)
+    if bare is not None:
+        raise ConfigError(
+            f"{source.name}: {use} needs a caption for every picture, and picture {bare + 1} of "
+            f"{len(source)} has none; give it one, or judge on other pictures"
         )
 
 

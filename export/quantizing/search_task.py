@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from edgeclip.compress.data.sources import Source, open_source
+from edgeclip.compress.data.open_source import open_source
+from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds
 from edgeclip.export.gates.zero_shot import SubsetSource, ZeroShotSet

@@ -7,12 +7,18 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.find_images import TABLES, beside_name, is_table, leave_out
+from edgeclip.runtime.inputs.find_images import (
+    TABLES,
+    beside_name,
+    is_table,
+    leave_out,
+    table_folders,
+)
 from edgeclip.runtime.inputs.text_files import read_text, split_lines
 
 Captions = tuple[tuple[str, ...], ...]
@@ -22,13 +28,20 @@ _IMAGE_NAMES = (
     *("file", "filename", "file_name", "filepath", "file_path"),
     *("image", "image_name", "image_path", "image_file", "img", "path"),
 )
-_CAPTION_NAMES = (
+CAPTION_NAMES = (
     *("caption", "captions", "title", "text", "description", "comment", "sentence"),
     *("sentences", "raw"),
 )
 _NEEDS = "needs a header with the columns file and caption"
 _FIRST = 100  # rows that tell which folder the names of a table are relative to
 _NUMBER = re.compile(r"#\d+$")  # Flickr's token files: NAME.jpg#0 to NAME.jpg#4
+# Flickr30k's results.csv quotes nothing, and one of its rows lacks the second bar.
+_FLICKR_COLUMNS = ["image_name", "comment_number", "comment"]
+_FLICKR_ROW = re.compile(r"\s*([^|]+?)\s*\|\s*\d+\s*(?:\||\s)(.*)")
+_OF_COCO = "captions_*.json"  # one file for each split
+_COCO_SPLIT = re.compile(r"captions_([a-z]+)\d*\.json")
+# Flickr8k's names of the pictures of a split, beside its captions.
+_SPLIT_LIST = re.compile(r".*\.(train|dev|test)images\.txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,53 +51,102 @@ class _Row:
     where: str
     image: str
     captions: tuple[str, ...]
+    split: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Annotations:
+    """What is known of each image of a folder.
+
+    Attributes:
+        captions: those of each image; none where it has none.
+        splits: the split that an annotation file puts each image into, in the words of that file,
+            such as `restval`; None where it says nothing.
+    """
+
+    captions: Captions
+    splits: tuple[str | None, ...]
 
 
 def read_captions(folder: Path, images: Sequence[Path], *, strict: bool = False) -> Captions | None:
     """Return the captions of each image, one or several; None if the folder has none at all.
 
-    They stand in a table in the folder, or in a `NAME.txt` beside each `NAME.jpg`, one on a line.
-    A table is `captions.csv`, `.tsv` or `.txt` with a header (comma, TAB, semicolon or bar; columns
-    as `file,caption`, `image,caption`, `filepath,title`), a Flickr token file, `captions.jsonl`, or
-    a JSON file of COCO's or of Karpathy's form. It may name an image on several rows. Names are
-    relative to the folder, or all to one of its subfolders; both slashes are read, and any Unicode
-    form.
+    See `read_annotations` for where they stand.
 
     Raises:
-        InputError: some images have a caption and others none; or a table is damaged, has a row
-            with more or fewer cells than its header, an empty caption, or an image that is not
-            there (an annotation file in JSON may name more than are there). The message names
-            the file and the line.
+        InputError: some images have a caption and others none; or see `read_annotations`.
     """
-    table = _find_table(folder, images, strict=strict)
-    if table is None:
-        found = _captions_beside(images)
-        if not any(found):
-            return None
-    else:
-        found = _captions_of_table(table, images, strict=strict)
-    missing = [path for path, captions in zip(images, found, strict=True) if not captions]
+    found = read_annotations(folder, images, strict=strict)
+    if not any(found.captions):
+        return None
+    missing = [path for path, own in zip(images, found.captions, strict=True) if not own]
     if missing:
+        table = next(iter(_find_tables(folder, images)), folder)
         raise InputError(
-            f"{table or folder}: {len(missing)} of {len(images)} images have no caption, the first "
+            f"{table}: {len(missing)} of {len(images)} images have no caption, the first "
             f"is {missing[0].relative_to(folder)}: give every image one"
         )
-    return tuple(found)
+    return found.captions
 
 
-def _find_table(folder: Path, images: Sequence[Path], *, strict: bool) -> Path | None:
+def read_annotations(folder: Path, images: Sequence[Path], *, strict: bool = False) -> Annotations:
+    """Return the captions and the split of each image, as far as the folder tells.
+
+    Captions stand in a table in the folder, or in a `NAME.txt` beside each `NAME.jpg`, one on a
+    line. A table is `captions.csv`, `.tsv` or `.txt` with a header (comma, TAB, semicolon or bar;
+    columns as `file,caption`, `image,caption`, `filepath,title`), a Flickr token file, Flickr30k's
+    `results.csv`, `captions.jsonl`, or a JSON file of COCO's or of Karpathy's form; COCO's are one
+    for each split and lie in `annotations`. It may name an image on several rows. Names are
+    relative to the folder, or all to one of its subfolders; both slashes are read, and any Unicode
+    form. A split is told by Karpathy's files, by the name of COCO's, and by Flickr8k's lists.
+
+    Raises:
+        InputError: a table is damaged, has a row with more or fewer cells than its header, an
+            empty caption, or an image that is not there (an annotation file in JSON may name more
+            than are there). The message names the file and the line.
+    """
+    tables = _find_tables(folder, images)
+    if not tables:
+        captions = tuple(_captions_beside(images))
+        return Annotations(captions, (None,) * len(captions))
+    found = _captions_of_tables(folder, tables, images, strict=strict)
+    others = [path for path in _all_tables(folder, images) if path not in tables]
+    others += [text for text in _texts_beside(images).values() if text not in tables]
+    leave_out(
+        [(path, f"captions are read from {tables[0].name}") for path in others], strict=strict
+    )
+    return found
+
+
+def _find_tables(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """Return the table that is read; of COCO's, all that name images of the folder."""
+    ordered = _all_tables(folder, images)
+    first = ordered[:1]
+    if not first or not fnmatch.fnmatchcase(first[0].name.casefold(), _OF_COCO):
+        return first
+    of_coco = [path for path in ordered if fnmatch.fnmatchcase(path.name.casefold(), _OF_COCO)]
+    if len(of_coco) == 1:
+        return of_coco
+    names = _Names(folder, images)
+    # The annotations of 2014 and of 2017 come in one folder, and hardly anybody has both.
+    return [path for path in of_coco if names.knows(list(_rows(path)))] or of_coco[:1]
+
+
+def _all_tables(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """Return the tables of a folder, the one to be read first."""
     beside = {beside_name(path) for path in images}
-    files = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
+    files = [
+        path
+        for place in (folder, *table_folders(folder))
+        for path in sorted(place.iterdir())
+        if is_table(path) and path.is_file()
+    ]
     files = [path for path in files if path.suffix != ".txt" or beside_name(path) not in beside]
     ordered = [
         path for name in TABLES for path in files if fnmatch.fnmatchcase(path.name.casefold(), name)
     ]
-    if not ordered:
-        return None
-    table, *others = dict.fromkeys(ordered)
-    others += [text for text in _texts_beside(images).values() if text != table]
-    leave_out([(path, f"captions are read from {table.name}") for path in others], strict=strict)
-    return table
+    # Flickr8k's lemmas are no captions.
+    return sorted(dict.fromkeys(ordered), key=lambda path: ".lemma." in path.name.casefold())
 
 
 def _texts_beside(images: Sequence[Path]) -> dict[tuple[Path, str], Path]:
@@ -105,28 +167,53 @@ def _captions_beside(images: Sequence[Path]) -> list[tuple[str, ...]]:
     return found
 
 
-def _captions_of_table(
-    table: Path, images: Sequence[Path], *, strict: bool
-) -> list[tuple[str, ...]]:
-    rows = list(_rows(table))
-    if not rows:
-        raise InputError(f"{table} names no images: write one row for each caption")
-    names = _Names(table.parent, images)
-    base = names.base(rows)
+def _captions_of_tables(
+    folder: Path, tables: Sequence[Path], images: Sequence[Path], *, strict: bool
+) -> Annotations:
+    names = _Names(folder, images)
     captions: dict[Path, list[str]] = {}
+    splits: dict[Path, str] = {}
     absent: dict[Path, str] = {}
-    for row in rows:
-        if not row.captions:
-            raise InputError(f"{row.where}: {row.image} has an empty caption")
-        image = names.find(row.image, base, row.where)
-        if image is not None:
-            captions.setdefault(image, []).extend(row.captions)
-        elif table.suffix.lower() == ".json":
-            absent[table.parent / row.image] = f"named in {table.name}, but not there"
-        elif not names.is_left_out(row.image, base):
-            raise InputError(f"{row.where}: {row.image} is no image in this folder")
+    for table in tables:
+        rows = list(_rows(table))
+        if not rows:
+            raise InputError(f"{table} names no images: write one row for each caption")
+        base = names.base(rows)
+        for row in rows:
+            if not row.captions:
+                raise InputError(f"{row.where}: {row.image} has an empty caption")
+            image = names.find(row.image, base, row.where)
+            if image is not None:
+                captions.setdefault(image, []).extend(row.captions)
+                if row.split is not None:
+                    splits[image] = row.split
+            elif table.suffix.lower() == ".json":
+                absent[table.parent / row.image] = f"named in {table.name}, but not there"
+            elif not names.is_left_out(row.image, base):
+                raise InputError(f"{row.where}: {row.image} is no image in this folder")
     leave_out(list(absent.items()), strict=strict)
-    return [tuple(captions.get(image, ())) for image in images]
+    splits |= _listed_splits(tables[0].parent, names)
+    return Annotations(
+        tuple(tuple(captions.get(image, ())) for image in images),
+        tuple(splits.get(image) for image in images),
+    )
+
+
+def _listed_splits(folder: Path, names: "_Names") -> dict[Path, str]:
+    """Return the splits by Flickr8k's lists, a name on each line."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        match = _SPLIT_LIST.fullmatch(path.name.casefold())
+        if match is None:
+            continue
+        lines = [line.strip() for line in split_lines(read_text(path)) if line.strip()]
+        rows = [_Row(f"{path}, line {number}", name, ()) for number, name in enumerate(lines, 1)]
+        base = names.base(rows) if rows else ""
+        for row in rows:
+            image = names.find(row.image, base, row.where)
+            if image is not None:
+                found[image] = match[1]
+    return found
 
 
 class _Names:
@@ -171,6 +258,11 @@ class _Names:
                 f"{bases[1]}: write the folder before each name"
             )
         return bases[0] if bases else ""
+
+    def knows(self, rows: Sequence[_Row]) -> bool:
+        """Tell whether any of the first rows names an image."""
+        base = self.base(rows)
+        return any(self.find(row.image, base, row.where) for row in rows[:_FIRST])
 
     def find(self, name: str, base: str, where: str) -> Path | None:
         """Return the image of that name; None if there is none.
@@ -236,6 +328,9 @@ def _rows_of_table(table: Path, text: str) -> Iterator[_Row]:
     for delimiter in (told[1],) if told else ("\t", ";", "|", ","):
         (header,) = csv.reader(lines[first : first + 1], delimiter=delimiter, skipinitialspace=True)
         columns = _columns(header)
+        if delimiter == "|" and [cell.strip() for cell in header] == _FLICKR_COLUMNS:
+            yield from _rows_of_flickr30k(table, lines, first + 1)
+            return
         if columns is not None:
             reader = csv.reader(
                 io.StringIO(text, newline=""),
@@ -257,7 +352,17 @@ def _rows_of_table(table: Path, text: str) -> Iterator[_Row]:
                 raise InputError(f"{where}: {count} TABs, where one parts name and caption")
             # Flickr's token files quote nothing, and a caption may begin with a quote.
             name, caption = cells if _NUMBER.search(cells[0]) else map(_unquoted, cells)
-            yield _Row(where, name, _texts(caption))
+            yield _Row(where, name, caption_texts(caption))
+
+
+def _rows_of_flickr30k(table: Path, lines: Sequence[str], first: int) -> Iterator[_Row]:
+    for number, line in enumerate(lines[first:], first + 1):
+        if line.strip():
+            where = f"{table}, line {number}"
+            match = _FLICKR_ROW.fullmatch(line)
+            if match is None:
+                raise InputError(f"{where}: needs image_name| comment_number| comment")
+            yield _Row(where, match[1], caption_texts(match[2]))
 
 
 def _unquoted(cell: str) -> str:
@@ -288,7 +393,7 @@ def _columns(header: list[str]) -> tuple[int, int, list[int]] | None:
     """Return how many columns there are, and which hold the image and the captions."""
     names = [re.sub(r"[ -]+", "_", cell.strip().casefold()) for cell in header]
     image = next((names.index(name) for name in _IMAGE_NAMES if name in names), None)
-    for wanted in _CAPTION_NAMES:
+    for wanted in CAPTION_NAMES:
         pattern = re.compile(rf"{wanted}_?\d*")
         captions = [place for place, name in enumerate(names) if pattern.fullmatch(name)]
         if captions and image is not None:
@@ -312,7 +417,7 @@ def _rows_below(
                 f"{where}: {len(row)} cells, where the header has {count}: put a caption that "
                 'holds the separator into "quotes"'
             )
-        yield _Row(where, row[image], _texts([row[place] for place in captions]))
+        yield _Row(where, row[image], caption_texts([row[place] for place in captions]))
 
 
 def _rows_of_json_lines(table: Path, text: str) -> Iterator[_Row]:
@@ -332,11 +437,14 @@ def _rows_of_json(table: Path, text: str) -> Iterator[_Row]:
         for number, entry in enumerate(data["images"], 1):
             row = _row_of_entry(f"{table}, image {number}", entry)
             folder = entry.get("filepath")  # Karpathy: a folder beside "filename"
-            in_folder = isinstance(folder, str) and (table.parent / folder).is_dir()
-            yield _Row(row.where, f"{folder}/{row.image}", row.captions) if in_folder else row
+            places = (table.parent, table.parent.parent)
+            in_folder = isinstance(folder, str) and any((at / folder).is_dir() for at in places)
+            image = f"{folder}/{row.image}" if in_folder else row.image
+            split = entry.get("split")
+            yield replace(row, image=image, split=split if isinstance(split, str) else None)
     elif isinstance(data, dict):
         for number, (name, value) in enumerate(data.items(), 1):
-            yield _Row(f"{table}, entry {number}", name, _texts(value))
+            yield _Row(f"{table}, entry {number}", name, caption_texts(value))
     else:
         raise InputError(f"{table}, line 1: give a list of images with captions, or an object")
 
@@ -348,10 +456,12 @@ def _rows_of_coco(table: Path, data: Mapping[str, Any]) -> Iterator[_Row]:
             names[image["id"]] = str(image["file_name"])
         except (TypeError, KeyError):
             raise InputError(f"{table}, image {number}: needs id and file_name") from None
+    named = _COCO_SPLIT.fullmatch(table.name.casefold())
+    split = named[1] if named else None
     for number, item in enumerate(data["annotations"], 1):
         where = f"{table}, annotation {number}"
         try:
-            yield _Row(where, names[item["image_id"]], _texts(item["caption"]))
+            yield _Row(where, names[item["image_id"]], caption_texts(item["caption"]), split)
         except (TypeError, KeyError):
             raise InputError(
                 f"{where}: needs a caption and the image_id of one of the images"
@@ -361,13 +471,18 @@ def _rows_of_coco(table: Path, data: Mapping[str, Any]) -> Iterator[_Row]:
 def _row_of_entry(where: str, entry: object) -> _Row:
     given = entry if isinstance(entry, dict) else {}
     image = next((given[name] for name in _IMAGE_NAMES if name in given), None)
-    texts = next((given[name] for name in _CAPTION_NAMES if name in given), None)
+    texts = next((given[name] for name in CAPTION_NAMES if name in given), None)
     if not isinstance(image, str) or texts is None:
         raise InputError(f'{where}: needs an object such as {{"file": "a.jpg", "caption": "..."}}')
-    return _Row(where, image, _texts(texts))
+    return _Row(where, image, caption_texts(texts))
 
 
-def _texts(value: object) -> tuple[str, ...]:
+def captions_of_entry(entry: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the captions that an object holds under the first known name; none if under none."""
+    return next((caption_texts(entry[name]) for name in CAPTION_NAMES if name in entry), ())
+
+
+def caption_texts(value: object) -> tuple[str, ...]:
     """Return the captions of a text, or of a list of texts or of sentences (Karpathy's "raw")."""
     items = value if isinstance(value, list) else [value]
     items = [item.get("raw") if isinstance(item, dict) else item for item in items]

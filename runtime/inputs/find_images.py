@@ -34,9 +34,12 @@ TABLE_NAME = "captions.csv"
 # Names of files that hold the captions of a whole folder, in any case; the first is taken.
 TABLES = (
     *(TABLE_NAME, "captions.tsv", "captions.jsonl", "captions.json", "captions.txt"),
-    *("*.token", "*.token.txt"),  # Flickr30k and Flickr8k
-    *("captions_*.json", "dataset_*.json"),  # COCO, and its splits by Karpathy and Fei-Fei
+    *("*.token", "*.token.txt", "results.csv"),  # Flickr30k and Flickr8k
+    *("dataset_*.json", "captions_*.json"),  # splits by Karpathy and Fei-Fei, COCO
 )
+# Subfolders that hold tables of the whole folder: of COCO, of Flickr8k.
+_TABLE_FOLDERS = ("annotations", "*_text")
+_SPLIT_LISTS = "*.*images.txt"  # Flickr8k's, of the pictures of each split
 
 _NAMED_LEFT_OUT = 5  # files that the line names for each reason; `-v` names all
 # By path, since several sources may open the same folder in one command.
@@ -118,11 +121,12 @@ def _left_out(root: Path, found: _Found) -> list[tuple[Path, str]]:
     items = [(path, why_unreadable(path.suffix) or "") for path in found.images]
     items = [item for item in items if item[1]] + found.unusable
     beside = {beside_name(path) for path in found.images}
+    tables = {root, *table_folders(root)}
     items += [
         (path, "no image by its name")
         for path in found.others
         if beside_name(path) not in beside or path.suffix.lower() != ".txt"
-        if not (path.parent == root and is_table(path))
+        if not (path.parent in tables and (is_table(path) or _is_split_list(path)))
     ]
     return sorted(items, key=lambda item: item[0].as_posix())
 
@@ -189,6 +193,20 @@ def _identity(folder: Path) -> tuple[int, int]:
 def is_table(path: Path) -> bool:
     """Tell by its name whether a file holds the captions of the folder that it lies in."""
     return any(fnmatch.fnmatchcase(path.name.casefold(), name) for name in TABLES)
+
+
+def _is_split_list(path: Path) -> bool:
+    return fnmatch.fnmatchcase(path.name.casefold(), _SPLIT_LISTS)
+
+
+def table_folders(folder: Path) -> tuple[Path, ...]:
+    """Return the subfolders whose tables hold the captions of the folder itself."""
+    return tuple(
+        path
+        for path in sorted(folder.iterdir())
+        if any(fnmatch.fnmatchcase(path.name.casefold(), name) for name in _TABLE_FOLDERS)
+        and path.is_dir()
+    )
 
 
 def beside_name(path: Path) -> tuple[Path, str]:

@@ -16,7 +16,7 @@ import torch
 from _bars import at_least, at_most, finish, options, say
 from graph_work import random_vit_b32
 
-from edgeclip.compress.data.sources import open_source
+from edgeclip.compress.data.open_source import open_source
 from edgeclip.export.bundle.build_bundle import build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS

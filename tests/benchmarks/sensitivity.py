@@ -18,7 +18,7 @@ import onnx
 from _bars import Bar, at_least, at_most, finish, options, say
 
 from edgeclip.compress.built_in import BUILT_IN_TEACHER
-from edgeclip.compress.data.sources import open_source
+from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.embedders import TowerGraph
 from edgeclip.export.graph.graph_io import load_graph, save_graph

@@ -1,23 +1,37 @@
+import contextlib
+import gc
+import json
 import logging
 import os
 import shutil
+import tracemalloc
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from edgeclip.compress.data import sources
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Split, split_of, vocabulary
+from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sources import (
     EmojiSource,
     FolderSource,
     Source,
-    open_source,
+    captions_of,
+    first_without_caption,
+    most_captions,
     readable,
     seed_of,
+    subset,
+    without,
 )
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import (
@@ -131,11 +145,16 @@ def test_folder_with_text_files(folder: Path) -> None:
 
 def test_captions_for_some_pictures_only(folder: Path) -> None:
     (folder / "a.txt").write_text("a hill", encoding="utf-8")
-    with pytest.raises(InputError, match=r"2 of 3 images .* the first is b\.png"):
-        FolderSource(folder)
-    _write_table(folder, "a.png,a hill", "b.png,a tree")
-    with pytest.raises(InputError, match=r"1 of 3 images have no caption, the first is deep"):
-        FolderSource(folder)
+    source = FolderSource(folder)
+    assert source.has_captions
+    assert [source.captions(index) for index in range(3)] == [("a hill",), (), ()]
+    assert (_all_captions(source), first_without_caption(source)) == (["a hill", None, None], 1)
+    with pytest.raises(ConfigError, match="needs a caption for every picture"):
+        captions_of(source, range(3))
+    _write_table(folder, "deep/c.png,a hill", "a.png,a tree")
+    assert _all_captions(FolderSource(folder)) == ["a tree", None, "a hill"]
+    _write_table(folder, "deep/c.png,a hill", "a.png,a tree", "b.png,a sea")
+    assert first_without_caption(FolderSource(folder)) is None
 
 
 def test_several_captions_of_a_picture(folder: Path) -> None:
@@ -349,3 +368,175 @@ def test_a_folder_too_small_for_a_split(folder: Path) -> None:
 def test_open_source_without_a_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         open_source(str(tmp_path / "nowhere"), split="train", count=1, size=8)
+
+
+def _pictures(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / name)
+
+
+def _by_split(folder: Path) -> dict[str, set[str]]:
+    found = {}
+    for split in ("train", "calibration", "test"):
+        with contextlib.suppress(ConfigError):
+            source = open_source(str(folder), split=split, count=1, size=8)
+            assert isinstance(source, FolderSource)
+            found[split] = {path.name for path in source.paths}
+    return found
+
+
+def test_splits_of_karpathy_and_fei_fei(tmp_path: Path) -> None:
+    given = ("train", "restval", "val", "test", "train")
+    names = [f"Images/{number}.jpg" for number in range(5)]
+    _pictures(tmp_path, *names, "Images/unknown.jpg")
+    images = [
+        {"filename": f"{number}.jpg", "split": split, "sentences": [{"raw": f"in {split}"}]}
+        for number, split in enumerate(given)
+    ]
+    (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    assert _by_split(tmp_path) == {
+        "train": {"0.jpg", "1.jpg", "4.jpg"},
+        "calibration": {"2.jpg"},
+        "test": {"3.jpg"},
+    }
+    test = open_source(str(tmp_path), split="test", count=1, size=8)
+    assert (test.captions(0), test.split) == (("in test",), "test")
+
+
+def _coco(names: Sequence[str], ids: Sequence[int]) -> str:
+    pairs = list(zip(names, ids, strict=True))
+    return json.dumps(
+        {
+            "images": [{"id": number, "file_name": name} for name, number in pairs],
+            "annotations": [
+                {"image_id": number, "caption": f"{word} {name}"}
+                for name, number in pairs
+                for word in ("a", "the")
+            ],
+        }
+    )
+
+
+def test_coco_as_it_is_downloaded(tmp_path: Path) -> None:
+    """Pictures of 2017, with the annotations of 2014 and of 2017 in one folder."""
+    train = [f"{number:012d}.jpg" for number in range(10)]
+    val = [f"{number:012d}.jpg" for number in range(10, 40)]
+    _pictures(tmp_path, *(f"train2017/{name}" for name in train), *(f"val2017/{n}" for n in val))
+    notes = tmp_path / "annotations"
+    notes.mkdir()
+    (notes / "captions_train2017.json").write_text(_coco(train, range(10)))
+    (notes / "captions_val2017.json").write_text(_coco(val, range(10, 40)))
+    (notes / "instances_val2017.json").write_text("{}")
+    for year in ("train2014", "val2014"):
+        names = [f"COCO_{year}_{number:012d}.jpg" for number in range(5)]
+        (notes / f"captions_{year}.json").write_text(_coco(names, range(5)))
+    found = _by_split(tmp_path)
+    assert found["train"] == set(train)
+    assert found["calibration"] | found["test"] == set(val)
+    assert not found["calibration"] & found["test"]
+    assert all(found.values())
+    source = open_source(str(tmp_path), split="train", count=1, size=8)
+    assert source.captions(3) == ("a 000000000003.jpg", "the 000000000003.jpg")
+    assert most_captions(source) == 2
+
+
+def test_flickr8k_as_it_is_downloaded(tmp_path: Path) -> None:
+    names = [f"{number}_ab.jpg" for number in range(6)]
+    _pictures(tmp_path, *(f"Flicker8k_Dataset/{name}" for name in names))
+    text = tmp_path / "Flickr8k_text"
+    text.mkdir()
+    rows = [f"{name}#{k}\tA dog {k} ." for name in names for k in range(2)]
+    (text / "Flickr8k.token.txt").write_text("\n".join(rows))
+    (text / "Flickr8k.lemma.token.txt").write_text("\n".join(rows).replace("dog", "hund"))
+    for name, own in (("train", names[:4]), ("dev", names[4:5]), ("test", names[5:])):
+        (text / f"Flickr_8k.{name}Images.txt").write_text("\n".join(own) + "\n")
+    assert _by_split(tmp_path) == {
+        "train": set(names[:4]),
+        "calibration": {names[4]},
+        "test": {names[5]},
+    }
+    source = FolderSource(tmp_path)
+    assert source.captions(0) == ("A dog 0 .", "A dog 1 .")
+
+
+def test_flickr30k_as_it_is_downloaded(tmp_path: Path) -> None:
+    """Its table quotes nothing, and a row lacks a bar."""
+    _pictures(tmp_path, "flickr30k_images/1.jpg", "flickr30k_images/2.jpg")
+    (tmp_path / "results.csv").write_text(
+        "image_name| comment_number| comment\n"
+        '1.jpg| 0| "Hello , a man says .\n'
+        "1.jpg| 1| A man | and a dog .\n"
+        "2.jpg| 4   A dog runs across the grass .\n"
+    )
+    source = FolderSource(tmp_path)
+    assert source.captions(0) == ('"Hello , a man says .', "A man | and a dog .")
+    assert source.captions(1) == ("A dog runs across the grass .",)
+
+
+def test_a_subset(folder: Path) -> None:
+    _write_table(folder, "a.png,a", "b.png,b", "b.png,b2")
+    source = FolderSource(folder, split=None)
+    chosen = subset(source, [2, 0, 2], name="some")
+    assert (len(chosen), chosen.name, chosen.has_captions) == (3, "some", True)
+    assert _all_captions(chosen) == [None, "a", None]
+    assert not subset(source, [2], name="mute").has_captions
+    assert chosen.content(0) == source.content(2)
+    assert chosen[1].image.size == source[0].image.size
+    identities = {subset(source, rows, name="").identity for rows in ([0, 1], [1, 0], [0], [])}
+    assert len(identities) == 4
+    assert len(subset(source, np.arange(0), name="none")) == 0
+    for rows in ([3], [-1]):
+        with pytest.raises(IndexError):
+            subset(source, rows, name="beyond")
+    for index in (3, -1):
+        with pytest.raises(IndexError):
+            chosen[index]
+
+
+@given(st.integers(1, 40), st.sets(st.integers(0, 39)))
+def test_without_leaves_the_others_in_order(count: int, numbers: set[int]) -> None:
+    bad = {number for number in numbers if number < count}
+    scenes = EmojiSource("train", count, size=8)
+    rest = without(scenes, bad)
+    kept = [number for number in range(count) if number not in bad]
+    assert len(rest) == len(kept)
+    assert [rest.content(place) for place in range(len(rest))] == [
+        scenes.content(number) for number in kept
+    ]
+    assert (rest.identity == scenes.identity) is (not bad)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_other_processes_read_a_folder(folder: Path, start: str) -> None:
+    """The cache of hashes is an SQLite connection, which must not be shared by processes."""
+    _write_table(folder, "a.png,a", "b.png,b", "deep/c.png,c")
+    source = FolderSource(folder)
+    source.content(0)
+    with ProcessPoolExecutor(2, mp_context=get_context(start)) as pool:
+        found = list(pool.map(_read_pair, [source] * 6, [0, 1, 2] * 2))
+    assert found == [_read_pair(FolderSource(folder), index) for index in [0, 1, 2] * 2]
+
+
+def _read_pair(source: Source, index: int) -> tuple[str, str | None, bytes]:
+    pair = source[index]
+    return source.content(index), pair.caption, pair.image.tobytes()
+
+
+def test_a_large_folder_takes_little_memory(tmp_path: Path) -> None:
+    """Texts and numbers, not an object for each."""
+    count = 1000
+    for number in range(count):
+        (tmp_path / f"{number:06d}.jpg").touch()
+    rows = [f"{number:06d}.jpg,picture {number:06d}" for number in range(count)]
+    _write_table(tmp_path, *rows)
+    FolderSource(tmp_path)  # what is imported and cached once
+    gc.collect()
+    tracemalloc.start()
+    source = FolderSource(tmp_path)
+    gc.collect()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == count
+    assert held < 200 * count + 50_000
+    assert source.caption(77) == "picture 000077"

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from edgeclip.compress.data.emoji_scenes import Split
-from edgeclip.compress.data.sources import EmojiSource, FolderSource, Pair, Source, open_source
+from edgeclip.compress.data.open_source import open_source
+from edgeclip.compress.data.sources import EmojiSource, FolderSource, Pair, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.graph.calibration import (
