@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from edgeclip.runtime.quality.intervals import Interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 _LINE = 16.0  # pixels from one line of a label to the next
 _CAP = 3.0  # half the length of a whisker's end
@@ -714,6 +715,149 @@ class HistogramChart:
             write(figure, min(max(at, 14 + half), 326 - half), y, words, colour="orange",
                   anchor="center")  # fmt: skip
         return figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistributionChart:
+    """A small chart of how often each value was seen, of as many values as there are.
+
+    The axis ends a little beyond the 0.5th and the 99.5th percentile, and values beyond it are
+    counted in words. `distribution` counts the values.
+
+    Attributes:
+        title: what the values are of.
+        unit: what the axis shows.
+        counts: of equal steps between `low` and `high`, of their logarithms if `log` is set.
+        total, median: of all values.
+        beyond: how many lie below `low`, and above `high`.
+        other: counts of other values to compare with, and their name; drawn as a line.
+        marks: names and values of lines, at most two.
+    """
+
+    small = True
+    title: str
+    unit: str
+    counts: tuple[int, ...]
+    low: float
+    high: float
+    log: bool
+    total: int
+    median: float
+    beyond: tuple[int, int] = (0, 0)
+    other: tuple[tuple[int, ...], str] | None = None
+    marks: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def description(self) -> str:
+        """The number of values, the median and the marks."""
+        words = f"{self.total:,} of {self.unit}, median {digits(self.median)}"
+        return "; ".join([words, *(f"{name} {_number(value)}" for name, value in self.marks)])
+
+    def draw(self, *, narrow: bool) -> "Figure | None":
+        """Draw it; None without values."""
+        if not self.total:
+            return None
+        most = max(1, *self.counts)
+        figure, axes = canvas(SMALL, 176, left=14, right=326, top=56, foot=138)
+        axes.set_ylim(0, most)
+        axes.set_yticks([])
+        set_axis(axes, "x", self.low, self.high, log=self.log, count=5)
+        space = np.geomspace if self.log else np.linspace
+        edges = space(self.low, self.high, len(self.counts) + 1)
+        counts = np.array(self.counts)
+        seen = np.maximum(counts, (counts > 0) * 2 / 82 * most)  # a single one must be seen
+        axes.stairs(seen, edges, fill=True, color=COLOURS["blue"], alpha=0.7, linewidth=0)
+        name = fit(self.title, SMALL - 110, bold=True)
+        write(figure, 2, 14, name, colour="ink", bold=True)
+        write(figure, SMALL - 2, 14, f"median {digits(self.median)}", anchor="right")
+        if self.other is not None:
+            others, words = self.other
+            line = np.array(others) * most / max(1, *others)
+            axes.stairs(line, edges, color=COLOURS["muted"], linewidth=1.25)
+            write(figure, 14, 34, f"line: {words}")
+        write(figure, 14, 174, f"{self.unit}{' (log)' if self.log else ''}")
+        below, above = self.beyond
+        if below or above:
+            words = " · ".join(
+                [*([f"← {below:,}"] if below else []), *([f"{above:,} →"] if above else [])]
+            )
+            write(figure, 326, 174, words, anchor="right")
+        for number, (words, value) in enumerate(self.marks):
+            y = 49 - 15 * (number if self.other is None else 0)
+            held = min(max(value, self.low), self.high)
+            at, up = _pixels(axes, held, 0)[0], (134 - y) / 82 * most
+            axes.plot([held] * 2, [0, up], color=COLOURS["bar"], linewidth=1.5,
+                      dashes=(3.3, 2.7), clip_on=False)  # fmt: skip
+            label = f"{words} {_number(value)}"
+            half = text_width(label) / 2
+            write(figure, min(max(at, 14 + half), 326 - half), y, label, colour="orange",
+                  anchor="center")  # fmt: skip
+        return figure
+
+
+_STEPS = 52  # of a distribution
+_FAR = 1.0  # of the width of the middle 99%: no mark beyond is shown
+
+
+def distribution(
+    title: str,
+    values: "NDArray[Any]",
+    unit: str,
+    *,
+    other: "tuple[NDArray[Any], str] | None" = None,
+    marks: tuple[tuple[str, float], ...] = (),
+    whole: bool = False,
+    log: bool | None = None,
+) -> DistributionChart | None:
+    """Count values, of which those that are not finite are left out; None without any.
+
+    Args:
+        title, unit, marks: see `DistributionChart`.
+        values: one dimension.
+        other: values to compare with, and their name.
+        whole: the values are whole numbers, so no step is smaller than 1.
+        log: whether the axis is logarithmic; None where the values decide.
+    """
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = (float(end) for end in np.percentile(values, (0.5, 99.5)))
+    width = high - low
+    low = max(float(values.min()), low - 0.15 * width)
+    high = min(float(values.max()), high + 0.15 * width)
+    shown = [value for _, value in marks if low - _FAR * width <= value <= high + _FAR * width]
+    others = np.empty(0) if other is None else other[0][np.isfinite(other[0])]
+    shown += np.percentile(others, (0.5, 99.5)).tolist() if len(others) else []
+    low, high, log = with_room(min([low, *shown]), max([high, *shown]), log=log)
+    steps = _STEPS
+    if whole and not log:  # as many whole numbers in each step
+        in_step = max(1, math.ceil((high - low) / _STEPS))
+        low = math.floor(low) - 0.5
+        steps = math.ceil((high - low) / in_step)
+        high = low + steps * in_step
+    edges = np.geomspace(low, high, steps + 1) if log else np.linspace(low, high, steps + 1)
+    return DistributionChart(
+        title=title,
+        unit=unit,
+        counts=_counts(values, edges),
+        low=low,
+        high=high,
+        log=log,
+        total=len(values),
+        median=float(np.median(values)),
+        beyond=(int((values < low).sum()), int((values > high).sum())),
+        other=None if other is None else (_counts(others, edges), other[1]),
+        marks=marks,
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else digits(value)
+
+
+def _counts(values: "NDArray[Any]", edges: "NDArray[Any]") -> tuple[int, ...]:
+    counts, _ = np.histogram(values, edges)
+    return tuple(counts.tolist())
 
 
 @dataclass(frozen=True, slots=True)

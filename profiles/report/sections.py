@@ -138,7 +138,38 @@ class Gallery:
     entries: tuple[GalleryEntry, ...]
 
 
-Block = Table | Figure | FigureGrid | Note | Heading | Commands | Facts | AdviceList | Gallery
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownPicture:
+    """A picture (or its bytes) as a small photograph, a figure of it, and a text such as a caption.
+
+    `beside` is another picture to compare it with, shown before it.
+    """
+
+    picture: Picture
+    figure: str
+    text: str = ""
+    beside: Picture | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Pictures with a figure each, side by side."""
+
+    entries: tuple[ShownPicture, ...]
+
+
+Block = (
+    Table
+    | Figure
+    | FigureGrid
+    | Note
+    | Heading
+    | Commands
+    | Facts
+    | AdviceList
+    | Gallery
+    | Pictures
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

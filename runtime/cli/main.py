@@ -54,6 +54,11 @@ COMMANDS: dict[str, Command] = {
     "cache": Command(
         "edgeclip.compress.cli.cache", "compute and store a teacher's embeddings", "compress"
     ),
+    "data-report": Command(
+        "edgeclip.compress.cli.data_report",
+        "judge pictures and captions, and list those to keep",
+        "compress",
+    ),
     "distill": Command(
         "edgeclip.compress.cli.distill", "train a student from a teacher", "compress"
     ),
