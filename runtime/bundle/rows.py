@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +20,8 @@ if sys.platform != "win32":
 KEY_BYTES = 32  # a SHA-256
 _KIND = "edgeclip-rows-1"
 _LONGEST_HEADER = 1 << 16
+_READ_BYTES = 1 << 23  # read at a time when a file is opened
+_FRESH = 1 << 15  # appended keys that are kept in a dict before they are sorted in
 
 
 class RowFile:
@@ -30,6 +32,7 @@ class RowFile:
     was killed leaves at most one torn record, at the end, which the next writer cuts off. A record
     of another checksum counts as missing, and what it held is computed again.
 
+    Rows are read from the file when they are asked for; 16 bytes a record are held in memory.
     One process at a time may append, and others read; `close` flushes it to the disk.
 
     Args:
@@ -59,6 +62,7 @@ class RowFile:
         self._header = json.dumps(header, sort_keys=True).encode() + b"\n"
         self._mend = mend
         self._file: BinaryIO | None = None
+        self._reader: int | None = None
         self._load()
 
     @property
@@ -67,28 +71,62 @@ class RowFile:
         return self._record["row"].shape
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+        return self.number(key) is not None
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._count
 
     @property
     def keys(self) -> tuple[bytes, ...]:
-        """All keys, in the order of their first rows."""
-        return tuple(self._places)
+        """All keys, in the order of their last rows."""
+        numbers = np.sort(self._numbers).tolist() + sorted(self._fresh.values())
+        keys = [(number, self._key(number)) for number in numbers]
+        return tuple(key for number, key in keys if self.number(key) == number)
+
+    def number(self, key: bytes) -> int | None:
+        """Return the number of the record that holds a key's row; None if there is none."""
+        fresh = self._fresh.get(key)
+        if fresh is not None:
+            return fresh
+        prefix = np.frombuffer(key, "<u8", 1)
+        first, last = (
+            int(np.searchsorted(self._prefixes, prefix, side=side)[0]) for side in ("left", "right")
+        )
+        # The latest is behind its equals.
+        for number in map(int, reversed(self._numbers[first:last])):
+            if self._key(number) == key:
+                return number
+        return None
 
     def rows(self, keys: Sequence[bytes]) -> NDArray[Any]:
         """Return the row of each key: [len(keys), *shape].
 
         Raises:
             KeyError: a key without a row.
+            InputError: the file was cut short or altered since it was opened.
         """
-        field = self._record["row"]
-        found = np.empty((len(keys), *field.shape), field.base)
-        for number, key in enumerate(keys):
-            block, row = self._places[key]
-            found[number] = self._blocks[block]["row"][row]
-        return found
+        numbers = [self.number(key) for key in keys]
+        for key, number in zip(keys, numbers, strict=True):
+            if number is None:
+                raise KeyError(key)
+        return self.at(np.array(numbers, np.int64))
+
+    def at(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the rows of records by their number, see `number`: [len(numbers), *shape].
+
+        Raises:
+            InputError: the file was cut short or altered since it was opened.
+        """
+        size = self._record.itemsize
+        found = b"".join(
+            self._read(self._start + number * size, size) for number in numbers.tolist()
+        )
+        if len(found) == size * len(numbers):
+            records = np.frombuffer(found, self._record)
+            if np.array_equal(_checksums(records), records["crc"]):
+                rows: NDArray[Any] = records["row"].copy()
+                return rows
+        raise InputError(f"{self.path} was altered while it was read: run the command again")
 
     def append(self, keys: Sequence[bytes], rows: NDArray[Any]) -> None:
         """Write the row of each key behind all others; a killed process loses none of them.
@@ -104,13 +142,19 @@ class RowFile:
         try:
             if self._file is None:
                 self._file = self._open()
+            first = (self._end - self._start) // self._record.itemsize
             _write(self._file, records.tobytes())
         except OSError as error:
             raise InputError(
                 f"cannot write {self.path}: {error.strerror}; what it holds is kept, so make room "
                 "and run the command again"
             ) from error
-        self._remember(records, np.ones(len(keys), bool))
+        self._end += records.nbytes
+        for number, key in enumerate(keys, first):
+            self._count += key not in self
+            self._fresh[key] = number
+        if len(self._fresh) > _FRESH:
+            self._sort_in()
 
     def close(self) -> None:
         """Flush the file to the disk, and close it."""
@@ -123,26 +167,28 @@ class RowFile:
 
     def _load(self) -> None:
         """Read the file, and remember where its last whole record ends."""
-        self._blocks: list[NDArray[Any]] = []
-        self._places: dict[bytes, tuple[int, int]] = {}  # the block of a key, and its row there
-        self._end = self._size = 0
+        self._prefixes = np.empty(0, "<u8")  # the first 8 bytes of each key, sorted
+        self._numbers = np.empty(0, np.int64)  # and the number of its record
+        self._fresh: dict[bytes, int] = {}  # of keys that are not in there yet
+        self._start, self._end, self._size, self._count = len(self._header), 0, 0, 0
+        self._close_reader()
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                self._size = os.fstat(file.fileno()).st_size
+                head = file.read(_LONGEST_HEADER)
+                if self._header.startswith(head):  # its first writer has not begun, or was killed
+                    self._end = len(head) if head == self._header else 0
+                    return
+                if not head.startswith(self._header):
+                    line = head.partition(b"\n")[0]
+                    what = "is of other settings" if _is_header(line) else "is damaged"
+                    raise InputError(f"{self.path} {what}: {self._mend}")
+                file.seek(self._start)
+                self._index(self._records(file))
         except FileNotFoundError:
             return
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from error
-        self._size = len(content)
-        if self._header.startswith(content):  # its first writer has not begun, or was killed
-            return
-        if not content.startswith(self._header):
-            head = content[:_LONGEST_HEADER].partition(b"\n")[0]
-            what = "is of other settings" if _is_header(head) else "is damaged"
-            raise InputError(f"{self.path} {what}: {self._mend}")
-        whole = (len(content) - len(self._header)) // self._record.itemsize
-        self._end = len(self._header) + whole * self._record.itemsize
-        records = np.frombuffer(content, self._record, whole, len(self._header))
-        self._remember(records, _checksums(records) == records["crc"])
 
     def _open(self) -> BinaryIO:
         """Open the file to append to it, with a lock that ends with this process."""
@@ -164,14 +210,69 @@ class RowFile:
         file.truncate(self._end)
         if self._end == 0:
             _write(file, self._header)
+            self._end = self._start
         return file
 
-    def _remember(self, records: NDArray[Any], valid: NDArray[np.bool_]) -> None:
-        block = len(self._blocks)
-        self._blocks.append(records)
-        keys = records["key"].tobytes()
-        for row in map(int, np.flatnonzero(valid)):
-            self._places[keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]] = (block, row)
+    def _records(self, file: BinaryIO) -> Iterator[NDArray[Any]]:
+        """Yield the whole records of a file, some at a time."""
+        size = self._record.itemsize
+        chunk = max(1, _READ_BYTES // size) * size
+        while content := file.read(chunk):
+            yield np.frombuffer(content, self._record, len(content) // size)
+
+    def _index(self, blocks: Iterator[NDArray[Any]]) -> None:
+        """Remember which record holds the row of each key; those of a wrong checksum are none."""
+        prefixes, numbers, count = [self._prefixes], [self._numbers], 0
+        for records in blocks:
+            valid = np.flatnonzero(_checksums(records) == records["crc"])
+            keys = np.ascontiguousarray(records["key"][valid, :8])
+            prefixes.append(keys.view("<u8").reshape(-1))
+            numbers.append(count + valid)
+            count += len(records)
+        self._end = self._start + count * self._record.itemsize
+        self._sort(np.concatenate(prefixes), np.concatenate(numbers))
+        twins = np.flatnonzero(self._prefixes[1:] == self._prefixes[:-1])
+        again = sum(self._key(int(self._numbers[i])) in self._keys_behind(int(i)) for i in twins)
+        self._count = len(self._numbers) - again
+
+    def _keys_behind(self, place: int) -> set[bytes]:
+        """Return the keys that share the prefix of the key at `place`, and come after it."""
+        last = int(np.searchsorted(self._prefixes, self._prefixes[place], side="right"))
+        return {self._key(int(number)) for number in self._numbers[place + 1 : last]}
+
+    def _sort_in(self) -> None:
+        keys = np.frombuffer(b"".join(self._fresh), "u1").reshape(-1, KEY_BYTES)
+        prefixes = np.ascontiguousarray(keys[:, :8]).view("<u8").reshape(-1)
+        numbers = np.array(list(self._fresh.values()), np.int64)
+        self._sort(
+            np.concatenate([self._prefixes, prefixes]), np.concatenate([self._numbers, numbers])
+        )
+        self._fresh = {}
+
+    def _sort(self, prefixes: NDArray[np.uint64], numbers: NDArray[np.int64]) -> None:
+        order = np.lexsort((numbers, prefixes))
+        self._prefixes, self._numbers = prefixes[order], numbers[order]
+
+    def _key(self, number: int) -> bytes:
+        return self._read(self._start + number * self._record.itemsize, KEY_BYTES)
+
+    def _read(self, place: int, size: int) -> bytes:
+        """Read at a place in the file; a forked process may do so at the same time."""
+        if self._reader is None:
+            self._reader = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        if sys.platform != "win32":
+            return os.pread(self._reader, size, place)
+        os.lseek(self._reader, place, os.SEEK_SET)
+        return os.read(self._reader, size)
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            os.close(self._reader)
+            self._reader = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_reader"):
+            self._close_reader()
 
 
 def row_bytes(count: int, shape: tuple[int, ...], dtype: DTypeLike) -> int:

@@ -5,12 +5,16 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
+import tracemalloc
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgeclip.runtime.bundle.rows import RowFile, row_bytes
 from edgeclip.runtime.errors import InputError
@@ -178,3 +182,60 @@ def test_two_that_find_no_file_make_one(tmp_path: Path) -> None:
     with closing(second):
         second.append(KEYS[2:3], ROWS[2:3])
     np.testing.assert_array_equal(opened(path).rows(KEYS[:3]), ROWS[:3])
+
+
+@given(
+    writes=st.lists(st.lists(st.integers(0, 40), max_size=6), max_size=30),
+    reopen=st.integers(1, 9),
+)
+def test_it_holds_what_a_dict_would(writes: list[list[int]], reopen: int) -> None:
+    # Keys that share their first 8 bytes in groups of three, so that those are not enough.
+    keys = [
+        bytes([number // 3]) * 8 + hashlib.sha256(bytes([number])).digest()[8:]
+        for number in range(41)
+    ]
+    held: dict[bytes, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "some.rows")
+        file = opened(path, shape=(), dtype=np.float64)
+        for count, write in enumerate(writes):
+            given = {keys[number]: 100.0 * count + number for number in write}
+            file.append(tuple(given), np.array(list(given.values())))
+            held |= given
+            if count % reopen == 0:
+                file.close()
+                file = opened(path, shape=(), dtype=np.float64)
+        assert len(file) == len(held)
+        assert set(file.keys) == set(held)
+        assert [key in file for key in keys] == [key in held for key in keys]
+        np.testing.assert_array_equal(file.rows(list(held)), list(held.values()))
+        numbers = np.array([file.number(key) for key in held], np.int64)
+        np.testing.assert_array_equal(file.at(numbers), list(held.values()))
+        file.close()
+
+
+def test_many_rows_take_16_bytes_each_in_memory(tmp_path: Path) -> None:
+    count = 40_000
+    numbers = np.arange(count, dtype="<u8")
+    keys = [bytes(24) + number.tobytes() for number in numbers]  # the number first
+    keys = [key[::-1] for key in keys]
+    tracemalloc.start()
+    try:
+        with closing(opened(tmp_path / "a", shape=(512,))) as file:
+            for first in range(0, count, 1000):
+                chunk = slice(first, first + 1000)
+                file.append(keys[chunk], np.full((1000, 512), first // 1000, np.float16))
+        before = tracemalloc.get_traced_memory()[0]
+        again = opened(tmp_path / "a", shape=(512,))
+        held = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert held < 24 * count
+    assert again.rows([keys[count - 1], keys[0]])[:, 0].tolist() == [39, 0]
+
+
+def test_a_file_that_is_cut_while_it_is_read(path: Path) -> None:
+    file = opened(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"some\.rows was altered while it was read: run"):
+        file.at(np.array([5]))
