@@ -25,11 +25,6 @@ def autocast(compute: ComputeType, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def full_precision(device: torch.device) -> torch.autocast:
-    """Return a context without mixed precision: logits up to 100 have steps of 0.5 in bfloat16."""
-    return torch.autocast(device.type, enabled=False)
-
-
 @functools.cache
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu":

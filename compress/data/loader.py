@@ -1,0 +1,96 @@
+"""Make items in worker processes, in the order in which they are asked for."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from edgeclip.runtime.errors import EdgeClipError, InputError
+
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+
+
+def default_workers() -> int:
+    """Return how many processes make items: one beside a CPU that trains, several beside a GPU."""
+    if not torch.cuda.is_available():
+        return 1
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(8, cores // torch.cuda.device_count()))
+
+
+def load(make: Callable[[Key], Item], keys: Iterable[Key], *, workers: int) -> Iterator[Item]:
+    """Yield `make(key)` for each key, in order; the next ones are made meanwhile.
+
+    What is made may depend on the key alone, so it is the same for any number of workers. Tensors
+    come through shared memory, and pinned where there is a GPU.
+
+    Args:
+        make: runs in the worker processes, each of which has a copy of it. An error of EdgeCLIP is
+            raised here as it is.
+        keys: are read ahead by two for each worker.
+        workers: number of processes; 0 makes everything in this one.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Made(make),
+        sampler=keys,  # type: ignore[arg-type] # any iterable will do
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_begin,
+        prefetch_factor=2 if workers else None,
+    )
+    for made in loader:
+        if isinstance(made, _Failed):
+            raise made.error
+        yield made
+
+
+@contextmanager
+def killed_workers_explained() -> Iterator[None]:
+    """Turn torch's error about a worker process that was killed, raised anywhere, into one line.
+
+    Raises:
+        InputError: a worker process was killed while the block lasted.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            "a process that reads pictures was killed, perhaps because the memory is full: run it "
+            "again to go on, with fewer --workers or a smaller --batch-size"
+        ) from error
+
+
+class _Made(Dataset[Any], Generic[Key, Item]):
+    """What `make` returns, by its key."""
+
+    def __init__(self, make: Callable[[Key], Item]) -> None:
+        self._make = make
+
+    def __getitem__(self, key: Key) -> "Item | _Failed":
+        try:
+            return self._make(key)
+        except EdgeClipError as error:
+            return _Failed(error)  # raised in a worker, it would come with a traceback in its text
+
+
+class _Failed:
+    """An error on its way out of a worker process."""
+
+    def __init__(self, error: EdgeClipError) -> None:
+        self.error = error
+
+
+def _begin(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    logging.getLogger("edgeclip").setLevel(logging.ERROR)  # the main process's to say, too
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
