@@ -12,12 +12,11 @@ from edgeclip.compress.cli.options import (
     max_bad,
     refuse_teacher_as_output,
 )
-from edgeclip.compress.data.sources import without
+from edgeclip.compress.data.sampling import MOST_HELD_OUT, Sampling
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import MARKER
 from edgeclip.compress.teachers.teacher_cache import build_cache
-from edgeclip.compress.train.distill import distill
-from edgeclip.compress.train.held_out import MOST_HELD_OUT, split_rows
+from edgeclip.compress.train.distill import distill, parts_of
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.runtime.bundle.files import check_target, require_space
@@ -117,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
     check_target(args.out, replace=True, marker=MARKER)
     teacher = load_teacher(args)
     source = load_source(args, teacher, split="train")
-    split_rows(len(source), args.held_out)  # refuses a number before the teacher's work
+    # Refuses a number before the teacher's work.
+    Sampling(parts_of(source), held_out=args.held_out)
     folder = _run_folder(args)
     weights, settings = _weights(args), _settings(args)
     shape = StudentShape(
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     best = distill(
         student,
         cache,
-        without(source, cache.unreadable),
+        source,
         loss_weights=weights,
         settings=settings,
         out=folder,

@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -212,6 +214,14 @@ class DualEncoder(nn.Module):
         """Preprocess RGB pictures to float32 [N, 3, size, size] on the model's device."""
         return torch.from_numpy(preprocess_batch(images, self.image_spec)).to(self.device)
 
+    def normalise(self, crops: NDArray[np.uint8] | Tensor) -> Tensor:
+        """Normalise crops uint8 [N, size, size, 3] to float32 [N, 3, size, size] on the device."""
+        spec = self.image_spec
+        pixels = torch.as_tensor(crops).to(self.device, non_blocking=True)
+        mean, std = (torch.tensor(own, device=self.device) for own in (spec.mean, spec.std))
+        normalised = (pixels.float() * (1 / 255) - mean) / std
+        return normalised.permute(0, 3, 1, 2).contiguous()
+
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Tokenize captions to int64 [N, length], cut at the context length, on the device.
 
@@ -255,6 +265,20 @@ class DualEncoder(nn.Module):
         """
         text = self.model.config.text_config
         return bool(text.model_type == "clip_text_model" and text.eos_token_id == 2)
+
+    def checkpoint_gradients(self) -> None:
+        """Compute activations again in the backward pass, which takes time and saves memory.
+
+        Raises:
+            ConfigError: a tower cannot do that in transformers.
+        """
+        try:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(
+                f"{type(self.model).__name__} cannot compute its activations again: leave out "
+                "--gradient-checkpointing"
+            ) from error
 
     def tower_parts(self, tower: Tower) -> tuple[str, ...]:
         """Return the prefixes of a tower's names in `named_parameters` and `named_modules`."""

@@ -1,55 +1,39 @@
-"""Make augmented views of pictures, and keep the teacher's embeddings of them on disk."""
+"""Keep the teacher's embeddings of pictures and captions on disk."""
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
 from torch import Tensor
 from tqdm import tqdm
 
 from edgeclip.compress.compute import autocast
-from edgeclip.compress.data.augmentation import Augmentation
-from edgeclip.compress.data.sources import Source, captions_of, most_captions, seed_of, without
+from edgeclip.compress.data.augmentation import Augmentation, view_crop
+from edgeclip.compress.data.loader import default_workers, killed_workers_explained, load
+from edgeclip.compress.data.sources import Source, captions_of, seed_of
+from edgeclip.compress.processes import processes
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
-from edgeclip.runtime.bundle.files import atomic_file, require_space
+from edgeclip.runtime.bundle.files import atomic_directory, atomic_file, require_space
 from edgeclip.runtime.bundle.rows import RowFile, row_bytes
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad, report_bad
+from edgeclip.runtime.spec import ImageSpec
 
 _SETTINGS = "cache.json"
+_ORDER, _ORDER_FILES = "order.json", ("images.int64", "starts.int64", "texts.int64")
+_NONE = np.empty(0, np.int64)
 _BATCH = 64
 Float16 = NDArray[np.float16]
-
-
-def augment(
-    image: Image.Image, augmentation: Augmentation, *, picture_seed: int, view: int
-) -> Image.Image:
-    """Return view number `view` of a picture; view 0 is the unchanged picture.
-
-    `picture_seed` makes the views of one picture differ from another's, see `seed_of`.
-    """
-    if view == 0:
-        return image
-    rng = np.random.default_rng(np.random.SeedSequence((augmentation.seed, picture_seed, view)))
-    width, height = (side * float(rng.uniform(augmentation.crop, 1.0)) for side in image.size)
-    left = float(rng.uniform(0, image.width - width))
-    top = float(rng.uniform(0, image.height - height))
-    changed = image.resize(
-        image.size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
-    )
-    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        factor = rng.uniform(1 - augmentation.colour, 1 + augmentation.colour)
-        changed = enhance(changed).enhance(float(factor))
-    return changed
+# Adds the keys of pictures, the keys of their captions, and what was wrong with unreadable ones.
+_Write = Callable[[Sequence[bytes | None], Sequence[Sequence[bytes]], dict[int, str]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,32 +60,61 @@ class CacheSettings(CacheIdentity):
     """The identity of a source's embeddings: equal settings mean equal embeddings.
 
     Attributes:
-        source: identity of the data, without the pictures that cannot be read.
+        source: identity of the data.
         count: number of pictures.
-        captions: whether the captions are embedded too.
-        texts: the most captions that a picture has.
+        captions: whether any picture has a caption.
     """
 
     source: str
     count: int
     captions: bool
-    texts: int = 1
+
+
+class TeacherCache:
+    """Embeddings of every view and caption of a source, L2-normalised, read from disk when needed.
+
+    A worker process may have a copy of it.
+
+    Attributes:
+        settings: what the embeddings belong to.
+        unreadable: indices of the pictures that could not be read, and have no embeddings.
+    """
+
+    def __init__(
+        self, settings: CacheSettings, order: "_Order", images: RowFile, texts: RowFile
+    ) -> None:
+        self.settings = settings
+        self.unreadable = tuple(sorted(order.bad))
+        self._order, self._images, self._texts = order, images, texts
+
+    def image(self, indices: Sequence[int], views: int | Sequence[int] = 0) -> Float16:
+        """Return a view of each of some readable pictures: float16 [N, dim]."""
+        rows = self._images.at(np.asarray(self._order.images[list(indices)], np.int64))
+        found: Float16 = rows[np.arange(len(rows)), views]
+        return found
+
+    def text(self, indices: Sequence[int], numbers: int | Sequence[int] = 0) -> Float16:
+        """Return one caption, by its number, of each of some pictures: float16 [N, dim]."""
+        places = np.asarray(self._order.starts[list(indices)]) + np.asarray(numbers)
+        found: Float16 = self._texts.at(np.asarray(self._order.texts[places], np.int64))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherCache:
-    """Embeddings of every view and caption of a source, L2-normalised.
+class _Order:
+    """Which records of the row files belong to the items of a source, by their index.
 
-    `image` is float16 [count, views, dim]; `text` is float16 [count, texts, dim], zeros where a
-    picture has fewer captions than others, or None for pictures without captions. `unreadable`
-    holds the indices, in the source that was given, of pictures that could not be read and have no
-    row; see `sources.without`.
+    Attributes:
+        images: number of the record of each picture, -1 for an unreadable one, int64 [count].
+        starts: where the captions of each picture begin in `texts`, int64 [count + 1].
+        texts: number of the record of each caption, int64.
+        bad: unreadable pictures by their index, with the reason.
     """
 
-    settings: CacheSettings
-    image: Float16
-    text: Float16 | None
-    unreadable: tuple[int, ...] = ()
+    images: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    texts: NDArray[np.int64]
+    bad: dict[int, str]
 
 
 def build_cache(
@@ -112,17 +125,23 @@ def build_cache(
     views: int | None = None,
     augmentation: Augmentation | None = None,
     max_bad: MaxBad = DEFAULT_MAX_BAD,
+    workers: int | None = None,
 ) -> TeacherCache:
     """Compute the embeddings that `folder` lacks, and return those of the source.
 
     The folder holds `image.rows` and `text.rows` (`RowFile`), where a picture's embeddings lie
     under its content and a caption's under its SHA-256. So a new, changed or mended picture
-    computes itself alone, and a run that was killed loses the batch in hand.
+    computes itself alone, and a run that was killed loses the batch in hand. `orders` tells which
+    rows belong to which item of a source, so that data known already are not looked at again.
+    Memory does not grow with the data, but for 16 bytes a row while rows are looked up.
+
+    Several processes (see `Processes`) share the work; the first one writes.
 
     Args:
         views, augmentation: None takes those of an existing cache; for a new cache, one view and
             `Augmentation()`.
         max_bad: how many pictures may be unreadable; they are skipped and named.
+        workers: processes that read pictures; None for `default_workers`.
 
     Raises:
         ConfigError: `folder` holds a cache of another teacher or augmentation, or there is
@@ -154,94 +173,229 @@ def build_cache(
     of_texts = {"space": identity.space}
     of_images = {**of_texts, "augmentation": asdict(augmentation)}
     needed = row_bytes(count, image_row, np.float16)
-    needed += row_bytes(count * most_captions(source), text_row, np.float16)
+    needed += row_bytes(count, text_row, np.float16) if source.has_captions else 0
     there = sum(path.stat().st_size for path in (image_file, text_file) if path.exists())
     require_space(folder, max(0, needed - there))
     if existing is not None:
         _refuse_other(folder, existing, identity)
-    bad: dict[int, str] = {}
-    with (
-        closing(_open_rows(image_file, image_row, of_images)) as images,
-        closing(_open_rows(text_file, text_row, of_texts)) as texts,
-        fast_inference(teacher),
-        tqdm(total=count * views, desc="teacher cache", unit="img", dynamic_ncols=True) as bar,
-    ):
-        if existing is None:
-            _write_identity(folder, identity)
-        try:
-            for first in range(0, count, _BATCH):
-                chunk = range(first, min(first + _BATCH, count))
-                bad |= _add_pictures(images, teacher, source, chunk, identity)
-                if source.has_captions:
-                    captions_of(source, chunk)  # refuses a picture without any
-                    own = [source.captions(index) for index in chunk if index not in bad]
-                    _add_captions(texts, teacher, [caption for given in own for caption in given])
-                bar.update(len(chunk) * views)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"stopped; {len(images)} pictures are kept in {folder}, so run it again to go on"
-            ) from None
-    report_bad(list(bad.values()), count, max_bad)
-    source = without(source, bad)
-    numbers = range(len(source))
-    text = None
-    most = most_captions(source)
-    if source.has_captions:
-        text = np.zeros((len(source), most, identity.dim), np.float16)
-        for number in numbers:
-            keys = [_caption_key(caption) for caption in source.captions(number)]
-            text[number, : len(keys)] = texts.rows(keys)
+    images = _open_rows(image_file, image_row, of_images)
+    texts = _open_rows(text_file, text_row, of_texts)
+    team = processes()
+    if existing is None and team.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_identity(folder, identity)
+    place = folder / "orders" / hashlib.sha256(source.identity.encode()).hexdigest()[:32]
+    order = team.from_first(_read_order(place, images, texts) is not None)
+    if not order:
+        make = _Chunks(source, teacher.image_spec, identity, images, texts)
+        steps = load(
+            make,
+            range(team.number, -(-count // _BATCH), team.count),
+            workers=default_workers() if workers is None else workers,
+        )
+        with closing(images), closing(texts), fast_inference(teacher):
+            _fill(teacher, images, texts, steps, count, views, place)
+        team.wait()
+        if not team.is_first:  # the first process has written behind their end
+            images = _open_rows(image_file, image_row, of_images)
+            texts = _open_rows(text_file, text_row, of_texts)
+    found = _read_order(place, images, texts)
+    if found is None:
+        raise InputError(f"{place} was altered while it was read: run the command again")
+    report_bad(list(found.bad.values()), count, max_bad)
     return TeacherCache(
         CacheSettings(
             **{field.name: getattr(identity, field.name) for field in fields(identity)},
             source=source.identity,
-            count=len(source),
+            count=count,
             captions=source.has_captions,
-            texts=most,
         ),
-        images.rows([bytes.fromhex(source.content(number)) for number in numbers]),
-        text,
-        tuple(bad),
+        found,
+        images,
+        texts,
     )
 
 
-def _add_pictures(
-    file: RowFile, teacher: DualEncoder, source: Source, chunk: range, identity: CacheIdentity
-) -> dict[int, str]:
-    """Embed the pictures that `file` lacks; return why others cannot be read, by their index."""
-    pictures: dict[bytes, tuple[int, Image.Image]] = {}
-    bad: dict[int, str] = {}
-    for index in chunk:
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Some pictures that follow one another, as far as they are not cached yet.
+
+    Attributes:
+        keys: of each picture; None for an unreadable one.
+        crops: of each view of a new picture, uint8 [views, size, size, 3], by its key.
+        captions: keys of the captions of each picture.
+        texts: new captions by their key.
+        bad: unreadable pictures by their index, with the reason.
+    """
+
+    keys: list[bytes | None]
+    crops: dict[bytes, NDArray[np.uint8]]
+    captions: list[list[bytes]]
+    texts: dict[bytes, str]
+    bad: dict[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """Reads the pictures of a chunk by its number, in a worker process."""
+
+    source: Source
+    spec: ImageSpec
+    identity: CacheIdentity
+    images: RowFile
+    texts: RowFile
+
+    def __call__(self, number: int) -> _Chunk:
+        first = number * _BATCH
+        chunk = _Chunk([], {}, [], {}, {})
+        for index in range(first, min(first + _BATCH, len(self.source))):
+            try:
+                key = bytes.fromhex(self.source.content(index))
+                if key not in chunk.crops and key not in self.images:
+                    chunk.crops[key] = self._crops(index)
+            except InputError as error:
+                chunk.bad[index] = str(error)
+                chunk.keys.append(None)
+                chunk.captions.append([])
+                continue
+            chunk.keys.append(key)
+            own = {_caption_key(caption): caption for caption in self.source.captions(index)}
+            chunk.captions.append([_caption_key(text) for text in self.source.captions(index)])
+            chunk.texts.update({key: text for key, text in own.items() if key not in self.texts})
+        return chunk
+
+    def _crops(self, index: int) -> NDArray[np.uint8]:
+        image, seed = self.source[index].image, seed_of(self.source, index)
+        how = self.identity.augmentation
+        return np.stack(
+            [
+                view_crop(image, self.spec, how, picture_seed=seed, view=view)
+                for view in range(self.identity.views)
+            ]
+        )
+
+
+def _fill(
+    teacher: DualEncoder,
+    images: RowFile,
+    texts: RowFile,
+    chunks: Iterator[_Chunk],
+    count: int,
+    views: int,
+    place: Path,
+) -> None:
+    """Embed what the chunks hold of new pictures and captions, and write the order of all."""
+    team = processes()
+    rounds = -(-count // (_BATCH * team.count))
+    bar = tqdm(
+        total=count * views,
+        desc="teacher cache",
+        unit="img",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=not team.is_first,
+    )
+    with killed_workers_explained(), bar, _order_writer(place, images, texts) as write:
         try:
-            key = bytes.fromhex(source.content(index))
-            if key not in file and key not in pictures:
-                pictures[key] = (index, source[index].image)
-        except InputError as error:
-            bad[index] = str(error)
-    if not pictures:
-        return bad
-    found = np.empty((len(pictures), identity.views, identity.dim), np.float16)
-    for view in range(identity.views):
-        seen = [
-            augment(image, identity.augmentation, picture_seed=seed_of(source, index), view=view)
-            for index, image in pictures.values()
-        ]
-        found[:, view] = _half(teacher.embed_image(teacher.preprocess(seen)))
-    file.append(tuple(pictures), found)
-    return bad
+            for _ in range(rounds):
+                chunk = next(chunks, None)
+                made = None if chunk is None else _embed_chunk(teacher, chunk, images, texts)
+                for own in team.gather_objects(made):
+                    if own is None or not team.is_first:
+                        continue
+                    for file, rows in ((images, own.images), (texts, own.texts)):
+                        new = {key: row for key, row in rows.items() if key not in file}
+                        if new:
+                            file.append(tuple(new), np.stack(list(new.values())))
+                    write(own.keys, own.captions, own.bad)
+                    bar.update(len(own.keys) * views)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped; {len(images)} pictures are kept in {images.path.parent}, so run it "
+                "again to go on"
+            ) from None
 
 
-def _add_captions(file: RowFile, teacher: DualEncoder, captions: Sequence[str]) -> None:
-    """Embed the captions that `file` lacks."""
-    keys = {_caption_key(caption): caption for caption in captions}
-    lacking = {key: caption for key, caption in keys.items() if key not in file}
-    if lacking:
-        found = _half(teacher.embed_text(teacher.tokenize(list(lacking.values()))))
-        file.append(tuple(lacking), found)
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    """A chunk after the teacher saw it: the rows of new pictures and captions by their key."""
+
+    keys: list[bytes | None]
+    captions: list[list[bytes]]
+    bad: dict[int, str]
+    images: dict[bytes, Float16]
+    texts: dict[bytes, Float16]
+
+
+def _embed_chunk(teacher: DualEncoder, chunk: _Chunk, images: RowFile, texts: RowFile) -> _Embedded:
+    # What came into the files since the worker looked is not embedded again.
+    crops = {key: own for key, own in chunk.crops.items() if key not in images}
+    captions = {key: text for key, text in chunk.texts.items() if key not in texts}
+    image_rows: dict[bytes, Float16] = {}
+    if crops:
+        every = np.stack(list(crops.values()), axis=1)  # [views, N, size, size, 3]
+        views = [_half(teacher.embed_image(teacher.normalise(own))) for own in every]
+        image_rows = dict(zip(crops, np.stack(views, axis=1), strict=True))
+    text_rows: dict[bytes, Float16] = {}
+    if captions:
+        found = _half(teacher.embed_text(teacher.tokenize(list(captions.values()))))
+        text_rows = dict(zip(captions, found, strict=True))
+    return _Embedded(chunk.keys, chunk.captions, chunk.bad, image_rows, text_rows)
 
 
 def _caption_key(caption: str) -> bytes:
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()
+
+
+@contextmanager
+def _order_writer(place: Path, images: RowFile, texts: RowFile) -> Iterator[_Write]:
+    """Yield a function that adds chunks to an order, which is there when the block ends normally.
+
+    In other processes than the first it is never called.
+    """
+    if not processes().is_first:
+        yield lambda _keys, _captions, _bad: None
+        return
+    bad: dict[int, str] = {}
+    with atomic_directory(place, replace=True, marker=_ORDER) as folder, ExitStack() as stack:
+        image_file, start_file, text_file = (
+            stack.enter_context((folder / name).open("wb")) for name in _ORDER_FILES
+        )
+        start_file.write(np.zeros(1, np.int64).tobytes())
+        written = 0
+
+        def write(
+            keys: Sequence[bytes | None], captions: Sequence[Sequence[bytes]], own: dict[int, str]
+        ) -> None:
+            nonlocal written
+            bad.update(own)
+            numbers = [-1 if key is None else images.number(key) for key in keys]
+            image_file.write(np.array(numbers, np.int64).tobytes())
+            of_texts = [texts.number(key) for each in captions for key in each]
+            text_file.write(np.array(of_texts, np.int64).tobytes())
+            ends = written + np.cumsum([len(each) for each in captions], dtype=np.int64)
+            start_file.write(ends.tobytes())
+            written = int(ends[-1])
+
+        yield write
+        meta = {"bad": bad, "image": images.fingerprint, "text": texts.fingerprint}
+        (folder / _ORDER).write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _read_order(place: Path, images: RowFile, texts: RowFile) -> _Order | None:
+    """Read an order; None if there is none, or the row files are others than it was made with."""
+    try:
+        meta = json.loads((place / _ORDER).read_text(encoding="utf-8"))
+        if not images.goes_on(meta["image"]) or not texts.goes_on(meta["text"]):
+            return None
+        found = [
+            np.memmap(place / name, np.int64, "r") if (place / name).stat().st_size else _NONE
+            for name in _ORDER_FILES
+        ]
+        bad = {int(index): str(reason) for index, reason in meta["bad"].items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return _Order(*found, bad)
 
 
 def _open_rows(path: Path, shape: tuple[int, ...], settings: Mapping[str, object]) -> RowFile:

@@ -1,8 +1,13 @@
 """Distil a student: train it to reproduce the teacher's cached embeddings."""
 
+import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,43 +15,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeclip.compress.compute import full_precision
+from edgeclip.compress.data.augmentation import view_crop
+from edgeclip.compress.data.sampling import Part as DataPart
+from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source, seed_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.teachers.teacher_cache import TeacherCache, augment
-from edgeclip.compress.train.held_out import HeldOut, split_rows
+from edgeclip.compress.teachers.teacher_cache import TeacherCache
+from edgeclip.compress.train.held_out import HeldOut
 from edgeclip.compress.train.losses import (
     LossWeights,
+    TeacherRows,
     distillation_losses,
-    equal_rows,
+    equal_captions,
     feature_loss,
 )
-from edgeclip.compress.train.train_loop import BestStep, TrainSettings, TrainTask, train
+from edgeclip.compress.train.train_loop import (
+    Batch,
+    BestStep,
+    Part,
+    Rows,
+    TrainSettings,
+    TrainTask,
+    train,
+)
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad, report_bad
 
 _log = logging.getLogger(__name__)
 
-_VALIDATIONS = 20  # in a run, besides that of the first step
 _TRAINED_PER_HELD_OUT = 4  # pictures to train on, at least, for each that is validated
-
-
-@dataclass(frozen=True, slots=True)
-class DistillationBatch:
-    """The batch of one step: the student's inputs and the teacher's embeddings of them.
-
-    `ids` and `teacher_text` are None for pictures without captions.
-    """
-
-    pixels: Tensor
-    teacher_image: Tensor
-    ids: Tensor | None = None
-    teacher_text: Tensor | None = None
 
 
 def distill(
     student: DualEncoder,
-    cache: TeacherCache,
+    caches: TeacherCache | Sequence[TeacherCache],
     source: Source,
     *,
     loss_weights: LossWeights,
@@ -57,178 +59,264 @@ def distill(
 ) -> BestStep | None:
     """Train `student` in place; write checkpoints and `log.jsonl` to `out`.
 
-    `held_out` pictures (default: see `split_rows`) are not trained on: on them student and teacher
+    `held_out` pictures (default: see `Sampling`) are not trained on: on them student and teacher
     are compared while training goes on, and the student ends as it was where they agreed best.
     Returns that step; None if nothing is held out.
 
-    Pictures without captions train the image tower alone, by the feature loss. The text tower is
-    frozen. It should be the teacher's unmodified text tower; this is not checked here.
+    Pictures without captions train the image tower alone, by the feature loss. If none has a
+    caption, the text tower is frozen. It should be the teacher's unmodified text tower; this is
+    not checked here.
+
+    Args:
+        caches: the embeddings of one teacher or several; the student lives in the space of the
+            first. See `affinity_loss` for what the others do.
 
     Raises:
-        ConfigError: the cache was made from other data than `source`, or the student's
-            embeddings have another length than the teacher's.
+        ConfigError: a cache was made from other data than `source`, or the student's embeddings
+            have another length than the first teacher's.
     """
-    if cache.settings.source != source.identity:
-        raise ConfigError(f"the teacher cache was made from other data than {source.name}")
-    if cache.settings.dim != student.spec.dim:
+    caches = [caches] if isinstance(caches, TeacherCache) else list(caches)
+    first = caches[0].settings
+    for cache in caches:
+        if cache.settings.source != source.identity:
+            raise ConfigError(f"the teacher cache was made from other data than {source.name}")
+    if first.dim != student.spec.dim:
         raise ConfigError(
-            f"the teacher embeds to {cache.settings.dim} numbers, the student to "
+            f"the teacher embeds to {first.dim} numbers, the student to "
             f"{student.spec.dim}: they must share one space"
         )
-    if cache.text is None:
-        student.model.text_model.requires_grad_(False)
-        student.model.text_projection.requires_grad_(False)
-    split = split_rows(len(source), held_out)
+    if len({(own.settings.views, own.settings.augmentation) for own in caches}) > 1:
+        raise ConfigError(
+            "the teachers' caches hold other views of the pictures: make them with the same --views"
+        )
+    if not first.captions:
+        prefixes = student.tower_parts("text")
+        for name, weight in student.named_parameters():
+            weight.requires_grad_(weight.requires_grad and not name.startswith(prefixes))
+    sampling = Sampling(parts_of(source), seed=settings.seed, held_out=held_out)
     validate = None
-    if len(split.held_out):
-        validate = HeldOut(student, cache, source, split.held_out, compute=settings.compute)
+    if len(sampling.held_out):
+        rows = sampling.held_out
+        validate = HeldOut(student, caches[0], source, rows, compute=settings.compute)
     else:
         _log.info(
             "none of %d pictures is held out, so nothing tells whether student and teacher agree "
             "on others",
             len(source),
         )
-
-    def losses(batch: DistillationBatch) -> dict[str, Tensor]:
-        image = student.embed_image(batch.pixels)
-        if batch.ids is None or batch.teacher_text is None:
-            return {"total": feature_loss(image, batch.teacher_image)}
-        text = student.embed_text(batch.ids)
-        with full_precision(student.device):
-            return distillation_losses(
-                loss_weights,
-                image=image,
-                text=text,
-                teacher_image=batch.teacher_image,
-                teacher_text=batch.teacher_text,
-                scale=cache.settings.logit_scale,
-                same=equal_rows(batch.ids),
-            )
-
-    seldom = _TRAINED_PER_HELD_OUT * len(split.held_out) // settings.batch_size
+    if settings.gradient_checkpointing:
+        student.checkpoint_gradients()
+    seldom = _TRAINED_PER_HELD_OUT * len(sampling.held_out) // settings.batch_size
     return train(
         TrainTask(
             title="distill",
             module=student,
-            batch=DistillationBatches(
-                student, cache, source, settings, rows=split.train, max_bad=max_bad
-            ),
-            losses=losses,
-            identity=_identity(student, cache, loss_weights, len(split.held_out)),
+            batch=DistillationBatches(student, caches, source, sampling, settings),
+            embed=partial(embed_batch, student),
+            losses=partial(_losses, loss_weights, [own.settings.logit_scale for own in caches]),
+            identity=_identity(student, caches, loss_weights, len(sampling.held_out)),
             validate=validate,
-            validate_every=max(1, settings.steps // _VALIDATIONS, seldom),
+            validate_every=seldom,
+            note_bad=_BadPictures(len(source), max_bad),
         ),
         settings,
         out,
     )
 
 
-class DistillationBatches:
-    """Make the batch of each step.
+def parts_of(source: Source) -> tuple[DataPart, ...]:
+    """Return the parts that a source is sampled in."""
+    parts: tuple[DataPart, ...] = getattr(source, "parts", ())
+    return parts or (DataPart(len(source)),)
 
-    It depends only on seed and step, so a resumed run sees the same batches. Every epoch shuffles
-    all pairs anew. Epoch e uses the augmented view number e mod (number of cached views), and of
-    each picture the caption number e mod (number of its captions). A picture that can no longer be
-    read is left out of its batches and named once; `max_bad` is their most.
+
+def embed_batch(student: DualEncoder, inputs: Rows) -> Rows:
+    """Embed the `pixels` (crops, uint8) and `ids` of a batch: `image` and `text`, [N, dim]."""
+    found = {"image": student.embed_image(student.normalise(inputs["pixels"]))}
+    if "ids" in inputs:
+        found["text"] = student.embed_text(inputs["ids"])
+    return found
+
+
+def _losses(
+    weights: LossWeights, scales: Sequence[float], found: Rows, targets: Rows
+) -> dict[str, Tensor]:
+    rows = targets["readable"]
+    if not rows.any():
+        raise InputError("no picture of a whole batch can be read any more: see what became of it")
+    image, teacher_image = found["image"][rows], targets["image 0"][rows]
+    if "text" not in found:
+        loss = feature_loss(image, teacher_image)
+        return {"total": loss}
+    teachers = [
+        TeacherRows(
+            image=targets[f"image {number}"][rows],
+            text=targets[f"text {number}"][rows],
+            scale=scale,
+        )
+        for number, scale in enumerate(scales)
+    ]
+    return distillation_losses(
+        weights,
+        image=image,
+        text=found["text"][rows],
+        teachers=teachers,
+        captioned=targets["captioned"][rows],
+        same=equal_captions(targets["caption"][rows]),
+    )
+
+
+class DistillationBatches:
+    """Make the batch of each step, or a part of it, in any process.
+
+    It depends only on seed and step, so a resumed run sees the same batches. Epoch e of a picture
+    uses the augmented view number e mod (number of cached views), and the caption number e mod
+    (number of its captions). A picture that cannot be read, or has no caption, keeps its row, which
+    the losses leave out.
 
     Args:
         student: makes the inputs.
-        cache: the teacher's embeddings.
+        caches: the embeddings of each teacher.
         source: the pairs.
-        settings: the seed, and the size of a batch.
-        rows: indices of the pairs to use, int64; None for all.
+        sampling: which pairs each step takes.
+        settings: the size of a batch.
     """
 
     def __init__(
         self,
         student: DualEncoder,
-        cache: TeacherCache,
+        caches: Sequence[TeacherCache],
         source: Source,
+        sampling: Sampling,
         settings: TrainSettings,
-        *,
-        rows: NDArray[np.int64] | None = None,
-        max_bad: MaxBad = DEFAULT_MAX_BAD,
     ) -> None:
-        self._max_bad = max_bad
-        self._bad: dict[int, str] = {}
-        self._student = student
-        self._cache = cache
-        self._source = source
-        self._settings = settings
-        self._rows = np.arange(len(source)) if rows is None else rows
+        # The student itself is not kept: a worker process gets a copy of this object.
+        self._spec, self._tokenizer = student.image_spec, student.text_tokenizer
+        self._caches, self._source, self._sampling = caches, source, sampling
+        self._batch_size = settings.batch_size
 
-    def pairs_of_step(self, step: int) -> tuple[list[int], list[int]]:
-        """Return the index and the view number of each pair in a batch."""
-        count, size = len(self._rows), self._settings.batch_size
-        indices: list[int] = []
-        views: list[int] = []
-        position = step * size
-        while len(indices) < size:
-            epoch, offset = divmod(position + len(indices), count)
-            taken = self._order(epoch)[offset : offset + size - len(indices)].tolist()
-            indices += taken
-            views += [epoch % self._cache.settings.views] * len(taken)
-        return indices, views
+    def items(self, part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the index and the epoch of each pair in a part of a batch."""
+        size = self._batch_size // part.count
+        return self._sampling.items(part.step * self._batch_size + part.number * size, size)
 
-    def __call__(self, step: int) -> DistillationBatch:
-        augmentation = self._cache.settings.augmentation
-        pictures, places, indices, views = [], [], [], []
-        for place, (index, view) in enumerate(zip(*self.pairs_of_step(step), strict=True)):
+    def __call__(self, part: Part) -> Batch:
+        timed = _Stages()
+        indices, epochs = self.items(part)
+        views = epochs % self._caches[0].settings.views
+        with timed.stage("reading pictures"):
+            crops, bad = self._crops(indices, views)
+        readable = np.array([index not in bad for index in indices.tolist()])
+        kept = np.flatnonzero(readable)
+        inputs = {"pixels": torch.from_numpy(crops)}
+        targets = {"readable": torch.from_numpy(readable)}
+        with timed.stage("reading embeddings"):
+            for number, cache in enumerate(self._caches):
+                rows = cache.image(indices[kept].tolist(), views[kept].tolist())
+                targets[f"image {number}"] = _spread(rows, kept, len(indices))
+        if not self._source.has_captions:
+            return Batch(inputs=inputs, targets=targets, seconds=timed.seconds, bad=bad)
+        captions = [self._source.captions(index) for index in indices.tolist()]
+        numbers = [epoch % max(1, len(own)) for epoch, own in zip(epochs, captions, strict=True)]
+        captioned = readable & np.array([bool(own) for own in captions])
+        with timed.stage("tokenizing"):
+            texts = [
+                own[number] if own else "" for own, number in zip(captions, numbers, strict=True)
+            ]
+            ids = self._tokenizer.encode(texts, truncate=True)
+            inputs["ids"] = torch.from_numpy(ids)
+            targets["caption"] = torch.from_numpy(caption_keys(ids, self._tokenizer.spec.pad_id))
+        targets["captioned"] = torch.from_numpy(captioned)
+        kept = np.flatnonzero(captioned)
+        with timed.stage("reading embeddings"):
+            for number, cache in enumerate(self._caches):
+                rows = cache.text(indices[kept].tolist(), np.array(numbers)[kept].tolist())
+                targets[f"text {number}"] = _spread(rows, kept, len(indices))
+        return Batch(inputs=inputs, targets=targets, seconds=timed.seconds, bad=bad)
+
+    def _crops(
+        self, indices: NDArray[np.int64], views: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], dict[int, str]]:
+        """Return the views uint8 [N, size, size, 3], black where unreadable, and why these are."""
+        size = self._spec.size
+        crops = np.zeros((len(indices), size, size, 3), np.uint8)
+        bad: dict[int, str] = {}
+        known_bad = set(self._caches[0].unreadable)
+        how = self._caches[0].settings.augmentation
+        for place, (index, view) in enumerate(zip(indices.tolist(), views.tolist(), strict=True)):
+            if index in known_bad:
+                bad[index] = ""
+                continue
             try:
                 image, seed = self._source[index].image, seed_of(self._source, index)
+                crops[place] = view_crop(image, self._spec, how, picture_seed=seed, view=view)
             except InputError as error:
-                self._skip(index, str(error))
-                continue
-            pictures.append(augment(image, augmentation, picture_seed=seed, view=view))
-            places.append(step * self._settings.batch_size + place)
-            indices.append(index)
-            views.append(view)
-        if not pictures:
-            raise InputError(f"no picture of step {step + 1} can be read: {self._bad[index]}")
-        pixels = self._student.preprocess(pictures)
-        teacher_image = self._tensor(self._cache.image[indices, views])
-        if self._cache.text is None:
-            return DistillationBatch(pixels, teacher_image)
-        numbers, captions = [], []
-        for place, index in zip(places, indices, strict=True):
-            own = self._source.captions(index)
-            numbers.append(place // len(self._rows) % len(own))
-            captions.append(own[numbers[-1]])
-        ids = self._student.tokenize(captions)
-        return DistillationBatch(
-            pixels, teacher_image, ids, self._tensor(self._cache.text[indices, numbers])
-        )
+                bad[index] = str(error)
+        return crops, bad
 
-    def _skip(self, index: int, reason: str) -> None:
-        """Leave a picture out that was readable when it was cached.
+
+def _spread(rows: NDArray[np.float16], places: NDArray[np.int64], count: int) -> Tensor:
+    """Put normalised rows at their places among `count`, zeros elsewhere: float32 [count, dim]."""
+    spread = torch.zeros(count, rows.shape[1])
+    found = torch.from_numpy(rows.astype(np.float32))
+    spread[torch.from_numpy(places)] = torch.nn.functional.normalize(found, dim=-1)
+    return spread  # float16 had rounded lengths off 1
+
+
+def caption_keys(ids: NDArray[np.int64], pad_id: int) -> NDArray[np.int64]:
+    """Return a number of each row of token ids that its padding does not change: int64 [N]."""
+    found = []
+    for row in ids:
+        used = len(row)
+        while used and row[used - 1] == pad_id:
+            used -= 1
+        digest = hashlib.sha256(row[:used].tobytes()).digest()
+        found.append(int.from_bytes(digest[:8], "little", signed=True))
+    return np.array(found, np.int64)
+
+
+class _Stages:
+    """Adds up the seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+class _BadPictures:
+    """Names each picture once that can no longer be read, though it could when it was cached."""
+
+    def __init__(self, count: int, limit: MaxBad) -> None:
+        self._count, self._limit = count, limit
+        self._reasons: dict[int, str] = {}
+
+    def __call__(self, bad: dict[int, str]) -> None:
+        """Note bad pictures by their index.
 
         Raises:
             InputError: there are more of them than may be.
         """
-        if index not in self._bad:
-            self._bad[index] = reason
-            _log.warning("left out of training: %s", reason)
-        if len(self._bad) > self._max_bad.allowed(len(self._source)):
-            report_bad(list(self._bad.values()), len(self._source), self._max_bad)
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        rng = np.random.default_rng(np.random.SeedSequence((self._settings.seed, epoch)))
-        order: NDArray[np.int64] = self._rows[rng.permutation(len(self._rows))]
-        return order
-
-    def _tensor(self, rows: NDArray[np.float16]) -> Tensor:
-        tensor = torch.from_numpy(rows.astype(np.float32)).to(self._student.device)
-        return torch.nn.functional.normalize(tensor, dim=-1)  # float16 rounds lengths off 1
+        for index, reason in bad.items():
+            if reason and index not in self._reasons:
+                self._reasons[index] = reason
+                _log.warning("left out of training: %s", reason)
+        if len(self._reasons) > self._limit.allowed(self._count):
+            report_bad(list(self._reasons.values()), self._count, self._limit)
 
 
 def _identity(
-    student: DualEncoder, cache: TeacherCache, loss_weights: LossWeights, held_out: int
+    student: DualEncoder, caches: Sequence[TeacherCache], weights: LossWeights, held_out: int
 ) -> str:
     """Return the identity of a run.
 
     The full model config is not part of it, because it contains the teacher's path and a date.
     """
     sizes = {name: list(value.shape) for name, value in student.model.state_dict().items()}
-    weights = asdict(loss_weights)
-    parts = (asdict(cache.settings), student.model.config.model_type, sizes, weights, held_out)
+    settings = [asdict(own.settings) for own in caches]
+    parts = (settings, student.model.config.model_type, sizes, asdict(weights), held_out)
     return "distill " + json.dumps(parts, sort_keys=True)

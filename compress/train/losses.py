@@ -12,6 +12,7 @@ so is its gradient, where student and teacher are equal.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -36,10 +37,9 @@ def contrastive_loss(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def equal_rows(ids: Tensor) -> Tensor:
-    """Tell which captions are equal: token ids [N, length] to bool [N, N]."""
-    caption: Tensor = torch.unique(ids, dim=0, return_inverse=True)[1]
-    return caption[:, None] == caption
+def equal_captions(keys: Tensor) -> Tensor:
+    """Tell which captions are equal: a number of each caption, int64 [N], to bool [N, N]."""
+    return keys[:, None] == keys
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -47,51 +47,70 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return 5 * (1 - (student * teacher).sum(dim=-1)).mean()
 
 
-def affinity_loss(
-    image: Tensor,
-    text: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    scale: Tensor | float,
-    same: Tensor | None = None,
-) -> Tensor:
-    """Let the similarities of the student's images and texts mimic the teacher's, a scalar.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRows:
+    """A teacher's embeddings of a batch: image and text float [N, dim], and its logit scale."""
 
-    Affinity mimicking of TinyCLIP (Wu et al. 2023, eq. 3), see `_mimic`.
+    image: Tensor
+    text: Tensor
+    scale: float
+
+    def chosen(self, rows: Tensor) -> "TeacherRows":
+        """Return the rows of a mask, bool [N]."""
+        return TeacherRows(image=self.image[rows], text=self.text[rows], scale=self.scale)
+
+
+def affinity_loss(
+    image: Tensor, text: Tensor, teachers: Sequence[TeacherRows], same: Tensor | None = None
+) -> Tensor:
+    """Let the similarities of the student's images and texts mimic the teachers', a scalar.
+
+    Affinity mimicking of TinyCLIP (Wu et al. 2023, eq. 3), see `_mimic`. Several teachers, each at
+    its own scale, are averaged after the softmax (MobileCLIP, Vasu et al. 2024, sec. 4); the
+    student answers at the scale of the first.
     """
-    teacher = scale * teacher_image @ teacher_text.T
-    student = scale * image @ text.T
-    return (_mimic(student, teacher, same) + _mimic(student.T, teacher.T, same)) / 2
+    logits = teachers[0].scale * image @ text.T
+    to_texts, to_images = _log_probabilities(teachers)
+    return (_mimic(logits, to_texts, same) + _mimic(logits.T, to_images, same)) / 2
 
 
 def interactive_loss(
-    image: Tensor,
-    text: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    scale: Tensor | float,
-    same: Tensor | None = None,
+    image: Tensor, text: Tensor, teachers: Sequence[TeacherRows], same: Tensor | None = None
 ) -> Tensor:
     """Let the student's images find among the teacher's texts what the teacher's do, and texts so.
 
-    Interactive contrastive learning of CLIP-KD (Yang et al. 2024, eq. 8), but with the teacher's
-    own similarities as targets, see `_mimic`.
+    Interactive contrastive learning of CLIP-KD (Yang et al. 2024, eq. 8), but with the teachers'
+    own similarities as targets, see `_mimic`. The texts are those of the first teacher, in whose
+    space the student lives.
     """
-    teacher = scale * teacher_image @ teacher_text.T
-    images = _mimic(scale * image @ teacher_text.T, teacher, same)
-    texts = _mimic(scale * text @ teacher_image.T, teacher.T, same)
+    first = teachers[0]
+    to_texts, to_images = _log_probabilities(teachers)
+    images = _mimic(first.scale * image @ first.text.T, to_texts, same)
+    texts = _mimic(first.scale * text @ first.image.T, to_images, same)
     return (images + texts) / 2
 
 
-def _mimic(student: Tensor, teacher: Tensor, same: Tensor | None) -> Tensor:
-    """Return KL(teacher || student) of the softmax of each row of logits [N, N], averaged.
+def _log_probabilities(teachers: Sequence[TeacherRows]) -> tuple[Tensor, Tensor]:
+    """Return the logarithms of the teachers' mean chances: of each image's texts, and of texts."""
+    with torch.no_grad():
+        logits = [own.scale * own.image @ own.text.T for own in teachers]
+        to_texts, to_images = (
+            torch.stack([F.log_softmax(given, dim=-1) for given in each]).logsumexp(dim=0)
+            - math.log(len(teachers))
+            for each in (logits, [own.T for own in logits])
+        )
+    return to_texts, to_images
 
-    A row counts as much as the teacher knows in it: its probability of what is right, the own
-    column or any with an equal caption (`same`, bool [N, N]). The rest tells nothing about how
-    image and text belong together, and fitting it at a scale of 100 costs the features.
+
+def _mimic(student: Tensor, target: Tensor, same: Tensor | None) -> Tensor:
+    """Return KL(target || student) of the softmax of each row of logits [N, N], averaged.
+
+    `target` holds logarithms of chances. A row counts as much as the teacher knows in it: its
+    probability of what is right, the own column or any with an equal caption (`same`, bool
+    [N, N]). The rest tells nothing about how image and text belong together, and fitting it at a
+    scale of 100 costs the features.
     """
     with torch.no_grad():
-        target = F.log_softmax(teacher, dim=-1)
         chance = target.exp()
         known = chance.diagonal() if same is None else (chance * same).sum(dim=-1)
     each = F.kl_div(F.log_softmax(student, dim=-1), target, reduction="none", log_target=True)
@@ -118,27 +137,39 @@ def distillation_losses(
     *,
     image: Tensor,
     text: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    scale: float,
+    teachers: Sequence[TeacherRows],
+    captioned: Tensor | None = None,
     same: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return every weighted loss by name, and their weighted sum as `total`.
 
-    `same` (bool [N, N]) tells which captions are equal; None if all differ.
+    Args:
+        weights: the weight of each loss.
+        image, text: the student's embeddings.
+        teachers: at least one; the student lives in the space of the first.
+        captioned: which pictures have a caption, bool [N]; the text rows of the others mean
+            nothing, and their image rows learn by the feature loss alone. None for all.
+        same: which captions are equal, bool [N, N]; None if all differ.
     """
-    ours, theirs = (image, text), (teacher_image, teacher_text)
+    first = teachers[0]
+    if captioned is None:
+        captioned = torch.ones(len(image), dtype=torch.bool, device=image.device)
+    if not captioned.any():
+        return {"total": (loss := feature_loss(image, first.image)), "feature": loss}
+    every, text = image, text[captioned]
+    image, pairs = image[captioned], [own.chosen(captioned) for own in teachers]
+    same = None if same is None else same[captioned][:, captioned]
     parts: dict[str, Tensor] = {}
-    if weights.affinity:
-        parts["affinity"] = affinity_loss(*ours, *theirs, scale, same)
     if weights.feature:
         parts["feature"] = (
-            feature_loss(image, teacher_image) + feature_loss(text, teacher_text)
+            feature_loss(every, first.image) + feature_loss(text, pairs[0].text)
         ) / 2
+    if weights.affinity:
+        parts["affinity"] = affinity_loss(image, text, pairs, same)
     if weights.interactive:
-        parts["interactive"] = interactive_loss(*ours, *theirs, scale, same)
+        parts["interactive"] = interactive_loss(image, text, pairs, same)
     if weights.contrastive:
-        parts["contrastive"] = contrastive_loss(image, text, scale, same)
+        parts["contrastive"] = contrastive_loss(image, text, first.scale, same)
     total = sum(
         (getattr(weights, name) * value for name, value in parts.items()),
         start=torch.zeros((), device=image.device),

@@ -10,12 +10,14 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from edgeclip.compress.compute import best_device, full_precision
+from edgeclip.compress.compute import best_device
 from edgeclip.compress.data.sources import EmojiSource, captions_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.train.losses import contrastive_loss, equal_rows
-from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
+from edgeclip.compress.train.distill import caption_keys, embed_batch
+from edgeclip.compress.train.losses import contrastive_loss, equal_captions
+from edgeclip.compress.train.train_loop import Batch, Part, Rows, TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.spec import ImageSpec
 
 _BOS, _EOS, _PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
@@ -130,23 +132,30 @@ def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEnc
     count = settings.steps * settings.batch_size
     source = EmojiSource("train", count, size=shape.image_size, seed=settings.seed)
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        first = step * settings.batch_size
-        chunk = range(first, first + settings.batch_size)
-        pictures = [source[index].image for index in chunk]
-        return teacher.preprocess(pictures), teacher.tokenize(captions_of(source, chunk))
+    def batch(part: Part) -> Batch:
+        size = settings.batch_size // part.count
+        first = part.step * settings.batch_size + part.number * size
+        chunk = range(first, first + size)
+        crops = crop_batch([source[index].image for index in chunk], teacher.image_spec)
+        ids = teacher.text_tokenizer.encode(captions_of(source, chunk), truncate=True)
+        inputs = {"pixels": torch.from_numpy(crops), "ids": torch.from_numpy(ids)}
+        targets = {"caption": torch.from_numpy(caption_keys(ids, teacher.spec.text.pad_id))}
+        return Batch(inputs=inputs, targets=targets)
 
-    def losses(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        pixels, ids = batch
+    def embed(inputs: Rows) -> Rows:
         scale = teacher.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
-        image, text = teacher.embed_image(pixels), teacher.embed_text(ids)
-        with full_precision(teacher.device):
-            return {"total": contrastive_loss(image, text, scale, equal_rows(ids))}
+        found = embed_batch(teacher, inputs)
+        return {**found, "scale": scale.expand(len(found["image"]))}
+
+    def losses(found: Rows, targets: Rows) -> dict[str, Tensor]:
+        same, scale = equal_captions(targets["caption"]), found["scale"].mean()
+        return {"total": contrastive_loss(found["image"], found["text"], scale, same)}
 
     task = TrainTask(
         title="pretrain",
         module=teacher,
         batch=batch,
+        embed=embed,
         losses=losses,
         # Without the number of scenes, which grows with that of steps.
         identity=f"pretrain {source.of_world} {sorted(asdict(shape).items())}",

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from edgeclip.compress.compute import full_precision
+from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
-from edgeclip.compress.train.distill import DistillationBatch, DistillationBatches
+from edgeclip.compress.train.distill import DistillationBatches, embed_batch, parts_of
 from edgeclip.compress.train.losses import feature_loss
-from edgeclip.compress.train.train_loop import TrainSettings, TrainTask, train
-from edgeclip.runtime.errors import ConfigError
+from edgeclip.compress.train.train_loop import Rows, TrainSettings, TrainTask, train
+from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.spec import Tower
 
 
@@ -129,10 +129,8 @@ def _rounded_forward(product: nn.Linear | nn.Conv2d, grid: ProductGrid, values: 
     return result
 
 
-_PARTS: dict[Tower, tuple[str, ...]] = {
-    "image": ("model.vision_model.", "model.visual_projection"),
-    "text": ("model.text_model.", "model.text_projection"),
-}
+# The rows of a batch that a tower can learn from.
+_WHICH: dict[Tower, str] = {"image": "readable", "text": "captioned"}
 _DIGITS = 6  # of a scale, in the identity of a run
 
 
@@ -168,26 +166,25 @@ def fine_tune(
             round, or `out` holds another run.
         KeyboardInterrupt: Ctrl-C, after the step in hand was saved.
     """
-    towers = quantized_towers(grids)
+    towers = quantized_towers(student, grids)
     _check(student, cache, source, towers)
 
-    def losses(batch: DistillationBatch) -> dict[str, Tensor]:
-        parts: dict[str, Tensor] = {}
-        with full_precision(student.device):  # bfloat16 has no more digits than int8
-            if "image" in towers:
-                parts["image"] = feature_loss(
-                    student.embed_image(batch.pixels), batch.teacher_image
-                )
-            if "text" in towers:
-                assert batch.ids is not None
-                assert batch.teacher_text is not None
-                parts["text"] = feature_loss(student.embed_text(batch.ids), batch.teacher_text)
+    def losses(found: Rows, targets: Rows) -> dict[str, Tensor]:
+        parts = {
+            tower: feature_loss(found[tower][rows], targets[f"{tower} 0"][rows])
+            for tower in towers
+            if (rows := targets[_WHICH[tower]]).any()
+        }
+        if not parts:
+            raise InputError("no picture of a whole batch can be read any more")
         return {"total": torch.stack([*parts.values()]).mean(), **parts}
 
+    sampling = Sampling(parts_of(source), seed=settings.seed, held_out=0)
     task = TrainTask(
         title="fine-tune",
         module=student,
-        batch=DistillationBatches(student, cache, source, settings),
+        batch=DistillationBatches(student, [cache], source, sampling, settings),
+        embed=partial(embed_batch, student),
         losses=losses,
         identity=_identity(student, cache, grids),
     )
@@ -195,15 +192,12 @@ def fine_tune(
         train(task, settings, out)
 
 
-def tower_parts(tower: Tower) -> tuple[str, ...]:
-    """Return the prefixes of a tower's module and weight names in a `DualEncoder`."""
-    return _PARTS[tower]
-
-
-def quantized_towers(grids: ProductGrids) -> tuple[Tower, ...]:
+def quantized_towers(student: DualEncoder, grids: ProductGrids) -> tuple[Tower, ...]:
     """Return the towers that have quantized products."""
     return tuple(
-        tower for tower, parts in _PARTS.items() if any(name.startswith(parts) for name in grids)
+        tower
+        for tower in _WHICH
+        if any(name.startswith(student.tower_parts(tower)) for name in grids)
     )
 
 
@@ -224,7 +218,7 @@ def _check(
             f"the cached embeddings have {cache.settings.dim} numbers, those of the student "
             f"{student.spec.dim}: they must share one space"
         )
-    if "text" in towers and cache.text is None:
+    if "text" in towers and not cache.settings.captions:
         raise ConfigError(f"{source.name}: fine-tuning the text tower needs captions")
 
 
@@ -232,7 +226,7 @@ def _check(
 def _only(student: DualEncoder, towers: tuple[Tower, ...]) -> Iterator[None]:
     """Freeze all weights except those of some towers, while the block lasts."""
     before = [(weight, weight.requires_grad) for weight in student.parameters()]
-    chosen = tuple(part for tower in towers for part in _PARTS[tower])
+    chosen = tuple(part for tower in towers for part in student.tower_parts(tower))
     for name, weight in student.named_parameters():
         weight.requires_grad_(name.startswith(chosen))
     try:

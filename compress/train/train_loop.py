@@ -1,7 +1,14 @@
-"""Run a training loop with log, checkpoints, exact resume and safe interruption.
+"""Run a training loop on one process or many, with log, checkpoints and exact resume.
 
-A run is a pure function of its settings: batch `step` depends on (seed, step) alone, so a
-run that was killed and resumed ends with the weights of one that was not (on one CPU).
+A run is a pure function of its settings: the batch of a step depends on (seed, step) alone, so a
+run that was killed and resumed ends with the weights of one that was not (on one CPU), and several
+processes give the weights of one, up to rounding.
+
+The losses see the embeddings of a step's whole batch, however it is divided among processes and
+parts of a process. Where one process takes its share in several parts, each part is embedded
+twice: first without gradients, to have all embeddings; then, when the losses' gradient by the
+embeddings is known, with them (GradCache, Gao et al. 2021). So the memory is that of a part, and
+the losses are those of the whole.
 
 Only the number of steps may change later. From there on the learning rate is that of a run of the
 new number of steps: raised at the end of a cosine, it rises again, and decays once more (a warm
@@ -11,60 +18,124 @@ restart).
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, TextIO, TypeVar
+from typing import Any, Literal, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from edgeclip.compress.compute import ComputeType, autocast
+from edgeclip.compress.data.loader import default_workers, killed_workers_explained, load
+from edgeclip.compress.processes import Processes, processes
+from edgeclip.compress.train.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from edgeclip.compress.train.trackers import Trackers
 from edgeclip.runtime.bundle.files import atomic_file, require_space
 from edgeclip.runtime.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
-Batch = TypeVar("Batch")
-
+Rows = dict[str, Tensor]  # tensors by name, each with a row for every item of a batch
+Schedule = Literal["cosine", "linear", "constant"]
 
 _WORSE = 0.02  # how much lower than the best a score must be to be warned of
+_WINDOW = 50  # steps over which waiting is told
+_SLOW = 0.3  # share of the time that a run may wait for its data without saying so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """Settings of a run (AdamW, linear warm-up, cosine decay to 2%)."""
+    """Settings of a run with AdamW (Loshchilov and Hutter 2019).
+
+    Args:
+        steps: number of steps.
+        batch_size: items of a step, over all processes.
+        learning_rate: the highest, after the warm-up.
+        schedule: how it falls after `warmup_steps` of linear rise: `cosine` or `linear` to
+            `final_rate` of it at the last step, or `constant`.
+        weight_decay: of matrices; biases, norms and scales have none.
+        clip_norm: the largest norm of the gradient.
+        seed: of the order of the data.
+        compute: the number format of products, see `autocast`.
+        accumulate: parts of a process's share that are embedded one after the other.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        compile: compile the towers with `torch.compile`.
+        ema: decay of the moving average of weights that is validated and kept; 0 for none.
+        validations: number of validations, besides that of the first step.
+        patience: end after so many validations without a better one; 0 for never.
+        checkpoint_seconds: time between two checkpoints.
+        workers: processes that make batches; None for `default_workers`, 0 for none.
+        track: names of trackers of accelerate that the log is sent to.
+    """
 
     steps: int
     batch_size: int = 128
     learning_rate: float = 1e-3
+    schedule: Schedule = "cosine"
+    final_rate: float = 0.02
     weight_decay: float = 0.05
     warmup_steps: int = 60
     clip_norm: float = 1.0
     seed: int = 0
     compute: ComputeType = "auto"
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    ema: float = 0.0
+    validations: int = 20
+    patience: int = 0
     checkpoint_seconds: float = 120.0
+    workers: int | None = None
+    track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate", "clip_norm", "checkpoint_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must be 0 or more, got {self.seed}")
+        above_0 = ("steps", "batch_size", "learning_rate", "clip_norm", "checkpoint_seconds")
+        problems = [
+            f"{name} must be positive, got {getattr(self, name)}"
+            for name in (*above_0, "accumulate", "validations")
+            if not 0 < getattr(self, name) < math.inf
+        ]
+        problems += [
+            f"{name} must be 0 or more, got {getattr(self, name)}"
+            for name in ("seed", "warmup_steps", "weight_decay", "patience", "workers")
+            if not 0 <= (getattr(self, name) or 0) < math.inf
+        ]
+        if not 0 <= self.final_rate <= 1:
+            problems.append(f"final_rate must be from 0 to 1, got {self.final_rate}")
+        if not 0 <= self.ema < 1:
+            problems.append(f"ema must be at least 0 and below 1, got {self.ema}")
+        if problems:
+            raise ConfigError("; ".join(problems))
 
     def rate(self, step: int) -> float:
         """Return the learning rate of `step` (0-based)."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
-        return self.learning_rate * warmup * (0.02 + 0.98 * cosine)
+        left = {
+            "cosine": (1 + math.cos(math.pi * step / self.steps)) / 2,
+            "linear": 1 - step / self.steps,
+            "constant": 1.0,
+        }[self.schedule]
+        return self.learning_rate * warmup * (self.final_rate + (1 - self.final_rate) * left)
+
+
+# These change no weight, or at most its rounding.
+_FREE = ("checkpoint_seconds", "workers", "track", "patience", "accumulate")
+_FREE += ("gradient_checkpointing", "compile")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,28 +153,59 @@ class Validation:
     says: str
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part `number` of `count` equal parts of the batch of a step, all counted from 0."""
+
+    step: int
+    number: int
+    count: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainTask(Generic[Batch]):
+class Batch:
+    """A part of a step's batch, in tensors on the CPU that all have a row for each item.
+
+    Attributes:
+        inputs: what is embedded.
+        targets: what the losses need besides embeddings; those of all parts are joined.
+        seconds: time spent on making it, by the name of the stage.
+        bad: items that could not be read, by their number, with the reason.
+    """
+
+    inputs: Rows
+    targets: Rows = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainTask:
     """A module to train, with its batches and losses.
 
     Args:
         title: the name for the progress bar.
         module: holds all weights to train.
-        batch: makes the batch of a step; runs in its own thread, one step ahead.
-        losses: returns the named losses of a batch; `total` is minimised.
+        batch: makes a part of a step's batch, in a worker process.
+        embed: runs the module on inputs; returns tensors with a row for each item.
+        losses: returns the named losses of a whole batch's embeddings and targets, float32; `total`
+            is minimised. It has no weights of its own: what it needs of them is embedded.
         identity: names data, teacher and student; resuming with another identity is refused.
         validate: measures the module, in evaluation mode and without gradients; None for never.
-        validate_every: steps between two validations; the first and the last step are always
-            validated.
+        validate_every: steps between two validations, at least; the first and the last step are
+            always validated.
+        note_bad: is told of items that could not be read; it may raise.
     """
 
     title: str
     module: nn.Module
-    batch: Callable[[int], Batch]
-    losses: Callable[[Batch], dict[str, Tensor]]
+    batch: Callable[[Part], Batch]
+    embed: Callable[[Rows], Rows]
+    losses: Callable[[Rows, Rows], dict[str, Tensor]]
     identity: str
     validate: Callable[[], Validation] | None = None
     validate_every: int = 1
+    note_bad: Callable[[dict[int, str]], None] = lambda _bad: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,91 +216,339 @@ class BestStep:
     validation: Validation
 
 
-def train(task: TrainTask[Batch], settings: TrainSettings, out: Path) -> BestStep | None:
+def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | None:
     """Train `task.module` in place, or go on from the checkpoint in `out`.
 
     Writes `log.jsonl` (a line a step: step, seconds, every loss, and the values of a validation)
-    and `checkpoint.pt`, and leaves both when done. The module ends with the weights of the best
+    and `checkpoint-STEP`, and leaves both when done. The module ends with the weights of the best
     validation, or of the last step if there is none. A score that falls while the loss falls too
-    is warned of.
+    is warned of, and so is a run that waits for its data.
 
     Raises:
-        ConfigError: `out` holds a run with other settings or more steps, or the loss is not finite.
+        ConfigError: `out` holds a run with other settings or more steps, the batch cannot be
+            divided, or the loss is not finite.
         InputError: the disk is full; the last checkpoint is kept whole.
-        KeyboardInterrupt: Ctrl-C, after the step in hand was saved.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step in hand was saved.
     """
+    team = processes()
+    parts = team.count * settings.accumulate
+    if settings.batch_size % parts:
+        raise ConfigError(
+            f"a batch of {settings.batch_size} cannot be divided among {team.count} processes in "
+            f"{settings.accumulate} parts each: choose a multiple of {parts}"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    weights = [p for p in task.module.parameters() if p.requires_grad]
-    # All weights, those of the best step, and two numbers of AdamW for each that is trained;
-    # written beside the checkpoint before.
-    state = sum(value.nbytes for value in task.module.state_dict().values())
-    require_space(out, 2 * state + 2 * sum(weight.nbytes for weight in weights))
-    optimizer = _optimizer(weights, settings)
-    best = _Best()
-    checkpoint = _Checkpoint(out, task, settings, optimizer, best)
-    start, seconds = checkpoint.resume()
-    bar = tqdm(
+    run = _Run(task, settings, out, team)
+    start, seconds = run.resume()
+    team.wait()  # until all have read the log that is written from here on
+    own = range(team.number * settings.accumulate, (team.number + 1) * settings.accumulate)
+    keys = (Part(step, number, parts) for step in range(start, settings.steps) for number in own)
+    workers = default_workers() if settings.workers is None else settings.workers
+    batches = load(task.batch, keys, workers=workers)
+    task.module.train()
+    bar: tqdm[Any] = tqdm(
         total=settings.steps * settings.batch_size,
         initial=start * settings.batch_size,
         desc=task.title,
         unit="img",
         unit_scale=True,
         dynamic_ncols=True,
+        disable=not team.is_first,
     )
-    task.module.train()
     clock, shown = _RunClock(seconds), ""
-    with bar, (out / "log.jsonl").open("a", encoding="utf-8") as log, _stop_on_interrupt() as stop:
-        for step, batch in _prefetched(task.batch, start, settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            with autocast(settings.compute, weights[0].device):
-                losses = task.losses(batch)
-            optimizer.zero_grad(set_to_none=True)
-            losses["total"].backward()
-            norm = nn.utils.clip_grad_norm_(weights, settings.clip_norm)
-            _check_finite(losses["total"], norm, step)
-            optimizer.step()
-            values = {name: value.item() for name, value in losses.items()}
-            best.add_loss(values["total"])
-            validation = _validated(task, step, settings.steps)
+    waiting = _Waiting(workers)
+    with (
+        killed_workers_explained(),
+        bar,
+        _log_file(out / "log.jsonl", team) as log,
+        Trackers(settings.track, out) as trackers,
+        _stop_on_signal() as stop,
+    ):
+        trackers.begin({"task": task.title, **asdict(settings)})
+        for step in range(start, start if run.is_out_of_patience else settings.steps):
+            with waiting.for_data():
+                batch = [next(batches) for _ in own]
+            for part in batch:
+                waiting.add_stages(part.seconds)
+                task.note_bad(part.bad)
+            values = run.step(step, batch)
+            validation = run.validated(step)
             if validation is not None:
-                best.compare(step + 1, validation, task.module)
                 shown = f", {validation.says}"
                 values |= validation.values
-            _write_line(log, {"step": step + 1, "seconds": clock.now(), **values})
+            line = {"step": step + 1, "seconds": clock.now(), **values}
+            log.write(json.dumps(line) + "\n")
+            trackers.log({**line, "learning_rate": settings.rate(step)}, step + 1)
             bar.update(settings.batch_size)
-            bar.set_postfix_str(f"loss={values['total']:.3f}{shown}", refresh=False)
-            if stop.is_set or step + 1 == settings.steps or clock.due(settings.checkpoint_seconds):
+            says = f"loss={values['total']:.3f}{shown}{waiting.says()}"
+            bar.set_postfix_str(says, refresh=False)
+            waiting.warn(step - start)
+            is_stopped, is_due = team.any(stop.is_set, clock.due(settings.checkpoint_seconds))
+            is_last = step + 1 == settings.steps or run.is_out_of_patience
+            if is_stopped or is_last or is_due:
                 log.flush()
-                checkpoint.save(step + 1, clock.now())
-            if stop.is_set and step + 1 < settings.steps:
+                run.save(step + 1, clock.now())
+            if is_last:
+                break
+            if is_stopped:
                 raise KeyboardInterrupt(f"stopped at step {step + 1}; run it again to go on")
     task.module.eval()
-    return best.restore(task.module)
+    return run.finish()
 
 
-def _validated(task: TrainTask[Batch], step: int, steps: int) -> Validation | None:
-    """Validate the module if it is time to; `step` counts from 0."""
-    if task.validate is None:
-        return None
-    if (step + 1) % task.validate_every and step not in (0, steps - 1):
-        return None
-    task.module.eval()
-    with torch.inference_mode():
-        found = task.validate()
-    task.module.train()
-    return found
+class _Run:
+    """The module, the optimizer and the best weights of a run, from step to step."""
+
+    def __init__(
+        self, task: TrainTask, settings: TrainSettings, out: Path, team: Processes
+    ) -> None:
+        self._task, self._settings, self._out, self._team = task, settings, out, team
+        self._weights = [p for p in task.module.parameters() if p.requires_grad]
+        self._device = self._weights[0].device
+        # All weights, those of the best step and their average, and two numbers of AdamW for each
+        # that is trained; written beside the checkpoint before.
+        state = sum(value.nbytes for value in task.module.state_dict().values())
+        require_space(out, 3 * state + 2 * sum(weight.nbytes for weight in self._weights))
+        self._optimizer = _optimizer(self._weights, settings)
+        self._average = _Average(task.module, settings.ema) if settings.ema else None
+        self._best = _Best(settings.patience)
+        self._embed = torch.compile(task.embed) if settings.compile else task.embed
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        return self._best.is_out_of_patience
+
+    def step(self, step: int, parts: list[Batch]) -> dict[str, float]:
+        """Take one step; return its losses."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.rate(step)
+        self._optimizer.zero_grad(set_to_none=True)
+        losses = self._gradients(step, parts)
+        self._team.sum_gradients(self._weights)
+        norm = nn.utils.clip_grad_norm_(self._weights, self._settings.clip_norm)
+        _check_finite(losses["total"], norm, step)
+        self._optimizer.step()
+        if self._average is not None:
+            self._average.update(step)
+        values = {name: value.item() for name, value in losses.items()}
+        self._best.add_loss(values["total"])
+        return values
+
+    def _gradients(self, step: int, parts: list[Batch]) -> dict[str, Tensor]:
+        """Give every weight the gradient of its share of the whole batch's loss."""
+        inputs = [self._moved(part.inputs) for part in parts]
+        found: list[Rows] = []
+        for number, given in enumerate(inputs):
+            with torch.set_grad_enabled(len(parts) == 1):
+                found.append(self._embedded(given, step, number))
+        ours = {
+            name: torch.cat([rows[name].detach() for rows in found]).requires_grad_()
+            for name in found[0]
+        }
+        held = [self._moved(part.targets) for part in parts]
+        targets = {
+            name: self._team.gather(torch.cat([rows[name] for rows in held])) for name in held[0]
+        }
+        losses = self._task.losses(
+            {name: self._joined(rows) for name, rows in ours.items()}, targets
+        )
+        gradients = torch.autograd.grad(losses["total"], list(ours.values()), allow_unused=True)
+        for number, given in enumerate(inputs):
+            if len(parts) > 1:
+                found[number] = self._embedded(given, step, number)
+            pairs = [
+                (rows, gradient.chunk(len(parts))[number])
+                for name, gradient in zip(ours, gradients, strict=True)
+                if gradient is not None and (rows := found[number][name]).requires_grad
+            ]
+            if pairs:
+                torch.autograd.backward(*map(list, zip(*pairs, strict=True)))  # type: ignore[arg-type]
+            found[number] = {}
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _embedded(self, inputs: Rows, step: int, number: int) -> Rows:
+        # So that dropout is the same each time that a part is embedded, and after a resume.
+        place = self._team.number * self._settings.accumulate + number
+        seed = np.random.SeedSequence((self._settings.seed, step, place)).generate_state(1)
+        torch.manual_seed(int(seed[0]))
+        with autocast(self._settings.compute, self._device):
+            return self._embed(inputs)
+
+    def _joined(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes; gradients reach those of this one."""
+        if self._team.count == 1:
+            return rows
+        every = list(self._team.gather(rows).chunk(self._team.count))
+        every[self._team.number] = rows
+        return torch.cat(every)
+
+    def _moved(self, rows: Rows) -> Rows:
+        return {name: value.to(self._device, non_blocking=True) for name, value in rows.items()}
+
+    def validated(self, step: int) -> Validation | None:
+        """Validate the module if it is time to; `step` counts from 0."""
+        task, last = self._task, self._settings.steps - 1
+        if task.validate is None:
+            return None
+        every = max(1, self._settings.steps // self._settings.validations, task.validate_every)
+        if (step + 1) % every and step not in (0, last):
+            return None
+        found = None
+        with self._averaged():
+            if self._team.is_first:
+                task.module.eval()
+                with torch.inference_mode():
+                    found = task.validate()
+                task.module.train()
+            found = self._team.from_first(found)
+            assert found is not None
+            self._best.compare(step + 1, found, task.module)
+        return found
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Use the averaged weights, if there are any, while the block lasts."""
+        if self._average is None:
+            yield
+            return
+        with self._average.in_place():
+            yield
+
+    def finish(self) -> BestStep | None:
+        """Give the module the best weights, or the averaged ones; return the best step."""
+        if self._average is not None:
+            self._average.keep()
+        return self._best.restore(self._task.module)
+
+    @property
+    def _identity(self) -> str:
+        settings = {k: v for k, v in asdict(self._settings).items() if k not in _FREE}
+        return json.dumps({"identity": self._task.identity, "settings": settings}, sort_keys=True)
+
+    def save(self, step: int, seconds: float) -> None:
+        if self._team.is_first:
+            tensors: dict[str, Any] = {
+                "weights": self._task.module.state_dict(),
+                "optimizer": optimizer_tensors(self._optimizer),
+            }
+            if self._average is not None:
+                tensors["average"] = self._average.weights
+            if self._best.weights is not None:
+                tensors["best"] = self._best.weights
+            values = {
+                "run": self._identity,
+                "step": step,
+                "seconds": seconds,
+                "best": self._best.state(),
+            }
+            save_checkpoint(self._out, step, Checkpoint(values=values, tensors=tensors))
+        self._team.wait()
+
+    def resume(self) -> tuple[int, float]:
+        """Load the checkpoint; return steps done and seconds spent, (0, 0.0) for a new run."""
+        saved = load_checkpoint(self._out)
+        log = self._out / "log.jsonl"
+        if saved is None:
+            if self._team.is_first:
+                log.unlink(missing_ok=True)
+            return 0, 0.0
+        values = saved.values
+        self._check_run(values)
+        self._task.module.load_state_dict(saved.tensors["weights"])
+        load_optimizer_tensors(self._optimizer, saved.tensors["optimizer"])
+        if self._average is not None:
+            self._average.load(saved.tensors["average"])
+        self._best.load(values["best"], saved.tensors.get("best"))
+        if self._team.is_first:
+            lines = log.read_text(encoding="utf-8").splitlines()[: values["step"]]
+            with atomic_file(log) as path:  # lines past the checkpoint will be written again
+                path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return int(values["step"]), float(values["seconds"])
+
+    def _check_run(self, values: dict[str, Any]) -> None:
+        before = json.loads(values["run"])
+        steps, wanted = before["settings"]["steps"], self._settings.steps
+        now = json.loads(self._identity)
+        before["settings"]["steps"] = wanted
+        if before != now:
+            other = sorted(
+                name.replace("_", "-")
+                for name in set(before["settings"]) | set(now["settings"])
+                if before["settings"].get(name) != now["settings"].get(name)
+            )
+            what = f"settings ({', '.join(other)})" if other else "data, teacher or student"
+            raise ConfigError(
+                f"{self._out} holds a run with other {what}; choose another --out, "
+                f"or delete it to start again"
+            )
+        if values["step"] > wanted:
+            raise ConfigError(
+                f"{self._out} holds a run that has done {values['step']} steps: give at least as "
+                "many, or choose another --out"
+            )
+        if steps != wanted:
+            _log.info(
+                "the run was of %d steps and is of %d now: its learning rate goes on from step %d "
+                "as in a run of %d",
+                *(steps, wanted, values["step"] + 1, wanted),
+            )
+
+
+class _Average:
+    """The exponential moving average of a module's weights (Polyak averaging).
+
+    Its decay grows to the given one with the first steps, as min(decay, (1 + t) / (10 + t)), so
+    that the first weights are soon forgotten.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._module, self._decay = module, decay
+        self.weights = {name: value.clone() for name, value in self._own().items()}
+
+    def _own(self) -> Rows:
+        return {
+            name: value.detach()
+            for name, value in self._module.state_dict().items()
+            if value.is_floating_point()
+        }
+
+    def update(self, step: int) -> None:
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for name, value in self._own().items():
+            self.weights[name].lerp_(value, 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        before = {name: value.clone() for name, value in self._own().items()}
+        self.keep()
+        try:
+            yield
+        finally:
+            self._module.load_state_dict(before, strict=False)
+
+    def keep(self) -> None:
+        """Give the module the averaged weights."""
+        self._module.load_state_dict(self.weights, strict=False)
+
+    def load(self, weights: Rows) -> None:
+        for name, value in weights.items():
+            self.weights[name].copy_(value)
 
 
 class _Best:
     """Keeps the weights of the best validation, and warns of what became worse since."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: int) -> None:
         self._step = BestStep(step=0, validation=Validation(score=-math.inf, values={}, says=""))
-        self._weights: dict[str, Tensor] | None = None
+        self.weights: Rows | None = None
         self._loss = math.inf  # mean of the steps that led to the best one
         self._recent, self._count = 0.0, 0  # losses since the last validation: sum, number
+        self._patience, self._since = patience, 0  # validations since the best one
         self._warned = False
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        return 0 < self._patience <= self._since
 
     def add_loss(self, loss: float) -> None:
         self._recent, self._count = self._recent + loss, self._count + 1
@@ -206,12 +556,13 @@ class _Best:
     def compare(self, step: int, found: Validation, module: nn.Module) -> None:
         loss, self._recent, self._count = self._recent / self._count, 0.0, 0
         best = self._step.validation
+        self._since += 1
         if found.score >= best.score:
             self._step = BestStep(step=step, validation=found)
-            self._weights = {
+            self.weights = {
                 name: value.detach().cpu().clone() for name, value in module.state_dict().items()
             }
-            self._loss, self._warned = loss, False
+            self._loss, self._warned, self._since = loss, False, 0
         elif best.score - found.score > _WORSE and loss < self._loss and not self._warned:
             self._warned = True
             _log.warning(
@@ -220,30 +571,39 @@ class _Best:
                 "is what is kept",
                 *(self._step.step, best.says, step, found.says, self._loss, loss, self._step.step),
             )
+        if self.is_out_of_patience:
+            _log.info(
+                "stopped early at step %d: none of %d validations was better than that of step %d",
+                *(step, self._since, self._step.step),
+            )
 
     def restore(self, module: nn.Module) -> BestStep | None:
         """Give the module the best weights; None if nothing was validated."""
-        if self._weights is None:
+        if self.weights is None:
             return None
-        module.load_state_dict(self._weights)
+        module.load_state_dict(self.weights)
         return self._step
 
     def state(self) -> dict[str, Any]:
+        score = self._step.validation.score
         return {
-            "step": asdict(self._step),
-            "weights": self._weights,
-            "loss": self._loss,
+            "step": asdict(self._step) if math.isfinite(score) else None,
+            "loss": self._loss if math.isfinite(self._loss) else None,
             "recent": self._recent,
             "count": self._count,
+            "since": self._since,
             "warned": self._warned,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], weights: Rows | None) -> None:
         found = state["step"]
-        self._step = BestStep(step=found["step"], validation=Validation(**found["validation"]))
-        self._weights, self._loss = state["weights"], state["loss"]
+        if found is not None:
+            validation = Validation(**found["validation"])
+            self._step = BestStep(step=found["step"], validation=validation)
+        self.weights = weights
+        self._loss = math.inf if state["loss"] is None else state["loss"]
         self._recent, self._count = state["recent"], state["count"]
-        self._warned = state["warned"]
+        self._since, self._warned = state["since"], state["warned"]
 
 
 def _check_finite(loss: Tensor, norm: Tensor, step: int) -> None:
@@ -261,85 +621,55 @@ def read_log(path: Path) -> tuple[dict[str, float], ...]:
     return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
-@dataclass(frozen=True, slots=True)
-class _Checkpoint(Generic[Batch]):
-    """Saves and loads `checkpoint.pt`: weights, optimizer, best step, step, identity of a run."""
+class _Waiting:
+    """Measures how long a run waits for its data, and which stage of making them is slowest.
 
-    out: Path
-    task: TrainTask[Batch]
-    settings: TrainSettings
-    optimizer: torch.optim.Optimizer
-    best: _Best
+    Over the last steps, for data come in bursts.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._steps: list[tuple[float, float]] = []  # waited, in all
+        self._stages: dict[str, float] = {}
+        self._last = time.monotonic()
+        self._warned = False
+
+    @contextmanager
+    def for_data(self) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        now = time.monotonic()
+        self._steps = [*self._steps[1 - _WINDOW :], (now - begin, now - self._last)]
+        self._last = now
+
+    def add_stages(self, seconds: dict[str, float]) -> None:
+        for name, value in seconds.items():
+            self._stages[name] = self._stages.get(name, 0.0) + value
 
     @property
-    def _path(self) -> Path:
-        return self.out / "checkpoint.pt"
+    def _share(self) -> float:
+        waited, whole = map(sum, zip(*self._steps, strict=True))
+        return float(waited / whole) if whole else 0.0
 
     @property
-    def _run(self) -> str:
-        settings = asdict(self.settings)
-        del settings["checkpoint_seconds"]  # changes no weight
-        return json.dumps({"identity": self.task.identity, "settings": settings}, sort_keys=True)
+    def _slowest(self) -> str:
+        return max(self._stages, key=lambda name: self._stages[name], default="making batches")
 
-    def save(self, step: int, seconds: float) -> None:
-        with atomic_file(self._path) as path:
-            torch.save(
-                {
-                    "run": self._run,
-                    "step": step,
-                    "seconds": seconds,
-                    "weights": self.task.module.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "best": self.best.state(),
-                },
-                path,
-            )
+    def says(self) -> str:
+        return f", waits {self._share:.0%} for {self._slowest}" if self._share > _SLOW else ""
 
-    def resume(self) -> tuple[int, float]:
-        """Load the checkpoint; return steps done and seconds spent, (0, 0.0) for a new run."""
-        log = self.out / "log.jsonl"
-        if not self._path.exists():
-            log.unlink(missing_ok=True)
-            return 0, 0.0
-        saved = self._read()
-        before = json.loads(saved["run"])
-        steps = before["settings"]["steps"]
-        before["settings"]["steps"] = self.settings.steps
-        if before != json.loads(self._run):
-            raise ConfigError(
-                f"{self.out} holds a run with other settings or data; choose another --out, "
-                f"or delete it to start again"
-            )
-        if saved["step"] > self.settings.steps:
-            raise ConfigError(
-                f"{self.out} holds a run that has done {saved['step']} steps: give at least as "
-                "many, or choose another --out"
-            )
-        if steps != self.settings.steps:
-            _log.info(
-                "the run was of %d steps and is of %d now: its learning rate goes on from step %d "
-                "as in a run of %d",
-                *(steps, self.settings.steps, saved["step"] + 1, self.settings.steps),
-            )
-        self.task.module.load_state_dict(saved["weights"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if "best" in saved:  # not in a checkpoint of before there were validations
-            self.best.load(saved["best"])
-        lines = log.read_text(encoding="utf-8").splitlines()[: saved["step"]]
-        with atomic_file(log) as path:  # lines past the checkpoint will be written again
-            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return int(saved["step"]), float(saved["seconds"])
-
-    def _read(self) -> dict[str, Any]:
-        message = f"{self._path} is damaged; delete it to start again"
-        try:
-            with zipfile.ZipFile(self._path) as archive:
-                if archive.testzip() is not None:  # torch does not look at the checksums
-                    raise ConfigError(message)
-            saved: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
-        except Exception as error:  # zip and pickle raise many kinds on damaged data
-            raise ConfigError(message) from error
-        return saved
+    def warn(self, step: int) -> None:
+        """Warn once, when the first batches, which come late, are behind."""
+        if self._warned or step < 2 * _WINDOW or self._share <= _SLOW:
+            return
+        self._warned = True
+        whole = sum(self._stages.values())
+        stages = ", ".join(f"{name} {part / whole:.0%}" for name, part in self._stages.items())
+        _log.warning(
+            "the run waits %.0f%% of its time for data, of whose making the parts are %s: more "
+            "than %d --workers, smaller pictures or a faster disk would help",
+            *(100 * self._share, stages, self._workers),
+        )
 
 
 class _RunClock:
@@ -360,7 +690,7 @@ class _RunClock:
 
 
 class _StopFlag:
-    """A flag that the first Ctrl-C sets; a second Ctrl-C interrupts at once."""
+    """A flag that the first Ctrl-C or SIGTERM sets; a second one interrupts at once."""
 
     is_set = False
 
@@ -371,38 +701,30 @@ class _StopFlag:
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[_StopFlag]:
+def _stop_on_signal() -> Iterator[_StopFlag]:
     stop = _StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _prefetched(
-    batch: Callable[[int], Batch], start: int, stop: int
-) -> Iterator[tuple[int, Batch]]:
-    """Yield the batches in order, each made while the one before is used."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = pool.submit(batch, start) if start < stop else None
-        for step in range(start, stop):
-            assert waiting is not None
-            ready = waiting.result()
-            waiting = pool.submit(batch, step + 1) if step + 1 < stop else None
-            yield step, ready
+@contextmanager
+def _log_file(path: Path, team: Processes) -> Iterator[TextIO]:
+    """Open the log to append to it; that of other processes than the first is thrown away."""
+    with Path(path if team.is_first else os.devnull).open("a", encoding="utf-8") as file:
+        yield file
 
 
-def _optimizer(weights: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def _optimizer(weights: Iterable[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    held = list(weights)
     groups = [  # biases, norms and scales are not decayed
-        {"params": [w for w in weights if w.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
+        {"params": [w for w in held if w.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [w for w in held if w.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
-def _write_line(log: TextIO, values: dict[str, float]) -> None:
-    log.write(json.dumps(values) + "\n")

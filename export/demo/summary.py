@@ -350,18 +350,19 @@ def _pareto(rows: Sequence[ModelRow], shipped: str) -> tuple[ParetoPoint, ...]:
 _HELD_OUT_TITLES = {
     IMAGE_COSINE: "held-out cosine, images",
     TEXT_COSINE: "held-out cosine, texts",
-    STUDENT_R1: "held-out R@1",
+    STUDENT_R1[0]: "held-out R@1, images",
+    STUDENT_R1[1]: "held-out R@1, texts",
 }
 
 
 def _curves(log: Path) -> tuple[TrainingCurve, ...]:
     """Make a curve of each series of a training log; the teacher's R@1 is a line beside its own."""
     lines = read_log(log)
-    curves = []
-    for name in (name for name in lines[0] if name not in {"step", "seconds", TEACHER_R1}):
+    curves, teachers = [], dict(zip(STUDENT_R1, TEACHER_R1, strict=True))
+    for name in (name for name in lines[0] if name not in {"step", "seconds", *TEACHER_R1}):
         there = [line for line in lines if name in line]  # not every step is validated
         steps, values = (tuple(line[key] for line in there) for key in ("step", name))
-        teacher = there[-1][TEACHER_R1] if name == STUDENT_R1 else None
+        teacher = there[-1][teachers[name]] if name in teachers else None
         curves.append(
             TrainingCurve(
                 _HELD_OUT_TITLES.get(name, name.replace("_", " ")),

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgeclip.compress.data.sources import Source, without
+from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import build_cache
 from edgeclip.compress.train.quantization_aware import (
@@ -25,7 +25,6 @@ from edgeclip.compress.train.quantization_aware import (
     ProductGrids,
     WeightGrid,
     fine_tune,
-    tower_parts,
 )
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.export.errors import ExportError
@@ -265,7 +264,7 @@ def _tune(
     fine_tune(
         student,
         cache,
-        without(options.source, cache.unreadable),
+        options.source,
         grids=grids,
         settings=options.settings,
         out=options.folder / "run",
@@ -449,7 +448,7 @@ def layer_norm_names(
 
 
 def _layers_of_tower(student: DualEncoder, tower: Tower, *kinds: type[nn.Module]) -> _Layers:
-    prefixes = tower_parts(tower)
+    prefixes = student.tower_parts(tower)
     return {
         name: module
         for name, module in student.named_modules()

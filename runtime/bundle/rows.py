@@ -1,5 +1,6 @@
 """Rows of numbers, each under the hash of what it was computed from, in a file that only grows."""
 
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ KEY_BYTES = 32  # a SHA-256
 _KIND = "edgeclip-rows-1"
 _LONGEST_HEADER = 1 << 16
 _READ_BYTES = 1 << 23  # read at a time when a file is opened
+_SAMPLE = 64  # keys that tell one file from another
 _FRESH = 1 << 15  # appended keys that are kept in a dict before they are sorted in
 
 
@@ -128,6 +130,25 @@ class RowFile:
                 return rows
         raise InputError(f"{self.path} was altered while it was read: run the command again")
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells later whether records are still those of now, see `goes_on`."""
+        count = (self._end - self._start) // self._record.itemsize
+        return f"{max(0, count)} {self._digest(max(0, count))}"
+
+    def goes_on(self, fingerprint: str) -> bool:
+        """Tell whether the file still begins with the records that it had at a `fingerprint`."""
+        count, _, digest = fingerprint.partition(" ")
+        held = (self._end - self._start) // self._record.itemsize
+        return int(count) <= max(0, held) and digest == self._digest(int(count))
+
+    def _digest(self, count: int) -> str:
+        """Hash some keys of the first `count` records, and which of these are damaged."""
+        sample = np.linspace(0, count - 1, min(count, _SAMPLE)).astype(np.int64)
+        damaged = [number for number in self._damaged if number < count]
+        held = b"".join(map(self._key, sample.tolist())) + repr(damaged).encode()
+        return hashlib.sha256(held).hexdigest()
+
     def append(self, keys: Sequence[bytes], rows: NDArray[Any]) -> None:
         """Write the row of each key behind all others; a killed process loses none of them.
 
@@ -170,6 +191,7 @@ class RowFile:
         self._prefixes = np.empty(0, "<u8")  # the first 8 bytes of each key, sorted
         self._numbers = np.empty(0, np.int64)  # and the number of its record
         self._fresh: dict[bytes, int] = {}  # of keys that are not in there yet
+        self._damaged: list[int] = []  # numbers of records
         self._start, self._end, self._size, self._count = len(self._header), 0, 0, 0
         self._close_reader()
         try:
@@ -224,7 +246,9 @@ class RowFile:
         """Remember which record holds the row of each key; those of a wrong checksum are none."""
         prefixes, numbers, count = [self._prefixes], [self._numbers], 0
         for records in blocks:
-            valid = np.flatnonzero(_checksums(records) == records["crc"])
+            is_valid = _checksums(records) == records["crc"]
+            valid = np.flatnonzero(is_valid)
+            self._damaged += (count + np.flatnonzero(~is_valid)).tolist()
             keys = np.ascontiguousarray(records["key"][valid, :8])
             prefixes.append(keys.view("<u8").reshape(-1))
             numbers.append(count + valid)

@@ -40,17 +40,22 @@ def main(what: str, teacher_folder: str, pictures: str, out: str, cache: str, re
     teacher = DualEncoder.load(teacher_folder)
     source = DeadlySource(Path(pictures), int(reads))
     if what == "cache":
-        build_cache(teacher, source, Path(cache))
+        build_cache(teacher, source, Path(cache), workers=0)
         return
     compute: ComputeType = "bf16" if what == "bf16" else "fp32"
     shape = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)
     distill(
         new_student(teacher, shape),
-        build_cache(teacher, source, Path(cache)),
+        build_cache(teacher, source, Path(cache), workers=0),
         source,
         loss_weights=LossWeights(),
         settings=TrainSettings(
-            steps=12, batch_size=8, warmup_steps=3, compute=compute, checkpoint_seconds=1e-6
+            steps=12,
+            batch_size=8,
+            warmup_steps=3,
+            compute=compute,
+            checkpoint_seconds=1e-6,
+            workers=0,
         ),
         out=Path(out),
     )

@@ -3,36 +3,41 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from edgeclip.compress.compute import ComputeType
-from edgeclip.compress.data.augmentation import Augmentation
+from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import EmojiSource, FolderSource
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import (
-    CacheSettings,
     TeacherCache,
     build_cache,
 )
-from edgeclip.compress.train.distill import DistillationBatches, distill
+from edgeclip.compress.train.distill import (
+    DistillationBatches,
+    caption_keys,
+    distill,
+    embed_batch,
+    parts_of,
+)
+from edgeclip.compress.train.held_out import IMAGE_COSINE, STUDENT_R1, TEACHER_R1, TEXT_COSINE
 from edgeclip.compress.train.losses import LossWeights
-from edgeclip.compress.train.train_loop import TrainSettings, read_log
-from edgeclip.runtime.errors import ConfigError
+from edgeclip.compress.train.pretrain import new_teacher
+from edgeclip.compress.train.train_loop import Part, TrainSettings, read_log
+from edgeclip.runtime.errors import ConfigError, InputError
+from tests.compress.conftest import SHAPE
 
 pytestmark = pytest.mark.slow
 
 SMALL = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)
 # The same as in killed_run.py, which saves after every step.
-SETTINGS = TrainSettings(steps=12, batch_size=8, warmup_steps=3, compute="fp32")
+SETTINGS = TrainSettings(steps=12, batch_size=8, warmup_steps=3, compute="fp32", workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -62,46 +67,6 @@ def _distilled(
     return student
 
 
-def _empty_cache(count: int, views: int) -> TeacherCache:
-    """A cache of nothing, to look at the order of the batches."""
-    held = CacheSettings(
-        space="",
-        source="",
-        count=count,
-        views=views,
-        dim=1,
-        captions=False,
-        augmentation=Augmentation(),
-        logit_scale=1.0,
-    )
-    return TeacherCache(held, np.zeros((count, views, 1), np.float16), None)
-
-
-@given(
-    count=st.integers(1, 30),
-    size=st.integers(1, 40),
-    views=st.integers(1, 3),
-    seed=st.integers(0, 5),
-)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_an_epoch_shows_every_pair_once(
-    teacher: DualEncoder, count: int, size: int, views: int, seed: int
-) -> None:
-    data = EmojiSource("train", count, size=8)
-    how = TrainSettings(steps=1, batch_size=size, seed=seed)
-    batches = DistillationBatches(teacher, _empty_cache(count, views), data, how)
-    epochs = views + 1
-    shown: list[tuple[int, int]] = []
-    for step in range(-(-epochs * count // size)):
-        pairs = batches.pairs_of_step(step)
-        assert len(pairs[0]) == len(pairs[1]) == size
-        assert pairs == batches.pairs_of_step(step)
-        shown += zip(*pairs, strict=True)
-    for epoch in range(epochs):
-        part = shown[epoch * count : (epoch + 1) * count]
-        assert Counter(part) == Counter((index, epoch % views) for index in range(count))
-
-
 def test_each_epoch_shows_the_next_caption_of_a_picture(
     teacher: DualEncoder, few_pictures: Path, tmp_path: Path
 ) -> None:
@@ -114,54 +79,129 @@ def test_each_epoch_shows_the_next_caption_of_a_picture(
     (folder / "captions.csv").write_text("\n".join(rows))
     source = FolderSource(folder)
     cache = build_cache(teacher, source, tmp_path / "cache")
-    assert cache.text is not None
+    sampling = Sampling(parts_of(source), held_out=0)
     how = TrainSettings(steps=1, batch_size=4)
-    batches = DistillationBatches(teacher, cache, source, how)
+    batches = DistillationBatches(teacher, [cache], source, sampling, how)
+    shown: dict[int, list[int]] = {}
     for step in range(9):  # six epochs
-        batch = batches(step)
-        indices, _ = batches.pairs_of_step(step)
-        numbers = [(4 * step + place) // 6 % (1 + index % 3) for place, index in enumerate(indices)]
+        part = Part(step, 0, 1)
+        batch = batches(part)
+        indices, epochs = (found.tolist() for found in batches.items(part))
+        numbers = [epoch % (1 + i % 3) for i, epoch in zip(indices, epochs, strict=True)]
+        for index, number in zip(indices, numbers, strict=True):
+            shown.setdefault(index, []).append(number)
         captions = [f"{index} {number}" for index, number in zip(indices, numbers, strict=True)]
-        assert batch.ids is not None
-        assert batch.teacher_text is not None
-        assert torch.equal(batch.ids, teacher.tokenize(captions))
-        wanted = torch.from_numpy(cache.text[indices, numbers].astype(np.float32))
+        assert torch.equal(batch.inputs["ids"], teacher.tokenize(captions))
+        wanted = torch.from_numpy(cache.text(indices, numbers).astype(np.float32))
         wanted = torch.nn.functional.normalize(wanted, dim=-1)
-        torch.testing.assert_close(batch.teacher_text.cpu(), wanted)
-
-
-def test_every_epoch_and_seed_has_an_order_of_its_own(teacher: DualEncoder) -> None:
-    data = EmojiSource("train", 40, size=8)
-    orders = {
-        tuple(
-            DistillationBatches(
-                teacher,
-                _empty_cache(40, 1),
-                data,
-                TrainSettings(steps=1, batch_size=40, seed=seed),
-            ).pairs_of_step(epoch)[0]
-        )
-        for seed in (0, 1)
-        for epoch in (0, 1)
-    }
-    assert len(orders) == 4
+        torch.testing.assert_close(batch.targets["text 0"], wanted)
+    assert shown == {i: [epoch % (1 + i % 3) for epoch in range(6)] for i in range(6)}
 
 
 def test_a_batch_holds_what_belongs_together(
     teacher: DualEncoder, cache: TeacherCache, source: FolderSource
 ) -> None:
     # The cache was made by this very model, so its answers must be those in the batch.
-    batches = DistillationBatches(teacher, cache, source, replace(SETTINGS, batch_size=15))
+    sampling = Sampling(parts_of(source), held_out=0)
+    batches = DistillationBatches(
+        teacher, [cache], source, sampling, replace(SETTINGS, batch_size=15)
+    )
     for step in (0, 1, 2):  # the second one crosses from view 0 to view 1
-        batch = batches(step)
-        assert batch.ids is not None
-        assert batch.teacher_text is not None
+        batch = batches(Part(step, 0, 1))
+        assert all(batch.targets[name].all() for name in ("readable", "captioned"))
         with torch.inference_mode():
-            image, text = teacher.embed_image(batch.pixels), teacher.embed_text(batch.ids)
-        assert (image * batch.teacher_image).sum(dim=1).min() > 0.999
-        assert (text * batch.teacher_text).sum(dim=1).min() > 0.999
-        torch.testing.assert_close(batch.teacher_image.norm(dim=1), torch.ones(15))
-    assert set(batches.pairs_of_step(1)[1]) == {0, 1}
+            found = embed_batch(teacher, batch.inputs)
+        for name in ("image", "text"):
+            wanted = batch.targets[f"{name} 0"]
+            assert (found[name] * wanted).sum(dim=1).min() > 0.999
+            torch.testing.assert_close(wanted.norm(dim=1), torch.ones(15))
+        thirds = [batches(Part(step, number, 3)) for number in range(3)]
+        for name, rows in batch.targets.items():
+            assert torch.equal(rows, torch.cat([third.targets[name] for third in thirds])), name
+        pixels = torch.cat([third.inputs["pixels"] for third in thirds])
+        assert torch.equal(pixels, batch.inputs["pixels"])
+    assert set((batches.items(Part(1, 0, 1))[1] % 2).tolist()) == {0, 1}
+
+
+def test_captions_are_equal_whatever_padding_follows() -> None:
+    ids = np.array([[1, 5, 2, 0, 0], [1, 5, 2, 0, 0], [1, 5, 6, 2, 0]])
+    keys = caption_keys(ids, pad_id=0)
+    assert keys[0] == keys[1] != keys[2]
+    assert caption_keys(ids[:, :4], pad_id=0).tolist() == keys.tolist()
+    ends = np.array([[1, 5, 2, 2], [1, 5, 2, 2]])  # where the end token pads
+    assert caption_keys(ends, pad_id=2)[0] == caption_keys(ends[:, :3], pad_id=2)[0]
+
+
+def test_some_pictures_without_captions(
+    teacher: DualEncoder, few_pictures: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(few_pictures, tmp_path / "mixed")
+    table = folder / "captions.csv"
+    table.unlink()
+    for number in range(0, 20, 2):
+        (folder / f"{number:04d}.txt").write_text(f"picture {number}")
+    source = FolderSource(folder)
+    cache = build_cache(teacher, source, tmp_path / "cache")
+    batches = DistillationBatches(
+        teacher, [cache], source, Sampling(parts_of(source), held_out=0), SETTINGS
+    )
+    part = Part(0, 0, 1)
+    batch, (indices, _) = batches(part), batches.items(part)
+    assert batch.targets["captioned"].tolist() == [index % 2 == 0 for index in indices]
+    assert batch.targets["readable"].all()
+    student = _distilled(teacher, cache, source, tmp_path / "run")
+    assert not torch.equal(
+        student.get_parameter("model.text_projection.weight"),
+        new_student(teacher, SMALL).get_parameter("model.text_projection.weight"),
+    )
+
+
+def test_a_picture_that_cannot_be_read_counts_for_nothing(
+    teacher: DualEncoder, few_pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(few_pictures, tmp_path / "broken")
+    (folder / "0003.bmp").write_bytes(b"BM")
+    source = FolderSource(folder)
+    cache = build_cache(teacher, source, tmp_path / "cache")
+    (folder / "0007.bmp").write_bytes(b"BM")  # after it was cached
+    _distilled(teacher, cache, source, tmp_path / "run")
+    assert [message for message in caplog.messages if "left out of training" in message] == [
+        message for message in caplog.messages if "0007.bmp" in message
+    ]
+    for path in folder.glob("*.bmp"):
+        path.write_bytes(b"BM")
+    with pytest.raises(InputError, match=r"can(not)? be read"):
+        _distilled(teacher, cache, source, tmp_path / "other", replace(SETTINGS, seed=1))
+
+
+def test_several_teachers(
+    teacher: DualEncoder, cache: TeacherCache, source: FolderSource, tmp_path: Path
+) -> None:
+    other = new_teacher(replace(SHAPE, dim=16), seed=3).eval()
+    caches = [cache, build_cache(other, source, tmp_path / "cache", views=2)]
+    student = new_student(teacher, SMALL)
+    distill(
+        student,
+        caches,
+        source,
+        loss_weights=LossWeights(),
+        settings=SETTINGS,
+        out=tmp_path / "run",
+    )
+    assert student.space == teacher.space
+    assert read_log(tmp_path / "run" / "log.jsonl") != ()
+    alone = _distilled(teacher, cache, source, tmp_path / "alone")
+    assert space_fingerprint(student) != space_fingerprint(alone)
+    views = build_cache(other, source, tmp_path / "views", views=1)
+    with pytest.raises(ConfigError, match="other views of the pictures"):
+        distill(
+            new_student(teacher, SMALL),
+            [cache, views],
+            source,
+            loss_weights=LossWeights(),
+            settings=SETTINGS,
+            out=tmp_path / "other",
+        )
 
 
 @pytest.mark.parametrize(
@@ -189,8 +229,7 @@ def test_the_loss_goes_down(
     longer = replace(SETTINGS, steps=60, batch_size=20, learning_rate=3e-3)
     student = _distilled(teacher, cache, source, tmp_path / "run", longer, shape)
     log = read_log(tmp_path / "run" / "log.jsonl")
-    held_out = {"held_out_image_cosine", "held_out_text_cosine"}
-    held_out |= {"held_out_r1", "held_out_teacher_r1"}
+    held_out = {IMAGE_COSINE, TEXT_COSINE, *STUDENT_R1, *TEACHER_R1}
     plain = {"step", "seconds", "total", "affinity", "feature", "interactive"}
     assert set(log[0]) == set(log[-1]) == plain | held_out
     assert set(log[1]) == plain
@@ -243,15 +282,14 @@ def test_kill_and_resume_give_the_same_weights(
         capture_output=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
-    assert 5 <= saved <= 6
+    assert (out / "checkpoint-6").is_dir()
     resumed = _distilled(teacher, cache, source, out, settings)
     ours, theirs = resumed.state_dict(), whole.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     logs = [read_log(folder / "log.jsonl") for folder in (out, tmp_path / "whole")]
     assert [line["step"] for line in logs[0]] == list(range(1, 13))
     assert [line["total"] for line in logs[0]] == [line["total"] for line in logs[1]]
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-12", "log.jsonl"]
 
 
 def test_a_cache_of_other_data_is_refused(
@@ -274,7 +312,8 @@ def test_a_cache_of_other_data_is_refused(
 def test_a_cache_of_another_dimension_is_refused(
     teacher: DualEncoder, cache: TeacherCache, source: FolderSource, tmp_path: Path
 ) -> None:
-    narrow = replace(cache, settings=replace(cache.settings, dim=16))
+    other = new_teacher(replace(SHAPE, dim=16), seed=3).eval()
+    narrow = build_cache(other, source, tmp_path / "cache")
     with pytest.raises(ConfigError, match="embeds to 16 numbers, the student to 32"):
         _distilled(teacher, narrow, source, tmp_path / "run")
 
@@ -297,10 +336,10 @@ def test_another_teacher_or_student_does_not_resume(
 ) -> None:
     out = tmp_path / "run"
     _distilled(teacher, cache, source, out)
-    with pytest.raises(ConfigError, match="other settings or data"):
+    with pytest.raises(ConfigError, match="other data, teacher or student"):
         _distilled(teacher, cache, source, out, shape=replace(SMALL, image_layers=1))
     other = copy.deepcopy(teacher)
     with torch.no_grad():
         other.model.get_parameter("visual_projection.weight").mul_(-1)
-    with pytest.raises(ConfigError, match="other settings or data"):
+    with pytest.raises(ConfigError, match="other data, teacher or student"):
         _distilled(other, build_cache(other, source, tmp_path / "cache"), source, out)

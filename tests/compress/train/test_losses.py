@@ -9,10 +9,11 @@ from torch.nn.functional import cross_entropy, normalize
 
 from edgeclip.compress.train.losses import (
     LossWeights,
+    TeacherRows,
     affinity_loss,
     contrastive_loss,
     distillation_losses,
-    equal_rows,
+    equal_captions,
     feature_loss,
     interactive_loss,
 )
@@ -23,6 +24,13 @@ IMAGE = tensor([[1.0, 0.0], [0.0, 1.0]])
 TEXT = tensor([[0.6, 0.8], [0.0, 1.0]])
 TEACHER_IMAGE = tensor([[1.0, 0.0], [0.8, 0.6]])
 TEACHER_TEXT = tensor([[1.0, 0.0], [0.0, 1.0]])
+
+
+def _teacher(image: Tensor, text: Tensor, scale: float) -> TeacherRows:
+    return TeacherRows(image=image, text=text, scale=scale)
+
+
+TEACHERS = [_teacher(TEACHER_IMAGE, TEACHER_TEXT, 2.0)]
 
 
 def _log1pexp(x: float) -> float:
@@ -53,16 +61,15 @@ def test_contrastive() -> None:
 def test_pairs_of_one_caption_are_no_rivals() -> None:
     # Pictures 0 and 1 have one caption, whose half each is then right: -(log p + log q) / 2.
     image, text = IMAGE[[0, 1]], TEXT[[0, 0]]
-    same = equal_rows(tensor([[7, 8], [7, 8]]))
+    same = equal_captions(tensor([7, 7]))
     assert same.all()
     # Both captions are equally near to each picture; pictures to captions: 1.2 and 1.6.
     rows = math.log(2)
     columns = (_log1pexp(0.4) + _log1pexp(-0.4)) / 2
     value = contrastive_loss(image, text, 2.0, same).item()
     assert value == pytest.approx((rows + columns) / 2, abs=1e-6)
-    ids = tensor([[1, 2, 0], [1, 2, 3], [1, 2, 0]])
     wanted = [[True, False, True], [False, True, False], [True, False, True]]
-    assert equal_rows(ids).tolist() == wanted
+    assert equal_captions(tensor([5, -3, 5])).tolist() == wanted
 
 
 def test_contrastive_of_one_pair_is_zero() -> None:
@@ -86,7 +93,7 @@ def test_affinity() -> None:
     # Columns of the teacher: 2 - 1.6 and 0 - 1.2; of the student: 1.2 - 1.6 and 0 - 2.
     columns = _sigmoid(0.4) * _kl(_sigmoid(0.4), _sigmoid(-0.4))
     columns += _sigmoid(1.2) * _kl(_sigmoid(-1.2), _sigmoid(-2.0))
-    value = affinity_loss(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0).item()
+    value = affinity_loss(IMAGE, TEXT, TEACHERS).item()
     assert value == pytest.approx((rows / 2 + columns / 2) / 2, abs=1e-6)
 
 
@@ -95,12 +102,14 @@ def test_equal_captions_are_known_together() -> None:
     rows = _kl(_sigmoid(2.0), _sigmoid(1.2)) + _kl(_sigmoid(0.4), _sigmoid(-0.4))
     columns = _kl(_sigmoid(0.4), _sigmoid(-0.4)) + _kl(_sigmoid(-1.2), _sigmoid(-2.0))
     same = torch.ones(2, 2, dtype=torch.bool)
-    value = affinity_loss(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0, same).item()
+    value = affinity_loss(IMAGE, TEXT, TEACHERS, same).item()
     assert value == pytest.approx((rows / 2 + columns / 2) / 2, abs=1e-6)
 
 
 def test_affinity_of_equals_is_zero() -> None:
-    assert affinity_loss(IMAGE, TEXT, IMAGE, TEXT, 50.0).item() == pytest.approx(0, abs=1e-6)
+    assert affinity_loss(IMAGE, TEXT, [_teacher(IMAGE, TEXT, 50.0)]).item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_interactive() -> None:
@@ -109,13 +118,70 @@ def test_interactive() -> None:
     images = _sigmoid(-0.4) * _kl(_sigmoid(0.4), _sigmoid(-2.0)) / 2
     # Text against teacher's image: 2 [[.6, .96], [0, .6]]; the teacher's: 2 [[1, .8], [0, .6]].
     texts = _sigmoid(0.4) * _kl(_sigmoid(0.4), _sigmoid(-0.72)) / 2
-    value = interactive_loss(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, 2.0).item()
+    value = interactive_loss(IMAGE, TEXT, TEACHERS).item()
     assert value == pytest.approx((images + texts) / 2, abs=1e-6)
 
 
 def test_interactive_of_equals_is_zero() -> None:
     rows = (TEACHER_IMAGE, TEACHER_TEXT)
-    assert interactive_loss(*rows, *rows, 50.0).item() == pytest.approx(0, abs=1e-6)
+    assert interactive_loss(*rows, [_teacher(*rows, 50.0)]).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_several_teachers_are_averaged_after_the_softmax() -> None:
+    # A second teacher, at scale 1, with the texts the other way round: its logits are
+    # [[0, 1], [.6, .8]].
+    teachers = [*TEACHERS, _teacher(TEACHER_IMAGE, TEACHER_TEXT.flip(0), 1.0)]
+    rows = [(_sigmoid(2.0) + _sigmoid(-1.0)) / 2, (_sigmoid(0.4) + _sigmoid(-0.2)) / 2]
+    columns = [(_sigmoid(0.4) + _sigmoid(-0.6)) / 2, (_sigmoid(-1.2) + _sigmoid(0.2)) / 2]
+    # The student answers at the first one's scale, as in `test_affinity`.
+    loss = rows[0] * _kl(rows[0], _sigmoid(1.2)) + (1 - rows[1]) * _kl(rows[1], _sigmoid(-0.4))
+    loss += columns[0] * _kl(columns[0], _sigmoid(-0.4))
+    loss += (1 - columns[1]) * _kl(columns[1], _sigmoid(-2.0))
+    assert affinity_loss(IMAGE, TEXT, teachers).item() == pytest.approx(loss / 4, abs=1e-6)
+    # Image against the first teacher's texts: 2 [[1, 0], [0, 1]]; text against its images.
+    loss = rows[0] * _kl(rows[0], _sigmoid(2.0)) + (1 - rows[1]) * _kl(rows[1], _sigmoid(-2.0))
+    loss += columns[0] * _kl(columns[0], _sigmoid(-0.72))
+    loss += (1 - columns[1]) * _kl(columns[1], _sigmoid(-1.2))
+    assert interactive_loss(IMAGE, TEXT, teachers).item() == pytest.approx(loss / 4, abs=1e-6)
+
+
+def test_a_teacher_beside_itself_changes_nothing() -> None:
+    image, text, *rows = _random(9)
+    one = [_teacher(rows[0], rows[1], 7.0)]
+    for loss in (affinity_loss, interactive_loss):
+        assert loss(image, text, one * 2).item() == pytest.approx(loss(image, text, one).item())
+
+
+def test_pictures_without_captions_learn_by_their_features_alone() -> None:
+    image, text, *rows = _random(10)
+    captioned = tensor([True, False, True, True, False, True])
+    same = equal_captions(tensor([1, 1, 1, 2, 3, 4]))
+    found = distillation_losses(
+        EVERY,
+        image=image,
+        text=text,
+        teachers=[_teacher(rows[0], rows[1], 10.0)],
+        captioned=captioned,
+        same=same,
+    )
+    paired = [own[captioned] for own in (image, text, *rows)]
+    among = same[captioned][:, captioned]
+    both = [_teacher(paired[2], paired[3], 10.0)]
+    feature = (feature_loss(image, rows[0]) + feature_loss(paired[1], paired[3])) / 2
+    wanted = {
+        "feature": feature,
+        "affinity": affinity_loss(*paired[:2], both, among),
+        "interactive": interactive_loss(*paired[:2], both, among),
+        "contrastive": contrastive_loss(*paired[:2], 10.0, among),
+    }
+    for name, value in wanted.items():
+        assert found[name].item() == pytest.approx(value.item()), name
+    none = torch.zeros(6, dtype=torch.bool)
+    alone = distillation_losses(
+        EVERY, image=image, text=text, teachers=[_teacher(*rows, 10.0)], captioned=none
+    )
+    assert set(alone) == {"total", "feature"}
+    assert alone["total"].item() == pytest.approx(feature_loss(image, rows[0]).item())
 
 
 def _random(seed: int, count: int = 6, dim: int = 5) -> tuple[Tensor, ...]:
@@ -129,9 +195,7 @@ def _all(rows: tuple[Tensor, ...], weights: LossWeights) -> dict[str, Tensor]:
         weights,
         image=image,
         text=text,
-        teacher_image=teacher_image,
-        teacher_text=teacher_text,
-        scale=10.0,
+        teachers=[_teacher(teacher_image, teacher_text, 10.0)],
     )
 
 
@@ -155,7 +219,7 @@ def test_the_pairing_matters() -> None:
 
 def test_total_is_the_weighted_sum_of_what_counts() -> None:
     parts = _all(_random(2), EVERY)
-    assert list(parts) == ["total", "affinity", "feature", "interactive", "contrastive"]
+    assert list(parts) == ["total", "feature", "affinity", "interactive", "contrastive"]
     by_hand = (
         0.5 * parts["affinity"]
         + 2 * parts["feature"]
@@ -185,7 +249,7 @@ def test_gradients_reach_both_towers_of_the_student(name: str) -> None:
 
 def test_affinity_gives_the_teacher_no_gradient() -> None:
     rows = [row.requires_grad_() for row in _random(4)]
-    affinity_loss(rows[0], rows[1], rows[2], rows[3], 10.0).backward()
+    affinity_loss(rows[0], rows[1], [_teacher(rows[2], rows[3], 10.0)]).backward()
     assert [row.grad is not None for row in rows] == [True, True, False, False]
 
 
@@ -236,9 +300,7 @@ def _default_total(image: Tensor, text: Tensor, teachers: tuple[Tensor, Tensor])
         LossWeights(),
         image=image,
         text=text,
-        teacher_image=teachers[0],
-        teacher_text=teachers[1],
-        scale=100.0,
+        teachers=[_teacher(*teachers, 100.0)],
     )
     return found["total"]
 

@@ -12,6 +12,7 @@ from edgeclip.compress.data.sources import EmojiSource, FolderSource, Pair
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache, embed_source
+from edgeclip.compress.train.pretrain import new_teacher
 from edgeclip.compress.train.quantization_aware import (
     InputGrid,
     ProductGrid,
@@ -25,9 +26,10 @@ from edgeclip.compress.train.quantization_aware import (
 from edgeclip.compress.train.train_loop import read_log
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Tower
+from tests.compress.conftest import SHAPE
 
 SMALL = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)
-SETTINGS = replace(finetune_settings(10, batch_size=8), checkpoint_seconds=1e-6)
+SETTINGS = replace(finetune_settings(10, batch_size=8), checkpoint_seconds=1e-6, workers=0)
 
 
 def new(teacher: DualEncoder) -> DualEncoder:
@@ -104,7 +106,7 @@ def test_only_the_tower_that_is_quantized_learns(
     student = new(teacher)
     parts = {"image": ("model.vision", "model.visual"), "text": ("model.text",)}[tower]
     grids = rounding(student, *parts)
-    assert quantized_towers(grids) == (tower,)
+    assert quantized_towers(student, grids) == (tower,)
     fine_tune(student, cache, source, grids=grids, settings=SETTINGS, out=tmp_path / "run")
     before = new(teacher).state_dict()
     changed = [
@@ -159,10 +161,12 @@ def test_other_grids_or_another_student_do_not_resume(
     student, out = new(teacher), tmp_path / "run"
     grids = rounding(student)
     fine_tune(student, cache, source, grids=grids, settings=SETTINGS, out=out)
-    with pytest.raises(ConfigError, match="other settings or data"):  # it is another one now
+    with pytest.raises(
+        ConfigError, match="other data, teacher or student"
+    ):  # it is another one now
         fine_tune(student, cache, source, grids=grids, settings=SETTINGS, out=out)
     other = rounding(student, largest=64)
-    with pytest.raises(ConfigError, match="other settings or data"):
+    with pytest.raises(ConfigError, match="other data, teacher or student"):
         fine_tune(new(teacher), cache, source, grids=other, settings=SETTINGS, out=out)
 
 
@@ -181,7 +185,8 @@ def test_what_does_not_belong_together_is_refused(
             fine_tune(student, cached, data, grids=grids, settings=SETTINGS, out=out)
 
     refuse("of other data than EmojiScenes", cache, EmojiSource("train", 20, size=32))
-    narrow = replace(cache, settings=replace(cache.settings, dim=16))
+    other = new_teacher(replace(SHAPE, dim=16), seed=3).eval()
+    narrow = build_cache(other, source, tmp_path / "narrow")
     refuse("have 16 numbers, those of the student 32", narrow, source)
     bare = FolderSource(
         shutil.copytree(few_pictures, tmp_path / "bare", ignore=shutil.ignore_patterns("*.csv"))

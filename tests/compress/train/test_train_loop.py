@@ -1,33 +1,41 @@
 """The loop on a line fit of two numbers: every step can be checked in no time."""
 
+import contextlib
 import json
 import logging
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgeclip.compress.train.train_loop import (
+    Batch,
     BestStep,
+    Part,
+    Rows,
+    Schedule,
     TrainSettings,
     TrainTask,
     Validation,
     read_log,
     train,
 )
-from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.errors import ConfigError, InputError, MissingExtraError
 
 SETTINGS = TrainSettings(
-    steps=10, batch_size=4, warmup_steps=2, compute="fp32", checkpoint_seconds=1e-6
+    steps=10, batch_size=4, warmup_steps=2, compute="fp32", checkpoint_seconds=1e-6, workers=0
 )
-Batch = tuple[Tensor, Tensor]
 
 
 class InterruptedRunError(Exception):
@@ -36,12 +44,18 @@ class InterruptedRunError(Exception):
 
 def _module() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Linear(3, 1)
+    module = nn.Linear(3, 1)
+    module.register_buffer("ballast", torch.zeros(1000))  # so that weights are more than a log
+    return module
 
 
-def _batch(step: int) -> Batch:
-    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-    return x, x.sum(dim=1, keepdim=True)
+def _batch(part: Part) -> Batch:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(part.step))
+    y = x.sum(dim=1, keepdim=True)
+    step = torch.full((4, 1), part.step)
+    whole = {"x": x, "y": y, "step": step}
+    own = {name: rows.chunk(part.count)[part.number] for name, rows in whole.items()}
+    return Batch(inputs={"x": own.pop("x")}, targets=own)
 
 
 def _task(
@@ -50,20 +64,39 @@ def _task(
     at_step: Callable[[int], None] = lambda _step: None,
     loss_factor: Callable[[int], float] = lambda _step: 1.0,
     identity: str = "line",
-) -> TrainTask[tuple[int, Batch]]:
-    def losses(numbered: tuple[int, Batch]) -> dict[str, Tensor]:
-        step, (x, y) = numbered
+) -> TrainTask:
+    def losses(found: Rows, targets: Rows) -> dict[str, Tensor]:
+        step = int(targets["step"][0])
         at_step(step)
-        square = (module(x) - y).square().mean()
+        square = (found["y"] - targets["y"]).square().mean()
         return {"total": square * loss_factor(step), "square": square}
 
     return TrainTask(
         title="test",
         module=module,
-        batch=lambda step: (step, _batch(step)),
+        batch=_batch,
+        embed=lambda inputs: {"y": module(inputs["x"])},
         losses=losses,
         identity=identity,
     )
+
+
+def _first() -> tuple[Tensor, Tensor]:
+    batch = _batch(Part(0, 0, 1))
+    return batch.inputs["x"], batch.targets["y"]
+
+
+def _checkpoint(run: Path) -> Path:
+    (folder,) = run.glob("checkpoint-*")
+    return folder
+
+
+def _saved(run: Path, name: str) -> dict[str, Tensor]:
+    return load_file(_checkpoint(run) / f"{name}.safetensors")
+
+
+def _step_saved(run: Path) -> int:
+    return int(json.loads((_checkpoint(run) / "state.json").read_text())["step"])
 
 
 def _stop_at(stop: int) -> Callable[[int], None]:
@@ -96,11 +129,10 @@ def test_log_and_checkpoint(tmp_path: Path) -> None:
     assert all(set(line) == {"step", "seconds", "total", "square"} for line in log)
     seconds = [line["seconds"] for line in log]
     assert seconds == sorted(seconds)
-    assert log[0]["square"] == pytest.approx(
-        (_module()(_batch(0)[0]) - _batch(0)[1]).square().mean().item()
-    )
+    x, y = _first()
+    assert log[0]["square"] == pytest.approx((_module()(x) - y).square().mean().item())
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoint.pt",
+        "checkpoint-10",
         "log.jsonl",
     ]
     assert not module.training
@@ -122,7 +154,7 @@ def test_first_step_by_hand(tmp_path: Path) -> None:
     # after shrinking those that decay by rate x decay.
     module = _module()
     assert isinstance(module, nn.Linear)
-    x, y = _batch(0)
+    x, y = _first()
     (module(x) - y).square().mean().backward()
     assert module.weight.grad is not None
     assert module.bias.grad is not None
@@ -179,7 +211,7 @@ def test_stopped_before_the_first_checkpoint_starts_again(tmp_path: Path) -> Non
     rare = replace(SETTINGS, checkpoint_seconds=1000.0)
     with pytest.raises(InterruptedRunError):
         train(_task(_module(), at_step=_stop_at(4)), rare, tmp_path)
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not list(tmp_path.glob("checkpoint-*"))
     done: list[int] = []
     train(_task(_module(), at_step=done.append), rare, tmp_path)
     assert done == list(range(10))
@@ -208,10 +240,10 @@ def test_how_often_to_save_may_change(tmp_path: Path) -> None:
 )
 def test_other_settings_are_refused(tmp_path: Path, name: str, value: float | str) -> None:
     _trained(tmp_path)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    before = _saved(tmp_path, "weights")
     with pytest.raises(ConfigError, match=r"holds a run .*choose another"):
         _trained(tmp_path, replace(SETTINGS, **{name: value}))  # type: ignore[arg-type]
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert torch.equal(_saved(tmp_path, "weights")["weight"], before["weight"])
     assert len(_steps(tmp_path)) == 10
 
 
@@ -232,9 +264,6 @@ def test_steps_may_be_raised(
     assert done == list(range(start, 16))
     assert _steps(tmp_path) == list(range(1, 17))
     assert f"goes on from step {start + 1} as in a run of 16" in caplog.text
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    rates = [group["lr"] for group in saved["optimizer"]["param_groups"]]
-    assert set(rates) == {more.rate(15)}
     assert more.rate(10) > SETTINGS.rate(9)  # a warm restart
     again = _module()
     train(_task(again, at_step=done.append), more, tmp_path)
@@ -254,7 +283,7 @@ from edgeclip.compress.train.train_loop import train
 
 def at_step(step):
     if step == 5:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
 try:
     train(_task(_module(), at_step=at_step), SETTINGS, Path(sys.argv[1]))
@@ -272,18 +301,18 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "checkpoint.pt: its disk is full (" in done.stdout
+    assert "checkpoint-6: its disk is full (" in done.stdout
     assert done.stdout.count("\n") == 1
-    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert _step_saved(tmp_path / "parts") == 5
     names = sorted(path.name for path in (tmp_path / "parts").iterdir())
-    assert names == ["checkpoint.pt", "log.jsonl"]
+    assert names == ["checkpoint-5", "log.jsonl"]
     assert _equal(_trained(tmp_path / "parts"), _trained(tmp_path / "whole"))
     assert _steps(tmp_path / "parts") == list(range(1, 11))
 
 
 def test_another_task_is_refused(tmp_path: Path) -> None:
     _trained(tmp_path)
-    with pytest.raises(ConfigError, match="other settings or data"):
+    with pytest.raises(ConfigError, match="other data, teacher or student"):
         train(_task(_module(), identity="circle"), SETTINGS, tmp_path)
 
 
@@ -292,39 +321,34 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, loss: float) -> 
     task = _task(_module(), loss_factor=lambda step: loss if step == 6 else 1.0)
     with pytest.raises(ConfigError, match=rf"the loss is {loss} at step 7: lower the learning"):
         train(task, SETTINGS, tmp_path)
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == 6
-    assert all(value.isfinite().all() for value in saved["weights"].values())
+    assert _step_saved(tmp_path) == 6
+    assert all(value.isfinite().all() for value in _saved(tmp_path, "weights").values())
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-200])
+def _flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0xFF
+    path.write_bytes(data)
 
 
-def _flip_a_weight(path: Path) -> None:
-    weight = torch.load(path, weights_only=True)["weights"]["weight"].numpy().tobytes()
-    data = path.read_bytes()
-    assert weight in data
-    path.write_bytes(data.replace(weight, bytes([weight[0] ^ 0xFF]) + weight[1:]))
-
-
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "optimizer.safetensors"])
 @pytest.mark.parametrize(
     "damage",
     [
-        _truncate,
-        _flip_a_weight,
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        _flip_a_byte,
         lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"hello"),
-        lambda path: path.write_bytes(b"PK\3\4"),
+        lambda path: path.write_bytes(b"{}"),
+        Path.unlink,
     ],
 )
-def test_damaged_checkpoint(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+def test_damaged_checkpoint(tmp_path: Path, damage: Callable[[Path], object], name: str) -> None:
     _trained(tmp_path)
-    path = tmp_path / "checkpoint.pt"
-    damage(path)
-    with pytest.raises(ConfigError, match=r"checkpoint\.pt is damaged; delete it to start again"):
+    folder = _checkpoint(tmp_path)
+    damage(folder / name)
+    with pytest.raises(ConfigError, match="checkpoint-10 is damaged; delete it to start again"):
         _trained(tmp_path)
-    path.unlink()
+    shutil.rmtree(folder)
     _trained(tmp_path)
 
 
@@ -350,7 +374,7 @@ def test_a_second_interruption_does_not_wait(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train(_task(_module(), at_step=twice), SETTINGS, tmp_path)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert _step_saved(tmp_path) == 3
 
 
 def test_interruption_in_the_last_step_is_no_loss(tmp_path: Path) -> None:
@@ -370,14 +394,160 @@ def test_training_in_another_thread(tmp_path: Path) -> None:
 
 
 def test_a_failing_batch_fails_the_run(tmp_path: Path) -> None:
-    def batch(step: int) -> tuple[int, Batch]:
-        if step == 5:
+    def batch(part: Part) -> Batch:
+        if part.step == 5:
             raise ConfigError("picture 17 is damaged")
-        return step, _batch(step)
+        return _batch(part)
 
-    with pytest.raises(ConfigError, match="picture 17"):
-        train(replace(_task(_module()), batch=batch), SETTINGS, tmp_path)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 5
+    for workers in (0, 2):
+        settings = replace(SETTINGS, workers=workers)
+        with pytest.raises(ConfigError, match=r"^picture 17 is damaged$"):
+            train(replace(_task(_module()), batch=batch), settings, tmp_path)
+        assert _step_saved(tmp_path) == 5
+
+
+def test_a_killed_worker_is_told(tmp_path: Path) -> None:
+    def batch(part: Part) -> Batch:
+        if part.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return _batch(part)
+
+    settings = replace(SETTINGS, workers=1)
+    with pytest.raises(InputError, match="a process that reads pictures was killed"):
+        train(replace(_task(_module()), batch=batch), settings, tmp_path)
+    assert _step_saved(tmp_path) in (3, 4, 5)  # those made before may be lost on their way
+    assert _equal(_trained(tmp_path), _trained(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
+    alone = _trained(tmp_path / "alone")
+    assert _equal(_trained(tmp_path / "helped", replace(SETTINGS, workers=workers)), alone)
+
+
+def _contrast(module: nn.Module) -> TrainTask:
+    """A task whose loss compares every item of a batch with every other."""
+
+    def losses(found: Rows, targets: Rows) -> dict[str, Tensor]:
+        logits = found["y"] @ found["y"].T + targets["y"]
+        return {"total": torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))}
+
+    return replace(_task(module), losses=losses)
+
+
+def test_a_batch_in_parts_has_the_losses_of_the_whole(tmp_path: Path) -> None:
+    logs = []
+    for parts in (1, 2, 4):
+        module = _module()
+        train(_contrast(module), replace(SETTINGS, accumulate=parts), tmp_path / str(parts))
+        log = read_log(tmp_path / str(parts) / "log.jsonl")
+        logs.append(([line["total"] for line in log], module.get_parameter("weight").detach()))
+    for losses, weight in logs[1:]:
+        assert losses == pytest.approx(logs[0][0], abs=1e-6)
+        torch.testing.assert_close(weight, logs[0][1], atol=1e-6, rtol=0)
+    with pytest.raises(ConfigError, match="a batch of 4 cannot be divided among 1 processes in 3"):
+        train(_contrast(_module()), replace(SETTINGS, accumulate=3), tmp_path / "3")
+
+
+def test_dropout_is_the_same_in_every_pass_and_after_a_resume(tmp_path: Path) -> None:
+    class Dropping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+    def trained(out: Path, stop: int, parts: int) -> nn.Module:
+        torch.manual_seed(0)
+        module = Dropping(3, 1)
+        settings = replace(SETTINGS, accumulate=parts)
+        with contextlib.suppress(InterruptedRunError):
+            train(_task(module, at_step=_stop_at(stop)), settings, out)
+        train(_task(module), settings, out)
+        return module
+
+    whole = trained(tmp_path / "whole", 99, 2)
+    assert _equal(trained(tmp_path / "parts", 5, 2), whole)
+    assert not _equal(trained(tmp_path / "one", 99, 1), whole)  # it does drop
+
+
+def test_the_average_of_the_weights_is_kept(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, ema=0.5)
+    module = _module()
+    seen: list[Tensor] = [module.get_parameter("weight").detach().clone()]
+
+    def embed(inputs: Rows) -> Rows:
+        seen.append(module.get_parameter("weight").detach().clone())
+        return {"y": module(inputs["x"])}  # type: ignore[operator]
+
+    train(replace(_task(module), embed=embed), settings, tmp_path / "run")
+    seen.append(_saved(tmp_path / "run", "weights")["weight"])
+    average = seen[0]
+    for step, weight in enumerate(seen[2:]):  # those after each step
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(module.get_parameter("weight").detach(), average)
+    with pytest.raises(InterruptedRunError):
+        train(_task(_module(), at_step=_stop_at(6)), settings, tmp_path / "parts")
+    resumed = _module()
+    train(_task(resumed), settings, tmp_path / "parts")
+    assert _equal(resumed, module)
+
+
+def test_the_averaged_weights_are_validated(tmp_path: Path) -> None:
+    module = _module()
+    seen: list[Tensor] = []
+
+    def validate() -> Validation:
+        seen.append(module.get_parameter("weight").detach().clone())
+        return Validation(score=float(len(seen)), values={}, says="")
+
+    settings = replace(SETTINGS, ema=0.5)
+    train(replace(_task(module), validate=validate), settings, tmp_path)
+    assert torch.equal(seen[-1], module.get_parameter("weight"))
+    assert torch.equal(seen[-1], _saved(tmp_path, "average")["weight"])
+    assert not torch.equal(seen[-1], _saved(tmp_path, "weights")["weight"])
+
+
+@pytest.mark.parametrize("stop", [5, 99])
+def test_patience_ends_a_run_early(tmp_path: Path, stop: int) -> None:
+    impatient = replace(SETTINGS, patience=2)
+    scores = (0.1, 0.9, 0.5, 0.4, 1.0, 1.0)  # after steps 1, 2, 4, 6, 8, 10
+    with contextlib.suppress(InterruptedRunError):
+        _validated(_module(), tmp_path, scores=scores, at_step=_stop_at(stop), settings=impatient)
+    best, _ = _validated(_module(), tmp_path, scores=scores, settings=impatient)
+    assert best is not None
+    assert (best.step, best.validation.score) == (2, 0.9)
+    assert _steps(tmp_path)[-1] == 6
+    patient = replace(SETTINGS, patience=3)  # goes on
+    best, _ = _validated(_module(), tmp_path, scores=scores, settings=patient)
+    assert best is not None
+    assert best.step == 10
+
+
+def test_a_run_that_waits_for_its_data_says_for_which_stage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def batch(part: Part) -> Batch:
+        time.sleep(0.003)
+        made = _batch(part)
+        return replace(made, seconds={"reading pictures": 0.002, "tokenizing": 0.001})
+
+    long = replace(SETTINGS, steps=120, checkpoint_seconds=1000.0)
+    caplog.set_level(logging.WARNING, logger="edgeclip.compress")
+    train(replace(_task(_module()), batch=batch), long, tmp_path)
+    (message,) = caplog.messages
+    assert "of its time for data" in message
+    assert "reading pictures 67%, tokenizing 33%" in message
+
+
+def test_every_wrong_setting_is_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"steps must .*; seed must .*; ema must"):
+        TrainSettings(steps=0, seed=-1, ema=1.0)
+
+
+def test_a_tracker_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no tracker is called paper: choose from .*wandb"):
+        _trained(tmp_path, replace(SETTINGS, track=("paper",)))
+    with pytest.raises(MissingExtraError, match="tracker comet_ml is not installed: pip install"):
+        _trained(tmp_path, replace(SETTINGS, track=("comet_ml",)))
 
 
 SCORES = (0.1, 0.5, 0.9, 0.9, 0.3, 0.2)  # after steps 1, 2, 4, 6, 8, 10
@@ -512,11 +682,14 @@ def test_rate_without_warm_up() -> None:
     assert TrainSettings(steps=3, learning_rate=0.5, warmup_steps=0).rate(0) == 0.5
 
 
-def test_the_rate_is_the_one_used(tmp_path: Path) -> None:
-    _trained(tmp_path)
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    rates = {group["lr"] for group in saved["optimizer"]["param_groups"]}
-    assert rates == {SETTINGS.rate(9)}
+@pytest.mark.parametrize(
+    ("schedule", "rates"), [("linear", (1.0, 0.55, 0.1)), ("constant", (1.0, 1.0, 1.0))]
+)
+def test_other_schedules(schedule: Schedule, rates: tuple[float, ...]) -> None:
+    settings = TrainSettings(
+        steps=100, learning_rate=1.0, warmup_steps=0, schedule=schedule, final_rate=0.1
+    )
+    assert [settings.rate(step) for step in (0, 50, 100)] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize(
