@@ -1,34 +1,84 @@
 """`edgeclip distill`: train a student in the teacher's embedding space."""
 
 import argparse
-from dataclasses import asdict, fields, replace
+import dataclasses
+import logging
+import typing
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from edgeclip.compress.cli.options import (
-    add_data,
-    add_teacher,
-    load_source,
-    load_teacher,
-    max_bad,
-    refuse_teacher_as_output,
-)
+from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
+from edgeclip.compress.cli.options import add_strict, max_bad
+from edgeclip.compress.data.keep_list import kept_rows, read_keep_list
 from edgeclip.compress.data.sampling import MOST_HELD_OUT, Sampling
-from edgeclip.compress.students.student import StudentShape, new_student
-from edgeclip.compress.teachers.dual_encoder import MARKER
-from edgeclip.compress.teachers.teacher_cache import build_cache
+from edgeclip.compress.data.sources import Source, open_source, subset
+from edgeclip.compress.processes import is_helper, processes
+from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
+from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder
+from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.compress.train.distill import distill, parts_of
 from edgeclip.compress.train.losses import LossWeights
+from edgeclip.compress.train.recipe import SECTIONS, Recipe, load_recipe
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.runtime.bundle.files import check_target, require_space
 from edgeclip.runtime.cli.options import Targets
+from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import add_max_bad_option
+
+_HELP = {
+    "teacher": "directory or hub id of a dual encoder; may be given several times: the student "
+    "lives in the space of the first, and mimics the mean similarity of all",
+    "data": "source of pictures; may be given several times",
+    "count": "number of built-in scenes",
+    "keep": "train on the pictures of this list alone; `edgeclip data-report` writes one",
+    "views": "augmented views of each picture (default: those of an existing cache, else 1)",
+    "held_out": "pictures that are not trained on, but tell whether student and teacher agree; "
+    f"the student is kept as it was when they agreed best (default: a tenth, at most "
+    f"{MOST_HELD_OUT})",
+    "start": "begin with this dual encoder, such as a TinyCLIP, in place of a part of the teacher",
+    "family": "the image tower: a smaller copy of the teacher's, or a ConvNeXt",
+    "image_heads": "attention heads of the image tower (default: half of the teacher's)",
+    "image_layers": "layers of the image tower (default: half of the teacher's)",
+    "text_heads": "attention heads of the text tower (default: half of the teacher's)",
+    "text_layers": "layers of the text tower (default: half of the teacher's)",
+    "whole_text": "keep the teacher's text tower as it is",
+    "image_size": "side of the student's pictures in pixels (default: the teacher's)",
+    "patch_size": "side of the image tower's patches in pixels (default: the teacher's)",
+    "conv_widths": "channels of each ConvNeXt stage",
+    "conv_depths": "blocks of each ConvNeXt stage",
+    "affinity": "weight of this loss",
+    "feature": "weight of this loss",
+    "interactive": "weight of this loss",
+    "contrastive": "weight of this loss",
+    "steps": "may be raised for a run that has ended: its learning rate then goes on as in a run "
+    "of so many steps",
+    "batch_size": "pictures of a step, over all processes",
+    "learning_rate": "the highest, after the warm-up",
+    "schedule": "how the learning rate falls",
+    "final_rate": "share of the learning rate at the last step",
+    "weight_decay": "of matrices",
+    "warmup_steps": "steps in which the learning rate rises",
+    "clip_norm": "the largest norm of the gradient",
+    "seed": "of the order of the data, and of what a student does not inherit",
+    "compute": "number format of products; auto is bfloat16 where the hardware has it",
+    "accumulate": "parts that a batch is embedded in, one after the other: less memory, more time",
+    "gradient_checkpointing": "compute activations again in the backward pass: likewise",
+    "compile": "compile the towers with torch.compile",
+    "ema": "decay of the moving average of the weights, which is then what is kept",
+    "validations": "how often student and teacher are compared",
+    "patience": "end after so many comparisons without a better one; 0 for never",
+    "checkpoint_seconds": "time between two checkpoints",
+    "workers": "processes that read pictures (default: 1, with a GPU up to 8)",
+    "track": "send losses to a tracker, such as tensorboard, wandb, trackio or mlflow",
+}
+_SHOWN = {"teacher": "the built-in one", "data": "emoji, the built-in scenes", "track": "none"}
+_REPEATED = ("teacher", "data", "track")  # options that are given once for each value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    shape = StudentShape()
-    add_teacher(parser)
-    add_data(parser, count=32_768)
     parser.add_argument("--out", type=Path, required=True, help="directory of the student")
     parser.add_argument(
         "--run", type=Path, help="directory of checkpoints and log (default: OUT-run)"
@@ -39,66 +89,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory of the teacher cache, made if missing (default: RUN/cache)",
     )
     parser.add_argument(
-        "--views",
-        type=int,
-        help="augmented views of each picture (default: those of an existing cache, else 1)",
+        "--recipe",
+        help="name or YAML file of settings, which options here replace; `edgeclip recipes` lists "
+        "those that come with it, and every run writes its own, RUN/recipe.yaml",
     )
-    parser.add_argument(
-        "--family",
-        choices=("inherited", "convolutional"),
-        default=shape.family,
-        help="the image tower: a smaller copy of the teacher's, or a ConvNeXt (default: "
-        f"{shape.family})",
-    )
-    for name in ("image-heads", "image-layers", "text-heads", "text-layers"):
-        tower, what = name.split("-")
-        default = getattr(shape, name.replace("-", "_"))
-        parser.add_argument(
-            f"--{name}",
-            type=int,
-            default=default,
-            help=f"{what} of the {tower} tower (default: half of the teacher's)",
-        )
-    for name, what in (("conv-widths", "channels"), ("conv-depths", "blocks")):
-        default = getattr(shape, name.replace("-", "_"))
-        parser.add_argument(
-            f"--{name}",
-            type=int,
-            nargs="+",
-            default=default,
-            help=f"{what} of each ConvNeXt stage (default: {' '.join(map(str, default))})",
-        )
+    add_strict(parser)
     add_max_bad_option(parser)
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=2000,
-        help="may be raised for a run that has ended: its learning rate then goes on as in a run "
-        "of so many steps (default: 2000)",
-    )
-    parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 0.001")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--held-out",
-        type=int,
-        metavar="N",
-        help="pictures that are not trained on, but tell whether student and teacher agree; the "
-        "student is kept as it was when they agreed best (default: a tenth, at most "
-        f"{MOST_HELD_OUT})",
-    )
-    for name, weight in asdict(LossWeights()).items():
+    for name, hint, default in _settings():
+        _add_setting(parser, name, hint, default)
+
+
+def _settings() -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name, type and default of every setting of a recipe."""
+    whole = Recipe()
+    for kind, made in ((Recipe, whole), *((type(own := getattr(whole, s)), own) for s in SECTIONS)):
+        hints = typing.get_type_hints(kind)  # without the bounds, which `Recipe` checks
+        for item in dataclasses.fields(kind):
+            if item.name not in SECTIONS:
+                yield item.name, hints[item.name], getattr(made, item.name)
+
+
+def _add_setting(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any) -> None:
+    """Add an option of a setting; None, its default here, leaves it to the recipe."""
+    told = _HELP[name]
+    if default is not None and default is not False:
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        told += f" (default: {_SHOWN.get(name, shown)})"
+    option = f"--{name.replace('_', '-')}"
+    if hint is bool:
         parser.add_argument(
-            f"--{name}",
-            type=float,
-            default=weight,
-            help=f"weight of this loss (default: {weight:g})",
+            option, action=argparse.BooleanOptionalAction, default=None, help=_HELP[name]
         )
+        return
+    plain = next((one for one in typing.get_args(hint) if one is not type(None)), hint)
+    if typing.get_origin(hint) is typing.Literal:
+        parser.add_argument(option, choices=typing.get_args(hint), help=told)
+    elif name in _REPEATED:
+        parser.add_argument(option, action="append", help=told)
+    elif typing.get_origin(hint) is tuple:
+        parser.add_argument(option, type=plain, nargs="+", help=told)
+    else:
+        parser.add_argument(option, type=plain, help=told)
 
 
 def targets(args: argparse.Namespace) -> Targets:
     """Return what the command writes."""
-    if not args.out.name:  # refused below
+    if not args.out.name or is_helper():  # refused below; the first process writes
         return Targets()
     folder = _run_folder(args)
     cache = args.cache or folder / "cache"
@@ -112,59 +148,114 @@ def _run_folder(args: argparse.Namespace) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Cache, distil and save; a run that was stopped goes on where it was."""
-    refuse_teacher_as_output(args)
+    if is_helper():
+        logging.getLogger("edgeclip").setLevel(logging.ERROR)  # the first process speaks
+    recipe, folder = _recipe(args), _run_folder(args)
+    _refuse_teachers_as_output(recipe, args.out)
     check_target(args.out, replace=True, marker=MARKER)
-    teacher = load_teacher(args)
-    source = load_source(args, teacher, split="train")
+    teachers = [_load(name) for name in recipe.teacher]
+    first = teachers[0]
+    source = _open_data(recipe, args, size=max(own.image_spec.size for own in teachers))
     # Refuses a number before the teacher's work.
-    Sampling(parts_of(source), held_out=args.held_out)
-    folder = _run_folder(args)
-    weights, settings = _weights(args), _settings(args)
-    shape = StudentShape(
-        family=args.family,
-        image_heads=args.image_heads,
-        image_layers=args.image_layers,
-        text_heads=args.text_heads,
-        text_layers=args.text_layers,
-        conv_widths=tuple(args.conv_widths),
-        conv_depths=tuple(args.conv_depths),
-    )
-    if not source.has_captions:
-        print(f"{source.name}: no captions, so the teacher's text tower is kept as it is")
-        shape = replace(shape, whole_text=True)
-    student = new_student(teacher, shape, seed=args.seed).to(teacher.device)
+    Sampling(parts_of(source), held_out=recipe.held_out)
+    student = _student(recipe, first, source)
     require_space(args.out, student.weight_bytes)
-    cache = build_cache(
-        teacher, source, args.cache or folder / "cache", views=args.views, max_bad=max_bad(args)
-    )
+    caches = _caches(recipe, args, teachers, source)
+    if processes().is_first:
+        recipe.save(folder / "recipe.yaml")
     best = distill(
         student,
-        cache,
+        caches,
         source,
-        loss_weights=weights,
-        settings=settings,
+        loss_weights=recipe.losses,
+        settings=recipe.training,
         out=folder,
-        held_out=args.held_out,
+        held_out=recipe.held_out,
         max_bad=max_bad(args),
     )
+    if not processes().is_first:
+        return 0
     student.save(args.out)
     if best is not None:
         print(
-            f"held-out pictures: {best.validation.says} at step {best.step} of {settings.steps}, "
-            "which is kept"
+            f"held-out pictures: {best.validation.says} at step {best.step} of "
+            f"{recipe.training.steps}, which is kept"
         )
-    print(f"student written to {args.out}; log and checkpoints in {folder}")
+    print(f"student written to {args.out}; log, checkpoints and recipe in {folder}")
     return 0
 
 
-def _weights(args: argparse.Namespace) -> LossWeights:
-    return LossWeights(**{field.name: getattr(args, field.name) for field in fields(LossWeights)})
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """Return the recipe of `--recipe` with the options of the command line in it."""
+    given = {name: getattr(args, name) for name, _, _ in _settings()}
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = load_recipe(args.recipe) if args.recipe else Recipe()
+    return recipe.replaced(given, source="edgeclip distill: the command line")
 
 
-def _settings(args: argparse.Namespace) -> TrainSettings:
-    return TrainSettings(
-        steps=args.steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        seed=args.seed,
+def _refuse_teachers_as_output(recipe: Recipe, out: Path) -> None:
+    """Refuse an `--out` that would replace the directory of a teacher, or of what to start from.
+
+    Raises:
+        ConfigError: `--out` is that directory, or holds it.
+    """
+    for name in (*recipe.teacher, recipe.start):
+        folder = built_in_teacher() if name == BUILT_IN else Path(name or "")
+        if name and folder.is_dir() and folder.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"--out {out} would replace the teacher {folder}: choose another directory"
+            )
+
+
+def _load(name: str) -> DualEncoder:
+    source = built_in_teacher() if name == BUILT_IN else name
+    return DualEncoder.load(source).to(processes().device)
+
+
+def _open_data(recipe: Recipe, args: argparse.Namespace, *, size: int) -> Source:
+    source = open_source(
+        recipe.data, split="train", count=recipe.count, size=size, strict=args.strict
     )
+    if recipe.keep is None:
+        return source
+    return subset(source, kept_rows(source, read_keep_list(Path(recipe.keep))))
+
+
+def _student(recipe: Recipe, teacher: DualEncoder, source: Source) -> DualEncoder:
+    shape = recipe.student
+    seed = recipe.training.seed
+    if recipe.start is not None:
+        if shape != StudentShape():
+            raise ConfigError(
+                "--start begins with a whole model, so leave out the sizes of a student"
+            )
+        student = adopt_student(_load(recipe.start), teacher, seed=seed)
+    else:
+        if not source.has_captions and not shape.whole_text:
+            if processes().is_first:
+                print(f"{source.name}: no captions, so the teacher's text tower is kept as it is")
+            shape = replace(shape, whole_text=True)
+        student = new_student(teacher, shape, seed=seed)
+    return student.to(teacher.device)
+
+
+def _caches(
+    recipe: Recipe, args: argparse.Namespace, teachers: list[DualEncoder], source: Source
+) -> list[TeacherCache]:
+    """Return the embeddings of each teacher; those of further ones lie in the cache of the first."""
+    main = args.cache or _run_folder(args) / "cache"
+    caches: list[TeacherCache] = []
+    for number, teacher in enumerate(teachers, 1):
+        own = caches[0].settings if caches else None
+        caches.append(
+            build_cache(
+                teacher,
+                source,
+                main if own is None else main / f"teacher-{number}",
+                views=recipe.views if own is None else own.views,
+                augmentation=None if own is None else own.augmentation,
+                max_bad=max_bad(args),
+                workers=recipe.training.workers,
+            )
+        )
+    return caches

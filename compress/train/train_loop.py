@@ -27,10 +27,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -46,6 +47,7 @@ from edgeclip.compress.train.checkpoint import (
 )
 from edgeclip.compress.train.trackers import Trackers
 from edgeclip.runtime.bundle.files import atomic_file, require_space
+from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -83,44 +85,31 @@ class TrainSettings:
         track: names of trackers of accelerate that the log is sent to.
     """
 
-    steps: int
-    batch_size: int = 128
-    learning_rate: float = 1e-3
+    steps: Annotated[int, Ge(1)] = 2000
+    batch_size: Annotated[int, Ge(1)] = 128
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
     schedule: Schedule = "cosine"
-    final_rate: float = 0.02
-    weight_decay: float = 0.05
-    warmup_steps: int = 60
-    clip_norm: float = 1.0
-    seed: int = 0
+    final_rate: Annotated[float, Ge(0), Le(1)] = 0.02
+    weight_decay: Annotated[float, Ge(0)] = 0.05
+    warmup_steps: Annotated[int, Ge(0)] = 60
+    clip_norm: Annotated[float, Gt(0)] = 1.0
+    seed: Annotated[int, Ge(0)] = 0
     compute: ComputeType = "auto"
-    accumulate: int = 1
+    accumulate: Annotated[int, Ge(1)] = 1
     gradient_checkpointing: bool = False
     compile: bool = False
-    ema: float = 0.0
-    validations: int = 20
-    patience: int = 0
-    checkpoint_seconds: float = 120.0
-    workers: int | None = None
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.0
+    validations: Annotated[int, Ge(1)] = 20
+    patience: Annotated[int, Ge(0)] = 0
+    checkpoint_seconds: Annotated[float, Gt(0)] = 120.0
+    workers: Annotated[int | None, Ge(0)] = None
     track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        above_0 = ("steps", "batch_size", "learning_rate", "clip_norm", "checkpoint_seconds")
-        problems = [
-            f"{name} must be positive, got {getattr(self, name)}"
-            for name in (*above_0, "accumulate", "validations")
-            if not 0 < getattr(self, name) < math.inf
-        ]
-        problems += [
-            f"{name} must be 0 or more, got {getattr(self, name)}"
-            for name in ("seed", "warmup_steps", "weight_decay", "patience", "workers")
-            if not 0 <= (getattr(self, name) or 0) < math.inf
-        ]
-        if not 0 <= self.final_rate <= 1:
-            problems.append(f"final_rate must be from 0 to 1, got {self.final_rate}")
-        if not 0 <= self.ema < 1:
-            problems.append(f"ema must be at least 0 and below 1, got {self.ema}")
-        if problems:
-            raise ConfigError("; ".join(problems))
+        try:
+            check_bounds(self)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def rate(self, step: int) -> float:
         """Return the learning rate of `step` (0-based)."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
-from annotated_types import Ge, Gt, Lt, Predicate
+from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 from edgeclip.runtime.errors import ConfigError
 
@@ -26,6 +26,7 @@ _FINITE = Predicate(math.isfinite)  # `IsFinite[float]`
 _BOUNDS: dict[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
     Ge: ("ge", "at least", operator.ge),
     Gt: ("gt", "above", operator.gt),
+    Le: ("le", "at most", operator.le),
     Lt: ("lt", "below", operator.lt),
 }
 
@@ -33,7 +34,7 @@ _BOUNDS: dict[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
 def check_bounds(made: object) -> None:
     """Check each field of a dataclass against the bounds in its type: `Annotated[int, Ge(1)]`.
 
-    `Ge`, `Gt`, `Lt` and `IsFinite` of `annotated_types` are what pydantic's `Field` keeps too,
+    `Ge`, `Gt`, `Le`, `Lt` and `IsFinite` of `annotated_types` are what pydantic's `Field` keeps too,
     but take no tenth of a second to import. None passes; NaN and infinity pass no bound.
 
     Raises:
@@ -56,7 +57,7 @@ def check_bounds(made: object) -> None:
 
 @functools.cache
 def _bounded_fields(kind: type) -> dict[str, list[Any]]:
-    """The `Ge`, `Gt` and `Lt` of each field that has any, or must be finite."""
+    """The `Ge`, `Gt`, `Le` and `Lt` of each field that has any, or must be finite."""
     found = {}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         marks = getattr(hint, "__metadata__", ())

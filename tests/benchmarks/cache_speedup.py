@@ -1,0 +1,184 @@
+"""A training step with cached teacher embeddings against the same step with the teacher online.
+
+Two untrained teachers, of about 10 and 30 times the student's weights, at 64 pixels. Both kinds of
+step make the same batch, in one process, in turns. The losses of short runs of both are compared
+too: the cache keeps embeddings as float16.
+
+Bars: the cached step is at least 8 times as fast beside the larger teacher and 3 times beside the
+smaller one; the losses of a run differ by at most 1%.
+"""
+
+import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _bars import Bar, at_least, at_most, finish, options, say, span
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgeclip.compress.data.mixture import parts_of
+from edgeclip.compress.data.sampling import Sampling
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.students.student import StudentShape, new_student
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
+from edgeclip.compress.train.distill import DistillationBatches, distill, embed_batch
+from edgeclip.compress.train.losses import (
+    LossWeights,
+    TeacherRows,
+    distillation_losses,
+    equal_captions,
+)
+from edgeclip.compress.train.pretrain import TeacherShape, new_teacher
+from edgeclip.compress.train.train_loop import (
+    Part,
+    Rows,
+    TrainSettings,
+    TrainTask,
+    read_log,
+    train,
+)
+from edgeclip.export.graph.tune_passes import TUNING_WORKLOAD
+from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, measure_interleaved
+from edgeclip.runtime.console import columns
+from edgeclip.runtime.quality.intervals import Interval
+
+_BATCH, _STUDENT_HEADS, _LAYERS = 32, 2, 2
+_SMALL = TeacherShape(
+    image_width=320, image_layers=5, text_width=320, text_layers=5, dim=128, patch_size=16
+)
+_LARGE = replace(_SMALL, image_width=448, text_width=448, image_layers=8, text_layers=8)
+_STUDENT = StudentShape(
+    image_heads=_STUDENT_HEADS,
+    image_layers=_LAYERS,
+    text_heads=_STUDENT_HEADS,
+    text_layers=_LAYERS,
+)
+_SETTINGS = TrainSettings(
+    steps=20, batch_size=_BATCH, warmup_steps=5, compute="fp32", checkpoint_seconds=1e9, workers=0
+)
+
+
+def encoder_weights(dual: DualEncoder) -> int:
+    """Count the weights but those of tables, which cost no time."""
+    return sum(value.numel() for name, value in dual.named_parameters() if "embedding" not in name)
+
+
+class Case:
+    """A teacher, its student and their batches."""
+
+    def __init__(self, shape: TeacherShape, folder: Path) -> None:
+        self.teacher = new_teacher(shape, seed=0).eval()
+        self.source = EmojiSource("train", 1024, size=shape.image_size)
+        self.cache: TeacherCache = build_cache(self.teacher, self.source, folder, workers=0)
+        sampling = Sampling(parts_of(self.source), held_out=0)
+        self.student = new_student(self.teacher, _STUDENT)
+        self.times = encoder_weights(self.teacher) / encoder_weights(self.student)
+        self.batches = DistillationBatches(
+            self.student, [self.cache], self.source, sampling, _SETTINGS
+        )
+
+    def online(self, student: DualEncoder, inputs: Rows) -> Rows:
+        """Embed a batch by the student, and by the teacher without gradients."""
+        with torch.no_grad():
+            theirs = embed_batch(self.teacher, inputs)
+        own = {f"teacher {name}": rows for name, rows in theirs.items()}
+        return {**embed_batch(student, inputs), **own}
+
+    def losses(self, found: Rows, targets: Rows) -> dict[str, Tensor]:
+        teacher = TeacherRows(
+            image=found.get("teacher image", targets["image 0"]).detach(),
+            text=found.get("teacher text", targets["text 0"]).detach(),
+            scale=self.cache.settings.logit_scale,
+        )
+        return distillation_losses(
+            LossWeights(),
+            image=found["image"],
+            text=found["text"],
+            teachers=[teacher],
+            same=equal_captions(targets["caption"]),
+        )
+
+    def step(self, name: str, *, online: bool) -> BenchmarkTarget:
+        """A whole training step: the batch, both passes, AdamW."""
+        student = new_student(self.teacher, _STUDENT).train()
+        weights = [weight for weight in student.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+        embed = partial(self.online, student) if online else partial(embed_batch, student)
+        count = iter(range(10**9))
+
+        def run(_: NDArray[Any]) -> None:
+            batch = self.batches(Part(next(count), 0, 1))
+            optimizer.zero_grad(set_to_none=True)
+            self.losses(embed(batch.inputs), batch.targets)["total"].backward()
+            optimizer.step()
+
+        return BenchmarkTarget(name, run, lambda size: np.zeros((size, 1)))
+
+    def curves(self, folder: Path) -> tuple[list[float], list[float]]:
+        """Return the losses of a run with the cache, and of one with the teacher online."""
+        cached, student = (new_student(self.teacher, _STUDENT) for _ in range(2))
+        distill(
+            cached,
+            self.cache,
+            self.source,
+            loss_weights=LossWeights(),
+            settings=_SETTINGS,
+            out=folder / "cached",
+            held_out=0,
+        )
+        task = TrainTask(
+            title="online",
+            module=student,
+            batch=self.batches,
+            embed=partial(self.online, student),
+            losses=self.losses,
+            identity="online",
+        )
+        train(task, _SETTINGS, folder / "online")
+        first, second = (
+            [line["total"] for line in read_log(folder / name / "log.jsonl")]
+            for name in ("cached", "online")
+        )
+        return first, second
+
+
+def speedup(case: Case, quick: bool) -> Interval:
+    amount = replace(TUNING_WORKLOAD, min_warmup_runs=1, max_warmup_seconds=1e-3)
+    amount = replace(amount, repeats=6 if quick else 40)
+    steps = [case.step("cached", online=False), case.step("online", online=True)]
+    online = measure_interleaved(steps, amount, part="image", reference="cached")[1]
+    assert online.ratio is not None
+    return online.ratio.ratio
+
+
+def main() -> int:
+    args = options(__doc__).parse_args()
+    torch.manual_seed(0)
+    bars: list[Bar] = []
+    cells = [("teacher", "times the student", "online / cached", "losses differ by")]
+    rows = []
+    for name, shape, bound in (("30", _LARGE, 8.0), ("10", _SMALL, 3.0)):
+        say(f"a teacher of about {name} times the student")
+        with tempfile.TemporaryDirectory() as folder:
+            case = Case(shape, Path(folder) / "cache")
+            ratio = speedup(case, args.quick)
+            cached, online = case.curves(Path(folder))
+        apart = max(abs(a - b) / b for a, b in zip(cached, online, strict=True))
+        cells.append((name, f"{case.times:.1f}", span(ratio), f"{apart:.2%}"))
+        rows.append({"teacher": name, "times": case.times, "cached": cached, "online": online})
+        bars.append(
+            at_least(f"cached step beside a teacher of {name} times", ratio, bound, "times")
+        )
+        bars.append(at_most(f"losses apart, teacher of {name} times", 100 * apart, 1.0, "%"))
+    print(columns(cells))
+    return finish(bars, args.out, threads=torch.get_num_threads(), rows=rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
