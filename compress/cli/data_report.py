@@ -262,7 +262,10 @@ def _compared(
 def _next_command(args: argparse.Namespace) -> str:
     words = ["edgeclip", "distill"]
     words += [] if args.teacher == BUILT_IN else ["--teacher", str(args.teacher)]
-    words += ["--count", str(args.count)] if args.data == EMOJI else ["--data", str(args.data)]
+    data = args.data or [EMOJI]
+    words += [word for item in data if item != EMOJI for word in ("--data", item)]
+    words += ["--data", EMOJI] if EMOJI in data and len(data) > 1 else []
+    words += ["--count", str(args.count)] if EMOJI in data else []
     words += ["--cache", str(_cache_folder(args)), "--keep", str(args.out / _KEEP)]
     return shlex.join([*words, "--out", "student"])
 

@@ -12,16 +12,16 @@ from typing import Any
 from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
 from edgeclip.compress.cli.options import add_strict, max_bad
 from edgeclip.compress.data.keep_list import kept_rows, read_keep_list
+from edgeclip.compress.data.mixture import parts_of
+from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sampling import MOST_HELD_OUT, Sampling
-from edgeclip.compress.data.sources import Source, open_source, subset
+from edgeclip.compress.data.sources import Source, subset
 from edgeclip.compress.processes import is_helper, processes
 from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
 from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
-from edgeclip.compress.train.distill import distill, parts_of
-from edgeclip.compress.train.losses import LossWeights
+from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.recipe import SECTIONS, Recipe, load_recipe
-from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.runtime.bundle.files import check_target, require_space
 from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.errors import ConfigError
@@ -30,7 +30,8 @@ from edgeclip.runtime.inputs.find_images import add_max_bad_option
 _HELP = {
     "teacher": "directory or hub id of a dual encoder; may be given several times: the student "
     "lives in the space of the first, and mimics the mean similarity of all",
-    "data": "source of pictures; may be given several times",
+    "data": "emoji, a folder of pictures, WebDataset shards, or data of Hugging Face, see "
+    "docs/data.md; may be given several times, each with =WEIGHT behind it",
     "count": "number of built-in scenes",
     "keep": "train on the pictures of this list alone; `edgeclip data-report` writes one",
     "views": "augmented views of each picture (default: those of an existing cache, else 1)",
@@ -150,8 +151,9 @@ def run(args: argparse.Namespace) -> int:
     """Cache, distil and save; a run that was stopped goes on where it was."""
     if is_helper():
         logging.getLogger("edgeclip").setLevel(logging.ERROR)  # the first process speaks
-    recipe, folder = _recipe(args), _run_folder(args)
+    recipe = _recipe(args)
     _refuse_teachers_as_output(recipe, args.out)
+    folder = _run_folder(args)
     check_target(args.out, replace=True, marker=MARKER)
     teachers = [_load(name) for name in recipe.teacher]
     first = teachers[0]
@@ -218,7 +220,9 @@ def _open_data(recipe: Recipe, args: argparse.Namespace, *, size: int) -> Source
     )
     if recipe.keep is None:
         return source
-    return subset(source, kept_rows(source, read_keep_list(Path(recipe.keep))))
+    keep = read_keep_list(Path(recipe.keep))
+    rows = kept_rows(source, keep)
+    return subset(source, rows, name=f"{source.name}, {len(rows)} of them kept by {keep.path}")
 
 
 def _student(recipe: Recipe, teacher: DualEncoder, source: Source) -> DualEncoder:
@@ -242,7 +246,7 @@ def _student(recipe: Recipe, teacher: DualEncoder, source: Source) -> DualEncode
 def _caches(
     recipe: Recipe, args: argparse.Namespace, teachers: list[DualEncoder], source: Source
 ) -> list[TeacherCache]:
-    """Return the embeddings of each teacher; those of further ones lie in the cache of the first."""
+    """Return the embeddings of each teacher; the first one's cache holds those of the others."""
     main = args.cache or _run_folder(args) / "cache"
     caches: list[TeacherCache] = []
     for number, teacher in enumerate(teachers, 1):

@@ -5,13 +5,12 @@ import logging
 from pathlib import Path
 
 from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
-from edgeclip.compress.compute import best_device
 from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sources import EMOJI, Source
+from edgeclip.compress.processes import processes
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.cli.options import zero_or_more
-from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import MaxBad
 
 _log = logging.getLogger(__name__)
@@ -31,9 +30,10 @@ def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
     """Add the options `--data` and `--count`."""
     parser.add_argument(
         "--data",
-        default=EMOJI,
-        help="folder of pictures, with captions.csv or NAME.txt beside each for captions; "
-        "'emoji' for the built-in scenes (default)",
+        action="append",
+        help="emoji, a folder of pictures, WebDataset shards, or data of Hugging Face, see "
+        "docs/data.md; may be given several times, each with =WEIGHT behind it (default: emoji, "
+        "the built-in scenes)",
     )
     parser.add_argument(
         "--count",
@@ -41,7 +41,7 @@ def add_data(parser: argparse.ArgumentParser, *, count: int) -> None:
         default=count,
         help=f"number of built-in scenes (default: {count})",
     )
-    _add_strict(parser)
+    add_strict(parser)
 
 
 def max_bad(args: argparse.Namespace) -> MaxBad:
@@ -50,7 +50,8 @@ def max_bad(args: argparse.Namespace) -> MaxBad:
     return MaxBad(share=0.0, count=0) if args.strict else limit
 
 
-def _add_strict(parser: argparse.ArgumentParser) -> None:
+def add_strict(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--strict`."""
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -61,20 +62,7 @@ def _add_strict(parser: argparse.ArgumentParser) -> None:
 
 def load_teacher(args: argparse.Namespace) -> DualEncoder:
     """Load the teacher of `--teacher`, on the fastest torch device."""
-    return DualEncoder.load(_teacher_source(args)).to(best_device())
-
-
-def refuse_teacher_as_output(args: argparse.Namespace) -> None:
-    """Refuse an `--out` that would replace the teacher's directory.
-
-    Raises:
-        ConfigError: `--out` is that directory, or holds it.
-    """
-    teacher = Path(_teacher_source(args))
-    if teacher.is_dir() and teacher.resolve().is_relative_to(args.out.resolve()):
-        raise ConfigError(
-            f"--out {args.out} would replace the teacher {teacher}: choose another directory"
-        )
+    return DualEncoder.load(_teacher_source(args)).to(processes().device)
 
 
 def _teacher_source(args: argparse.Namespace) -> str | Path:
@@ -84,7 +72,9 @@ def _teacher_source(args: argparse.Namespace) -> str | Path:
 def load_source(args: argparse.Namespace, teacher: DualEncoder, *, split: Split) -> Source:
     """Open the data of `--data` and `--count`."""
     size = teacher.image_spec.size
-    return open_source(args.data, split=split, count=args.count, size=size, strict=args.strict)
+    return open_source(
+        args.data or [EMOJI], split=split, count=args.count, size=size, strict=args.strict
+    )
 
 
 def add_pairs_option(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +85,7 @@ def add_pairs_option(parser: argparse.ArgumentParser) -> None:
         help="emoji, or a folder of pictures with captions, which is split by its subfolders "
         "train, calibration and test, or else by a hash of each path (default: emoji)",
     )
-    _add_strict(parser)
+    add_strict(parser)
 
 
 def log_step(line: str) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeclip.compress.data.augmentation import view_crop
-from edgeclip.compress.data.sampling import Part as DataPart
+from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source, seed_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
@@ -122,12 +122,6 @@ def distill(
         settings,
         out,
     )
-
-
-def parts_of(source: Source) -> tuple[DataPart, ...]:
-    """Return the parts that a source is sampled in."""
-    parts: tuple[DataPart, ...] = getattr(source, "parts", ())
-    return parts or (DataPart(len(source)),)
 
 
 def embed_batch(student: DualEncoder, inputs: Rows) -> Rows:

@@ -14,11 +14,14 @@ so is its gradient, where student and teacher are equal.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor
 
+from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import ConfigError
 
 
@@ -121,15 +124,18 @@ def _mimic(student: Tensor, target: Tensor, same: Tensor | None) -> Tensor:
 class LossWeights:
     """The weight of each loss; 0 leaves a loss out."""
 
-    affinity: float = 1.0
-    feature: float = 1.0
-    interactive: float = 1.0
-    contrastive: float = 0.0
+    affinity: Annotated[float, Ge(0)] = 1.0
+    feature: Annotated[float, Ge(0)] = 1.0
+    interactive: Annotated[float, Ge(0)] = 1.0
+    contrastive: Annotated[float, Ge(0)] = 0.0
 
     def __post_init__(self) -> None:
-        values = [getattr(self, field.name) for field in fields(self)]
-        if not any(values) or not all(0 <= value < math.inf for value in values):
-            raise ConfigError(f"loss weights must be >= 0 and not all 0, got {values}")
+        try:
+            check_bounds(self)
+        except ValueError as error:
+            raise ConfigError(f"weights of losses: {error}") from error
+        if not any(getattr(self, item.name) for item in fields(self)):
+            raise ConfigError("the weights of all losses are 0, so there is nothing to learn")
 
 
 def distillation_losses(

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
-from edgeclip.compress.train.distill import DistillationBatches, embed_batch, parts_of
+from edgeclip.compress.train.distill import DistillationBatches, embed_batch
 from edgeclip.compress.train.losses import feature_loss
 from edgeclip.compress.train.train_loop import Rows, TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError, InputError

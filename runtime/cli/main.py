@@ -62,6 +62,9 @@ COMMANDS: dict[str, Command] = {
     "distill": Command(
         "edgeclip.compress.cli.distill", "train a student from a teacher", "compress"
     ),
+    "recipes": Command(
+        "edgeclip.compress.cli.recipes", "list the recipes of distill, or print one", "compress"
+    ),
     "quantize": Command(
         "edgeclip.export.cli.quantize",
         "find the fastest quantization that passes the quality gates",

@@ -6,17 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from edgeclip.compress.cli import pretrain
-from edgeclip.compress.data.sources import EmojiSource, FolderSource
+from edgeclip.compress.data.open_source import open_source
+from edgeclip.compress.data.sources import EmojiSource, FolderSource, subset
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, read_record, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import build_cache, embed_source
+from edgeclip.compress.train.pretrain import new_teacher
+from edgeclip.compress.train.recipe import load_recipe, recipe_names
 from edgeclip.compress.train.train_loop import read_log
 from edgeclip.runtime.cli.main import main
+from tests.compress.conftest import SHAPE
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +53,7 @@ def test_pretrain_writes_a_teacher(
     image, text = embed_source(teacher, EmojiSource("test", 3, size=32))
     assert image.shape == text.shape == (3, 16)
     assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
-    assert (tmp_path / "runs" / "teacher-run" / "checkpoint.pt").exists()
+    assert (tmp_path / "runs" / "teacher-run" / "checkpoint-4").is_dir()
     assert [path.name for path in out.parent.iterdir()] == ["teacher"]
     first = (out / "model.safetensors").read_bytes()
     assert main(command) == 0  # a finished run only writes its teacher again
@@ -70,7 +76,7 @@ def test_cache_and_distill(teacher_folder: Path, tmp_path: Path, capsys: Capture
     assert f"12 pictures in 2 views are in {cache}" in capsys.readouterr().out
     teacher = DualEncoder.load(teacher_folder)
     source = EmojiSource("train", 12, size=teacher.image_spec.size)
-    assert build_cache(teacher, source, cache).image.shape == (12, 2, 32)
+    assert build_cache(teacher, source, cache).image(range(12), 1).shape == (12, 32)
     made = (cache / "image.rows").stat().st_mtime_ns
     out = tmp_path / "student"
     more = ["--count", 12, "--views", 2, "--steps", 8, "--contrastive", 0.5]
@@ -89,10 +95,10 @@ def test_distill_takes_a_cache_as_it_is(
     cache, out = tmp_path / "cache", tmp_path / "student"
     given = ["--teacher", str(teacher_folder), "--count", "8", "--views", "3", "--seed", "5"]
     assert main(["cache", *given, "--out", str(cache)]) == 0
-    made = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    made = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     more = ["--count", 8, "--steps", 2, "--cache", cache]
     assert main(_distill(teacher_folder, out, *more)) == 0, capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == made
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == made
     assert not (tmp_path / "student-run" / "cache").exists()
     student = DualEncoder.load(out)
     assert student.space == space_fingerprint(DualEncoder.load(teacher_folder))
@@ -214,7 +220,7 @@ def test_interrupted_distill_goes_on(
     assert last.endswith("; run it again to go on")
     assert "Traceback" not in errors
     stopped = int(last.split()[4].rstrip(";"))
-    assert torch.load(log.with_name("checkpoint.pt"), weights_only=True)["step"] == stopped
+    assert log.with_name(f"checkpoint-{stopped}").is_dir()
     assert [line["step"] for line in read_log(log)] == list(range(1, stopped + 1))
     assert not (tmp_path / "student").exists()
     assert main(command) == 0, capsys.readouterr().err
@@ -225,10 +231,7 @@ def test_interrupted_distill_goes_on(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--affinity", "-1"], "loss weights must be >= 0"),
-        (["--steps", "0"], "steps must be positive, got 0"),
-        (["--count", "0"], "a cache needs pictures and views, got 0 and 1"),
-        (["--views", "0"], "a cache needs pictures and views"),
+        (["--count", "0"], "a part of the training data has 0 items: give some"),
         (["--image-layers", "9"], "a student of 9 layers cannot inherit from a teacher of 4"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
     ],
@@ -245,12 +248,110 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "student-run").exists()
 
 
+def test_every_wrong_setting_is_named(
+    teacher_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    wrong = ["--affinity", "-1", "--steps", 0, "--views", 0, "--count", -5, "--ema", 1]
+    assert main(_distill(teacher_folder, tmp_path / "student", *wrong)) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "edgeclip: error: edgeclip distill: the command line is not valid:",
+        "  count: must be at least 0, got -5",
+        "  views: must be at least 1, got 0",
+        "  losses.affinity: must be at least 0, got -1.0",
+        "  training.steps: must be at least 1, got 0",
+        "  training.ema: must be below 1, got 1.0",
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_repeated_from_its_recipe(
+    teacher_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    given = tmp_path / "given.yaml"
+    given.write_text("count: 8\ntraining: {steps: 5, batch_size: 4, ema: 0.5}\n")
+    words = ["distill", "--teacher", str(teacher_folder), "--recipe", str(given)]
+    words += ["--steps", "3", "--no-compile", *SMALL]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 0, capsys.readouterr().err
+    log = read_log(tmp_path / "a-run" / "log.jsonl")
+    assert [line["step"] for line in log] == [1, 2, 3]
+    written = tmp_path / "a-run" / "recipe.yaml"
+    assert load_recipe(str(written)).training.ema == 0.5
+    assert main(["distill", "--recipe", str(written), "--out", str(tmp_path / "b")]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_mistakes_in_a_recipe(teacher_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    given = tmp_path / "given.yaml"
+    given.write_text("training: {steps: many, epochs: 3}\nstudent: {family: resnet}\n")
+    command = _distill(teacher_folder, tmp_path / "student", "--recipe", given)
+    assert main(command) == 2
+    errors = capsys.readouterr().err
+    for wrong in ("training.steps", "training.epochs: unknown key", "student.family"):
+        assert wrong in errors
+    assert main(_distill(teacher_folder, tmp_path / "student", "--recipe", "photograph")) == 2
+    assert "did you mean 'photographs'?" in capsys.readouterr().err
+
+
+def test_recipes_that_come_with_it(capsys: Capture) -> None:
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    for name in recipe_names():
+        load_recipe(name)
+        assert f"{name}\n    " in printed
+        assert main(["recipes", name]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["training"]
+    assert main(["recipes", "demos"]) == 2
+
+
+def test_keep_trains_on_the_pictures_of_a_list(
+    teacher_folder: Path, few_pictures: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    source = open_source(str(few_pictures), split="train", count=0, size=32)
+    rows = [source.content(index) for index in range(6)]
+    keep = tmp_path / "keep.txt"
+    keep.write_text("\n".join(rows))
+    more = ["--data", few_pictures, "--keep", keep, "--steps", 2]
+    assert main(_distill(teacher_folder, tmp_path / "student", *more)) == 0
+    cache = build_cache(
+        DualEncoder.load(teacher_folder),
+        subset(source, range(6), name="six"),
+        tmp_path / "student-run" / "cache",
+    )
+    assert cache.settings.count == 6
+    keep.write_text("0" * 64)
+    assert main(_distill(teacher_folder, tmp_path / "other", *more)) == 2
+    assert "is on the list" in capsys.readouterr().err
+
+
+def test_two_teachers_and_two_sources(
+    teacher: DualEncoder, teacher_folder: Path, few_pictures: Path, tmp_path: Path
+) -> None:
+    more = ["--teacher", teacher_folder, "--data", f"{few_pictures}=0.5", "--data", "emoji=0.5"]
+    command = _distill(teacher_folder, tmp_path / "s", *more, "--count", 10, "--steps", 3)
+    assert main(command) == 0
+    assert DualEncoder.load(tmp_path / "s").space == teacher.space
+    assert (tmp_path / "s-run" / "cache" / "teacher-2" / "image.rows").is_file()
+
+
+def test_start_from_a_small_model(teacher_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    small = new_teacher(replace(SHAPE, image_layers=1, text_layers=1, dim=16), seed=4)
+    small.save(tmp_path / "small")
+    words = ["distill", "--teacher", str(teacher_folder), "--start", str(tmp_path / "small")]
+    words += ["--count", "8", "--steps", "2", "--batch-size", "4", "--out"]
+    assert main([*words, str(tmp_path / "student")]) == 0, capsys.readouterr().err
+    student = DualEncoder.load(tmp_path / "student")
+    assert student.spec.dim == 32
+    assert student.model.config.vision_config.num_hidden_layers == 1
+    assert main([*words, str(tmp_path / "other"), "--image-layers", "1"]) == 2
+    assert "leave out the sizes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["cache", "--out", "made", "--count", "-5"],
         ["cache", "--out", "made", "--count", "3", "--seed", "-1", "--views", "2"],
-        ["distill", "--out", "made", "--count", "-5"],
         ["scenes", "made", "--seed", "-1"],
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edgeclip.compress.compute import ComputeType
+from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import EmojiSource, FolderSource
 from edgeclip.compress.students.student import StudentShape, new_student
@@ -24,7 +25,6 @@ from edgeclip.compress.train.distill import (
     caption_keys,
     distill,
     embed_batch,
-    parts_of,
 )
 from edgeclip.compress.train.held_out import IMAGE_COSINE, STUDENT_R1, TEACHER_R1, TEXT_COSINE
 from edgeclip.compress.train.losses import LossWeights

@@ -10,12 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import FolderSource
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
-from edgeclip.compress.train.distill import distill, parts_of
+from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.held_out import (
     IMAGE_COSINE,
     STUDENT_R1,
