@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="two pictures are nearly the same if the teacher's embeddings of them have at least "
         "this cosine; above 1 for none (default: what 95%% of pictures have to a copy of three "
-        "quarters of their size, as a JPEG of quality 75, between 0.9 and 0.999)",
+        "quarters of their size, as a JPEG of quality 75, between 0.9 and 0.9999)",
     )
     parser.add_argument(
         "--compare-all",
@@ -151,6 +151,9 @@ def run(args: argparse.Namespace) -> int:
         return _compared(seen, rows, threshold, args.compare_all, teacher, len(source))
 
     judgement = judge(statistics, captions, agreed, rules, compare)
+    if not len(judgement.kept):
+        told = _told(judgement, len(source)).replace("\n", ";")
+        raise InputError(f"the rules leave nothing to train on: {told}; ask for less")
     name = "the built-in teacher" if args.teacher == BUILT_IN else str(args.teacher)
     with atomic_directory(args.out, replace=True, marker=_MARKER) as out:
         data = ReportedData(
@@ -231,10 +234,10 @@ def _threshold(
             found: FloatArray = teacher.embed_image(teacher.preprocess(pictures)).cpu().numpy()
         return found
 
-    cosine = copies_cosine(source, seen.rows.tolist(), embed)
+    cosine = copies_cosine(source, seen.rows.tolist(), embed, side=teacher.image_spec.size)
     return cosine, (
-        "95% of pictures are at least so alike to a copy of three quarters of their size, as a "
-        "JPEG of quality 75 (no less than 0.9, no more than 0.999)"
+        "95% of pictures are at least so alike to a copy of three quarters of their size (but no "
+        "smaller than the teacher sees), as a JPEG of quality 75"
     )
 
 

@@ -21,37 +21,40 @@ _PROBED = 512  # pictures that are compared with all others, to tell what was mi
 _ROUNDS = 2  # of cells, each around other pictures
 _COPIED = 256  # pictures that are compared with copies of themselves
 _COPY_SIDE, _COPY_QUALITY = 0.75, 75  # of a copy: its side as a share, and its quality as a JPEG
-_LEAST, _MOST = 0.9, 0.999  # no threshold is beyond, whatever the copies say
+_LEAST, _MOST = 0.9, 0.9999  # no threshold is beyond, whatever the copies say
 
 Embed = Callable[[Sequence[Image.Image]], FloatArray]  # pictures -> float32 [N, dim]
 
 
 def copies_cosine(
-    source: Source, indices: Sequence[int], embed: Embed, *, batch: int = 32
+    source: Source, indices: Sequence[int], embed: Embed, *, side: int, batch: int = 32
 ) -> float:
     """Return the cosine that 95% of pictures have at least to a smaller and compressed copy.
 
     It is the threshold of `near_duplicates` where none is given: two pictures are duplicates if the
-    model finds them as alike as a picture and its copy. It lies between 0.9 and 0.999.
+    model finds them as alike as a picture and its copy. It lies between 0.9 and 0.9999.
 
     Args:
         source: the pictures.
-        indices: those that may be taken, of which at most 256 are, evenly.
+        indices: those that may be taken, one at least, of which at most 256 are, evenly.
         embed: embeds pictures.
+        side: pixels that the model sees; no copy is made smaller, for it would be scaled up again.
+        batch: pictures at a time.
     """
-    chosen = [indices[at] for at in np.linspace(0, len(indices) - 1, _COPIED).astype(int)]
-    chosen = sorted(set(chosen))
+    places = np.linspace(0, len(indices) - 1, _COPIED).astype(int)
+    chosen = [indices[at] for at in np.unique(places).tolist()]
     found = []
     for first in range(0, len(chosen), batch):
         pictures = [source[index].image for index in chosen[first : first + batch]]
-        found.append(cosines(embed(pictures), embed([_copy(picture) for picture in pictures])))
-    least = float(np.percentile(np.concatenate(found), 5)) if found else _MOST
+        found.append(cosines(embed(pictures), embed([_copy(one, side) for one in pictures])))
+    least = float(np.percentile(np.concatenate(found), 5))
     return min(max(least, _LEAST), _MOST)
 
 
-def _copy(picture: Image.Image) -> Image.Image:
+def _copy(picture: Image.Image, side: int) -> Image.Image:
     """Compress a smaller picture as a JPEG, as sites do that show pictures of others."""
-    width, height = (max(1, round(_COPY_SIDE * side)) for side in picture.size)
+    scale = max(_COPY_SIDE, min(1.0, side / min(picture.size)))
+    width, height = (max(1, round(scale * own)) for own in picture.size)
     buffer = io.BytesIO()
     picture.resize((width, height), Image.Resampling.BICUBIC).save(
         buffer, "JPEG", quality=_COPY_QUALITY

@@ -20,6 +20,7 @@ MISTAKES = {
     "cascade": "../emoji --teacher nowhere",
     "classify": "nowhere --bundle ../emoji --labels cat,dog",
     "cut": "nowhere --out cuts",
+    "data-report": "--out report --max-noise -1",
     "demo": "--steps many",
     "device": "x86-avx",
     "distill": "--out ../emoji",
@@ -96,6 +97,11 @@ RUNS = {
         needs=("pretrain",),
     ),
     "cache": Run(words=f"cache --teacher {_TEACHER} --count 8 --out cache", needs=("pretrain",)),
+    "data-report": Run(
+        words=f"data-report --teacher {_TEACHER} --count 8 --out report"
+        " --duplicate-cosine 2 --agreement-deviations 0",  # which differ between machines
+        needs=("pretrain",),
+    ),
     "distill": Run(
         words=f"distill --teacher {_TEACHER} --out student --count 8 --steps 2 --batch-size 4"
         " --image-heads 1 --image-layers 1 --text-heads 1 --text-layers 1 --cache ../cache/cache",

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from edgeclip.profiles.report.charts import (
     StackChart,
     SweepChart,
     TrainingCurve,
+    distribution,
     frontier,
 )
 from edgeclip.profiles.report.drawing import (
@@ -53,7 +55,16 @@ def chart(kind: str, name: str = "fp32") -> Chart:
     rows = (DotRow(name, (Dot(values[0]), Dot(values[1], 1)), name),) * 2
     bars = (StackBar(name, (("load", 2.0), (name, 3.0)), name, mark=6.0, chosen=True),) * 2
     series = Series(name, tuple(values), tuple(values), ("1", "2", "4"))
+    shares = distribution(
+        name,
+        np.linspace(0, 1, 100),
+        name,
+        other=(np.linspace(-0.5, 0.5, 90), name),
+        marks=((name, 0.25),),
+    )
+    assert shares is not None
     found: dict[str, Chart] = {
+        "distribution": shares,
         "scatter": ScatterChart(
             title=name,
             points=points,
@@ -115,7 +126,7 @@ def chart(kind: str, name: str = "fp32") -> Chart:
 
 KINDS = (
     *("scatter", "roofline", "rows", "stack", "legend"),
-    *("histogram", "sweep", "loss", "agreement", "band", "bound"),
+    *("histogram", "distribution", "sweep", "loss", "agreement", "band", "bound"),
 )
 
 
@@ -269,3 +280,25 @@ def test_a_user_s_own_settings_of_matplotlib_change_nothing(
     monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 40.0)
     assert svg(chart("rows")) == before
     assert matplotlib.rcParams["text.usetex"] is True
+
+
+def test_a_distribution_counts_every_value_once() -> None:
+    chart = distribution("lengths", np.array([3, 3, 4, 7, np.nan]), "tokens", whole=True)
+    assert chart is not None
+    assert (chart.total, chart.median, chart.log) == (4, 3.5, False)
+    assert sum(chart.counts) == 4
+    assert chart.counts[int(3 - chart.low)] == 2
+    assert chart.description == "4 of tokens, median 3.50"
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.booleans())
+def test_no_value_of_a_distribution_is_lost(values: list[float], whole: bool) -> None:
+    given_values = np.round(values) if whole else np.array(values)
+    chart = distribution("any", given_values, "unit", whole=whole)
+    assert chart is not None
+    assert sum(chart.counts) + sum(chart.beyond) == len(values)
+    svg(chart)
+
+
+def test_nothing_has_no_distribution() -> None:
+    assert distribution("none", np.array([np.nan, np.inf]), "unit") is None

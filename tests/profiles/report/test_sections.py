@@ -25,8 +25,10 @@ from edgeclip.profiles.report.sections import (
     Note,
     Page,
     PageSummary,
+    Pictures,
     Section,
     ShownAnswer,
+    ShownPicture,
     Table,
 )
 from edgeclip.profiles.report.write_page import html_of, markdown_of
@@ -69,6 +71,16 @@ def blocks(mark: str) -> tuple[Block, ...]:
             )
         ),
         Gallery((entry,)),
+        Pictures(
+            (
+                ShownPicture(picture=Image.new("RGB", (8, 8)), figure=text(), text=text()),
+                ShownPicture(
+                    picture=Image.new("L", (8, 8)),
+                    figure=text(),
+                    beside=Image.new("RGBA", (300, 8)),
+                ),
+            )
+        ),
     )
 
 
