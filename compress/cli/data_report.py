@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     threshold, threshold_from = _threshold(args, teacher, source, seen)
 
     def compare(rows: NDArray[np.int64]) -> NearDuplicates:
-        return _compared(seen, rows, threshold, args.compare_all, teacher, len(source))
+        return _compared(seen, statistics, rows, threshold, args.compare_all, teacher)
 
     judgement = judge(statistics, captions, agreed, rules, compare)
     if not len(judgement.kept):
@@ -243,17 +243,25 @@ def _threshold(
 
 def _compared(
     seen: _Seen,
+    statistics: PictureStatistics,
     rows: NDArray[np.int64],
     threshold: float,
     most_exact: int,
     teacher: DualEncoder,
-    count: int,
 ) -> NearDuplicates:
     """Find near duplicates among pictures by their index in the source."""
+    count, thumbnails = len(statistics), statistics.thumbnails
+    if len(seen.rows) < count:
+        thumbnails = thumbnails[seen.rows]
     place = np.full(count, -1, np.int64)
     place[seen.rows] = np.arange(len(seen.rows))
     found = near_duplicates(
-        seen.image, place[rows], threshold, most_exact=most_exact, device=teacher.device
+        seen.image,
+        thumbnails,
+        place[rows],
+        threshold,
+        most_exact=most_exact,
+        device=teacher.device,
     )
     same_as, cosine = np.arange(count), np.ones(count, np.float32)
     same_as[seen.rows], cosine[seen.rows] = seen.rows[found.same_as], found.cosine

@@ -227,7 +227,9 @@ def duplicates_section(data: ReportedData) -> Section | None:
     blocks: list[Block] = [
         Note(
             f"Two pictures are nearly the same from a cosine of {data.threshold:.4f} on between "
-            f"the teacher's embeddings of them: {data.threshold_from}. {_not_compared(data)}"
+            f"the teacher's embeddings of them: {data.threshold_from}. Thumbnails of 16 by 16 "
+            "pixels must look alike too, since a teacher finds pictures alike that it does not "
+            f"know. {_not_compared(data)}"
         )
     ]
     cosine = judgement.near.cosine

@@ -1,4 +1,4 @@
-"""Find pictures that are nearly the same, by the teacher's embeddings of them."""
+"""Find pictures that are nearly the same, by the teacher's embeddings and by small thumbnails."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +21,10 @@ _PROBED = 512  # pictures that are compared with all others, to tell what was mi
 _ROUNDS = 2  # of cells, each around other pictures
 _COPIED = 256  # pictures that are compared with copies of themselves
 _COPY_SIDE, _COPY_QUALITY = 0.75, 75  # of a copy: its side as a share, and its quality as a JPEG
+# Of thumbnails. Copies have 0.99 and more; pictures that a teacher merely takes for each other,
+# such as a lemon and a tennis ball, mostly less than 0.9.
+_CORRELATION = 0.9
+_FLAT = 1.0  # standard deviation in levels, below which a thumbnail shows nothing
 _LEAST, _MOST = 0.9, 0.9999  # no threshold is beyond, whatever the copies say
 
 Embed = Callable[[Sequence[Image.Image]], FloatArray]  # pictures -> float32 [N, dim]
@@ -88,6 +92,7 @@ class NearDuplicates:
 
 def near_duplicates(
     embeddings: NDArray[np.float16],
+    thumbnails: NDArray[np.uint8],
     rows: NDArray[np.int64],
     threshold: float,
     *,
@@ -95,16 +100,21 @@ def near_duplicates(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> NearDuplicates:
-    """Keep each picture unless one that was kept before has a cosine of at least `threshold` to it.
+    """Keep each picture unless one that was kept before is nearly the same.
 
-    So no chain of small changes joins pictures that differ: whatever is left out has a kept
-    picture that it is nearly the same as. Up to `most_exact` pictures all pairs are compared, which
-    takes N^2 dim / 2 products. Of more, only pictures in the same cell are: those nearest to one
-    of sqrt(N) pictures drawn by chance, twice (the inverted file of Jegou et al. 2011), about
-    N^1.5 dim products. What that misses is estimated.
+    It is if the cosine of their embeddings is at least `threshold`, and the correlation of their
+    thumbnails at least 0.9, or both thumbnails are flat: a teacher finds pictures alike that show
+    different things, where it does not know them. No chain of small changes joins pictures that
+    differ, since whatever is left out is nearly the same as one that is kept.
+
+    Up to `most_exact` pictures all pairs are compared, which takes N^2 dim / 2 products. Of more,
+    only pictures in the same cell are: those nearest to one of sqrt(N) pictures drawn by chance,
+    twice (the inverted file of Jegou et al. 2011), about N^1.5 dim products. What that misses is
+    estimated.
 
     Args:
         embeddings: float16 [M, dim], L2-normalised.
+        thumbnails: of the same pictures, uint8 [M, pixels].
         rows: the N rows to compare, in the order in which pictures are kept.
         threshold: the least cosine of duplicates.
         most_exact: the most pictures of which all pairs are compared, and the most in a cell.
@@ -112,7 +122,7 @@ def near_duplicates(
         seed: of what is drawn by chance.
     """
     same_as, cosine = np.arange(len(embeddings)), np.ones(len(embeddings), np.float32)
-    state = _State(embeddings, threshold, device, same_as, cosine)
+    state = _State(embeddings, thumbnails, threshold, device, same_as, cosine)
     count = len(rows)
     if count <= most_exact:
         state.compare(rows, told="duplicates")
@@ -142,6 +152,7 @@ class _State:
     """What is compared, by which threshold, where, and what was found so far."""
 
     embeddings: NDArray[np.float16]
+    thumbnails: NDArray[np.uint8]
     threshold: float
     device: torch.device | str
     same_as: NDArray[np.int64]
@@ -151,6 +162,18 @@ class _State:
         """Rows of length 1, float32: float16 rounds lengths off 1."""
         found = torch.from_numpy(self.embeddings[rows]).to(self.device).float()
         return torch.nn.functional.normalize(found, dim=-1)
+
+    def look_alike(self, rows: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell whether the thumbnails of each pair look alike, or both show nothing: bool [N]."""
+        one, other = (self.thumbnails[part].astype(np.float32) for part in (rows, others))
+        one -= one.mean(axis=1, keepdims=True)
+        other -= other.mean(axis=1, keepdims=True)
+        spread, spread_of_other = one.std(axis=1), other.std(axis=1)
+        flat = (spread < _FLAT) & (spread_of_other < _FLAT)
+        found: NDArray[np.bool_] = (one * other).mean(axis=1) >= (
+            _CORRELATION * spread * spread_of_other
+        )
+        return flat | (found & (spread >= _FLAT) & (spread_of_other >= _FLAT))
 
     def compare(self, rows: NDArray[np.int64], *, told: str | None = None) -> None:
         """Compare all pairs of `rows`, and enter what is found."""
@@ -179,6 +202,7 @@ class _State:
             better = value > best
             best[better], nearest[better] = value[better], others[places.cpu().numpy()[better]]
         same = best >= self.threshold
+        same[same] = self.look_alike(block[same], nearest[same])
         self.same_as[block[same]], self.cosine[block[same]] = nearest[same], best[same]
         return block[~same]
 
@@ -188,11 +212,13 @@ class _State:
         products = (ours @ ours.T).cpu().numpy()
         stays = np.ones(len(rows), bool)
         for at in np.flatnonzero((np.tril(products, -1) >= self.threshold).any(axis=1)).tolist():
-            earlier = np.where(stays[:at], products[at, :at], -np.inf)
-            nearest = int(earlier.argmax())
-            if earlier[nearest] >= self.threshold:
+            near = np.flatnonzero(stays[:at] & (products[at, :at] >= self.threshold))
+            near = near[self.look_alike(np.repeat(rows[at], len(near)), rows[near])]
+            if len(near):
+                nearest = near[products[at, near].argmax()]
                 stays[at] = False
-                self.same_as[rows[at]], self.cosine[rows[at]] = rows[nearest], earlier[nearest]
+                self.same_as[rows[at]] = rows[nearest]
+                self.cosine[rows[at]] = products[at, nearest]
         return rows[stays]
 
 
@@ -232,7 +258,9 @@ def _found(state: _State, rows: NDArray[np.int64], rng: np.random.Generator) -> 
             places = np.arange(first, min(first + _BLOCK, len(rows)))
             products = (ours @ state.tensor(rows[places]).T).cpu().numpy()
             earlier = is_kept[places] & (places < probed[:, None])
-            missed |= ((products >= state.threshold) & earlier).any(axis=1)
+            ours_at, others_at = np.nonzero((products >= state.threshold) & earlier)
+            alike = state.look_alike(rows[probed[ours_at]], rows[places[others_at]])
+            missed[ours_at[alike]] = True
     hits = ~is_kept[probed]
     counted = hits | missed
     return bootstrap(hits[counted].astype(np.float64)) if counted.any() else None

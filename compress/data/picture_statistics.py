@@ -23,8 +23,11 @@ from edgeclip.runtime.inputs.preprocess import resize_and_crop
 from edgeclip.runtime.spec import ImageSpec
 
 MEASURES = ("sharpness", "brightness", "contrast", "noise")
-_ROW = ("short_side", "long_side", *MEASURES)
+_FLOATS = ("short_side", "long_side", *MEASURES)
+THUMBNAIL = 16  # pixels of a side
+_ROW_BYTES = 4 * len(_FLOATS) + THUMBNAIL**2
 _CHUNK = 16  # pictures that a worker measures at a time
+_AT_A_TIME = 8192  # rows that are unpacked
 _FEW = 64  # so few are not worth the start of workers
 _NAMED = 100  # of unreadable pictures the reason is kept, for a set may have a million
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
@@ -65,6 +68,17 @@ def measure(pixels: NDArray[np.uint8]) -> Floats:
     return np.array(found, np.float32)
 
 
+def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the mean luminance of 16 by 16 parts of a picture, uint8 [256].
+
+    Args:
+        pixels: uint8 [height, width, 3].
+    """
+    small = Image.fromarray(pixels).convert("L")
+    small = small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(small).reshape(-1)
+
+
 @dataclass(frozen=True, slots=True)
 class PictureStatistics:
     """What was measured of N pictures, a column each; NaN where a picture cannot be read.
@@ -75,6 +89,7 @@ class PictureStatistics:
         short_side, long_side: pixels of the picture as stored, float32 [N].
         sharpness, brightness, contrast, noise: see `measure`, of the pixels that the model sees,
             float32 [N].
+        thumbnails: see `thumbnail`, likewise; uint8 [N, 256].
         reasons: why the first hundred unreadable pictures are so, by their index.
     """
 
@@ -86,6 +101,7 @@ class PictureStatistics:
     brightness: Floats
     contrast: Floats
     noise: Floats
+    thumbnails: NDArray[np.uint8]
     reasons: dict[int, str]
 
     def __len__(self) -> int:
@@ -112,14 +128,15 @@ def measure_source(source: Source, spec: ImageSpec, folder: Path) -> PictureStat
     # What a picture is scaled and cut to; its normalisation changes nothing that is measured.
     settings = {name: asdict(spec)[name] for name in ("resize", "size", "resample")}
     mend = "delete it, and run the command again"
-    require_space(folder, row_bytes(count, (len(_ROW),), np.float32))
-    table = np.full((count, len(_ROW)), np.nan, np.float32)
+    require_space(folder, row_bytes(count, (_ROW_BYTES,), np.uint8))
+    table = np.full((count, len(_FLOATS)), np.nan, np.float32)
+    thumbnails = np.zeros((count, THUMBNAIL**2), np.uint8)
     with closing(
         RowFile(
             folder / "statistics.rows",
-            shape=(len(_ROW),),
-            dtype=np.float32,
-            settings={"of": _ROW, **settings},
+            shape=(_ROW_BYTES,),
+            dtype=np.uint8,
+            settings={"floats": _FLOATS, **settings},
             mend=mend,
         )
     ) as file:
@@ -136,10 +153,18 @@ def measure_source(source: Source, spec: ImageSpec, folder: Path) -> PictureStat
                 known.append(index)
             elif first != index:
                 _note(reasons, index, f"the same as picture {first}")
-        table[known] = file.rows([content[index].tobytes() for index in known])
-    readable = ~np.isnan(table[:, 0])
-    columns = {name: table[:, place].copy() for place, name in enumerate(_ROW)}
-    return PictureStatistics(content=content, readable=readable, reasons=reasons, **columns)
+        for first in range(0, len(known), _AT_A_TIME):
+            part = known[first : first + _AT_A_TIME]
+            rows = file.rows([content[index].tobytes() for index in part])
+            table[part] = np.ascontiguousarray(rows[:, : 4 * len(_FLOATS)]).view("<f4")
+            thumbnails[part] = rows[:, 4 * len(_FLOATS) :]
+    return PictureStatistics(
+        content=content,
+        readable=~np.isnan(table[:, 0]),
+        reasons=reasons,
+        thumbnails=thumbnails,
+        **{name: table[:, place].copy() for place, name in enumerate(_FLOATS)},
+    )
 
 
 def _contents(source: Source) -> tuple[NDArray[np.uint8], dict[int, str]]:
@@ -182,7 +207,7 @@ def _measure_lacking(
     return failed
 
 
-_Measured = tuple[list[int], Floats, dict[int, str]]
+_Measured = tuple[list[int], NDArray[np.uint8], dict[int, str]]
 
 
 class _Chunks(Dataset[_Measured]):
@@ -200,11 +225,12 @@ class _Chunks(Dataset[_Measured]):
         for index in part:
             try:
                 image, (short, long) = _open(self._source, index)
-                row = measure(resize_and_crop(image, self._spec))
-                rows.append([short, long, *row])
+                pixels = resize_and_crop(image, self._spec)
+                floats = np.array([short, long, *measure(pixels)], "<f4")
+                rows.append(np.concatenate([floats.view(np.uint8), thumbnail(pixels)]))
             except InputError as error:
                 bad[index] = str(error)
-        return part, np.array(rows, np.float32).reshape(-1, len(_ROW)), bad
+        return part, np.array(rows, np.uint8).reshape(-1, _ROW_BYTES), bad
 
 
 def _open(source: Source, index: int) -> tuple[Image.Image, tuple[int, int]]:

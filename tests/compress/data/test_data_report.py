@@ -135,7 +135,11 @@ def statistics(count: int, **columns: list[float]) -> PictureStatistics:
     given_columns: dict[str, Any] = {name: np.ones(count, np.float32) for name in names}
     given_columns |= {name: np.array(values, np.float32) for name, values in columns.items()}
     return PictureStatistics(
-        content=content, readable=np.ones(count, bool), reasons={}, **given_columns
+        content=content,
+        readable=np.ones(count, bool),
+        thumbnails=np.zeros((count, 256), np.uint8),
+        reasons={},
+        **given_columns,
     )
 
 
@@ -151,7 +155,7 @@ def judged(
         embeddings = np.eye(len(found), dtype=np.float16)
 
     def compare(rows: NDArray[np.int64]) -> NearDuplicates:
-        return near_duplicates(embeddings, rows, 0.99, most_exact=1000)
+        return near_duplicates(embeddings, found.thumbnails, rows, 0.99, most_exact=1000)
 
     return judge(found, captions, agreed, rules or KeepRules(), compare)
 

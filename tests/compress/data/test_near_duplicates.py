@@ -1,5 +1,6 @@
 """Near duplicates: held against every pair compared one by one, and copies of pictures."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeclip.compress.data.near_duplicates import copies_cosine, near_duplicates
+from edgeclip.compress.data.near_duplicates import NearDuplicates, copies_cosine, near_duplicates
 from edgeclip.compress.data.sources import FolderSource
 from edgeclip.runtime.arrays import FloatArray
 
@@ -24,6 +25,15 @@ def around(angles: NDArray[np.float64]) -> NDArray[np.float16]:
     return unit(np.stack([np.cos(angles), np.sin(angles)], axis=1))
 
 
+def compared(
+    embeddings: NDArray[np.float16], threshold: float, most_exact: int = 100_000
+) -> NearDuplicates:
+    """Compare all rows of pictures that look alike."""
+    thumbnails = np.zeros((len(embeddings), 256), np.uint8)
+    rows = np.arange(len(embeddings))
+    return near_duplicates(embeddings, thumbnails, rows, threshold, most_exact=most_exact)
+
+
 def cosine_matrix(embeddings: NDArray[np.float16]) -> NDArray[np.float64]:
     rows = embeddings.astype(np.float64)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -32,12 +42,7 @@ def cosine_matrix(embeddings: NDArray[np.float16]) -> NDArray[np.float64]:
 
 def test_no_chain_joins_what_differs() -> None:
     # Each is 10 degrees from the next: a duplicate of it, but not of the one after the next.
-    found = near_duplicates(
-        around(np.radians([0.0, 10, 20, 30, 40])),
-        np.arange(5),
-        float(np.cos(np.radians(12))),
-        most_exact=10,
-    )
+    found = compared(around(np.radians([0.0, 10, 20, 30, 40])), math.cos(math.radians(12)))
     assert found.same_as.tolist() == [0, 0, 2, 2, 4]
     assert found.cosine[[1, 3]] == pytest.approx(np.cos(np.radians(10)), abs=1e-3)
     assert found.cosine[[0, 2, 4]].tolist() == [1, 1, 1]
@@ -47,13 +52,24 @@ def test_no_chain_joins_what_differs() -> None:
 
 def test_the_order_of_rows_says_which_is_kept() -> None:
     embeddings = around(np.radians([0.0, 1, 90, 2]))
-    found = near_duplicates(embeddings, np.array([3, 1, 2]), 0.99, most_exact=10)
+    thumbnails = np.zeros((4, 256), np.uint8)
+    found = near_duplicates(embeddings, thumbnails, np.array([3, 1, 2]), 0.99, most_exact=10)
     assert found.same_as.tolist() == [0, 3, 2, 3]  # the first is not compared
 
 
 def test_none_where_the_threshold_is_above_one() -> None:
-    found = near_duplicates(around(np.zeros(4)), np.arange(4), 1.5, most_exact=10)
+    found = compared(around(np.zeros(4)), 1.5)
     assert found.same_as.tolist() == [0, 1, 2, 3]
+
+
+def test_pictures_that_a_teacher_takes_for_each_other_are_no_duplicates() -> None:
+    rng = np.random.default_rng(0)
+    thumbnails = rng.integers(0, 200, (2, 256))
+    darker_copy = thumbnails[0] // 2 + rng.integers(0, 5, 256)
+    flat = np.full(256, 30)
+    shown = np.stack([*thumbnails, darker_copy, flat, flat + 1]).astype(np.uint8)
+    found = near_duplicates(around(np.zeros(5)), shown, np.arange(5), 0.99, most_exact=5)
+    assert found.same_as.tolist() == [0, 1, 0, 3, 3]
 
 
 @given(st.lists(st.integers(0, 359), max_size=40), st.integers(1, 40))
@@ -68,7 +84,7 @@ def test_as_if_compared_one_by_one(degrees: list[int], wide: int) -> None:
         if not near:
             kept.append(row)
         expected.append(bool(near))
-    found = near_duplicates(embeddings, np.arange(len(degrees)), threshold, most_exact=100)
+    found = compared(embeddings, threshold)
     same = found.same_as != np.arange(len(degrees))
     assert same.tolist() == expected
     for row in np.flatnonzero(same).tolist():
@@ -86,14 +102,14 @@ def planted(count: int, copies: int) -> NDArray[np.float16]:
 
 def test_blocks_are_compared_with_each_other() -> None:
     embeddings = planted(5000, 700)
-    found = near_duplicates(embeddings, np.arange(5000), 0.97, most_exact=5000)
+    found = compared(embeddings, 0.97)
     assert found.same_as[4300:].tolist() == list(range(700))
     assert found.same_as[:4300].tolist() == list(range(4300))
 
 
 def test_cells_find_most_and_say_so() -> None:
     embeddings = planted(5000, 700)
-    found = near_duplicates(embeddings, np.arange(5000), 0.97, most_exact=1000)
+    found = compared(embeddings, 0.97, most_exact=1000)
     same = np.flatnonzero(found.same_as != np.arange(5000))
     assert (same >= 4300).all()
     assert found.same_as[same].tolist() == (same - 4300).tolist()
