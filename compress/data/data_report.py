@@ -13,6 +13,7 @@ from edgeclip.compress.data.picture_statistics import PictureStatistics
 from edgeclip.compress.data.sources import Source
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.intervals import Interval, bootstrap
+from edgeclip.runtime.quality.relevance import caption_key
 
 _BLOCK = 4096  # pictures at a time
 _SAMPLE = 100_000  # pictures of which an interval is taken: more would not narrow it visibly
@@ -32,7 +33,7 @@ class CaptionStatistics:
     Attributes:
         owner: the picture of each, int64 [M].
         tokens: the length in tokens of the teacher with start and end, int32 [M].
-        key: a hash of the text without case and surplus spaces, uint64 [M].
+        key: a hash of `relevance.caption_key` of the text, equal for equal captions, uint64 [M].
         limit: the tokens that the teacher reads; longer captions are cut.
     """
 
@@ -99,7 +100,7 @@ def caption_statistics(
 
 
 def _key(text: str) -> int:
-    plain = " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
+    plain = caption_key(text).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little")
 
 

@@ -170,10 +170,11 @@ class _State:
         other -= other.mean(axis=1, keepdims=True)
         spread, spread_of_other = one.std(axis=1), other.std(axis=1)
         flat = (spread < _FLAT) & (spread_of_other < _FLAT)
-        found: NDArray[np.bool_] = (one * other).mean(axis=1) >= (
-            _CORRELATION * spread * spread_of_other
-        )
-        return flat | (found & (spread >= _FLAT) & (spread_of_other >= _FLAT))
+        shown = (spread >= _FLAT) & (spread_of_other >= _FLAT)
+        products = np.einsum("np,np->n", one, other) / one.shape[1]
+        found: NDArray[np.bool_] = products >= _CORRELATION * spread * spread_of_other
+        alike: NDArray[np.bool_] = flat | (shown & found)
+        return alike
 
     def compare(self, rows: NDArray[np.int64], *, told: str | None = None) -> None:
         """Compare all pairs of `rows`, and enter what is found."""

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,12 @@ def read_groups(source: Source, table: Path | None, column: str) -> Groups:
 
 
 def _caption_table(paths: Sequence[Path]) -> Path:
-    for folder in paths[0].parents:
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    # A table for all splits lies in the folder above.
+    for folder in (common, common.parent):
         tables = [path for path in sorted(folder.iterdir()) if is_table(path)]
         if tables:
             return tables[0]
-        if all(path.is_relative_to(folder) for path in paths):
-            break
     raise InputError(
         f"there is no table of captions beside {paths[0]} to group pictures by: give one with "
         "--group-table"
