@@ -208,7 +208,7 @@ def _load(named: DatasetName, data: str) -> dict[str, Any]:
 def _unopened(data: str, error: Exception) -> InputError:
     return InputError(
         f"{data} cannot be opened by the package datasets: {first_line(error)}; check the name, "
-        "and that the hub can be reached and lets you in (huggingface-cli login)"
+        "and that the hub can be reached and lets you in (hf auth login)"
     )
 
 
