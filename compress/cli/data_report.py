@@ -219,7 +219,14 @@ def _teacher_sees(teacher: DualEncoder, source: Source, folder: Path) -> _Seen:
     """Embed all pairs; of a cache with several views the unchanged one is taken."""
     cache = build_cache(teacher, source, folder, max_bad=MaxBad(share=1.0, count=0))
     rows = np.setdiff1d(np.arange(len(source)), np.array(cache.unreadable, np.int64))
-    return _Seen(rows, cache.image[:, 0], cache.text)
+    counts = cache.caption_counts(rows.tolist())
+    if not counts.any():
+        return _Seen(rows, cache.image(rows.tolist()), None)
+    text = np.zeros((len(rows), int(counts.max()), cache.settings.dim), np.float16)
+    for number in range(text.shape[1]):
+        has = np.flatnonzero(counts > number)
+        text[has, number] = cache.text(rows[has].tolist(), number)
+    return _Seen(rows, cache.image(rows.tolist()), text)
 
 
 def _threshold(

@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     """Cache, distil and save; a run that was stopped goes on where it was."""
     if is_helper():
         logging.getLogger("edgeclip").setLevel(logging.ERROR)  # the first process speaks
-    recipe = _recipe(args)
+    recipe = recipe_of(args)
     _refuse_teachers_as_output(recipe, args.out)
     folder = _run_folder(args)
     check_target(args.out, replace=True, marker=MARKER)
@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return the recipe of `--recipe` with the options of the command line in it."""
     given = {name: getattr(args, name) for name, _, _ in _settings()}
     given = {name: value for name, value in given.items() if value is not None}

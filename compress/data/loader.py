@@ -39,7 +39,7 @@ def load(make: Callable[[Key], Item], keys: Iterable[Key], *, workers: int) -> I
     """
     loader: DataLoader[Any] = DataLoader(
         _Made(make),
-        sampler=keys,  # type: ignore[arg-type] # any iterable will do
+        sampler=keys,  # any iterable
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),

@@ -93,6 +93,12 @@ class TeacherCache:
         found: Float16 = rows[np.arange(len(rows)), views]
         return found
 
+    def caption_counts(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """Return how many captions each of some pictures has: int64 [N]."""
+        places = np.asarray(indices, np.int64)
+        counts: NDArray[np.int64] = np.asarray(self._order.starts[places + 1])
+        return counts - np.asarray(self._order.starts[places])
+
     def text(self, indices: Sequence[int], numbers: int | Sequence[int] = 0) -> Float16:
         """Return one caption, by its number, of each of some pictures: float16 [N, dim]."""
         places = np.asarray(self._order.starts[list(indices)]) + np.asarray(numbers)
@@ -388,14 +394,14 @@ def _read_order(place: Path, images: RowFile, texts: RowFile) -> _Order | None:
         meta = json.loads((place / _ORDER).read_text(encoding="utf-8"))
         if not images.goes_on(meta["image"]) or not texts.goes_on(meta["text"]):
             return None
-        found = [
+        found: list[NDArray[np.int64]] = [
             np.memmap(place / name, np.int64, "r") if (place / name).stat().st_size else _NONE
             for name in _ORDER_FILES
         ]
         bad = {int(index): str(reason) for index, reason in meta["bad"].items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return _Order(*found, bad)
+    return _Order(found[0], found[1], found[2], bad)
 
 
 def _open_rows(path: Path, shape: tuple[int, ...], settings: Mapping[str, object]) -> RowFile:

@@ -18,7 +18,7 @@ from edgeclip.runtime.errors import ConfigError
 _NAME = "checkpoint-"  # the step follows
 _STATE = "state.json"
 
-Tensors = Mapping[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Checkpoint:
     """
 
     values: dict[str, Any]
-    tensors: dict[str, Tensors] = field(default_factory=dict)
+    tensors: Mapping[str, Tensors] = field(default_factory=dict)
 
 
 def checkpoint_folder(run: Path) -> Path | None:
@@ -74,7 +74,7 @@ def load_checkpoint(run: Path) -> Checkpoint | None:
         return None
     try:
         values = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        tensors = {}
+        tensors: dict[str, Tensors] = {}
         for name, digest in values.pop("sha256").items():
             path = folder / name
             if sha256_file(path) != digest:

@@ -22,6 +22,7 @@ from edgeclip.compress.data.sources import Source, seed_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.held_out import HeldOut
+from edgeclip.compress.train.kept_weights import BestStep
 from edgeclip.compress.train.losses import (
     LossWeights,
     TeacherRows,
@@ -31,7 +32,6 @@ from edgeclip.compress.train.losses import (
 )
 from edgeclip.compress.train.train_loop import (
     Batch,
-    BestStep,
     Part,
     Rows,
     TrainSettings,

@@ -12,7 +12,7 @@ from edgeclip.compress.compute import ComputeType, autocast
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
-from edgeclip.compress.train.train_loop import Validation
+from edgeclip.compress.train.kept_weights import Validation
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.errors import InputError

@@ -171,7 +171,7 @@ def fine_tune(
     _check(student, cache, source, towers)
 
     def losses(found: Rows, targets: Rows) -> dict[str, Tensor]:
-        parts = {
+        parts: dict[str, Tensor] = {
             tower: feature_loss(found[tower][rows], targets[f"{tower} 0"][rows])
             for tower in towers
             if (rows := targets[_WHICH[tower]]).any()

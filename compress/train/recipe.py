@@ -103,10 +103,12 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def _yaml(data: Mapping[str, Any]) -> str:
-    plain = {name: list(own) if isinstance(own, tuple) else own for name, own in data.items()}
-    for name in SECTIONS:
-        plain[name] = {
-            key: list(own) if isinstance(own, tuple) else own for key, own in plain[name].items()
-        }
-    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(_plain(data), sort_keys=False, allow_unicode=True)
     return text
+
+
+def _plain(value: Any) -> Any:
+    """Return tuples as lists, which YAML has."""
+    if isinstance(value, Mapping):
+        return {name: _plain(own) for name, own in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -120,14 +120,14 @@ class RowFile:
             InputError: the file was cut short or altered since it was opened.
         """
         size = self._record.itemsize
-        found = b"".join(
-            self._read(self._start + number * size, size) for number in numbers.tolist()
-        )
-        if len(found) == size * len(numbers):
-            records = np.frombuffer(found, self._record)
-            if np.array_equal(_checksums(records), records["crc"]):
-                rows: NDArray[Any] = records["row"].copy()
-                return rows
+        records = np.empty(len(numbers), self._record)
+        each = records.view(np.uint8).reshape(len(numbers), size)
+        for own, number in zip(each, numbers.tolist(), strict=True):
+            content = self._read(self._start + number * size, size)
+            own[: len(content)] = np.frombuffer(content, np.uint8)
+        if np.array_equal(_checksums(records), records["crc"]):
+            rows: NDArray[Any] = records["row"]
+            return rows
         raise InputError(f"{self.path} was altered while it was read: run the command again")
 
     @property

@@ -34,7 +34,7 @@ _BOUNDS: dict[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
 def check_bounds(made: object) -> None:
     """Check each field of a dataclass against the bounds in its type: `Annotated[int, Ge(1)]`.
 
-    `Ge`, `Gt`, `Le`, `Lt` and `IsFinite` of `annotated_types` are what pydantic's `Field` keeps too,
+    `Ge`, `Gt`, `Le`, `Lt` and `IsFinite` of `annotated_types` are what pydantic's `Field` keeps,
     but take no tenth of a second to import. None passes; NaN and infinity pass no bound.
 
     Raises:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -108,7 +108,7 @@ def text_key(index: int) -> bytes:
 def fill(
     path: Path,
     shape: tuple[int, ...],
-    settings: dict[str, object],
+    settings: Mapping[str, object],
     count: int,
     key: Callable[[int], bytes],
 ) -> None:

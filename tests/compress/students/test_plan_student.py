@@ -109,13 +109,14 @@ def test_distill_understands_the_options(plan: StudentPlan) -> None:
     for item in plan.students:
         words = distill_options(item, "image")
         args = parser.parse_args([*words, "--out", "student"])
-        assert args.family == item.shape.family
-        if args.family == "inherited":
-            shape = (args.image_heads, args.image_layers)
-            assert shape == (item.shape.image_heads, item.shape.image_layers)
+        shape = distill_command.recipe_of(args).student
+        assert shape.family == item.shape.family
+        if shape.family == "inherited":
+            assert shape.image_heads == item.shape.image_heads
+            assert shape.image_layers == item.shape.image_layers
         else:
-            assert tuple(args.conv_widths) == item.shape.conv_widths
-            assert tuple(args.conv_depths) == item.shape.conv_depths
+            assert shape.conv_widths == item.shape.conv_widths
+            assert shape.conv_depths == item.shape.conv_depths
 
 
 def test_verb_prints_students_and_the_command(
@@ -130,7 +131,7 @@ def test_verb_prints_students_and_the_command(
     assert command[:2] == ["edgeclip", "distill"]
     parser = argparse.ArgumentParser()
     distill_command.add_arguments(parser)
-    assert parser.parse_args(command[2:]).teacher == "built-in"
+    assert distill_command.recipe_of(parser.parse_args(command[2:])).teacher == ("built-in",)
     assert _run(*words, "--all") == 0
     assert len(capsys.readouterr().out) > len(printed)
     with pytest.raises(InputError, match="--latency-ms must be above 0"):

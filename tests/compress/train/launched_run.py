@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgeclip.compress.train.train_loop import Part, Rows, TrainSettings, Validation, train
+from edgeclip.compress.train.kept_weights import Validation
+from edgeclip.compress.train.train_loop import Part, Rows, TrainSettings, train
 from tests.compress.train.test_train_loop import _batch, _contrast, _module
 
 

@@ -24,8 +24,9 @@ from edgeclip.compress.train.held_out import (
     TEXT_COSINE,
     HeldOut,
 )
+from edgeclip.compress.train.kept_weights import BestStep
 from edgeclip.compress.train.losses import LossWeights
-from edgeclip.compress.train.train_loop import BestStep, TrainSettings, read_log
+from edgeclip.compress.train.train_loop import TrainSettings, read_log
 from edgeclip.runtime.errors import InputError
 from tests.compress.conftest import write_pictures
 

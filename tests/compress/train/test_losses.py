@@ -164,21 +164,21 @@ def test_pictures_without_captions_learn_by_their_features_alone() -> None:
         captioned=captioned,
         same=same,
     )
-    paired = [own[captioned] for own in (image, text, *rows)]
+    ours, theirs = ((own[0][captioned], own[1][captioned]) for own in ((image, text), rows))
     among = same[captioned][:, captioned]
-    both = [_teacher(paired[2], paired[3], 10.0)]
-    feature = (feature_loss(image, rows[0]) + feature_loss(paired[1], paired[3])) / 2
+    both = [_teacher(*theirs, 10.0)]
+    feature = (feature_loss(image, rows[0]) + feature_loss(ours[1], theirs[1])) / 2
     wanted = {
         "feature": feature,
-        "affinity": affinity_loss(*paired[:2], both, among),
-        "interactive": interactive_loss(*paired[:2], both, among),
-        "contrastive": contrastive_loss(*paired[:2], 10.0, among),
+        "affinity": affinity_loss(*ours, both, among),
+        "interactive": interactive_loss(*ours, both, among),
+        "contrastive": contrastive_loss(*ours, 10.0, among),
     }
     for name, value in wanted.items():
         assert found[name].item() == pytest.approx(value.item()), name
     none = torch.zeros(6, dtype=torch.bool)
     alone = distillation_losses(
-        EVERY, image=image, text=text, teachers=[_teacher(*rows, 10.0)], captioned=none
+        EVERY, image=image, text=text, teachers=[_teacher(rows[0], rows[1], 10.0)], captioned=none
     )
     assert set(alone) == {"total", "feature"}
     assert alone["total"].item() == pytest.approx(feature_loss(image, rows[0]).item())

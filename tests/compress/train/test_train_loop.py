@@ -19,15 +19,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgeclip.compress.train.kept_weights import BestStep, Validation
 from edgeclip.compress.train.train_loop import (
     Batch,
-    BestStep,
     Part,
     Rows,
     Schedule,
     TrainSettings,
     TrainTask,
-    Validation,
     read_log,
     train,
 )
@@ -415,7 +414,7 @@ def test_a_killed_worker_is_told(tmp_path: Path) -> None:
     settings = replace(SETTINGS, workers=1)
     with pytest.raises(InputError, match="a process that reads pictures was killed"):
         train(replace(_task(_module()), batch=batch), settings, tmp_path)
-    assert _step_saved(tmp_path) in (3, 4, 5)  # those made before may be lost on their way
+    assert 1 <= _step_saved(tmp_path) <= 5  # what was made before may be lost on its way
     assert _equal(_trained(tmp_path), _trained(tmp_path / "whole"))
 
 
@@ -475,7 +474,7 @@ def test_the_average_of_the_weights_is_kept(tmp_path: Path) -> None:
 
     def embed(inputs: Rows) -> Rows:
         seen.append(module.get_parameter("weight").detach().clone())
-        return {"y": module(inputs["x"])}  # type: ignore[operator]
+        return {"y": module(inputs["x"])}
 
     train(replace(_task(module), embed=embed), settings, tmp_path / "run")
     seen.append(_saved(tmp_path / "run", "weights")["weight"])
@@ -697,5 +696,5 @@ def test_other_schedules(schedule: Schedule, rates: tuple[float, ...]) -> None:
 )
 @pytest.mark.parametrize("value", [0, -1])
 def test_settings_must_be_positive(name: str, value: int) -> None:
-    with pytest.raises(ConfigError, match=f"{name} must be positive, got {value}"):
+    with pytest.raises(ConfigError, match=f"{name} must be (above 0|at least 1), got {value}"):
         replace(SETTINGS, **{name: value})  # type: ignore[arg-type]
