@@ -13,7 +13,7 @@ NAME ?=
 VENV := .venv$(addprefix -,$(EXTRA))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := images,hub,data,serve,grpc,export,profile,dev
+EXTRAS := images,hub,data,lora,serve,grpc,export,profile,dev
 ifeq ($(EXTRA),)
 EXTRAS := cpu,$(EXTRAS)
 else ifeq ($(EXTRA),openvino)

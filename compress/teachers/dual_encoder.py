@@ -6,8 +6,7 @@ import json
 import logging
 import re
 import shutil
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,22 +18,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from edgeclip.compress.teachers.families import (
-    FAMILIES,
     Padding,
     family_of,
     text_padding,
     text_positions,
 )
-from edgeclip.compress.teachers.model_folder import model_folder, read_config, read_json
+from edgeclip.compress.teachers.model_folder import model_folder, read_json
 from edgeclip.compress.teachers.model_parts import check_parts
-from edgeclip.compress.teachers.read_tokenizer import read_tokenizer
+from edgeclip.compress.teachers.read_model import ModelParts, read_model
 from edgeclip.runtime.bundle.files import atomic_directory
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.inputs.preprocess import image_spec_from_hugging_face, preprocess_batch
+from edgeclip.runtime.inputs.preprocess import preprocess_batch
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.spec import EncoderSpec, ImageSpec, TextSpec, Tower, plain_spec
 
@@ -312,34 +310,16 @@ class DualEncoder(nn.Module):
         """
         folder = model_folder(source)
         record = read_record(folder)
-        dual = cls._read(folder, source, space=None if record is None else record.space)
-        check_parts(dual, folder, source)
+        parts = read_model(folder, source)
+        dual = cls._of(parts, None if record is None else record.space)
+        check_parts(dual, parts.processor, source)
         if record is not None:
             dual._space = _space_now(dual, record, source)
         return dual
 
     @classmethod
-    def _read(cls, folder: Path, source: str | Path, space: str | None = None) -> Self:
-        family = FAMILIES[read_config(folder, source, FAMILIES)]
-        image = _image_spec(folder)
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            loaded: Any = family.model_class(config).from_pretrained(
-                folder,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # told apart below, in one line
-                output_loading_info=True,
-            )
-            tokenizer = read_tokenizer(folder, source)
-        except ConfigError:
-            raise
-        except BaseException as error:  # transformers raises many kinds on damaged files
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise  # the Rust code in safetensors and tokenizers raises a BaseException
-            raise ConfigError(f"{source} cannot be loaded: {_reason(error)}") from error
-        model, found = loaded
-        _refuse_other_weights(found, source)
-        return cls(model, image, tokenizer, space=space).eval()
+    def _of(cls, parts: ModelParts, space: str | None = None) -> Self:
+        return cls(parts.model, parts.image, parts.tokenizer, space=space).eval()
 
     def save(self, directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Save weights (safetensors), config, tokenizer, processor and the record of the space.
@@ -362,7 +342,7 @@ class DualEncoder(nn.Module):
         self.model.config.dtype = dtype
         self.model.save_pretrained(folder, state_dict=state)
         self.save_settings(folder)
-        saved = DualEncoder._read(folder, folder)
+        saved = DualEncoder._of(read_model(folder, folder))
         space = self.space
         if space == space_fingerprint(self):  # its own: that of the weights as rounded
             space = space_fingerprint(saved)
@@ -446,59 +426,6 @@ def _space_now(dual: DualEncoder, record: ModelRecord, source: str | Path) -> st
         source,
     )
     return None
-
-
-def _reason(error: BaseException) -> str:
-    """Return another library's message as one line, cut where it gets long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if "weights_only" in text:  # torch then advises to run whatever the file holds
-        return (
-            "its weights in PyTorch's format are damaged, or hold more than tensors, which is not "
-            "loaded because it could run any program; save them as safetensors (`save_pretrained`)"
-        )
-    if isinstance(error, ArithmeticError | AttributeError | LookupError | TypeError):
-        # Not raised on purpose: the message alone would be a riddle, such as a missing key.
-        text = (
-            "transformers cannot use a setting in config.json or tokenizer_config.json "
-            f"({type(error).__name__}: {text})"
-        )
-    return textwrap.shorten(text, 400, placeholder=" ...")
-
-
-def _refuse_other_weights(found: Mapping[str, Iterable[Any]], source: str | Path) -> None:
-    """Refuse weights that do not fit the config: transformers would fill in random numbers."""
-    amiss = {
-        "missing": sorted(map(str, found["missing_keys"])),
-        "of another size": sorted(str(key[0]) for key in found["mismatched_keys"]),
-        "unknown": sorted(
-            str(key) for key in found["unexpected_keys"] if not str(key).endswith("position_ids")
-        ),
-    }
-    problems = [f"{len(names)} {how} (such as {names[0]})" for how, names in amiss.items() if names]
-    if problems:
-        mend = "both files must come from one model"
-        if any(re.search(r"lora_|\.base_layer\.|^base_model\.", key) for key in amiss["unknown"]):
-            mend = (
-                "these hold a LoRA adapter: merge it with peft (`merge_and_unload()`), save again"
-            )
-        elif any(name.startswith(("module.", "_orig_mod.")) for name in amiss["unknown"]):
-            mend = (
-                "these were saved through a wrapper (DDP, torch.compile): save the model inside it"
-            )
-        raise ConfigError(
-            f"{source}: the weights do not fit config.json: {', '.join(problems)}; {mend}"
-        )
-
-
-def _image_spec(folder: Path) -> ImageSpec:
-    """Read the image preprocessing; in processor_config.json of transformers 5 it goes first."""
-    path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
-    nested = read_json(whole).get("image_processor") if whole.exists() else None
-    if isinstance(nested, dict):
-        return image_spec_from_hugging_face(nested, source=str(whole))
-    if whole.exists() and not path.exists():
-        raise ConfigError(f"{whole} has no image_processor, and there is no {path.name}")
-    return image_spec_from_hugging_face(read_json(path), source=str(path))
 
 
 def _token(tokenizer: PreTrainedTokenizerFast, *names: str) -> int:

@@ -7,7 +7,11 @@ from pathlib import Path
 from edgeclip.runtime.bundle.files import MANIFEST_NAME
 from edgeclip.runtime.errors import ConfigError, first_line
 
-_SMALL = ("*.json", "*.txt", "*.model")  # settings and vocabularies
+ADAPTER_CONFIG, OPEN_CLIP_CONFIG = "adapter_config.json", "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_SENTENCES = "modules.json"  # of a sentence-transformers model
+# Settings, vocabularies, and what says the licence.
+_SMALL = ("*.json", "*.txt", "*.model", "README.md", "LICENSE*")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them, in order
 _PYTORCH = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _FOREIGN = (".onnx", ".gguf", ".h5", ".msgpack", ".tflite")
@@ -22,16 +26,18 @@ _LFS = b"version https://git-lfs"
 
 
 def model_folder(source: str | Path) -> Path:
-    """Return `source` as a local directory; a hub id is downloaded into the hub's cache.
+    """Return the directory of a model: `source` itself, or the hub's cache of a hub id.
 
-    Of a hub repository without safetensors, the weights in PyTorch's format are taken.
+    `OWNER/NAME@REVISION` is a branch, tag or commit of a hub repository; all of its files are taken
+    from one commit. Of a repository without safetensors, the weights in PyTorch's format are taken.
+    Of a sentence-transformers model, the directory is that of the CLIP in it.
 
     Raises:
         ConfigError: neither a directory here nor to be had from the hub.
     """
     folder = Path(source)
     if folder.is_dir():
-        return folder
+        return _first_module(folder, source)
     if folder.is_file():
         raise ConfigError(
             f"{source} is a file: give the directory of a Hugging Face dual encoder, with "
@@ -39,19 +45,75 @@ def model_folder(source: str | Path) -> Path:
         )
     if folder.exists() or str(source).startswith((".", "/", "~")):
         raise ConfigError(f"{source} is not a directory with a Hugging Face dual encoder")
+    return _first_module(_downloaded(str(source)), source)
+
+
+def _downloaded(source: str) -> Path:
+    """Download a hub repository's model; first the small files, which say where weights are."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    name, _, revision = source.partition("@")
+    wanted = [*_SMALL, "model*.safetensors"]
     try:
-        found = Path(snapshot_download(str(source), allow_patterns=[*_SMALL, "model*.safetensors"]))
-        if (found / "config.json").is_file() and not any(found.glob("model*.safetensors")):
-            wanted = [*_SMALL, "pytorch_model*.bin"]
-            found = Path(snapshot_download(str(source), allow_patterns=wanted))
+        found = Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+        for patterns in _weight_patterns(found):
+            if not any(any(found.glob(pattern)) for pattern in patterns):
+                # The directory is named after the commit.
+                more = [*_SMALL, *patterns]
+                found = Path(snapshot_download(name, revision=found.name, allow_patterns=more))
+            if any(any(found.glob(pattern)) for pattern in patterns):
+                break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"{source} is neither a directory here nor to be had from the hub ({first_line(error)})"
         ) from error
     return found
+
+
+def _weight_patterns(folder: Path) -> tuple[tuple[str, ...], ...]:
+    """Return where the weights of a repository are, by its small files, the best format first."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return ("adapter_model*.safetensors",), ("adapter_model*.bin",)
+    if (folder / "config.json").is_file():
+        return ("model*.safetensors",), ("pytorch_model*.bin",)
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return tuple((name,) for name in OPEN_CLIP_WEIGHTS)
+    module = _module_path(folder)
+    if module is not None:
+        return (f"{module}/model*.safetensors",), (f"{module}/pytorch_model*.bin",)
+    return ()
+
+
+def _first_module(folder: Path, source: str | Path) -> Path:
+    """Return where the model lies in a sentence-transformers model, any other directory as it is.
+
+    Raises:
+        ConfigError: steps behind the model would change its embeddings.
+    """
+    module = _module_path(folder)
+    if module is None or not (folder / module / "config.json").is_file():
+        return folder
+    modules = json.loads((folder / _SENTENCES).read_text(encoding="utf-8"))
+    kinds = [str(item.get("type", "")).rpartition(".")[2] for item in modules[1:]]
+    others = [kind for kind in kinds if kind != "Normalize"]  # which all embeddings are here
+    if others:
+        raise ConfigError(
+            f"{source}: a sentence-transformers model whose embeddings pass through "
+            f"{', '.join(others)} behind the CLIP, which is not supported: the CLIP alone is "
+            f"{folder / module}"
+        )
+    return folder / module
+
+
+def _module_path(folder: Path) -> str | None:
+    """Return the subfolder of a sentence-transformers model's first module; None if it has none."""
+    try:
+        modules = json.loads((folder / _SENTENCES).read_text(encoding="utf-8"))
+        path = str(modules[0]["path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return path if path and not path.startswith((".", "/")) else None
 
 
 def read_config(folder: Path, source: str | Path, families: Mapping[str, object]) -> str:
@@ -68,12 +130,6 @@ def read_config(folder: Path, source: str | Path, families: Mapping[str, object]
     """
     if (folder / MANIFEST_NAME).is_file():
         raise ConfigError(f"{source} is a bundle: give the model that it was exported from")
-    if (folder / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{source} holds a LoRA or other PEFT adapter, not a whole model: load it with peft, "
-            "merge it (`merge_and_unload()`), save model, tokenizer and processor to a directory, "
-            "and give that"
-        )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{source}: {_other_format(folder, source, families, 'no config.json')}")
     family = read_json(folder / "config.json").get("model_type")
@@ -85,7 +141,7 @@ def read_config(folder: Path, source: str | Path, families: Mapping[str, object]
         known = ", ".join(families)
         raise ConfigError(f"{source}: model_type {family!r} is not supported; known: {known}")
     _check_weights(folder, source)
-    _check_tokenizer_files(folder, source)
+    check_tokenizer_files(folder, source)
     return str(family)
 
 
@@ -115,8 +171,8 @@ def _other_format(
     within = _model_within(folder, source, families)
     if any(name.startswith("open_clip") for name in names):
         return (
-            "an open_clip checkpoint, which transformers cannot read: give a version of it that "
-            "was converted to a CLIPModel of transformers (config.json and model.safetensors)"
+            f"an OpenCLIP checkpoint without its {OPEN_CLIP_CONFIG}, so its architecture is "
+            "unknown: bring that file too"
         )
     if {"modules.json", "config_sentence_transformers.json"} & set(names):
         if within:
@@ -169,7 +225,7 @@ def _check_weights(folder: Path, source: str | Path) -> None:
     """Refuse weights that are missing, named otherwise, or stand-ins of Git LFS."""
     for name in _WEIGHTS:
         if (folder / name).is_file():
-            return _check_file(folder / name, source)
+            return check_weight_file(folder / name, source)
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _check_shards(index, source)
@@ -194,10 +250,15 @@ def _check_shards(index: Path, source: str | Path) -> None:
             f"{index.name} names, such as {missing[0]}: download the model again"
         )
     for name in names:
-        _check_file(index.parent / name, source)
+        check_weight_file(index.parent / name, source)
 
 
-def _check_file(path: Path, source: str | Path) -> None:
+def check_weight_file(path: Path, source: str | Path) -> None:
+    """Refuse a file of weights that is empty, cut short or a stand-in of Git LFS.
+
+    Raises:
+        ConfigError: it is, or cannot be read.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS))
@@ -221,10 +282,11 @@ def _check_file(path: Path, source: str | Path) -> None:
             ) from error
 
 
-def _check_tokenizer_files(folder: Path, source: str | Path) -> None:
+def check_tokenizer_files(folder: Path, source: str | Path) -> None:
     """Refuse a directory without a vocabulary: transformers would invent one of a few tokens.
 
-    A damaged file of settings or tokens is named.
+    Raises:
+        ConfigError: there is none, or a file of settings or tokens is damaged.
     """
     names = {path.name for path in folder.iterdir()}
     for name in sorted(names.intersection(_TOKENIZER_FILES)):

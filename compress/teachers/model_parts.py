@@ -62,12 +62,12 @@ class Parts(Protocol):
     def embed_text(self, input_ids: Tensor) -> Tensor: ...
 
 
-def check_parts(dual: Parts, folder: Path, source: str | Path) -> None:
+def check_parts(dual: Parts, folder: Path | None, source: str | Path) -> None:
     """Refuse a model whose parts cannot work together; warn where transformers is wrong as well.
 
     Args:
         dual: the model, on the CPU and in evaluation mode.
-        folder: the directory that it was loaded from.
+        folder: the directory of transformers' image processor; None if there is none.
         source: how the user named it, for the messages.
 
     Raises:
@@ -235,7 +235,7 @@ def _as_transformers(dual: Parts, texts: tuple[str, ...]) -> Tensor:
     return nn.functional.normalize(torch.cat(found).float(), dim=-1)
 
 
-def _check_pictures(dual: Parts, folder: Path, source: str | Path) -> None:
+def _check_pictures(dual: Parts, folder: Path | None, source: str | Path) -> None:
     """Refuse pixels that the tower cannot take or transformers computes otherwise."""
     spec = dual.spec.image
     pictures = _pictures(spec.resize)
@@ -254,6 +254,8 @@ def _check_pictures(dual: Parts, folder: Path, source: str | Path) -> None:
             spec.mean,
             spec.std,
         )
+    if folder is None:
+        return
     try:
         processor: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         theirs = processor(images=pictures, return_tensors="pt")["pixel_values"]

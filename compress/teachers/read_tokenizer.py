@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from edgeclip.runtime.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 _SIGLIP = "SiglipTokenizer"  # written in Python, on the package sentencepiece
+_SIGLIP_2 = "Siglip2Tokenizer"
 _PIECES = "spiece.model"
 
 
-def read_tokenizer(folder: Path, source: str | Path) -> PreTrainedTokenizerFast:
+def read_tokenizer(
+    folder: Path, source: str | Path, config: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerFast:
     """Read the tokenizer in a directory.
 
     SigLIP's is written in Python: its rules are put into the normalizer of its tokenizer.json,
@@ -28,6 +31,7 @@ def read_tokenizer(folder: Path, source: str | Path) -> PreTrainedTokenizerFast:
     Args:
         folder: the directory.
         source: how the user named it, for the messages.
+        config: of the model, where the directory has no config.json.
 
     Raises:
         ConfigError: a tokenizer that only Python can run.
@@ -35,14 +39,29 @@ def read_tokenizer(folder: Path, source: str | Path) -> PreTrainedTokenizerFast:
     settings = _settings(folder)
     if settings.get("tokenizer_class") == _SIGLIP:
         return _siglip(folder, settings)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    given = {} if config is None else {"config": config}
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **given)
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
             f"{source}: its {type(tokenizer).__name__} is written in Python, and a device "
             "needs a tokenizer.json: save a fast tokenizer of the same vocabulary there"
         )
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    return tokenizer
+    if settings.get("tokenizer_class") == _SIGLIP_2:
+        return _generic(tokenizer)
+    fast: PreTrainedTokenizerFast = tokenizer
+    return fast
+
+
+def _generic(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose class does not add a lower-casing step each time it is loaded."""
+    marks = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
+        padding_side=tokenizer.padding_side,
+        **{name: getattr(tokenizer, name) for name in marks if getattr(tokenizer, name)},
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -58,12 +77,7 @@ def _siglip(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
     else:
         tokenizer = unigram_tokenizer((folder / _PIECES).read_bytes(), str(folder / _PIECES))
     eos = _token(settings, "eos_token", "</s>")
-    usual = tokenizer.normalizer
-    probe = "A," if usual is None else usual.normalize_str("A,")
-    if "," in probe:
-        tokenizer.normalizer = normalizers.Sequence(
-            [*_canonical(bool(settings.get("do_lower_case", True))), *([usual] if usual else [])]
-        )
+    canonicalise(tokenizer, lower=bool(settings.get("do_lower_case", True)))
     if tokenizer.encode("a").ids[-1] != tokenizer.token_to_id(eos):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"$A {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
@@ -83,17 +97,28 @@ def _token(settings: dict[str, Any], name: str, usual: str) -> str:
     return str(value["content"] if isinstance(value, dict) else value)
 
 
-def _canonical(lower: bool) -> Iterator[normalizers.Normalizer]:
-    """Lower case, no ASCII punctuation, single spaces: `canonicalize_text` of SigLIP's tokenizer.
+def canonicalise(tokenizer: Any, *, lower: bool, punctuation: bool = False) -> None:
+    """Let a normalizer make texts canonical before all else, in place, unless it does already.
 
-    Source: https://github.com/google-research/big_vision, `prompt_engineering.py`.
+    That is lower case, no ASCII punctuation, single spaces: `canonicalize_text` of SigLIP's
+    tokenizer, from https://github.com/google-research/big_vision, `prompt_engineering.py`.
+
+    Args:
+        tokenizer: of `tokenizers`, or one of transformers around it.
+        lower: whether to use lower case.
+        punctuation: whether to keep punctuation.
     """
-    if lower:
-        yield normalizers.Lowercase()
-    marks = "".join(f"\\{mark}" for mark in string.punctuation)
-    yield normalizers.Replace(Regex(f"[{marks}]"), "")
-    yield normalizers.Replace(Regex(r"\s+"), " ")
-    yield normalizers.Strip()
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    usual = backend.normalizer
+    done = "A," if usual is None else usual.normalize_str("A,")
+    if (punctuation or "," not in done) and (not lower or "A" not in done):
+        return
+    steps: list[normalizers.Normalizer] = [normalizers.Lowercase()] if lower else []
+    if not punctuation:
+        marks = "".join(f"\\{mark}" for mark in string.punctuation)
+        steps.append(normalizers.Replace(Regex(f"[{marks}]"), ""))
+    steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    backend.normalizer = normalizers.Sequence([*steps, *([usual] if usual else [])])
 
 
 @dataclass(slots=True)

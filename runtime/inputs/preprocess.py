@@ -142,16 +142,16 @@ def normalise(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]
 T = TypeVar("T")
 Triple = tuple[float, float, float]
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
 _SHORTEST_EDGE: dict[str, Any] = {
     "size": {"shortest_edge": 224},
     "crop_size": 224,
     "do_center_crop": True,
     "resample": 3,
-    "image_mean": _CLIP_MEAN,
-    "image_std": _CLIP_STD,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
 }
 _STRETCH: dict[str, Any] = {
     "size": {"height": 224, "width": 224},

@@ -19,11 +19,20 @@ pytestmark = pytest.mark.slow
 
 SOURCE = EmojiSource("test", 4, size=57)
 TEXTS = ["", "an eagle, left of a RED apple!", "一只狗 🦅", "red apple " * 40]
-SMALL = "--image-heads 1 --image-layers 1 --text-heads 1 --text-layers 1".split()
-CONVOLUTIONAL = "--family convolutional --conv-widths 8 16 --conv-depths 1 1".split()
-STEPS = "--count 12 --steps 3 --batch-size 4 --held-out 2".split()
-WIDE = "--teacher-mean-cosine -1 --teacher-p1-cosine -1 --teacher-r1-kept 0".split()
-ELSEWHERE = "--device x86-avx2 --precisions fp32 --test-count 24 --calibration-count 8".split()
+SMALL = ["--image-heads", "1", "--image-layers", "1", "--text-heads", "1", "--text-layers", "1"]
+CONVOLUTIONAL = ["--family", "convolutional", "--conv-widths", "8", "16", "--conv-depths", "1", "1"]
+STEPS = ["--count", "12", "--steps", "3", "--batch-size", "4", "--held-out", "2"]
+WIDE = ["--teacher-mean-cosine", "-1", "--teacher-p1-cosine", "-1", "--teacher-r1-kept", "0"]
+ELSEWHERE = [
+    "--device",
+    "x86-avx2",
+    "--precisions",
+    "fp32",
+    "--test-count",
+    "24",
+    "--calibration-count",
+    "8",
+]
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))

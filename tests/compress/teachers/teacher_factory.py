@@ -4,25 +4,29 @@ Weights are random, and all unlike each other; tokenizers know the captions of t
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
 from torch import Tensor, nn
 from transformers import (
     AltCLIPConfig,
     AltCLIPModel,
+    AutoTokenizer,
     BertConfig,
     BertTokenizer,
     ChineseCLIPConfig,
     ChineseCLIPModel,
     CLIPConfig,
+    CLIPImageProcessorPil,
     CLIPModel,
     CLIPTextConfig,
     ConvNextConfig,
@@ -38,6 +42,10 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
     RobertaTokenizer,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
+    Siglip2Tokenizer,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -226,6 +234,220 @@ def _siglip(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Teacher:
     return _saved(folder, SiglipModel(config), tokenizer, processor, padding="max_length")
 
 
+def siglip_2_naflex(folder: Path) -> Teacher:
+    """Of any resolution: held against itself on squares of its own grid of positions."""
+    made = siglip_2(folder.with_name("fixed"))
+    vision = {**VISION, "num_patches": (SIDE // 8) ** 2}
+    vision.pop("image_size")
+    text = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
+    model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
+    spread(model)
+    model.eval().save_pretrained(folder)
+    make: Any = Siglip2Tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(made.folder)
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in parts["merges"]]
+    tokenizer = make(vocab=parts["vocab"], merges=merges, padding_side="right")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    tokenizer.save_pretrained(folder)
+    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=(SIDE // 8) ** 2)
+    processor.save_pretrained(folder)
+    return Teacher(folder, _OfPatches(model), _Squares(processor), _padded(tokenizer))
+
+
+class _Squares:
+    """Stretches pictures to the square, then makes patches of them."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __call__(self, images: list[Image.Image], return_tensors: str) -> dict[str, Any]:
+        squares = [image.resize((SIDE, SIDE), Image.Resampling.BILINEAR) for image in images]
+        return {"pixel_values": self._processor(images=squares, return_tensors=return_tensors)}
+
+
+class _OfPatches:
+    """Passes all that the processor makes on to the image tower."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.get_text_features = model.get_text_features
+
+    def get_image_features(self, pixel_values: dict[str, Tensor]) -> Any:
+        return self._model.get_image_features(**pixel_values)
+
+
+def _padded(tokenizer: Any) -> Callable[[list[str]], dict[str, Tensor]]:
+    """Tokenize as SigLIP was trained: to the whole context, padding not masked."""
+
+    def tokenize(texts: list[str]) -> dict[str, Tensor]:
+        given = tokenizer(
+            texts, truncation=True, max_length=CONTEXT, padding="max_length", return_tensors="pt"
+        )
+        return {"input_ids": given["input_ids"]}
+
+    return tokenize
+
+
+def open_clip(folder: Path) -> Teacher:
+    """A CLIP in OpenCLIP's layout."""
+    made = clip(folder.with_name("hugging-face"))
+    state = made.model.state_dict()
+    found: dict[str, Tensor] = {
+        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
+        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
+        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
+        "visual.proj": state["visual_projection.weight"].T,
+        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+        "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+        "text_projection": state["text_projection.weight"].T,
+        "logit_scale": state["logit_scale"],
+    }
+    for kind in ("weight", "bias"):
+        found[f"visual.ln_pre.{kind}"] = state[f"vision_model.pre_layrnorm.{kind}"]
+        found[f"visual.ln_post.{kind}"] = state[f"vision_model.post_layernorm.{kind}"]
+        found[f"ln_final.{kind}"] = state[f"text_model.final_layer_norm.{kind}"]
+    found |= _res_blocks(state, "vision_model", "visual.transformer")
+    found |= _res_blocks(state, "text_model", "transformer")
+    config = {
+        "embed_dim": DIM,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": SIDE, "layers": 2, "width": 32, "head_width": 16}
+        | {"patch_size": 8, "mlp_ratio": 2.0},
+        "text_cfg": {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 32, "heads": 2}
+        | {"layers": 2, "mlp_ratio": 2.0},
+    }
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE)
+    _save_open_clip(folder, found, config, made.folder)
+    return Teacher(folder, made.model, processor, made.tokenize)
+
+
+def open_clip_siglip(folder: Path) -> Teacher:
+    """A SigLIP in OpenCLIP's layout, with timm's image tower."""
+    made = siglip(folder.with_name("hugging-face"))
+    model = made.model
+    state = model.state_dict()
+    image, trunk, pool = "vision_model", "visual.trunk", "visual.trunk.attn_pool"
+    position = state[f"{image}.embeddings.position_embedding.weight"]
+    found = {
+        "text.token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+        "text.positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+        f"{trunk}.pos_embed": position[None],
+        f"{pool}.latent": state[f"{image}.head.probe"],
+        "logit_scale": state["logit_scale"].reshape(()),
+        "logit_bias": state["logit_bias"].reshape(()),
+    }
+    for kind in ("weight", "bias"):
+        found[f"text.ln_final.{kind}"] = state[f"text_model.final_layer_norm.{kind}"]
+        found[f"text.text_projection.{kind}"] = state[f"text_model.head.{kind}"]
+        patches = state[f"{image}.embeddings.patch_embedding.{kind}"]
+        found[f"{trunk}.patch_embed.proj.{kind}"] = patches
+        found[f"{trunk}.norm.{kind}"] = state[f"{image}.post_layernorm.{kind}"]
+        joint = state[f"{image}.head.attention.in_proj_{kind}"]
+        found[f"{pool}.q.{kind}"], found[f"{pool}.kv.{kind}"] = joint[:32], joint[32:]
+        found[f"{pool}.proj.{kind}"] = state[f"{image}.head.attention.out_proj.{kind}"]
+        found[f"{pool}.norm.{kind}"] = state[f"{image}.head.layernorm.{kind}"]
+        for part in ("fc1", "fc2"):
+            found[f"{pool}.mlp.{part}.{kind}"] = state[f"{image}.head.mlp.{part}.{kind}"]
+        for layer in range(2):
+            theirs, ours = f"{trunk}.blocks.{layer}", f"{image}.encoder.layers.{layer}"
+            found[f"{theirs}.attn.qkv.{kind}"] = _joint(state, ours, kind)
+            found[f"{theirs}.attn.proj.{kind}"] = state[f"{ours}.self_attn.out_proj.{kind}"]
+            for number in (1, 2):
+                norm = state[f"{ours}.layer_norm{number}.{kind}"]
+                found[f"{theirs}.norm{number}.{kind}"] = norm
+                part = f"mlp.fc{number}.{kind}"
+                found[f"{theirs}.{part}"] = state[f"{ours}.{part}"]
+    found |= _res_blocks(state, "text_model", "text.transformer")
+    config = {
+        "embed_dim": 32,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {"image_size": SIDE, "timm_model_name": "vit_base_patch32_siglip_256"}
+        | {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
+        | {"timm_heads": 2},
+        "text_cfg": {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 32, "heads": 2}
+        | {"layers": 2, "mlp_ratio": 2.0, "no_causal_mask": True, "proj_bias": True}
+        | {"pool_type": "last", "norm_kwargs": {"eps": 1e-6}, "hf_tokenizer_name": "timm/some"}
+        | {"act_kwargs": {"approximate": "tanh"}, "tokenizer_kwargs": {"clean": "canonicalize"}},
+    }
+    half = [0.5, 0.5, 0.5]
+    preprocess: dict[str, object] = {
+        "mean": half,
+        "std": half,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
+    _save_open_clip(folder, found, config, made.folder, preprocess)
+    settings = folder / "tokenizer_config.json"  # theirs is T5's
+    kept = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(kept))
+    return Teacher(folder, model, made.processor, made.tokenize)
+
+
+def _res_blocks(state: dict[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
+    """The layers of a tower in the names of OpenCLIP."""
+    found = {}
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
+    names |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for layer in range(2):
+        block, inner = f"{theirs}.resblocks.{layer}", f"{ours}.encoder.layers.{layer}"
+        for kind in ("weight", "bias"):
+            found[f"{block}.attn.in_proj_{kind}"] = _joint(state, inner, kind)
+            for their, our in names.items():
+                found[f"{block}.{their}.{kind}"] = state[f"{inner}.{our}.{kind}"]
+    return found
+
+
+def _joint(state: dict[str, Tensor], layer: str, kind: str) -> Tensor:
+    return torch.cat([state[f"{layer}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"])
+
+
+def _save_open_clip(
+    folder: Path,
+    state: dict[str, Tensor],
+    config: dict[str, object],
+    tokenizer: Path,
+    preprocess: dict[str, object] | None = None,
+) -> None:
+    folder.mkdir()
+    whole = {name: value.contiguous() for name, value in state.items()}
+    save_file(whole, folder / "open_clip_model.safetensors")
+    settings = {"model_cfg": config, "preprocess_cfg": preprocess or {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    for path in tokenizer.glob("*token*.json"):
+        shutil.copy(path, folder)
+
+
+def sentence_transformers(folder: Path) -> Teacher:
+    """A CLIP as the first module of a sentence-transformers model."""
+    made = clip(folder / "0_CLIPModel")
+    first = {"idx": 0, "name": "0", "path": "0_CLIPModel"}
+    first["type"] = "sentence_transformers.models.CLIPModel"
+    (folder / "modules.json").write_text(json.dumps([first]))
+    return replace(made, folder=folder)
+
+
+def lora(folder: Path) -> Teacher:
+    """A CLIP with an adapter of peft, which is not merged where it is the reference."""
+    from peft import LoraConfig, get_peft_model
+
+    made = clip(folder.with_name("base"))
+    kept = CLIPModel.from_pretrained(made.folder)
+    names = ["q_proj", "v_proj", "fc1", "visual_projection"]
+    adapted: Any = get_peft_model(kept, LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    spread(adapted, seed=1)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" not in name:
+                own = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                weight.copy_(made.model.get_parameter(own))
+    adapted.eval().save_pretrained(folder)
+    return Teacher(folder, adapted, made.processor, made.tokenize)
+
+
 def vit_and_bert(folder: Path) -> Teacher:
     tokenizer = _bert()
     text = BertConfig(**_text_sizes(tokenizer, CONTEXT), pad_token_id=0)
@@ -354,6 +576,11 @@ FAMILIES: dict[str, Callable[[Path], Teacher]] = {
         chinese_clip,
         altclip,
         metaclip_2,
+        siglip_2_naflex,
+        open_clip,
+        open_clip_siglip,
+        sentence_transformers,
+        lora,
         vit_and_bert,
         dinov2_and_clip,
         convnext_and_roberta,

@@ -152,12 +152,8 @@ def _checkpoint_within(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda folder: (folder / "adapter_config.json").write_text("{}"),
-            "LoRA.*merge_and_unload",
-        ),
-        (_only("open_clip_config.json", "open_clip_model.safetensors"), "an open_clip checkpoint"),
-        (_only("open_clip_pytorch_model.bin"), "an open_clip checkpoint"),
+        (_only("open_clip_config.json", "open_clip_model.safetensors"), "has no vocabulary"),
+        (_only("open_clip_pytorch_model.bin"), "OpenCLIP checkpoint without its open_clip_config"),
         (_only("modules.json", "model.safetensors"), "sentence-transformers model without a CLIP"),
         (_sentence_bert, "sentence-transformers model without a CLIP"),
         (_sentence_transformers, "sentence-transformers model: give the CLIP in it, .*0_CLIPModel"),
