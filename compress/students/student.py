@@ -22,6 +22,7 @@ from transformers import (
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.families import FAMILIES
+from edgeclip.compress.teachers.licence import joined
 from edgeclip.compress.teachers.mixed_towers import MixedDualEncoder, tower_of
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import ImageSpec, Tower
@@ -155,7 +156,9 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
         model = _inherited(teacher, shape)
     else:
         model = _convolutional(teacher, shape)
-    student = DualEncoder(model, image, teacher.tokenizer, space=teacher.space)
+    student = DualEncoder(
+        model, image, teacher.tokenizer, space=teacher.space, licence=teacher.licence
+    )
     _take_temperature(student, teacher)
     return student
 
@@ -319,7 +322,13 @@ def adopt_student(model: DualEncoder, teacher: DualEncoder, *, seed: int = 0) ->
     dim = teacher.spec.dim
     if model.spec.dim != dim:
         made = _with_dim(made, dim, torch.Generator().manual_seed(seed))
-    student = DualEncoder(made, model.image_spec, model.tokenizer, space=teacher.space)
+    student = DualEncoder(
+        made,
+        model.image_spec,
+        model.tokenizer,
+        space=teacher.space,
+        licence=joined(model.licence, teacher.licence),
+    )
     _take_temperature(student, teacher)
     return student
 

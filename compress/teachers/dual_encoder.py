@@ -26,6 +26,7 @@ from edgeclip.compress.teachers.families import (
     text_padding,
     text_positions,
 )
+from edgeclip.compress.teachers.licence import is_restricted
 from edgeclip.compress.teachers.model_folder import model_folder, read_json
 from edgeclip.compress.teachers.model_parts import check_parts
 from edgeclip.compress.teachers.read_model import ModelParts, read_model
@@ -71,12 +72,14 @@ class ModelRecord:
     """The record of a saved model's embedding space; a student has its teacher's.
 
     `space` is the fingerprint of that space, `model` the one that the files define themselves, as
-    saved: 64 hex digits each, from `space_fingerprint`. Version 1 has no `model`.
+    saved: 64 hex digits each, from `space_fingerprint`. Version 1 has no `model`. `licence` is that
+    of the weights that it was made from, where it is known.
     """
 
     schema_version: Literal[1, 2]
     space: str
     model: str | None = None
+    licence: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("space", self.space), ("model", self.model)):
@@ -112,6 +115,7 @@ class DualEncoder(nn.Module):
         tokenizer: a fast tokenizer with the tokens that a text of the family has.
         space: fingerprint of the teacher's embedding space, for a student; None if the
             model defines its own space.
+        licence: of the weights, or of those that they were made from; None if nobody said it.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class DualEncoder(nn.Module):
         tokenizer: PreTrainedTokenizerFast,
         *,
         space: str | None = None,
+        licence: str | None = None,
     ) -> None:
         super().__init__()
         # Written out, attention trains 1.4 to 1.7 times as fast as the fused kernel in bfloat16
@@ -130,6 +135,7 @@ class DualEncoder(nn.Module):
         self.family = family_of(model)
         self.image_spec = image
         self.tokenizer = tokenizer
+        self.licence = licence
         self._space = space
 
     @property
@@ -305,6 +311,8 @@ class DualEncoder(nn.Module):
     def load(cls, source: str | Path) -> Self:
         """Load a model from a directory or hub id, as float32, in evaluation mode.
 
+        A licence for research or non-commercial use only is said in a warning.
+
         Raises:
             ConfigError: not found, not a supported family, or a part is missing.
         """
@@ -315,6 +323,15 @@ class DualEncoder(nn.Module):
         check_parts(dual, parts.processor, source)
         if record is not None:
             dual._space = _space_now(dual, record, source)
+        recorded = None if record is None else record.licence
+        dual.licence = recorded or parts.licence
+        if dual.licence is not None and is_restricted(dual.licence):
+            _log.warning(
+                "%s: its licence is %s, for research or non-commercial use only; so is a student "
+                "that is distilled from it, and a bundle of either",
+                source,
+                dual.licence,
+            )
         return dual
 
     @classmethod
@@ -346,8 +363,10 @@ class DualEncoder(nn.Module):
         space = self.space
         if space == space_fingerprint(self):  # its own: that of the weights as rounded
             space = space_fingerprint(saved)
-        record = ModelRecord(2, space, space_fingerprint(saved))
-        text = json.dumps(asdict(record), indent=2) + "\n"
+        record = asdict(ModelRecord(2, space, space_fingerprint(saved), self.licence))
+        if self.licence is None:  # so that older releases read it
+            del record["licence"]
+        text = json.dumps(record, indent=2) + "\n"
         (folder / MARKER).write_text(text, encoding="utf-8")
 
     def save_settings(self, folder: Path, *, texts: bool = True) -> None:

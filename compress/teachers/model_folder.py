@@ -9,7 +9,7 @@ from edgeclip.runtime.errors import ConfigError, first_line
 
 ADAPTER_CONFIG, OPEN_CLIP_CONFIG = "adapter_config.json", "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_SENTENCES = "modules.json"  # of a sentence-transformers model
+SENTENCES = "modules.json"  # of a sentence-transformers model
 # Settings, vocabularies, and what says the licence.
 _SMALL = ("*.json", "*.txt", "*.model", "README.md", "LICENSE*")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them, in order
@@ -94,7 +94,7 @@ def _first_module(folder: Path, source: str | Path) -> Path:
     module = _module_path(folder)
     if module is None or not (folder / module / "config.json").is_file():
         return folder
-    modules = json.loads((folder / _SENTENCES).read_text(encoding="utf-8"))
+    modules = json.loads((folder / SENTENCES).read_text(encoding="utf-8"))
     kinds = [str(item.get("type", "")).rpartition(".")[2] for item in modules[1:]]
     others = [kind for kind in kinds if kind != "Normalize"]  # which all embeddings are here
     if others:
@@ -109,7 +109,7 @@ def _first_module(folder: Path, source: str | Path) -> Path:
 def _module_path(folder: Path) -> str | None:
     """Return the subfolder of a sentence-transformers model's first module; None if it has none."""
     try:
-        modules = json.loads((folder / _SENTENCES).read_text(encoding="utf-8"))
+        modules = json.loads((folder / SENTENCES).read_text(encoding="utf-8"))
         path = str(modules[0]["path"])
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -5,7 +5,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from edgeclip.compress.teachers.families import FAMILIES
+from edgeclip.compress.teachers.licence import joined, read_licence
 from edgeclip.compress.teachers.model_folder import (
     ADAPTER_CONFIG,
     OPEN_CLIP_CONFIG,
@@ -47,12 +48,14 @@ class ModelParts:
         tokenizer: its tokenizer.
         processor: the directory of transformers' image processor; None if it has none that does the
             same.
+        licence: of the weights; None if nothing tells it.
     """
 
     model: PreTrainedModel
     image: ImageSpec
     tokenizer: PreTrainedTokenizerFast
     processor: Path | None
+    licence: str | None = None
 
 
 def read_model(folder: Path, source: str | Path) -> ModelParts:
@@ -70,8 +73,10 @@ def read_model(folder: Path, source: str | Path) -> ModelParts:
         if (folder / ADAPTER_CONFIG).is_file():
             return _read_adapter(folder, source)
         if (folder / OPEN_CLIP_CONFIG).is_file() and not (folder / "config.json").is_file():
-            return ModelParts(*read_open_clip(folder, source), processor=None)
-        return _read_transformers(folder, source)
+            found = ModelParts(*read_open_clip(folder, source), processor=None)
+        else:
+            found = _read_transformers(folder, source)
+        return replace(found, licence=read_licence(folder, source))
     except (ConfigError, MissingExtraError):
         raise
     except BaseException as error:  # transformers raises many kinds on damaged files
@@ -162,7 +167,8 @@ def _read_adapter(folder: Path, source: str | Path) -> ModelParts:
     base = model_folder(beside if beside.is_dir() else name)
     parts = read_model(base, name)
     merged: Any = PeftModel.from_pretrained(parts.model, str(folder)).merge_and_unload()
-    return ModelParts(merged, parts.image, parts.tokenizer, parts.processor)
+    licence = joined(read_licence(folder, source), parts.licence)
+    return replace(parts, model=merged, licence=licence)
 
 
 def _reason(error: BaseException) -> str:

@@ -96,7 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="name of the model (default: the name of --out)")
     parser.add_argument(
-        "--licence", default="unknown", help="licence of the weights, as SPDX identifier"
+        "--licence",
+        help="licence of the weights, as SPDX identifier (default: the teacher's, where it is "
+        "known)",
     )
     parser.add_argument("--replace", action="store_true", help="replace an existing bundle")
 
@@ -216,7 +218,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
             teacher=_NO_TEACHER if teacher is None else args.teacher,
             student=args.student,
             command=args.command,
-            licence=args.licence,
+            licence=args.licence or _licence(student, teacher),
         ),
         teacher=teacher,
         teacher_bounds=bounds,
@@ -238,6 +240,12 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
     return replace(plan, zero_shot=emoji_zero_shot(labeller, count=args.test_count, size=size))
 
 
+def _licence(student: DualEncoder, teacher: DualEncoder | None) -> str:
+    """Return the licence that the weights are under, as far as model cards tell."""
+    of_teacher = None if teacher is None else teacher.licence
+    return student.licence or of_teacher or "unknown"
+
+
 def _models(args: argparse.Namespace) -> tuple[DualEncoder, DualEncoder | None]:
     """Load the student and its teacher; no teacher with `--own-space`.
 
@@ -250,7 +258,10 @@ def _models(args: argparse.Namespace) -> tuple[DualEncoder, DualEncoder | None]:
     if args.own_space:
         if args.teacher != BUILT_IN:
             raise InputError("--own-space holds the student against no teacher: leave out one")
-        return DualEncoder(student.model, student.image_spec, student.tokenizer).eval(), None
+        own = DualEncoder(
+            student.model, student.image_spec, student.tokenizer, licence=student.licence
+        )
+        return own.eval(), None
     teacher = load_teacher(args)
     check_space(teacher.space, student.space, f"the student {args.student}")
     return student, teacher

@@ -252,6 +252,7 @@ def _tune(
         task.student.image_spec,
         task.student.tokenizer,
         space=task.student.space,
+        licence=task.student.licence,
     ).eval()
     grids: dict[str, ProductGrid] = {}
     for tower in towers:

@@ -66,7 +66,7 @@ _BROWSER_FILES = ("onnx/vision_model.onnx", "onnx/text_model.onnx")
 
 def base_model(manifest: Manifest) -> str | None:
     """Return the teacher if its name could be that of a repository on the Hub, and no path here."""
-    teacher = manifest.provenance.teacher
+    teacher = manifest.provenance.teacher.partition("@")[0]  # OWNER/NAME@REVISION
     return teacher if is_repo_name(teacher) and not Path(teacher).exists() else None
 
 

@@ -152,7 +152,7 @@ def _checkpoint_within(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_only("open_clip_config.json", "open_clip_model.safetensors"), "has no vocabulary"),
+        (_only("open_clip_config.json", "open_clip_model.safetensors"), "has no model_cfg"),
         (_only("open_clip_pytorch_model.bin"), "OpenCLIP checkpoint without its open_clip_config"),
         (_only("modules.json", "model.safetensors"), "sentence-transformers model without a CLIP"),
         (_sentence_bert, "sentence-transformers model without a CLIP"),
