@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.runtime.errors import ConfigError
+from tests.compress.teachers.teacher_factory import FAMILIES, Teacher
 from tests.runtime.fake_hub import FakeHub, files_of, serve_to
 
 pytestmark = pytest.mark.slow
@@ -82,6 +83,35 @@ def test_a_model_within_a_hub_repository_is_named(own_folder: Path, hub: FakeHub
     hub.add("someone/sentences", files_of(own_folder))
     with pytest.raises(ConfigError, match="DIR/0_CLIPModel after `hf download someone/sentences"):
         DualEncoder.load("someone/sentences")
+
+
+@pytest.mark.parametrize("name", ["open_clip", "sentence_transformers"])
+def test_other_layouts_come_from_the_hub(name: str, tmp_path: Path, hub: FakeHub) -> None:
+    made = FAMILIES[name](tmp_path / "made" / name) if name != "open_clip" else _open_clip(tmp_path)
+    hub.add("someone/other", files_of(made.folder))
+    found = DualEncoder.load("someone/other")
+    assert found.space == DualEncoder.load(made.folder).space
+
+
+def _open_clip(folder: Path) -> Teacher:
+    """With weights of torch only."""
+    (folder / "made").mkdir()
+    made = FAMILIES["open_clip"](folder / "made" / "open_clip")
+    path = made.folder / "open_clip_model.safetensors"
+    torch.save(load_file(path), made.folder / "open_clip_pytorch_model.bin")
+    path.unlink()
+    return made
+
+
+def test_a_revision_is_pinned(own_folder: Path, teacher: DualEncoder, hub: FakeHub) -> None:
+    hub.add("someone/moving", files_of(own_folder))
+    (commit,) = hub.repos["someone/moving"].commits
+    later = files_of(own_folder)
+    later["config.json"] = b"{}"
+    hub.repos["someone/moving"].commit("main", later)
+    assert space_fingerprint(DualEncoder.load(f"someone/moving@{commit}")) == teacher.space
+    with pytest.raises(ConfigError, match="no model_type"):
+        DualEncoder.load("someone/moving")
 
 
 @pytest.mark.parametrize("form", [_to_bin, _to_shards])
