@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.sampling import mix64
-from edgeclip.compress.data.shards import ShardSource, judged
-from edgeclip.compress.data.sources import Pair, Source, content_of, subset
+from edgeclip.compress.data.shards import KEPT_CONTENTS, ShardSource, judged
+from edgeclip.compress.data.sources import KnownContents, Pair, Source, content_of, subset
 from edgeclip.compress.data.splits import OwnSplits
 from edgeclip.runtime.bundle.files import atomic_file, cache_root
 from edgeclip.runtime.console import escape_controls
@@ -303,6 +303,7 @@ class HubSource:
         self._texts = table.select_columns(list(columns.captions)) if columns.captions else None
         # Of the files, the options and all that was done with them.
         self.identity = f"datasets:{min_side}:{columns}:{table._fingerprint}"
+        self._contents = KnownContents(len(self), most=KEPT_CONTENTS)
         self._last: tuple[int, bytes] = (-1, b"")  # a picture's content and pixels need one read
 
     @functools.cached_property
@@ -337,7 +338,10 @@ class HubSource:
 
     def content(self, index: int) -> str:
         """Return a hash of the picture's bytes and of how they are decoded."""
-        return content_of(hashlib.sha256(self._read(index)).digest(), self._min_side)
+        return self._contents.of(
+            _checked(index, len(self)),
+            lambda: content_of(hashlib.sha256(self._read(index)).digest(), self._min_side),
+        )
 
     def _read(self, index: int) -> bytes:
         last, data = self._last

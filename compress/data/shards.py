@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from edgeclip.compress.data.emoji_scenes import Split, split_of
 from edgeclip.compress.data.packed_texts import PackedTexts
-from edgeclip.compress.data.sources import Pair, Source, content_of, subset
+from edgeclip.compress.data.sources import KnownContents, Pair, Source, content_of, subset
 from edgeclip.runtime.bundle.files import atomic_directory, cache_root
 from edgeclip.runtime.console import escape_controls
 from edgeclip.runtime.errors import ConfigError, InputError
@@ -41,6 +41,7 @@ from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES, MORE_SUFFIXES, load_i
 
 _log = logging.getLogger(__name__)
 
+KEPT_CONTENTS = 1 << 20  # pictures: 32 MB in each process
 MOST_JUDGED = 5000  # pictures of a split that is not trained on: the largest usual test set
 _VERSION = 1  # of the index; another one is another folder
 _BLOCK = 512
@@ -182,6 +183,7 @@ class ShardSource:
         part = "" if split is None else f" of {everything}, for {split}"
         self.name = f"{shown}, {len(self)} pictures{part}"
         self._opened = functools.lru_cache(maxsize=_OPEN)(_Opened)
+        self._contents = KnownContents(len(self), most=KEPT_CONTENTS)
         self._last: tuple[int, bytes] = (-1, b"")  # a picture's content and pixels need one read
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -229,7 +231,10 @@ class ShardSource:
 
     def content(self, index: int) -> str:
         """Return a hash of the picture's bytes and of how they are decoded."""
-        return content_of(hashlib.sha256(self._read(self._row(index))).digest(), self._min_side)
+        row = self._row(index)
+        return self._contents.of(
+            index, lambda: content_of(hashlib.sha256(self._read(row)).digest(), self._min_side)
+        )
 
     def _read(self, row: int) -> bytes:
         last, data = self._last

@@ -4,7 +4,7 @@ import copy
 import functools
 import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -210,8 +210,7 @@ class FolderSource:
         part = "" if by_split is None else f" of {len(everything)}, for {split}"
         shown = escape_controls(str(folder / (below or "")))
         self.name = f"{shown}, {len(self.paths)} pictures{part}"
-        self._contents = np.zeros((len(self.paths), _DIGEST), np.uint8)
-        self._is_known = np.zeros(len(self.paths), np.bool_)
+        self._contents = KnownContents(len(self.paths))
         self._hashes_of: dict[int, ContentHashes] = {}  # by process: SQLite is not to be forked
 
     @functools.cached_property
@@ -238,12 +237,9 @@ class FolderSource:
 
     def content(self, index: int) -> str:
         """Return a hash of the file's bytes and of how they are decoded."""
-        if not self._is_known[index]:
-            found = content_of(self._hashes.of(self.paths[index]), self._min_side)
-            self._contents[index] = np.frombuffer(bytes.fromhex(found), np.uint8)
-            self._is_known[index] = True
-        known: bytes = self._contents[index].tobytes()
-        return known.hex()
+        return self._contents.of(
+            index, lambda: content_of(self._hashes.of(self.paths[index]), self._min_side)
+        )
 
     def without(self, numbers: Collection[int]) -> "FolderSource":
         """Return these pairs but for some, by their index."""
@@ -254,7 +250,7 @@ class FolderSource:
         found.__dict__.pop("identity", None)
         found.paths = self.paths.take(rest)
         found._captions = self._captions.take(rest)
-        found._contents, found._is_known = self._contents[rest], self._is_known[rest]
+        found._contents = self._contents.take(rest)
         found.name = f"{self.name}, {len(numbers)} of them left out"
         return found
 
@@ -279,6 +275,36 @@ class FolderSource:
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions[index]
+
+
+class KnownContents:
+    """The contents of a source's pictures that were asked for before, 32 bytes for each.
+
+    Args:
+        count: number of pictures.
+        most: of more pictures none is kept: those come once, and a process has no room for all.
+    """
+
+    def __init__(self, count: int, *, most: int | None = None) -> None:
+        kept = count if most is None or count <= most else 0
+        self._digests = np.zeros((kept, _DIGEST), np.uint8)
+        self._is_known = np.zeros(kept, np.bool_)
+
+    def of(self, index: int, find: Callable[[], str]) -> str:
+        """Return the content of a picture, by `find` the first time."""
+        if index >= len(self._is_known):
+            return find()
+        if not self._is_known[index]:
+            self._digests[index] = np.frombuffer(bytes.fromhex(find()), np.uint8)
+            self._is_known[index] = True
+        known: bytes = self._digests[index].tobytes()
+        return known.hex()
+
+    def take(self, rows: NDArray[np.int64]) -> "KnownContents":
+        """Return those of some rows."""
+        found = copy.copy(self)
+        found._digests, found._is_known = self._digests[rows], self._is_known[rows]
+        return found
 
 
 class Rows(Protocol):
