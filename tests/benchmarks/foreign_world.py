@@ -34,6 +34,8 @@ from PIL import Image, ImageDraw
 
 from edgeclip.compress.built_in import built_in_teacher
 from edgeclip.compress.data.emoji_scenes import Split
+from edgeclip.compress.data.mixture import parts_of
+from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import EmojiSource, Pair, Source, relevance_of
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
@@ -44,7 +46,6 @@ from edgeclip.compress.train.held_out import (
     STUDENT_R1,
     TEXT_COSINE,
     HeldOut,
-    split_rows,
 )
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings, read_log
@@ -259,7 +260,7 @@ def reach(
 ) -> Reached:
     """Distil a student as `edgeclip distill` does, and measure it."""
     student = new_student(teacher, StudentShape())
-    rows = split_rows(len(world.train)).held_out
+    rows = Sampling(parts_of(world.train)).held_out
     before = HeldOut(student, cache, world.train, rows)().values
     with tempfile.TemporaryDirectory() as folder:
         distill(
@@ -283,7 +284,7 @@ def reach(
         losses=losses,
         steps=[0, *(int(line["step"]) for line in log)],
         agreement=[(line[IMAGE_COSINE] + line[TEXT_COSINE]) / 2 for line in (before, *log)],
-        held_out_r1=[line[STUDENT_R1] for line in log],
+        held_out_r1=[sum(line[name] for name in STUDENT_R1) / 2 for line in log],
         image_cosine=bootstrap(cosines(ours[0], theirs[0])),
         text_cosine=bootstrap(cosines(ours[1], theirs[1])),
         r1=bootstrap(hits),
