@@ -515,7 +515,9 @@ class _Waiting:
         return max(self._stages, key=lambda name: self._stages[name], default="making batches")
 
     def says(self) -> str:
-        return f", waits {self._share:.0%} for {self._slowest}" if self._share > _SLOW else ""
+        """Say what share of the last steps went into waiting for data, and if much, for which."""
+        slow = f" ({self._slowest})" if self._share > _SLOW else ""
+        return f", waits {self._share:.0%}{slow}"
 
     def warn(self, step: int) -> None:
         """Warn once, when the first batches, which come late, are behind."""
