@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.inputs.captions import read_captions
-from edgeclip.runtime.inputs.find_images import forget_left_out, report_left_out
+from edgeclip.runtime.inputs.captions import read_annotations, read_captions
+from edgeclip.runtime.inputs.find_images import forget_left_out, list_images, report_left_out
 
 BOTH = (("one",), ("two",))
 
@@ -297,3 +297,74 @@ def test_rows_of_files_that_are_left_out_are_no_mistake(
     assert "gone.png" in caplog.messages[0]
     with pytest.raises(InputError, match=r"gone\.png"):
         read_captions(tmp_path, images, strict=True)
+
+
+def test_captions_of_some_images(tmp_path: Path, images: list[Path]) -> None:
+    write_table(tmp_path, "file,caption\ndeep/b.png,two\n")
+    assert read_annotations(tmp_path, images).captions == ((), ("two",))
+    with pytest.raises(InputError, match=r"captions\.csv: 1 of 2 images have no caption"):
+        read_captions(tmp_path, images)
+    (tmp_path / "captions.csv").unlink()
+    (tmp_path / "a.txt").write_text("one")
+    assert read_annotations(tmp_path, images).captions == (("one",), ())
+    with pytest.raises(InputError, match=r"1 of 2 images have no caption, the first is deep"):
+        read_captions(tmp_path, images)
+
+
+def test_what_annotations_say_of_splits(tmp_path: Path) -> None:
+    images = touch(tmp_path, "val2014/a.png", "val2014/b.png", "val2014/c.png")
+    entries = [
+        {"filename": f"{name}.png", "filepath": "val2014", "sentences": [{"raw": name}], **split}
+        for name, split in (("a", {"split": "restval"}), ("b", {"split": 3}))
+    ]
+    write_table(tmp_path, json.dumps({"images": entries}), "dataset_coco.json")
+    found = read_annotations(tmp_path, images)
+    assert found.splits == ("restval", None, None)
+    assert found.captions == (("a",), ("b",), ())
+
+
+@pytest.mark.parametrize("folder", [".", "annotations"])
+def test_annotations_of_several_splits(
+    tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Karpathy's file goes before COCO's, which are read together."""
+    images = touch(tmp_path, "train2017/a.png", "val2017/b.png")
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for split, name in (("train", "a"), ("val", "b"), ("train2014", "x")):
+        table = {
+            "images": [{"id": 1, "file_name": f"{name}.png"}],
+            "annotations": [{"image_id": 1, "caption": f"{name} of {split}"}],
+        }
+        write_table(tmp_path / folder, json.dumps(table), f"captions_{split}.json")
+    found = read_annotations(tmp_path, images)
+    assert found.captions == (("a of train",), ("b of val",))
+    assert found.splits == ("train", "val")
+    forget_left_out()
+    entries = [{"filename": "a.png", "filepath": "train2017", "sentences": [{"raw": "other"}]}]
+    write_table(tmp_path / folder, json.dumps({"images": entries}), "dataset_coco.json")
+    assert read_annotations(tmp_path, images).captions == (("other",), ())
+    report_left_out()
+    assert "left out 3 files: captions are read from dataset_coco.json" in caplog.text
+
+
+def test_what_belongs_to_flickr8k_is_not_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    forget_left_out()
+    touch(tmp_path, "Flicker8k_Dataset/a.jpg")
+    text = tmp_path / "Flickr8k_text"
+    text.mkdir()
+    (text / "Flickr8k.token.txt").write_text("a.jpg#0\tone\n")
+    (text / "Flickr_8k.trainImages.txt").write_text("a.jpg\ngone.jpg\n")
+    images = list_images(tmp_path)
+    found = read_annotations(tmp_path, images)
+    assert (found.captions, found.splits) == ((("one",),), ("train",))
+    report_left_out()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("row", ["a.png one", "a.png| x| one", "| 0| one"])
+def test_damaged_rows_of_flickr30k(tmp_path: Path, images: list[Path], row: str) -> None:
+    write_table(tmp_path, f"image_name| comment_number| comment\n{row}\n", "results.csv")
+    with pytest.raises(InputError, match=r"results\.csv, line 2: needs image_name\| comment_"):
+        read_captions(tmp_path, images)
