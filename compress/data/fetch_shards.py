@@ -97,7 +97,10 @@ def _fetch_all(lacking: Sequence[tuple[str, Path]], folder: Path, count: int) ->
         *(len(lacking), count, told, folder),
     )
     if about is not None:
-        require_space(folder, about)
+        try:
+            require_space(folder, about)
+        except InputError as error:
+            raise InputError(f"{error} (EDGECLIP_CACHE=FOLDER)") from error
     with (
         tqdm(total=about, desc="fetch", unit="B", unit_scale=True, dynamic_ncols=True) as bar,
         ThreadPoolExecutor(_AT_ONCE) as pool,

@@ -172,10 +172,11 @@ class ShardSource:
         shown = escape_controls(name or str(self._shards[0]))
         if not everything:
             raise InputError(f"{shown}: none of {len(shards)} shards holds a picture")
-        self._rows: NDArray[np.int64] | None = None  # None for all
+        self._rows: NDArray[np.uint32] | NDArray[np.int64] | None = None  # None for all
         if split is not None:
             code = _SPLITS.index(split) if split in _SPLITS else len(_SPLITS)
-            self._rows = np.flatnonzero(self._index.split == code)
+            rows = np.flatnonzero(self._index.split == code)
+            self._rows = rows.astype(np.uint32) if everything < 2**32 else rows
             if not len(self._rows):
                 raise ConfigError(
                     f"none of the {everything} samples in {shown} falls to {split}: give more"

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -183,3 +184,11 @@ def test_other_addresses(address: str, command: str) -> None:
 def test_what_is_remote() -> None:
     assert all(map(is_remote, ("http://x/a.tar", "https://x/a.tar", "pipe:cat a", "s3://b/a.tar")))
     assert not any(map(is_remote, ("a.tar", "folder/{0..3}.tar", "hf:owner/name", "x:/a.tar")))
+
+
+def test_there_is_no_room(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.files["/a.tar"] = shard(0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"1,000 bytes are free .* \(EDGECLIP_CACHE=FOLDER\)"):
+        fetch_shards([f"{store.address}/{{0..9}}.tar", f"{store.address}/a.tar"])
+    assert store.asked == []

@@ -222,6 +222,24 @@ def test_several_shards(tmp_path: Path) -> None:
     assert backwards.identity != whole.identity
 
 
+def test_many_shards_are_indexed_by_several_processes(tmp_path: Path) -> None:
+    paths = [
+        write_tar(
+            tmp_path / f"{n:03d}.tar",
+            [(f"{n}-{k}.jpg", jpeg(n)) for k in range(3)] + [(f"{n}-{0}.txt", b"x")][: n % 2],
+        )
+        for n in range(24)
+    ]
+    whole = ShardSource(paths)
+    parts = [ShardSource([path]) for path in paths]
+    assert [whole.content(index) for index in range(72)] == [
+        part.content(index) for part in parts for index in range(3)
+    ]
+    paths[20].write_bytes(b"<html>" * 200)
+    with pytest.raises(InputError, match=r"020\.tar is no tar file"):
+        ShardSource(paths)
+
+
 class TestIndex:
     def test_it_is_made_once(
         self, shard: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
