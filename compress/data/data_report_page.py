@@ -255,7 +255,7 @@ def duplicates_section(data: ReportedData) -> Section | None:
 def _not_compared(data: ReportedData) -> str:
     near = data.judgement.near
     if near.is_exact:
-        return "All pairs of pictures were compared."
+        return "Every two pictures were compared that nothing else leaves out."
     words = (
         f"{percent(near.compared)} of all pairs were compared, those of pictures in the same of "
         "about sqrt(N) cells around pictures drawn by chance, twice"

@@ -47,6 +47,13 @@ def test_the_table_of_the_captions_is_taken(pictures: FolderSource) -> None:
     assert (groups.names, groups.number.tolist()) == (("a", "b"), [0, 0, 1])
 
 
+def test_a_table_above_the_folder_of_a_split_is_found(pictures: FolderSource) -> None:
+    folder = pictures.paths[0].parents[1]
+    (folder / "captions.csv").write_text("file,where\na/one.bmp,sea\n", encoding="utf-8")
+    groups = read_groups(FolderSource(folder / "a"), None, "where")
+    assert (groups.names, groups.number.tolist()) == (("sea",), [0, -1])
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
