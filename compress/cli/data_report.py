@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     with atomic_directory(args.out, replace=True, marker=_MARKER) as out:
         data = ReportedData(
             source=source,
-            side=teacher.image_spec.size,
+            side=teacher.spec.image.size,
             statistics=statistics,
             captions=captions,
             agreed=agreed,
@@ -195,7 +195,7 @@ def _rules(args: argparse.Namespace) -> KeepRules:
 
 def _measured(source: Source, teacher: DualEncoder, folder: Path) -> PictureStatistics:
     try:
-        found = measure_source(source, teacher.image_spec, folder)
+        found = measure_source(source, teacher.spec.image, folder)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"stopped; what was measured is kept in {folder}, so run it again to go on"
@@ -241,7 +241,7 @@ def _threshold(
             found: FloatArray = teacher.embed_image(teacher.preprocess(pictures)).cpu().numpy()
         return found
 
-    cosine = copies_cosine(source, seen.rows.tolist(), embed, side=teacher.image_spec.size)
+    cosine = copies_cosine(source, seen.rows.tolist(), embed, side=teacher.spec.image.size)
     return cosine, (
         "95% of pictures are at least so alike to a copy of three quarters of their size (but no "
         "smaller than the teacher sees), as a JPEG of quality 75"

@@ -125,8 +125,8 @@ def measure_source(source: Source, spec: ImageSpec, folder: Path) -> PictureStat
     count = len(source)
     content, reasons = _contents(source)
     readable = content.any(axis=1)
-    # What a picture is scaled and cut to; its normalisation changes nothing that is measured.
-    settings = {name: asdict(spec)[name] for name in ("resize", "size", "resample")}
+    # Its normalisation changes nothing that is measured.
+    settings = {name: value for name, value in asdict(spec).items() if name not in ("mean", "std")}
     mend = "delete it, and run the command again"
     require_space(folder, row_bytes(count, (_ROW_BYTES,), np.uint8))
     table = np.full((count, len(_FLOATS)), np.nan, np.float32)
