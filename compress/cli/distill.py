@@ -12,10 +12,10 @@ from typing import Any
 from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
 from edgeclip.compress.cli.options import add_strict, max_bad
 from edgeclip.compress.data.keep_list import kept_rows, read_keep_list
-from edgeclip.compress.data.mixture import parts_of
+from edgeclip.compress.data.mixture import only, parts_of
 from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sampling import MOST_HELD_OUT, Sampling
-from edgeclip.compress.data.sources import Source, subset
+from edgeclip.compress.data.sources import Source
 from edgeclip.compress.processes import is_helper, processes
 from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
 from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder
@@ -222,7 +222,7 @@ def _open_data(recipe: Recipe, args: argparse.Namespace, *, size: int) -> Source
         return source
     keep = read_keep_list(Path(recipe.keep))
     rows = kept_rows(source, keep)
-    return subset(source, rows, name=f"{source.name}, {len(rows)} of them kept by {keep.path}")
+    return only(source, rows, name=f"{source.name}, {len(rows)} of them kept by {keep.path}")
 
 
 def _student(recipe: Recipe, teacher: DualEncoder, source: Source) -> DualEncoder:

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -25,8 +25,12 @@ def default_workers() -> int:
     return max(1, min(8, cores // torch.cuda.device_count()))
 
 
-def load(make: Callable[[Key], Item], keys: Iterable[Key], *, workers: int) -> Iterator[Item]:
+def load(
+    make: Callable[[Key], Item], keys: Iterable[Key], *, workers: int
+) -> Generator[Item, None, None]:
     """Yield `make(key)` for each key, in order; the next ones are made meanwhile.
+
+    Close it to end its processes.
 
     What is made may depend on the key alone, so it is the same for any number of workers. Tensors
     come through shared memory, and pinned where there is a GPU.
@@ -44,6 +48,8 @@ def load(make: Callable[[Key], Item], keys: Iterable[Key], *, workers: int) -> I
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_begin,
+        # What a worker needs is there in a forked process, and need not be pickled.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         prefetch_factor=2 if workers else None,
     )
     for made in loader:

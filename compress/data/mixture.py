@@ -5,10 +5,11 @@ import hashlib
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.sampling import Part
-from edgeclip.compress.data.sources import Pair, Source, most_captions, without
+from edgeclip.compress.data.sources import Pair, Source, most_captions, subset, without
 from edgeclip.runtime.errors import ConfigError
 
 
@@ -95,6 +96,24 @@ class Mixture:
             if (owner == number).sum() < len(source)
         ]
         return Mixture([source for source, _ in kept], [weight for _, weight in kept])
+
+
+def only(source: Source, rows: NDArray[np.int64], *, name: str) -> Source:
+    """Return the pairs of a source at some ascending indices; a mixture keeps its weights.
+
+    Raises:
+        IndexError: an index that the source does not have.
+    """
+    if not isinstance(source, Mixture):
+        return subset(source, rows, name=name)
+    ends = np.searchsorted(rows, np.cumsum([len(own) for own in source.sources])).tolist()
+    kept, first, begin = [], 0, 0
+    for own, part, end in zip(source.sources, source.parts, ends, strict=True):
+        if end > begin:
+            few = rows[begin:end] - first
+            kept.append((subset(own, few, name=f"{own.name}, {len(few)} of them"), part.weight))
+        first, begin = first + len(own), end
+    return Mixture([own for own, _ in kept], [weight for _, weight in kept])
 
 
 def parts_of(source: Source) -> tuple[Part, ...]:

@@ -199,7 +199,7 @@ def build_cache(
             range(team.number, -(-count // _BATCH), team.count),
             workers=default_workers() if workers is None else workers,
         )
-        with closing(images), closing(texts), fast_inference(teacher):
+        with closing(images), closing(texts), closing(steps), fast_inference(teacher):
             _fill(teacher, images, texts, steps, count, views, place)
         team.wait()
         if not team.is_first:  # the first process has written behind their end

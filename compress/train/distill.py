@@ -114,7 +114,7 @@ def distill(
             batch=DistillationBatches(student, caches, source, sampling, settings),
             embed=partial(embed_batch, student),
             losses=partial(_losses, loss_weights, [own.settings.logit_scale for own in caches]),
-            identity=_identity(student, caches, loss_weights, len(sampling.held_out)),
+            identity=_identity(student, caches, loss_weights, source, len(sampling.held_out)),
             validate=validate,
             validate_every=seldom,
             note_bad=_BadPictures(len(source), max_bad),
@@ -304,7 +304,11 @@ class _BadPictures:
 
 
 def _identity(
-    student: DualEncoder, caches: Sequence[TeacherCache], weights: LossWeights, held_out: int
+    student: DualEncoder,
+    caches: Sequence[TeacherCache],
+    weights: LossWeights,
+    source: Source,
+    held_out: int,
 ) -> str:
     """Return the identity of a run.
 
@@ -312,5 +316,8 @@ def _identity(
     """
     sizes = {name: list(value.shape) for name, value in student.model.state_dict().items()}
     settings = [asdict(own.settings) for own in caches]
-    parts = (settings, student.model.config.model_type, sizes, asdict(weights), held_out)
-    return "distill " + json.dumps(parts, sort_keys=True)
+    shares = [part.weight for part in parts_of(source)]
+    model = student.model.config.model_type
+    return "distill " + json.dumps(
+        (settings, model, sizes, asdict(weights), shares, held_out), sort_keys=True
+    )

@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -230,6 +230,7 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
     waiting = _Waiting(workers)
     with (
         killed_workers_explained(),
+        closing(batches),
         bar,
         _log_file(out / "log.jsonl", team) as log,
         Trackers(settings.track, out) as trackers,

@@ -294,6 +294,9 @@ class RowFile:
             os.close(self._reader)
             self._reader = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_reader": None, "_file": None}  # another process opens its own
+
     def __del__(self) -> None:
         if hasattr(self, "_reader"):
             self._close_reader()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.compress.data.mixture import Mixture, parts_of
+from edgeclip.compress.data.mixture import Mixture, only, parts_of
 from edgeclip.compress.data.open_source import is_shards, open_source, split_weight
 from edgeclip.compress.data.sampling import Part, Sampling
 from edgeclip.compress.data.sources import (
@@ -136,3 +136,15 @@ def test_what_is_taken_for_shards(tmp_path: Path, folder: Path) -> None:
         assert not is_shards(data)
     with pytest.raises(InputError, match="does not exist"):
         open_source(str(tmp_path / "nowhere"), split="train", count=1, size=8)
+
+
+def test_a_mixture_of_chosen_pairs_keeps_its_weights() -> None:
+    parts = [EmojiSource("train", count, size=8, seed=count) for count in (5, 4, 3)]
+    mixed = Mixture(parts, [3.0, 2.0, 1.0])
+    rows = np.array([1, 4, 10, 11])
+    kept = only(mixed, rows, name="some")
+    assert isinstance(kept, Mixture)
+    assert [kept.content(i) for i in range(4)] == [mixed.content(i) for i in rows.tolist()]
+    assert kept.parts == (Part(2, 3.0), Part(2, 1.0))
+    plain = only(parts[0], np.array([3]), name="one")
+    assert (plain.name, plain.content(0)) == ("one", parts[0].content(3))
