@@ -20,6 +20,7 @@ from edgeclip.compress.processes import is_helper, processes
 from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
 from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
+from edgeclip.compress.train.curves import write_curves
 from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.recipe import SECTIONS, Recipe, load_recipe
 from edgeclip.runtime.bundle.files import check_target, require_space
@@ -183,7 +184,9 @@ def run(args: argparse.Namespace) -> int:
             f"held-out pictures: {best.validation.says} at step {best.step} of "
             f"{recipe.training.steps}, which is kept"
         )
-    print(f"student written to {args.out}; log, checkpoints and recipe in {folder}")
+    curves = write_curves(folder, title=f"Training of {args.out.name}")
+    shown = "" if curves is None else f"; curves in {curves}"
+    print(f"student written to {args.out}; log, checkpoints and recipe in {folder}{shown}")
     return 0
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.data.sources import EmojiSource
-from edgeclip.compress.train.held_out import IMAGE_COSINE, STUDENT_R1, TEACHER_R1, TEXT_COSINE
-from edgeclip.compress.train.train_loop import read_log
+from edgeclip.compress.train.curves import training_curves
 from edgeclip.export.demo.evaluate import (
     SHIPPED,
     STUDENT,
@@ -35,10 +34,8 @@ from edgeclip.profiles.report.bundle_report import (
     RunStep,
     ShippedPrecision,
 )
-from edgeclip.profiles.report.charts import TrainingCurve
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.console import percent
 from edgeclip.runtime.device.machine import Machine, detect_machine
 from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
 from edgeclip.runtime.spec import Precision, Tower
@@ -282,7 +279,7 @@ def report_data(
         quality_name="R@1, mean of both directions",
         latency_name="an image and a caption",
         quality_bar=summary.retention_bar * summary.teacher_r1,
-        losses=() if log is None else _curves(log),
+        losses=() if log is None else training_curves(log),
         gates=tuple(bundle.manifest.all_gates()),
         gallery=gallery(source, teacher, student, range(_SHOWN)),
         failures=gallery(source, teacher, student, failures(student, count=_SHOWN)),
@@ -345,30 +342,3 @@ def _pareto(rows: Sequence[ModelRow], shipped: str) -> tuple[ParetoPoint, ...]:
         )
         for row in rows
     )
-
-
-_HELD_OUT_TITLES = {
-    IMAGE_COSINE: "held-out cosine, images",
-    TEXT_COSINE: "held-out cosine, texts",
-    STUDENT_R1[0]: "held-out R@1, images",
-    STUDENT_R1[1]: "held-out R@1, texts",
-}
-
-
-def _curves(log: Path) -> tuple[TrainingCurve, ...]:
-    """Make a curve of each series of a training log; the teacher's R@1 is a line beside its own."""
-    lines = read_log(log)
-    curves, teachers = [], dict(zip(STUDENT_R1, TEACHER_R1, strict=True))
-    for name in (name for name in lines[0] if name not in {"step", "seconds", *TEACHER_R1}):
-        there = [line for line in lines if name in line]  # not every step is validated
-        steps, values = (tuple(line[key] for line in there) for key in ("step", name))
-        teacher = there[-1][teachers[name]] if name in teachers else None
-        curves.append(
-            TrainingCurve(
-                _HELD_OUT_TITLES.get(name, name.replace("_", " ")),
-                steps,
-                values,
-                reference=None if teacher is None else (teacher, f"teacher {percent(teacher)}"),
-            )
-        )
-    return tuple(curves)

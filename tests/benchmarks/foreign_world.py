@@ -376,9 +376,9 @@ def main() -> int:
     for world in worlds(sizes, teacher.image_spec.size):
         with tempfile.TemporaryDirectory() as folder:
             cache = build_cache(teacher, world.train, Path(folder))
-        for losses in RUNS[world.name]:
-            found.append(reach(teacher, cache, world, losses, sizes))
-            say(found[-1].row())
+            for losses in RUNS[world.name]:
+                found.append(reach(teacher, cache, world, losses, sizes))
+                say(found[-1].row())
     print("\n".join([HEAD, *(item.row() for item in found)]))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
