@@ -128,12 +128,14 @@ def measure_source(source: Source, spec: ImageSpec, folder: Path) -> PictureStat
     # Its normalisation changes nothing that is measured.
     settings = {name: value for name, value in asdict(spec).items() if name not in ("mean", "std")}
     mend = "delete it, and run the command again"
-    require_space(folder, row_bytes(count, (_ROW_BYTES,), np.uint8))
+    path = folder / "statistics.rows"
+    there = path.stat().st_size if path.exists() else 0
+    require_space(folder, max(0, row_bytes(count, (_ROW_BYTES,), np.uint8) - there))
     table = np.full((count, len(_FLOATS)), np.nan, np.float32)
     thumbnails = np.zeros((count, THUMBNAIL**2), np.uint8)
     with closing(
         RowFile(
-            folder / "statistics.rows",
+            path,
             shape=(_ROW_BYTES,),
             dtype=np.uint8,
             settings={"floats": _FLOATS, **settings},
