@@ -193,7 +193,7 @@ class Sizes(NamedTuple):
     batch_size: int = 128
 
 
-QUICK = Sizes(pictures=512, test=200, steps=40, batch_size=48)
+QUICK = Sizes(pictures=1024, test=200, steps=60, batch_size=64)
 
 DEFAULTS, FEATURE, ONE_HOT = "defaults", "feature alone", "one-hot"
 WEIGHTS = {
