@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.data.emoji_scenes import Split
+from edgeclip.compress.data.fetch_shards import is_remote
 from edgeclip.compress.data.hub_source import open_dataset
 from edgeclip.compress.data.mixture import Mixture
 from edgeclip.compress.data.shards import open_shards
@@ -14,7 +15,6 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import MaxBad, is_table, leave_out_others
 from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES
 
-_REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+]*://")
 _WEIGHTED = re.compile(r"(.+)=(\d+(?:\.\d*)?|\.\d+)")
 _OPTION = re.compile(r"[?&](?!stream=)\w+=[^=&?]*$")  # `?first=100` is no weight
 
@@ -87,7 +87,7 @@ def _open_one(data: str, *, split: Split, count: int, size: int, strict: bool) -
 
 def is_shards(data: str) -> bool:
     """Tell whether a value of `--data` means WebDataset shards."""
-    if _REMOTE.match(data) or ".tar" in Path(data).suffixes or data.endswith(".tgz"):
+    if is_remote(data) or ".tar" in Path(data).suffixes or data.endswith(".tgz"):
         return True
     folder = Path(data)
     if not folder.is_dir():

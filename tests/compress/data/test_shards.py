@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from edgeclip.compress.data import shards
+from edgeclip.compress.data import shard_index, shards
 from edgeclip.compress.data.emoji_scenes import split_of
 from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.shards import (
@@ -174,7 +174,8 @@ def test_offsets_are_those_of_tarfile(members: list[tuple[str, str, int]]) -> No
     path = Path(os.environ["EDGECLIP_CACHE"]).with_name("fuzzed.tar")
     path.write_bytes(held.getvalue())
     found = [
-        (m.name.decode(), m.offset, m.size) for m in shards._members(shards._Opened(path), path)
+        (m.name.decode(), m.offset, m.size)
+        for m in shard_index._members(shard_index.OpenFile(path), path)
     ]
     with tarfile.open(path) as archive:
         assert found == [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
@@ -246,7 +247,7 @@ class TestIndex:
     ) -> None:
         first = ShardSource([shard])
         (folder,) = (own_cache / "shard-index").iterdir()
-        monkeypatch.setattr(shards, "_scan", lambda path: pytest.fail("read again"))
+        monkeypatch.setattr(shard_index, "_scan", lambda path: pytest.fail("read again"))
         again = ShardSource([shard])
         assert again.identity == first.identity
         assert again[7].image.tobytes() == first[7].image.tobytes()
@@ -484,5 +485,5 @@ def test_an_index_is_made_fast(tmp_path: Path) -> None:
         with tarfile.open(path) as archive:
             archive.getmembers()
 
-    ratios = [seconds(lambda: shards._scan(path)) / seconds(listed) for _ in range(3)]
+    ratios = [seconds(lambda: shard_index._scan(path)) / seconds(listed) for _ in range(3)]
     assert min(ratios) < 1
