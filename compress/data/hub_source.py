@@ -28,7 +28,7 @@ from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.sampling import mix64
 from edgeclip.compress.data.shards import KEPT_CONTENTS, ShardSource, judged
 from edgeclip.compress.data.sources import KnownContents, Pair, Source, content_of, subset
-from edgeclip.compress.data.splits import OwnSplits
+from edgeclip.compress.data.splits import EmptySplitError, OwnSplits
 from edgeclip.runtime.bundle.files import atomic_file, cache_root
 from edgeclip.runtime.console import escape_controls
 from edgeclip.runtime.errors import (
@@ -163,7 +163,7 @@ def open_dataset(data: str, *, split: Split, size: int) -> Source:
         shares = mix64(np.arange(len(source), dtype=np.uint64)) / 2.0**64
         rows = np.flatnonzero((low <= shares) & (shares < high))
         if not len(rows):
-            raise ConfigError(
+            raise EmptySplitError(
                 f"none of the {len(source)} pairs of {data} falls to {split}: give more"
             )
         source = subset(source, rows, name=f"{source.name}, {len(rows)} of them for {split}")

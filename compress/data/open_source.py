@@ -11,6 +11,7 @@ from edgeclip.compress.data.hub_source import open_dataset
 from edgeclip.compress.data.mixture import Mixture
 from edgeclip.compress.data.shards import open_shards
 from edgeclip.compress.data.sources import EMOJI, EmojiSource, FolderSource, Source, readable
+from edgeclip.compress.data.splits import EmptySplitError
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import MaxBad, is_table, leave_out_others
 from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES
@@ -56,14 +57,21 @@ def open_source(
             more unreadable pictures than `max_bad` allows.
     """
     given = [split_weight(item) for item in ([data] if isinstance(data, str) else data)]
-    opened = [
-        _open_one(item, split=split, count=count, size=size, strict=strict) for item, _ in given
-    ]
-    if not opened:
+    if not given:
         raise ConfigError("there is no data: give --data at least once")
-    source = opened[0]
-    if len(opened) > 1:
-        source = Mixture(opened, [weight for _, weight in given])
+    opened: list[Source] = []
+    weights: list[float | None] = []
+    for item, weight in given:
+        try:
+            source = _open_one(item, split=split, count=count, size=size, strict=strict)
+        except EmptySplitError:
+            # A small source may have none to judge on, where another has.
+            if split == "train" or ((item, weight) == given[-1] and not opened):
+                raise
+            continue
+        opened.append(source)
+        weights.append(weight)
+    source = Mixture(opened, weights) if len(given) > 1 else opened[0]
     return source if max_bad is None else readable(source, max_bad)
 
 

@@ -15,8 +15,9 @@ from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.fetch_shards import fetch_shards, is_remote
 from edgeclip.compress.data.shard_index import BLOCK, SPLITS, OpenFile, open_index
 from edgeclip.compress.data.sources import KnownContents, Pair, Source, content_of, subset
+from edgeclip.compress.data.splits import EmptySplitError
 from edgeclip.runtime.console import escape_controls
-from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import load_image
 
 KEPT_CONTENTS = 1 << 20  # pictures: 32 MB in each process
@@ -117,7 +118,7 @@ class ShardSource:
 
     Raises:
         InputError: a shard is no tar file or is cut off, or none holds a picture.
-        ConfigError: no sample is of that split.
+        EmptySplitError: no sample is of that split.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class ShardSource:
             rows = np.flatnonzero(self._index.split == code)
             self._rows = rows.astype(np.uint32) if everything < 2**32 else rows
             if not len(self._rows):
-                raise ConfigError(
+                raise EmptySplitError(
                     f"none of the {everything} samples in {shown} falls to {split}: give more"
                 )
         part = "" if split is None else f" of {everything}, for {split}"

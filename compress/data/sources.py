@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Scene, Split, vocabulary
 from edgeclip.compress.data.packed_texts import PackedPaths, PackedTexts
-from edgeclip.compress.data.splits import OwnSplits
+from edgeclip.compress.data.splits import EmptySplitError, OwnSplits
 from edgeclip.runtime.bundle.files import ContentHashes
 from edgeclip.runtime.console import escape_controls
 from edgeclip.runtime.errors import ConfigError, InputError
@@ -170,7 +170,7 @@ class FolderSource:
 
     Raises:
         InputError: no folder, no pictures in it, a damaged table of captions, or see `strict`.
-        ConfigError: no picture is of that split.
+        EmptySplitError: no picture is of that split.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class FolderSource:
 
         wanted = [number for number in range(len(everything)) if is_wanted(number)]
         if not wanted:
-            raise ConfigError(
+            raise EmptySplitError(
                 f"none of the {len(everything)} pictures in {folder} falls to {split}: give more, "
                 f"or sort them into the subfolders train, calibration and test"
             )

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from edgeclip.compress.data.emoji_scenes import SPLIT_SHARES, Split, hash_share
+from edgeclip.runtime.errors import ConfigError
 
 # What data sets call their splits; `restval` is what Karpathy and Fei-Fei add to COCO's training
 # pictures.
@@ -12,6 +13,10 @@ _MEANINGS: dict[str, Split] = {
     **dict.fromkeys(("test", "testing"), "test"),
     "unseen": "unseen",
 }
+
+
+class EmptySplitError(ConfigError):
+    """No item of a source is of the split that is asked for."""
 
 
 class OwnSplits:

@@ -5,6 +5,10 @@ import pytest
 from PIL import Image
 
 from edgeclip.compress.data.mixture import Mixture, only, parts_of
+
+
+from edgeclip.compress.data.emoji_scenes import Split
+from edgeclip.compress.data.mixture import Mixture, parts_of
 from edgeclip.compress.data.open_source import is_shards, open_source, split_weight
 from edgeclip.compress.data.sampling import Part, Sampling
 from edgeclip.compress.data.sources import (
@@ -17,6 +21,8 @@ from edgeclip.compress.data.sources import (
 )
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD
+
+SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
 
 
 @pytest.fixture
@@ -86,6 +92,27 @@ def test_the_option_data(folder: Path) -> None:
             open_source(data, split="train", count=4, size=8)
     with pytest.raises(ConfigError, match="give --data at least once"):
         open_source([], split="train", count=4, size=8)
+
+
+def test_a_small_source_may_have_nothing_to_judge_on(folder: Path) -> None:
+    for number in range(1, 8):
+        (folder / f"{number}.png").unlink()
+    (split,) = [name for name in SPLITS if _has(folder, name)]
+    for other in set(SPLITS) - {split, "train"}:
+        found = open_source([str(folder), "emoji"], split=other, count=4, size=8)
+        assert len(found) == 4
+        with pytest.raises(ConfigError, match=f"none of the 1 pictures in .* falls to {other}"):
+            open_source([str(folder), str(folder)], split=other, count=4, size=8)
+    if split != "train":
+        with pytest.raises(ConfigError, match="none of the 1 pictures"):
+            open_source([str(folder), "emoji"], split="train", count=4, size=8)
+
+
+def _has(folder: Path, split: Split) -> bool:
+    try:
+        return bool(len(FolderSource(folder, split=split)))
+    except ConfigError:
+        return False
 
 
 def test_unreadable_pictures_of_a_mixture(folder: Path) -> None:
