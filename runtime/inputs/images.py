@@ -468,7 +468,9 @@ def _head(file: _File) -> bytes:
     if isinstance(file, Path):
         with file.open("rb") as opened:
             return opened.read(32)
-    return bytes(file.getbuffer()[:32])
+    head = file.read(32)  # getbuffer() would copy the whole file
+    file.seek(0)
+    return head
 
 
 def _open_heic(file: _File, check: _PixelCheck) -> Image.Image:

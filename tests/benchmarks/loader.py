@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
-from edgeclip.compress.data.augmentation import Augmentation, view_crop
+from edgeclip.compress.data.augmentation import Augmentation, keep_picture_memory, view_crop
 from edgeclip.compress.data.sampling import Part, Sampling
 from edgeclip.compress.data.shards import ShardSource
 from edgeclip.compress.data.sources import FolderSource, Source, seed_of
@@ -173,6 +173,7 @@ def picture_costs(name: str, folder: Path, amount: Amount) -> tuple[list[dict[st
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(amount.rounds + 1):
         for way in sorted(ways, reverse=bool(number % 2)):
+            keep_picture_memory(4 if way == "now" else 0)
             started = time.process_time()
             count = sum(1 for _ in ways[way]())
             assert count == len(source)
@@ -230,7 +231,12 @@ def two_workers(folder: Path, amount: Amount) -> Workers:
     source = ShardSource([folder / "pictures.tar"], min_side=_SPEC.resize)
     source.identity  # noqa: B018, opens the index before the workers are forked
     loaders: dict[int, DataLoader[Any]] = {
-        workers: DataLoader(Steps(source, amount.steps), batch_size=None, num_workers=workers)
+        workers: DataLoader(
+            Steps(source, amount.steps),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=lambda _: keep_picture_memory(),
+        )
         for workers in (1, 2)
     }
     first, other = (next(iter(run)) for run in loaders.values())

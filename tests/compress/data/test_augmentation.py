@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from edgeclip.compress.data.augmentation import Augmentation, view_crop
+from edgeclip.compress.data.augmentation import Augmentation, keep_picture_memory, view_crop
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
 from edgeclip.runtime.spec import ImageSpec, Resample
 
@@ -136,3 +136,20 @@ def test_left_stays_left() -> None:
 def test_impossible_changes(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="need 0 < crop <= 1 and 0 <= colour < 1"):
         Augmentation(**wrong)  # type: ignore[arg-type]
+
+
+def test_kept_memory_changes_no_picture() -> None:
+    how = Augmentation(crop=0.6)
+
+    def views() -> list[bytes]:
+        return [
+            view_crop(_noise(90 + n, 70), _spec(32), how, picture_seed=n, view=n).tobytes()
+            for n in range(12)
+        ]
+
+    before = views()
+    keep_picture_memory()
+    try:
+        assert views() == before
+    finally:
+        keep_picture_memory(0)
