@@ -112,23 +112,33 @@ def write_unchecked(model: onnx.ModelProto, path: Path, *, limit: int = ONE_FILE
 
 
 def write_typed(source: Path, target: Path) -> Path:
-    """Annotate the outputs of ONNX Runtime's own operators in a fp32 graph with their type.
+    """Write a copy of an fp32 graph with what `note_types` notes.
 
-    ONNX cannot infer these types, and ONNX Runtime's quantizer leaves nodes that read such values
-    in float, or fails.
+    ONNX Runtime's quantizer leaves nodes that read values without a type in float, or fails.
 
     Returns:
         `target`, or `source` if it has no such operators.
     """
     model = load_graph(source)
+    if not note_types(model):
+        return source
+    write_unchecked(model, target)
+    return target
+
+
+def note_types(model: onnx.ModelProto) -> bool:
+    """Annotate the outputs of ONNX Runtime's own operators in an fp32 graph with their type.
+
+    ONNX cannot infer these types, nor those of what is computed from them.
+
+    Returns:
+        Whether there are such operators.
+    """
     foreign = [node for node in model.graph.node if node.domain not in ("", "ai.onnx")]
     for name in (name for node in foreign for name in node.output if name):
         note = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
         model.graph.value_info.append(note)
-    if not foreign:
-        return source
-    write_unchecked(model, target)
-    return target
+    return bool(foreign)
 
 
 def clean_graph(model: onnx.ModelProto) -> None:

@@ -15,7 +15,13 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 
 from edgeclip.export.graph.calibration import CalibrationData
 from edgeclip.export.graph.embedders import TowerGraph
-from edgeclip.export.graph.graph_io import limit_masks, load_graph, save_graph, write_unchecked
+from edgeclip.export.graph.graph_io import (
+    limit_masks,
+    load_graph,
+    note_types,
+    save_graph,
+    write_unchecked,
+)
 from edgeclip.export.quantizing.activation_ranges import Bounds, cached_bounds
 from edgeclip.runtime.device.device_profile import DeviceProfile
 
@@ -56,10 +62,12 @@ def to_fp16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelPro
     names, values do not.
     """
     kept = sorted({*final_norm_nodes(model.graph), *keep})
+    note_types(model)  # the converter casts what it knows to be float
     with warnings.catch_warnings():
         # About tiny weights, which become the smallest fp16 number: harmless here.
         warnings.simplefilter("ignore")
         model = convert_float_to_float16(model, keep_io_types=True, node_block_list=kept)
+    del model.graph.value_info[:]
     _drop_repeated_casts(model.graph)
     _join_round_trips(model.graph)
     # The converter appends its casts, ONNX wants every node behind those it reads from.

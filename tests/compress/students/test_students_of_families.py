@@ -11,7 +11,7 @@ from edgeclip.compress.students.student import StudentShape, adopt_student, new_
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import embed_source
 from edgeclip.runtime.errors import ConfigError
-from tests.compress.teachers.teacher_factory import FAMILIES
+from tests.compress.teachers.teacher_factory import ARCHITECTURES, FAMILIES
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def _teacher(name: str, folder: Path) -> DualEncoder:
     return _MADE[name]
 
 
-TRANSFORMERS = sorted(set(FAMILIES) - {"convnext_and_roberta"})
+TRANSFORMERS = sorted(set(ARCHITECTURES) - {"convnext_and_roberta"})
 
 
 def _apart(one: DualEncoder, other: DualEncoder) -> tuple[float, float]:
@@ -70,7 +70,7 @@ def test_a_smaller_student_inherits_and_survives_saving(
     assert max(_apart(loaded, student)) < 1e-6
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("whole_text", [True, False])
 def test_a_convolutional_tower_stands_beside_any_text_tower(
     name: str, whole_text: bool, folder: Path, tmp_path: Path

@@ -586,3 +586,12 @@ FAMILIES: dict[str, Callable[[Path], Teacher]] = {
         convnext_and_roberta,
     )
 }
+# Of these, what is loaded is of a class that another one has already.
+OTHER_LAYOUTS = {
+    "siglip_2_naflex",
+    "open_clip",
+    "open_clip_siglip",
+    "sentence_transformers",
+    "lora",
+}
+ARCHITECTURES = sorted(FAMILIES.keys() - OTHER_LAYOUTS)

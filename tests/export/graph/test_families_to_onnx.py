@@ -1,10 +1,13 @@
 """Towers of every family as graphs: ONNX Runtime computes what torch does."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.students.student import StudentShape, new_student
@@ -12,9 +15,11 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.graph.embedders import graph_embedder, torch_embedder, tower_inputs
 from edgeclip.export.graph.export_modules import tower_module
 from edgeclip.export.graph.to_onnx import GraphForm, export_towers
+from edgeclip.export.quantizing.fp16 import write_fp16
+from edgeclip.export.quantizing.quantization_file import apply_passes
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Tower
-from tests.compress.teachers.teacher_factory import FAMILIES
+from tests.compress.teachers.teacher_factory import ARCHITECTURES, FAMILIES
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +29,7 @@ TOWERS: tuple[Tower, ...] = ("image", "text")
 NARROW = StudentShape(image_heads=1, image_layers=1, text_heads=1, text_layers=2)
 
 
-@pytest.fixture(scope="module", params=[*sorted(FAMILIES), "student of siglip"])
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, "student of siglip"])
 def dual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
     name = str(request.param).removeprefix("student of ")
     made = FAMILIES[name](tmp_path_factory.mktemp("teacher") / name)
@@ -34,7 +39,7 @@ def dual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_the_module_for_export_computes_the_same(dual: DualEncoder, tower: Tower) -> None:
-    values = next(tower_inputs(dual, tower, SOURCE))
+    values = inputs(dual, tower)
     module = tower_module(dual, tower)
     given = torch.from_numpy(values)
     if tower == "image":
@@ -53,3 +58,15 @@ def test_graphs_compute_what_torch_does(
             values = next(tower_inputs(dual, tower, SOURCE, count=size))
             found = graph_embedder(paths.graph(tower), dual.image_spec, cpu_device)(values)
             np.testing.assert_allclose(found, torch_embedder(dual, tower)(values), atol=1e-5)
+    for tower in TOWERS:
+        graph = paths.graph(tower)
+        apply_passes(graph.path, ("fuse attention",))
+        half = replace(graph, precision="fp16", path=tmp_path / f"{tower}_fp16.onnx")
+        write_fp16(graph.path, half.path)
+        values = inputs(dual, tower)
+        found = graph_embedder(half, dual.image_spec, cpu_device)(values)
+        assert (found * torch_embedder(dual, tower)(values)).sum(-1).min() > 0.999
+
+
+def inputs(dual: DualEncoder, tower: Tower) -> NDArray[Any]:
+    return next(tower_inputs(dual, tower, SOURCE))
