@@ -4,11 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.compress.data.mixture import Mixture, only, parts_of
-
-
 from edgeclip.compress.data.emoji_scenes import Split
-from edgeclip.compress.data.mixture import Mixture, parts_of
+from edgeclip.compress.data.mixture import Mixture, only, parts_of
 from edgeclip.compress.data.open_source import is_shards, open_source, split_weight
 from edgeclip.compress.data.sampling import Part, Sampling
 from edgeclip.compress.data.sources import (
