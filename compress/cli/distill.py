@@ -23,6 +23,7 @@ from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.compress.train.curves import write_curves
 from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.recipe import SECTIONS, Recipe, load_recipe
+from edgeclip.compress.train.trackers import check_trackers
 from edgeclip.runtime.bundle.files import check_target, require_space
 from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.errors import ConfigError
@@ -156,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
     _refuse_teachers_as_output(recipe, args.out)
     folder = _run_folder(args)
     check_target(args.out, replace=True, marker=MARKER)
+    check_trackers(recipe.training.track)
     teachers = [_load(name) for name in recipe.teacher]
     first = teachers[0]
     source = _open_data(recipe, args, size=max(own.image_spec.size for own in teachers))

@@ -8,34 +8,45 @@ from typing import Any, Self
 from edgeclip.runtime.errors import ConfigError, MissingExtraError
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that every tracker can be used, before long work.
+
+    Raises:
+        ConfigError: a name that accelerate does not know.
+        MissingExtraError: the package of a tracker is not installed.
+    """
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"no tracker is called {unknown[0]}: choose from {', '.join(known)}")
+    available = set(map(str, get_available_trackers()))
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise MissingExtraError(
+            f"the tracker {missing[0]} is not installed: pip install {missing[0]}"
+        )
+
+
 class Trackers:
     """Trackers of accelerate, such as tensorboard, wandb, trackio or mlflow; a context manager.
 
     Files of local ones go to the directory of the run.
 
     Raises:
-        ConfigError: a name that accelerate does not know.
-        MissingExtraError: the package of a tracker is not installed.
+        ConfigError, MissingExtraError: see `check_trackers`.
     """
 
     def __init__(self, names: Sequence[str], run: Path) -> None:
         self._accelerator: Any = None
-        if not names:
-            return
-        from accelerate import Accelerator
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        if names:
+            from accelerate import Accelerator
 
-        known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ConfigError(f"no tracker is called {unknown[0]}: choose from {', '.join(known)}")
-        available = set(map(str, get_available_trackers()))
-        missing = [name for name in names if name not in available]
-        if missing:
-            raise MissingExtraError(
-                f"the tracker {missing[0]} is not installed: pip install {missing[0]}"
-            )
-        self._accelerator = Accelerator(log_with=list(names), project_dir=run)
+            check_trackers(names)
+            self._accelerator = Accelerator(log_with=list(names), project_dir=run)
 
     def begin(self, settings: Mapping[str, object]) -> None:
         """Send the settings of the run."""

@@ -337,9 +337,8 @@ def bars(found: Sequence[Reached]) -> list[Bar]:
         at_most("dead_leaves_cosine_below_feature_alone", alone.cosine - leaves.cosine, 0.02),
         at_least("dead_leaves_one_hot_falls_by", one_hot.largest_fall, 0.02),
         at_least("dead_leaves_cosine_above_one_hot", leaves.cosine - one_hot.cosine, 0.1),
-        # Known pairs: what the teacher says of image and text must not cost what it finds. R@1 of
-        # 200 pairs is known to some points.
-        at_least("emoji_r1_above_feature_alone", gained, -5.0, "points"),
+        # Known pairs: what the teacher says of image and text must not cost what it finds.
+        at_least("emoji_r1_above_feature_alone", gained, -1.0, "points"),
     ]
 
 

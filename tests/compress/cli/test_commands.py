@@ -334,6 +334,15 @@ def test_two_teachers_and_two_sources(
     assert (tmp_path / "s-run" / "cache" / "teacher-2" / "image.rows").is_file()
 
 
+def test_a_tracker_that_is_not_there_is_told_before_the_teachers_work(
+    teacher_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    command = _distill(teacher_folder, tmp_path / "student", "--track", "comet_ml")
+    assert main(command) == 2
+    assert "the tracker comet_ml is not installed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_start_from_a_small_model(teacher_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     small = new_teacher(replace(SHAPE, image_layers=1, text_layers=1, dim=16), seed=4)
     small.save(tmp_path / "small")

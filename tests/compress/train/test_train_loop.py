@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from edgeclip.compress.train.kept_weights import BestStep, Validation
@@ -540,6 +541,15 @@ def test_a_run_that_waits_for_its_data_says_for_which_stage(
 def test_every_wrong_setting_is_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"steps must .*; seed must .*; ema must"):
         TrainSettings(steps=0, seed=-1, ema=1.0)
+
+
+def test_a_tracker_gets_settings_and_losses(tmp_path: Path) -> None:
+    _trained(tmp_path, replace(SETTINGS, track=("tensorboard",)))
+    events = EventAccumulator(str(tmp_path / "edgeclip")).Reload()
+    found = [event.value for event in events.Scalars("total")]
+    assert found == pytest.approx([line["total"] for line in read_log(tmp_path / "log.jsonl")])
+    rates = [event.value for event in events.Scalars("learning_rate")]
+    assert rates == pytest.approx([SETTINGS.rate(step) for step in range(10)])
 
 
 def test_a_tracker_that_is_not_there(tmp_path: Path) -> None:
