@@ -37,7 +37,9 @@ def read_tokenizer(
         ConfigError: a tokenizer that only Python can run.
     """
     settings = _settings(folder)
-    if settings.get("tokenizer_class") == _SIGLIP:
+    made_by = settings.get("tokenizer_class")
+    only_pieces = (folder / _PIECES).is_file() and not (folder / "tokenizer.json").is_file()
+    if made_by == _SIGLIP or (made_by is None and only_pieces):
         return _siglip(folder, settings)
     given = {} if config is None else {"config": config}
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **given)
@@ -46,7 +48,7 @@ def read_tokenizer(
             f"{source}: its {type(tokenizer).__name__} is written in Python, and a device "
             "needs a tokenizer.json: save a fast tokenizer of the same vocabulary there"
         )
-    if settings.get("tokenizer_class") == _SIGLIP_2:
+    if made_by == _SIGLIP_2:
         return _generic(tokenizer)
     fast: PreTrainedTokenizerFast = tokenizer
     return fast

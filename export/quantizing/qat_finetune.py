@@ -404,7 +404,8 @@ def product_grids(
 ) -> ProductGrids:
     """Return how each layer of a tower is rounded in its int8 graph, by its name in `student`.
 
-    Activation ranges are read from the quantized graph. Layers that stay in float are left out.
+    Activation ranges are read from the quantized graph. Layers that stay in float are left out, and
+    so are keys and values of a SigLIP's pooling, which torch computes in one function.
 
     Args:
         student: the model that `source` was exported from.
@@ -418,6 +419,7 @@ def product_grids(
             quantized.
     """
     layers = _layers_of_tower(student, tower, nn.Linear, nn.Conv2d)
+    pools = _layers_of_tower(student, tower, nn.MultiheadAttention)
     weight = WeightGrid(largest=64 if config.reduce_range else 127, per_channel=config.per_channel)
     int8 = GraphEdit(load_graph(quantized))
     edit = GraphEdit(load_graph(source))
@@ -426,6 +428,8 @@ def product_grids(
     for node in int8.graph.node:
         grid = _input_grid(int8, node)
         if grid is None or node.name not in float_nodes:
+            continue
+        if _is_pooling(edit, float_nodes[node.name], pools):
             continue
         for name in list(_match_layers(edit, float_nodes[node.name], layers)):
             grids[name] = ProductGrid(input=grid, weight=weight)
@@ -474,6 +478,18 @@ def _input_grid(edit: GraphEdit, node: onnx.NodeProto) -> InputGrid | None:
         lowest=int(limits.min),
         highest=int(limits.max),
     )
+
+
+def _is_pooling(edit: GraphEdit, node: onnx.NodeProto, pools: _Layers) -> bool:
+    """Tell whether a product computes keys, values or both of an `nn.MultiheadAttention`."""
+    stored = edit.needed(node, 1)
+    weight = stored if attribute(node, "transB", 0) else stored.T
+    for pool in pools.values():
+        _, key, value = np.split(_to_numpy(pool.in_proj_weight), 3)
+        for part in (key, value, np.concatenate([key, value])):
+            if weight.shape == part.shape and np.array_equal(weight, part):
+                return True
+    return False
 
 
 def _match_layers(edit: GraphEdit, node: onnx.NodeProto, layers: _Layers) -> Iterator[str]:

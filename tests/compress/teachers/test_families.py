@@ -96,11 +96,29 @@ def test_siglips_tokenizer_is_made_from_its_sentencepiece_model(tmp_path: Path) 
     model.normalizer_spec.name = "identity"
     (made.folder / "spiece.model").write_bytes(model.SerializeToString())
     path.unlink()
+    (made.folder / "tokenizer_config.json").unlink()
     after = DualEncoder.load(made.folder)
     assert torch.equal(before.tokenize(TEXTS), after.tokenize(TEXTS))
     (made.folder / "spiece.model").write_bytes(model.SerializeToString()[:-3])
     with pytest.raises(ConfigError, match=r"spiece\.model is no SentencePiece model"):
         DualEncoder.load(made.folder)
+
+
+def test_chinese_clip_as_it_lies_on_the_hub(tmp_path: Path) -> None:
+    """A vocabulary alone, and pictures that are stretched."""
+    made = FAMILIES["chinese_clip"](tmp_path / "chinese")
+    before = DualEncoder.load(made.folder)
+    vocabulary = before.tokenizer.get_vocab()
+    words = sorted(vocabulary, key=lambda word: vocabulary[word])
+    (made.folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (made.folder / name).unlink()
+    square = {"do_center_crop": False, "size": {"height": 32, "width": 32}}
+    kind = {"feature_extractor_type": "ChineseCLIPFeatureExtractor", "resample": 3}
+    (made.folder / "preprocessor_config.json").write_text(json.dumps(square | kind))
+    after = DualEncoder.load(made.folder)
+    assert after.image_spec.stretch
+    assert torch.equal(before.tokenize(TEXTS[:3]), after.tokenize(TEXTS[:3]))
 
 
 def test_a_model_for_pictures_of_any_shape_is_said_to_be_fixed(

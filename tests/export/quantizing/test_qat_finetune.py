@@ -43,6 +43,7 @@ from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Precision, Tower
+from tests.compress.teachers.teacher_factory import FAMILIES
 from tests.export.quantizing.search_cases import cosine_record, loss_record
 
 pytestmark = pytest.mark.slow
@@ -459,6 +460,20 @@ def test_layers_are_named_whatever_became_of_their_nodes(
     for name, grid in grids[0].items():
         assert grids[1][name].input.scale == pytest.approx(grid.input.scale, rel=1e-3)
         assert grid.weight.largest == 64
+
+
+def test_a_siglips_pooling_is_left_out(blobs: Make, tmp_path: Path) -> None:
+    siglip = DualEncoder.load(FAMILIES["siglip"](tmp_path / "siglip").folder)
+    source = tmp_path / "image.onnx"
+    export_tower(siglip, "image", source)
+    merged = tmp_path / "merged.onnx"
+    save_graph(load_graph(source), merged)
+    apply_passes(merged, ["simplify", "merge projections"])
+    for graph in (source, merged):
+        int8 = tmp_path / f"{graph.stem}_int8.onnx"
+        quantize_graph(graph, int8, CPU, batches(siglip, "image", blobs(16)))
+        grids = product_grids(siglip, "image", graph, int8, CPU)
+        assert len(grids) == 2 * 6 + 3  # two layers, and what follows the pooling
 
 
 def test_what_stays_in_float_is_not_rounded(

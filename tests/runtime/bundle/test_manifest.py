@@ -60,6 +60,22 @@ def test_what_gates_were_measured_on_comes_back(text: str) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
+def test_what_is_unusual_of_the_inputs_is_written_only_where_it_is_so(text: str) -> None:
+    usual = json.loads(text)["spec"]
+    assert "stretch" not in usual["image"]
+    assert "pad_to_context" not in usual["text"]
+
+    def change(data: dict[str, Any]) -> None:
+        data["spec"]["image"]["stretch"] = True
+        data["spec"]["text"] |= {"pad_to_context": True, "bos_id": None}
+
+    manifest = Manifest.from_json(changed(text, change))
+    assert manifest.spec.image.stretch
+    assert manifest.spec.text.pad_to_context
+    assert manifest.spec.text.frame[0] == ()
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
 def test_only_a_gate_says_that_the_space_is_the_teachers(text: str) -> None:
     assert not Manifest.from_json(text).held_to_teacher  # as in a bundle from before such gates
     gate = {**GATE, "name": COSINE_TO_TEACHER, "direction": ">=", "bound": 0.4}
