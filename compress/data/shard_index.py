@@ -45,6 +45,7 @@ _MARKER = "index.json"
 _TEXTS = frozenset(("txt", "text", "caption", "captions"))
 # webdataset's own rule: what comes before the first dot of the last part of the name, and after it.
 _NAME = re.compile(rb"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
+_MOST_TEXT = 1 << 20  # bytes of a member that may be a caption
 _MOST_PAX = 64 * 1024  # bytes of a pax header that are looked at
 _OCTAL = re.compile(rb"[0-7]+")
 _SMALL = 4096  # bytes of an array that is read instead of mapped
@@ -264,6 +265,8 @@ def _samples(opened: OpenFile, path: Path, seen: Callable[[bytes], None]) -> Ite
             sample = _Sample(key)
         if f".{suffix}" in IMAGE_SUFFIXES | MORE_SUFFIXES:
             sample.picture = sample.picture or member
+        elif member.size > _MOST_TEXT:
+            continue
         elif suffix in _TEXTS:
             text = opened.read(member.offset, member.size).decode("utf-8-sig", "replace")
             sample.texts += caption_texts(" ".join(text.split()))
@@ -295,7 +298,7 @@ def _members(opened: OpenFile, path: Path) -> Iterator[_Member]:
             found = _plain_member(head, after)
             if found is None:
                 after = _after_plain_pax(opened, head, at)
-                if after > at:
+                if at < after <= end:
                     at = after
                     continue
                 found, after = others.read(head, at)
@@ -306,6 +309,8 @@ def _members(opened: OpenFile, path: Path) -> Iterator[_Member]:
                     raise InputError(f"{path} is cut off in {shown}: fetch or write it again")
                 if found.size < 2**32:
                     yield found
+            elif after > end + BLOCK:
+                raise InputError(f"{path} is cut off behind byte {at}: fetch or write it again")
             at = after
 
 
@@ -366,11 +371,14 @@ class _SlowHeaders:
             archive.fileobj.seek(at)
             archive.offset = at
             info = tarfile.TarInfo.fromtarfile(archive)
-        except (tarfile.TarError, OSError) as error:
+        except Exception as error:  # of many kinds, for headers that were made to
             raise InputError(
                 f"{self._path} is no tar file, or damaged at byte {at} ({error}): fetch or write "
                 "it again"
             ) from error
+        if info.size < 0 or archive.offset <= at:
+            raise InputError(f"{self._path} is damaged at byte {at}: fetch or write it again")
         name = info.name.encode("utf-8", "surrogateescape")
-        found = _Member(name, info.offset_data, info.size, head + name) if info.isreg() else None
+        is_whole = info.isreg() and not info.issparse()
+        found = _Member(name, info.offset_data, info.size, head + name) if is_whole else None
         return found, int(archive.offset)

@@ -13,7 +13,7 @@ import braceexpand
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from edgeclip.compress.data import shard_index, shards
 from edgeclip.compress.data.emoji_scenes import split_of
 from edgeclip.compress.data.open_source import open_source
+from edgeclip.compress.data.shard_index import BLOCK
 from edgeclip.compress.data.shards import (
     MOST_JUDGED,
     ShardSource,
@@ -389,6 +390,47 @@ def test_damaged_shards(tmp_path: Path, make: Callable[[bytes], bytes], message:
         ShardSource([path])
     assert "a.tar" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_header_that_leads_backwards(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(0)), ("b.jpg", jpeg(1))])
+    with tarfile.open(path) as archive:
+        second = archive.getmember("b.jpg").offset
+    data = bytearray(path.read_bytes())
+    data[second + 124 : second + 136] = b"\xff" * 10 + (-2048).to_bytes(2, "big", signed=True)
+    data[second + 148 : second + 156] = b" " * 8
+    data[second + 148 : second + 156] = b"%06o\0 " % sum(data[second : second + 512])
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="damaged at byte"):
+        ShardSource([path])
+
+
+@given(
+    form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    block=st.integers(0, 12),
+    place=st.sampled_from([0, 100, 124, 125, 134, 156, 257, 263, 345, 482]),
+    data=st.lists(st.sampled_from(b"\0\xff\x80xLKSg5190 ="), min_size=1, max_size=8),
+)
+@example(form=tarfile.USTAR_FORMAT, block=0, place=124, data=list(b"\x80\xff\xff\xff\xff\xff\xff"))
+def test_any_header_gives_samples_or_one_line(
+    form: int, block: int, place: int, data: list[int]
+) -> None:
+    """With a checksum that is right, as a header has that was made to mislead."""
+    path = Path(os.environ["EDGECLIP_CACHE"]).with_name("made.tar")
+    members = [("a.jpg", jpeg(0)), (f"{'x/' * 70}b.jpg", jpeg(1)), ("\xe4.txt", b"a tree")]
+    whole = bytearray(write_tar(path, members, form).read_bytes())
+    head = whole[BLOCK * block : BLOCK * (block + 1)]
+    head[place : place + len(data)] = bytes(data)
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    whole[BLOCK * block : BLOCK * (block + 1)] = head
+    path.write_bytes(whole)
+    told = ""
+    try:
+        ShardSource([path])
+    except InputError as error:
+        told = str(error)
+    assert "\n" not in told
 
 
 @given(st.integers(0, 4000), st.binary(min_size=1, max_size=3))
