@@ -288,7 +288,7 @@ def _members(opened: OpenFile, path: Path) -> Iterator[_Member]:
     """Yield the regular files of a tar file."""
     end, at = path.stat().st_size, 0
     if end == 0:
-        raise InputError(f"{path} is empty: fetch or write it again")
+        raise InputError(f"{path} is empty: delete it, and fetch or write it again")
     with contextlib.closing(_SlowHeaders(path)) as others:
         while True:
             head = opened.read(at, BLOCK)
@@ -306,11 +306,15 @@ def _members(opened: OpenFile, path: Path) -> Iterator[_Member]:
                 after = max(after, found.offset + -(-found.size // BLOCK) * BLOCK)
                 if found.offset + found.size > end:
                     shown = escape_controls(found.name.decode("utf-8", "replace"))
-                    raise InputError(f"{path} is cut off in {shown}: fetch or write it again")
+                    raise InputError(
+                        f"{path} is cut off in {shown}: delete it, and fetch or write it again"
+                    )
                 if found.size < 2**32:
                     yield found
             elif after > end + BLOCK:
-                raise InputError(f"{path} is cut off behind byte {at}: fetch or write it again")
+                raise InputError(
+                    f"{path} is cut off behind byte {at}: delete it, and fetch or write it again"
+                )
             at = after
 
 
@@ -373,11 +377,13 @@ class _SlowHeaders:
             info = tarfile.TarInfo.fromtarfile(archive)
         except Exception as error:  # of many kinds, for headers that were made to
             raise InputError(
-                f"{self._path} is no tar file, or damaged at byte {at} ({error}): fetch or write "
-                "it again"
+                f"{self._path} is no tar file, or damaged at byte {at} ({error}): delete it, and "
+                "fetch or write it again"
             ) from error
         if info.size < 0 or archive.offset <= at:
-            raise InputError(f"{self._path} is damaged at byte {at}: fetch or write it again")
+            raise InputError(
+                f"{self._path} is damaged at byte {at}: delete it, and fetch or write it again"
+            )
         name = info.name.encode("utf-8", "surrogateescape")
         is_whole = info.isreg() and not info.issparse()
         found = _Member(name, info.offset_data, info.size, head + name) if is_whole else None
