@@ -20,6 +20,11 @@ if sys.platform != "win32":
 
 KEY_BYTES = 32  # a SHA-256
 _KIND = "edgeclip-rows-1"
+# Odd, so that a word of a key that differs alone differs in the product (Knuth, multiplicative
+# hashing).
+_FACTORS = np.array(
+    [0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93], np.uint64
+)
 _LONGEST_HEADER = 1 << 16
 _READ_BYTES = 1 << 23  # read at a time when a file is opened
 _SAMPLE = 64  # keys that tell one file from another
@@ -90,9 +95,9 @@ class RowFile:
         fresh = self._fresh.get(key)
         if fresh is not None:
             return fresh
-        prefix = np.frombuffer(key, "<u8", 1)
+        short = _short(np.frombuffer(key, np.uint8))
         first, last = (
-            int(np.searchsorted(self._prefixes, prefix, side=side)[0]) for side in ("left", "right")
+            int(np.searchsorted(self._shorts, short, side=side)) for side in ("left", "right")
         )
         # The latest is behind its equals.
         for number in map(int, reversed(self._numbers[first:last])):
@@ -188,7 +193,7 @@ class RowFile:
 
     def _load(self) -> None:
         """Read the file, and remember where its last whole record ends."""
-        self._prefixes = np.empty(0, "<u8")  # the first 8 bytes of each key, sorted
+        self._shorts = np.empty(0, np.uint64)  # of each key, sorted, see `_short`
         self._numbers = np.empty(0, np.int64)  # and the number of its record
         self._fresh: dict[bytes, int] = {}  # of keys that are not in there yet
         self._damaged: list[int] = []  # numbers of records
@@ -244,38 +249,36 @@ class RowFile:
 
     def _index(self, blocks: Iterator[NDArray[Any]]) -> None:
         """Remember which record holds the row of each key; those of a wrong checksum are none."""
-        prefixes, numbers, count = [self._prefixes], [self._numbers], 0
+        shorts, numbers, count = [self._shorts], [self._numbers], 0
         for records in blocks:
             is_valid = _checksums(records) == records["crc"]
             valid = np.flatnonzero(is_valid)
             self._damaged += (count + np.flatnonzero(~is_valid)).tolist()
-            keys = np.ascontiguousarray(records["key"][valid, :8])
-            prefixes.append(keys.view("<u8").reshape(-1))
+            shorts.append(_short(records["key"][valid]))
             numbers.append(count + valid)
             count += len(records)
         self._end = self._start + count * self._record.itemsize
-        self._sort(np.concatenate(prefixes), np.concatenate(numbers))
-        twins = np.flatnonzero(self._prefixes[1:] == self._prefixes[:-1])
+        self._sort(np.concatenate(shorts), np.concatenate(numbers))
+        twins = np.flatnonzero(self._shorts[1:] == self._shorts[:-1])
         again = sum(self._key(int(self._numbers[i])) in self._keys_behind(int(i)) for i in twins)
         self._count = len(self._numbers) - again
 
     def _keys_behind(self, place: int) -> set[bytes]:
-        """Return the keys that share the prefix of the key at `place`, and come after it."""
-        last = int(np.searchsorted(self._prefixes, self._prefixes[place], side="right"))
+        """Return the keys that sort as the one at `place` does, and come after it."""
+        last = int(np.searchsorted(self._shorts, self._shorts[place], side="right"))
         return {self._key(int(number)) for number in self._numbers[place + 1 : last]}
 
     def _sort_in(self) -> None:
         keys = np.frombuffer(b"".join(self._fresh), "u1").reshape(-1, KEY_BYTES)
-        prefixes = np.ascontiguousarray(keys[:, :8]).view("<u8").reshape(-1)
         numbers = np.array(list(self._fresh.values()), np.int64)
         self._sort(
-            np.concatenate([self._prefixes, prefixes]), np.concatenate([self._numbers, numbers])
+            np.concatenate([self._shorts, _short(keys)]), np.concatenate([self._numbers, numbers])
         )
         self._fresh = {}
 
-    def _sort(self, prefixes: NDArray[np.uint64], numbers: NDArray[np.int64]) -> None:
-        order = np.lexsort((numbers, prefixes))
-        self._prefixes, self._numbers = prefixes[order], numbers[order]
+    def _sort(self, shorts: NDArray[np.uint64], numbers: NDArray[np.int64]) -> None:
+        order = np.lexsort((numbers, shorts))
+        self._shorts, self._numbers = shorts[order], numbers[order]
 
     def _key(self, number: int) -> bytes:
         return self._read(self._start + number * self._record.itemsize, KEY_BYTES)
@@ -305,6 +308,16 @@ class RowFile:
 def row_bytes(count: int, shape: tuple[int, ...], dtype: DTypeLike) -> int:
     """Return how many bytes `count` rows take in a `RowFile`."""
     return count * (KEY_BYTES + math.prod(shape) * np.dtype(dtype).itemsize + 4)
+
+
+def _short(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Return 8 bytes that hardly two keys, uint8 [..., 32], share: a hash of all of each key.
+
+    A key need not be a hash in all its bytes, such as one that ends with a number.
+    """
+    words = np.ascontiguousarray(keys).view("<u8").astype(np.uint64)
+    mixed: NDArray[np.uint64] = (words * _FACTORS).sum(axis=-1, dtype=np.uint64)
+    return mixed
 
 
 def _write(file: BinaryIO, content: bytes) -> None:

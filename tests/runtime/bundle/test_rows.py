@@ -1,6 +1,7 @@
 """Rows by the hash of what they were computed from: appended, torn, damaged, of other settings."""
 
 import hashlib
+import os
 import resource
 import signal
 import subprocess
@@ -184,6 +185,42 @@ def test_two_that_find_no_file_make_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(opened(path).rows(KEYS[:3]), ROWS[:3])
 
 
+def test_keys_that_share_their_hash(tmp_path: Path) -> None:
+    # 8 bytes of each key are held in memory: a sum of its words times odd factors.
+    first, second = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9)
+    inverse = pow(second, -1, 2**64)
+    keys = [np.array([a, -a * first * inverse % 2**64, 0, 0], "<u8").tobytes() for a in range(1, 5)]
+    with closing(opened(tmp_path / "a")) as file:
+        file.append(keys, ROWS[:4])
+        file.append(keys[:1], ROWS[4:5])
+        assert len(file) == 4
+    file = opened(tmp_path / "a")
+    assert len(file) == 4
+    np.testing.assert_array_equal(file.rows(keys), ROWS[[4, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("place", [0, 8, 16, 24])
+def test_numbered_keys_are_found_as_fast_as_hashes(tmp_path: Path, place: int) -> None:
+    # Were they to share what is held in memory, each would be looked for among all of them.
+    numbers = np.arange(20_000, dtype=">u8")
+    keys = [bytes(place) + number.tobytes() + bytes(24 - place) for number in numbers]
+    with closing(opened(tmp_path / "a", shape=(), dtype=np.int64)) as file:
+        file.append(keys, numbers)
+    file = opened(tmp_path / "a", shape=(), dtype=np.int64)
+    reads = 0
+    read = os.pread
+
+    def counted(*args: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        return read(*args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "pread", counted)
+        assert file.rows(keys[-50:]).tolist() == numbers[-50:].tolist()
+    assert reads <= 200
+
+
 @given(
     writes=st.lists(st.lists(st.integers(0, 40), max_size=6), max_size=30),
     reopen=st.integers(1, 9),
@@ -217,8 +254,7 @@ def test_it_holds_what_a_dict_would(writes: list[list[int]], reopen: int) -> Non
 def test_many_rows_take_16_bytes_each_in_memory(tmp_path: Path) -> None:
     count = 40_000
     numbers = np.arange(count, dtype="<u8")
-    keys = [bytes(24) + number.tobytes() for number in numbers]  # the number first
-    keys = [key[::-1] for key in keys]
+    keys = [number.tobytes() + bytes(24) for number in numbers]
     tracemalloc.start()
     try:
         with closing(opened(tmp_path / "a", shape=(512,))) as file:
