@@ -7,7 +7,8 @@ accelerate is loaded.
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +56,15 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until all processes are here."""
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Let the others run the block after the first process, which may leave files for them."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
 
 
 class _Launched(Processes):

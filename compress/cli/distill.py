@@ -220,9 +220,10 @@ def _load(name: str) -> DualEncoder:
 
 
 def _open_data(recipe: Recipe, args: argparse.Namespace, *, size: int) -> Source:
-    source = open_source(
-        recipe.data, split="train", count=recipe.count, size=size, strict=args.strict
-    )
+    with processes().first_before_others():
+        source = open_source(
+            recipe.data, split="train", count=recipe.count, size=size, strict=args.strict
+        )
     if recipe.keep is None:
         return source
     keep = read_keep_list(Path(recipe.keep))

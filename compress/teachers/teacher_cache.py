@@ -31,6 +31,7 @@ _SETTINGS = "cache.json"
 _ORDER, _ORDER_FILES = "order.json", ("images.int64", "starts.int64", "texts.int64")
 _NONE = np.empty(0, np.int64)
 _BATCH = 64
+_VERSION = 2  # of how views are made
 Float16 = NDArray[np.float16]
 # Adds the keys of pictures, the keys of their captions, and what was wrong with unreadable ones.
 _Write = Callable[[Sequence[bytes | None], Sequence[Sequence[bytes]], dict[int, str]], None]
@@ -177,7 +178,7 @@ def build_cache(
     image_row, text_row = (views, identity.dim), (identity.dim,)
     # The rows say themselves whose they are, for somebody may delete cache.json alone.
     of_texts = {"space": identity.space}
-    of_images = {**of_texts, "augmentation": asdict(augmentation)}
+    of_images = {**of_texts, "augmentation": asdict(augmentation), "version": _VERSION}
     needed = row_bytes(count, image_row, np.float16)
     needed += row_bytes(count, text_row, np.float16) if source.has_captions else 0
     there = sum(path.stat().st_size for path in (image_file, text_file) if path.exists())
@@ -447,7 +448,8 @@ def _half(embeddings: torch.Tensor) -> Float16:
 
 def _write_identity(folder: Path, identity: CacheIdentity) -> None:
     with atomic_file(folder / _SETTINGS) as temporary:
-        temporary.write_text(json.dumps(asdict(identity), indent=2) + "\n", encoding="utf-8")
+        data = {"version": _VERSION, **asdict(identity)}
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse_other(folder: Path, existing: CacheIdentity, wanted: CacheIdentity) -> None:
@@ -466,9 +468,9 @@ def _read_identity(folder: Path) -> CacheIdentity:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
-    if isinstance(data, dict) and "shard_size" in data:
+    if isinstance(data, dict) and data.pop("version", 1) != _VERSION:
         raise ConfigError(
-            f"{folder} is a cache of an earlier version, which did not name pictures by their "
-            "content: choose another directory, or delete it"
+            f"{path} is of another version of the cache, which made augmented views otherwise: "
+            "choose another directory, or delete it"
         )
     return parse(CacheIdentity, data, source=str(path))

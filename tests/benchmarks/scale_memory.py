@@ -80,7 +80,7 @@ def run(count: int) -> None:
     source = Repeated(count)
     with tempfile.TemporaryDirectory() as folder:
         space = {"space": space_fingerprint(teacher)}
-        of_images = {**space, "augmentation": asdict(Augmentation())}
+        of_images = {**space, "augmentation": asdict(Augmentation()), "version": 2}
         fill(Path(folder, "image.rows"), (1, _DIM), of_images, count, image_key)
         fill(Path(folder, "text.rows"), (_DIM,), space, count, text_key)
         with Peak() as of_cache:

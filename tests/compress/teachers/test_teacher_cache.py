@@ -355,7 +355,7 @@ def test_damaged_settings(
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [("colour", "colour: unknown key"), ("shard_size", "is a cache of an earlier version, which")],
+    [("colour", "colour: unknown key"), ("version", "is of another version of the cache, which made augmented")],
 )
 def test_settings_of_another_version(
     cache: TeacherCache,
