@@ -355,7 +355,10 @@ def test_damaged_settings(
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [("colour", "colour: unknown key"), ("version", "is of another version of the cache, which made augmented")],
+    [
+        ("colour", "colour: unknown key"),
+        ("version", "is of another version of the cache, which made augmented"),
+    ],
 )
 def test_settings_of_another_version(
     cache: TeacherCache,
