@@ -357,7 +357,7 @@ def test_damaged_settings(
     ("key", "message"),
     [
         ("colour", "colour: unknown key"),
-        ("version", "is of another version of the cache, which made augmented"),
+        ("version", "is of another version of the cache"),
     ],
 )
 def test_settings_of_another_version(
