@@ -159,15 +159,20 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
     student = DualEncoder(
         model, image, teacher.tokenizer, space=teacher.space, licence=teacher.licence
     )
-    _take_temperature(student, teacher)
+    _freeze_what_is_not_distilled(student, teacher)
     return student
 
 
-def _take_temperature(student: DualEncoder, teacher: DualEncoder) -> None:
-    """Let a student answer at the teacher's temperature."""
+def _freeze_what_is_not_distilled(student: DualEncoder, teacher: DualEncoder) -> None:
+    """Let a student answer at the teacher's temperature, and train only what embeddings need.
+
+    Processes that train together wait for the gradient of every weight that asks for one.
+    """
     with torch.no_grad():
         student.logit_scale.copy_(teacher.logit_scale.reshape(student.logit_scale.shape))
-    student.logit_scale.requires_grad_(False)
+    for name, weight in student.named_parameters():
+        if name.endswith(("logit_scale", "logit_bias", "mask_token")):
+            weight.requires_grad_(False)
 
 
 def _image_spec(image: ImageSpec, size: int | None) -> ImageSpec:
@@ -329,7 +334,7 @@ def adopt_student(model: DualEncoder, teacher: DualEncoder, *, seed: int = 0) ->
         space=teacher.space,
         licence=joined(model.licence, teacher.licence),
     )
-    _take_temperature(student, teacher)
+    _freeze_what_is_not_distilled(student, teacher)
     return student
 
 

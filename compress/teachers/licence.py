@@ -18,6 +18,7 @@ _KNOWN = {
     "eupe": "fair-noncommercial-research-license",
     "jina-clip": "cc-by-nc-4.0",
 }
+_HUB_ID = re.compile(r"[\w.-]+/[\w.@-]+")
 _RESTRICTED = re.compile(
     r"(?:^|[^a-z])(?:nc|amlr|non-?commercial|research)(?:[^a-z]|$)", re.IGNORECASE
 )
@@ -69,7 +70,9 @@ def _of_text(folder: Path) -> str | None:
 
 
 def _of_name(source: str) -> str | None:
-    name = source.casefold()
+    name = source.casefold().rstrip("/")
+    if not _HUB_ID.fullmatch(name):
+        name = name.rpartition("/")[2]  # the folders around a directory tell nothing
     return next((licence for word, licence in _KNOWN.items() if word in name), None)
 
 

@@ -71,6 +71,24 @@ def test_a_smaller_student_inherits_and_survives_saving(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_weight_that_is_trained_has_a_gradient(name: str, folder: Path) -> None:
+    teacher = _teacher(name, folder)
+    shapes = [CONVOLUTIONAL] if name == "convnext_and_roberta" else [CONVOLUTIONAL, WHOLE, NARROW]
+    for student in (*(new_student(teacher, shape) for shape in shapes), _adopted(teacher)):
+        student.train()
+        pictures = [SOURCE[index].image for index in range(len(SOURCE))]
+        image = student.embed_image(student.preprocess(pictures))
+        text = student.embed_text(student.tokenize(["red apple", "an eagle"]))
+        (image[0, 0] + text[0, 0]).backward()
+        trained = {name: item for name, item in student.named_parameters() if item.requires_grad}
+        assert not [name for name, weight in trained.items() if weight.grad is None]
+
+
+def _adopted(teacher: DualEncoder) -> DualEncoder:
+    return adopt_student(teacher, teacher)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("whole_text", [True, False])
 def test_a_convolutional_tower_stands_beside_any_text_tower(
     name: str, whole_text: bool, folder: Path, tmp_path: Path

@@ -39,6 +39,7 @@ def test_the_front_matter_of_a_card_tells_it(
 def test_a_known_text_or_name_tells_it_where_no_card_does(tmp_path: Path) -> None:
     assert read_licence(tmp_path, "someone/model") is None
     assert read_licence(tmp_path, "apple/MobileCLIP-S2-OpenCLIP") == "apple-amlr"
+    assert read_licence(tmp_path, "runs/mobileclip-trials/small") is None
     (tmp_path / "LICENSE").write_text("\n   Apache License\n  Version 2.0")
     assert read_licence(tmp_path, "apple/MobileCLIP-S2-OpenCLIP") == "apache-2.0"
     (tmp_path / "LICENSE").write_text("Do what you like")
