@@ -47,7 +47,11 @@ class TeacherSizes:
             ConfigError: not found, or of another architecture.
         """
         try:
-            config = AutoConfig.from_pretrained(source)
+            name, _, revision = str(source).partition("@")
+            if not revision or Path(source).is_dir():
+                config = AutoConfig.from_pretrained(source)
+            else:  # OWNER/NAME@REVISION
+                config = AutoConfig.from_pretrained(name, revision=revision)
         except Exception as error:  # transformers raises many kinds on damaged files
             raise ConfigError(
                 f"cannot read the configuration of the teacher {source}: {first_line(error)}"

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,16 +158,21 @@ def _read_adapter(folder: Path, source: str | Path) -> ModelParts:
             f"{source} is a LoRA adapter, which the Python package peft merges into its model: "
             "run `pip install 'edgeclip[lora]'`"
         ) from error
-    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    settings = read_json(folder / ADAPTER_CONFIG)
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str) or not name:
         raise ConfigError(
             f"{source}: {ADAPTER_CONFIG} does not name its base model: write it there, as "
             "base_model_name_or_path"
         )
     beside = folder / name
-    base = model_folder(beside if beside.is_dir() else name)
-    parts = read_model(base, name)
-    merged: Any = PeftModel.from_pretrained(parts.model, str(folder)).merge_and_unload()
+    where = str(beside) if beside.is_dir() else name
+    if revision and not Path(where).is_dir():
+        where = f"{name}@{revision}"
+    parts = read_model(model_folder(where), name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, about what transformers will rename
+        merged: Any = PeftModel.from_pretrained(parts.model, str(folder)).merge_and_unload()
     licence = joined(read_licence(folder, source), parts.licence)
     return replace(parts, model=merged, licence=licence)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.errors import ConfigError
@@ -168,6 +168,23 @@ def test_what_of_open_clip_cannot_be_read(
     with pytest.raises(ConfigError, match=message) as caught:
         DualEncoder.load(made.folder)
     assert str(made.folder) in str(caught.value)
+
+
+def test_open_clips_text_tower_may_be_a_module_of_its_own(tmp_path: Path) -> None:
+    made = FAMILIES["open_clip"](tmp_path / "checkpoint")
+    before = DualEncoder.load(made.folder)
+    path = made.folder / "open_clip_model.safetensors"
+    state = load_file(path)
+    own = {
+        name if name.startswith(("visual.", "logit_")) else f"text.{name}": value
+        for name, value in state.items()
+    }
+    save_file(own | {"text.attn_mask": torch.zeros(2, 2)}, path)
+    _change(
+        made.folder / "open_clip_config.json",
+        lambda data: data["model_cfg"].update(custom_text=True),
+    )
+    assert DualEncoder.load(made.folder).space == before.space
 
 
 def test_open_clip_weights_of_torch_are_read_without_running_anything(tmp_path: Path) -> None:
