@@ -29,7 +29,7 @@ from edgeclip.compress.teachers.model_folder import (
     check_weight_file,
     read_json,
 )
-from edgeclip.compress.teachers.read_tokenizer import canonicalise, read_tokenizer
+from edgeclip.compress.teachers.read_tokenizer import as_generic, canonicalise, read_tokenizer
 from edgeclip.runtime.errors import ConfigError, first_line
 from edgeclip.runtime.inputs.preprocess import CLIP_MEAN, CLIP_STD
 from edgeclip.runtime.spec import ImageSpec
@@ -70,8 +70,9 @@ def read_open_clip(
         model, rules = CLIPModel(config), _CLIP
     tokenizer = read_tokenizer(folder, source, config)
     clean = given.text.get("tokenizer_kwargs", {}).get("clean")
-    if clean in ("canonicalize", "lower"):
-        canonicalise(tokenizer, lower=True, punctuation=clean == "lower")
+    is_cleaned = clean in ("canonicalize", "lower")
+    if is_cleaned and canonicalise(tokenizer, lower=True, punctuation=clean == "lower"):
+        tokenizer = as_generic(tokenizer)
     if given.is_siglip:
         tokenizer.model_max_length = config.text_config.max_position_embeddings
     else:

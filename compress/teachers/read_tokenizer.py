@@ -49,13 +49,16 @@ def read_tokenizer(
             "needs a tokenizer.json: save a fast tokenizer of the same vocabulary there"
         )
     if made_by == _SIGLIP_2:
-        return _generic(tokenizer)
+        return as_generic(tokenizer)
     fast: PreTrainedTokenizerFast = tokenizer
     return fast
 
 
-def _generic(tokenizer: Any) -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose class does not add a lower-casing step each time it is loaded."""
+def as_generic(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """Return a tokenizer as one of the class that takes its tokenizer.json as it is.
+
+    Classes of their own make the normalizer anew when they are loaded, or add to it each time.
+    """
     marks = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
@@ -99,7 +102,7 @@ def _token(settings: dict[str, Any], name: str, usual: str) -> str:
     return str(value["content"] if isinstance(value, dict) else value)
 
 
-def canonicalise(tokenizer: Any, *, lower: bool, punctuation: bool = False) -> None:
+def canonicalise(tokenizer: Any, *, lower: bool, punctuation: bool = False) -> bool:
     """Let a normalizer make texts canonical before all else, in place, unless it does already.
 
     That is lower case, no ASCII punctuation, single spaces: `canonicalize_text` of SigLIP's
@@ -109,18 +112,22 @@ def canonicalise(tokenizer: Any, *, lower: bool, punctuation: bool = False) -> N
         tokenizer: of `tokenizers`, or one of transformers around it.
         lower: whether to use lower case.
         punctuation: whether to keep punctuation.
+
+    Returns:
+        Whether there was anything to do.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     usual = backend.normalizer
     done = "A," if usual is None else usual.normalize_str("A,")
     if (punctuation or "," not in done) and (not lower or "A" not in done):
-        return
+        return False
     steps: list[normalizers.Normalizer] = [normalizers.Lowercase()] if lower else []
     if not punctuation:
         marks = "".join(f"\\{mark}" for mark in string.punctuation)
         steps.append(normalizers.Replace(Regex(f"[{marks}]"), ""))
     steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     backend.normalizer = normalizers.Sequence([*steps, *([usual] if usual else [])])
+    return True
 
 
 @dataclass(slots=True)

@@ -381,8 +381,10 @@ def open_clip_siglip(folder: Path) -> Teacher:
         "resize_mode": "squash",
     }
     _save_open_clip(folder, found, config, made.folder, preprocess)
-    settings = folder / "tokenizer_config.json"  # theirs is T5's
-    kept = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    bare = json.loads((folder / "tokenizer.json").read_text()) | {"normalizer": None}
+    (folder / "tokenizer.json").write_text(json.dumps(bare))
+    settings = folder / "tokenizer_config.json"
+    kept = json.loads(settings.read_text()) | {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
     settings.write_text(json.dumps(kept))
     return Teacher(folder, model, made.processor, made.tokenize)
 
