@@ -27,6 +27,7 @@ from edgeclip.compress.teachers.mixed_towers import MixedDualEncoder, tower_of
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import ImageSpec, Tower
 
+_JOINT = re.compile(r"in_proj_|qkv", re.IGNORECASE)  # query, key and value in one
 # The number of a layer in the name of a weight: encoder.layers.3.mlp, encoder.layer.3, layers.3.
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
@@ -76,7 +77,7 @@ def _leading(weight: Tensor, shape: torch.Size, name: str) -> Tensor:
             f"{name}: the student wants {tuple(shape)}, the teacher has {tuple(weight.shape)}; "
             f"a student can only be smaller"
         )
-    if name.endswith(("in_proj_weight", "in_proj_bias")):  # query, key and value in one
+    if _JOINT.search(name) and weight.shape[0] % 3 == shape[0] % 3 == 0:
         parts = weight.unflatten(0, (3, -1))[:, : shape[0] // 3]
         weight = parts.flatten(0, 1)
     return weight[tuple(slice(0, size) for size in shape)]

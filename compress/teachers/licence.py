@@ -16,11 +16,13 @@ _KNOWN = {
     "mobileclip": "apple-amlr",
     "metaclip": "cc-by-nc-4.0",
     "eupe": "fair-noncommercial-research-license",
-    "jina-clip": "cc-by-nc-4.0",
+    "jina-clip-v2": "cc-by-nc-4.0",
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.@-]+")
 _RESTRICTED = re.compile(
-    r"(?:^|[^a-z])(?:nc|amlr|non-?commercial|research)(?:[^a-z]|$)", re.IGNORECASE
+    # apple-ascl is what the cards of the first MobileCLIPs call their research licence.
+    r"(?:^|[^a-z])(?:nc|amlr|ascl|non-?commercial|research)(?:[^a-z]|$)",
+    re.IGNORECASE,
 )
 _TEXTS = {  # the first words of a LICENSE file
     "apache license": "apache-2.0",

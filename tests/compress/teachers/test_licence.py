@@ -50,6 +50,7 @@ def test_a_known_text_or_name_tells_it_where_no_card_does(tmp_path: Path) -> Non
     ("licence", "restricted"),
     [
         ("apple-amlr", True),
+        ("apple-ascl", True),
         ("cc-by-nc-4.0", True),
         ("CC-BY-NC-SA-4.0", True),
         ("fair-noncommercial-research-license", True),
