@@ -346,6 +346,7 @@ def _with_dim(model: Any, dim: int, generator: torch.Generator) -> PreTrainedMod
         width = config.vision_config.hidden_size
         mixed = _mixed_config(config.vision_config, config.text_config, width)
         model = MixedDualEncoder(mixed, model.vision_model, model.text_model)
+        model.add_module("visual_projection", nn.Identity())
     before = int(model.config.projection_dim)
     mapping = nn.init.orthogonal_(torch.empty(dim, before), generator=generator)
     for name in ("visual_projection", "text_projection"):

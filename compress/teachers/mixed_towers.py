@@ -23,8 +23,6 @@ from transformers import (
     PreTrainedModel,
     SiglipTextConfig,
     SiglipTextModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
     VisionTextDualEncoderModel,
 )
 
@@ -35,7 +33,6 @@ _TOWERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
     MetaClip2TextConfig: MetaClip2TextModel,
     MetaClip2VisionConfig: MetaClip2VisionModel,
     SiglipTextConfig: SiglipTextModel,
-    SiglipVisionConfig: SiglipVisionModel,
 }
 
 
@@ -50,7 +47,7 @@ def tower_of(config: PreTrainedConfig) -> PreTrainedModel | None:
 class MixedDualEncoder(VisionTextDualEncoderModel):
     """A `VisionTextDualEncoderModel` whose towers may be of the families above.
 
-    A tower of SigLIP as wide as the embeddings has no projection: its head is one.
+    SigLIP's text tower has no projection where its head gives embeddings of their length already.
 
     Args:
         config: a `VisionTextDualEncoderConfig`.
@@ -101,6 +98,6 @@ def pooled_width(config: PreTrainedConfig) -> int:
 
 def _projection(config: PreTrainedConfig, dim: int) -> nn.Module:
     width = pooled_width(config)
-    if width == dim and isinstance(config, SiglipTextConfig | SiglipVisionConfig):
+    if width == dim and isinstance(config, SiglipTextConfig):
         return nn.Identity()
     return nn.Linear(width, dim, bias=False)

@@ -11,10 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import (
+    SiglipVisionConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.errors import ConfigError
-from tests.compress.teachers.teacher_factory import FAMILIES, Teacher
+from tests.compress.teachers.teacher_factory import FAMILIES, VISION, Teacher, spread
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +107,21 @@ def test_siglips_tokenizer_is_made_from_its_sentencepiece_model(tmp_path: Path) 
     (made.folder / "spiece.model").write_bytes(model.SerializeToString()[:-3])
     with pytest.raises(ConfigError, match=r"spiece\.model is no SentencePiece model"):
         DualEncoder.load(made.folder)
+
+
+def test_siglips_image_tower_beside_another_text_tower(tmp_path: Path) -> None:
+    """It has a projection there, also where that changes no width."""
+    made = FAMILIES["vit_and_bert"](tmp_path / "bert")
+    text = made.model.config.text_config
+    vision = SiglipVisionConfig(**VISION)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=32)
+    model = VisionTextDualEncoderModel(config)
+    spread(model)
+    model.save_pretrained(made.folder)
+    loaded = DualEncoder.load(made.folder)
+    assert torch.equal(
+        loaded.model.get_parameter("visual_projection.weight"), model.visual_projection.weight
+    )
 
 
 def test_chinese_clip_as_it_lies_on_the_hub(tmp_path: Path) -> None:
