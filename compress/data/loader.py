@@ -4,12 +4,15 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from edgeclip.runtime.errors import EdgeClipError, InputError
 
@@ -68,7 +71,8 @@ def killed_workers_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # Not "Caught RuntimeError in DataLoader worker process": that one is alive.
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise InputError(
             "a process that reads pictures was killed, perhaps because the memory is full: run it "
@@ -84,9 +88,38 @@ class _Made(Dataset[Any], Generic[Key, Item]):
 
     def __getitem__(self, key: Key) -> "Item | _Failed":
         try:
-            return self._make(key)
+            made = self._make(key)
+            if get_worker_info() is not None:
+                _share(made)
+            return made
         except EdgeClipError as error:
             return _Failed(error)  # raised in a worker, it would come with a traceback in its text
+
+
+def _share(item: object) -> None:
+    """Move the tensors of an item to shared memory, in place.
+
+    The thread that sends items would do it too, but would lose an item for which there is no room,
+    and the main process would wait for it for ever.
+
+    Raises:
+        InputError: the shared memory is full.
+    """
+    if isinstance(item, Tensor):
+        try:
+            item.share_memory_()
+        except RuntimeError as error:
+            raise InputError(
+                f"the shared memory (/dev/shm) has no room for {item.nbytes / 1e6:.0f} MB of a "
+                "batch: give it more (`docker run --shm-size 8g`), or choose fewer --workers, "
+                "or --workers 0, which needs none"
+            ) from error
+    elif isinstance(item, Mapping):
+        for value in item.values():
+            _share(value)
+    elif is_dataclass(item):
+        for field in fields(item):
+            _share(getattr(item, field.name))
 
 
 class _Failed:
@@ -98,5 +131,14 @@ class _Failed:
 
 def _begin(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    signal.signal(signal.SIGTERM, _end_at_the_second)
     logging.getLogger("edgeclip").setLevel(logging.ERROR)  # the main process's to say, too
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+
+
+def _end_at_the_second(_signal: int, _frame: FrameType | None) -> None:
+    """Ignore a SIGTERM: the first one may go to a whole group, whose main process ends the others.
+
+    So it does in systemd, Slurm and torchrun.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

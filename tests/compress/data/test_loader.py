@@ -1,0 +1,66 @@
+import os
+import resource
+import signal
+from contextlib import closing
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgeclip.compress.data.loader import killed_workers_explained, load
+from edgeclip.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class _Item:
+    rows: dict[str, Tensor]
+
+
+def _item(number: int) -> _Item:
+    return _Item({"rows": torch.full((300_000,), number)})
+
+
+def _terminated(number: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return number
+
+
+def _killed(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def _wrong(_number: int) -> int:
+    raise RuntimeError("a mistake in the code")
+
+
+def _without_shared_memory(number: int) -> _Item:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit))
+    return _item(number)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_items_come_in_order(workers: int) -> None:
+    found = list(load(_item, range(7), workers=workers))
+    assert [int(item.rows["rows"][0]) for item in found] == list(range(7))
+
+
+def test_full_shared_memory_is_an_error_and_no_endless_wait() -> None:
+    with closing(load(_without_shared_memory, range(3), workers=1)) as items:
+        with pytest.raises(InputError, match="shm-size"):
+            next(items)
+
+
+def test_a_signal_to_the_whole_group_ends_no_worker() -> None:
+    with killed_workers_explained():
+        assert list(load(_terminated, range(6), workers=1)) == list(range(6))
+
+
+def test_a_killed_worker_is_told_from_a_mistake_in_one() -> None:
+    with pytest.raises(InputError, match="was killed"), killed_workers_explained():
+        list(load(_killed, range(3), workers=1))
+    with pytest.raises(RuntimeError, match="a mistake in the code"), killed_workers_explained():
+        list(load(_wrong, range(3), workers=1))
