@@ -116,7 +116,7 @@ def seen_box(width: int, height: int, spec: ImageSpec) -> Box:
 
     It lies in the image as (left, upper, right, lower).
     """
-    full = _resized(width, height, spec.resize)
+    full = (spec.resize, spec.resize) if spec.stretch else _resized(width, height, spec.resize)
     step_x, step_y = width / full[0], height / full[1]
     left, upper = (full[0] - spec.size) // 2, (full[1] - spec.size) // 2
     right, lower = (left + spec.size) * step_x, (upper + spec.size) * step_y

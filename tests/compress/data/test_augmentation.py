@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -29,6 +31,17 @@ def test_view_0_is_what_the_runtime_sees(spec: ImageSpec) -> None:
     picture = _noise(40, 30)
     seen = view_crop(picture, spec, Augmentation(crop=0.5, colour=0.9), picture_seed=3, view=0)
     np.testing.assert_array_equal(seen, resize_and_crop(picture, spec))
+
+
+def test_views_of_a_stretched_picture_reach_its_edges() -> None:
+    wide = Image.new("RGB", (300, 100))
+    wide.paste((255, 0, 0), (0, 0, 60, 100))
+    wide.paste((0, 0, 255), (240, 0, 300, 100))
+    spec = replace(_spec(30), stretch=True)
+    for view in range(4):
+        seen = view_crop(wide, spec, Augmentation(colour=0), picture_seed=1, view=view)
+        assert (seen[:, 0] == (255, 0, 0)).all()
+        assert (seen[:, -1] == (0, 0, 255)).all()
 
 
 @given(
