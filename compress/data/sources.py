@@ -106,6 +106,7 @@ class EmojiSource:
         self, split: Split, count: int, *, size: int, seed: int = 0, distinct: bool = False
     ) -> None:
         self.split: Split = split
+        self._seed, self._distinct = seed, distinct
         self._world = EmojiScenes(split, seed=seed)
         # Cached, because picture and caption of a scene are read one after the other.
         draw = self._world.distinct(count).__getitem__ if distinct else self._world.scene
@@ -116,6 +117,13 @@ class EmojiSource:
         self.identity = f"emoji-scenes:{split}:{seed}:{count}:{size}:{distinct}:{_drawn_from()}"
         world = f"emoji-scenes:{split}:{seed}:{size}:{distinct}:{_drawn_from()}"
         self.of_world = hashlib.sha256(world.encode()).hexdigest()[:_OF_WORLD]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For processes that are not forked, as on macOS and Windows.
+        make = functools.partial(
+            EmojiSource, size=self._size, seed=self._seed, distinct=self._distinct
+        )
+        return make, (self.split, self._count)
 
     def __len__(self) -> int:
         return self._count

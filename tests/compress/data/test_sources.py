@@ -3,6 +3,7 @@ import gc
 import json
 import logging
 import os
+import pickle
 import shutil
 import tracemalloc
 from collections.abc import Sequence
@@ -165,6 +166,14 @@ def test_several_captions_of_a_picture(folder: Path) -> None:
     before = source.identity
     _write_table(folder, "b.png,one", "deep/c.png,two", "a.png,three", "b.png,five")
     assert FolderSource(folder).identity != before
+
+
+def test_scenes_reach_a_process_that_is_not_forked() -> None:
+    source = EmojiSource("unseen", 5, size=20, seed=3, distinct=True)
+    again: EmojiSource = pickle.loads(pickle.dumps(source))
+    assert (again.identity, again.content(4)) == (source.identity, source.content(4))
+    assert again[4].image.tobytes() == source[4].image.tobytes()
+    assert again[4].caption == source[4].caption
 
 
 def test_a_table_that_names_no_picture(folder: Path) -> None:
