@@ -18,7 +18,7 @@ from edgeclip.compress.data.sampling import MOST_HELD_OUT, Sampling
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.processes import is_helper, processes
 from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
-from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder
+from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.compress.train.curves import write_curves
 from edgeclip.compress.train.distill import distill
@@ -163,11 +163,10 @@ def run(args: argparse.Namespace) -> int:
     source = _open_data(recipe, args, size=max(own.image_spec.size for own in teachers))
     # Refuses a number before the teacher's work.
     Sampling(parts_of(source), held_out=recipe.held_out)
-    student = _student(recipe, first, source)
+    start = None if recipe.start is None else _load(recipe.start)
+    student = _student(recipe, first, source, start)
     require_space(args.out, student.weight_bytes)
     caches = _caches(recipe, args, teachers, source)
-    if processes().is_first:
-        recipe.save(folder / "recipe.yaml")
     best = distill(
         student,
         caches,
@@ -177,6 +176,8 @@ def run(args: argparse.Namespace) -> int:
         out=folder,
         held_out=recipe.held_out,
         max_bad=max_bad(args),
+        start="" if start is None else space_fingerprint(start),
+        begin=lambda: recipe.save(folder / "recipe.yaml"),
     )
     if not processes().is_first:
         return 0
@@ -231,15 +232,17 @@ def _open_data(recipe: Recipe, args: argparse.Namespace, *, size: int) -> Source
     return only(source, rows, name=f"{source.name}, {len(rows)} of them kept by {keep.path}")
 
 
-def _student(recipe: Recipe, teacher: DualEncoder, source: Source) -> DualEncoder:
+def _student(
+    recipe: Recipe, teacher: DualEncoder, source: Source, start: DualEncoder | None
+) -> DualEncoder:
     shape = recipe.student
     seed = recipe.training.seed
-    if recipe.start is not None:
+    if start is not None:
         if shape != StudentShape():
             raise ConfigError(
                 "--start begins with a whole model, so leave out the sizes of a student"
             )
-        student = adopt_student(_load(recipe.start), teacher, seed=seed)
+        student = adopt_student(start, teacher, seed=seed)
     else:
         if not source.has_captions and not shape.whole_text:
             if processes().is_first:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -56,6 +56,8 @@ def distill(
     out: Path,
     held_out: int | None = None,
     max_bad: MaxBad = DEFAULT_MAX_BAD,
+    start: str = "",
+    begin: Callable[[], None] = lambda: None,
 ) -> BestStep | None:
     """Train `student` in place; write checkpoints and `log.jsonl` to `out`.
 
@@ -70,6 +72,9 @@ def distill(
     Args:
         caches: the embeddings of one teacher or several; the student lives in the space of the
             first. See `affinity_loss` for what the others do.
+        start: names the model that the student was, if it is no part of the teacher; resuming with
+            another is refused.
+        begin: see `TrainTask`.
 
     Raises:
         ConfigError: a cache was made from other data than `source`, or the student's embeddings
@@ -114,7 +119,10 @@ def distill(
             batch=DistillationBatches(student, caches, source, sampling, settings),
             embed=partial(embed_batch, student),
             losses=partial(_losses, loss_weights, [own.settings.logit_scale for own in caches]),
-            identity=_identity(student, caches, loss_weights, source, len(sampling.held_out)),
+            identity=_identity(
+                student, caches, loss_weights, source, len(sampling.held_out), start
+            ),
+            begin=begin,
             validate=validate,
             validate_every=seldom,
             note_bad=_BadPictures(len(source), max_bad),
@@ -187,6 +195,8 @@ class DistillationBatches:
         # The student itself is not kept: a worker process gets a copy of this object.
         self._spec, self._tokenizer = student.image_spec, student.text_tokenizer
         self._caches, self._source, self._sampling = caches, source, sampling
+        # One may have become unreadable between the caches of two teachers.
+        self._unreadable = {index for cache in caches for index in cache.unreadable}
         self._batch_size = settings.batch_size
 
     def items(self, part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -235,10 +245,9 @@ class DistillationBatches:
         size = self._spec.size
         crops = np.zeros((len(indices), size, size, 3), np.uint8)
         bad: dict[int, str] = {}
-        known_bad = set(self._caches[0].unreadable)
         how = self._caches[0].settings.augmentation
         for place, (index, view) in enumerate(zip(indices.tolist(), views.tolist(), strict=True)):
-            if index in known_bad:
+            if index in self._unreadable:
                 bad[index] = ""
                 continue
             try:
@@ -309,15 +318,19 @@ def _identity(
     weights: LossWeights,
     source: Source,
     held_out: int,
+    start: str,
 ) -> str:
     """Return the identity of a run.
 
-    The full model config is not part of it, because it contains the teacher's path and a date.
+    The full model config is not part of it, because it contains the teacher's path and a date. The
+    input contract is: a convolutional tower has the same weights for pictures of any size.
     """
     sizes = {name: list(value.shape) for name, value in student.model.state_dict().items()}
     settings = [asdict(own.settings) for own in caches]
     shares = [part.weight for part in parts_of(source)]
     model = student.model.config.model_type
+    inputs = (asdict(student.image_spec), asdict(student.spec.text))
     return "distill " + json.dumps(
-        (settings, model, sizes, asdict(weights), shares, held_out), sort_keys=True
+        (settings, model, sizes, inputs, asdict(weights), shares, held_out, start),
+        sort_keys=True,
     )

@@ -174,6 +174,7 @@ class TrainTask:
         validate_every: steps between two validations, at least; the first and the last step are
             always validated.
         note_bad: is told of items that could not be read; it may raise.
+        begin: is called once it is known that the run may begin or go on, in the first process.
     """
 
     title: str
@@ -185,6 +186,7 @@ class TrainTask:
     validate: Callable[[], Validation] | None = None
     validate_every: int = 1
     note_bad: Callable[[dict[int, str]], None] = lambda _bad: None
+    begin: Callable[[], None] = lambda: None
 
 
 def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | None:
@@ -211,6 +213,8 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(task, settings, out, team)
     start, seconds = run.resume()
+    if team.is_first:
+        task.begin()
     team.wait()  # until all have read the log that is written from here on
     own = range(team.number * settings.accumulate, (team.number + 1) * settings.accumulate)
     keys = (Part(step, number, parts) for step in range(start, settings.steps) for number in own)
@@ -255,7 +259,9 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
             says = f"loss={values['total']:.3f}{shown}{waiting.says()}"
             bar.set_postfix_str(says, refresh=False)
             waiting.warn(step - start)
-            is_stopped, is_due = team.any(stop.is_set, clock.due(settings.checkpoint_seconds))
+            # One clock: else each process would ask for a checkpoint of its own.
+            is_due = team.is_first and clock.due(settings.checkpoint_seconds)
+            is_stopped, is_due = team.any(stop.is_set, is_due)
             is_last = step + 1 == settings.steps or run.is_out_of_patience
             if is_stopped or is_last or is_due:
                 log.flush()

@@ -279,6 +279,12 @@ def test_a_run_is_repeated_from_its_recipe(
     assert main(["distill", "--recipe", str(written), "--out", str(tmp_path / "b")]) == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
+    # A run that is refused changes nothing of the one that is there.
+    before = written.read_bytes()
+    again = ["distill", "--recipe", str(written), "--batch-size", "2", "--out", str(tmp_path / "a")]
+    assert main(again) == 2
+    assert "other settings (batch-size)" in capsys.readouterr().err
+    assert written.read_bytes() == before
 
 
 def test_mistakes_in_a_recipe(teacher_folder: Path, tmp_path: Path, capsys: Capture) -> None:

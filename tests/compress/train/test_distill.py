@@ -31,6 +31,7 @@ from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.pretrain import new_teacher
 from edgeclip.compress.train.train_loop import Part, TrainSettings, read_log
 from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.inputs.find_images import MaxBad
 from tests.compress.conftest import SHAPE
 
 pytestmark = pytest.mark.slow
@@ -331,6 +332,40 @@ def test_a_teacher_that_moved_resumes(
     assert space_fingerprint(first) == space_fingerprint(second)
 
 
+def test_pictures_of_another_size_do_not_resume(
+    teacher: DualEncoder, cache: TeacherCache, source: FolderSource, tmp_path: Path
+) -> None:
+    # A convolutional tower has weights of the same sizes for both.
+    small = StudentShape(
+        family="convolutional", whole_text=True, conv_widths=(8,), conv_depths=(1,), image_size=16
+    )
+    settings = replace(SETTINGS, steps=2)
+    _distilled(teacher, cache, source, tmp_path / "run", settings, small)
+    with pytest.raises(ConfigError, match="other data, teacher or student"):
+        large = replace(small, image_size=24)
+        _distilled(teacher, cache, source, tmp_path / "run", settings, large)
+
+
+def test_a_picture_that_the_second_teacher_could_not_read_is_left_out(
+    teacher: DualEncoder, few_pictures: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(few_pictures, tmp_path / "pictures")
+    source = FolderSource(folder)
+    first = build_cache(teacher, source, tmp_path / "first")
+    whole = source.paths[3].read_bytes()
+    source.paths[3].write_bytes(whole[:40])
+    limit = MaxBad(share=0.5, count=5)
+    second = build_cache(teacher, source, tmp_path / "second", max_bad=limit)
+    source.paths[3].write_bytes(whole)
+    assert (first.unreadable, second.unreadable) == ((), (3,))
+    how = replace(SETTINGS, batch_size=len(source))
+    sampling = Sampling(parts_of(source), held_out=0)
+    part = Part(0, 0, 1)
+    batches = DistillationBatches(teacher, [first, second], source, sampling, how)
+    left_out = batches.items(part)[0][~batches(part).targets["readable"].numpy()]
+    assert left_out.tolist() == [3]
+
+
 def test_another_teacher_or_student_does_not_resume(
     teacher: DualEncoder, cache: TeacherCache, source: FolderSource, tmp_path: Path
 ) -> None:
@@ -338,6 +373,19 @@ def test_another_teacher_or_student_does_not_resume(
     _distilled(teacher, cache, source, out)
     with pytest.raises(ConfigError, match="other data, teacher or student"):
         _distilled(teacher, cache, source, out, shape=replace(SMALL, image_layers=1))
+    begun = []
+    with pytest.raises(ConfigError, match="other data, teacher or student"):
+        distill(
+            new_student(teacher, SMALL),
+            cache,
+            source,
+            loss_weights=LossWeights(),
+            settings=SETTINGS,
+            out=out,
+            start="another model",
+            begin=lambda: begun.append(True),
+        )
+    assert not begun
     other = copy.deepcopy(teacher)
     with torch.no_grad():
         other.model.get_parameter("visual_projection.weight").mul_(-1)
