@@ -77,8 +77,8 @@ def distill(
         begin: see `TrainTask`.
 
     Raises:
-        ConfigError: a cache was made from other data than `source`, or the student's embeddings
-            have another length than the first teacher's.
+        ConfigError: a cache was made from other data than `source`, the student's embeddings have
+            another length than the first teacher's, or nothing teaches pictures without captions.
     """
     caches = [caches] if isinstance(caches, TeacherCache) else list(caches)
     first = caches[0].settings
@@ -95,6 +95,11 @@ def distill(
             "the teachers' caches hold other views of the pictures: make them with the same --views"
         )
     if not first.captions:
+        if not loss_weights.feature:
+            raise ConfigError(
+                f"{source.name}: pictures without captions learn by --feature alone, whose weight "
+                "is 0: choose one above 0"
+            )
         prefixes = student.tower_parts("text")
         for name, weight in student.named_parameters():
             weight.requires_grad_(weight.requires_grad and not name.startswith(prefixes))
@@ -149,7 +154,7 @@ def _losses(
     image, teacher_image = found["image"][rows], targets["image 0"][rows]
     if "text" not in found:
         loss = feature_loss(image, teacher_image)
-        return {"total": loss}
+        return {"total": weights.feature * loss}
     teachers = [
         TeacherRows(
             image=targets[f"image {number}"][rows],

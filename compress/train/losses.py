@@ -161,7 +161,8 @@ def distillation_losses(
     if captioned is None:
         captioned = torch.ones(len(image), dtype=torch.bool, device=image.device)
     if not captioned.any():
-        return {"total": (loss := feature_loss(image, first.image)), "feature": loss}
+        loss = feature_loss(image, first.image) / 2  # as much as pictures count in other batches
+        return {"total": weights.feature * loss, "feature": loss}
     every, text = image, text[captioned]
     image, pairs = image[captioned], [own.chosen(captioned) for own in teachers]
     same = None if same is None else same[captioned][:, captioned]

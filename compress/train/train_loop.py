@@ -2,7 +2,7 @@
 
 A run is a pure function of its settings: the batch of a step depends on (seed, step) alone, so a
 run that was killed and resumed ends with the weights of one that was not (on one CPU), and several
-processes give the weights of one, up to rounding.
+processes give the weights of one, up to rounding (and dropout, where a tower has some).
 
 The losses see the embeddings of a step's whole batch, however it is divided among processes and
 parts of a process. Where one process takes its share in several parts, each part is embedded

@@ -260,6 +260,15 @@ def test_pictures_alone_leave_the_text_tower(
     assert not any(torch.equal(ours[name], fresh[name]) for name in image)
     log = read_log(tmp_path / "run" / "log.jsonl")
     assert log[-1]["total"] < log[0]["total"]
+    with pytest.raises(ConfigError, match="by --feature alone"):
+        distill(
+            student,
+            cache,
+            source,
+            loss_weights=LossWeights(feature=0),
+            settings=SETTINGS,
+            out=tmp_path / "nothing",
+        )
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
