@@ -1,5 +1,6 @@
 """Load, run and save any Hugging Face dual encoder: the model class of teachers and students."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -273,16 +274,27 @@ class DualEncoder(nn.Module):
     def checkpoint_gradients(self) -> None:
         """Compute activations again in the backward pass, which takes time and saves memory.
 
+        A tower that cannot do that in transformers is left as it is, if the other one can.
+
         Raises:
-            ConfigError: a tower cannot do that in transformers.
+            ConfigError: neither tower can.
         """
+        how = {"use_reentrant": False}
         try:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        except ValueError as error:
+            self.model.gradient_checkpointing_enable(how)
+            return
+        except ValueError:
+            pass  # a model of two towers does not say whether they can
+        able = []
+        for tower in (self.model.vision_model, self.model.text_model):
+            with contextlib.suppress(ValueError):
+                tower.gradient_checkpointing_enable(how)
+                able.append(tower)
+        if not able:
             raise ConfigError(
                 f"{type(self.model).__name__} cannot compute its activations again: leave out "
                 "--gradient-checkpointing"
-            ) from error
+            )
 
     def tower_parts(self, tower: Tower) -> tuple[str, ...]:
         """Return the prefixes of a tower's names in `named_parameters` and `named_modules`."""

@@ -1,13 +1,15 @@
 """Students of teachers of every family, and students that begin as an existing model."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from edgeclip.compress.data.sources import EmojiSource
-from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
+from edgeclip.compress.students.student import Family, StudentShape, adopt_student, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import embed_source
 from edgeclip.runtime.errors import ConfigError
@@ -157,3 +159,34 @@ def test_an_existing_model_becomes_a_student(
     loaded = DualEncoder.load(tmp_path / "student")
     assert loaded.space == teacher.space
     assert max(_apart(loaded, student)) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["inherited", "convolutional"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "altclip", "vit_and_bert"])
+def test_activations_computed_again_give_the_same_gradients(
+    name: str, family: Family, folder: Path
+) -> None:
+    teacher = _teacher(name, folder)
+    shape = replace(NARROW, family=family, conv_widths=(8, 16), conv_depths=(1, 1))
+    plain = new_student(teacher, shape).train()
+    saving = copy.deepcopy(plain)
+    saving.checkpoint_gradients()
+    passes = []
+    for module in saving.model.text_model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_: passes.append(True))
+    pixels, ids = saving.preprocess([SOURCE[0].image]), saving.tokenize(["two red cars", "a dog"])
+    gradients, made = [], []
+    for student in (plain, saving):
+        torch.manual_seed(0)
+        loss = (student.embed_image(pixels)[:, 0].sum() + student.embed_text(ids)[:, 0]).sum()
+        made.append(len(passes))
+        loss.backward()
+        made.append(len(passes))
+        gradients.append({key: own.grad for key, own in student.named_parameters()})
+    assert made[3] > made[2] > made[1] == 0
+    for key, wanted in gradients[0].items():
+        found = gradients[1][key]
+        assert (found is None) is (wanted is None), key
+        if wanted is not None:
+            torch.testing.assert_close(found, wanted, msg=key)
