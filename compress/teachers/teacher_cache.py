@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from edgeclip.compress.compute import autocast
+from edgeclip.compress.compute import autocast, fused_attention
 from edgeclip.compress.data.augmentation import Augmentation, view_crop
 from edgeclip.compress.data.loader import default_workers, killed_workers_explained, load
 from edgeclip.compress.data.sources import Source, captions_of, seed_of
@@ -436,7 +436,11 @@ def fast_inference(model: DualEncoder) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), autocast("auto", model.device):
+        with (
+            torch.inference_mode(),
+            autocast("auto", model.device),
+            fused_attention(model.model, model.device),
+        ):
             yield
     finally:
         model.train(was_training)

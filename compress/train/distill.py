@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgeclip.compress.compute import fused_attention
 from edgeclip.compress.data.augmentation import view_crop
 from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
@@ -117,24 +118,20 @@ def distill(
     if settings.gradient_checkpointing:
         student.checkpoint_gradients()
     seldom = _TRAINED_PER_HELD_OUT * len(sampling.held_out) // settings.batch_size
-    return train(
-        TrainTask(
-            title="distill",
-            module=student,
-            batch=DistillationBatches(student, caches, source, sampling, settings),
-            embed=partial(embed_batch, student),
-            losses=partial(_losses, loss_weights, [own.settings.logit_scale for own in caches]),
-            identity=_identity(
-                student, caches, loss_weights, source, len(sampling.held_out), start
-            ),
-            begin=begin,
-            validate=validate,
-            validate_every=seldom,
-            note_bad=_BadPictures(len(source), max_bad),
-        ),
-        settings,
-        out,
+    task = TrainTask(
+        title="distill",
+        module=student,
+        batch=DistillationBatches(student, caches, source, sampling, settings),
+        embed=partial(embed_batch, student),
+        losses=partial(_losses, loss_weights, [own.settings.logit_scale for own in caches]),
+        identity=_identity(student, caches, loss_weights, source, len(sampling.held_out), start),
+        begin=begin,
+        validate=validate,
+        validate_every=seldom,
+        note_bad=_BadPictures(len(source), max_bad),
     )
+    with fused_attention(student.model, student.device):
+        return train(task, settings, out)
 
 
 def embed_batch(student: DualEncoder, inputs: Rows) -> Rows:

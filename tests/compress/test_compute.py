@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 
-from edgeclip.compress.compute import ComputeType, autocast, best_device
+from edgeclip.compress.compute import ComputeType, autocast, best_device, fused_attention
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.device.machine import detect_machine
 
 
@@ -29,3 +32,21 @@ def test_auto_takes_bfloat16_on_a_gpu() -> None:
     with autocast("auto", torch.device("cuda")):
         ones = torch.ones(2, 2, device="cuda")
         assert (ones @ ones).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_attention_is_fused_on_a_gpu_and_gives_the_same(teacher: DualEncoder) -> None:
+    model = copy.deepcopy(teacher).to("cuda")
+    ids = model.tokenize(["a red apple", "tree"])
+    with torch.inference_mode():
+        plain = model.embed_text(ids)
+        with fused_attention(model.model, model.device):
+            assert model.model.config._attn_implementation == "sdpa"
+            fused = model.embed_text(ids)
+    assert model.model.config._attn_implementation == "eager"
+    torch.testing.assert_close(fused, plain, atol=1e-5, rtol=0)
+
+
+def test_attention_stays_written_out_on_a_cpu(teacher: DualEncoder) -> None:
+    with fused_attention(teacher.model, teacher.device):
+        assert teacher.model.config._attn_implementation == "eager"

@@ -37,6 +37,7 @@ MISTAKES = {
     "pull": "small --out bundle",
     "push": f"nowhere {REPOSITORY} --dry-run",
     "quantize": "student --device no-such-device --out found",
+    "recipes": "photograph",
     "report": "nowhere.json --out page.html",
     "scenes": "photos --count 0",
     "search": "cat --bundle ../emoji --index nowhere.npz",
@@ -164,6 +165,7 @@ RUNS = {
     ),
     "push": Run(words=f"push ../emoji {REPOSITORY} --dry-run --card card.md"),
     "pull": Run(words=f"pull {REPOSITORY} --out bundle", hub=True),
+    "recipes": Run(words="recipes quick", keep_numbers=True),
     "device": Run(words="device x86-avx2 --out device.yaml"),
     "device-list": Run(words="device --list", keep_numbers=True),
 }
