@@ -49,9 +49,11 @@ def test_items_come_in_order(workers: int) -> None:
 
 
 def test_full_shared_memory_is_an_error_and_no_endless_wait() -> None:
-    with closing(load(_without_shared_memory, range(3), workers=1)) as items:
-        with pytest.raises(InputError, match="shm-size"):
-            next(items)
+    with (
+        closing(load(_without_shared_memory, range(3), workers=1)) as items,
+        pytest.raises(InputError, match="shm-size"),
+    ):
+        next(items)
 
 
 def test_a_signal_to_the_whole_group_ends_no_worker() -> None:

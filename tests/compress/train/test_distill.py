@@ -350,8 +350,8 @@ def test_pictures_of_another_size_do_not_resume(
     )
     settings = replace(SETTINGS, steps=2)
     _distilled(teacher, cache, source, tmp_path / "run", settings, small)
+    large = replace(small, image_size=24)
     with pytest.raises(ConfigError, match="other data, teacher or student"):
-        large = replace(small, image_size=24)
         _distilled(teacher, cache, source, tmp_path / "run", settings, large)
 
 
