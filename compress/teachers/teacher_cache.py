@@ -207,6 +207,11 @@ def build_cache(
             images = _open_rows(image_file, image_row, of_images)
             texts = _open_rows(text_file, text_row, of_texts)
     found = _read_order(place, images, texts)
+    if found is None and not team.is_first and not place.exists():
+        raise InputError(
+            f"{folder} lacks what the first process wrote: give a --cache on a disk that all "
+            "machines share"
+        )
     if found is None:
         raise InputError(f"{place} was altered while it was read: run the command again")
     report_bad(list(found.bad.values()), count, max_bad)

@@ -198,8 +198,8 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
     is warned of, and so is a run that waits for its data.
 
     Raises:
-        ConfigError: `out` holds a run with other settings or more steps, the batch cannot be
-            divided, or the loss is not finite.
+        ConfigError: `out` holds a run with other settings or more steps, is not the same directory
+            for all processes, the batch cannot be divided, or the loss is not finite.
         InputError: the disk is full; the last checkpoint is kept whole.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step in hand was saved.
     """
@@ -213,6 +213,11 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(task, settings, out, team)
     start, seconds = run.resume()
+    if team.any(start != team.from_first(start))[0]:
+        raise ConfigError(
+            f"the processes see other checkpoints in {out}: give a --run on a disk that all "
+            "machines share"
+        )
     if team.is_first:
         task.begin()
     team.wait()  # until all have read the log that is written from here on

@@ -1,6 +1,7 @@
 """A run of several processes, each started with this file: `RANK=0 WORLD_SIZE=2 ... OUT STEPS`.
 
-Process 0 kills itself before step `KILL_AT`, if the environment says so.
+Process 0 kills itself before step `KILL_AT`, and process 1 has `OTHER_OUT` for a directory, if the
+environment says so.
 """
 
 import os
@@ -21,6 +22,8 @@ def main(out: str, steps: str) -> None:
     torch.set_num_threads(1)
     module = _module()
     plain = _contrast(module)
+    if os.environ.get("RANK") == "1":
+        out = os.environ.get("OTHER_OUT", out)
     kill_at = int(os.environ.get("KILL_AT", "-1"))
 
     def losses(found: Rows, targets: Rows) -> dict[str, Tensor]:

@@ -73,6 +73,16 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         assert torch.equal(value, weights(tmp_path / "two")[name])
 
 
+def test_processes_without_a_shared_disk_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(LOOP, tmp_path / "two", 4) == [0, 0]
+    # They would train on other steps, each with its own weights.
+    monkeypatch.setenv("OTHER_OUT", str(tmp_path / "other"))
+    assert 0 not in run(LOOP, tmp_path / "two", 6)
+    assert len(losses(tmp_path / "two")) == 4
+
+
 def test_two_processes_cache_and_distil_like_one(
     teacher_folder: Path, few_pictures: Path, tmp_path: Path
 ) -> None:
