@@ -285,8 +285,9 @@ class DualEncoder(nn.Module):
             return
         except ValueError:
             pass  # a model of two towers does not say whether they can
+        towers: tuple[Any, ...] = (self.model.vision_model, self.model.text_model)
         able = []
-        for tower in (self.model.vision_model, self.model.text_model):
+        for tower in towers:
             with contextlib.suppress(ValueError):
                 tower.gradient_checkpointing_enable(how)
                 able.append(tower)

@@ -172,7 +172,7 @@ def test_activations_computed_again_give_the_same_gradients(
     saving = copy.deepcopy(plain)
     saving.checkpoint_gradients()
     passes = []
-    for module in saving.model.text_model.modules():
+    for module in saving.model.get_submodule("text_model").modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda *_: passes.append(True))
     pixels, ids = saving.preprocess([SOURCE[0].image]), saving.tokenize(["two red cars", "a dog"])
