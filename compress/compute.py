@@ -31,7 +31,7 @@ def autocast(compute: ComputeType, device: torch.device) -> torch.autocast:
 @functools.cache
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool({"avx512_bf16", "amx_bf16"} & set(detect_machine().flags))
 
 
