@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from edgeclip.compress.data.augmentation import keep_picture_memory
 from edgeclip.runtime.errors import EdgeClipError, InputError
 
 Key = TypeVar("Key")
@@ -133,6 +134,7 @@ def _begin(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
     signal.signal(signal.SIGTERM, _end_at_the_second)
     logging.getLogger("edgeclip").setLevel(logging.ERROR)  # the main process's to say, too
+    keep_picture_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 
 
