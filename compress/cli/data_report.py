@@ -18,7 +18,7 @@ from PIL import Image
 from edgeclip.compress.built_in import BUILT_IN
 from edgeclip.compress.cli.options import add_data, add_teacher, load_source, load_teacher
 from edgeclip.compress.data.data_report import (
-    Agreement,
+    CaptionAgreement,
     Judgement,
     KeepRules,
     agreement,
@@ -312,7 +312,7 @@ def _told(judgement: Judgement, count: int) -> str:
 def _write_figures(
     path: Path,
     statistics: PictureStatistics,
-    agreed: Agreement | None,
+    agreed: CaptionAgreement | None,
     judgement: Judgement,
 ) -> None:
     """Write a column of each figure, a row a picture; no pickle is needed to read it."""

@@ -22,7 +22,7 @@ from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder, space_f
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.compress.train.curves import write_curves
 from edgeclip.compress.train.distill import distill
-from edgeclip.compress.train.recipe import SECTIONS, Recipe, load_recipe
+from edgeclip.compress.train.recipe import SECTIONS, DistillRecipe, load_recipe
 from edgeclip.compress.train.trackers import check_trackers
 from edgeclip.runtime.bundle.files import check_target, require_space
 from edgeclip.runtime.cli.options import Targets
@@ -104,9 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _settings() -> Iterator[tuple[str, Any, Any]]:
     """Yield the name, type and default of every setting of a recipe."""
-    whole = Recipe()
-    for kind, made in ((Recipe, whole), *((type(own := getattr(whole, s)), own) for s in SECTIONS)):
-        hints = typing.get_type_hints(kind)  # without the bounds, which `Recipe` checks
+    whole = DistillRecipe()
+    for kind, made in (
+        (DistillRecipe, whole),
+        *((type(own := getattr(whole, s)), own) for s in SECTIONS),
+    ):
+        hints = typing.get_type_hints(kind)  # without the bounds, which `DistillRecipe` checks
         for item in dataclasses.fields(kind):
             if item.name not in SECTIONS:
                 yield item.name, hints[item.name], getattr(made, item.name)
@@ -193,15 +196,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
+def recipe_of(args: argparse.Namespace) -> DistillRecipe:
     """Return the recipe of `--recipe` with the options of the command line in it."""
     given = {name: getattr(args, name) for name, _, _ in _settings()}
     given = {name: value for name, value in given.items() if value is not None}
-    recipe = load_recipe(args.recipe) if args.recipe else Recipe()
+    recipe = load_recipe(args.recipe) if args.recipe else DistillRecipe()
     return recipe.replaced(given, source="edgeclip distill: the command line")
 
 
-def _refuse_teachers_as_output(recipe: Recipe, out: Path) -> None:
+def _refuse_teachers_as_output(recipe: DistillRecipe, out: Path) -> None:
     """Refuse an `--out` that would replace the directory of a teacher, or of what to start from.
 
     Raises:
@@ -220,7 +223,7 @@ def _load(name: str) -> DualEncoder:
     return DualEncoder.load(source).to(processes().device)
 
 
-def _open_data(recipe: Recipe, args: argparse.Namespace, *, size: int) -> Source:
+def _open_data(recipe: DistillRecipe, args: argparse.Namespace, *, size: int) -> Source:
     with processes().first_before_others():
         source = open_source(
             recipe.data, split="train", count=recipe.count, size=size, strict=args.strict
@@ -233,7 +236,7 @@ def _open_data(recipe: Recipe, args: argparse.Namespace, *, size: int) -> Source
 
 
 def _student(
-    recipe: Recipe, teacher: DualEncoder, source: Source, start: DualEncoder | None
+    recipe: DistillRecipe, teacher: DualEncoder, source: Source, start: DualEncoder | None
 ) -> DualEncoder:
     shape = recipe.student
     seed = recipe.training.seed
@@ -253,7 +256,7 @@ def _student(
 
 
 def _caches(
-    recipe: Recipe, args: argparse.Namespace, teachers: list[DualEncoder], source: Source
+    recipe: DistillRecipe, args: argparse.Namespace, teachers: list[DualEncoder], source: Source
 ) -> list[TeacherCache]:
     """Return the embeddings of each teacher; the first one's cache holds those of the others."""
     main = args.cache or _run_folder(args) / "cache"

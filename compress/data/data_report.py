@@ -105,7 +105,7 @@ def _key(text: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class CaptionAgreement:
     """How well pictures and captions agree, as the teacher sees it.
 
     Attributes:
@@ -151,7 +151,7 @@ def agreement(
     pictures: int,
     *,
     seed: int = 0,
-) -> Agreement:
+) -> CaptionAgreement:
     """Compare pictures with their own captions and with those of others.
 
     Args:
@@ -184,7 +184,7 @@ def agreement(
     other[index[keys[0] == keys[1]]] = np.nan  # the same caption by chance
     compared = np.flatnonzero(~np.isnan(own) & ~np.isnan(other))[:_SAMPLE]
     wins = (own[compared] > other[compared]).astype(np.float64)
-    return Agreement(own, other, bootstrap(wins) if len(wins) else None)
+    return CaptionAgreement(own, other, bootstrap(wins) if len(wins) else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +253,7 @@ class Judgement:
 def judge(
     statistics: PictureStatistics,
     captions: CaptionStatistics | None,
-    agreed: Agreement | None,
+    agreed: CaptionAgreement | None,
     rules: KeepRules,
     compare: Callable[[NDArray[np.int64]], NearDuplicates],
 ) -> Judgement:

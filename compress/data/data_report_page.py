@@ -13,7 +13,7 @@ from PIL import Image
 from edgeclip.compress.data.data_report import (
     EXACT,
     NEAR,
-    Agreement,
+    CaptionAgreement,
     CaptionStatistics,
     Judgement,
     KeepRules,
@@ -77,7 +77,7 @@ class ReportedData:
     side: int
     statistics: PictureStatistics
     captions: CaptionStatistics | None
-    agreed: Agreement | None
+    agreed: CaptionAgreement | None
     judgement: Judgement
     rules: KeepRules
     threshold: float

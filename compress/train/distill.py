@@ -33,7 +33,7 @@ from edgeclip.compress.train.losses import (
 )
 from edgeclip.compress.train.train_loop import (
     Batch,
-    Part,
+    BatchPart,
     Rows,
     TrainSettings,
     TrainTask,
@@ -201,12 +201,12 @@ class DistillationBatches:
         self._unreadable = {index for cache in caches for index in cache.unreadable}
         self._batch_size = settings.batch_size
 
-    def items(self, part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def items(self, part: BatchPart) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the index and the epoch of each pair in a part of a batch."""
         size = self._batch_size // part.count
         return self._sampling.items(part.step * self._batch_size + part.number * size, size)
 
-    def __call__(self, part: Part) -> Batch:
+    def __call__(self, part: BatchPart) -> Batch:
         timed = _Stages()
         indices, epochs = self.items(part)
         views = epochs % self._caches[0].settings.views

@@ -15,7 +15,14 @@ from edgeclip.compress.data.sources import EmojiSource, captions_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.train.distill import caption_keys, embed_batch
 from edgeclip.compress.train.losses import contrastive_loss, equal_captions
-from edgeclip.compress.train.train_loop import Batch, Part, Rows, TrainSettings, TrainTask, train
+from edgeclip.compress.train.train_loop import (
+    Batch,
+    BatchPart,
+    Rows,
+    TrainSettings,
+    TrainTask,
+    train,
+)
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.spec import ImageSpec
@@ -132,7 +139,7 @@ def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEnc
     count = settings.steps * settings.batch_size
     source = EmojiSource("train", count, size=shape.image_size, seed=settings.seed)
 
-    def batch(part: Part) -> Batch:
+    def batch(part: BatchPart) -> Batch:
         size = settings.batch_size // part.count
         first = part.step * settings.batch_size + part.number * size
         chunk = range(first, first + size)

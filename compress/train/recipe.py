@@ -21,7 +21,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class DistillRecipe:
     """All settings of `edgeclip distill` but for where its files lie.
 
     Attributes:
@@ -49,7 +49,7 @@ class Recipe:
     losses: LossWeights = field(default_factory=LossWeights)
     training: TrainSettings = field(default_factory=TrainSettings)
 
-    def replaced(self, given: Mapping[str, object], *, source: str) -> "Recipe":
+    def replaced(self, given: Mapping[str, object], *, source: str) -> "DistillRecipe":
         """Return the recipe with other values of some settings, by their names in any section.
 
         Raises:
@@ -60,7 +60,7 @@ class Recipe:
         for name, value in given.items():
             section = next((own for own in SECTIONS if name in data[own]), None)
             (data if section is None else data[section])[name] = value
-        return parse(Recipe, data, source=source)
+        return parse(DistillRecipe, data, source=source)
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML, all settings included."""
@@ -69,7 +69,7 @@ class Recipe:
 
 
 SECTIONS = tuple(
-    item.name for item in dataclasses.fields(Recipe) if dataclasses.is_dataclass(item.type)
+    item.name for item in dataclasses.fields(DistillRecipe) if dataclasses.is_dataclass(item.type)
 )
 
 
@@ -89,7 +89,7 @@ def recipe_text(name: str) -> str:
     return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def load_recipe(name_or_path: str) -> Recipe:
+def load_recipe(name_or_path: str) -> DistillRecipe:
     """Read a recipe by its name, or from a file if it looks like a path.
 
     Raises:
@@ -97,9 +97,9 @@ def load_recipe(name_or_path: str) -> Recipe:
             mistake.
     """
     if name_or_path.lower().endswith((".yaml", ".yml")) or "/" in name_or_path:
-        return read_yaml(Recipe, Path(name_or_path))
+        return read_yaml(DistillRecipe, Path(name_or_path))
     recipe_text(name_or_path)
-    return read_yaml(Recipe, _FOLDER / f"{name_or_path}.yaml")
+    return read_yaml(DistillRecipe, _FOLDER / f"{name_or_path}.yaml")
 
 
 def _yaml(data: Mapping[str, Any]) -> str:

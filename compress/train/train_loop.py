@@ -133,7 +133,7 @@ _FREE |= {"gradient_checkpointing", "compile"}
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BatchPart:
     """Part `number` of `count` equal parts of the batch of a step, all counted from 0."""
 
     step: int
@@ -179,7 +179,7 @@ class TrainTask:
 
     title: str
     module: nn.Module
-    batch: Callable[[Part], Batch]
+    batch: Callable[[BatchPart], Batch]
     embed: Callable[[Rows], Rows]
     losses: Callable[[Rows, Rows], dict[str, Tensor]]
     identity: str
@@ -222,7 +222,9 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
         task.begin()
     team.wait()  # until all have read the log that is written from here on
     own = range(team.number * settings.accumulate, (team.number + 1) * settings.accumulate)
-    keys = (Part(step, number, parts) for step in range(start, settings.steps) for number in own)
+    keys = (
+        BatchPart(step, number, parts) for step in range(start, settings.steps) for number in own
+    )
     workers = default_workers() if settings.workers is None else settings.workers
     batches = load(task.batch, keys, workers=workers)
     task.module.train()

@@ -36,7 +36,7 @@ from edgeclip.compress.train.losses import (
 )
 from edgeclip.compress.train.pretrain import TeacherShape, new_teacher
 from edgeclip.compress.train.train_loop import (
-    Part,
+    BatchPart,
     Rows,
     TrainSettings,
     TrainTask,
@@ -113,7 +113,7 @@ class Case:
         count = iter(range(10**9))
 
         def run(_: NDArray[Any]) -> None:
-            batch = self.batches(Part(next(count), 0, 1))
+            batch = self.batches(BatchPart(next(count), 0, 1))
             optimizer.zero_grad(set_to_none=True)
             self.losses(embed(batch.inputs), batch.targets)["total"].backward()
             optimizer.step()

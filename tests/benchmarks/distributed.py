@@ -36,7 +36,7 @@ from edgeclip.compress.teachers.teacher_cache import build_cache
 from edgeclip.compress.train.distill import DistillationBatches, embed_batch
 from edgeclip.compress.train.losses import LossWeights, TeacherRows, distillation_losses
 from edgeclip.compress.train.pretrain import TeacherShape, new_teacher
-from edgeclip.compress.train.train_loop import Part, TrainSettings, read_log
+from edgeclip.compress.train.train_loop import BatchPart, TrainSettings, read_log
 from edgeclip.runtime.console import columns
 
 _SMALL = TeacherShape(
@@ -128,7 +128,7 @@ def gpu_rates(quick: bool) -> list[tuple[str, float]]:
         settings = TrainSettings(steps=1, batch_size=batch_size)
         student = new_student(teacher, StudentShape()).to(device).train()
         batches = DistillationBatches(student, [cache], source, sampling, settings)
-        held = [batches(Part(step, 0, 1)) for step in range(2)]
+        held = [batches(BatchPart(step, 0, 1)) for step in range(2)]
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
 
     def step(number: int, *, online: bool) -> None:

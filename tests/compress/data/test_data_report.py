@@ -16,7 +16,7 @@ from edgeclip.compress.data.data_report import (
     EXACT,
     NEAR,
     UNREADABLE,
-    Agreement,
+    CaptionAgreement,
     CaptionStatistics,
     Judgement,
     KeepRules,
@@ -112,9 +112,9 @@ def test_an_equal_caption_of_another_picture_is_no_rival() -> None:
     assert found.own_wins is None
 
 
-def known(own: list[float], other: float = 0.0) -> Agreement:
+def known(own: list[float], other: float = 0.0) -> CaptionAgreement:
     values = np.array(own, np.float32)
-    return Agreement(values, np.full(len(own), other, np.float32), Interval(0.9, 0.8, 1.0))
+    return CaptionAgreement(values, np.full(len(own), other, np.float32), Interval(0.9, 0.8, 1.0))
 
 
 def test_far_below_the_rest_by_hand() -> None:
@@ -146,7 +146,7 @@ def statistics(count: int, **columns: list[float]) -> PictureStatistics:
 def judged(
     found: PictureStatistics,
     embeddings: NDArray[np.float16] | None = None,
-    agreed: Agreement | None = None,
+    agreed: CaptionAgreement | None = None,
     captions: CaptionStatistics | None = None,
     rules: KeepRules | None = None,
 ) -> Judgement:

@@ -29,7 +29,7 @@ from edgeclip.compress.train.distill import (
 from edgeclip.compress.train.held_out import IMAGE_COSINE, STUDENT_R1, TEACHER_R1, TEXT_COSINE
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.pretrain import new_teacher
-from edgeclip.compress.train.train_loop import Part, TrainSettings, read_log
+from edgeclip.compress.train.train_loop import BatchPart, TrainSettings, read_log
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import MaxBad
 from tests.compress.conftest import SHAPE
@@ -85,7 +85,7 @@ def test_each_epoch_shows_the_next_caption_of_a_picture(
     batches = DistillationBatches(teacher, [cache], source, sampling, how)
     shown: dict[int, list[int]] = {}
     for step in range(9):  # six epochs
-        part = Part(step, 0, 1)
+        part = BatchPart(step, 0, 1)
         batch = batches(part)
         indices, epochs = (found.tolist() for found in batches.items(part))
         numbers = [epoch % (1 + i % 3) for i, epoch in zip(indices, epochs, strict=True)]
@@ -108,7 +108,7 @@ def test_a_batch_holds_what_belongs_together(
         teacher, [cache], source, sampling, replace(SETTINGS, batch_size=15)
     )
     for step in (0, 1, 2):  # the second one crosses from view 0 to view 1
-        batch = batches(Part(step, 0, 1))
+        batch = batches(BatchPart(step, 0, 1))
         assert all(batch.targets[name].all() for name in ("readable", "captioned"))
         with torch.inference_mode():
             found = embed_batch(teacher, batch.inputs)
@@ -116,12 +116,12 @@ def test_a_batch_holds_what_belongs_together(
             wanted = batch.targets[f"{name} 0"]
             assert (found[name] * wanted).sum(dim=1).min() > 0.999
             torch.testing.assert_close(wanted.norm(dim=1), torch.ones(15))
-        thirds = [batches(Part(step, number, 3)) for number in range(3)]
+        thirds = [batches(BatchPart(step, number, 3)) for number in range(3)]
         for name, rows in batch.targets.items():
             assert torch.equal(rows, torch.cat([third.targets[name] for third in thirds])), name
         pixels = torch.cat([third.inputs["pixels"] for third in thirds])
         assert torch.equal(pixels, batch.inputs["pixels"])
-    assert set((batches.items(Part(1, 0, 1))[1] % 2).tolist()) == {0, 1}
+    assert set((batches.items(BatchPart(1, 0, 1))[1] % 2).tolist()) == {0, 1}
 
 
 def test_captions_are_equal_whatever_padding_follows() -> None:
@@ -146,7 +146,7 @@ def test_some_pictures_without_captions(
     batches = DistillationBatches(
         teacher, [cache], source, Sampling(parts_of(source), held_out=0), SETTINGS
     )
-    part = Part(0, 0, 1)
+    part = BatchPart(0, 0, 1)
     batch, (indices, _) = batches(part), batches.items(part)
     assert batch.targets["captioned"].tolist() == [index % 2 == 0 for index in indices]
     assert batch.targets["readable"].all()
@@ -369,7 +369,7 @@ def test_a_picture_that_the_second_teacher_could_not_read_is_left_out(
     assert (first.unreadable, second.unreadable) == ((), (3,))
     how = replace(SETTINGS, batch_size=len(source))
     sampling = Sampling(parts_of(source), held_out=0)
-    part = Part(0, 0, 1)
+    part = BatchPart(0, 0, 1)
     batches = DistillationBatches(teacher, [first, second], source, sampling, how)
     left_out = batches.items(part)[0][~batches(part).targets["readable"].numpy()]
     assert left_out.tolist() == [3]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from edgeclip.compress.train.kept_weights import BestStep, Validation
 from edgeclip.compress.train.train_loop import (
     Batch,
-    Part,
+    BatchPart,
     Rows,
     Schedule,
     TrainSettings,
@@ -49,7 +49,7 @@ def _module() -> nn.Module:
     return module
 
 
-def _batch(part: Part) -> Batch:
+def _batch(part: BatchPart) -> Batch:
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(part.step))
     y = x.sum(dim=1, keepdim=True)
     step = torch.full((4, 1), part.step)
@@ -82,7 +82,7 @@ def _task(
 
 
 def _first() -> tuple[Tensor, Tensor]:
-    batch = _batch(Part(0, 0, 1))
+    batch = _batch(BatchPart(0, 0, 1))
     return batch.inputs["x"], batch.targets["y"]
 
 
@@ -394,7 +394,7 @@ def test_training_in_another_thread(tmp_path: Path) -> None:
 
 
 def test_a_failing_batch_fails_the_run(tmp_path: Path) -> None:
-    def batch(part: Part) -> Batch:
+    def batch(part: BatchPart) -> Batch:
         if part.step == 5:
             raise ConfigError("picture 17 is damaged")
         return _batch(part)
@@ -407,7 +407,7 @@ def test_a_failing_batch_fails_the_run(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_told(tmp_path: Path) -> None:
-    def batch(part: Part) -> Batch:
+    def batch(part: BatchPart) -> Batch:
         if part.step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         return _batch(part)
@@ -525,7 +525,7 @@ def test_patience_ends_a_run_early(tmp_path: Path, stop: int) -> None:
 def test_a_run_that_waits_for_its_data_says_for_which_stage(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def batch(part: Part) -> Batch:
+    def batch(part: BatchPart) -> Batch:
         time.sleep(0.003)
         made = _batch(part)
         return replace(made, seconds={"reading pictures": 0.002, "tokenizing": 0.001})
