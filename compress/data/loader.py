@@ -4,6 +4,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -133,6 +135,7 @@ class _Failed:
 def _begin(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
     signal.signal(signal.SIGTERM, _end_at_the_second)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     logging.getLogger("edgeclip").setLevel(logging.ERROR)  # the main process's to say, too
     keep_picture_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
@@ -144,3 +147,10 @@ def _end_at_the_second(_signal: int, _frame: FrameType | None) -> None:
     So it does in systemd, Slurm and torchrun.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_with(main: int) -> None:
+    """End this process when the main one is gone, though an item may wait to be sent to it."""
+    while os.getppid() == main:
+        time.sleep(1)
+    os._exit(1)

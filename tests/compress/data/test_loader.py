@@ -1,6 +1,8 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -66,3 +68,23 @@ def test_a_killed_worker_is_told_from_a_mistake_in_one() -> None:
         list(load(_killed, range(3), workers=1))
     with pytest.raises(RuntimeError, match="a mistake in the code"), killed_workers_explained():
         list(load(_wrong, range(3), workers=1))
+
+
+_ABANDONED = """
+import os, signal
+import numpy as np
+from edgeclip.compress.data.loader import load
+def make(number):
+    print(os.getpid(), flush=True)
+    return np.zeros(1_000_000)
+items = load(make, range(9), workers=2)
+next(items)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_main_process_that_was_killed() -> None:
+    # It ends when nobody can write to the pipe any more.
+    ended = subprocess.run([sys.executable, "-c", _ABANDONED], stdout=subprocess.PIPE, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    assert ended.stdout.split()
