@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from edgeclip.compress.compute import best_device
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=30)
 
 
 class Processes:
@@ -73,7 +75,8 @@ class _Launched(Processes):
     def __init__(self) -> None:
         from accelerate import PartialState
 
-        self._state: Any = PartialState(cpu=best_device().type == "cpu")
+        # The others wait for the first process while it downloads or embeds what all of them need.
+        self._state: Any = PartialState(cpu=best_device().type == "cpu", timeout=_PATIENCE)
         self.number = int(self._state.process_index)
         self.count = int(self._state.num_processes)
 

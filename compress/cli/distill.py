@@ -46,7 +46,7 @@ _HELP = {
     "image_layers": "layers of the image tower (default: half of the teacher's)",
     "text_heads": "attention heads of the text tower (default: half of the teacher's)",
     "text_layers": "layers of the text tower (default: half of the teacher's)",
-    "whole_text": "keep the teacher's text tower as it is",
+    "whole_text": "begin with the teacher's whole text tower",
     "image_size": "side of the student's pictures in pixels (default: the teacher's)",
     "patch_size": "side of the image tower's patches in pixels (default: the teacher's)",
     "conv_widths": "channels of each ConvNeXt stage",
@@ -163,10 +163,11 @@ def run(args: argparse.Namespace) -> int:
     check_trackers(recipe.training.track)
     teachers = [_load(name) for name in recipe.teacher]
     first = teachers[0]
-    source = _open_data(recipe, args, size=max(own.image_spec.size for own in teachers))
+    start = None if recipe.start is None else _load(recipe.start)
+    sizes = [own.image_spec.size for own in (*teachers, *([] if start is None else [start]))]
+    source = _open_data(recipe, args, size=max(*sizes, recipe.student.image_size or 0))
     # Refuses a number before the teacher's work.
     Sampling(parts_of(source), held_out=recipe.held_out)
-    start = None if recipe.start is None else _load(recipe.start)
     student = _student(recipe, first, source, start)
     require_space(args.out, student.weight_bytes)
     caches = _caches(recipe, args, teachers, source)

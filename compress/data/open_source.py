@@ -17,7 +17,8 @@ from edgeclip.runtime.inputs.find_images import MaxBad, is_table, leave_out_othe
 from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES
 
 _WEIGHTED = re.compile(r"(.+)=(\d+(?:\.\d*)?|\.\d+)")
-_OPTION = re.compile(r"[?&](?!stream=)\w+=[^=&?]*$")  # `?first=100` is no weight
+# `?first=100` is no weight, and neither is the option of a command, `pipe:... --jobs=4`.
+_OPTION = re.compile(r"[?&](?!stream=)\w+=[^=&?]*$|\s-[-\w]+=[^=]*$")
 
 
 def open_source(
@@ -76,11 +77,18 @@ def open_source(
 
 
 def split_weight(data: str) -> tuple[str, float | None]:
-    """Return a value of `--data` without its weight, and the weight: `photos=0.7`."""
+    """Return a value of `--data` without its weight, and the weight: `photos=0.7`.
+
+    Raises:
+        ConfigError: a weight that is not above 0.
+    """
     match = _WEIGHTED.fullmatch(data)
     if match is None or Path(data).exists() or _OPTION.search(data):
         return data, None
-    return match[1], float(match[2])
+    weight = float(match[2])
+    if weight <= 0:
+        raise ConfigError(f"--data {data}: a weight must be above 0; leave the source out instead")
+    return match[1], weight
 
 
 def _open_one(data: str, *, split: Split, count: int, size: int, strict: bool) -> Source:

@@ -17,6 +17,7 @@ from edgeclip.runtime.errors import ConfigError
 _log = logging.getLogger(__name__)
 _SIGLIP = "SiglipTokenizer"  # written in Python, on the package sentencepiece
 _SIGLIP_2 = "Siglip2Tokenizer"
+_T5 = ("T5Tokenizer", "T5TokenizerFast")  # of SigLIPs in timm's repositories
 _PIECES = "spiece.model"
 
 
@@ -50,18 +51,25 @@ def read_tokenizer(
         )
     if made_by == _SIGLIP_2:
         return as_generic(tokenizer)
+    if made_by in _T5 and (folder / "tokenizer.json").is_file():
+        # It would get 100 tokens more, which the model has no vectors for (`extra_ids`).
+        return as_generic(tokenizer, Tokenizer.from_file(str(folder / "tokenizer.json")))
     fast: PreTrainedTokenizerFast = tokenizer
     return fast
 
 
-def as_generic(tokenizer: Any) -> PreTrainedTokenizerFast:
+def as_generic(tokenizer: Any, backend: Tokenizer | None = None) -> PreTrainedTokenizerFast:
     """Return a tokenizer as one of the class that takes its tokenizer.json as it is.
 
     Classes of their own make the normalizer anew when they are loaded, or add to it each time.
+
+    Args:
+        tokenizer: of transformers.
+        backend: its tokenizer.json, where the class has added to that.
     """
     marks = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer,
+        tokenizer_object=backend or tokenizer.backend_tokenizer,
         model_max_length=tokenizer.model_max_length,
         model_input_names=tokenizer.model_input_names,
         padding_side=tokenizer.padding_side,

@@ -192,8 +192,10 @@ def build_cache(
         folder.mkdir(parents=True, exist_ok=True)
         _write_identity(folder, identity)
     place = folder / "orders" / hashlib.sha256(source.identity.encode()).hexdigest()[:32]
-    order = team.from_first(_read_order(place, images, texts) is not None)
-    if not order:
+    known = _read_order(place, images, texts)
+    # What could not be read may have been mended, or its server is there again.
+    is_known = known is not None and not any(_can_be_read(source, index) for index in known.bad)
+    if not team.from_first(is_known):
         make = _Chunks(source, teacher.image_spec, identity, images, texts)
         steps = load(
             make,
@@ -392,6 +394,14 @@ def _order_writer(place: Path, images: RowFile, texts: RowFile) -> Iterator[_Wri
         yield write
         meta = {"bad": bad, "image": images.fingerprint, "text": texts.fingerprint}
         (folder / _ORDER).write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _can_be_read(source: Source, index: int) -> bool:
+    try:
+        source.content(index), source[index]
+    except InputError:
+        return False
+    return True
 
 
 def _read_order(place: Path, images: RowFile, texts: RowFile) -> _Order | None:

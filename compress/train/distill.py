@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgeclip.compress.compute import fused_attention
 from edgeclip.compress.data.augmentation import view_crop
@@ -23,7 +23,7 @@ from edgeclip.compress.data.sources import Source, seed_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.held_out import HeldOut
-from edgeclip.compress.train.kept_weights import BestStep
+from edgeclip.compress.train.kept_weights import BestStep, Validation
 from edgeclip.compress.train.losses import (
     LossWeights,
     TeacherRows,
@@ -107,14 +107,16 @@ def distill(
     sampling = Sampling(parts_of(source), seed=settings.seed, held_out=held_out)
     validate = None
     if len(sampling.held_out):
-        rows = sampling.held_out
-        validate = HeldOut(student, caches[0], source, rows, compute=settings.compute)
+        validate = _Later(
+            lambda: HeldOut(student, caches[0], source, sampling.held_out, compute=settings.compute)
+        )
     else:
         _log.info(
             "none of %d pictures is held out, so nothing tells whether student and teacher agree "
             "on others",
             len(source),
         )
+    switch_off_dropout(student)
     if settings.gradient_checkpointing:
         student.checkpoint_gradients()
     seldom = _TRAINED_PER_HELD_OUT * len(sampling.held_out) // settings.batch_size
@@ -132,6 +134,31 @@ def distill(
     )
     with fused_attention(student.model, student.device):
         return train(task, settings, out)
+
+
+def switch_off_dropout(module: nn.Module) -> None:
+    """Leave no activation to chance, so that the parts of a batch and its whole give the same.
+
+    A student is taught what its teacher answers without dropout; BERT's towers have some.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name in ("dropout", "attention_dropout", "dropout_prob", "drop_prob"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+
+
+class _Later:
+    """Makes a validation when it is first asked for, which the first process alone is."""
+
+    def __init__(self, make: Callable[[], HeldOut]) -> None:
+        self._make = make
+        self._made: HeldOut | None = None
+
+    def __call__(self) -> Validation:
+        self._made = self._made or self._make()
+        return self._made()
 
 
 def embed_batch(student: DualEncoder, inputs: Rows) -> Rows:

@@ -15,7 +15,7 @@ from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
-from edgeclip.compress.train.distill import DistillationBatches, embed_batch
+from edgeclip.compress.train.distill import DistillationBatches, embed_batch, switch_off_dropout
 from edgeclip.compress.train.losses import feature_loss
 from edgeclip.compress.train.train_loop import Rows, TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError, InputError
@@ -189,6 +189,7 @@ def fine_tune(
         losses=losses,
         identity=_identity(student, cache, grids),
     )
+    switch_off_dropout(student)
     with fake_quantized(student, grids), _only(student, towers):
         train(task, settings, out)
 

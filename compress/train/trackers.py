@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from edgeclip.runtime.errors import ConfigError, MissingExtraError
+from edgeclip.runtime.errors import ConfigError, MissingExtraError, first_line
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -49,13 +49,24 @@ class Trackers:
             self._accelerator = Accelerator(log_with=list(names), project_dir=run)
 
     def begin(self, settings: Mapping[str, object]) -> None:
-        """Send the settings of the run."""
+        """Send the settings of the run.
+
+        Raises:
+            ConfigError: a tracker cannot begin, such as one that nobody has logged in to.
+        """
         if self._accelerator is not None:
             plain = {
                 name: value if isinstance(value, int | float | str) else str(value)
                 for name, value in settings.items()
             }
-            self._accelerator.init_trackers("edgeclip", config=plain)
+            try:
+                self._accelerator.init_trackers("edgeclip", config=plain)
+            except Exception as error:  # of any kind, such as a login that is missing
+                names = ", ".join(map(str, self._accelerator.log_with))
+                raise ConfigError(
+                    f"the tracker {names} cannot begin: {first_line(error)}; mend it, or leave out "
+                    "--track"
+                ) from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send the values of a step, which is counted from 1."""

@@ -445,7 +445,8 @@ class _Run:
             self._average.load(saved.tensors["average"])
         self._best.load(values["best"], saved.tensors.get("best"))
         if self._team.is_first:
-            lines = log.read_text(encoding="utf-8").splitlines()[: values["step"]]
+            written = log.read_text(encoding="utf-8") if log.exists() else ""
+            lines = written.splitlines()[: values["step"]]
             with atomic_file(log) as path:  # lines past the checkpoint will be written again
                 path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return int(values["step"]), float(values["seconds"])

@@ -136,10 +136,17 @@ def test_unreadable_pictures_of_a_mixture(folder: Path) -> None:
         ("hf:a/b?stream=0.5", ("hf:a/b?stream", 0.5)),
         ("https://x/{0..9}.tar?key=5", ("https://x/{0..9}.tar?key=5", None)),
         ("https://x/{0..9}.tar=5", ("https://x/{0..9}.tar", 5.0)),
+        ("pipe:cat {0..9}.tar --jobs=5", ("pipe:cat {0..9}.tar --jobs=5", None)),
+        ("pipe:cat {0..9}.tar=5", ("pipe:cat {0..9}.tar", 5.0)),
     ],
 )
 def test_weights_are_spelled(data: str, expected: tuple[str, float | None]) -> None:
     assert split_weight(data) == expected
+
+
+def test_a_weight_of_0_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a weight must be above 0"):
+        split_weight("photos=0")
 
 
 def test_a_folder_whose_name_looks_like_a_weight(tmp_path: Path) -> None:

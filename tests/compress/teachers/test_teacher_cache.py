@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from edgeclip.compress.data.augmentation import Augmentation, view_crop
-from edgeclip.compress.data.sources import EmojiSource, FolderSource, captions_of, seed_of
+from edgeclip.compress.data.sources import EmojiSource, FolderSource, Pair, captions_of, seed_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import (
     Float16,
@@ -209,6 +209,28 @@ def test_damaged_pictures_are_left_out_until_they_are_mended(
     mended = build_cache(teacher, FolderSource(data), folder)
     assert embedded == {"image": 19, "text": 19}
     assert mended.unreadable == (9,)
+
+
+def test_a_picture_that_can_be_read_again_is_embedded(
+    teacher: DualEncoder, few_pictures: Path, tmp_path: Path, embedded: dict[str, int]
+) -> None:
+    class Flaky(FolderSource):
+        """A folder whose fourth picture lies on a disk that is away for a while."""
+
+        away = True
+
+        def __getitem__(self, index: int) -> Pair:
+            if self.away and index == 3:
+                raise InputError("the disk is away")
+            return super().__getitem__(index)
+
+    source = Flaky(few_pictures)
+    assert build_cache(teacher, source, tmp_path / "cache", workers=0).unreadable == (3,)
+    assert build_cache(teacher, source, tmp_path / "cache", workers=0).unreadable == (3,)
+    assert embedded["image"] == 19
+    source.away = False
+    assert build_cache(teacher, source, tmp_path / "cache", workers=0).unreadable == ()
+    assert embedded["image"] == 20
 
 
 def test_equal_pictures_are_embedded_once(

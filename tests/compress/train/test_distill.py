@@ -25,6 +25,7 @@ from edgeclip.compress.train.distill import (
     caption_keys,
     distill,
     embed_batch,
+    switch_off_dropout,
 )
 from edgeclip.compress.train.held_out import IMAGE_COSINE, STUDENT_R1, TEACHER_R1, TEXT_COSINE
 from edgeclip.compress.train.losses import LossWeights
@@ -33,6 +34,7 @@ from edgeclip.compress.train.train_loop import BatchPart, TrainSettings, read_lo
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import MaxBad
 from tests.compress.conftest import SHAPE
+from tests.compress.teachers.teacher_factory import FAMILIES
 
 pytestmark = pytest.mark.slow
 
@@ -173,6 +175,18 @@ def test_a_picture_that_cannot_be_read_counts_for_nothing(
         path.write_bytes(b"BM")
     with pytest.raises(InputError, match=r"can(not)? be read"):
         _distilled(teacher, cache, source, tmp_path / "other", replace(SETTINGS, seed=1))
+
+
+def test_no_activation_is_left_to_chance(tmp_path: Path) -> None:
+    # Its text tower is a BERT, whose dropout is on by default.
+    teacher = DualEncoder.load(FAMILIES["chinese_clip"](tmp_path / "teacher").folder)
+    student = new_student(teacher, SMALL).train()
+    ids = student.tokenize(["a red apple", "tree"])
+    chances = [module.p for module in student.modules() if isinstance(module, torch.nn.Dropout)]
+    assert any(chances)
+    switch_off_dropout(student)
+    first, second = student.embed_text(ids), student.embed_text(ids)
+    assert torch.equal(first, second)
 
 
 def test_several_teachers(

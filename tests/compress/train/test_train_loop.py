@@ -207,6 +207,14 @@ def test_lines_after_the_checkpoint_are_not_kept_twice(tmp_path: Path) -> None:
     assert _steps(tmp_path) == list(range(1, 11))
 
 
+def test_a_log_that_was_deleted_begins_anew(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        train(_task(_module(), at_step=_stop_at(6)), SETTINGS, tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    _trained(tmp_path)
+    assert _steps(tmp_path) == list(range(7, 11))
+
+
 def test_stopped_before_the_first_checkpoint_starts_again(tmp_path: Path) -> None:
     rare = replace(SETTINGS, checkpoint_seconds=1000.0)
     with pytest.raises(InterruptedRunError):
