@@ -40,7 +40,7 @@ from edgeclip.compress.data.picture_statistics import (
 )
 from edgeclip.compress.data.sources import EMOJI, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.teachers.teacher_cache import build_cache, fast_inference
+from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache, fast_inference
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import atomic_directory, check_target
 from edgeclip.runtime.cli.options import Targets, positive
@@ -141,10 +141,10 @@ def run(args: argparse.Namespace) -> int:
     seen = _teacher_sees(teacher, source, folder)
     statistics.readable[np.setdiff1d(np.arange(len(source)), seen.rows)] = False
     captions, agreed = None, None
-    if source.has_captions and seen.text is not None:
+    if source.has_captions:
         tokenizer = teacher.text_tokenizer
         captions = caption_statistics(source, tokenizer.token_counts, tokenizer.spec.context_length)
-        agreed = agreement(seen.image, seen.text, seen.rows, captions, len(source))
+        agreed = agreement(seen.cache, seen.rows, captions, len(source))
     threshold, threshold_from = _threshold(args, teacher, source, seen)
 
     def compare(rows: NDArray[np.int64]) -> NearDuplicates:
@@ -208,25 +208,17 @@ def _measured(source: Source, teacher: DualEncoder, folder: Path) -> PictureStat
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The teacher's embeddings of the pictures `rows`, and of all their captions."""
+    """The cache of the teacher's embeddings, and the pictures that have some: int64."""
 
+    cache: TeacherCache
     rows: NDArray[np.int64]
-    image: NDArray[np.float16]
-    text: NDArray[np.float16] | None
 
 
 def _teacher_sees(teacher: DualEncoder, source: Source, folder: Path) -> _Seen:
     """Embed all pairs; of a cache with several views the unchanged one is taken."""
     cache = build_cache(teacher, source, folder, max_bad=MaxBad(share=1.0, count=0))
     rows = np.setdiff1d(np.arange(len(source)), np.array(cache.unreadable, np.int64))
-    counts = cache.caption_counts(rows.tolist())
-    if not counts.any():
-        return _Seen(rows, cache.image(rows.tolist()), None)
-    text = np.zeros((len(rows), int(counts.max()), cache.settings.dim), np.float16)
-    for number in range(text.shape[1]):
-        has = np.flatnonzero(counts > number)
-        text[has, number] = cache.text(rows[has].tolist(), number)
-    return _Seen(rows, cache.image(rows.tolist()), text)
+    return _Seen(cache, rows)
 
 
 def _threshold(
@@ -263,7 +255,7 @@ def _compared(
     place = np.full(count, -1, np.int64)
     place[seen.rows] = np.arange(len(seen.rows))
     found = near_duplicates(
-        seen.image,
+        seen.cache.image(seen.rows.tolist()),
         thumbnails,
         place[rows],
         threshold,

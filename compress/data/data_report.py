@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,9 +144,18 @@ class CaptionAgreement:
         return min(middle - deviations * spread / _MAD, float(np.percentile(wrong, 95)))
 
 
+class Embeddings(Protocol):
+    """Embeddings of pictures and captions, L2-normalised, such as a `TeacherCache`."""
+
+    def image(self, indices: Sequence[int], /) -> NDArray[np.float16]:
+        """Return those of some pictures, float16 [N, dim]."""
+
+    def text(self, indices: Sequence[int], numbers: int = 0, /) -> NDArray[np.float16]:
+        """Return those of one caption of each of some pictures, by its number."""
+
+
 def agreement(
-    image: NDArray[np.float16],
-    text: NDArray[np.float16],
+    teacher: Embeddings,
     rows: NDArray[np.int64],
     captions: CaptionStatistics,
     pictures: int,
@@ -155,10 +165,8 @@ def agreement(
     """Compare pictures with their own captions and with those of others.
 
     Args:
-        image: embeddings of pictures, float16 [K, dim], L2-normalised.
-        text: embeddings of their captions, float16 [K, most captions, dim], zeros where a picture
-            has fewer.
-        rows: the index of each of these pictures in the source, int64 [K].
+        teacher: the embeddings, which are read some at a time.
+        rows: the indices of the pictures that have any, int64 [K].
         captions: of all pictures of the source.
         pictures: how many pictures the source has.
         seed: of what is drawn by chance.
@@ -173,12 +181,16 @@ def agreement(
     next_of[shuffled] = np.roll(shuffled, -1)
     for first in range(0, len(place), _BLOCK):
         at = place[first : first + _BLOCK]
-        pictures_of = image[at].astype(np.float32)
-        cosines = np.einsum("nd,ntd->nt", pictures_of, text[at].astype(np.float32))
-        has = np.arange(cosines.shape[1]) < counts[rows[at], None]
-        own[rows[at]] = np.where(has, cosines, -np.inf).max(axis=1)
-        others = text[next_of[at], 0].astype(np.float32)
-        other[rows[at]] = np.einsum("nd,nd->n", pictures_of, others)
+        index = rows[at]
+        pictures_of = teacher.image(index.tolist()).astype(np.float32)
+        best = np.full(len(index), -np.inf, np.float32)
+        for number in range(int(counts[index].max())):
+            has = np.flatnonzero(counts[index] > number)
+            texts = teacher.text(index[has].tolist(), number).astype(np.float32)
+            best[has] = np.maximum(best[has], np.einsum("nd,nd->n", pictures_of[has], texts))
+        own[index] = best
+        others = teacher.text(rows[next_of[at]].tolist(), 0).astype(np.float32)
+        other[index] = np.einsum("nd,nd->n", pictures_of, others)
     index, next_index = rows[place], rows[next_of[place]]
     keys = captions.key[first_caption[index]], captions.key[first_caption[next_index]]
     other[index[keys[0] == keys[1]]] = np.nan  # the same caption by chance

@@ -1,6 +1,7 @@
 """What a data report decides, on embeddings and statistics that are worked out by hand."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,12 +92,28 @@ def turned(*degrees: float) -> NDArray[np.float16]:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
 
 
+class Held:
+    """Embeddings of some pictures, [K, dim], and of their captions, [K, most captions, dim]."""
+
+    def __init__(
+        self, rows: NDArray[np.int64], image: NDArray[np.float16], text: NDArray[np.float16]
+    ) -> None:
+        self._place = {index: place for place, index in enumerate(rows.tolist())}
+        self._image, self._text = image, text
+
+    def image(self, indices: Sequence[int]) -> NDArray[np.float16]:
+        return self._image[[self._place[index] for index in indices]]
+
+    def text(self, indices: Sequence[int], numbers: int = 0) -> NDArray[np.float16]:
+        return self._text[[self._place[index] for index in indices], numbers]
+
+
 def test_agreement_is_that_of_the_caption_that_fits_best() -> None:
     captions = captions_of([("a", "b"), ("c",), ("unreadable",), ()])
     text = np.zeros((3, 2, 2), np.float16)
     text[0], text[1, 0] = turned(60, 30), turned(0)[0]
     rows = np.array([0, 1, 3])
-    found = agreement(turned(0, 90, 45), text, rows, captions, 4)
+    found = agreement(Held(rows, turned(0, 90, 45), text), rows, captions, 4)
     assert found.own[:2] == pytest.approx([math.cos(math.radians(30)), 0], abs=1e-3)
     assert np.isnan(found.own[2:]).all()
     assert found.other[:2] == pytest.approx([1, math.cos(math.radians(30))], abs=1e-3)
@@ -107,7 +124,8 @@ def test_agreement_is_that_of_the_caption_that_fits_best() -> None:
 
 def test_an_equal_caption_of_another_picture_is_no_rival() -> None:
     captions = captions_of([("a cat",), ("A cat",)])
-    found = agreement(turned(0, 0), turned(0, 0)[:, None], np.arange(2), captions, 2)
+    held = Held(np.arange(2), turned(0, 0), turned(0, 0)[:, None])
+    found = agreement(held, np.arange(2), captions, 2)
     assert np.isnan(found.other).all()
     assert found.own_wins is None
 
