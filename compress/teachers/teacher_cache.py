@@ -205,9 +205,9 @@ def build_cache(
         with closing(images), closing(texts), closing(steps), fast_inference(teacher):
             _fill(teacher, images, texts, steps, count, views, place)
         team.wait()
-        if not team.is_first:  # the first process has written behind their end
-            images = _open_rows(image_file, image_row, of_images)
-            texts = _open_rows(text_file, text_row, of_texts)
+        # The first process has written behind what the others know, and none needs keys any more.
+        images = _open_rows(image_file, image_row, of_images)
+        texts = _open_rows(text_file, text_row, of_texts)
     found = _read_order(place, images, texts)
     if found is None and not team.is_first and not place.exists():
         raise InputError(

@@ -39,7 +39,8 @@ class RowFile:
     was killed leaves at most one torn record, at the end, which the next writer cuts off. A record
     of another checksum counts as missing, and what it held is computed again.
 
-    Rows are read from the file when they are asked for; 16 bytes a record are held in memory.
+    Rows are read from the file when they are asked for. Once a key was looked up, 16 bytes a record
+    are held in memory.
     One process at a time may append, and others read; `close` flushes it to the disk.
 
     Args:
@@ -81,17 +82,20 @@ class RowFile:
         return self.number(key) is not None
 
     def __len__(self) -> int:
+        self._index()
         return self._count
 
     @property
     def keys(self) -> tuple[bytes, ...]:
         """All keys, in the order of their last rows."""
+        self._index()
         numbers = np.sort(self._numbers).tolist() + sorted(self._fresh.values())
         keys = [(number, self._key(number)) for number in numbers]
         return tuple(key for number, key in keys if self.number(key) == number)
 
     def number(self, key: bytes) -> int | None:
         """Return the number of the record that holds a key's row; None if there is none."""
+        self._index()
         fresh = self._fresh.get(key)
         if fresh is not None:
             return fresh
@@ -99,7 +103,6 @@ class RowFile:
         first, last = (
             int(np.searchsorted(self._shorts, short, side=side)) for side in ("left", "right")
         )
-        # The latest is behind its equals.
         for number in map(int, reversed(self._numbers[first:last])):
             if self._key(number) == key:
                 return number
@@ -168,6 +171,7 @@ class RowFile:
         try:
             if self._file is None:
                 self._file = self._open()
+            self._index()
             first = (self._end - self._start) // self._record.itemsize
             _write(self._file, records.tobytes())
         except OSError as error:
@@ -196,6 +200,7 @@ class RowFile:
         self._shorts = np.empty(0, np.uint64)  # of each key, sorted, see `_short`
         self._numbers = np.empty(0, np.int64)  # and the number of its record
         self._fresh: dict[bytes, int] = {}  # of keys that are not in there yet
+        self._is_indexed = False
         self._damaged: list[int] = []  # numbers of records
         self._start, self._end, self._size, self._count = len(self._header), 0, 0, 0
         self._close_reader()
@@ -211,7 +216,7 @@ class RowFile:
                     what = "is of other settings" if _is_header(line) else "is damaged"
                     raise InputError(f"{self.path} {what}: {self._mend}")
                 file.seek(self._start)
-                self._index(self._records(file))
+                self._check(self._records(file))
         except FileNotFoundError:
             return
         except OSError as error:
@@ -247,18 +252,29 @@ class RowFile:
         while content := file.read(chunk):
             yield np.frombuffer(content, self._record, len(content) // size)
 
-    def _index(self, blocks: Iterator[NDArray[Any]]) -> None:
-        """Remember which record holds the row of each key; those of a wrong checksum are none."""
-        shorts, numbers, count = [self._shorts], [self._numbers], 0
+    def _check(self, blocks: Iterator[NDArray[Any]]) -> None:
+        """Remember which records have a wrong checksum, and where the last one ends."""
+        count = 0
         for records in blocks:
-            is_valid = _checksums(records) == records["crc"]
-            valid = np.flatnonzero(is_valid)
-            self._damaged += (count + np.flatnonzero(~is_valid)).tolist()
-            shorts.append(_short(records["key"][valid]))
-            numbers.append(count + valid)
+            wrong = np.flatnonzero(_checksums(records) != records["crc"])
+            self._damaged += (count + wrong).tolist()
             count += len(records)
         self._end = self._start + count * self._record.itemsize
-        self._sort(np.concatenate(shorts), np.concatenate(numbers))
+
+    def _index(self) -> None:
+        """Remember which record holds the row of each key, when the first is looked up."""
+        if self._is_indexed:
+            return
+        self._is_indexed = True
+        count = max(0, self._end - self._start) // self._record.itemsize
+        shorts, size = np.empty(count, np.uint64), self._record.itemsize
+        chunk = max(1, _READ_BYTES // size)
+        for first in range(0, count, chunk):
+            content = self._read(self._start + first * size, min(chunk, count - first) * size)
+            records = np.frombuffer(content, self._record)
+            shorts[first : first + len(records)] = _short(records["key"])
+        valid = np.delete(np.arange(count), self._damaged)
+        self._sort(shorts[valid], valid)
         twins = np.flatnonzero(self._shorts[1:] == self._shorts[:-1])
         again = sum(self._key(int(self._numbers[i])) in self._keys_behind(int(i)) for i in twins)
         self._count = len(self._numbers) - again
@@ -277,7 +293,7 @@ class RowFile:
         self._fresh = {}
 
     def _sort(self, shorts: NDArray[np.uint64], numbers: NDArray[np.int64]) -> None:
-        order = np.lexsort((numbers, shorts))
+        order = np.argsort(shorts, kind="stable")  # the latest is behind its equals
         self._shorts, self._numbers = shorts[order], numbers[order]
 
     def _key(self, number: int) -> bytes:
