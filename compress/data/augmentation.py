@@ -12,6 +12,10 @@ from edgeclip.runtime.spec import ImageSpec
 # The share of each channel in the brightness that the eye sees: ITU-R BT.601, as Pillow's "L".
 _GREY = np.array((0.299, 0.587, 0.114))
 _LEVELS = np.arange(256)
+# A view that is less than half as large is first reduced by a whole number, which saves more than
+# half of the time of resizing, and makes pixels 0.9 of 255 levels other on average, far less than
+# the change of colours does. The unchanged picture is never reduced so.
+_REDUCING_GAP = 1.5
 _BLOCKS = 4  # a decoded picture, what it is resized by and to, and one more
 
 
@@ -89,7 +93,9 @@ def view_crop(
         min(width * drawn.left + right * drawn.width, width),
         min(height * drawn.top + bottom * drawn.height, height),
     )
-    small = image.resize((spec.size, spec.size), FILTERS[spec.resample], box=box)
+    small = image.resize(
+        (spec.size, spec.size), FILTERS[spec.resample], box=box, reducing_gap=_REDUCING_GAP
+    )
     return np.asarray(_recoloured(small, drawn.factors))
 
 

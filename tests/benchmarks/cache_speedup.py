@@ -1,9 +1,9 @@
 """A training step with cached teacher embeddings against the same step with the teacher online.
 
-Two untrained teachers, of 10 and 30 times the student's weights (those of tables apart, which cost no
-time), at 64 pixels in float32. Both kinds of step take place in one process, in turns, on batches
-that were made before, as worker processes do; the cached step reads its embeddings from the disk
-within the time. The losses of short runs of both are compared too: the cache keeps float16.
+Two untrained teachers, of 10 and 30 times the student's weights (without those of tables, which
+cost no time), at 64 pixels in float32. Both kinds of step take place in one process, in turns, on
+batches that were made before, as worker processes do; the cached step reads its embeddings from the
+disk within the time. The losses of short runs of both are compared too: the cache keeps float16.
 
 Bars: the cached step is at least 8 times as fast beside the larger teacher and 3 times beside the
 smaller one, and the teachers are no larger than that; the losses of a run differ by at most 1%.
