@@ -16,6 +16,7 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import MaxBad, is_table, leave_out_others
 from edgeclip.runtime.inputs.images import IMAGE_SUFFIXES
 
+_PARQUET = ".parquet"
 _WEIGHTED = re.compile(r"(.+)=(\d+(?:\.\d*)?|\.\d+)")
 # `?first=100` is no weight, and neither is the option of a command, `pipe:... --jobs=4`.
 _OPTION = re.compile(r"[?&](?!stream=)\w+=[^=&?]*$|\s-[-\w]+=[^=]*$")
@@ -60,6 +61,11 @@ def open_source(
     given = [split_weight(item) for item in ([data] if isinstance(data, str) else data)]
     if not given:
         raise ConfigError("there is no data: give --data at least once")
+    bare = [item for item, weight in given if weight is None]
+    if bare and len(bare) < len(given):
+        raise ConfigError(
+            f"--data {bare[0]} has no weight: write =WEIGHT behind every --data or behind none"
+        )
     opened: list[Source] = []
     weights: list[float | None] = []
     for item, weight in given:
@@ -98,6 +104,7 @@ def _open_one(data: str, *, split: Split, count: int, size: int, strict: bool) -
         return open_dataset(data, split=split, size=size)
     if is_shards(data):
         return open_shards(data, split=split, size=size)
+    _refuse_files(Path(data))
     return _open_folder(Path(data), split=split, size=size, strict=strict)
 
 
@@ -113,6 +120,20 @@ def is_shards(data: str) -> bool:
     return any(path.suffix == ".tar" for path in names) and not any(
         path.suffix.lower() in IMAGE_SUFFIXES or path.is_dir() for path in names
     )
+
+
+def _refuse_files(path: Path) -> None:
+    """Raise `ConfigError` for what is no folder of pictures, but is opened by another spelling."""
+    if path.is_file() and is_table(path):
+        raise ConfigError(f"{path} is a table of captions: give its folder, {path.parent}")
+    if path.suffix == _PARQUET or (
+        path.is_dir()
+        and any(item.suffix == _PARQUET for item in path.iterdir())
+        and not any(
+            item.suffix.lower() in IMAGE_SUFFIXES or item.is_dir() for item in path.iterdir()
+        )
+    ):
+        raise ConfigError(f"{path} is of Parquet files: give --data 'parquet:{path}'")
 
 
 def _open_folder(folder: Path, *, split: Split, size: int, strict: bool) -> FolderSource:

@@ -84,11 +84,17 @@ def test_the_option_data(folder: Path) -> None:
     assert [part.weight for part in parts_of(equal)] == [None, None]
     alone = open_source([f"{folder}=1"], split="train", count=4, size=8)
     assert isinstance(alone, FolderSource)
-    for data in (["emoji", f"{folder}=2"], ["emoji=0", f"{folder}=2"]):
-        with pytest.raises(ConfigError, match="behind every --data or behind none"):
-            open_source(data, split="train", count=4, size=8)
+    with pytest.raises(ConfigError, match="behind every --data or behind none"):
+        open_source(["emoji", f"{folder}=2"], split="train", count=4, size=8)
+    with pytest.raises(ConfigError, match="emoji=0: a weight must be above 0"):
+        open_source(["emoji=0", f"{folder}=2"], split="train", count=4, size=8)
     with pytest.raises(ConfigError, match="give --data at least once"):
         open_source([], split="train", count=4, size=8)
+
+
+def test_a_source_without_a_weight_is_named_as_it_was_given(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--data missing/ has no weight"):
+        open_source(["missing/", f"{folder}=2"], split="train", count=4, size=8)
 
 
 def test_a_small_source_may_have_nothing_to_judge_on(folder: Path) -> None:

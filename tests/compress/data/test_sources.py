@@ -549,3 +549,15 @@ def test_a_large_folder_takes_little_memory(tmp_path: Path) -> None:
     assert len(source) == count
     assert held < 200 * count + 50_000
     assert source.caption(77) == "picture 000077"
+
+
+def test_files_that_another_spelling_opens_are_refused_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.parquet").touch()
+    for path in (folder, folder / "a.parquet"):
+        with pytest.raises(ConfigError, match=f"give --data 'parquet:{path}'"):
+            open_source(str(path), split="train", count=1, size=8)
+    (folder / "captions.csv").write_text("file,caption\n")
+    with pytest.raises(ConfigError, match=f"give its folder, {folder}"):
+        open_source(str(folder / "captions.csv"), split="train", count=1, size=8)
