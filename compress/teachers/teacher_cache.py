@@ -474,6 +474,9 @@ def _write_identity(folder: Path, identity: CacheIdentity) -> None:
 def _refuse_other(folder: Path, existing: CacheIdentity, wanted: CacheIdentity) -> None:
     found, given = asdict(existing), asdict(wanted)
     different = [name for name, value in given.items() if found[name] != value]
+    if "space" in different:  # what else comes of the teacher's weights differs with them
+        of_teacher = {"space", "dim", "logit_scale"}
+        different = ["teacher", *(name for name in different if name not in of_teacher)]
     if different:
         raise ConfigError(
             f"{folder} is a cache with another {', '.join(different)}: choose another "

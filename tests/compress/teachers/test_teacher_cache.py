@@ -289,7 +289,7 @@ def test_another_teacher(
     other = copy.deepcopy(teacher)
     with torch.no_grad():
         other.model.get_parameter("visual_projection.weight")[0, 0] += 1
-    with pytest.raises(ConfigError, match="cache is a cache with another space: choose another"):
+    with pytest.raises(ConfigError, match="cache is a cache with another teacher: choose another"):
         build_cache(other, source, tmp_path / "cache", views=2)
     (tmp_path / "cache" / "cache.json").unlink()  # the rows are the first teacher's all the same
     with pytest.raises(ConfigError, match=r"image\.rows is of other settings: delete it"):
