@@ -90,7 +90,8 @@ class TeacherCache:
 
     def image(self, indices: Sequence[int], views: int | Sequence[int] = 0) -> Float16:
         """Return a view of each of some readable pictures: float16 [N, dim]."""
-        rows = self._images.at(np.asarray(self._order.images[list(indices)], np.int64))
+        places = np.asarray(indices, np.int64)  # an empty list has no type of its own
+        rows = self._images.at(np.asarray(self._order.images[places]))
         found: Float16 = rows[np.arange(len(rows)), views]
         return found
 
@@ -102,7 +103,8 @@ class TeacherCache:
 
     def text(self, indices: Sequence[int], numbers: int | Sequence[int] = 0) -> Float16:
         """Return one caption, by its number, of each of some pictures: float16 [N, dim]."""
-        places = np.asarray(self._order.starts[list(indices)]) + np.asarray(numbers)
+        starts = self._order.starts[np.asarray(indices, np.int64)]
+        places = np.asarray(starts) + np.asarray(numbers, np.int64)
         found: Float16 = self._texts.at(np.asarray(self._order.texts[places], np.int64))
         return found
 

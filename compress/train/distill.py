@@ -105,6 +105,13 @@ def distill(
         for name, weight in student.named_parameters():
             weight.requires_grad_(weight.requires_grad and not name.startswith(prefixes))
     sampling = Sampling(parts_of(source), seed=settings.seed, held_out=held_out)
+    if settings.batch_size > sampling.train_count:
+        _log.warning(
+            "a batch of %d is more than the %d pictures to train on, and holds them several times: "
+            "choose a smaller --batch-size",
+            settings.batch_size,
+            sampling.train_count,
+        )
     validate = None
     if len(sampling.held_out):
         validate = _Later(

@@ -316,6 +316,18 @@ def test_kill_and_resume_give_the_same_weights(
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-12", "log.jsonl"]
 
 
+def test_a_batch_of_more_than_all_pictures_is_warned_of(
+    teacher: DualEncoder,
+    cache: TeacherCache,
+    source: FolderSource,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    large = replace(SETTINGS, steps=1, batch_size=19)
+    _distilled(teacher, cache, source, tmp_path / "run", large)
+    assert "a batch of 19 is more than the 18 pictures to train on" in caplog.text
+
+
 def test_a_cache_of_other_data_is_refused(
     teacher: DualEncoder, cache: TeacherCache, tmp_path: Path
 ) -> None:
