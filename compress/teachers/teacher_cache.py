@@ -327,8 +327,8 @@ def _fill(
                     bar.update(len(own.keys) * views)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"stopped; {len(images)} pictures are kept in {images.path.parent}, so run it "
-                "again to go on"
+                f"stopped; what was embedded is kept in {images.path.parent}, so run it again to "
+                "go on"
             ) from None
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ _FACTORS = np.array(
 _LONGEST_HEADER = 1 << 16
 _READ_BYTES = 1 << 23  # read at a time when a file is opened
 _SAMPLE = 64  # keys that tell one file from another
+_NUMBERS = np.uint64((1 << 34) - 1)  # the bits of an entry that hold the number of a record
 _FRESH = 1 << 15  # appended keys that are kept in a dict before they are sorted in
 
 
@@ -39,8 +41,8 @@ class RowFile:
     was killed leaves at most one torn record, at the end, which the next writer cuts off. A record
     of another checksum counts as missing, and what it held is computed again.
 
-    Rows are read from the file when they are asked for. Once a key was looked up, 16 bytes a record
-    are held in memory.
+    Rows are read from the file when they are asked for. Once a key was looked up, 8 bytes a record
+    lie in a temporary file beside it, or in memory where there are few.
     One process at a time may append, and others read; `close` flushes it to the disk.
 
     Args:
@@ -82,14 +84,13 @@ class RowFile:
         return self.number(key) is not None
 
     def __len__(self) -> int:
-        self._index()
-        return self._count
+        return len(self.keys)
 
     @property
     def keys(self) -> tuple[bytes, ...]:
         """All keys, in the order of their last rows."""
         self._index()
-        numbers = np.sort(self._numbers).tolist() + sorted(self._fresh.values())
+        numbers = np.sort(self._sorted & _NUMBERS).tolist() + sorted(self._fresh.values())
         keys = [(number, self._key(number)) for number in numbers]
         return tuple(key for number, key in keys if self.number(key) == number)
 
@@ -99,13 +100,12 @@ class RowFile:
         fresh = self._fresh.get(key)
         if fresh is not None:
             return fresh
-        short = _short(np.frombuffer(key, np.uint8))
-        first, last = (
-            int(np.searchsorted(self._shorts, short, side=side)) for side in ("left", "right")
-        )
-        for number in map(int, reversed(self._numbers[first:last])):
+        least = _entries(np.frombuffer(key, np.uint8), np.uint64(0))
+        first, last = np.searchsorted(self._sorted, (least, least | _NUMBERS)).tolist()
+        # The latest is behind its equals.
+        for number in (self._sorted[first : last + 1] & _NUMBERS)[::-1].tolist():
             if self._key(number) == key:
-                return number
+                return int(number)
         return None
 
     def rows(self, keys: Sequence[bytes]) -> NDArray[Any]:
@@ -141,14 +141,16 @@ class RowFile:
     @property
     def fingerprint(self) -> str:
         """What tells later whether records are still those of now, see `goes_on`."""
-        count = (self._end - self._start) // self._record.itemsize
-        return f"{max(0, count)} {self._digest(max(0, count))}"
+        return f"{self._record_count} {self._digest(self._record_count)}"
 
     def goes_on(self, fingerprint: str) -> bool:
         """Tell whether the file still begins with the records that it had at a `fingerprint`."""
         count, _, digest = fingerprint.partition(" ")
-        held = (self._end - self._start) // self._record.itemsize
-        return int(count) <= max(0, held) and digest == self._digest(int(count))
+        return int(count) <= self._record_count and digest == self._digest(int(count))
+
+    @property
+    def _record_count(self) -> int:
+        return max(0, self._end - self._start) // self._record.itemsize
 
     def _digest(self, count: int) -> str:
         """Hash some keys of the first `count` records, and which of these are damaged."""
@@ -172,7 +174,7 @@ class RowFile:
             if self._file is None:
                 self._file = self._open()
             self._index()
-            first = (self._end - self._start) // self._record.itemsize
+            first = self._record_count
             _write(self._file, records.tobytes())
         except OSError as error:
             raise InputError(
@@ -180,9 +182,7 @@ class RowFile:
                 "and run the command again"
             ) from error
         self._end += records.nbytes
-        for number, key in enumerate(keys, first):
-            self._count += key not in self
-            self._fresh[key] = number
+        self._fresh |= {key: number for number, key in enumerate(keys, first)}
         if len(self._fresh) > _FRESH:
             self._sort_in()
 
@@ -197,12 +197,11 @@ class RowFile:
 
     def _load(self) -> None:
         """Read the file, and remember where its last whole record ends."""
-        self._shorts = np.empty(0, np.uint64)  # of each key, sorted, see `_short`
-        self._numbers = np.empty(0, np.int64)  # and the number of its record
+        self._sorted = np.empty(0, np.uint64)  # an entry of each record, see `_entries`
         self._fresh: dict[bytes, int] = {}  # of keys that are not in there yet
         self._is_indexed = False
         self._damaged: list[int] = []  # numbers of records
-        self._start, self._end, self._size, self._count = len(self._header), 0, 0, 0
+        self._start, self._end, self._size = len(self._header), 0, 0
         self._close_reader()
         try:
             with self.path.open("rb") as file:
@@ -266,35 +265,39 @@ class RowFile:
         if self._is_indexed:
             return
         self._is_indexed = True
-        count = max(0, self._end - self._start) // self._record.itemsize
-        shorts, size = np.empty(count, np.uint64), self._record.itemsize
+        count, size = self._record_count, self._record.itemsize
+        entries, place = self._scratch(count - len(self._damaged)), 0
         chunk = max(1, _READ_BYTES // size)
         for first in range(0, count, chunk):
             content = self._read(self._start + first * size, min(chunk, count - first) * size)
             records = np.frombuffer(content, self._record)
-            shorts[first : first + len(records)] = _short(records["key"])
-        valid = np.delete(np.arange(count), self._damaged)
-        self._sort(shorts[valid], valid)
-        twins = np.flatnonzero(self._shorts[1:] == self._shorts[:-1])
-        again = sum(self._key(int(self._numbers[i])) in self._keys_behind(int(i)) for i in twins)
-        self._count = len(self._numbers) - again
-
-    def _keys_behind(self, place: int) -> set[bytes]:
-        """Return the keys that sort as the one at `place` does, and come after it."""
-        last = int(np.searchsorted(self._shorts, self._shorts[place], side="right"))
-        return {self._key(int(number)) for number in self._numbers[place + 1 : last]}
+            numbers = np.arange(first, first + len(records))
+            valid = ~np.isin(numbers, self._damaged)
+            found = _entries(records["key"][valid], numbers[valid])
+            entries[place : place + len(found)] = found
+            place += len(found)
+        entries.sort()
+        self._sorted = entries
 
     def _sort_in(self) -> None:
         keys = np.frombuffer(b"".join(self._fresh), "u1").reshape(-1, KEY_BYTES)
-        numbers = np.array(list(self._fresh.values()), np.int64)
-        self._sort(
-            np.concatenate([self._shorts, _short(keys)]), np.concatenate([self._numbers, numbers])
-        )
-        self._fresh = {}
+        fresh = _entries(keys, np.array(list(self._fresh.values())))
+        entries = self._scratch(len(self._sorted) + len(fresh))
+        entries[: len(self._sorted)], entries[len(self._sorted) :] = self._sorted, np.sort(fresh)
+        entries.sort(kind="stable")  # merges what is sorted already
+        self._sorted, self._fresh = entries, {}
 
-    def _sort(self, shorts: NDArray[np.uint64], numbers: NDArray[np.int64]) -> None:
-        order = np.argsort(shorts, kind="stable")  # the latest is behind its equals
-        self._shorts, self._numbers = shorts[order], numbers[order]
+    def _scratch(self, count: int) -> NDArray[np.uint64]:
+        """Return room for entries: beside the file where there are many, else in memory."""
+        if count > _FRESH and hasattr(os, "posix_fallocate"):
+            try:
+                with tempfile.TemporaryFile(dir=self.path.parent) as file:
+                    # Else a disk that is full would end the process when a page is written.
+                    os.posix_fallocate(file.fileno(), 0, 8 * count)
+                    return np.memmap(file, np.uint64, "r+", shape=(count,))
+            except OSError:
+                pass  # a full disk, or one that is only read
+        return np.empty(count, np.uint64)
 
     def _key(self, number: int) -> bytes:
         return self._read(self._start + number * self._record.itemsize, KEY_BYTES)
@@ -326,14 +329,17 @@ def row_bytes(count: int, shape: tuple[int, ...], dtype: DTypeLike) -> int:
     return count * (KEY_BYTES + math.prod(shape) * np.dtype(dtype).itemsize + 4)
 
 
-def _short(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Return 8 bytes that hardly two keys, uint8 [..., 32], share: a hash of all of each key.
+def _entries(keys: NDArray[np.uint8], numbers: Any) -> NDArray[np.uint64]:
+    """Join 30 bits of a hash of each key, uint8 [..., 32], and the number of its record.
 
     A key need not be a hash in all its bytes, such as one that ends with a number.
     """
     words = np.ascontiguousarray(keys).view("<u8").astype(np.uint64)
-    mixed: NDArray[np.uint64] = (words * _FACTORS).sum(axis=-1, dtype=np.uint64)
-    return mixed
+    with np.errstate(over="ignore"):  # only of a single key numpy would say so
+        mixed = (words * _FACTORS).sum(axis=-1, dtype=np.uint64)
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * _FACTORS[0]
+    joined: NDArray[np.uint64] = (mixed & ~_NUMBERS) | np.asarray(numbers, np.uint64)
+    return joined
 
 
 def _write(file: BinaryIO, content: bytes) -> None:
