@@ -6,6 +6,7 @@ accelerate is loaded.
 """
 
 import functools
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -122,6 +123,12 @@ class _Launched(Processes):
 def is_helper() -> bool:
     """Tell whether another process of this run writes the files; see `Processes.is_first`."""
     return int(os.environ.get("RANK", "0")) > 0
+
+
+def silence_helpers() -> None:
+    """Let the first process alone log what happens; the others log errors."""
+    if is_helper():
+        logging.getLogger("edgeclip").setLevel(logging.ERROR)
 
 
 @functools.cache

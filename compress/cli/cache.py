@@ -1,12 +1,11 @@
 """`edgeclip cache`: compute the teacher's embeddings once, before distilling."""
 
 import argparse
-import logging
 from pathlib import Path
 
 from edgeclip.compress.cli.options import add_data, add_teacher, load_source, load_teacher, max_bad
 from edgeclip.compress.data.augmentation import Augmentation
-from edgeclip.compress.processes import is_helper, processes
+from edgeclip.compress.processes import is_helper, processes, silence_helpers
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.runtime.cli.options import Targets, zero_or_more
 from edgeclip.runtime.inputs.find_images import add_max_bad_option
@@ -34,8 +33,7 @@ def targets(args: argparse.Namespace) -> Targets:
 
 def run(args: argparse.Namespace) -> int:
     """Fill the cache; a run that was stopped goes on where it was."""
-    if is_helper():
-        logging.getLogger("edgeclip").setLevel(logging.ERROR)  # the first process speaks
+    silence_helpers()
     teacher = load_teacher(args)
     source = load_source(args, teacher, split="train")
     cache: TeacherCache = build_cache(

@@ -2,21 +2,19 @@
 
 import argparse
 import dataclasses
-import logging
 import typing
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
-from edgeclip.compress.cli.options import add_strict, max_bad
+from edgeclip.compress.cli.options import add_strict, max_bad, model_source
 from edgeclip.compress.data.keep_list import kept_rows, read_keep_list
 from edgeclip.compress.data.mixture import only, parts_of
 from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sampling import MOST_HELD_OUT, Sampling
 from edgeclip.compress.data.sources import Source
-from edgeclip.compress.processes import is_helper, processes
+from edgeclip.compress.processes import is_helper, processes, silence_helpers
 from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
 from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
@@ -105,12 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _settings() -> Iterator[tuple[str, Any, Any]]:
     """Yield the name, type and default of every setting of a recipe."""
     whole = DistillRecipe()
-    for kind, made in (
-        (DistillRecipe, whole),
-        *((type(own := getattr(whole, s)), own) for s in SECTIONS),
-    ):
-        hints = typing.get_type_hints(kind)  # without the bounds, which `DistillRecipe` checks
-        for item in dataclasses.fields(kind):
+    for made in (whole, *(getattr(whole, name) for name in SECTIONS)):
+        hints = typing.get_type_hints(type(made))  # without the bounds, which `parse` checks
+        for item in dataclasses.fields(made):
             if item.name not in SECTIONS:
                 yield item.name, hints[item.name], getattr(made, item.name)
 
@@ -154,8 +149,7 @@ def _run_folder(args: argparse.Namespace) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Cache, distil and save; a run that was stopped goes on where it was."""
-    if is_helper():
-        logging.getLogger("edgeclip").setLevel(logging.ERROR)  # the first process speaks
+    silence_helpers()
     recipe = recipe_of(args)
     _refuse_teachers_as_output(recipe, args.out)
     folder = _run_folder(args)
@@ -212,7 +206,7 @@ def _refuse_teachers_as_output(recipe: DistillRecipe, out: Path) -> None:
         ConfigError: `--out` is that directory, or holds it.
     """
     for name in (*recipe.teacher, recipe.start):
-        folder = built_in_teacher() if name == BUILT_IN else Path(name or "")
+        folder = Path(model_source(name or ""))
         if name and folder.is_dir() and folder.resolve().is_relative_to(out.resolve()):
             raise ConfigError(
                 f"--out {out} would replace the teacher {folder}: choose another directory"
@@ -220,8 +214,7 @@ def _refuse_teachers_as_output(recipe: DistillRecipe, out: Path) -> None:
 
 
 def _load(name: str) -> DualEncoder:
-    source = built_in_teacher() if name == BUILT_IN else name
-    return DualEncoder.load(source).to(processes().device)
+    return DualEncoder.load(model_source(name)).to(processes().device)
 
 
 def _open_data(recipe: DistillRecipe, args: argparse.Namespace, *, size: int) -> Source:

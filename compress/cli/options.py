@@ -62,11 +62,12 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
 
 def load_teacher(args: argparse.Namespace) -> DualEncoder:
     """Load the teacher of `--teacher`, on the fastest torch device."""
-    return DualEncoder.load(_teacher_source(args)).to(processes().device)
+    return DualEncoder.load(model_source(args.teacher)).to(processes().device)
 
 
-def _teacher_source(args: argparse.Namespace) -> str | Path:
-    return built_in_teacher() if args.teacher == BUILT_IN else str(args.teacher)
+def model_source(name: str) -> str | Path:
+    """Return the directory or hub id of a model as it is named on the command line."""
+    return built_in_teacher() if name == BUILT_IN else name
 
 
 def load_source(args: argparse.Namespace, teacher: DualEncoder, *, split: Split) -> Source:

@@ -142,7 +142,7 @@ def build_cache(
     under its content and a caption's under its SHA-256. So a new, changed or mended picture
     computes itself alone, and a run that was killed loses the batch in hand. `orders` tells which
     rows belong to which item of a source, so that data known already are not looked at again.
-    Memory does not grow with the data, but for 16 bytes a row while rows are looked up.
+    Memory does not grow with the data, see `RowFile`.
 
     Several processes (see `Processes`) share the work; the first one writes.
 
@@ -275,8 +275,10 @@ class _Chunks:
                 chunk.captions.append([])
                 continue
             chunk.keys.append(key)
-            own = {_caption_key(caption): caption for caption in self.source.captions(index)}
-            chunk.captions.append([_caption_key(text) for text in self.source.captions(index)])
+            captions = self.source.captions(index)
+            keys = [_caption_key(caption) for caption in captions]
+            chunk.captions.append(keys)
+            own = dict(zip(keys, captions, strict=True))
             chunk.texts.update({key: text for key, text in own.items() if key not in self.texts})
         return chunk
 
