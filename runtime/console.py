@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgeclip.runtime.quality.intervals import Interval
+    from edgeclip.runtime.stats.interval import Interval
 
 MISSING = "unavailable"
 

@@ -13,8 +13,9 @@ from edgeclip.compress.data.near_duplicates import NearDuplicates
 from edgeclip.compress.data.picture_statistics import PictureStatistics
 from edgeclip.compress.data.sources import Source
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.quality.intervals import Interval, bootstrap
+from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.quality.relevance import caption_key
+from edgeclip.runtime.stats.interval import Interval
 
 _BLOCK = 4096  # pictures at a time
 _SAMPLE = 100_000  # pictures of which an interval is taken: more would not narrow it visibly

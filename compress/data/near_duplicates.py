@@ -14,7 +14,8 @@ from tqdm import tqdm
 from edgeclip.compress.data.sources import Source
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import cosines
-from edgeclip.runtime.quality.intervals import Interval, bootstrap
+from edgeclip.runtime.quality.intervals import bootstrap
+from edgeclip.runtime.stats.interval import Interval
 
 _BLOCK = 2048  # pictures that are compared at a time
 _PROBED = 512  # pictures that are compared with all others, to tell what was missed

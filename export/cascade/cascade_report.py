@@ -28,7 +28,8 @@ from edgeclip.runtime.cascade.certificate import (
 from edgeclip.runtime.console import columns as text_columns
 from edgeclip.runtime.console import digits, percent, percent_interval
 from edgeclip.runtime.device.link import LinkProfile
-from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
+from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_ratio
+from edgeclip.runtime.stats.interval import Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

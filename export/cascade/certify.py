@@ -24,8 +24,9 @@ from edgeclip.runtime.cascade.drift import ScoreSample
 from edgeclip.runtime.cascade.scores import Score
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
+from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_ratio
 from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.stats.interval import Interval
 
 _log = logging.getLogger(__name__)
 

@@ -28,9 +28,10 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.quality.intervals import Interval, bootstrap
+from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.quality.retrieval import Ranks, pair_ranks, retrieval_of_ranks
 from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import tower_feed, usable_precisions
 
 TEACHER, STUDENT, SHIPPED = "teacher", "student ", "student as shipped"

@@ -37,8 +37,9 @@ from edgeclip.profiles.report.bundle_report import (
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.device.machine import Machine, detect_machine
-from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_ratio
+from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_ratio
 from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.stats.interval import Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

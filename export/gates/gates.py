@@ -16,7 +16,6 @@ from edgeclip.runtime.bundle.index import LabelSet, cosines
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, keeps_bound
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.intervals import (
-    Interval,
     bootstrap,
     bootstrap_difference,
     bootstrap_percentile,
@@ -24,6 +23,7 @@ from edgeclip.runtime.quality.intervals import (
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import label_ranks, pair_ranks
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 
 _UNIT = 5e-3  # the largest allowed difference of an embedding's length from 1
 _SAME = 1e-3  # largest distance of two embeddings that count as one

@@ -30,8 +30,8 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import EngineError
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import in_batches, tower_feed
 
 _SECONDS = 2.0  # for the timed runs in one order, if reference and candidate are equally slow

@@ -65,8 +65,8 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.manifest import GateRecord
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import OUTPUT_NAMES, Precision, Tower
+from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
 SEARCH_WORKLOAD = Workload(

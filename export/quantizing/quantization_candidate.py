@@ -11,7 +11,7 @@ from edgeclip.export.quantizing.config import Config, Float32, describe, key
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 # How the gates' names begin.
 MEAN_COSINE, P1_COSINE = "mean cosine", "1st-percentile cosine"

@@ -46,7 +46,7 @@ from edgeclip.profiles.report.sections import (
 )
 from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.console import digits, megabytes, seconds
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 _CIRCLE, _TRIANGLE, _CROSS = 0, 3, 4  # in SHAPES
 _DECADES = 6  # of a logarithmic axis, at most

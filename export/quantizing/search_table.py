@@ -15,7 +15,7 @@ from edgeclip.export.quantizing.search import SearchResult
 from edgeclip.export.quantizing.sensitivity import Sensitivity
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.console import columns, digits
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 
 def key_points(result: SearchResult) -> set[str]:

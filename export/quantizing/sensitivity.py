@@ -29,7 +29,8 @@ from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
 from edgeclip.runtime.engines.providers import CPU
-from edgeclip.runtime.quality.intervals import Interval, bootstrap
+from edgeclip.runtime.quality.intervals import bootstrap
+from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import in_batches
 
 _SWITCHES = "edgeclip_switches"

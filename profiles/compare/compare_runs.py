@@ -18,12 +18,11 @@ from edgeclip.profiles.record.timing_statistics import (
     process_medians,
     process_minima,
     round_ratios,
-    student_t_cdf,
-    student_t_quantile,
 )
 from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.student_t import student_t_cdf, student_t_quantile
 
 _TAIL = 0.025  # probability beyond each end of a 95% interval
 _NORMAL = NormalDist()

@@ -15,9 +15,9 @@ from math import ceil, floor
 from typing import Literal
 
 from edgeclip.profiles.compare.compare_runs import Comparison, RatioEstimate, SetupAspect
-from edgeclip.profiles.record.timing_statistics import student_t_quantile
 from edgeclip.runtime.console import columns, digits
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.stats.student_t import student_t_quantile
 
 CONFIDENCE = 0.95
 GateOutcome = Literal["passed", "regressed", "undecided"]

@@ -16,8 +16,8 @@ from edgeclip.profiles.record.measurement import Measurement, MeasurementRun
 from edgeclip.profiles.record.timing_statistics import paired_ratio
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.providers import PROVIDERS
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 
 MOST = 3
 MEASURE_AGAIN = "measure again"

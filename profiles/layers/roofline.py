@@ -23,8 +23,8 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import detect_memory_mb
 from edgeclip.runtime.engines.engine import Engine, open_engine
 from edgeclip.runtime.errors import EngineError, InputError
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 
 Form = Literal["fp32", "fp16", "int8", "symmetric_int8"]
 Limit = Literal["compute", "memory", "overhead"]

@@ -23,8 +23,8 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import decode_image
 from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.split.retries_and_breaker import Clock
+from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import TowerRunner
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from edgeclip.profiles.record.measurement import ColdStart, StartIntervals
     from edgeclip.runtime.device.device_profile import DeviceProfile
-    from edgeclip.runtime.quality.intervals import Interval
+    from edgeclip.runtime.stats.interval import Interval
 
 _TIMEOUT_S = 600
 

@@ -31,7 +31,8 @@ from edgeclip.profiles.record.timing_statistics import latency_of
 from edgeclip.profiles.workload import Scenario, Workload
 from edgeclip.runtime.console import Progress
 from edgeclip.runtime.errors import EngineError, InputError, MissingExtraError
-from edgeclip.runtime.quality.intervals import Interval, bootstrap_ratio
+from edgeclip.runtime.quality.intervals import bootstrap_ratio
+from edgeclip.runtime.stats.interval import Interval
 
 _BOUND_PERCENTILE = 99.0  # LoadGen's default for Server, and MLPerf's for image models
 _NO_BOUND_NS = 3600 * 10**9  # Server requires a latency bound: an hour

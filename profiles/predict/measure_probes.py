@@ -31,8 +31,8 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 
 FEWEST_ROUNDS = 5
 _MEMORY = 2**30  # of loaded weights at a time, in bytes

@@ -13,8 +13,8 @@ from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import Machine, detect_machine
 from edgeclip.runtime.device.schema import check_bounds
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,14 +8,14 @@ processes' own percentiles, because two processes differ more than two runs of o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.profiles.record.measurement import Latency
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.student_t import student_t_quantile
 
 Runs = NDArray[np.float64]  # run times of one process, in order: [runs]
 
@@ -233,39 +233,3 @@ def _bootstrap_percentiles(values: Runs, percents: Sequence[float], seed: int, d
         indices = (starts[:, :, None] + np.arange(block)) % count
         parts.append(_percentiles_of(values[indices.reshape(size, -1)[:, :count]], percents))
     return np.concatenate(parts, axis=1)
-
-
-# Student's t distribution, with x = tan(angle) * sqrt(degrees): its density over the angle is
-# proportional to cos(angle) ** (degrees - 1), which Gauss-Legendre quadrature integrates exactly
-# enough. It spares the runtime a dependency on SciPy.
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
-_MAX_STEPS, _TOLERANCE = 100, 1e-13  # of Newton's method, which takes about ten steps
-
-
-def student_t_cdf(t: float, degrees: float) -> float:
-    """Cumulative distribution function of Student's t; `degrees` of freedom at least 1."""
-    return _cdf_of_angle(math.atan2(t, math.sqrt(degrees)), degrees)
-
-
-@lru_cache(maxsize=1024)
-def student_t_quantile(chance: float, degrees: float) -> float:
-    """Quantile function of Student's t; `chance` in (0, 1), `degrees` of freedom at least 1."""
-    if chance < 0.5:
-        return -student_t_quantile(1 - chance, degrees)
-    angle = 0.0
-    for _ in range(_MAX_STEPS):  # the distribution function is concave here: no overshoot
-        step = (chance - _cdf_of_angle(angle, degrees)) / _density_of_angle(angle, degrees)
-        angle += step
-        if abs(step) < _TOLERANCE:
-            break
-    return math.sqrt(degrees) * math.tan(angle)
-
-
-def _cdf_of_angle(angle: float, degrees: float) -> float:
-    heights = np.cos(angle * (_NODES + 1) / 2) ** (degrees - 1)
-    return 0.5 + _density_of_angle(0.0, degrees) * angle / 2 * float(_WEIGHTS @ heights)
-
-
-def _density_of_angle(angle: float, degrees: float) -> float:
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2))
-    return float(scale / math.sqrt(math.pi) * math.cos(angle) ** (degrees - 1))

@@ -43,8 +43,8 @@ from edgeclip.runtime.console import (
     seconds,
 )
 from edgeclip.runtime.device.machine import Machine, detect_machine
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.stats.interval import Interval
 
 Role = Literal["teacher", "student"]
 

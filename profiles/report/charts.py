@@ -32,7 +32,7 @@ from edgeclip.profiles.report.drawing import (
     write,
 )
 from edgeclip.runtime.console import digits, percent, percent_interval
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from html import escape
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from edgeclip.runtime.errors import MissingExtraError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from typing import Literal
 
 from edgeclip.profiles.record.measurement import Measurement, MeasurementRun, Part
 from edgeclip.profiles.report.sections import NOT_AVAILABLE, Note
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 
 QualityUnit = Literal["share", "cosine", "points"]
 

@@ -23,7 +23,7 @@ from edgeclip.profiles.report.sections import (
     with_interval,
 )
 from edgeclip.runtime.console import digits, percent
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 STAGE_KEYS = ("stages",)
 LAYER_KEYS = ("layers",)

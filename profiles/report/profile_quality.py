@@ -28,8 +28,8 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME, sha256_file
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.console import digits, megabytes, percent
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 
 _LOSS = "R@1 loss "
 _COSINES = ("mean cosine", "1st-percentile cosine")

@@ -67,7 +67,7 @@ from edgeclip.profiles.report.sections import (
 from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.console import digits, megabytes
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 MOST_ADVICE = 3
 _MEMORY_KEYS = ("cold_start", "memory")

@@ -40,7 +40,7 @@ from edgeclip.profiles.report.sections import (
     span,
 )
 from edgeclip.runtime.console import digits, percent
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 SCENARIO_KEYS = ("scenarios",)
 _NOT_KNOWN = "too few runs"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgeclip.profiles.report.drawing import Chart
 from edgeclip.runtime.console import digits
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 Tone = Literal["", "pass", "miss", "strong"]
 Picture = Image.Image | bytes

@@ -10,7 +10,7 @@ from edgeclip.profiles.report.profile_speed import threads_name
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.console import MISSING, columns, digits, megabytes
 from edgeclip.runtime.errors import MissingExtraError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 _Place = tuple[int, int | None]  # batch and threads
 

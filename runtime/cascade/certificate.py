@@ -17,8 +17,8 @@ from edgeclip.runtime.cascade.drift import ScoreSample
 from edgeclip.runtime.cascade.scores import Score
 from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import BundleError, ConfigError, InputError
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.stats.interval import Interval
 
 # All scores lie between these two, so that thresholds stay finite numbers.
 ESCALATE_ALL = 3.0  # a threshold above every score

@@ -19,7 +19,7 @@ from edgeclip.runtime.inputs.find_images import (
     add_max_bad_option,
     list_images,
 )
-from edgeclip.runtime.quality.intervals import Interval, bootstrap
+from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import (
     DirectionMetrics,
@@ -27,6 +27,7 @@ from edgeclip.runtime.quality.retrieval import (
     pair_ranks,
     retrieval_of_ranks,
 )
+from edgeclip.runtime.stats.interval import Interval
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

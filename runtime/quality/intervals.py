@@ -6,7 +6,6 @@ Everything is deterministic given the seed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,9 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.stats.interval import Interval
 
 _INDICES_AT_ONCE = 1 << 21  # 16 MiB of indices, and as much of values
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A measured value and the ends of its confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def bootstrap(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeclip.runtime.device.machine import detect_machine
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 ROOT = Path(__file__).parents[2]
 EMOJI_BUNDLE = ROOT / "export" / "emoji_bundle"  # the built-in student's

@@ -54,9 +54,10 @@ from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.device.machine import detect_machine
-from edgeclip.runtime.quality.intervals import Interval, bootstrap
+from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
 PLAIN_FP32, OUR_FP32 = "plain fp32", "our fp32"

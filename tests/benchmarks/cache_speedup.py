@@ -47,7 +47,7 @@ from edgeclip.compress.train.train_loop import (
 from edgeclip.export.graph.tune_passes import TUNING_WORKLOAD
 from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, measure_interleaved
 from edgeclip.runtime.console import columns
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 _BATCH = 32
 _SMALL = TeacherShape(

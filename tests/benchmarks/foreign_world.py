@@ -53,8 +53,9 @@ from edgeclip.profiles.report.charts import TrainingCurve
 from edgeclip.profiles.report.sections import FigureGrid, Note, Page, PageSummary, Section
 from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.bundle.index import cosines
-from edgeclip.runtime.quality.intervals import Interval, bootstrap, bootstrap_difference
+from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_difference
 from edgeclip.runtime.quality.retrieval import pair_ranks
+from edgeclip.runtime.stats.interval import Interval
 
 
 class Drawn:

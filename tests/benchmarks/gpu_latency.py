@@ -43,8 +43,8 @@ from edgeclip.profiles.measure.interleaved_runs import (
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.errors import first_line
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.stats.interval import Interval
 
 Column = Literal["host", "device"]
 COLUMNS: tuple[Column, ...] = get_args(Column)

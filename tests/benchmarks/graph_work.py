@@ -38,8 +38,8 @@ from edgeclip.profiles.measure.interleaved_runs import (
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.engines.engine import open_engine
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import ImageSpec, Tower
+from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
 FIRST, ONE_TOKEN, CUT = "whole last layer", "last layer for one token", "text cut at its end"

@@ -26,7 +26,7 @@ from _quantizer_models import VIT_8M, VIT_B32, WORK, grown, plant_outliers
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.runtime.device.device_profile import load_device
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 CHOSEN, REDUCED = "chosen", "chosen, 7-bit weights"
 BARS = {VIT_8M.name: 1.8, VIT_B32.name: 2.1}

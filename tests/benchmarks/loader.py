@@ -43,8 +43,8 @@ from edgeclip.compress.data.sources import FolderSource, Source, seed_of
 from edgeclip.profiles.record.timing_statistics import percentile_interval
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.inputs.preprocess import normalise, resize_and_crop
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import ImageSpec
+from edgeclip.runtime.stats.interval import Interval
 
 _SPEC = ImageSpec(size=224, resize=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 _AUGMENTATION = Augmentation()

@@ -27,8 +27,8 @@ from edgeclip.profiles.record.timing_statistics import paired_ratio
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.engines.onnxruntime_engine import import_onnxruntime, session_options
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
 PRECISIONS: tuple[Precision, ...] = ("int8", "fp32")

@@ -38,10 +38,10 @@ from edgeclip.runtime.planning.link_state import LinkState
 from edgeclip.runtime.planning.plan import PlanCandidate, SplitPlan, list_candidates
 from edgeclip.runtime.planning.replanning import LinkEstimator
 from edgeclip.runtime.planning.stage_times import SplitStage, StageTimes
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.serving.bundle_models import CutTail
 from edgeclip.runtime.split.http_client import ClientRules, Server
 from edgeclip.runtime.split.retries_and_breaker import Deadline
+from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.wire.codec import codec_name, encode, encode_picture
 from edgeclip.runtime.wire.messages import BUNDLE, CODEC, CUT, SPACE_ID, InferRequest
 

@@ -34,7 +34,7 @@ from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 _PLANTED, _TOLERATED = 0.10, 0.05
 _NORMAL = 1.96

@@ -18,7 +18,7 @@ from _bars import Bar, at_least, at_most, finish, options
 from _processes import SERVE, ServerProcess
 from _server_load import load
 
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.wire.messages import InferRequest
 
 _WORDS = (*SERVE, "--function", "tests.echo_function:echo")

@@ -32,7 +32,8 @@ from edgeclip.export.cascade.cascade_eval_set import embed_captions
 from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.device.device_profile import device_yaml, load_device
 from edgeclip.runtime.device.link import load_link
-from edgeclip.runtime.quality.intervals import Interval, bootstrap
+from edgeclip.runtime.quality.intervals import bootstrap
+from edgeclip.runtime.stats.interval import Interval
 
 P99_MS, ANSWERED = 200.0, 0.999
 RATE = 290.0  # requests a second: 25 million a day

@@ -30,7 +30,7 @@ from edgeclip.compress.data.near_duplicates import NearDuplicates, near_duplicat
 from edgeclip.compress.data.picture_statistics import PictureStatistics
 from edgeclip.compress.data.sources import Pair
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 
 class Texts:

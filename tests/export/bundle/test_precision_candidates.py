@@ -24,7 +24,7 @@ from edgeclip.export.quantizing.config import (
     config_from_data,
 )
 from edgeclip.export.quantizing.qat_finetune import QAT_HINT, QatOptions
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 from tests.export.quantizing.test_qat_finetune import FACTOR, planted
 
 pytestmark = pytest.mark.slow

@@ -19,8 +19,8 @@ from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.quality.relevance import Relevance
+from edgeclip.runtime.stats.interval import Interval
 
 BOUNDS = Bounds(mean_cosine=0.99, p1_cosine=0.97)
 

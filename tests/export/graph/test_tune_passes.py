@@ -26,7 +26,7 @@ from edgeclip.export.graph.tune_passes import (
 from edgeclip.export.quantizing.candidate_evaluator import SEARCH_WORKLOAD, time_candidates
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 pytestmark = pytest.mark.slow
 

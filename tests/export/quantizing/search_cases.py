@@ -23,8 +23,8 @@ from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask
 from edgeclip.export.quantizing.sensitivity import GroupDamage, Sensitivity
 from edgeclip.runtime.bundle.manifest import GateRecord, keeps_bound
 from edgeclip.runtime.device.device_profile import DeviceProfile
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 from tests.conftest import GATE
 from tests.export.quantizing.planted import plant_outlier
 

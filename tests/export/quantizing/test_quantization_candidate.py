@@ -20,7 +20,7 @@ from edgeclip.export.quantizing.node_groups import Gains, GroupGain
 from edgeclip.export.quantizing.quantization_candidate import QuantizationCandidate, RecordStore
 from edgeclip.runtime.bundle.manifest import DataRecord
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 from tests.export.quantizing.search_cases import SumBench, cosine_record, loss_record
 
 BENCH = SumBench(damages={"a": 0.001}, saved={"a": 0.1})

@@ -11,7 +11,7 @@ from edgeclip.profiles.report.profile_report import advice_of
 from edgeclip.profiles.report.tables import long_table, write_parquet
 from edgeclip.runtime.cli.main import main
 from edgeclip.runtime.planning.plan import SplitPlan
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 from tests.conftest import SPACE
 
 pytestmark = pytest.mark.slow

@@ -22,8 +22,8 @@ from edgeclip.profiles.record.measurement import (
 )
 from edgeclip.profiles.workload import load_workload
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 from tests.profiles.run_cases import SHAPE, identity, run_of
 
 CPU = dataclasses.replace(load_device("x86-avx512-vnni"), threads=2, latency_budget_ms=None)

@@ -28,8 +28,8 @@ from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.device.machine import detect_memory_mb
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import EdgeClipError, InputError
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 
 MIB = 1 << 20
 

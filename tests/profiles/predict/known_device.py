@@ -7,8 +7,8 @@ from edgeclip.profiles.predict.measured_device import BlockCost, CheckTime, Meas
 from edgeclip.profiles.predict.tower_shapes import AnyTower, ConvTower, TowerBlock, TransformerTower
 from edgeclip.runtime.device.device_profile import DeviceProfile, device_from_machine
 from edgeclip.runtime.device.machine import Machine
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 
 Law = Callable[[TowerBlock, Precision], float]
 

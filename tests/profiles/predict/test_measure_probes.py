@@ -36,7 +36,7 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import Engine, open_engine
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
 from edgeclip.runtime.errors import EngineError, InputError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 from tests.profiles.predict.known_device import known_device
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ from edgeclip.profiles.predict.predict_latency import (
 )
 from edgeclip.profiles.predict.tower_shapes import AnyTower, ConvTower, TowerBlock
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 from tests.profiles.predict.known_device import TOWERS, image, known_device, law, tower_ms
 
 DEVICE = known_device()

@@ -14,11 +14,10 @@ from edgeclip.profiles.record.timing_statistics import (
     process_medians,
     rate_interval,
     round_ratios,
-    student_t_cdf,
-    student_t_quantile,
 )
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.student_t import student_t_cdf, student_t_quantile
 
 
 def processes(

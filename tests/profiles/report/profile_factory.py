@@ -28,8 +28,8 @@ from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import Machine
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.interval import Interval
 from tests.profiles.report.profile_factory_parts import (
     around,
     cold_start_of,

@@ -15,7 +15,7 @@ from edgeclip.profiles.record.measurement import (
     StageTime,
     StartIntervals,
 )
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 STAGES: tuple[tuple[StageName, float], ...] = (
     ("read", 0.06),

@@ -35,8 +35,8 @@ from edgeclip.profiles.report.write_page import data_uri, html_of, markdown_of, 
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.errors import InputError, MissingExtraError
-from edgeclip.runtime.quality.intervals import Interval
 from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.stats.interval import Interval
 from tests.page import Page, visible
 
 HOSTILE = '<script>alert("x")</script> & "quotes" \'single\''

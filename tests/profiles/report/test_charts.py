@@ -39,7 +39,7 @@ from edgeclip.profiles.report.drawing import (
     ticks,
 )
 from edgeclip.runtime.errors import MissingExtraError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 from tests.profiles.report.test_bundle_report import HOSTILE, around
 
 ODD = (f"{HOSTILE} $\\frac{{x}}{{ a\x00b\ud800 模型 😀 {'x' * 400}", "")

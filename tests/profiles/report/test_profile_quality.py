@@ -12,7 +12,7 @@ from edgeclip.profiles.report.profile_quality import (
 from edgeclip.profiles.report.sections import Note
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import sha256_file
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 from tests.profiles.report.profile_factory import BUNDLES, quality, quiet_run
 
 EMOJI = Path(__file__).parents[3] / "export" / "emoji_bundle"

@@ -20,7 +20,7 @@ from edgeclip.profiles.report.sections import AdviceNote, Note, Section, Table
 from edgeclip.profiles.report.write_page import html_of, markdown_of
 from edgeclip.profiles.sensors.interference import judge_interference
 from edgeclip.runtime.errors import InputError, MissingExtraError
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 from tests.page import Page, visible
 from tests.profiles.report.profile_factory import (
     advice,

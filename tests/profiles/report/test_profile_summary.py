@@ -9,7 +9,7 @@ from edgeclip.profiles.report.profile_speed import spread_of
 from edgeclip.profiles.report.profile_summary import summary_of
 from edgeclip.profiles.report.sections import Note
 from edgeclip.profiles.report.write_page import markdown_of
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 from tests.profiles.report.profile_factory import (
     alone,
     disturbed_run,

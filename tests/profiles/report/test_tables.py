@@ -6,7 +6,7 @@ import numpy as np
 
 from edgeclip.profiles.record.measurement import SweepPoint, WarmUp
 from edgeclip.profiles.report.tables import measurement_table
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 from tests.profiles.run_cases import measurement, processes, run_of
 
 SAMPLES = processes(np.random.default_rng(0), 1.0)

@@ -8,7 +8,7 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cascade.certificate import Certificate, Quality, QuerySet, TowerIdentity
 from edgeclip.runtime.cascade.drift import ScoreSample
 from edgeclip.runtime.cascade.scores import Margin
-from edgeclip.runtime.quality.intervals import Interval
+from edgeclip.runtime.stats.interval import Interval
 
 
 @pytest.fixture

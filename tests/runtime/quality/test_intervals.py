@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.quality import intervals
 from edgeclip.runtime.quality.intervals import (
-    Interval,
     bootstrap,
     bootstrap_difference,
     bootstrap_percentile,
     bootstrap_ratio,
 )
+from edgeclip.runtime.stats.interval import Interval
 
 
 def test_constant_values_have_no_width() -> None:
