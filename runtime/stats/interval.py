@@ -1,6 +1,9 @@
-"""A measured value with the ends of its confidence interval."""
+"""Measured values with confidence intervals, and estimates that give bounds at any confidence."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+
+_EACH_END = 0.975  # confidence of each end of a 95% interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,3 +16,28 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+class Estimate(ABC):
+    """A value estimated from data, with confidence bounds.
+
+    Attributes:
+        value: the point estimate.
+    """
+
+    __slots__ = ()
+    value: float
+
+    @abstractmethod
+    def lower_bound(self, confidence: float) -> float:
+        """Return a bound above which the true value lies with this probability, in (0.5, 1)."""
+
+    @abstractmethod
+    def upper_bound(self, confidence: float) -> float:
+        """Return a bound below which the true value lies with this probability, in (0.5, 1)."""
+
+    @property
+    def interval(self) -> Interval:
+        """The value and its 95% interval, each end of which holds with 97.5%."""
+        low, high = self.lower_bound(_EACH_END), self.upper_bound(_EACH_END)
+        return Interval(self.value, min(low, self.value), max(high, self.value))
