@@ -5,14 +5,18 @@ Items that are not independent, such as near-duplicates, are given as clusters; 
 then that between clusters (linearised ratio estimators; Cochran, "Sampling Techniques", 1977,
 section 11.7), and Student's t takes the place of the normal distribution.
 
-At the edge, where all hits are equal, a sample shows no spread at all. Wilson's interval (JASA
-22, 1927) needs none. For pairs, half a pair is added for each of the four outcomes that a pair of
-hits can have (Agresti and Min, "Simple improved confidence intervals for comparing matched
-proportions", Statistics in Medicine 24, 2005).
+At the edge, where nearly all hits are equal, a sample shows no spread. Wilson's interval (JASA
+22, 1927) needs none; where fewer than four hits or misses were seen, that side's bound is Poisson's
+(Brown, Cai and DasGupta, "Interval estimation for a binomial proportion", Statistical Science 16,
+2001, section 4.1.1). To pairs, z^2 / 2 are added in which only the one model hits, and as many in
+which only the other does, as Agresti and Coull (The American Statistician 52, 1998) add hits and
+misses to a share: with half a pair each (Agresti and Min, Statistics in Medicine 24, 2005) a true
+loss of 2 points lies outside the 95% interval of 100 pairs in 14% of the cases.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,8 +28,9 @@ from edgeclip.runtime.stats.clusters import Clusters, check_shares, cluster_sums
 from edgeclip.runtime.stats.interval import Estimate
 from edgeclip.runtime.stats.student_t import normal_quantile, solve_fieller, student_t_quantile
 
-_HALF = 0.5  # weight of each added observation
-_ADDED = np.array([(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])  # (reference, ours)
+_HALF = 0.5  # hits and misses that are added to find how much clusters spread
+_FEW = 4  # hits or misses from which on Wilson's bounds are good enough
+_ONE_SIDED = np.array([(1.0, 0.0, 1.0), (0.0, 1.0, 1.0)])  # (reference, ours, items) of added pairs
 
 
 def _deviations(confidence: float, clusters: int | None) -> float:
@@ -51,20 +56,44 @@ class ShareEstimate(Estimate):
 
     def lower_bound(self, confidence: float) -> float:
         """See `Estimate`; 0 at least."""
-        return max(0.0, self._wilson(confidence, -1))
+        return self._least(self.value, confidence)
 
     def upper_bound(self, confidence: float) -> float:
         """See `Estimate`; 1 at most."""
-        return min(1.0, self._wilson(confidence, 1))
+        return 1 - self._least(1 - self.value, confidence)
 
-    def _wilson(self, confidence: float, side: int) -> float:
-        z = _deviations(confidence, self.clusters)
+    def _least(self, share: float, confidence: float) -> float:
+        """Lower bound of a share of hits, or of misses."""
+        z, n = _deviations(confidence, self.clusters), self.effective
         if math.isinf(z):
-            return side * math.inf
-        n, p = self.effective, self.value
-        centre = p + z * z / (2 * n)
-        half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-        return (centre + side * half) / (1 + z * z / n)
+            return 0.0
+        centre = share + z * z / (2 * n)
+        half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+        wilson = (centre - half) / (1 + z * z / n)
+        if share * n < _FEW:
+            wilson = min(wilson, _least_mean(share * n, confidence) / n)
+        return max(0.0, wilson)
+
+
+def _least_mean(seen: float, confidence: float) -> float:
+    """Lower bound of the mean of a Poisson distribution of which `seen` was drawn.
+
+    Between whole numbers it is interpolated.
+    """
+    below = math.floor(seen)
+    low, high = (_least_mean_of(count, confidence) for count in (below, below + 1))
+    return low + (seen - below) * (high - low)
+
+
+@lru_cache(maxsize=1024)
+def _least_mean_of(seen: int, confidence: float) -> float:
+    """Solve P(Poisson(mean) >= seen) = 1 - confidence for the mean, by bisection."""
+    low, high = 0.0, float(seen)
+    for _ in range(60):
+        mean = (low + high) / 2
+        fewer = sum(math.exp(-mean) * mean**k / math.factorial(k) for k in range(seen))
+        low, high = (mean, high) if fewer > confidence else (low, mean)
+    return low
 
 
 def estimate_share(hits: NDArray[Any], clusters: Clusters | None = None) -> ShareEstimate:
@@ -97,56 +126,72 @@ def estimate_share(hits: NDArray[Any], clusters: Clusters | None = None) -> Shar
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _PairMoments:
-    """Moments of cluster sums of paired hits, with the half-pairs added.
+@dataclass(frozen=True, slots=True, eq=False)
+class PairSums:
+    """Sums over clusters of (reference's hits, our hits, items), from which all bounds follow.
 
     Attributes:
-        means: of (reference, ours), a pair's.
-        covariance: of these means [2, 2].
+        first: sum of the three [3].
+        second: sum of their products [3, 3].
+        count: number of clusters.
+        clustered: whether they are clusters; otherwise each is an item.
     """
 
-    means: Values
-    covariance: Values
+    first: Values
+    second: Values
+    count: int
+    clustered: bool
+
+    @classmethod
+    def of(cls, reference: Values, ours: Values, clusters: Clusters | None) -> "PairSums":
+        """Sum the hits of pairs [N]."""
+        sizes, sums = cluster_sums(clusters, reference, ours)
+        rows = np.stack([*sums, sizes], axis=1)
+        return cls(rows.sum(axis=0), rows.T @ rows, len(sizes), clusters is not None)
+
+    def deviations(self, confidence: float) -> float:
+        """How many standard errors a one-sided bound lies away."""
+        return _deviations(confidence, self.count if self.clustered else None)
+
+    def moments(self, confidence: float) -> tuple[Values, Values]:
+        """Return the means of (reference, ours) [2] with the added pairs, and their covariance."""
+        weight = normal_quantile(confidence) ** 2 / 2
+        added = _ONE_SIDED * (float(self.first[2]) / self.count)  # of a mean cluster's size
+        first = self.first + weight * added.sum(axis=0)
+        second = self.second + weight * added.T @ added
+        means = first[:2] / first[2]
+        of_residuals = np.column_stack([np.eye(2), -means])
+        covariance: Values = of_residuals @ second @ of_residuals.T / first[2] ** 2
+        return means, covariance
 
 
-def _pair_moments(reference: Values, ours: Values, clusters: Clusters | None) -> _PairMoments:
-    sizes, sums = cluster_sums(clusters, reference, ours)
-    size = float(sizes.mean())
-    rows = np.concatenate([np.stack(sums, axis=1), size * _ADDED])
-    sizes = np.concatenate([sizes, np.full(len(_ADDED), size)])
-    weights = np.ones(len(rows))
-    weights[-len(_ADDED) :] = _HALF
-    total = float(weights @ sizes)
-    means = (weights @ rows) / total
-    residuals = rows - np.outer(sizes, means)
-    covariance = (residuals * weights[:, None]).T @ residuals / total**2
-    return _PairMoments(means, np.asarray(covariance))
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LossEstimate(Estimate):
-    """A difference of paired means with Wald's bounds around the mean of pairs and half-pairs.
+    """A difference of paired means with Wald's bounds around that of pairs and added pairs.
 
     Attributes:
         value: the difference of the sample.
-        centre: the difference with half-pairs.
-        error: its standard error.
-        clusters: number of clusters; None where items are independent.
+        sums: of the pairs.
     """
 
     value: float
-    centre: float
-    error: float
-    clusters: int | None
+    sums: PairSums
 
     def lower_bound(self, confidence: float) -> float:
         """See `Estimate`; -1 at least."""
-        return max(-1.0, self.centre - _deviations(confidence, self.clusters) * self.error)
+        centre, margin = self._wald(confidence)
+        return max(-1.0, centre - margin)
 
     def upper_bound(self, confidence: float) -> float:
         """See `Estimate`; 1 at most."""
-        return min(1.0, self.centre + _deviations(confidence, self.clusters) * self.error)
+        centre, margin = self._wald(confidence)
+        return min(1.0, centre + margin)
+
+    def _wald(self, confidence: float) -> tuple[float, float]:
+        means, covariance = self.sums.moments(confidence)
+        variance = covariance[0, 0] - 2 * covariance[0, 1] + covariance[1, 1]
+        margin = self.sums.deviations(confidence) * math.sqrt(max(0.0, float(variance)))
+        return float(means[0] - means[1]), margin
 
 
 def estimate_loss(
@@ -162,46 +207,35 @@ def estimate_loss(
         InputError: arrays that are empty, of other shapes or lengths, or values that are no shares.
     """
     theirs, mine = check_shares(reference, ours)
-    found = _pair_moments(theirs, mine, clusters)
-    sign = np.array([1.0, -1.0])
-    return LossEstimate(
-        value=float(theirs.mean() - mine.mean()),
-        centre=float(sign @ found.means),
-        error=math.sqrt(max(0.0, float(sign @ found.covariance @ sign))),
-        clusters=None if clusters is None else len(np.unique(clusters)),
-    )
+    value = float(theirs.mean() - mine.mean())
+    return LossEstimate(value, PairSums.of(theirs, mine, clusters))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptEstimate(Estimate):
-    """A ratio of paired means with Fieller's bounds, with half-pairs.
+    """A ratio of paired means with Fieller's bounds, of pairs and added pairs.
 
     Attributes:
         value: the ratio of the sample.
-        moments: of the pairs and half-pairs.
-        clusters: number of clusters; None where items are independent.
+        sums: of the pairs.
     """
 
     value: float
-    moments: _PairMoments
-    clusters: int | None
+    sums: PairSums
 
     def lower_bound(self, confidence: float) -> float:
         """See `Estimate`; 0 at least."""
-        return max(0.0, self._ends(confidence)[0])
+        return max(0.0, self._fieller(confidence)[0])
 
     def upper_bound(self, confidence: float) -> float:
         """See `Estimate`; infinite where the reference's mean is not surely above 0."""
-        return self._ends(confidence)[1]
+        return self._fieller(confidence)[1]
 
-    def _ends(self, confidence: float) -> tuple[float, float]:
-        (below, above), covariance = self.moments.means, self.moments.covariance
-        deviations = _deviations(confidence, self.clusters)
+    def _fieller(self, confidence: float) -> tuple[float, float]:
+        (below, above), found = self.sums.moments(confidence)
+        variances = (float(found[1, 1]), float(found[0, 1]), float(found[0, 0]))
         return solve_fieller(
-            float(above),
-            float(below),
-            (float(covariance[1, 1]), float(covariance[0, 1]), float(covariance[0, 0])),
-            deviations,
+            float(above), float(below), variances, self.sums.deviations(confidence)
         )
 
 
@@ -223,8 +257,5 @@ def estimate_kept(
             "the reference has no hit, so no share of it can be kept: give it items that it can "
             "answer"
         )
-    return KeptEstimate(
-        value=float(mine.mean() / theirs.mean()),
-        moments=_pair_moments(theirs, mine, clusters),
-        clusters=None if clusters is None else len(np.unique(clusters)),
-    )
+    value = float(mine.mean() / theirs.mean())
+    return KeptEstimate(value, PairSums.of(theirs, mine, clusters))
