@@ -84,7 +84,7 @@ GATE = GateRecord(
     bound=0.99,
     direction=">=",
     unit="cosine",
-    passed=True,
+    outcome="passed",
 )
 
 LONGEST = (

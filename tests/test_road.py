@@ -35,7 +35,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher, student = folder / "teacher", folder / "student"
     _run("pretrain", "--out", teacher, "--run", folder / "teacher-run", *_TEACHER)
     _run("distill", "--teacher", teacher, "--out", student, *_STUDENT)
-    counts = ("--test-count", 40, "--calibration-count", 16)
+    counts = ("--test-count", 40, "--calibration-count", 16, "--accept-undecided")
     _run("export", student, "--teacher", teacher, "--out", folder / "bundle", *counts, *_BOUNDS)
     _run("scenes", folder / "photos", "--count", 6, "--size", 80)
     return folder

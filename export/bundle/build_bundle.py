@@ -24,6 +24,7 @@ from edgeclip.export.gates.gates import (
     GateOutcome,
     data_record,
     describe_missed,
+    is_missed,
     raise_if_missed,
 )
 from edgeclip.export.gates.judge_precisions import (
@@ -120,7 +121,7 @@ def build_bundle(
         raise_if_missed(apart, COLLAPSE_HINT)
         candidates = fine_tune_failed_int8(plan, candidates, _applied(plan, tried))
         if plan.precisions is not None:
-            require_named_precisions(candidates)
+            require_named_precisions(candidates, accept_undecided=plan.accept_undecided)
 
         graphs = delete_rejected(plan, candidates)
         if plan.label_head is not None:
@@ -143,7 +144,11 @@ def build_bundle(
         judged = (*parity, *apart, *agreement.judged, *candidates.verdict.judged, *mixed)
         contents = BundleContents(
             graphs=graphs,
-            gates=tuple(item for item in judged if item.record.passed),
+            gates=tuple(
+                item
+                for item in judged
+                if not is_missed(item.record, accept_undecided=plan.accept_undecided)
+            ),
             selected=selected,
             engines=engines,
             recipe=BuildRecipe(
@@ -175,7 +180,7 @@ def require_agreement(plan: BundlePlan) -> TeacherAgreement:
     found = judge_agreement(
         plan.student, plan.teacher, plan.test, plan.teacher_bounds, text_tower=plan.text_tower
     )
-    raise_if_missed(found.judged, _AGREEMENT_HINT)
+    raise_if_missed(found.judged, _AGREEMENT_HINT, accept_undecided=plan.accept_undecided)
     return found
 
 
@@ -233,7 +238,7 @@ def require_parity(
     return tuple(parity)
 
 
-def require_named_precisions(candidates: PrecisionCandidates) -> None:
+def require_named_precisions(candidates: PrecisionCandidates, *, accept_undecided: bool) -> None:
     """Raise if any precision missed its gates; called only when the user named the precisions.
 
     Raises:
@@ -242,7 +247,7 @@ def require_named_precisions(candidates: PrecisionCandidates) -> None:
     verdict = candidates.verdict
     hints = [_GATE_HINT, *map(str, verdict.gate_remarks)]
     hints += [candidates.int8_hint] if candidates.int8_hint else []
-    raise_if_missed(verdict.judged, "; ".join(hints))
+    raise_if_missed(verdict.judged, "; ".join(hints), accept_undecided=accept_undecided)
 
 
 def delete_rejected(plan: BundlePlan, candidates: PrecisionCandidates) -> tuple[TowerGraph, ...]:
@@ -295,9 +300,12 @@ def check_mixed_precisions(
     others = set(chosen.values()) - {"fp32"}
     bounds = max((plan.bounds[item] for item in others), key=lambda item: item.r1_loss)
     inputs = GateInputs(data=data_record(plan.test), relevance=relevance_of(plan.test))
-    judged = judge_together(embeddings, chosen, bounds, describe_pairing(chosen), inputs)
-    if judged.record.passed:
+    judged = judge_together(
+        embeddings, chosen, bounds, describe_pairing(chosen), inputs, plan.looks
+    )
+    if not is_missed(judged.record, accept_undecided=plan.accept_undecided):
         return selected, (judged,)
-    why = f"the precisions that are fastest lose {judged.record.value:.2f} points R@1 together"
+    lost = f"{judged.record.value:.2f} points R@1"
+    why = f"the precisions that are fastest together lose {lost} ({judged.record.outcome})"
     fallback = tuple(dataclasses.replace(item, precision="fp32", why=why) for item in selected)
     return fallback, (judged,)

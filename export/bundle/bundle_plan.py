@@ -19,6 +19,7 @@ from edgeclip.export.quantizing.quantization_file import (
     Quantization,
     TowerQuantization,
 )
+from edgeclip.export.quantizing.search_task import MAX_TEST_JUDGEMENTS
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -73,6 +74,8 @@ class BundlePlan:
         quantization: the result of a quantization search, whose ranges were found on
             `calibration`; None for the device's default configs.
         qat: options of the fine-tune if int8 misses a gate; None to leave int8 out instead.
+        accept_undecided: ship what is inside its gates by the measured values, though the test pairs
+            are too few to show it.
         space: fingerprint of the bundle's embedding space, the teacher's or the student's own.
 
     Raises:
@@ -99,6 +102,7 @@ class BundlePlan:
     workload: Workload | None = SELECTION_WORKLOAD
     quantization: Quantization | None = None
     qat: QatOptions | None = None
+    accept_undecided: bool = False
     space: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,6 +134,12 @@ class BundlePlan:
             raise ConfigError(
                 f"{'; '.join(self.unused)}: do not ask for it, or export without {FILE_NAME}"
             )
+
+    @property
+    def looks(self) -> int:
+        """How many candidates may have been held against the test pairs: see `judge_gates`."""
+        searched = 1 if self.quantization is None else MAX_TEST_JUDGEMENTS
+        return searched + (self.qat is not None)
 
     @property
     def wanted(self) -> tuple[Precision, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.gates.gates import GateOutcome
+from edgeclip.export.gates.gates import GateOutcome, is_missed
 from edgeclip.export.gates.judge_precisions import (
     GateInputs,
     PrecisionVerdict,
@@ -142,7 +142,13 @@ def evaluate_candidates(
         configs=configs,
         embeddings=embeddings,
         inputs=inputs,
-        verdict=judge_precisions(embeddings, plan.bounds, inputs),
+        verdict=judge_precisions(
+            embeddings,
+            plan.bounds,
+            inputs,
+            accept_undecided=plan.accept_undecided,
+            looks=plan.looks,
+        ),
     )
 
 
@@ -172,7 +178,12 @@ def fine_tune_failed_int8(
         for (tower, _), config in candidates.configs.items()
         if isinstance(config, StaticInt8)
     }
-    if not failing_towers(filter(_is_int8, candidates.verdict.judged), trainable):
+    missed = [
+        item
+        for item in candidates.verdict.judged
+        if _is_int8(item) and is_missed(item.record, accept_undecided=plan.accept_undecided)
+    ]
+    if not failing_towers(missed, trainable):
         return candidates
     if plan.qat is None:
         return replace(candidates, int8_hint=QAT_HINT)
@@ -186,6 +197,8 @@ def fine_tune_failed_int8(
         form=plan.form,
         passes=passes,
         zero_shot=candidates.inputs.zero_shot,
+        accept_undecided=plan.accept_undecided,
+        looks=plan.looks,
     )
     result = finetune_int8(task, candidates.graphs, candidates.embeddings, plan.qat)
     if not result.tuned:

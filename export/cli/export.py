@@ -21,6 +21,7 @@ from edgeclip.compress.train.quantization_aware import finetune_settings
 from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.bundle.write_engines import targets_table
+from edgeclip.export.gates.gates import ACCEPT_OPTION
 from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
 from edgeclip.export.gates.teacher_agreement import TeacherBounds
 from edgeclip.export.gates.zero_shot import (
@@ -70,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--test-count",
         type=positive,
-        default=1000,
-        help="number of test pairs, with --data emoji (default: 1000)",
+        default=3000,
+        help="number of test pairs, with --data emoji (default: 3000)",
     )
     parser.add_argument(
         "--calibration-count",
@@ -99,6 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--licence",
         help="licence of the weights, as SPDX identifier (default: the teacher's, where it is "
         "known)",
+    )
+    parser.add_argument(
+        ACCEPT_OPTION,
+        action="store_true",
+        help="ship what is inside its gates by the measured values, though the test pairs are too "
+        "few to show it; the bundle records these gates as undecided",
     )
     parser.add_argument("--replace", action="store_true", help="replace an existing bundle")
 
@@ -233,6 +240,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
         workload=SELECTION_WORKLOAD if args.device == THIS_MACHINE else None,
         quantization=quantization,
         qat=_qat_options(args, size),
+        accept_undecided=args.accept_undecided,
     )
     if args.data != EMOJI or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
         return plan

@@ -18,7 +18,7 @@ from edgeclip.compress.cli.options import (
 )
 from edgeclip.compress.data.sources import EMOJI, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.gates.gates import describe_missed
+from edgeclip.export.gates.gates import ACCEPT_OPTION, describe_missed
 from edgeclip.export.gates.teacher_agreement import TeacherBounds, judge_agreement
 from edgeclip.export.gates.zero_shot import (
     ZeroShotSet,
@@ -101,7 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "accuracy is then a gate too",
     )
     parser.add_argument(
-        "--test-count", type=positive, default=1000, help="number of emoji scenes to test on"
+        ACCEPT_OPTION,
+        action="store_true",
+        help="choose also what is inside its gates by the measured values, though the test pairs "
+        "are too few to show it",
+    )
+    parser.add_argument(
+        "--test-count", type=positive, default=3000, help="number of emoji scenes to test on"
     )
     parser.add_argument(
         "--calibration-count",
@@ -173,7 +179,14 @@ def _search(task: SearchTask, folder: Path, args: argparse.Namespace, here: bool
     space = search_space(task.device, task.tower, here=here, dynamic=args.dynamic)
     try:
         with open_evaluator(task, folder) as trial:
-            return search(trial, space, minutes=args.minutes, rank=True, progress=progress)
+            return search(
+                trial,
+                space,
+                minutes=args.minutes,
+                rank=True,
+                accept_undecided=args.accept_undecided,
+                progress=progress,
+            )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted: what was measured is kept in {folder}, run the same command to go on"
@@ -208,7 +221,7 @@ def _data(args: argparse.Namespace) -> _Data:
 def _warn_of_export(student: DualEncoder, teacher: DualEncoder, test: Source) -> None:
     """Warn before the search of a student that `edgeclip export` will refuse."""
     found = judge_agreement(student, teacher, test, TeacherBounds())
-    missed = describe_missed(found.judged)
+    missed = describe_missed(found.judged, accept_undecided=True)
     if missed:
         _log.warning(
             "the student is not in its teacher's embedding space, so `edgeclip export` will refuse "
@@ -274,6 +287,7 @@ def _export_command(args: argparse.Namespace) -> str:
     for name, default in defaults.items():
         if getattr(args, name) != default:
             words += [f"--{name}", getattr(args, name)]
+    words += [ACCEPT_OPTION] if args.accept_undecided else []
     return shlex.join([*words, "--out", "bundle"])
 
 

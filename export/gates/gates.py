@@ -1,9 +1,10 @@
 """Define the quality gates of a bundle, and judge embeddings against their bounds."""
 
 import hashlib
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +16,30 @@ from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import LabelSet, cosines
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, keeps_bound
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.quality.intervals import (
-    bootstrap,
-    bootstrap_difference,
-    bootstrap_percentile,
-)
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import label_ranks, pair_ranks
 from edgeclip.runtime.spec import Precision
-from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.interval import Estimate
+from edgeclip.runtime.stats.percentiles import estimate_percentile, least_count
+from edgeclip.runtime.stats.shares import estimate_loss
+from edgeclip.runtime.stats.student_t import estimate_mean
+from edgeclip.runtime.stats.three_outcomes import BoundTest, Direction, Outcome, judge
 
+ACCEPT_OPTION = "--accept-undecided"
 _UNIT = 5e-3  # the largest allowed difference of an embedding's length from 1
 _SAME = 1e-3  # largest distance of two embeddings that count as one
+
+
+_MISSED = 0.025  # chance that an end of a 95% interval is wrong
+
+
+def each_end(looks: int = 1) -> float:
+    """Return the confidence of each end of a gate's interval, and so of its outcome.
+
+    Where candidates are held against the same items until one passes, `looks` is how many may be:
+    all of their intervals hold together with 95%.
+    """
+    return 1 - _MISSED / looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,26 +47,78 @@ class Gate:
     """A bound on one measured value."""
 
     name: str
-    direction: Literal[">=", "<="]
+    direction: Direction
     bound: float
     unit: str
 
-    def judge(self, measured: Interval, data: DataRecord | None = None) -> GateRecord:
-        """Compare the measured value (not its interval) with the bound.
+    def judge_items(self, value: float, data: DataRecord | None = None) -> GateRecord:
+        """Judge a value that is about the measured items alone, such as the least of all cosines.
 
-        `data` describes what it was measured on, for the record.
+        `data` describes the items, for the record.
         """
-        return GateRecord(
-            name=self.name,
-            value=measured.value,
-            low=measured.low,
-            high=measured.high,
-            bound=self.bound,
-            direction=self.direction,
-            unit=self.unit,
-            passed=keeps_bound(measured.value, self.direction, self.bound),
-            data=data,
-        )
+        kept = keeps_bound(value, self.direction, self.bound)
+        return _record(self, value, (value, value), "passed" if kept else "failed", data)
+
+
+def _record(
+    gate: Gate,
+    value: float,
+    ends: tuple[float, float],
+    outcome: Outcome,
+    data: DataRecord | None,
+    confidence: float = 1 - 2 * _MISSED,
+) -> GateRecord:
+    return GateRecord(
+        name=gate.name,
+        value=value,
+        low=ends[0],
+        high=ends[1],
+        bound=gate.bound,
+        direction=gate.direction,
+        unit=gate.unit,
+        outcome=outcome,
+        data=data,
+        confidence=round(confidence, 6),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredGate:
+    """A gate with an estimate of what it bounds in the population that the items were drawn from.
+
+    Attributes:
+        gate: the gate.
+        estimate: in the gate's unit divided by `scale`.
+        scale: 100 for an estimated share of which the gate counts points of 100.
+        data: describes the items, for the record.
+    """
+
+    gate: Gate
+    estimate: Estimate
+    scale: float = 1.0
+    data: DataRecord | None = None
+
+
+def judge_gates(measured: Sequence[MeasuredGate], looks: int = 1) -> tuple[GateRecord, ...]:
+    """Judge gates together: see `three_outcomes`.
+
+    Args:
+        measured: the gates of one candidate.
+        looks: how many candidates may be held against the same items until one passes.
+    """
+    confidence = each_end(looks)
+    tests = [
+        BoundTest((item.estimate,), item.gate.direction, item.gate.bound / item.scale)
+        for item in measured
+    ]
+    records = []
+    for item, outcome in zip(measured, judge(tests, confidence), strict=True):
+        low = min(item.estimate.value, item.estimate.lower_bound(confidence))
+        high = max(item.estimate.value, item.estimate.upper_bound(confidence))
+        ends = (item.scale * low, item.scale * high)
+        value = item.scale * item.estimate.value
+        records.append(_record(item.gate, value, ends, outcome, item.data, 2 * confidence - 1))
+    return tuple(records)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,30 +169,70 @@ def data_record(source: Source, count: int | None = None) -> DataRecord:
     return DataRecord(source.name, len(source) if count is None else count, sha256)
 
 
+def judge_usable(embeddings: FloatArray, data: DataRecord | None = None) -> GateRecord:
+    """Judge whether all embeddings [N, dim] are finite and of length 1.
+
+    An overflow in fp16 makes some that are not; then no other gate can be judged.
+    """
+    usable = np.isfinite(embeddings).all(axis=1)
+    usable &= np.abs(np.linalg.norm(embeddings.astype(np.float64), axis=1) - 1) <= _UNIT
+    return Gate("usable embeddings", ">=", 1.0, "share").judge_items(float(usable.mean()), data)
+
+
+def judge_equality(
+    candidate: FloatArray,
+    reference: FloatArray,
+    bounds: Bounds,
+    data: DataRecord | None = None,
+) -> tuple[GateRecord, ...]:
+    """Judge whether a graph computes what its reference does, on the same inputs.
+
+    Args:
+        candidate, reference: embeddings float32 [N, dim].
+        bounds: of the mean cosine, and (the 1st percentile's) of every single one.
+        data: describes the inputs, for the record.
+    """
+    whole = judge_usable(candidate, data)
+    if not whole.passed:
+        return (whole,)
+    found = cosines(candidate, reference)
+    mean = Gate("mean cosine", ">=", bounds.mean_cosine, "cosine")
+    least = Gate("least cosine", ">=", bounds.p1_cosine, "cosine")
+    return (
+        whole,
+        mean.judge_items(float(found.mean()), data),
+        least.judge_items(float(found.min()), data),
+    )
+
+
+def measure_cosines(
+    candidate: FloatArray,
+    reference: FloatArray,
+    bounds: Bounds,
+    data: DataRecord | None = None,
+) -> tuple[MeasuredGate, ...]:
+    """Measure mean and 1st percentile of the cosines of usable embeddings [N, dim]."""
+    found = cosines(candidate, reference)
+    mean = Gate("mean cosine", ">=", bounds.mean_cosine, "cosine")
+    low = Gate("1st-percentile cosine", ">=", bounds.p1_cosine, "cosine")
+    percentile = estimate_percentile(found, 1, least=-1.0, most=1.0)
+    return (
+        MeasuredGate(gate=mean, estimate=estimate_mean(found), data=data),
+        MeasuredGate(gate=low, estimate=percentile, data=data),
+    )
+
+
 def judge_tower(
     candidate: FloatArray,
     reference: FloatArray,
     bounds: Bounds,
     data: DataRecord | None = None,
 ) -> tuple[GateRecord, ...]:
-    """Judge one tower by its embeddings [N, dim] and the reference's for the same inputs.
-
-    Embeddings that are not finite or not of length 1, as after an overflow in fp16, miss a gate of
-    their own, and no other gate is judged.
-    """
-    usable = np.isfinite(candidate).all(axis=1)
-    usable &= np.abs(np.linalg.norm(candidate.astype(np.float64), axis=1) - 1) <= _UNIT
-    whole = Gate("usable embeddings", ">=", 1.0, "share").judge(bootstrap(usable), data)
+    """Judge one tower by its embeddings [N, dim] and the reference's for the same inputs."""
+    whole = judge_usable(candidate, data)
     if not whole.passed:
         return (whole,)
-    found = cosines(candidate, reference)
-    mean = Gate("mean cosine", ">=", bounds.mean_cosine, "cosine")
-    low = Gate("1st-percentile cosine", ">=", bounds.p1_cosine, "cosine")
-    return (
-        whole,
-        mean.judge(bootstrap(found), data),
-        low.judge(bootstrap_percentile(found, 1), data),
-    )
+    return (whole, *judge_gates(measure_cosines(candidate, reference, bounds, data)))
 
 
 def judge_collapse(
@@ -149,22 +254,22 @@ def judge_collapse(
     different = embeddings[rows].astype(np.float64)
     apart = np.linalg.norm(different[:, None] - different[None], axis=-1)
     np.fill_diagonal(apart, np.inf)
-    return COLLAPSE_GATE.judge(bootstrap(apart.min(axis=1) > _SAME), data)
+    return COLLAPSE_GATE.judge_items(float((apart.min(axis=1) > _SAME).mean()), data)
 
 
-def judge_retrieval(
+def measure_retrieval(
     candidate: PairEmbeddings,
     reference: PairEmbeddings,
     bounds: Bounds,
     name: str,
     data: DataRecord | None = None,
     relevance: Relevance | None = None,
-) -> GateRecord:
-    """Judge the R@1 that the two towers of the candidate lose together.
+) -> MeasuredGate:
+    """Measure the R@1 that the two towers of the candidate lose together.
 
-    The value is in points of 100, the mean of both directions; its interval is a paired
-    bootstrap over the pictures, each with all its captions. `name` says what is compared with the
-    reference. Without `relevance`, texts that the reference embeds alike are equal captions.
+    The gate is in points of 100, the mean of both directions, over the pictures, each with all its
+    captions. `name` says what is compared with the reference. Without `relevance`, texts that the
+    reference embeds alike are equal captions.
 
     Raises:
         ConfigError: every caption is right for every picture, so that no answer can be wrong.
@@ -176,23 +281,22 @@ def judge_retrieval(
             f"R@1 cannot be judged: each of the {relevance.images} test captions is right for "
             "every picture; give captions that tell the pictures apart"
         )
-    both = (reference, candidate)
-    hits = [pair_ranks(item.image, item.text, relevance).hits(1) for item in both]
-    loss = bootstrap_difference(100 * hits[0], 100 * hits[1])
-    return Gate(f"R@1 loss {name}", "<=", bounds.r1_loss, "points").judge(loss, data)
+    theirs, ours = (
+        pair_ranks(item.image, item.text, relevance).hits(1) for item in (reference, candidate)
+    )
+    gate = Gate(f"R@1 loss {name}", "<=", bounds.r1_loss, "points")
+    return MeasuredGate(gate=gate, estimate=estimate_loss(theirs, ours), scale=100, data=data)
 
 
-def judge_zero_shot(
+def measure_zero_shot(
     candidate: FloatArray,
     reference: FloatArray,
     labels: LabelSet,
     targets: NDArray[Any],
     bounds: Bounds,
     data: DataRecord | None = None,
-) -> GateRecord:
-    """Judge the zero-shot top-1 accuracy that an image tower loses.
-
-    The value is in points of 100; its interval is a paired bootstrap over the pictures.
+) -> MeasuredGate:
+    """Measure the zero-shot top-1 accuracy that an image tower loses, in points of 100.
 
     Args:
         candidate: embeddings of labelled pictures, float32 [N, dim].
@@ -202,33 +306,82 @@ def judge_zero_shot(
         bounds: the largest allowed loss.
         data: describes the pictures, for the record.
     """
-    first = [label_ranks(item, labels.embeddings, targets) <= 1 for item in (reference, candidate)]
-    loss = bootstrap_difference(100.0 * first[0], 100.0 * first[1])
+    theirs, ours = (
+        label_ranks(item, labels.embeddings, targets) <= 1 for item in (reference, candidate)
+    )
     gate = Gate("zero-shot top-1 loss", "<=", bounds.zero_shot_loss, "points")
-    return gate.judge(loss, data)
+    return MeasuredGate(gate=gate, estimate=estimate_loss(theirs, ours), scale=100, data=data)
 
 
-def describe_missed(judged: Iterable[GateOutcome]) -> list[str]:
-    """Describe each missed gate in one line: measured value, bound, and the gap between them."""
+def is_missed(record: GateRecord, *, accept_undecided: bool) -> bool:
+    """Return whether a gate keeps its candidate from being shipped.
+
+    With `accept_undecided`, an undecided gate does not if the measured value keeps the bound.
+    """
+    return not (record.passed or (accept_undecided and _is_open(record)))
+
+
+def _is_open(record: GateRecord) -> bool:
+    return record.outcome == "undecided" and record.is_inside
+
+
+def describe_missed(judged: Iterable[GateOutcome], *, accept_undecided: bool = False) -> list[str]:
+    """Describe each gate that was missed in one line, with what would decide an undecided one."""
     return [
-        f"{item.subject}: {item.record.name} is {item.record.value:.6g} (bound "
-        f"{item.record.direction} {item.record.bound:g} {item.record.unit}, missed by "
-        f"{abs(item.record.value - item.record.bound):.3g})"
+        f"{item.subject}: {_miss(item.record)}"
         for item in judged
-        if not item.record.passed
+        if is_missed(item.record, accept_undecided=accept_undecided)
     ]
 
 
-def raise_if_missed(judged: Iterable[GateOutcome], hint: str) -> None:
+def _miss(record: GateRecord) -> str:
+    bound = f"bound {record.direction} {record.bound:g} {record.unit}"
+    if record.outcome == "failed":
+        gap = abs(record.value - record.bound)
+        return f"{record.name} is {record.value:.6g} ({bound}, missed by {gap:.3g})"
+    return (
+        f"{record.name} is undecided: {record.value:.6g}, anywhere from {record.low:.6g} to "
+        f"{record.high:.6g} ({bound}); {_would_decide(record)}"
+    )
+
+
+def _would_decide(record: GateRecord) -> str:
+    """Say what so many items can tell, and about how many would decide."""
+    count = 0 if record.data is None else record.data.count
+    enough = least_count(1, (1 + record.confidence) / 2)
+    if record.name.startswith("1st-percentile") and count < enough:
+        return f"{count} items tell nothing of a 1st percentile, {enough} do"
+    reach = record.high - record.value if record.direction == "<=" else record.value - record.low
+    says = f"{count} items tell {reach:.2g} {record.unit} from nothing"
+    gap = abs(record.bound - record.value)
+    if count and gap:
+        says += f"; about {_round_up(count * (reach / gap) ** 2):,} would decide"
+    return says
+
+
+def _round_up(count: float) -> int:
+    """Round up to two digits."""
+    step = float(10 ** max(0, math.floor(math.log10(count)) - 1))
+    return round(step * math.ceil(count / step))
+
+
+def raise_if_missed(
+    judged: Iterable[GateOutcome], hint: str, *, accept_undecided: bool = False
+) -> None:
     """Raise an error if a gate was missed.
 
     Args:
         judged: the outcomes of the gates.
         hint: what the user can do about it.
+        accept_undecided: see `is_missed`.
 
     Raises:
         GateError: names every missed gate.
     """
-    misses = describe_missed(judged)
-    if misses:
-        raise GateError(f"no bundle was written: {'; '.join(misses)}. {hint}")
+    found = list(judged)
+    misses = describe_missed(found, accept_undecided=accept_undecided)
+    if not misses:
+        return
+    if all(item.record.passed or _is_open(item.record) for item in found):
+        hint = f"Give more test pairs, or ship what is undecided with {ACCEPT_OPTION}"
+    raise GateError(f"no bundle was written: {'; '.join(misses)}. {hint}")

@@ -17,10 +17,13 @@ from edgeclip.export.gates.gates import (
     GateOutcome,
     data_record,
     describe_missed,
+    is_missed,
     judge_collapse,
-    judge_retrieval,
-    judge_tower,
-    judge_zero_shot,
+    judge_gates,
+    judge_usable,
+    measure_cosines,
+    measure_retrieval,
+    measure_zero_shot,
 )
 from edgeclip.export.gates.zero_shot import ZeroShotSet
 from edgeclip.export.graph.embedders import (
@@ -40,8 +43,6 @@ from edgeclip.runtime.spec import Precision, Tower
 
 TowerEmbeddings = Mapping[tuple[Tower, Precision], FloatArray]
 _FIRST = 128  # pairs whose embeddings are compared, each with each
-# With as many or more, one pair (in one direction) or one picture is half a point or less.
-FEWEST_PAIRS, FEWEST_LABELLED = 100, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,7 +51,7 @@ class GateInputs:
 
     Attributes:
         data: describes the test pairs; None leaves that out of the records.
-        relevance: which captions are right for which pictures; see `judge_retrieval`.
+        relevance: which captions are right for which pictures; see `measure_retrieval`.
         zero_shot: labelled pictures; None if no picture has a label.
         labelled: embeddings of these pictures, float32 [N, dim], by the image tower's precision.
     """
@@ -67,9 +68,9 @@ class PrecisionVerdict:
 
     Attributes:
         judged: every gate that was checked, including missed ones.
-        kept: tower and precision of each graph that is inside its gates.
-        left_out: for each other graph, which gate it missed and by how much.
-        gate_remarks: the gates of kept precisions that were not judged, or on too little data.
+        kept: tower and precision of each graph that may be shipped.
+        left_out: for each other graph, which gate it missed and by how much, or what is undecided.
+        gate_remarks: the gates of kept precisions that were not judged.
     """
 
     judged: tuple[GateOutcome, ...]
@@ -149,17 +150,22 @@ def judge_precisions(
     embeddings: TowerEmbeddings,
     bounds: Mapping[Precision, Bounds],
     inputs: GateInputs | None = None,
+    *,
+    accept_undecided: bool = False,
+    looks: int = 1,
 ) -> PrecisionVerdict:
     """Judge every precision against fp32.
 
-    Each tower is judged alone, which for R@1 means with the other tower in fp32. If both pass,
-    they are judged together as well.
+    Each tower is judged alone, which for R@1 means with the other tower in fp32. If both may be
+    shipped, they are judged together as well.
 
     Args:
         embeddings: embeddings of the test pairs, by tower and precision; both towers in fp32 are
             needed.
         bounds: the bounds of each precision.
         inputs: other data of the gates; by default neither data nor labels are known.
+        accept_undecided: see `is_missed`.
+        looks: see `judge_gates`.
     """
     inputs = inputs or GateInputs()
     judged: list[GateOutcome] = []
@@ -168,21 +174,25 @@ def judge_precisions(
         good: list[Tower] = []
         for tower in TOWERS:
             if (tower, precision) in embeddings:
-                alone = judge_alone(tower, precision, embeddings, bounds[precision], inputs)
+                alone = judge_alone(tower, precision, embeddings, bounds[precision], inputs, looks)
                 judged += alone
-                good += [] if describe_missed(alone) else [tower]
+                missed = describe_missed(alone, accept_undecided=accept_undecided)
+                good += [] if missed else [tower]
         if len(good) == len(TOWERS):
             chosen = dict.fromkeys(TOWERS, precision)
-            together = judge_together(embeddings, chosen, bounds[precision], precision, inputs)
+            together = judge_together(
+                embeddings, chosen, bounds[precision], precision, inputs, looks
+            )
             judged.append(together)
-            good = good if together.record.passed else []
+            good = [] if is_missed(together.record, accept_undecided=accept_undecided) else good
         kept |= {(tower, precision) for tower in good}
-    remarks = (*few_pairs(inputs.data if judged else None), *_remarks(kept, inputs))
+    remarks = _remarks(kept, inputs)
     if judged:
         reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
         used = [bounds[precision].r1_loss for _, precision in embeddings if precision != "fp32"]
         remarks = (*remarks, *nothing_to_lose(reference, max(used), inputs.relevance))
-    return PrecisionVerdict(tuple(judged), frozenset(kept), tuple(describe_missed(judged)), remarks)
+    left_out = tuple(describe_missed(judged, accept_undecided=accept_undecided))
+    return PrecisionVerdict(tuple(judged), frozenset(kept), left_out, remarks)
 
 
 def judge_alone(
@@ -191,27 +201,30 @@ def judge_alone(
     embeddings: TowerEmbeddings,
     bounds: Bounds,
     inputs: GateInputs,
+    looks: int = 1,
 ) -> tuple[GateOutcome, ...]:
     """Judge one tower in one precision, with the other in fp32.
 
     Most bundles are used like that: a device embeds pictures in int8, and searches an index that
-    a workstation made in fp32.
+    a workstation made in fp32. For `looks` see `judge_gates`.
     """
+    mine, subject = embeddings[tower, precision], f"{tower} {precision}"
+    whole = judge_usable(mine, inputs.data)
+    if not whole.passed:  # then nothing can be compared
+        return (GateOutcome(subject, whole),)
     reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
-    mine = embeddings[tower, precision]
-    records = list(judge_tower(mine, reference.of(tower), bounds, inputs.data))
-    if records[0].passed:  # else nothing can be compared
-        if tower == "image" and inputs.zero_shot is not None and inputs.labelled is not None:
-            found = inputs.labelled[precision], inputs.labelled["fp32"]
-            zero, data = inputs.zero_shot, data_record(inputs.zero_shot.source)
-            records.append(judge_zero_shot(*found, zero.labels, zero.targets, bounds, data))
-        swapped: dict[Tower, Precision] = {**dict.fromkeys(TOWERS, "fp32"), tower: precision}
-        pairs = pair_embeddings(embeddings, swapped)
-        name = describe_pairing(swapped)
-        records.append(
-            judge_retrieval(pairs, reference, bounds, name, inputs.data, inputs.relevance)
-        )
-    return tuple(GateOutcome(f"{tower} {precision}", record) for record in records)
+    measured = list(measure_cosines(mine, reference.of(tower), bounds, inputs.data))
+    if tower == "image" and inputs.zero_shot is not None and inputs.labelled is not None:
+        found = inputs.labelled[precision], inputs.labelled["fp32"]
+        zero, data = inputs.zero_shot, data_record(inputs.zero_shot.source)
+        measured.append(measure_zero_shot(*found, zero.labels, zero.targets, bounds, data))
+    swapped: dict[Tower, Precision] = {**dict.fromkeys(TOWERS, "fp32"), tower: precision}
+    pairs, name = pair_embeddings(embeddings, swapped), describe_pairing(swapped)
+    measured.append(
+        measure_retrieval(pairs, reference, bounds, name, inputs.data, inputs.relevance)
+    )
+    records = (whole, *judge_gates(measured, looks))
+    return tuple(GateOutcome(subject, record) for record in records)
 
 
 def judge_together(
@@ -220,11 +233,13 @@ def judge_together(
     bounds: Bounds,
     name: str,
     inputs: GateInputs,
+    looks: int = 1,
 ) -> GateOutcome:
     """Judge the R@1 that both towers lose together, each in its precision of `chosen`."""
     candidate = pair_embeddings(embeddings, chosen)
     reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
-    record = judge_retrieval(candidate, reference, bounds, name, inputs.data, inputs.relevance)
+    measured = measure_retrieval(candidate, reference, bounds, name, inputs.data, inputs.relevance)
+    (record,) = judge_gates([measured], looks)
     return GateOutcome("bundle", record)
 
 
@@ -250,7 +265,7 @@ def nothing_to_lose(
     Args:
         reference: the embeddings in fp32.
         bound: the allowed loss of R@1, in points of 100.
-        relevance: see `judge_retrieval`.
+        relevance: see `measure_retrieval`.
     """
     if relevance is None:
         relevance = Relevance.of_texts_embedded(reference.text)
@@ -264,30 +279,13 @@ def nothing_to_lose(
     return (GateRemark("bundle", "R@1 loss", says),)
 
 
-def few_pairs(data: DataRecord | None) -> tuple[GateRemark, ...]:
-    """Return a remark if there are too few test pairs to judge R@1."""
-    if data is None or data.count >= FEWEST_PAIRS:
+def _remarks(kept: Iterable[tuple[Tower, Precision]], inputs: GateInputs) -> tuple[GateRemark, ...]:
+    """Return remarks on kept image precisions if zero-shot was not judged."""
+    if inputs.zero_shot is not None:
         return ()
-    says = (
-        f"{data.count} test pairs, so it goes in steps of {50 / data.count:.2g} points and half a "
-        f"point cannot be told: test on {FEWEST_PAIRS} or more"
-    )
-    return (GateRemark("bundle", "R@1 loss", says),)
-
-
-def _remarks(kept: Iterable[tuple[Tower, Precision]], inputs: GateInputs) -> list[GateRemark]:
-    """Return remarks on kept image precisions if zero-shot was not judged, or on too little."""
-    count = 0 if inputs.zero_shot is None else len(inputs.zero_shot.targets)
-    if count >= FEWEST_LABELLED:
-        return []
-    says = "not judged: no labels"
-    if count:
-        says = (
-            f"{count} labelled pictures, so it goes in steps of {100 / count:.2g} points and half "
-            f"a point cannot be told: label {FEWEST_LABELLED} or more"
-        )
     images = sorted(precision for tower, precision in kept if tower == "image")
-    return [GateRemark(f"image {item}", "zero-shot top-1 loss", says) for item in images]
+    says = "not judged: no labels"
+    return tuple(GateRemark(f"image {item}", "zero-shot top-1 loss", says) for item in images)
 
 
 def judge_told_apart(

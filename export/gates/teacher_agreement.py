@@ -7,7 +7,16 @@ from tqdm import tqdm
 
 from edgeclip.compress.data.sources import Source, relevance_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.gates.gates import Bounds, Gate, GateOutcome, data_record, judge_tower
+from edgeclip.export.gates.gates import (
+    Bounds,
+    Gate,
+    GateOutcome,
+    MeasuredGate,
+    data_record,
+    judge_gates,
+    judge_usable,
+    measure_cosines,
+)
 from edgeclip.export.graph.embedders import (
     TOWERS,
     PairEmbeddings,
@@ -24,13 +33,12 @@ from edgeclip.runtime.bundle.manifest import (
     GateRemark,
 )
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_ratio
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.stats.shares import estimate_kept, estimate_share
 
-# With as many, no resample of a bootstrap is without any: e^-20 is far below one in 2,000.
-_FEWEST_FOUND = 20
+_FEWEST_FOUND = 20  # below, the share that is kept may be nearly anything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,17 +101,24 @@ def judge_agreement(
     theirs = {tower: _embed(teacher, "teacher", tower, test) for tower in TOWERS}
     ours = {tower: _embed(student, "student", tower, test) for tower in towers}
     data = data_record(test)
-    judged: list[GateOutcome] = []
-    for tower in towers:
-        judged += _judge_tower(tower, ours[tower], theirs[tower], bounds, data)
-    if not all(item.record.name in (COSINE_TO_TEACHER, P1_COSINE_TO_TEACHER) for item in judged):
-        return TeacherAgreement(tuple(judged))  # embeddings that are no numbers have no ranks
+    usable = {tower: judge_usable(ours[tower], data) for tower in towers}
+    if not all(record.passed for record in usable.values()):  # they have no ranks
+        return TeacherAgreement(
+            tuple(GateOutcome(f"{tower} fp32", record) for tower, record in usable.items())
+        )
+    measured = [
+        (f"{tower} fp32", item)
+        for tower in towers
+        for item in _measure_tower(ours[tower], theirs[tower], bounds, data)
+    ]
     reference = PairEmbeddings(theirs["image"], theirs["text"])
     candidate = PairEmbeddings(ours["image"], ours.get("text", theirs["text"]))
-    kept = _judge_kept(candidate, reference, relevance_of(test), bounds, data)
-    if isinstance(kept, GateRemark):
-        return TeacherAgreement(tuple(judged), (kept,))
-    return TeacherAgreement((*judged, kept))
+    kept = measure_kept(candidate, reference, relevance_of(test), bounds, data)
+    remarks = (kept,) if isinstance(kept, GateRemark) else ()
+    measured += [] if isinstance(kept, GateRemark) else [("bundle", kept)]
+    records = judge_gates([item for _, item in measured])
+    judged = zip([subject for subject, _ in measured], records, strict=True)
+    return TeacherAgreement(tuple(GateOutcome(*pair) for pair in judged), remarks)
 
 
 def _embed(model: DualEncoder, role: str, tower: Tower, test: Source) -> FloatArray:
@@ -113,32 +128,25 @@ def _embed(model: DualEncoder, role: str, tower: Tower, test: Source) -> FloatAr
     return found
 
 
-def _judge_tower(
-    tower: Tower,
-    student: FloatArray,
-    teacher: FloatArray,
-    bounds: TeacherBounds,
-    data: DataRecord,
-) -> list[GateOutcome]:
+def _measure_tower(
+    student: FloatArray, teacher: FloatArray, bounds: TeacherBounds, data: DataRecord
+) -> list[MeasuredGate]:
     held = Bounds(mean_cosine=bounds.mean_cosine, p1_cosine=bounds.p1_cosine)
-    usable, *close = judge_tower(student, teacher, held, data)
-    if not close:
-        return [GateOutcome(f"{tower} fp32", usable)]
     names = (COSINE_TO_TEACHER, P1_COSINE_TO_TEACHER)
     return [
-        GateOutcome(f"{tower} fp32", replace(record, name=name))
-        for name, record in zip(names, close, strict=True)
+        replace(measured, gate=replace(measured.gate, name=name))
+        for name, measured in zip(names, measure_cosines(student, teacher, held, data), strict=True)
     ]
 
 
-def _judge_kept(
+def measure_kept(
     student: PairEmbeddings,
     teacher: PairEmbeddings,
     relevance: Relevance,
     bounds: TeacherBounds,
     data: DataRecord,
-) -> GateOutcome | GateRemark:
-    """Judge the share of the teacher's R@1 that the student keeps, by a paired bootstrap.
+) -> MeasuredGate | GateRemark:
+    """Measure the share of the teacher's R@1 that the student keeps.
 
     A teacher that finds hardly more than chance would has no R@1 to keep: then only the cosines
     tell, and a remark says so.
@@ -146,7 +154,7 @@ def _judge_kept(
     both = (teacher, student)
     theirs, ours = (pair_ranks(item.image, item.text, relevance).hits(1) for item in both)
     found = float(theirs.sum())
-    if found < _FEWEST_FOUND or bootstrap(theirs).low <= relevance.chance:
+    if found < _FEWEST_FOUND or estimate_share(theirs).interval.low <= relevance.chance:
         few = len(theirs) < 2 * _FEWEST_FOUND
         mend = "give more test pairs" if few else "test on pairs that it knows"
         says = (
@@ -155,4 +163,4 @@ def _judge_kept(
         )
         return GateRemark("bundle", R1_KEPT, says)
     gate = Gate(R1_KEPT, ">=", bounds.r1_kept, "share")
-    return GateOutcome("bundle", gate.judge(bootstrap_ratio(ours, theirs), data))
+    return MeasuredGate(gate=gate, estimate=estimate_kept(ours, theirs), data=data)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
-from edgeclip.export.gates.gates import Bounds, data_record, judge_tower
+from edgeclip.export.gates.gates import Bounds, data_record, judge_equality
 from edgeclip.export.graph.embedders import (
     Embedder,
     TowerGraph,
@@ -106,7 +106,7 @@ def check_parity(
     candidate, reference = embed_all(together, [embed, torch_embedder(dual, tower)])
     singles = tower_inputs(dual, tower, source, count=_ALONE, batch_size=1)
     (alone,) = embed_all(singles, [embed])
-    return judge_tower(
+    return judge_equality(
         np.concatenate([candidate, alone]),
         np.concatenate([reference, reference[: len(alone)]]),
         bounds,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import Source, relevance_of
-from edgeclip.export.gates.gates import data_record
+from edgeclip.export.gates.gates import data_record, is_missed
 from edgeclip.export.gates.judge_precisions import GateInputs, judge_alone
 from edgeclip.export.graph.calibration import CalibrationData, calibration_data
 from edgeclip.export.graph.embedders import (
@@ -54,7 +54,11 @@ from edgeclip.export.quantizing.quantization_candidate import (
     key_of,
 )
 from edgeclip.export.quantizing.quantize_graph import quantize_graph
-from edgeclip.export.quantizing.search_task import JudgedPairs, SearchTask
+from edgeclip.export.quantizing.search_task import (
+    MAX_TEST_JUDGEMENTS,
+    JudgedPairs,
+    SearchTask,
+)
 from edgeclip.export.quantizing.sensitivity import (
     Sensitivity,
     SensitivityInputs,
@@ -95,10 +99,11 @@ class FinalJudgement(JsonRecord):
     config: str
     records: tuple[GateRecord, ...]
 
-    @property
-    def passed(self) -> bool:
-        """Whether all gates hold."""
-        return all(record.passed for record in self.records)
+    def may_ship(self, *, accept_undecided: bool) -> bool:
+        """Return whether no gate keeps it from being shipped."""
+        return not any(
+            is_missed(record, accept_undecided=accept_undecided) for record in self.records
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +156,8 @@ class EvaluationPairs:
         (embeddings,) = embed_all(batches, [torch_embedder(self._task.student, self._other_tower)])
         return embeddings
 
-    def judge(self, graph: TowerGraph) -> tuple[GateRecord, ...]:
-        """Compare a graph with the tower in fp32, gate by gate.
+    def judge(self, graph: TowerGraph, looks: int = 1) -> tuple[GateRecord, ...]:
+        """Compare a graph with the tower in fp32, gate by gate; for `looks` see `judge_gates`.
 
         Raises:
             EngineError: the graph cannot be run.
@@ -178,6 +183,7 @@ class EvaluationPairs:
                 zero_shot=self._judged.zero_shot,
                 labelled=by_precision or None,
             ),
+            looks,
         )
         return tuple(item.record for item in outcomes)
 
@@ -378,7 +384,7 @@ class CandidateEvaluator:
         return self._store.load_or_make(RaceLatencies, what, measure).latencies
 
     def judge_on_test(self, config: Config) -> FinalJudgement:
-        """Judge a config on the test pairs.
+        """Judge a config on the test pairs, as one of `MAX_TEST_JUDGEMENTS` that may be.
 
         Raises:
             ExportError, EngineError: see `evaluate`.
@@ -386,7 +392,8 @@ class CandidateEvaluator:
 
         def judge() -> FinalJudgement:
             with self._written(config) as graph:
-                return FinalJudgement(config=key(config), records=self._test.judge(graph))
+                records = self._test.judge(graph, MAX_TEST_JUDGEMENTS)
+                return FinalJudgement(config=key(config), records=records)
 
         what = f"{key(config)}\n{self.task.test.identity}"
         return self._store.load_or_make(FinalJudgement, what, judge)

@@ -150,12 +150,12 @@ class _MixedTower:
         return max(self._ranges.get(name, 0.0) for name in self._outputs[node])
 
     def passes(self, kept: Collection[str]) -> bool:
-        """Return whether the tower passes its gates with these nodes in fp32."""
+        """Return whether the tower is inside its gates with these nodes in fp32."""
         key = frozenset(kept)
         if key not in self._seen:
             found = embed_graph(emulate_fp16(self._converted(kept)), self._data)
             records = judge_tower(found, self._reference, self._bounds)
-            self._seen[key] = all(record.passed for record in records)
+            self._seen[key] = all(record.is_inside for record in records)
         return self._seen[key]
 
     def _converted(self, kept: Collection[str]) -> onnx.ModelProto:

@@ -28,7 +28,7 @@ from edgeclip.compress.train.quantization_aware import (
 )
 from edgeclip.compress.train.train_loop import TrainSettings
 from edgeclip.export.errors import ExportError
-from edgeclip.export.gates.gates import Bounds, GateOutcome, describe_missed
+from edgeclip.export.gates.gates import Bounds, GateOutcome, describe_missed, is_missed
 from edgeclip.export.gates.judge_precisions import (
     TowerEmbeddings,
     embed_test_pairs,
@@ -71,6 +71,8 @@ class QatTask:
         form: how the towers are exported.
         passes: names of the rewrites that the fp32 graph of a tower has, in order.
         zero_shot: labelled pictures, if there are any.
+        accept_undecided: see `is_missed`.
+        looks: see `judge_gates`.
     """
 
     student: DualEncoder
@@ -82,6 +84,8 @@ class QatTask:
     form: GraphForm
     passes: Mapping[Tower, Sequence[str]] = field(default_factory=dict)
     zero_shot: ZeroShotSet | None = None
+    accept_undecided: bool = False
+    looks: int = 1
 
     @property
     def judging_device(self) -> DeviceProfile:
@@ -123,11 +127,6 @@ class QatResult:
     note: str = ""
     message: str = ""
 
-    @property
-    def passed(self) -> bool:
-        """Whether all gates hold."""
-        return not describe_missed(self.judged)
-
 
 def finetune_int8(
     task: QatTask,
@@ -161,10 +160,13 @@ def finetune_int8(
         embeddings={at: item for at, item in embeddings.items() if at[1] in ("fp32", "int8")},
     )
     judged = before.judge(task)
-    misses = "; ".join(describe_missed(judged))
-    if not misses:
+    missed = [
+        item for item in judged if is_missed(item.record, accept_undecided=task.accept_undecided)
+    ]
+    if not missed:
         return QatResult(judged=judged)
-    towers = failing_towers(judged, task.configs)
+    misses = "; ".join(describe_missed(missed))
+    towers = failing_towers(missed, task.configs)
     if not towers:
         message = f"{misses}. Only static int8 can be fine-tuned"
         return QatResult(judged=judged, message=message)
@@ -183,13 +185,14 @@ def finetune_int8(
         f"int8 fine-tuned for {options.settings.steps} steps of {options.settings.batch_size} on "
         f"{options.source.name}, because without that {misses}"
     )
-    message = "; ".join(["fine-tuned for int8", *describe_missed(found)])
+    left = describe_missed(found, accept_undecided=task.accept_undecided)
+    message = "; ".join(["fine-tuned for int8", *left])
     return QatResult(judged=found, tuned=towers, note=note, message=message)
 
 
-def failing_towers(judged: Iterable[GateOutcome], quantized: Iterable[Tower]) -> tuple[Tower, ...]:
-    """Return the quantized towers that miss a gate; all of them if only the bundle does."""
-    subjects = {item.subject for item in judged if not item.record.passed}
+def failing_towers(missed: Iterable[GateOutcome], quantized: Iterable[Tower]) -> tuple[Tower, ...]:
+    """Return the quantized towers of missed gates; all of them if only the bundle missed one."""
+    subjects = {item.subject for item in missed}
     if subjects == {"bundle"}:
         return tuple(quantized)
     return tuple(tower for tower in quantized if f"{tower} int8" in subjects)
@@ -236,7 +239,13 @@ class _Towers:
                 self.embeddings,
                 task.judging_device,
             )
-        return judge_precisions(self.embeddings, {"int8": task.bounds}, inputs).judged
+        return judge_precisions(
+            self.embeddings,
+            {"int8": task.bounds},
+            inputs,
+            accept_undecided=task.accept_undecided,
+            looks=task.looks,
+        ).judged
 
 
 def _tune(

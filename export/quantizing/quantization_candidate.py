@@ -76,8 +76,8 @@ class QuantizationCandidate(JsonRecord):
 
     @property
     def passed(self) -> bool:
-        """Whether it passes all gates."""
-        return all(record.passed for record in self.records)
+        """Whether it is inside all gates on the steering pairs, which decide what is tried."""
+        return all(record.is_inside for record in self.records)
 
     @property
     def cosine(self) -> Interval | None:

@@ -16,12 +16,11 @@ from edgeclip.export.quantizing.quantization_candidate import (
     pareto_front,
     rank_shippable,
 )
-from edgeclip.export.quantizing.search_task import SearchSpace
+from edgeclip.export.quantizing.search_task import MAX_TEST_JUDGEMENTS, SearchSpace
 from edgeclip.export.quantizing.sensitivity import GroupDamage, Sensitivity
 from edgeclip.runtime.errors import EngineError
 
 _MAX_RACING = 4  # candidates that are timed against each other at the end
-_MAX_TEST_JUDGEMENTS = 3  # candidates that are judged on the test pairs
 _RECOVERABLE = 8.0  # times the allowed loss of cosine: beyond that no remedy is tried
 _MAX_REQUANTIZED = 8  # groups that are tried in int8 again at the end
 
@@ -278,6 +277,7 @@ def search(
     *,
     minutes: float | None = None,
     rank: bool = False,
+    accept_undecided: bool = False,
     progress: Callable[[str], None] = lambda line: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> SearchResult:
@@ -288,6 +288,8 @@ def search(
         space: the configs to try.
         minutes: nothing new begins after this time; None for no limit.
         rank: measure the damage of each group even where the gates hold without it.
+        accept_undecided: choose also what is inside its gates by the measured values, though the
+            test pairs are too few to show it.
         progress: called with one line of text after each step.
         clock: returns seconds, from any zero.
 
@@ -295,13 +297,16 @@ def search(
         ExportError: fp32 cannot be made.
         EngineError: the tower cannot be run in fp32.
     """
-    return _Search(TrialLog(evaluator, minutes, progress, clock), space, rank).run()
+    log = TrialLog(evaluator, minutes, progress, clock)
+    return _Search(log, space, rank=rank, accept_undecided=accept_undecided).run()
 
 
 class _Search:
-    def __init__(self, log: TrialLog, space: SearchSpace, rank: bool) -> None:
+    def __init__(
+        self, log: TrialLog, space: SearchSpace, *, rank: bool, accept_undecided: bool
+    ) -> None:
         self._log, self._evaluator = log, log.evaluator
-        self._space, self._rank = space, rank
+        self._space, self._rank, self._accept_undecided = space, rank, accept_undecided
         self._damage: Sensitivity | None = None
         self._gains: Gains | None = None
 
@@ -416,10 +421,10 @@ class _Search:
         """Judge the best candidate on the test pairs, and the next best if it fails there."""
         ranked, reason = rank_shippable(list(self._log.candidates.values()), fp32)
         judged: list[FinalJudgement] = []
-        for candidate in ranked[:_MAX_TEST_JUDGEMENTS]:
+        for candidate in ranked[:MAX_TEST_JUDGEMENTS]:
             self._log.report(f"judging on the test pairs: {candidate.name}")
             judged.append(self._evaluator.judge_on_test(candidate.config))
-            if judged[-1].passed:
+            if judged[-1].may_ship(accept_undecided=self._accept_undecided):
                 before = f"; {len(judged) - 1} before it missed on the test pairs"
                 return candidate, tuple(judged), reason + (before if len(judged) > 1 else "")
         if judged:

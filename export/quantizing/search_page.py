@@ -47,10 +47,12 @@ from edgeclip.profiles.report.sections import (
 from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.console import digits, megabytes, seconds
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.three_outcomes import Outcome
 
 _CIRCLE, _TRIANGLE, _CROSS = 0, 3, 4  # in SHAPES
 _DECADES = 6  # of a logarithmic axis, at most
 _SHOWN = 20  # groups in the picture
+_TONES: dict[Outcome, Tone] = {"passed": "pass", "failed": "miss", "undecided": "strong"}
 
 
 def damage_section(result: SearchResult) -> Section | None:
@@ -206,7 +208,7 @@ def judged_section(result: SearchResult) -> Section | None:
                 Cell(record.name),
                 Cell(f"{record.value:.5g}", f"{record.low:.5g} to {record.high:.5g}"),
                 Cell(f"{record.direction} {record.bound:g} {record.unit}"),
-                Cell("pass", tone="pass") if record.passed else Cell("miss", tone="miss"),
+                Cell(record.outcome, tone=_TONES[record.outcome]),
             )
             for record in judgement.records
         )
@@ -364,7 +366,7 @@ def _gate_cell(point: QuantizationCandidate, gate: str) -> Cell:
         return Cell("")
     record, places = found[0], 2 if gate in (R1_LOSS, ZERO_SHOT_LOSS) else 5
     span = f"{record.low:.{places}f} to {record.high:.{places}f}"
-    return Cell(f"{record.value:.{places}f}", span, "" if record.passed else "miss")
+    return Cell(f"{record.value:.{places}f}", span, "" if record.is_inside else "miss")
 
 
 def write_search_page(result: SearchResult, path: Path, about: SearchedTower) -> None:

@@ -114,10 +114,9 @@ def _value(value: Interval | None, places: int) -> str:
 
 
 def _gate(record: GateRecord) -> str:
-    outcome = "pass" if record.passed else "miss"
     return (
         f"{record.name}: {record.value:.5g} [{record.low:.5g}, {record.high:.5g}] "
-        f"{record.direction} {record.bound:g} {record.unit}, {outcome}"
+        f"{record.direction} {record.bound:g} {record.unit}, {record.outcome}"
     )
 
 

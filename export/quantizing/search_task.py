@@ -31,6 +31,8 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import MaxBad
 from edgeclip.runtime.spec import Precision, Tower
 
+MAX_TEST_JUDGEMENTS = 3  # candidates that a search may judge on the test pairs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class JudgedPairs:

@@ -45,6 +45,7 @@ from edgeclip.runtime.console import (
 from edgeclip.runtime.device.machine import Machine, detect_machine
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.three_outcomes import Outcome
 
 Role = Literal["teacher", "student"]
 
@@ -220,7 +221,8 @@ def bundle_page(data: ReportData) -> Page:
 def _summary(data: ReportData) -> PageSummary:
     """Whether bars and gates are met, and a card for each figure that decides."""
     missed = [one.name for one in data.headlines if not one.passed]
-    failed = sum(not record.passed for _, record in data.gates)
+    failed = sum(record.outcome == "failed" for _, record in data.gates)
+    undecided = sum(record.outcome == "undecided" for _, record in data.gates)
     words = []
     if missed:
         words.append(f"Misses {len(missed)} of {len(data.headlines)} bars: {', '.join(missed)}.")
@@ -230,6 +232,8 @@ def _summary(data: ReportData) -> PageSummary:
         words.append(f"Meets {which}.")
     if failed:
         words.append(f"{failed} of {len(data.gates)} gates failed.")
+    if undecided:
+        words.append(f"{undecided} of {len(data.gates)} gates are undecided.")
     cards = tuple(_card(headline) for headline in data.headlines)
     return PageSummary(" ".join(words), "miss" if missed or failed else "pass", cards=cards)
 
@@ -433,6 +437,13 @@ def gate_number(value: float, unit: str) -> str:
     return f"{value:.5g} {unit}".strip()
 
 
+_OUTCOMES: dict[Outcome, Cell] = {
+    "passed": Cell("✓ passed", tone="pass"),
+    "failed": Cell("✗ failed", tone="miss"),
+    "undecided": Cell("? undecided", tone="strong"),
+}
+
+
 def _gates(gates: Sequence[tuple[str, GateRecord]]) -> Section | None:
     if not gates:
         return None
@@ -447,7 +458,7 @@ def _gates(gates: Sequence[tuple[str, GateRecord]]) -> Section | None:
                 else f"{gate_number(one.low, '')} to {gate_number(one.high, '')}",
             ),
             Cell(f"{'≥' if one.direction == '>=' else '≤'} {gate_number(one.bound, one.unit)}"),
-            Cell("✓ passed", tone="pass") if one.passed else Cell("✗ missed", tone="miss"),
+            _OUTCOMES[one.outcome],
         )
         for subject, one in gates
     )

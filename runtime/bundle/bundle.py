@@ -66,7 +66,11 @@ class Bundle:
             raise BundleError(f"{root} is not a directory: give the path of a bundle")
         root = root.resolve()
         manifest = Manifest.from_json(_read_manifest(root), source=str(root / MANIFEST_NAME))
-        failed = [f"{what}: {gate.name}" for what, gate in manifest.all_gates() if not gate.passed]
+        failed = [
+            f"{what}: {gate.name}"
+            for what, gate in manifest.all_gates()
+            if gate.outcome == "failed"
+        ]
         if failed:
             raise BundleError(
                 f"{root} records gates as failed ({', '.join(failed)}): export a bundle that passes"

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from edgeclip.runtime.bundle.engine_records import EngineRecord
 from edgeclip.runtime.bundle.files import (
@@ -20,6 +20,7 @@ from edgeclip.runtime.console import columns, plain_text
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import BundleError, ConfigError
 from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower, plain_spec
+from edgeclip.runtime.stats.three_outcomes import Direction, Outcome
 
 SCHEMA_VERSION = 3
 # Gates between a student and its teacher, on pairs that the student never saw.
@@ -64,7 +65,7 @@ class DataRecord:
             raise ValueError(f"{self.name}: sha256 must be 64 lower-case hexadecimal digits")
 
 
-def keeps_bound(value: float, direction: Literal[">=", "<="], bound: float) -> bool:
+def keeps_bound(value: float, direction: Direction, bound: float) -> bool:
     """Return whether a measured value keeps a bound; rounding alone does not miss it.
 
     A loss of 3 pairs of 300 is 1 point, and in floating point can be 1.0000000000000142.
@@ -76,11 +77,24 @@ def keeps_bound(value: float, direction: Literal[">=", "<="], bound: float) -> b
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateRecord:
-    """A quality gate: a bound and the value measured against it.
+    """A quality gate: a bound, the value measured against it, and the outcome.
 
-    `low` and `high` are the 95% interval of `value` (equal to `value` if none was computed).
-    `direction` reads "value >= bound" or "value <= bound". `data` is what it was measured on;
-    None for a gate that a device measures itself on the bundle's golden inputs.
+    Attributes:
+        name: what was measured.
+        value: the measured value.
+        low, high: its confidence interval; both equal to `value` where the gate is about the items
+            themselves and not about the population that they were drawn from.
+        bound: the bound.
+        direction: reads "value >= bound" or "value <= bound".
+        unit: of value and bound.
+        outcome: "passed" if the whole interval keeps the bound, "failed" if it was shown to miss
+            it, else "undecided".
+        data: what it was measured on; None for a gate that a device measures itself on the
+            bundle's golden inputs.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: an outcome that the interval does not show, or a value outside of it.
     """
 
     name: str
@@ -88,14 +102,34 @@ class GateRecord:
     low: float
     high: float
     bound: float
-    direction: Literal[">=", "<="]
+    direction: Direction
     unit: str
-    passed: bool
+    outcome: Outcome
     data: DataRecord | None = None
+    confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.passed and not keeps_bound(self.value, self.direction, self.bound):
-            raise ValueError(f"gate {self.name!r} is recorded as passed, but its value misses it")
+        if self.value < self.low or self.value > self.high:
+            raise ValueError(f"gate {self.name!r} records a value outside of its interval")
+        near, far = (self.low, self.high) if self.direction == ">=" else (self.high, self.low)
+        if self.outcome == "passed" and not keeps_bound(near, self.direction, self.bound):
+            raise ValueError(
+                f"gate {self.name!r} is recorded as passed, but its interval misses it"
+            )
+        if self.outcome == "failed" and keeps_bound(far, self.direction, self.bound):
+            raise ValueError(
+                f"gate {self.name!r} is recorded as failed, but its interval may keep it"
+            )
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bound was shown to hold."""
+        return self.outcome == "passed"
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the measured value itself keeps the bound, which shows nothing of others."""
+        return keeps_bound(self.value, self.direction, self.bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,8 +391,17 @@ def _wrong_version(source: str, version: object) -> str:
     return f"{source} has schema version {version}, but {reads}: {hint}"
 
 
+def _interval(gate: GateRecord) -> str:
+    if gate.low == gate.high:
+        return "these items"
+    level = "" if gate.confidence == 0.95 else f" ({100 * gate.confidence:.3g}%)"
+    return f"{gate.low:.5f} to {gate.high:.5f}{level}"
+
+
 def gates_table(gates: Sequence[tuple[str, GateRecord]], remarks: Iterable[GateRemark] = ()) -> str:
     """Return one line for each gate, then the data they were measured on, then the remarks.
+
+    Intervals are those of 95% where nothing else is said.
 
     Nothing in a name can move the cursor or colour the terminal.
 
@@ -368,16 +411,16 @@ def gates_table(gates: Sequence[tuple[str, GateRecord]], remarks: Iterable[GateR
         remarks: warnings of the export: `Manifest.remarks`.
     """
     data = list(dict.fromkeys(gate.data for _, gate in gates if gate.data is not None))
-    rows: list[tuple[str, ...]] = [("what", "gate", "value", "95% interval", "bound", "data", "")]
+    rows: list[tuple[str, ...]] = [("what", "gate", "value", "interval", "bound", "data", "")]
     rows += [
         (
             plain_text(subject),
             plain_text(gate.name),
             f"{gate.value:.5f}",
-            f"{gate.low:.5f} to {gate.high:.5f}",
+            _interval(gate),
             f"{gate.direction} {gate.bound:g} {plain_text(gate.unit)}",
             "" if gate.data is None else f"[{data.index(gate.data) + 1}]",
-            "pass" if gate.passed else "miss",
+            gate.outcome,
         )
         for subject, gate in gates
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.manifest import Manifest, TowerFile
+from edgeclip.runtime.bundle.manifest import GateRecord, Manifest, TowerFile
 from edgeclip.runtime.console import plain_text
 from edgeclip.runtime.hub.hub_client import is_repo_name
 
@@ -226,6 +226,12 @@ def _takes(file: TowerFile) -> str:
     return (file.pixels or "token ids") + (f", batch {file.batch}" if file.batch else "")
 
 
+def _interval(gate: GateRecord) -> str:
+    if gate.low == gate.high:
+        return "of these items"
+    return f"{gate.low:.9g} to {gate.high:.9g} ({100 * gate.confidence:.3g}%)"
+
+
 def _gates(manifest: Manifest) -> str:
     data = list(
         dict.fromkeys(gate.data for _, gate in manifest.all_gates() if gate.data is not None)
@@ -233,16 +239,16 @@ def _gates(manifest: Manifest) -> str:
     rows = [
         (
             *(_text(what), _text(gate.name)),
-            *(f"{gate.value:.9g}", f"{gate.low:.9g} to {gate.high:.9g}"),
+            *(f"{gate.value:.9g}", _interval(gate)),
             *(f"{gate.direction} {gate.bound:.9g}", _text(gate.unit)),
             "" if gate.data is None else f"[{data.index(gate.data) + 1}]",
-            "met" if gate.passed else "missed",
+            gate.outcome,
         )
         for what, gate in manifest.all_gates()
     ]
     if not rows:
         return "## Quality gates\n\nNone was measured."
-    head = ("what", "gate", "value", "95% interval", "bound", "unit", "data", "")
+    head = ("what", "gate", "value", "interval", "bound", "unit", "data", "")
     notes = [
         f"- [{number}]: {_text(item.name)}, {item.count:,} measured, of SHA-256 `{item.sha256}`"
         for number, item in enumerate(data, start=1)
@@ -253,7 +259,8 @@ def _gates(manifest: Manifest) -> str:
             "## Quality gates",
             "A quality bound that had to hold before this bundle was written, and what was "
             "measured against it. Figures are rounded to nine digits; `edgeclip.json` has them in "
-            "full. Where an interval has no width, none was computed or all samples were alike.",
+            'full. "passed" means that the whole interval keeps the bound, "undecided" that the '
+            "measured items cannot tell; who made this bundle accepted that.",
             _table(head, rows),
             *(["\n".join(notes)] if notes else []),
         ]

@@ -217,7 +217,7 @@ def golden_check(
                 bound=bound,
                 direction=">=",
                 unit="cosine",
-                passed=keeps_bound(least, ">=", bound),
+                outcome="passed" if keeps_bound(least, ">=", bound) else "failed",
             ),
         )
 

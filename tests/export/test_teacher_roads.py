@@ -32,6 +32,7 @@ ELSEWHERE = [
     "24",
     "--calibration-count",
     "8",
+    "--accept-undecided",
 ]
 
 

@@ -89,7 +89,7 @@ RUNS = {
     ),
     "export": Run(
         words=f"export {_TEACHER} --teacher {_TEACHER} --out bundle {_DEVICE}"
-        " --precisions fp32 --test-count 16 --calibration-count 8",
+        " --precisions fp32 --test-count 16 --calibration-count 8 --accept-undecided",
         needs=("pretrain",),
     ),
     "quantize": Run(

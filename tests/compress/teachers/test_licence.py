@@ -93,6 +93,7 @@ def test_a_restricted_teacher_is_loud_and_its_students_keep_its_licence(
 
     words = ["export", str(tmp_path / "student"), "--own-space", "--device", "x86-avx2"]
     words += ["--precisions", "fp32", "--test-count", "24", "--calibration-count", "8"]
+    words += ["--accept-undecided"]
     assert main([*words, "--out", str(tmp_path / "bundle")]) == 0, capsys.readouterr().err
     bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.manifest.licence == "apple-amlr"

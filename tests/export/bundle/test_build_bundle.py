@@ -79,7 +79,8 @@ def test_the_manifest_records_gates_choices_and_origin(
         assert tower.precisions == ("fp32", "fp16", "int8")
         for file in tower.files:
             names = [gate.name for gate in file.gates]
-            assert names[:3] == ["usable embeddings", "mean cosine", "1st-percentile cosine"]
+            cosine = "least cosine" if file.precision == "fp32" else "1st-percentile cosine"
+            assert names[:3] == ["usable embeddings", "mean cosine", cosine]
             chosen = dict.fromkeys(("image", "text"), "fp32") | {tower.tower: file.precision}
             beside = f"R@1 loss {chosen['image']} images, {chosen['text']} texts"
             assert names[3:] == ["told apart" if file.precision == "fp32" else beside]
@@ -87,7 +88,8 @@ def test_the_manifest_records_gates_choices_and_origin(
             assert file.latency_ms is not None
             assert file.latency_ms > 0
     assert {"R@1 loss fp16", "R@1 loss int8"} <= {gate.name for gate in manifest.gates}
-    assert all(gate.passed for _, gate in manifest.all_gates())
+    outcomes = {gate.outcome for _, gate in manifest.all_gates()}
+    assert outcomes == {"passed", "undecided"}  # 40 pairs decide nothing of a population
     assert manifest.measured_on.endswith("onnxruntime-cpu")
     assert built.left_out == ()
 
@@ -106,8 +108,6 @@ def test_a_collapsed_tower_ships_in_no_bundle(fp32_plan: BundlePlan, tmp_path: P
 def test_what_could_not_be_judged_is_on_record(built: BuiltBundle) -> None:
     *remarks, noise = map(str, built.bundle.manifest.remarks)
     assert remarks == [
-        "bundle: R@1 loss: 40 test pairs, so it goes in steps of 1.2 points and half a point "
-        "cannot be told: test on 100 or more",
         "image fp16: zero-shot top-1 loss: not judged: no labels",
         "image int8: zero-shot top-1 loss: not judged: no labels",
     ]
@@ -124,8 +124,7 @@ def test_labels_that_captions_name_are_judged(plan: BundlePlan, tmp_path: Path) 
     assert gate.data is not None
     assert gate.data.name == f"{gate.data.count} labelled of 40 blobs"
     assert 5 < gate.data.count < 40
-    assert [remark.subject for remark in manifest.remarks] == ["bundle", "image fp16", "bundle"]
-    assert "labelled pictures, so it goes in steps of" in manifest.remarks[1].says
+    assert [remark.subject for remark in manifest.remarks] == ["bundle"]
     texts = [gate.name for gate in manifest.tower("text").file("fp16").gates]
     assert "zero-shot top-1 loss" not in texts
 
@@ -324,7 +323,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_no_bundle(
     tiny_clip(layers=1).save(tmp_path / "student")  # soon exported; and nothing is timed for it
     student = str(tmp_path / "student")
     command = ["export", student, "--teacher", student, "--data", str(pair_folder)]
-    command += ["--precisions", "fp32", "--device", "web"]
+    command += ["--precisions", "fp32", "--device", "web", "--accept-undecided"]
     command += ["--out", str(tmp_path / "out" / "bundle")]
     with subprocess.Popen(
         [sys.executable, "-c", _WRITER, *command], stdout=subprocess.PIPE, text=True

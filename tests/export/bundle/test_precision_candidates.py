@@ -24,7 +24,6 @@ from edgeclip.export.quantizing.config import (
     config_from_data,
 )
 from edgeclip.export.quantizing.qat_finetune import QAT_HINT, QatOptions
-from edgeclip.runtime.stats.interval import Interval
 from tests.export.quantizing.test_qat_finetune import FACTOR, planted
 
 pytestmark = pytest.mark.slow
@@ -50,7 +49,7 @@ def candidates(
     value: float, *, subject: str = "image int8", config: Config = CPU
 ) -> PrecisionCandidates:
     """What was judged, with one mean cosine."""
-    record = Gate("mean cosine", ">=", 0.995, "cosine").judge(Interval(value, value, value))
+    record = Gate("mean cosine", ">=", 0.995, "cosine").judge_items(value)
     judged = PrecisionVerdict(judged=(GateOutcome(subject, record),), kept=frozenset(), left_out=())
     return PrecisionCandidates(
         graphs=(),
@@ -64,7 +63,7 @@ def candidates(
 def test_the_message_of_a_missed_gate_ends_in_how_to_go_on(plan: BundlePlan) -> None:
     mended = fine_tune_failed_int8(plan, candidates(0.9), {})
     with pytest.raises(GateError, match=r"image int8: mean cosine is 0\.9") as caught:
-        require_named_precisions(mended)
+        require_named_precisions(mended, accept_undecided=False)
     assert str(caught.value).endswith(QAT_HINT)
 
 

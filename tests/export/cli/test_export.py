@@ -15,7 +15,8 @@ from edgeclip.runtime.cli.main import main
 from tests.export.conftest import LOOSE
 
 pytestmark = pytest.mark.slow
-ELSEWHERE = ("--device", "x86-avx2", "--precisions", "fp32")  # nothing is timed
+# Nothing is timed, and so few pictures decide nothing.
+ELSEWHERE = ("--device", "x86-avx2", "--precisions", "fp32", "--accept-undecided")
 
 
 def test_a_folder_of_photos_makes_a_bundle(
@@ -161,7 +162,7 @@ def test_few_pictures_are_warned_of(
     clip.save(tmp_path / "student")
     student, out = str(tmp_path / "student"), str(tmp_path / "bundle")
     command = ["export", student, "--teacher", student, "--data", str(pair_folder)]
-    command += ["--device", "x86-avx2", "--precisions", "int8", "--out", out]
+    command += ["--device", "x86-avx2", "--precisions", "int8", "--out", out, "--accept-undecided"]
     assert main(command) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert "so a loss of 25 points cannot show" in warnings.pop()  # the student is not trained
@@ -170,11 +171,9 @@ def test_few_pictures_are_warned_of(
         "warning: bundle: R@1 kept of the teacher's: not judged: the teacher itself finds "
         f"{found} of 8 pairs, so only cosines tell whether the student is in its space: give more "
         "test pairs",
-        "warning: bundle: R@1 loss: 8 test pairs, so it goes in steps of 6.2 points and half a "
-        "point cannot be told: test on 100 or more",
         "warning: image int8: zero-shot top-1 loss: not judged: no labels",
     ]
-    assert len(Bundle.open(out).manifest.remarks) == 4
+    assert len(Bundle.open(out).manifest.remarks) == 3
 
 
 def test_the_verdict_says_what_each_tower_ships_in(built: BuiltBundle) -> None:

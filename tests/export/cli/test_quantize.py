@@ -139,6 +139,7 @@ def test_a_bundle_ships_the_very_file_that_the_search_judged(
     clip.save(tmp_path / "student")
     student, found = str(tmp_path / "student"), tmp_path / "out"
     words = ["--teacher", student, "--data", str(pairs), "--device", "x86-avx2"]
+    words += ["--accept-undecided"]
     assert run(student, *words, "--out", found, "--minutes", "1") == 0
     (chosen,) = Quantization.load(found / "quantization.json").towers.values()
     export = ["export", student, "--quantization", str(found / "quantization.json")]

@@ -14,9 +14,13 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerpri
 from edgeclip.export.bundle.build_bundle import build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan
 from edgeclip.export.errors import GateError
-from edgeclip.export.gates import teacher_agreement
-from edgeclip.export.gates.gates import GateOutcome
-from edgeclip.export.gates.teacher_agreement import TeacherAgreement, TeacherBounds, judge_agreement
+from edgeclip.export.gates.gates import judge_gates
+from edgeclip.export.gates.teacher_agreement import (
+    TeacherAgreement,
+    TeacherBounds,
+    judge_agreement,
+    measure_kept,
+)
 from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import Index
@@ -57,7 +61,7 @@ def left(clip: DualEncoder) -> DualEncoder:
 
 
 def test_a_student_that_equals_its_teacher_is_in_its_space(clip: DualEncoder, blobs: Make) -> None:
-    found = judge_agreement(clip, clip, blobs(40), TeacherBounds())
+    found = judge_agreement(clip, clip, blobs(400), TeacherBounds())
     records = by_name(found)
     assert {name for name, _ in records} >= {"image fp32", "text fp32"}
     for tower in ("image fp32", "text fp32"):
@@ -93,9 +97,10 @@ def rows(count: int, seed: int = 0) -> FloatArray:
     return unit
 
 
-def kept(student: PairEmbeddings, teacher: PairEmbeddings) -> GateOutcome | GateRemark:
+def kept(student: PairEmbeddings, teacher: PairEmbeddings) -> GateRecord | GateRemark:
     relevance = Relevance.of_pairs(len(teacher.image))
-    return teacher_agreement._judge_kept(student, teacher, relevance, TeacherBounds(), DATA)
+    found = measure_kept(student, teacher, relevance, TeacherBounds(), DATA)
+    return found if isinstance(found, GateRemark) else judge_gates([found])[0]
 
 
 def test_the_share_of_r1_that_is_kept_has_an_interval() -> None:
@@ -103,13 +108,14 @@ def test_the_share_of_r1_that_is_kept_has_an_interval() -> None:
     lost = rows(100)
     lost[:30] = np.roll(lost[:30], 1, axis=0)  # 30 of 100 pairs, in both directions
     found = kept(PairEmbeddings(lost, rows(100)), teacher)
-    assert isinstance(found, GateOutcome)
-    assert found.record.value == pytest.approx(0.7)
-    assert found.record.low < 0.7 < found.record.high
-    assert not found.record.passed
+    assert isinstance(found, GateRecord)
+    assert found.value == pytest.approx(0.7)
+    assert found.low < 0.7 < found.high
+    assert found.outcome == "undecided"  # 100 pairs do not tell 0.7 from the bound of 0.8
     same = kept(teacher, teacher)
-    assert isinstance(same, GateOutcome)
-    assert (same.record.value, same.record.passed) == (1.0, True)
+    assert isinstance(same, GateRecord)
+    assert (same.value, same.outcome) == (1.0, "passed")
+    assert same.low < 1.0
 
 
 @pytest.mark.parametrize("count", [8, 100, 400])

@@ -51,7 +51,7 @@ def captions(seed: int, count: int) -> CalibrationData:
 
 def within(candidate: NDArray[np.float32], reference: NDArray[np.float32], bounds: Bounds) -> bool:
     """Whether a tower's embeddings pass all its gates."""
-    return all(record.passed for record in judge_tower(candidate, reference, bounds))
+    return all(record.is_inside for record in judge_tower(candidate, reference, bounds))
 
 
 def with_massive_activation(model: onnx.ModelProto, value: float = 400) -> None:

@@ -25,6 +25,7 @@ from edgeclip.runtime.bundle.manifest import GateRecord, keeps_bound
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.three_outcomes import Outcome
 from tests.conftest import GATE
 from tests.export.quantizing.planted import plant_outlier
 
@@ -48,18 +49,22 @@ def exact(value: float) -> Interval:
 
 
 def cosine_record(value: float, bound: float = 0.995) -> GateRecord:
-    passed = keeps_bound(value, ">=", bound)
-    return replace(GATE, value=value, low=value, high=value, bound=bound, passed=passed)
+    outcome: Outcome = "passed" if keeps_bound(value, ">=", bound) else "failed"
+    return replace(GATE, value=value, low=value, high=value, bound=bound, outcome=outcome)
 
 
 def loss_record(name: str, value: float, bound: float) -> GateRecord:
     """Of points lost, at most `bound`."""
     return replace(
-        cosine_record(value, bound),
+        GATE,
         name=name,
+        value=value,
+        low=value,
+        high=value,
+        bound=bound,
         direction="<=",
         unit="points",
-        passed=keeps_bound(value, "<=", bound),
+        outcome="passed" if keeps_bound(value, "<=", bound) else "failed",
     )
 
 

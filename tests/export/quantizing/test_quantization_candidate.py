@@ -28,6 +28,7 @@ LOSS = replace(
     loss_record("R@1 loss int8 images, fp32 texts", 1.5, 1.0),
     low=0.5,
     high=2.5,
+    outcome="undecided",
     data=DataRecord("some", 32, "0" * 64),
 )
 

@@ -90,7 +90,7 @@ def test_a_config_without_usable_embeddings_is_in_the_table_and_not_in_the_pictu
     found: SearchResult,
 ) -> None:
     broken = replace(
-        GATE, name="usable embeddings", value=0.5, low=0.4, high=0.6, bound=1.0, passed=False
+        GATE, name="usable embeddings", value=0.5, low=0.4, high=0.6, bound=1.0, outcome="failed"
     )
     point = replace(found.candidates[1], config=Float16(), records=(broken,))
     page = html(replace(found, candidates=(*found.candidates, point)), ABOUT)

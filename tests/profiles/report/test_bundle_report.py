@@ -149,12 +149,12 @@ def gates() -> tuple[tuple[str, GateRecord], ...]:
                 bound=bound,
                 direction=">=",
                 unit="",
-                passed=True,
+                outcome="passed",
             )
             found.append((subject, record))
     change = GateRecord(
         name="R@1 lost", value=0.6, low=-0.4, high=1.5, bound=1.0, direction="<=", unit="points",
-        passed=True,
+        outcome="undecided",
     )  # fmt: skip
     return (*found, ("bundle", change))
 
@@ -296,7 +296,7 @@ def test_the_markdown_tells_the_same() -> None:
 def test_verdict_names_a_missed_bar_and_a_failed_gate() -> None:
     data = sample()
     missed = dataclasses.replace(data.headlines[0], value=Interval(0.94, 0.92, 0.96))
-    record = dataclasses.replace(data.gates[0][1], value=0.9, passed=False)
+    record = dataclasses.replace(data.gates[0][1], value=0.9, low=0.89, high=0.91, outcome="failed")
     text = visible(
         render(
             dataclasses.replace(

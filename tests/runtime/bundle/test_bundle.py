@@ -134,7 +134,9 @@ def test_undeclared_file_elsewhere_is_let_be(own_bundle: Path) -> None:
 
 def test_failed_gate_is_refused(own_bundle: Path, edit_manifest: EditManifest) -> None:
     def fail(data: dict[str, Any]) -> None:
-        data["towers"][1]["files"][1]["gates"][0].update(passed=False, value=0.5)
+        data["towers"][1]["files"][1]["gates"][0].update(
+            outcome="failed", value=0.5, low=0.4, high=0.6
+        )
 
     edit_manifest(own_bundle, fail)
     with pytest.raises(BundleError, match=r"gates as failed \(text int8: mean cosine\)"):

@@ -26,7 +26,7 @@ HASH = "0" * 64
 DATA = {"name": "photos", "count": 40, "sha256": HASH}
 GATE = {
     **{"name": "R@1 loss int8", "value": 0.5, "low": 0.0, "high": 1.0, "bound": 1.0},
-    **{"direction": "<=", "unit": "points", "passed": True, "data": DATA},
+    **{"direction": "<=", "unit": "points", "outcome": "passed", "data": DATA},
 }
 
 
@@ -78,7 +78,7 @@ def test_what_is_unusual_of_the_inputs_is_written_only_where_it_is_so(text: str)
 
 def test_only_a_gate_says_that_the_space_is_the_teachers(text: str) -> None:
     assert not Manifest.from_json(text).held_to_teacher  # as in a bundle from before such gates
-    gate = {**GATE, "name": COSINE_TO_TEACHER, "direction": ">=", "bound": 0.4}
+    gate = {**GATE, "name": COSINE_TO_TEACHER, "direction": ">=", "bound": -0.1}
 
     def change(data: dict[str, Any]) -> None:
         data["towers"][1]["files"][0]["gates"].append(gate)
@@ -228,12 +228,16 @@ def test_tower_names_are_those_of_the_ecosystem() -> None:
 
 def test_gate_cannot_claim_to_have_passed(text: str) -> None:
     gate = next(iter(Manifest.from_json(text).all_gates()))[1]
-    with pytest.raises(ValueError, match="its value misses it"):
-        dataclasses.replace(gate, bound=1.0)
-    with pytest.raises(ValueError, match="its value misses it"):
+    with pytest.raises(ValueError, match="recorded as passed, but its interval misses it"):
+        dataclasses.replace(gate, bound=0.9985)  # below the value, above the lower end
+    with pytest.raises(ValueError, match="recorded as passed, but its interval misses it"):
         dataclasses.replace(gate, direction="<=")
-    failed = dataclasses.replace(gate, bound=1.0, passed=False)
-    assert isinstance(failed, GateRecord)
+    with pytest.raises(ValueError, match="recorded as failed, but its interval may keep it"):
+        dataclasses.replace(gate, bound=0.9985, outcome="failed")
+    unsure = dataclasses.replace(gate, bound=0.9985, outcome="undecided")
+    assert (unsure.passed, unsure.is_inside) == (False, True)
+    failed = dataclasses.replace(gate, bound=1.1, outcome="failed")
+    assert (failed.passed, failed.is_inside) == (False, False)
 
 
 PHOTOS = DataRecord("photos, 1,000 pictures", 1000, "ab" * 32)
@@ -245,7 +249,7 @@ R1_GATE = GateRecord(
     bound=1.0,
     direction="<=",
     unit="points",
-    passed=True,
+    outcome="passed",
     data=PHOTOS,
 )
 REMARK = GateRemark("image int8", "zero-shot top-1 loss", "not judged: no labels")
@@ -264,7 +268,7 @@ def test_a_line_for_each_gate_then_data_then_remarks() -> None:
     other = dataclasses.replace(
         R1_GATE, data=dataclasses.replace(PHOTOS, name="labelled", count=300)
     )
-    missed = dataclasses.replace(R1_GATE, value=2.0, passed=False)
+    missed = dataclasses.replace(R1_GATE, value=2.0, high=3.0, outcome="undecided")
     bare = dataclasses.replace(R1_GATE, data=None)
     gates = [
         ("image int8", R1_GATE),
@@ -274,7 +278,7 @@ def test_a_line_for_each_gate_then_data_then_remarks() -> None:
     ]
     lines = gates_table(gates, [REMARK]).splitlines()
     assert [line.split()[-2:] for line in lines[1:5]] == [
-        *(["[1]", "pass"], ["[2]", "pass"], ["[1]", "miss"], ["points", "pass"])
+        *(["[1]", "passed"], ["[2]", "passed"], ["[1]", "undecided"], ["points", "passed"])
     ]
     assert "0.25000  -0.10000 to 0.60000  <= 1 points" in lines[1]
     assert lines[5:] == [

@@ -35,6 +35,7 @@ from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
 from edgeclip.runtime.engines.tensorrt_build import build_engine
 from edgeclip.runtime.engines.tensorrt_library import TensorRtLibrary
 from edgeclip.runtime.errors import EngineError, EngineParityError
+from edgeclip.runtime.stats.three_outcomes import Outcome
 from tests.conftest import GATE
 from tests.runtime.tiny_graphs import a_key
 
@@ -251,7 +252,8 @@ class Counter:
         self.calls += 1
         assert engine.run({"pixels": PIXELS})["image_embeds"].shape == (3, 4)
         value = self.value
-        return (dataclasses.replace(GATE, value=value, low=value, passed=value >= GATE.bound),)
+        outcome: Outcome = "passed" if value >= GATE.bound else "failed"
+        return (dataclasses.replace(GATE, value=value, low=value, high=value, outcome=outcome),)
 
 
 class Opened:

@@ -155,10 +155,10 @@ def test_figures_are_those_of_the_manifest(bundle: Bundle) -> None:
     for row, (what, gate) in zip(table, gates, strict=True):
         assert row[:2] == [what, gate.name]
         assert float(row[2]) == pytest.approx(gate.value, rel=1e-8)
-        low, high = map(float, row[3].split(" to "))
+        low, high = map(float, row[3].removesuffix(" (95%)").split(" to "))
         assert (low, high) == pytest.approx((gate.low, gate.high), rel=1e-8)
         assert row[4] == f"{gate.direction} {gate.bound:.9g}"
-        assert row[5:] == [gate.unit, "", "met"]
+        assert row[5:] == [gate.unit, "", "passed"]
 
 
 def test_gates_name_their_data_and_what_is_to_be_known(bundle: Bundle) -> None:
@@ -166,7 +166,7 @@ def test_gates_name_their_data_and_what_is_to_be_known(bundle: Bundle) -> None:
     gates = (dataclasses.replace(next(iter(bundle.manifest.all_gates()))[1], data=data),)
     remarks = (GateRemark("image int8", "zero-shot top-1 loss", "not judged: no labels"),)
     card = card_of(bundle, gates=gates, remarks=remarks)
-    assert rows(card, "Quality gates")[-1][-2:] == ["[1]", "met"]
+    assert rows(card, "Quality gates")[-1][-2:] == ["[1]", "passed"]
     assert f"- [1]: photos, 40 pictures, 40 measured, of SHA-256 `{data.sha256}`" in card
     assert "- image int8: zero-shot top-1 loss: not judged: no labels" in card
 

@@ -178,7 +178,7 @@ def test_failed_gate_is_refused_by_the_name_of_the_repository(
     hub: FakeHub, files: Files, tmp_path: Path
 ) -> None:
     manifest = json.loads(files[MANIFEST_NAME])
-    manifest["towers"][0]["files"][0]["gates"][0]["passed"] = False
+    manifest["towers"][0]["files"][0]["gates"][0].update(outcome="failed", value=0, low=0, high=0)
     hub.add(REPO, {**files, MANIFEST_NAME: json.dumps(manifest).encode()})
     with pytest.raises(BundleError, match=rf"^{REPO} records gates as failed"):
         pull_it(hub, tmp_path / "out")
