@@ -13,9 +13,9 @@ from edgeclip.compress.data.near_duplicates import NearDuplicates
 from edgeclip.compress.data.picture_statistics import PictureStatistics
 from edgeclip.compress.data.sources import Source
 from edgeclip.runtime.errors import ConfigError
-from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.quality.relevance import caption_key
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.shares import estimate_share
 
 _BLOCK = 4096  # pictures at a time
 _SAMPLE = 100_000  # pictures of which an interval is taken: more would not narrow it visibly
@@ -196,8 +196,8 @@ def agreement(
     keys = captions.key[first_caption[index]], captions.key[first_caption[next_index]]
     other[index[keys[0] == keys[1]]] = np.nan  # the same caption by chance
     compared = np.flatnonzero(~np.isnan(own) & ~np.isnan(other))[:_SAMPLE]
-    wins = (own[compared] > other[compared]).astype(np.float64)
-    return CaptionAgreement(own, other, bootstrap(wins) if len(wins) else None)
+    wins = own[compared] > other[compared]
+    return CaptionAgreement(own, other, estimate_share(wins).interval if len(wins) else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

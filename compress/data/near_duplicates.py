@@ -14,8 +14,8 @@ from tqdm import tqdm
 from edgeclip.compress.data.sources import Source
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import cosines
-from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.shares import estimate_share
 
 _BLOCK = 2048  # pictures that are compared at a time
 _PROBED = 512  # pictures that are compared with all others, to tell what was missed
@@ -265,4 +265,4 @@ def _found(state: _State, rows: NDArray[np.int64], rng: np.random.Generator) -> 
             missed[ours_at[alike]] = True
     hits = ~is_kept[probed]
     counted = hits | missed
-    return bootstrap(hits[counted].astype(np.float64)) if counted.any() else None
+    return estimate_share(hits[counted]).interval if counted.any() else None

@@ -74,8 +74,8 @@ class BundlePlan:
         quantization: the result of a quantization search, whose ranges were found on
             `calibration`; None for the device's default configs.
         qat: options of the fine-tune if int8 misses a gate; None to leave int8 out instead.
-        accept_undecided: ship what is inside its gates by the measured values, though the test pairs
-            are too few to show it.
+        accept_undecided: ship what is inside its gates by the measured values, though the test
+            pairs are too few to show it.
         space: fingerprint of the bundle's embedding space, the teacher's or the student's own.
 
     Raises:

@@ -49,6 +49,7 @@ class DemoSettings:
         scenes: training scenes, each embedded once by the teacher.
         steps: distillation steps.
         test_scenes: number of scenes of the retrieval test.
+        gate_scenes: number of scenes that the bundle's gates are judged on; as many as decide.
     """
 
     quick: bool = False
@@ -59,6 +60,7 @@ class DemoSettings:
     shape: StudentShape = field(default_factory=StudentShape)
     calibration_scenes: int = 256
     test_scenes: int = 1_000
+    gate_scenes: int = 3_000
     unseen_scenes: int = 500
     workload: str = "demo"
 
@@ -178,7 +180,7 @@ def bundle_student(
         student=student,
         teacher=teacher,
         calibration=EmojiSource("calibration", count, size=size),
-        test=test_source(settings, teacher),
+        test=EmojiSource("test", settings.gate_scenes, size=size, distinct=True),
         device=device,
         origin=Origin(
             name="emoji-student",
@@ -187,7 +189,7 @@ def bundle_student(
             command=command,
             licence="CC-BY-SA-4.0",
         ),
-        zero_shot=emoji_zero_shot(teacher, count=settings.test_scenes, size=size),
+        zero_shot=emoji_zero_shot(teacher, count=settings.gate_scenes, size=size),
     )
     built = build_bundle(
         plan,

@@ -28,10 +28,10 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.quality.retrieval import Ranks, pair_ranks, retrieval_of_ranks
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.shares import estimate_share
 from edgeclip.runtime.towers.tower_runner import tower_feed, usable_precisions
 
 TEACHER, STUDENT, SHIPPED = "teacher", "student ", "student as shipped"
@@ -49,8 +49,8 @@ class EvaluatedModel:
 
     @property
     def mean_r1(self) -> Interval:
-        """R@1, mean of both directions, with its bootstrap interval over pairs."""
-        return bootstrap(self.ranks.hits(1))
+        """R@1, mean of both directions, with its interval over pairs."""
+        return estimate_share(self.ranks.hits(1)).interval
 
 
 def evaluate(
@@ -118,7 +118,7 @@ def quality_row(model: EvaluatedModel) -> ModelQuality:
     ):
         rows.append(
             DirectionQuality(
-                r1=bootstrap((ranks <= 1).astype(np.float64)),
+                r1=estimate_share(ranks <= 1).interval,
                 r5=found.r5,
                 r10=found.r10,
                 median_rank=found.median_rank,

@@ -37,9 +37,9 @@ from edgeclip.profiles.report.bundle_report import (
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.device.machine import Machine, detect_machine
-from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_ratio
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.shares import estimate_kept, estimate_share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,10 +169,10 @@ def summarise(
     names: CandidateNames = {tower: STUDENT + item for tower, item in shipped.items()}
     intervals = {
         "teacher_r1": teacher.mean_r1,
-        "teacher_image_to_text_r1": bootstrap(teacher.ranks.image_to_text <= 1),
-        "teacher_text_to_image_r1": bootstrap(teacher.ranks.text_to_image <= 1),
+        "teacher_image_to_text_r1": estimate_share(teacher.ranks.image_to_text <= 1).interval,
+        "teacher_text_to_image_r1": estimate_share(teacher.ranks.text_to_image <= 1).interval,
         "student_chosen_r1": chosen.mean_r1,
-        "retention": bootstrap_ratio(chosen.ranks.hits(1), teacher.ranks.hits(1)),
+        "retention": estimate_kept(chosen.ranks.hits(1), teacher.ranks.hits(1)).interval,
         "latency_ratio": pair_ratio(measured, names),
         "image_latency_ratio": pair_ratio(measured, {"image": names["image"]}),
         "text_latency_ratio": pair_ratio(measured, {"text": names["text"]}),
@@ -306,7 +306,7 @@ def _headlines(summary: DemoSummary) -> tuple[Headline, ...]:
             value=summary.intervals["retention"],
             bar=summary.retention_bar,
             direction=">=",
-            note="mean of both directions over unseen scenes, paired bootstrap",
+            note="mean of both directions over unseen scenes, paired",
         ),
         Headline(
             name="of the teacher's time needed",

@@ -29,8 +29,8 @@ from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
 from edgeclip.runtime.engines.providers import CPU
-from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.student_t import estimate_mean
 from edgeclip.runtime.towers.tower_runner import in_batches
 
 _SWITCHES = "edgeclip_switches"
@@ -373,8 +373,10 @@ def _damages(
         GroupDamage(
             title=group.title,
             nodes=group.nodes,
-            divergence=bootstrap(row_divergence(found, reference, on.others, on.logit_scale)),
-            cosine_loss=bootstrap(1 - cosines(found, reference)),
+            divergence=estimate_mean(
+                row_divergence(found, reference, on.others, on.logit_scale)
+            ).interval,
+            cosine_loss=estimate_mean(1 - cosines(found, reference)).interval,
         )
         for group, found in zip(groups, embedded, strict=True)
     ]

@@ -19,7 +19,6 @@ from edgeclip.runtime.inputs.find_images import (
     add_max_bad_option,
     list_images,
 )
-from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import (
     DirectionMetrics,
@@ -28,6 +27,7 @@ from edgeclip.runtime.quality.retrieval import (
     retrieval_of_ranks,
 )
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.shares import estimate_share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,17 +90,17 @@ def _retrieval(args: argparse.Namespace) -> int:
     text_embeddings = encoder.encode_text(texts, truncate=args.truncate, batch_size=args.batch_size)
     ranks = pair_ranks(embedded.embeddings, text_embeddings, relevance)
     found = retrieval_of_ranks(ranks)
-    mean = bootstrap(ranks.hits(1))
+    mean = estimate_share(ranks.hits(1)).interval
     directions = {
-        "image to text": (found.image_to_text, bootstrap(ranks.image_hits(1))),
-        "text to image": (found.text_to_image, bootstrap(ranks.text_hits(1))),
+        "image to text": (found.image_to_text, estimate_share(ranks.image_hits(1)).interval),
+        "text to image": (found.text_to_image, estimate_share(ranks.text_hits(1)).interval),
     }
     if args.json:
         rows = {name: _direction_json(*values) for name, values in directions.items()}
         counts = {"images": len(own), "captions": len(texts), "skipped": len(embedded.skipped)}
         print_json({**counts, "mean_r1": _interval_json(mean), **rows})
         return 0
-    print(f"{len(own)} images, {len(texts)} captions; 95% intervals by bootstrap over the images")
+    print(f"{len(own)} images, {len(texts)} captions; 95% intervals over the images")
     print(f"{'':<14}{'R@1':<24}{'R@5':>7}{'R@10':>8}{'median rank':>13}{'mean rank':>11}")
     for name, (metrics, interval) in directions.items():
         print(_direction_row(name, metrics, interval))
@@ -120,7 +120,7 @@ def _zero_shot(args: argparse.Namespace) -> int:
     embedded = embed_images(args, encoder, images, args.max_bad)
     right = np.array([classes.index(_class_of(path, args.folder)) for path in embedded.paths])
     ranks = label_ranks(embedded.embeddings, labels.embeddings, right)
-    top1, top5 = bootstrap(ranks <= 1), bootstrap(ranks <= 5)
+    top1, top5 = (estimate_share(ranks <= k).interval for k in (1, 5))
     if args.json:
         counts = {
             "images": len(right),
@@ -129,7 +129,7 @@ def _zero_shot(args: argparse.Namespace) -> int:
         }
         print_json({**counts, "top1": _interval_json(top1), "top5": _interval_json(top5)})
         return 0
-    print(f"{len(right)} images of {len(classes)} classes; 95% intervals by bootstrap")
+    print(f"{len(right)} images of {len(classes)} classes; 95% intervals")
     print(f"top-1  {_percent(top1)}\ntop-5  {_percent(top5)}")
     return 0
 

@@ -29,7 +29,7 @@ _SCORES_AT_ONCE = 1 << 23  # 64 MiB of float64
 class Ranks:
     """Rank of the best placed right answer to each query (1 is best), in either direction.
 
-    The hits are values of each image [N] for the bootstrap, an image with all its captions being
+    The hits are values of each image [N] for intervals, an image with all its captions being
     one item; those of two models are paired.
 
     Attributes:

@@ -9,6 +9,7 @@ from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.errors import InputError
 
 Clusters = NDArray[np.int64]
+_ROUNDING = 1e-9
 
 
 def check_values(*arrays: NDArray[Any]) -> tuple[Values, ...]:
@@ -32,14 +33,17 @@ def check_values(*arrays: NDArray[Any]) -> tuple[Values, ...]:
 
 
 def check_shares(*arrays: NDArray[Any]) -> tuple[Values, ...]:
-    """Return per-item values as `check_values`; each must lie in [0, 1].
+    """Return per-item values as `check_values`; each is 0 or more, and their mean a share.
+
+    An item of which more is asked than of others, such as a picture with more captions, may have
+    more than 1.
 
     Raises:
-        InputError: as `check_values`, or a value outside.
+        InputError: as `check_values`, or values that are no hits.
     """
     values = check_values(*arrays)
     for array in values:
-        if array.min() < 0 or array.max() > 1:
+        if array.min() < 0 or array.mean() > 1 + _ROUNDING:
             raise InputError(
                 f"hits span {array.min():g} to {array.max():g}: give shares from 0 to 1, "
                 "such as whether each item was found"

@@ -1,7 +1,7 @@
 """Estimate shares of hits, losses between two models, and the share of one that another keeps.
 
-Values are hits of items, from 0 to 1. Hits of two models are paired: item i of both is the same.
-Items that are not independent, such as near-duplicates, are given as clusters; their spread is
+Values are hits of items, from 0 to 1 (see `check_shares`). Hits of two models are paired: item i of
+both is the same. Items that are not independent, such as near-duplicates, are given as clusters; their spread is
 then that between clusters (linearised ratio estimators; Cochran, "Sampling Techniques", 1977,
 section 11.7), and Student's t takes the place of the normal distribution.
 
@@ -105,11 +105,11 @@ def estimate_share(hits: NDArray[Any], clusters: Clusters | None = None) -> Shar
     a hit and half a miss are added.
 
     Args:
-        hits: values in [0, 1], booleans or floats [N].
+        hits: hits, booleans or floats [N].
         clusters: integers [N], equal for items that belong together; None for independent items.
 
     Raises:
-        InputError: an empty array, another shape, or a value that is no share.
+        InputError: an empty array, another shape, or values that are no hits.
     """
     (values,) = check_shares(hits)
     sizes, (sums,) = cluster_sums(clusters, values)
@@ -200,11 +200,11 @@ def estimate_loss(
     """Estimate mean(reference) - mean(ours), over hits of the same items.
 
     Args:
-        reference, ours: values in [0, 1], booleans or floats [N].
+        reference, ours: hits, booleans or floats [N].
         clusters: integers [N], equal for items that belong together; None for independent items.
 
     Raises:
-        InputError: arrays that are empty, of other shapes or lengths, or values that are no shares.
+        InputError: arrays that are empty, of other shapes or lengths, or values that are no hits.
     """
     theirs, mine = check_shares(reference, ours)
     value = float(theirs.mean() - mine.mean())
@@ -245,7 +245,7 @@ def estimate_kept(
     """Estimate mean(ours) / mean(reference), over hits of the same items.
 
     Args:
-        ours, reference: values in [0, 1], booleans or floats [N].
+        ours, reference: hits, booleans or floats [N].
         clusters: integers [N], equal for items that belong together; None for independent items.
 
     Raises:

@@ -53,9 +53,10 @@ from edgeclip.profiles.report.charts import TrainingCurve
 from edgeclip.profiles.report.sections import FigureGrid, Note, Page, PageSummary, Section
 from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.bundle.index import cosines
-from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_difference
 from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.shares import estimate_loss, estimate_share
+from edgeclip.runtime.stats.student_t import estimate_mean
 
 
 class Drawn:
@@ -286,10 +287,10 @@ def reach(
         steps=[0, *(int(line["step"]) for line in log)],
         agreement=[(line[IMAGE_COSINE] + line[TEXT_COSINE]) / 2 for line in (before, *log)],
         held_out_r1=[sum(line[name] for name in STUDENT_R1) / 2 for line in log],
-        image_cosine=bootstrap(cosines(ours[0], theirs[0])),
-        text_cosine=bootstrap(cosines(ours[1], theirs[1])),
-        r1=bootstrap(hits),
-        teacher_r1=bootstrap(teacher_hits),
+        image_cosine=estimate_mean(cosines(ours[0], theirs[0])).interval,
+        text_cosine=estimate_mean(cosines(ours[1], theirs[1])).interval,
+        r1=estimate_share(hits).interval,
+        teacher_r1=estimate_share(teacher_hits).interval,
         hits=hits,
     )
 
@@ -332,7 +333,8 @@ def bars(found: Sequence[Reached]) -> list[Bar]:
         ]
     leaves, alone, one_hot = (by_name[LEAVES, losses] for losses in RUNS[LEAVES])
     known, known_alone = by_name[EMOJI, DEFAULTS], by_name[EMOJI, FEATURE]
-    gained = bootstrap_difference(100 * known.hits, 100 * known_alone.hits)
+    gained = estimate_loss(known.hits, known_alone.hits).interval
+    gained = Interval(100 * gained.value, 100 * gained.low, 100 * gained.high)
     return [
         *items,
         at_most("dead_leaves_cosine_below_feature_alone", alone.cosine - leaves.cosine, 0.02),
