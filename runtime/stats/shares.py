@@ -1,9 +1,9 @@
 """Estimate shares of hits, losses between two models, and the share of one that another keeps.
 
 Values are hits of items, from 0 to 1 (see `check_shares`). Hits of two models are paired: item i of
-both is the same. Items that are not independent, such as near-duplicates, are given as clusters; their spread is
-then that between clusters (linearised ratio estimators; Cochran, "Sampling Techniques", 1977,
-section 11.7), and Student's t takes the place of the normal distribution.
+both is the same. Items that are not independent, such as near-duplicates, are given as clusters;
+their spread is then that between clusters (linearised ratio estimators; Cochran, "Sampling
+Techniques", 1977, section 11.7), and Student's t takes the place of the normal distribution.
 
 At the edge, where nearly all hits are equal, a sample shows no spread. Wilson's interval (JASA
 22, 1927) needs none; where fewer than four hits or misses were seen, that side's bound is Poisson's
