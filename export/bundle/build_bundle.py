@@ -178,7 +178,12 @@ def require_agreement(plan: BundlePlan) -> TeacherAgreement:
         return TeacherAgreement(())
     _log.info("comparing the student with its teacher on %s ...", plan.test.name)
     found = judge_agreement(
-        plan.student, plan.teacher, plan.test, plan.teacher_bounds, text_tower=plan.text_tower
+        plan.student,
+        plan.teacher,
+        plan.test,
+        plan.teacher_bounds,
+        text_tower=plan.text_tower,
+        looks=plan.declared_looks,
     )
     raise_if_missed(found.judged, _AGREEMENT_HINT, accept_undecided=plan.accept_undecided)
     return found

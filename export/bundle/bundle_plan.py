@@ -76,6 +76,8 @@ class BundlePlan:
         qat: options of the fine-tune if int8 misses a gate; None to leave int8 out instead.
         accept_undecided: ship what is inside its gates by the measured values, though the test
             pairs are too few to show it.
+        declared_looks: how many students, or counts of test pairs, are tried on the same test data
+            until one is shipped.
         space: fingerprint of the bundle's embedding space, the teacher's or the student's own.
 
     Raises:
@@ -103,6 +105,7 @@ class BundlePlan:
     quantization: Quantization | None = None
     qat: QatOptions | None = None
     accept_undecided: bool = False
+    declared_looks: int = 1
     space: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,7 +142,7 @@ class BundlePlan:
     def looks(self) -> int:
         """How many candidates may have been held against the test pairs: see `judge_gates`."""
         searched = 1 if self.quantization is None else MAX_TEST_JUDGEMENTS
-        return searched + (self.qat is not None)
+        return self.declared_looks * (searched + (self.qat is not None))
 
     @property
     def wanted(self) -> tuple[Precision, ...]:

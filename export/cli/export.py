@@ -107,6 +107,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ship what is inside its gates by the measured values, though the test pairs are too "
         "few to show it; the bundle records these gates as undecided",
     )
+    parser.add_argument(
+        "--looks",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="how many students, or counts of test pairs, are tried on the same test data until "
+        "one is shipped: the intervals then hold for all of them together (default: 1)",
+    )
     parser.add_argument("--replace", action="store_true", help="replace an existing bundle")
 
 
@@ -241,6 +249,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
         quantization=quantization,
         qat=_qat_options(args, size),
         accept_undecided=args.accept_undecided,
+        declared_looks=args.looks,
     )
     if args.data != EMOJI or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
         return plan

@@ -383,5 +383,8 @@ def raise_if_missed(
     if not misses:
         return
     if all(item.record.passed or _is_open(item.record) for item in found):
-        hint = f"Give more test pairs, or ship what is undecided with {ACCEPT_OPTION}"
+        hint = (
+            "Give more test pairs (and --looks 2, for the second look at them), or ship what is "
+            f"undecided with {ACCEPT_OPTION}"
+        )
     raise GateError(f"no bundle was written: {'; '.join(misses)}. {hint}")

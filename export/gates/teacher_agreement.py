@@ -81,12 +81,13 @@ def judge_agreement(
     bounds: TeacherBounds,
     *,
     text_tower: bool = True,
+    looks: int = 1,
 ) -> TeacherAgreement:
     """Embed the test pairs with both models in torch, and judge the student's towers.
 
     The records are about the fp32 towers, whose graphs must equal torch to be in a bundle. Without
     a text tower, the student's images are searched among the teacher's texts, as label sets and
-    indexes of the teacher will be.
+    indexes of the teacher will be. For `looks` see `judge_gates`.
 
     Raises:
         ConfigError: pairs without captions, or embeddings of another length than the teacher's.
@@ -116,7 +117,7 @@ def judge_agreement(
     kept = measure_kept(candidate, reference, relevance_of(test), bounds, data)
     remarks = (kept,) if isinstance(kept, GateRemark) else ()
     measured += [] if isinstance(kept, GateRemark) else [("bundle", kept)]
-    records = judge_gates([item for _, item in measured])
+    records = judge_gates([item for _, item in measured], looks)
     judged = zip([subject for subject, _ in measured], records, strict=True)
     return TeacherAgreement(tuple(GateOutcome(*pair) for pair in judged), remarks)
 
