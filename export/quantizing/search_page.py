@@ -15,6 +15,7 @@ from edgeclip.export.quantizing.quantization_candidate import (
 )
 from edgeclip.export.quantizing.search import SearchResult
 from edgeclip.export.quantizing.search_table import key_points, ordered, short_name
+from edgeclip.export.quantizing.search_task import MAX_TEST_JUDGEMENTS
 from edgeclip.export.quantizing.sensitivity import GroupDamage
 from edgeclip.profiles.report.charts import (
     Dot,
@@ -45,6 +46,7 @@ from edgeclip.profiles.report.sections import (
     sections,
 )
 from edgeclip.profiles.report.write_page import write_html
+from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.console import digits, megabytes, seconds
 from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.stats.three_outcomes import Outcome
@@ -218,8 +220,9 @@ def judged_section(result: SearchResult) -> Section | None:
     if not blocks:
         return None
     note = Note(
-        "No config was chosen on these pairs: what was about to be shipped was held against them "
-        "once, and the next best only if it missed. Choosing on them would make the intervals lie."
+        "No config was tuned on these pairs: what was about to be shipped was held against them "
+        f"once, and the next best only if it did not pass, {MAX_TEST_JUDGEMENTS} at most. Their "
+        "intervals hold with 95% for all of these together."
     )
     return section_of("test", "Judged on the test pairs", [note, *blocks])
 
@@ -424,8 +427,15 @@ def _summary(result: SearchResult) -> PageSummary:
         value = gate_interval(last, gate)
         if value is not None:
             cards.append(_card(title, value, places, "on the test pairs"))
-    verdict = f"{chosen.name}: {result.why}. On the test pairs it is inside them too."
+    verdict = f"{chosen.name}: {result.why}. On the test pairs: {_test_words(last)}."
     return PageSummary(verdict, "pass", _alarms(result), tuple(cards))
+
+
+def _test_words(records: Sequence[GateRecord]) -> str:
+    undecided = [record.name for record in records if not record.passed]
+    if not undecided:
+        return "all gates passed"
+    return f"inside them, but undecided by so few pairs: {', '.join(undecided)}"
 
 
 def _card(name: str, value: Interval, places: int, note: str) -> Card:

@@ -84,8 +84,10 @@ def clustered_passes(
     ids: Clusters | None = np.repeat(np.arange(clusters), size) if declared else None
     passed = 0
     for _ in range(repetitions):
-        hits = (np.repeat(item, size) for item in draw_hits(rng, clusters, loss, churn))
-        estimate = estimate_loss(*hits, ids)
+        reference, candidate = (
+            np.repeat(item, size) for item in draw_hits(rng, clusters, loss, churn)
+        )
+        estimate = estimate_loss(reference, candidate, ids)
         (record,) = judge_gates([MeasuredGate(gate=GATE, estimate=estimate, scale=100)])
         passed += record.passed
     return passed / repetitions
