@@ -54,7 +54,7 @@ SHORTER: dict[str, dict[str, str | None]] = {
     "profile": {"--workload": "least.yaml", "--parts": "text", "--brief": None},
     "cascade": {"--test-count": "600", "--calibration-count": "100", "--gallery-count": "100"},
     "measure-cuts": {"--rounds": "10"},
-    "quantize": {"--minutes": "0.05"},
+    "quantize": {"--minutes": "0.05", "--accept-undecided": None},
     "export compress/emoji_teacher": {
         **{"--test-count": "128", "--calibration-count": "64"},
         "--device": "x86-avx2",  # graph passes are timed for this machine alone
@@ -64,6 +64,7 @@ SHORTER: dict[str, dict[str, str | None]] = {
         "--teacher-mean-cosine": "-1",
         "--teacher-p1-cosine": "-1",
         "--teacher-r1-kept": "0",
+        "--accept-undecided": None,
     },
 }
 # What is downloaded, and what stands for it here.

@@ -6,12 +6,12 @@ their spread is then that between clusters (linearised ratio estimators; Cochran
 Techniques", 1977, section 11.7), and Student's t takes the place of the normal distribution.
 
 At the edge, where nearly all hits are equal, a sample shows no spread. Wilson's interval (JASA
-22, 1927) needs none; where fewer than four hits or misses were seen, that side's bound is Poisson's
-(Brown, Cai and DasGupta, "Interval estimation for a binomial proportion", Statistical Science 16,
-2001, section 4.1.1). To pairs, z^2 / 2 are added in which only the one model hits, and as many in
-which only the other does, as Agresti and Coull (The American Statistician 52, 1998) add hits and
-misses to a share: with half a pair each (Agresti and Min, Statistics in Medicine 24, 2005) a true
-loss of 2 points lies outside the 95% interval of 100 pairs in 14% of the cases.
+22, 1927) needs none; where fewer than four hits or misses were seen, that side's bound is exact
+(Clopper and Pearson, Biometrika 26, 1934), as Wilson's is too near there (Brown, Cai and DasGupta,
+Statistical Science 16, 2001, section 4.1.1). To pairs, z^2 / 2 are added in which only the one model
+hits, and as many in which only the other does, as Agresti and Coull (The American Statistician 52,
+1998) add hits and misses to a share: with half a pair each (Agresti and Min, Statistics in Medicine
+24, 2005) a true loss of 2 points lies outside the 95% interval of 100 pairs in 14% of the cases.
 """
 
 import math
@@ -30,6 +30,7 @@ from edgeclip.runtime.stats.student_t import normal_quantile, solve_fieller, stu
 
 _HALF = 0.5  # hits and misses that are added to find how much clusters spread
 _FEW = 4  # hits or misses from which on Wilson's bounds are good enough
+_ROUNDING = 1e-9
 _ONE_SIDED = np.array([(1.0, 0.0, 1.0), (0.0, 1.0, 1.0)])  # (reference, ours, items) of added pairs
 
 
@@ -71,29 +72,33 @@ class ShareEstimate(Estimate):
         half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
         wilson = (centre - half) / (1 + z * z / n)
         if share * n < _FEW:
-            wilson = min(wilson, _least_mean(share * n, confidence) / n)
+            wilson = min(wilson, _exact(share * n, n, confidence))
         return max(0.0, wilson)
 
 
-def _least_mean(seen: float, confidence: float) -> float:
-    """Lower bound of the mean of a Poisson distribution of which `seen` was drawn.
+def _exact(hits: float, count: float, confidence: float) -> float:
+    """Lower bound of a share by Clopper and Pearson; between whole numbers it is interpolated."""
+    below = math.floor(hits + _ROUNDING)
+    low = _exact_of(below, count, confidence)
+    if hits - below < _ROUNDING or below + 1 > count:
+        return low
+    return low + (hits - below) * (_exact_of(below + 1, count, confidence) - low)
 
-    Between whole numbers it is interpolated.
-    """
-    below = math.floor(seen)
-    low, high = (_least_mean_of(count, confidence) for count in (below, below + 1))
-    return low + (seen - below) * (high - low)
 
-
-@lru_cache(maxsize=1024)
-def _least_mean_of(seen: int, confidence: float) -> float:
-    """Solve P(Poisson(mean) >= seen) = 1 - confidence for the mean, by bisection."""
-    low, high = 0.0, float(seen)
-    for _ in range(60):
-        mean = (low + high) / 2
-        fewer = sum(math.exp(-mean) * mean**k / math.factorial(k) for k in range(seen))
-        low, high = (mean, high) if fewer > confidence else (low, mean)
+@lru_cache(maxsize=4096)
+def _exact_of(hits: int, count: float, confidence: float) -> float:
+    """Solve P(binomial(count, share) >= hits) = 1 - confidence for the share, by bisection."""
+    low, high = 0.0, min(1.0, hits / count)
+    ways = [_choose(count, k) for k in range(hits)]
+    for _ in range(50):
+        share = (low + high) / 2
+        fewer = sum(way * share**k * (1 - share) ** (count - k) for k, way in enumerate(ways))
+        low, high = (share, high) if fewer > confidence else (low, share)
     return low
+
+
+def _choose(count: float, chosen: int) -> float:
+    return math.prod((count - k) / (k + 1) for k in range(chosen))
 
 
 def estimate_share(hits: NDArray[Any], clusters: Clusters | None = None) -> ShareEstimate:

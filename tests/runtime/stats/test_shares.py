@@ -34,12 +34,11 @@ def test_all_of_fifty_are_not_all_there_are() -> None:
     assert (none.low, none.high) == pytest.approx((0, 1 - interval.low))
 
 
-@pytest.mark.parametrize("missed", [1, 2, 3])
-def test_few_misses_bound_the_share_as_poisson_does(missed: int) -> None:
-    """P(Poisson(m) >= misses) = 2.5% is solved by half a quantile of chi-squared."""
-    share = estimate_share(np.arange(1000) >= missed)
-    expected = stats.chi2.ppf(0.025, 2 * missed) / 2
-    assert 1000 * (1 - share.upper_bound(0.975)) == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize(("missed", "of"), [(1, 1000), (2, 1000), (3, 100), (1, 3)])
+def test_few_misses_have_the_exact_bound(missed: int, of: int) -> None:
+    share = estimate_share(np.arange(of) >= missed)
+    exact = stats.binomtest(of - missed, of).proportion_ci(method="exact")
+    assert share.upper_bound(0.975) == pytest.approx(exact.high, rel=1e-6)
 
 
 def test_both_directions_tell_more_than_one() -> None:
