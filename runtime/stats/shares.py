@@ -8,10 +8,11 @@ Techniques", 1977, section 11.7), and Student's t takes the place of the normal 
 At the edge, where nearly all hits are equal, a sample shows no spread. Wilson's interval (JASA
 22, 1927) needs none; where fewer than four hits or misses were seen, that side's bound is exact
 (Clopper and Pearson, Biometrika 26, 1934), as Wilson's is too near there (Brown, Cai and DasGupta,
-Statistical Science 16, 2001, section 4.1.1). To pairs, z^2 / 2 are added in which only the one model
-hits, and as many in which only the other does, as Agresti and Coull (The American Statistician 52,
-1998) add hits and misses to a share: with half a pair each (Agresti and Min, Statistics in Medicine
-24, 2005) a true loss of 2 points lies outside the 95% interval of 100 pairs in 14% of the cases.
+Statistical Science 16, 2001, section 4.1.1). To pairs, z^2 / 2 are added in which only the one
+model hits, and as many in which only the other does, as Agresti and Coull (The American
+Statistician 52, 1998) add hits and misses to a share: with half a pair each (Agresti and Min,
+Statistics in Medicine 24, 2005) a true loss of 2 points lies outside the 95% interval of 100 pairs
+in 14% of the cases.
 """
 
 import math
