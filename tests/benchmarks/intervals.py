@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from _bars import at_least, finish, options, say
+from _bars import Rule, finish, hold, options, say
 
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.stats.interval import Estimate, Interval
@@ -28,7 +28,7 @@ from edgeclip.runtime.stats.shares import (
 )
 
 COUNTS = (27, 100, 1000)
-COVERAGE = 0.93
+BARS: dict[str, Rule] = {"covered_*": (">=", 0.93, "")}
 RESAMPLES = 1000
 COMPARED = 100  # samples whose bootstrap interval is computed as well
 
@@ -261,7 +261,7 @@ def main() -> int:
     print(table(rows))
     kinds = dict.fromkeys(row.kind for row in rows)
     least = {kind: min(row.coverage for row in rows if row.kind == kind) for kind in kinds}
-    bars = [at_least(f"covered_{kind}", value, COVERAGE) for kind, value in least.items()]
+    bars = [hold(BARS, f"covered_{kind}", value) for kind, value in least.items()]
     return finish(bars, args.out, repetitions=repetitions, rows=list(map(asdict, rows)))
 
 
