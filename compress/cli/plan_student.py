@@ -75,13 +75,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(plan: StudentPlan, students: Sequence[PlannedStudent]) -> str:
-    lines = [f"  {'student':<38}{'parameters':>11}{'of teacher':>11}{'ms':>9}  about nine in ten"]
+    lines = [f"  {'student':<38}{'parameters':>11}{'of teacher':>11}{'ms':>9}  bounds, level"]
     for item in students:
         mark = "*" if item is plan.best else "+" if item.keeps else " "
         found = item.prediction
         lines.append(
             f"{mark} {describe(item):<38}{item.parameters / 1e6:>9.2f} M{item.share:>11.1%}"
-            f"{found.ms:>9.2f}  [{found.low:.2f}, {found.high:.2f}]"
+            f"{found.ms:>9.2f}  {found.bounds}"
         )
-    lines.append("* the largest that keeps the budget, + others that do")
+    lines.append(
+        "* the largest whose upper bound keeps the budget, + others that do; a level is the share "
+        "of towers like those measured that lie between the bounds"
+    )
     return "\n".join(lines)

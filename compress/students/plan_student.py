@@ -3,7 +3,8 @@
 Nothing is trained or run: latencies are predicted from block costs of the device.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from edgeclip.profiles.predict.tower_shapes import (
     TransformerTower,
     image_tokens,
 )
+from edgeclip.runtime.console import percent
 from edgeclip.runtime.errors import ConfigError, InputError, first_line
 from edgeclip.runtime.spec import Precision, Tower
 
@@ -137,7 +139,8 @@ class PlannedStudent:
         parameters: number of weights of the tower.
         share: `parameters` as a share of the teacher's tower of that part.
         prediction: the predicted latency.
-        keeps: even the upper end of the prediction meets the budget.
+        keeps: even the upper bound of the prediction meets the budget; see the prediction for how
+            sure that bound is.
     """
 
     shape: StudentShape
@@ -174,6 +177,9 @@ def plan_student(
 ) -> StudentPlan:
     """Predict the latency of every candidate, and choose the largest that meets the budget.
 
+    The level of a bound is that of one tower. The chosen one is the largest of many that keep the
+    budget, so a bound that is too low is chosen more often than another: measure it.
+
     Args:
         teacher: its sizes.
         measured: the device.
@@ -184,7 +190,8 @@ def plan_student(
 
     Raises:
         InputError: no student meets the budget; the message names the fastest. Or a precision
-            that was not measured, or sizes that are all too far from those that were.
+            that was not measured, or in which no whole tower was, so that no prediction has a
+            bound; or sizes that are all too far from those that were.
     """
     predictor = Predictor(measured)
     students, unknown, why = [], 0, ""
@@ -211,14 +218,29 @@ def plan_student(
     students.sort(key=lambda item: (-item.parameters, item.prediction.ms))
     best = next((item for item in students if item.keeps), None)
     if best is None:
-        fastest = min(students, key=lambda item: item.prediction.high)
-        ms, high = fastest.prediction.ms, fastest.prediction.high
-        raise InputError(
-            f"no student surely keeps {latency_ms:g} ms in {precision} on {measured.name}: the "
-            f"fastest, {describe(fastest)}, takes about {ms:.2f} ms (up to {high:.2f}); allow "
-            "more time, or try another precision"
-        )
+        raise InputError(_why_none(students, measured, latency_ms, precision))
     return StudentPlan(students=tuple(students), best=best, unknown=unknown)
+
+
+def _why_none(
+    students: Sequence[PlannedStudent],
+    measured: MeasuredDevice,
+    latency_ms: float,
+    precision: Precision,
+) -> str:
+    fastest = min(students, key=lambda item: (item.prediction.high, item.prediction.ms))
+    found = fastest.prediction
+    start = f"no student surely keeps {latency_ms:g} ms in {precision} on {measured.name}: "
+    about = f"the fastest, {describe(fastest)}, takes about {found.ms:.2f} ms"
+    if math.isinf(found.high):
+        return (
+            f"{start}{about}, but no whole tower was measured there in {precision}, so that no "
+            "prediction has a bound; measure probes that have some, as `edgeclip probes` writes"
+        )
+    sure = "by a rule of thumb" if found.level is None else f"in {percent(found.level)} of cases"
+    return (
+        f"{start}{about} (up to {found.high:.2f} {sure}); allow more time, or try another precision"
+    )
 
 
 def candidates(

@@ -83,8 +83,8 @@ def measured_table(measured: MeasuredDevice) -> str:
         carried = measured.carried
         lines.append(
             f"The rest was transferred from {carried.source}: {carried.probes} blocks were "
-            f"measured on both, and predict each other within {carried.error:.0%} (median; worst "
-            f"{carried.worst:.0%})."
+            f"measured on both, and predict each other within {carried.error:.0%} (median; "
+            f"{carried.level:.1%} of them within {carried.bound:.0%})."
         )
     found = measured.interference
     if found is not None and found.disturbed:

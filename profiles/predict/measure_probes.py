@@ -21,7 +21,7 @@ from edgeclip.profiles.predict.measured_device import (
     MeasuredDevice,
     TransferAccuracy,
 )
-from edgeclip.profiles.predict.predict_latency import FAMILIES
+from edgeclip.profiles.predict.predict_latency import FAMILIES, LEVEL
 from edgeclip.profiles.predict.probe_set import CheckTower, GraphInput, Probe, ProbeSet
 from edgeclip.profiles.record.timing_statistics import percentile_interval
 from edgeclip.profiles.sensors.interference import InterferenceWatch
@@ -33,6 +33,7 @@ from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.percentiles import conformal_bound, conformal_level
 
 FEWEST_ROUNDS = 5
 _MEMORY = 2**30  # of loaded weights at a time, in bytes
@@ -259,6 +260,7 @@ def transfer_costs(source: MeasuredDevice, few: MeasuredDevice) -> MeasuredDevic
     for at, pair in enumerate(pairs):
         line = _line_of(pair.group, [*pairs[:at], *pairs[at + 1 :]])
         errors.append(abs(math.expm1(line(pair.source) - pair.target)))
+    level = min(LEVEL, conformal_level(len(errors)))
     transferred = []
     for key, cost in sources.items():
         if key not in targets and cost.precision in few.precisions:
@@ -272,8 +274,8 @@ def transfer_costs(source: MeasuredDevice, few: MeasuredDevice) -> MeasuredDevic
             source=source.name,
             probes=len(pairs),
             error=float(np.median(errors)),
-            error_p90=float(np.quantile(errors, 0.9)),
-            worst=max(errors),
+            bound=conformal_bound(np.array(errors), level),
+            level=level,
         ),
     )
 

@@ -64,15 +64,15 @@ class TransferAccuracy:
         source: name of that device.
         probes: how many blocks were measured on both.
         error: median over those of the relative error with which the others predict each of them.
-        error_p90: 90th percentile of these.
-        worst: the largest of these.
+        bound: conformal bound of these errors (each left out in its turn), see `level`.
+        level: share of blocks that the bound is for; with fewer than nine blocks below 0.9.
     """
 
     source: str
     probes: int
     error: float
-    error_p90: float
-    worst: float
+    bound: float
+    level: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,12 +4,19 @@ The cost of a block is taken to be linear in four amounts: operations, weights, 
 one call. The coefficients are non-negative least squares over the measured blocks of a family
 (stems, transformer blocks, last layers, convolution blocks, convolution heads), for each precision
 of the device with its threads. A tower takes the sum of its blocks.
+
+How far a prediction may be off is told by the errors of whole towers alone, which were measured
+beside the probes and take no part in the fit: split conformal prediction (Vovk, Gammerman and
+Shafer, "Algorithmic Learning in a Random World", 2005; Lei et al., "Distribution-free predictive
+inference for regression", JASA 113, 2018). If the tower is like those (exchangeable), the bound
+of n of them holds with probability at least ceil((n + 1) level) / (n + 1), so that n towers give
+no level above n / (n + 1).
 """
 
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +24,13 @@ import numpy as np
 from edgeclip.profiles.predict.measured_device import BlockCost, MeasuredDevice
 from edgeclip.profiles.predict.tower_shapes import AnyTower, BlockCount, BlockKind, TowerBlock
 from edgeclip.runtime.arrays import Values
+from edgeclip.runtime.console import percent
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.percentiles import conformal_bound, conformal_level
 
 FARTHEST = 3.0  # times the largest measured size, or part of the smallest: beyond, nothing is said
-LEVEL = 0.9  # of the errors of whole towers that the interval allows for
+LEVEL = 0.9  # of the bounds, where enough whole towers were measured
 FAMILIES: dict[BlockKind, str] = {
     "image-stem": "stem",
     "conv-stem": "stem",
@@ -37,10 +46,7 @@ _GELU = 4  # activations that the erf of an exact GELU costs as much as
 _NOISE = 0.01  # of a measured cost, as a relative error, beside what its interval tells
 _NOISY = 0.1  # noise from which on a cost counts less
 _LEAST_MS = 1e-4  # differences of tiny blocks can come out as nothing, or less
-_UNTOLD = 0.5  # error of a kind of which too few blocks were measured to predict each other
-_UNCHECKED = 0.10  # error of a sum where no whole tower was measured
-_LEAST = 0.03  # of the interval's half, as a logarithm: two runs of one tower differ by as much
-_OUTSIDE = 0.2  # a size twice the largest measured one adds 14% to the error
+_OUTSIDE = 0.2  # a size twice the largest measured one adds 14% to the error: a rule of thumb
 
 
 def work(block: TowerBlock) -> Values:
@@ -102,10 +108,18 @@ def fit_costs(costs: Sequence[BlockCost]) -> Values:
     A cost that its own interval shows to be noisy counts less.
     """
     ms = np.array([_ms(cost) for cost in costs])
-    noise = np.hypot(_NOISE, [(cost.ms.high - cost.ms.low) / 4 for cost in costs] / ms)
+    noise = np.hypot(_NOISE, [_error_ms(cost) for cost in costs] / ms)
     sure = 1 / np.hypot(1, noise / _NOISY)
     works = np.array([work(cost.piece) for cost in costs])
     return non_negative_fit(works * (sure / ms)[:, None], sure)
+
+
+def _error_ms(cost: BlockCost) -> float:
+    """About the standard error; where too few runs know no interval, from their range."""
+    ends = (cost.ms.low, cost.ms.high)
+    if not all(map(math.isfinite, ends)):
+        ends = (min(cost.samples_ms), max(cost.samples_ms))
+    return (ends[1] - ends[0]) / 4
 
 
 def _ms(cost: BlockCost) -> float:
@@ -129,14 +143,26 @@ class Prediction:
 
     Attributes:
         ms: predicted median.
-        low, high: about nine in ten towers are inside.
+        low, high: bounds; 0 and infinity where no whole tower was measured in this precision.
+        level: probability with which a tower like the measured ones lies between both bounds.
+            None where nothing is known of it: without whole towers, or with a size outside the
+            measured ones, for which the bounds are widened by a rule of thumb.
         method: how it was found, and what to beware of, for a person.
     """
 
     ms: float
     low: float
     high: float
+    level: float | None
     method: str
+
+    @property
+    def bounds(self) -> str:
+        """The bounds and what they are worth, for a table."""
+        if math.isinf(self.high):
+            return "no bound"
+        worth = "rule of thumb" if self.level is None else percent(self.level)
+        return f"[{self.low:.2f}, {self.high:.2f}]  {worth}"
 
 
 class Predictor:
@@ -154,15 +180,12 @@ class Predictor:
             self._by_kind[cost.piece.kind, cost.precision].append(cost)
             self._by_family[FAMILIES[cost.piece.kind], cost.precision].append(cost)
         self._fits = {key: fit_costs(costs) for key, costs in self._by_family.items()}
-        self._errors: dict[tuple[BlockKind, Precision], float] = {}
-        errors = [
-            abs(math.log(found / ms))
+        # Of each precision by itself: a tower's errors in two precisions are alike, so that both
+        # together would count it twice.
+        self._errors = {
+            precision: np.array([abs(math.log(pred / ms)) for pred, ms in self.checks(precision)])
             for precision in measured.precisions
-            for found, ms in self.checks(precision)
-        ]
-        self._tower_error = float(np.quantile(errors, LEVEL)) if errors else _UNCHECKED
-        if measured.carried is not None:
-            self._tower_error = math.hypot(self._tower_error, measured.carried.error_p90)
+        }
 
     def predict(self, tower: AnyTower, precision: Precision) -> Prediction:
         """Predict a tower.
@@ -174,27 +197,44 @@ class Predictor:
 
     def predict_blocks(self, parts: Sequence[BlockCount], precision: Precision) -> Prediction:
         """Predict the sum of some blocks; see `predict`."""
-        times = [part.count * self.block_ms(part.piece, precision) for part in parts]
+        ms = sum(part.count * self.block_ms(part.piece, precision) for part in parts)
         outside = max(self.outside(part.piece, precision) for part in parts)
-        ms = sum(times)
-        block_error = sum(
-            time / ms * self._block_error(part.piece, precision)
-            for part, time in zip(parts, times, strict=True)
+        errors = self._errors[precision]
+        level = min(LEVEL, conformal_level(len(errors)))
+        error = conformal_bound(errors, level) + _OUTSIDE * math.log(outside)
+        is_known = len(errors) > 0 and outside == 1
+        return Prediction(
+            ms=ms,
+            low=ms * math.exp(-error),
+            high=ms * math.exp(error),
+            level=level if is_known else None,
+            method="; ".join(self._method(precision, level, outside)),
         )
-        error = max(_LEAST, math.hypot(block_error, self._tower_error))
-        error += _OUTSIDE * math.log(outside)
-        method = [f"sum of block costs fitted to what was measured on {self._measured.name}"]
+
+    def _method(self, precision: Precision, level: float, outside: float) -> Iterator[str]:
+        yield f"sum of block costs fitted to what was measured on {self._measured.name}"
         carried = self._measured.carried
         if carried is not None:
-            method.append(
+            yield (
                 f"most of them transferred from {carried.source} by {carried.probes} probes, which "
-                f"predict each other within {carried.error:.0%} (median; worst {carried.worst:.0%})"
+                f"predict each other within {carried.error:.0%} (median; {percent(carried.level)} "
+                f"of them within {carried.bound:.0%})"
             )
+        count = len(self._errors[precision])
+        if count == 0:
+            yield (
+                f"no bound, since no whole tower was measured in {precision}: measure probes that "
+                "have some"
+            )
+            return
+        few = "" if level == LEVEL else f", no more than {percent(level)} for so few"
+        towers = f"{count} whole tower{'s' * (count > 1)} measured in {precision}"
+        yield f"the bounds are from the errors of {towers}{few}"
         if outside > 1:
-            method.append(f"a size lies outside the measured ones by a factor of {outside:.2f}")
-        return Prediction(
-            ms=ms, low=ms * math.exp(-error), high=ms * math.exp(error), method="; ".join(method)
-        )
+            yield (
+                f"a size lies outside the measured ones by a factor of {outside:.2f}, for which "
+                "they are widened by a rule of thumb"
+            )
 
     def block_ms(self, block: TowerBlock, precision: Precision) -> float:
         """Milliseconds that one block adds to a tower; see `predict`."""
@@ -242,19 +282,6 @@ class Predictor:
                 continue
             found.append((sum(costs), check.ms.value))
         return found
-
-    def _block_error(self, block: TowerBlock, precision: Precision) -> float:
-        """Median logarithmic error with which the others of its family predict blocks of a kind."""
-        kind, known = self._key(block, precision)
-        if (kind, known) not in self._errors:
-            family = self._by_family[FAMILIES[kind], known]
-            errors = []
-            for cost in self._by_kind[kind, known] if len(family) > 1 else ():
-                fit = fit_costs([other for other in family if other is not cost])
-                predicted = max(float(work(cost.piece) @ fit), _LEAST_MS)
-                errors.append(abs(math.log(predicted / _ms(cost))))
-            self._errors[kind, known] = float(np.median(errors)) if errors else _UNTOLD
-        return self._errors[kind, known]
 
     def _key(self, block: TowerBlock, precision: Precision) -> tuple[BlockKind, Precision]:
         """Blocks that stay float in int8 are measured in fp32 only."""

@@ -1,6 +1,7 @@
 """Predict the stage times of a cut set on a device where only probes were measured."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from edgeclip.profiles.predict.tower_shapes import (
     TransformerTower,
     read_image_tower,
 )
+from edgeclip.runtime.console import percent
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.choose_plan import PlanChoice
 from edgeclip.runtime.planning.cut_set import CutSet
@@ -139,7 +141,8 @@ def predicted_stage_times(measured: MeasuredDevice, cuts: CutSet, known: StageTi
         energy_sensor=None,
         on_cpu=measured.device.on_cpu,
         predicted=Predicted(
-            within=whole.high / whole.ms - 1,
+            within=None if math.isinf(whole.high) else whole.high / whole.ms - 1,
+            level=whole.level,
             method=whole.method,
             others=known.device,
             others_factor=factor,
@@ -178,8 +181,11 @@ def _scaled(item: StageSamples, ms: float | None, factor: float) -> StageSamples
 
 
 def fast_and_slow(times: StageTimes) -> tuple[StageTimes, ...]:
-    """Return predicted times with towers as fast, and as slow, as the prediction allows."""
-    if times.predicted is None:
+    """Return predicted times with towers as fast, and as slow, as the prediction allows.
+
+    Nothing where the times were measured, or where the prediction has no bound.
+    """
+    if times.predicted is None or times.predicted.within is None:
         return ()
     slow = 1 + times.predicted.within
     return tuple(
@@ -240,10 +246,17 @@ def _load(name_or_path: str) -> StageTimes | MeasuredDevice:
 def prediction_headings(sides: StageTimesPair) -> list[str]:
     """Return a line above the table of plans for each side that was predicted."""
     return [
-        f"{side}: towers predicted for {times.device}, within {times.predicted.within:.0%}"
+        f"{side}: towers predicted for {times.device}, {_within(times.predicted)}"
         for side, times in zip(("device", "server"), sides, strict=True)
         if times.predicted is not None
     ]
+
+
+def _within(found: Predicted) -> str:
+    if found.within is None:
+        return "without a bound"
+    worth = "by a rule of thumb" if found.level is None else f"in {percent(found.level)} of cases"
+    return f"within {found.within:.0%} {worth}"
 
 
 def prediction_remarks(
@@ -263,9 +276,9 @@ def prediction_remarks(
         found, factor = times.predicted, times.predicted.others_factor
         lines.append(
             f"What the towers take on the {side} was not measured there, but predicted: "
-            f"{found.method}. About nine in ten towers are within {found.within:.0%} of that; how "
-            f"much times vary is taken from {found.others}. Probes run again and again, with "
-            "warm caches: after other work a small tower takes longer."
+            f"{found.method}. Of a tower like those measured there that is true "
+            f"{_within(found)}; how much times vary is taken from {found.others}. Probes run again "
+            "and again, with warm caches: after other work a small tower takes longer."
         )
         lines.append(
             f"Pictures and codecs are assumed to take {factor:.3g} times as long on the {side} as "
@@ -273,7 +286,11 @@ def prediction_remarks(
             "cosines are those that were measured."
         )
         best, others = choice.best.plan.name, []
-        for words, end in zip(("fast", "slow"), fast_and_slow(times), strict=True):
+        ends = fast_and_slow(times)
+        if not ends:
+            lines.append("Whether another plan would be chosen within its error cannot be said.")
+            continue
+        for words, end in zip(("fast", "slow"), ends, strict=True):
             other = choose((end, sides[1]) if number == 0 else (sides[0], end)).best.plan.name
             if other != best:
                 others.append(

@@ -79,13 +79,16 @@ class Predicted:
     """How exact stage times are that were predicted and not measured.
 
     Attributes:
-        within: about nine in ten towers differ from what was predicted by at most this share.
+        within: share by which a tower differs from what was predicted at most; None for no bound.
+        level: probability that this holds of a tower like those measured; None where it is no
+            more than a rule of thumb, or there is no bound.
         method: how heads and tails were predicted, for people.
         others: device whose times of pictures and codecs were used.
         others_factor: factor by which they were multiplied.
     """
 
-    within: float
+    within: float | None
+    level: float | None
     method: str
     others: str
     others_factor: float

@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import shlex
 import tempfile
 from pathlib import Path
@@ -84,6 +85,12 @@ def test_nothing_fits(built_in: TeacherSizes) -> None:
         plan_student(built_in, DEVICE, latency_ms=0.01)
     with pytest.raises(InputError, match=r"can be predicted: 'known' has no times of .* in fp16"):
         plan_student(built_in, DEVICE, latency_ms=1, precision="fp16")
+
+
+def test_without_a_whole_tower_no_student_surely_keeps_a_budget(built_in: TeacherSizes) -> None:
+    bare = dataclasses.replace(DEVICE, checks=())
+    with pytest.raises(InputError, match="no whole tower was measured there in fp32, so that no"):
+        plan_student(built_in, bare, latency_ms=1000)
 
 
 def test_a_text_takes_as_long_as_it_is_long(built_in: TeacherSizes) -> None:

@@ -104,6 +104,7 @@ def test_heads_and_tails_are_sums_of_blocks(cuts: CutSet, emoji_times: StageTime
     assert median(found, "head", 3) == pytest.approx(after_first, rel=0.03)
     assert found.predicted is not None
     assert found.predicted.within == pytest.approx(whole.high / whole.ms - 1)
+    assert found.predicted.level == whole.level == 8 / 9
     assert (found.device, found.machine.cpu) == ("known", "Known CPU")
 
 
@@ -139,6 +140,15 @@ def test_towers_can_be_as_fast_or_slow_as_is_allowed(cuts: CutSet, emoji_times: 
     assert median(fast, "head", 3) < median(found, "head", 3) < median(slow, "head", 3)
     assert median(fast, "prepare") == median(slow, "prepare")
     assert fast_and_slow(emoji_times) == ()
+
+
+def test_without_a_whole_tower_there_is_no_bound(cuts: CutSet, emoji_times: StageTimes) -> None:
+    bare = dataclasses.replace(known_device(), checks=())
+    found = predicted_stage_times(bare, cuts, emoji_times)
+    assert found.predicted is not None
+    assert (found.predicted.within, found.predicted.level) == (None, None)
+    assert fast_and_slow(found) == ()
+    assert prediction_headings((found, emoji_times))[0].endswith("without a bound")
 
 
 def test_what_the_device_cannot_run_is_refused(cuts: CutSet, emoji_times: StageTimes) -> None:
