@@ -175,6 +175,14 @@ def _notes(args: argparse.Namespace, device: StageTimes, server: StageTimes) -> 
         f"Link {args.link} as its profile describes it, and {args.http_ms:g} ms for HTTP: both "
         "are assumed until they are measured there."
     ]
+    if args.utilisation > 0:
+        notes.append(
+            f"The wait for a server that is busy {args.utilisation:.0%} of the time is that "
+            "of one worker and requests at random times (M/G/1): bursts wait longer, several "
+            "workers less."
+        )
+    else:
+        notes.append("No wait for the server is assumed: --utilisation tells how busy it is.")
     notes += [
         f"The times of the {side} were measured on a contended machine: measure again."
         for side, times in (("device", device), ("server", server))

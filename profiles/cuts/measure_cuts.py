@@ -101,7 +101,8 @@ def measure_cuts(
         raise InputError(f"{cuts.path} has no pictures: give --pictures, a folder of some")
     if rounds < _MIN_ROUNDS:
         raise InputError(
-            f"{rounds} rounds tell nothing of a 95th percentile: take {_MIN_ROUNDS} at least"
+            f"{rounds} rounds tell too little of how times vary: take {_MIN_ROUNDS} at least, and "
+            "19 for a 95th percentile"
         )
     builder, meter = StageBuilder(cuts, device, files), find_meter(device)
     payloads, samples = list[Payload](builder.picture_payloads()), list[StageSamples]()

@@ -18,7 +18,7 @@ from edgeclip.profiles.report.sections import (
 from edgeclip.runtime.console import columns as text_columns
 from edgeclip.runtime.console import digits, percent
 from edgeclip.runtime.planning.choose_plan import Objective, PlanChoice
-from edgeclip.runtime.planning.estimate import PlanEstimate
+from edgeclip.runtime.planning.estimate import PERCENTILE, PlanEstimate
 
 _HEADER = (
     *("", "plan", "p50 ms", "p95 ms", "bytes", "cosine", "least"),
@@ -74,6 +74,13 @@ def explain(choice: PlanChoice, objective: Objective) -> str:
                 f"{len(choice.refused)} plans are out for what their codec costs; the cheapest of "
                 f"them is {_quoted(first)} with a least cosine of {first.cosine_least:.4f}."
             )
+    fewest = min((choice.best, *choice.allowed), key=lambda item: item.p95_level)
+    if fewest.p95_level < PERCENTILE:
+        lines.append(
+            f"Too few for a 95th percentile: {fewest.samples} measured rounds, of which the "
+            f"slowest is kept in {percent(fewest.p95_level)} of cases; p95 stands for that. "
+            "Measure at least 19."
+        )
     if objective.ms_per_joule and choice.best.joules is None:
         lines.append("Energy was not measured, so it is left out of the choice.")
     return "\n".join(lines)

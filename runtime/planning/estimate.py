@@ -1,7 +1,15 @@
-"""Estimate latency and bytes of a plan from measured samples, the link and the server's queue."""
+"""Estimate latency and bytes of a plan from measured samples, the link and the server's queue.
+
+Device, network, wait and server are drawn independently of each other; the stages of one side are
+those of one round, round trip and bandwidth those of one moment (`link_state.py`). The 95th
+percentile is the upper order statistic that the next request keeps with that probability: of N
+samples the ceil((N + 1) x 0.95)-th, as in split conformal prediction (`runtime/stats`). N is the
+smallest number of samples of a part; below 19 it is the largest, and the level N / (N + 1).
+"""
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass, fields
 from typing import Annotated
 
@@ -12,9 +20,15 @@ from numpy.typing import NDArray
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.planning.link_state import LinkState, draw_exchange
+from edgeclip.runtime.planning.link_state import (
+    LinkState,
+    draw_evenly,
+    draw_exchange,
+    draw_link,
+)
 from edgeclip.runtime.planning.plan import Goal, PlanCandidate, SplitPlan
 from edgeclip.runtime.planning.stage_times import SplitStage, StageTimes
+from edgeclip.runtime.stats.percentiles import conformal_level
 from edgeclip.runtime.wire.messages import (
     BUNDLE,
     SPACE_ID,
@@ -27,6 +41,10 @@ from edgeclip.runtime.wire.messages import (
 
 def draw_waiting(service_ms: Values, utilisation: float, rng: np.random.Generator) -> Values:
     """Draw waiting times of an M/G/1 queue in milliseconds, one for each service time [N].
+
+    That is one worker that serves requests one by one as they come, at random times (Poisson
+    arrivals). Requests that come in bursts wait longer than that, those of a server with several
+    workers or with batches shorter.
 
     The wait is a geometric number of residual service times (Pollaczek and Khinchine; Kleinrock,
     "Queueing Systems", volume 1, 1975, section 5.7): P(n) = (1 - rho) rho^n, each of them a
@@ -59,6 +77,8 @@ def draw_waiting(service_ms: Values, utilisation: float, rng: np.random.Generato
     return waits
 
 
+PERCENTILE = 0.95
+_ROUNDING = 1e-9
 _HITS_BYTES = 600  # of the answer to a search: ten keys and scores
 
 
@@ -70,7 +90,9 @@ class PlanConditions:
         link: the network.
         dim: length of an embedding.
         load: factor by which the device's own times are longer than measured.
-        utilisation: share of time that the server is busy with others, 0 to below 1.
+        utilisation: share of time that the server is busy with others, 0 to below 1; tells the
+            wait by `draw_waiting` where none was observed.
+        waits_ms: observed waits at the server, in milliseconds; empty where there are none.
         goal: an "embedding" on the device, or the hits of a "search" on the server.
         seed, draws: random seed and number of draws of the prediction; a percentile rests on a few
             hundred draws at least.
@@ -80,6 +102,7 @@ class PlanConditions:
     dim: Annotated[int, Ge(1)]
     load: Annotated[float, Gt(0)] = 1.0
     utilisation: Annotated[float, Ge(0), Lt(1)] = 0.0
+    waits_ms: tuple[Annotated[float, Ge(0)], ...] = ()
     goal: Goal = "embedding"
     seed: int = 0
     draws: Annotated[int, Ge(100)] = 20_000
@@ -118,6 +141,7 @@ class PlanEstimate:
         cosine_mean, cosine_least: mean and least cosine with the embeddings of uncompressed
             pictures.
         joules: energy of the device, as far as its sensor covers it; None if not measured.
+        samples: smallest number of measured samples of a part; what is assumed does not count.
     """
 
     plan: SplitPlan
@@ -126,12 +150,18 @@ class PlanEstimate:
     cosine_mean: float
     cosine_least: float
     joules: float | None
+    samples: int
 
     @property
     def p95_ms(self) -> float:
-        """The plan's 95th percentile, which every prediction has."""
+        """The plan's 95th percentile, of every prediction; at `p95_level` if that is less."""
         assert self.plan.p95_ms is not None
         return self.plan.p95_ms
+
+    @property
+    def p95_level(self) -> float:
+        """Share of requests that keep `p95_ms`: 0.95, or less where there are too few samples."""
+        return min(PERCENTILE, conformal_level(self.samples))
 
     @property
     def server_ms(self) -> float:
@@ -147,10 +177,9 @@ def estimate_plan(
     Raises:
         InputError: a stage that it needs was not measured.
     """
-    rng = np.random.default_rng(conditions.seed)
+    rng, draws = np.random.default_rng(conditions.seed), conditions.draws
     # One round for all stages of a side: what slows one stage of a round slows all of them.
-    here = rng.integers(device.rounds, size=conditions.draws)
-    there = rng.integers(server.rounds, size=conditions.draws)
+    here, there = (draw_evenly(side.rounds, draws, rng) for side in (device, server))
     parts = {
         "device": conditions.load * _sum(device, candidate.device, here),
         "encode": conditions.load * _sum(device, candidate.encode, here),
@@ -159,19 +188,31 @@ def estimate_plan(
     }
     sizes = _sent(candidate, conditions)
     sent = sizes[here % device.pictures % len(sizes)]
+    samples = [device.rounds] if candidate.device or candidate.encode else []
     if candidate.asks:
-        service = parts["decode"] + parts["server"]
-        parts["queue"] = draw_waiting(service, conditions.utilisation, rng)
+        parts["queue"] = _waits(parts["decode"] + parts["server"], conditions, rng)
         parts |= _network(candidate, sent, conditions, rng)
+        samples += [server.rounds] if candidate.decode or candidate.server else []
+        link, waits = conditions.link.moments, len(conditions.waits_ms)
+        samples += [*([link] if link else []), *([waits] if waits else [])]
     cosines = (1.0,) if candidate.payload is None else candidate.payload.cosines
+    total: Values = np.sum(list(parts.values()), axis=0)
     return PlanEstimate(
-        plan=_with_prediction(candidate.plan, np.sum(list(parts.values()), axis=0), sent),
+        plan=_with_prediction(candidate.plan, total, sent, min(samples)),
         parts=LatencyParts(**{name: float(np.mean(values)) for name, values in parts.items()}),
         bytes_p50=round(float(np.median(sent))),
         cosine_mean=float(np.mean(cosines)),
         cosine_least=min(cosines),
         joules=_joules(device, (*candidate.device, *candidate.encode)),
+        samples=min(samples),
     )
+
+
+def _waits(service: Values, conditions: PlanConditions, rng: np.random.Generator) -> Values:
+    if not conditions.waits_ms:
+        return draw_waiting(service, conditions.utilisation, rng)
+    observed = np.array(conditions.waits_ms)
+    return observed[draw_evenly(len(observed), len(service), rng)]
 
 
 @functools.cache
@@ -191,9 +232,10 @@ def _network(
         np.full(len(sent), float(size)) for size in (asked, _HITS_BYTES, answered)
     )
     received = hits if candidate.plan.kind == "embedding" else embedding
-    exchanges = [draw_exchange(conditions.link, sent, received, rng)]
+    drawn = draw_link(conditions.link, len(sent), rng)  # one moment for both exchanges
+    exchanges = [draw_exchange(conditions.link, drawn, sent, received, rng)]
     if candidate.searches:
-        exchanges.append(draw_exchange(conditions.link, asking, hits, rng))
+        exchanges.append(draw_exchange(conditions.link, drawn, asking, hits, rng))
     return {
         "up": np.sum([exchange.up for exchange in exchanges], axis=0),
         "rtt": np.sum([exchange.rtt for exchange in exchanges], axis=0),
@@ -221,11 +263,23 @@ def _joules(device: StageTimes, stages: tuple[SplitStage, ...]) -> float | None:
     return sum(known) if len(known) == len(found) and device.energy_sensor else None
 
 
-def _with_prediction(plan: SplitPlan, total: Values, sent: Values) -> SplitPlan:
-    p50, p95 = np.percentile(total, [50, 95])
+def _with_prediction(plan: SplitPlan, total: Values, sent: Values, samples: int) -> SplitPlan:
     return dataclasses.replace(
         plan,
-        p50_ms=round(float(p50), 3),
-        p95_ms=round(float(p95), 3),
+        p50_ms=round(float(np.median(total)), 3),
+        p95_ms=round(upper_percentile(total, samples), 3),
         bytes_p95=round(float(np.percentile(sent, 95))),
     )
+
+
+def upper_percentile(draws: Values, samples: int) -> float:
+    """Return the 95th percentile of draws [draws] from so few samples that the next one keeps.
+
+    It is the ceil((samples + 1) x 0.95)-th of `samples` steps of the draws' distribution: of that
+    of the samples themselves, where they alone were drawn from. With fewer than 19 samples it is
+    the 95th percentile of the draws, which the next value keeps less often.
+    """
+    place = min(samples, math.ceil((samples + 1) * PERCENTILE - _ROUNDING))
+    # In the middle of the step: the draws of a lone sample are all equal.
+    share = max(PERCENTILE, (place - 0.5) / samples)
+    return float(np.quantile(draws, share, method="inverted_cdf"))

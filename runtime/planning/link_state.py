@@ -15,16 +15,23 @@ TCP Latency", INFOCOM 2000, without its connection setup)
   5/4 RTT later. The last one is missed only by a timer: 2 RTT, and in half of the cases 200 ms
   more, where what came before it was acknowledged in time (RFC 8985, as Linux has it).
 
+Round trip and bandwidth are not independent: a link that is busy or far from its mast is slow in
+both. Added as if they were, they promise too short a 95th percentile. Observed ones are drawn as
+pairs of one moment. Of a profile only the spread of each is known; then the slowest round trip is
+taken together with the lowest bandwidths (comonotone times, the cautious end of what is possible).
+
 What this leaves out: that a loss makes the next requests slower too, a retransmission that is
 lost again, queues that other traffic fills, and whatever a radio does before the first packet.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Gt, Lt
+from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.device.link import LinkProfile
@@ -48,19 +55,22 @@ class LinkState:
         rtt_ms: round-trip time of a small request on a kept connection; with `http_ms` 0 it
             includes what HTTP costs on both sides.
         up_mbps, down_mbps: 10^6 bits per second of payload, from the device and to it.
+        moments: number of observed moments; value i of each of the three is then of moment i, or
+            it is one value for all. None where their samples do not belong together.
         loss: share of packets lost.
         efficiency: eta, the payload's share if the bandwidths count headers too.
         http_ms: what HTTP adds on both sides, if `rtt_ms` is that of packets.
         window: segments that may be sent at once when a request begins.
 
     Raises:
-        ValueError: no samples, or a value out of bounds.
+        ValueError: no samples, a value out of bounds, or not one sample a moment.
     """
 
     name: str
     rtt_ms: tuple[float, ...]
     up_mbps: tuple[float, ...]
     down_mbps: tuple[float, ...]
+    moments: Annotated[int | None, Ge(1)] = None
     loss: Annotated[float, Ge(0), Lt(1)] = 0.0
     efficiency: Annotated[float, Gt(0)] = 1.0
     http_ms: Annotated[float, Ge(0)] = 0.0
@@ -73,6 +83,8 @@ class LinkState:
             least = 0.0 if name == "rtt_ms" else math.ulp(0.0)
             if not values or not all(math.isfinite(v) and v >= least for v in values):
                 raise ValueError(f"{name} needs samples, all of them positive")
+            if self.moments is not None and len(values) not in (1, self.moments):
+                raise ValueError(f"{name} needs one sample for each of {self.moments} moments")
 
     @classmethod
     def from_profile(cls, link: LinkProfile, *, http_ms: float = 0.0, seed: int = 0) -> "LinkState":
@@ -100,6 +112,47 @@ class LinkState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkDraws:
+    """A link at drawn moments: milliseconds, and 10^6 bits of payload per second; each [draws]."""
+
+    rtt: Values
+    up: Values
+    down: Values
+
+
+def draw_link(link: LinkState, count: int, rng: np.random.Generator) -> LinkDraws:
+    """Draw round trips and bandwidths that belong together, see the module.
+
+    Args:
+        link: the link.
+        count: number of draws.
+        rng: random generator.
+    """
+    if link.moments is not None:
+        moments = draw_evenly(link.moments, count, rng)
+        rtt, up, down = (
+            np.array(values)[moments % len(values)]
+            for values in (link.rtt_ms, link.up_mbps, link.down_mbps)
+        )
+    else:
+        slowness = (rng.permutation(count) + 0.5) / count
+        rtt = _at_share(link.rtt_ms, slowness)
+        up, down = (_at_share(values, 1 - slowness) for values in (link.up_mbps, link.down_mbps))
+    return LinkDraws(rtt=rtt, up=up * link.efficiency, down=down * link.efficiency)
+
+
+def draw_evenly(samples: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw numbers below `samples` [count], each as often as any other, in random order."""
+    return rng.permutation(np.arange(count) % samples)
+
+
+def _at_share(values: Sequence[float], share: Values) -> Values:
+    """Return the values with such a share of the others below them."""
+    places = np.minimum(share * len(values), len(values) - 1).astype(np.int64)
+    return np.sort(values)[places]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
     """Milliseconds of the parts of a request on the network, each [draws]."""
 
@@ -114,22 +167,22 @@ class Exchange:
 
 
 def draw_exchange(
-    link: LinkState, sent: Values, received: Values, rng: np.random.Generator
+    link: LinkState,
+    drawn: LinkDraws,
+    sent: Values,
+    received: Values,
+    rng: np.random.Generator,
 ) -> Exchange:
     """Draw the time that requests take on the network.
 
     Args:
         link: the link.
+        drawn: its round trip and bandwidths at the moment of each request, see `draw_link`.
         sent: bytes of each request's body [draws]; those of the HTTP head are added here.
         received: bytes of each response's body [draws].
-        rng: random generator.
+        rng: random generator of losses.
     """
-    count = len(sent)
-    rtt = rng.choice(np.array(link.rtt_ms), count)
-    up, down = (
-        rng.choice(np.array(rates), count) * link.efficiency
-        for rates in (link.up_mbps, link.down_mbps)
-    )
+    rtt, up, down = drawn.rtt, drawn.up, drawn.down
     max_window = math.inf if link.loss == 0 else max(2.0, math.sqrt(1.5 / link.loss))
     both = (
         transfer_ms(sent, up, rtt, head=HTTP_UP, window=link.window, max_window=max_window),

@@ -30,7 +30,8 @@ class SplitPlan(JsonRecord):
         cut: number of the cut point; only for "cut", where 0 sends the pixels as they are.
         deadline_ms: latency within which an answer is needed; None for no bound.
         space: fingerprint of the embedding space, 64 hexadecimal digits.
-        p50_ms, p95_ms: predicted; None for a plan that was written by hand.
+        p50_ms, p95_ms: predicted; None for a plan that was written by hand. p95 is what the next
+            request keeps with 95%; of fewer than 19 measured rounds it is the slowest.
         bytes_p95: predicted size of a request's body; None likewise.
 
     Raises:

@@ -13,10 +13,11 @@ import numpy as np
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.choose_plan import Objective, choose_plan, estimate_plans
 from edgeclip.runtime.planning.cut_set import CutManifest
-from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate
+from edgeclip.runtime.planning.estimate import PERCENTILE, PlanConditions, PlanEstimate
 from edgeclip.runtime.planning.link_state import HTTP_DOWN, HTTP_UP, LinkState, transfer_ms
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.planning.stage_times import StageTimes
+from edgeclip.runtime.stats.percentiles import conformal_level
 
 GAIN = 0.10
 DWELL_S = 10.0
@@ -24,6 +25,7 @@ MAX_AGE_S = 60.0
 _SMALL = 4096  # bytes both ways: the time of such a request is a round trip and little else
 _KEPT = 64  # observations of each kind
 _LEAST_SHARE = 0.1  # of a large request's time that its bytes take at least
+_MORE_SPREAD = 2.0  # a difference of two round trips varies more than one of them
 _ITERATIONS = 4
 _SLOWEST, _FASTEST, _HALVINGS = 1e-3, 1e5, 40  # Mbit/s; bisection of the logarithm
 _DRAWS = 1000  # per plan and review: the device reviews its plan while it works
@@ -35,10 +37,11 @@ class Observation:
 
     `network_ms` is the time from sending the request to having the response, without the time
     that the server worked on it. `sent` and `received` are bytes of the bodies; `at` is in
-    seconds.
+    seconds, `number` tells the order.
     """
 
     at: float
+    number: int
     sent: int
     received: int
     network_ms: float
@@ -48,7 +51,8 @@ class LinkEstimator:
     """Estimate a `LinkState` from the latest requests. Threads may share one.
 
     Small requests tell the round trip, including what HTTP costs. Large requests, less the round
-    trip and slow start, tell the bandwidth towards the server. What was not observed lately, and
+    trip beside them and slow start, tell the bandwidth towards the server; both are kept as pairs
+    of one moment. What was not observed lately, and
     the bandwidth from the server, are taken from the assumed link.
 
     Args:
@@ -68,15 +72,21 @@ class LinkEstimator:
         self._max_age = max_age_s
         self._clock = clock
         self._lock = threading.Lock()
+        self._count = 0
         self._small: deque[Observation] = deque(maxlen=_KEPT)
         self._large: deque[Observation] = deque(maxlen=_KEPT)
 
     def observe(self, *, sent: int, received: int, network_ms: float) -> None:
         """Add a request that was answered."""
-        seen = Observation(
-            at=self._clock(), sent=sent, received=received, network_ms=max(0.0, network_ms)
-        )
         with self._lock:
+            self._count += 1
+            seen = Observation(
+                at=self._clock(),
+                number=self._count,
+                sent=sent,
+                received=received,
+                network_ms=max(0.0, network_ms),
+            )
             (self._small if sent + received <= _SMALL else self._large).append(seen)
 
     def observe_timeout(self, *, sent: int, network_ms: float) -> None:
@@ -86,12 +96,12 @@ class LinkEstimator:
         """
         link = self.state()
         rtt = float(np.median(link.rtt_ms)) + link.http_ms
-        seen = Observation(at=0.0, sent=sent, received=0, network_ms=network_ms)
+        seen = Observation(at=0.0, number=0, sent=sent, received=0, network_ms=network_ms)
         if network_ms > rtt + _upload_at(seen, float(np.median(link.up_mbps)), rtt, link.window):
             self.observe(sent=sent, received=0, network_ms=network_ms)
 
     def state(self) -> LinkState:
-        """Return the link as it is now."""
+        """Return the link as it is now; paired by time where both kinds of requests were made."""
         assumed = self._assumed
         small, large = self._fresh(self._small), self._fresh(self._large)
         down = float(np.median(assumed.down_mbps)) * assumed.efficiency
@@ -99,6 +109,7 @@ class LinkEstimator:
         ups, rtts, http = assumed_ups, assumed.rtt_ms, assumed.http_ms
         if small:
             http = 0.0
+        beside = [_nearest(small, seen) for seen in large] if small else []
         # Round trip and bandwidth depend on each other: bytes take a part of a small request too.
         for _ in range(_ITERATIONS):
             up = float(np.median(ups))
@@ -106,16 +117,27 @@ class LinkEstimator:
                 rtts = tuple(
                     max(0.0, seen.network_ms - _bytes_ms(seen, up, down)) for seen in small
                 )
-            rtt = float(np.median(rtts)) + http
             if large:
-                expected = float(np.median(assumed_ups))
-                ups = _bandwidths(large, rtts, rtt, expected, down, assumed.window) or assumed_ups
+                expected, rtt = float(np.median(assumed_ups)), float(np.median(rtts)) + http
+                of_moments = [rtts[place] for place in beside] or [rtt] * len(large)
+                found = _bandwidths(large, of_moments, rtts, expected, down, assumed.window)
+                ups = found or assumed_ups
         is_observed = ups is not assumed_ups
+        moments = None
+        if small and is_observed:
+            # Each request is a moment; what it does not tell is taken from the nearest that does.
+            seen_at = (*small, *large)
+            rtts = tuple(rtts[_nearest(small, seen)] for seen in seen_at)
+            ups = tuple(ups[_nearest(large, seen)] for seen in seen_at)
+            moments = len(seen_at)
+        elif small and len(ups) == 1:
+            moments = len(small)
         return LinkState(
             name=f"{assumed.name}, as observed",
             rtt_ms=rtts,
             up_mbps=ups,
             down_mbps=(down,),
+            moments=moments,
             loss=0.0 if is_observed else assumed.loss,  # an observed bandwidth includes the loss
             http_ms=http,
             window=assumed.window,
@@ -132,26 +154,40 @@ def _bytes_ms(seen: Observation, up: float, down: float) -> float:
     return 8e-3 * ((seen.sent + HTTP_UP) / up + (seen.received + HTTP_DOWN) / down)
 
 
+def _nearest(kind: Sequence[Observation], seen: Observation) -> int:
+    """Return the place of the observation that was made nearest to another one."""
+
+    def distance(place: int) -> tuple[float, int]:
+        other = kind[place]
+        return abs(other.at - seen.at), abs(other.number - seen.number)
+
+    return min(range(len(kind)), key=distance)
+
+
 def _bandwidths(
     large: Sequence[Observation],
+    of_moments: Sequence[float],
     rtts: Sequence[float],
-    rtt_ms: float,
     expected: float,
     down: float,
     window: int,
 ) -> tuple[float, ...]:
     """Return Mbit/s towards the server by each request; () if they agree with `expected`.
 
-    They agree if their uploads take as long as expected, within the spread of the round trips.
+    They agree if their uploads take as long as expected, within the spread of the round trips, and
+    vary no more than round trips do. `of_moments` are the round trips beside the requests: what a
+    moment's slow round trip explains must not count as bandwidth too.
     """
+    both = list(zip(large, of_moments, strict=True))
     late = [
-        _upload_ms(seen, rtt_ms, down) - _upload_at(seen, expected, rtt_ms, window)
-        for seen in large
+        _upload_ms(seen, rtt, down) - _upload_at(seen, expected, rtt, window) for seen, rtt in both
     ]
-    low, high = np.percentile(rtts, [25, 75])
-    if abs(float(np.median(late))) <= high - low:
+    spread, of_late = (
+        float(np.subtract(*np.percentile(values, [75, 25]))) for values in (rtts, late)
+    )
+    if abs(float(np.median(late))) <= spread and of_late <= _MORE_SPREAD * spread:
         return ()
-    return tuple(_bandwidth(seen, rtt_ms, down, window) for seen in large)
+    return tuple(_bandwidth(seen, rtt, down, window) for seen, rtt in both)
 
 
 def _upload_ms(seen: Observation, rtt_ms: float, down: float) -> float:
@@ -225,7 +261,9 @@ class AdaptivePlan:
     the latest requests, predicts all plans on it, and changes the plan if another one was
     cheaper by `gain` in all reviews of the last `dwell_s` seconds. While the plan is to send
     nothing, nothing is observed either: after `max_age_s` the assumed link counts again, so that
-    a plan which left the server gives it another try. `observe` may be called from any thread,
+    a plan which left the server gives it another try. The wait at the server is drawn from the
+    latest waits, once there are enough of them; before, from the queue that `conditions` assume.
+    `observe` may be called from any thread,
     `review` and `exclude` from one at a time.
 
     Args:
@@ -264,6 +302,8 @@ class AdaptivePlan:
         self._objective = objective
         self._clock, self._review_s = clock, review_s
         self._link = LinkEstimator(conditions.link, max_age_s=max_age_s, clock=clock)
+        self._max_age, self._lock = max_age_s, threading.Lock()
+        self._waits: deque[tuple[float, float]] = deque(maxlen=_KEPT)  # seconds, and ms
         self._excluded: set[str] = set()
         choice = choose_plan(self._estimates(), objective)
         # What a codec loses does not depend on the link: these need no further reviews.
@@ -295,12 +335,16 @@ class AdaptivePlan:
         Args:
             sent, received: bytes of the bodies.
             ms: from sending the request to having the response, or to giving it up.
-            server_ms: how long the server worked on it; None for what the plan predicts.
+            server_ms: how long the server had it, its wait there included; None for what the plan
+                predicts. What is beyond the work that the plan predicts is the wait.
             timed_out: it was given up, and would have taken longer.
         """
+        current = self._current
         if server_ms is None:
-            parts = self._current.parts
-            server_ms = parts.queue + parts.decode + parts.server
+            server_ms = current.parts.queue + current.server_ms
+        else:
+            with self._lock:
+                self._waits.append((self._clock(), max(0.0, server_ms - current.server_ms)))
         network_ms = max(0.0, ms - server_ms)
         if timed_out:
             self._link.observe_timeout(sent=sent, network_ms=network_ms)
@@ -317,7 +361,9 @@ class AdaptivePlan:
         if not self.is_due:
             return self.current
         self._reviewed = self._clock()
-        self._conditions = dataclasses.replace(self._conditions, link=self._link.state())
+        self._conditions = dataclasses.replace(
+            self._conditions, link=self._link.state(), waits_ms=self._observed_waits()
+        )
         choice = choose_plan(self._estimates(), self._objective)
         costs = {item.plan.name: self._objective.cost(item) for item in choice.allowed}
         bound = self._objective.deadline_ms
@@ -327,6 +373,13 @@ class AdaptivePlan:
         name = self._choice.update(self._reviewed, costs)
         self._current = next(item for item in choice.allowed if item.plan.name == name)
         return self.current
+
+    def _observed_waits(self) -> tuple[float, ...]:
+        """Return the latest waits; none where they are too few for a 95th percentile."""
+        oldest = self._clock() - self._max_age
+        with self._lock:
+            waits = tuple(wait for at, wait in self._waits if at >= oldest)
+        return waits if conformal_level(len(waits)) >= PERCENTILE else ()
 
     def _estimates(self) -> tuple[PlanEstimate, ...]:
         deadline_ms = self._objective.deadline_ms

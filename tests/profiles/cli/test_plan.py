@@ -71,6 +71,8 @@ def test_plan_is_printed_written_and_drawn(
     printed = capsys.readouterr().out
     assert "Chosen: device only" in printed  # a tower of one product, and 20 ms of Wi-Fi
     assert "both are assumed until they are measured" in printed
+    assert "Too few for a 95th percentile: 10 measured rounds" in printed
+    assert "No wait for the server is assumed" in printed
     chosen = SplitPlan.load(out)
     assert (chosen.kind, chosen.deadline_ms) == ("device", 500.0)
     assert picture.read_text().startswith("<svg ")
@@ -78,6 +80,8 @@ def test_plan_is_printed_written_and_drawn(
     assert plan(cuts, times, "--picture", page, "--all", "--goal", "search") == 0
     assert "<svg " in page.read_text()
     assert "send the embedding" in capsys.readouterr().out
+    assert plan(cuts, times, "--utilisation", "0.3") == 0
+    assert "one worker and requests at random times (M/G/1)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

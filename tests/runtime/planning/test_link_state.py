@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.device.link import LinkProfile, load_link
 from edgeclip.runtime.planning.link_state import (
     HTTP_DOWN,
@@ -12,6 +13,7 @@ from edgeclip.runtime.planning.link_state import (
     SEGMENT,
     LinkState,
     draw_exchange,
+    draw_link,
     slow_start_ms,
     transfer_ms,
 )
@@ -25,7 +27,12 @@ def bytes_of(size: float, count: int = 1) -> np.ndarray[tuple[int], np.dtype[np.
 
 def exchange_ms(link: LinkState, sent: float, received: float = 0.0) -> float:
     rng = np.random.default_rng(0)
-    return float(draw_exchange(link, bytes_of(sent), bytes_of(received), rng).total[0])
+    return float(drawn_ms(link, bytes_of(sent), bytes_of(received), rng)[0])
+
+
+def drawn_ms(link: LinkState, sent: Values, received: Values, rng: np.random.Generator) -> Values:
+    drawn = draw_link(link, len(sent), rng)
+    return draw_exchange(link, drawn, sent, received, rng).total
 
 
 def test_small_request_takes_a_round_trip_and_its_bytes() -> None:
@@ -85,14 +92,35 @@ def test_loss_costs_round_trips() -> None:
     count, rng = 20_000, np.random.default_rng(0)
     lossy = LinkState(name="lossy", rtt_ms=(20.0,), up_mbps=(8.0,), down_mbps=(16.0,), loss=0.1)
     sent, received = bytes_of(9 * SEGMENT, count), bytes_of(100.0, count)
-    exact = draw_exchange(PLAIN, sent, received, rng).total
-    extra = draw_exchange(lossy, sent, received, rng).total - exact
+    exact = drawn_ms(PLAIN, sent, received, rng)
+    extra = drawn_ms(lossy, sent, received, rng) - exact
     # Nine segments come before the last one there, and one on the way back; a last one that
     # is lost takes 2 round trips and the timers. A window of sqrt(15) takes three rounds for
     # ten segments.
     waits = 2 * (20 - 8e-3 * np.sqrt(15) * SEGMENT / 8)
     expected = (1 - 0.9**9) * 25 + 0.1 * 25 + 2 * 0.1 * (42 + 100) + waits
     assert extra.mean() == pytest.approx(expected, rel=0.03)
+
+
+def test_observed_moments_are_drawn_whole() -> None:
+    link = LinkState(
+        name="x", rtt_ms=(10.0, 20.0, 90.0), up_mbps=(8.0, 4.0, 6.0), down_mbps=(9.0,), moments=3
+    )
+    drawn = draw_link(link, 300, np.random.default_rng(0))
+    pairs, times = np.unique(np.stack([drawn.rtt, drawn.up]), axis=1, return_counts=True)
+    assert set(zip(*pairs.tolist(), strict=True)) == {(10.0, 8.0), (20.0, 4.0), (90.0, 6.0)}
+    assert set(times) == {100}  # each as often as the others
+    assert set(drawn.down) == {9.0}
+
+
+def test_of_separate_spreads_the_slowest_round_trip_meets_the_lowest_bandwidth() -> None:
+    link = LinkState(name="x", rtt_ms=(90.0, 10.0), up_mbps=(8.0, 1.0, 4.0), down_mbps=(2.0, 5.0))
+    drawn = draw_link(link, 600, np.random.default_rng(0))
+    assert set(drawn.up[drawn.rtt == 10]) == {8.0, 4.0}
+    assert set(drawn.up[drawn.rtt == 90]) == {4.0, 1.0}
+    assert (drawn.down == np.where(drawn.rtt == 10, 5.0, 2.0)).all()
+    shares = [float((drawn.up == rate).mean()) for rate in link.up_mbps]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
 
 
 def test_profile_becomes_samples_with_its_median_and_jitter() -> None:
@@ -110,6 +138,11 @@ def test_profile_becomes_samples_with_its_median_and_jitter() -> None:
 @pytest.mark.parametrize("name", ["lan", "wifi", "lte", "satellite"])
 def test_built_in_links(name: str) -> None:
     assert exchange_ms(LinkState.from_profile(load_link(name)), 10_000, 1000) > 0
+
+
+def test_moments_need_a_sample_each() -> None:
+    with pytest.raises(ValueError, match="up_mbps needs one sample for each of 3 moments"):
+        LinkState(name="x", rtt_ms=(1.0,), up_mbps=(1.0, 2.0), down_mbps=(1.0,), moments=3)
 
 
 @pytest.mark.parametrize(

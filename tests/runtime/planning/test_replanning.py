@@ -10,7 +10,7 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.choose_plan import Objective
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.estimate import PlanConditions
-from edgeclip.runtime.planning.link_state import LinkState
+from edgeclip.runtime.planning.link_state import LinkState, draw_exchange, draw_link
 from edgeclip.runtime.planning.replanning import AdaptivePlan, Hysteresis, LinkEstimator
 from edgeclip.runtime.planning.stage_times import StageTimes
 from tests.runtime.conftest import Clock
@@ -109,6 +109,44 @@ def test_estimator_finds_the_link_that_made_its_observations(
         assert exchange_ms(found, size, 100) == pytest.approx(exchange_ms(true, size, 100), rel=0.1)
 
 
+def test_estimator_pairs_what_one_moment_showed() -> None:
+    """Round trip and bandwidth that move together, told by a small and a large request each."""
+    clock, rng = Clock(), np.random.default_rng(0)
+    estimator = LinkEstimator(PLAIN, max_age_s=1e6, clock=clock)
+    moments = []
+    for busy in rng.normal(0, 0.5, 40):
+        rtt, mbps = 20 * np.exp(busy), 2 * np.exp(-busy)
+        moments.append((rtt, mbps))
+        true = LinkState(name="now", rtt_ms=(rtt,), up_mbps=(mbps,), down_mbps=(16.0,))
+        for size in (100, 40_000):
+            clock.now += 0.1
+            estimator.observe(sent=size, received=100, network_ms=exchange_ms(true, size, 100))
+        clock.now += 5.0
+    found = estimator.state()
+    assert found.moments == 80
+    drawn = draw_link(found, 8000, np.random.default_rng(0))
+    assert np.corrcoef(np.log(drawn.rtt), np.log(drawn.up))[0, 1] < -0.95
+    sent, received = np.full(8000, 40_000.0), np.full(8000, 100.0)
+    took = draw_exchange(found, drawn, sent, received, rng).total
+    right = [
+        exchange_ms(LinkState(name="x", rtt_ms=(rtt,), up_mbps=(mbps,), down_mbps=(16.0,)), 40_000)
+        for rtt, mbps in moments
+    ]
+    for percent in (5, 50, 95):
+        assert np.percentile(took, percent) == pytest.approx(np.percentile(right, percent), rel=0.1)
+
+
+def test_a_bandwidth_that_varies_around_the_assumed_one_is_seen() -> None:
+    clock = Clock()
+    estimator = LinkEstimator(PLAIN, clock=clock)
+    for mbps in (4.0, 8.0, 16.0) * 5:
+        true = LinkState(name="now", rtt_ms=(20.0,), up_mbps=(mbps,), down_mbps=(16.0,))
+        for size in (100, 40_000):
+            clock.now += 0.1
+            estimator.observe(sent=size, received=100, network_ms=exchange_ms(true, size, 100))
+    assert np.percentile(estimator.state().up_mbps, [10, 90]) == pytest.approx([4, 16], rel=0.1)
+
+
 def test_estimator_forgets_and_falls_back() -> None:
     clock = Clock()
     estimator = LinkEstimator(PLAIN, max_age_s=10, clock=clock)
@@ -197,6 +235,22 @@ def test_what_the_server_works_is_not_the_link(adaptive: AdaptivePlan) -> None:
     for _ in range(3):
         observe(adaptive, 60.0, server_ms=None)  # of which the plan predicts 40 ms of work
     assert np.median(adaptive.link.rtt_ms) == pytest.approx(20, abs=1)
+
+
+def test_waits_that_the_server_shows_take_the_place_of_a_queue(
+    adaptive: AdaptivePlan, clock: Clock
+) -> None:
+    work = 40.0  # of the server on a picture, in milliseconds
+    for wait in [0.0] * 20 + [30.0] * 10:
+        clock.now += 0.1
+        observe(adaptive, 10.0 + work + wait, server_ms=work + wait)
+    clock.now += 1.0
+    before = adaptive.current
+    after = adaptive.review()
+    assert after.name == before.name
+    assert after.p50_ms is not None
+    assert after.p95_ms is not None
+    assert after.p95_ms - after.p50_ms == pytest.approx(30, abs=2)
 
 
 def test_reviews_no_more_often_than_asked(adaptive: AdaptivePlan, clock: Clock) -> None:
