@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _bars import at_most, finish, options, say
+from _bars import Rule, finish, hold, options, say
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,6 +38,11 @@ from edgeclip.compress.train.losses import LossWeights, TeacherRows, distillatio
 from edgeclip.compress.train.pretrain import TeacherShape, new_teacher
 from edgeclip.compress.train.train_loop import BatchPart, TrainSettings, read_log
 from edgeclip.runtime.console import columns
+
+BARS: dict[str, Rule] = {
+    "losses of two processes apart": ("<=", 1e-5, ""),
+    "weights and losses that a kill changes": ("<=", 0, ""),
+}
 
 _SMALL = TeacherShape(
     image_size=32, image_width=64, image_layers=4, text_width=64, text_layers=2, dim=64
@@ -200,8 +205,8 @@ def main() -> int:
     else:
         print("pictures per second on a GPU: not run, there is none")
     bars = [
-        at_most("losses of two processes apart", apart, 1e-5),
-        at_most("weights and losses that a kill changes", differ, 0),
+        hold(BARS, "losses of two processes apart", apart),
+        hold(BARS, "weights and losses that a kill changes", differ),
     ]
     return finish(bars, args.out, steps=steps, killed_at=killed, gpu=rates)
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _bars import at_least, at_most, finish, options, say
+from _bars import Rule, finish, hold, options, say
 from graph_work import random_vit_b32
 
 from edgeclip.compress.data.open_source import open_source
@@ -22,6 +22,12 @@ from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS
 from edgeclip.profiles.sensors.machine_state import peak_memory_mb
 from edgeclip.runtime.device.device_profile import load_device
+
+BARS: dict[str, Rule] = {
+    "engines_minutes": ("<=", 5, "min"),
+    "engines_peak_memory": ("<=", 8, "GB"),
+    "engines_built": (">=", 6, ""),
+}
 
 _CHILD = "--child"
 _SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2}
@@ -38,9 +44,9 @@ def main() -> int:
     for engine, size in found["engines"].items():
         print(f"{engine:<72} {size / 1e6:8.1f} MB")
     bars = [
-        at_most("engines_minutes", seconds / 60, 5, "min"),
-        at_most("engines_peak_memory", found["peak_memory_mb"] / 1000, 8, "GB"),
-        at_least("engines_built", len(found["engines"]), 6),
+        hold(BARS, "engines_minutes", seconds / 60),
+        hold(BARS, "engines_peak_memory", found["peak_memory_mb"] / 1000),
+        hold(BARS, "engines_built", len(found["engines"])),
     ]
     return finish(bars, args.out)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from _bars import Bar, finish, options
+from _bars import Bar, Rule, finish, options
 from _processes import UnavailableError, environment
 from _quantizer_case import gate_bars, make
 
@@ -49,6 +49,13 @@ from tests.export.quantizing.collapse_models import (
     with_massive_activation,
     with_offset,
 )
+
+BARS: dict[str, Rule] = {
+    "*_usable_embeddings": (">=", 1.0, "share"),
+    "*_mean_cosine": (">=", 0.999, "cosine"),
+    "*_1st_percentile_cosine": (">=", 0.995, "cosine"),
+}
+KEPT_MODELS = ("export/emoji_bundle",)
 
 REQUIREMENTS = ("nvidia-modelopt[onnx]==0.47.0", f"torch=={version('torch').split('+')[0]}")
 OURS, AUTOCAST, NAIVE = "EdgeCLIP", "AutoCast", "all in fp16"

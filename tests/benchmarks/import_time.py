@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import numpy as np
-from _bars import at_most, finish, options, span
+from _bars import Rule, at_most, finish, options, span
 
 from edgeclip.profiles.record.timing_statistics import percentile_interval
+
+BARS: dict[str, Rule] = {"import_time": ("<=", 0.3, "s"), "torch_loaded": ("<=", 0, "")}
 
 _CHILD = """
 import json, sys, time

@@ -24,7 +24,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from _bars import Bar, finish, options
+from _bars import Bar, Rule, finish, options
 from _processes import UnavailableError, environment
 from _quantizer_case import (
     FULL,
@@ -48,6 +48,16 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.quantizing.config import DynamicInt8, default_config
 from edgeclip.profiles.record.timing_statistics import paired_ratio
 from edgeclip.runtime.spec import Tower
+
+BARS: dict[str, Rule] = {
+    "*_ours_over_*": ("<=", 1.05, ""),
+    "*_usable_embeddings": (">=", 1.0, "share"),
+    "*_mean_cosine": (">=", 0.995, "cosine"),
+    "*_1st_percentile_cosine": (">=", 0.98, "cosine"),
+    "*_zero_shot_top_1_loss": ("<=", 0.5, "points"),
+    "*_R1_loss_*": ("<=", 1.0, "points"),
+}
+KEPT_MODELS = ("export/emoji_bundle", "compress/emoji_teacher")
 
 OPTIMUM, NNCF = "optimum", "nncf"
 REQUIREMENTS = {

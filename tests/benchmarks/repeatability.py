@@ -17,7 +17,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from _bars import EMOJI_BUNDLE, at_least, at_most, finish, options, say
+from _bars import EMOJI_BUNDLE, Rule, at_least, at_most, finish, options, say
 from numpy.typing import NDArray
 
 from edgeclip.profiles.compare.compare_runs import Comparison, compare_runs
@@ -40,6 +40,13 @@ _PLANTED, _TOLERATED = 0.10, 0.05
 _NORMAL = 1.96
 _NAME, _SLOWED = "student", "slowed student"
 _WORKER = "EDGECLIP_SLOWED_WORKER"  # set: this file is the benchmark worker
+
+BARS: dict[str, Rule] = {
+    "repeatability_profiles_agree": (">=", 0.95, ""),
+    "repeatability_planted_found": (">=", 0.95, ""),
+    "repeatability_nothing_failed": ("<=", 0.05, ""),
+}
+KEPT_MODELS = ("export/emoji_bundle",)
 
 
 def open_slowed(spec: SubjectSpec, *, bundle: Bundle | None = None) -> OpenSubject:

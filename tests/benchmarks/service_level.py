@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from _bars import Bar, at_least, at_most, finish, options, say
+from _bars import Bar, Rule, at_least, at_most, finish, options, say
 from _cascade_case import open_case
 from _network import ADDRESSES, Network, Shape, shaped_network
 from _processes import SERVE, ServerProcess, UnavailableError
@@ -34,6 +34,15 @@ from edgeclip.runtime.device.device_profile import device_yaml, load_device
 from edgeclip.runtime.device.link import load_link
 from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.stats.interval import Interval
+
+BARS: dict[str, Rule] = {
+    "requests_per_second": (">=", None, ""),  # the rate, less two deviations of Poisson's count
+    "p99": ("<=", 200.0, "ms"),
+    "answered": (">=", 0.999, ""),
+    "device_memory_growth_low_end": ("<=", 0.0, "MB in 10 minutes"),
+    "server_memory_growth_low_end": ("<=", 0.0, "MB in 10 minutes"),
+}
+KEPT_MODELS = ("export/emoji_bundle", "compress/emoji_teacher")
 
 P99_MS, ANSWERED = 200.0, 0.999
 RATE = 290.0  # requests a second: 25 million a day

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from _bars import Bar, finish, options
+from _bars import Bar, Rule, finish, hold, options
 from _silent_breaks import all_breaks
 from _silent_models import FAMILIES, copy_model, write_models, write_pictures
 from numpy.typing import NDArray
@@ -33,6 +33,13 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, VisionTex
 
 from edgeclip.runtime.cli.main import main as edgeclip
 from edgeclip.runtime.encoder import Encoder
+
+BARS: dict[str, Rule] = {
+    "directories taken": (">=", None, ""),  # all that were planned
+    "bundles that answer otherwise than transformers": ("<=", 0, ""),
+    "tracebacks": ("<=", 0, ""),
+    "unbroken directories with an equal bundle": (">=", None, ""),  # all of them
+}
 
 CASES, QUICK = 200, 24
 TOLERANCE = 1e-3  # of any value of an embedding
@@ -205,20 +212,12 @@ def bars(cases: Sequence[Case], planned: int) -> Iterator[Bar]:
     """Nothing silently wrong, no traceback, and what is whole is not refused."""
     counts = Counter(case.outcome for case in cases)
     whole = [case for case in cases if case.broken == UNBROKEN]
-    yield Bar(name="directories taken", value=len(cases), direction=">=", bound=planned)
-    yield Bar(
-        name="bundles that answer otherwise than transformers",
-        value=counts["otherwise"],
-        direction="<=",
-        bound=0,
-    )
-    yield Bar(name="tracebacks", value=counts["traceback"], direction="<=", bound=0)
-    yield Bar(
-        name="unbroken directories with an equal bundle",
-        value=sum(case.outcome == "equal" for case in whole),
-        direction=">=",
-        bound=len(whole),
-    )
+    yield hold(BARS, "directories taken", len(cases), planned)
+    name = "bundles that answer otherwise than transformers"
+    yield hold(BARS, name, counts["otherwise"])
+    yield hold(BARS, "tracebacks", counts["traceback"])
+    equal = sum(case.outcome == "equal" for case in whole)
+    yield hold(BARS, "unbroken directories with an equal bundle", equal, len(whole))
 
 
 if __name__ == "__main__":
