@@ -23,6 +23,19 @@ def percent_interval(value: "Interval") -> str:
     return f"{100 * value.low:.1f} to {100 * value.high:.1f}%"
 
 
+def interval_ends(value: "Interval", number: Callable[[float], str], to: str = " to ") -> str:
+    """Format the ends of an interval: "1.22 to 1.31", "at least 1.22", "not known".
+
+    A lower end of 0 without an upper one is that of a time of which nothing is known.
+    """
+    low, high = math.isfinite(value.low), math.isfinite(value.high)
+    if low and high:
+        return f"{number(value.low)}{to}{number(value.high)}"
+    if low and value.low != 0:
+        return f"at least {number(value.low)}"
+    return f"at most {number(value.high)}" if high else "not known"
+
+
 def digits(value: float) -> str:
     """Format with three significant digits and no exponent: 0.0123, 1.23, 123, 12,346."""
     if not math.isfinite(value):

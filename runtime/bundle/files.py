@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -535,9 +536,14 @@ class JsonRecord:
     HINT: ClassVar[str]
 
     def to_json(self) -> str:
-        """Return this record as indented JSON, which `from_json` reads back."""
+        """Return this record as indented JSON, which `from_json` reads back.
+
+        Infinite ends of intervals become null.
+        """
         # Every subclass is a dataclass; this base has no fields.
-        fields: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        fields: dict[str, Any] = dataclasses.asdict(  # type: ignore[call-overload]
+            self, dict_factory=_json_fields
+        )
         data = {"schema_version": self.SCHEMA_VERSION, **fields}
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -583,3 +589,11 @@ class JsonRecord:
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not text: {error}") from None
         return cls.from_json(text, source=str(path))
+
+
+def _json_fields(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of a dataclass's fields; an infinite end of an interval becomes None."""
+    return {
+        name: None if name in ("low", "high") and value in (-math.inf, math.inf) else value
+        for name, value in fields
+    }

@@ -1,21 +1,36 @@
 """Measured values with confidence intervals, and estimates that give bounds at any confidence."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 _EACH_END = 0.975  # confidence of each end of a 95% interval
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenEnd:
+    """Lets `runtime.device.schema.parse` read null, which JSON has for infinity, as `end`."""
+
+    end: float
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic import BeforeValidator
+
+        read = BeforeValidator(lambda value: self.end if value is None else value)
+        return read.__get_pydantic_core_schema__(source, handler)
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A measured value and the ends of its confidence interval, of 95% where nothing else is said.
 
-    An end is infinite where the data set no bound on that side.
+    An end is infinite where the data set no bound on that side; in JSON it is null then.
     """
 
     value: float
-    low: float
-    high: float
+    low: Annotated[float, _OpenEnd(-math.inf)]
+    high: Annotated[float, _OpenEnd(math.inf)]
 
 
 class Estimate(ABC):

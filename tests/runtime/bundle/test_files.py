@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import signal
 import stat
@@ -28,6 +29,7 @@ from edgeclip.runtime.bundle.files import (
     write_npz,
 )
 from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.stats.interval import Interval
 
 MARKER = "edgeclip.json"
 
@@ -489,3 +491,24 @@ def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not text"):
         Weather.load(tmp_path / "binary.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured(JsonRecord):
+    WHAT: ClassVar[str] = "a measured value"
+    HINT: ClassVar[str] = "measure again"
+
+    found: Interval
+    others: tuple[Interval, ...] = ()
+
+
+def test_an_end_that_is_not_known_is_null_in_json() -> None:
+    made = Measured(
+        found=Interval(1.0, 0.5, math.inf), others=(Interval(0.0, -math.inf, math.inf),)
+    )
+    text = made.to_json()
+    assert "Infinity" not in text
+    assert json.loads(text)["found"] == {"value": 1.0, "low": 0.5, "high": None}
+    assert Measured.from_json(text, source="x") == made
+    with pytest.raises(ConfigError, match=r"found\.value: input should be a valid number"):
+        Measured.from_json(text.replace("1.0", "null"), source="x")
