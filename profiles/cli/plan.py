@@ -18,6 +18,7 @@ from edgeclip.profiles.report.drawing import svg
 from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.cli.options import Targets
+from edgeclip.runtime.console import interval_ends
 from edgeclip.runtime.device.link import LinkProfile, link_names, load_link
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.planning.choose_plan import Objective, PlanChoice, choose_plan, estimate_plans
@@ -26,6 +27,7 @@ from edgeclip.runtime.planning.estimate import PlanConditions, PlanEstimate
 from edgeclip.runtime.planning.link_state import LinkState
 from edgeclip.runtime.planning.plan import Goal
 from edgeclip.runtime.planning.stage_times import StageTimes
+from edgeclip.runtime.stats.interval import Interval
 
 _HTTP_MS = 1.5
 
@@ -129,15 +131,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _measured_p95(measured: Interval | None, predicted: float) -> str:
+    if measured is None:
+        return "in too few runs to know it"
+    ends = interval_ends(measured, "{:.1f}".format, ", ")
+    return f"{measured.value:.1f} ms [{ends}], error {predicted / measured.value - 1:+.1%}"
+
+
 def _prediction_errors(path: Path, estimates: Sequence[PlanEstimate]) -> list[str]:
     """Compare predicted and measured 95th percentiles, one line for each plan."""
     predicted = {item.plan.name: item.p95_ms for item in estimates}
     measured = MeasurementRun.load(path).measurements
     lines = [
         f"{item.name}: predicted p95 {predicted[item.name]:.1f} ms, measured "
-        f"{item.latency.p95_ms.value:.1f} ms [{item.latency.p95_ms.low:.1f}, "
-        f"{item.latency.p95_ms.high:.1f}], error "
-        f"{predicted[item.name] / item.latency.p95_ms.value - 1:+.1%}"
+        + _measured_p95(item.latency.p95_ms, predicted[item.name])
         for item in measured
         if item.part == "split" and item.name in predicted
     ]

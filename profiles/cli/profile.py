@@ -12,7 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgeclip.profiles.compare.compare_runs import compare_runs, describe_hardware, subjects_only_in
+from edgeclip.profiles.compare.compare_runs import (
+    check_same_amounts,
+    compare_runs,
+    describe_hardware,
+    subjects_only_in,
+)
 from edgeclip.profiles.compare.regression_gate import (
     comparison_markdown,
     comparison_text,
@@ -32,7 +37,7 @@ from edgeclip.profiles.report.profile_report import (
 from edgeclip.profiles.report.sections import AdviceNote
 from edgeclip.profiles.report.tables import measurement_table, write_parquet
 from edgeclip.profiles.report.write_page import markdown_of
-from edgeclip.profiles.workload import load_workload, workload_names
+from edgeclip.profiles.workload import Workload, load_workload, workload_names
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.cli.options import Targets, add_device_option
@@ -131,8 +136,8 @@ def targets(args: argparse.Namespace) -> Targets:
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write the requested files; return 1 if something regressed."""
     _check(args)
-    baseline = _baseline(args)
     workload, device = load_workload(args.workload), load_device(args.device)
+    baseline = _baseline(args, workload)
     bundles = [_bundle(given) for given in args.bundles]
     peers = [_peer(given, device, args.peer_axis) for given in args.peer]
     specs = (*_subjects(args, bundles, device), *peers)
@@ -158,11 +163,12 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _baseline(args: argparse.Namespace) -> MeasurementRun | None:
-    """Load the earlier run; refuse one of another machine before minutes are spent."""
+def _baseline(args: argparse.Namespace, workload: Workload) -> MeasurementRun | None:
+    """Load the earlier run; refuse one that cannot be compared before minutes are spent."""
     if args.against is None:
         return None
     found = MeasurementRun.load(args.against)
+    check_same_amounts(workload, found.workload)
     there, here = describe_hardware(found.machine), describe_hardware(detect_machine())
     if args.max_regression is not None and not args.other_machine and there != here:
         raise InputError(

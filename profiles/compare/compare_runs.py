@@ -6,7 +6,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -14,18 +13,16 @@ import numpy as np
 from edgeclip.profiles.record.measurement import Measurement, MeasurementRun, Part
 from edgeclip.profiles.record.timing_statistics import (
     ProcessSummary,
+    RatioEstimate,
     Runs,
     process_medians,
     process_minima,
     round_ratios,
 )
+from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.stats.interval import Interval
-from edgeclip.runtime.stats.student_t import student_t_cdf, student_t_quantile
-
-_TAIL = 0.025  # probability beyond each end of a 95% interval
-_NORMAL = NormalDist()
 
 Samples = tuple[tuple[float, ...], ...]  # milliseconds, one tuple for each process
 Side = Literal["now", "baseline"]
@@ -36,79 +33,18 @@ _Side = tuple[Measurement, MeasurementRun]
 _Yardsticks = tuple[list[Runs], list[Runs]]  # now and baseline, one array for each process
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RatioEstimate:
-    """Ratio of the typical time now to that of the baseline, with its uncertainty.
+def estimate_ratio(now: ProcessSummary, baseline: ProcessSummary) -> RatioEstimate:
+    """Estimate the ratio of two runs from the summaries of their processes; above 1 is slower.
 
     Its logarithm has Student's distribution with Welch's degrees of freedom, from the spread
-    between the processes of either side (Welch, Biometrika 34, 1947). As in
-    `timing_statistics`, the noise of the runs within the processes is a lower bound of the
-    uncertainty.
-
-    Attributes:
-        value: the ratio; above 1 is slower.
-        error: standard error of its logarithm from the spread between processes; None if a side
-            has a single process.
-        noise: standard error that the runs within the processes explain.
-        degrees: degrees of freedom of `error`; None like `error`.
+    between the processes of either side (Welch, Biometrika 34, 1947).
     """
-
-    value: float
-    error: float | None
-    noise: float
-    degrees: float | None
-
-    @property
-    def interval(self) -> Interval:
-        """The ratio with its 95% interval, which is too narrow if `error` is None."""
-        return Interval(self.value, self.lower_bound(1 - _TAIL), self.upper_bound(1 - _TAIL))
-
-    def lower_bound(self, confidence: float) -> float:
-        """One-sided lower confidence bound of the ratio; `confidence` is, say, 0.95."""
-        return self.value * math.exp(-self._margin(confidence))
-
-    def upper_bound(self, confidence: float) -> float:
-        """One-sided upper confidence bound of the ratio."""
-        return self.value * math.exp(self._margin(confidence))
-
-    def p_value(self, bound: float) -> float:
-        """Probability of a ratio at least as high as this if the true one is `bound` or less."""
-        above = math.log(self.value / bound)
-        within = 1 - _NORMAL.cdf(_in_errors(above, self.noise))
-        if self.error is None or self.degrees is None:
-            return within
-        return max(within, 1 - student_t_cdf(_in_errors(above, self.error), self.degrees))
-
-    def _margin(self, confidence: float) -> float:
-        within = _NORMAL.inv_cdf(confidence) * self.noise
-        if self.error is None or self.degrees is None:
-            return within
-        return max(within, student_t_quantile(confidence, self.degrees) * self.error)
-
-
-def _in_errors(above: float, error: float) -> float:
-    """Divide by the standard error, which may be 0."""
-    if error == 0:
-        return math.inf if above > 0 else -math.inf
-    return above / error
-
-
-def estimate_ratio(now: ProcessSummary, baseline: ProcessSummary) -> RatioEstimate:
-    """Estimate the ratio of two runs from the summaries of their processes."""
-    error = degrees = None
-    if now.spread is not None and baseline.spread is not None:
-        errors = [
-            (side.spread / math.sqrt(side.processes), side.degrees)
-            for side in (now, baseline)
-            if side.spread is not None
-        ]
-        error = math.hypot(*(each for each, _ in errors))
-        degrees = _welch(errors)
+    errors = [(side.spread / math.sqrt(side.processes), side.degrees) for side in (now, baseline)]
+    known = all(degrees > 0 for _, degrees in errors)
     return RatioEstimate(
         value=math.exp(now.mean - baseline.mean),
-        error=error,
-        noise=math.hypot(*(side.noise / math.sqrt(side.processes) for side in (now, baseline))),
-        degrees=degrees,
+        error=math.hypot(*(error for error, _ in errors)),  # variances of independent runs add up
+        degrees=_welch(errors) if known else 0,
     )
 
 
@@ -142,7 +78,8 @@ class Comparison:
         to_yardstick: ratio of the medians of (time / yardstick's time in the same round), which
             is free of the machine's own speed; None without a common yardstick.
         fastest: ratio of the fastest runs of each process, divided by the yardstick's if there is
-            one; least disturbed by other programs. None if a side has a single process.
+            one; least disturbed by other programs. Over the same number of rounds on both sides,
+            because the fastest of more runs is faster. None if a side has a single process.
         differences: differences of the two setups.
         disturbed: the runs that recorded disturbance by other programs.
     """
@@ -183,8 +120,10 @@ def compare_runs(now: MeasurementRun, baseline: MeasurementRun) -> tuple[Compari
     """Compare the subjects that both runs measured, in the order of `now`.
 
     Raises:
-        InputError: no common subject, or a measurement without the times of single runs.
+        InputError: no common subject, workloads with other amounts (see `check_same_amounts`), or
+            a measurement without the times of single runs.
     """
+    check_same_amounts(now.workload, baseline.workload)
     earlier = {(item.part, item.name): item for item in baseline.measurements}
     pairs = [
         (item, earlier[item.part, item.name])
@@ -197,6 +136,33 @@ def compare_runs(now: MeasurementRun, baseline: MeasurementRun) -> tuple[Compari
             f"{_subjects(baseline)}"
         )
     return tuple(_compare(ours, theirs, now, baseline) for ours, theirs in pairs)
+
+
+def check_same_amounts(now: Workload, baseline: Workload) -> None:
+    """Check that processes of two runs lasted as long and warmed up as long.
+
+    The number of processes may differ: each has one value, and more of them tell more.
+
+    Raises:
+        InputError: names what differs; a longer process has a faster fastest run, and a warmer
+            machine.
+    """
+    amounts = {
+        "runs of a process": (now.repeats, baseline.repeats),
+        "seconds of a process": (now.turn_seconds, baseline.turn_seconds),
+        "warm-up runs": (now.min_warmup_runs, baseline.min_warmup_runs),
+        "seconds of warm-up at most": (now.max_warmup_seconds, baseline.max_warmup_seconds),
+    }
+    different = [
+        f"{what} {ours:g} now and {theirs:g} in the baseline"
+        for what, (ours, theirs) in amounts.items()
+        if ours != theirs
+    ]
+    if different:
+        raise InputError(
+            f"the two runs measured different amounts ({', '.join(different)}), and longer "
+            "processes look faster: measure both with the same --workload"
+        )
 
 
 def subjects_only_in(run: MeasurementRun, other: MeasurementRun) -> tuple[str, ...]:
@@ -270,12 +236,14 @@ def _fastest_ratio(
 ) -> RatioEstimate | None:
     if min(len(ours), len(theirs)) == 1:
         return None
+    rounds = min(map(len, (*ours, *theirs)))
+    sides = [[runs[:rounds] for runs in side] for side in (ours, theirs)]
     if sticks is not None:
-        ours, theirs = (
-            [runs / stick.min() for runs, stick in zip(side, beside, strict=True)]
-            for side, beside in zip((ours, theirs), sticks, strict=True)
-        )
-    return estimate_ratio(process_minima(ours), process_minima(theirs))
+        sides = [
+            [runs / stick[:rounds].min() for runs, stick in zip(side, beside, strict=True)]
+            for side, beside in zip(sides, sticks, strict=True)
+        ]
+    return estimate_ratio(*map(process_minima, sides))
 
 
 def _differences(*sides: _Side) -> Iterator[SetupDifference]:

@@ -1,29 +1,27 @@
-"""Regression gate: judge each subject "regressed", "passed" or "undecided" with 95% confidence.
+"""Regression gate: judge each subject "passed", "failed" or "undecided" with 95% confidence.
 
-"regressed" is shown only by evidence that the true ratio exceeds the tolerated one, "passed" only
-by evidence that it lies below; without either the subject is "undecided", and the gate says how
-many more processes or repeats would decide. Several subjects are judged together by Holm's method
-("A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6, 1979), so that
-many subjects raise no more false alarms than one. The comparison and the verdicts are printed as
-text for a terminal, or as Markdown for a pull request.
+The evidence on a subject is the ratio of its typical times and that of its fastest runs. A subject
+passes only if both are shown to lie inside the bound, and fails, it has regressed, if one of them
+is shown to lie outside; several subjects are judged together, see `runtime.stats.three_outcomes`.
+Without either it is "undecided", and the gate says how many more processes would decide. The
+comparison and the verdicts are printed as text for a terminal, or as Markdown for a pull request.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor
-from typing import Literal
 
-from edgeclip.profiles.compare.compare_runs import Comparison, RatioEstimate, SetupAspect
+from edgeclip.profiles.compare.compare_runs import Comparison, SetupAspect
+from edgeclip.profiles.record.timing_statistics import RatioEstimate
 from edgeclip.runtime.console import columns, digits
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.stats.student_t import student_t_quantile
+from edgeclip.runtime.stats.three_outcomes import BoundTest, Outcome, judge, overall
 
 CONFIDENCE = 0.95
-GateOutcome = Literal["passed", "regressed", "undecided"]
 
 _MAX_PROCESSES = 50  # advised for each run; more would take too long
-_MAX_REPEATS = 20  # advised, times the present number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +31,13 @@ class SubjectVerdict:
     Attributes:
         comparison: the subject's comparison.
         outcome: see the module.
-        lower: the true ratio lies above it with 95% confidence, all subjects considered.
-        upper: the true ratio lies below it with 95% confidence.
+        lower: one of its ratios lies above it with 95% confidence, all subjects considered.
+        upper: both of its ratios lie below it with 95% confidence.
         advice: what to measure in order to decide; empty if it is decided.
     """
 
     comparison: Comparison
-    outcome: GateOutcome
+    outcome: Outcome
     lower: float
     upper: float
     advice: str
@@ -50,20 +48,20 @@ class GateVerdict:
     """The gate's verdict on a whole run.
 
     Attributes:
-        outcome: "regressed" if any subject is; else "undecided" if any is or was not measured.
+        outcome: "failed" if any subject is; else "undecided" if any is or was not measured.
         max_regression: the tolerated slowdown, 0.05 for 5%.
         judged: one verdict for each subject.
         not_measured: subjects of the baseline that this run lacks.
     """
 
-    outcome: GateOutcome
+    outcome: Outcome
     max_regression: float
     judged: tuple[SubjectVerdict, ...]
     not_measured: tuple[str, ...]
 
     def fails(self, *, undecided_fails: bool = False) -> bool:
         """Whether to stop a change: if it regressed, and optionally if it is undecided."""
-        return self.outcome == "regressed" or (undecided_fails and self.outcome == "undecided")
+        return self.outcome == "failed" or (undecided_fails and self.outcome == "undecided")
 
 
 def regression_gate(
@@ -92,18 +90,16 @@ def regression_gate(
         raise InputError(_bound_message(f"{max_regression:g}"))
     for comparison in comparisons:
         _check_comparable(comparison, allow_difference)
-    shown = _holm(comparisons, 1 + max_regression)
+    bound = 1 + max_regression
+    outcomes = judge([BoundTest(item.evidence, "<=", bound) for item in comparisons], CONFIDENCE)
+    each = 1 - (1 - CONFIDENCE) / sum(len(item.evidence) for item in comparisons)
     judged = tuple(
-        _judge(item, max_regression, regressed, confidence)
-        for item, (regressed, confidence) in zip(comparisons, shown, strict=True)
+        _verdict(item, outcome, max_regression, each)
+        for item, outcome in zip(comparisons, outcomes, strict=True)
     )
-    outcomes = {item.outcome for item in judged}
-    if "regressed" in outcomes:
-        outcome: GateOutcome = "regressed"
-    else:
-        outcome = "undecided" if "undecided" in outcomes or not_measured else "passed"
+    missing: tuple[Outcome, ...] = ("undecided",) if not_measured else ()
     return GateVerdict(
-        outcome=outcome,
+        outcome=overall((*outcomes, *missing)),
         max_regression=max_regression,
         judged=judged,
         not_measured=tuple(not_measured),
@@ -154,46 +150,24 @@ def _check_comparable(comparison: Comparison, allow_difference: bool) -> None:
     )
 
 
-def _holm(comparisons: Sequence[Comparison], bound: float) -> list[tuple[bool, float]]:
-    """Test by Holm's method which ratios exceed `bound`; also return each test's confidence."""
-    p_values = [
-        len(item.evidence) * min(ratio.p_value(bound) for ratio in item.evidence)
-        for item in comparisons
-    ]
-    found = [(False, CONFIDENCE)] * len(p_values)
-    shown = True
-    for step, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        level = (1 - CONFIDENCE) / (len(p_values) - step)
-        shown = shown and p_values[at] < level
-        found[at] = (shown, 1 - level)
-    return found
-
-
-def _judge(
-    comparison: Comparison, max_regression: float, regressed: bool, confidence: float
+def _verdict(
+    comparison: Comparison, outcome: Outcome, max_regression: float, each: float
 ) -> SubjectVerdict:
+    """Add the bounds that are shown; `each` is the confidence of one of all ratios (Bonferroni)."""
     evidence, bound = comparison.evidence, 1 + max_regression
-    # Bonferroni: with two ratios as evidence each is tested at half the error level.
-    each = 1 - (1 - confidence) / len(evidence)
-    upper = min(ratio.upper_bound(1 - (1 - CONFIDENCE) / len(evidence)) for ratio in evidence)
-    outcome: GateOutcome = "undecided"
-    if comparison.ratio.error is not None:  # a single process on either side shows nothing
-        if regressed:
-            outcome = "regressed"
-        elif upper < bound and all(ratio.value < bound for ratio in evidence):
-            outcome = "passed"
-    undecided = outcome == "undecided"
+    lower = max(ratio.lower_bound(each) for ratio in evidence)
     return SubjectVerdict(
         comparison=comparison,
         outcome=outcome,
-        lower=max(ratio.lower_bound(each) for ratio in evidence),
-        upper=upper,
-        advice=required_samples(comparison, max_regression, each) if undecided else "",
+        # Holm's method may show that the bound is exceeded, and then shows no more than that.
+        lower=max(lower, bound) if outcome == "failed" else lower,
+        upper=max(ratio.upper_bound(CONFIDENCE) for ratio in evidence),
+        advice=required_samples(comparison, max_regression, each) if outcome == "undecided" else "",
     )
 
 
 def required_samples(comparison: Comparison, max_regression: float, confidence: float) -> str:
-    """Say in one sentence how many processes, or repeats, would decide.
+    """Say in one sentence how many processes would decide.
 
     If the noise is too large, enough is asked for to tell a slowdown of twice the tolerated one
     from none. Else the true change lies near the bound, and enough is asked for to tell the
@@ -204,63 +178,50 @@ def required_samples(comparison: Comparison, max_regression: float, confidence: 
         max_regression: the tolerated slowdown, 0.05 for 5%.
         confidence: required of each ratio, such as 0.975.
     """
-    if comparison.ratio.error is None:
+    if not math.isfinite(comparison.ratio.error):
         return "one process tells nothing of others: measure both runs with 5 processes or more"
-    bound = math.log1p(max_regression)
-    goal = f"would tell {200 * max_regression:.3g}% slower from no slower"
-    advice = _advise(comparison, bound, confidence, f"too noisy: {{}} {goal}")
-    if advice is None:
-        near = "the change lies near the bound: {} would decide, if it is what it seems"
-        distance = abs(math.log(_sharpest(comparison).value) - bound)
-        advice = _advise(comparison, distance, confidence, near)
-    return advice or "a little more of the same would decide"
+    have, bound = min(comparison.processes), math.log1p(max_regression)
+    needed = [
+        _required_processes(comparison, ratio, bound, confidence) for ratio in comparison.evidence
+    ]
+    most = max(needed)  # both ratios must be known to pass
+    if most > have:
+        goal = f"would tell {200 * max_regression:.3g}% slower from no slower"
+        return f"too noisy: {_processes(most, have)} {goal}"
+    distances = [math.log(ratio.value) - bound for ratio in comparison.evidence]
+    needed = [
+        _required_processes(comparison, ratio, abs(distance), confidence)
+        for ratio, distance in zip(comparison.evidence, distances, strict=True)
+    ]
+    beyond = [count for count, distance in zip(needed, distances, strict=True) if distance > 0]
+    count = min(beyond, default=max(needed))  # one ratio is enough to fail
+    if count <= have:
+        return "a little more of the same would decide"
+    ways = _processes(count, have)
+    return f"the change lies near the bound: {ways} would decide, if it is what it seems"
 
 
-def _advise(
-    comparison: Comparison, distance: float, confidence: float, template: str
-) -> str | None:
-    """Say how much more would resolve a log ratio of `distance`; None if there is enough."""
-    have = min(comparison.processes)
-    processes = _required_processes(comparison, distance, confidence)
-    if processes is not None and processes <= have:
-        return None
-    repeats = _required_repeats(comparison, distance, confidence)
-    ways = []
-    if processes is not None:
-        ways.append(f"{processes} processes in each run ({have} now)")
-    if repeats is not None:
-        ways.append(f"{repeats} repeats in each process ({comparison.rounds} now)")
-    if ways:
-        return template.format(f"about {' or '.join(ways)}")
-    return template.format(f"not even {_MAX_PROCESSES} processes in each run ({have} now)")
+def _processes(needed: int, have: int) -> str:
+    some = f"about {needed}" if needed <= _MAX_PROCESSES else f"not even {_MAX_PROCESSES}"
+    return f"{some} processes in each run ({have} now)"
 
 
-def _required_processes(comparison: Comparison, distance: float, confidence: float) -> int | None:
-    """Least number in each run that resolves `distance` with a power of `confidence`, if any."""
+def _required_processes(
+    comparison: Comparison, ratio: RatioEstimate, distance: float, confidence: float
+) -> int:
+    """Return the least number in each run that resolves `distance` with a power of `confidence`.
+
+    One more than is advised at most if that is not enough.
+    """
     now, baseline = comparison.processes
     harmonic_mean = 2 / (1 / now + 1 / baseline)
-    error = (_sharpest(comparison).error or 0.0) * math.sqrt(harmonic_mean)  # of one process
+    error = ratio.error * math.sqrt(harmonic_mean)  # of one process
     for count in range(2, _MAX_PROCESSES + 1):
         # Two margins: one for the test's level, one for its power.
         margin = 2 * student_t_quantile(confidence, 2 * (count - 1))
         if margin * error / math.sqrt(count) <= distance:
             return count
-    return None
-
-
-def _required_repeats(comparison: Comparison, distance: float, confidence: float) -> int | None:
-    """Least number of runs in each of the same processes that resolves `distance`, if any."""
-    ratio = _sharpest(comparison)
-    margin = 2 * student_t_quantile(confidence, ratio.degrees or 1.0)
-    between = max(0.0, (ratio.error or 0.0) ** 2 - ratio.noise**2)
-    left = (distance / margin) ** 2 - between
-    times = ratio.noise**2 / left if left > 0 else math.inf
-    return math.ceil(times * comparison.rounds) if 1 < times <= _MAX_REPEATS else None
-
-
-def _sharpest(comparison: Comparison) -> RatioEstimate:
-    """Return the ratio with the least standard error."""
-    return min(comparison.evidence, key=lambda ratio: ratio.error or 0.0)
+    return _MAX_PROCESSES + 1
 
 
 _HEADER = (
@@ -272,7 +233,12 @@ _HEADER = (
     "fastest runs",
     "plain times",
 )
-_MARKS = {"passed": "✅ passed", "regressed": "❌ regressed", "undecided": "⚠️ undecided"}
+_WORDS: dict[Outcome, str] = {
+    "passed": "passed",
+    "failed": "regressed",
+    "undecided": "undecided",
+}
+_MARKS: dict[Outcome, str] = {"passed": "✅", "failed": "❌", "undecided": "⚠️"}
 # Aspects that are the same for all subjects of a run.
 _OF_ALL: tuple[SetupAspect, ...] = ("machine", "system", "packages", "workload")
 _RUN_NAMES = {"now": "run", "baseline": "baseline"}
@@ -282,7 +248,7 @@ def comparison_text(comparisons: Sequence[Comparison], verdict: GateVerdict | No
     """Format columns for a terminal, then the differences of the runs, then the verdict."""
     rows = [_HEADER, *map(_row, comparisons)]
     if verdict is not None:
-        words = ("verdict", *(item.outcome for item in verdict.judged))
+        words = ("verdict", *(_WORDS[item.outcome] for item in verdict.judged))
         rows = [(*row, word) for row, word in zip(rows, words, strict=True)]
     parts = [columns(rows), *_notes(comparisons)]
     if verdict is not None:
@@ -296,7 +262,8 @@ def comparison_markdown(
     """Format the verdict, if there is one, a table and a list in GitHub's Markdown."""
     rows = [_HEADER, *map(_row, comparisons)]
     if verdict is not None:
-        words = ("verdict", *(_MARKS[item.outcome] for item in verdict.judged))
+        marked = (f"{_MARKS[item.outcome]} {_WORDS[item.outcome]}" for item in verdict.judged)
+        words = ("verdict", *marked)
         rows = [(*row, word) for row, word in zip(rows, words, strict=True)]
     rule = ["---", *["---:"] * (len(_HEADER) - 1), *["---"] * (verdict is not None)]
     lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in (rows[0], rule, *rows[1:])]
@@ -313,7 +280,7 @@ def summary(verdict: GateVerdict) -> str:
         return f"PASSED: none of {count} is slower by {tolerated} or more"
     of = [item for item in verdict.judged if item.outcome == verdict.outcome]
     names = ", ".join(item.comparison.title for item in of)
-    if verdict.outcome == "regressed":
+    if verdict.outcome == "failed":
         return f"REGRESSED: {len(of)} of {count} slower by more than {tolerated}: {names}"
     missing = f"not measured: {', '.join(verdict.not_measured)}" if verdict.not_measured else ""
     unsure = f"cannot tell whether it is slower by more than {tolerated}: {names}" if names else ""
@@ -351,8 +318,8 @@ def _notes(comparisons: Sequence[Comparison]) -> list[str]:
             lines.append(f"{prefix}{found.what} changed: {found.baseline} -> {found.now}")
         for run in item.disturbed:
             lines.append(f"{item.title}: other programs disturbed the {_RUN_NAMES[run]}")
-        if item.ratio.error is None:
-            lines.append(f"{item.title}: one process only, so the interval is too narrow")
+        if not math.isfinite(item.ratio.error):
+            lines.append(f"{item.title}: one process only, which tells nothing of others")
     return list(dict.fromkeys(lines))
 
 
@@ -361,8 +328,10 @@ def _judgements(verdict: GateVerdict) -> list[str]:
 
 
 def _judgement(item: SubjectVerdict) -> str:
+    if not math.isfinite(item.upper):
+        return f"undecided; {item.advice}"
     least, most = floor(1000 * (item.lower - 1)) / 10, ceil(1000 * (item.upper - 1)) / 10
-    if item.outcome == "regressed":
+    if item.outcome == "failed":
         return f"regressed, slower by {least:.1f}% at least"
     if item.outcome == "passed" and most < 0:
         return f"passed, faster by {-most:.1f}% at least"
@@ -372,6 +341,8 @@ def _judgement(item: SubjectVerdict) -> str:
 
 
 def _interval(ratio: RatioEstimate) -> str:
+    if not math.isfinite(ratio.error):
+        return "unknown"
     return f"{ratio.interval.low:.3f} to {ratio.interval.high:.3f}"
 
 

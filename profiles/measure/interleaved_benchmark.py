@@ -15,7 +15,7 @@ from edgeclip.profiles.measure.worker_client import (
     WorkerResult,
     run_worker,
 )
-from edgeclip.profiles.record.conditions import CpuTime
+from edgeclip.profiles.record.conditions import add_cpu_times
 from edgeclip.profiles.record.measurement import (
     Measurement,
     PairedRatio,
@@ -194,7 +194,7 @@ def _to_measurement(
         missing.append(
             ("processes", f"{result.left_out} of {count} processes were disturbed and left out")
         )
-    cpu = _cpu_time([process.cpu for process in runs])
+    cpu = add_cpu_times([process.cpu for process in runs])
     return Measurement(
         name=spec.name,
         part=spec.part,
@@ -222,19 +222,6 @@ def _remarks(runs: Sequence[SubjectRuns]) -> tuple[tuple[str, str], ...]:
         (key, text if count == 1 else f"process {number} of {count}: {text}")
         for number, process in enumerate(runs, 1)
         for key, text in process.remarks
-    )
-
-
-def _cpu_time(cpu_times: Sequence[CpuTime]) -> CpuTime:
-    """Add up the times of all processes; the shares are those of the most disturbed one."""
-    waiting = [cpu.waiting_share for cpu in cpu_times if cpu.waiting_share is not None]
-    steal = [cpu.steal_share for cpu in cpu_times if cpu.steal_share is not None]
-    return CpuTime(
-        wall_s=sum(cpu.wall_s for cpu in cpu_times),
-        thread_s=sum(cpu.thread_s for cpu in cpu_times),
-        process_s=sum(cpu.process_s for cpu in cpu_times),
-        waiting_share=max(waiting, default=None),
-        steal_share=max(steal, default=None),
     )
 
 

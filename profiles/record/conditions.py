@@ -1,6 +1,7 @@
 """Conditions of a measurement: clocks, temperatures, interference, CPU time used and lost."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,19 @@ class CpuTime:
         if single_threaded:
             return self.thread_s < (1 - _CONTENDED_ABOVE) * self.wall_s
         return None
+
+
+def add_cpu_times(parts: Sequence[CpuTime]) -> CpuTime:
+    """Add up the times of processes or loads; the shares are those of the most disturbed one."""
+    waiting = [cpu.waiting_share for cpu in parts if cpu.waiting_share is not None]
+    steal = [cpu.steal_share for cpu in parts if cpu.steal_share is not None]
+    return CpuTime(
+        wall_s=sum(cpu.wall_s for cpu in parts),
+        thread_s=sum(cpu.thread_s for cpu in parts),
+        process_s=sum(cpu.process_s for cpu in parts),
+        waiting_share=max(waiting, default=None),
+        steal_share=max(steal, default=None),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

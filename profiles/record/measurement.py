@@ -98,14 +98,15 @@ class WarmUp:
 class Latency:
     """Percentiles of the wall time of `runs` runs or queries in milliseconds, with 95% intervals.
 
-    With several processes a value is the geometric mean of the processes' own percentiles. The
-    99th percentile is None with fewer than 100 runs in a process, the 99.9th with fewer than 1,000.
+    With several processes a value is the geometric mean of the processes' own percentiles. A
+    percentile above the median is None where too few runs were made to know its interval, see
+    `timing_statistics.latency_of`; that of the median is then from 0 to infinity.
     """
 
     runs: Annotated[int, Ge(1)]
     p50_ms: Interval
-    p90_ms: Interval
-    p95_ms: Interval
+    p90_ms: Interval | None
+    p95_ms: Interval | None
     p99_ms: Interval | None
     p99_9_ms: Interval | None
 
@@ -115,7 +116,11 @@ class Latency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedRatio:
-    """Median over rounds of this subject's time divided by the reference's, paired by round."""
+    """Median over rounds of this subject's time divided by the reference's, paired by round.
+
+    Over several processes the interval is Student's t over them. Of a single process it is of that
+    process alone, and shows nothing of another one.
+    """
 
     reference: str
     ratio: Interval
@@ -274,7 +279,8 @@ class Measurement:
         sweep: throughput by batch size and threads.
         cpu, contended: where the time went, see `CpuTime`.
         samples_ms: wall time of each run behind `latency`, one tuple for each process; entry i
-            is from round i, in which every subject ran once.
+            is from round i, in which every subject ran once. In an export a load of the engine
+            takes the place of a process.
         identity: None if the target is no bundle or file.
         cold_start, scenarios, energy, stages, layers: present if requested.
         peak_memory_mb: peak memory of a process that runs this subject alone, in 10^6 bytes.

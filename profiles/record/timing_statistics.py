@@ -1,77 +1,188 @@
-"""Percentiles, throughput and paired ratios of run times, with 95% confidence intervals.
+"""Percentiles, throughput and ratios of run times, with 95% confidence intervals.
 
-Run times of one process are resampled in blocks (moving block bootstrap), since neighbours are
-alike. Over several processes an interval is Student's t interval of the logarithms of the
-processes' own percentiles, because two processes differ more than two runs of one process.
+Runs of one process are alike: their percentiles are bounded by order statistics, at the number of
+independent runs that tell as much. Two processes differ more than two runs of one, so over several
+an interval is Student's t interval of the logarithms of the processes' own percentiles.
+
+Processes that run back to back share the state of the machine, which moves all their times. From
+eight processes on, intervals of times allow for neighbours that correlate by 0.5 (simulated with
+10 and 27 processes of AR(1): 95% where it is 0.5, 97 to 98% without correlation, 88 to 92% at 0.7).
+Fewer processes cannot tell such a state, and their intervals hold while it lasts: 95% of
+independent processes, but only 79% of five that correlate by 0.5. Compare ratios to a yardstick of
+the same rounds, of which the machine's state is no part.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.profiles.record.measurement import Latency
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.stats.interval import Interval
-from edgeclip.runtime.stats.student_t import student_t_quantile
+from edgeclip.runtime.stats.interval import Estimate, Interval
+from edgeclip.runtime.stats.percentiles import estimate_percentile, least_count
+from edgeclip.runtime.stats.student_t import estimate_mean, student_t_quantile
+from edgeclip.runtime.stats.three_outcomes import BoundTest, judge
 
 Runs = NDArray[np.float64]  # run times of one process, in order: [runs]
 
-_PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
-_TAIL = 0.025  # probability beyond each end of a 95% interval
-_NORMAL = 1.959964  # its end in standard deviations of a normal distribution
-_DRAWS = 1000  # bootstrap resamples for an interval
-_FEW_DRAWS = 200  # enough for a standard deviation
+_EACH_END = 0.975  # confidence of each end of a 95% interval
 _TRIM_ONE_IN = 5  # one fifth of the processes is trimmed at either end
-_BATCHED = 8  # from so many processes on, neighbours are averaged first
+_BATCHES = 5  # of neighbouring processes; more of them are more alike, fewer tell less
+_BATCHED = 8  # from so many processes on
+_CORRELATION = 0.5  # of neighbouring processes, which the batches allow for
 _SMALLEST = 1e-9  # replaces 0 before taking the logarithm; below the resolution of any clock
-_VALUES_AT_ONCE = 1 << 21  # per bootstrap chunk: 16 MiB of indices and 16 MiB of values
 
 
-def latency_of(processes: Sequence[Runs], *, seed: int = 0) -> Latency:
+def latency_of(processes: Sequence[Runs]) -> Latency:
     """Compute latency percentiles with 95% intervals from milliseconds, one array per process.
 
-    A value is the geometric mean of the processes' own percentiles. The interval of a high
-    percentile is only as good as the number of runs beyond it, and with a single process the
-    interval does not include the variation between processes.
+    A value is the geometric mean of the processes' own percentiles; see the module for what the
+    interval covers. The interval of a single process is of this process alone. A percentile above
+    the median is None where its interval cannot be known: in a single process with fewer
+    independent runs than an upper bound needs (36 for the 90th percentile, 368 for the 99th), in
+    several where one has so few runs that none is expected beyond it (10, 100).
 
     Raises:
         InputError: no process, or a process without runs.
     """
-    p50, p90, p95, p99, p99_9 = _percentiles(processes, _PERCENTILES, seed)
+    _check(processes)
     fewest = min(map(len, processes))
+    alone = independent_runs(processes[0]) if len(processes) == 1 else None
+
+    def high(percent: float) -> Interval | None:
+        needed = least_count(percent, _EACH_END)
+        enough = fewest >= 100 / (100 - percent) if alone is None else alone >= needed
+        return _percentile(processes, percent) if enough else None
+
     return Latency(
         runs=sum(map(len, processes)),
-        p50_ms=p50,
-        p90_ms=p90,
-        p95_ms=p95,
-        p99_ms=p99 if fewest >= 100 else None,
-        p99_9_ms=p99_9 if fewest >= 1000 else None,
+        p50_ms=_percentile(processes, 50),
+        p90_ms=high(90),
+        p95_ms=high(95),
+        p99_ms=high(99),
+        p99_9_ms=high(99.9),
     )
 
 
-def percentile_interval(values: Runs, percent: float, *, seed: int = 0) -> Interval:
-    """Compute the `percent`th percentile of `values` [N] with its 95% interval, in their unit.
+def percentile_interval(values: Runs, percent: float) -> Interval:
+    """Compute a percentile of the runs of one process [N] with its 95% interval, in their unit.
 
-    The interval of a high percentile is only as good as the number of values beyond it: the
-    99th percentile of 100 values rests on a single one.
+    The ends are order statistics at the number of `independent_runs`. Where that is too small, as
+    it is below 6 for the median, the ends are 0 and infinity.
+
+    Raises:
+        InputError: no runs.
     """
-    return _percentiles([values], [percent], seed)[0]
+    _check([values])
+    independent = independent_runs(values)
+    return estimate_percentile(values, percent, least=0.0, independent=independent).interval
 
 
-def paired_ratio(values: Sequence[Runs], reference: Sequence[Runs], *, seed: int = 0) -> Interval:
+def independent_runs(values: Runs) -> int:
+    """Return how many independent runs tell as much of the median as these [N] do.
+
+    That is N divided by the integrated autocorrelation time of whether a run is slower than the
+    median. Correlations are summed in pairs while a pair is above 0 and no larger than the one
+    before (the initial monotone sequence of Geyer, "Practical Markov chain Monte Carlo",
+    Statistical Science 7, 1992).
+    """
+    count = len(values)
+    slower = np.where(values > np.median(values), 1.0, 0.0)
+    slower -= slower.mean()
+    spectrum = np.fft.rfft(slower, 2 * count)
+    covariances = np.fft.irfft(spectrum * spectrum.conj())[:count]
+    if covariances[0] <= _SMALLEST:  # runs that agree to the last digit
+        return count
+    pairs = (covariances[: count // 2 * 2] / covariances[0]).reshape(-1, 2).sum(axis=1)
+    ends = np.flatnonzero(pairs <= 0)
+    kept = np.minimum.accumulate(pairs[: ends[0] if len(ends) else len(pairs)])
+    return max(1, math.floor(count / max(1.0, 2 * float(kept.sum()) - 1)))
+
+
+def rate_interval(seconds: Runs, items: int) -> Interval:
+    """Compute items per second from the median of run times [N] of `items` each."""
+    median = percentile_interval(seconds, 50)
+    highest = items / median.low if median.low > 0 else math.inf
+    return Interval(items / median.value, items / median.high, highest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatioEstimate(Estimate):
+    """A ratio of times, whose logarithm has Student's distribution around the true one's.
+
+    Attributes:
+        value: the ratio.
+        error: standard error of its logarithm, from the spread between processes; infinite where
+            a side has a single process, which tells nothing of others.
+        degrees: degrees of freedom of `error`; 0 where it is infinite.
+    """
+
+    value: float
+    error: float
+    degrees: float
+
+    def lower_bound(self, confidence: float) -> float:
+        """See `Estimate`; 0 where `error` is infinite."""
+        return self.value * math.exp(-self._margin(confidence))
+
+    def upper_bound(self, confidence: float) -> float:
+        """See `Estimate`; infinite where `error` is."""
+        margin = self._margin(confidence)
+        return self.value * math.exp(margin) if margin < math.log(1e300) else math.inf
+
+    def _margin(self, confidence: float) -> float:
+        if not math.isfinite(self.error):
+            return math.inf
+        return student_t_quantile(confidence, self.degrees) * self.error
+
+
+def paired_ratio(values: Sequence[Runs], reference: Sequence[Runs]) -> Interval:
     """Compute the median ratio of runs of the same rounds, with its 95% interval.
+
+    The interval of a single process is of this process alone: another one may be faster or slower
+    for all its life, so that it proves nothing.
 
     Args:
         values, reference: one array [rounds] per process; entry i of both is from round i.
-        seed: seed of the bootstrap.
 
     Raises:
-        InputError: the two differ in number of processes or rounds.
+        InputError: the two differ in number of processes or rounds, or have no runs.
     """
-    return _percentiles(round_ratios(values, reference), [50], seed)[0]
+    ratios = round_ratios(values, reference)
+    if len(ratios) == 1:
+        return percentile_interval(ratios[0], 50)
+    return estimate_paired_ratio(values, reference).interval
+
+
+def estimate_paired_ratio(values: Sequence[Runs], reference: Sequence[Runs]) -> RatioEstimate:
+    """Estimate the ratio of times of the same rounds over processes, or loads of an engine.
+
+    Each has one value, the median of its rounds' ratios; the logarithms are taken as independent,
+    because what slows a minute slows both. Arguments and errors as in `paired_ratio`.
+    """
+    ratios = round_ratios(values, reference)
+    _check(ratios)
+    return estimate_mean_log(np.exp(_log_percentiles(ratios, 50)))
+
+
+def estimate_mean_log(ratios: Runs) -> RatioEstimate:
+    """Estimate the geometric mean of independent positive ratios [N]; of one no bound is known.
+
+    Raises:
+        InputError: no ratio, or one that is not a number.
+    """
+    mean = estimate_mean(np.log(ratios))
+    return RatioEstimate(value=math.exp(mean.value), error=mean.error, degrees=mean.degrees)
+
+
+def surely_below(ratios: Sequence[RatioEstimate], bound: float = 1.0) -> tuple[bool, ...]:
+    """Return which ratios are surely below a bound: at 97.5% for all of them together (Holm)."""
+    tests = [BoundTest((ratio,), ">=", bound) for ratio in ratios]
+    return tuple(outcome == "failed" for outcome in judge(tests, _EACH_END))
 
 
 def round_ratios(values: Sequence[Runs], reference: Sequence[Runs]) -> list[Runs]:
@@ -92,12 +203,6 @@ def _counts(processes: Sequence[Runs]) -> str:
     return f"{len(processes)} processes of {'/'.join(str(len(runs)) for runs in processes)} runs"
 
 
-def rate_interval(seconds: Runs, items: int, *, seed: int = 0) -> Interval:
-    """Compute items per second from the median of run times [N] of `items` each."""
-    median = percentile_interval(seconds, 50, seed=seed)
-    return Interval(items / median.value, items / median.high, items / median.low)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSummary:
     """Trimmed mean and spread of the logarithm of one statistic (such as the median) per process.
@@ -110,58 +215,49 @@ class ProcessSummary:
         processes: number of processes.
         mean: mean of the logarithms that are kept.
         spread: scaled so that spread / sqrt(processes) is the standard error of `mean`; without
-            trimming it is the standard deviation. None for a single process.
-        degrees: degrees of freedom of `spread`.
-        noise: standard deviation that the runs within a process explain; 0 if unknown.
+            trimming it is the standard deviation. Infinite for a single process.
+        degrees: degrees of freedom of `spread`; 0 for a single process.
     """
 
     processes: int
     mean: float
-    spread: float | None
+    spread: float
     degrees: int
-    noise: float
 
 
-def process_medians(processes: Sequence[Runs], *, seed: int = 0) -> ProcessSummary:
+def process_medians(processes: Sequence[Runs]) -> ProcessSummary:
     """Summarize the medians of positive values, one array [runs] per process.
 
     Raises:
         InputError: no process, or a process without runs.
     """
     _check(processes)
-    logs = _log_percentiles(processes, [50])[:, 0]
-    return _summarize(logs, float(_noise(processes, [50], seed)[0]))
+    return _summarize(_log_percentiles(processes, 50))
 
 
 def process_minima(processes: Sequence[Runs]) -> ProcessSummary:
     """Summarize the minima of positive values, one array [runs] per process.
 
     Other programs only add time, so the fastest run is the least disturbed one (Chen and
-    Revels, "Robust benchmarking in noisy environments", arXiv:1608.04295, 2016).
+    Revels, "Robust benchmarking in noisy environments", arXiv:1608.04295, 2016). The fastest of
+    more runs is faster: compare only minima of the same number of runs.
 
     Raises:
         InputError: no process, or a process without runs.
     """
     _check(processes)
-    return _summarize(_log_percentiles(processes, [0])[:, 0], noise=0.0)
+    return _summarize(_log_percentiles(processes, 0))
 
 
-def _summarize(values: Runs, noise: float) -> ProcessSummary:
+def _summarize(values: Runs) -> ProcessSummary:
     logs = np.sort(values)
     count, trim = len(logs), len(logs) // _TRIM_ONE_IN
     kept = logs[trim : count - trim]
-    spread = None
+    spread, degrees = math.inf, len(kept) - 1
     if count > 1:
         variance = np.clip(logs, kept[0], kept[-1]).var(ddof=1)  # of the winsorized values
-        degrees = len(kept) - 1
         spread = math.sqrt(count * (count - 1) * variance / (len(kept) * degrees))
-    return ProcessSummary(
-        processes=count,
-        mean=float(kept.mean()),
-        spread=spread,
-        degrees=len(kept) - 1,
-        noise=noise,
-    )
+    return ProcessSummary(processes=count, mean=float(kept.mean()), spread=spread, degrees=degrees)
 
 
 def _check(processes: Sequence[Runs]) -> None:
@@ -169,67 +265,41 @@ def _check(processes: Sequence[Runs]) -> None:
         raise InputError("no run was timed: there is nothing to take a percentile of")
 
 
-def _percentiles(
-    processes: Sequence[Runs], percents: Sequence[float], seed: int
-) -> tuple[Interval, ...]:
-    """Compute percentiles with intervals: a bootstrap for one process, else Student's t."""
-    _check(processes)
+def _percentile(processes: Sequence[Runs], percent: float) -> Interval:
     if len(processes) == 1:
-        values = _percentiles_of(processes[0], percents)
-        draws = _bootstrap_percentiles(processes[0], percents, seed, _DRAWS)
-        low, high = np.quantile(draws, [_TAIL, 1 - _TAIL], axis=1)
-    else:
-        logs = _log_percentiles(processes, percents)
-        half = _half_width(logs, _noise(processes, percents, seed))
-        values, low, high = (np.exp(logs.mean(axis=0) + side * half) for side in (0, -1, 1))
-    ends = zip(values, np.minimum(low, values), np.maximum(high, values), strict=True)
-    return tuple(Interval(*map(float, item)) for item in ends)
+        return percentile_interval(processes[0], percent)
+    logs = _log_percentiles(processes, percent)
+    mean, half = float(logs.mean()), _half_width(logs)
+    return Interval(*(math.exp(mean + side * half) for side in (0, -1, 1)))
 
 
-def _half_width(logs: Runs, noise: Runs) -> Runs:
-    """Half the width of the interval of the mean of `logs` [processes, percentiles].
+def _half_width(logs: Runs) -> float:
+    """Half the width of the 95% interval of the mean of `logs` [processes], two at least."""
+    batches = min(len(logs), _BATCHES) if len(logs) >= _BATCHED else len(logs)
+    means = np.array([part.mean() for part in np.array_split(logs, batches)])
+    error = float(means.std(ddof=1)) / math.sqrt(batches)
+    wider = _correlated_neighbours(len(logs), batches) if batches < len(logs) else 1.0
+    return student_t_quantile(_EACH_END, batches - 1) * error * wider
 
-    Consecutive processes are alike where the machine's speed drifts: with eight or more, pairs
-    of neighbours are averaged first. The noise within processes is a lower bound.
+
+@lru_cache(maxsize=256)
+def _correlated_neighbours(count: int, batches: int) -> float:
+    """How much larger the error of a mean is than the spread of its batches tells.
+
+    For `count` values of an AR(1) process with `_CORRELATION` in consecutive batches: the ratio of
+    the mean's variance to the expected sample variance of the batches' means over their number.
     """
-    batches = logs
-    if len(logs) >= _BATCHED:
-        parts = np.array_split(logs, len(logs) // 2)
-        batches = np.array([part.mean(axis=0) for part in parts])
-    between = batches.std(axis=0, ddof=1) / math.sqrt(len(batches))
-    within = noise / math.sqrt(len(logs))
-    t = student_t_quantile(1 - _TAIL, len(batches) - 1)
-    return np.asarray(np.maximum(t * between, _NORMAL * within))
+    places = np.arange(count)
+    correlations = _CORRELATION ** np.abs(np.subtract.outer(places, places))
+    weights = np.zeros((batches, count))
+    for row, part in zip(weights, np.array_split(places, batches), strict=True):
+        row[part] = 1 / len(part)
+    between = weights @ correlations @ weights.T
+    expected = (np.trace(between) - between.sum() / batches) / (batches - 1)
+    return math.sqrt(float(correlations.mean()) / (float(expected) / batches))
 
 
-def _log_percentiles(processes: Sequence[Runs], percents: Sequence[float]) -> Runs:
-    """Logarithms of percentiles: [processes, percentiles]."""
-    return np.log(np.maximum([_percentiles_of(runs, percents) for runs in processes], _SMALLEST))
-
-
-def _noise(processes: Sequence[Runs], percents: Sequence[float], seed: int) -> Runs:
-    """Standard deviation of one process's log percentiles due to its runs: [percentiles]."""
-    variances = []
-    for number, runs in enumerate(processes):
-        draws = _bootstrap_percentiles(runs, percents, seed + number, _FEW_DRAWS)
-        variances.append(np.log(np.maximum(draws, _SMALLEST)).var(axis=1))
-    return np.asarray(np.sqrt(np.mean(variances, axis=0)))
-
-
-def _percentiles_of(values: Runs, percents: Sequence[float]) -> Runs:
-    """Percentiles over the last axis: [percentiles, ...], by method 8 of Hyndman and Fan (1996)."""
-    return np.asarray(np.percentile(values, percents, axis=-1, method="median_unbiased"))
-
-
-def _bootstrap_percentiles(values: Runs, percents: Sequence[float], seed: int, draws: int) -> Runs:
-    """Percentiles of block bootstrap resamples of `values` [N]: [percentiles, draws]."""
-    count = len(values)
-    block = max(1, round(count ** (1 / 3)))
-    generator = np.random.default_rng(seed)
-    parts, chunk = [], max(1, _VALUES_AT_ONCE // count)
-    for done in range(0, draws, chunk):
-        size = min(chunk, draws - done)
-        starts = generator.integers(count, size=(size, -(-count // block)))
-        indices = (starts[:, :, None] + np.arange(block)) % count
-        parts.append(_percentiles_of(values[indices.reshape(size, -1)[:, :count]], percents))
-    return np.concatenate(parts, axis=1)
+def _log_percentiles(processes: Sequence[Runs], percent: float) -> Runs:
+    """Logarithms of a percentile of each: [processes], by method 8 of Hyndman and Fan (1996)."""
+    found = [np.percentile(runs, percent, method="median_unbiased") for runs in processes]
+    return np.log(np.maximum(found, _SMALLEST))

@@ -13,15 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _bars import EMOJI_BUNDLE, Rule, at_least, at_most, finish, options, say
 from numpy.typing import NDArray
 
 from edgeclip.profiles.compare.compare_runs import Comparison, compare_runs
-from edgeclip.profiles.compare.regression_gate import GateOutcome, regression_gate
+from edgeclip.profiles.compare.regression_gate import regression_gate
 from edgeclip.profiles.measure import benchmark_worker, worker_client
 from edgeclip.profiles.measure.interleaved_benchmark import (
     run_interleaved_benchmark,
@@ -35,9 +35,10 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.shares import estimate_share
+from edgeclip.runtime.stats.three_outcomes import Outcome
 
 _PLANTED, _TOLERATED = 0.10, 0.05
-_NORMAL = 1.96
 _NAME, _SLOWED = "student", "slowed student"
 _WORKER = "EDGECLIP_SLOWED_WORKER"  # set: this file is the benchmark worker
 
@@ -86,17 +87,12 @@ def profile() -> tuple[MeasurementRun, MeasurementRun]:
     return plain, slowed
 
 
-def outcome(comparison: Comparison) -> GateOutcome:
+def outcome(comparison: Comparison) -> Outcome:
     return regression_gate([comparison], _TOLERATED).outcome
 
 
-def share(hits: Sequence[bool]) -> Interval:
-    """A share and its 95% interval (Wilson, 1927)."""
-    count, value = len(hits), sum(hits) / len(hits)
-    wide = _NORMAL**2 / count
-    middle = (value + wide / 2) / (1 + wide)
-    half = sqrt(wide * value * (1 - value) + wide**2 / 4) / (1 + wide)
-    return Interval(value, max(0.0, middle - half), min(1.0, middle + half))
+def _share(hits: Sequence[bool]) -> Interval:
+    return estimate_share(np.array(hits)).interval
 
 
 def main() -> int:
@@ -123,10 +119,10 @@ def main() -> int:
         item.now_ms.low <= item.baseline_ms.high and item.baseline_ms.low <= item.now_ms.high
         for item in nothing
     ]
-    found = share([outcome(item) == "regressed" for item in planted])
-    failed = share([outcome(item) == "regressed" for item in nothing])
+    found = _share([outcome(item) == "failed" for item in planted])
+    failed = _share([outcome(item) == "failed" for item in nothing])
     bars = [
-        at_least("repeatability_profiles_agree", share(agree), 0.95),
+        at_least("repeatability_profiles_agree", _share(agree), 0.95),
         at_least("repeatability_planted_found", found, 0.95),
         at_most("repeatability_nothing_failed", failed, 0.05),
     ]

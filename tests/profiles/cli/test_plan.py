@@ -131,6 +131,7 @@ def test_predictions_are_held_against_what_was_measured(
     capsys.readouterr()
     assert plan(cuts, times, "--measured", tmp_path / "run.json") == 0
     assert predicted.p95_ms is not None
+    assert split.latency.p95_ms is not None
     error = predicted.p95_ms / split.latency.p95_ms.value - 1
     assert f"{predicted.name}: predicted p95" in (told := capsys.readouterr().out)
     assert f"error {error:+.1%}" in told

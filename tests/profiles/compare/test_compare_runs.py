@@ -6,7 +6,10 @@ import pytest
 from edgeclip.profiles.compare.compare_runs import compare_runs, estimate_ratio, subjects_only_in
 from edgeclip.profiles.record.conditions import Interference
 from edgeclip.profiles.record.timing_statistics import ProcessSummary
+from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.stats.student_t import student_t_cdf
+from tests.conftest import QUICK
 from tests.profiles.run_cases import (
     MACHINE,
     compared,
@@ -20,38 +23,34 @@ from tests.profiles.run_cases import (
 
 
 def test_a_ratio_is_welch_s_and_its_ends_have_their_chances() -> None:
-    now = ProcessSummary(processes=5, degrees=4, mean=np.log(1.1), spread=0.03, noise=0.01)
-    baseline = ProcessSummary(processes=10, degrees=9, mean=0.0, spread=0.01, noise=0.002)
+    now = ProcessSummary(processes=5, degrees=4, mean=np.log(1.1), spread=0.03)
+    baseline = ProcessSummary(processes=10, degrees=9, mean=0.0, spread=0.01)
     ratio = estimate_ratio(now, baseline)
     assert ratio.value == pytest.approx(1.1)
     assert ratio.error == pytest.approx(np.sqrt(0.03**2 / 5 + 0.01**2 / 10))
     # (0.00018 + 0.00001)^2 / (0.00018^2 / 4 + 0.00001^2 / 9)
     assert ratio.degrees == pytest.approx(4.4506, abs=1e-3)
-    assert ratio.noise == pytest.approx(np.sqrt(0.01**2 / 5 + 0.002**2 / 10))
     assert ratio.interval.low < ratio.lower_bound(0.95) < 1.1 < ratio.upper_bound(0.95)
     for confidence in (0.6, 0.95, 0.999):
-        assert ratio.p_value(ratio.lower_bound(confidence)) == pytest.approx(1 - confidence)
+        above = np.log(1.1 / ratio.lower_bound(confidence)) / ratio.error
+        assert student_t_cdf(above, ratio.degrees) == pytest.approx(confidence)
         product = ratio.lower_bound(confidence) * ratio.upper_bound(confidence)
         assert product == pytest.approx(1.1**2)
 
 
-def test_processes_that_agree_by_chance_leave_the_noise_of_their_runs() -> None:
-    side = ProcessSummary(processes=4, degrees=3, mean=0.0, spread=0.0, noise=0.02)
+def test_processes_that_agree_to_the_last_digit_leave_no_doubt() -> None:
+    side = ProcessSummary(processes=4, degrees=3, mean=0.0, spread=0.0)
     ratio = estimate_ratio(side, side)
-    assert ratio.error == 0
-    assert ratio.degrees == 6
-    assert ratio.upper_bound(0.975) == pytest.approx(np.exp(1.96 * ratio.noise), rel=1e-4)
-    exact = dataclasses.replace(side, noise=0.0)
-    assert estimate_ratio(exact, exact).p_value(1.0) == pytest.approx(1)
-    assert estimate_ratio(exact, exact).p_value(0.99) == pytest.approx(0)
+    assert (ratio.error, ratio.degrees) == (0, 6)
+    assert ratio.upper_bound(0.975) == ratio.lower_bound(0.975) == 1
 
 
 def test_one_process_tells_nothing_of_others() -> None:
-    one = ProcessSummary(processes=1, degrees=0, mean=0.0, spread=None, noise=0.02)
-    five = ProcessSummary(processes=5, degrees=4, mean=0.0, spread=0.02, noise=0.02)
+    one = ProcessSummary(processes=1, degrees=0, mean=0.0, spread=np.inf)
+    five = ProcessSummary(processes=5, degrees=4, mean=0.0, spread=0.02)
     ratio = estimate_ratio(one, five)
-    assert (ratio.value, ratio.error, ratio.degrees) == (1, None, None)
-    assert ratio.noise == pytest.approx(0.02 * np.sqrt(1.2))
+    assert (ratio.value, ratio.error) == (1, np.inf)
+    assert (ratio.lower_bound(0.6), ratio.upper_bound(0.6)) == (0, np.inf)
 
 
 def test_intervals_hold_the_true_ratio_about_as_often_as_they_say() -> None:
@@ -118,7 +117,7 @@ def test_everything_that_differs_is_named() -> None:
         MACHINE, cpu="other", os="Linux 7", packages=(("numpy", "2"), ("onnxruntime", "1.31"))
     )
     other = identity(threads=4, engine="tensorrt", sha256="b" * 64, input_shape=(1, 96, 96, 3))
-    workload = dataclasses.replace(run_of().workload, repeats=40)
+    workload = dataclasses.replace(run_of().workload, processes=4)
     interference = Interference(
         waiting_share=0.3,
         steal_share=None,
@@ -153,15 +152,42 @@ def test_everything_that_differs_is_named() -> None:
     assert found.disturbed == ("now", "baseline")
 
 
-def test_processes_that_lasted_longer_are_another_workload() -> None:
-    """At the same number of repeats: these are then the fewest, and the seconds decide."""
-    now = run_with({"fp32": processes(np.random.default_rng(6), 1.0)})
-    longer = dataclasses.replace(now.workload, turn_seconds=2.0)
-    (found,) = compare_runs(now, dataclasses.replace(now, workload=longer))
-    workload = found.difference("workload")
-    assert workload is not None
-    assert "1 process of 15 runs, " in workload.now
-    assert "1 process of at least 15 runs and 2 s, " in workload.baseline
+@pytest.mark.parametrize(
+    "workload",
+    [
+        dataclasses.replace(QUICK, repeats=40),
+        dataclasses.replace(QUICK, turn_seconds=2.0),
+        dataclasses.replace(QUICK, min_warmup_runs=50),
+        dataclasses.replace(QUICK, max_warmup_seconds=9.0),
+    ],
+)
+def test_other_amounts_are_refused(workload: Workload) -> None:
+    now = run_with({"fp32": processes(np.random.default_rng(6), 1.0)}, workload=QUICK)
+    other = dataclasses.replace(now, workload=workload)
+    with pytest.raises(InputError, match=r"different amounts \(.* with the same --workload"):
+        compare_runs(now, other)
+
+
+def test_more_processes_of_the_same_amount_are_compared() -> None:
+    rng = np.random.default_rng(6)
+    now = run_with({"fp32": processes(rng, 1.0)})
+    more = run_with({"fp32": processes(rng, 1.0, count=9)})
+    workload = dataclasses.replace(now.workload, processes=9)
+    (found,) = compare_runs(now, dataclasses.replace(more, workload=workload))
+    assert found.processes == (5, 9)
+    assert [item.what for item in found.differences] == ["workload"]
+
+
+def test_the_fastest_of_more_rounds_is_no_faster_program() -> None:
+    """The same workload gives a run that has more time more rounds, and a faster fastest one."""
+    rng = np.random.default_rng(7)
+    sides = [[rng.exponential(0.2, rounds) + 1 for _ in range(200)] for rounds in (10, 300)]
+    few, many = (run_with({"fp32": side}) for side in sides)
+    (found,) = compare_runs(few, many)
+    assert found.fastest is not None
+    assert found.fastest.interval.low < 1 < found.fastest.interval.high
+    every = [np.median([runs.min() for runs in side]) for side in sides]
+    assert every[0] / every[1] > 1.01
 
 
 def test_the_fastest_runs_are_those_of_each_process_over_the_yardstick_s() -> None:
@@ -174,7 +200,6 @@ def test_the_fastest_runs_are_those_of_each_process_over_the_yardstick_s() -> No
     (found,) = compare_runs(now, baseline)
     assert found.fastest is not None
     assert found.fastest.value == pytest.approx(2)
-    assert found.fastest.noise == 0
     assert found.evidence == (found.ratio, found.fastest)
     (plain,) = compare_runs(dataclasses.replace(now, yardstick=None), baseline)
     assert plain.fastest is not None

@@ -77,7 +77,7 @@ def test_runs_without_a_yardstick_and_with_one_process_say_so() -> None:
     alone = compared(np.random.default_rng(1), 1.0, count=1)
     text = comparison_text([alone])
     assert "without a yardstick in both runs" in text
-    assert "image fp32: one process only, so the interval is too narrow" in text
+    assert "image fp32: one process only, which tells nothing of others" in text
     assert "as judged" in text
 
 

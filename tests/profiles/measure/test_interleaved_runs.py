@@ -58,9 +58,9 @@ def test_times_ratio_and_throughput_are_what_the_clock_says(clock: Clock) -> Non
     assert second.ratio.ratio.value == pytest.approx(0.2)
     latency = second.latency
     assert latency.runs == 12
-    assert latency.p99_ms is None  # nothing lies beyond it
-    for part in (latency.p50_ms, latency.p90_ms, latency.p95_ms):
-        assert [part.low, part.value, part.high] == pytest.approx([2, 2, 2])
+    assert latency.p90_ms is None  # of 12 runs its interval cannot be known
+    median = latency.p50_ms
+    assert [median.low, median.value, median.high] == pytest.approx([2, 2, 2])
     assert [rate.batch for rate in second.sweep] == [1, 3]
     assert [r.items_per_s.value for r in second.sweep] == pytest.approx([500, 500])
     assert second.input_shape == (1, 2)
@@ -76,7 +76,7 @@ def test_ratio_stays_true_when_the_machine_slows_down_half_way(clock: Clock) -> 
     _, second = measure_interleaved(targets, few_warm, part="text", reference="a")
     assert second.ratio is not None
     assert second.ratio.ratio.value == pytest.approx(0.5)
-    assert second.latency.p90_ms.value == pytest.approx(20)
+    assert np.percentile(second.samples_ms[0], 90) == pytest.approx(20)
 
 
 def test_each_target_takes_each_place_equally_often() -> None:

@@ -185,7 +185,7 @@ def test_towers_of_a_bundle(tiny_bundle: Path, cpu_device: DeviceProfile, tower:
     assert [item.ratio is None for item in measured] == [True, False]
     for item in measured:
         latency = item.latency
-        assert 0 < latency.p50_ms.value <= latency.p90_ms.value <= latency.p95_ms.value
+        assert 0 <= latency.p50_ms.low <= latency.p50_ms.value <= latency.p50_ms.high
         assert item.cpu.process_s >= 0
         assert [(point.batch, point.threads) for point in item.sweep] == [(1, 1), (3, 1)]
     run = measurement_run(measured, workload=QUICK, command="measure")
