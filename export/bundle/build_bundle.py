@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from edgeclip.compress.data.sources import relevance_of
@@ -281,12 +282,12 @@ def _select(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) -> Sel
         why = f"not measured: {plan.device.name} is not this machine"
         return SelectedPrecision(tower=tower, precision="fp16" if on_gpu else "fp32", why=why)
     _log.info("timing the %s tower in every precision ...", tower)
-    embedders = {
-        precision: graph_embedder(graph, plan.student.image_spec, plan.judging_device)
+    loaders = {
+        precision: partial(graph_embedder, graph, plan.student.image_spec, plan.judging_device)
         for precision, graph in mine.items()
     }
     sample = next(tower_inputs(plan.student, tower, plan.test, count=1))
-    return select_precision(tower, embedders, sample, plan.workload)
+    return select_precision(tower, loaders, sample, plan.workload)
 
 
 def check_mixed_precisions(

@@ -1,29 +1,28 @@
 """Select the precision that a tower ships in: the fastest on this machine inside its gates."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.export.graph.embedders import Embedder
-from edgeclip.profiles.measure.interleaved_runs import (
-    BenchmarkTarget,
-    measure_interleaved,
-    repeat_rows,
-)
+from edgeclip.profiles.measure.interleaved_loads import LoadableTarget, measure_loads
+from edgeclip.profiles.measure.interleaved_runs import repeat_rows
 from edgeclip.profiles.record.measurement import Measurement
+from edgeclip.profiles.record.timing_statistics import estimate_paired_ratio, surely_below
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.spec import Precision, Tower
 
 REFERENCE: Precision = "fp32"
 SELECTION_WORKLOAD = Workload(
     name="choose",
-    description="latency at batch 1, enough to tell which precision is faster",
+    description="latency at batch 1 in each load, enough to tell which precision is faster",
     batch_sizes=(1,),
     min_warmup_runs=5,
-    max_warmup_seconds=2,
-    repeats=60,
+    max_warmup_seconds=0.5,
+    repeats=15,
     seconds_per_batch=1,
     cold_starts=0,
 )
@@ -49,42 +48,48 @@ class SelectedPrecision:
 
 def select_precision(
     tower: Tower,
-    embedders: Mapping[Precision, Embedder],
+    loaders: Mapping[Precision, Callable[[], Embedder]],
     inputs: NDArray[Any],
     workload: Workload = SELECTION_WORKLOAD,
 ) -> SelectedPrecision:
-    """Benchmark the precisions of a tower, interleaved, and select the fastest.
+    """Benchmark the precisions of a tower, interleaved over several loads; select the fastest.
 
-    Another precision than fp32 is selected only if the whole interval of its time divided by that
-    of fp32, round by round, is below 1.
+    Another precision than fp32 is selected only if it is surely faster: by Student's t over the
+    loads' ratios to fp32, at 97.5% for all precisions together.
 
     Args:
         tower: the tower.
-        embedders: one for each precision inside its gates, including fp32.
+        loaders: one for each precision inside its gates, including fp32; loads its engine anew.
         inputs: some of the tower's inputs [N, ...]; the first one is timed.
-        workload: how much to measure.
+        workload: how much to measure in each load.
 
     Raises:
         EngineError: an engine fails.
     """
     targets = [
-        BenchmarkTarget(name=name, run=embed, make_batch=repeat_rows(inputs))
-        for name, embed in embedders.items()
+        LoadableTarget(name=name, load=load, make_batch=repeat_rows(inputs))
+        for name, load in loaders.items()
     ]
-    measured = measure_interleaved(targets, workload, part=tower, reference=REFERENCE)
-    best, best_ratio = REFERENCE, 1.0
-    notes = []
-    for precision, item in zip(embedders, measured, strict=True):
-        if item.ratio is None:
-            continue
-        ratio = item.ratio.ratio
-        notes.append(f"{precision} takes {ratio.value:.2f} of the time of fp32")
-        if ratio.high < 1 and ratio.value < best_ratio:
-            best, best_ratio = precision, ratio.value
-    why = f"fastest inside its gates: {', '.join(notes)}"
+    measured = measure_loads(targets, workload, part=tower, reference=REFERENCE)
+    found = dict(zip(loaders, measured, strict=True))
+    base = [np.array(runs) for runs in found[REFERENCE].samples_ms]
+    ratios = {
+        name: estimate_paired_ratio([np.array(runs) for runs in item.samples_ms], base)
+        for name, item in found.items()
+        if name != REFERENCE
+    }
+    surely = dict(zip(ratios, surely_below(list(ratios.values())), strict=True))
+    faster = [name for name in ratios if surely[name]]
+    notes = [
+        f"{name} takes {ratio.value:.2f} of the time of fp32"
+        + ("" if surely[name] else " (not surely less)")
+        for name, ratio in ratios.items()
+    ]
     return SelectedPrecision(
         tower=tower,
-        precision=best,
-        why=why if notes else "the only precision in the bundle",
+        precision=min(faster, key=lambda name: ratios[name].value, default=REFERENCE),
+        why=f"fastest inside its gates: {', '.join(notes)}"
+        if notes
+        else "the only precision in the bundle",
         measurements=measured,
     )

@@ -1,7 +1,6 @@
 """Make a quantized candidate, judge it on held-out pairs, and time it on this machine."""
 
 import hashlib
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,6 @@ from edgeclip.export.graph.embedders import (
     tower_inputs,
 )
 from edgeclip.export.graph.graph_io import graph_files, load_graph, write_unchecked
-from edgeclip.export.graph.tune_passes import ABTiming, Opener, ab_benchmark
 from edgeclip.export.quantizing.config import (
     Config,
     Float16,
@@ -65,26 +63,28 @@ from edgeclip.export.quantizing.sensitivity import (
     measure_sensitivity,
 )
 from edgeclip.export.quantizing.smoothquant import apply_smoothing, search_alphas
+from edgeclip.profiles.measure.interleaved_loads import LoadableTarget, Loader, measure_loads
+from edgeclip.profiles.measure.interleaved_runs import repeat_rows
+from edgeclip.profiles.record.measurement import Measurement
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.spec import OUTPUT_NAMES, Precision, Tower
-from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
 SEARCH_WORKLOAD = Workload(
     name="search",
-    description="latency at batch 1, enough to tell configs a few percent apart",
+    description="latency at batch 1 in each load, enough to tell configs a few percent apart",
     batch_sizes=(1,),
     min_warmup_runs=5,
-    max_warmup_seconds=1,
-    repeats=100,
+    max_warmup_seconds=0.5,
+    repeats=20,
     seconds_per_batch=1,
     cold_starts=0,
 )
-_SECONDS = 2.0  # for fp32 and one candidate, in one of the two measurements
-_RACE_SECONDS = 6.0  # the same, where finalists are timed against each other
+_SECONDS = 4.0  # for fp32 and one candidate, over all loads
+_RACE_SECONDS = 12.0  # the same, where finalists are timed against each other
 _SENSITIVITY_INPUTS = 256  # the ranking of groups hardly changes with more
 
 
@@ -227,38 +227,44 @@ def open_embedder(task: SearchTask, graph: TowerGraph) -> Embedder:
 
 
 def time_candidates(
-    reference: Opener,
-    candidates: Sequence[Opener],
+    reference: Loader,
+    candidates: Sequence[Loader],
     values: NDArray[Any],
     *,
     tower: Tower,
     workload: Workload = SEARCH_WORKLOAD,
     seconds: float = _SECONDS,
 ) -> tuple[CandidateLatency, ...]:
-    """Time candidates and the reference in the same interleaved rounds; see `ab_benchmark`.
+    """Time candidates and the reference in the same rounds of several loads: see `measure_loads`.
 
-    Figures are the geometric means of both measurements; intervals cover both intervals.
+    Args:
+        reference, candidates: functions that load an engine and return what runs a batch.
+        values: some of the tower's inputs [N, ...]; the first is timed.
+        tower: the tower.
+        workload: how much to measure in each load; slow towers are run less often.
+        seconds: time for the runs of the reference and one equally slow candidate.
+
+    Raises:
+        EngineError: an engine fails.
     """
-    timings = ab_benchmark(
-        reference, candidates, values, tower=tower, workload=workload, seconds=seconds
+    make_batch = repeat_rows(values[:1])
+    loaders = (reference, *candidates)
+    targets = [LoadableTarget(str(at), load, make_batch) for at, load in enumerate(loaders)]
+    base, *others = measure_loads(
+        targets, workload, part=tower, reference=targets[0].name, seconds=seconds
     )
-    return tuple(map(_latency, timings))
+    return tuple(_latency(item, base) for item in others)
 
 
-def _latency(timings: Sequence[ABTiming]) -> CandidateLatency:
+def _latency(item: Measurement, base: Measurement) -> CandidateLatency:
     return CandidateLatency(
-        ratio=_combine([item.ratio for item in timings]),
-        ms=_combine([item.candidate.latency.p50_ms for item in timings]),
-        reference_ms=_combine([item.reference.latency.p50_ms for item in timings]),
-        contended=any(item.reference.contended or item.candidate.contended for item in timings),
-    )
-
-
-def _combine(intervals: Sequence[Interval]) -> Interval:
-    return Interval(
-        value=math.exp(float(np.mean([math.log(item.value) for item in intervals]))),
-        low=min(item.low for item in intervals),
-        high=max(item.high for item in intervals),
+        load_ratios=tuple(
+            float(np.median(np.divide(ours, theirs)))
+            for ours, theirs in zip(item.samples_ms, base.samples_ms, strict=True)
+        ),
+        ms=item.latency.p50_ms,
+        reference_ms=base.latency.p50_ms,
+        contended=bool(item.contended or base.contended),
     )
 
 

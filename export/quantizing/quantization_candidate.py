@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
+import numpy as np
+
 from edgeclip.export.quantizing.config import Config, Float32, describe, key
+from edgeclip.profiles.record.timing_statistics import (
+    RatioEstimate,
+    estimate_mean_log,
+    surely_below,
+)
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.errors import ConfigError
@@ -17,7 +24,7 @@ from edgeclip.runtime.stats.interval import Interval
 MEAN_COSINE, P1_COSINE = "mean cosine", "1st-percentile cosine"
 R1_LOSS, ZERO_SHOT_LOSS = "R@1 loss", "zero-shot top-1 loss"
 
-_VERSION = 4  # of how candidates are made and measured: a change counts it up
+_VERSION = 5  # of how candidates are made and measured: a change counts it up
 _TIE = 1.01  # two engines with the same graph can differ by this much, by their memory layout
 
 RecordT = TypeVar("RecordT", bound=JsonRecord)
@@ -30,16 +37,26 @@ class CandidateLatency:
     """Time of one call at batch 1 on the device, interleaved with calls of fp32.
 
     Attributes:
-        ratio: its time / fp32's time.
+        load_ratios: its time / fp32's time, the median over the rounds of each load of both.
         ms: median milliseconds of one call.
         reference_ms: median milliseconds of one call of fp32, in the same rounds.
         contended: other programs used the processor during the measurement.
     """
 
-    ratio: Interval
+    load_ratios: tuple[float, ...]
     ms: Interval
     reference_ms: Interval
     contended: bool
+
+    @property
+    def estimate(self) -> RatioEstimate:
+        """The ratio over loads; of a single load nothing is shown."""
+        return estimate_mean_log(np.array(self.load_ratios))
+
+    @property
+    def ratio(self) -> Interval:
+        """The ratio over loads with its 95% interval."""
+        return self.estimate.interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,8 +176,9 @@ def rank_shippable(
 ) -> tuple[list[QuantizationCandidate], str]:
     """Rank the candidates that may be shipped, the best first, and say why it is the best.
 
-    They must pass their gates and be surely faster than fp32. Candidates within 1% of the fastest
-    are ranked by their mean cosine. Where no time was measured, they are ranked by bytes, because
+    They must pass their gates and be surely faster than fp32, all of them together with 97.5%.
+    Candidates within 1% of the fastest are ranked by their mean cosine. Where no time was
+    measured, they are ranked by bytes, because
     the device itself will choose between precisions.
     """
     passing = [item for item in candidates if item.passed and not isinstance(item.config, Float32)]
@@ -169,9 +187,10 @@ def rank_shippable(
     if fp32.latency is None:
         smallest = sorted(passing, key=lambda item: item.bytes)
         return smallest, "smallest inside its gates; no time was measured, this is not the device"
+    timed = [(item, item.latency.estimate) for item in passing if item.latency is not None]
+    faster = surely_below([ratio for _, ratio in timed])
     left = sorted(
-        (item for item in passing if item.latency is not None and item.latency.ratio.high < 1),
-        key=_cost,
+        (item for (item, _), is_faster in zip(timed, faster, strict=True) if is_faster), key=_cost
     )
     if not left:
         return [], "nothing inside its gates is surely faster than fp32"

@@ -23,7 +23,6 @@ from edgeclip.export.graph.tune_passes import (
     ab_benchmark,
     tune_graph,
 )
-from edgeclip.export.quantizing.candidate_evaluator import SEARCH_WORKLOAD, time_candidates
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.stats.interval import Interval
@@ -197,7 +196,7 @@ def test_the_line_says_what_happened() -> None:
 
 Run = Callable[[NDArray[Any]], NDArray[Any]]
 
-SHORT = replace(SEARCH_WORKLOAD, repeats=12, max_warmup_seconds=0.01)
+SHORT = replace(TUNING_WORKLOAD, repeats=12, max_warmup_seconds=0.01)
 VALUES = np.arange(6.0).reshape(3, 2)
 
 
@@ -235,40 +234,3 @@ def test_engines_are_loaded_anew_in_both_orders_and_run_on_the_first_input() -> 
     for item in found:
         assert item.candidate.latency.runs == item.reference.latency.runs == 12
         assert item.ratio.low <= item.ratio.value <= item.ratio.high
-
-
-def test_a_latency_holds_both_measurements() -> None:
-    made = Openers()
-    (found,) = time_candidates(
-        made.opener("old"),
-        [made.opener("new")],
-        VALUES,
-        tower="text",
-        workload=SHORT,
-    )
-    assert len(made.loaded) == 4
-    for interval in (found.ratio, found.ms, found.reference_ms):
-        assert 0 < interval.low <= interval.value <= interval.high
-
-
-def test_a_race_times_all_in_the_same_rounds_and_tells_them_in_their_order() -> None:
-    made = Openers()
-    names = ("old", "quick", "slow")
-
-    def sluggish() -> Run:
-        run = made.opener("slow")()
-
-        def slower(values: NDArray[Any]) -> NDArray[Any]:
-            for _ in range(200):
-                run(values)
-            return values
-
-        return slower
-
-    openers = [made.opener("quick"), sluggish]
-    quick, slow = time_candidates(
-        made.opener("old"), openers, VALUES, tower="image", workload=SHORT
-    )
-    assert made.loaded == [*names, *reversed(names)]
-    assert slow.ratio.low > quick.ratio.high
-    assert slow.ms.value > quick.ms.value

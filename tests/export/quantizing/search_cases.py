@@ -161,9 +161,11 @@ class SumBench:
 
     def _latency(self, config: Config) -> CandidateLatency:
         ratio = self.ratio(config)
-        span = Interval(ratio, ratio - 0.001, ratio + 0.001)
         return CandidateLatency(
-            ratio=span, ms=exact(10 * ratio), reference_ms=exact(10.0), contended=False
+            load_ratios=loads_around(ratio),
+            ms=exact(10 * ratio),
+            reference_ms=exact(10.0),
+            contended=False,
         )
 
     def _point(self, config: Config) -> QuantizationCandidate:
@@ -176,6 +178,11 @@ class SumBench:
             records=(cosine_record(1 - self.loss(config)),),
             seconds=1.0,
         )
+
+
+def loads_around(ratio: float) -> tuple[float, ...]:
+    """Ratios of loads that differ by 0.1%."""
+    return (0.999 * ratio, ratio, ratio, ratio / 0.999)
 
 
 def planted_task(

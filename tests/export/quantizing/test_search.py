@@ -34,7 +34,7 @@ from tests.export.quantizing.search_cases import (
     RECIPE,
     SumBench,
     cosine_record,
-    exact,
+    loads_around,
     loss_record,
     planted_task,
     tower_task,
@@ -161,7 +161,7 @@ def test_what_may_be_shipped_races_each_other_and_the_race_decides() -> None:
             if isinstance(config, Float32) or found.latency is None:
                 return found
             flattered = 0.3 if isinstance(config, StaticInt8) and config.per_channel else 0.9
-            latency = replace(found.latency, ratio=exact(flattered))
+            latency = replace(found.latency, load_ratios=loads_around(flattered))
             return replace(found, latency=latency)
 
         def ratio(self, config: Config) -> float:
@@ -176,8 +176,9 @@ def test_what_may_be_shipped_races_each_other_and_the_race_decides() -> None:
     coarse = replace(RECIPE, per_channel=False)
     assert bench.raced == [(RECIPE, coarse)]
     assert result.chosen.config == coarse
-    assert result.chosen.ratio == 0.5
-    assert [point.ratio for point in result.candidates if point.config == RECIPE] == [0.6]
+    assert result.chosen.ratio == pytest.approx(0.5)
+    raced = [point.ratio for point in result.candidates if point.config == RECIPE]
+    assert raced == pytest.approx([0.6])
     assert any("in the same rounds" in line for line in lines)
     alone = Moody(damages={"a": 0.001}, saved={"a": 0.1})
     search(alone, PLAIN)
