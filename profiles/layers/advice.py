@@ -13,7 +13,12 @@ import numpy as np
 from edgeclip.profiles.layers.node_costs import is_product
 from edgeclip.profiles.layers.roofline import LayerDistance, Limit, layer_distances, peak_of
 from edgeclip.profiles.record.measurement import Measurement, MeasurementRun
-from edgeclip.profiles.record.timing_statistics import paired_ratio
+from edgeclip.profiles.record.timing_statistics import (
+    RatioEstimate,
+    estimate_paired_ratio,
+    surely_below,
+)
+from edgeclip.runtime.console import interval_ends
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.providers import PROVIDERS
 from edgeclip.runtime.spec import Precision
@@ -154,7 +159,7 @@ def _share(layers: Iterable[LayerDistance]) -> float:
 
 
 def _span(value: Interval) -> str:
-    return f"{value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
+    return f"{value.value:.3g} [{interval_ends(value, '{:.3g}'.format, ', ')}]"
 
 
 def _measure_again(case: _Case) -> Advice | None:
@@ -260,23 +265,25 @@ def _other_batch(case: _Case) -> Advice | None:
 
 
 def _faster_precision(case: _Case) -> Advice | None:
-    """Another precision of the same bundle was surely more than 5% faster in the same run."""
-    ratios: dict[Precision, Interval] = {}
-    samples = [np.array(runs) for runs in case.item.samples_ms if runs]
+    """Another precision of the same bundle was surely more than 5% faster in the same run.
+
+    By Student's t over the processes, for all precisions together; one process tells nothing.
+    """
+    ratios: dict[Precision, RatioEstimate] = {}
+    samples = [np.array(runs) for runs in case.item.samples_ms]
     for name, item in case.others.items():
-        theirs = [np.array(runs) for runs in item.samples_ms if runs]
-        one, two = item.latency.p50_ms, case.item.latency.p50_ms
-        if samples and list(map(len, samples)) == list(map(len, theirs)):
-            ratios[name] = paired_ratio(theirs, samples)
-        else:
-            ratios[name] = Interval(one.value / two.value, one.low / two.high, one.high / two.low)
-    best = min(ratios, key=lambda name: ratios[name].value, default=None)
-    if best is None or ratios[best].high >= 1 - _WORTH:
+        theirs = [np.array(runs) for runs in item.samples_ms]
+        if all(map(len, samples)) and list(map(len, samples)) == list(map(len, theirs)):
+            ratios[name] = estimate_paired_ratio(theirs, samples)
+    surely = surely_below(list(ratios.values()), 1 - _WORTH)
+    faster = [name for name, sure in zip(ratios, surely, strict=True) if sure]
+    best = min(faster, key=lambda name: ratios[name].value, default=None)
+    if best is None:
         return None
     what = f"Run {best} in place of {case.precision} (`--precision {best}`); "
     what += f"`edgeclip eval --precision {best}` shows what it costs in quality"
-    evidence = f"{best} takes {_span(ratios[best])} of the time of {case.precision} on this machine"
-    evidence += f" ({case.item.part}, batch 1)"
+    evidence = f"{best} takes {_span(ratios[best].interval)} of the time of {case.precision} on "
+    evidence += f"this machine ({case.item.part}, batch 1)"
     return Advice("precision", "latency", 1 / ratios[best].value, what, evidence)
 
 

@@ -6,6 +6,7 @@ engine runs; memory bandwidth from large numpy arrays on a CPU, from large weigh
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,7 @@ def measure_roofline(
 
     fp32 is always measured, fp16 and int8 where the device allows them; fp16 is left out where
     it is no faster: such an engine converts to fp32 and back. A peak is the rate of the fastest
-    tenth of the runs at the best size, with the block bootstrap's interval.
+    tenth of the runs at the best size, with the interval of this one process.
 
     Args:
         device: says which engine, and how many threads.
@@ -116,7 +117,8 @@ def timed_runs(run: Callable[[], object], seconds: float) -> NDArray[np.float64]
 def peak_rate(seconds: NDArray[np.float64], amount: float) -> Interval:
     """`amount` a second at the 10th percentile of run times [N], with its 95% interval."""
     fast = percentile_interval(seconds, _PERCENTILE)
-    return Interval(amount / fast.value, amount / fast.high, amount / fast.low)
+    highest = amount / fast.low if fast.low > 0 else math.inf
+    return Interval(amount / fast.value, amount / fast.high, highest)
 
 
 def _measure_peaks(
@@ -135,7 +137,7 @@ def _measure_peaks(
             if precision == "fp32":
                 raise
             notes.append(f"{precision} not available: {error}")
-    if "fp16" in peaks and peaks["fp16"][0].low < 1.1 * peaks["fp32"][0].high:
+    if "fp16" in peaks and peaks["fp16"][0].low < 1.1 * peaks["fp32"][0].value:
         del peaks["fp16"]
         notes.append("fp16 left out, since this engine does not compute it faster than fp32")
     return peaks, notes

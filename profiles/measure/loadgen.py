@@ -31,8 +31,8 @@ from edgeclip.profiles.record.timing_statistics import latency_of
 from edgeclip.profiles.workload import Scenario, Workload
 from edgeclip.runtime.console import Progress
 from edgeclip.runtime.errors import EngineError, InputError, MissingExtraError
-from edgeclip.runtime.quality.intervals import bootstrap_ratio
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.student_t import estimate_mean_ratio
 
 _BOUND_PERCENTILE = 99.0  # LoadGen's default for Server, and MLPerf's for image models
 _NO_BOUND_NS = 3600 * 10**9  # Server requires a latency bound: an hour
@@ -41,6 +41,7 @@ _MIN_OPEN = 64
 _PROBES = 3  # runs that estimate the time of a batch
 _SPARE = 2.0  # LoadGen prepares queries ahead: prepare so many times more than expected
 _OFFLINE_SPARE = 1.1
+_BLOCKS = 10  # of consecutive answers
 _one_test = threading.Lock()  # LoadGen's state is global to the process
 
 
@@ -481,15 +482,16 @@ class SampleTimes:
     def samples_per_s(self) -> Interval:
         """Answered samples per second over the whole time.
 
-        The interval is a bootstrap over blocks of consecutive answers, about as long as the cube
-        root of their number, since neighbours are alike.
+        The interval is that of the ratio of samples to seconds (Fieller's, with Student's t) over
+        ten blocks of consecutive answers, which are long enough to differ independently.
         """
         moments, samples = np.unique(self._answered_ns, return_counts=True)
         seconds = np.diff(moments, prepend=self.scheduled_ns[0]) / 1e9
-        blocks = np.arange(0, len(moments), max(1, round(len(moments) ** (1 / 3))))
-        return bootstrap_ratio(
-            np.add.reduceat(samples, blocks), np.add.reduceat(seconds, blocks), draws=1000
-        )
+        count = min(_BLOCKS, len(moments))
+        blocks = np.arange(count) * len(moments) // count  # where each begins
+        return estimate_mean_ratio(
+            np.add.reduceat(samples, blocks), np.add.reduceat(seconds, blocks)
+        ).interval
 
     @property
     def _answered_ns(self) -> NDArray[np.int64]:

@@ -22,6 +22,8 @@ from edgeclip.profiles.report.drawing import (
     canvas,
     finite,
     fit,
+    inside,
+    is_known,
     nearest,
     place_labels,
     set_axis,
@@ -182,8 +184,9 @@ class ScatterChart:
         bar = COLOURS["bar"]
         for peak, name in self.roofs:
             ridge = min(max(peak.value / steep, low_x), high_x)
+            foot, top = inside(peak, axes.get_ylim())
             axes.fill_between(
-                [ridge, high_x], peak.low, peak.high, color=COLOURS["bar"], alpha=0.2, linewidth=0
+                [ridge, high_x], foot, top, color=COLOURS["bar"], alpha=0.2, linewidth=0
             )
             axes.plot([ridge, high_x], [peak.value] * 2, color=bar, linewidth=1.75)
             begin, at = _pixels(axes, ridge, peak.value)
@@ -327,14 +330,14 @@ def _mark(axes: "Axes", point: ScatterPoint, radius: float) -> None:
 
 def _whiskers(axes: "Axes", point: ScatterPoint) -> list[Box]:
     """Draw the intervals of a point, and say what they cover."""
-    (left, y), (right, _) = (_pixels(axes, v, point.y.value) for v in (point.x.low, point.x.high))
-    (x, foot), (_, top) = (_pixels(axes, point.x.value, v) for v in (point.y.low, point.y.high))
+    across, up = inside(point.x, axes.get_xlim()), inside(point.y, axes.get_ylim())
+    (left, y), (right, _) = (_pixels(axes, end, point.y.value) for end in across)
+    (x, foot), (_, top) = (_pixels(axes, point.x.value, end) for end in up)
     colour = COLOURS[point.colour]
     if right > left:
-        axes.plot([point.x.low, point.x.high], [point.y.value] * 2, color=colour, linewidth=1.5)
+        axes.plot(across, [point.y.value] * 2, color=colour, linewidth=1.5)
     if top > foot:
-        low = max(point.y.low, axes.get_ylim()[0])
-        axes.plot([point.x.value] * 2, [low, point.y.high], color=colour, linewidth=1.5)
+        axes.plot([point.x.value] * 2, up, color=colour, linewidth=1.5)
     return [(left, y - 1, right, y + 1), (x - 1, foot, x + 1, top)]
 
 
@@ -430,14 +433,17 @@ class RowChart:
             middle = top + step * at + (22 + (step - 22) / 2 if narrow else step / 2)
             first = middle - apart * (len(row.dots) - 1) / 2
             places += [(first + apart * number, dot) for number, dot in enumerate(row.dots)]
-        wide = [(y, dot.value) for y, dot in places if dot.value.low < dot.value.high]
+        known = [(y, dot.value) for y, dot in places if is_known(dot.value)]
+        wide = [(y, value) for y, value in known if value.low < value.high]
         blue = COLOURS["blue"]
         if wide:
-            heights = [y for y, _ in wide]
-            lows, highs = [value.low for _, value in wide], [value.high for _, value in wide]
-            axes.hlines(heights, lows, highs, colors=blue, linewidth=1.5)
-            axes.plot(lows + highs, heights * 2, "|", color=blue, markersize=2 * _CAP,
-                      markeredgewidth=1.5)  # fmt: skip
+            low, high = sorted(axes.get_xlim())
+            lows, highs = zip(*(inside(value, (low, high)) for _, value in wide), strict=True)
+            axes.hlines([y for y, _ in wide], lows, highs, colors=blue, linewidth=1.5)
+            ends = [(end, y) for y, value in wide for end in (value.low, value.high)]
+            seen = [(end, y) for end, y in ends if low <= end <= high]
+            axes.plot([end for end, _ in seen], [y for _, y in seen], "|", color=blue,
+                      markersize=2 * _CAP, markeredgewidth=1.5)  # fmt: skip
         for shape in sorted({dot.shape for _, dot in places}):
             those = [(dot.value.value, y) for y, dot in places if dot.shape == shape]
             across, up = zip(*those, strict=True)
@@ -916,10 +922,10 @@ class SweepChart:
         for at, one in enumerate(self.series):
             colour = SERIES[at % len(SERIES)]
             across, up = [x.value for x in one.x], [y.value for y in one.y]
-            axes.vlines(across, [y.low for y in one.y], [y.high for y in one.y],
-                        colors=COLOURS[colour], linewidth=1.5)  # fmt: skip
-            axes.hlines(up, [x.low for x in one.x], [x.high for x in one.x],
-                        colors=COLOURS[colour], linewidth=1.5)  # fmt: skip
+            foots, tops = zip(*(inside(y, axes.get_ylim()) for y in one.y), strict=True)
+            lefts, rights = zip(*(inside(x, axes.get_xlim()) for x in one.x), strict=True)
+            axes.vlines(across, foots, tops, colors=COLOURS[colour], linewidth=1.5)
+            axes.hlines(up, lefts, rights, colors=COLOURS[colour], linewidth=1.5)
             axes.plot(across, up, SHAPES[at % len(SHAPES)] + "-", color=COLOURS[colour],
                       linewidth=1.75, markersize=7, markeredgewidth=0)  # fmt: skip
             ends.append(232 - _pixels(axes, across[-1], up[-1])[1])
@@ -934,7 +940,7 @@ class SweepChart:
         """The batch sizes above the points of the last line, as many as have room."""
         last, free = self.series[-1], 0.0
         for x, y, name in zip(last.x, last.y, last.names, strict=True):
-            at, up = _pixels(axes, x.value, y.high)
+            at, up = _pixels(axes, x.value, inside(y, axes.get_ylim())[1])
             half = text_width(name) / 2
             if at - half >= free:
                 write(figure, at, 232 - up - 9, name, anchor="center")

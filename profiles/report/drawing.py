@@ -343,14 +343,28 @@ def bounds(values: Iterable[Interval]) -> tuple[float, float]:
     """The least and the largest number of some intervals, as far as a picture has to show them.
 
     Two processes can give intervals that span decades; beyond some times the values themselves
-    nothing more is seen of them.
+    nothing more is seen of them. An end that is not known takes no room.
     """
     intervals = list(values)
     middle = [interval.value for interval in intervals]
-    low, high = min(i.low for i in intervals), max(i.high for i in intervals)
+    ends = [end for each in intervals if is_known(each) for end in (each.low, each.high)]
+    known = [end for end in ends if math.isfinite(end)]
+    low, high = min(known, default=math.inf), max(known, default=-math.inf)
     if min(middle) > 0:
         low, high = max(low, min(middle) / _REACH), min(high, _REACH * max(middle))
     return min(low, *middle), max(high, *middle)
+
+
+def is_known(value: Interval) -> bool:
+    """Whether an interval has an end that says anything; of times, 0 says nothing."""
+    return math.isfinite(value.high) or value.low not in (0.0, -math.inf)
+
+
+def inside(value: Interval, limits: tuple[float, float]) -> tuple[float, float]:
+    """The part of an interval that a picture with these limits shows; of none, its value."""
+    ends = (value.low, value.high) if is_known(value) else (value.value, value.value)
+    low, high = sorted(limits)
+    return min(max(ends[0], low), high), min(max(ends[1], low), high)
 
 
 def with_room(low: float, high: float, *, log: bool | None) -> tuple[float, float, bool]:

@@ -59,6 +59,7 @@ from edgeclip.profiles.report.sections import (
     Table,
     columns,
     interval_cell,
+    ratio_span,
     section_of,
     sections,
     span,
@@ -208,7 +209,7 @@ def _short_table(subjects: Sequence[Subject], quality: Sequence[SubjectQuality])
             if ratio is None
             else Cell(
                 f"{ratio.ratio.value:.3f}",
-                f"{ratio.ratio.low:.3f} to {ratio.ratio.high:.3f} of {ratio.reference}",
+                f"{ratio_span(ratio.ratio)} of {ratio.reference}",
             ),
             Cell("")
             if best is None

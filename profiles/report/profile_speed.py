@@ -36,6 +36,7 @@ from edgeclip.profiles.report.sections import (
     count,
     interval_cell,
     ratio_cell,
+    ratio_span,
     section_of,
     span,
 )
@@ -43,7 +44,7 @@ from edgeclip.runtime.console import digits, percent
 from edgeclip.runtime.stats.interval import Interval
 
 SCENARIO_KEYS = ("scenarios",)
-_NOT_KNOWN = "too few runs"
+_NOT_KNOWN = "too few independent runs"
 _PERCENTILES = ("p50", "p90", "p95", "p99", "p99.9")
 
 
@@ -76,8 +77,9 @@ def latency_section(subjects: Sequence[Subject]) -> Section | None:
 
 _LATENCY = (
     "One run after the other at batch 1, all subjects taking turns. Whiskers and small figures "
-    "are 95% intervals; a whisker without an end goes on beyond the picture. A percentile is left "
-    "out where too few runs lie beyond it. Ratios are to the reference of the run, see below. "
+    "are 95% intervals; a whisker without an end goes on beyond the picture. Of a single process "
+    "they are of that process alone. A percentile is left out where too few runs, of those that "
+    "are not like their neighbours, tell its interval. Ratios are to the run's reference, below. "
     "Contended: more than 10% of the CPU time that the runs asked for was denied."
 )
 
@@ -184,14 +186,14 @@ def ratio_section(subjects: Sequence[Subject]) -> Section | None:
 _RATIO = (
     "The median over rounds of a subject's time divided by the reference's in the same round. "
     "What disturbs a round disturbs both, so ratios hold where times do not. An interval that "
-    "crosses the dashed line shows no difference."
+    "crosses the dashed line shows no difference; that of a single process shows none at all."
 )
 
 
 def _ratio_row(subject: Subject) -> DotRow:
     assert subject.item.ratio is not None
     value = subject.item.ratio.ratio
-    figure = f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
+    figure = f"{value.value:.3f} ({ratio_span(value)})"
     return DotRow(subject.label, (Dot(value),), figure)
 
 

@@ -1,9 +1,20 @@
 """The head of a profile's report: what disturbed it, and the figures that matter."""
 
+import math
 from collections.abc import Sequence
+from operator import truediv
 
+import numpy as np
+
+from edgeclip.profiles.compare.compare_runs import estimate_ratio
 from edgeclip.profiles.record.conditions import Interference
 from edgeclip.profiles.record.measurement import MeasurementRun, SweepPoint
+from edgeclip.profiles.record.timing_statistics import (
+    RatioEstimate,
+    estimate_paired_ratio,
+    process_medians,
+    surely_below,
+)
 from edgeclip.profiles.report.profile_data import (
     PART_NAMES,
     NamedRun,
@@ -13,7 +24,15 @@ from edgeclip.profiles.report.profile_data import (
 )
 from edgeclip.profiles.report.profile_quality import quality_of, quality_span, quality_text
 from edgeclip.profiles.report.profile_speed import threads_name
-from edgeclip.profiles.report.sections import Alarm, Card, PageSummary, Tone, count, span
+from edgeclip.profiles.report.sections import (
+    Alarm,
+    Card,
+    PageSummary,
+    Tone,
+    count,
+    ratio_span,
+    span,
+)
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.console import digits, percent
 
@@ -146,13 +165,12 @@ def _latency_card(subject: Subject, others: Sequence[Subject]) -> Card:
     latency, ratio = subject.item.latency, subject.item.ratio
     notes = [subject.label]
     if ratio is not None:
-        notes.append(f"{ratio.ratio.value:.3f} of {ratio.reference}'s time "
-                     f"({ratio.ratio.low:.3f} to {ratio.ratio.high:.3f})")  # fmt: skip
+        notes.append(
+            f"{ratio.ratio.value:.3f} of {ratio.reference}'s time ({ratio_span(ratio.ratio)})"
+        )
     if latency.p99_ms is not None:
         notes.append(f"p99 {digits(latency.p99_ms.value)} ms ({span(latency.p99_ms)})")
-    near = [s.label for s in others if s is not subject and not _surely_faster(subject, s)]
-    if near:
-        notes.append(f"not surely faster than {', '.join(near)}")
+    notes += _not_surely_faster(subject, others)
     return Card(
         name=f"Fastest p50, {PART_NAMES[subject.item.part]}",
         figure=f"{digits(latency.p50_ms.value)} ms",
@@ -161,14 +179,29 @@ def _latency_card(subject: Subject, others: Sequence[Subject]) -> Card:
     )
 
 
-def _surely_faster(one: Subject, other: Subject) -> bool:
-    """Whether `one` is faster beyond doubt: by paired runs if there are any, else by intervals."""
-    if one.source is other.source:
-        for item, base in ((one.item, other.item), (other.item, one.item)):
-            if item.ratio is not None and item.ratio.reference == base.name:
-                ratio = item.ratio.ratio
-                return ratio.high < 1 if item is one.item else ratio.low > 1
-    return one.item.latency.p50_ms.high < other.item.latency.p50_ms.low
+def _not_surely_faster(subject: Subject, others: Sequence[Subject]) -> list[str]:
+    """Name the subjects that are perhaps as fast, and say where nothing could be shown."""
+    rivals = [other for other in others if other is not subject]
+    ratios = [_ratio_to(subject, other) for other in rivals]
+    surely = surely_below(ratios)
+    near = [s.label for s, faster in zip(rivals, surely, strict=True) if not faster]
+    if not near:
+        return []
+    unknown = any(not math.isfinite(ratio.error) for ratio in ratios)
+    why = ": one process tells nothing of others" if unknown else ""
+    return [f"not surely faster than {', '.join(near)}{why}"]
+
+
+def _ratio_to(subject: Subject, other: Subject) -> RatioEstimate:
+    """The ratio of times over processes: of the same rounds where both ran in them."""
+    ours, theirs = ([np.array(runs) for runs in s.item.samples_ms] for s in (subject, other))
+    together = subject.source is other.source and list(map(len, ours)) == list(map(len, theirs))
+    if not ours or not theirs:
+        values = (s.item.latency.p50_ms.value for s in (subject, other))
+        return RatioEstimate(value=truediv(*values), error=math.inf, degrees=0)
+    if together:
+        return estimate_paired_ratio(ours, theirs)
+    return estimate_ratio(process_medians(ours), process_medians(theirs))
 
 
 def _throughput_card(subjects: Sequence[Subject]) -> Card | None:

@@ -11,7 +11,7 @@ from typing import Literal
 from PIL import Image
 
 from edgeclip.profiles.report.drawing import Chart
-from edgeclip.runtime.console import digits
+from edgeclip.runtime.console import digits, interval_ends
 from edgeclip.runtime.stats.interval import Interval
 
 Tone = Literal["", "pass", "miss", "strong"]
@@ -257,12 +257,17 @@ def ratio_cell(value: Interval | None) -> Cell:
     """A ratio with three digits after the point."""
     if value is None:
         return Cell("")
-    return Cell(f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+    return Cell(f"{value.value:.3f}", ratio_span(value))
+
+
+def ratio_span(value: Interval) -> str:
+    """The ends of a ratio's interval: "0.912 to 1.043"."""
+    return interval_ends(value, "{:.3f}".format)
 
 
 def span(value: Interval, *, scale: float = 1.0) -> str:
-    """The ends of an interval: "1.22 to 1.31"."""
-    return f"{digits(scale * value.low)} to {digits(scale * value.high)}"
+    """The ends of an interval: "1.22 to 1.31", "at least 1.22", "not known"."""
+    return interval_ends(value, lambda end: digits(scale * end))
 
 
 def with_interval(value: Interval, unit: str) -> str:

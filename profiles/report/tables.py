@@ -1,5 +1,6 @@
 """Measurements as a table for the terminal, and as rows of a Parquet file."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from edgeclip.profiles.record.measurement import Latency, Measurement, MeasurementRun
 from edgeclip.profiles.report.profile_speed import threads_name
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.console import MISSING, columns, digits, megabytes
+from edgeclip.runtime.console import MISSING, columns, digits, interval_ends, megabytes
 from edgeclip.runtime.errors import MissingExtraError
 from edgeclip.runtime.stats.interval import Interval
 
@@ -42,11 +43,11 @@ def _latency_row(item: Measurement) -> tuple[str, ...]:
         item.part,
         item.name,
         digits(p50.value),
-        f"{digits(p50.low)} to {digits(p50.high)}",
-        digits(latency.p90_ms.value),
+        interval_ends(p50, digits),
+        MISSING if latency.p90_ms is None else digits(latency.p90_ms.value),
         MISSING if latency.p99_ms is None else digits(latency.p99_ms.value),
         "" if ratio is None else f"{ratio.ratio.value:.2f} of {ratio.reference}",
-        "" if ratio is None else f"{ratio.ratio.low:.2f} to {ratio.ratio.high:.2f}",
+        "" if ratio is None else interval_ends(ratio.ratio, "{:.2f}".format),
     )
 
 
@@ -112,7 +113,8 @@ class Row:
         batch: images or texts in one run, or in one query of LoadGen.
         metric: name of the metric, such as "p50" or "rate".
         unit: unit of the figure.
-        value, low, high: the interval is the value itself where none is known.
+        value, low, high: the interval is the value itself where it has none, and an end is None
+            where too little was measured to know it.
         disturbed: whether the run was disturbed; None if unknown.
     """
 
@@ -135,8 +137,8 @@ class Row:
     metric: str
     unit: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     disturbed: bool | None
 
 
@@ -178,6 +180,7 @@ def write_parquet(runs: Sequence[MeasurementRun], path: Path) -> None:
         str: pyarrow.string(),
         int: pyarrow.int64(),
         float: pyarrow.float64(),
+        float | None: pyarrow.float64(),
     }
     schema = pyarrow.schema(
         [(field.name, kinds.get(field.type, pyarrow.bool_())) for field in fields(Row)]
@@ -211,8 +214,8 @@ def _row(run: MeasurementRun, item: Measurement, figure: _Figure) -> Row:
         metric=figure.metric,
         unit=figure.unit,
         value=figure.value.value,
-        low=figure.value.low,
-        high=figure.value.high,
+        low=_known(figure.value.low),
+        high=_known(figure.value.high),
         disturbed=run.interference.disturbed if run.interference else item.contended,
     )
 
@@ -252,6 +255,10 @@ def _latencies(scenario: str, latency: Latency, batch: int) -> Iterator[_Figure]
         value = getattr(latency, f"{metric}_ms")
         if value is not None:
             yield _Figure(scenario, metric.replace("_", "."), "ms", value, batch)
+
+
+def _known(end: float) -> float | None:
+    return end if math.isfinite(end) else None
 
 
 def _exactly(value: float) -> Interval:

@@ -20,7 +20,8 @@ from edgeclip.profiles.sensors.machine_state import listing, read_line, read_num
 from edgeclip.profiles.sensors.nvml import NvmlGpu, this_gpu
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import EdgeClipError, InputError
-from edgeclip.runtime.quality.intervals import bootstrap
+from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.student_t import estimate_mean
 
 _ROOT = Path("/")
 _FEWEST_BLOCKS = 3
@@ -378,7 +379,8 @@ def measure_energy(
     """Measure the energy of one call of `run`, idle power included, from blocks of calls.
 
     The idle power is read first, for as long as a block takes; a GPU that has just worked may not
-    have calmed down by then. The interval is the bootstrap interval of the mean of the blocks.
+    have calmed down by then. The interval is Student's t over the blocks, which are taken as
+    independent: it does not hold what another process, or a warmer machine, would add.
 
     Args:
         meter: see `find_meter`.
@@ -400,10 +402,11 @@ def measure_energy(
     joules = np.array([_joules_per_call(meter, run, each) for _ in range(blocks)])
     if joules.min() <= 0:
         raise MeterError(f"{meter.name} stood still while there was work to do")
+    found = estimate_mean(joules).interval
     return Energy(
         sensor=meter.name,
         covers=meter.covers,
-        joules=bootstrap(joules),
+        joules=Interval(found.value, max(0.0, found.low), found.high),
         idle_watts=idle_watts if idle_watts > 0 else None,
     )
 

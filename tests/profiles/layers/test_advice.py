@@ -403,10 +403,11 @@ def test_int8_that_is_slower() -> None:
     assert "Run fp32 in place of int8" in found.what
 
 
-def test_precisions_are_compared_by_medians_where_rounds_differ() -> None:
-    slow = dataclasses.replace(in_precision("fp32", 10.0), samples_ms=())
-    found = only(advice(slow, in_precision("int8", 5.0)))
-    assert found.at_most == pytest.approx(2)
+def test_precisions_without_common_rounds_in_several_processes_are_not_compared() -> None:
+    slow, fast = in_precision("fp32", 10.0), in_precision("int8", 5.0)
+    assert advice(dataclasses.replace(slow, samples_ms=()), fast) == ()
+    alone = (dataclasses.replace(item, samples_ms=item.samples_ms[:1]) for item in (slow, fast))
+    assert advice(*alone) == ()  # one process tells nothing of others
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,10 @@ def test_a_peak_is_the_rate_of_the_fastest_tenth() -> None:
     found = peak_rate(np.tile([*[2.0] * 8, 1.0, 1.0], 10), amount=10.0)
     assert found.value == pytest.approx(10.0)
     assert found.low <= found.value <= found.high
-    steady = peak_rate(np.full(20, 0.5), amount=3.0)
+    steady = peak_rate(np.full(40, 0.5), amount=3.0)
     assert [steady.low, steady.value, steady.high] == pytest.approx([6, 6, 6])
+    few = peak_rate(np.full(20, 0.5), amount=3.0)
+    assert [few.low, few.value, few.high] == [6, 6, math.inf]  # at least so much
 
 
 def cache(root: Path, cpu: int, index: int, level: int, size: str, shared: str) -> None:
@@ -95,7 +97,7 @@ def test_arrays_leave_most_of_the_memory_alone(tmp_path: Path, most: int) -> Non
 @pytest.mark.parametrize("threads", [1, 3])
 def test_bandwidth_of_this_machine(threads: int) -> None:
     found, how = cpu_bandwidth(threads, seconds=0.03, array_bytes=MIB)
-    assert 0 < found.low <= found.value <= found.high < math.inf
+    assert 0 < found.low <= found.value <= found.high
     assert how.split()[2].rstrip(",") in ("Copy", "Add", "Read")
     assert how.endswith("arrays of 1 MB")
 
@@ -107,7 +109,7 @@ def test_roofline_of_this_machine(cpu_device: DeviceProfile) -> None:
     peaks = dict(found.peak_gflops)
     assert list(peaks) == ["fp32", "int8"]
     for value in (*peaks.values(), found.bandwidth_gb_s):
-        assert 0 < value.low <= value.value <= value.high < math.inf
+        assert 0 < value.low <= value.value <= value.high
     assert "by onnxruntime-cpu (fp32 at 256" in found.method
     assert found.interference is not None
 

@@ -9,7 +9,6 @@ from edgeclip.profiles.report.profile_speed import spread_of
 from edgeclip.profiles.report.profile_summary import summary_of
 from edgeclip.profiles.report.sections import Note
 from edgeclip.profiles.report.write_page import markdown_of
-from edgeclip.runtime.stats.interval import Interval
 from tests.profiles.report.profile_factory import (
     alone,
     disturbed_run,
@@ -71,35 +70,30 @@ def test_cards_name_the_fastest_and_what_is_as_fast() -> None:
     assert second.figure.endswith("/s")
     assert "batch" in second.note
     assert third.figure == "-0.35 points"
-    items = tuple(
-        dataclasses.replace(
-            item, latency=dataclasses.replace(item.latency, p50_ms=Interval(1.0, 0.9, 1.1))
-        )
-        for item in quiet_run().measurements
-    )
-    items = tuple(dataclasses.replace(item, ratio=None) for item in items)
-    assert "not surely faster than" in _first_note(items)
 
 
-def test_paired_runs_decide_whichever_of_two_the_ratio_is_noted_with() -> None:
+def test_processes_decide_what_is_surely_faster() -> None:
     fp32, int8 = (
         next(item for item in quiet_run().measurements if item.name == name)
         for name in ("student fp32", "student int8")
     )
-    ratio = int8.ratio
-    assert ratio is not None
-    fp32, int8 = (
-        dataclasses.replace(item, latency=dataclasses.replace(item.latency, p50_ms=p50))
-        for item, p50 in ((fp32, Interval(1.1, 1.0, 1.2)), (int8, Interval(1.0, 0.9, 1.1)))
-    )
     assert "not surely" not in _first_note((fp32, int8))
-    near = dataclasses.replace(ratio, ratio=Interval(0.98, 0.9, 1.02))
-    assert "not surely" in _first_note((fp32, dataclasses.replace(int8, ratio=near)))
-    slower = dataclasses.replace(ratio, ratio=Interval(1.3, 1.2, 1.4))
-    swapped = dataclasses.replace(int8, latency=fp32.latency, ratio=slower)
-    note = _first_note((dataclasses.replace(fp32, latency=int8.latency), swapped))
-    assert note.startswith("student fp32")
-    assert "not surely" not in note
+    pace = [0.9, 1.1, 0.95, 1.05, 1.0]
+    near = tuple(
+        tuple(0.98 * by * ms for ms in runs) for by, runs in zip(pace, fp32.samples_ms, strict=True)
+    )
+    note = _first_note((fp32, dataclasses.replace(int8, samples_ms=near)))
+    assert note.endswith("not surely faster than student fp32")
+
+
+def test_a_single_process_tells_nothing_of_what_is_faster() -> None:
+    items = tuple(
+        dataclasses.replace(item, samples_ms=item.samples_ms[:1])
+        for item in quiet_run().measurements
+        if item.name in ("student fp32", "student int8")
+    )
+    note = _first_note(items)
+    assert note.endswith("not surely faster than student fp32: one process tells nothing of others")
 
 
 def _first_note(items: tuple[Measurement, ...]) -> str:
