@@ -25,8 +25,8 @@ from edgeclip.profiles.record.timing_statistics import Runs, latency_of, paired_
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import InputError
 
-# At 2% between loads and 5% between runs, six loads of 15 runs find an engine that is 5% faster
-# in 9 of 10 cases, one load of 90 runs never: it cannot know what another load would give.
+# Where loads differ by 2% and runs by 5%, six loads of 15 runs find one of three engines that is 5%
+# faster in 83% of cases, and three loads of 30 in 29% (tests/benchmarks/regression_power.py).
 LOADS = 6
 _FEWEST = 5  # rounds of a load, however slow an engine is
 

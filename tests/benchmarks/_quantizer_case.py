@@ -54,10 +54,10 @@ from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.device.machine import detect_machine
-from edgeclip.runtime.quality.intervals import bootstrap
 from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.shares import estimate_share
 from edgeclip.runtime.towers.tower_runner import tower_feed
 
 PLAIN_FP32, OUR_FP32 = "plain fp32", "our fp32"
@@ -204,7 +204,7 @@ class Contest:
             records = () if name == PLAIN_FP32 else self._judge(found, self._reference)
             both = found[: len(self._others)], self._others
             images, texts = both if self.task.tower == "image" else both[::-1]
-            r1 = bootstrap(pair_ranks(images, texts).hits(1))
+            r1 = estimate_share(pair_ranks(images, texts).hits(1)).interval
             row = replace(row, r1=r1, records=records)
             self.entrants[name] = replace(tests, rows=self.path("single", form))
         self.rows[name] = row

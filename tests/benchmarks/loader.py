@@ -40,7 +40,7 @@ from edgeclip.compress.data.augmentation import Augmentation, keep_picture_memor
 from edgeclip.compress.data.sampling import Part, Sampling
 from edgeclip.compress.data.shards import ShardSource
 from edgeclip.compress.data.sources import FolderSource, Source, seed_of
-from edgeclip.profiles.record.timing_statistics import percentile_interval
+from edgeclip.profiles.record.timing_statistics import estimate_mean_log
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.inputs.preprocess import normalise, resize_and_crop
 from edgeclip.runtime.spec import ImageSpec
@@ -189,7 +189,7 @@ def picture_costs(name: str, folder: Path, amount: Amount) -> tuple[list[dict[st
             if number:  # the first round fills caches
                 seconds[way].append((time.process_time() - started) / count)
     ratios = {
-        way: percentile_interval(np.array(seconds["before"]) / np.array(taken), 50)
+        way: estimate_mean_log(np.array(seconds["before"]) / np.array(taken)).interval
         for way, taken in seconds.items()
     }
     rows = [
@@ -266,8 +266,8 @@ def two_workers(folder: Path, amount: Amount) -> Workers:
         f"workers: {one:.0f} pictures/s with one, {two:.0f} with two; load {os.getloadavg()[0]:.1f}"
     )
     return Workers(
-        speed=percentile_interval(np.array(rates[2]) / np.array(rates[1]), 50),
-        cpu=percentile_interval(np.array(cpu[2]) / np.array(cpu[1]), 50),
+        speed=estimate_mean_log(np.array(rates[2]) / np.array(rates[1])).interval,
+        cpu=estimate_mean_log(np.array(cpu[2]) / np.array(cpu[1])).interval,
         same=same,
     )
 
@@ -300,7 +300,7 @@ def sampling_costs(amount: Amount) -> tuple[list[dict[str, Any]], Interval]:
         for (way, count), values in taken.items()
     ]
     ratios = np.array(taken["now", 10**9]) / np.array(taken["now", 10**4])
-    return rows, percentile_interval(ratios, 50)
+    return rows, estimate_mean_log(ratios).interval
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from edgeclip.profiles.measure.interleaved_runs import (
     round_order,
 )
 from edgeclip.profiles.measure.loadgen import run_scenario
-from edgeclip.profiles.record.timing_statistics import paired_ratio
+from edgeclip.profiles.record.timing_statistics import estimate_mean_log
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.console import columns
 from edgeclip.runtime.engines.onnxruntime_engine import import_onnxruntime, session_options
@@ -108,7 +108,7 @@ def main() -> int:
     head = ("tower", "way", "median ms", "of the bare loop", "low", "high")
     cells, bars = list[tuple[str, ...]]([head]), []
     for (name, way), medians in found.items():
-        ratio = paired_ratio([np.array(medians)], [np.array(found[name, BARE])])
+        ratio = estimate_mean_log(np.array(medians) / np.array(found[name, BARE])).interval
         ends = (f"{value:.4f}" for value in (ratio.value, ratio.low, ratio.high))
         cells.append((name, way, f"{np.median(medians):.4f}", *ends))
         if way != BARE:
