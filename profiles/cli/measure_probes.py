@@ -9,7 +9,7 @@ from edgeclip.profiles.predict.measured_device import MeasuredDevice, load_measu
 from edgeclip.profiles.predict.predict_latency import Predictor
 from edgeclip.profiles.predict.probe_set import ProbeSet
 from edgeclip.runtime.cli.options import Targets, add_device_option, positive
-from edgeclip.runtime.console import progress_bar
+from edgeclip.runtime.console import interval_ends, progress_bar
 from edgeclip.runtime.device.device_profile import load_device
 
 
@@ -66,7 +66,7 @@ def measured_table(measured: MeasuredDevice) -> str:
     lines.append(f"{'block':<12}{'precision':<10}{'width':>6}{'positions':>10}{'ms':>10}  interval")
     lines += [
         f"{cost.piece.kind:<12}{cost.precision:<10}{cost.piece.width:>6}{cost.piece.positions:>10}"
-        f"{cost.ms.value:>10.4f}  [{cost.ms.low:.4f}, {cost.ms.high:.4f}]"
+        f"{cost.ms.value:>10.4f}  [{interval_ends(cost.ms, '{:.4f}'.format, ', ')}]"
         for cost in measured.costs
         if cost.samples_ms
     ]

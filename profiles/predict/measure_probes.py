@@ -203,7 +203,7 @@ def _cost(probe: Probe, samples: Mapping[str, Values]) -> BlockCost:
         probe=probe.name,
         piece=probe.piece,
         precision=probe.precision,
-        ms=percentile_interval(ms, 50),
+        ms=percentile_interval(ms, 50, least=-math.inf),
         samples_ms=tuple(round(float(value), 4) for value in ms),
         few=probe.few,
     )

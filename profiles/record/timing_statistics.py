@@ -68,18 +68,23 @@ def latency_of(processes: Sequence[Runs]) -> Latency:
     )
 
 
-def percentile_interval(values: Runs, percent: float) -> Interval:
+def percentile_interval(values: Runs, percent: float, *, least: float = 0.0) -> Interval:
     """Compute a percentile of the runs of one process [N] with its 95% interval, in their unit.
 
     The ends are order statistics at the number of `independent_runs`. Where that is too small, as
-    it is below 6 for the median, the ends are 0 and infinity.
+    it is below 6 for the median, they are `least` and infinity.
+
+    Args:
+        values: times, or what was computed of them.
+        percent: which percentile, 0 < percent < 100.
+        least: what no value can be below; minus infinity for differences of times.
 
     Raises:
         InputError: no runs.
     """
     _check([values])
     independent = independent_runs(values)
-    return estimate_percentile(values, percent, least=0.0, independent=independent).interval
+    return estimate_percentile(values, percent, least=least, independent=independent).interval
 
 
 def independent_runs(values: Runs) -> int:

@@ -17,6 +17,11 @@ _HASH = re.compile(r"\b(?=[0-9]*[a-f])(?=[a-f]*[0-9])[0-9a-f]{12,64}\b")
 _NUMBER = re.compile(
     r"(?<![A-Za-z_@\d])(?<![A-Za-z]-)(?!\d+\.png)[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?"
 )
+# Whether so few runs of a process know the ends of an interval differs from run to run.
+_ENDS = (
+    (re.compile(r"\[(?:not known|at (?:least|most) #)\]"), "[#, #]"),
+    (re.compile(r"not known|at (?:least|most) #(?=  )"), "# to #"),
+)
 _SYSTEM = re.compile(r"\d+ cores?, [^;]+; workload")
 _PROVIDERS = re.compile(r"\(it has [^)]*\)")
 _CHOICES = re.compile(r"\(choose from [^)]*\)")
@@ -28,6 +33,13 @@ _OF_OTHERS = {
     "tokenizer_config.json",
 }
 _MACHINE_KEYS = {"after", "before", "cpu", "energy", "interference", "machine"}
+
+
+def _without_numbers(line: str) -> str:
+    line = _NUMBER.sub("#", line)
+    for ends, masked in _ENDS:
+        line = ends.sub(masked, line)
+    return line
 
 
 class Mask:
@@ -61,7 +73,7 @@ class Mask:
             if drop is not None and re.match(drop, line):
                 continue
             line = _HASH.sub("HASH", _SYSTEM.sub("# cores, SYSTEM; workload", line))
-            line = line if keep_numbers else _NUMBER.sub("#", line)
+            line = line if keep_numbers else _without_numbers(line)
             lines.append(" ".join(line.split()))
         return "\n".join(line for line in lines if line)
 
