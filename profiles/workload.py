@@ -14,7 +14,7 @@ Scenario = Literal["SingleStream", "MultiStream", "Server", "Offline"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """How much to measure. More runs give narrower intervals.
+    """How much to measure. More processes give narrower intervals.
 
     Attributes:
         name: a short name.
@@ -31,7 +31,7 @@ class Workload:
         turn_seconds: least duration of the timed runs of each process. A disturbance of a shared
             machine lasts some tenths of a second; a shorter process may be disturbed as a whole.
         processes: number of fresh processes, one after the other. Two processes differ more than
-            two runs of one process, so that intervals from a single process are too narrow.
+            two runs of one process, so that a single process proves nothing of others.
         seconds_per_batch: time for each point of the throughput sweep.
         cold_starts: number of fresh processes whose start is timed, per target; 0 for none.
         scenarios: MLPerf LoadGen scenarios to run.
