@@ -4,14 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.export.graph.embedders import Embedder
-from edgeclip.profiles.measure.interleaved_loads import LoadableTarget, measure_loads
+from edgeclip.profiles.measure.interleaved_loads import LoadableTarget, load_ratio, measure_loads
 from edgeclip.profiles.measure.interleaved_runs import repeat_rows
 from edgeclip.profiles.record.measurement import Measurement
-from edgeclip.profiles.record.timing_statistics import estimate_paired_ratio, surely_below
+from edgeclip.profiles.record.timing_statistics import surely_below
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.spec import Precision, Tower
 
@@ -72,12 +71,8 @@ def select_precision(
     ]
     measured = measure_loads(targets, workload, part=tower, reference=REFERENCE)
     found = dict(zip(loaders, measured, strict=True))
-    base = [np.array(runs) for runs in found[REFERENCE].samples_ms]
-    ratios = {
-        name: estimate_paired_ratio([np.array(runs) for runs in item.samples_ms], base)
-        for name, item in found.items()
-        if name != REFERENCE
-    }
+    base = found[REFERENCE]
+    ratios = {name: load_ratio(item, base) for name, item in found.items() if name != REFERENCE}
     surely = dict(zip(ratios, surely_below(list(ratios.values())), strict=True))
     faster = [name for name in ratios if surely[name]]
     notes = [

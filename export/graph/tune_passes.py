@@ -2,9 +2,8 @@
 
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,9 @@ from edgeclip.export.graph.graph_io import load_graph, save_graph
 from edgeclip.export.graph.graph_passes import GraphPass, passes_for
 from edgeclip.export.graph.graph_values import relative_error
 from edgeclip.export.graph.to_onnx import INTERCHANGE_FORM
-from edgeclip.profiles.measure.interleaved_runs import (
-    BenchmarkTarget,
-    measure_interleaved,
-    repeat_rows,
-)
-from edgeclip.profiles.record.measurement import Measurement
+from edgeclip.profiles.measure.interleaved_loads import LoadableTarget, load_ratio, measure_loads
+from edgeclip.profiles.measure.interleaved_runs import repeat_rows
+from edgeclip.profiles.record.timing_statistics import RatioEstimate, surely_below
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.engines.engine import open_engine
@@ -34,8 +30,7 @@ from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import in_batches, tower_feed
 
-_SECONDS = 2.0  # for the timed runs in one order, if reference and candidate are equally slow
-_FEWEST = 12  # runs, however slow a tower is
+_SECONDS = 4.0  # for the timed runs over all loads, if both graphs are equally slow
 TUNING_WORKLOAD = Workload(
     name="tune",
     description="latency at batch 1, enough to tell whether a rewrite helps",
@@ -53,81 +48,7 @@ MAX_RELATIVE_ERROR = 1e-5
 MAX_TIME_RATIO = 0.99
 _SAMPLES = 4  # inputs, on which a rewritten graph must give what it gave before
 
-Run = Callable[[NDArray[Any]], object]
-Opener = Callable[[], Run]
 RunGraph = Callable[[NDArray[Any]], dict[str, NDArray[Any]]]
-
-
-@dataclass(frozen=True, slots=True)
-class ABTiming:
-    """Interleaved measurements of a reference and a candidate."""
-
-    reference: Measurement
-    candidate: Measurement
-
-    @property
-    def ratio(self) -> Interval:
-        """The candidate's time divided by the reference's, over paired runs."""
-        assert self.candidate.ratio is not None
-        return self.candidate.ratio.ratio
-
-
-def ab_benchmark(
-    reference: Opener,
-    candidates: Sequence[Opener],
-    values: NDArray[Any],
-    *,
-    tower: Tower,
-    workload: Workload,
-    seconds: float = _SECONDS,
-) -> list[tuple[ABTiming, ...]]:
-    """Benchmark candidates against a reference, interleaved, with engines loaded in both orders.
-
-    Args:
-        reference, candidates: functions that open an engine and return one that runs a batch.
-        values: some of the tower's inputs [N, ...]; the first is timed.
-        tower: the tower.
-        workload: how much to measure; slow towers are run less often.
-        seconds: time for the runs of the reference and one equally slow candidate in one order.
-
-    Returns:
-        For each candidate one timing in each order.
-
-    Raises:
-        EngineError: an engine fails.
-    """
-    openers = (reference, *candidates)
-    found: list[list[ABTiming]] = [[] for _ in candidates]
-    for order in (range(len(openers)), range(len(openers))[::-1]):
-        first, *others = _interleaved(openers, order, values, tower, workload, seconds)
-        for timed, other in zip(found, others, strict=True):
-            timed.append(ABTiming(first, other))
-    return [tuple(timed) for timed in found]
-
-
-def _interleaved(
-    openers: Sequence[Opener],
-    order: Sequence[int],
-    values: NDArray[Any],
-    tower: Tower,
-    workload: Workload,
-    seconds: float,
-) -> tuple[Measurement, ...]:
-    """Load the engines in `order` and time them; return measurements in the order of `openers`."""
-    runs, make_batch = {at: openers[at]() for at in order}, repeat_rows(values[:1])
-    repeats = _repeats(runs[0], make_batch(1), workload.repeats, seconds)
-    candidates = [BenchmarkTarget(str(at), runs[at], make_batch) for at in range(len(openers))]
-    fits = replace(workload, repeats=repeats)
-    return measure_interleaved(candidates, fits, part=tower, reference=candidates[0].name)
-
-
-def _repeats(run: Run, values: NDArray[Any], most: int, seconds: float) -> int:
-    """Return how many rounds fit into the time."""
-    run(values)
-    began = time.perf_counter()
-    run(values)
-    each = max(time.perf_counter() - began, 1e-9)
-    return max(min(most, _FEWEST), min(most, int(seconds / (2 * each))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +58,8 @@ class PassOutcome:
     Attributes:
         name: the pass.
         places: number of places where it changed the graph.
-        ratio: time with the pass divided by time without, over paired runs, the worse of two
-            measurements; None if not measured.
+        ratio: time with the pass divided by time without, over loads of both; None if not
+            measured.
         error: largest relative error of an output, compared with the graph as it was given; None
             if the pass changed nothing or the engine refused the result.
         kept: whether the graph now has the pass.
@@ -174,9 +95,9 @@ def tune_graph(
 ) -> tuple[PassOutcome, ...]:
     """Apply to a graph, one after another, the passes that make it faster on this machine.
 
-    A pass is benchmarked twice against the graph with the passes kept before it. It is kept only if
-    the whole interval of the ratio is below `MAX_TIME_RATIO` both times, and all outputs are as
-    exact as rounding allows. The file is rewritten only if a pass is kept.
+    A pass is benchmarked against the graph with the passes kept before it, over several loads of
+    both. It is kept only if the ratio is surely below `MAX_TIME_RATIO`, at 97.5%, and all outputs
+    are as exact as rounding allows. The file is rewritten only if a pass is kept.
 
     Args:
         path: the graph, in fp32; other precisions are made of the result.
@@ -233,10 +154,16 @@ class _PassTuner:
         save_graph(changed, path)
         error = self._error(path)
         ratio = self._ratio(path) if error is not None and error <= MAX_RELATIVE_ERROR else None
-        kept = ratio is not None and ratio.high < MAX_TIME_RATIO
+        kept = ratio is not None and surely_below([ratio], MAX_TIME_RATIO)[0]
         if kept:
             self.model, self._path = load_graph(path), path
-        return PassOutcome(name=item.name, places=places, ratio=ratio, error=error, kept=kept)
+        return PassOutcome(
+            name=item.name,
+            places=places,
+            ratio=None if ratio is None else ratio.interval,
+            error=error,
+            kept=kept,
+        )
 
     def _open(self, path: Path) -> RunGraph:
         engine = open_engine(path, device=self._device)
@@ -261,16 +188,17 @@ class _PassTuner:
             for name, right in self._expected.items()
         )
 
-    def _ratio(self, path: Path) -> Interval:
-        """Measure twice, with engines loaded anew in both orders; return the worse result."""
-        (timings,) = ab_benchmark(
-            partial(self._open, self._path),
-            [partial(self._open, path)],
-            self._values,
-            tower=self._tower,
-            workload=self._workload,
+    def _ratio(self, path: Path) -> RatioEstimate:
+        """Time the changed graph and the present one in the same rounds of several loads."""
+        make_batch = repeat_rows(self._values[:1])
+        targets = [
+            LoadableTarget(name, partial(self._open, file), make_batch)
+            for name, file in (("present", self._path), ("changed", path))
+        ]
+        present, changed = measure_loads(
+            targets, self._workload, part=self._tower, reference="present", seconds=_SECONDS
         )
-        return max((item.ratio for item in timings), key=lambda ratio: ratio.high)
+        return load_ratio(changed, present)
 
 
 def tune_tower(

@@ -21,7 +21,13 @@ from edgeclip.profiles.measure.interleaved_runs import (
 )
 from edgeclip.profiles.record.conditions import add_cpu_times
 from edgeclip.profiles.record.measurement import Measurement, PairedRatio, Part, WarmUp
-from edgeclip.profiles.record.timing_statistics import Runs, latency_of, paired_ratio
+from edgeclip.profiles.record.timing_statistics import (
+    RatioEstimate,
+    Runs,
+    estimate_paired_ratio,
+    latency_of,
+    paired_ratio,
+)
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.errors import InputError
 
@@ -103,6 +109,12 @@ def measure_loads(
         _measurement(name, part, runs, None if name == reference else (reference, base))
         for name, runs in zip(names, by_target, strict=True)
     )
+
+
+def load_ratio(item: Measurement, base: Measurement) -> RatioEstimate:
+    """Estimate the ratio of times of two measurements of `measure_loads` over their loads."""
+    ours, theirs = ([np.array(runs) for runs in each.samples_ms] for each in (item, base))
+    return estimate_paired_ratio(ours, theirs)
 
 
 def _repeats(target: BenchmarkTarget, most: int, seconds: float) -> int:

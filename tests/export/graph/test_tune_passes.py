@@ -1,7 +1,6 @@
 """Benchmark graph passes against the unchanged graph, and keep those that help."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from edgeclip.export.graph.tune_passes import (
     MAX_TIME_RATIO,
     TUNING_WORKLOAD,
     PassOutcome,
-    ab_benchmark,
     tune_graph,
 )
 from edgeclip.runtime.device.device_profile import DeviceProfile
@@ -192,45 +190,3 @@ def test_the_line_says_what_happened() -> None:
         name="merge", places=6, ratio=Interval(0.9, 0.85, 0.95), error=1e-7, kept=True
     )
     assert str(outcome) == "merge: kept, 6 places, 0.900 [0.850, 0.950] of the time"
-
-
-Run = Callable[[NDArray[Any]], NDArray[Any]]
-
-SHORT = replace(TUNING_WORKLOAD, repeats=12, max_warmup_seconds=0.01)
-VALUES = np.arange(6.0).reshape(3, 2)
-
-
-class Openers:
-    """Engines that do next to nothing, and note when they are loaded and what they get."""
-
-    def __init__(self) -> None:
-        self.loaded: list[str] = []
-        self.given: list[NDArray[Any]] = []
-
-    def opener(self, name: str) -> Callable[[], Run]:
-        def run(values: NDArray[Any]) -> NDArray[Any]:
-            self.given.append(values)
-            return values
-
-        def opened() -> Run:
-            self.loaded.append(name)
-            return run
-
-        return opened
-
-
-def test_engines_are_loaded_anew_in_both_orders_and_run_on_the_first_input() -> None:
-    made = Openers()
-    (found,) = ab_benchmark(
-        made.opener("old"),
-        [made.opener("new")],
-        VALUES,
-        tower="image",
-        workload=SHORT,
-    )
-    assert made.loaded == ["old", "new", "new", "old"]
-    assert all(np.array_equal(values, VALUES[:1]) for values in made.given)
-    assert len(found) == 2
-    for item in found:
-        assert item.candidate.latency.runs == item.reference.latency.runs == 12
-        assert item.ratio.low <= item.ratio.value <= item.ratio.high
