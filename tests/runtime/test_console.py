@@ -1,9 +1,11 @@
 import io
+from math import inf
 
 import pytest
 
-from edgeclip.runtime.console import EscapedOutput, columns, escape_controls
+from edgeclip.runtime.console import EscapedOutput, columns, digits, escape_controls, interval_ends
 from edgeclip.runtime.errors import first_line
+from edgeclip.runtime.stats.interval import Interval
 
 
 def test_words_are_aligned_to_the_left_and_numbers_to_the_right() -> None:
@@ -47,3 +49,20 @@ def test_what_the_encoding_does_not_have_is_escaped(encoding: str, shown: str) -
 def test_colours_of_other_libraries_are_left_out_of_messages() -> None:
     assert first_line(ValueError("\x1b[1;31mbad\x1b[m graph\nmore")) == "bad graph"
     assert first_line(ValueError("\x1b[m")) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (1.22, 1.31, "1.22 to 1.31"),
+        (0.0, 1.31, "0 to 1.31"),
+        (1.22, inf, "at least 1.22"),
+        (-inf, 1.31, "at most 1.31"),
+        (0.0, inf, "not known"),  # of a time
+        (-inf, inf, "not known"),
+    ],
+)
+def test_ends_of_intervals_are_told_in_words_where_they_are_not_known(
+    low: float, high: float, told: str
+) -> None:
+    assert interval_ends(Interval(1.25, low, high), digits) == told

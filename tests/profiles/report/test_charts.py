@@ -1,5 +1,6 @@
 """Charts: every one is drawn, as valid SVG with real text, in the colours of the page."""
 
+import math
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from edgeclip.profiles.report.charts import (
 )
 from edgeclip.profiles.report.drawing import (
     Chart,
+    bounds,
     fit,
     place_labels,
     svg,
@@ -178,6 +180,40 @@ def test_nothing_to_draw_is_no_picture() -> None:
     for one in empty:
         assert svg(one) == ""
         assert one.description is not None
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("others", [(), (Interval(2.0, 1.5, 3.0),)])
+def test_ends_that_are_not_known_can_be_drawn(log: bool, others: tuple[Interval, ...]) -> None:
+    open_ends = (
+        Interval(1.0, 0.0, math.inf),
+        Interval(2.0, 1.5, math.inf),
+        Interval(3.0, -math.inf, math.inf),
+    )
+    values = (*open_ends, *others)
+    points = tuple(ScatterPoint(name=str(each.value), x=each, y=each) for each in values)
+    series = (Series("1 thread", values, values, tuple("1248"[: len(values)])),)
+    charts: tuple[Chart, ...] = (
+        ScatterChart(
+            title="t",
+            points=points,
+            x_name="x",
+            y_name="y",
+            y_log=log,
+            roofs=((open_ends[0], "peak"),),
+            slope=(1.0, "memory"),
+        ),
+        RowChart(
+            rows=tuple(DotRow("r", (Dot(one),)) for one in values),
+            axis_name="x",
+            title="t",
+            log=log,
+        ),
+        SweepChart(title="s", series=series, x_limits=bounds(values), y_limits=bounds(values)),
+    )
+    for one in charts:
+        paths = [node.attrib["d"] for node in ElementTree.fromstring(svg(one)).iter("path")]
+        assert not any("nan" in path or "inf" in path for path in paths)
 
 
 @settings(max_examples=5, deadline=None)
