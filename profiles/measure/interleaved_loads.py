@@ -98,9 +98,8 @@ def measure_loads(
             for at, target in enumerate(targets)
         ]
         if number == 0 and seconds is not None:
-            first = ready[names.index(reference)]
-            repeats = _repeats(first, workload.repeats, seconds / loads)
-            workload = replace(workload, repeats=repeats)
+            fitting = _repeats(ready[names.index(reference)], workload.repeats, seconds / loads)
+            workload = replace(workload, repeats=fitting)
         found.append(run_interleaved(ready, workload))
         del opened, ready  # so that the next load does not find the memory of two
     by_target = [[load[at] for load in found] for at in range(len(targets))]
