@@ -3,7 +3,7 @@
 Everything is simulated where the truth is known, with the product's own functions: students that
 keep exactly what is promised, or a little less, so that each certificate would be wrong; losses
 that are exactly the bound; streams without drift; programs that are as slow as is tolerated. Bars
-are the stated levels with two standard errors of the simulation on top. Power is printed beside
+are the stated levels with three standard errors of the simulation on top. Power is printed beside
 them: what a promise costs in what it cannot see. `regression_power.py` has the regression gate's
 cases in full.
 """
@@ -60,8 +60,8 @@ GATES: dict[str, Wrong] = {
 
 
 def most_wrong(repetitions: int) -> float:
-    """The level, and two standard errors of so many repetitions."""
-    return LEVEL + 2 * math.sqrt(LEVEL * (1 - LEVEL) / repetitions)
+    """The level, and three standard errors: two dozen bars are held at once."""
+    return LEVEL + 3 * math.sqrt(LEVEL * (1 - LEVEL) / repetitions)
 
 
 def errors(repetitions: int) -> Iterator[Bar]:
