@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,12 @@ MIB = 1 << 20
 
 def test_runs_are_timed_until_the_seconds_are_over() -> None:
     ran: list[None] = []
+    start = time.perf_counter()
     times = timed_runs(lambda: ran.append(None), seconds=0.02)
+    elapsed = time.perf_counter() - start
     assert len(ran) == len(times) + 1  # one is not timed
-    assert times.sum() == pytest.approx(0.02, rel=0.5)
+    assert elapsed >= 0.02
+    assert 0 < times.sum() <= elapsed
 
 
 def test_however_slow_it_runs_five_times() -> None:

@@ -221,8 +221,8 @@ def test_short_runs_are_repeated_more_often_in_a_turn() -> None:
 
     runs = {"slow": sleep("slow", 0.010), "fast": sleep("fast", 0.001)}
     found = interleaved_times(runs, 5, rounds.append)
-    assert np.median(found["slow"]) == pytest.approx(10, rel=0.3)
-    assert 1 <= np.median(found["fast"]) < 5
+    assert np.min(found["slow"]) >= 10  # milliseconds; a busy machine sleeps longer, never less
+    assert np.min(found["fast"]) >= 1
     assert len(found["slow"]) == len(found["fast"]) == 5
     assert calls["fast"] > calls["slow"] >= 2 * 5
     assert rounds == [1, 2, 3, 4, 5]
