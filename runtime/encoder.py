@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from edgeclip.runtime.arrays import FloatArray, Outputs
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import TOKENIZER_NAME
-from edgeclip.runtime.bundle.index import Hit, Index, LabelSet, bake_labels, check_embeddings
+from edgeclip.runtime.bundle.index import (
+    Hit,
+    Index,
+    LabelSet,
+    bake_labels,
+    check_embeddings,
+    embedder_of,
+)
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import ImageInput, as_image_list
 from edgeclip.runtime.inputs.preprocess import crop_batch
@@ -154,6 +161,15 @@ class Encoder:
         prepared = self.spec.image if tower == "image" else self.spec.text
         return " ".join([tower, runner.precision, *sorted(hashes), str(prepared)])
 
+    def embedder(self, tower: Tower) -> str:
+        """Name what embeds in 64 hexadecimal digits, see `embedder_of`. Loads the tower.
+
+        Raises:
+            BundleError, EngineError: the tower cannot be loaded.
+            InputError: the bundle was exported without a text tower.
+        """
+        return embedder_of(self.model_of(tower))
+
     @functools.cached_property
     def _tokenizer(self) -> "TextTokenizer":
         from edgeclip.runtime.inputs.tokenizer import TextTokenizer
@@ -263,7 +279,9 @@ class Encoder:
             InputError: no names, a name twice, a template without its one `{}`, or the bundle
                 was exported without a text tower.
         """
-        return bake_labels(names, templates, self.encode_text, self.space)
+        return bake_labels(
+            names, templates, self.encode_text, self.space, lambda: self.embedder("text")
+        )
 
     def classify(
         self,

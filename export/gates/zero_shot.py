@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.data.emoji_scenes import BACKGROUNDS, vocabulary
 from edgeclip.compress.data.sources import EmojiSource, FolderSource, Pair, Source
-from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.export.graph.embedders import torch_embedder
 from edgeclip.runtime.arrays import FloatArray
-from edgeclip.runtime.bundle.index import LabelSet, bake_labels
+from edgeclip.runtime.bundle.index import LabelSet, bake_labels, embedder_of
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.text_files import labels_file, read_label_file, split_names
@@ -46,7 +46,13 @@ def bake_labels_with_teacher(
         )
         return np.concatenate([embed(part) for part in parts])
 
-    return bake_labels(names, templates, encode, teacher.space)
+    return bake_labels(
+        names,
+        templates,
+        encode,
+        teacher.space,
+        lambda: embedder_of(f"text torch {space_fingerprint(teacher)}"),
+    )
 
 
 def read_label_names(argument: str) -> tuple[str, tuple[str, ...]]:

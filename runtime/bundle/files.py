@@ -15,7 +15,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
@@ -298,12 +298,55 @@ def cache_root() -> Path:
 
     $XDG_CACHE_HOME replaces ~/.cache if it is absolute (XDG Base Directory Specification).
     """
-    own = os.environ.get("EDGECLIP_CACHE")
+    return _user_folder("EDGECLIP_CACHE", "XDG_CACHE_HOME", ".cache")
+
+
+def state_root() -> Path:
+    """Return the folder of what this user's runs remember of earlier ones.
+
+    It is $EDGECLIP_STATE, by default ~/.local/state/edgeclip; $XDG_STATE_HOME replaces
+    ~/.local/state if it is absolute (XDG Base Directory Specification). Unlike a cache it cannot
+    be made again: promises rest on what it holds.
+    """
+    return _user_folder("EDGECLIP_STATE", "XDG_STATE_HOME", ".local/state")
+
+
+def _user_folder(own_name: str, shared_name: str, below_home: str) -> Path:
+    own = os.environ.get(own_name)
     if own:
         return Path(own).expanduser()
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    base = shared if shared.is_absolute() else home_folder() / ".cache"
+    shared = Path(os.environ.get(shared_name, ""))
+    base = shared if shared.is_absolute() else home_folder() / below_home
     return base / "edgeclip"
+
+
+@contextmanager
+def lock_file(target: Path) -> Iterator[None]:
+    """Wait for, and hold, the lock of a file that is read, changed and written again.
+
+    The lock is `NAME.lock` beside it, and ends with the process that holds it. On Windows, and on
+    file systems without locks, nobody waits.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path = target.with_name(target.name + ".lock")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}") from error
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def home_folder() -> Path:
@@ -470,9 +513,16 @@ def write_npz(
 
 
 def read_npz(
-    path: Path, kind: str, meta_keys: frozenset[str], array_keys: frozenset[str]
+    path: Path,
+    kind: str,
+    meta_keys: frozenset[str],
+    array_keys: frozenset[str],
+    *,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Read a file of `write_npz`; return its metadata without the kind, and its arrays.
+
+    `defaults` are for metadata that older files lack.
 
     Raises:
         InputError: missing or damaged file, another kind, or other keys than the given.
@@ -492,6 +542,7 @@ def read_npz(
         raise InputError(
             f"{path} is of kind {found!r}, and {kind!r} is needed: give the file that belongs here"
         )
+    meta = {**(defaults or {}), **meta}
     for wanted, got in ((meta_keys, frozenset(meta)), (array_keys, frozenset(arrays))):
         if wanted != got:
             raise InputError(

@@ -21,6 +21,7 @@ from edgeclip.runtime.spec import as_text_list
 _UNIT_TOLERANCE = 5e-3
 _INDEX_KIND = "edgeclip-index-1"
 _LABELS_KIND = "edgeclip-labels-1"
+_NO_EMBEDDER = {"embedder": ""}  # of files that were written before it was kept
 _DIGEST = 8  # bytes of the hash that tells an embedding from all others of an index
 _SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32
 
@@ -38,12 +39,13 @@ class Index:
     """Keys, such as file paths or texts, with one embedding each; a key may occur again.
 
     `embeddings` is float32 [N, dim], L2-normalised, made in the embedding space whose
-    fingerprint is `space`.
+    fingerprint is `space`, by the tower that `embedder` names (see `embedder_of`; "" if unknown).
     """
 
     keys: tuple[str, ...]
     embeddings: FloatArray
     space: str
+    embedder: str = ""
 
     def __post_init__(self) -> None:
         """Check keys and embeddings.
@@ -97,7 +99,7 @@ class Index:
         Raises:
             InputError: the file cannot be written.
         """
-        meta = {"keys": self.keys, "space": self.space}
+        meta = {"keys": self.keys, "space": self.space, "embedder": self.embedder}
         write_npz(path, _INDEX_KIND, meta, {"embeddings": self.embeddings})
 
     @classmethod
@@ -107,11 +109,14 @@ class Index:
         Raises:
             InputError: missing or damaged file, or not an index.
         """
+        keys = frozenset({"keys", "space", "embedder"})
         meta, arrays = read_npz(
-            path, _INDEX_KIND, frozenset({"keys", "space"}), frozenset({"embeddings"})
+            path, _INDEX_KIND, keys, frozenset({"embeddings"}), defaults=_NO_EMBEDDER
         )
         try:
-            return cls(text_tuple(meta["keys"]), arrays["embeddings"], meta["space"])
+            return cls(
+                text_tuple(meta["keys"]), arrays["embeddings"], meta["space"], _text(meta, path)
+            )
         except InputError as error:
             raise InputError(f"{path} is damaged: {error}") from error
 
@@ -122,6 +127,18 @@ class Index:
             SpaceMismatchError: the fingerprints differ.
         """
         check_space(space, self.space, "the index")
+
+
+def embedder_of(model: str) -> str:
+    """Return the digest that names what embeds: SHA-256 of `Encoder.model_of`, 64 hex digits."""
+    return hashlib.sha256(model.encode()).hexdigest()
+
+
+def _text(meta: dict[str, Any], path: Path) -> str:
+    embedder = meta["embedder"]
+    if not isinstance(embedder, str):
+        raise InputError(f"the embedder in {path} is no text")
+    return embedder
 
 
 def _best(scores: NDArray[np.float32], top: int) -> NDArray[np.intp]:
@@ -167,7 +184,7 @@ class IndexUpdate:
 
     def __init__(self, out: Path, *, space: str, model: str, dim: int, replace: bool) -> None:
         self._out = out
-        self._space = space
+        self._space, self._embedder = space, embedder_of(model)
         settings = {"space": space, "model": model}
         part = out.with_name(out.name + ".part")
         self._contents_path = out.with_name(out.name + ".contents")
@@ -241,7 +258,13 @@ class IndexUpdate:
         embeddings = rows
         if self._old is not None and others:
             embeddings = np.concatenate([self._old.embeddings[others], rows])
-        index = Index((*(old_keys[n] for n in others), *keys), embeddings, self._space)
+        of_others = self._old.embedder if self._old is not None and others else self._embedder
+        index = Index(
+            (*(old_keys[n] for n in others), *keys),
+            embeddings,
+            self._space,
+            self._embedder if of_others == self._embedder else "",
+        )
         if self._old is None:  # or a kill would leave contents that are not of this index's model
             self._contents_path.unlink(missing_ok=True)
         index.save(self._out)
@@ -322,13 +345,15 @@ class LabelSet:
     """Class names with one text embedding each.
 
     `embeddings` is float32 [K, dim], L2-normalised, made in the embedding space whose
-    fingerprint is `space`, from `templates` such as "a photo of a {}".
+    fingerprint is `space`, from `templates` such as "a photo of a {}", by the tower that `embedder`
+    names (see `embedder_of`; "" if unknown).
     """
 
     names: tuple[str, ...]
     embeddings: NDArray[np.float32]
     space: str
     templates: tuple[str, ...] = ()
+    embedder: str = ""
 
     def __post_init__(self) -> None:
         """Check names and embeddings.
@@ -338,13 +363,25 @@ class LabelSet:
         """
         check_keyed("label", self.names, self.embeddings, self.space)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of names and embeddings, 64 hexadecimal digits."""
+        found = hashlib.sha256("\0".join(self.names).encode())
+        found.update(np.ascontiguousarray(self.embeddings, dtype="<f4").tobytes())
+        return found.hexdigest()
+
     def save(self, path: Path) -> None:
         """Write the label set to an npz file, atomically.
 
         Raises:
             InputError: the file cannot be written.
         """
-        meta = {"names": self.names, "templates": self.templates, "space": self.space}
+        meta = {
+            "names": self.names,
+            "templates": self.templates,
+            "space": self.space,
+            "embedder": self.embedder,
+        }
         write_npz(path, _LABELS_KIND, meta, {"embeddings": self.embeddings})
 
     @classmethod
@@ -354,14 +391,17 @@ class LabelSet:
         Raises:
             InputError: missing or damaged file, or not a label set.
         """
-        keys = frozenset({"names", "templates", "space"})
-        meta, arrays = read_npz(path, _LABELS_KIND, keys, frozenset({"embeddings"}))
+        keys = frozenset({"names", "templates", "space", "embedder"})
+        meta, arrays = read_npz(
+            path, _LABELS_KIND, keys, frozenset({"embeddings"}), defaults=_NO_EMBEDDER
+        )
         try:
             return cls(
                 names=text_tuple(meta["names"]),
                 embeddings=arrays["embeddings"],
                 space=meta["space"],
                 templates=text_tuple(meta["templates"]),
+                embedder=_text(meta, path),
             )
         except InputError as error:
             raise InputError(f"{path} is damaged: {error}") from error
@@ -380,6 +420,7 @@ def bake_labels(
     templates: Sequence[str],
     encode: Callable[[list[str]], NDArray[np.float32]],
     space: str,
+    embedder: Callable[[], str] = str,
 ) -> LabelSet:
     """Embed label names: each label's embedding is the normalised mean over all templates.
 
@@ -390,6 +431,7 @@ def bake_labels(
         templates: sentences, each with one `{}` for the name.
         encode: the text tower, texts -> float32 [N, dim], L2-normalised.
         space: fingerprint of its embedding space.
+        embedder: gives the name of what embedded, see `embedder_of`.
 
     Raises:
         InputError: no names, a repeated name, one that is not a str, or a template without
@@ -408,7 +450,13 @@ def bake_labels(
     texts = [template.replace("{}", name) for name in names for template in templates]
     mean = encode(texts).reshape(len(names), len(templates), -1).mean(axis=1)
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
-    return LabelSet(names=tuple(names), embeddings=mean, space=space, templates=tuple(templates))
+    return LabelSet(
+        names=tuple(names),
+        embeddings=mean,
+        space=space,
+        templates=tuple(templates),
+        embedder=embedder(),
+    )
 
 
 def cosines(ours: NDArray[Any], reference: NDArray[Any]) -> Values:
