@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -13,6 +12,8 @@ from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sources import FolderSource, Source, captions_of
 from edgeclip.export.graph.embedders import check_captions
 from edgeclip.runtime.arrays import FloatArray
+from edgeclip.runtime.bundle.index import LabelSet
+from edgeclip.runtime.cascade.certificate import Task
 from edgeclip.runtime.cascade.scores import embed_views
 from edgeclip.runtime.encoder import DEFAULT_TEMPLATES, Encoder
 from edgeclip.runtime.errors import ConfigError
@@ -71,7 +72,7 @@ class CascadeEvalSet:
                 check_captions(source, "retrieval (without --labels)")
 
     @property
-    def task(self) -> Literal["retrieval", "zero-shot"]:
+    def task(self) -> Task:
         """The kind of task."""
         return "zero-shot" if self.gallery is None else "retrieval"
 
@@ -83,16 +84,26 @@ class CascadeEvalSet:
     @property
     def identity(self) -> str:
         """SHA-256 over the identities of queries and entries, 64 hex digits."""
-        gallery = "" if self.gallery is None else self.gallery.identity
-        parts = (self.query, self.calibration.identity, self.test.identity, gallery)
-        return hashlib.sha256(
-            "\n".join((*parts, *self.labels, *self.templates)).encode()
-        ).hexdigest()
+        parts = (self.query, self.calibration.identity, self.test.identity, self.entries_identity)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def embed_entries(self, encoder: Encoder) -> Entries:
-        """Embed the entries that all queries choose from."""
+    @property
+    def entries_identity(self) -> str:
+        """A string that changes whenever the entries do."""
+        gallery = "" if self.gallery is None else self.gallery.identity
+        return "\n".join((gallery, *self.labels, *self.templates))
+
+    def bake_labels(self, encoder: Encoder) -> LabelSet | None:
+        """Embed the labels that all pictures choose from; None in retrieval."""
+        if self.gallery is not None:
+            return None
+        return encoder.bake_labels(self.labels, self.templates)
+
+    def embed_entries(self, encoder: Encoder, labels: LabelSet | None) -> Entries:
+        """Embed the entries that all queries choose from; `labels` are those of `bake_labels`."""
         if self.gallery is None:
-            return Entries(self.labels, encoder.bake_labels(self.labels, self.templates).embeddings)
+            assert labels is not None
+            return Entries(labels.names, labels.embeddings)
         return Entries(_keys(self.gallery), self._embed_other_side(encoder, self.gallery))
 
     def embed_answers(self, encoder: Encoder, source: Source, entries: Entries) -> Entries:

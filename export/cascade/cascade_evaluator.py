@@ -2,22 +2,31 @@
 
 import functools
 import io
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from edgeclip.compress.data.clusters import (
+    ClusterBy,
+    embedding_clusters,
+    folder_clusters,
+    time_clusters,
+)
+from edgeclip.compress.data.near_duplicates import copies_cosine
 from edgeclip.compress.data.sources import FolderSource, Source
-from edgeclip.export.cascade.cascade_eval_set import CascadeEvalSet, Entries
+from edgeclip.export.cascade.cascade_eval_set import CascadeEvalSet, Entries, embed_pictures
 from edgeclip.export.cascade.cascade_report import Costs
 from edgeclip.profiles.measure.interleaved_runs import BenchmarkTarget, measure_interleaved
 from edgeclip.profiles.record.measurement import Measurement
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.arrays import FloatArray, Values
 from edgeclip.runtime.bundle.index import check_space
-from edgeclip.runtime.cascade.certificate import Flags, PairedOutcomes
+from edgeclip.runtime.cascade.certificate import CertifiedLabels, Flags, PairedOutcomes
 from edgeclip.runtime.cascade.scores import Margin, Score, Similarities, check_score, embed_views
 from edgeclip.runtime.console import progress_bar
 from edgeclip.runtime.device.link import LinkProfile
@@ -25,6 +34,9 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.quality.retrieval import TIE
 from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.stats.clusters import Clusters
+
+_log = logging.getLogger(__name__)
 
 IndexBy = Literal["teacher", "student"]
 _AT_ONCE = 128  # queries whose cosines with all entries are held at a time
@@ -58,17 +70,36 @@ class CascadeEvaluator:
         self._student, self._teacher = student, teacher
         self._eval_set, self._score = eval_set, score
         self._indexer = teacher if index_by == "teacher" else student
+        self._pictures: dict[int, tuple[Source, FloatArray]] = {}
+
+    @property
+    def embedder(self) -> str:
+        """Name of what embeds the entries, see `Encoder.embedder`."""
+        return self._indexer.embedder("text" if self._eval_set.query == "image" else "image")
+
+    @functools.cached_property
+    def labels(self) -> CertifiedLabels | None:
+        """The label sets of zero-shot classification; None in retrieval."""
+        teachers = self._eval_set.bake_labels(self._teacher)
+        if teachers is None:
+            return None
+        entries = teachers
+        if self._indexer is not self._teacher:
+            entries = self._eval_set.bake_labels(self._indexer) or teachers
+        return CertifiedLabels(entries=entries, teacher=teachers)
 
     @functools.cached_property
     def _teachers_entries(self) -> Entries:
-        return self._eval_set.embed_entries(self._teacher)
+        labels = None if self.labels is None else self.labels.teacher
+        return self._eval_set.embed_entries(self._teacher, labels)
 
     @functools.cached_property
     def entries(self) -> Entries:
         """The entries that the student's queries choose from."""
         if self._indexer is self._teacher:
             return self._teachers_entries
-        return self._eval_set.embed_entries(self._indexer)
+        labels = None if self.labels is None else self.labels.entries
+        return self._eval_set.embed_entries(self._indexer, labels)
 
     def scores(self, source: Source) -> Values:
         """Confidence scores of the student's answers to a source's queries: float64 [N].
@@ -80,8 +111,49 @@ class CascadeEvaluator:
         answers = self._eval_set.embed_answers(self._indexer, source, self.entries)
         return self._student_answers(source, answers)[0]
 
-    def paired_outcomes(self, source: Source) -> PairedOutcomes:
+    def clusters(self, source: Source, by: ClusterBy) -> Clusters | None:
+        """Return which queries of a source belong together, int64 [N]; None if none do.
+
+        By embedding, two pictures do that the teacher finds as alike as a picture and its copy
+        (`copies_cosine`).
+
+        Raises:
+            ConfigError: the source has no folders.
+            InputError: a picture cannot be read.
+            EngineError: a tower cannot be run.
+        """
+        if by == "none":
+            return None
+        if by == "folder":
+            return folder_clusters(source)
+        if by == "time":
+            return time_clusters(source)
+        spec = self._teacher.spec.image
+
+        def embed(pictures: Sequence[Image.Image]) -> FloatArray:
+            return self._teacher.encode_pixels(crop_batch(list(pictures), spec))
+
+        threshold = copies_cosine(source, range(len(source)), embed, side=spec.size)
+        found = embedding_clusters(self._teachers_pictures(source), threshold)
+        _log.info(
+            "%d pictures are %d independent groups: nearly the same are those with a cosine of "
+            "%.3f or more",
+            len(found),
+            len(np.unique(found)),
+            threshold,
+        )
+        return found
+
+    def _teachers_pictures(self, source: Source) -> FloatArray:
+        """Embed the pictures of a source by the teacher, once."""
+        if id(source) not in self._pictures:
+            self._pictures[id(source)] = (source, embed_pictures(self._teacher, source)[0])
+        return self._pictures[id(source)][1]
+
+    def paired_outcomes(self, source: Source, clusters: Clusters | None = None) -> PairedOutcomes:
         """Answer a source's queries with student and teacher, and pair the outcomes.
+
+        `clusters` are those of `clusters`.
 
         Raises:
             InputError: a picture cannot be read.
@@ -90,12 +162,23 @@ class CascadeEvaluator:
         eval_set = self._eval_set
         answers = eval_set.embed_answers(self._indexer, source, self.entries)
         scores, student = self._student_answers(source, answers)
-        queries, _ = eval_set.embed_queries(self._teacher, source)
+        if eval_set.query == "image":
+            queries = self._teachers_pictures(source)
+        else:
+            queries, _ = eval_set.embed_queries(self._teacher, source)
         escalated = teacher = _right(queries, self.entries, answers)
         if self._indexer is not self._teacher:
             own = eval_set.embed_answers(self._teacher, source, self._teachers_entries)
             teacher = _right(queries, self._teachers_entries, own)
-        return PairedOutcomes(scores=scores, student=student, escalated=escalated, teacher=teacher)
+        if eval_set.task == "zero-shot":  # the teacher brings its own labels
+            escalated = teacher
+        return PairedOutcomes(
+            scores=scores,
+            student=student,
+            escalated=escalated,
+            teacher=teacher,
+            clusters=clusters,
+        )
 
     def _student_answers(self, source: Source, answers: Entries) -> tuple[Values, Flags]:
         queries, views = self._eval_set.embed_queries(self._student, source, self._score.views)

@@ -1,5 +1,6 @@
 """Report a cascade: quality, time and bytes for each threshold, as text and as an HTML page."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ from edgeclip.runtime.cascade.certificate import (
 from edgeclip.runtime.console import columns as text_columns
 from edgeclip.runtime.console import digits, percent, percent_interval
 from edgeclip.runtime.device.link import LinkProfile
-from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_ratio
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.shares import estimate_kept, estimate_share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,8 @@ class CurvePoint:
         threshold: queries with a lower score are escalated.
         escalated: their share.
         quality: share of right answers, with its 95% interval.
-        kept: quality divided by the teacher's, likewise, paired by query.
+        kept: quality divided by the teacher's, likewise, paired by query. Its upper end is
+            infinite where the teacher has too few right answers to compare with.
         certified: whether the certificate holds for this threshold.
         mean_ms: time of a query; None if nothing was measured.
         mean_bytes: bytes of a query that go up.
@@ -108,7 +110,7 @@ def curve(
         rows: how many points to aim at, 2 or more.
 
     Raises:
-        InputError: the teacher has too few right answers to compare with.
+        InputError: the teacher has no right answer to compare with.
     """
     shares = [outcomes.escalated_share(threshold) for threshold in grid]
     wanted = [(step / (rows - 1)) ** 2 for step in range(rows)]
@@ -132,12 +134,18 @@ def _point(
     return CurvePoint(
         threshold=threshold,
         escalated=share,
-        quality=bootstrap(right),
-        kept=bootstrap_ratio(right, outcomes.teacher),
+        quality=estimate_share(right, outcomes.clusters).interval,
+        kept=estimate_kept(right, outcomes.teacher, outcomes.clusters).interval,
         certified=certified,
         mean_ms=None if costs is None else costs.mean_ms(share),
         mean_bytes=None if costs is None else share * costs.query_bytes,
     )
+
+
+def _span(kept: Interval) -> str:
+    if math.isfinite(kept.high):
+        return percent_interval(kept)
+    return f"at least {percent(kept.low)}"
 
 
 def _row(point: CurvePoint, costs: Costs | None) -> list[str]:
@@ -146,7 +154,7 @@ def _row(point: CurvePoint, costs: Costs | None) -> list[str]:
         percent(point.quality.value),
         percent_interval(point.quality),
         percent(point.kept.value),
-        percent_interval(point.kept),
+        _span(point.kept),
         "yes" if point.certified else "no",
     ]
     if costs is None or point.mean_ms is None or point.mean_bytes is None:
@@ -213,7 +221,7 @@ def _chart(report: CascadeReport) -> BandChart:
     return BandChart(
         title="Quality kept against the share of queries escalated",
         x=tuple(point.escalated for point in report.points),
-        y=tuple(point.kept for point in report.points),
+        y=tuple(map(_drawn, report.points)),
         x_name=name if costs is None else f"{name}, and mean ms",
         y_name="share of the teacher's quality that is kept",
         below={} if costs is None else {share: digits(costs.mean_ms(share)) for share in shares},
@@ -224,6 +232,12 @@ def _chart(report: CascadeReport) -> BandChart:
     )
 
 
+def _drawn(point: CurvePoint) -> Interval:
+    """The share kept, with an end that can be drawn: no more is kept than if all were right."""
+    kept, most = point.kept, point.kept.value / max(point.quality.value, 1e-3)
+    return kept if math.isfinite(kept.high) else Interval(kept.value, kept.low, most)
+
+
 def _chosen_point(report: CascadeReport) -> CurvePoint | None:
     if report.certificate is None:
         return None
@@ -232,8 +246,8 @@ def _chosen_point(report: CascadeReport) -> CurvePoint | None:
 
 def _caption(report: CascadeReport) -> str:
     words = (
-        "Each point of the line is a threshold; the shade is its 95% bootstrap interval, paired by "
-        "query, one threshold at a time. The certificate holds for the marked point and for all "
+        "Each point of the line is a threshold; the shade is its 95% interval, paired by query, "
+        "one threshold at a time. The certificate holds for the marked point and for all "
         "thresholds tried that escalate more."
     )
     costs = report.costs
@@ -268,7 +282,7 @@ def _point_cells(point: CurvePoint, costs: Costs | None, chosen: bool) -> tuple[
         Cell(percent(point.escalated), tone=tone),
         Cell(ends.get(point.threshold, f"{point.threshold:.4f}")),
         Cell(percent(point.quality.value), percent_interval(point.quality)),
-        Cell(percent(point.kept.value), percent_interval(point.kept)),
+        Cell(percent(point.kept.value), _span(point.kept)),
         Cell("chosen" if chosen else "yes" if point.certified else "no", tone=tone),
     ]
     if costs is not None and point.mean_ms is not None and point.mean_bytes is not None:
@@ -288,14 +302,19 @@ def _certificate(found: Certificate | None) -> Section | None:
     tested = found.tested_on
     facts = {
         "bound": f"{percent(found.bound)} of the teacher's top-1 quality",
-        "confidence": f"{percent(1 - found.delta)} (p = {found.p_value:.2g})",
-        "tested on": f"{tested.data}: {tested.count:,} queries, {tested.entries:,} entries each, "
-        f"embedded by the {tested.index_by}",
+        "task": found.task,
+        "confidence": f"{percent(1 - found.delta)} (p = {found.p_value:.2g}, where "
+        f"{found.tested_at:.2g} was needed)",
+        "tested on": f"{tested.data}: {tested.count:,} queries in {tested.clusters:,} groups of "
+        f"{tested.largest:,} at most",
+        "assumed": tested.assumed,
         "student": f"{found.student.name}, {found.query} tower in {found.student.precision}",
         "teacher": f"{found.teacher.name}, {found.query} tower in {found.teacher.precision}",
         "score": f"{found.score.kind}, escalated below {found.threshold:.6g}",
         "escalated": f"{percent(found.escalated.value)} of the queries "
-        f"({percent_interval(found.escalated)})",
+        f"({percent_interval(found.escalated)}, which the device watches)",
+        "teacher not reached": f"the student's own answers, {percent(found.quality.student.value)} "
+        f"right ({percent_interval(found.quality.student)}), without a promise",
         "space": found.space[:16],
         "made": f"{found.created} by {found.command}",
     }

@@ -1,16 +1,19 @@
 """Certify a cascade: choose a threshold by fixed-sequence testing on labelled queries."""
 
+import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 
+from edgeclip.compress.data.clusters import ASSUMED, ClusterBy
 from edgeclip.export.cascade.cascade_eval_set import CascadeEvalSet
 from edgeclip.export.cascade.cascade_evaluator import CascadeEvaluator, IndexBy
-from edgeclip.runtime.arrays import Values
+from edgeclip.export.cascade.ledger import Group, Hypothesis, Turn, item_hashes, take_turn
 from edgeclip.runtime.cascade.certificate import (
     ESCALATE_ALL,
     Certificate,
@@ -18,62 +21,20 @@ from edgeclip.runtime.cascade.certificate import (
     Quality,
     QuerySet,
     TowerIdentity,
+    needs_teacher,
     threshold_grid,
 )
-from edgeclip.runtime.cascade.drift import ScoreSample
+from edgeclip.runtime.cascade.drift import ESCALATED_ERROR
 from edgeclip.runtime.cascade.scores import Score
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_ratio
 from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.stats.betting import betting_p_value
+from edgeclip.runtime.stats.clusters import Clusters
 from edgeclip.runtime.stats.interval import Interval
+from edgeclip.runtime.stats.shares import estimate_kept, estimate_share
 
 _log = logging.getLogger(__name__)
-
-PValue = Callable[[Values, float, float], float]  # of values in [low, high]
-
-_STAKES = 30
-_ORDER_SEED = 0
-
-
-def hoeffding_bentkus_p_value(values: Values, low: float, high: float) -> float:
-    """Return the p-value of "the mean of `values` [N] in [low, high] is at most 0".
-
-    The smaller of Hoeffding's (1963) bound in its relative-entropy form and e times a
-    binomial tail (Bentkus 2004), as Bates et al. (2021) join them. It sees the mean alone, so
-    it is wide where most values are close to their mean.
-    """
-    count = len(values)
-    losses = (high - values) / (high - low)
-    mean, null = float(losses.mean()), high / (high - low)
-    if mean >= null:
-        return 1.0
-    hoeffding = math.exp(-count * _relative_entropy(mean, null))
-    bentkus = math.e * _binomial_tail(math.ceil(count * mean), count, null)
-    return min(1.0, hoeffding, bentkus)
-
-
-def betting_p_value(values: Values, low: float, high: float) -> float:
-    """Return the p-value of "the mean of `values` [N] in [low, high] is at most 0", low < 0 < high.
-
-    Under that hypothesis no bet on the values pays: the mean over stakes s of
-    prod(1 + s x value), with 0 < s < -1 / low, is a nonnegative supermartingale that begins at
-    1, so by Ville's inequality it ever reaches 1/p with probability at most p (Waudby-Smith and
-    Ramdas 2024, section 4; a grid of stakes instead of one that is guessed). It profits from
-    values that vary little. The values come in an order that does not depend on them.
-
-    Raises:
-        ValueError: `low` is not below 0.
-    """
-    if low >= 0:
-        raise ValueError(f"a bet needs values that may be negative, not low = {low}")
-    stakes = np.arange(1, _STAKES + 1) / (_STAKES + 1) / -low
-    distinct, which = np.unique(values, return_inverse=True)
-    gains = np.log1p(np.outer(distinct, stakes))  # few values differ: answers are right or wrong
-    wealth = np.cumsum(gains[which], axis=0)
-    largest = wealth.max(axis=1)
-    mean = largest + np.log(np.exp(wealth - largest[:, None]).mean(axis=1))
-    return math.exp(-max(0.0, float(mean.max())))
 
 
 def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
@@ -87,15 +48,6 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
             break
         rejected += 1
     return rejected
-
-
-def share_error(count: int, delta: float) -> float:
-    """Bound the error of the share of scores below any threshold, from `count` samples.
-
-    With probability 1 - delta, for all thresholds at once (Dvoretzky, Kiefer and Wolfowitz 1956
-    with Massart's constant 1990), so it holds for a threshold chosen on the same samples.
-    """
-    return math.sqrt(math.log(2 / delta) / (2 * count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,45 +65,38 @@ def choose_threshold(
     *,
     bound: float,
     delta: float,
-    p_value: PValue = betting_p_value,
+    order: Sequence[int] | None = None,
 ) -> CertifiedThreshold | None:
     """Choose the lowest certified threshold by fixed-sequence testing; None if there is none.
 
+    One bet is made on each cluster: on the sum of its surplus over the size of the largest one,
+    so that the promise is one of queries, not of clusters.
+
     Args:
-        outcomes: answers to independent queries that `grid` was not made from.
+        outcomes: answers to queries that `grid` was not made from.
         grid: thresholds from the one that escalates most to the one that escalates least, as
             `threshold_grid` makes them.
         bound: the share of the teacher's quality to certify, in (0, 1].
         delta: the chance of a wrong certificate that is accepted, in (0, 1).
-        p_value: p-value of "the mean of these values in [low, high] is at most 0".
+        order: the clusters in the order of the bets, as positions among the sorted ids of
+            `outcomes.clusters`; by default as they come. It must not depend on the outcomes.
     """
-    order = np.random.default_rng(_ORDER_SEED).permutation(len(outcomes))
+    ids = np.arange(len(outcomes)) if outcomes.clusters is None else outcomes.clusters
+    distinct, which, sizes = np.unique(ids, return_inverse=True, return_counts=True)
+    places = np.arange(len(distinct)) if order is None else np.asarray(order, dtype=np.int64)
+    largest = sizes.max()
     found: list[float] = []
 
     def tested() -> Iterable[float]:
         for threshold in grid:
-            found.append(p_value(outcomes.surplus(threshold, bound)[order], -bound, 1.0))
+            sums = np.bincount(which, outcomes.surplus(threshold, bound)) / largest
+            found.append(betting_p_value(sums[places], -bound))
             yield found[-1]
 
     certified = fixed_sequence_test(tested(), delta)
     if certified == 0:
         return None
     return CertifiedThreshold(grid[certified - 1], found[certified - 1], certified)
-
-
-def _relative_entropy(seen: float, null: float) -> float:
-    """Return the Kullback-Leibler divergence of two Bernoullis, with 0 <= seen < null < 1."""
-    rest = (1 - seen) * math.log((1 - seen) / (1 - null))
-    return rest if seen == 0 else seen * math.log(seen / null) + rest
-
-
-def _binomial_tail(most: int, count: int, share: float) -> float:
-    """Return P(Binomial(count, share) <= most)."""
-    number = np.arange(most + 1)
-    logs = np.array([math.lgamma(n + 1) + math.lgamma(count - n + 1) for n in number])
-    logs = math.lgamma(count + 1) - logs
-    logs += number * math.log(share) + (count - number) * math.log1p(-share)
-    return float(np.exp(np.logaddexp.reduce(logs)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -166,6 +111,9 @@ class CascadePlan:
         bound: the share of the teacher's quality to keep.
         delta: the accepted chance of a wrong certificate.
         index_by: which encoder embeds the entries.
+        cluster_by: how queries that depend on each other are found.
+        ledger: file that keeps which hypotheses were tried; None for none, so that the promise is
+            one of a single try.
         command: the command line, for the record.
 
     Raises:
@@ -180,6 +128,8 @@ class CascadePlan:
     bound: float = 0.95
     delta: float = 0.05
     index_by: IndexBy = "teacher"
+    cluster_by: ClusterBy = "none"
+    ledger: Path | None = None
     command: str
 
     def __post_init__(self) -> None:
@@ -222,12 +172,16 @@ class CertificationResult:
         outcomes: the answers of student and teacher to the test queries.
         grid: the thresholds, from the one that escalates most to the one that escalates least.
         chosen: the lowest certified threshold; None if none is certified.
+        turn: which part of delta the try had, and why.
+        tested_at: that part.
         certificate: the certificate of `chosen`; None if every query would have to be escalated.
     """
 
     outcomes: PairedOutcomes
     grid: tuple[float, ...]
     chosen: CertifiedThreshold | None
+    turn: Turn
+    tested_at: float
     certificate: Certificate | None
 
     @property
@@ -255,54 +209,132 @@ def certify(
     evaluator, eval_set = evaluator or plan.evaluator(), plan.eval_set
     _log.info("asking the student about %s ...", eval_set.calibration.name)
     calibration = evaluator.scores(eval_set.calibration)
+    grid = threshold_grid(calibration)
+    clusters = evaluator.clusters(eval_set.test, plan.cluster_by)
+    groups = _groups(item_hashes(eval_set.test), clusters)
+    if len(groups) < 2:
+        raise InputError(
+            f"all queries of {eval_set.test.name} belong together by {plan.cluster_by}, so they "
+            "are one observation: give pictures of more, or another --cluster-by"
+        )
+    # Before the outcomes: a try that was stopped halfway has been seen as well.
+    turn = take_turn(plan.ledger, _hypothesis(plan, evaluator, groups), groups)
+    tested_at = turn.part_of(plan.delta)
     _log.info("asking student and teacher about %s ...", eval_set.test.name)
-    outcomes = evaluator.paired_outcomes(eval_set.test)
+    outcomes = evaluator.paired_outcomes(eval_set.test, clusters)
     if not outcomes.teacher.any():
         raise InputError("the teacher has no answer right: give it queries that it can answer")
-    grid = threshold_grid(calibration)
     _log.info("testing %d thresholds ...", len(grid))
-    chosen = choose_threshold(outcomes, grid, bound=plan.bound, delta=plan.delta)
+    chosen = choose_threshold(outcomes, grid, bound=plan.bound, delta=tested_at, order=turn.order)
     certificate = None
     if chosen is not None and chosen.threshold < ESCALATE_ALL:
-        certificate = _certificate(plan, outcomes, calibration, chosen)
-    return CertificationResult(outcomes=outcomes, grid=grid, chosen=chosen, certificate=certificate)
+        certificate = _certificate(plan, evaluator, outcomes, len(grid), chosen, turn)
+    return CertificationResult(
+        outcomes=outcomes,
+        grid=grid,
+        chosen=chosen,
+        turn=turn,
+        tested_at=tested_at,
+        certificate=certificate,
+    )
+
+
+def escalated_interval(outcomes: PairedOutcomes, threshold: float, tried: int) -> Interval:
+    """Return the escalated share at a threshold that was chosen among `tried` ones.
+
+    Its interval misses the true share with probability `ESCALATED_ERROR` at most, shared evenly
+    by the two ends of all thresholds (Bonferroni).
+    """
+    found = estimate_share(needs_teacher(outcomes.scores, threshold), outcomes.clusters)
+    confidence = 1 - ESCALATED_ERROR / (2 * tried)
+    low, high = found.lower_bound(confidence), found.upper_bound(confidence)
+    return Interval(found.value, min(low, found.value), max(high, found.value))
+
+
+def _groups(items: Sequence[str], clusters: Clusters | None) -> tuple[Group, ...]:
+    """Return the items of each cluster, sorted, the clusters in the order of their ids."""
+    if clusters is None:
+        return tuple((item,) for item in items)
+    found: dict[int, list[str]] = {number: [] for number in sorted(set(clusters.tolist()))}
+    for item, number in zip(items, clusters.tolist(), strict=True):
+        found[number].append(item)
+    return tuple(tuple(sorted(group)) for group in found.values())
+
+
+def _hypothesis(
+    plan: CascadePlan, evaluator: CascadeEvaluator, groups: Sequence[Group]
+) -> Hypothesis:
+    eval_set = plan.eval_set
+    student = _identity(plan.student, eval_set.query)
+    entries = f"{evaluator.embedder} {eval_set.entries_identity}"
+    return Hypothesis(
+        student=student.hashes,
+        teacher=_identity(plan.teacher, eval_set.query).hashes,
+        precision=student.precision,
+        query=eval_set.query,
+        task=eval_set.task,
+        index_by=plan.index_by,
+        score=plan.score,
+        bound=plan.bound,
+        entries=hashlib.sha256(entries.encode()).hexdigest(),
+        grid=hashlib.sha256(eval_set.calibration.identity.encode()).hexdigest(),
+        cluster_by=plan.cluster_by,
+        largest=max(map(len, groups)),
+        size=plan.student.spec.image.size,
+    )
 
 
 def _certificate(
-    plan: CascadePlan, outcomes: PairedOutcomes, calibration: Values, chosen: CertifiedThreshold
+    plan: CascadePlan,
+    evaluator: CascadeEvaluator,
+    outcomes: PairedOutcomes,
+    tried: int,
+    chosen: CertifiedThreshold,
+    turn: Turn,
 ) -> Certificate:
     eval_set, right = plan.eval_set, outcomes.correct(chosen.threshold)
+    clusters, labels = outcomes.clusters, evaluator.labels
     other: Tower = "text" if eval_set.query == "image" else "image"
-    share, error = (
-        outcomes.escalated_share(chosen.threshold),
-        share_error(len(outcomes), plan.delta),
-    )
+    kept = estimate_kept(right, outcomes.teacher, clusters).interval
+    if not math.isfinite(kept.high):
+        raise InputError(
+            "the teacher has too few answers right to be compared with: give it more queries that "
+            "it can answer"
+        )
+    sizes = np.ones(1) if clusters is None else np.unique(clusters, return_counts=True)[1]
     return Certificate(
         query=eval_set.query,
         bound=plan.bound,
         delta=plan.delta,
+        tested_at=turn.part_of(plan.delta),
         p_value=chosen.p_value,
+        try_number=turn.number,
         space=plan.student.space,
         student=_identity(plan.student, eval_set.query),
         student_index=_identity(plan.student, other) if plan.index_by == "student" else None,
         teacher=_identity(plan.teacher, eval_set.query),
         score=plan.score,
         threshold=chosen.threshold,
-        escalated=Interval(share, max(0.0, share - error), min(1.0, share + error)),
+        escalated=escalated_interval(outcomes, chosen.threshold, tried),
         quality=Quality(
-            student=bootstrap(outcomes.student),
-            teacher=bootstrap(outcomes.teacher),
-            cascade=bootstrap(right),
-            kept=bootstrap_ratio(right, outcomes.teacher),
+            student=estimate_share(outcomes.student, clusters).interval,
+            teacher=estimate_share(outcomes.teacher, clusters).interval,
+            cascade=estimate_share(right, clusters).interval,
+            kept=kept,
         ),
-        sample=ScoreSample.of(calibration, outcomes.scores),
         tested_on=QuerySet(
             data=eval_set.test.name,
             identity=eval_set.identity,
             count=len(outcomes),
+            clusters=len(outcomes) if clusters is None else len(sizes),
+            largest=int(sizes.max()),
+            assumed=ASSUMED[plan.cluster_by],
             entries=eval_set.entry_count,
             index_by=plan.index_by,
+            embedder=evaluator.embedder,
             task=eval_set.task,
+            labels=None if labels is None else labels.entries.digest,
+            teacher_labels=None if labels is None else labels.teacher.digest,
         ),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=plan.command,

@@ -1,10 +1,15 @@
 """`edgeclip cascade`: certify when a student's answers should be escalated to its teacher."""
 
 import argparse
+import math
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, get_args
 
 from edgeclip.compress.cli.options import add_pairs_option, log_step, max_bad
+from edgeclip.compress.data.clusters import ClusterBy
+from edgeclip.compress.data.sources import EMOJI
 from edgeclip.export.bundle.add_to_bundle import add_to_bundle
 from edgeclip.export.cascade.cascade_eval_set import (
     CascadeEvalSet,
@@ -21,7 +26,16 @@ from edgeclip.export.cascade.cascade_report import (
     write_cascade_page,
 )
 from edgeclip.export.cascade.certify import CascadePlan, CertificationResult, certify
+from edgeclip.export.cascade.ledger import default_ledger_path
 from edgeclip.profiles.workload import load_workload, workload_names
+from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.index import LabelSet
+from edgeclip.runtime.cascade.certificate import (
+    Certificate,
+    CertifiedLabels,
+    TowerIdentity,
+    certified_labels_path,
+)
 from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin, Score
 from edgeclip.runtime.cli.options import (
     Targets,
@@ -111,6 +125,20 @@ def _add_eval_set_options(parser: argparse.ArgumentParser) -> None:
         default="teacher",
         help="whose bundle embeds the entries that queries choose from (default: teacher)",
     )
+    parser.add_argument(
+        "--cluster-by",
+        choices=get_args(ClusterBy),
+        help="which pictures are not independent: those of one folder; those of one folder taken "
+        "within a minute of each other (EXIF); those nearly the same to the teacher; or none "
+        "(default: embedding, and none for emoji)",
+    )
+    parser.add_argument(
+        "--ledger",
+        type=Path,
+        help="file that keeps which students, scores and shares were tried on these queries: each "
+        "further try has a smaller part of --delta, and more queries continue a try (default: one "
+        "for each teacher and data, in ~/.local/state/edgeclip or $EDGECLIP_STATE)",
+    )
     counts = (("test", 2000), ("calibration", 1000), ("gallery", 1000))
     for name, count in counts:
         parser.add_argument(
@@ -124,7 +152,7 @@ def _add_eval_set_options(parser: argparse.ArgumentParser) -> None:
 def targets(args: argparse.Namespace) -> Targets:
     """Return what the command writes."""
     written = None if args.dry_run or not args.bundle.is_dir() else args.bundle
-    return Targets(folders=(written,), files=(args.page,))
+    return Targets(folders=(written,), files=(args.page, args.ledger))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
         bound=args.share,
         delta=args.delta,
         index_by=args.index_by,
+        cluster_by=args.cluster_by or ("none" if args.data == EMOJI else "embedding"),
+        ledger=args.ledger or _default_ledger(args, teacher),
         command=args.command,
     )
     link = None if args.link is None else load_link(args.link)
@@ -159,10 +189,39 @@ def run(args: argparse.Namespace) -> int:
     points = curve(found.outcomes, found.grid, certified=found.count, costs=costs)
     _show(args, plan, found, points, costs)
     if found.certificate is not None and not args.dry_run:
-        content = found.certificate.to_json().encode()
-        written = add_to_bundle(student.bundle, found.certificate.path, content)
+        written = add_certificate(student.bundle, found.certificate, evaluator.labels)
         log_step(f"certificate written to {written.path / found.certificate.path}")
     return 1 if found.certificate is None else 0
+
+
+def add_certificate(
+    bundle: Bundle, certificate: Certificate, labels: CertifiedLabels | None
+) -> Bundle:
+    """Write a certificate into a bundle, its label sets first, and open the bundle again.
+
+    Raises:
+        ExportError, InputError, BundleError: see `add_to_bundle`.
+    """
+    if labels is not None:
+        found = {"teacher": labels.teacher, certificate.tested_on.index_by: labels.entries}
+        for by, label_set in found.items():
+            bundle = add_to_bundle(bundle, certified_labels_path(by), _npz(label_set))
+    return add_to_bundle(bundle, certificate.path, certificate.to_json().encode())
+
+
+def _npz(labels: LabelSet) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "labels.npz"
+        labels.save(path)
+        return path.read_bytes()
+
+
+def _default_ledger(args: argparse.Namespace, teacher: Encoder) -> Path:
+    manifest = teacher.bundle.manifest
+    if not manifest.has(args.query):  # the evaluator reports the missing tower
+        return default_ledger_path((), args.data)
+    found = TowerIdentity.of(manifest, args.query, teacher.precisions[args.query])
+    return default_ledger_path(found.hashes, args.data)
 
 
 def verdict(plan: CascadePlan, result: CertificationResult) -> str:
@@ -171,9 +230,14 @@ def verdict(plan: CascadePlan, result: CertificationResult) -> str:
         return result.certificate.promise
     return (
         f"Nothing is certified: with {len(result.outcomes):,} queries, no threshold is sure enough "
-        f"to keep {100 * plan.bound:.3g}% of the teacher's quality. Give more test pairs, or ask "
-        "for a smaller --share"
+        f"to keep {100 * plan.bound:.3g}% of the teacher's quality. Give more test pairs, which "
+        "continue this try, or ask for a smaller --share, which is another one"
     )
+
+
+def turn_words(plan: CascadePlan, result: CertificationResult) -> str:
+    """Say which part of delta this try had, and why."""
+    return f"{result.turn.words}: {result.tested_at:.3g} of {plan.delta:g}"
 
 
 def _show(
@@ -199,12 +263,33 @@ def _show(
         write_cascade_page(page, args.page)
     if args.json:
         certificate = None if found.certificate is None else asdict(found.certificate)
-        curve_json = [asdict(point) for point in points]
-        print_json({"certificate": certificate, "costs": asdict(costs), "curve": curve_json})
+        curve_json = [_finite(asdict(point)) for point in points]
+        tried = {"number": found.turn.number, "delta": found.tested_at, "why": found.turn.words}
+        print_json(
+            {
+                "certificate": certificate,
+                "try": tried,
+                "costs": asdict(costs),
+                "curve": curve_json,
+            }
+        )
         return
     print(curve_table(points, costs))
     print(f"student with its score {costs.student_ms:.2f} ms, teacher {costs.teacher_ms:.2f} ms")
+    print(turn_words(plan, found))
     print(words)
+
+
+def _finite(point: dict[str, Any]) -> dict[str, Any]:
+    """Put null in place of an end of an interval that is infinite."""
+    return {
+        name: _finite(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for name, value in point.items()
+    }
 
 
 def _eval_set(args: argparse.Namespace, spec: EncoderSpec) -> CascadeEvalSet:

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,34 +11,39 @@ from numpy.typing import NDArray
 from edgeclip.runtime.cascade.certificate import (
     Certificate,
     CertificateError,
+    CertifiedLabels,
     certificate_path,
     needs_teacher,
     read_certificate,
+    read_labels,
 )
-from edgeclip.runtime.cascade.drift import DriftDetector
+from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, default_state_path
 from edgeclip.runtime.cascade.scores import Score, Similarities
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.spec import Tower
+
+_DEFAULT_RULE = DriftRule()
 
 
 class Cascade:
     """Decide which queries go to the teacher, by a score and a threshold.
 
-    Threads may share one: scores are checked for drift batch by batch.
+    Threads may share one: queries are watched for drift batch by batch.
 
     Args:
         score: confidence of the student.
         threshold: queries with a lower score are escalated.
         certificate: what `score` and `threshold` were certified for, if they were.
-        drift: checks every score; once it raises the alarm the certificate is revoked, and all
-            queries are escalated.
+        drift: watches which queries are escalated; once it raises the alarm the certificate is
+            revoked, and all queries are escalated.
         on_revoked: called once with a line that reports the revocation.
+        labels: the label sets of a zero-shot certificate.
 
     Attributes:
-        score, threshold, certificate, drift: see above.
+        score, threshold, certificate, drift, labels: see above.
 
     Raises:
-        CertificateError: the certificate is for another score or threshold.
+        CertificateError: the certificate is for another score or threshold, or lacks its labels.
     """
 
     def __init__(
@@ -44,16 +51,22 @@ class Cascade:
         score: Score,
         threshold: float,
         certificate: Certificate | None = None,
-        drift: DriftDetector | None = None,
+        drift: DriftWatch | None = None,
         on_revoked: Callable[[str], None] = lambda line: None,
+        *,
+        labels: CertifiedLabels | None = None,
     ) -> None:
         if certificate and (certificate.score, certificate.threshold) != (score, threshold):
             raise CertificateError(
                 f"the certificate is for {certificate.score} below {certificate.threshold:g}, "
                 f"not {score} below {threshold:g}: use what it says, or certify again"
             )
+        if certificate and certificate.tested_on.task == "zero-shot" and labels is None:
+            raise CertificateError(
+                "a zero-shot certificate needs its label sets: give those of `read_labels`"
+            )
         self.score, self.threshold = score, threshold
-        self.certificate, self.drift = certificate, drift
+        self.certificate, self.drift, self.labels = certificate, drift, labels
         self._on_revoked = on_revoked
         self._is_reported = False
         self._lock = threading.Lock()
@@ -64,9 +77,8 @@ class Cascade:
         encoder: Encoder,
         *,
         query: Tower = "image",
-        drift: Callable[[Certificate], DriftDetector] | None = lambda found: DriftDetector(
-            found.sample
-        ),
+        drift: DriftRule | None = _DEFAULT_RULE,
+        state: Path | Literal["default"] | None = "default",
         on_revoked: Callable[[str], None] = lambda line: None,
     ) -> "Cascade":
         """Read the certificate of an encoder's bundle, and check that it is for this encoder.
@@ -76,13 +88,17 @@ class Cascade:
         Args:
             encoder: the student.
             query: the tower whose queries may be escalated.
-            drift: makes the drift detector, perhaps from a saved state; None for none.
+            drift: when the watch raises the alarm; None for no watch.
+            state: the file that the watch is kept in, so that it goes on after a restart; by
+                default one for each certificate in the user's folder of state (see `state_root`).
+                None keeps it in memory: then its promise is one of each process alone.
             on_revoked: see the class.
 
         Raises:
             CertificateError: the bundle has no such certificate, or one for other towers.
             BundleError: see `read_certificate`.
             EngineError: the tower cannot be run.
+            InputError: the state is damaged, or of another certificate.
         """
         found = read_certificate(encoder.bundle, query)
         if found is None:
@@ -92,18 +108,23 @@ class Cascade:
             )
         _load(encoder, query)
         found.check(encoder.bundle.manifest, encoder.precisions)
-        detector = None if drift is None else drift(found)
-        return cls(found.score, found.threshold, found, detector, on_revoked)
+        labels, watch = read_labels(encoder.bundle, found), None
+        if drift is not None:
+            path = default_state_path(found.digest) if state == "default" else state
+            watch = DriftWatch(found.digest, found.escalated, drift, path=path)
+        return cls(found.score, found.threshold, found, watch, on_revoked, labels=labels)
 
     @property
     def revoked(self) -> str | None:
         """Why the certificate no longer holds, in one line; None as long as it does."""
-        if self.drift is None or self.drift.alarm_at is None:
+        if self.drift is None or self.drift.alarm_at is None or self.certificate is None:
             return None
+        low, high = self.certificate.escalated.low, self.certificate.escalated.high
         return (
-            f"the cascade's certificate is revoked: after {self.drift.alarm_at} queries their "
-            "scores no longer look like those it was certified on; everything goes to the "
-            "teacher until you certify again on such queries with edgeclip cascade"
+            f"the cascade's certificate is revoked: of {self.drift.alarm_at} queries the student "
+            f"was unsure of {self.drift.escalated_share:.1%}, and it was certified for "
+            f"{low:.1%} to {high:.1%}; everything goes to the teacher until you certify again on "
+            "such queries with edgeclip cascade"
         )
 
     @property
@@ -121,17 +142,23 @@ class Cascade:
         Raises:
             InputError: the similarities lack the views that the score needs.
         """
-        scores = self.score.of(similarities)
+        escalated = needs_teacher(self.score.of(similarities), self.threshold)
         if self.drift is not None:
             with self._lock:
-                revoked = self.drift.update(scores)
+                revoked = self.drift.update(escalated)
                 is_first = revoked and not self._is_reported
                 self._is_reported = self._is_reported or revoked
             if is_first and self.revoked:
                 self._on_revoked(self.revoked)
             if revoked:
-                return np.ones(len(scores), dtype=np.bool_)
-        return needs_teacher(scores, self.threshold)
+                return np.ones(len(escalated), dtype=np.bool_)
+        return escalated
+
+    def close(self) -> None:
+        """Write what the watch saw to its file; the cascade may go on."""
+        if self.drift is not None:
+            with self._lock:
+                self.drift.close()
 
 
 def _load(encoder: Encoder, query: Tower) -> None:

@@ -1,297 +1,252 @@
-"""Detect drift of the confidence scores with a test martingale, whose state can be saved."""
+"""Watch the escalated share for drift, in a state that outlives the process."""
 
-import dataclasses
-import json
-import math
+import logging
+import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, ClassVar
 
-import numpy as np
 from annotated_types import Ge, Gt, Lt
-from numpy.typing import NDArray
 
-from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.device.schema import check_bounds, parse
-from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.bundle.files import JsonRecord, lock_file, state_root
+from edgeclip.runtime.device.schema import check_bounds
+from edgeclip.runtime.errors import ConfigError, EdgeClipError, InputError
+from edgeclip.runtime.stats.betting import RestartedBets
+from edgeclip.runtime.stats.interval import Interval
 
-_LINEAR = np.array([0.0, -0.95, -0.5, 0.5, 0.95, 0.0, 0.0])  # times 2p - 1
-_CURVED = np.array([0.0, 0.0, 0.0, 0.0, 0.0, -0.95, 1.9])  # times 6p^2 - 6p + 1
-_BETTORS = len(_LINEAR)
-_JUMPS = np.array([1e-4, 1e-3, 1e-2, 1e-1])[:, None]
+_log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MartingaleState:
-    """The state of a `JumperMartingale`, as plain numbers.
-
-    Attributes:
-        shares: for each jump rate, the share of the capital that each bettor holds.
-        logs: for each jump rate, the natural logarithm of the capital.
-
-    Raises:
-        ValueError: another number of jump rates or bettors, or shares that are not shares.
-    """
-
-    shares: tuple[tuple[float, ...], ...] = ((1 / _BETTORS,) * _BETTORS,) * len(_JUMPS)
-    logs: tuple[float, ...] = (0.0,) * len(_JUMPS)
-
-    def __post_init__(self) -> None:
-        rows = [len(row) for row in self.shares]
-        if rows != [_BETTORS] * len(_JUMPS) or len(self.logs) != len(_JUMPS):
-            raise ValueError("the state was saved by another version: start a new detector")
-        sound = all(min(row) >= 0 and abs(sum(row) - 1) < 1e-6 for row in self.shares)
-        if not sound or not all(map(math.isfinite, self.logs)):
-            raise ValueError("the capital's shares must be shares, and its logarithms finite")
-
-
-class JumperMartingale:
-    """The capital of a bet against the hypothesis that p-values are uniform, step by step.
-
-    Args:
-        capital: the state to continue from; by default the initial one.
-    """
-
-    def __init__(self, capital: MartingaleState | None = None) -> None:
-        start = capital or MartingaleState()
-        self._shares = np.array(start.shares)
-        self._logs = np.array(start.logs)
-
-    @property
-    def log_capital(self) -> float:
-        """Natural logarithm of the capital, which is 0 at the beginning."""
-        return float(np.logaddexp.reduce(self._logs)) - math.log(len(_JUMPS))
-
-    @property
-    def state(self) -> MartingaleState:
-        """The state to continue from later."""
-        shares = tuple(tuple(map(float, row)) for row in self._shares)
-        return MartingaleState(shares=shares, logs=tuple(map(float, self._logs)))
-
-    def bet(self, p_value: float) -> float:
-        """Take the next p-value, in [0, 1]; return the logarithm of what the capital grew by."""
-        before = self.log_capital
-        moved = (1 - _JUMPS) * self._shares + _JUMPS / _BETTORS
-        moved *= _pays(p_value)
-        total = moved.sum(axis=1)
-        self._shares = moved / total[:, None]
-        self._logs = self._logs + np.log(total)
-        return self.log_capital - before
-
-
-def _pays(p_value: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Return the payoff of each bettor per unit; at least 0.05, so that no capital is ever 0."""
-    curve = 6 * p_value * p_value - 6 * p_value + 1
-    return 1 + _LINEAR * (2 * p_value - 1) + _CURVED * curve
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DriftState:
-    """The state of a `DriftDetector`: about 3 kB, however long the stream was.
-
-    Attributes:
-        seed: seed of the random numbers that break ties.
-        counts: number of scores in each bin, including those of the certificate.
-        seen: number of scores of the stream so far.
-        capital: the martingale.
-        restarts: natural logarithm of the Shiryaev-Roberts sum; None before the first score.
-        alarm_at: the number of the score that raised the alarm, from 1; None if none did.
-
-    Raises:
-        ValueError: a negative number.
-    """
-
-    seed: Annotated[int, Ge(0)]
-    counts: tuple[int, ...]
-    seen: Annotated[int, Ge(0)] = 0
-    capital: MartingaleState = field(default_factory=MartingaleState)
-    restarts: float | None = None
-    alarm_at: int | None = None
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-
-    def save(self, path: Path) -> None:
-        """Write the state as JSON, atomically.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
-        with atomic_file(path) as temporary:
-            text = json.dumps(dataclasses.asdict(self), allow_nan=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
-
-    @staticmethod
-    def load(path: Path) -> "DriftState | None":
-        """Read a state that `save` wrote; None if there is no such file.
-
-        Raises:
-            InputError: it cannot be read, or is damaged.
-        """
-        hint = "delete it to start a new detector"
-        try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
-            return parse(DriftState, data, source=str(path))
-        except FileNotFoundError:
-            return None
-        except ConfigError as error:
-            raise InputError("; ".join(str(error).split("\n  ")) + f": {hint}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path} is not the state of a drift detector ({error}): {hint}"
-            ) from None
-
-
-_BINS = 50
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreSample:
-    """Histogram of the scores of the queries that a threshold was certified on.
-
-    Attributes:
-        edges: ascending; bin i holds scores in [edges[i - 1], edges[i]).
-        counts: number of scores in each of the len(edges) + 1 bins.
-
-    Raises:
-        ValueError: edges that do not ascend, or counts that do not fit them.
-    """
-
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not self.edges or list(self.edges) != sorted(set(self.edges)):
-            raise ValueError("edges must be finite and ascend")
-        if len(self.counts) != len(self.edges) + 1 or min(self.counts) < 0 or not any(self.counts):
-            raise ValueError("counts must hold one number for each bin, and not only zeros")
-
-    @classmethod
-    def of(cls, calibration: NDArray[Any], test: NDArray[Any]) -> "ScoreSample":
-        """Make bins at the quantiles of `calibration` [M], and count the scores `test` [N]."""
-        edges = np.unique(np.quantile(calibration, np.arange(1, _BINS) / _BINS))
-        bins = np.searchsorted(edges, test, side="right")
-        counts = np.bincount(bins, minlength=len(edges) + 1)
-        return cls(edges=tuple(map(float, edges)), counts=tuple(map(int, counts)))
+# The chance that the true escalated share lies outside the certified interval.
+ESCALATED_ERROR = 0.002
+_SAVE_EVERY = 100  # queries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriftRule:
-    """When a detector raises the alarm.
+    """When the alarm is raised.
 
     Attributes:
-        alpha: without drift, the probability of an alarm, ever, is at most this.
-        mean_queries: if given, a rule for endless streams instead: without drift, the mean
-            number of queries until a false alarm is at least this. It detects a late drift as
-            fast as an early one.
+        alpha: without drift, the probability of an alarm, ever and over all restarts, is at most
+            this. A part of it, `ESCALATED_ERROR`, is for a certified interval that is wrong.
 
     Raises:
         ValueError: a value out of bounds.
     """
 
-    alpha: Annotated[float, Gt(0), Lt(1)] = 0.01
-    mean_queries: Annotated[float | None, Ge(1)] = None
+    alpha: Annotated[float, Gt(ESCALATED_ERROR), Lt(1)] = 0.01
 
     def __post_init__(self) -> None:
         check_bounds(self)
 
     @property
-    def log_limit(self) -> float:
-        """Natural logarithm of the evidence at which the alarm is raised."""
-        return -math.log(self.alpha) if self.mean_queries is None else math.log(self.mean_queries)
+    def limit(self) -> float:
+        """The evidence at which the alarm is raised."""
+        return 1 / (self.alpha - ESCALATED_ERROR)
 
 
-class DriftDetector:
-    """Test scores one by one for drift; once raised, the alarm stays.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftState(JsonRecord):
+    """The state of a `DriftWatch`: about 2 kB, however long the stream was.
 
-    With S the capital of the bet, the alarm of `DriftRule.alpha` is raised where S reaches
-    1 / alpha (Ville's inequality). That of `mean_queries` watches the Shiryaev-Roberts sum
-    R[n] = (R[n-1] + 1) x S[n] / S[n-1] of all bets that could have begun until then. R[n] - n
-    is a martingale, so the mean time until R reaches c is at least c (Vovk 2021, "Testing
-    randomness online").
-
-    Args:
-        sample: scores without drift.
-        rule: when to raise the alarm.
-        state: the state to continue from; by default the initial one.
-        seed: seed of the random numbers that break ties, if there is no `state`.
+    Attributes:
+        certificate: digest of the certificate that it belongs to.
+        seen: number of queries so far.
+        escalated: number of those that were escalated.
+        above, below: capital of the bets that the share is above the certified interval, and
+            below it; empty before the first query.
+        alarm_at: the number of the query that raised the alarm, from 1; None if none did.
 
     Raises:
-        InputError: `state` is of another sample.
+        ValueError: a negative number.
+    """
+
+    WHAT: ClassVar[str] = "a drift watch"
+    HINT: ClassVar[str] = "delete it to watch anew, which forgets what was seen"
+
+    certificate: str
+    seen: Annotated[int, Ge(0)] = 0
+    escalated: Annotated[int, Ge(0)] = 0
+    above: tuple[float, ...] = ()
+    below: tuple[float, ...] = ()
+    alarm_at: int | None = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+def default_state_path(certificate: str) -> Path:
+    """Return where the watch of a certificate (by its digest) is kept by default."""
+    return state_root() / "drift" / f"{certificate}.json"
+
+
+class DriftWatch:
+    """Test, query by query, whether the escalated share is still inside its certified interval.
+
+    The reference is fixed: one bet that the share is above the upper end and one that it is below
+    the lower end, both with restarts (`RestartedBets`); the evidence is their mean. By Ville's
+    inequality the alarm is ever raised with probability `DriftRule.alpha` at most, if the queries
+    are independent draws, or at least none is likelier escalated than the interval allows, given
+    those before it. Once raised, the alarm stays.
+
+    The state is written about every 100 queries, at an alarm, and by `close`, so a killed process
+    loses 100 queries at most. Several processes may share a file: each adds its own queries to
+    what the file holds, under a lock. Where no file can be locked the last writer wins, which
+    loses queries and never an alarm that was written.
+
+    Args:
+        certificate: digest of the certificate.
+        escalated: the certified interval of the escalated share.
+        rule: when to raise the alarm.
+        path: the file of the state, read now if it exists; None keeps the state in memory alone.
+
+    Raises:
+        InputError: the file is damaged, of another certificate, or cannot be read.
     """
 
     def __init__(
         self,
-        sample: ScoreSample,
+        certificate: str,
+        escalated: Interval,
         rule: DriftRule | None = None,
         *,
-        state: DriftState | None = None,
-        seed: int = 0,
+        path: Path | None = None,
     ) -> None:
-        self.rule = rule or DriftRule()
-        start = state or DriftState(seed=seed, counts=sample.counts)
-        _check_state(start, sample)
-        self._edges = np.array(sample.edges)
-        self._counts = np.array(start.counts, dtype=np.int64)
-        self._martingale = JumperMartingale(start.capital)
-        self._restarts = -math.inf if start.restarts is None else start.restarts
-        self._seed, self._seen, self._alarm_at = start.seed, start.seen, start.alarm_at
-        ties = np.random.PCG64(start.seed)
-        self._ties = np.random.Generator(ties.advance(start.seen))  # one draw for each score
+        self.rule, self.path = rule or DriftRule(), path
+        self._certificate, self._escalated = certificate, escalated
+        self._lock, self._saving = threading.Lock(), threading.Lock()
+        self._saver: ThreadPoolExecutor | None = None
+        self._unsaved: list[bool] = []
+        self._saved = self._read()
+        self._restore(self._saved or DriftState(certificate=certificate))
 
     @property
     def alarm_at(self) -> int | None:
-        """The number of the score that raised the alarm, counted from 1; None if none did."""
+        """The number of the query that raised the alarm, counted from 1; None if none did."""
         return self._alarm_at
 
     @property
     def seen(self) -> int:
-        """Number of scores so far."""
-        return self._seen
+        """Number of queries so far."""
+        return self._above.count
+
+    @property
+    def escalated_share(self) -> float:
+        """Share of these that were escalated by their score; 0 before the first."""
+        return self._count / max(1, self.seen)
 
     @property
     def evidence(self) -> float:
-        """Natural logarithm of the evidence, to compare with the rule's `log_limit`."""
-        by_alpha = self.rule.mean_queries is None
-        return self._martingale.log_capital if by_alpha else self._restarts
+        """What the rule's `limit` is compared with: 1 at the beginning."""
+        return (self._above.wealth + self._below.wealth) / 2
 
     @property
     def state(self) -> DriftState:
-        """The state to continue from later, with the same sample and rule."""
+        """The state to continue from later, with the same certificate and rule."""
         return DriftState(
-            seed=self._seed,
-            seen=self._seen,
-            counts=tuple(map(int, self._counts)),
-            capital=self._martingale.state,
-            restarts=self._restarts if math.isfinite(self._restarts) else None,
+            certificate=self._certificate,
+            seen=self.seen,
+            escalated=self._count,
+            above=self._above.capital,
+            below=self._below.capital,
             alarm_at=self._alarm_at,
         )
 
-    def update(self, scores: Iterable[float]) -> bool:
-        """Add the next scores of the stream; return whether the alarm is, or was, raised.
-
-        A score that is NaN counts as lower than all others.
-        """
-        values = np.nan_to_num(np.asarray(list(scores), dtype=np.float64), nan=-np.inf)
-        for number in np.searchsorted(self._edges, values, side="right"):
-            self._step(int(number))
+    def update(self, escalated: Iterable[bool]) -> bool:
+        """Add the next queries; return whether the alarm is, or was, raised."""
+        if self._alarm_at is not None:
+            return True
+        with self._lock:
+            for flag in map(bool, escalated):
+                self._step(flag)
+                self._unsaved.append(flag)
+            crossed = self._alarm_at is not None
+            is_due = len(self._unsaved) >= _SAVE_EVERY
+        if self.path is None:
+            self._unsaved.clear()
+        elif crossed:
+            self._save_or_warn()  # another process may have queries that speak against it
+        elif is_due:
+            self._save_later()
         return self._alarm_at is not None
 
-    def _step(self, number: int) -> None:
-        below = int(self._counts[:number].sum())
-        self._counts[number] += 1
-        self._seen += 1
-        here, total = int(self._counts[number]), int(self._counts.sum())
-        grown = self._martingale.bet((below + self._ties.random() * here) / total)
-        self._restarts = float(np.logaddexp(self._restarts, 0.0)) + grown
-        if self._alarm_at is None and self.evidence >= self.rule.log_limit:
-            self._alarm_at = self._seen
+    def save(self) -> None:
+        """Write the state, together with what other processes added to the file meanwhile.
 
+        Raises:
+            InputError: the file cannot be read or written, or is of another certificate.
+        """
+        if self.path is None:
+            return
+        with self._saving, lock_file(self.path):
+            kept = self._read()
+            with self._lock:
+                batch, self._unsaved = self._unsaved, []
+                if kept is not None and kept != self._saved:
+                    self._restore(kept)
+                    for flag in batch if kept.alarm_at is None else ():
+                        self._step(flag)
+                state = self.state
+            try:
+                state.save(self.path)
+            except (OSError, EdgeClipError) as error:
+                with self._lock:
+                    self._unsaved = batch + self._unsaved
+                raise InputError(f"cannot write {self.path}: {error}") from error
+            self._saved = state
 
-def _check_state(state: DriftState, sample: ScoreSample) -> None:
-    pairs = zip(state.counts, sample.counts, strict=False)
-    grown = [now - before for now, before in pairs]
-    fits = len(state.counts) == len(sample.counts) and min(grown) >= 0 and sum(grown) == state.seen
-    if not fits:
-        raise InputError("the drift detector was saved for another certificate: start a new one")
+    def close(self) -> None:
+        """Write the state; the watch may go on."""
+        if self._saver is not None:
+            self._saver.shutdown()
+            self._saver = None
+        if self._unsaved:
+            self._save_or_warn()
+
+    def _save_later(self) -> None:
+        # On a thread of its own: flushing to a disk may take longer than the query.
+        if self._saver is None:
+            self._saver = ThreadPoolExecutor(1, "edgeclip-drift")
+        if not self._saving.locked():
+            self._saver.submit(self._save_or_warn)
+
+    def _save_or_warn(self) -> None:
+        try:
+            self.save()
+        except EdgeClipError as error:
+            _log.warning("what the drift watch saw is not kept: %s", error)
+
+    def _read(self) -> DriftState | None:
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            found = DriftState.load(self.path)
+            RestartedBets(-1.0, found.above)
+            RestartedBets(-1.0, found.below)
+        except (ConfigError, InputError) as error:
+            words = "; ".join(str(error).split("\n  "))
+            hint = "" if DriftState.HINT in words else f": {DriftState.HINT}"
+            raise InputError(f"{self.path} is damaged: {words}{hint}") from None
+        if found.certificate != self._certificate:
+            raise InputError(
+                f"{self.path} is the drift watch of another certificate: give another file, or "
+                f"{DriftState.HINT}"
+            )
+        return found
+
+    def _restore(self, state: DriftState) -> None:
+        low, high = max(0.0, self._escalated.low), min(1.0, self._escalated.high)
+        self._above = RestartedBets(-high if high < 1 else 0.0, state.above, state.seen)
+        self._below = RestartedBets(low - 1 if low > 0 else 0.0, state.below, state.seen)
+        self._low, self._high = low, high
+        self._count, self._alarm_at = state.escalated, state.alarm_at
+
+    def _step(self, flag: bool) -> None:
+        if self._alarm_at is not None:
+            return
+        self._above.bet(flag - self._high)
+        self._below.bet(self._low - flag)
+        self._count += flag
+        if self.evidence >= self.rule.limit:
+            self._alarm_at = self.seen

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import FloatArray
+from edgeclip.runtime.bundle.index import Hit, Index, LabelSet
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.scores import Similarities, embed_views
-from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.encoder import Encoder, LabelScore
+from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.split.remote_models import ImageBatch, RemoteImageTower, RemoteModel
 from edgeclip.runtime.split.remote_with_fallback import RemoteWithFallback, StepResult
 from edgeclip.runtime.split.retries_and_breaker import Deadline
@@ -42,14 +44,28 @@ class Escalation:
     defer: Defer | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    """Embeddings of pictures, float32 [N, dim], and which of them are the teacher's: bool [N]."""
+
+    embeddings: FloatArray
+    is_teachers: NDArray[np.bool_]
+
+
 class Escalator:
-    """Replace embeddings that a student is unsure about by the teacher's.
+    """Classify and search with a student, and with its teacher where the student is unsure.
+
+    What a certificate was not made for is refused: another task, label set or kind of queries, or
+    an index of another embedder or size.
 
     Args:
         escalation: which teacher to ask, and about which pictures.
         encoder: the student.
         teacher: the model that `escalation` names.
         fallback: asks the teacher while there is time.
+
+    Raises:
+        CertificateError: the certificate is for texts.
     """
 
     def __init__(
@@ -60,50 +76,121 @@ class Escalator:
         fallback: RemoteWithFallback,
     ) -> None:
         self._escalation, self._encoder, self._fallback = escalation, encoder, fallback
+        self._certificate = escalation.cascade.certificate
+        if self._certificate is not None:
+            self._certificate.check_queries("image")
         self._teacher = RemoteImageTower(teacher, escalation.codec)
         # On a thread of its own: flushing to a disk may take longer than the deadline.
         self._deferring = ThreadPoolExecutor(1, "edgeclip-defer")
 
     def close(self) -> None:
-        """Wait until deferred requests are stored."""
+        """Wait until deferred requests are stored, and the state of the drift watch is."""
         self._deferring.shutdown()
+        self._escalation.cascade.close()
 
-    def embed(
-        self, images: ImageBatch, compared_with: FloatArray, deadline: Deadline
-    ) -> StepResult[FloatArray]:
-        """Embed pictures, float32 [N, dim]; by the student alone if the teacher cannot be asked.
+    def classify(
+        self,
+        images: ImageBatch,
+        labels: LabelSet | Sequence[str] | None,
+        top: int,
+        deadline: Deadline,
+    ) -> StepResult[list[tuple[LabelScore, ...]]]:
+        """Classify pictures; by the student alone where the teacher cannot be asked.
+
+        Under a zero-shot certificate the teacher's pictures choose among the teacher's labels.
 
         Args:
             images: any number.
-            compared_with: embeddings of the labels or index entries, float32 [K, dim]; how similar
-                they are decides which pictures the student is unsure about.
-            deadline: when the embeddings are needed.
+            labels: a label set, or names for the student to embed. None, or the certified names,
+                are the certified label set.
+            top: how many labels of each.
+            deadline: when the answers are needed.
 
         Raises:
+            CertificateError: the certificate is for another task or label set.
+            SpaceMismatchError: the label set was made in another embedding space.
+            InputError: no labels, or a picture that cannot be loaded.
+            EngineError: the student failed.
+        """
+        entries = self._entries(labels)
+        entries.check_space(self._encoder.space)
+        found = self._embed(images, entries.embeddings, deadline)
+        embeddings, theirs = found.value.embeddings, found.value.is_teachers
+        answers = self._encoder.classify_embeddings(embeddings, entries, top=top)
+        certified = self._escalation.cascade.labels
+        if certified is not None and theirs.any():
+            by_teacher = self._encoder.classify_embeddings(
+                embeddings[theirs], certified.teacher, top=top
+            )
+            for row, answer in zip(np.flatnonzero(theirs).tolist(), by_teacher, strict=True):
+                answers[row] = answer
+        return StepResult(answers, found.source, found.degraded)
+
+    def search(
+        self, images: ImageBatch, index: Index, top: int, deadline: Deadline
+    ) -> StepResult[list[tuple[Hit, ...]]]:
+        """Find the entries of an index nearest to pictures, likewise.
+
+        Raises:
+            CertificateError: the certificate is for another task, or for other entries.
             InputError: a picture that cannot be loaded.
             EngineError: the student failed.
         """
+        if self._certificate is not None:
+            self._certificate.check_index(index)
+        found = self._embed(images, index.embeddings, deadline)
+        hits = self._encoder.search(found.value.embeddings, index, top=top)
+        return StepResult(hits, found.source, found.degraded)
+
+    def check_search_by_text(self) -> None:
+        """Raise if a certificate is for pictures alone: a text is never escalated.
+
+        Raises:
+            CertificateError: there is a certificate.
+        """
+        if self._certificate is not None:
+            self._certificate.check_queries("text")
+
+    def _entries(self, labels: LabelSet | Sequence[str] | None) -> LabelSet:
+        certified = self._escalation.cascade.labels
+        if isinstance(labels, LabelSet):
+            entries = labels
+        elif certified is not None and (labels is None or tuple(labels) == certified.entries.names):
+            return certified.entries
+        elif labels is None:
+            raise InputError("no labels were given, and no certificate has them")
+        else:
+            entries = self._encoder.bake_labels(labels)
+        if self._certificate is not None:
+            self._certificate.check_labels(entries)
+        return entries
+
+    def _embed(
+        self, images: ImageBatch, compared_with: FloatArray, deadline: Deadline
+    ) -> StepResult[_Embedded]:
+        """Embed pictures, by the teacher where the student is unsure and the teacher answers."""
         student = self._encoder.encode_pixels(images.pixels)
+        alone = _Embedded(student, np.zeros(len(student), np.bool_))
         if not len(images) or len(compared_with) < 2:  # with no alternative, nothing is unsure
-            return StepResult(student, "device")
+            return StepResult(alone, "device")
         views = embed_views(
             self._encoder.encode_pixels, images.pixels, self._escalation.cascade.score.views
         )
         similarities = Similarities.between(student, compared_with, views)
         rows = np.flatnonzero(self._escalation.cascade.select(similarities))
         if not len(rows):
-            return StepResult(student, "device")
-        return self._ask(student, rows, images.select(rows), deadline)
+            return StepResult(alone, "device")
+        return self._ask(alone, rows, images.select(rows), deadline)
 
     def _ask(
-        self, student: FloatArray, rows: NDArray[np.intp], unsure: ImageBatch, deadline: Deadline
-    ) -> StepResult[FloatArray]:
-        def remote(until: Deadline) -> FloatArray:
-            both = student.copy()
-            both[rows] = self._teacher.embed(unsure, until)
-            return both
+        self, alone: _Embedded, rows: NDArray[np.intp], unsure: ImageBatch, deadline: Deadline
+    ) -> StepResult[_Embedded]:
+        def remote(until: Deadline) -> _Embedded:
+            both, theirs = alone.embeddings.copy(), alone.is_teachers.copy()
+            both[rows], theirs[rows] = self._teacher.embed(unsure, until), True
+            return _Embedded(both, theirs)
 
-        found = self._fallback.run(remote, lambda: student, ("nothing",), len(rows), deadline)
+        found = self._fallback.run(remote, lambda: alone, ("nothing",), len(rows), deadline)
         if found.degraded is not None and self._escalation.defer is not None:
             try:
                 self._deferring.submit(self._defer, self._escalation.defer, unsure)

@@ -110,6 +110,7 @@ class SplitRuntime:
     Raises:
         SpaceMismatchError: bundle, plan and cuts are not of one embedding space.
         InputError: something that the plan needs is missing, or an unknown codec.
+        CertificateError: the cascade of `escalation` is certified for texts.
         BundleError, CutSetError, EngineError, MissingExtraError: a tower cannot be loaded.
     """
 
@@ -182,7 +183,10 @@ class SplitRuntime:
         self.close()
 
     def close(self) -> None:
-        """Wait until deferred escalations are stored. The server's connections stay open."""
+        """Wait until deferred escalations and the drift watch are stored.
+
+        The server's connections stay open.
+        """
         if self._escalator is not None:
             self._escalator.close()
         if self._review_pool is not None:
@@ -202,7 +206,7 @@ class SplitRuntime:
             EngineError: see `Encoder.encode_image`.
         """
         call = self._begin(deadline_ms)
-        return call.reply(self._embed(self._batch(images), None, call.deadline))
+        return call.reply(self._embed(self._batch(images), call.deadline))
 
     def encode_pixels(
         self, pixels: NDArray[np.uint8], *, deadline_ms: float | None = None
@@ -211,7 +215,7 @@ class SplitRuntime:
         call = self._begin(deadline_ms)
         self.encoder.encode_pixels(pixels[:0])  # refuses another shape or dtype, runs nothing
         images = ImageBatch(pixels, self.encoder.spec.image, pixels)
-        return call.reply(self._embed(images, None, call.deadline))
+        return call.reply(self._embed(images, call.deadline))
 
     def encode_text(
         self,
@@ -235,9 +239,11 @@ class SplitRuntime:
         """Return the `top` most likely labels of each image, as `Encoder.classify` does.
 
         With a plan of kind "embedding" for a label model, the server's labels are used, and
-        `labels` are the fallback.
+        `labels` are the fallback. Under a zero-shot certificate they are the certified ones by
+        default.
 
         Raises:
+            CertificateError: the cascade was not certified for this.
             SpaceMismatchError: the label set was made in another embedding space.
             InputError: no labels where there must be some, `top` below 1, or an image that
                 cannot be read.
@@ -245,11 +251,13 @@ class SplitRuntime:
         """
         call, remote = self._begin(deadline_ms), self._remote_model(of_labels=True)
         _check_top(top)
+        if self._escalator is not None:
+            batch = self._batch(images)
+            return call.reply(self._escalator.classify(batch, labels, top, call.deadline))
         if labels is None and remote is None:
             raise InputError("no labels were given, and by this plan no server has them")
         label_set = self._label_set(labels)
-        compared_with = None if label_set is None else label_set.embeddings
-        embedded = self._embed(self._batch(images), compared_with, call.deadline, "labels")
+        embedded = self._embed(self._batch(images), call.deadline, "labels")
         result = self._compare(
             embedded,
             None if remote is None else partial(remote.classify, top=top),
@@ -275,6 +283,7 @@ class SplitRuntime:
         the fallback.
 
         Raises:
+            CertificateError: the cascade was not certified for this.
             SpaceMismatchError: the index was made in another embedding space.
             InputError: no index where there must be one, `top` below 1, or a query that cannot
                 be read.
@@ -287,9 +296,13 @@ class SplitRuntime:
         if index is not None:
             index.check_space(self.encoder.space)
         if is_image_query(query):
-            compared_with = None if index is None else index.embeddings
-            embedded = self._embed(self._batch(query), compared_with, call.deadline, "index")
+            if self._escalator is not None and index is not None:
+                batch = self._batch(query)
+                return call.reply(self._escalator.search(batch, index, top, call.deadline))
+            embedded = self._embed(self._batch(query), call.deadline, "index")
         else:
+            if self._escalator is not None:
+                self._escalator.check_search_by_text()
             embedded = StepResult(self.encoder.embed_query(query), "device")
         on_server = None if remote is None else partial(remote.search, top=top)
         local = None if index is None else partial(self.encoder.search, index=index, top=top)
@@ -318,24 +331,15 @@ class SplitRuntime:
         return label_set
 
     def _embed(
-        self,
-        images: ImageBatch,
-        compared_with: FloatArray | None,
-        deadline: Deadline,
-        *next_work: DeviceWork,
+        self, images: ImageBatch, deadline: Deadline, *next_work: DeviceWork
     ) -> StepResult[FloatArray]:
         """Embed pictures as planned.
 
         Args:
             images: the pictures.
-            compared_with: embeddings of the labels or index entries that the result is compared
-                with next; None if unknown. Only classify and search escalate, so with an
-                escalation they also decide whether to escalate.
             deadline: deadline of the whole call.
             next_work: what the device does with the embeddings next.
         """
-        if self._escalator is not None and compared_with is not None:
-            return self._escalator.embed(images, compared_with, deadline)
         tower = self._route.tower
         try:
             if tower is not None and len(images):

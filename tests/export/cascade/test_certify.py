@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import math
 import shlex
 import shutil
 from collections.abc import Callable
@@ -30,17 +29,13 @@ from edgeclip.export.cascade.cascade_eval_set import (
 from edgeclip.export.cascade.cascade_evaluator import CascadeEvaluator, IndexBy, query_bytes
 from edgeclip.export.cascade.certify import (
     CascadePlan,
-    PValue,
-    betting_p_value,
     certify,
     choose_threshold,
+    escalated_interval,
     fixed_sequence_test,
-    hoeffding_bentkus_p_value,
-    share_error,
 )
 from edgeclip.export.cli import cascade
 from edgeclip.export.errors import ExportError
-from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cascade.cascade import Cascade
 from edgeclip.runtime.cascade.certificate import (
@@ -190,7 +185,8 @@ class TestCertify:
         assert made.quality.cascade.value == outcomes.correct(made.threshold).mean()
         assert made.tested_on.count == COUNTS["test"]
         assert made.tested_on.entries == 3
-        assert sum(made.sample.counts) == COUNTS["test"]
+        assert made.escalated.low < made.escalated.value < made.escalated.high
+        assert (made.try_number, made.tested_at) == (None, 0.05)
         assert len(caplog.messages) == 3
 
     def test_is_repeatable(self, cascade_plan: CascadePlan) -> None:
@@ -328,14 +324,21 @@ class TestVerb:
 
     @pytest.fixture
     def words(
-        self, worse_bundle: Path, tiny_bundle: Path, colours: Path, tmp_path: Path
+        self,
+        worse_bundle: Path,
+        tiny_bundle: Path,
+        colours: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> list[object]:
+        monkeypatch.setenv("EDGECLIP_STATE", str(tmp_path / "state"))
         device = tmp_path / "fp32.yaml"
         device.write_text(
             "name: exact\ndescription: fp32 only\nengine: onnxruntime-cpu\n"
             "precisions: [fp32]\nthreads: 1\nmemory_mb: 1000\n"
         )
         words = [worse_bundle, "--teacher", tiny_bundle, "--data", colours, "--labels"]
+        words += ["--cluster-by", "none"]  # flat pictures of one colour are the same to a teacher
         return [*words, "--device", device, "--workload", _quick(tmp_path)]
 
     def test_writes_certificate_and_page(
@@ -350,7 +353,8 @@ class TestVerb:
         assert self.run(*words, "--page", page, "--link", "wifi") == 0
         out = capsys.readouterr().out
         assert "escalated" in out
-        assert "Keeps at least 95% of the quality of tiny" in out
+        assert "Keeps at least 95% of the quality of tiny at classifying pictures by 3" in out
+        assert "first try on these queries, so it has 1/2 of delta" in out
         made = read_certificate(Bundle.open(worse_bundle))
         assert made is not None
         assert "--labels" in made.command
@@ -359,6 +363,31 @@ class TestVerb:
         assert "certified:" in html
         cascade = Cascade.certified(Encoder.open(worse_bundle, device=cpu_device, precision="fp32"))
         assert cascade.threshold == made.threshold
+        assert cascade.labels is not None
+        assert cascade.labels.teacher.names == COLOURS
+
+    @pytest.mark.parametrize("index_by", ["teacher", "student"])
+    def test_certified_labels_are_in_the_bundle(
+        self, words: list[object], worse_bundle: Path, cpu_device: DeviceProfile, index_by: str
+    ) -> None:
+        assert self.run(*words, "--index-by", index_by) == 0
+        student = Encoder.open(worse_bundle, device=cpu_device, precision="fp32")
+        cascade = Cascade.certified(student)
+        assert cascade.certificate is not None
+        assert cascade.labels is not None
+        assert cascade.certificate.tested_on.index_by == index_by
+        cascade.certificate.check_labels(cascade.labels.entries)
+
+    def test_ledger_is_kept_between_runs(
+        self, words: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        ledger = tmp_path / "tries.json"
+        for score, part in (("margin", "1/2"), ("entropy", "1/6"), ("margin", "1/2")):
+            self.run(*words, "--dry-run", "--score", score, "--ledger", ledger)
+            assert f"it has {part} of delta" in capsys.readouterr().out
+        ledger.write_text("{")
+        with pytest.raises(InputError, match="put back a copy"):
+            self.run(*words, "--dry-run", "--ledger", ledger)
 
     def test_dry_run_leaves_the_bundle_alone(
         self, words: list[object], worse_bundle: Path, capsys: pytest.CaptureFixture[str]
@@ -431,15 +460,6 @@ def _own_is_best(found: Similarities) -> bool:
 
 
 BOUND, DELTA = 0.95, 0.05
-TESTS = (betting_p_value, hoeffding_bentkus_p_value)
-
-
-def surplus(
-    rng: np.random.Generator, count: int, *, harm: float, both: float, gain: float
-) -> Values:
-    """Right answers of a cascade minus `BOUND` times the teacher's, with planted shares."""
-    shares = (harm, both, gain, 1 - harm - both - gain)
-    return rng.choice([-BOUND, 1 - BOUND, 1.0, 0.0], p=shares, size=count)
 
 
 def planted(rng: np.random.Generator, count: int, *, wrong_below: float) -> PairedOutcomes:
@@ -455,48 +475,6 @@ def planted(rng: np.random.Generator, count: int, *, wrong_below: float) -> Pair
 
 
 GRID = (ESCALATE_ALL, *(1 - np.arange(1, 40) / 40), ESCALATE_NONE)
-
-
-class TestPValues:
-    @pytest.mark.parametrize("p_value", TESTS)
-    def test_small_at_most_as_often_as_they_say(self, p_value: PValue) -> None:
-        rng = np.random.default_rng(1)
-        both, gain = 0.8, 0.01
-        harm = ((1 - BOUND) * both + gain) / BOUND  # the mean is 0: the edge of the null
-        found = np.array(
-            [
-                p_value(surplus(rng, 400, harm=harm, both=both, gain=gain), -BOUND, 1.0)
-                for _ in range(1000)
-            ]
-        )
-        for level in (0.01, 0.05, 0.2):
-            assert (found <= level).mean() <= level
-
-    def test_betting_is_the_tighter_one(self) -> None:
-        rng = np.random.default_rng(2)
-        for _ in range(20):
-            values = surplus(rng, 1000, harm=0.015, both=0.9, gain=0.005)
-            assert betting_p_value(values, -BOUND, 1.0) < 0.01
-            assert hoeffding_bentkus_p_value(values, -BOUND, 1.0) > 0.05
-
-    def test_hoeffding_bentkus_by_hand(self) -> None:
-        values = np.array([1.0] * 9 + [-1.0])
-        # Losses in [0, 1]: 1 of 10 lost where the null says 5 of 10 or more.
-        binomial = (1 + 10) / 2**10
-        entropy = 0.1 * math.log(0.2) + 0.9 * math.log(1.8)
-        expected = min(math.e * binomial, math.exp(-10 * entropy))
-        assert hoeffding_bentkus_p_value(values, -1.0, 1.0) == pytest.approx(expected)
-
-    @given(st.lists(st.sampled_from([-0.95, 0.0, 0.05, 1.0]), min_size=1, max_size=60))
-    def test_are_probabilities(self, values: list[float]) -> None:
-        for p_value in TESTS:
-            assert 0 <= p_value(np.array(values), -0.95, 1.0) <= 1
-
-    def test_nothing_is_certain_of_losses(self) -> None:
-        for p_value in TESTS:
-            assert p_value(np.full(50, -BOUND), -BOUND, 1.0) == 1.0
-        with pytest.raises(ValueError, match="low"):
-            betting_p_value(np.ones(3), 0.0, 1.0)
 
 
 class TestFixedSequence:
@@ -551,15 +529,6 @@ class TestFixedSequence:
         assert np.median(chosen) <= 0.25
         assert (chosen <= 0.27 + 1e-9).mean() >= 0.9
 
-    def test_more_power_than_hoeffding_bentkus(self) -> None:
-        outcomes = planted(np.random.default_rng(0), 2000, wrong_below=0.3)
-        ours = choose_threshold(outcomes, GRID, bound=BOUND, delta=DELTA)
-        theirs = choose_threshold(
-            outcomes, GRID, bound=BOUND, delta=DELTA, p_value=hoeffding_bentkus_p_value
-        )
-        assert ours is not None
-        assert theirs is None  # not even "escalate all", which keeps everything
-
     def test_a_student_as_good_as_its_teacher_escalates_nothing(self) -> None:
         rng = np.random.default_rng(0)
         teacher = rng.random(500) < 0.9
@@ -581,14 +550,90 @@ class TestFixedSequence:
         assert first == choose_threshold(outcomes, GRID, bound=BOUND, delta=DELTA)
 
 
-def test_share_error_covers_all_thresholds_at_once() -> None:
-    error = share_error(300, 0.1)
-    levels = np.linspace(0, 1, 101)
+def test_escalated_interval_holds_for_all_thresholds_at_once() -> None:
     missed = 0
     for seed in range(400):
-        seen = (np.random.default_rng(seed).random(300)[:, None] < levels).mean(axis=0)
-        missed += bool(np.abs(seen - levels).max() > error)
-    assert missed <= 0.1 * 400
+        scores, right = np.random.default_rng(seed).random(300), np.ones(300, np.bool_)
+        outcomes = PairedOutcomes(scores=scores, student=right, escalated=right, teacher=right)
+        for share in np.linspace(0.01, 0.99, 50):
+            found = escalated_interval(outcomes, float(share), 50)
+            missed += not found.low <= share <= found.high
+    assert missed <= 3
+
+
+class TestClusters:
+    def test_copies_are_one_observation(self) -> None:
+        """Every outcome five times certifies what the outcomes alone do, and no more."""
+        alone = planted(np.random.default_rng(5), 500, wrong_below=0.3)
+        five = np.repeat(np.arange(500), 5)
+        copied = PairedOutcomes(
+            scores=alone.scores[five],
+            student=alone.student[five],
+            escalated=alone.escalated[five],
+            teacher=alone.teacher[five],
+            clusters=five,
+        )
+        expected = choose_threshold(alone, GRID, bound=BOUND, delta=DELTA)
+        found = choose_threshold(copied, GRID, bound=BOUND, delta=DELTA)
+        assert expected is not None
+        assert found is not None
+        assert (found.threshold, found.certified) == (expected.threshold, expected.certified)
+
+    def test_the_order_of_bets_is_that_of_the_ledger(self) -> None:
+        outcomes = planted(np.random.default_rng(3), 400, wrong_below=0.3)
+        turned = choose_threshold(
+            outcomes, GRID, bound=BOUND, delta=DELTA, order=tuple(range(399, -1, -1))
+        )
+        back = PairedOutcomes(
+            scores=outcomes.scores[::-1],
+            student=outcomes.student[::-1],
+            escalated=outcomes.escalated[::-1],
+            teacher=outcomes.teacher[::-1],
+        )
+        assert turned == choose_threshold(back, GRID, bound=BOUND, delta=DELTA)
+
+    def test_by_embedding_copies_are_found(self, cascade_plan: CascadePlan) -> None:
+        made = certify(dataclasses.replace(cascade_plan, cluster_by="embedding"))
+        clusters = made.outcomes.clusters  # flat pictures of one colour are the same to any teacher
+        assert clusters is not None
+        assert len(np.unique(clusters)) < COUNTS["test"]
+
+    def test_by_folder_three_colours_are_three_observations(
+        self, cascade_plan: CascadePlan
+    ) -> None:
+        found = certify(dataclasses.replace(cascade_plan, cluster_by="folder"))
+        assert found.certificate is None
+
+    def test_one_cluster_is_refused(self, cascade_plan: CascadePlan, tmp_path: Path) -> None:
+        for part in COUNTS:
+            for name in ("red", "blue"):
+                path = tmp_path / part / name / "1.png"
+                path.parent.mkdir(parents=True)
+                Image.new("RGB", (10, 10), "red").save(path)
+        same = dataclasses.replace(
+            cascade_plan,
+            eval_set=zero_shot_eval_set(str(tmp_path), size=8),
+            cluster_by="embedding",
+        )
+        with pytest.raises(InputError, match="they are one observation"):
+            certify(same)
+
+
+class TestTries:
+    def test_each_further_hypothesis_has_a_smaller_part(
+        self, cascade_plan: CascadePlan, tmp_path: Path
+    ) -> None:
+        plan = dataclasses.replace(cascade_plan, ledger=tmp_path / "ledger.json")
+        first, again = certify(plan), certify(plan)
+        assert (first.turn.number, first.tested_at) == (1, 0.025)
+        assert (again.turn.number, again.tested_at) == (1, 0.025)
+        assert first.certificate is not None
+        assert again.certificate is not None
+        assert first.certificate.threshold == again.certificate.threshold
+        assert first.certificate.tested_at == 0.025
+        other = certify(dataclasses.replace(plan, bound=0.9))
+        assert other.turn.number == 2
+        assert other.tested_at == pytest.approx(0.05 / 6)
 
 
 class TestTrial:

@@ -1,4 +1,4 @@
-"""The cascade's decisions, with real towers, real scores and a detector that really watches."""
+"""The cascade's decisions, with real towers, real scores and a watch that really watches."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +16,12 @@ from edgeclip.runtime.cascade.certificate import (
     Certificate,
     CertificateError,
 )
-from edgeclip.runtime.cascade.drift import DriftDetector, DriftRule, ScoreSample
+from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch
 from edgeclip.runtime.cascade.scores import Entropy, Margin, Similarities
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.stats.interval import Interval
 
 NAMES = ("red", "green", "blue")
 Pixels = NDArray[np.uint8]
@@ -40,14 +42,8 @@ def evidence(encoder: Encoder, pixels: Pixels) -> Similarities:
 
 
 @pytest.fixture
-def sample(encoder: Encoder) -> ScoreSample:
-    scores = Margin().of(evidence(encoder, pictures(600, mixed=0.2)))
-    return ScoreSample.of(scores[:200], scores[200:])
-
-
-@pytest.fixture
-def certificate(certificate: Certificate, sample: ScoreSample) -> Certificate:
-    return dataclasses.replace(certificate, threshold=0.3, sample=sample)
+def certificate(certificate: Certificate) -> Certificate:
+    return dataclasses.replace(certificate, threshold=0.3, escalated=Interval(0.02, 0.0, 0.1))
 
 
 @pytest.fixture
@@ -99,38 +95,70 @@ def test_without_or_with_another_certificate_there_is_none(
         Cascade.certified(other, query="text")
 
 
+def watch_of(certificate: Certificate, path: Path | None = None) -> DriftWatch:
+    return DriftWatch(certificate.digest, certificate.escalated, path=path)
+
+
 def test_drift_revokes_and_everything_is_escalated(
     encoder: Encoder, certificate: Certificate
 ) -> None:
     said: list[str] = []
-    cascade = Cascade(
-        Margin(), 0.3, certificate, DriftDetector(certificate.sample), on_revoked=said.append
-    )
+    cascade = Cascade(Margin(), 0.3, certificate, watch_of(certificate), on_revoked=said.append)
     usual = evidence(encoder, pictures(100, mixed=0.2, seed=1))
     assert not cascade.select(usual).any()
     assert cascade.status == certificate.promise
-    strange = evidence(encoder, pictures(100, mixed=0.4, seed=2))
+    strange = evidence(encoder, pictures(200, mixed=0.5, seed=2))
     assert cascade.select(strange).all()
     assert cascade.revoked is not None
+    assert "certified for 0.0% to 10.0%" in cascade.revoked
     assert "certify again" in cascade.revoked
     assert cascade.status == cascade.revoked
     assert cascade.select(usual).all()
     assert said == [cascade.revoked]
 
 
-def test_a_revocation_survives_a_restart(certificate: Certificate) -> None:
-    first = DriftDetector(certificate.sample)
-    assert first.update(np.zeros(200))
-    again = DriftDetector(certificate.sample, state=first.state)
-    assert Cascade(Margin(), 0.3, certificate, again).revoked is not None
+def test_a_revocation_survives_a_restart(
+    encoder: Encoder, certified_bundle: Path, cpu_device: DeviceProfile, tmp_path: Path
+) -> None:
+    strange = evidence(encoder, pictures(200, mixed=0.5))
+    opened = Encoder.open(certified_bundle, device=cpu_device)
+    assert Cascade.certified(opened).select(strange).all()
+    assert Cascade.certified(opened).revoked is not None
+    own = tmp_path / "own.json"
+    assert Cascade.certified(opened, state=own).revoked is None
+    in_memory = Cascade.certified(opened, state=None)
+    assert in_memory.select(strange).all()
+    assert Cascade.certified(opened, state=None).revoked is None
+    assert not own.exists()
 
 
-def test_many_threads_lose_no_score(encoder: Encoder, certificate: Certificate) -> None:
+def test_what_was_seen_is_kept_when_it_closes(
+    encoder: Encoder, certified_bundle: Path, cpu_device: DeviceProfile
+) -> None:
+    opened = Encoder.open(certified_bundle, device=cpu_device)
+    cascade = Cascade.certified(opened)
+    cascade.select(evidence(encoder, pictures(7, mixed=0.1)))
+    cascade.close()
+    again = Cascade.certified(opened, drift=DriftRule(alpha=0.5))
+    assert again.drift is not None
+    assert again.drift.seen == 7
+
+
+def test_a_damaged_state_says_what_to_do(
+    certified_bundle: Path, cpu_device: DeviceProfile, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.json"
+    own.write_text("{")
+    with pytest.raises(InputError, match="delete it to watch anew"):
+        Cascade.certified(Encoder.open(certified_bundle, device=cpu_device), state=own)
+
+
+def test_many_threads_lose_no_query(encoder: Encoder, certificate: Certificate) -> None:
     said: list[str] = []
-    detector = DriftDetector(certificate.sample, DriftRule(alpha=1e-9))
-    cascade = Cascade(Margin(), 0.3, certificate, detector, on_revoked=said.append)
-    part = evidence(encoder, pictures(25, mixed=0.5))
+    watch = watch_of(dataclasses.replace(certificate, escalated=Interval(0.5, 0.0, 0.99)))
+    cascade = Cascade(Margin(), 0.3, certificate, watch, on_revoked=said.append)
+    part = evidence(encoder, pictures(25, mixed=0.2))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(cascade.select, [part] * 40))
-    assert detector.seen == 1000
-    assert len(said) == 1
+    assert watch.seen == 1000
+    assert not said

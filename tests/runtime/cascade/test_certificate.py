@@ -6,19 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import sha256_file
+from edgeclip.runtime.bundle.index import Index, LabelSet
 from edgeclip.runtime.cascade.certificate import (
     Certificate,
     CertificateError,
     TowerIdentity,
+    certified_labels_path,
     read_certificate,
+    read_labels,
 )
 from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin
 from edgeclip.runtime.errors import BundleError, ConfigError
 from edgeclip.runtime.spec import Precision, Tower
+from tests.conftest import SPACE
+from tests.runtime.cascade.conftest import EMBEDDER
 
 PRECISIONS: dict[Tower, Precision] = {"image": "int8", "text": "fp32"}
 Edit = Callable[[dict[str, Any]], None]
@@ -33,10 +39,95 @@ def test_round_trip_with_every_score(certificate: Certificate) -> None:
 
 
 def test_says_what_it_promises(certificate: Certificate) -> None:
-    assert certificate.promise == (
-        "Keeps at least 95% of the quality of tiny on queries like those of pictures (wrong with "
-        "probability 0.05 at most), asking it for 10.0% of them"
+    for words in (
+        "at least 95% of the quality of tiny at finding the caption of a picture among 3 entries",
+        f"embedded by the teacher (tower {EMBEDDER[:12]})",
+        "on queries like those of pictures (wrong with probability 0.05 at most)",
+        "asking it for 10.0% of them",
+        "assumes that all pictures are independent",
+        "cannot be reached the student's own answers stand, without a promise: 90.0%",
+    ):
+        assert words in certificate.promise
+    grouped = dataclasses.replace(certificate.tested_on, clusters=4, largest=3)
+    grown = dataclasses.replace(certificate, tested_on=grouped)
+    assert "at most 3 belong together" in grown.promise
+
+
+def an_index(count: int, embedder: str = EMBEDDER) -> Index:
+    embeddings = np.tile(np.eye(1, 8, dtype=np.float32), (count, 1))
+    return Index(tuple(map(str, range(count))), embeddings, SPACE, embedder)
+
+
+def some_labels(*names: str, embedder: str = EMBEDDER) -> LabelSet:
+    embeddings = np.eye(len(names), 8, dtype=np.float32)
+    return LabelSet(names=names, embeddings=embeddings, space=SPACE, embedder=embedder)
+
+
+@pytest.fixture
+def zero_shot(certificate: Certificate) -> Certificate:
+    digest = some_labels("red", "green", "blue").digest
+    tested = dataclasses.replace(
+        certificate.tested_on, task="zero-shot", labels=digest, teacher_labels=digest
     )
+    return dataclasses.replace(certificate, tested_on=tested)
+
+
+def test_binds_the_index(certificate: Certificate) -> None:
+    tested = dataclasses.replace(certificate.tested_on, entries=100)
+    certificate = dataclasses.replace(certificate, tested_on=tested)
+    for count in (90, 100, 110):
+        certificate.check_index(an_index(count))
+    for count in (89, 111):
+        with pytest.raises(CertificateError, match=f"not for an index of {count} entries"):
+            certificate.check_index(an_index(count))
+    with pytest.raises(CertificateError, match="embedded by the tower ffff"):
+        certificate.check_index(an_index(100, "f" * 64))
+    with pytest.raises(CertificateError, match="does not say what embedded it: make it with"):
+        certificate.check_index(an_index(100, ""))
+
+
+def test_binds_the_labels(zero_shot: Certificate) -> None:
+    zero_shot.check_labels(some_labels("red", "green", "blue"))
+    for other in (some_labels("red", "green", "teal"), some_labels("red", "green")):
+        with pytest.raises(CertificateError, match=r"3 labels .* not for classifying by"):
+            zero_shot.check_labels(other)
+
+
+def test_binds_the_task(certificate: Certificate, zero_shot: Certificate) -> None:
+    with pytest.raises(CertificateError, match="not for classifying by 3 labels"):
+        certificate.check_labels(some_labels("red", "green", "blue"))
+    with pytest.raises(CertificateError, match="not for searching an index"):
+        zero_shot.check_index(an_index(3))
+
+
+def test_binds_the_kind_of_queries(certificate: Certificate) -> None:
+    certificate.check_queries("image")
+    with pytest.raises(CertificateError, match="not for queries that are texts"):
+        certificate.check_queries("text")
+
+
+def test_label_sets_belong_to_zero_shot(certificate: Certificate) -> None:
+    with pytest.raises(ValueError, match="label sets belong"):
+        dataclasses.replace(certificate.tested_on, labels="0" * 64)
+    with pytest.raises(ValueError, match="label sets belong"):
+        dataclasses.replace(certificate.tested_on, task="zero-shot")
+
+
+def test_labels_lie_beside_the_certificate(
+    zero_shot: Certificate, certificate: Certificate, own_bundle: Path
+) -> None:
+    bundle = Bundle.open(own_bundle)
+    assert read_labels(bundle, certificate) is None
+    with pytest.raises(CertificateError, match="does not exist"):
+        read_labels(bundle, zero_shot)
+    path = own_bundle / certified_labels_path("teacher")
+    some_labels("red", "green", "blue").save(path)
+    found = read_labels(bundle, zero_shot)
+    assert found is not None
+    assert found.teacher.names == found.entries.names == ("red", "green", "blue")
+    some_labels("red", "green", "teal").save(path)
+    with pytest.raises(CertificateError, match="does not hold the labels that were certified"):
+        read_labels(bundle, zero_shot)
 
 
 def test_fits_the_bundle_it_was_made_for(certificate: Certificate, tiny_bundle: Path) -> None:
@@ -117,14 +208,15 @@ def changed(certificate: Certificate, **change: object) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema 2 of a certificate is not 1"),
+        ({"schema_version": 1}, "schema 1 of a certificate is not 2"),
         ({"more": 1}, "more: unknown key"),
-        ({"p_value": 0.5}, "certifies nothing"),
+        ({"p_value": 0.03}, "certifies nothing at 0.025"),
+        ({"tested_at": 0.06}, "a part of 0.05"),
+        ({"try_number": 0}, "try_number"),
         ({"bound": 1.5}, "1 at most"),
         ({"delta": 0.0}, "delta"),
         ({"threshold": "low"}, "threshold"),
         ({"score": {"kind": "luck"}}, "score"),
-        ({"sample": {"edges": [2, 1], "counts": [1, 1, 1]}}, "ascend"),
     ],
 )
 def test_damage_is_one_clear_error(
