@@ -108,6 +108,12 @@ LONGEST = (
 Edit = Callable[[dict[str, Any]], None]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _state_of_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests remember of each other is not the user's, and ends with the run."""
+    os.environ["EDGECLIP_STATE"] = str(tmp_path_factory.mktemp("state"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest files first, so that no process is left alone with one of them at the end.
     order = {name: place for place, name in enumerate(LONGEST)}

@@ -52,7 +52,8 @@ roofline_seconds: 0.5
 SHORTER: dict[str, dict[str, str | None]] = {
     "distill": {"--steps": "2", "--batch-size": "8", "--image-layers": "1", "--text-layers": "1"},
     "profile": {"--workload": "least.yaml", "--parts": "text", "--brief": None},
-    "cascade": {"--test-count": "600", "--calibration-count": "100", "--gallery-count": "100"},
+    "cascade": {"--test-count": "600", "--calibration-count": "100", "--gallery-count": "20"},
+    "scenes scenes": {"--count": "20"},
     "measure-cuts": {"--rounds": "10"},
     "quantize": {"--minutes": "0.05", "--accept-undecided": None},
     "export compress/emoji_teacher": {

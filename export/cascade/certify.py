@@ -225,7 +225,11 @@ def certify(
     if not outcomes.teacher.any():
         raise InputError("the teacher has no answer right: give it queries that it can answer")
     _log.info("testing %d thresholds ...", len(grid))
-    chosen = choose_threshold(outcomes, grid, bound=plan.bound, delta=tested_at, order=turn.order)
+    # A cascade that never escalates has nothing that the watch could see: the last but one
+    # threshold, below which lie the least of the scores, is the lowest to be had.
+    chosen = choose_threshold(
+        outcomes, grid[:-1], bound=plan.bound, delta=tested_at, order=turn.order
+    )
     certificate = None
     if chosen is not None and chosen.threshold < ESCALATE_ALL:
         certificate = _certificate(plan, evaluator, outcomes, len(grid), chosen, turn)

@@ -240,6 +240,7 @@ class Session:
             **own,
             "COLUMNS": "80",
             "EDGECLIP_CACHE": str(self._folder / "kept"),
+            "EDGECLIP_STATE": str(self._folder / "state"),
             "HF_HOME": str(self._folder / "hf-home"),
             "HF_HUB_OFFLINE": "1",
             "NO_COLOR": "1",

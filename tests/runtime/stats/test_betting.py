@@ -1,5 +1,7 @@
 """Bets on means: valid at every count, stronger with more evidence, and resumed where they were."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
