@@ -312,7 +312,11 @@ def _certificate(found: Certificate | None) -> Section | None:
         "teacher": f"{found.teacher.name}, {found.query} tower in {found.teacher.precision}",
         "score": f"{found.score.kind}, escalated below {found.threshold:.6g}",
         "escalated": f"{percent(found.escalated.value)} of the queries "
-        f"({percent_interval(found.escalated)}, which the device watches)",
+        f"({percent_interval(found.escalated)})",
+        "watched": "; ".join(
+            f"{percent_interval(item.share)} of scores below {item.below:.4g}"
+            for item in found.watched
+        ),
         "teacher not reached": f"the student's own answers, {percent(found.quality.student.value)} "
         f"right ({percent_interval(found.quality.student)}), without a promise",
         "space": found.space[:16],

@@ -14,6 +14,7 @@ from edgeclip.compress.data.clusters import ASSUMED, ClusterBy
 from edgeclip.export.cascade.cascade_eval_set import CascadeEvalSet
 from edgeclip.export.cascade.cascade_evaluator import CascadeEvaluator, IndexBy
 from edgeclip.export.cascade.ledger import Group, Hypothesis, Turn, item_hashes, take_turn
+from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.cascade.certificate import (
     ESCALATE_ALL,
     Certificate,
@@ -24,7 +25,7 @@ from edgeclip.runtime.cascade.certificate import (
     needs_teacher,
     threshold_grid,
 )
-from edgeclip.runtime.cascade.drift import ESCALATED_ERROR
+from edgeclip.runtime.cascade.drift import WATCHED_ERROR, WatchedShare
 from edgeclip.runtime.cascade.scores import Score
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
@@ -35,6 +36,8 @@ from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.stats.shares import estimate_kept, estimate_share
 
 _log = logging.getLogger(__name__)
+
+_WATCHED = (0.25, 0.5, 0.75)  # quantiles of the scores
 
 
 def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
@@ -225,14 +228,10 @@ def certify(
     if not outcomes.teacher.any():
         raise InputError("the teacher has no answer right: give it queries that it can answer")
     _log.info("testing %d thresholds ...", len(grid))
-    # A cascade that never escalates has nothing that the watch could see: the last but one
-    # threshold, below which lie the least of the scores, is the lowest to be had.
-    chosen = choose_threshold(
-        outcomes, grid[:-1], bound=plan.bound, delta=tested_at, order=turn.order
-    )
+    chosen = choose_threshold(outcomes, grid, bound=plan.bound, delta=tested_at, order=turn.order)
     certificate = None
     if chosen is not None and chosen.threshold < ESCALATE_ALL:
-        certificate = _certificate(plan, evaluator, outcomes, len(grid), chosen, turn)
+        certificate = _certificate(plan, evaluator, outcomes, calibration, chosen, turn)
     return CertificationResult(
         outcomes=outcomes,
         grid=grid,
@@ -243,16 +242,28 @@ def certify(
     )
 
 
-def escalated_interval(outcomes: PairedOutcomes, threshold: float, tried: int) -> Interval:
-    """Return the escalated share at a threshold that was chosen among `tried` ones.
+def watched_shares(
+    calibration: Values, scores: Values, clusters: Clusters | None = None
+) -> tuple[WatchedShare, ...]:
+    """Return the shares of low scores that a device watches, below quartiles of `calibration`.
 
-    Its interval misses the true share with probability `ESCALATED_ERROR` at most, shared evenly
-    by the two ends of all thresholds (Bonferroni).
+    These marks do not depend on the test, so that any interval misses its share with probability
+    `WATCHED_ERROR` at most, divided evenly between all ends (Bonferroni).
+
+    Args:
+        calibration: scores of other queries of the same population, [M].
+        scores: of the test queries, [N].
+        clusters: of the test queries, int64 [N]; None where all are independent.
     """
-    found = estimate_share(needs_teacher(outcomes.scores, threshold), outcomes.clusters)
-    confidence = 1 - ESCALATED_ERROR / (2 * tried)
-    low, high = found.lower_bound(confidence), found.upper_bound(confidence)
-    return Interval(found.value, min(low, found.value), max(high, found.value))
+    marks = np.unique(np.quantile(calibration, _WATCHED)).tolist()
+    confidence = 1 - WATCHED_ERROR / (2 * len(marks))
+    found = []
+    for mark in marks:
+        share = estimate_share(needs_teacher(scores, mark), clusters)
+        low, high = share.lower_bound(confidence), share.upper_bound(confidence)
+        interval = Interval(share.value, min(low, share.value), max(high, share.value))
+        found.append(WatchedShare(below=mark, share=interval))
+    return tuple(found)
 
 
 def _groups(items: Sequence[str], clusters: Clusters | None) -> tuple[Group, ...]:
@@ -292,7 +303,7 @@ def _certificate(
     plan: CascadePlan,
     evaluator: CascadeEvaluator,
     outcomes: PairedOutcomes,
-    tried: int,
+    calibration: Values,
     chosen: CertifiedThreshold,
     turn: Turn,
 ) -> Certificate:
@@ -319,7 +330,10 @@ def _certificate(
         teacher=_identity(plan.teacher, eval_set.query),
         score=plan.score,
         threshold=chosen.threshold,
-        escalated=escalated_interval(outcomes, chosen.threshold, tried),
+        escalated=estimate_share(
+            needs_teacher(outcomes.scores, chosen.threshold), clusters
+        ).interval,
+        watched=watched_shares(calibration, outcomes.scores, clusters),
         quality=Quality(
             student=estimate_share(outcomes.student, clusters).interval,
             teacher=estimate_share(outcomes.teacher, clusters).interval,

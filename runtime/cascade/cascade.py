@@ -28,14 +28,14 @@ _DEFAULT_RULE = DriftRule()
 class Cascade:
     """Decide which queries go to the teacher, by a score and a threshold.
 
-    Threads may share one: queries are watched for drift batch by batch.
+    Threads may share one: scores are watched for drift batch by batch.
 
     Args:
         score: confidence of the student.
         threshold: queries with a lower score are escalated.
         certificate: what `score` and `threshold` were certified for, if they were.
-        drift: watches which queries are escalated; once it raises the alarm the certificate is
-            revoked, and all queries are escalated.
+        drift: watches every score; once it raises the alarm the certificate is revoked, and all
+            queries are escalated.
         on_revoked: called once with a line that reports the revocation.
         labels: the label sets of a zero-shot certificate.
 
@@ -111,20 +111,17 @@ class Cascade:
         labels, watch = read_labels(encoder.bundle, found), None
         if drift is not None:
             path = default_state_path(found.digest) if state == "default" else state
-            watch = DriftWatch(found.digest, found.escalated, drift, path=path)
+            watch = DriftWatch(found.digest, found.watched, drift, path=path)
         return cls(found.score, found.threshold, found, watch, on_revoked, labels=labels)
 
     @property
     def revoked(self) -> str | None:
         """Why the certificate no longer holds, in one line; None as long as it does."""
-        if self.drift is None or self.drift.alarm_at is None or self.certificate is None:
+        if self.drift is None or self.drift.alarm_at is None:
             return None
-        low, high = self.certificate.escalated.low, self.certificate.escalated.high
         return (
-            f"the cascade's certificate is revoked: of {self.drift.alarm_at} queries the student "
-            f"was unsure of {self.drift.escalated_share:.1%}, and it was certified for "
-            f"{low:.1%} to {high:.1%}; everything goes to the teacher until you certify again on "
-            "such queries with edgeclip cascade"
+            f"the cascade's certificate is revoked: {self.drift.finding}; everything goes to the "
+            "teacher until you certify again on such queries with edgeclip cascade"
         )
 
     @property
@@ -142,10 +139,11 @@ class Cascade:
         Raises:
             InputError: the similarities lack the views that the score needs.
         """
-        escalated = needs_teacher(self.score.of(similarities), self.threshold)
+        scores = self.score.of(similarities)
+        escalated = needs_teacher(scores, self.threshold)
         if self.drift is not None:
             with self._lock:
-                revoked = self.drift.update(escalated)
+                revoked = self.drift.update(scores)
                 is_first = revoked and not self._is_reported
                 self._is_reported = self._is_reported or revoked
             if is_first and self.revoked:

@@ -14,6 +14,7 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.index import Index, LabelSet
 from edgeclip.runtime.bundle.manifest import FileRecord, Manifest
+from edgeclip.runtime.cascade.drift import WatchedShare
 from edgeclip.runtime.cascade.scores import Score
 from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import BundleError, ConfigError, InputError
@@ -214,8 +215,9 @@ class Certificate(JsonRecord):
         teacher: the tower on the server.
         score: confidence of the student.
         threshold: queries with a lower score go to the teacher.
-        escalated: share of these queries. Its interval misses the true share with probability
-            `drift.ESCALATED_ERROR` at most, whichever threshold was chosen.
+        escalated: share of these queries, with its 95% interval.
+        watched: shares of low scores that the device watches. Any of their intervals misses the
+            true share with probability `drift.WATCHED_ERROR` at most.
         quality: quality on the test queries.
         tested_on: the test queries, and what they choose from.
         created: ISO 8601 in UTC.
@@ -242,6 +244,7 @@ class Certificate(JsonRecord):
     score: Score
     threshold: IsFinite[float]
     escalated: Interval
+    watched: tuple[WatchedShare, ...]
     quality: Quality
     tested_on: QuerySet
     created: str

@@ -1,14 +1,15 @@
-"""Watch the escalated share for drift, in a state that outlives the process."""
+"""Watch confidence scores for drift, in a state that outlives the process."""
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Gt, Lt
+import numpy as np
+from annotated_types import Ge, Gt, IsFinite, Lt
 
 from edgeclip.runtime.bundle.files import JsonRecord, lock_file, state_root
 from edgeclip.runtime.device.schema import check_bounds
@@ -18,9 +19,25 @@ from edgeclip.runtime.stats.interval import Interval
 
 _log = logging.getLogger(__name__)
 
-# The chance that the true escalated share lies outside the certified interval.
-ESCALATED_ERROR = 0.002
+# The chance that any certified share of low scores lies outside its interval.
+WATCHED_ERROR = 0.002
 _SAVE_EVERY = 100  # queries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchedShare:
+    """A share of low scores that does not change without drift.
+
+    Attributes:
+        below: the scores that count are those below this; NaN counts as well.
+        share: their share among the queries of the certificate, and its certified interval.
+    """
+
+    below: IsFinite[float]
+    share: Interval
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +46,13 @@ class DriftRule:
 
     Attributes:
         alpha: without drift, the probability of an alarm, ever and over all restarts, is at most
-            this. A part of it, `ESCALATED_ERROR`, is for a certified interval that is wrong.
+            this. A part of it, `WATCHED_ERROR`, is for a certified interval that is wrong.
 
     Raises:
         ValueError: a value out of bounds.
     """
 
-    alpha: Annotated[float, Gt(ESCALATED_ERROR), Lt(1)] = 0.01
+    alpha: Annotated[float, Gt(WATCHED_ERROR), Lt(1)] = 0.01
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -43,7 +60,7 @@ class DriftRule:
     @property
     def limit(self) -> float:
         """The evidence at which the alarm is raised."""
-        return 1 / (self.alpha - ESCALATED_ERROR)
+        return 1 / (self.alpha - WATCHED_ERROR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +70,9 @@ class DriftState(JsonRecord):
     Attributes:
         certificate: digest of the certificate that it belongs to.
         seen: number of queries so far.
-        escalated: number of those that were escalated.
-        above, below: capital of the bets that the share is above the certified interval, and
-            below it; empty before the first query.
+        counts: number of those with a score below each mark.
+        capital: of the bets on each mark, that the share is above its interval, then that it is
+            below.
         alarm_at: the number of the query that raised the alarm, from 1; None if none did.
 
     Raises:
@@ -67,9 +84,8 @@ class DriftState(JsonRecord):
 
     certificate: str
     seen: Annotated[int, Ge(0)] = 0
-    escalated: Annotated[int, Ge(0)] = 0
-    above: tuple[float, ...] = ()
-    below: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
+    capital: tuple[tuple[float, ...], ...] = ()
     alarm_at: int | None = None
 
     def __post_init__(self) -> None:
@@ -82,13 +98,14 @@ def default_state_path(certificate: str) -> Path:
 
 
 class DriftWatch:
-    """Test, query by query, whether the escalated share is still inside its certified interval.
+    """Test, query by query, whether shares of low scores are still inside their intervals.
 
-    The reference is fixed: one bet that the share is above the upper end and one that it is below
-    the lower end, both with restarts (`RestartedBets`); the evidence is their mean. By Ville's
-    inequality the alarm is ever raised with probability `DriftRule.alpha` at most, if the queries
-    are independent draws, or at least none is likelier escalated than the interval allows, given
-    those before it. Once raised, the alarm stays.
+    The reference is fixed: for each of a few marks, one bet that the share of scores below it is
+    above the upper end of its interval and one that it is below the lower end, both with restarts
+    (`RestartedBets`); the evidence is the mean of all. By Ville's inequality the alarm is ever
+    raised with probability `DriftRule.alpha` at most, if the queries are independent draws, or at
+    least none is likelier below a mark than its interval allows, given those before it. Once
+    raised, the alarm stays.
 
     The state is written about every 100 queries, at an alarm, and by `close`, so a killed process
     loses 100 queries at most. Several processes may share a file: each adds its own queries to
@@ -97,7 +114,7 @@ class DriftWatch:
 
     Args:
         certificate: digest of the certificate.
-        escalated: the certified interval of the escalated share.
+        watched: the certified shares.
         rule: when to raise the alarm.
         path: the file of the state, read now if it exists; None keeps the state in memory alone.
 
@@ -108,16 +125,17 @@ class DriftWatch:
     def __init__(
         self,
         certificate: str,
-        escalated: Interval,
+        watched: Sequence[WatchedShare],
         rule: DriftRule | None = None,
         *,
         path: Path | None = None,
     ) -> None:
         self.rule, self.path = rule or DriftRule(), path
-        self._certificate, self._escalated = certificate, escalated
+        self._certificate, self._watched = certificate, tuple(watched)
+        self._marks = np.array([item.below for item in watched])
         self._lock, self._saving = threading.Lock(), threading.Lock()
         self._saver: ThreadPoolExecutor | None = None
-        self._unsaved: list[bool] = []
+        self._unsaved: list[tuple[bool, ...]] = []
         self._saved = self._read()
         self._restore(self._saved or DriftState(certificate=certificate))
 
@@ -129,38 +147,44 @@ class DriftWatch:
     @property
     def seen(self) -> int:
         """Number of queries so far."""
-        return self._above.count
-
-    @property
-    def escalated_share(self) -> float:
-        """Share of these that were escalated by their score; 0 before the first."""
-        return self._count / max(1, self.seen)
+        return self._seen
 
     @property
     def evidence(self) -> float:
         """What the rule's `limit` is compared with: 1 at the beginning."""
-        return (self._above.wealth + self._below.wealth) / 2
+        return sum(item.wealth for item in self._bets) / len(self._bets) if self._bets else 1.0
+
+    @property
+    def finding(self) -> str:
+        """The share with the most evidence against it, as a sentence without a full stop."""
+        bets = np.array([item.wealth for item in self._bets]).reshape(-1, 2).max(axis=1)
+        at = int(bets.argmax())
+        mark, found = self._watched[at], self._counts[at] / max(1, self._seen)
+        return (
+            f"of {self._seen} queries {found:.1%} had a score below {mark.below:.3g}, and when it "
+            f"was certified {mark.share.low:.1%} to {mark.share.high:.1%}"
+        )
 
     @property
     def state(self) -> DriftState:
         """The state to continue from later, with the same certificate and rule."""
         return DriftState(
             certificate=self._certificate,
-            seen=self.seen,
-            escalated=self._count,
-            above=self._above.capital,
-            below=self._below.capital,
+            seen=self._seen,
+            counts=tuple(self._counts),
+            capital=tuple(item.capital for item in self._bets),
             alarm_at=self._alarm_at,
         )
 
-    def update(self, escalated: Iterable[bool]) -> bool:
-        """Add the next queries; return whether the alarm is, or was, raised."""
+    def update(self, scores: Iterable[float]) -> bool:
+        """Add the scores of the next queries; return whether the alarm is, or was, raised."""
         if self._alarm_at is not None:
             return True
+        values = np.asarray(list(scores), dtype=np.float64)[:, None]
         with self._lock:
-            for flag in map(bool, escalated):
-                self._step(flag)
-                self._unsaved.append(flag)
+            for row in (~(values >= self._marks)).tolist():
+                self._step(row)
+                self._unsaved.append(tuple(row))
             crossed = self._alarm_at is not None
             is_due = len(self._unsaved) >= _SAVE_EVERY
         if self.path is None:
@@ -185,8 +209,8 @@ class DriftWatch:
                 batch, self._unsaved = self._unsaved, []
                 if kept is not None and kept != self._saved:
                     self._restore(kept)
-                    for flag in batch if kept.alarm_at is None else ():
-                        self._step(flag)
+                    for row in batch if kept.alarm_at is None else ():
+                        self._step(row)
                 state = self.state
             try:
                 state.save(self.path)
@@ -222,9 +246,10 @@ class DriftWatch:
             return None
         try:
             found = DriftState.load(self.path)
-            RestartedBets(-1.0, found.above)
-            RestartedBets(-1.0, found.below)
-        except (ConfigError, InputError) as error:
+            if found.seen and len(found.counts) != len(self._watched):
+                raise InputError("it has another number of marks")
+            self._bets_of(found)
+        except (ConfigError, InputError, ValueError) as error:
             words = "; ".join(str(error).split("\n  "))
             hint = "" if DriftState.HINT in words else f": {DriftState.HINT}"
             raise InputError(f"{self.path} is damaged: {words}{hint}") from None
@@ -235,18 +260,25 @@ class DriftWatch:
             )
         return found
 
-    def _restore(self, state: DriftState) -> None:
-        low, high = max(0.0, self._escalated.low), min(1.0, self._escalated.high)
-        self._above = RestartedBets(-high if high < 1 else 0.0, state.above, state.seen)
-        self._below = RestartedBets(low - 1 if low > 0 else 0.0, state.below, state.seen)
-        self._low, self._high = low, high
-        self._count, self._alarm_at = state.escalated, state.alarm_at
+    def _bets_of(self, state: DriftState) -> list[RestartedBets]:
+        """Return two bets for each mark, that its share is above and that it is below."""
+        ends = [end for item in self._watched for end in (-item.share.high, item.share.low - 1)]
+        lows = [end if -1 < end < 0 else 0.0 for end in ends]  # no share is beyond an end of 0 or 1
+        capital: Sequence[Sequence[float]] = state.capital or [()] * len(lows)
+        return [RestartedBets(low, own, state.seen) for low, own in zip(lows, capital, strict=True)]
 
-    def _step(self, flag: bool) -> None:
+    def _restore(self, state: DriftState) -> None:
+        self._bets = self._bets_of(state)
+        self._seen, self._alarm_at = state.seen, state.alarm_at
+        self._counts = list(state.counts) or [0] * len(self._watched)
+
+    def _step(self, row: Sequence[bool]) -> None:
         if self._alarm_at is not None:
             return
-        self._above.bet(flag - self._high)
-        self._below.bet(self._low - flag)
-        self._count += flag
+        for at, (flag, item) in enumerate(zip(row, self._watched, strict=True)):
+            self._bets[2 * at].bet(flag - item.share.high)
+            self._bets[2 * at + 1].bet(item.share.low - flag)
+            self._counts[at] += flag
+        self._seen += 1
         if self.evidence >= self.rule.limit:
-            self._alarm_at = self.seen
+            self._alarm_at = self._seen

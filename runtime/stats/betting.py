@@ -59,11 +59,12 @@ class RestartedBets:
     """Bets against "the mean of what comes is at most 0" that a late change loses little to.
 
     All bets of `betting_p_value` lose while the hypothesis holds, and a change that comes late
-    would have to win that back first. So a part w(n) = 1 / (n (n + 1)) of the capital is staked at
-    the n-th value only: per stake, A <- (A + w(n)) (1 + s x). What is not staked yet, 1 / (n + 1),
-    counts as well, so that the sum begins at 1 and is a supermartingale where each value's mean,
-    given those before it, is at most 0 (a mixture over the times of change, as in Shin, Ramdas and
-    Rinaldo, "E-detectors", NEJSDS 2, 2023).
+    would have to win that back first. So a part of the capital, w(n) = u(n - 1) - u(n), is kept to
+    be staked at the n-th value: per stake, A <- (A + w(n)) (1 + s x). What is not staked yet,
+    u(n) = 1 / (1 + log(1 + n)), counts as well, so that the sum begins at 1 and is a
+    supermartingale where each value's mean, given those before it, is at most 0: a mixture over the
+    times of change. (E-detectors: Shin, Ramdas and Rinaldo, NEJSDS 2, 2023. u falls so slowly that
+    a change after 100,000 values still has 6e-8 of the capital; of 1 / (n + 1) it has 1e-10.)
 
     Args:
         low: the least possible value. Where it is 0 or more nothing is staked.
@@ -89,10 +90,14 @@ class RestartedBets:
     @property
     def wealth(self) -> float:
         """The evidence: all capital, which ever reaches 1 / p with probability p at most."""
-        return float(self._capital.mean()) + 1 / (self.count + 1)
+        return float(self._capital.mean()) + _unstaked(self.count)
 
     def bet(self, value: float) -> None:
         """Take the next value."""
+        staked = self._capital + _unstaked(self.count) - _unstaked(self.count + 1)
         self.count += 1
-        staked = self._capital + 1 / (self.count * (self.count + 1))
         self._capital = staked * (1 + self._stakes * value)
+
+
+def _unstaked(count: int) -> float:
+    return 1 / (1 + math.log1p(count))

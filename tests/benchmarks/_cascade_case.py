@@ -1,4 +1,7 @@
-"""The built-in teacher as a bundle, the kept student beside it, and what both are asked."""
+"""The built-in teacher as a bundle, the kept student beside it, and what both are asked.
+
+Each certificate here rests on a single try: there is no ledger.
+"""
 
 import shutil
 from dataclasses import dataclass

@@ -96,7 +96,8 @@ def main() -> None:
     index = Index.load(folder / "captions.npz")
     pictures = [path.read_bytes() for path in sorted((folder / "pictures").glob("*.png"))]
     plan = SplitPlan(name="cascade", kind="device", space=encoder.space)
-    escalation = Escalation(model=model, cascade=Cascade.certified(encoder))
+    cascade = Cascade.certified(encoder, state=folder / "drift.json")
+    escalation = Escalation(model=model, cascade=cascade)
     with (
         Server(url, rules=ClientRules(connections=_CONNECTIONS)) as server,
         SplitRuntime(encoder, plan, server, escalation=escalation) as runtime,

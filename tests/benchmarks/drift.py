@@ -1,9 +1,10 @@
-"""Does the detector raise no false alarms, and does it find what really changes?
+"""Does the watch raise no false alarms, however often it starts, and does it find what changes?
 
-False alarms: streams of margins of real test scenes in random order, from which the histogram
-of the certificate is drawn as well. Detection: such a stream that turns, after 200 pictures,
-into scenes with noise, blur, little light, or emoji that no training showed. Slight noise and
-blur cost few answers: how often they are found is told, not held.
+False alarms: devices that start 30 times, each with a certificate of its own and a state that is
+saved at every end; their queries are margins of real test scenes in random order, from which the
+certificates are drawn as well. Detection: such a stream that turns, after 200 pictures, into scenes
+with noise, blur, little light, or emoji that no training showed. Slight noise and blur cost few
+answers: how often they are found is told, not held.
 """
 
 import hashlib
@@ -15,20 +16,24 @@ from pathlib import Path
 import numpy as np
 from _bars import at_least, at_most, finish, options, say
 from _cascade_case import Case, open_case
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
 from edgeclip.compress.data.sources import EmojiSource, Pair, Source
+from edgeclip.export.cascade.certify import watched_shares
 from edgeclip.runtime.arrays import Values
-from edgeclip.runtime.cascade.drift import DriftDetector, DriftRule, ScoreSample
-from edgeclip.runtime.quality.intervals import bootstrap
+from edgeclip.runtime.cascade.certificate import Certificate
+from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch
+from edgeclip.runtime.stats.percentiles import estimate_percentile
+from edgeclip.runtime.stats.shares import estimate_share
 
 Alter = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 ALPHA = 0.05  # of the bar; so many streams tell 1% from 0.8% by chance only
-MEAN_QUERIES = 1000  # of the rule for endless streams
+STARTS = 30
 BEFORE = 200  # pictures without a shift
-WITHIN = 200  # pictures in which a shift is to be found
-FOUND = 0.95
+WITHIN = 150  # pictures in which a shift is to be found
+FOUND = 0.98
 
 
 class Altered:
@@ -78,45 +83,45 @@ ALTERS: dict[str, Alter] = {
 }
 
 
-def false_alarms(scores: Values, edges: Values, streams: int, length: int) -> Values:
-    """Whether each stream without a shift raised the alarm: [streams], 0 or 1."""
-    raised = np.zeros(streams)
+def false_alarms(
+    calibration: Values, scores: Values, folder: Path, streams: int, queries: int
+) -> NDArray[np.bool_]:
+    """Whether each device without a shift ever raised the alarm: bool [streams].
+
+    Args:
+        calibration: scores that the marks are made from.
+        scores: of real test scenes.
+        folder: where the states are kept.
+        streams: number of devices.
+        queries: number of queries of each start.
+    """
+    raised = np.zeros(streams, np.bool_)
     for seed in range(streams):
         rng = np.random.default_rng(seed)
-        sample = ScoreSample.of(edges, rng.choice(scores, 1000))
-        detector = DriftDetector(sample, DriftRule(alpha=ALPHA), seed=seed)
-        raised[seed] = detector.update(rng.choice(scores, length))
+        watched = watched_shares(calibration, rng.choice(scores, len(scores)))
+        for _ in range(STARTS):
+            path = folder / f"{seed}.json"
+            watch = DriftWatch(f"{seed}", watched, DriftRule(alpha=ALPHA), path=path)
+            watch.update(rng.choice(scores, queries))
+            watch.close()
+        raised[seed] = watch.alarm_at is not None
     return raised
 
 
-def endless(scores: Values, edges: Values, streams: int) -> Values:
-    """Pictures until the false alarm of the rule for endless streams: [streams].
+def delays(certificate: Certificate, clean: Values, shifted: Values) -> Values:
+    """Pictures from the shift to the alarm in each of 100 streams: float64 [100].
 
-    A stream ends after ten times the mean that is asked for, and counts as it stands.
+    Infinite where no alarm came, or one came before the shift.
     """
-    times = np.zeros(streams)
-    for seed in range(streams):
+    found = np.full(100, np.inf)
+    for seed in range(len(found)):
         rng = np.random.default_rng(seed)
-        sample = ScoreSample.of(edges, rng.choice(scores, 1000))
-        detector = DriftDetector(sample, DriftRule(mean_queries=MEAN_QUERIES), seed=seed)
-        for _ in range(10):
-            if detector.update(rng.choice(scores, MEAN_QUERIES)):
-                break
-        times[seed] = detector.alarm_at or detector.seen
-    return times
-
-
-def found(sample: ScoreSample, clean: Values, shifted: Values) -> list[bool]:
-    """Whether the alarm comes soon enough after the shift, and not before it, in each stream."""
-    hits = []
-    for seed in range(100):
-        rng = np.random.default_rng(seed)
-        detector = DriftDetector(sample, seed=seed)
-        early = detector.update(rng.choice(clean, BEFORE))
-        detector.update(rng.permutation(shifted))
-        late = detector.alarm_at is None or detector.alarm_at > BEFORE + WITHIN
-        hits.append(not early and not late)
-    return hits
+        watch = DriftWatch("", certificate.watched)
+        if not watch.update(rng.choice(clean, BEFORE)):
+            watch.update(rng.permutation(shifted))
+            if watch.alarm_at is not None:
+                found[seed] = watch.alarm_at - BEFORE
+    return found
 
 
 def shifted_sources(case: Case, count: int) -> Iterator[tuple[str, Source]]:
@@ -130,30 +135,32 @@ def shifted_sources(case: Case, count: int) -> Iterator[tuple[str, Source]]:
 
 def main() -> int:
     args = options(__doc__).parse_args()
-    streams, length, endless_ones, shifted = (1000, 3000, 1500, 600)
+    streams, queries, shifted = (1000, 100, 600)
     sizes = {"gallery": 5000, "calibration": 1000, "test": 2000}
     if args.quick:
-        streams, length, endless_ones, shifted = (200, 1000, 100, 300)
+        streams, queries, shifted = (200, 30, 300)
         sizes = {"gallery": 1000, "calibration": 400, "test": 800}
     scores: dict[str, Values] = {}
     with tempfile.TemporaryDirectory() as folder:
         case = open_case(Path(folder), **sizes)
         certificate, clean = case.found.certificate, case.found.outcomes.scores
         assert certificate is not None, "tests/benchmarks/cascade.py shows that it is certified"
-        edges = case.evaluator.scores(case.eval_set.calibration)
+        calibration = case.evaluator.scores(case.eval_set.calibration)
         for name, source in shifted_sources(case, shifted):
             say(f"asking the student about {source.name} ...")
             scores[name] = case.evaluator.scores(source)
-    say("streams without a shift ...")
-    alarms = bootstrap(false_alarms(clean, edges, streams, length))
-    times = bootstrap(endless(clean, edges, endless_ones))
-    bars = [
-        at_most("drift_false_alarms", alarms, ALPHA),
-        at_least("drift_mean_time_to_false_alarm", times, MEAN_QUERIES, "pictures"),
-    ]
+    say("devices without a shift ...")
+    with tempfile.TemporaryDirectory() as folder:
+        alarms = false_alarms(calibration, clean, Path(folder), streams, queries)
+    bars = [at_most("drift_false_alarms_30_starts", estimate_share(alarms).interval, ALPHA)]
     for name, values in scores.items():
-        hits = bootstrap(np.array(found(certificate.sample, clean, values)))
-        print(f"{name}: found in {WITHIN} pictures in {hits.value:.0%} of 100 streams")
+        took = delays(certificate, clean, values)
+        hits = estimate_share(took <= WITHIN).interval
+        median = estimate_percentile(np.minimum(took, shifted), 50).value
+        print(
+            f"{name}: found in {WITHIN} pictures in {hits.value:.0%} of "
+            f"{len(took)} streams, in {median:.0f} pictures in half of them"
+        )
         if not name.startswith("slight"):
             bars.append(at_least(f"drift_found_{name.replace(' ', '_')}", hits, FOUND))
     return finish(bars, args.out)

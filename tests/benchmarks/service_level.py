@@ -71,7 +71,8 @@ def prepare(folder: Path) -> None:
     parts = [embed_captions(case.teacher, asked), case.evaluator.entries.embeddings]
     embeddings = np.concatenate(parts)
     keys = tuple(map(str, range(len(embeddings))))
-    Index(keys=keys, embeddings=embeddings, space=case.student.space).save(folder / "captions.npz")
+    index = Index(keys, embeddings, case.student.space, case.evaluator.embedder)
+    index.save(folder / "captions.npz")
     (folder / "pictures").mkdir()
     for number in range(_PICTURES):
         asked[number].image.save(folder / "pictures" / f"{number:04d}.png")

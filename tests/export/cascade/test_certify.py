@@ -31,8 +31,8 @@ from edgeclip.export.cascade.certify import (
     CascadePlan,
     certify,
     choose_threshold,
-    escalated_interval,
     fixed_sequence_test,
+    watched_shares,
 )
 from edgeclip.export.cli import cascade
 from edgeclip.export.errors import ExportError
@@ -186,6 +186,7 @@ class TestCertify:
         assert made.tested_on.count == COUNTS["test"]
         assert made.tested_on.entries == 3
         assert made.escalated.low < made.escalated.value < made.escalated.high
+        assert made.watched
         assert (made.try_number, made.tested_at) == (None, 0.05)
         assert len(caplog.messages) == 3
 
@@ -550,15 +551,19 @@ class TestFixedSequence:
         assert first == choose_threshold(outcomes, GRID, bound=BOUND, delta=DELTA)
 
 
-def test_escalated_interval_holds_for_all_thresholds_at_once() -> None:
+def test_watched_shares_hold_all_at_once() -> None:
     missed = 0
     for seed in range(400):
-        scores, right = np.random.default_rng(seed).random(300), np.ones(300, np.bool_)
-        outcomes = PairedOutcomes(scores=scores, student=right, escalated=right, teacher=right)
-        for share in np.linspace(0.01, 0.99, 50):
-            found = escalated_interval(outcomes, float(share), 50)
-            missed += not found.low <= share <= found.high
-    assert missed <= 3
+        rng = np.random.default_rng(seed)
+        watched = watched_shares(rng.random(100), rng.random(300))
+        assert len(watched) == 3
+        missed += not all(mark.share.low <= mark.below <= mark.share.high for mark in watched)
+    assert missed <= 4
+
+
+def test_scores_that_are_all_alike_have_one_mark() -> None:
+    (mark,) = watched_shares(np.ones(10), np.ones(20))
+    assert (mark.below, mark.share.value) == (1.0, 0.0)
 
 
 class TestClusters:

@@ -6,6 +6,7 @@ import pytest
 
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.cascade.certificate import Certificate, Quality, QuerySet, TowerIdentity
+from edgeclip.runtime.cascade.drift import WatchedShare
 from edgeclip.runtime.cascade.scores import Margin
 from edgeclip.runtime.stats.interval import Interval
 
@@ -37,6 +38,7 @@ def certificate(tiny_bundle: Path) -> Certificate:
         score=Margin(),
         threshold=0.125,
         escalated=Interval(0.1, 0.05, 0.15),
+        watched=(WatchedShare(below=0.2, share=Interval(0.3, 0.25, 0.35)),),
         quality=Quality(student=near, teacher=near, cascade=near, kept=near),
         tested_on=QuerySet(
             data="pictures",

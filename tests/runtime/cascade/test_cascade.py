@@ -16,7 +16,7 @@ from edgeclip.runtime.cascade.certificate import (
     Certificate,
     CertificateError,
 )
-from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch
+from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, WatchedShare
 from edgeclip.runtime.cascade.scores import Entropy, Margin, Similarities
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
@@ -43,7 +43,8 @@ def evidence(encoder: Encoder, pixels: Pixels) -> Similarities:
 
 @pytest.fixture
 def certificate(certificate: Certificate) -> Certificate:
-    return dataclasses.replace(certificate, threshold=0.3, escalated=Interval(0.02, 0.0, 0.1))
+    watched = WatchedShare(below=0.3, share=Interval(0.02, 0.0, 0.1))
+    return dataclasses.replace(certificate, threshold=0.3, watched=(watched,))
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_without_or_with_another_certificate_there_is_none(
 
 
 def watch_of(certificate: Certificate, path: Path | None = None) -> DriftWatch:
-    return DriftWatch(certificate.digest, certificate.escalated, path=path)
+    return DriftWatch(certificate.digest, certificate.watched, path=path)
 
 
 def test_drift_revokes_and_everything_is_escalated(
@@ -110,7 +111,7 @@ def test_drift_revokes_and_everything_is_escalated(
     strange = evidence(encoder, pictures(200, mixed=0.5, seed=2))
     assert cascade.select(strange).all()
     assert cascade.revoked is not None
-    assert "certified for 0.0% to 10.0%" in cascade.revoked
+    assert "below 0.3, and when it was certified 0.0% to 10.0%" in cascade.revoked
     assert "certify again" in cascade.revoked
     assert cascade.status == cascade.revoked
     assert cascade.select(usual).all()
@@ -155,7 +156,8 @@ def test_a_damaged_state_says_what_to_do(
 
 def test_many_threads_lose_no_query(encoder: Encoder, certificate: Certificate) -> None:
     said: list[str] = []
-    watch = watch_of(dataclasses.replace(certificate, escalated=Interval(0.5, 0.0, 0.99)))
+    anything = (WatchedShare(below=0.3, share=Interval(0.5, 0.0, 0.99)),)
+    watch = watch_of(dataclasses.replace(certificate, watched=anything))
     cascade = Cascade(Margin(), 0.3, certificate, watch, on_revoked=said.append)
     part = evidence(encoder, pictures(25, mixed=0.2))
     with ThreadPoolExecutor(8) as pool:

@@ -11,10 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeclip.runtime.cascade.drift import (
-    ESCALATED_ERROR,
+    WATCHED_ERROR,
     DriftRule,
     DriftState,
     DriftWatch,
+    WatchedShare,
     default_state_path,
 )
 from edgeclip.runtime.errors import InputError
@@ -22,6 +23,8 @@ from edgeclip.runtime.stats.interval import Interval
 
 DIGEST = "d" * 64
 INTERVAL = Interval(0.2, 0.16, 0.24)
+WATCHED = (WatchedShare(below=0.5, share=INTERVAL),)
+LOW, HIGH = 0.1, 0.9
 Start = Callable[..., DriftWatch]
 
 
@@ -30,18 +33,19 @@ def start(tmp_path: Path) -> Start:
     """Start a watch whose state is kept in a file."""
 
     def started(certificate: str = DIGEST, alpha: float = 0.01) -> DriftWatch:
-        return DriftWatch(certificate, INTERVAL, DriftRule(alpha=alpha), path=tmp_path / "s.json")
+        return DriftWatch(certificate, WATCHED, DriftRule(alpha=alpha), path=tmp_path / "s.json")
 
     return started
 
 
-def queries(seed: int, count: int, share: float) -> NDArray[np.bool_]:
-    return np.random.default_rng(seed).random(count) < share
+def queries(seed: int, count: int, share: float) -> NDArray[np.float64]:
+    """Scores of 0.9, and of 0.1 for so many; the mark is at 0.5."""
+    return np.where(np.random.default_rng(seed).random(count) < share, LOW, HIGH)
 
 
 def delay(share: float, *, before: int, seed: int) -> float:
     """Queries from a shift to the alarm; infinite where none comes in 1,000, or one came before."""
-    watch = DriftWatch(DIGEST, INTERVAL)
+    watch = DriftWatch(DIGEST, WATCHED)
     if watch.update(queries(seed, before, INTERVAL.value)):
         return np.inf
     watch.update(queries(seed + 1000, 1000, share))
@@ -50,7 +54,7 @@ def delay(share: float, *, before: int, seed: int) -> float:
 
 @pytest.mark.parametrize("share", [0.16, 0.2, 0.24])
 def test_no_alarm_while_the_share_is_as_certified(share: float) -> None:
-    raised = [DriftWatch(DIGEST, INTERVAL).update(queries(n, 1500, share)) for n in range(60)]
+    raised = [DriftWatch(DIGEST, WATCHED).update(queries(n, 1500, share)) for n in range(60)]
     assert sum(raised) <= 3
 
 
@@ -62,35 +66,52 @@ def test_a_shift_is_found_soon_however_late_it_comes(share: float, before: int) 
 
 
 def test_the_alarm_stays() -> None:
-    watch = DriftWatch(DIGEST, INTERVAL)
-    assert watch.update([True] * 100)
-    at, share = watch.alarm_at, watch.escalated_share
-    assert watch.update([False] * 1000)
-    assert (watch.alarm_at, watch.escalated_share) == (at, share)
+    watch = DriftWatch(DIGEST, WATCHED)
+    assert watch.update([LOW] * 100)
+    at, finding = watch.alarm_at, watch.finding
+    assert watch.update([HIGH] * 1000)
+    assert (watch.alarm_at, watch.finding) == (at, finding)
+    assert f"of {at} queries 100.0% had a score below 0.5" in finding
+    assert "certified 16.0% to 24.0%" in finding
 
 
 @pytest.mark.parametrize("interval", [Interval(0.0, 0.0, 0.02), Interval(1.0, 0.9, 1.0)])
 def test_one_side_can_be_open(interval: Interval) -> None:
-    watch = DriftWatch(DIGEST, interval)
-    assert not watch.update([bool(interval.value)] * 2000)
-    assert DriftWatch(DIGEST, interval).update([not interval.value] * 100)
+    watched = (WatchedShare(below=0.5, share=interval),)
+    usual, unusual = (LOW, HIGH) if interval.value else (HIGH, LOW)
+    assert not DriftWatch(DIGEST, watched).update([usual] * 2000)
+    assert DriftWatch(DIGEST, watched).update([unusual] * 100)
+
+
+def test_a_score_that_is_nan_is_a_low_one() -> None:
+    assert DriftWatch(DIGEST, WATCHED).update([float("nan")] * 100)
+
+
+def test_any_of_several_marks_can_raise_it() -> None:
+    marks = [(0.3, Interval(0.2, 0.1, 0.3)), (0.6, Interval(0.5, 0.4, 0.6))]
+    watched = [WatchedShare(below=below, share=share) for below, share in marks]
+    watch = DriftWatch(DIGEST, watched)
+    rng = np.random.default_rng(0)
+    assert watch.update(np.where(rng.random(300) < 0.2, 0.1, 0.4))  # half of 0.6 moved below
+    assert "below 0.6" in watch.finding
+    assert not DriftWatch(DIGEST, ()).update([0.0] * 100)
 
 
 def test_goes_on_after_a_restart(start: Start) -> None:
     stream = queries(3, 300, 0.2)
-    whole = DriftWatch(DIGEST, INTERVAL)
+    whole = DriftWatch(DIGEST, WATCHED)
     whole.update(stream)
     for part in np.split(stream, 10):
         watch = start()
         watch.update(part)
         watch.close()
     assert start().state == whole.state
-    assert start().update([True] * 100)
+    assert start().update([LOW] * 100)
 
 
 def test_an_alarm_is_kept_at_once(start: Start) -> None:
     watch = start()
-    assert watch.update([True] * 60)
+    assert watch.update([LOW] * 60)
     assert start().alarm_at == watch.alarm_at  # without `close`
 
 
@@ -109,32 +130,32 @@ def test_processes_that_share_a_file_lose_nothing(start: Start) -> None:
     first.save()
     second.save()
     assert second.seen == 70
-    first.update([False] * 5)
+    first.update([HIGH] * 5)
     first.close()
     assert start().seen == 75
 
 
 def test_processes_that_share_a_file_share_an_alarm(start: Start) -> None:
     first, second = start(), start()
-    assert first.update([True] * 60)
-    second.update([False])
+    assert first.update([LOW] * 60)
+    second.update([HIGH])
     second.save()
     assert second.alarm_at == first.alarm_at
 
 
 def test_evidence_of_one_process_counts_beside_that_of_the_other(start: Start) -> None:
     first, second = start(alpha=0.5), start(alpha=0.5)
-    second.update([False] * 6)
+    second.update([HIGH] * 6)
     second.save()
-    first.update([True] * 3)  # hardly evidence, and behind six others it is none
+    first.update([LOW] * 3)  # hardly evidence, and behind six others it is none
     assert first.seen <= 9
     assert first.alarm_at is None
 
 
 def test_many_threads_lose_no_query(start: Start) -> None:
-    watch = start(alpha=ESCALATED_ERROR + 1e-12)
+    watch = start(alpha=WATCHED_ERROR + 1e-12)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(watch.update, [[False, False, True, False, False]] * 200))
+        list(pool.map(watch.update, [[HIGH, HIGH, LOW, HIGH, HIGH]] * 200))
     watch.close()
     assert start().seen == 1000
 
@@ -143,7 +164,7 @@ def test_what_cannot_be_written_is_said(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     watch = start()
-    watch.update([False] * 10)
+    watch.update([HIGH] * 10)
     (tmp_path / "s.json").mkdir()
     with caplog.at_level(logging.WARNING):
         watch.close()
@@ -161,14 +182,16 @@ def test_damage_is_an_error_with_a_mend(start: Start, tmp_path: Path, text: str)
 
 
 def test_damaged_capital_is_refused(start: Start, tmp_path: Path) -> None:
-    DriftState(certificate=DIGEST, seen=1, above=(1.0,)).save(tmp_path / "s.json")
+    DriftState(certificate=DIGEST, seen=1, counts=(1,), capital=((1.0,), (1.0,))).save(
+        tmp_path / "s.json"
+    )
     with pytest.raises(InputError, match="is damaged"):
         start()
 
 
 def test_the_state_of_another_certificate_is_refused(start: Start) -> None:
     watch = start()
-    watch.update([False])
+    watch.update([HIGH])
     watch.close()
     with pytest.raises(InputError, match="of another certificate"):
         start("0" * 64)
@@ -183,7 +206,7 @@ def test_state_lies_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_rules_out_of_bounds_are_refused() -> None:
-    for alpha in (0.0, ESCALATED_ERROR, 1.0):
+    for alpha in (0.0, WATCHED_ERROR, 1.0):
         with pytest.raises(ValueError, match="alpha"):
             DriftRule(alpha=alpha)
     with pytest.raises(ValueError, match="seen"):

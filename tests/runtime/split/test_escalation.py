@@ -20,7 +20,7 @@ from edgeclip.runtime.cascade.certificate import (
     QuerySet,
     TowerIdentity,
 )
-from edgeclip.runtime.cascade.drift import DriftWatch
+from edgeclip.runtime.cascade.drift import DriftWatch, WatchedShare
 from edgeclip.runtime.cascade.scores import Agreement, Margin
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.split.escalation import Escalation, request_key
@@ -119,6 +119,7 @@ def certificate(encoder: Encoder) -> Certificate:
         score=Margin(),
         threshold=3.0,
         escalated=near,
+        watched=(WatchedShare(below=0.0, share=Interval(0.1, 0.0, 0.2)),),
         quality=Quality(student=near, teacher=near, cascade=near, kept=near),
         tested_on=QuerySet(
             data="colours",
@@ -197,7 +198,7 @@ def test_escalated_pictures_choose_among_the_teachers_labels(
     threshold: float,
 ) -> None:
     found = zero_shot(certificate, labels, threshold)
-    watch = DriftWatch(found.digest, Interval(0.1, 0.0, 0.2))
+    watch = DriftWatch(found.digest, found.watched)
     cascade = Cascade(Margin(), threshold, found, watch, labels=labels)
     files = sorted(photos.glob("*.png"))
     by_student = encoder.classify(files, labels.entries, top=1)
@@ -209,7 +210,7 @@ def test_escalated_pictures_choose_among_the_teachers_labels(
             reply = runtime.classify(files, given, top=1, deadline_ms=AMPLE_MS)
             expected = by_teacher if threshold == 3.0 else by_student
             assert [one[0].label for one in reply.value] == [one[0].label for one in expected]
-        watch.update([True] * 100)
+        watch.update([-1.0] * 100)
         assert cascade.revoked is not None
         reply = runtime.classify(files, top=1, deadline_ms=AMPLE_MS)
         assert [one[0].label for one in reply.value] == [one[0].label for one in by_teacher]

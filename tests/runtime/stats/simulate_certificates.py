@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.export.cascade.certify import choose_threshold, escalated_interval
+from edgeclip.export.cascade.certify import choose_threshold, watched_shares
 from edgeclip.export.cascade.ledger import Hypothesis, Ledger, grant
 from edgeclip.runtime.cascade.certificate import ESCALATE_ALL, ESCALATE_NONE, PairedOutcomes
 from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch
@@ -123,9 +123,8 @@ def false_alarms(
     repetitions: int,
     *,
     starts: int = 30,
-    queries: int = 50,
+    queries: int = 40,
     alpha: float = 0.05,
-    share: float = 0.2,
     tested: int = 2000,
 ) -> float:
     """Share of devices whose watch ever raises the alarm without drift, over so many starts.
@@ -137,13 +136,11 @@ def false_alarms(
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         for seed in range(repetitions):
             rng = np.random.default_rng(seed)
-            scores, flags = rng.random(tested), np.ones(tested, np.bool_)
-            outcomes = PairedOutcomes(scores=scores, student=flags, escalated=flags, teacher=flags)
-            interval = escalated_interval(outcomes, share, len(GRID))
+            watched = watched_shares(rng.random(tested // 2), rng.random(tested))
             for _ in range(starts):
                 path = Path(folder) / f"{seed}.json"
-                watch = DriftWatch(str(seed), interval, DriftRule(alpha=alpha), path=path)
-                watch.update(rng.random(queries) < share)
+                watch = DriftWatch(str(seed), watched, DriftRule(alpha=alpha), path=path)
+                watch.update(rng.random(queries))
                 watch.close()
             alarms += watch.alarm_at is not None
     return alarms / repetitions
