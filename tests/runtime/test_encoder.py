@@ -305,6 +305,7 @@ def test_labels_are_the_mean_over_templates(encoder: Encoder) -> None:
     np.testing.assert_allclose(labels.embeddings[1], mean / np.linalg.norm(mean), atol=1e-6)
     assert labels.templates == ("a {}", "the {} car")
     assert labels.space == encoder.space
+    assert labels.embedder == encoder.embedder("text") != encoder.embedder("image")
 
 
 @pytest.mark.parametrize(

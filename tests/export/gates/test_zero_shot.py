@@ -128,6 +128,7 @@ def test_a_label_is_the_mean_of_the_teachers_texts(clip: DualEncoder) -> None:
     names = tuple(f"label {number}" for number in range(40))  # more texts than go in one batch
     labels = bake_labels_with_teacher(clip, names, templates)
     assert (labels.names, labels.templates, labels.space) == (names, templates, clip.space)
+    assert len(labels.embedder) == 64
     texts = ["a label 39", "label 39 picture"]
     mean = torch_embedder(clip, "text")(clip.text_tokenizer.encode(texts)).mean(axis=0)
     np.testing.assert_allclose(labels.embeddings[39], mean / np.linalg.norm(mean), atol=1e-6)

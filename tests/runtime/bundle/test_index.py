@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeclip.runtime.bundle import index as index_module
+from edgeclip.runtime.bundle.files import write_npz
 from edgeclip.runtime.bundle.index import Hit, Index, LabelSet
 from edgeclip.runtime.errors import InputError, SpaceMismatchError
 
@@ -74,12 +75,19 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "photos.npz"
-    index = Index(("a/b.jpg", "ünï 🍎.png"), unit(2, 3), SPACE)
+    index = Index(("a/b.jpg", "ünï 🍎.png"), unit(2, 3), SPACE, "ef" * 32)
     index.save(path)
     loaded = Index.load(path)
     assert loaded.keys == index.keys
+    assert loaded.embedder == "ef" * 32
     assert loaded.space == SPACE
     assert np.array_equal(loaded.embeddings, index.embeddings)
+
+
+def test_what_embedded_an_older_file_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "old.npz"
+    write_npz(path, "edgeclip-index-1", {"keys": ["a"], "space": SPACE}, {"embeddings": unit(1, 3)})
+    assert Index.load(path).embedder == ""
 
 
 def test_a_label_set_is_not_an_index(tmp_path: Path) -> None:

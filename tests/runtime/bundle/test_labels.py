@@ -29,14 +29,37 @@ def label_set(**changes: Any) -> LabelSet:
 
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "fruit.npz"
-    labels = label_set()
+    labels = label_set(embedder="ef" * 32)
     labels.save(path)
     loaded = LabelSet.load(path)
     assert loaded.names == labels.names
+    assert loaded.embedder == "ef" * 32
+    assert loaded.digest == labels.digest
     assert loaded.templates == labels.templates
     assert loaded.space == SPACE
     assert loaded.embeddings.dtype == np.float32
     assert np.array_equal(loaded.embeddings, labels.embeddings)
+
+
+def test_the_digest_is_that_of_names_and_embeddings() -> None:
+    digest = label_set().digest
+    assert label_set(templates=("{}",), embedder="x").digest == digest
+    for change in (
+        {"names": ("red apple", "hot beverage", "größe")},
+        {"names": ("red apple\0hot beverage", "größe", "")[:2], "embeddings": unit(2)},
+        {"embeddings": unit(3)[::-1].copy()},
+    ):
+        assert label_set(**change).digest != digest
+
+
+def test_what_embedded_an_older_file_is_unknown(tmp_path: Path) -> None:
+    meta = {"names": ["a"], "space": SPACE, "templates": ["{}"]}
+    write_npz(tmp_path / "old.npz", "edgeclip-labels-1", meta, {"embeddings": unit(1)})
+    assert LabelSet.load(tmp_path / "old.npz").embedder == ""
+    meta["embedder"] = 3  # type: ignore[assignment]
+    write_npz(tmp_path / "bad.npz", "edgeclip-labels-1", meta, {"embeddings": unit(1)})
+    with pytest.raises(InputError, match="the embedder in"):
+        LabelSet.load(tmp_path / "bad.npz")
 
 
 @pytest.mark.parametrize(

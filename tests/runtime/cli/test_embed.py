@@ -19,6 +19,7 @@ from PIL import Image
 from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.cli import embed
 from edgeclip.runtime.cli.main import main
+from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
 
 Capture = pytest.CaptureFixture[str]
@@ -217,6 +218,22 @@ def test_a_moved_or_renamed_folder_is_not_embedded_again(
     reads.clear()
     assert run("copy").endswith("12 added, 0 changed, 0 removed, 12 as before\n")
     assert reads == []
+
+
+def test_an_index_names_what_embedded_it(
+    pictures: Path, run: Callable[..., str], tiny_bundle: Path
+) -> None:
+    run(pictures)
+    index = Index.load(Path("index.npz"))
+    assert index.embedder == Encoder.open(tiny_bundle).embedder("image")
+    run(pictures)
+    assert Index.load(Path("index.npz")).embedder == index.embedder
+    Index(index.keys, index.embeddings, index.space).save(Path("index.npz"))  # of an older version
+    picture(Path("more/a.png"), 60)
+    run("more")
+    assert Index.load(Path("index.npz")).embedder == ""  # not known of most entries
+    run("more", "--replace")
+    assert Index.load(Path("index.npz")).embedder == index.embedder
 
 
 def test_an_index_without_its_contents_is_made_again(
