@@ -71,8 +71,8 @@ class DriftState(JsonRecord):
         certificate: digest of the certificate that it belongs to.
         seen: number of queries so far.
         counts: number of those with a score below each mark.
-        capital: of the bets on each mark, that the share is above its interval, then that it is
-            below.
+        capital: of the bets that the share of each mark is above its interval, then of those
+            that it is below.
         alarm_at: the number of the query that raised the alarm, from 1; None if none did.
 
     Raises:
@@ -133,6 +133,8 @@ class DriftWatch:
         self.rule, self.path = rule or DriftRule(), path
         self._certificate, self._watched = certificate, tuple(watched)
         self._marks = np.array([item.below for item in watched])
+        self._lows = np.array([item.share.low for item in watched])
+        self._highs = np.array([item.share.high for item in watched])
         self._lock, self._saving = threading.Lock(), threading.Lock()
         self._saver: ThreadPoolExecutor | None = None
         self._unsaved: list[tuple[bool, ...]] = []
@@ -147,21 +149,20 @@ class DriftWatch:
     @property
     def seen(self) -> int:
         """Number of queries so far."""
-        return self._seen
+        return self._bets.count
 
     @property
     def evidence(self) -> float:
         """What the rule's `limit` is compared with: 1 at the beginning."""
-        return sum(item.wealth for item in self._bets) / len(self._bets) if self._bets else 1.0
+        return float(self._bets.wealth.mean()) if self._watched else 1.0
 
     @property
     def finding(self) -> str:
         """The share with the most evidence against it, as a sentence without a full stop."""
-        bets = np.array([item.wealth for item in self._bets]).reshape(-1, 2).max(axis=1)
-        at = int(bets.argmax())
-        mark, found = self._watched[at], self._counts[at] / max(1, self._seen)
+        at = int(self._bets.wealth.reshape(2, -1).max(axis=0).argmax())
+        mark, found = self._watched[at], self._counts[at] / max(1, self.seen)
         return (
-            f"of {self._seen} queries {found:.1%} had a score below {mark.below:.3g}, and when it "
+            f"of {self.seen} queries {found:.1%} had a score below {mark.below:.3g}, and when it "
             f"was certified {mark.share.low:.1%} to {mark.share.high:.1%}"
         )
 
@@ -170,9 +171,9 @@ class DriftWatch:
         """The state to continue from later, with the same certificate and rule."""
         return DriftState(
             certificate=self._certificate,
-            seen=self._seen,
+            seen=self.seen,
             counts=tuple(self._counts),
-            capital=tuple(item.capital for item in self._bets),
+            capital=self._bets.capital if self.seen else (),
             alarm_at=self._alarm_at,
         )
 
@@ -260,25 +261,22 @@ class DriftWatch:
             )
         return found
 
-    def _bets_of(self, state: DriftState) -> list[RestartedBets]:
-        """Return two bets for each mark, that its share is above and that it is below."""
-        ends = [end for item in self._watched for end in (-item.share.high, item.share.low - 1)]
+    def _bets_of(self, state: DriftState) -> RestartedBets:
+        """Return the bets that each share is above its interval, then that each is below."""
+        ends = [*(-item.share.high for item in self._watched)]
+        ends += [item.share.low - 1 for item in self._watched]
         lows = [end if -1 < end < 0 else 0.0 for end in ends]  # no share is beyond an end of 0 or 1
-        capital: Sequence[Sequence[float]] = state.capital or [()] * len(lows)
-        return [RestartedBets(low, own, state.seen) for low, own in zip(lows, capital, strict=True)]
+        return RestartedBets(lows, state.capital, state.seen)
 
     def _restore(self, state: DriftState) -> None:
-        self._bets = self._bets_of(state)
-        self._seen, self._alarm_at = state.seen, state.alarm_at
+        self._bets, self._alarm_at = self._bets_of(state), state.alarm_at
         self._counts = list(state.counts) or [0] * len(self._watched)
 
     def _step(self, row: Sequence[bool]) -> None:
         if self._alarm_at is not None:
             return
-        for at, (flag, item) in enumerate(zip(row, self._watched, strict=True)):
-            self._bets[2 * at].bet(flag - item.share.high)
-            self._bets[2 * at + 1].bet(item.share.low - flag)
-            self._counts[at] += flag
-        self._seen += 1
+        flags = np.array(row, dtype=np.float64)
+        self._bets.bet(np.concatenate([flags - self._highs, self._lows - flags]))
+        self._counts = [count + flag for count, flag in zip(self._counts, row, strict=True)]
         if self.evidence >= self.rule.limit:
-            self._alarm_at = self._seen
+            self._alarm_at = self.seen

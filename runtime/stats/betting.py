@@ -58,6 +58,8 @@ def betting_p_value(values: Values, low: float) -> float:
 class RestartedBets:
     """Bets against "the mean of what comes is at most 0" that a late change loses little to.
 
+    Several hypotheses are bet on side by side, each with values of its own.
+
     All bets of `betting_p_value` lose while the hypothesis holds, and a change that comes late
     would have to win that back first. So a part of the capital, w(n) = u(n - 1) - u(n), is kept to
     be staked at the n-th value: per stake, A <- (A + w(n)) (1 + s x). What is not staked yet,
@@ -67,36 +69,48 @@ class RestartedBets:
     a change after 100,000 values still has 6e-8 of the capital; of 1 / (n + 1) it has 1e-10.)
 
     Args:
-        low: the least possible value. Where it is 0 or more nothing is staked.
-        capital: of each stake, to continue from: floats [STAKES].
+        lows: the least possible value of each hypothesis, [B]. Where it is 0 or more nothing is
+            staked.
+        capital: of each stake on each, to continue from: floats [B, STAKES].
         count: number of values before.
 
     Raises:
         InputError: capital that is not one number of 0 or more for each stake.
     """
 
-    def __init__(self, low: float, capital: Sequence[float] = (), count: int = 0) -> None:
-        self._stakes = stake_grid(low) if low < 0 else np.zeros(STAKES)
-        self._capital = np.array(capital or [0.0] * STAKES, dtype=np.float64)
-        if self._capital.shape != (STAKES,) or not (self._capital >= 0).all():
-            raise InputError(f"the capital of bets must be {STAKES} numbers of 0 or more")
-        self.count = count
+    def __init__(
+        self, lows: Sequence[float], capital: Sequence[Sequence[float]] = (), count: int = 0
+    ) -> None:
+        none = np.zeros(STAKES)
+        self._stakes = np.array([stake_grid(low) if low < 0 else none for low in lows])
+        self._stakes = self._stakes.reshape(len(lows), STAKES)
+        if any(len(row) != STAKES for row in capital) or len(capital) not in (0, len(lows)):
+            raise InputError(f"the capital of bets must be {len(lows)} rows of {STAKES} numbers")
+        given = np.array(capital, dtype=np.float64) if capital else np.zeros(self._stakes.shape)
+        if not (given >= 0).all():
+            raise InputError("the capital of bets must be numbers of 0 or more")
+        self._capital, self.count = given.reshape(self._stakes.shape), count
 
     @property
-    def capital(self) -> tuple[float, ...]:
+    def capital(self) -> tuple[tuple[float, ...], ...]:
         """The capital of each stake, to continue from."""
-        return tuple(map(float, self._capital))
+        return tuple(tuple(map(float, row)) for row in self._capital)
 
     @property
-    def wealth(self) -> float:
-        """The evidence: all capital, which ever reaches 1 / p with probability p at most."""
-        return float(self._capital.mean()) + _unstaked(self.count)
+    def wealth(self) -> Values:
+        """The evidence against each hypothesis: all capital, float64 [B].
 
-    def bet(self, value: float) -> None:
-        """Take the next value."""
-        staked = self._capital + _unstaked(self.count) - _unstaked(self.count + 1)
+        That of one, or a mean that is chosen beforehand, ever reaches 1 / p with probability p at
+        most.
+        """
+        found: Values = self._capital.mean(axis=1) + _unstaked(self.count)
+        return found
+
+    def bet(self, values: Values) -> None:
+        """Take the next value of each, [B]."""
+        staked = self._capital + (_unstaked(self.count) - _unstaked(self.count + 1))
         self.count += 1
-        self._capital = staked * (1 + self._stakes * value)
+        self._capital = staked * (1 + self._stakes * values[:, None])
 
 
 def _unstaked(count: int) -> float:

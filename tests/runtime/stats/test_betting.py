@@ -62,37 +62,41 @@ def test_refuses_a_value_below_the_least() -> None:
 
 @given(values_of)
 def test_restarted_bets_resume(values: list[float]) -> None:
-    whole, half = RestartedBets(LOW), RestartedBets(LOW)
-    assert whole.wealth == 1.0
-    for value in values:
-        whole.bet(value)
-    for value in values[: len(values) // 2]:
-        half.bet(value)
-    rest = RestartedBets(LOW, half.capital, half.count)
-    for value in values[len(values) // 2 :]:
-        rest.bet(value)
+    rows = [np.array([value, LOW - value]) for value in values]
+    whole, half = RestartedBets([LOW, LOW - 1]), RestartedBets([LOW, LOW - 1])
+    assert whole.wealth.tolist() == [1.0, 1.0]
+    for row in rows:
+        whole.bet(row)
+    for row in rows[: len(rows) // 2]:
+        half.bet(row)
+    rest = RestartedBets([LOW, LOW - 1], half.capital, half.count)
+    for row in rows[len(rows) // 2 :]:
+        rest.bet(row)
     assert rest.wealth == pytest.approx(whole.wealth)
 
 
 def test_restarted_bets_are_fair_and_find_a_late_change() -> None:
-    bets = RestartedBets(-0.5)
+    won, lost = np.array([0.5]), np.array([-0.5])
+    bets = RestartedBets([-0.5])
     for number in range(400):
-        before = bets.wealth
-        won, lost = (RestartedBets(-0.5, bets.capital, bets.count) for _ in range(2))
-        won.bet(0.5)
-        lost.bet(-0.5)
-        assert (won.wealth + lost.wealth) / 2 == pytest.approx(before)
-        bets.bet(0.5 if number % 2 else -0.5)
+        before = bets.wealth[0]
+        both = [RestartedBets([-0.5], bets.capital, bets.count) for _ in range(2)]
+        for one, value in zip(both, (won, lost), strict=True):
+            one.bet(value)
+        assert np.mean([one.wealth[0] for one in both]) == pytest.approx(before)
+        bets.bet(won if number % 2 else lost)
     for _ in range(60):
-        bets.bet(0.5)
-    assert bets.wealth > 1000
+        bets.bet(won)
+    assert bets.wealth[0] > 1000
 
 
 def test_nothing_to_lose_is_no_bet_and_damage_is_refused() -> None:
-    idle = RestartedBets(0.0)
+    idle = RestartedBets([0.0])
     for _ in range(20):
-        idle.bet(0.3)
-    assert idle.wealth == pytest.approx(1.0)
-    for capital in ([1.0], [-1.0] * STAKES, [float("nan")] * STAKES):
+        idle.bet(np.array([0.3]))
+    assert idle.wealth[0] == pytest.approx(1.0)
+    for row in ([1.0], [-1.0] * STAKES, [float("nan")] * STAKES):
         with pytest.raises(InputError, match="capital"):
-            RestartedBets(LOW, capital)
+            RestartedBets([LOW], [row])
+    with pytest.raises(InputError, match="1 rows"):
+        RestartedBets([LOW], [[0.0] * STAKES] * 2)
