@@ -161,37 +161,49 @@ class CascadeEvaluator:
         """
         eval_set = self._eval_set
         answers = eval_set.embed_answers(self._indexer, source, self.entries)
-        scores, student = self._student_answers(source, answers)
+        scores, student, first = self._student_answers(source, answers)
         if eval_set.query == "image":
             queries = self._teachers_pictures(source)
         else:
             queries, _ = eval_set.embed_queries(self._teacher, source)
-        escalated = teacher = _right(queries, self.entries, answers)
+        escalated, others = _answers(queries, self.entries, answers)
+        teacher = escalated
         if self._indexer is not self._teacher:
             own = eval_set.embed_answers(self._teacher, source, self._teachers_entries)
-            teacher = _right(queries, self._teachers_entries, own)
-        if eval_set.task == "zero-shot":  # the teacher brings its own labels
-            escalated = teacher
+            teacher, by_own = _answers(queries, self._teachers_entries, own)
+            if eval_set.task == "zero-shot":  # the teacher brings its own labels
+                escalated, others = teacher, by_own
         return PairedOutcomes(
             scores=scores,
             student=student,
             escalated=escalated,
             teacher=teacher,
+            agree=first == others,
             clusters=clusters,
         )
 
-    def _student_answers(self, source: Source, answers: Entries) -> tuple[Values, Flags]:
+    def _student_answers(
+        self, source: Source, answers: Entries
+    ) -> tuple[Values, Flags, NDArray[np.intp]]:
+        """Return scores, whether the first entry is right, and which it is: all [N]."""
         queries, views = self._eval_set.embed_queries(self._student, source, self._score.views)
-        scores, right = [], []
+        scores, right, first = [], [], []
         for evidence in _evidence(queries, views, self.entries, answers):
             scores.append(self._score.of(evidence))
             right.append(_is_right(evidence))
-        return np.concatenate(scores), np.concatenate(right)
+            first.append(evidence.cosines.argmax(axis=1))
+        return np.concatenate(scores), np.concatenate(right), np.concatenate(first)
 
 
-def _right(queries: FloatArray, entries: Entries, answers: Entries) -> Flags:
-    found = [_is_right(evidence) for evidence in _evidence(queries, None, entries, answers)]
-    return np.concatenate(found)
+def _answers(
+    queries: FloatArray, entries: Entries, answers: Entries
+) -> tuple[Flags, NDArray[np.intp]]:
+    """Return whether the first entry of each query is right, and its column: both [N]."""
+    right, first = [], []
+    for evidence in _evidence(queries, None, entries, answers):
+        right.append(_is_right(evidence))
+        first.append(evidence.cosines.argmax(axis=1))
+    return np.concatenate(right), np.concatenate(first)
 
 
 def _is_right(evidence: Similarities) -> Flags:

@@ -317,6 +317,10 @@ def _certificate(found: Certificate | None) -> Section | None:
             f"{percent_interval(item.share)} of scores below {item.below:.4g}"
             for item in found.watched
         ),
+        "audits": "none: no query is answered without the teacher"
+        if found.disagreement is None
+        else f"the teacher disagrees with {percent(found.disagreement.value)} of what the student "
+        f"answers alone ({percent(found.disagreement.high)} at most)",
         "teacher not reached": f"the student's own answers, {percent(found.quality.student.value)} "
         f"right ({percent_interval(found.quality.student)}), without a promise",
         "space": found.space[:16],

@@ -231,7 +231,9 @@ def certify(
     chosen = choose_threshold(outcomes, grid, bound=plan.bound, delta=tested_at, order=turn.order)
     certificate = None
     if chosen is not None and chosen.threshold < ESCALATE_ALL:
-        certificate = _certificate(plan, evaluator, outcomes, calibration, chosen, turn)
+        watched = watched_shares(calibration, outcomes.scores, clusters)
+        differs = disagreement(outcomes, chosen.threshold, len(grid))
+        certificate = _certificate(plan, evaluator, outcomes, (watched, differs), chosen, turn)
     return CertificationResult(
         outcomes=outcomes,
         grid=grid,
@@ -248,7 +250,7 @@ def watched_shares(
     """Return the shares of low scores that a device watches, below quartiles of `calibration`.
 
     These marks do not depend on the test, so that any interval misses its share with probability
-    `WATCHED_ERROR` at most, divided evenly between all ends (Bonferroni).
+    half of `WATCHED_ERROR` at most, divided evenly between all ends (Bonferroni).
 
     Args:
         calibration: scores of other queries of the same population, [M].
@@ -256,7 +258,7 @@ def watched_shares(
         clusters: of the test queries, int64 [N]; None where all are independent.
     """
     marks = np.unique(np.quantile(calibration, _WATCHED)).tolist()
-    confidence = 1 - WATCHED_ERROR / (2 * len(marks))
+    confidence = 1 - WATCHED_ERROR / 2 / (2 * len(marks))
     found = []
     for mark in marks:
         share = estimate_share(needs_teacher(scores, mark), clusters)
@@ -264,6 +266,26 @@ def watched_shares(
         interval = Interval(share.value, min(low, share.value), max(high, share.value))
         found.append(WatchedShare(below=mark, share=interval))
     return tuple(found)
+
+
+def disagreement(outcomes: PairedOutcomes, threshold: float, tried: int) -> Interval | None:
+    """Return the share of queries answered alone whose first entry is not the teacher's.
+
+    Its upper end is below the true share with half of `WATCHED_ERROR` at most, whichever of the
+    `tried` thresholds was chosen (Bonferroni). None where no query is answered alone, or which
+    entries came first is not known.
+    """
+    alone = ~needs_teacher(outcomes.scores, threshold)
+    if outcomes.agree is None or not alone.any():
+        return None
+    clusters = None if outcomes.clusters is None else outcomes.clusters[alone]
+    found = estimate_share(~outcomes.agree[alone], clusters)
+    confidence = 1 - WATCHED_ERROR / 2 / tried
+    return Interval(
+        found.value,
+        min(found.value, found.lower_bound(confidence)),
+        max(found.value, found.upper_bound(confidence)),
+    )
 
 
 def _groups(items: Sequence[str], clusters: Clusters | None) -> tuple[Group, ...]:
@@ -303,7 +325,7 @@ def _certificate(
     plan: CascadePlan,
     evaluator: CascadeEvaluator,
     outcomes: PairedOutcomes,
-    calibration: Values,
+    seen: tuple[tuple[WatchedShare, ...], Interval | None],
     chosen: CertifiedThreshold,
     turn: Turn,
 ) -> Certificate:
@@ -333,7 +355,8 @@ def _certificate(
         escalated=estimate_share(
             needs_teacher(outcomes.scores, chosen.threshold), clusters
         ).interval,
-        watched=watched_shares(calibration, outcomes.scores, clusters),
+        watched=seen[0],
+        disagreement=seen[1],
         quality=Quality(
             student=estimate_share(outcomes.student, clusters).interval,
             teacher=estimate_share(outcomes.teacher, clusters).interval,

@@ -20,6 +20,7 @@ from edgeclip.runtime.cascade.certificate import (
 from edgeclip.runtime.cascade.drift import DriftRule, DriftWatch, default_state_path
 from edgeclip.runtime.cascade.scores import Score, Similarities
 from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Tower
 
 _DEFAULT_RULE = DriftRule()
@@ -38,12 +39,15 @@ class Cascade:
             queries are escalated.
         on_revoked: called once with a line that reports the revocation.
         labels: the label sets of a zero-shot certificate.
+        audit: share of the queries that the student answers alone, drawn by chance, which go to
+            the teacher too: how often it disagrees is watched as well.
 
     Attributes:
         score, threshold, certificate, drift, labels: see above.
 
     Raises:
         CertificateError: the certificate is for another score or threshold, or lacks its labels.
+        InputError: `audit` is no share.
     """
 
     def __init__(
@@ -55,7 +59,10 @@ class Cascade:
         on_revoked: Callable[[str], None] = lambda line: None,
         *,
         labels: CertifiedLabels | None = None,
+        audit: float = 0.0,
     ) -> None:
+        if not 0 <= audit <= 1:
+            raise InputError(f"audit is {audit:g}: give the share of queries to audit, 0 to 1")
         if certificate and (certificate.score, certificate.threshold) != (score, threshold):
             raise CertificateError(
                 f"the certificate is for {certificate.score} below {certificate.threshold:g}, "
@@ -67,6 +74,7 @@ class Cascade:
             )
         self.score, self.threshold = score, threshold
         self.certificate, self.drift, self.labels = certificate, drift, labels
+        self._audit, self._chance = audit, np.random.default_rng()
         self._on_revoked = on_revoked
         self._is_reported = False
         self._lock = threading.Lock()
@@ -79,6 +87,7 @@ class Cascade:
         query: Tower = "image",
         drift: DriftRule | None = _DEFAULT_RULE,
         state: Path | Literal["default"] | None = "default",
+        audit: float = 0.0,
         on_revoked: Callable[[str], None] = lambda line: None,
     ) -> "Cascade":
         """Read the certificate of an encoder's bundle, and check that it is for this encoder.
@@ -92,13 +101,13 @@ class Cascade:
             state: the file that the watch is kept in, so that it goes on after a restart; by
                 default one for each certificate in the user's folder of state (see `state_root`).
                 None keeps it in memory: then its promise is one of each process alone.
-            on_revoked: see the class.
+            audit, on_revoked: see the class.
 
         Raises:
             CertificateError: the bundle has no such certificate, or one for other towers.
             BundleError: see `read_certificate`.
             EngineError: the tower cannot be run.
-            InputError: the state is damaged, or of another certificate.
+            InputError: the state is damaged, or of another certificate; or `audit` is no share.
         """
         found = read_certificate(encoder.bundle, query)
         if found is None:
@@ -111,8 +120,11 @@ class Cascade:
         labels, watch = read_labels(encoder.bundle, found), None
         if drift is not None:
             path = default_state_path(found.digest) if state == "default" else state
-            watch = DriftWatch(found.digest, found.watched, drift, path=path)
-        return cls(found.score, found.threshold, found, watch, on_revoked, labels=labels)
+            watch = DriftWatch(
+                found.digest, found.watched, drift, disagreement=found.disagreement, path=path
+            )
+        given = (found.score, found.threshold, found, watch, on_revoked)
+        return cls(*given, labels=labels, audit=audit)
 
     @property
     def revoked(self) -> str | None:
@@ -144,13 +156,33 @@ class Cascade:
         if self.drift is not None:
             with self._lock:
                 revoked = self.drift.update(scores)
-                is_first = revoked and not self._is_reported
-                self._is_reported = self._is_reported or revoked
-            if is_first and self.revoked:
-                self._on_revoked(self.revoked)
+            self._report()
             if revoked:
                 return np.ones(len(escalated), dtype=np.bool_)
         return escalated
+
+    def select_audits(self, escalated: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Draw the queries to audit among those that are not escalated: bool [N]."""
+        if self._audit == 0 or self.drift is None:
+            return np.zeros(len(escalated), dtype=np.bool_)
+        with self._lock:
+            drawn: NDArray[np.bool_] = self._chance.random(len(escalated)) < self._audit
+        return drawn & ~escalated
+
+    def add_audits(self, disagreed: NDArray[np.bool_]) -> None:
+        """Take the outcomes of audits: whether the teacher had another first entry, bool [M]."""
+        if self.drift is not None:
+            with self._lock:
+                self.drift.update_audits(disagreed.tolist())
+            self._report()
+
+    def _report(self) -> None:
+        """Say once that the certificate is revoked."""
+        with self._lock:
+            is_first = self.revoked is not None and not self._is_reported
+            self._is_reported = self._is_reported or is_first
+        if is_first and self.revoked:
+            self._on_revoked(self.revoked)
 
     def close(self) -> None:
         """Write what the watch saw to its file; the cascade may go on."""

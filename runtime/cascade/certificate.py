@@ -45,6 +45,8 @@ class PairedOutcomes:
             classification it chooses among its own labels, so this equals `teacher`; in retrieval
             it chooses among the entries of the cascade's index.
         teacher: bool [N], the same for the teacher by itself, with entries of its own.
+        agree: bool [N], whether the first entries of student and teacher, as the cascade asks it,
+            are the same; None where that is not known.
         clusters: int64 [N], equal for queries that are not independent of each other; None where
             all are independent.
 
@@ -56,13 +58,13 @@ class PairedOutcomes:
     student: Flags
     escalated: Flags
     teacher: Flags
+    agree: Flags | None = None
     clusters: Clusters | None = None
 
     def __post_init__(self) -> None:
         arrays = (self.scores, self.student, self.escalated, self.teacher)
-        shapes = {item.shape for item in arrays}
-        if self.clusters is not None:
-            shapes.add(self.clusters.shape)
+        more = (self.agree, self.clusters)
+        shapes = {item.shape for item in (*arrays, *more) if item is not None}
         if len(shapes) != 1 or self.scores.ndim != 1 or not len(self.scores):
             raise InputError(
                 "paired outcomes need one score and three answers for each of N >= 1 queries"
@@ -218,6 +220,8 @@ class Certificate(JsonRecord):
         escalated: share of these queries, with its 95% interval.
         watched: shares of low scores that the device watches. Any of their intervals misses the
             true share with probability `drift.WATCHED_ERROR` at most.
+        disagreement: share of the queries that the student answers alone whose first entry is not
+            the teacher's; its upper end likewise. None where it answers none alone.
         quality: quality on the test queries.
         tested_on: the test queries, and what they choose from.
         created: ISO 8601 in UTC.
@@ -245,6 +249,7 @@ class Certificate(JsonRecord):
     threshold: IsFinite[float]
     escalated: Interval
     watched: tuple[WatchedShare, ...]
+    disagreement: Interval | None
     quality: Quality
     tested_on: QuerySet
     created: str

@@ -19,7 +19,7 @@ from edgeclip.runtime.stats.interval import Interval
 
 _log = logging.getLogger(__name__)
 
-# The chance that any certified share of low scores lies outside its interval.
+# The chance that any certified share, of low scores or of disagreements, is outside its interval.
 WATCHED_ERROR = 0.002
 _SAVE_EVERY = 100  # queries
 
@@ -73,6 +73,9 @@ class DriftState(JsonRecord):
         counts: number of those with a score below each mark.
         capital: of the bets that the share of each mark is above its interval, then of those
             that it is below.
+        audited: number of audits.
+        disagreed: number of those in which student and teacher had different first entries.
+        audit_capital: of the bet on these.
         alarm_at: the number of the query that raised the alarm, from 1; None if none did.
 
     Raises:
@@ -86,6 +89,9 @@ class DriftState(JsonRecord):
     seen: Annotated[int, Ge(0)] = 0
     counts: tuple[int, ...] = ()
     capital: tuple[tuple[float, ...], ...] = ()
+    audited: Annotated[int, Ge(0)] = 0
+    disagreed: Annotated[int, Ge(0)] = 0
+    audit_capital: tuple[tuple[float, ...], ...] = ()
     alarm_at: int | None = None
 
     def __post_init__(self) -> None:
@@ -102,10 +108,11 @@ class DriftWatch:
 
     The reference is fixed: for each of a few marks, one bet that the share of scores below it is
     above the upper end of its interval and one that it is below the lower end, both with restarts
-    (`RestartedBets`); the evidence is the mean of all. By Ville's inequality the alarm is ever
-    raised with probability `DriftRule.alpha` at most, if the queries are independent draws, or at
-    least none is likelier below a mark than its interval allows, given those before it. Once
-    raised, the alarm stays.
+    (`RestartedBets`); the evidence is the mean of all, and of one bet more that audits find student
+    and teacher to disagree more often than certified. By Ville's inequality the alarm is ever raised
+    with probability `DriftRule.alpha` at most, if the queries are independent draws, or at least
+    none is likelier below a mark than its interval allows, given those before it. Once raised, the
+    alarm stays.
 
     The state is written about every 100 queries, at an alarm, and by `close`, so a killed process
     loses 100 queries at most. Several processes may share a file: each adds its own queries to
@@ -115,6 +122,8 @@ class DriftWatch:
     Args:
         certificate: digest of the certificate.
         watched: the certified shares.
+        disagreement: the certified share of disagreements among queries that the student answers
+            alone; None where none was certified.
         rule: when to raise the alarm.
         path: the file of the state, read now if it exists; None keeps the state in memory alone.
 
@@ -128,16 +137,18 @@ class DriftWatch:
         watched: Sequence[WatchedShare],
         rule: DriftRule | None = None,
         *,
+        disagreement: Interval | None = None,
         path: Path | None = None,
     ) -> None:
         self.rule, self.path = rule or DriftRule(), path
         self._certificate, self._watched = certificate, tuple(watched)
+        self._disagreement = disagreement
         self._marks = np.array([item.below for item in watched])
         self._lows = np.array([item.share.low for item in watched])
         self._highs = np.array([item.share.high for item in watched])
         self._lock, self._saving = threading.Lock(), threading.Lock()
         self._saver: ThreadPoolExecutor | None = None
-        self._unsaved: list[tuple[bool, ...]] = []
+        self._unsaved: list[_Event] = []
         self._saved = self._read()
         self._restore(self._saved or DriftState(certificate=certificate))
 
@@ -154,12 +165,20 @@ class DriftWatch:
     @property
     def evidence(self) -> float:
         """What the rule's `limit` is compared with: 1 at the beginning."""
-        return float(self._bets.wealth.mean()) if self._watched else 1.0
+        return float(np.mean([*self._bets.wealth, *self._audits.wealth]))
 
     @property
     def finding(self) -> str:
         """The share with the most evidence against it, as a sentence without a full stop."""
-        at = int(self._bets.wealth.reshape(2, -1).max(axis=0).argmax())
+        by_mark = self._bets.wealth.reshape(2, -1).max(axis=0)
+        if self._disagreement is not None and self._audits.wealth[0] >= by_mark.max(initial=0.0):
+            found = self._disagreed / max(1, self._audits.count)
+            return (
+                f"in {self._audits.count} audits the teacher disagreed with {found:.1%} of the "
+                f"student's answers, and when it was certified with "
+                f"{self._disagreement.high:.1%} at most"
+            )
+        at = int(by_mark.argmax())
         mark, found = self._watched[at], self._counts[at] / max(1, self.seen)
         return (
             f"of {self.seen} queries {found:.1%} had a score below {mark.below:.3g}, and when it "
@@ -174,6 +193,9 @@ class DriftWatch:
             seen=self.seen,
             counts=tuple(self._counts),
             capital=self._bets.capital if self.seen else (),
+            audited=self._audits.count,
+            disagreed=self._disagreed,
+            audit_capital=self._audits.capital if self._audits.count else (),
             alarm_at=self._alarm_at,
         )
 
@@ -182,10 +204,19 @@ class DriftWatch:
         if self._alarm_at is not None:
             return True
         values = np.asarray(list(scores), dtype=np.float64)[:, None]
+        return self._add([_Event(tuple(row)) for row in (~(values >= self._marks)).tolist()])
+
+    def update_audits(self, disagreed: Iterable[bool]) -> bool:
+        """Add the next audits, likewise: whether the teacher had another first entry in each."""
+        return self._add([_Event((bool(flag),), is_audit=True) for flag in disagreed])
+
+    def _add(self, events: Sequence["_Event"]) -> bool:
+        if self._alarm_at is not None:
+            return True
         with self._lock:
-            for row in (~(values >= self._marks)).tolist():
-                self._step(row)
-                self._unsaved.append(tuple(row))
+            for event in events:
+                self._step(event)
+                self._unsaved.append(event)
             crossed = self._alarm_at is not None
             is_due = len(self._unsaved) >= _SAVE_EVERY
         if self.path is None:
@@ -210,8 +241,8 @@ class DriftWatch:
                 batch, self._unsaved = self._unsaved, []
                 if kept is not None and kept != self._saved:
                     self._restore(kept)
-                    for row in batch if kept.alarm_at is None else ():
-                        self._step(row)
+                    for event in batch if kept.alarm_at is None else ():
+                        self._step(event)
                 state = self.state
             try:
                 state.save(self.path)
@@ -250,6 +281,7 @@ class DriftWatch:
             if found.seen and len(found.counts) != len(self._watched):
                 raise InputError("it has another number of marks")
             self._bets_of(found)
+            self._audits_of(found)
         except (ConfigError, InputError, ValueError) as error:
             words = "; ".join(str(error).split("\n  "))
             hint = "" if DriftState.HINT in words else f": {DriftState.HINT}"
@@ -268,15 +300,35 @@ class DriftWatch:
         lows = [end if -1 < end < 0 else 0.0 for end in ends]  # no share is beyond an end of 0 or 1
         return RestartedBets(lows, state.capital, state.seen)
 
+    def _audits_of(self, state: DriftState) -> RestartedBets:
+        """Return the bet that the share of disagreements is above its interval, if there is one."""
+        high = 1.0 if self._disagreement is None else self._disagreement.high
+        return RestartedBets([-high if high < 1 else 0.0], state.audit_capital, state.audited)
+
     def _restore(self, state: DriftState) -> None:
         self._bets, self._alarm_at = self._bets_of(state), state.alarm_at
+        self._audits, self._disagreed = self._audits_of(state), state.disagreed
         self._counts = list(state.counts) or [0] * len(self._watched)
 
-    def _step(self, row: Sequence[bool]) -> None:
+    def _step(self, event: "_Event") -> None:
         if self._alarm_at is not None:
             return
-        flags = np.array(row, dtype=np.float64)
-        self._bets.bet(np.concatenate([flags - self._highs, self._lows - flags]))
-        self._counts = [count + flag for count, flag in zip(self._counts, row, strict=True)]
+        flags = np.array(event.flags, dtype=np.float64)
+        if event.is_audit:
+            high = 1.0 if self._disagreement is None else self._disagreement.high
+            self._audits.bet(flags - high)
+            self._disagreed += event.flags[0]
+        else:
+            self._bets.bet(np.concatenate([flags - self._highs, self._lows - flags]))
+            counted = zip(self._counts, event.flags, strict=True)
+            self._counts = [count + flag for count, flag in counted]
         if self.evidence >= self.rule.limit:
             self._alarm_at = self.seen
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """A query, with whether its score is below each mark; or an audit, with its disagreement."""
+
+    flags: tuple[bool, ...]
+    is_audit: bool = False

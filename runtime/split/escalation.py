@@ -114,14 +114,13 @@ class Escalator:
         """
         entries = self._entries(labels)
         entries.check_space(self._encoder.space)
-        found = self._embed(images, entries.embeddings, deadline)
+        certified = self._escalation.cascade.labels
+        teachers = entries if certified is None else certified.teacher
+        found = self._embed(images, entries.embeddings, teachers.embeddings, deadline)
         embeddings, theirs = found.value.embeddings, found.value.is_teachers
         answers = self._encoder.classify_embeddings(embeddings, entries, top=top)
-        certified = self._escalation.cascade.labels
-        if certified is not None and theirs.any():
-            by_teacher = self._encoder.classify_embeddings(
-                embeddings[theirs], certified.teacher, top=top
-            )
+        if teachers is not entries and theirs.any():
+            by_teacher = self._encoder.classify_embeddings(embeddings[theirs], teachers, top=top)
             for row, answer in zip(np.flatnonzero(theirs).tolist(), by_teacher, strict=True):
                 answers[row] = answer
         return StepResult(answers, found.source, found.degraded)
@@ -138,7 +137,7 @@ class Escalator:
         """
         if self._certificate is not None:
             self._certificate.check_index(index)
-        found = self._embed(images, index.embeddings, deadline)
+        found = self._embed(images, index.embeddings, index.embeddings, deadline)
         hits = self._encoder.search(found.value.embeddings, index, top=top)
         return StepResult(hits, found.source, found.degraded)
 
@@ -166,37 +165,54 @@ class Escalator:
         return entries
 
     def _embed(
-        self, images: ImageBatch, compared_with: FloatArray, deadline: Deadline
+        self,
+        images: ImageBatch,
+        compared_with: FloatArray,
+        teachers: FloatArray,
+        deadline: Deadline,
     ) -> StepResult[_Embedded]:
-        """Embed pictures, by the teacher where the student is unsure and the teacher answers."""
+        """Embed pictures, by the teacher where the student is unsure and the teacher answers.
+
+        Audited pictures are the teacher's as well, where it answers. `compared_with` and
+        `teachers`, [K, dim], are what student and teacher choose among.
+        """
+        cascade = self._escalation.cascade
         student = self._encoder.encode_pixels(images.pixels)
         alone = _Embedded(student, np.zeros(len(student), np.bool_))
         if not len(images) or len(compared_with) < 2:  # with no alternative, nothing is unsure
             return StepResult(alone, "device")
-        views = embed_views(
-            self._encoder.encode_pixels, images.pixels, self._escalation.cascade.score.views
-        )
-        similarities = Similarities.between(student, compared_with, views)
-        rows = np.flatnonzero(self._escalation.cascade.select(similarities))
+        views = embed_views(self._encoder.encode_pixels, images.pixels, cascade.score.views)
+        escalated = cascade.select(Similarities.between(student, compared_with, views))
+        audited = cascade.select_audits(escalated)
+        rows = np.flatnonzero(escalated | audited)
         if not len(rows):
             return StepResult(alone, "device")
-        return self._ask(alone, rows, images.select(rows), deadline)
+        found = self._ask(alone, rows, images.select(rows), deadline)
+        if found.degraded is None:
+            ours, theirs = student[audited], found.value.embeddings[audited]
+            first = (ours @ compared_with.T).argmax(axis=1)
+            cascade.add_audits(first != (theirs @ teachers.T).argmax(axis=1))
+        elif not escalated.any():  # an answer that was only to be audited is as certified
+            return StepResult(alone, "device")
+        elif self._escalation.defer is not None:
+            self._put_off(self._escalation.defer, images.select(np.flatnonzero(escalated)))
+        return found
 
     def _ask(
-        self, alone: _Embedded, rows: NDArray[np.intp], unsure: ImageBatch, deadline: Deadline
+        self, alone: _Embedded, rows: NDArray[np.intp], asked: ImageBatch, deadline: Deadline
     ) -> StepResult[_Embedded]:
         def remote(until: Deadline) -> _Embedded:
             both, theirs = alone.embeddings.copy(), alone.is_teachers.copy()
-            both[rows], theirs[rows] = self._teacher.embed(unsure, until), True
+            both[rows], theirs[rows] = self._teacher.embed(asked, until), True
             return _Embedded(both, theirs)
 
-        found = self._fallback.run(remote, lambda: alone, ("nothing",), len(rows), deadline)
-        if found.degraded is not None and self._escalation.defer is not None:
-            try:
-                self._deferring.submit(self._defer, self._escalation.defer, unsure)
-            except RuntimeError:  # after `close`
-                self._defer(self._escalation.defer, unsure)
-        return found
+        return self._fallback.run(remote, lambda: alone, ("nothing",), len(rows), deadline)
+
+    def _put_off(self, defer: Defer, unsure: ImageBatch) -> None:
+        try:
+            self._deferring.submit(self._defer, defer, unsure)
+        except RuntimeError:  # after `close`
+            self._defer(defer, unsure)
 
     def _defer(self, defer: Defer, unsure: ImageBatch) -> None:
         try:

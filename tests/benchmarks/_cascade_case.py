@@ -19,7 +19,7 @@ from edgeclip.export.cascade.cascade_evaluator import CascadeEvaluator
 from edgeclip.export.cascade.certify import CascadePlan, CertificationResult, certify
 from edgeclip.export.demo.demo import KEPT_BUNDLE
 from edgeclip.runtime.cascade.scores import Margin
-from edgeclip.runtime.device.device_profile import load_device
+from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.encoder import Encoder
 
 BOUND, DELTA = 0.95, 0.05  # what is certified
@@ -37,13 +37,23 @@ class Case:
     found: CertificationResult
 
 
-def open_case(folder: Path, *, gallery: int, calibration: int, test: int) -> Case:
+def open_case(
+    folder: Path, *, gallery: int, calibration: int, test: int, teacher: Path | None = None
+) -> Case:
     """Write the teacher's bundle and a copy of the student's into `folder`; open and certify both.
 
-    The teacher runs in fp32, the student in what its bundle chose.
+    The teacher runs in fp32, the student in what its bundle chose. `teacher` is a bundle of the
+    teacher that was exported before.
     """
+    device = load_device("this-machine")
+    if teacher is None:
+        teacher = _exported(folder / "teacher", device)
+    return _certified(Encoder.open(teacher, device=device), folder, (gallery, calibration, test))
+
+
+def _exported(folder: Path, device: DeviceProfile) -> Path:
     dual = DualEncoder.load(BUILT_IN_TEACHER)
-    size, device = dual.image_spec.size, load_device("this-machine")
+    size = dual.image_spec.size
     origin = Origin(
         name="emoji-teacher",
         teacher="itself",
@@ -61,10 +71,14 @@ def open_case(folder: Path, *, gallery: int, calibration: int, test: int) -> Cas
         precisions=(),
         workload=None,
     )
-    say(f"exporting the teacher to {folder / 'teacher'} ...")
-    teacher = Encoder(build_bundle(bundle_plan, folder / "teacher").bundle, device)
+    say(f"exporting the teacher to {folder} ...")
+    return build_bundle(bundle_plan, folder).bundle.path
+
+
+def _certified(teacher: Encoder, folder: Path, counts: tuple[int, int, int]) -> Case:
     shutil.copytree(KEPT_BUNDLE, folder / "student")
-    student = Encoder.open(folder / "student", device=device)
+    student = Encoder.open(folder / "student", device=teacher.device)
+    size, (gallery, calibration, test) = student.spec.image.size, counts
     eval_set = CascadeEvalSet(
         query="image",
         calibration=EmojiSource("calibration", calibration, size=size, distinct=True),

@@ -197,8 +197,8 @@ def main() -> int:
     test, calibration, count = (1500, 400, 600) if args.quick else (4000, 1000, 3000)
     with tempfile.TemporaryDirectory() as folder:
         example = run_example(Path(folder))
-    with tempfile.TemporaryDirectory() as folder:
-        case = open_case(Path(folder), gallery=1000, calibration=calibration, test=test)
+        counts = {"gallery": 1000, "calibration": calibration, "test": test}
+        case = open_case(Path(folder), **counts, teacher=Path(folder) / "teacher")
         certificate = case.found.certificate
         if certificate is None:
             print("nothing is certified")

@@ -136,10 +136,10 @@ def shifted_sources(case: Case, count: int) -> Iterator[tuple[str, Source]]:
 def main() -> int:
     args = options(__doc__).parse_args()
     streams, queries, shifted = (1000, 100, 600)
-    sizes = {"gallery": 5000, "calibration": 1000, "test": 2000}
+    sizes = {"gallery": 1000, "calibration": 1000, "test": 4000}
     if args.quick:
         streams, queries, shifted = (200, 30, 300)
-        sizes = {"gallery": 1000, "calibration": 400, "test": 800}
+        sizes = {"gallery": 1000, "calibration": 1000, "test": 2000}
     scores: dict[str, Values] = {}
     with tempfile.TemporaryDirectory() as folder:
         case = open_case(Path(folder), **sizes)

@@ -31,6 +31,7 @@ from edgeclip.export.cascade.certify import (
     CascadePlan,
     certify,
     choose_threshold,
+    disagreement,
     fixed_sequence_test,
     watched_shares,
 )
@@ -137,8 +138,11 @@ class TestCascadeEvaluator:
             # Alone and in a batch, sums are made in another order and then rounded to fp16.
             assert score.of(found)[0] == pytest.approx(outcomes.scores[number], abs=2e-4)
             assert _own_is_best(found) == outcomes.student[number]
+            first = found.cosines.argmax()
             found = _one(teacher, indexer, query, gallery, test, number, 0)
             assert _own_is_best(found) == outcomes.escalated[number]
+            assert outcomes.agree is not None
+            assert (found.cosines.argmax() == first) == outcomes.agree[number]
             found = _one(teacher, teacher, query, gallery, test, number, 0)
             assert _own_is_best(found) == outcomes.teacher[number]
 
@@ -187,6 +191,10 @@ class TestCertify:
         assert made.tested_on.entries == 3
         assert made.escalated.low < made.escalated.value < made.escalated.high
         assert made.watched
+        assert made.disagreement is not None
+        assert outcomes.agree is not None
+        alone = outcomes.scores >= made.threshold
+        assert made.disagreement.value == (~outcomes.agree[alone]).mean() < made.disagreement.high
         assert (made.try_number, made.tested_at) == (None, 0.05)
         assert len(caplog.messages) == 3
 
@@ -559,6 +567,16 @@ def test_watched_shares_hold_all_at_once() -> None:
         assert len(watched) == 3
         missed += not all(mark.share.low <= mark.below <= mark.share.high for mark in watched)
     assert missed <= 4
+
+
+def test_what_is_never_answered_alone_has_no_disagreement() -> None:
+    outcomes = planted(np.random.default_rng(0), 50, wrong_below=0.3)
+    assert disagreement(outcomes, 0.5, 10) is None  # nobody looked
+    looked = dataclasses.replace(outcomes, agree=outcomes.student == outcomes.teacher)
+    assert disagreement(looked, ESCALATE_ALL, 10) is None
+    found = disagreement(looked, 0.0, 10)
+    assert found is not None
+    assert found.high > found.value > 0
 
 
 def test_scores_that_are_all_alike_have_one_mark() -> None:

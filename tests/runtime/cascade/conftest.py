@@ -39,6 +39,7 @@ def certificate(tiny_bundle: Path) -> Certificate:
         threshold=0.125,
         escalated=Interval(0.1, 0.05, 0.15),
         watched=(WatchedShare(below=0.2, share=Interval(0.3, 0.25, 0.35)),),
+        disagreement=Interval(0.05, 0.0, 0.1),
         quality=Quality(student=near, teacher=near, cascade=near, kept=near),
         tested_on=QuerySet(
             data="pictures",

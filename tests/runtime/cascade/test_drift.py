@@ -65,6 +65,33 @@ def test_a_shift_is_found_soon_however_late_it_comes(share: float, before: int) 
     assert np.median(found) <= 130
 
 
+def audited(path: Path | None = None) -> DriftWatch:
+    return DriftWatch(DIGEST, WATCHED, disagreement=Interval(0.05, 0.02, 0.1), path=path)
+
+
+def test_audits_that_disagree_too_often_raise_it() -> None:
+    watch = audited()
+    assert not watch.update_audits([n % 12 == 0 for n in range(600)])
+    assert watch.update_audits([n % 2 == 0 for n in range(100)])
+    assert "audits the teacher disagreed with" in watch.finding
+    assert "10.0% at most" in watch.finding
+    assert watch.alarm_at == watch.seen == 0
+    uncertified = DriftWatch(DIGEST, WATCHED)
+    assert not uncertified.update_audits([True] * 500)
+
+
+def test_audits_are_kept(tmp_path: Path) -> None:
+    path, whole = tmp_path / "s.json", audited()
+    for number in range(6):
+        flags, scores = [number % 3 == 0] * 3, queries(number, 5, 0.2)
+        for watch in (whole, audited(path)):
+            watch.update(scores)
+            watch.update_audits(flags)
+            watch.close()
+    assert audited(path).state == whole.state
+    assert (whole.state.audited, whole.state.disagreed) == (18, 6)
+
+
 def test_the_alarm_stays() -> None:
     watch = DriftWatch(DIGEST, WATCHED)
     assert watch.update([LOW] * 100)

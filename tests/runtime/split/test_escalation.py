@@ -23,6 +23,7 @@ from edgeclip.runtime.cascade.certificate import (
 from edgeclip.runtime.cascade.drift import DriftWatch, WatchedShare
 from edgeclip.runtime.cascade.scores import Agreement, Margin
 from edgeclip.runtime.encoder import Encoder
+from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.split.escalation import Escalation, request_key
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.outbox import Entry, Outbox
@@ -120,6 +121,7 @@ def certificate(encoder: Encoder) -> Certificate:
         threshold=3.0,
         escalated=near,
         watched=(WatchedShare(below=0.0, share=Interval(0.1, 0.0, 0.2)),),
+        disagreement=Interval(0.05, 0.0, 0.1),
         quality=Quality(student=near, teacher=near, cascade=near, kept=near),
         tested_on=QuerySet(
             data="colours",
@@ -218,6 +220,39 @@ def test_escalated_pictures_choose_among_the_teachers_labels(
         reply = runtime.classify(files, top=1)
         assert reply.degraded is not None
         assert [one[0].label for one in reply.value] == [one[0].label for one in by_student]
+
+
+def test_audits_ask_the_teacher_about_what_the_student_is_sure_of(
+    encoder: Encoder,
+    server: Server,
+    raw: RawServer,
+    photos: Path,
+    certificate: Certificate,
+    labels: CertifiedLabels,
+) -> None:
+    found = zero_shot(certificate, labels, -2.0)
+    watch = DriftWatch(found.digest, found.watched, disagreement=found.disagreement)
+    cascade = Cascade(Margin(), -2.0, found, watch, labels=labels, audit=1.0)
+    kept: dict[str, InferRequest] = {}
+    escalation = Escalation(model="tiny-image", cascade=cascade, defer=kept.__setitem__)
+    files = sorted(photos.glob("*.png"))
+    by_student = encoder.classify(files, labels.entries, top=1)
+    with SplitRuntime(encoder, plan("device"), server, escalation=escalation) as runtime:
+        raw.behave = raw_server.drop
+        reply = runtime.classify(files, top=1)  # as certified: the student was sure
+        assert (reply.source, reply.degraded) == ("device", None)
+        assert [one[0].label for one in reply.value] == [one[0].label for one in by_student]
+        assert watch.state.audited == 0
+        raw.behave = raw_server.good
+        for _ in range(20):
+            reply = runtime.classify(files, top=1, deadline_ms=AMPLE_MS)
+            if reply.source == "server" and cascade.revoked:
+                break
+        assert cascade.revoked is not None
+        assert "the teacher disagreed with 100.0%" in cascade.revoked
+    assert not kept
+    with pytest.raises(InputError, match="share of queries to audit"):
+        Cascade(Margin(), -2.0, found, watch, labels=labels, audit=1.1)
 
 
 def test_other_labels_are_refused(
