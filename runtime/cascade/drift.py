@@ -109,10 +109,10 @@ class DriftWatch:
     The reference is fixed: for each of a few marks, one bet that the share of scores below it is
     above the upper end of its interval and one that it is below the lower end, both with restarts
     (`RestartedBets`); the evidence is the mean of all, and of one bet more that audits find student
-    and teacher to disagree more often than certified. By Ville's inequality the alarm is ever raised
-    with probability `DriftRule.alpha` at most, if the queries are independent draws, or at least
-    none is likelier below a mark than its interval allows, given those before it. Once raised, the
-    alarm stays.
+    and teacher to disagree more often than certified. By Ville's inequality the alarm is ever
+    raised with probability `DriftRule.alpha` at most, if the queries are independent draws, or at
+    least none is likelier below a mark than its interval allows, given those before it. Once
+    raised, the alarm stays.
 
     The state is written about every 100 queries, at an alarm, and by `close`, so a killed process
     loses 100 queries at most. Several processes may share a file: each adds its own queries to

@@ -136,13 +136,13 @@ def shifted_sources(case: Case, count: int) -> Iterator[tuple[str, Source]]:
 def main() -> int:
     args = options(__doc__).parse_args()
     streams, queries, shifted = (1000, 100, 600)
-    sizes = {"gallery": 1000, "calibration": 1000, "test": 4000}
+    test = 4000
     if args.quick:
         streams, queries, shifted = (200, 30, 300)
-        sizes = {"gallery": 1000, "calibration": 1000, "test": 2000}
+        test = 2000
     scores: dict[str, Values] = {}
     with tempfile.TemporaryDirectory() as folder:
-        case = open_case(Path(folder), **sizes)
+        case = open_case(Path(folder), gallery=1000, calibration=1000, test=test)
         certificate, clean = case.found.certificate, case.found.outcomes.scores
         assert certificate is not None, "tests/benchmarks/cascade.py shows that it is certified"
         calibration = case.evaluator.scores(case.eval_set.calibration)
