@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from _bars import at_least, at_most, finish, options, say
+from _bars import Rule, finish, hold, options, say
 from _cascade_case import Case, open_case
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
@@ -33,7 +33,11 @@ ALPHA = 0.05  # of the bar; so many streams tell 1% from 0.8% by chance only
 STARTS = 30
 BEFORE = 200  # pictures without a shift
 WITHIN = 150  # pictures in which a shift is to be found
-FOUND = 0.98
+BARS: dict[str, Rule] = {
+    "drift_false_alarms_30_starts": ("<=", 0.05, ""),
+    "drift_found_*": (">=", 0.98, ""),
+}
+KEPT_MODELS = ("export/emoji_bundle",)
 
 
 class Altered:
@@ -152,7 +156,7 @@ def main() -> int:
     say("devices without a shift ...")
     with tempfile.TemporaryDirectory() as folder:
         alarms = false_alarms(calibration, clean, Path(folder), streams, queries)
-    bars = [at_most("drift_false_alarms_30_starts", estimate_share(alarms).interval, ALPHA)]
+    bars = [hold(BARS, "drift_false_alarms_30_starts", estimate_share(alarms).interval)]
     for name, values in scores.items():
         took = delays(certificate, clean, values)
         hits = estimate_share(took <= WITHIN).interval
@@ -162,7 +166,7 @@ def main() -> int:
             f"{len(took)} streams, in {median:.0f} pictures in half of them"
         )
         if not name.startswith("slight"):
-            bars.append(at_least(f"drift_found_{name.replace(' ', '_')}", hits, FOUND))
+            bars.append(hold(BARS, f"drift_found_{name.replace(' ', '_')}", hits))
     return finish(bars, args.out)
 
 
