@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.quality import retrieval as module
-from edgeclip.runtime.quality.intervals import bootstrap, bootstrap_ratio
 from edgeclip.runtime.quality.retrieval import (
     TIE,
     DirectionMetrics,
@@ -21,6 +20,7 @@ from edgeclip.runtime.quality.retrieval import (
     retrieval_of_ranks,
     zero_shot,
 )
+from edgeclip.runtime.stats.shares import estimate_kept, estimate_share
 
 
 def angles(*degrees: float) -> NDArray[np.float32]:
@@ -136,10 +136,10 @@ def test_retention_with_its_interval() -> None:
     texts = images + generator.normal(scale=0.9, size=images.shape)
     weaker = images + generator.normal(scale=0.5, size=images.shape)
     teacher, student = pair_ranks(images, texts).hits(1), pair_ranks(weaker, texts).hits(1)
-    retention = bootstrap_ratio(student, teacher)
+    retention = estimate_kept(student, teacher).interval
     assert retention.value == pytest.approx(student.mean() / teacher.mean())
     assert retention.low < retention.value < retention.high < 1
-    assert bootstrap(teacher).value == pytest.approx(retrieval(images, texts).mean_r1)
+    assert estimate_share(teacher).value == pytest.approx(retrieval(images, texts).mean_r1)
 
 
 @pytest.mark.parametrize(
