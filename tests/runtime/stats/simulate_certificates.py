@@ -83,7 +83,7 @@ def wrong_certificates(
 
 
 def wrong_when_raised(
-    repetitions: int, *, delta: float = 0.05, counts: Sequence[int] = tuple(range(100, 2001, 100))
+    repetitions: int, *, delta: float = 0.05, counts: Sequence[int] = tuple(range(200, 2001, 200))
 ) -> float:
     """Share of wrong certificates where the count is raised until one comes, with a ledger."""
     wrong = 0
