@@ -14,12 +14,6 @@ from collections.abc import Callable, Iterator
 
 from _bars import Bar, Rule, finish, hold, options, say
 from regression_power import gate_errors
-from tests.runtime.stats.simulate_certificates import (
-    false_alarms,
-    wrong_certificates,
-    wrong_of_several,
-    wrong_when_raised,
-)
 
 from edgeclip.runtime.console import columns
 from tests.export.gates.simulate_gates import (
@@ -27,6 +21,12 @@ from tests.export.gates.simulate_gates import (
     outcome_shares,
     passes_after_raising,
     passes_in_looks,
+)
+from tests.runtime.stats.simulate_certificates import (
+    false_alarms,
+    wrong_certificates,
+    wrong_of_several,
+    wrong_when_raised,
 )
 
 LEVEL = 0.05
