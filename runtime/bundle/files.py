@@ -321,17 +321,17 @@ def _user_folder(own_name: str, shared_name: str, below_home: str) -> Path:
 
 
 @contextmanager
-def lock_file(target: Path) -> Iterator[None]:
+def lock_file(target: Path) -> Iterator[bool]:
     """Wait for, and hold, the lock of a file that is read, changed and written again.
 
-    The lock is `NAME.lock` beside it, and ends with the process that holds it. On Windows, and on
-    file systems without locks, nobody waits.
+    The lock is `NAME.lock` beside it, and ends with the process that holds it. Yields whether there
+    is one: on Windows, and on file systems without locks, nobody waits.
 
     Raises:
         InputError: the folder cannot be made or written.
     """
     if os.name != "posix":
-        yield
+        yield False
         return
     import fcntl
 
@@ -341,10 +341,12 @@ def lock_file(target: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror}") from error
+    is_locked = False
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+            is_locked = True
+        yield is_locked
     finally:
         os.close(descriptor)
 

@@ -116,8 +116,8 @@ class DriftWatch:
 
     The state is written about every 100 queries, at an alarm, and by `close`, so a killed process
     loses 100 queries at most. Several processes may share a file: each adds its own queries to
-    what the file holds, under a lock. Where no file can be locked the last writer wins, which
-    loses queries and never an alarm that was written.
+    what the file holds, under a lock. Where files cannot be locked, of two that write at the same
+    moment the last one wins, and a warning says so beforehand.
 
     Args:
         certificate: digest of the certificate.
@@ -148,6 +148,7 @@ class DriftWatch:
         self._highs = np.array([item.share.high for item in watched])
         self._lock, self._saving = threading.Lock(), threading.Lock()
         self._saver: ThreadPoolExecutor | None = None
+        self._is_warned = False
         self._unsaved: list[_Event] = []
         self._saved = self._read()
         self._restore(self._saved or DriftState(certificate=certificate))
@@ -235,7 +236,14 @@ class DriftWatch:
         """
         if self.path is None:
             return
-        with self._saving, lock_file(self.path):
+        with self._saving, lock_file(self.path) as is_locked:
+            if not is_locked and not self._is_warned:
+                self._is_warned = True
+                _log.warning(
+                    "%s cannot be locked: where several processes watch with it, what one of them "
+                    "saw may be lost; give each a file of its own",
+                    self.path,
+                )
             kept = self._read()
             with self._lock:
                 batch, self._unsaved = self._unsaved, []
