@@ -1,6 +1,7 @@
 """Find pictures that are not independent: of one folder, of one moment, or nearly the same."""
 
 import logging
+from collections.abc import Callable
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from edgeclip.compress.data.near_duplicates import Embed, copies_cosine
 from edgeclip.compress.data.sources import FolderSource, Source
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.errors import ConfigError
@@ -29,6 +31,47 @@ _EXIF_IFD, _TIME_ORIGINAL = 0x8769, 0x9003  # EXIF 2.32, "DateTimeOriginal"
 _BLOCK = 2048  # pictures that are compared at a time
 
 Ids = NDArray[np.int64]
+
+
+def find_clusters(
+    source: Source,
+    by: ClusterBy,
+    *,
+    embed: Embed,
+    embeddings: Callable[[], FloatArray],
+    side: int,
+) -> Ids | None:
+    """Return which pictures of a source belong together, int64 [N]; None if none do.
+
+    By embedding, two pictures do that a model finds as alike as a picture and its copy
+    (`copies_cosine`).
+
+    Args:
+        source: the pictures.
+        by: how it is told.
+        embed: embeds pictures, by embedding.
+        embeddings: those of all pictures, L2-normalised [N, dim], by embedding.
+        side: pixels that the model sees.
+
+    Raises:
+        ConfigError: no folder of pictures, by folder or time.
+    """
+    if by == "none":
+        return None
+    if by == "folder":
+        return folder_clusters(source)
+    if by == "time":
+        return time_clusters(source)
+    threshold = copies_cosine(source, range(len(source)), embed, side=side)
+    found = embedding_clusters(embeddings(), threshold)
+    _log.info(
+        "%d pictures are %d independent groups: nearly the same are those with a cosine of "
+        "%.3f or more",
+        len(found),
+        len(np.unique(found)),
+        threshold,
+    )
+    return found
 
 
 def folder_clusters(source: Source) -> Ids:

@@ -185,6 +185,7 @@ def require_agreement(plan: BundlePlan) -> TeacherAgreement:
         plan.teacher_bounds,
         text_tower=plan.text_tower,
         looks=plan.declared_looks,
+        clusters=plan.clusters,
     )
     raise_if_missed(found.judged, _AGREEMENT_HINT, accept_undecided=plan.accept_undecided)
     return found
@@ -305,7 +306,9 @@ def check_mixed_precisions(
         return selected, ()
     others = set(chosen.values()) - {"fp32"}
     bounds = max((plan.bounds[item] for item in others), key=lambda item: item.r1_loss)
-    inputs = GateInputs(data=data_record(plan.test), relevance=relevance_of(plan.test))
+    inputs = GateInputs(
+        data=data_record(plan.test), relevance=relevance_of(plan.test), clusters=plan.clusters
+    )
     judged = judge_together(
         embeddings, chosen, bounds, describe_pairing(chosen), inputs, plan.looks
     )

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from edgeclip.compress.data.clusters import ClusterBy
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds
@@ -10,7 +12,12 @@ from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
 from edgeclip.export.gates.teacher_agreement import TeacherBounds
 from edgeclip.export.gates.zero_shot import ZeroShotSet, find_zero_shot
 from edgeclip.export.graph.calibration import CalibrationSource
-from edgeclip.export.graph.embedders import TOWERS, check_captions, judging_device
+from edgeclip.export.graph.embedders import (
+    TOWERS,
+    check_captions,
+    judging_device,
+    source_clusters,
+)
 from edgeclip.export.graph.to_onnx import GraphForm
 from edgeclip.export.quantizing.config import Config, default_config
 from edgeclip.export.quantizing.qat_finetune import QatOptions
@@ -25,6 +32,7 @@ from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.stats.clusters import Clusters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +54,7 @@ class Origin:
     licence: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BundlePlan:
     """A student, and the options of its export to a bundle for one device.
 
@@ -76,6 +84,7 @@ class BundlePlan:
         qat: options of the fine-tune if int8 misses a gate; None to leave int8 out instead.
         accept_undecided: ship what is inside its gates by the measured values, though the test
             pairs are too few to show it.
+        cluster_by: how test pictures that are not independent are found.
         declared_looks: how many students, or counts of test pairs, are tried on the same test data
             until one is shipped.
         space: fingerprint of the bundle's embedding space, the teacher's or the student's own.
@@ -105,6 +114,7 @@ class BundlePlan:
     quantization: Quantization | None = None
     qat: QatOptions | None = None
     accept_undecided: bool = False
+    cluster_by: ClusterBy = "none"
     declared_looks: int = 1
     space: str = field(init=False)
 
@@ -137,6 +147,11 @@ class BundlePlan:
             raise ConfigError(
                 f"{'; '.join(self.unused)}: do not ask for it, or export without {FILE_NAME}"
             )
+
+    @cached_property
+    def clusters(self) -> Clusters | None:
+        """Which test pictures belong together, int64 [N]; None if all are independent."""
+        return source_clusters(self.student, self.test, self.cluster_by)
 
     @property
     def looks(self) -> int:

@@ -135,7 +135,13 @@ def evaluate_candidates(
     with emulated_fp16(graphs, plan.device) as emulated:
         embeddings = embed_test_pairs(plan.student, emulated, plan.test, plan.judging_device)
         inputs = gate_inputs(
-            plan.student, emulated, plan.test, zero_shot, embeddings, plan.judging_device
+            plan.student,
+            emulated,
+            plan.test,
+            zero_shot,
+            embeddings,
+            plan.judging_device,
+            plan.clusters,
         )
     return PrecisionCandidates(
         graphs=tuple(graphs),
@@ -199,6 +205,7 @@ def fine_tune_failed_int8(
         zero_shot=candidates.inputs.zero_shot,
         accept_undecided=plan.accept_undecided,
         looks=plan.looks,
+        clusters=plan.clusters,
     )
     result = finetune_int8(task, candidates.graphs, candidates.embeddings, plan.qat)
     if not result.tuned:

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -11,13 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeclip.compress.data.clusters import (
-    ClusterBy,
-    embedding_clusters,
-    folder_clusters,
-    time_clusters,
-)
-from edgeclip.compress.data.near_duplicates import copies_cosine
+from edgeclip.compress.data.clusters import ClusterBy, find_clusters
 from edgeclip.compress.data.sources import FolderSource, Source
 from edgeclip.export.cascade.cascade_eval_set import CascadeEvalSet, Entries, embed_pictures
 from edgeclip.export.cascade.cascade_report import Costs
@@ -35,8 +28,6 @@ from edgeclip.runtime.inputs.preprocess import crop_batch
 from edgeclip.runtime.quality.retrieval import TIE
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.stats.clusters import Clusters
-
-_log = logging.getLogger(__name__)
 
 IndexBy = Literal["teacher", "student"]
 _AT_ONCE = 128  # queries whose cosines with all entries are held at a time
@@ -114,35 +105,25 @@ class CascadeEvaluator:
     def clusters(self, source: Source, by: ClusterBy) -> Clusters | None:
         """Return which queries of a source belong together, int64 [N]; None if none do.
 
-        By embedding, two pictures do that the teacher finds as alike as a picture and its copy
-        (`copies_cosine`).
+        By embedding, it is the teacher that finds them nearly the same: see `find_clusters`.
 
         Raises:
             ConfigError: the source has no folders.
             InputError: a picture cannot be read.
             EngineError: a tower cannot be run.
         """
-        if by == "none":
-            return None
-        if by == "folder":
-            return folder_clusters(source)
-        if by == "time":
-            return time_clusters(source)
         spec = self._teacher.spec.image
 
         def embed(pictures: Sequence[Image.Image]) -> FloatArray:
             return self._teacher.encode_pixels(crop_batch(list(pictures), spec))
 
-        threshold = copies_cosine(source, range(len(source)), embed, side=spec.size)
-        found = embedding_clusters(self._teachers_pictures(source), threshold)
-        _log.info(
-            "%d pictures are %d independent groups: nearly the same are those with a cosine of "
-            "%.3f or more",
-            len(found),
-            len(np.unique(found)),
-            threshold,
+        return find_clusters(
+            source,
+            by,
+            embed=embed,
+            embeddings=lambda: self._teachers_pictures(source),
+            side=spec.size,
         )
-        return found
 
     def _teachers_pictures(self, source: Source) -> FloatArray:
         """Embed the pictures of a source by the teacher, once."""

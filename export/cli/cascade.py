@@ -5,11 +5,15 @@ import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from edgeclip.compress.cli.options import add_pairs_option, log_step, max_bad
-from edgeclip.compress.data.clusters import ClusterBy
-from edgeclip.compress.data.sources import EMOJI
+from edgeclip.compress.cli.options import (
+    add_cluster_option,
+    add_pairs_option,
+    cluster_by,
+    log_step,
+    max_bad,
+)
 from edgeclip.export.bundle.add_to_bundle import add_to_bundle
 from edgeclip.export.cascade.cascade_eval_set import (
     CascadeEvalSet,
@@ -125,13 +129,7 @@ def _add_eval_set_options(parser: argparse.ArgumentParser) -> None:
         default="teacher",
         help="whose bundle embeds the entries that queries choose from (default: teacher)",
     )
-    parser.add_argument(
-        "--cluster-by",
-        choices=get_args(ClusterBy),
-        help="which pictures are not independent: those of one folder; those of one folder taken "
-        "within a minute of each other (EXIF); those nearly the same to the teacher; or none "
-        "(default: embedding, and none for emoji)",
-    )
+    add_cluster_option(parser)
     parser.add_argument(
         "--ledger",
         type=Path,
@@ -167,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         bound=args.share,
         delta=args.delta,
         index_by=args.index_by,
-        cluster_by=args.cluster_by or ("none" if args.data == EMOJI else "embedding"),
+        cluster_by=cluster_by(args),
         ledger=args.ledger or _default_ledger(args, teacher),
         command=args.command,
     )

@@ -7,8 +7,10 @@ from typing import get_args
 
 from edgeclip.compress.built_in import BUILT_IN
 from edgeclip.compress.cli.options import (
+    add_cluster_option,
     add_pairs_option,
     add_teacher,
+    cluster_by,
     load_teacher,
     log_step,
     max_bad,
@@ -81,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantization)",
     )
     add_max_bad_option(parser)
+    add_cluster_option(parser)
     _add_teacher_bounds(parser)
     _add_int8_options(parser)
     _add_label_options(parser)
@@ -250,6 +253,7 @@ def _plan(args: argparse.Namespace) -> BundlePlan:
         qat=_qat_options(args, size),
         accept_undecided=args.accept_undecided,
         declared_looks=args.looks,
+        cluster_by=cluster_by(args),
     )
     if args.data != EMOJI or len(plan.wanted) == 1:  # fp32 alone is not judged by labels
         return plan

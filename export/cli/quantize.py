@@ -10,8 +10,10 @@ from typing import get_args
 
 from edgeclip.compress.built_in import BUILT_IN
 from edgeclip.compress.cli.options import (
+    add_cluster_option,
     add_pairs_option,
     add_teacher,
+    cluster_by,
     load_teacher,
     max_bad,
     open_split,
@@ -27,7 +29,7 @@ from edgeclip.export.gates.zero_shot import (
     find_zero_shot,
     read_label_names,
 )
-from edgeclip.export.graph.embedders import check_captions
+from edgeclip.export.graph.embedders import check_captions, source_clusters
 from edgeclip.export.graph.graph_io import sha256_graph
 from edgeclip.export.quantizing.candidate_evaluator import SEARCH_WORKLOAD, open_evaluator
 from edgeclip.export.quantizing.quantization_file import (
@@ -89,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--page", type=Path, help="write the result as an HTML page")
     add_max_bad_option(parser)
+    add_cluster_option(parser)
     parser.add_argument(
         "--dynamic",
         action="store_true",
@@ -214,7 +217,11 @@ def _data(args: argparse.Namespace) -> _Data:
         student=student,
         ranges=ranges,
         steering=JudgedPairs(pairs=steering, zero_shot=steered),
-        test=JudgedPairs(pairs=test, zero_shot=judged),
+        test=JudgedPairs(
+            pairs=test,
+            zero_shot=judged,
+            clusters=source_clusters(student, test, cluster_by(args)),
+        ),
     )
 
 

@@ -19,6 +19,7 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import label_ranks, pair_ranks
 from edgeclip.runtime.spec import Precision
+from edgeclip.runtime.stats.clusters import Clusters
 from edgeclip.runtime.stats.interval import Estimate
 from edgeclip.runtime.stats.percentiles import estimate_percentile, least_count
 from edgeclip.runtime.stats.shares import estimate_loss
@@ -210,14 +211,19 @@ def measure_cosines(
     reference: FloatArray,
     bounds: Bounds,
     data: DataRecord | None = None,
+    clusters: Clusters | None = None,
 ) -> tuple[MeasuredGate, ...]:
-    """Measure mean and 1st percentile of the cosines of usable embeddings [N, dim]."""
+    """Measure mean and 1st percentile of the cosines of usable embeddings [N, dim].
+
+    `clusters` [N] are equal for inputs that belong together; of a percentile, each is one input.
+    """
     found = cosines(candidate, reference)
+    independent = None if clusters is None else len(np.unique(clusters))
     mean = Gate("mean cosine", ">=", bounds.mean_cosine, "cosine")
     low = Gate("1st-percentile cosine", ">=", bounds.p1_cosine, "cosine")
-    percentile = estimate_percentile(found, 1, least=-1.0, most=1.0)
+    percentile = estimate_percentile(found, 1, least=-1.0, most=1.0, independent=independent)
     return (
-        MeasuredGate(gate=mean, estimate=estimate_mean(found), data=data),
+        MeasuredGate(gate=mean, estimate=estimate_mean(found, clusters), data=data),
         MeasuredGate(gate=low, estimate=percentile, data=data),
     )
 
@@ -264,12 +270,14 @@ def measure_retrieval(
     name: str,
     data: DataRecord | None = None,
     relevance: Relevance | None = None,
+    clusters: Clusters | None = None,
 ) -> MeasuredGate:
     """Measure the R@1 that the two towers of the candidate lose together.
 
     The gate is in points of 100, the mean of both directions, over the pictures, each with all its
     captions. `name` says what is compared with the reference. Without `relevance`, texts that the
-    reference embeds alike are equal captions.
+    reference embeds alike are equal captions. `clusters` [pictures] are equal for pictures that
+    belong together.
 
     Raises:
         ConfigError: every caption is right for every picture, so that no answer can be wrong.
@@ -285,7 +293,8 @@ def measure_retrieval(
         pair_ranks(item.image, item.text, relevance).hits(1) for item in (reference, candidate)
     )
     gate = Gate(f"R@1 loss {name}", "<=", bounds.r1_loss, "points")
-    return MeasuredGate(gate=gate, estimate=estimate_loss(theirs, ours), scale=100, data=data)
+    estimate = estimate_loss(theirs, ours, clusters)
+    return MeasuredGate(gate=gate, estimate=estimate, scale=100, data=data)
 
 
 def measure_zero_shot(
@@ -295,6 +304,7 @@ def measure_zero_shot(
     targets: NDArray[Any],
     bounds: Bounds,
     data: DataRecord | None = None,
+    clusters: Clusters | None = None,
 ) -> MeasuredGate:
     """Measure the zero-shot top-1 accuracy that an image tower loses, in points of 100.
 
@@ -305,12 +315,14 @@ def measure_zero_shot(
         targets: integers [N], the label of each picture.
         bounds: the largest allowed loss.
         data: describes the pictures, for the record.
+        clusters: integers [N], equal for pictures that belong together.
     """
     theirs, ours = (
         label_ranks(item, labels.embeddings, targets) <= 1 for item in (reference, candidate)
     )
     gate = Gate("zero-shot top-1 loss", "<=", bounds.zero_shot_loss, "points")
-    return MeasuredGate(gate=gate, estimate=estimate_loss(theirs, ours), scale=100, data=data)
+    estimate = estimate_loss(theirs, ours, clusters)
+    return MeasuredGate(gate=gate, estimate=estimate, scale=100, data=data)
 
 
 def is_missed(record: GateRecord, *, accept_undecided: bool) -> bool:
@@ -323,6 +335,18 @@ def is_missed(record: GateRecord, *, accept_undecided: bool) -> bool:
 
 def _is_open(record: GateRecord) -> bool:
     return record.outcome == "undecided" and record.is_inside
+
+
+def text_clusters(relevance: Relevance | None, clusters: Clusters | None) -> Clusters | None:
+    """Return which texts belong together: those of one picture, and of pictures that do.
+
+    Args:
+        relevance: whose caption each text is; None where text i is that of picture i.
+        clusters: of the pictures, int64 [N]; None where these are independent.
+    """
+    if relevance is None or len(relevance.owner) == relevance.images:
+        return clusters
+    return relevance.owner if clusters is None else clusters[relevance.owner]
 
 
 def describe_missed(judged: Iterable[GateOutcome], *, accept_undecided: bool = False) -> list[str]:

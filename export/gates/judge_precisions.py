@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -24,6 +24,7 @@ from edgeclip.export.gates.gates import (
     measure_cosines,
     measure_retrieval,
     measure_zero_shot,
+    text_clusters,
 )
 from edgeclip.export.gates.zero_shot import ZeroShotSet
 from edgeclip.export.graph.embedders import (
@@ -40,6 +41,7 @@ from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.stats.clusters import Clusters
 
 TowerEmbeddings = Mapping[tuple[Tower, Precision], FloatArray]
 _FIRST = 128  # pairs whose embeddings are compared, each with each
@@ -54,12 +56,17 @@ class GateInputs:
         relevance: which captions are right for which pictures; see `measure_retrieval`.
         zero_shot: labelled pictures; None if no picture has a label.
         labelled: embeddings of these pictures, float32 [N, dim], by the image tower's precision.
+        clusters: integers, equal for pictures of the test pairs that belong together; None where
+            all are independent.
+        labelled_clusters: the same of the labelled pictures.
     """
 
     data: DataRecord | None = None
     relevance: Relevance | None = None
     zero_shot: ZeroShotSet | None = None
     labelled: Mapping[Precision, FloatArray] | None = None
+    clusters: Clusters | None = None
+    labelled_clusters: Clusters | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,7 @@ def gate_inputs(
     zero_shot: ZeroShotSet | None,
     embeddings: TowerEmbeddings,
     device: DeviceProfile,
+    clusters: Clusters | None = None,
 ) -> GateInputs:
     """Collect the inputs of the gates: embed the labelled pictures with every image graph.
 
@@ -114,13 +122,14 @@ def gate_inputs(
         embeddings: embeddings of the test pairs; pictures that are among them are not embedded
             again.
         device: runs the graphs.
+        clusters: see `GateInputs`.
 
     Raises:
         EngineError: a graph cannot be run.
     """
-    data, relevance = data_record(test), relevance_of(test)
+    known = GateInputs(data=data_record(test), relevance=relevance_of(test), clusters=clusters)
     if zero_shot is None:
-        return GateInputs(data=data, relevance=relevance)
+        return known
     mine = [graph for graph in graphs if graph.tower == "image"]
     rows = zero_shot.rows_of(test)
     if rows is not None:
@@ -129,7 +138,8 @@ def gate_inputs(
         inputs = tower_inputs(student, "image", zero_shot.source)
         found = _embed(student, mine, inputs, device)
     labelled = {graph.precision: item for graph, item in zip(mine, found, strict=True)}
-    return GateInputs(data=data, relevance=relevance, zero_shot=zero_shot, labelled=labelled)
+    of_labelled = None if rows is None or clusters is None else clusters[list(rows)]
+    return replace(known, zero_shot=zero_shot, labelled=labelled, labelled_clusters=of_labelled)
 
 
 def _embed(
@@ -213,15 +223,23 @@ def judge_alone(
     if not whole.passed:  # then nothing can be compared
         return (GateOutcome(subject, whole),)
     reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
-    measured = list(measure_cosines(mine, reference.of(tower), bounds, inputs.data))
+    clusters = inputs.clusters
+    if tower == "text":
+        clusters = text_clusters(inputs.relevance, clusters)
+    measured = list(measure_cosines(mine, reference.of(tower), bounds, inputs.data, clusters))
     if tower == "image" and inputs.zero_shot is not None and inputs.labelled is not None:
         found = inputs.labelled[precision], inputs.labelled["fp32"]
         zero, data = inputs.zero_shot, data_record(inputs.zero_shot.source)
-        measured.append(measure_zero_shot(*found, zero.labels, zero.targets, bounds, data))
+        of_labelled = inputs.labelled_clusters
+        measured.append(
+            measure_zero_shot(*found, zero.labels, zero.targets, bounds, data, of_labelled)
+        )
     swapped: dict[Tower, Precision] = {**dict.fromkeys(TOWERS, "fp32"), tower: precision}
     pairs, name = pair_embeddings(embeddings, swapped), describe_pairing(swapped)
     measured.append(
-        measure_retrieval(pairs, reference, bounds, name, inputs.data, inputs.relevance)
+        measure_retrieval(
+            pairs, reference, bounds, name, inputs.data, inputs.relevance, inputs.clusters
+        )
     )
     records = (whole, *judge_gates(measured, looks))
     return tuple(GateOutcome(subject, record) for record in records)
@@ -238,7 +256,9 @@ def judge_together(
     """Judge the R@1 that both towers lose together, each in its precision of `chosen`."""
     candidate = pair_embeddings(embeddings, chosen)
     reference = pair_embeddings(embeddings, dict.fromkeys(TOWERS, "fp32"))
-    measured = measure_retrieval(candidate, reference, bounds, name, inputs.data, inputs.relevance)
+    measured = measure_retrieval(
+        candidate, reference, bounds, name, inputs.data, inputs.relevance, inputs.clusters
+    )
     (record,) = judge_gates([measured], looks)
     return GateOutcome("bundle", record)
 

@@ -16,6 +16,7 @@ from edgeclip.export.gates.gates import (
     judge_gates,
     judge_usable,
     measure_cosines,
+    text_clusters,
 )
 from edgeclip.export.graph.embedders import (
     TOWERS,
@@ -36,6 +37,7 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import pair_ranks
 from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.stats.clusters import Clusters
 from edgeclip.runtime.stats.shares import estimate_kept, estimate_share
 
 _FEWEST_FOUND = 20  # below, the share that is kept may be nearly anything
@@ -82,12 +84,14 @@ def judge_agreement(
     *,
     text_tower: bool = True,
     looks: int = 1,
+    clusters: Clusters | None = None,
 ) -> TeacherAgreement:
     """Embed the test pairs with both models in torch, and judge the student's towers.
 
     The records are about the fp32 towers, whose graphs must equal torch to be in a bundle. Without
     a text tower, the student's images are searched among the teacher's texts, as label sets and
-    indexes of the teacher will be. For `looks` see `judge_gates`.
+    indexes of the teacher will be. For `looks` see `judge_gates`,
+    for `clusters` `GateInputs`.
 
     Raises:
         ConfigError: pairs without captions, or embeddings of another length than the teacher's.
@@ -107,14 +111,16 @@ def judge_agreement(
         return TeacherAgreement(
             tuple(GateOutcome(f"{tower} fp32", record) for tower, record in usable.items())
         )
+    relevance = relevance_of(test)
+    of_tower = {"image": clusters, "text": text_clusters(relevance, clusters)}
     measured = [
         (f"{tower} fp32", item)
         for tower in towers
-        for item in _measure_tower(ours[tower], theirs[tower], bounds, data)
+        for item in _measure_tower(ours[tower], theirs[tower], bounds, data, of_tower[tower])
     ]
     reference = PairEmbeddings(theirs["image"], theirs["text"])
     candidate = PairEmbeddings(ours["image"], ours.get("text", theirs["text"]))
-    kept = measure_kept(candidate, reference, relevance_of(test), bounds, data)
+    kept = measure_kept(candidate, reference, relevance, bounds, data, clusters)
     remarks = (kept,) if isinstance(kept, GateRemark) else ()
     measured += [] if isinstance(kept, GateRemark) else [("bundle", kept)]
     records = judge_gates([item for _, item in measured], looks)
@@ -130,13 +136,19 @@ def _embed(model: DualEncoder, role: str, tower: Tower, test: Source) -> FloatAr
 
 
 def _measure_tower(
-    student: FloatArray, teacher: FloatArray, bounds: TeacherBounds, data: DataRecord
+    student: FloatArray,
+    teacher: FloatArray,
+    bounds: TeacherBounds,
+    data: DataRecord,
+    clusters: Clusters | None,
 ) -> list[MeasuredGate]:
     held = Bounds(mean_cosine=bounds.mean_cosine, p1_cosine=bounds.p1_cosine)
     names = (COSINE_TO_TEACHER, P1_COSINE_TO_TEACHER)
     return [
         replace(measured, gate=replace(measured.gate, name=name))
-        for name, measured in zip(names, measure_cosines(student, teacher, held, data), strict=True)
+        for name, measured in zip(
+            names, measure_cosines(student, teacher, held, data, clusters), strict=True
+        )
     ]
 
 
@@ -146,6 +158,7 @@ def measure_kept(
     relevance: Relevance,
     bounds: TeacherBounds,
     data: DataRecord,
+    clusters: Clusters | None = None,
 ) -> MeasuredGate | GateRemark:
     """Measure the share of the teacher's R@1 that the student keeps.
 
@@ -155,7 +168,7 @@ def measure_kept(
     both = (teacher, student)
     theirs, ours = (pair_ranks(item.image, item.text, relevance).hits(1) for item in both)
     found = float(theirs.sum())
-    if found < _FEWEST_FOUND or estimate_share(theirs).interval.low <= relevance.chance:
+    if found < _FEWEST_FOUND or estimate_share(theirs, clusters).interval.low <= relevance.chance:
         few = len(theirs) < 2 * _FEWEST_FOUND
         mend = "give more test pairs" if few else "test on pairs that it knows"
         says = (
@@ -164,4 +177,4 @@ def measure_kept(
         )
         return GateRemark("bundle", R1_KEPT, says)
     gate = Gate(R1_KEPT, ">=", bounds.r1_kept, "share")
-    return MeasuredGate(gate=gate, estimate=estimate_kept(ours, theirs), data=data)
+    return MeasuredGate(gate=gate, estimate=estimate_kept(ours, theirs, clusters), data=data)

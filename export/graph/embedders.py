@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgeclip.compress.data.clusters import ClusterBy, find_clusters
 from edgeclip.compress.data.sources import Source, first_without_caption
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.arrays import FloatArray
@@ -18,6 +19,7 @@ from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.preprocess import crop_batch, normalise
 from edgeclip.runtime.spec import OUTPUT_NAMES, ImageSpec, PixelForm, Precision, Tower
+from edgeclip.runtime.stats.clusters import Clusters
 from edgeclip.runtime.towers.tower_runner import in_batches, tower_feed
 
 TOWERS: tuple[Tower, ...] = get_args(Tower)
@@ -149,6 +151,30 @@ def tower_inputs(
     captions = (text for index in every for text in _captions(source, index))
     for texts in _chunks(islice(captions, count), batch_size):
         yield dual.text_tokenizer.encode(texts, truncate=True)
+
+
+def source_clusters(dual: DualEncoder, test: Source, by: ClusterBy) -> Clusters | None:
+    """Return which test pictures belong together, int64 [N]; None if all are independent.
+
+    By embedding, it is the model that finds them nearly the same: see `find_clusters`.
+
+    Raises:
+        ConfigError: no folder of pictures, by folder or time.
+        InputError: a picture that cannot be read.
+    """
+    embed = torch_embedder(dual, "image")
+
+    def embeddings() -> FloatArray:
+        (found,) = embed_all(tower_inputs(dual, "image", test), [embed])
+        return found
+
+    return find_clusters(
+        test,
+        by,
+        embed=lambda pictures: embed(crop_batch(list(pictures), dual.image_spec)),
+        embeddings=embeddings,
+        side=dual.image_spec.size,
+    )
 
 
 def embed_all(inputs: Iterator[NDArray[Any]], embedders: Sequence[Embedder]) -> list[FloatArray]:

@@ -182,6 +182,7 @@ class EvaluationPairs:
                 relevance=relevance_of(self._judged.pairs),
                 zero_shot=self._judged.zero_shot,
                 labelled=by_precision or None,
+                clusters=self._judged.clusters,
             ),
             looks,
         )

@@ -51,6 +51,7 @@ from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad
 from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.stats.clusters import Clusters
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class QatTask:
         zero_shot: labelled pictures, if there are any.
         accept_undecided: see `is_missed`.
         looks: see `judge_gates`.
+        clusters: see `GateInputs`.
     """
 
     student: DualEncoder
@@ -86,6 +88,7 @@ class QatTask:
     zero_shot: ZeroShotSet | None = None
     accept_undecided: bool = False
     looks: int = 1
+    clusters: Clusters | None = None
 
     @property
     def judging_device(self) -> DeviceProfile:
@@ -238,6 +241,7 @@ class _Towers:
                 task.zero_shot,
                 self.embeddings,
                 task.judging_device,
+                task.clusters,
             )
         return judge_precisions(
             self.embeddings,

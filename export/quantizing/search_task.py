@@ -30,6 +30,7 @@ from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import MaxBad
 from edgeclip.runtime.spec import Precision, Tower
+from edgeclip.runtime.stats.clusters import Clusters
 
 MAX_TEST_JUDGEMENTS = 3  # candidates that a search may judge on the test pairs
 
@@ -41,17 +42,20 @@ class JudgedPairs:
     Attributes:
         pairs: with captions.
         zero_shot: labelled pictures; None where no picture has a label.
+        clusters: integers, equal for pictures that belong together; None where all are independent.
     """
 
     pairs: Source
     zero_shot: ZeroShotSet | None = None
+    clusters: Clusters | None = None
 
     @property
     def identity(self) -> str:
         """A string that changes whenever a pair or a label does."""
         zero = self.zero_shot
         labels = "" if zero is None else f"{zero.source.identity}:{zero.labels.names}"
-        return f"{self.pairs.identity}:{labels}"
+        together = "" if self.clusters is None else self.clusters.tobytes().hex()
+        return f"{self.pairs.identity}:{labels}:{together}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

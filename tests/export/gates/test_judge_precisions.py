@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds, data_record
+from edgeclip.export.gates.gates import DEFAULT_BOUNDS, Bounds, data_record, text_clusters
 from edgeclip.export.gates.judge_precisions import (
     GateInputs,
     embed_test_pairs,
@@ -19,6 +19,7 @@ from edgeclip.export.graph.to_onnx import INTERCHANGE_FORM, TowerPaths
 from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRemark
 from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.spec import Precision, Tower
 
 Make = Callable[..., Source]
@@ -179,6 +180,31 @@ def test_several_looks_at_the_same_pairs_widen_the_intervals() -> None:
         assert three.record.low <= one.record.low
         assert one.record.high <= three.record.high
         assert one.record.high - one.record.low < three.record.high - three.record.low
+
+
+def test_near_duplicates_count_once_where_they_are_declared() -> None:
+    embeddings = {
+        key: np.repeat(value[:100], 10, axis=0) for key, value in of(text_int8=0.05).items()
+    }
+    relevance = Relevance.of_captions([[f"picture {n // 10}"] for n in range(1000)])
+    blind = judge_precisions(embeddings, DEFAULT_BOUNDS, GateInputs(relevance=relevance))
+    assert blind.kept == {("text", "int8")}
+    clusters = np.repeat(np.arange(100), 10)
+    on = GateInputs(relevance=relevance, clusters=clusters)
+    declared = judge_precisions(embeddings, DEFAULT_BOUNDS, on)
+    assert declared.kept == frozenset()  # a hundred pictures tell nothing of a 1st percentile
+    outcomes = {item.record.name: item.record.outcome for item in declared.judged}
+    assert outcomes["1st-percentile cosine"] == "undecided"
+    assert outcomes["R@1 loss fp32 images, int8 texts"] == "undecided"
+
+
+def test_captions_of_a_picture_belong_together() -> None:
+    relevance = Relevance.of_captions([["a", "b"], ["c"], ["d", "e"]])
+    assert text_clusters(None, None) is None
+    assert text_clusters(Relevance.of_pairs(3), None) is None
+    np.testing.assert_array_equal(text_clusters(relevance, None), [0, 0, 1, 2, 2])
+    found = text_clusters(relevance, np.array([7, 7, 9]))
+    np.testing.assert_array_equal(found, [7, 7, 7, 9, 9])
 
 
 def test_records_name_the_pairs(blobs: Make) -> None:
