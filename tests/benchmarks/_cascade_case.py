@@ -43,19 +43,17 @@ def open_case(
     gallery: int,
     calibration: int,
     test: int,
-    bound: float = BOUND,
     teacher: Path | None = None,
 ) -> Case:
     """Write the teacher's bundle and a copy of the student's into `folder`; open and certify both.
 
-    The teacher runs in fp32, the student in what its bundle chose. `bound` is the share of quality
-    to certify; `teacher` is a bundle of the teacher that was exported before.
+    The teacher runs in fp32, the student in what its bundle chose. `teacher` is a bundle of the
+    teacher that was exported before.
     """
     device = load_device("this-machine")
     if teacher is None:
         teacher = _exported(folder / "teacher", device)
-    counts = (gallery, calibration, test)
-    return _certified(Encoder.open(teacher, device=device), folder, counts, bound)
+    return _certified(Encoder.open(teacher, device=device), folder, (gallery, calibration, test))
 
 
 def _exported(folder: Path, device: DeviceProfile) -> Path:
@@ -82,7 +80,7 @@ def _exported(folder: Path, device: DeviceProfile) -> Path:
     return build_bundle(bundle_plan, folder).bundle.path
 
 
-def _certified(teacher: Encoder, folder: Path, counts: tuple[int, int, int], bound: float) -> Case:
+def _certified(teacher: Encoder, folder: Path, counts: tuple[int, int, int]) -> Case:
     shutil.copytree(KEPT_BUNDLE, folder / "student")
     student = Encoder.open(folder / "student", device=teacher.device)
     size, (gallery, calibration, test) = student.spec.image.size, counts
@@ -97,7 +95,7 @@ def _certified(teacher: Encoder, folder: Path, counts: tuple[int, int, int], bou
         teacher=teacher,
         eval_set=eval_set,
         score=Margin(),
-        bound=bound,
+        bound=BOUND,
         delta=DELTA,
         command=command(),
     )
