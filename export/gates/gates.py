@@ -58,7 +58,7 @@ class Gate:
         `data` describes the items, for the record.
         """
         kept = keeps_bound(value, self.direction, self.bound)
-        return _record(self, value, (value, value), "passed" if kept else "failed", data)
+        return _record(self, value, (value, value), "passed" if kept else "failed", data, 1.0)
 
 
 def _record(

@@ -82,8 +82,8 @@ class GateRecord:
     Attributes:
         name: what was measured.
         value: the measured value.
-        low, high: its confidence interval; both equal to `value` where the gate is about the items
-            themselves and not about the population that they were drawn from.
+        low, high: its confidence interval; both equal to `value` where the gate is about the
+            measured items themselves and not about what they were drawn from.
         bound: the bound.
         direction: reads "value >= bound" or "value <= bound".
         unit: of value and bound.
@@ -91,7 +91,7 @@ class GateRecord:
             it, else "undecided".
         data: what it was measured on; None for a gate that a device measures itself on the
             bundle's golden inputs.
-        confidence: of the interval.
+        confidence: of the interval; 1 where the gate is about the items themselves.
 
     Raises:
         ValueError: an outcome that the interval does not show, or a value outside of it.
@@ -392,7 +392,7 @@ def _wrong_version(source: str, version: object) -> str:
 
 
 def _interval(gate: GateRecord) -> str:
-    if gate.low == gate.high:
+    if gate.confidence == 1:
         return "these items"
     level = "" if gate.confidence == 0.95 else f" ({100 * gate.confidence:.3g}%)"
     return f"{gate.low:.5f} to {gate.high:.5f}{level}"

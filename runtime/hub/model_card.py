@@ -227,7 +227,7 @@ def _takes(file: TowerFile) -> str:
 
 
 def _interval(gate: GateRecord) -> str:
-    if gate.low == gate.high:
+    if gate.confidence == 1:
         return "of these items"
     return f"{gate.low:.9g} to {gate.high:.9g} ({100 * gate.confidence:.3g}%)"
 

@@ -218,6 +218,7 @@ def golden_check(
                 direction=">=",
                 unit="cosine",
                 outcome="passed" if keeps_bound(least, ">=", bound) else "failed",
+                confidence=1.0,
             ),
         )
 

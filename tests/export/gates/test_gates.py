@@ -250,7 +250,8 @@ def test_what_is_quantized_keeps_these_bounds() -> None:
 
 def record(gate: Gate, value: float, low: float, high: float, outcome: Outcome) -> GateRecord:
     data = DataRecord("pairs", 300, "0" * 64)
-    return replace(gate.judge_items(value, data), low=low, high=high, outcome=outcome)
+    judged = gate.judge_items(value, data)
+    return replace(judged, low=low, high=high, outcome=outcome, confidence=0.95)
 
 
 def test_a_refusal_names_every_missed_gate_with_its_gap() -> None:
