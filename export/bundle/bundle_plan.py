@@ -151,7 +151,7 @@ class BundlePlan:
     @cached_property
     def clusters(self) -> Clusters | None:
         """Which test pictures belong together, int64 [N]; None if all are independent."""
-        return source_clusters(self.student, self.test, self.cluster_by)
+        return source_clusters(self.teacher or self.student, self.test, self.cluster_by)
 
     @property
     def looks(self) -> int:

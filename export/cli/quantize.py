@@ -56,8 +56,11 @@ from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.find_images import add_max_bad_option
 from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.stats.clusters import Clusters
 
 _log = logging.getLogger(__name__)
+
+_TEST_COUNT = 3000  # emoji scenes, as many as decide
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "are too few to show it",
     )
     parser.add_argument(
-        "--test-count", type=positive, default=3000, help="number of emoji scenes to test on"
+        "--test-count", type=positive, default=_TEST_COUNT, help="number of emoji scenes to test on"
     )
     parser.add_argument(
         "--calibration-count",
@@ -211,7 +214,8 @@ def _data(args: argparse.Namespace) -> _Data:
     test = open_split(args, "test", count=args.test_count, size=size)
     for source in (steering, test):
         check_captions(source, "comparing configs")
-    _warn_of_export(student, teacher, test)
+    clusters = source_clusters(teacher, test, cluster_by(args))
+    _warn_of_export(student, teacher, test, clusters)
     steered, judged = _zero_shot(args, teacher, steering, test, size)
     return _Data(
         student=student,
@@ -220,14 +224,16 @@ def _data(args: argparse.Namespace) -> _Data:
         test=JudgedPairs(
             pairs=test,
             zero_shot=judged,
-            clusters=source_clusters(student, test, cluster_by(args)),
+            clusters=clusters,
         ),
     )
 
 
-def _warn_of_export(student: DualEncoder, teacher: DualEncoder, test: Source) -> None:
+def _warn_of_export(
+    student: DualEncoder, teacher: DualEncoder, test: Source, clusters: Clusters | None
+) -> None:
     """Warn before the search of a student that `edgeclip export` will refuse."""
-    found = judge_agreement(student, teacher, test, TeacherBounds())
+    found = judge_agreement(student, teacher, test, TeacherBounds(), clusters=clusters)
     missed = describe_missed(found.judged, accept_undecided=True)
     if missed:
         _log.warning(
@@ -295,6 +301,8 @@ def _export_command(args: argparse.Namespace) -> str:
         if getattr(args, name) != default:
             words += [f"--{name}", getattr(args, name)]
     words += [ACCEPT_OPTION] if args.accept_undecided else []
+    words += [] if args.cluster_by is None else ["--cluster-by", args.cluster_by]
+    words += [] if args.test_count == _TEST_COUNT else ["--test-count", str(args.test_count)]
     return shlex.join([*words, "--out", "bundle"])
 
 

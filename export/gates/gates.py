@@ -19,7 +19,7 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import label_ranks, pair_ranks
 from edgeclip.runtime.spec import Precision
-from edgeclip.runtime.stats.clusters import Clusters
+from edgeclip.runtime.stats.clusters import Clusters, effective_count
 from edgeclip.runtime.stats.interval import Estimate
 from edgeclip.runtime.stats.percentiles import estimate_percentile, least_count
 from edgeclip.runtime.stats.shares import estimate_loss
@@ -114,9 +114,8 @@ def judge_gates(measured: Sequence[MeasuredGate], looks: int = 1) -> tuple[GateR
     ]
     records = []
     for item, outcome in zip(measured, judge(tests, confidence), strict=True):
-        low = min(item.estimate.value, item.estimate.lower_bound(confidence))
-        high = max(item.estimate.value, item.estimate.upper_bound(confidence))
-        ends = (item.scale * low, item.scale * high)
+        found = item.estimate.interval_at(confidence)
+        ends = (item.scale * found.low, item.scale * found.high)
         value = item.scale * item.estimate.value
         records.append(_record(item.gate, value, ends, outcome, item.data, 2 * confidence - 1))
     return tuple(records)
@@ -215,15 +214,20 @@ def measure_cosines(
 ) -> tuple[MeasuredGate, ...]:
     """Measure mean and 1st percentile of the cosines of usable embeddings [N, dim].
 
-    `clusters` [N] are equal for inputs that belong together; of a percentile, each is one input.
+    `clusters` [N] are equal for inputs that belong together; of a percentile, each is one input (of
+    unequal ones, `effective_count`).
     """
     found = cosines(candidate, reference)
-    independent = None if clusters is None else len(np.unique(clusters))
+    independent = None
+    if clusters is not None:
+        independent = math.floor(effective_count(np.bincount(clusters).astype(np.float64)))
     mean = Gate("mean cosine", ">=", bounds.mean_cosine, "cosine")
     low = Gate("1st-percentile cosine", ">=", bounds.p1_cosine, "cosine")
     percentile = estimate_percentile(found, 1, least=-1.0, most=1.0, independent=independent)
     return (
-        MeasuredGate(gate=mean, estimate=estimate_mean(found, clusters), data=data),
+        MeasuredGate(
+            gate=mean, estimate=estimate_mean(found, clusters, least=-1.0, most=1.0), data=data
+        ),
         MeasuredGate(gate=low, estimate=percentile, data=data),
     )
 
@@ -378,7 +382,7 @@ def _would_decide(record: GateRecord) -> str:
     reach = record.high - record.value if record.direction == "<=" else record.value - record.low
     says = f"{count} items tell {reach:.2g} {record.unit} from nothing"
     gap = abs(record.bound - record.value)
-    if count and gap:
+    if count and gap and reach > 0:
         says += f"; about {_round_up(count * (reach / gap) ** 2):,} would decide"
     return says
 

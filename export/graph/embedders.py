@@ -159,7 +159,7 @@ def source_clusters(dual: DualEncoder, test: Source, by: ClusterBy) -> Clusters 
     By embedding, it is the model that finds them nearly the same: see `find_clusters`.
 
     Raises:
-        ConfigError: no folder of pictures, by folder or time.
+        ConfigError: no folder of pictures, by folder or time; or all pictures belong together.
         InputError: a picture that cannot be read.
     """
     embed = torch_embedder(dual, "image")
@@ -168,13 +168,19 @@ def source_clusters(dual: DualEncoder, test: Source, by: ClusterBy) -> Clusters 
         (found,) = embed_all(tower_inputs(dual, "image", test), [embed])
         return found
 
-    return find_clusters(
+    found = find_clusters(
         test,
         by,
         embed=lambda pictures: embed(crop_batch(list(pictures), dual.image_spec)),
         embeddings=embeddings,
         side=dual.image_spec.size,
     )
+    if found is not None and len(np.unique(found)) < 2:
+        raise ConfigError(
+            f"all pictures of {test.name} belong together by {by}, so they are one observation: "
+            "give pictures of more, or another --cluster-by"
+        )
+    return found
 
 
 def embed_all(inputs: Iterator[NDArray[Any]], embedders: Sequence[Embedder]) -> list[FloatArray]:

@@ -93,6 +93,7 @@ class MeasuredDevice(JsonRecord):
         carried: source and accuracy of transferred costs; None if every cost was measured here.
     """
 
+    SCHEMA_VERSION: ClassVar[int] = 2
     WHAT: ClassVar[str] = "a measured device"
     HINT: ClassVar[str] = "measure again with `edgeclip measure-probes`"
 

@@ -55,7 +55,8 @@ def latency_of(processes: Sequence[Runs]) -> Latency:
 
     def high(percent: float) -> Interval | None:
         needed = least_count(percent, _EACH_END)
-        enough = fewest >= 100 / (100 - percent) if alone is None else alone >= needed
+        beyond = fewest * (100 - percent) / 100  # runs that are expected beyond it
+        enough = beyond > 1 - 1e-9 if alone is None else alone >= needed
         return _percentile(processes, percent) if enough else None
 
     return Latency(

@@ -22,7 +22,7 @@ from edgeclip.runtime.errors import BundleError, ConfigError
 from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower, plain_spec
 from edgeclip.runtime.stats.three_outcomes import Direction, Outcome
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # Gates between a student and its teacher, on pairs that the student never saw.
 COSINE_TO_TEACHER = "mean cosine to the teacher"
 P1_COSINE_TO_TEACHER = "1st-percentile cosine to the teacher"

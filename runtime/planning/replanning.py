@@ -328,7 +328,14 @@ class AdaptivePlan:
         return self._clock() - self._reviewed >= self._review_s
 
     def observe(
-        self, *, sent: int, received: int, ms: float, server_ms: float | None, timed_out: bool
+        self,
+        *,
+        sent: int,
+        received: int,
+        ms: float,
+        server_ms: float | None,
+        timed_out: bool,
+        is_predicted: bool = True,
     ) -> None:
         """Add a request.
 
@@ -338,11 +345,13 @@ class AdaptivePlan:
             server_ms: how long the server had it, its wait there included; None for what the plan
                 predicts. What is beyond the work that the plan predicts is the wait.
             timed_out: it was given up, and would have taken longer.
+            is_predicted: it is what the plan predicts: one picture, to the plan's own model. Of
+                another request, what the server worked and what it waited cannot be told apart.
         """
         current = self._current
         if server_ms is None:
             server_ms = current.parts.queue + current.server_ms
-        else:
+        elif is_predicted:
             with self._lock:
                 self._waits.append((self._clock(), max(0.0, server_ms - current.server_ms)))
         network_ms = max(0.0, ms - server_ms)

@@ -115,6 +115,7 @@ class StageTimes(JsonRecord):
         predicted: None for measured times.
     """
 
+    SCHEMA_VERSION: ClassVar[int] = 2
     WHAT: ClassVar[str] = "stage times"
     HINT: ClassVar[str] = "measure again with `edgeclip measure-cuts`"
 

@@ -71,6 +71,7 @@ class Transfer:
 
     Attributes:
         model: the model that was called.
+        rows: pictures, texts or embeddings in the request.
         sent, received: bytes of the bodies.
         ms: from the start of the request to the whole response, or to its end at the deadline.
         server_ms: how long the server worked on it; None if the server does not say.
@@ -78,6 +79,7 @@ class Transfer:
     """
 
     model: str
+    rows: int
     sent: int
     received: int
     ms: float
@@ -200,7 +202,14 @@ class Server:
             if isinstance(error, DeadlineExceededError) and sizes:
                 ms = 1e3 * (time.monotonic() - began)
                 self._tell(
-                    Transfer(model=request.model, sent=sizes[0], received=0, ms=ms, timed_out=True)
+                    Transfer(
+                        model=request.model,
+                        rows=request.rows,
+                        sent=sizes[0],
+                        received=0,
+                        ms=ms,
+                        timed_out=True,
+                    )
                 )
             if error.server_works is None:
                 permit.unused()
@@ -275,6 +284,7 @@ class Server:
             self._tell(
                 Transfer(
                     model=model,
+                    rows=call.request.rows,
                     sent=sent,
                     received=len(reply.body),
                     ms=seconds * 1e3,

@@ -409,6 +409,7 @@ def _observe(adaptive: "AdaptivePlan", transfer: Transfer) -> None:
         ms=transfer.ms,
         server_ms=transfer.server_ms,
         timed_out=transfer.timed_out,
+        is_predicted=transfer.rows == 1 and transfer.model == adaptive.current.model,
     )
 
 

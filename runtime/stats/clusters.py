@@ -51,6 +51,15 @@ def check_shares(*arrays: NDArray[Any]) -> tuple[Values, ...]:
     return values
 
 
+def effective_count(sizes: Values) -> float:
+    """Return how many equal clusters tell as much as clusters of these sizes [C] at least.
+
+    It is Kish's effective sample size ("Survey Sampling", 1965), for items of a cluster that are
+    all alike.
+    """
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
+
+
 def cluster_sums(clusters: Clusters | None, *values: Values) -> tuple[Values, tuple[Values, ...]]:
     """Sum values [N] over the items of each cluster.
 

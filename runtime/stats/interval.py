@@ -54,5 +54,9 @@ class Estimate(ABC):
     @property
     def interval(self) -> Interval:
         """The value and its 95% interval, each end of which holds with 97.5%."""
-        low, high = self.lower_bound(_EACH_END), self.upper_bound(_EACH_END)
+        return self.interval_at(_EACH_END)
+
+    def interval_at(self, confidence: float) -> Interval:
+        """Return the value and its interval, each end of which holds with `confidence`."""
+        low, high = self.lower_bound(confidence), self.upper_bound(confidence)
         return Interval(self.value, min(low, self.value), max(high, self.value))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.errors import InputError
-from edgeclip.runtime.stats.clusters import Clusters, check_shares, cluster_sums
+from edgeclip.runtime.stats.clusters import Clusters, check_shares, cluster_sums, effective_count
 from edgeclip.runtime.stats.interval import Estimate
 from edgeclip.runtime.stats.student_t import normal_quantile, solve_fieller, student_t_quantile
 
@@ -119,17 +119,16 @@ def estimate_share(hits: NDArray[Any], clusters: Clusters | None = None) -> Shar
     """
     (values,) = check_shares(hits)
     sizes, (sums,) = cluster_sums(clusters, values)
-    count, size = len(sizes), float(sizes.mean())
-    total = size * (count + 2 * _HALF)
+    size = float((sizes**2).sum() / sizes.sum())  # of the cluster of an item, not of a cluster
+    total = float(sizes.sum()) + 2 * _HALF * size
     share = (float(sums.sum()) + _HALF * size) / total
     squares = float(((sums - share * sizes) ** 2).sum())
     squares += _HALF * size**2 * (share**2 + (1 - share) ** 2)
     design_effect = squares / (total * share * (1 - share))
-    return ShareEstimate(
-        value=float(values.mean()),
-        effective=len(values) / design_effect,
-        clusters=None if clusters is None else count,
-    )
+    effective = len(values) / design_effect
+    if clusters is None:
+        return ShareEstimate(float(values.mean()), effective, None)
+    return ShareEstimate(float(values.mean()), min(effective, effective_count(sizes)), len(sizes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +161,8 @@ class PairSums:
     def moments(self, confidence: float) -> tuple[Values, Values]:
         """Return the means of (reference, ours) [2] with the added pairs, and their covariance."""
         weight = normal_quantile(confidence) ** 2 / 2
-        added = _ONE_SIDED * (float(self.first[2]) / self.count)  # of a mean cluster's size
+        # As large as the cluster of a mean item: large clusters are rare, and tell most.
+        added = _ONE_SIDED * float(self.second[2, 2] / self.first[2])
         first = self.first + weight * added.sum(axis=0)
         second = self.second + weight * added.T @ added
         means = first[:2] / first[2]

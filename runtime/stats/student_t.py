@@ -28,19 +28,22 @@ class MeanEstimate(Estimate):
         value: the mean.
         error: its standard error; infinite for a single value.
         degrees: degrees of freedom of `error`.
+        least, most: what no mean can be below and above, the bounds that a single value has.
     """
 
     value: float
     error: float
     degrees: int
+    least: float = -math.inf
+    most: float = math.inf
 
     def lower_bound(self, confidence: float) -> float:
-        """See `Estimate`; without a bound for a single value."""
-        return self.value - self._margin(confidence)
+        """See `Estimate`."""
+        return max(self.least, self.value - self._margin(confidence))
 
     def upper_bound(self, confidence: float) -> float:
-        """See `Estimate`; without a bound for a single value."""
-        return self.value + self._margin(confidence)
+        """See `Estimate`."""
+        return min(self.most, self.value + self._margin(confidence))
 
     def _margin(self, confidence: float) -> float:
         if self.degrees < 1:
@@ -48,12 +51,22 @@ class MeanEstimate(Estimate):
         return student_t_quantile(confidence, self.degrees) * self.error
 
 
-def estimate_mean(values: NDArray[Any], clusters: Clusters | None = None) -> MeanEstimate:
+def estimate_mean(
+    values: NDArray[Any],
+    clusters: Clusters | None = None,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> MeanEstimate:
     """Estimate the mean of values [N], of any unit.
+
+    Its level is that of a sum that is nearly normal: of values of which one in a thousand is far
+    away, samples that missed these have bounds that are too narrow.
 
     Args:
         values: numbers [N].
         clusters: integers [N], equal for items that belong together; None for independent items.
+        least, most: bounds of all possible values, such as -1 and 1 for cosines.
 
     Raises:
         InputError: an empty array, another shape, NaN or infinity.
@@ -62,10 +75,10 @@ def estimate_mean(values: NDArray[Any], clusters: Clusters | None = None) -> Mea
     sizes, (sums,) = cluster_sums(clusters, found)
     mean, count = float(found.mean()), len(sizes)
     if count < 2:
-        return MeanEstimate(mean, math.inf, 0)
+        return MeanEstimate(mean, math.inf, 0, least, most)
     squares = float(((sums - mean * sizes) ** 2).sum())
     error = math.sqrt(squares * count / (count - 1)) / len(found)
-    return MeanEstimate(mean, error, count - 1)
+    return MeanEstimate(mean, error, count - 1, least, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +166,6 @@ def normal_quantile(chance: float) -> float:
 # enough. It spares the runtime a dependency on SciPy.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 _MAX_STEPS, _TOLERANCE = 100, 1e-13  # of Newton's method, which takes about ten steps
-
-
-def student_t_cdf(t: float, degrees: float) -> float:
-    """Cumulative distribution function of Student's t; `degrees` of freedom at least 1."""
-    return _cdf_of_angle(math.atan2(t, math.sqrt(degrees)), degrees)
 
 
 @lru_cache(maxsize=1024)

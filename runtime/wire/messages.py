@@ -107,6 +107,12 @@ class InferRequest:
     outputs: tuple[str, ...] = ()
     binary: bool | frozenset[str] = True
 
+    @property
+    def rows(self) -> int:
+        """The length of the first input's first axis: pictures, texts or embeddings."""
+        shapes = [array.shape for array in self.inputs.values()]
+        return shapes[0][0] if shapes and shapes[0] else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InferResponse:

@@ -17,7 +17,9 @@ from regression_power import gate_errors
 
 from edgeclip.runtime.console import columns
 from tests.export.gates.simulate_gates import (
+    burst_passes,
     clustered_passes,
+    mean_cosine_passes,
     outcome_shares,
     passes_after_raising,
     passes_in_looks,
@@ -55,6 +57,8 @@ GATES: dict[str, Wrong] = {
         (500, 1000, 2000, 4000), BOUND, 0.02, times, declared=True
     ),
     "gate_3_candidates": lambda times: passes_in_looks(3000, BOUND, 0.02, times, 3),
+    "gate_bursts_of_20": lambda times: burst_passes(1000, 0.05, 20, BOUND, 0.02, times),
+    "gate_bursts_of_10": lambda times: burst_passes(1000, 0.1, 10, BOUND, 0.02, times),
     "gate_clusters_of_5": lambda times: clustered_passes(600, 5, BOUND, 0.02, times, declared=True),
 }
 
@@ -74,9 +78,18 @@ def errors(repetitions: int) -> Iterator[Bar]:
         yield hold(BARS, f"regression_gate_{name}", share, bound)
 
 
-def undeclared(repetitions: int) -> dict[str, float]:
-    """How often promises are broken where what must be declared is not."""
+def broken_promises(repetitions: int) -> dict[str, float]:
+    """How often promises are broken where what must be declared is not, and where t is too narrow.
+
+    A mean of cosines of which few have collapsed is no sum that is nearly normal.
+    """
     return {
+        **{
+            f"gate of the mean cosine, {count} pairs, 0.5% at cosine 0": mean_cosine_passes(
+                count, 0.005, 0.0, repetitions
+            )
+            for count in (300, 1000, 3000)
+        },
         "certificate, clusters of 20 not declared": wrong_certificates(
             repetitions, cluster=20, declared=False
         ),
@@ -103,7 +116,7 @@ def main() -> int:
     args = options(__doc__).parse_args()
     repetitions = 300 if args.quick else 1000
     bars = list(errors(repetitions))
-    broken, decided = undeclared(repetitions), power(repetitions)
+    broken, decided = broken_promises(repetitions), power(repetitions)
     for name, share in broken.items():
         print(f"{name}: broken in {share:.1%}")
     names = ("pairs", "loss", "changed", "passed", "failed", "undecided")
@@ -114,7 +127,7 @@ def main() -> int:
         args.out,
         repetitions=repetitions,
         level=LEVEL,
-        undeclared=broken,
+        broken=broken,
         power=decided,
     )
 

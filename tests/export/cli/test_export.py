@@ -190,3 +190,16 @@ def test_the_list_needs_no_student(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_student_it_says_what_to_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--out", "x"]) == 2
     assert "name a student and --out" in capsys.readouterr().err
+
+
+def test_pictures_that_all_belong_together_are_refused(
+    clip: DualEncoder, pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip.save(tmp_path / "student")
+    student, out = str(tmp_path / "student"), str(tmp_path / "bundle")
+    command = ["export", student, "--teacher", student, "--data", str(pair_folder), *ELSEWHERE]
+    assert main([*command, "--out", out, "--cluster-by", "folder"]) == 2
+    error = capsys.readouterr().err
+    assert "belong together by folder, so they are one observation" in error
+    assert "another --cluster-by" in error
+    assert not Path(out).exists()

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.export.gates.simulate_gates import (
+    burst_passes,
     clustered_passes,
     outcome_shares,
     passes_after_raising,
@@ -34,3 +35,4 @@ def test_declared_looks_and_clusters_keep_the_level() -> None:
     assert raised <= LEVEL
     assert passes_in_looks(3000, 0.01, 0.02, REPETITIONS, 3) <= LEVEL
     assert clustered_passes(600, 5, 0.01, 0.02, REPETITIONS, declared=True) <= LEVEL
+    assert burst_passes(1000, 0.05, 20, 0.01, 0.02, REPETITIONS) <= LEVEL

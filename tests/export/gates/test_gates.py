@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from edgeclip.export.gates.gates import (
     judge_equality,
     judge_gates,
     judge_tower,
+    measure_cosines,
     measure_retrieval,
     measure_zero_shot,
     raise_if_missed,
@@ -285,6 +287,23 @@ def test_what_is_undecided_is_told_with_what_would_decide() -> None:
     assert "about 1,800 would decide" in message  # 300 x (1.2 / 0.5)^2 = 1,728
     assert "Train longer" not in message
     raise_if_missed(judged, "", accept_undecided=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_handful_of_pairs_is_told_without_a_fault(count: int) -> None:
+    rows = random_rows(count)
+    measured = (
+        *measure_cosines(rows, rows, BOUNDS, DataRecord("pairs", count, "0" * 64)),
+        MeasuredGate(
+            gate=Gate("R@1 loss", "<=", 1.0, "points"),
+            estimate=estimate_loss(np.ones(count), np.zeros(count)),
+            scale=100,
+            data=DataRecord("pairs", count, "0" * 64),
+        ),
+    )
+    records = judge_gates(measured)
+    assert all(math.isfinite(end) for item in records for end in (item.low, item.high))
+    assert describe_missed([GateOutcome("image int8", item) for item in records])
 
 
 def test_nothing_missed_is_no_refusal() -> None:

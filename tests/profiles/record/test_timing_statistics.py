@@ -20,7 +20,6 @@ from edgeclip.profiles.record.timing_statistics import (
 )
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.stats.interval import Interval
-from edgeclip.runtime.stats.student_t import student_t_cdf, student_t_quantile
 
 
 def processes(
@@ -164,34 +163,6 @@ def test_a_machine_with_slower_minutes_makes_intervals_wider() -> None:
     minutes = latency_of([fast] * 5 + [slow] * 5).p50_ms
     assert turns.value == pytest.approx(minutes.value)
     assert minutes.high / minutes.low > 1.2 > turns.high / turns.low
-
-
-# Abramowitz and Stegun, table 26.10.
-TABLE = [
-    (0.975, 1, 12.706),
-    (0.95, 1, 6.314),
-    (0.975, 4, 2.776),
-    (0.95, 8, 1.860),
-    (0.999, 3, 10.215),
-    (0.975, 30, 2.042),
-    (0.975, 1e6, 1.960),
-]
-
-
-@pytest.mark.parametrize(("chance", "degrees", "t"), TABLE)
-def test_quantiles_and_chances_are_those_of_the_table(
-    chance: float, degrees: float, t: float
-) -> None:
-    assert student_t_quantile(chance, degrees) == pytest.approx(t, abs=6e-4)
-    assert student_t_cdf(t, degrees) == pytest.approx(chance, abs=1e-4)
-
-
-@pytest.mark.parametrize("degrees", [1, 2.5, 7.81, 40, 1000])
-@pytest.mark.parametrize("chance", [0.001, 0.05, 0.3, 0.5, 0.9, 0.9999])
-def test_a_quantile_has_its_chance_and_its_mirror(degrees: float, chance: float) -> None:
-    t = student_t_quantile(chance, degrees)
-    assert student_t_cdf(t, degrees) == pytest.approx(chance, abs=1e-9)
-    assert student_t_quantile(1 - chance, degrees) == pytest.approx(-t, rel=1e-6, abs=1e-9)
 
 
 def autoregressive(rng: np.random.Generator, count: int, correlation: float) -> Runs:

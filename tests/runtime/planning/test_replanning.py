@@ -253,6 +253,24 @@ def test_waits_that_the_server_shows_take_the_place_of_a_queue(
     assert after.p95_ms - after.p50_ms == pytest.approx(30, abs=2)
 
 
+def test_the_work_of_other_requests_is_no_wait(adaptive: AdaptivePlan, clock: Clock) -> None:
+    """Eight pictures in one request take the server eight times as long, and wait for nothing."""
+    for _ in range(30):
+        clock.now += 0.1
+        adaptive.observe(
+            sent=300,
+            received=300,
+            ms=10.0 + 8 * 40.0,
+            server_ms=8 * 40.0,
+            timed_out=False,
+            is_predicted=False,
+        )
+    clock.now += 1.0
+    after = adaptive.review()
+    assert after.p50_ms is not None
+    assert after.p50_ms < 100
+
+
 def test_reviews_no_more_often_than_asked(adaptive: AdaptivePlan, clock: Clock) -> None:
     before = adaptive.current
     observe(adaptive, 500.0)

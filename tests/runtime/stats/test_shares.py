@@ -175,3 +175,18 @@ def test_intervals_cover_the_truth(count: int, size: int) -> None:
     assert covered(list(shares), 0.95) >= 0.93
     assert covered(list(losses), 0.02) >= 0.93
     assert covered(list(kept), 0.93 / 0.95) >= 0.93
+
+
+@pytest.mark.slow
+def test_bounds_hold_where_few_clusters_are_large() -> None:
+    """Most pictures are single ones and a few are bursts, of which all are lost or none."""
+    rng = np.random.default_rng(2)
+    wrong = 0
+    for _ in range(1000):
+        sizes = np.where(rng.random(1000) < 0.05, 20, 1)
+        lost = np.repeat(rng.random(1000) < 0.02, sizes)
+        clusters = np.repeat(np.arange(1000), sizes)
+        loss = estimate_loss(np.ones(len(lost)), 1.0 - lost, clusters)
+        share = estimate_share(1.0 - lost, clusters)
+        wrong += loss.upper_bound(0.975) < 0.02 or share.lower_bound(0.975) > 0.98
+    assert wrong <= 25 + 2 * 5
