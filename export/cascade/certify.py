@@ -369,6 +369,7 @@ def _certificate(
             count=len(outcomes),
             clusters=len(outcomes) if clusters is None else len(sizes),
             largest=int(sizes.max()),
+            cluster_by=plan.cluster_by,
             assumed=ASSUMED[plan.cluster_by],
             entries=eval_set.entry_count,
             index_by=plan.index_by,

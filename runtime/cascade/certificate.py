@@ -156,6 +156,7 @@ class QuerySet:
         count: number of queries, each compared with `entries` entries.
         clusters: number of groups of queries that are independent of each other.
         largest: number of queries in the largest group.
+        cluster_by: how the groups were found; "none" if all queries are taken as independent.
         assumed: what is assumed of the groups, as part of a sentence.
         entries: number of entries to choose from.
         index_by: whose tower embedded the entries that the student's queries are compared with.
@@ -173,6 +174,7 @@ class QuerySet:
     count: Annotated[int, Ge(1)]
     clusters: Annotated[int, Ge(1)]
     largest: Annotated[int, Ge(1)]
+    cluster_by: Literal["folder", "time", "embedding", "none"]
     assumed: str
     entries: Annotated[int, Ge(2)]
     index_by: Literal["teacher", "student"]
@@ -231,7 +233,7 @@ class Certificate(JsonRecord):
         ValueError: a value out of bounds.
     """
 
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
     WHAT: ClassVar[str] = "a certificate"
     HINT: ClassVar[str] = "certify again"
 
@@ -297,9 +299,10 @@ class Certificate(JsonRecord):
     def promise(self) -> str:
         """The certificate's statement: what is kept, at which task, and what is assumed."""
         tested, alone = self.tested_on, self.quality.student
-        largest = (
-            "" if tested.largest == 1 else f", of which at most {tested.largest:,} belong together"
-        )
+        largest = ""
+        if tested.cluster_by != "none":
+            most = "none" if tested.largest == 1 else f"at most {tested.largest:,}"
+            largest = f", of which {most} belong together"
         return (
             f"Keeps at least {100 * self.bound:.3g}% of the quality of {self.teacher.name} at "
             f"{self.task}, on queries like those of {tested.data} (wrong with probability "

@@ -47,6 +47,7 @@ def certificate(tiny_bundle: Path) -> Certificate:
             count=12,
             clusters=12,
             largest=1,
+            cluster_by="none",
             assumed="all pictures are independent",
             entries=3,
             index_by="teacher",

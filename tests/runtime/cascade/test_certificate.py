@@ -48,9 +48,17 @@ def test_says_what_it_promises(certificate: Certificate) -> None:
         "cannot be reached the student's own answers stand, without a promise: 90.0%",
     ):
         assert words in certificate.promise
-    grouped = dataclasses.replace(certificate.tested_on, clusters=4, largest=3)
-    grown = dataclasses.replace(certificate, tested_on=grouped)
-    assert "at most 3 belong together" in grown.promise
+    assert "belong together" not in certificate.promise
+
+
+@pytest.mark.parametrize(("largest", "words"), [(1, "none belong"), (3, "at most 3 belong")])
+def test_promises_for_clusters_no_larger_than_those_seen(
+    certificate: Certificate, largest: int, words: str
+) -> None:
+    grouped = dataclasses.replace(certificate.tested_on, cluster_by="embedding", largest=largest)
+    assert (
+        f"of which {words} together" in dataclasses.replace(certificate, tested_on=grouped).promise
+    )
 
 
 def an_index(count: int, embedder: str = EMBEDDER) -> Index:
@@ -208,7 +216,7 @@ def changed(certificate: Certificate, **change: object) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 1}, "schema 1 of a certificate is not 2"),
+        ({"schema_version": 2}, "schema 2 of a certificate is not 3"),
         ({"more": 1}, "more: unknown key"),
         ({"p_value": 0.03}, "certifies nothing at 0.025"),
         ({"tested_at": 0.06}, "a part of 0.05"),

@@ -133,6 +133,7 @@ def certificate(encoder: Encoder) -> Certificate:
             entries=3,
             index_by="teacher",
             embedder=encoder.embedder("text"),
+            cluster_by="none",
             task="retrieval",
         ),
         created="2026-01-01T00:00:00+00:00",
