@@ -45,6 +45,18 @@ class Escalation:
 
 
 @dataclass(frozen=True, slots=True)
+class _Choices:
+    """What pictures choose among: K names, where copies share one, and float32 [K, dim]."""
+
+    names: tuple[str, ...]
+    embeddings: FloatArray
+
+    def first_names(self, pictures: FloatArray) -> list[str]:
+        """Return the name of the nearest entry of each picture, [N, dim]."""
+        return [self.names[at] for at in (pictures @ self.embeddings.T).argmax(axis=1).tolist()]
+
+
+@dataclass(frozen=True, slots=True)
 class _Embedded:
     """Embeddings of pictures, float32 [N, dim], and which of them are the teacher's: bool [N]."""
 
@@ -116,7 +128,8 @@ class Escalator:
         entries.check_space(self._encoder.space)
         certified = self._escalation.cascade.labels
         teachers = entries if certified is None else certified.teacher
-        found = self._embed(images, entries.embeddings, teachers.embeddings, deadline)
+        among, among_theirs = (_Choices(one.names, one.embeddings) for one in (entries, teachers))
+        found = self._embed(images, among, among_theirs, deadline)
         embeddings, theirs = found.value.embeddings, found.value.is_teachers
         answers = self._encoder.classify_embeddings(embeddings, entries, top=top)
         if teachers is not entries and theirs.any():
@@ -137,7 +150,8 @@ class Escalator:
         """
         if self._certificate is not None:
             self._certificate.check_index(index)
-        found = self._embed(images, index.embeddings, index.embeddings, deadline)
+        choices = _Choices(index.keys, index.embeddings)
+        found = self._embed(images, choices, choices, deadline)
         hits = self._encoder.search(found.value.embeddings, index, top=top)
         return StepResult(hits, found.source, found.degraded)
 
@@ -167,31 +181,36 @@ class Escalator:
     def _embed(
         self,
         images: ImageBatch,
-        compared_with: FloatArray,
-        teachers: FloatArray,
+        compared_with: _Choices,
+        teachers: _Choices,
         deadline: Deadline,
     ) -> StepResult[_Embedded]:
         """Embed pictures, by the teacher where the student is unsure and the teacher answers.
 
         Audited pictures are the teacher's as well, where it answers. `compared_with` and
-        `teachers`, [K, dim], are what student and teacher choose among.
+        `teachers` are what student and teacher choose among.
         """
         cascade = self._escalation.cascade
         student = self._encoder.encode_pixels(images.pixels)
         alone = _Embedded(student, np.zeros(len(student), np.bool_))
-        if not len(images) or len(compared_with) < 2:  # with no alternative, nothing is unsure
+        if (
+            not len(images) or len(compared_with.names) < 2
+        ):  # with no alternative, nothing is unsure
             return StepResult(alone, "device")
         views = embed_views(self._encoder.encode_pixels, images.pixels, cascade.score.views)
-        escalated = cascade.select(Similarities.between(student, compared_with, views))
+        seen = Similarities.between(student, compared_with.embeddings, views)
+        escalated = cascade.select(seen)
         audited = cascade.select_audits(escalated)
         rows = np.flatnonzero(escalated | audited)
         if not len(rows):
             return StepResult(alone, "device")
         found = self._ask(alone, rows, images.select(rows), deadline)
         if found.degraded is None:
-            ours, theirs = student[audited], found.value.embeddings[audited]
-            first = (ours @ compared_with.T).argmax(axis=1)
-            cascade.add_audits(first != (theirs @ teachers.T).argmax(axis=1))
+            # By name: of several copies of an entry either may come first.
+            ours = compared_with.first_names(student[audited])
+            theirs = teachers.first_names(found.value.embeddings[audited])
+            differ = [one != other for one, other in zip(ours, theirs, strict=True)]
+            cascade.add_audits(np.array(differ, dtype=np.bool_))
         elif not escalated.any():  # an answer that was only to be audited is as certified
             return StepResult(alone, "device")
         elif self._escalation.defer is not None:

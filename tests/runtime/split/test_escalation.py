@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from edgeclip.runtime.bundle.index import Index
 from edgeclip.runtime.cascade.cascade import Cascade
@@ -22,6 +23,7 @@ from edgeclip.runtime.cascade.certificate import (
 )
 from edgeclip.runtime.cascade.drift import DriftWatch, WatchedShare
 from edgeclip.runtime.cascade.scores import Agreement, Margin
+from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.split.escalation import Escalation, request_key
@@ -35,6 +37,8 @@ from tests.conftest import SPACE
 from tests.runtime.serving.models_of_bundle import (
     AMPLE_MS,
     COLOURS,
+    answer_by,
+    models_of,
     plan,
 )
 from tests.runtime.split import raw_server
@@ -129,11 +133,11 @@ def certificate(encoder: Encoder) -> Certificate:
             count=9,
             clusters=9,
             largest=1,
+            cluster_by="none",
             assumed="all pictures are independent",
             entries=3,
             index_by="teacher",
             embedder=encoder.embedder("text"),
-            cluster_by="none",
             task="retrieval",
         ),
         created="2026-01-01T00:00:00+00:00",
@@ -254,6 +258,35 @@ def test_audits_ask_the_teacher_about_what_the_student_is_sure_of(
     assert not kept
     with pytest.raises(InputError, match="share of queries to audit"):
         Cascade(Margin(), -2.0, found, watch, labels=labels, audit=1.1)
+
+
+@pytest.mark.parametrize(("keys", "disagreed"), [(("a", "a", "b"), 0), (("a", "c", "b"), 1)])
+def test_copies_of_an_entry_are_no_disagreement(
+    encoder: Encoder,
+    tiny_bundle: Path,
+    cpu_device: DeviceProfile,
+    server: Server,
+    raw: RawServer,
+    certificate: Certificate,
+    tmp_path: Path,
+    keys: tuple[str, ...],
+    disagreed: int,
+) -> None:
+    teacher = Encoder.open(tiny_bundle, device=cpu_device, precision="fp32")
+    raw.answer = answer_by(models_of(teacher, tmp_path))
+    picture = tmp_path / "mixed.png"
+    Image.new("RGB", (8, 8), (201, 90, 33)).save(picture)
+    ours, theirs = (one.encode_image(picture) for one in (encoder, teacher))
+    assert not np.array_equal(ours, theirs)  # int8 and fp32, so each has its own copy nearest
+    entries = np.concatenate([ours, theirs, -ours])
+    index = Index(keys, entries, SPACE, encoder.embedder("text"))
+    alone = replace(certificate, threshold=-2.0)
+    watch = DriftWatch(alone.digest, alone.watched, disagreement=alone.disagreement)
+    cascade = Cascade(Margin(), -2.0, alone, watch, audit=1.0)
+    escalation = Escalation(model="tiny-image", cascade=cascade)
+    with SplitRuntime(encoder, plan("device"), server, escalation=escalation) as runtime:
+        runtime.search(picture, index, top=1, deadline_ms=AMPLE_MS)
+    assert (watch.state.audited, watch.state.disagreed) == (1, disagreed)
 
 
 def test_other_labels_are_refused(
