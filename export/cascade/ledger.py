@@ -172,17 +172,16 @@ def take_turn(path: Path | None, hypothesis: Hypothesis, groups: Sequence[Group]
 def grant(ledger: Ledger, hypothesis: Hypothesis, groups: Sequence[Group]) -> tuple[Turn, Ledger]:
     """Return what a try is granted, and the ledger with it entered; see `take_turn`."""
     fresh = sorted(range(len(groups)), key=lambda at: min(groups[at]))
-    for place in reversed(range(len(ledger.tries))):
+    equal = [at for at, made in enumerate(ledger.tries) if made.hypothesis == hypothesis]
+    # The least number first: it has the largest part of delta.
+    for place in sorted(equal, key=lambda at: ledger.tries[at].number):
         before = ledger.tries[place]
-        if before.hypothesis != hypothesis:
-            continue
         others = (*ledger.tries[:place], *ledger.tries[place + 1 :])
         found = _continued(before, others, groups, fresh)
         if found is not None:
             turn, made = found
             tries = (*ledger.tries[:place], made, *ledger.tries[place + 1 :])
             return turn, dataclasses.replace(ledger, tries=tries)
-        break
     turn, made = _begun(ledger, hypothesis, groups, fresh)
     return turn, dataclasses.replace(ledger, tries=(*ledger.tries, made))
 

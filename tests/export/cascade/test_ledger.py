@@ -72,6 +72,12 @@ def test_what_was_bet_on_must_be_there_again(ledger: Path) -> None:
     assert take_turn(ledger, HYPOTHESIS, items("a", "b")).number == 2
 
 
+def test_the_first_try_goes_on_after_one_with_fewer_queries(ledger: Path) -> None:
+    tried = ("ab", "a", "ab", "ab", "abc")
+    numbers = [take_turn(ledger, HYPOTHESIS, items(*names)).number for names in tried]
+    assert numbers == [1, 2, 1, 1, 1]
+
+
 def test_a_cluster_that_grew_is_another_try(ledger: Path) -> None:
     take_turn(ledger, HYPOTHESIS, [("a", "b"), ("c",)])
     assert take_turn(ledger, HYPOTHESIS, [("a", "b"), ("c",), ("d",)]).number == 1
