@@ -22,9 +22,9 @@ from edgeclip.compress.data.clusters import ClusterBy
 from edgeclip.compress.data.sources import Source
 from edgeclip.runtime.bundle.files import JsonRecord, lock_file, state_root
 from edgeclip.runtime.cascade.certificate import Task
+from edgeclip.runtime.cascade.read_state import read_state
 from edgeclip.runtime.cascade.scores import Score
 from edgeclip.runtime.device.schema import check_bounds
-from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.spec import Precision, Tower
 
 _DIGITS = 32  # of a hash in the file: 128 bits
@@ -162,7 +162,7 @@ def take_turn(path: Path | None, hypothesis: Hypothesis, groups: Sequence[Group]
         fresh = sorted(range(len(groups)), key=lambda at: min(groups[at]))
         return Turn(number=None, order=tuple(fresh), words="No ledger was kept of other tries")
     with lock_file(path):
-        ledger = Ledger() if not path.exists() else _load(path)
+        ledger = read_state(Ledger, path) or Ledger()
         turn, changed = grant(ledger, hypothesis, groups)
         if changed != ledger:
             changed.save(path)
@@ -184,15 +184,6 @@ def grant(ledger: Ledger, hypothesis: Hypothesis, groups: Sequence[Group]) -> tu
             return turn, dataclasses.replace(ledger, tries=tries)
     turn, made = _begun(ledger, hypothesis, groups, fresh)
     return turn, dataclasses.replace(ledger, tries=(*ledger.tries, made))
-
-
-def _load(path: Path) -> Ledger:
-    try:
-        return Ledger.load(path)
-    except ConfigError as error:
-        words = "; ".join(str(error).split("\n  "))
-        hint = "" if Ledger.HINT in words else f": {Ledger.HINT}"
-        raise InputError(words + hint) from None
 
 
 def _continued(

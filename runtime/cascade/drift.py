@@ -12,8 +12,9 @@ import numpy as np
 from annotated_types import Ge, Gt, IsFinite, Lt
 
 from edgeclip.runtime.bundle.files import JsonRecord, lock_file, state_root
+from edgeclip.runtime.cascade.read_state import read_state
 from edgeclip.runtime.device.schema import check_bounds
-from edgeclip.runtime.errors import ConfigError, EdgeClipError, InputError
+from edgeclip.runtime.errors import EdgeClipError, InputError
 from edgeclip.runtime.stats.betting import RestartedBets
 from edgeclip.runtime.stats.interval import Interval
 
@@ -282,24 +283,22 @@ class DriftWatch:
             _log.warning("what the drift watch saw is not kept: %s", error)
 
     def _read(self) -> DriftState | None:
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return None
-        try:
-            found = DriftState.load(self.path)
-            if found.seen and len(found.counts) != len(self._watched):
-                raise InputError("it has another number of marks")
-            self._bets_of(found)
-            self._audits_of(found)
-        except (ConfigError, InputError, ValueError) as error:
-            words = "; ".join(str(error).split("\n  "))
-            hint = "" if DriftState.HINT in words else f": {DriftState.HINT}"
-            raise InputError(f"{self.path} is damaged: {words}{hint}") from None
-        if found.certificate != self._certificate:
+        found = read_state(DriftState, self.path, self._check)
+        if found is not None and found.certificate != self._certificate:
             raise InputError(
                 f"{self.path} is the drift watch of another certificate: give another file, or "
                 f"{DriftState.HINT}"
             )
         return found
+
+    def _check(self, state: DriftState) -> None:
+        """Raise `InputError` if a state does not fit the certified shares."""
+        if state.seen and len(state.counts) != len(self._watched):
+            raise InputError("it has another number of marks")
+        self._bets_of(state)
+        self._audits_of(state)
 
     def _bets_of(self, state: DriftState) -> RestartedBets:
         """Return the bets that each share is above its interval, then that each is below."""

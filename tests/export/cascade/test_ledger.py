@@ -117,6 +117,13 @@ def test_damage_is_an_error_with_a_mend(ledger: Path, text: str) -> None:
     assert ledger.read_text() == text
 
 
+def test_what_cannot_be_read_is_not_called_damaged(ledger: Path) -> None:
+    ledger.mkdir()
+    with pytest.raises(InputError, match="cannot read") as caught:
+        take_turn(ledger, HYPOTHESIS, items("a"))
+    assert "put back a copy" not in str(caught.value)
+
+
 def test_default_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGECLIP_STATE", str(tmp_path))
     found = default_ledger_path(("t",), "emoji")
