@@ -1,5 +1,6 @@
 """Decide which queries to escalate from the student to the teacher, while no drift is seen."""
 
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.spec import Tower
 
+_log = logging.getLogger(__name__)
+
 _DEFAULT_RULE = DriftRule()
 
 
@@ -40,14 +43,15 @@ class Cascade:
         on_revoked: called once with a line that reports the revocation.
         labels: the label sets of a zero-shot certificate.
         audit: share of the queries that the student answers alone, drawn by chance, which go to
-            the teacher too: how often it disagrees is watched as well.
+            the teacher too: how often it disagrees is watched as well. Where no share of
+            disagreements below 1 was certified, an audit would tell nothing and none is drawn.
 
     Attributes:
         score, threshold, certificate, drift, labels: see above.
 
     Raises:
         CertificateError: the certificate is for another score or threshold, or lacks its labels.
-        InputError: `audit` is no share.
+        InputError: `audit` is no share, or there is no watch for it.
     """
 
     def __init__(
@@ -63,6 +67,16 @@ class Cascade:
     ) -> None:
         if not 0 <= audit <= 1:
             raise InputError(f"audit is {audit:g}: give the share of queries to audit, 0 to 1")
+        if audit and drift is None:
+            raise InputError(
+                f"audit is {audit:g}, but without a drift watch nothing looks at audits: give "
+                "drift, or leave audit out"
+            )
+        if audit and drift is not None and not drift.bets_on_audits:
+            _log.warning(
+                "no audits are drawn, since they would tell nothing: no share of disagreements "
+                "below 1 was certified; certify with more queries to audit"
+            )
         if certificate and (certificate.score, certificate.threshold) != (score, threshold):
             raise CertificateError(
                 f"the certificate is for {certificate.score} below {certificate.threshold:g}, "
@@ -107,7 +121,8 @@ class Cascade:
             CertificateError: the bundle has no such certificate, or one for other towers.
             BundleError: see `read_certificate`.
             EngineError: the tower cannot be run.
-            InputError: the state is damaged, or of another certificate; or `audit` is no share.
+            InputError: the state is damaged, cannot be read, or is of another certificate; or
+                `audit` is no share, or has no watch.
         """
         found = read_certificate(encoder.bundle, query)
         if found is None:
@@ -163,7 +178,7 @@ class Cascade:
 
     def select_audits(self, escalated: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Draw the queries to audit among those that are not escalated: bool [N]."""
-        if self._audit == 0 or self.drift is None:
+        if self._audit == 0 or self.drift is None or not self.drift.bets_on_audits:
             return np.zeros(len(escalated), dtype=np.bool_)
         with self._lock:
             drawn: NDArray[np.bool_] = self._chance.random(len(escalated)) < self._audit

@@ -165,6 +165,11 @@ class DriftWatch:
         return self._bets.count
 
     @property
+    def bets_on_audits(self) -> bool:
+        """Whether audits can be evidence: a share of disagreements below 1 was certified."""
+        return self._disagreement is not None and self._disagreement.high < 1
+
+    @property
     def evidence(self) -> float:
         """What the rule's `limit` is compared with: 1 at the beginning."""
         return float(np.mean([*self._bets.wealth, *self._audits.wealth]))

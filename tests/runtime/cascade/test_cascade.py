@@ -118,6 +118,30 @@ def test_drift_revokes_and_everything_is_escalated(
     assert said == [cascade.revoked]
 
 
+def test_audits_need_a_watch(certificate: Certificate) -> None:
+    with pytest.raises(InputError, match="give drift, or leave audit out"):
+        Cascade(Margin(), 0.3, certificate, audit=0.5)
+    with pytest.raises(InputError, match="give drift, or leave audit out"):
+        Cascade(Margin(), 0.3, audit=0.5)
+
+
+@pytest.mark.parametrize(
+    ("disagreement", "drawn"),
+    [(None, 0), (Interval(0.5, 0.1, 1.0), 0), (Interval(0.05, 0.0, 0.1), 9)],
+)
+def test_audits_that_tell_nothing_are_not_drawn(
+    certificate: Certificate,
+    disagreement: Interval | None,
+    drawn: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    watch = DriftWatch(certificate.digest, certificate.watched, disagreement=disagreement)
+    cascade = Cascade(Margin(), 0.3, certificate, watch, audit=1.0)
+    escalated = np.arange(10) == 0
+    assert np.flatnonzero(cascade.select_audits(escalated)).tolist() == [*range(1, 1 + drawn)]
+    assert ("no audits are drawn" in caplog.text) == (not drawn)
+
+
 def test_a_revocation_survives_a_restart(
     encoder: Encoder, certified_bundle: Path, cpu_device: DeviceProfile, tmp_path: Path
 ) -> None:
