@@ -1,9 +1,11 @@
 """Watch confidence scores for drift, in a state that outlives the process."""
 
 import logging
+import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -23,6 +25,7 @@ _log = logging.getLogger(__name__)
 # The chance that any certified share, of low scores or of disagreements, is outside its interval.
 WATCHED_ERROR = 0.002
 _SAVE_EVERY = 100  # queries
+_KEPT_UNSAVED = 1000  # queries, while the file cannot be written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +121,11 @@ class DriftWatch:
     The state is written about every 100 queries, at an alarm, and by `close`, so a killed process
     loses 100 queries at most. Several processes may share a file: each adds its own queries to
     what the file holds, under a lock. Where files cannot be locked, of two that write at the same
-    moment the last one wins, and a warning says so beforehand.
+    moment the last one wins, and a warning says so at the start.
+
+    A file that cannot be written is warned of once, at the start, and tried again every 100
+    queries. Meanwhile the watch goes on in memory; if another process writes the file until then,
+    the last 1,000 queries are added to what that process saw, and those before them are lost.
 
     Args:
         certificate: digest of the certificate.
@@ -149,10 +156,12 @@ class DriftWatch:
         self._highs = np.array([item.share.high for item in watched])
         self._lock, self._saving = threading.Lock(), threading.Lock()
         self._saver: ThreadPoolExecutor | None = None
-        self._is_warned = False
+        self._is_warned, self._is_failing = False, False
         self._unsaved: list[_Event] = []
+        self._untried = 0  # events since the file was last to be written
         self._saved = self._read()
         self._restore(self._saved or DriftState(certificate=certificate))
+        self._probe()
 
     @property
     def alarm_at(self) -> int | None:
@@ -224,8 +233,9 @@ class DriftWatch:
             for event in events:
                 self._step(event)
                 self._unsaved.append(event)
+            self._untried += len(events)
             crossed = self._alarm_at is not None
-            is_due = len(self._unsaved) >= _SAVE_EVERY
+            is_due = self._untried >= _SAVE_EVERY
         if self.path is None:
             self._unsaved.clear()
         elif crossed:
@@ -242,14 +252,7 @@ class DriftWatch:
         """
         if self.path is None:
             return
-        with self._saving, lock_file(self.path) as is_locked:
-            if not is_locked and not self._is_warned:
-                self._is_warned = True
-                _log.warning(
-                    "%s cannot be locked: where several processes watch with it, what one of them "
-                    "saw may be lost; give each a file of its own",
-                    self.path,
-                )
+        with self._saving, self._locked(self.path):
             kept = self._read()
             with self._lock:
                 batch, self._unsaved = self._unsaved, []
@@ -279,13 +282,55 @@ class DriftWatch:
         if self._saver is None:
             self._saver = ThreadPoolExecutor(1, "edgeclip-drift")
         if not self._saving.locked():
+            with self._lock:
+                self._untried = 0
             self._saver.submit(self._save_or_warn)
 
     def _save_or_warn(self) -> None:
         try:
             self.save()
+            self._is_failing = False
         except EdgeClipError as error:
-            _log.warning("what the drift watch saw is not kept: %s", error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Say once that the file cannot be written, and keep no more events than a few."""
+        with self._lock:
+            is_first, self._is_failing = not self._is_failing, True
+            del self._unsaved[:-_KEPT_UNSAVED]
+        if is_first:
+            _log.warning(
+                "what the drift watch saw is not kept: %s; it is tried again every %d queries",
+                error,
+                _SAVE_EVERY,
+            )
+
+    def _probe(self) -> None:
+        """Warn where the file cannot be written."""
+        if self.path is None:
+            return
+        try:
+            with self._locked(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.path.parent):
+                    pass
+        except EdgeClipError as error:
+            self._fail(error)
+        except OSError as error:
+            self._fail(InputError(f"cannot write {self.path}: {error.strerror}"))
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """Hold the lock of the file; warn once where there is none."""
+        with lock_file(path) as is_locked:
+            if not is_locked and not self._is_warned:
+                self._is_warned = True
+                _log.warning(
+                    "%s cannot be locked: where several processes watch with it, what one of them "
+                    "saw may be lost; give each a file of its own",
+                    path,
+                )
+            yield
 
     def _read(self) -> DriftState | None:
         if self.path is None:

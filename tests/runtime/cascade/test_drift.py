@@ -201,6 +201,61 @@ def test_what_cannot_be_written_is_said(
     assert start().seen == 10
 
 
+def test_what_can_never_be_written_is_said_once_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "state"
+    blocked.write_text("no folder")
+    watch = DriftWatch(DIGEST, WATCHED, path=blocked / "s.json")
+    assert "cannot write" in caplog.text
+    for number in range(200):
+        watch.update(queries(number, 2, 0.2))
+    watch.close()
+    assert len(caplog.records) == 1
+    assert watch.seen == 400
+
+
+def test_goes_on_where_the_file_can_be_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "state"
+    blocked.write_text("no folder")
+    watch = DriftWatch(DIGEST, WATCHED, path=blocked / "s.json")
+    watch.update(queries(0, 250, 0.2))
+    blocked.unlink()
+    watch.update(queries(1, 100, 0.2))
+    watch.close()
+    assert DriftWatch(DIGEST, WATCHED, path=blocked / "s.json").seen == 350
+    assert len(caplog.records) == 1
+
+
+def test_keeps_few_queries_for_a_file_that_cannot_be_written(start: Start, tmp_path: Path) -> None:
+    watch, path = start(), tmp_path / "s.json"
+    path.mkdir()
+    for number in range(50):
+        watch.update(queries(number, 100, 0.2))
+    watch.close()
+    path.rmdir()
+    other = start()
+    other.update(queries(99, 10, 0.2))
+    other.close()
+    watch.close()
+    assert start().seen == 10 + 1000
+
+
+def test_a_watch_that_saw_nothing_writes_no_state(start: Start, tmp_path: Path) -> None:
+    start().close()
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_what_cannot_be_read_is_not_called_damaged(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "s.json").mkdir()
+    with pytest.raises(InputError, match="cannot read") as caught:
+        start()
+    assert "damaged" not in str(caught.value)
+    assert "delete" not in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema_version": 1, "seen": -1}'])
 def test_damage_is_an_error_with_a_mend(start: Start, tmp_path: Path, text: str) -> None:
     (tmp_path / "s.json").write_text(text)
