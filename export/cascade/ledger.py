@@ -19,7 +19,8 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge
 
 from edgeclip.compress.data.clusters import ClusterBy
-from edgeclip.compress.data.sources import Source
+from edgeclip.compress.data.open_source import split_weight
+from edgeclip.compress.data.sources import EMOJI, Source
 from edgeclip.runtime.bundle.files import JsonRecord, lock_file, state_root
 from edgeclip.runtime.cascade.certificate import Task
 from edgeclip.runtime.cascade.read_state import read_state
@@ -124,11 +125,17 @@ class Turn:
         return delta if self.number is None else delta / (self.number * (self.number + 1))
 
 
-def default_ledger_path(teacher: Sequence[str], data: str) -> Path:
-    """Return where the tries with a teacher (by the SHA-256 of its files) and data are kept."""
-    place = data if ":" in data or not Path(data).exists() else str(Path(data).resolve())
-    name = hashlib.sha256("\n".join((*teacher, place)).encode()).hexdigest()
-    return state_root() / "ledgers" / f"{name[:_DIGITS]}.json"
+def default_ledger_path(data: str) -> Path:
+    """Return where the tries on `--data` are kept: one ledger for emoji, one for all other data.
+
+    Which queries a try shares with others is found by item, whatever their teacher or path. Only
+    at another size nobody can tell, and scenes are kept apart so that they count for no photo.
+
+    Raises:
+        ConfigError: see `split_weight`.
+    """
+    name = "emoji" if split_weight(data)[0] == EMOJI else "pictures"
+    return state_root() / "ledgers" / f"{name}.json"
 
 
 def item_hashes(source: Source) -> tuple[str, ...]:

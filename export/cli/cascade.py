@@ -37,7 +37,6 @@ from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.cascade.certificate import (
     Certificate,
     CertifiedLabels,
-    TowerIdentity,
     certified_labels_path,
 )
 from edgeclip.runtime.cascade.scores import Agreement, Entropy, Margin, Score
@@ -134,8 +133,9 @@ def _add_eval_set_options(parser: argparse.ArgumentParser) -> None:
         "--ledger",
         type=Path,
         help="file that keeps which students, scores and shares were tried on these queries: each "
-        "further try has a smaller part of --delta, and more queries continue a try (default: one "
-        "for each teacher and data, in ~/.local/state/edgeclip or $EDGECLIP_STATE)",
+        "further try has a smaller part of --delta, and more queries continue a try where "
+        "calibration, gallery and clusters stay (default: one for emoji and one for all other "
+        "data, in ~/.local/state/edgeclip or $EDGECLIP_STATE)",
     )
     counts = (("test", 2000), ("calibration", 1000), ("gallery", 1000))
     for name, count in counts:
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
         delta=args.delta,
         index_by=args.index_by,
         cluster_by=cluster_by(args),
-        ledger=args.ledger or _default_ledger(args, teacher),
+        ledger=args.ledger or default_ledger_path(args.data),
         command=args.command,
     )
     link = None if args.link is None else load_link(args.link)
@@ -214,22 +214,16 @@ def _npz(labels: LabelSet) -> bytes:
         return path.read_bytes()
 
 
-def _default_ledger(args: argparse.Namespace, teacher: Encoder) -> Path:
-    manifest = teacher.bundle.manifest
-    if not manifest.has(args.query):  # the evaluator reports the missing tower
-        return default_ledger_path((), args.data)
-    found = TowerIdentity.of(manifest, args.query, teacher.precisions[args.query])
-    return default_ledger_path(found.hashes, args.data)
-
-
 def verdict(plan: CascadePlan, result: CertificationResult) -> str:
     """Return one sentence: the certificate's promise, or why nothing is certified."""
     if result.certificate is not None:
         return result.certificate.promise
     return (
         f"Nothing is certified: with {len(result.outcomes):,} queries, no threshold is sure enough "
-        f"to keep {100 * plan.bound:.3g}% of the teacher's quality. Give more test pairs, which "
-        "continue this try, or ask for a smaller --share, which is another one"
+        f"to keep {100 * plan.bound:.3g}% of the teacher's quality. Give more test pairs, or ask "
+        "for a smaller --share, which is another try. More pairs continue this one only where "
+        "calibration, gallery and the clusters of the old pairs stay: with a larger --test-count "
+        "of emoji, or pictures added to the subfolder test/ alone"
     )
 
 

@@ -398,6 +398,19 @@ class TestVerb:
         with pytest.raises(InputError, match="put back a copy"):
             self.run(*words, "--dry-run", "--ledger", ledger)
 
+    def test_by_default_one_ledger_is_for_every_path(
+        self,
+        words: list[object],
+        colours: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        self.run(*words, "--dry-run")
+        assert "it has 1/2 of delta" in capsys.readouterr().out
+        words[words.index(colours)] = shutil.copytree(colours, tmp_path / "elsewhere")
+        self.run(*words, "--dry-run", "--score", "entropy")
+        assert "it has 1/6 of delta" in capsys.readouterr().out
+
     def test_dry_run_leaves_the_bundle_alone(
         self, words: list[object], worse_bundle: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -413,7 +426,9 @@ class TestVerb:
         self, words: list[object], worse_bundle: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert self.run(*words, "--share", "1.0") == 1
-        assert "Nothing is certified" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "Nothing is certified" in out
+        assert "pictures added to the subfolder test/ alone" in out
         assert read_certificate(Bundle.open(worse_bundle)) is None
 
     def test_a_copy_of_the_student_is_refused_as_its_teacher(
@@ -657,6 +672,21 @@ class TestTries:
         other = certify(dataclasses.replace(plan, bound=0.9))
         assert other.turn.number == 2
         assert other.tested_at == pytest.approx(0.05 / 6)
+
+    @pytest.mark.parametrize(("part", "number"), [("test", 1), ("calibration", 2)])
+    def test_more_pictures_continue_it_in_the_test_part_alone(
+        self, cascade_plan: CascadePlan, colours: Path, tmp_path: Path, part: str, number: int
+    ) -> None:
+        grown = shutil.copytree(colours, tmp_path / "grown")
+        plan = dataclasses.replace(
+            cascade_plan,
+            eval_set=zero_shot_eval_set(str(grown), size=8),
+            ledger=tmp_path / "ledger.json",
+        )
+        assert certify(plan).turn.number == 1
+        Image.new("RGB", (10, 10), "red").save(grown / part / "red" / "more.png")
+        more = dataclasses.replace(plan, eval_set=zero_shot_eval_set(str(grown), size=8))
+        assert certify(more).turn.number == number
 
 
 class TestTrial:

@@ -126,12 +126,11 @@ def test_what_cannot_be_read_is_not_called_damaged(ledger: Path) -> None:
 
 def test_default_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGECLIP_STATE", str(tmp_path))
-    found = default_ledger_path(("t",), "emoji")
+    found = default_ledger_path("emoji")
     assert found.is_relative_to(tmp_path)
-    assert found != default_ledger_path(("u",), "emoji")
-    assert found != default_ledger_path(("t",), str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert default_ledger_path(("t",), ".") == default_ledger_path(("t",), str(tmp_path))
+    assert found == default_ledger_path("emoji=1")
+    assert found != default_ledger_path("photos")
+    assert default_ledger_path("photos") == default_ledger_path("moved/photos")
 
 
 def test_items_are_told_apart_by_their_content() -> None:
