@@ -51,6 +51,7 @@ CONVOLUTIONAL += " --conv-depths 1 1"
 STEPS = "--count 24 --steps 6 --batch-size 8 --held-out 4"
 WIDE = "--teacher-mean-cosine -1 --teacher-p1-cosine -1 --teacher-r1-kept 0"
 ELSEWHERE = "--device x86-avx2 --precisions fp32 --test-count 24 --calibration-count 8"
+ELSEWHERE += " --accept-undecided"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
