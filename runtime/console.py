@@ -19,8 +19,10 @@ def percent(share: float) -> str:
 
 
 def percent_interval(value: "Interval") -> str:
-    """Format the bounds of a share's interval: "90.3 to 93.6%"."""
-    return f"{100 * value.low:.1f} to {100 * value.high:.1f}%"
+    """Format the bounds of a share's interval: "90.3 to 93.6%", "at least 90.3%"."""
+    if math.isfinite(value.low) and math.isfinite(value.high):
+        return f"{100 * value.low:.1f} to {100 * value.high:.1f}%"
+    return interval_ends(value, percent)
 
 
 def interval_ends(value: "Interval", number: Callable[[float], str], to: str = " to ") -> str:

@@ -36,6 +36,7 @@ from edgeclip.profiles.report.bundle_report import (
 )
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.console import percent_interval
 from edgeclip.runtime.device.machine import Machine, detect_machine
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.stats.interval import Interval
@@ -240,8 +241,9 @@ def summary_table(
 
 
 def _verdict(interval: Interval, what: str, *, met: bool) -> str:
-    span = f"{interval.low:.1%} to {interval.high:.1%}"
-    return f"{interval.value:.1%} ({span}) {what}: {'pass' if met else 'MISS'}"
+    return (
+        f"{interval.value:.1%} ({percent_interval(interval)}) {what}: {'pass' if met else 'MISS'}"
+    )
 
 
 CREDITS = (

@@ -1115,7 +1115,8 @@ class BoundChart:
     def draw(self, *, narrow: bool) -> "Figure | None":
         """Draw it, 300 by 44 pixels."""
         value, bound = self.value, self.bound
-        seen = (value.low, value.high, value.value, bound)
+        known = (value.low, value.high, value.value, bound)
+        seen = [end for end in known if math.isfinite(end)]  # others go on beyond the picture
         room = max(0.01, 0.35 * (max(seen) - min(seen)))
         low, high = min(seen) - room, max(seen) + room
         figure, axes = canvas(300, 44, left=6, right=294, top=2, foot=26)
@@ -1125,7 +1126,8 @@ class BoundChart:
         axes.plot([low, high], [0, 0], color=COLOURS["muted"], linewidth=1)
         good = (bound, high) if self.at_least else (low, bound)
         axes.plot(good, [0, 0], color=COLOURS["green"], linewidth=3, solid_capstyle="butt")
-        axes.plot([value.low, value.high], [0, 0], color=COLOURS["blue"], linewidth=8, alpha=0.4,
+        ends = [max(low, value.low), min(high, value.high)]
+        axes.plot(ends, [0, 0], color=COLOURS["blue"], linewidth=8, alpha=0.4,
                   solid_capstyle="round")  # fmt: skip
         axes.plot([bound, bound], [-10, 10], color=COLOURS["bar"], linewidth=1.5, dashes=(3.3, 2.7))
         axes.plot(value.value, 0, "o", color=COLOURS["blue"], markersize=10, markeredgewidth=0)

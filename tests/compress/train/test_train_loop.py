@@ -86,8 +86,8 @@ def _first() -> tuple[Tensor, Tensor]:
 
 
 def _checkpoint(run: Path) -> Path:
-    (folder,) = run.glob("checkpoint-*")
-    return folder
+    """The last checkpoint; a kill while it was written may have left the one before it."""
+    return max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def _saved(run: Path, name: str) -> dict[str, Tensor]:

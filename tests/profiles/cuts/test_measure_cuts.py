@@ -61,7 +61,7 @@ def test_files_that_are_none_are_refused(emoji_times: StageTimes, tmp_path: Path
     path = tmp_path / "times.json"
     data = json.loads(emoji_times.to_json())
     for change, message in (
-        ({"schema_version": 2}, "schema 2"),
+        ({"schema_version": 1}, "schema 1"),
         ({"rounds": 13}, "13 times"),
         ({"pictures": 0}, "there must be pictures"),
         ({"more": 1}, "unknown key"),

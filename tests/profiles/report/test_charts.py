@@ -122,6 +122,9 @@ def chart(kind: str, name: str = "fp32") -> Chart:
             marked=(1, name),
         ),
         "bound": BoundChart(title=name, value=around(0.9, 0.1), bound=0.85, at_least=True),
+        "open bound": BoundChart(
+            title=name, value=Interval(0.9, -math.inf, math.inf), bound=0.85, at_least=True
+        ),
     }
     return found[kind]
 
