@@ -23,6 +23,7 @@ from tests.conftest import QUICK
 _BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(_BENCHMARKS))  # scripts import each other by name
 
+from _bars import plain  # noqa: E402
 from _gpu_candidates import (  # noqa: E402
     REFERENCE,
     Case,
@@ -143,7 +144,7 @@ def test_candidates_are_compared_and_timed(
         for timing in (row.host, row.device):
             assert (timing.ratio is None) == (row.candidate == REFERENCE)
             assert 0 <= timing.ms.low <= timing.ms.value <= timing.ms.high
-    json.dumps([asdict(row) for row in rows], allow_nan=False)
+    json.dumps(plain([asdict(row) for row in rows]), allow_nan=False)
     judged = {bar.name: bar for bar in bars([replace(row, batch=1) for row in rows])}
     assert judged["wrong_outputs"].passed
     assert judged["engines_timed"].value == 2

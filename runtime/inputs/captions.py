@@ -78,7 +78,13 @@ def read_captions(folder: Path, images: Sequence[Path], *, strict: bool = False)
     """
     found = read_annotations(folder, images, strict=strict)
     if not any(found.captions):
-        return None
+        table = next(iter(_find_tables(folder, images)), None)
+        if table is None:
+            return None
+        raise InputError(
+            f"{table}: it has a caption for none of the {len(images)} images here: put the images "
+            "that it names beside it"
+        )
     missing = [path for path, own in zip(images, found.captions, strict=True) if not own]
     if missing:
         table = next(iter(_find_tables(folder, images)), folder)

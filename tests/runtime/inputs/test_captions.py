@@ -368,3 +368,11 @@ def test_damaged_rows_of_flickr30k(tmp_path: Path, images: list[Path], row: str)
     write_table(tmp_path, f"image_name| comment_number| comment\n{row}\n", "results.csv")
     with pytest.raises(InputError, match=r"results\.csv, line 2: needs image_name\| comment_"):
         read_captions(tmp_path, images)
+
+
+def test_a_table_that_names_no_image_here_is_told(tmp_path: Path, images: list[Path]) -> None:
+    entries = [{"filename": "gone.jpg", "sentences": [{"raw": "a cat"}], "split": "train"}]
+    write_table(tmp_path, json.dumps({"images": entries}), "dataset_coco.json")
+    with pytest.raises(InputError, match="it has a caption for none of the") as caught:
+        read_captions(tmp_path, images)
+    assert str(tmp_path / "dataset_coco.json") in str(caught.value)
