@@ -82,7 +82,7 @@ def read_captions(folder: Path, images: Sequence[Path], *, strict: bool = False)
         if table is None:
             return None
         raise InputError(
-            f"{table}: it has a caption for none of the {len(images)} images here: put the images "
+            f"{table}: it names no images of the {len(images)} here with a caption: put the images "
             "that it names beside it"
         )
     missing = [path for path, own in zip(images, found.captions, strict=True) if not own]

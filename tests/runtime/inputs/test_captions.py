@@ -373,6 +373,6 @@ def test_damaged_rows_of_flickr30k(tmp_path: Path, images: list[Path], row: str)
 def test_a_table_that_names_no_image_here_is_told(tmp_path: Path, images: list[Path]) -> None:
     entries = [{"filename": "gone.jpg", "sentences": [{"raw": "a cat"}], "split": "train"}]
     write_table(tmp_path, json.dumps({"images": entries}), "dataset_coco.json")
-    with pytest.raises(InputError, match="it has a caption for none of the") as caught:
+    with pytest.raises(InputError, match="it names no images of the") as caught:
         read_captions(tmp_path, images)
     assert str(tmp_path / "dataset_coco.json") in str(caught.value)
