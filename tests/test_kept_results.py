@@ -32,7 +32,6 @@ AGAIN = {
     "remedies": "of an earlier script, without its bar",
     "repeatability": _EARLIER_STUDENT,
     "service_level": _EARLIER_STUDENT,
-    "tables": _EARLIER_STUDENT,
 }
 
 
