@@ -3,10 +3,8 @@
 import argparse
 import logging
 from pathlib import Path
-from typing import get_args
 
 from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
-from edgeclip.compress.data.clusters import ClusterBy
 from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sources import EMOJI, Source
@@ -89,23 +87,6 @@ def add_pairs_option(parser: argparse.ArgumentParser) -> None:
         "train, calibration and test, or else by a hash of each path (default: emoji)",
     )
     add_strict(parser)
-
-
-def add_cluster_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--cluster-by` of commands that judge by pictures of `--data`."""
-    parser.add_argument(
-        "--cluster-by",
-        choices=get_args(ClusterBy),
-        help="which test pictures are not independent, so that intervals count them as one: those "
-        "of one folder; those of one folder taken within a minute of each other (EXIF); those "
-        "nearly the same to the model; or none (default: embedding, and none for emoji)",
-    )
-
-
-def cluster_by(args: argparse.Namespace) -> ClusterBy:
-    """Return what `--cluster-by` says, or its default for `--data`."""
-    chosen: ClusterBy | None = args.cluster_by
-    return chosen or ("none" if args.data == EMOJI else "embedding")
 
 
 def log_step(line: str) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from edgeclip.compress.data.near_duplicates import Embed, copies_cosine
 from edgeclip.compress.data.sources import FolderSource, Source
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.stats.clusters import Clusters
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ _SECONDS = 60  # between pictures of one moment
 _EXIF_IFD, _TIME_ORIGINAL = 0x8769, 0x9003  # EXIF 2.32, "DateTimeOriginal"
 _BLOCK = 2048  # pictures that are compared at a time
 
-Ids = NDArray[np.int64]
-
 
 def find_clusters(
     source: Source,
@@ -40,7 +38,7 @@ def find_clusters(
     embed: Embed,
     embeddings: Callable[[], FloatArray],
     side: int,
-) -> Ids | None:
+) -> Clusters | None:
     """Return which pictures of a source belong together, int64 [N]; None if none do.
 
     By embedding, two pictures do that a model finds as alike as a picture and its copy
@@ -74,7 +72,7 @@ def find_clusters(
     return found
 
 
-def folder_clusters(source: Source) -> Ids:
+def folder_clusters(source: Source) -> Clusters:
     """Return a number for each picture, the same for those of one folder: int64 [N].
 
     Raises:
@@ -83,7 +81,7 @@ def folder_clusters(source: Source) -> Ids:
     return _numbered([path.parent for path in _paths(source)])
 
 
-def time_clusters(source: Source) -> Ids:
+def time_clusters(source: Source) -> Clusters:
     """Return a number for each picture, the same for those taken in one go: int64 [N].
 
     Pictures of one folder belong together where each was taken within 60 s of the one before, by
@@ -111,7 +109,7 @@ def time_clusters(source: Source) -> Ids:
     return found
 
 
-def embedding_clusters(embeddings: FloatArray, threshold: float) -> Ids:
+def embedding_clusters(embeddings: FloatArray, threshold: float) -> Clusters:
     """Return a number for each picture, the same for those nearly the same: int64 [N].
 
     Two pictures belong together if the cosine of their embeddings is at least `threshold`, or if
@@ -133,7 +131,7 @@ def embedding_clusters(embeddings: FloatArray, threshold: float) -> Ids:
     return np.array([_root(found, at) for at in range(len(found))], dtype=np.int64)
 
 
-def _root(parents: Ids, at: int) -> int:
+def _root(parents: Clusters, at: int) -> int:
     """Follow the parents of an item to the first of its cluster, and shorten the way."""
     root = at
     while parents[root] != root:
@@ -143,7 +141,7 @@ def _root(parents: Ids, at: int) -> int:
     return root
 
 
-def _join(parents: Ids, one: int, other: int) -> None:
+def _join(parents: Clusters, one: int, other: int) -> None:
     first, second = sorted((_root(parents, one), _root(parents, other)))
     parents[second] = first
 
@@ -157,7 +155,7 @@ def _paths(source: Source) -> list[Path]:
     return list(source.paths)
 
 
-def _numbered(keys: list[Path]) -> Ids:
+def _numbered(keys: list[Path]) -> Clusters:
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([numbers[key] for key in keys], dtype=np.int64)
 

@@ -262,9 +262,7 @@ def watched_shares(
     found = []
     for mark in marks:
         share = estimate_share(needs_teacher(scores, mark), clusters)
-        low, high = share.lower_bound(confidence), share.upper_bound(confidence)
-        interval = Interval(share.value, min(low, share.value), max(high, share.value))
-        found.append(WatchedShare(below=mark, share=interval))
+        found.append(WatchedShare(below=mark, share=share.interval_at(confidence)))
     return tuple(found)
 
 
@@ -280,12 +278,7 @@ def disagreement(outcomes: PairedOutcomes, threshold: float, tried: int) -> Inte
         return None
     clusters = None if outcomes.clusters is None else outcomes.clusters[alone]
     found = estimate_share(~outcomes.agree[alone], clusters)
-    confidence = 1 - WATCHED_ERROR / 2 / tried
-    return Interval(
-        found.value,
-        min(found.value, found.lower_bound(confidence)),
-        max(found.value, found.upper_bound(confidence)),
-    )
+    return found.interval_at(1 - WATCHED_ERROR / 2 / tried)
 
 
 def _groups(items: Sequence[str], clusters: Clusters | None) -> tuple[Group, ...]:

@@ -1,16 +1,12 @@
 """`edgeclip cascade`: certify when a student's answers should be escalated to its teacher."""
 
 import argparse
-import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from edgeclip.compress.cli.options import (
-    add_cluster_option,
     add_pairs_option,
-    cluster_by,
     log_step,
     max_bad,
 )
@@ -31,8 +27,10 @@ from edgeclip.export.cascade.cascade_report import (
 )
 from edgeclip.export.cascade.certify import CascadePlan, CertificationResult, certify
 from edgeclip.export.cascade.ledger import default_ledger_path
+from edgeclip.export.cli.options import add_cluster_option, cluster_by
 from edgeclip.profiles.workload import load_workload, workload_names
 from edgeclip.runtime.bundle.bundle import Bundle
+from edgeclip.runtime.bundle.files import json_fields
 from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.cascade.certificate import (
     Certificate,
@@ -254,8 +252,10 @@ def _show(
         )
         write_cascade_page(page, args.page)
     if args.json:
-        certificate = None if found.certificate is None else asdict(found.certificate)
-        curve_json = [_finite(asdict(point)) for point in points]
+        certificate = None
+        if found.certificate is not None:
+            certificate = asdict(found.certificate, dict_factory=json_fields)
+        curve_json = [asdict(point, dict_factory=json_fields) for point in points]
         tried = {"number": found.turn.number, "delta": found.tested_at, "why": found.turn.words}
         print_json(
             {
@@ -270,18 +270,6 @@ def _show(
     print(f"student with its score {costs.student_ms:.2f} ms, teacher {costs.teacher_ms:.2f} ms")
     print(turn_words(plan, found))
     print(words)
-
-
-def _finite(point: dict[str, Any]) -> dict[str, Any]:
-    """Put null in place of an end of an interval that is infinite."""
-    return {
-        name: _finite(value)
-        if isinstance(value, dict)
-        else None
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        for name, value in point.items()
-    }
 
 
 def _eval_set(args: argparse.Namespace, spec: EncoderSpec) -> CascadeEvalSet:

@@ -7,10 +7,8 @@ from typing import get_args
 
 from edgeclip.compress.built_in import BUILT_IN
 from edgeclip.compress.cli.options import (
-    add_cluster_option,
     add_pairs_option,
     add_teacher,
-    cluster_by,
     load_teacher,
     log_step,
     max_bad,
@@ -23,6 +21,7 @@ from edgeclip.compress.train.quantization_aware import finetune_settings
 from edgeclip.export.bundle.build_bundle import BuiltBundle, build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.bundle.write_engines import targets_table
+from edgeclip.export.cli.options import TEST_SCENES, add_cluster_option, cluster_by
 from edgeclip.export.gates.gates import ACCEPT_OPTION
 from edgeclip.export.gates.select_precision import SELECTION_WORKLOAD
 from edgeclip.export.gates.teacher_agreement import TeacherBounds
@@ -73,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--test-count",
         type=positive,
-        default=3000,
-        help="number of test pairs, with --data emoji (default: 3000)",
+        default=TEST_SCENES,
+        help=f"number of test pairs, with --data emoji (default: {TEST_SCENES})",
     )
     parser.add_argument(
         "--calibration-count",

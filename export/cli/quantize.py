@@ -10,16 +10,15 @@ from typing import get_args
 
 from edgeclip.compress.built_in import BUILT_IN
 from edgeclip.compress.cli.options import (
-    add_cluster_option,
     add_pairs_option,
     add_teacher,
-    cluster_by,
     load_teacher,
     max_bad,
     open_split,
 )
 from edgeclip.compress.data.sources import EMOJI, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.export.cli.options import TEST_SCENES, add_cluster_option, cluster_by
 from edgeclip.export.gates.gates import ACCEPT_OPTION, describe_missed
 from edgeclip.export.gates.teacher_agreement import TeacherBounds, judge_agreement
 from edgeclip.export.gates.zero_shot import (
@@ -59,8 +58,6 @@ from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.stats.clusters import Clusters
 
 _log = logging.getLogger(__name__)
-
-_TEST_COUNT = 3000  # emoji scenes, as many as decide
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "are too few to show it",
     )
     parser.add_argument(
-        "--test-count", type=positive, default=_TEST_COUNT, help="number of emoji scenes to test on"
+        "--test-count", type=positive, default=TEST_SCENES, help="number of emoji scenes to test on"
     )
     parser.add_argument(
         "--calibration-count",
@@ -302,7 +299,7 @@ def _export_command(args: argparse.Namespace) -> str:
             words += [f"--{name}", getattr(args, name)]
     words += [ACCEPT_OPTION] if args.accept_undecided else []
     words += [] if args.cluster_by is None else ["--cluster-by", args.cluster_by]
-    words += [] if args.test_count == _TEST_COUNT else ["--test-count", str(args.test_count)]
+    words += [] if args.test_count == TEST_SCENES else ["--test-count", str(args.test_count)]
     return shlex.join([*words, "--out", "bundle"])
 
 

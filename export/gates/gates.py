@@ -19,7 +19,7 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import label_ranks, pair_ranks
 from edgeclip.runtime.spec import Precision
-from edgeclip.runtime.stats.clusters import Clusters, effective_count
+from edgeclip.runtime.stats.clusters import Clusters, cluster_sums, effective_count
 from edgeclip.runtime.stats.interval import Estimate
 from edgeclip.runtime.stats.percentiles import estimate_percentile, least_count
 from edgeclip.runtime.stats.shares import estimate_loss
@@ -29,18 +29,7 @@ from edgeclip.runtime.stats.three_outcomes import BoundTest, Direction, Outcome,
 ACCEPT_OPTION = "--accept-undecided"
 _UNIT = 5e-3  # the largest allowed difference of an embedding's length from 1
 _SAME = 1e-3  # largest distance of two embeddings that count as one
-
-
 _MISSED = 0.025  # chance that an end of a 95% interval is wrong
-
-
-def each_end(looks: int = 1) -> float:
-    """Return the confidence of each end of a gate's interval, and so of its outcome.
-
-    Where candidates are held against the same items until one passes, `looks` is how many may be:
-    all of their intervals hold together with 95%.
-    """
-    return 1 - _MISSED / looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +56,7 @@ def _record(
     ends: tuple[float, float],
     outcome: Outcome,
     data: DataRecord | None,
-    confidence: float = 1 - 2 * _MISSED,
+    confidence: float,
 ) -> GateRecord:
     return GateRecord(
         name=gate.name,
@@ -105,9 +94,10 @@ def judge_gates(measured: Sequence[MeasuredGate], looks: int = 1) -> tuple[GateR
 
     Args:
         measured: the gates of one candidate.
-        looks: how many candidates may be held against the same items until one passes.
+        looks: how many candidates may be held against the same items until one passes: all of
+            their intervals hold together with 95%.
     """
-    confidence = each_end(looks)
+    confidence = 1 - _MISSED / looks  # of each end
     tests = [
         BoundTest((item.estimate,), item.gate.direction, item.gate.bound / item.scale)
         for item in measured
@@ -220,7 +210,7 @@ def measure_cosines(
     found = cosines(candidate, reference)
     independent = None
     if clusters is not None:
-        independent = math.floor(effective_count(np.bincount(clusters).astype(np.float64)))
+        independent = math.floor(effective_count(cluster_sums(clusters, found)[0]))
     mean = Gate("mean cosine", ">=", bounds.mean_cosine, "cosine")
     low = Gate("1st-percentile cosine", ">=", bounds.p1_cosine, "cosine")
     percentile = estimate_percentile(found, 1, least=-1.0, most=1.0, independent=independent)

@@ -133,7 +133,9 @@ def _wall_s(loads: Sequence[TargetRuns]) -> list[Runs]:
 def _measurement(
     name: str, part: Part, loads: Sequence[TargetRuns], base: tuple[str, list[Runs]] | None
 ) -> Measurement:
-    seconds = _wall_s(loads)
+    seconds, ratio = _wall_s(loads), None
+    if base is not None:
+        ratio = PairedRatio(reference=base[0], ratio=paired_ratio(seconds, base[1]))
     cpu = add_cpu_times([load.cpu for load in loads])
     return Measurement(
         name=name,
@@ -144,13 +146,9 @@ def _measurement(
             settled=all(load.warm_up.settled for load in loads),
         ),
         latency=latency_of([1e3 * runs for runs in seconds]),
-        ratio=None if base is None else _paired(seconds, *base),
+        ratio=ratio,
         sweep=(),
         cpu=cpu,
         contended=cpu.contended,
         samples_ms=tuple(load.times.wall_ms for load in loads),
     )
-
-
-def _paired(seconds: Sequence[Runs], reference: str, base: Sequence[Runs]) -> PairedRatio:
-    return PairedRatio(reference=reference, ratio=paired_ratio(seconds, base))

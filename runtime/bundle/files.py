@@ -595,7 +595,7 @@ class JsonRecord:
         """
         # Every subclass is a dataclass; this base has no fields.
         fields: dict[str, Any] = dataclasses.asdict(  # type: ignore[call-overload]
-            self, dict_factory=_json_fields
+            self, dict_factory=json_fields
         )
         data = {"schema_version": self.SCHEMA_VERSION, **fields}
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -644,7 +644,7 @@ class JsonRecord:
         return cls.from_json(text, source=str(path))
 
 
-def _json_fields(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+def json_fields(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a dict of a dataclass's fields; an infinite end of an interval becomes None."""
     return {
         name: None if name in ("low", "high") and value in (-math.inf, math.inf) else value

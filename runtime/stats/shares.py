@@ -138,25 +138,24 @@ class PairSums:
     Attributes:
         first: sum of the three [3].
         second: sum of their products [3, 3].
-        count: number of clusters.
-        clustered: whether they are clusters; otherwise each is an item.
+        clusters: number of clusters; None where items are independent.
     """
 
     first: Values
     second: Values
-    count: int
-    clustered: bool
+    clusters: int | None
 
     @classmethod
     def of(cls, reference: Values, ours: Values, clusters: Clusters | None) -> "PairSums":
         """Sum the hits of pairs [N]."""
         sizes, sums = cluster_sums(clusters, reference, ours)
         rows = np.stack([*sums, sizes], axis=1)
-        return cls(rows.sum(axis=0), rows.T @ rows, len(sizes), clusters is not None)
+        count = None if clusters is None else len(sizes)
+        return cls(rows.sum(axis=0), rows.T @ rows, count)
 
     def deviations(self, confidence: float) -> float:
         """How many standard errors a one-sided bound lies away."""
-        return _deviations(confidence, self.count if self.clustered else None)
+        return _deviations(confidence, self.clusters)
 
     def moments(self, confidence: float) -> tuple[Values, Values]:
         """Return the means of (reference, ours) [2] with the added pairs, and their covariance."""
