@@ -4,24 +4,16 @@ import argparse
 import dataclasses
 import typing
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgeclip.compress.cli.options import add_strict, max_bad, model_source
-from edgeclip.compress.data.keep_list import kept_rows, read_keep_list
-from edgeclip.compress.data.mixture import only, parts_of
-from edgeclip.compress.data.open_source import open_source
-from edgeclip.compress.data.sampling import MOST_HELD_OUT, Sampling
-from edgeclip.compress.data.sources import Source
+from edgeclip.compress.data.sampling import MOST_HELD_OUT
 from edgeclip.compress.processes import is_helper, processes, silence_helpers
-from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
-from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder, space_fingerprint
-from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
+from edgeclip.compress.teachers.dual_encoder import MARKER
 from edgeclip.compress.train.curves import write_curves
-from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.recipe import SECTIONS, DistillRecipe, load_recipe
-from edgeclip.compress.train.trackers import check_trackers
+from edgeclip.compress.train.run_recipe import prepare_run
 from edgeclip.runtime.bundle.files import check_target, require_space
 from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.errors import ConfigError
@@ -106,7 +98,7 @@ def _settings() -> Iterator[tuple[str, Any, Any]]:
     for made in (whole, *(getattr(whole, name) for name in SECTIONS)):
         hints = typing.get_type_hints(type(made))  # without the bounds, which `parse` checks
         for item in dataclasses.fields(made):
-            if item.name not in SECTIONS:
+            if item.name not in (*SECTIONS, "stages"):
                 yield item.name, hints[item.name], getattr(made, item.name)
 
 
@@ -152,41 +144,27 @@ def run(args: argparse.Namespace) -> int:
     silence_helpers()
     recipe = recipe_of(args)
     _refuse_teachers_as_output(recipe, args.out)
-    folder = _run_folder(args)
     check_target(args.out, replace=True, marker=MARKER)
-    check_trackers(recipe.training.track)
-    teachers = [_load(name) for name in recipe.teacher]
-    first = teachers[0]
-    start = None if recipe.start is None else _load(recipe.start)
-    sizes = [own.image_spec.size for own in (*teachers, *([] if start is None else [start]))]
-    source = _open_data(recipe, args, size=max(*sizes, recipe.student.image_size or 0))
-    # Refuses a number before the teacher's work.
-    Sampling(parts_of(source), held_out=recipe.held_out)
-    student = _student(recipe, first, source, start)
-    require_space(args.out, student.weight_bytes)
-    caches = _caches(recipe, args, teachers, source)
-    best = distill(
-        student,
-        caches,
-        source,
-        loss_weights=recipe.losses,
-        settings=recipe.training,
-        out=folder,
-        held_out=recipe.held_out,
-        max_bad=max_bad(args),
-        start="" if start is None else space_fingerprint(start),
-        begin=lambda: recipe.save(folder / "recipe.yaml"),
+    folder = _run_folder(args)
+    prepared = prepare_run(
+        recipe, run=folder, cache=args.cache, strict=args.strict, max_bad=max_bad(args)
     )
+    require_space(args.out, prepared.weight_bytes)
+    end = prepared.train()
     if not processes().is_first:
         return 0
-    student.save(args.out)
-    if best is not None:
-        print(
-            f"held-out pictures: {best.validation.says} at step {best.step} of "
-            f"{recipe.training.steps}, which is kept"
-        )
-    curves = write_curves(folder, title=f"Training of {args.out.name}")
-    shown = "" if curves is None else f"; curves in {curves}"
+    end.student.save(args.out)
+    shown = ""
+    for number, stage in enumerate(end.stages, 1):
+        where = f"stage {number}: " if recipe.stages else ""
+        if stage.best is not None:
+            print(
+                f"{where}held-out pictures: {stage.best.validation.says} at step "
+                f"{stage.best.step} of {stage.steps}, which is kept"
+            )
+        title = f"Training of {args.out.name}" + (f", stage {number}" if recipe.stages else "")
+        curves = write_curves(stage.run, title=title)
+        shown = "" if curves is None else f"; curves in {curves}"
     print(f"student written to {args.out}; log, checkpoints and recipe in {folder}{shown}")
     return 0
 
@@ -205,67 +183,10 @@ def _refuse_teachers_as_output(recipe: DistillRecipe, out: Path) -> None:
     Raises:
         ConfigError: `--out` is that directory, or holds it.
     """
-    for name in (*recipe.teacher, recipe.start):
+    teachers = [name for own in recipe.stage_recipes() for name in own.teacher]
+    for name in (*teachers, recipe.start):
         folder = Path(model_source(name or ""))
         if name and folder.is_dir() and folder.resolve().is_relative_to(out.resolve()):
             raise ConfigError(
                 f"--out {out} would replace the teacher {folder}: choose another directory"
             )
-
-
-def _load(name: str) -> DualEncoder:
-    return DualEncoder.load(model_source(name)).to(processes().device)
-
-
-def _open_data(recipe: DistillRecipe, args: argparse.Namespace, *, size: int) -> Source:
-    with processes().first_before_others():
-        source = open_source(
-            recipe.data, split="train", count=recipe.count, size=size, strict=args.strict
-        )
-    if recipe.keep is None:
-        return source
-    keep = read_keep_list(Path(recipe.keep))
-    rows = kept_rows(source, keep)
-    return only(source, rows, name=f"{source.name}, {len(rows)} of them kept by {keep.path}")
-
-
-def _student(
-    recipe: DistillRecipe, teacher: DualEncoder, source: Source, start: DualEncoder | None
-) -> DualEncoder:
-    shape = recipe.student
-    seed = recipe.training.seed
-    if start is not None:
-        if shape != StudentShape():
-            raise ConfigError(
-                "--start begins with a whole model, so leave out the sizes of a student"
-            )
-        student = adopt_student(start, teacher, seed=seed)
-    else:
-        if not source.has_captions and not shape.whole_text:
-            if processes().is_first:
-                print(f"{source.name}: no captions, so the teacher's text tower is kept as it is")
-            shape = replace(shape, whole_text=True)
-        student = new_student(teacher, shape, seed=seed)
-    return student.to(teacher.device)
-
-
-def _caches(
-    recipe: DistillRecipe, args: argparse.Namespace, teachers: list[DualEncoder], source: Source
-) -> list[TeacherCache]:
-    """Return the embeddings of each teacher; the first one's cache holds those of the others."""
-    main = args.cache or _run_folder(args) / "cache"
-    caches: list[TeacherCache] = []
-    for number, teacher in enumerate(teachers, 1):
-        own = caches[0].settings if caches else None
-        caches.append(
-            build_cache(
-                teacher,
-                source,
-                main if own is None else main / f"teacher-{number}",
-                views=recipe.views if own is None else own.views,
-                augmentation=None if own is None else own.augmentation,
-                max_bad=max_bad(args),
-                workers=recipe.training.workers,
-            )
-        )
-    return caches

@@ -186,7 +186,7 @@ def test_distill_on_pictures_without_captions(
         (folder / path.name).write_bytes(path.read_bytes())
     out = tmp_path / "student"
     assert main(_distill(teacher_folder, out, "--data", folder, "--steps", 3)) == 0
-    assert "no captions, so the teacher's text tower is kept" in capsys.readouterr().out
+    assert "no captions, so the teacher's text tower is kept" in capsys.readouterr().err
     ours, theirs = DualEncoder.load(out).model.state_dict(), teacher.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("text"))
 

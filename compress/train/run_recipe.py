@@ -1,0 +1,385 @@
+"""Run a recipe: open teachers and data, fill the caches, make the student and train it in stages.
+
+The log and the checkpoints of a run lie in its folder; with stages, those of stage N in `stage-N`,
+beside the student that it ended with. A run that was stopped goes on in the stage where it was: one
+that has ended takes no more steps.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
+from edgeclip.compress.data.keep_list import kept_rows, read_keep_list
+from edgeclip.compress.data.mixture import only, parts_of
+from edgeclip.compress.data.open_source import open_source
+from edgeclip.compress.data.sampling import Sampling
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.processes import processes
+from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
+from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
+from edgeclip.compress.train.checkpoint import checkpoint_folder
+from edgeclip.compress.train.distill import distill
+from edgeclip.compress.train.kept_weights import BestStep
+from edgeclip.compress.train.recipe import DistillRecipe, load_recipe, stage_number
+from edgeclip.compress.train.trackers import check_trackers
+from edgeclip.runtime.errors import ConfigError, EdgeClipError
+from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad
+
+_log = logging.getLogger(__name__)
+
+RECIPE = "recipe.yaml"  # in the folder of a run
+
+Models = Mapping[str, DualEncoder]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageEnd:
+    """How a stage ended: its folder, number of steps, and the step whose weights it kept.
+
+    `best` is None if nothing was held out.
+    """
+
+    run: Path
+    steps: int
+    best: BestStep | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnd:
+    """The student that a run ended with, and how each of its stages ended."""
+
+    student: DualEncoder
+    stages: tuple[StageEnd, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stage:
+    """A stage with what it needs.
+
+    Attributes:
+        number: from 1.
+        recipe: its settings.
+        run: its folder.
+        shape: the sizes of its student.
+        goes_on: whether that is the student of the stage before, with all its weights.
+        source: its data.
+    """
+
+    number: int
+    recipe: DistillRecipe
+    run: Path
+    shape: StudentShape
+    goes_on: bool
+    source: Source
+
+
+class PreparedRun:
+    """A run with its teachers and data open, and its mistakes looked for; see `prepare_run`.
+
+    Attributes:
+        weight_bytes: bytes of the student that it will end with, as float32.
+    """
+
+    def __init__(
+        self,
+        recipe: DistillRecipe,
+        stages: Sequence[_Stage],
+        models: Models,
+        students: Sequence[DualEncoder],
+        *,
+        run: Path,
+        cache: Path,
+        max_bad: MaxBad,
+    ) -> None:
+        self._recipe, self._stages, self._models = recipe, stages, models
+        self._first_student = students[0]
+        self._teacher = models[stages[0].recipe.teacher[0]]
+        self._run, self._cache, self._max_bad = run, cache, max_bad
+        self._asked: dict[Path, tuple[object, ...]] = {}  # what each cache is of
+        self.weight_bytes = students[-1].weight_bytes
+
+    def train(self) -> RunEnd:
+        """Train stage after stage, or go on where the run was stopped.
+
+        Raises:
+            ConfigError, InputError, KeyboardInterrupt: see `build_cache`, `distill` and `train`.
+        """
+        students: list[DualEncoder] = []
+        ends: list[StageEnd] = []
+        for stage in self._stages:
+            if self._recipe.stages:
+                _log.info("stage %d of %d", stage.number, len(self._stages))
+            student, start = self._begin(stage, students)
+            settings = stage.recipe.training
+            best = distill(
+                student,
+                self._caches(stage, students),
+                stage.source,
+                loss_weights=stage.recipe.losses,
+                settings=settings,
+                out=stage.run,
+                held_out=stage.recipe.held_out,
+                max_bad=self._max_bad,
+                start=start,
+                begin=self._keep_recipe(stage),
+            )
+            if self._recipe.stages and processes().is_first:
+                student.save(stage.run / "student")
+            students.append(student)
+            ends.append(StageEnd(run=stage.run, steps=settings.steps, best=best))
+        return RunEnd(student=students[-1], stages=tuple(ends))
+
+    def _begin(self, stage: _Stage, students: Sequence[DualEncoder]) -> tuple[DualEncoder, str]:
+        """Return the student of a stage before its first step, and the name of what it was."""
+        if students:
+            student = _next_student(stage, students[-1], self._teacher)
+            return student, space_fingerprint(students[-1])
+        start = self._recipe.start
+        return self._first_student, "" if start is None else space_fingerprint(self._models[start])
+
+    def _keep_recipe(self, stage: _Stage) -> Callable[[], None]:
+        """Return what writes the recipe, once no later stage can refuse to go on with it."""
+        begun = [own.number for own in self._stages if checkpoint_folder(own.run)]
+        if stage.number < max(begun, default=1):
+            return lambda: None
+        return lambda: self._recipe.save(self._run / RECIPE)
+
+    def _caches(self, stage: _Stage, students: Sequence[DualEncoder]) -> list[TeacherCache]:
+        """Return the embeddings of each teacher; the first one's cache holds those of the others.
+
+        Stages with the same teachers and views share theirs. Those of students lie in the folder of
+        the run, for they are of no use to others.
+        """
+        names, views = stage.recipe.teacher, stage.recipe.views
+        asked = (names, views)
+        of_students = any(name not in self._models for name in names)
+        own = (self._run / "cache" if of_students else self._cache) / f"stage-{stage.number}"
+        usual = [own] if of_students else [self._cache, own]
+        known = [path for path, before in self._asked.items() if before == asked]
+        main = next(path for path in (*known, *usual) if self._asked.get(path, asked) == asked)
+        self._asked[main] = asked
+        caches: list[TeacherCache] = []
+        for place, name in enumerate(names, 1):
+            number = None if name in self._models else stage_number(name)
+            first = caches[0].settings if caches else None
+            caches.append(
+                build_cache(
+                    self._models[name] if number is None else students[number - 1],
+                    stage.source,
+                    main if first is None else main / f"teacher-{place}",
+                    views=views if first is None else first.views,
+                    augmentation=None if first is None else first.augmentation,
+                    max_bad=self._max_bad,
+                    workers=stage.recipe.training.workers,
+                )
+            )
+        return caches
+
+
+def prepare_run(
+    recipe: DistillRecipe,
+    *,
+    run: Path,
+    cache: Path | None = None,
+    strict: bool = False,
+    max_bad: MaxBad = DEFAULT_MAX_BAD,
+) -> PreparedRun:
+    """Open the teachers and data of a recipe, and look for the mistakes of all its stages.
+
+    Nothing is written.
+
+    Args:
+        recipe: the settings.
+        run: folder of checkpoints, logs and the recipe.
+        cache: folder of the teacher cache; None for `run/cache`.
+        strict, max_bad: see `open_source` and `build_cache`.
+
+    Raises:
+        ConfigError, InputError: a teacher or data cannot be used, a student cannot be made, or
+            `run` holds another run. The mistakes of several stages are one message.
+    """
+    recipes = recipe.stage_recipes()
+    folders = [run / f"stage-{number}" if recipe.stages else run for number in _numbers(recipes)]
+    _refuse_another_run(recipe, run, folders)
+    wrong: list[str] = []
+    models = _load_models(recipe, wrong)
+    teacher = models[recipes[0].teacher[0]]
+    size = max(
+        *(own.image_spec.size for own in models.values()),
+        *(own.student.image_size or 0 for own in recipes),
+    )
+    stages: list[_Stage] = []
+    students: list[DualEncoder] = []  # as they begin: the sizes of one rest on those before
+    for number, own, folder in zip(_numbers(recipes), recipes, folders, strict=True):
+        with _noted(wrong, f"stage {number}" if recipe.stages else ""):
+            check_trackers(own.training.track)
+            _check_teachers(own, models, teacher, number)
+            source = _open_data(own, size=size, strict=strict)
+            Sampling(parts_of(source), held_out=own.held_out)
+            shape = _shape(own, source, number)
+            numbers = _with_numbers(shape, teacher)
+            stage = _Stage(
+                number=number,
+                recipe=own,
+                run=folder,
+                shape=numbers,
+                goes_on=bool(stages) and stages[-1].shape == numbers,
+                source=source,
+            )
+            if number == 1:
+                student = _first_student(own, shape, models, teacher)
+            else:
+                student = _next_student(stage, students[-1] if students else teacher, teacher)
+            stages.append(stage)
+            students.append(student)
+    if wrong:
+        raise ConfigError("the recipe cannot run:\n" + "\n".join(f"  {line}" for line in wrong))
+    cache = cache or run / "cache"
+    return PreparedRun(recipe, stages, models, students, run=run, cache=cache, max_bad=max_bad)
+
+
+def _numbers(recipes: Sequence[DistillRecipe]) -> range:
+    return range(1, len(recipes) + 1)
+
+
+@contextmanager
+def _noted(wrong: list[str], where: str) -> Iterator[None]:
+    """Note a mistake and go on to look for others; raise it if it is nowhere in particular."""
+    try:
+        yield
+    except EdgeClipError as error:
+        if not where:
+            raise
+        wrong.append(f"{where}: {error}")
+
+
+def _refuse_another_run(recipe: DistillRecipe, run: Path, folders: Sequence[Path]) -> None:
+    """Refuse a folder that holds a run with stages for one without, and the other way round.
+
+    Raises:
+        ConfigError: as said; or a stage that others went on from is to have other steps.
+    """
+    advice = "choose another --out, or delete it to start again"
+    if checkpoint_folder(run if recipe.stages else run / "stage-1") is not None:
+        what = "without" if recipe.stages else "with"
+        raise ConfigError(f"{run} holds a run {what} stages: {advice}")
+    written = run / RECIPE
+    if not recipe.stages or not written.is_file():
+        return
+    pairs = zip(load_recipe(str(written)).stage_recipes(), recipe.stage_recipes(), strict=False)
+    for number, (before, now) in enumerate(pairs, 1):
+        steps = before.training.steps
+        began = number < len(folders) and checkpoint_folder(folders[number]) is not None
+        if began and now.training.steps != steps:
+            raise ConfigError(
+                f"stage {number} in {run} ended after {steps} steps, and stage {number + 1} went "
+                f"on from there: leave its steps as they are; {advice}"
+            )
+
+
+def _load_models(recipe: DistillRecipe, wrong: list[str]) -> dict[str, DualEncoder]:
+    """Load each teacher of all stages, and what to start from, by its name."""
+    recipes = recipe.stage_recipes()
+    models: dict[str, DualEncoder] = {}
+    for number, own in enumerate(recipes, 1):
+        for name in (*own.teacher, *((own.start,) if own.start is not None else ())):
+            if name in models or (recipe.stages and stage_number(name)):
+                continue
+            # Without the very first one there is nothing to hold the others against.
+            with _noted(wrong, f"stage {number}" if models else ""):
+                source = built_in_teacher() if name == BUILT_IN else name
+                models[name] = DualEncoder.load(source).to(processes().device)
+    return models
+
+
+def _check_teachers(
+    recipe: DistillRecipe, models: Models, teacher: DualEncoder, number: int
+) -> None:
+    """Refuse a stage that would leave the space of the run's first teacher.
+
+    Raises:
+        ConfigError: its first teacher embeds into another space.
+    """
+    first = recipe.teacher[0]
+    if number > 1 and first in models and models[first].space != teacher.space:
+        raise ConfigError(
+            f"its first teacher {first} has another embedding space than that of stage 1, which "
+            "all students live in: name it behind a teacher of that space"
+        )
+
+
+def _open_data(recipe: DistillRecipe, *, size: int, strict: bool) -> Source:
+    with processes().first_before_others():
+        source = open_source(
+            recipe.data, split="train", count=recipe.count, size=size, strict=strict
+        )
+    if recipe.keep is None:
+        return source
+    keep = read_keep_list(Path(recipe.keep))
+    rows = kept_rows(source, keep)
+    return only(source, rows, name=f"{source.name}, {len(rows)} of them kept by {keep.path}")
+
+
+def _shape(recipe: DistillRecipe, source: Source, number: int) -> StudentShape:
+    """Return the sizes of a student, with the whole text tower where no caption trains it."""
+    if recipe.start is not None and recipe.student != StudentShape():
+        raise ConfigError("--start begins with a whole model, so leave out the sizes of a student")
+    if source.has_captions or recipe.start is not None or recipe.student.whole_text:
+        return recipe.student
+    whose = "teacher's" if number == 1 else "last stage's"
+    _log.info("%s: no captions, so the %s text tower is kept as it is", source.name, whose)
+    return replace(recipe.student, whole_text=True)
+
+
+def _with_numbers(shape: StudentShape, teacher: DualEncoder) -> StudentShape:
+    """Return a shape with numbers in place of None, which means a part of the first teacher's.
+
+    A later stage's student is made from the student before it, whose half would be less.
+    """
+    towers = teacher.model.config.vision_config, teacher.model.config.text_config
+    known: dict[str, Any] = {
+        "image_size": teacher.image_spec.size,
+        "patch_size": _patch_size(teacher),
+    }
+    for tower, config in zip(("image", "text"), towers, strict=True):
+        for part, name in (("heads", "num_attention_heads"), ("layers", "num_hidden_layers")):
+            whole = getattr(config, name, None)
+            known[f"{tower}_{part}"] = (whole + 1) // 2 if isinstance(whole, int) else None
+    return replace(
+        shape, **{name: value for name, value in known.items() if getattr(shape, name) is None}
+    )
+
+
+def _patch_size(model: DualEncoder) -> int | None:
+    size = getattr(model.model.config.vision_config, "patch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _first_student(
+    recipe: DistillRecipe, shape: StudentShape, models: Models, teacher: DualEncoder
+) -> DualEncoder:
+    seed = recipe.training.seed
+    if recipe.start is None:
+        student = new_student(teacher, shape, seed=seed)
+    else:
+        student = adopt_student(models[recipe.start], teacher, seed=seed)
+    return student.to(teacher.device)
+
+
+def _next_student(stage: _Stage, previous: DualEncoder, teacher: DualEncoder) -> DualEncoder:
+    """Make the student of a later stage: the one before it as it is, or a part of that."""
+    seed = stage.recipe.training.seed
+    if stage.goes_on:
+        previous.requires_grad_(True)  # a stage without captions had frozen the text tower
+        return adopt_student(previous, teacher, seed=seed).to(teacher.device)
+    shape = stage.shape
+    if shape.image_size == previous.image_spec.size:  # there is nothing to resample
+        shape = replace(shape, image_size=None)
+    if shape.patch_size == _patch_size(previous):
+        shape = replace(shape, patch_size=None)
+    return new_student(previous, shape, seed=seed).to(teacher.device)
