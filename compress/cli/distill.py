@@ -12,6 +12,7 @@ from edgeclip.compress.data.sampling import MOST_HELD_OUT
 from edgeclip.compress.processes import is_helper, processes, silence_helpers
 from edgeclip.compress.teachers.dual_encoder import MARKER
 from edgeclip.compress.train.curves import write_curves
+from edgeclip.compress.train.losses import TERMS
 from edgeclip.compress.train.recipe import SECTIONS, DistillRecipe, load_recipe
 from edgeclip.compress.train.run_recipe import prepare_run
 from edgeclip.runtime.bundle.files import check_target, require_space
@@ -41,10 +42,13 @@ _HELP = {
     "patch_size": "side of the image tower's patches in pixels (default: the teacher's)",
     "conv_widths": "channels of each ConvNeXt stage",
     "conv_depths": "blocks of each ConvNeXt stage",
-    "affinity": "weight of this loss",
-    "feature": "weight of this loss",
-    "interactive": "weight of this loss",
-    "contrastive": "weight of this loss",
+    **dict.fromkeys(TERMS, "weight of this loss"),
+    "affinity_scale": "factor on each teacher's logit scale in the affinity loss, or one for all",
+    "row_weights": "rows of the affinity and interactive losses count as much as the teacher knows "
+    "of them, or all the same",
+    "row_focus": "exponent by which those rows count more that the student gets wrong",
+    "hard_count": "hard negatives of each picture",
+    "logit_temperature": "of the logit loss",
     "steps": "may be raised for a run that has ended: its learning rate then goes on as in a run "
     "of so many steps",
     "batch_size": "pictures of a step, over all processes",

@@ -161,6 +161,12 @@ class DualEncoder(nn.Module):
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
+    @property
+    def logit_bias(self) -> float | None:
+        """What a SigLIP adds to its logits; None for a model that answers with a softmax."""
+        found = getattr(self.model, "logit_bias", None)
+        return None if found is None else float(found.detach())
+
     @functools.cached_property
     def _frame(self) -> tuple[int | None, int | None]:
         """The first and the last id of every text, as the tokenizer puts them around one."""

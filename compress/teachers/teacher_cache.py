@@ -47,6 +47,7 @@ class CacheIdentity:
         dim: length of an embedding.
         augmentation: how the views are made.
         logit_scale: the teacher's logit scale.
+        logit_bias: its logit bias, if it is a SigLIP.
     """
 
     space: str
@@ -54,6 +55,7 @@ class CacheIdentity:
     dim: int
     augmentation: Augmentation
     logit_scale: float
+    logit_bias: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +177,7 @@ def build_cache(
         dim=teacher.spec.dim,
         augmentation=augmentation,
         logit_scale=scale,
+        logit_bias=teacher.logit_bias,
     )
     image_file, text_file = folder / "image.rows", folder / "text.rows"
     image_row, text_row = (views, identity.dim), (identity.dim,)
@@ -477,9 +480,11 @@ def _write_identity(folder: Path, identity: CacheIdentity) -> None:
 
 def _refuse_other(folder: Path, existing: CacheIdentity, wanted: CacheIdentity) -> None:
     found, given = asdict(existing), asdict(wanted)
+    if existing.logit_bias is None:  # of a cache from before it was kept; it changes no embedding
+        del given["logit_bias"]
     different = [name for name, value in given.items() if found[name] != value]
     if "space" in different:  # what else comes of the teacher's weights differs with them
-        of_teacher = {"space", "dim", "logit_scale"}
+        of_teacher = {"space", "dim", "logit_scale", "logit_bias"}
         different = ["teacher", *(name for name in different if name not in of_teacher)]
     if different:
         raise ConfigError(

@@ -21,16 +21,11 @@ from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source, seed_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.teachers.teacher_cache import TeacherCache
+from edgeclip.compress.teachers.teacher_cache import CacheSettings, TeacherCache
 from edgeclip.compress.train.held_out import HeldOut
 from edgeclip.compress.train.kept_weights import BestStep, Validation
-from edgeclip.compress.train.losses import (
-    LossWeights,
-    TeacherRows,
-    distillation_losses,
-    equal_captions,
-    feature_loss,
-)
+from edgeclip.compress.train.loss_terms import TeacherRows, equal_captions, feature_loss
+from edgeclip.compress.train.losses import LossWeights, distillation_losses
 from edgeclip.compress.train.train_loop import (
     Batch,
     BatchPart,
@@ -79,7 +74,8 @@ def distill(
 
     Raises:
         ConfigError: a cache was made from other data than `source`, the student's embeddings have
-            another length than the first teacher's, or nothing teaches pictures without captions.
+            another length than the first teacher's, nothing teaches pictures without captions, or
+            a loss is one that the teachers cannot teach.
     """
     caches = [caches] if isinstance(caches, TeacherCache) else list(caches)
     first = caches[0].settings
@@ -95,6 +91,7 @@ def distill(
         raise ConfigError(
             "the teachers' caches hold other views of the pictures: make them with the same --views"
         )
+    loss_weights.check([own.settings.logit_bias for own in caches])
     if not first.captions:
         if not loss_weights.feature:
             raise ConfigError(
@@ -132,7 +129,7 @@ def distill(
         module=student,
         batch=DistillationBatches(student, caches, source, sampling, settings),
         embed=partial(embed_batch, student),
-        losses=partial(_losses, loss_weights, [own.settings.logit_scale for own in caches]),
+        losses=partial(_losses, loss_weights, [own.settings for own in caches]),
         identity=_identity(student, caches, loss_weights, source, len(sampling.held_out), start),
         begin=begin,
         validate=validate,
@@ -177,7 +174,7 @@ def embed_batch(student: DualEncoder, inputs: Rows) -> Rows:
 
 
 def _losses(
-    weights: LossWeights, scales: Sequence[float], found: Rows, targets: Rows
+    weights: LossWeights, caches: Sequence[CacheSettings], found: Rows, targets: Rows
 ) -> dict[str, Tensor]:
     rows = targets["readable"]
     if not rows.any():
@@ -190,9 +187,10 @@ def _losses(
         TeacherRows(
             image=targets[f"image {number}"][rows],
             text=targets[f"text {number}"][rows],
-            scale=scale,
+            scale=own.logit_scale,
+            bias=own.logit_bias,
         )
-        for number, scale in enumerate(scales)
+        for number, own in enumerate(caches)
     ]
     return distillation_losses(
         weights,

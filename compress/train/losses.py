@@ -1,141 +1,112 @@
-"""Losses of distillation and contrastive training; all take L2-normalised embeddings.
-
-Shapes: image and text embeddings are float [N, dim], row i of each is one pair.
-
-The targets between image and text are soft: the teacher's own similarities (TinyCLIP's affinity
-mimicking, MobileCLIP's distillation loss). A one-hot target, "the own caption and no other", is
-one that the teacher itself misses wherever it does not know the pictures. Its gradient at the
-teacher's own embeddings is scale (P - I) T for the teacher's probabilities P and texts T, which is
-not 0 and, at a logit scale of 100, many times that of the feature loss: the student is pulled out
-of the teacher's space. With soft targets, every loss here but the plain contrastive one is 0, and
-so is its gradient, where student and teacher are equal.
-"""
+"""Weigh and add the losses of distillation, see `loss_terms` for each with its paper."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import Tensor
 
+from edgeclip.compress.train.loss_terms import (
+    Bank,
+    RowWeights,
+    TeacherRows,
+    affinity_loss,
+    contrastive_loss,
+    feature_loss,
+    hard_negative_loss,
+    interactive_loss,
+    logit_loss,
+    orthogonality_loss,
+    relational_loss,
+    sigmoid_loss,
+    vertical_loss,
+)
 from edgeclip.runtime.device.schema import check_bounds
 from edgeclip.runtime.errors import ConfigError
 
-
-def contrastive_loss(
-    image: Tensor, text: Tensor, scale: Tensor | float, same: Tensor | None = None
-) -> Tensor:
-    """Return the symmetric InfoNCE loss over the batch, a scalar (CLIP, Radford et al. 2021).
-
-    `same` (bool [N, N]) tells which pairs have an equal caption: each of them is as right as the
-    own one (Khosla et al. 2020, eq. 2). None if all captions differ.
-    """
-    logits = scale * image @ text.T
-    if same is None:
-        same = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    target = same / same.sum(dim=-1, keepdim=True)  # symmetric, as `same` is in equal rows
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def equal_captions(keys: Tensor) -> Tensor:
-    """Tell which captions are equal: a number of each caption, int64 [N], to bool [N, N]."""
-    return keys[:, None] == keys
-
-
-def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean of 5 (1 - cos) between matching rows: feature distillation, a scalar."""
-    return 5 * (1 - (student * teacher).sum(dim=-1)).mean()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherRows:
-    """A teacher's embeddings of a batch: image and text float [N, dim], and its logit scale."""
-
-    image: Tensor
-    text: Tensor
-    scale: float
-
-    def chosen(self, rows: Tensor) -> "TeacherRows":
-        """Return the rows of a mask, bool [N]."""
-        return TeacherRows(image=self.image[rows], text=self.text[rows], scale=self.scale)
-
-
-def affinity_loss(
-    image: Tensor, text: Tensor, teachers: Sequence[TeacherRows], same: Tensor | None = None
-) -> Tensor:
-    """Let the similarities of the student's images and texts mimic the teachers', a scalar.
-
-    Affinity mimicking of TinyCLIP (Wu et al. 2023, eq. 3), see `_mimic`. Several teachers, each at
-    its own scale, are averaged after the softmax (MobileCLIP, Vasu et al. 2024, sec. 4); the
-    student answers at the scale of the first.
-    """
-    logits = teachers[0].scale * image @ text.T
-    to_texts, to_images = _log_probabilities(teachers)
-    return (_mimic(logits, to_texts, same) + _mimic(logits.T, to_images, same)) / 2
-
-
-def interactive_loss(
-    image: Tensor, text: Tensor, teachers: Sequence[TeacherRows], same: Tensor | None = None
-) -> Tensor:
-    """Let the student's images find among the teacher's texts what the teacher's do, and texts so.
-
-    Interactive contrastive learning of CLIP-KD (Yang et al. 2024, eq. 8), but with the teachers'
-    own similarities as targets, see `_mimic`. The texts are those of the first teacher, in whose
-    space the student lives.
-    """
-    first = teachers[0]
-    to_texts, to_images = _log_probabilities(teachers)
-    images = _mimic(first.scale * image @ first.text.T, to_texts, same)
-    texts = _mimic(first.scale * text @ first.image.T, to_images, same)
-    return (images + texts) / 2
-
-
-def _log_probabilities(teachers: Sequence[TeacherRows]) -> tuple[Tensor, Tensor]:
-    """Return the logarithms of the teachers' mean chances: of each image's texts, and of texts."""
-    with torch.no_grad():
-        logits = [own.scale * own.image @ own.text.T for own in teachers]
-        to_texts, to_images = (
-            torch.stack([F.log_softmax(given, dim=-1) for given in each]).logsumexp(dim=0)
-            - math.log(len(teachers))
-            for each in (logits, [own.T for own in logits])
-        )
-    return to_texts, to_images
-
-
-def _mimic(student: Tensor, target: Tensor, same: Tensor | None) -> Tensor:
-    """Return KL(target || student) of the softmax of each row of logits [N, N], averaged.
-
-    `target` holds logarithms of chances. A row counts as much as the teacher knows in it: its
-    probability of what is right, the own column or any with an equal caption (`same`, bool
-    [N, N]). The rest tells nothing about how image and text belong together, and fitting it at a
-    scale of 100 costs the features.
-    """
-    with torch.no_grad():
-        chance = target.exp()
-        known = chance.diagonal() if same is None else (chance * same).sum(dim=-1)
-    each = F.kl_div(F.log_softmax(student, dim=-1), target, reduction="none", log_target=True)
-    return (known * each.sum(dim=-1)).mean()
+# In the order in which they are computed and logged.
+TERMS = (
+    "feature",
+    "affinity",
+    "interactive",
+    "contrastive",
+    "hard_negatives",
+    "sigmoid",
+    "logits",
+    "relational",
+    "vertical",
+    "orthogonality",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossWeights:
-    """The weight of each loss; 0 leaves a loss out."""
+    """The weight of each loss, 0 to leave it out, and what some of them depend on.
+
+    Args:
+        affinity, feature, interactive, contrastive, hard_negatives, sigmoid, logits, relational,
+            vertical, orthogonality: the weights, see the function of that name in `loss_terms`.
+        affinity_scale: a factor on the logit scale of each teacher in the affinity loss: one for
+            all, or one for each.
+        row_weights, row_focus: how much each row of the affinity and interactive losses counts, see
+            `RowWeights`.
+        hard_count: number of hard negatives of each picture.
+        logit_temperature: of the logit loss.
+    """
 
     affinity: Annotated[float, Ge(0)] = 1.0
     feature: Annotated[float, Ge(0)] = 1.0
     interactive: Annotated[float, Ge(0)] = 1.0
     contrastive: Annotated[float, Ge(0)] = 0.0
+    hard_negatives: Annotated[float, Ge(0)] = 0.0
+    sigmoid: Annotated[float, Ge(0)] = 0.0
+    logits: Annotated[float, Ge(0)] = 0.0
+    relational: Annotated[float, Ge(0)] = 0.0
+    vertical: Annotated[float, Ge(0)] = 0.0
+    orthogonality: Annotated[float, Ge(0)] = 0.0
+    affinity_scale: tuple[float, ...] = (1.0,)
+    row_weights: Literal["known", "equal"] = "known"
+    row_focus: Annotated[float, Ge(0)] = 0.0
+    hard_count: Annotated[int, Ge(1)] = 8
+    logit_temperature: Annotated[float, Gt(0)] = 2.0
 
     def __post_init__(self) -> None:
         try:
             check_bounds(self)
         except ValueError as error:
             raise ConfigError(f"weights of losses: {error}") from error
-        if not any(getattr(self, item.name) for item in fields(self)):
+        if not any(getattr(self, name) for name in TERMS):
             raise ConfigError("the weights of all losses are 0, so there is nothing to learn")
+        if not self.affinity_scale or not all(0 < own < math.inf for own in self.affinity_scale):
+            raise ConfigError(
+                f"affinity_scale must be one factor above 0, or one for each teacher, got "
+                f"{' '.join(map(str, self.affinity_scale)) or 'none'}"
+            )
+
+    def check(self, biases: Sequence[float | None]) -> None:
+        """Refuse what teachers of these logit biases, None for one without, cannot teach.
+
+        Raises:
+            ConfigError: the message says what to leave out.
+        """
+        if len(self.affinity_scale) not in (1, len(biases)):
+            raise ConfigError(
+                f"--affinity-scale has {len(self.affinity_scale)} factors for {len(biases)} "
+                "teachers: give one for all, or one for each"
+            )
+        if self.sigmoid and biases[0] is None:
+            raise ConfigError(
+                "--sigmoid needs a teacher with a logit bias, such as a SigLIP: leave it out, or "
+                "take --logits"
+            )
+        if self.logits and len({own is None for own in biases}) > 1:
+            raise ConfigError(
+                "--logits cannot average a teacher that answers with a softmax and a SigLIP: leave "
+                "it out, or choose teachers of one kind"
+            )
 
 
 def distillation_losses(
@@ -146,6 +117,7 @@ def distillation_losses(
     teachers: Sequence[TeacherRows],
     captioned: Tensor | None = None,
     same: Tensor | None = None,
+    bank: Bank | None = None,
 ) -> dict[str, Tensor]:
     """Return every weighted loss by name, and their weighted sum as `total`.
 
@@ -156,6 +128,7 @@ def distillation_losses(
         captioned: which pictures have a caption, bool [N]; the text rows of the others mean
             nothing, and their image rows learn by the feature loss alone. None for all.
         same: which captions are equal, bool [N, N]; None if all differ.
+        bank: more captions than those of the batch, for the losses that take them.
     """
     first = teachers[0]
     if captioned is None:
@@ -171,14 +144,72 @@ def distillation_losses(
         parts["feature"] = (
             feature_loss(every, first.image) + feature_loss(text, pairs[0].text)
         ) / 2
-    if weights.affinity:
-        parts["affinity"] = affinity_loss(image, text, pairs, same)
-    if weights.interactive:
-        parts["interactive"] = interactive_loss(image, text, pairs, same)
-    if weights.contrastive:
-        parts["contrastive"] = contrastive_loss(image, text, first.scale, same)
+    parts |= _between_towers(weights, image, text, pairs, same, bank and bank.chosen(captioned))
+    parts |= _within_towers(weights, image, text, pairs, bank)
     total = sum(
         (getattr(weights, name) * value for name, value in parts.items()),
         start=torch.zeros((), device=image.device),
     )
     return {"total": total, **parts}
+
+
+def _between_towers(
+    weights: LossWeights,
+    image: Tensor,
+    text: Tensor,
+    teachers: Sequence[TeacherRows],
+    same: Tensor | None,
+    bank: Bank | None,
+) -> dict[str, Tensor]:
+    """Return the losses that compare pictures with texts."""
+    first = teachers[0]
+    more = bank and bank.cosines(image, teachers)
+    rows = RowWeights(by=weights.row_weights, focus=weights.row_focus)
+    parts: dict[str, Tensor] = {}
+    if weights.affinity:
+        factors = weights.affinity_scale * (len(teachers) // len(weights.affinity_scale))
+        scaled = [
+            replace(own, scale=factor * own.scale)
+            for own, factor in zip(teachers, factors, strict=True)
+        ]
+        parts["affinity"] = affinity_loss(image, text, scaled, same, bank=more, rows=rows)
+    if weights.interactive:
+        parts["interactive"] = interactive_loss(image, text, teachers, same, bank=more, rows=rows)
+    if weights.contrastive:
+        parts["contrastive"] = contrastive_loss(image, text, first.scale, same, more)
+    if weights.hard_negatives:
+        parts["hard_negatives"] = hard_negative_loss(
+            image, text, first, same, bank=more, count=weights.hard_count
+        )
+    if weights.sigmoid and first.bias is not None:
+        parts["sigmoid"] = sigmoid_loss(image, text, first.scale, first.bias, same, more)
+    if weights.logits:
+        parts["logits"] = logit_loss(
+            image, text, teachers, temperature=weights.logit_temperature, bank=more
+        )
+    return parts
+
+
+def _within_towers(
+    weights: LossWeights,
+    image: Tensor,
+    text: Tensor,
+    teachers: Sequence[TeacherRows],
+    bank: Bank | None,
+) -> dict[str, Tensor]:
+    """Return the losses that compare rows of one tower, each the mean of both towers."""
+    first = teachers[0]
+    scales = [own.scale for own in teachers]
+    parts: dict[str, Tensor] = {}
+    if weights.relational:
+        images = relational_loss(image, [own.image for own in teachers], scales)
+        texts = relational_loss(text, [own.text for own in teachers], scales)
+        parts["relational"] = (images + texts) / 2
+    if weights.vertical:
+        images = vertical_loss(image, first.image, first.scale)
+        more = None if bank is None else bank.texts[0]
+        parts["vertical"] = (images + vertical_loss(text, first.text, first.scale, more)) / 2
+    if weights.orthogonality:
+        images = orthogonality_loss(image, first.image)
+        parts["orthogonality"] = (images + orthogonality_loss(text, first.text)) / 2
+    return parts

@@ -16,7 +16,7 @@ from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.distill import DistillationBatches, embed_batch, switch_off_dropout
-from edgeclip.compress.train.losses import feature_loss
+from edgeclip.compress.train.loss_terms import feature_loss
 from edgeclip.compress.train.train_loop import Rows, TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.spec import Tower

@@ -29,12 +29,8 @@ from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.compress.train.distill import DistillationBatches, distill, embed_batch
-from edgeclip.compress.train.losses import (
-    LossWeights,
-    TeacherRows,
-    distillation_losses,
-    equal_captions,
-)
+from edgeclip.compress.train.loss_terms import TeacherRows, equal_captions
+from edgeclip.compress.train.losses import LossWeights, distillation_losses
 from edgeclip.compress.train.pretrain import TeacherShape, new_teacher
 from edgeclip.compress.train.train_loop import (
     BatchPart,

@@ -7,16 +7,15 @@ import torch
 from torch import Tensor, tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from edgeclip.compress.train.losses import (
-    LossWeights,
+from edgeclip.compress.train.loss_terms import (
     TeacherRows,
     affinity_loss,
     contrastive_loss,
-    distillation_losses,
     equal_captions,
     feature_loss,
     interactive_loss,
 )
+from edgeclip.compress.train.losses import LossWeights, distillation_losses
 from edgeclip.runtime.errors import ConfigError
 
 # Two pairs in two dimensions; 0.6 and 0.8 have length 1.
@@ -345,4 +344,4 @@ def test_impossible_weights() -> None:
     with pytest.raises(ConfigError, match=r"affinity must be at least 0, got -1.*; feature must"):
         LossWeights(affinity=-1.0, feature=math.nan)
     with pytest.raises(ConfigError, match="the weights of all losses are 0"):
-        LossWeights(**dict.fromkeys(LossWeights.__slots__, 0.0))
+        LossWeights(affinity=0, feature=0, interactive=0)
