@@ -47,6 +47,7 @@ _HELP = {
     "row_weights": "rows of the affinity and interactive losses count as much as the teacher knows "
     "of them, or all the same",
     "row_focus": "exponent by which those rows count more that the student gets wrong",
+    "bank": "captions of the cache that are compared with each picture beside those of its batch",
     "hard_count": "hard negatives of each picture",
     "logit_temperature": "of the logit loss",
     "steps": "may be raised for a run that has ended: its learning rate then goes on as in a run "

@@ -105,10 +105,24 @@ class TeacherCache:
 
     def text(self, indices: Sequence[int], numbers: int | Sequence[int] = 0) -> Float16:
         """Return one caption, by its number, of each of some pictures: float16 [N, dim]."""
+        found: Float16 = self._texts.at(self.text_numbers(indices, numbers))
+        return found
+
+    def text_numbers(
+        self, indices: Sequence[int], numbers: int | Sequence[int] = 0
+    ) -> NDArray[np.int64]:
+        """Return a number of each such caption, the same for equal texts: int64 [N]."""
         starts = self._order.starts[np.asarray(indices, np.int64)]
         places = np.asarray(starts) + np.asarray(numbers, np.int64)
-        found: Float16 = self._texts.at(np.asarray(self._order.texts[places], np.int64))
-        return found
+        return np.asarray(self._order.texts[places], np.int64)
+
+
+def spread_rows(rows: Float16, places: NDArray[np.int64], count: int) -> Tensor:
+    """Put normalised rows at their places among `count`, zeros elsewhere: float32 [count, dim]."""
+    spread = torch.zeros(count, rows.shape[1])
+    found = torch.from_numpy(rows.astype(np.float32))
+    spread[torch.from_numpy(places)] = torch.nn.functional.normalize(found, dim=-1)
+    return spread  # float16 had rounded lengths off 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,12 @@ from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source, seed_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.teachers.teacher_cache import CacheSettings, TeacherCache
+from edgeclip.compress.teachers.teacher_cache import CacheSettings, TeacherCache, spread_rows
 from edgeclip.compress.train.held_out import HeldOut
 from edgeclip.compress.train.kept_weights import BestStep, Validation
 from edgeclip.compress.train.loss_terms import TeacherRows, equal_captions, feature_loss
 from edgeclip.compress.train.losses import LossWeights, distillation_losses
+from edgeclip.compress.train.text_bank import BankReader, BankRows, TextBank
 from edgeclip.compress.train.train_loop import (
     Batch,
     BatchPart,
@@ -109,6 +110,8 @@ def distill(
             settings.batch_size,
             sampling.train_count,
         )
+    reader = _bank_reader(loss_weights.bank, caches, sampling, settings.batch_size)
+    bank = None if reader is None else TextBank(reader, student.device)
     validate = None
     if len(sampling.held_out):
         validate = _Later(
@@ -127,9 +130,9 @@ def distill(
     task = TrainTask(
         title="distill",
         module=student,
-        batch=DistillationBatches(student, caches, source, sampling, settings),
+        batch=DistillationBatches(student, caches, source, sampling, settings, reader),
         embed=partial(embed_batch, student),
-        losses=partial(_losses, loss_weights, [own.settings for own in caches]),
+        losses=partial(_losses, loss_weights, [own.settings for own in caches], bank),
         identity=_identity(student, caches, loss_weights, source, len(sampling.held_out), start),
         begin=begin,
         validate=validate,
@@ -138,6 +141,29 @@ def distill(
     )
     with fused_attention(student.model, student.device):
         return train(task, settings, out)
+
+
+def _bank_reader(
+    wanted: int, caches: Sequence[TeacherCache], sampling: Sampling, batch_size: int
+) -> BankReader | None:
+    """Return what reads the captions of a bank; None if none is wanted.
+
+    Raises:
+        ConfigError: there are no captions, or none beside those of a batch.
+    """
+    if not wanted:
+        return None
+    if not caches[0].settings.captions:
+        raise ConfigError("--bank needs captions, which these pictures have not: leave it out")
+    size = min(wanted, sampling.train_count - batch_size)
+    if size < 1:
+        raise ConfigError(
+            f"a batch of {batch_size} leaves none of {sampling.train_count} captions for the "
+            "--bank: choose a smaller --batch-size, or leave it out"
+        )
+    if size < wanted:
+        _log.info("the bank holds the %d captions that a batch leaves of all", size)
+    return BankReader(caches, sampling, size)
 
 
 def switch_off_dropout(module: nn.Module) -> None:
@@ -174,7 +200,11 @@ def embed_batch(student: DualEncoder, inputs: Rows) -> Rows:
 
 
 def _losses(
-    weights: LossWeights, caches: Sequence[CacheSettings], found: Rows, targets: Rows
+    weights: LossWeights,
+    caches: Sequence[CacheSettings],
+    bank: TextBank | None,
+    found: Rows,
+    targets: Rows,
 ) -> dict[str, Tensor]:
     rows = targets["readable"]
     if not rows.any():
@@ -192,6 +222,12 @@ def _losses(
         )
         for number, own in enumerate(caches)
     ]
+    more = None
+    if bank is not None:
+        texts = [targets[f"bank {number}"] for number in range(len(caches))]
+        new = BankRows(texts, targets["bank key"])
+        more = bank.after(int(targets["bank position"][0]), new, targets["text number"])
+        more = more.chosen(rows)
     return distillation_losses(
         weights,
         image=image,
@@ -199,6 +235,7 @@ def _losses(
         teachers=teachers,
         captioned=targets["captioned"][rows],
         same=equal_captions(targets["caption"][rows]),
+        bank=more,
     )
 
 
@@ -216,6 +253,7 @@ class DistillationBatches:
         source: the pairs.
         sampling: which pairs each step takes.
         settings: the size of a batch.
+        bank: reads the captions that the bank takes in with each batch; None for no bank.
     """
 
     def __init__(
@@ -225,6 +263,7 @@ class DistillationBatches:
         source: Source,
         sampling: Sampling,
         settings: TrainSettings,
+        bank: BankReader | None = None,
     ) -> None:
         # The student itself is not kept: a worker process gets a copy of this object.
         self._spec, self._tokenizer = student.image_spec, student.text_tokenizer
@@ -232,6 +271,7 @@ class DistillationBatches:
         # One may have become unreadable between the caches of two teachers.
         self._unreadable = {index for cache in caches for index in cache.unreadable}
         self._batch_size = settings.batch_size
+        self._bank = bank
 
     def items(self, part: BatchPart) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the index and the epoch of each pair in a part of a batch."""
@@ -251,7 +291,7 @@ class DistillationBatches:
         with timed.stage("reading embeddings"):
             for number, cache in enumerate(self._caches):
                 rows = cache.image(indices[kept].tolist(), views[kept].tolist())
-                targets[f"image {number}"] = _spread(rows, kept, len(indices))
+                targets[f"image {number}"] = spread_rows(rows, kept, len(indices))
         if not self._source.has_captions:
             return Batch(inputs=inputs, targets=targets, seconds=timed.seconds, bad=bad)
         captions = [self._source.captions(index) for index in indices.tolist()]
@@ -269,8 +309,29 @@ class DistillationBatches:
         with timed.stage("reading embeddings"):
             for number, cache in enumerate(self._caches):
                 rows = cache.text(indices[kept].tolist(), np.array(numbers)[kept].tolist())
-                targets[f"text {number}"] = _spread(rows, kept, len(indices))
+                targets[f"text {number}"] = spread_rows(rows, kept, len(indices))
+            if self._bank is not None:
+                own = self._caches[0].text_numbers(
+                    indices[kept].tolist(), np.array(numbers)[kept].tolist()
+                )
+                targets |= self._bank_targets(self._bank, part, kept, own)
         return Batch(inputs=inputs, targets=targets, seconds=timed.seconds, bad=bad)
+
+    def _bank_targets(
+        self, bank: BankReader, part: BatchPart, kept: NDArray[np.int64], own: NDArray[np.int64]
+    ) -> Rows:
+        """Return a row that the bank takes in for each pair, and the numbers of their captions."""
+        count = self._batch_size // part.count
+        first = part.step * self._batch_size + part.number * count + bank.size
+        new = bank(first, count)
+        numbers = torch.full((count,), -1)
+        numbers[torch.from_numpy(kept)] = torch.from_numpy(own)
+        return {
+            **{f"bank {number}": texts for number, texts in enumerate(new.texts)},
+            "bank key": new.keys,
+            "bank position": torch.arange(first, first + count),
+            "text number": numbers,
+        }
 
     def _crops(
         self, indices: NDArray[np.int64], views: NDArray[np.int64]
@@ -290,14 +351,6 @@ class DistillationBatches:
             except InputError as error:
                 bad[index] = str(error)
         return crops, bad
-
-
-def _spread(rows: NDArray[np.float16], places: NDArray[np.int64], count: int) -> Tensor:
-    """Put normalised rows at their places among `count`, zeros elsewhere: float32 [count, dim]."""
-    spread = torch.zeros(count, rows.shape[1])
-    found = torch.from_numpy(rows.astype(np.float32))
-    spread[torch.from_numpy(places)] = torch.nn.functional.normalize(found, dim=-1)
-    return spread  # float16 had rounded lengths off 1
 
 
 def caption_keys(ids: NDArray[np.int64], pad_id: int) -> NDArray[np.int64]:

@@ -53,6 +53,8 @@ class LossWeights:
             all, or one for each.
         row_weights, row_focus: how much each row of the affinity and interactive losses counts, see
             `RowWeights`.
+        bank: number of cached captions beside those of the batch, which are further columns of the
+            losses between a picture and texts, and of the vertical one; 0 for none.
         hard_count: number of hard negatives of each picture.
         logit_temperature: of the logit loss.
     """
@@ -70,6 +72,7 @@ class LossWeights:
     affinity_scale: tuple[float, ...] = (1.0,)
     row_weights: Literal["known", "equal"] = "known"
     row_focus: Annotated[float, Ge(0)] = 0.0
+    bank: Annotated[int, Ge(0)] = 0
     hard_count: Annotated[int, Ge(1)] = 8
     logit_temperature: Annotated[float, Gt(0)] = 2.0
 
