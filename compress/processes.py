@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from edgeclip.compress.compute import best_device
 
 T = TypeVar("T")
+_shows_bars = ContextVar("_shows_bars", default=True)
 _PATIENCE = timedelta(days=30)
 
 
@@ -37,6 +39,11 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this is the process that writes files and talks."""
         return self.number == 0
+
+    @property
+    def shows_bars(self) -> bool:
+        """Whether this process draws progress bars; see `without_bars`."""
+        return self.is_first and _shows_bars.get()
 
     def gather(self, rows: Tensor) -> Tensor:
         """Join the rows of all processes, of equal shapes, in the order of their numbers."""
@@ -118,6 +125,16 @@ class _Launched(Processes):
 
     def wait(self) -> None:
         self._state.wait_for_everyone()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Draw no progress bar of a single training in the block, which has one over all of them."""
+    token = _shows_bars.set(False)
+    try:
+        yield
+    finally:
+        _shows_bars.reset(token)
 
 
 def is_helper() -> bool:

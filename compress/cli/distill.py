@@ -91,6 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name or YAML file of settings, which options here replace; `edgeclip recipes` lists "
         "those that come with it, and every run writes its own, RUN/recipe.yaml",
     )
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add an option for every setting of a recipe, `--strict` and `--max-bad`."""
     add_strict(parser)
     add_max_bad_option(parser)
     for name, hint, default in _settings():
@@ -174,12 +179,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def recipe_of(args: argparse.Namespace) -> DistillRecipe:
-    """Return the recipe of `--recipe` with the options of the command line in it."""
+def recipe_of(args: argparse.Namespace, *, command: str = "distill") -> DistillRecipe:
+    """Return the recipe of `args.recipe` with the options of the command line in it."""
     given = {name: getattr(args, name) for name, _, _ in _settings()}
     given = {name: value for name, value in given.items() if value is not None}
     recipe = load_recipe(args.recipe) if args.recipe else DistillRecipe()
-    return recipe.replaced(given, source="edgeclip distill: the command line")
+    return recipe.replaced(given, source=f"edgeclip {command}: the command line")
 
 
 def _refuse_teachers_as_output(recipe: DistillRecipe, out: Path) -> None:

@@ -328,7 +328,7 @@ def _fill(
         unit="img",
         unit_scale=True,
         dynamic_ncols=True,
-        disable=not team.is_first,
+        disable=not team.shows_bars,
     )
     with killed_workers_explained(), bar, _order_writer(place, images, texts) as write:
         try:

@@ -235,7 +235,7 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
         unit="img",
         unit_scale=True,
         dynamic_ncols=True,
-        disable=not team.is_first,
+        disable=not team.shows_bars,
     )
     clock, shown = _RunClock(seconds), ""
     waiting = _Waiting(workers)

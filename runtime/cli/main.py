@@ -65,6 +65,9 @@ COMMANDS: dict[str, Command] = {
     "recipes": Command(
         "edgeclip.compress.cli.recipes", "list the recipes of distill, or print one", "compress"
     ),
+    "ablate": Command(
+        "edgeclip.compress.cli.ablate", "say what each setting of a recipe buys", "compress"
+    ),
     "quantize": Command(
         "edgeclip.export.cli.quantize",
         "find the fastest quantization that passes the quality gates",

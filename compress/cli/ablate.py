@@ -1,0 +1,71 @@
+"""`edgeclip ablate`: say what each setting of a recipe buys, with intervals over seeds.
+
+Every option of `edgeclip distill` replaces that setting in the base and in all that it is compared
+with. What is chosen on the split `calibration` is judged on the split `test`.
+"""
+
+import argparse
+from pathlib import Path
+
+from edgeclip.compress.cli.distill import add_settings, recipe_of
+from edgeclip.compress.cli.options import max_bad
+from edgeclip.compress.experiments.ablate import ablate, read_changes, usual_changes
+from edgeclip.compress.experiments.ablation_page import ablation_text, write_ablation_page
+from edgeclip.compress.experiments.trials import Trials
+from edgeclip.runtime.cli.options import Targets, positive
+
+_PAGE, _TABLE, _CHOSEN = "ablation.html", "ablation.json", "chosen.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("recipe", help="name or YAML file of the base; see `edgeclip recipes`")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the trials, the table and the page"
+    )
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE[,VALUE...]",
+        help="try these values of a setting, such as losses.affinity=0,2; may be given several "
+        "times (default: each loss off or on, each other choice, other learning rates, the average "
+        "of the weights, augmented views)",
+    )
+    parser.add_argument("--seeds", type=positive, default=3, help="of each recipe (default: 3)")
+    parser.add_argument(
+        "--pairs",
+        type=positive,
+        default=1000,
+        help="scenes that students are compared on; of other data all of the split (default: 1000)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="directory of the teacher cache (default: OUT/cache)"
+    )
+    add_settings(parser)
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(folders=(args.out,), shared=(args.cache,))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, compare and write; a run that was stopped goes on where it was."""
+    recipe = recipe_of(args, command="ablate")
+    changes = read_changes(args.vary, recipe) or usual_changes(recipe)
+    trials = Trials(
+        recipe,
+        args.out,
+        pairs=args.pairs,
+        cache=args.cache,
+        strict=args.strict,
+        max_bad=max_bad(args),
+    )
+    end = ablate(trials, recipe, changes, name=args.recipe, seeds=args.seeds, command=args.command)
+    end.table.save(args.out / _TABLE)
+    end.chosen.save(args.out / _CHOSEN)
+    write_ablation_page(end.table, args.out / _PAGE)
+    print(ablation_text(end.table))
+    print(f"written to {args.out}: {_PAGE}, {_TABLE}, {_CHOSEN}")
+    return 0
