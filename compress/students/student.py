@@ -130,6 +130,8 @@ class StudentShape:
         image_size: side of the student's pictures in pixels; None is the teacher's.
         patch_size: side of an inherited image tower's patches in pixels; None is the teacher's.
         conv_widths, conv_depths: channels and blocks of each ConvNeXt stage.
+        vocabulary: text file, one text per line, whose tokens alone the student knows as such; see
+            `prune_vocabulary`.
     """
 
     family: Family = "inherited"
@@ -142,6 +144,7 @@ class StudentShape:
     patch_size: int | None = None
     conv_widths: tuple[int, ...] = (48, 96, 192)
     conv_depths: tuple[int, ...] = (2, 2, 4)
+    vocabulary: str | None = None
 
 
 def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> DualEncoder:

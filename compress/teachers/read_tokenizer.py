@@ -67,7 +67,7 @@ def as_generic(tokenizer: Any, backend: Tokenizer | None = None) -> PreTrainedTo
         tokenizer: of transformers.
         backend: its tokenizer.json, where the class has added to that.
     """
-    marks = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+    marks = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "mask", "cls", "sep"))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend or tokenizer.backend_tokenizer,
         model_max_length=tokenizer.model_max_length,

@@ -68,6 +68,11 @@ COMMANDS: dict[str, Command] = {
     "ablate": Command(
         "edgeclip.compress.cli.ablate", "say what each setting of a recipe buys", "compress"
     ),
+    "prune-vocabulary": Command(
+        "edgeclip.compress.cli.prune_vocabulary",
+        "leave a text tower the tokens of a corpus alone",
+        "compress",
+    ),
     "quantize": Command(
         "edgeclip.export.cli.quantize",
         "find the fastest quantization that passes the quality gates",

@@ -34,6 +34,7 @@ MISTAKES = {
     "pretrain": "--out teacher --steps 0",
     "probes": "--out probes --plan big",
     "profile": "../emoji --max-regression 5%",
+    "prune-vocabulary": "../emoji --texts nowhere.txt --out pruned",
     "pull": "small --out bundle",
     "push": f"nowhere {REPOSITORY} --dry-run",
     "quantize": "student --device no-such-device --out found",
@@ -107,6 +108,11 @@ RUNS = {
         words=f"distill --teacher {_TEACHER} --out student --count 8 --steps 2 --batch-size 4"
         " --image-heads 1 --image-layers 1 --text-heads 1 --text-layers 1 --cache ../cache/cache",
         needs=("pretrain", "cache"),
+    ),
+    "prune-vocabulary": Run(
+        words=f"prune-vocabulary {_TEACHER} --texts ../inputs/texts.txt --out pruned"
+        " --compare ../inputs/texts.txt",
+        needs=("pretrain",),
     ),
     "cut": Run(words=f"cut ../emoji --out cuts --count 2 --precision fp32 {_DEVICE}"),
     "measure-cuts": Run(
