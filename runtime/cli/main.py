@@ -62,6 +62,11 @@ COMMANDS: dict[str, Command] = {
     "distill": Command(
         "edgeclip.compress.cli.distill", "train a student from a teacher", "compress"
     ),
+    "diagnose": Command(
+        "edgeclip.compress.cli.diagnose",
+        "tell what a student lost of its teacher, and what to try",
+        "compress",
+    ),
     "recipes": Command(
         "edgeclip.compress.cli.recipes", "list the recipes of distill, or print one", "compress"
     ),

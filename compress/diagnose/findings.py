@@ -1,0 +1,353 @@
+"""Say in words what the figures of a diagnosis show, and only what they show.
+
+Every rule rests on an interval or a test. Where several of a kind are tested, such as the layers of
+a tower or the groups of the data, they are tested together by Holm's method, so that one fault is
+found and noise is not.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from edgeclip.compress.diagnose.diagnosis import (
+    ConceptScore,
+    Confusion,
+    Finding,
+    ModelQuality,
+    TowerAgreement,
+    TowerLayers,
+)
+from edgeclip.compress.diagnose.groups import LEAST_IN_GROUP, GroupQuality
+from edgeclip.runtime.console import digits, percent, percent_interval
+from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.stats.interval import Interval
+
+_HALF_WAY = 0.5  # of the way from chance to what the other tower tells apart
+_LEARNED = 0.5  # of the teacher's own cosine to its mean: what an untrained tower never has
+_POINTS = 0.02  # a loss that is worth a word
+_EXACT = "fp32"
+
+
+def find(
+    models: Sequence[ModelQuality], towers: Sequence[TowerLayers], group_sizes: Sequence[int]
+) -> tuple[Finding, ...]:
+    """Return what the figures show, the gravest first.
+
+    Args:
+        models: teacher first, then the student, then precisions.
+        towers: layers of the student; () without one.
+        group_sizes: pictures of each group, also of those too small to judge.
+    """
+    found: list[Finding] = []
+    for tower in towers:
+        found += _broken_layers(tower)
+    broken = {finding.subject.split(":")[0] for finding in found}
+    judged = [model for model in models[1:] if model.name == "student"] or list(models[1:2])
+    for model in judged:
+        found += _tower_at_chance(model, broken)
+        found += _groups(model)
+        found += _concepts(model)
+        found += _reliability(model, models[0])
+    found += _precisions(models)
+    found += _too_few(judged, group_sizes)
+    return tuple(found)
+
+
+def _broken_layers(tower: TowerLayers) -> Iterator[Finding]:
+    """Layers of random weights among trained ones; else those that the tower is better without.
+
+    What follows a layer of random weights works on garbage, so it is not judged.
+    """
+    noise = [layer.number for layer in tower.layers if layer.noise]
+    if len(noise) == len(tower.layers):
+        noise = []  # a tower that was never trained, which its agreement tells
+    harmful = [layer.number for layer in tower.layers if layer.does_harm]
+    if noise:
+        harmful = [number for number in harmful if number < min(noise)]
+    for number in sorted({*noise, *harmful}):
+        layer = tower.layers[number - 1]
+        before = tower.layers[number - 2] if number > 1 else None
+        evidence = [
+            f"CKA with the most alike of the teacher's layers: {_figure(layer.cka)}"
+            + (f", after {_figure(before.cka)} in the layer before it" if before else "")
+        ]
+        if layer.noise:
+            evidence.append(
+                "none of its weight matrices has a larger singular value than its entries have in "
+                "any order (19 permutations); in other layers of the tower they have"
+            )
+        if layer.gain_without is not None:
+            change = layer.gain_without
+            words = "rises" if layer.does_harm else "changes"
+            evidence.append(
+                f"without it the cosine to the teacher's embeddings {words} by {_figure(change)}, "
+                f"over {tower.items} items"
+            )
+        if layer.noise:
+            title = (
+                f"Layer {number} of the {tower.tower} tower has random weights: it is broken, or "
+                "was never trained."
+            )
+        else:
+            title = (
+                f"Layer {number} of the {tower.tower} tower does harm: the tower agrees better "
+                "with its teacher without it."
+            )
+        yield Finding(
+            kind="broken layer",
+            subject=f"{tower.tower} tower: layer {number}",
+            title=title,
+            evidence=tuple(evidence),
+            advice=(
+                "Compare its weights with those of an earlier checkpoint of the run; a file that "
+                "was damaged, or a name that did not match when weights were loaded, leaves a "
+                "layer like this. Then load that checkpoint, or leave the layer out and distil on."
+            ),
+        )
+
+
+def _tower_at_chance(model: ModelQuality, broken: set[str]) -> Iterator[Finding]:
+    """A tower that hardly tells its items apart where the other one does."""
+    both: dict[Tower, TowerAgreement | None] = {"image": model.image, "text": model.text}
+    for tower, other in (("text", "image"), ("image", "text")):
+        own, beside = both[tower], both[other]  # type: ignore[index]
+        if own is None or beside is None or f"{tower} tower" in broken:
+            continue
+        mine, theirs = own.told_apart, beside.told_apart
+        if mine is None or theirs is None:
+            continue
+        if not mine.high - 0.5 < _HALF_WAY * (theirs.low - 0.5):
+            continue
+        evidence = (
+            f"the chance that an embedding is closer to the teacher's of its own item than to that "
+            f"of another: {_share(mine)} for the {tower} tower, {_share(theirs)} for the {other} "
+            "tower, where 50% is chance",
+            f"neighbours shared with the teacher, above chance: {_share(own.neighbours)} and "
+            f"{_share(beside.neighbours)}",
+            *_towards(own),
+        )
+        learned = _has_learned_mean(own)
+        if tower == "text" and learned:
+            yield Finding(
+                kind="shuffled captions",
+                subject="text tower",
+                title="The text tower learned where texts lie, but not which text is which: it was "
+                "trained on captions of other pictures.",
+                evidence=evidence,
+                advice="Check that captions and pictures of the training data are in one order "
+                "(`edgeclip data-report` shows pairs side by side), and that a cache belongs to "
+                "these data; then distil the text tower again, beginning with the teacher's own "
+                "(`--whole-text`).",
+            )
+        else:
+            yield Finding(
+                kind="tower at chance",
+                subject=f"{tower} tower",
+                title=f"The {tower} tower agrees with its teacher hardly more than by chance"
+                + (", though it learned where its embeddings lie." if learned else "."),
+                evidence=evidence,
+                advice="Check that its weights were loaded, and that its inputs (tokenizer, "
+                "normalisation) are those that it was trained with; then distil it again.",
+            )
+
+
+def _towards(own: TowerAgreement) -> Iterator[str]:
+    if own.towards_mean is not None and own.teacher_towards_mean is not None:
+        yield (
+            f"cosine to the mean of the teacher's embeddings: {_figure(own.towards_mean)}; the "
+            f"teacher's own have {_figure(own.teacher_towards_mean)}"
+        )
+
+
+def _has_learned_mean(own: TowerAgreement) -> bool:
+    if own.towards_mean is None or own.teacher_towards_mean is None:
+        return False
+    return own.towards_mean.low > _LEARNED * own.teacher_towards_mean.high > 0
+
+
+def _groups(model: ModelQuality) -> Iterator[Finding]:
+    """Groups of which less is kept than of the others, and colours that are read wrongly in them.
+
+    The same pictures may be a group of several columns: where one explains the others, it is named.
+    """
+    confused: dict[tuple[str, str], list[Confusion]] = {}
+    for item in model.confusions:
+        if item.more.low > _POINTS:
+            confused.setdefault((item.column, item.group), []).append(item)
+    behind = [group for group in model.groups if group.is_behind]
+    coloured = [group for group in behind if (group.column, group.name) in confused]
+    worst = max(coloured, key=lambda group: group.behind.low, default=None)
+    for group in behind:
+        own = confused.get((group.column, group.name), [])
+        if group in coloured and group.column == (worst.column if worst else ""):
+            yield _wrong_colours(group, own)
+        elif group.behind.low > _POINTS and group.column != (worst.column if worst else ""):
+            yield _behind(group)
+
+
+def _wrong_colours(group: GroupQuality, confusions: Sequence[Confusion]) -> Finding:
+    told = [
+        f"{item.word} is read as {item.read_as} in {_share(item.share)} of {item.pictures} "
+        f"pictures, by the teacher in {_share(item.teacher)}"
+        for item in sorted(confusions, key=lambda item: -item.more.low)[:4]
+    ]
+    first = max(confusions, key=lambda item: item.more.low)
+    return Finding(
+        kind="wrong colours",
+        subject=f"{group.column} {group.name}",
+        title=f"Pictures of {group.column} {group.name} have wrong colours for the student: it "
+        f"reads {first.word} as {first.read_as}, and keeps less of them than of the others.",
+        evidence=(*_of_group(group), *told),
+        advice="Look at pictures of this group as training read them: red and blue may be "
+        "exchanged (BGR), or a colour profile was lost. Mend them, compute the teacher's cache "
+        "of them again, and distil on.",
+    )
+
+
+def _behind(group: GroupQuality) -> Finding:
+    return Finding(
+        kind="group behind",
+        subject=f"{group.column} {group.name}",
+        title=f"Of pictures of {group.column} {group.name} less is kept than of the others.",
+        evidence=_of_group(group),
+        advice="Give more pictures like these to train on, or weigh them higher (`--data "
+        "DIR=WEIGHT`); `edgeclip data-report --group-by` tells how groups differ.",
+    )
+
+
+def _of_group(group: GroupQuality) -> tuple[str, ...]:
+    return (
+        f"kept R@1 {_share(group.kept)} of {group.pictures} pictures; of the others "
+        f"{_share(group.behind)} more, tested over all groups together (Holm)",
+    )
+
+
+def _concepts(model: ModelQuality) -> Iterator[Finding]:
+    """Families of words that the student lost, as a whole."""
+    for score in model.concepts:
+        if score.word or score.lost is None or score.lost.low <= _POINTS:
+            continue
+        words = [item for item in model.concepts if item.family == score.family and item.word]
+        worst = max(words, key=_lost_at_least)
+        yield Finding(
+            kind="concept lost",
+            subject=score.family,
+            title=f"The student tells {score.family} words worse than its teacher.",
+            evidence=(
+                f"of {score.pictures} pictures {_share(score.right)} fit their own caption best; "
+                f"that is {_share(score.lost)} less than the teacher",
+                f"the worst word is {worst.word}: {_share(worst.right)} of {worst.pictures}",
+            ),
+            advice="Train longer, or on more pictures whose captions differ in these words; a "
+            "smaller patch or a larger picture helps where they are about small things.",
+        )
+
+
+def _lost_at_least(score: ConceptScore) -> float:
+    return -math.inf if score.lost is None else score.lost.low
+
+
+def _reliability(model: ModelQuality, teacher: ModelQuality) -> Iterator[Finding]:
+    """Confidence that is no probability, and pictures from outside that are no longer noticed."""
+    own = model.calibration
+    above = own.confidence_above_accuracy
+    surely = above.low > max(_POINTS, teacher.calibration.confidence_above_accuracy.high)
+    if own.error > own.limit and surely:
+        yield Finding(
+            kind="too sure",
+            subject=model.name,
+            title="The student is surer of its answers than it is right, more than its teacher.",
+            evidence=(
+                f"mean confidence less accuracy: {_share(above)} (teacher "
+                f"{_share(teacher.calibration.confidence_above_accuracy)})",
+                f"ECE {percent(own.error)}, where perfect calibration shows "
+                f"{percent(own.expected)} with so many pictures",
+            ),
+            advice=f"Divide the logits by {digits(own.temperature)} where probabilities are shown, "
+            "or certify a threshold (`edgeclip cascade`). No ranking changes.",
+        )
+    if model.outside_lost is not None and model.outside_lost.low > _POINTS:
+        assert model.outside is not None
+        yield Finding(
+            kind="outside the world",
+            subject=model.name,
+            title="The student notices pictures from outside the data worse than its teacher.",
+            evidence=(
+                f"AUROC of the best cosine {_figure(model.outside)}, by "
+                f"{_figure(model.outside_lost)} below the teacher's",
+            ),
+            advice="Reject by a threshold only what it tells apart, or add pictures from outside "
+            "without captions to the training (they teach the image tower alone).",
+        )
+
+
+def _precisions(models: Sequence[ModelQuality]) -> Iterator[Finding]:
+    """Precisions whose kept share lies below that of the exact one as a whole."""
+    exact = next((model for model in models if model.name == _EXACT), None)
+    for model in models[1:]:
+        if exact is None or exact.kept is None or model.kept is None:
+            continue
+        if model.name in ("student", _EXACT) or model.kept.high >= exact.kept.low:
+            continue
+        yield Finding(
+            kind="precision",
+            subject=model.name,
+            title=f"{model.name} loses quality that {_EXACT} has.",
+            evidence=(
+                f"kept R@1 {_share(model.kept)}, {_EXACT} {_share(exact.kept)}, both ends apart",
+            ),
+            advice="Search a quantization that keeps its gates (`edgeclip quantize`), or ship "
+            "fp16.",
+        )
+
+
+def _too_few(models: Sequence[ModelQuality], sizes: Sequence[int]) -> Iterator[Finding]:
+    """Groups that are too small to be judged, and groups whose interval says nothing."""
+    small = [size for size in sizes if 0 < size < LEAST_IN_GROUP]
+    if small:
+        yield Finding(
+            kind="too few pictures",
+            subject="groups",
+            title=f"{len(small)} of {len(sizes)} groups have too few pictures to tell.",
+            evidence=(
+                f"the smallest has {min(small)}, and {LEAST_IN_GROUP} are needed to judge one",
+            ),
+            advice=f"About {math.ceil(LEAST_IN_GROUP / min(small))} times as many pictures would "
+            "do.",
+        )
+    for model in models:
+        wide = [
+            group
+            for group in model.groups
+            if not group.is_behind and group.behind.high > 0.1 and group.behind.low < 0
+        ]
+        if wide:
+            group = max(wide, key=lambda item: item.behind.high)
+            half = (group.behind.high - group.behind.low) / 2
+            needed = math.ceil(group.pictures * (half / 0.05) ** 2 / 10) * 10
+            yield Finding(
+                kind="too few pictures",
+                subject="groups",
+                title=f"Of {len(wide)} groups it cannot be told whether 10 points less are kept "
+                "than of the others.",
+                evidence=(
+                    f"the widest: {group.column} {group.name}, {group.pictures} pictures, "
+                    f"{_share(group.behind)} behind",
+                ),
+                advice=f"Some {needed} pictures of each group would tell five points.",
+            )
+
+
+def _figure(value: Interval) -> str:
+    return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
+
+
+def _share(value: Interval) -> str:
+    return f"{percent(value.value)} ({percent_interval(value)})"
+
+
+def headline(findings: Iterable[Finding]) -> str:
+    """One sentence for a page's head."""
+    faults = [item for item in findings if item.kind != "too few pictures"]
+    if not faults:
+        return "No fault was found"
+    return "1 finding" if len(faults) == 1 else f"{len(faults)} findings"
