@@ -32,7 +32,8 @@ _HELP = {
     f"the student is kept as it was when they agreed best (default: a tenth, at most "
     f"{MOST_HELD_OUT})",
     "start": "begin with this dual encoder, such as a TinyCLIP, in place of a part of the teacher",
-    "family": "the image tower: a smaller copy of the teacher's, or a ConvNeXt",
+    "family": "the image tower: a smaller copy of the teacher's, or one of random weights, where "
+    "convolutional is a ConvNeXt",
     "image_heads": "attention heads of the image tower (default: half of the teacher's)",
     "image_layers": "layers of the image tower (default: half of the teacher's)",
     "text_heads": "attention heads of the text tower (default: half of the teacher's)",
@@ -40,8 +41,9 @@ _HELP = {
     "whole_text": "begin with the teacher's whole text tower",
     "image_size": "side of the student's pictures in pixels (default: the teacher's)",
     "patch_size": "side of the image tower's patches in pixels (default: the teacher's)",
-    "conv_widths": "channels of each ConvNeXt stage",
-    "conv_depths": "blocks of each ConvNeXt stage",
+    "conv_widths": "channels of each stage of an image tower of random weights (default: those "
+    "of its family, see docs/compression.md)",
+    "conv_depths": "blocks of each stage of such a tower (likewise)",
     **dict.fromkeys(TERMS, "weight of this loss"),
     "affinity_scale": "factor on each teacher's logit scale in the affinity loss, or one for all",
     "row_weights": "rows of the affinity and interactive losses count as much as the teacher knows "
@@ -129,8 +131,9 @@ def _add_setting(parser: argparse.ArgumentParser, name: str, hint: Any, default:
         parser.add_argument(option, choices=typing.get_args(hint), help=told)
     elif name in _REPEATED:
         parser.add_argument(option, action="append", help=told)
-    elif typing.get_origin(hint) is tuple:
-        parser.add_argument(option, type=plain, nargs="+", help=told)
+    elif typing.get_origin(plain) is tuple or typing.get_origin(hint) is tuple:
+        kind = next(iter(typing.get_args(plain)), plain)
+        parser.add_argument(option, type=kind, nargs="+", help=told)
     else:
         parser.add_argument(option, type=plain, help=told)
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
-    ConvNextConfig,
-    ConvNextModel,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipModel,
@@ -20,6 +18,7 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
+from edgeclip.compress.students.image_families import ImageFamilyName, image_tower
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.families import FAMILIES
 from edgeclip.compress.teachers.licence import joined
@@ -112,7 +111,7 @@ def _renamed(name: str, layers: dict[str, dict[int, int]]) -> str:
     return f"{prefix}{layers[prefix][int(found[1])]}{name[found.end(1) :]}"
 
 
-Family = Literal["inherited", "convolutional"]
+Family = Literal["inherited", ImageFamilyName]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +119,8 @@ class StudentShape:
     """Sizes of a student; space, dim and tokenizer are the teacher's.
 
     Args:
-        family: `inherited`, a smaller copy of the teacher's own towers, or
-            `convolutional`, a ConvNeXt image tower with an inherited text tower.
+        family: `inherited`, a smaller copy of the teacher's own towers, or one of
+            `IMAGE_FAMILIES`: an image tower of random weights with an inherited text tower.
         image_heads: attention heads of the image tower; a head keeps the teacher's size,
             so the width is heads x size of a head. None is half the teacher's, rounded up.
         image_layers: transformer layers of the image tower; None is half the teacher's as well.
@@ -129,7 +128,8 @@ class StudentShape:
         whole_text: keep the teacher's text tower as it is.
         image_size: side of the student's pictures in pixels; None is the teacher's.
         patch_size: side of an inherited image tower's patches in pixels; None is the teacher's.
-        conv_widths, conv_depths: channels and blocks of each ConvNeXt stage.
+        conv_widths, conv_depths: channels and blocks of each stage of such a tower; None for what
+            is usual in its family.
         vocabulary: text file, one text per line, whose tokens alone the student knows as such; see
             `prune_vocabulary`.
     """
@@ -142,8 +142,8 @@ class StudentShape:
     whole_text: bool = False
     image_size: int | None = None
     patch_size: int | None = None
-    conv_widths: tuple[int, ...] = (48, 96, 192)
-    conv_depths: tuple[int, ...] = (2, 2, 4)
+    conv_widths: tuple[int, ...] | None = None
+    conv_depths: tuple[int, ...] | None = None
     vocabulary: str | None = None
 
 
@@ -159,7 +159,9 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
     if shape.family == "inherited":
         model = _inherited(teacher, shape)
     else:
-        model = _convolutional(teacher, shape)
+        size = shape.image_size or teacher.image_spec.size
+        tower = image_tower(shape.family, shape.conv_widths, shape.conv_depths, size)
+        model = _beside_text(teacher, shape, tower)
     student = DualEncoder(
         model, image, teacher.tokenizer, space=teacher.space, licence=teacher.licence
     )
@@ -283,23 +285,15 @@ def _resampled_positions(weight: Tensor, side: int) -> Tensor:
     return found.reshape(*weight.shape[:-2], *found.shape)
 
 
-def _convolutional(teacher: DualEncoder, shape: StudentShape) -> PreTrainedModel:
-    """Put a randomly initialised ConvNeXt (Liu et al. 2022) beside the teacher's text tower."""
-    if len(shape.conv_widths) != len(shape.conv_depths):
-        raise ConfigError("conv_widths and conv_depths need one number for each stage")
+def _beside_text(
+    teacher: DualEncoder, shape: StudentShape, image: PreTrainedModel
+) -> PreTrainedModel:
+    """Put an image tower beside the teacher's text tower, or a smaller copy of it."""
     text: Any = copy.deepcopy(teacher.model.config.text_config)
     if not shape.whole_text:
         _shrink(text, "text", shape.text_heads, shape.text_layers)
-    vision = ConvNextConfig(
-        num_stages=len(shape.conv_widths),
-        hidden_sizes=list(shape.conv_widths),
-        depths=list(shape.conv_depths),
-        image_size=shape.image_size or teacher.image_spec.size,
-        layer_scale_init_value=0.0,  # made for very deep networks; slows small ones
-    )
-    vision.hidden_size = shape.conv_widths[-1]  # the dual encoder's projection asks for it
-    config = _mixed_config(vision, text, teacher.spec.dim)
-    towers = (ConvNextModel(vision), tower_of(text) or AutoModel.from_config(text))
+    config = _mixed_config(image.config, text, teacher.spec.dim)
+    towers = (image, tower_of(text) or AutoModel.from_config(text))
     kind = MixedDualEncoder if MixedDualEncoder.is_needed(config) else VisionTextDualEncoderModel
     model: PreTrainedModel = kind(config, *towers)
     source = teacher.model.state_dict()

@@ -2,7 +2,8 @@
 
 `VisionTextDualEncoderModel` makes its towers by `AutoModel`, which knows neither the text towers
 of SigLIP, AltCLIP, Chinese-CLIP and MetaCLIP 2 nor the image towers of AltCLIP and MetaCLIP 2.
-Students of these families have them beside a projection, or beside a ConvNeXt.
+Students of these families have them beside a projection, or beside an image tower of another kind,
+some of which `image_towers.py` makes.
 """
 
 from typing import Any
@@ -26,7 +27,11 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
+from edgeclip.compress.teachers.image_towers import IMAGE_TOWERS
+
+
 _TOWERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
+    **IMAGE_TOWERS,
     AltCLIPTextConfig: AltCLIPTextModel,
     AltCLIPVisionConfig: AltCLIPVisionModel,
     ChineseCLIPTextConfig: ChineseCLIPTextModel,
