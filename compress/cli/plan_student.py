@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from typing import get_args
 
@@ -67,11 +68,34 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nHow: {plan.best.prediction.method}.")
     if plan.unknown:
         print(f"{plan.unknown} more sizes lie too far from what was measured to be predicted.")
+    if plan.unpredicted or plan.too_small:
+        print(_without_prediction(plan, args.part, whole=args.all))
     words = ["edgeclip", "distill", "--teacher", str(args.teacher)]
     words += [*distill_options(plan.best, args.part), "--out", "student"]
     print(f"\nThe largest {args.part} tower that keeps {args.latency_ms:g} ms (*):")
     print(shlex.join(words))
     return 0
+
+
+def _without_prediction(plan: StudentPlan, part: Tower, *, whole: bool) -> str:
+    """Name the families that no probe measures: how many towers, or each with its options."""
+    counts = Counter(item.shape.family for item in plan.unpredicted)
+    named = ", ".join(f"{count} {name}" for name, count in counts.items())
+    lines = []
+    if counts:
+        lines.append(
+            f"\nNot predicted, for no probe measures their blocks: {named}. Train one, and measure "
+            "it with `edgeclip profile`" + (":" if whole else " (--all lists them).")
+        )
+    if whole:
+        lines += [
+            f"  {describe(item):<38}{item.parameters / 1e6:>9.2f} M{item.share:>11.1%}  "
+            + shlex.join(distill_options(item, part))
+            for item in plan.unpredicted
+        ]
+    if plan.too_small:
+        lines.append(f"Pictures of this size are too small for {', '.join(plan.too_small)}.")
+    return "\n".join(lines)
 
 
 def _table(plan: StudentPlan, students: Sequence[PlannedStudent]) -> str:

@@ -1,6 +1,7 @@
 """Find the largest student of a teacher that meets a latency budget on a measured device.
 
-Nothing is trained or run: latencies are predicted from block costs of the device.
+Nothing is trained or run: latencies are predicted from block costs of the device. A tower whose
+blocks no probe measures is named with its size alone.
 """
 
 import math
@@ -9,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, CLIPConfig, MetaClip2Config
 
+from edgeclip.compress.students.image_families import IMAGE_FAMILIES, ImageFamilyName, image_tower
 from edgeclip.compress.students.student import StudentShape
+from edgeclip.compress.teachers.families import FAMILIES
 from edgeclip.profiles.predict.measured_device import MeasuredDevice
 from edgeclip.profiles.predict.predict_latency import Prediction, Predictor
 from edgeclip.profiles.predict.tower_shapes import (
@@ -28,18 +32,26 @@ from edgeclip.runtime.spec import Precision, Tower
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSizes:
-    """Sizes of both towers of a CLIP or a MetaCLIP 2, whose towers are alike.
+    """Sizes of a teacher.
 
     Attributes:
-        image, text: the towers; `tokens` of the text tower is the whole context.
+        kind: its family, as config.json calls it.
+        image, text: the towers; `tokens` of the text tower is the whole context. None for other
+            families than CLIP and MetaCLIP 2, whose towers are alike: no probe measures the blocks
+            of theirs.
         image_size: side of an image in pixels.
+        dim: length of an embedding.
         vocab_size: token vectors of the text tower.
+        whole: weights of the image and of the text tower, projections included.
     """
 
-    image: TransformerTower
-    text: TransformerTower
+    kind: str
+    image: TransformerTower | None
+    text: TransformerTower | None
     image_size: int
+    dim: int
     vocab_size: int
+    whole: tuple[int, int]
 
     @classmethod
     def read(cls, source: str | Path) -> "TeacherSizes":
@@ -58,23 +70,31 @@ class TeacherSizes:
             raise ConfigError(
                 f"cannot read the configuration of the teacher {source}: {first_line(error)}"
             ) from error
-        if not isinstance(config, CLIPConfig | MetaClip2Config):
+        if config.model_type not in FAMILIES:
             raise ConfigError(
-                f"{source} is a {config.model_type}: only students of a CLIP or a MetaCLIP 2 can "
-                "be planned; those of others can be distilled all the same"
+                f"{source} is a {config.model_type}: only students of "
+                f"{', '.join(FAMILIES)} can be planned"
             )
         vision: Any = config.vision_config
         text: Any = config.text_config
-        size, patch = _whole(vision.image_size), _whole(vision.patch_size)
-        dim, tokens = _whole(config.projection_dim), image_tokens(size, patch)
+        size = _whole(vision.image_size)
+        dim = FAMILIES[config.model_type].dim(config)
+        image, words = None, None
+        if isinstance(config, CLIPConfig | MetaClip2Config):
+            patch = _whole(vision.patch_size)
+            image = _tower("image", vision, image_tokens(size, patch), dim, patch)
+            words = _tower("text", text, int(text.max_position_embeddings), dim, 0)
         return cls(
-            image=_tower("image", vision, tokens, dim, patch),
-            text=_tower("text", text, int(text.max_position_embeddings), dim, 0),
+            kind=str(config.model_type),
+            image=image,
+            text=words,
             image_size=size,
+            dim=dim,
             vocab_size=int(text.vocab_size),
+            whole=_count_whole(config),
         )
 
-    def tower(self, part: Tower) -> TransformerTower:
+    def tower(self, part: Tower) -> TransformerTower | None:
         """Return one of the two towers."""
         return self.image if part == "image" else self.text
 
@@ -88,8 +108,22 @@ class TeacherSizes:
         if tower.part == "image":
             before = width * (3 * tower.patch**2 + 1 + tower.tokens + 2)
         else:
+            assert self.text is not None  # a CLIP, of which `tower` is a smaller part
             before = width * (self.vocab_size + self.text.tokens)
         return before + tower.layers * layer + around
+
+
+def _count_whole(config: Any) -> tuple[int, int]:
+    """Count the weights of both towers without making them."""
+    family = FAMILIES[config.model_type]
+    with torch.device("meta"):
+        model: Any = family.model_class(config)(config)
+
+    def count(part: Tower) -> int:
+        modules = [getattr(model, name) for name in family.tower_names(part)]
+        return sum(weight.numel() for module in modules for weight in module.parameters())
+
+    return count("image"), count("text")
 
 
 def _whole(value: object) -> int:
@@ -152,6 +186,21 @@ class PlannedStudent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnpredictedStudent:
+    """A candidate image tower of a family whose blocks no probe measures.
+
+    Attributes:
+        shape: sizes for `new_student`.
+        parameters: number of weights of the tower, projection included.
+        share: `parameters` as a share of the teacher's image tower.
+    """
+
+    shape: StudentShape
+    parameters: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudentPlan:
     """All candidate towers, the largest first.
 
@@ -159,11 +208,15 @@ class StudentPlan:
         students: those whose latency could be predicted.
         best: the largest that meets the budget.
         unknown: how many sizes lie too far from what was measured.
+        unpredicted: towers of the families that cannot be predicted.
+        too_small: families that have no tower for pictures as small as the teacher's.
     """
 
     students: tuple[PlannedStudent, ...]
     best: PlannedStudent
     unknown: int
+    unpredicted: tuple[UnpredictedStudent, ...] = ()
+    too_small: tuple[ImageFamilyName, ...] = ()
 
 
 def plan_student(
@@ -195,7 +248,7 @@ def plan_student(
     """
     predictor = Predictor(measured)
     students, unknown, why = [], 0, ""
-    whole = teacher.parameters(teacher.tower(part))
+    whole = teacher.whole[0 if part == "image" else 1]
     for shape, tower in candidates(teacher, part, text_tokens):
         try:
             prediction = predictor.predict(tower, precision)
@@ -219,7 +272,14 @@ def plan_student(
     best = next((item for item in students if item.keeps), None)
     if best is None:
         raise InputError(_why_none(students, measured, latency_ms, precision))
-    return StudentPlan(students=tuple(students), best=best, unknown=unknown)
+    others, too_small = _unpredicted(teacher) if part == "image" else ((), ())
+    return StudentPlan(
+        students=tuple(students),
+        best=best,
+        unknown=unknown,
+        unpredicted=others,
+        too_small=too_small,
+    )
 
 
 def _why_none(
@@ -249,9 +309,17 @@ def candidates(
     """Yield every number of heads and layers that can be inherited; for images some ConvNeXts too.
 
     Raises:
-        InputError: a text longer than the teacher reads.
+        InputError: a text longer than the teacher reads, or a text tower that no probe measures.
     """
     base = teacher.tower(part)
+    if base is None:
+        if part == "text":
+            raise InputError(
+                f"the text tower of a {teacher.kind} cannot be planned, for no probe measures its "
+                "blocks: measure a student with `edgeclip profile`"
+            )
+        yield from _convolutional(teacher)
+        return
     if part == "text" and text_tokens is not None:
         if not 2 <= text_tokens <= base.tokens:
             raise InputError(f"a text of this teacher has 2 to {base.tokens} tokens")
@@ -267,14 +335,16 @@ def candidates(
         yield from _convolutional(teacher)
 
 
-def distill_options(student: PlannedStudent, part: Tower) -> list[str]:
+def distill_options(student: PlannedStudent | UnpredictedStudent, part: Tower) -> list[str]:
     """Return the options of `edgeclip distill` for this tower; the other one keeps its default."""
-    shape, usual = student.shape, StudentShape()
+    shape = student.shape
     words = ["--family", shape.family]
-    if shape.family == "convolutional":
-        for name in ("conv_widths", "conv_depths"):
-            if getattr(shape, name) != getattr(usual, name):
-                words += [f"--{name.replace('_', '-')}", *map(str, getattr(shape, name))]
+    if shape.family != "inherited":
+        usual = IMAGE_FAMILIES[shape.family]
+        given = {"--conv-widths": shape.conv_widths, "--conv-depths": shape.conv_depths}
+        for (option, sizes), own in zip(given.items(), (usual.widths, usual.depths), strict=True):
+            if sizes not in (None, own):
+                words += [option, *map(str, sizes or ())]
         return words
     for name in (f"{part}_heads", f"{part}_layers"):
         words += [f"--{name.replace('_', '-')}", str(getattr(shape, name))]
@@ -310,14 +380,55 @@ def _convolutional(teacher: TeacherSizes) -> Iterator[tuple[StudentShape, AnyTow
                 widths=widths,
                 depths=depths,
                 image_size=teacher.image_size,
-                dim=teacher.image.dim,
+                dim=teacher.dim,
             )
-            if teacher.parameters(tower) <= teacher.parameters(teacher.image):
+            if teacher.parameters(tower) <= teacher.whole[0]:
                 yield shape, tower
 
 
-def describe(student: PlannedStudent) -> str:
+_PREDICTED: tuple[ImageFamilyName, ...] = ("convolutional",)
+_SCALES = (0.5, 1.0, 2.0)  # of a family's usual widths
+
+
+def _unpredicted(
+    teacher: TeacherSizes,
+) -> tuple[tuple[UnpredictedStudent, ...], tuple[ImageFamilyName, ...]]:
+    """Return towers of the families without probes, no larger than the teacher's; see the plan."""
+    found: list[UnpredictedStudent] = []
+    too_small: list[ImageFamilyName] = []
+    for name, family in IMAGE_FAMILIES.items():
+        if name in _PREDICTED:
+            continue
+        for scale in _SCALES:
+            whole = family.whole
+            widths = tuple(
+                max(whole, round(width * scale / whole) * whole) for width in family.widths
+            )
+            try:
+                with torch.device("meta"):  # counted, not made
+                    tower: Any = image_tower(name, widths, None, teacher.image_size)
+            except ConfigError:  # whatever the widths
+                too_small.append(name)
+                break
+            count = sum(weight.numel() for weight in tower.parameters())
+            count += tower.config.hidden_size * teacher.dim
+            if count <= teacher.whole[0]:
+                shape = StudentShape(family=name, conv_widths=widths, conv_depths=family.depths)
+                found.append(
+                    UnpredictedStudent(
+                        shape=shape, parameters=count, share=count / teacher.whole[0]
+                    )
+                )
+    found.sort(key=lambda item: -item.parameters)
+    return tuple(found), tuple(too_small)
+
+
+def describe(student: PlannedStudent | UnpredictedStudent) -> str:
     """Describe the sizes of a student in a few words."""
+    if isinstance(student, UnpredictedStudent):
+        shape = student.shape
+        sizes = ("-".join(map(str, item or ())) for item in (shape.conv_widths, shape.conv_depths))
+        return f"{shape.family} {', blocks '.join(sizes)}"
     tower = student.tower
     if isinstance(tower, ConvTower):
         widths, depths = ("-".join(map(str, item)) for item in (tower.widths, tower.depths))

@@ -403,6 +403,9 @@ class DualEncoder(nn.Module):
 
 # Of config.json: they change an embedding, but no shape of a weight.
 _SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "pad_token_id")
+# The same of convolutional and hybrid towers; they count where a tower has them, so that the others
+# keep their fingerprints.
+_OF_SOME = ("batch_norm_eps", "depthwise_padding", "down_stride", "output_stride", "strides")
 
 
 def keep_others(old: Path, new: Path) -> None:
@@ -423,6 +426,7 @@ def space_fingerprint(dual: DualEncoder) -> str:
     config: Any = dual.model.config
     settings = [
         [getattr(tower, name, None) for name in _SETTINGS]
+        + [getattr(tower, name) for name in _OF_SOME if hasattr(tower, name)]
         for tower in (config.vision_config, config.text_config)
     ]
     text = f"{_weights_fingerprint(dual)} {json.dumps(settings)}"

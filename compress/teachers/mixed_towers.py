@@ -29,7 +29,6 @@ from transformers import (
 
 from edgeclip.compress.teachers.image_towers import IMAGE_TOWERS
 
-
 _TOWERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
     **IMAGE_TOWERS,
     AltCLIPTextConfig: AltCLIPTextModel,

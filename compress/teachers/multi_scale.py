@@ -98,7 +98,9 @@ class AttentionPool(nn.Module):
         self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """float32 [N, places, width] -> [N, width]."""

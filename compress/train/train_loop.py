@@ -199,7 +199,8 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
 
     Raises:
         ConfigError: `out` holds a run with other settings or more steps, is not the same directory
-            for all processes, the batch cannot be divided, or the loss is not finite.
+            for all processes, the batch cannot be divided, or must not be, for the module has batch
+            normalisation, or the loss is not finite.
         InputError: the disk is full; the last checkpoint is kept whole.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step in hand was saved.
     """
@@ -210,6 +211,7 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
             f"a batch of {settings.batch_size} cannot be divided among {team.count} processes in "
             f"{settings.accumulate} parts each: choose a multiple of {parts}"
         )
+    _check_batch_norm(task.module, settings, team)
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(task, settings, out, team)
     start, seconds = run.resume()
@@ -478,6 +480,28 @@ class _Run:
                 "as in a run of %d",
                 *(steps, wanted, values["step"] + 1, wanted),
             )
+
+
+def _check_batch_norm(module: nn.Module, settings: TrainSettings, team: Processes) -> None:
+    """Refuse to divide a batch, or to embed it twice, where a norm is one over the whole batch.
+
+    A part has other statistics than the batch, so that the losses would not be those of the whole;
+    and what is embedded twice moves the running statistics twice.
+    """
+    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        return
+    mend = {
+        "leave out --accumulate": settings.accumulate > 1,
+        "leave out --gradient-checkpointing": settings.gradient_checkpointing,
+        "train in one process": team.count > 1,
+        "choose a --batch-size of at least 2": settings.batch_size < 2,
+    }
+    wanted = [say for say, is_needed in mend.items() if is_needed]
+    if wanted:
+        raise ConfigError(
+            "the student has BatchNorm, whose statistics are those of one whole batch, embedded "
+            f"once: {', and '.join(wanted)}, or choose a family without it, such as convnextv2"
+        )
 
 
 def _check_finite(loss: Tensor, norm: Tensor, step: int) -> None:

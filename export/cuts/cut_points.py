@@ -34,7 +34,7 @@ _DTYPES: dict[np.dtype[Any], Literal["float16", "float32"]] = {
     np.dtype(np.float32): "float32",
 }
 # As torch's exporter names weights: encoder.layers.3.mlp, stages.1.layers.0.dwconv.
-_BLOCK = re.compile(r"\b(?:layers?|blocks?|stages?|resblocks|h)\.(\d+)")
+_BLOCK = re.compile(r"\b(?:layers?|blocks?|stages?|network|resblocks|h)\.(\d+)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.export.errors import ExportError
 from edgeclip.export.graph.embedders import TowerGraph
 from edgeclip.export.graph.export_modules import tower_module
+from edgeclip.export.graph.fold_norms import fold_batch_norms
 from edgeclip.export.graph.graph_io import limit_masks, load_graph, save_graph
 from edgeclip.runtime.bundle.files import tower_path
 from edgeclip.runtime.bundle.index import LabelSet
@@ -137,6 +138,7 @@ def export_tower(
     config = tower_config(dual, tower, form)
     model = capture(dual, tower, form).model_proto
     limit_masks(model)
+    fold_batch_norms(model)
     _check_inputs(tower, model, config)
     _check_layer_norms(dual, tower, model)
     if tower == "image" and form.pixels == "uint8-nhwc":
@@ -158,8 +160,11 @@ def _check_inputs(tower: Tower, model: onnx.ModelProto, config: "TowerConfig") -
 
 def _check_layer_norms(dual: DualEncoder, tower: Tower, model: onnx.ModelProto) -> None:
     """Refuse LayerNorms decomposed into means and powers, which overflow in fp16."""
-    module = tower_module(dual, tower)
-    has_any = any(isinstance(part, torch.nn.LayerNorm) for part in module.modules())
+    prefixes = dual.tower_parts(tower)
+    has_any = any(
+        isinstance(part, torch.nn.LayerNorm) and name.startswith(prefixes)
+        for name, part in dual.named_modules()
+    )
     kinds = {node.op_type for node in model.graph.node}
     powers = {name for node in model.graph.node if node.op_type == "Pow" for name in node.output}
     variance = any(

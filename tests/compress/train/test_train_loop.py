@@ -737,3 +737,35 @@ def test_other_schedules(schedule: Schedule, rates: tuple[float, ...]) -> None:
 def test_settings_must_be_positive(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be (above 0|at least 1), got {value}"):
         replace(SETTINGS, **{name: value})  # type: ignore[arg-type]
+
+
+def _with_batch_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+
+
+def test_a_stopped_run_goes_on_with_its_batch_statistics(tmp_path: Path) -> None:
+    whole, stopped = _with_batch_norm(), _with_batch_norm()
+    train(_task(whole), SETTINGS, tmp_path / "whole")
+    with pytest.raises(InterruptedRunError):
+        train(_task(stopped, at_step=_stop_at(5)), SETTINGS, tmp_path / "stopped")
+    resumed = _with_batch_norm()
+    train(_task(resumed), SETTINGS, tmp_path / "stopped")
+    assert _equal(resumed, whole)
+    assert int(whole.state_dict()["1.num_batches_tracked"]) == SETTINGS.steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "mend"),
+    [
+        (replace(SETTINGS, accumulate=2), "leave out --accumulate"),
+        (replace(SETTINGS, gradient_checkpointing=True), "leave out --gradient-checkpointing"),
+        (replace(SETTINGS, batch_size=1), "--batch-size of at least 2"),
+    ],
+)
+def test_a_batch_norm_sees_the_whole_batch_once(
+    settings: TrainSettings, mend: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=mend):
+        train(_task(_with_batch_norm()), settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
