@@ -48,6 +48,7 @@ class ImageFamily:
         config: makes transformers' configuration of widths, depths and the side of a picture in
             pixels, with the width that the tower pools as `hidden_size`.
         stages: the least and the most widths; there are as many depths.
+        fewest: blocks of a stage, at least.
         whole: what each width must be a multiple of.
         fresh: draw weights as torch does: transformers begins with norms of nearly 0.
     """
@@ -57,6 +58,7 @@ class ImageFamily:
     depths: Sizes
     config: Callable[[Sizes, Sizes, int], Any]
     stages: tuple[int, int] = (1, 8)
+    fewest: int = 1
     whole: int = 1
     fresh: bool = False
 
@@ -104,8 +106,11 @@ def _check_sizes(name: str, family: ImageFamily, widths: Sizes, depths: Sizes) -
             f"{name}: each of --conv-widths is a multiple of {family.whole}, above 0; got "
             + " ".join(map(str, widths))
         )
-    if min(depths) < 1:
-        raise ConfigError(f"{name}: each stage has at least one block; see --conv-depths")
+    if min(depths) < family.fewest:
+        raise ConfigError(
+            f"{name}: each of --conv-depths is at least {family.fewest}; got "
+            + " ".join(map(str, depths))
+        )
 
 
 def _check_side(name: str, image_size: int, stride: int, least: int = 1) -> None:
@@ -253,12 +258,14 @@ IMAGE_FAMILIES: dict[ImageFamilyName, ImageFamily] = {
         widths=(48, 96, 192),
         depths=(2, 2, 4),
         config=_convnext,
+        fewest=0,
     ),
     "convnextv2": ImageFamily(
         title="ConvNeXt V2 (Woo et al. 2023)",
         widths=(48, 96, 192),
         depths=(2, 2, 4),
         config=_convnextv2,
+        fewest=0,
     ),
     "mobilevitv2": ImageFamily(
         title="MobileViTV2 (Mehta and Rastegari 2022)",

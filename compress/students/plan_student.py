@@ -4,6 +4,7 @@ Nothing is trained or run: latencies are predicted from block costs of the devic
 blocks no probe measures is named with its size alone.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -155,10 +156,11 @@ def _conv_parameters(tower: ConvTower) -> int:
     for before, width in zip(tower.widths, tower.widths[1:], strict=False):
         count += 2 * before + 4 * before * width + width
     for width, depth in zip(tower.widths, tower.depths, strict=True):
-        count += depth * (8 * width**2 + (49 + 1 + 2 + 4 + 1) * width)
+        count += depth * (8 * width**2 + (49 + 1 + 2 + 4 + 1 + 8 * tower.grn) * width)
     return count
 
 
+_CONV_FAMILIES: tuple[ImageFamilyName, ...] = ("convolutional", "convnextv2")
 _CONV_WIDTHS = ((24, 48, 96), (32, 64, 128), (48, 96, 192), (64, 128, 256), (96, 192, 384))
 _CONV_DEPTHS = ((2, 2, 4), (2, 2, 6), (3, 3, 9))
 
@@ -249,7 +251,9 @@ def plan_student(
     predictor = Predictor(measured)
     students, unknown, why = [], 0, ""
     whole = teacher.whole[0 if part == "image" else 1]
-    for shape, tower in candidates(teacher, part, text_tokens):
+    has_grn = predictor.measures("grn-block")
+    known = _CONV_FAMILIES if has_grn else _CONV_FAMILIES[:1]
+    for shape, tower in candidates(teacher, part, text_tokens, known):
         try:
             prediction = predictor.predict(tower, precision)
         except InputError as error:
@@ -272,7 +276,7 @@ def plan_student(
     best = next((item for item in students if item.keeps), None)
     if best is None:
         raise InputError(_why_none(students, measured, latency_ms, precision))
-    others, too_small = _unpredicted(teacher) if part == "image" else ((), ())
+    others, too_small = _unpredicted(teacher, known) if part == "image" else ((), ())
     return StudentPlan(
         students=tuple(students),
         best=best,
@@ -304,9 +308,14 @@ def _why_none(
 
 
 def candidates(
-    teacher: TeacherSizes, part: Tower, text_tokens: int | None = None
+    teacher: TeacherSizes,
+    part: Tower,
+    text_tokens: int | None = None,
+    families: Sequence[ImageFamilyName] = _CONV_FAMILIES,
 ) -> Iterator[tuple[StudentShape, AnyTower]]:
     """Yield every number of heads and layers that can be inherited; for images some ConvNeXts too.
+
+    `families` are those of the ConvNeXts.
 
     Raises:
         InputError: a text longer than the teacher reads, or a text tower that no probe measures.
@@ -318,7 +327,7 @@ def candidates(
                 f"the text tower of a {teacher.kind} cannot be planned, for no probe measures its "
                 "blocks: measure a student with `edgeclip profile`"
             )
-        yield from _convolutional(teacher)
+        yield from _convolutional(teacher, families)
         return
     if part == "text" and text_tokens is not None:
         if not 2 <= text_tokens <= base.tokens:
@@ -332,7 +341,7 @@ def candidates(
                 shape = StudentShape(text_heads=heads, text_layers=layers)
             yield shape, _shrunk(base, heads, layers)
     if part == "image":
-        yield from _convolutional(teacher)
+        yield from _convolutional(teacher, families)
 
 
 def distill_options(student: PlannedStudent | UnpredictedStudent, part: Tower) -> list[str]:
@@ -356,7 +365,7 @@ def worth_showing(plan: StudentPlan) -> tuple[PlannedStudent, ...]:
     by_width: dict[object, list[PlannedStudent]] = {}
     for item in plan.students:
         tower = item.tower
-        key = tower.widths if isinstance(tower, ConvTower) else tower.width
+        key = (tower.grn, tower.widths) if isinstance(tower, ConvTower) else tower.width
         by_width.setdefault(key, []).append(item)
     shown: list[PlannedStudent] = []
     for same in by_width.values():
@@ -372,32 +381,34 @@ def _shrunk(base: TransformerTower, heads: int, layers: int) -> TransformerTower
     return replace(base, width=width, heads=heads, hidden=hidden, layers=layers)
 
 
-def _convolutional(teacher: TeacherSizes) -> Iterator[tuple[StudentShape, AnyTower]]:
-    for widths in _CONV_WIDTHS:
-        for depths in _CONV_DEPTHS:
-            shape = StudentShape(family="convolutional", conv_widths=widths, conv_depths=depths)
+def _convolutional(
+    teacher: TeacherSizes, families: Sequence[ImageFamilyName]
+) -> Iterator[tuple[StudentShape, AnyTower]]:
+    for family in families:
+        for widths, depths in itertools.product(_CONV_WIDTHS, _CONV_DEPTHS):
+            shape = StudentShape(family=family, conv_widths=widths, conv_depths=depths)
             tower = ConvTower(
                 widths=widths,
                 depths=depths,
                 image_size=teacher.image_size,
                 dim=teacher.dim,
+                grn=family == "convnextv2",
             )
             if teacher.parameters(tower) <= teacher.whole[0]:
                 yield shape, tower
 
 
-_PREDICTED: tuple[ImageFamilyName, ...] = ("convolutional",)
 _SCALES = (0.5, 1.0, 2.0)  # of a family's usual widths
 
 
 def _unpredicted(
-    teacher: TeacherSizes,
+    teacher: TeacherSizes, known: Sequence[ImageFamilyName]
 ) -> tuple[tuple[UnpredictedStudent, ...], tuple[ImageFamilyName, ...]]:
     """Return towers of the families without probes, no larger than the teacher's; see the plan."""
     found: list[UnpredictedStudent] = []
     too_small: list[ImageFamilyName] = []
     for name, family in IMAGE_FAMILIES.items():
-        if name in _PREDICTED:
+        if name in known:
             continue
         for scale in _SCALES:
             whole = family.whole
@@ -432,7 +443,7 @@ def describe(student: PlannedStudent | UnpredictedStudent) -> str:
     tower = student.tower
     if isinstance(tower, ConvTower):
         widths, depths = ("-".join(map(str, item)) for item in (tower.widths, tower.depths))
-        return f"ConvNeXt {widths}, blocks {depths}"
+        return f"ConvNeXt{' V2' * tower.grn} {widths}, blocks {depths}"
     heads, layers = tower.heads, tower.layers
     return (
         f"{heads} head{'s' * (heads > 1)} (width {tower.width}), {layers} layer{'s' * (layers > 1)}"

@@ -50,12 +50,12 @@ class PlainEfficientNet(EfficientNetModel):
             self.pooler = nn.AdaptiveAvgPool2d(1)
 
 
-class _Attention(LevitAttention):  # type: ignore[misc] # transformers is untyped
+class _Attention(LevitAttention):
     def get_attention_biases(self, device: torch.device) -> Tensor:
         return _biases(self)
 
 
-class _AttentionSubsample(LevitAttentionSubsample):  # type: ignore[misc] # as above
+class _AttentionSubsample(LevitAttentionSubsample):
     def get_attention_biases(self, device: torch.device) -> Tensor:
         return _biases(self)
 
@@ -77,7 +77,7 @@ class FreshLevit(LevitModel):
                 module.__class__ = _AttentionSubsample
 
 
-class _Layer(MobileViTV2Layer):  # type: ignore[misc] # as above
+class _Layer(MobileViTV2Layer):
     """Cuts a map into patches by reshaping, where its sides are multiples of theirs."""
 
     def unfolding(self, feature_map: Tensor) -> tuple[Tensor, tuple[int, int]]:

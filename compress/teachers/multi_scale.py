@@ -55,16 +55,16 @@ class MultiScaleTower(PreTrainedModel):
             layer_scale_init_value=0.0,
         )
         width, levels = config.hidden_size, len(config.hidden_sizes) - 1
-        self.embeddings = ConvNextEmbeddings(stages)  # type: ignore[no-untyped-call]
+        self.embeddings = ConvNextEmbeddings(stages)
         self.encoder = ConvNextEncoder(stages)
         self.lateral = nn.ModuleList(nn.Conv2d(size, width, 1) for size in config.hidden_sizes[1:])
         self.level = nn.Parameter(torch.zeros(levels, width))
         self.norm = nn.LayerNorm(width)
         self.pool = AttentionPool(width, config.num_attention_heads)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[no-untyped-call]
+        super()._init_weights(module)
         if isinstance(module, AttentionPool):
             nn.init.normal_(module.query, std=module.query.shape[1] ** -0.5)
 

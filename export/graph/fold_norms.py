@@ -67,7 +67,7 @@ class _Folder:
         return True
 
     def _product_before(self, value: str) -> onnx.NodeProto | None:
-        """Return the Conv that makes a value, or the MatMul before a Reshape to rows of channels."""
+        """Return the Conv that makes a value, or the MatMul before a Reshape to rows."""
         maker = self._only_reader_of(value)
         if maker is not None and maker.op_type == "Reshape":
             maker = self._only_reader_of(maker.input[0])

@@ -89,12 +89,12 @@ class ConvProbeSize:
     next: int | None = None
     few: bool = False
 
-    def tower(self, depth: int) -> ConvTower:
+    def tower(self, depth: int, *, grn: bool = False) -> ConvTower:
         """Return a tower of that stage alone, or with the step down to the next one."""
         widths = (self.width,) if self.next is None else (self.width, self.next)
         depths = (depth,) if self.next is None else (depth, 0)
         return ConvTower(
-            widths=widths, depths=depths, image_size=CONV_PATCH * self.side, dim=PROBE_DIM
+            widths=widths, depths=depths, image_size=CONV_PATCH * self.side, dim=PROBE_DIM, grn=grn
         )
 
 
@@ -107,6 +107,7 @@ class ProbePlan:
         images, texts, convs: where blocks, and what comes before and after them, are measured.
         stems: where only what cuts the patches is measured.
         gelus: where blocks with the exact GELU are measured.
+        grns: where blocks of ConvNeXt V2 are measured, each one of `convs` too.
         checks: whole towers; those marked are among the few.
     """
 
@@ -116,6 +117,7 @@ class ProbePlan:
     convs: tuple[ConvProbeSize, ...]
     stems: tuple[ImageProbeSize, ...] = ()
     gelus: tuple[ImageProbeSize, ...] = ()
+    grns: tuple[ConvProbeSize, ...] = ()
     checks: tuple[tuple[AnyTower, bool], ...] = ()
 
     def probes(self) -> Iterator[PlannedProbe]:
@@ -130,6 +132,8 @@ class ProbePlan:
             yield from _text_probes(text, self.precisions)
         for conv in self.convs:
             yield from _conv_probes(conv, self.precisions)
+        for conv in self.grns:
+            yield from _grn_probes(conv, self.precisions)
 
     def check_towers(self) -> Iterator[PlannedCheck]:
         """Yield the whole towers."""
@@ -261,6 +265,22 @@ def _conv_probes(
         )
 
 
+def _grn_probes(
+    size: ConvProbeSize, precisions: tuple[ProbePrecision, ...]
+) -> Iterator[PlannedProbe]:
+    """Yield blocks of ConvNeXt V2, whose stem and head are those of ConvNeXt."""
+    shallow, deep = size.tower(0), size.tower(_EXTRA_CONV_BLOCKS, grn=True)
+    for precision in precisions:
+        yield PlannedProbe(
+            name=f"{_title(deep, False)}-{precision}",
+            graph=PlannedGraph(deep, precision),
+            piece=deep.block(0),
+            count=_EXTRA_CONV_BLOCKS,
+            beyond=f"{_title(shallow, False)}-{precision}",
+            few=size.few,
+        )
+
+
 def _stem_probe(tower: AnyTower, *, few: bool) -> PlannedProbe:
     return PlannedProbe(
         name=_title(tower, True),
@@ -276,7 +296,7 @@ def _title(tower: AnyTower, stem: bool, *, tokens: bool = False) -> str:
     if isinstance(tower, ConvTower):
         widths, depths = ("_".join(map(str, item)) for item in (tower.widths, tower.depths))
         sizes = f"{tower.image_size}px-w{widths}"
-        return f"stem-conv-{sizes}" if stem else f"conv-{sizes}-d{depths}{dim}"
+        return f"stem-conv-{sizes}" if stem else f"conv-{sizes}-d{depths}{'-grn' * tower.grn}{dim}"
     sizes = f"w{tower.width}"
     if tower.part == "image":
         sizes = f"{tower.image_size}px-p{tower.patch}-{sizes}"
@@ -322,6 +342,16 @@ STANDARD = ProbePlan(
         ConvProbeSize(width=256, side=14, next=512, few=True),
         ConvProbeSize(width=512, side=7),
     ),
+    grns=(
+        ConvProbeSize(width=32, side=16),
+        ConvProbeSize(width=32, side=56),
+        ConvProbeSize(width=64, side=8, few=True),
+        ConvProbeSize(width=64, side=28),
+        ConvProbeSize(width=128, side=4),
+        ConvProbeSize(width=128, side=14),
+        ConvProbeSize(width=256, side=4),
+        ConvProbeSize(width=256, side=14),
+    ),
     checks=(
         (probe_transformer("image", 192, 6, image_tokens(224, 32), patch=32), True),
         (probe_transformer("image", 384, 4, image_tokens(128, 16), patch=16), False),
@@ -331,6 +361,12 @@ STANDARD = ProbePlan(
         (ConvTower(widths=(48, 96, 192), depths=(2, 2, 4), image_size=64, dim=PROBE_DIM), True),
         (ConvTower(widths=(40, 80, 160), depths=(2, 2, 6), image_size=128, dim=PROBE_DIM), False),
         (ConvTower(widths=(64, 128, 256), depths=(1, 2, 3), image_size=224, dim=PROBE_DIM), False),
+        (
+            ConvTower(
+                widths=(48, 96, 192), depths=(2, 2, 4), image_size=64, dim=PROBE_DIM, grn=True
+            ),
+            False,
+        ),
     ),
 )
 # For tests: it tells little, in seconds.
@@ -341,6 +377,7 @@ SMALL = ProbePlan(
     ),
     texts=(TextProbeSize(width=64, lengths=(8, 16)),),
     convs=(ConvProbeSize(width=16, side=8, next=32),),
+    grns=(ConvProbeSize(width=16, side=8),),
     checks=((probe_transformer("image", 64, 4, image_tokens(32, 8), patch=8), True),),
 )
 PLANS = {"standard": STANDARD, "small": SMALL}

@@ -53,7 +53,7 @@ def random_dual(tower: AnyTower, *, seed: int = 0, context: int = 77) -> DualEnc
     if isinstance(tower, ConvTower):
         base = _clip(_tiny_image(tower.image_size), _tiny(), tower.image_size, tower.dim, context)
         shape = StudentShape(
-            family="convolutional",
+            family="convnextv2" if tower.grn else "convolutional",
             whole_text=True,
             conv_widths=tower.widths,
             conv_depths=tower.depths,

@@ -2,7 +2,7 @@
 
 The cost of a block is taken to be linear in four amounts: operations, weights, activations and
 one call. The coefficients are non-negative least squares over the measured blocks of a family
-(stems, transformer blocks, last layers, convolution blocks, convolution heads), for each precision
+(stems, transformer blocks, last layers, convolution blocks of either ConvNeXt, convolution heads), for each precision
 of the device with its threads. A tower takes the sum of its blocks.
 
 How far a prediction may be off is told by the errors of whole towers alone, which were measured
@@ -40,9 +40,11 @@ FAMILIES: dict[BlockKind, str] = {
     "image-last": "last",
     "text-last": "last",
     "conv-block": "convolution",
+    "grn-block": "convolution with response norm",
     "conv-head": "head",
 }
 _GELU = 4  # activations that the erf of an exact GELU costs as much as
+_GRN = 40  # activations, in widths of a block, that its norm over the map reads and writes
 _NOISE = 0.01  # of a measured cost, as a relative error, beside what its interval tells
 _NOISY = 0.1  # noise from which on a cost counts less
 _LEAST_MS = 1e-4  # differences of tiny blocks can come out as nothing, or less
@@ -76,8 +78,9 @@ def work(block: TowerBlock) -> Values:
             activations += _GELU * hidden * block.gelu
             rest = 2 * width**2 + 2 * width * hidden + width * given
             operations = 2 * (2 * at * width**2 + rest) + 4 * at * width
-        case "conv-block":
+        case "conv-block" | "grn-block":
             weights, activations = 8 * width**2 + 49 * width, 14 * at * width
+            activations += _GRN * at * width * (block.kind == "grn-block")
             operations = 2 * at * weights
         case "conv-head":
             weights, activations = width * given, 2 * at * width
@@ -186,6 +189,10 @@ class Predictor:
             precision: np.array([abs(math.log(pred / ms)) for pred, ms in self.checks(precision)])
             for precision in measured.precisions
         }
+
+    def measures(self, kind: BlockKind) -> bool:
+        """Tell whether blocks of a kind were measured, in whatever precision."""
+        return any(known == kind for known, _ in self._by_kind)
 
     def predict(self, tower: AnyTower, precision: Precision) -> Prediction:
         """Predict a tower.

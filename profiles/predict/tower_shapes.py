@@ -22,6 +22,7 @@ BlockKind = Literal[
     "text-last",
     "conv-stem",
     "conv-block",
+    "grn-block",
     "conv-down",
     "conv-head",
 ]
@@ -139,18 +140,20 @@ class TransformerTower:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvTower:
-    """Sizes of a ConvNeXt image tower.
+    """Sizes of an image tower that is a ConvNeXt, or a ConvNeXt V2.
 
     Attributes:
         widths, depths: channels and blocks of each stage; a stage may have no block.
         image_size: side of the image in pixels.
         dim: length of an embedding.
+        grn: blocks have global response normalisation, as those of ConvNeXt V2.
     """
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     image_size: Annotated[int, Ge(1)]
     dim: Annotated[int, Ge(1)]
+    grn: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -179,7 +182,9 @@ class ConvTower:
     def block(self, stage: int) -> TowerBlock:
         """Return a block of a stage."""
         return TowerBlock(
-            kind="conv-block", width=self.widths[stage], positions=self.side(stage) ** 2
+            kind="grn-block" if self.grn else "conv-block",
+            width=self.widths[stage],
+            positions=self.side(stage) ** 2,
         )
 
     def down(self, stage: int) -> TowerBlock:
@@ -231,7 +236,8 @@ def read_image_tower(path: Path, *, image_size: int, dim: int) -> AnyTower:
     """Read the sizes of an image tower from its Hugging Face configuration.
 
     Args:
-        path: `config.json` of a `CLIPModel`, or of a dual encoder whose image tower is a ConvNeXt.
+        path: `config.json` of a `CLIPModel`, or of a dual encoder whose image tower is a ConvNeXt
+            of either version.
         image_size: side of the image in pixels.
         dim: length of an embedding.
 
@@ -243,12 +249,14 @@ def read_image_tower(path: Path, *, image_size: int, dim: int) -> AnyTower:
             raise ConfigError(f"{path} is too large for a configuration: export the bundle anew")
         vision = json.loads(path.read_text(encoding="utf-8"))["vision_config"]
         kind = vision.get("model_type", "clip_vision_model")
-        if kind == "convnext" and vision.get("patch_size", CONV_PATCH) == CONV_PATCH:
+        is_conv = kind in ("convnext", "convnextv2")
+        if is_conv and vision.get("patch_size", CONV_PATCH) == CONV_PATCH:
             return ConvTower(
                 widths=tuple(map(_whole, vision["hidden_sizes"])),
                 depths=tuple(map(_whole, vision["depths"])),
                 image_size=image_size,
                 dim=dim,
+                grn=kind == "convnextv2",
             )
         if kind == "clip_vision_model":
             return _transformer(vision, image_size, dim)

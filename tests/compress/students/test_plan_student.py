@@ -5,11 +5,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, CLIPConfig
+from transformers import AutoConfig, BertConfig, CLIPConfig, SiglipConfig, SiglipModel
 
 from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.cli import distill as distill_command
 from edgeclip.compress.cli import plan_student as plan_student_command
+from edgeclip.compress.students.image_families import IMAGE_FAMILIES, ImageFamilyName
 from edgeclip.compress.students.plan_student import (
     StudentPlan,
     TeacherSizes,
@@ -51,14 +52,22 @@ def test_sizes_are_read_from_the_configuration_alone(teacher: DualEncoder, tmp_p
 @pytest.mark.parametrize("part", ["image", "text"])
 def test_parameters_are_those_of_the_students(teacher: DualEncoder, part: Tower) -> None:
     sizes = _sizes(teacher)
-    assert sizes.parameters(sizes.tower(part)) == _weights(teacher, part)
+    whole = sizes.tower(part)
+    assert whole is not None
+    assert sizes.parameters(whole) == _weights(teacher, part)
+    assert sizes.whole[part == "text"] == _weights(teacher, part)
     for shape, tower in list(candidates(sizes, part))[::3]:
         assert sizes.parameters(tower) == _weights(new_student(teacher, shape), part)
 
 
-def test_parameters_of_a_convolutional_student(teacher: DualEncoder) -> None:
-    shape = StudentShape(family="convolutional", conv_widths=(8, 16, 24), conv_depths=(1, 2, 1))
-    tower = ConvTower(widths=(8, 16, 24), depths=(1, 2, 1), image_size=32, dim=32)
+@pytest.mark.parametrize("family", ["convolutional", "convnextv2"])
+def test_parameters_of_a_convolutional_student(
+    teacher: DualEncoder, family: ImageFamilyName
+) -> None:
+    shape = StudentShape(family=family, conv_widths=(8, 16, 24), conv_depths=(1, 2, 1))
+    tower = ConvTower(
+        widths=(8, 16, 24), depths=(1, 2, 1), image_size=32, dim=32, grn=family == "convnextv2"
+    )
     assert _sizes(teacher).parameters(tower) == _weights(new_student(teacher, shape), "image")
 
 
@@ -69,7 +78,7 @@ def test_the_largest_that_keeps_the_budget_is_chosen(plan: StudentPlan) -> None:
     assert all(item.prediction.high > 1.0 for item in larger)
     assert 0 < plan.best.share < 1
     families = {item.shape.family for item in plan.students}
-    assert families == {"inherited", "convolutional"}
+    assert families == {"inherited", "convolutional", "convnextv2"}
     whole = [item for item in plan.students if item.share == 1]
     assert [(item.shape.image_heads, item.shape.image_layers) for item in whole] == [(4, 8)]
 
@@ -122,8 +131,59 @@ def test_distill_understands_the_options(plan: StudentPlan) -> None:
             assert shape.image_heads == item.shape.image_heads
             assert shape.image_layers == item.shape.image_layers
         else:
-            assert shape.conv_widths == item.shape.conv_widths
-            assert shape.conv_depths == item.shape.conv_depths
+            usual = IMAGE_FAMILIES[shape.family]
+            assert (shape.conv_widths or usual.widths) == item.shape.conv_widths
+            assert (shape.conv_depths or usual.depths) == item.shape.conv_depths
+
+
+def test_families_that_no_probe_measures_are_named_with_their_sizes(
+    plan: StudentPlan, built_in: TeacherSizes
+) -> None:
+    teacher = DualEncoder.load(BUILT_IN_TEACHER)
+    smallest = {item.shape.family: item for item in plan.unpredicted}  # the largest come first
+    assert smallest.keys() == IMAGE_FAMILIES.keys() - {"convolutional", "convnextv2"}
+    assert plan.too_small == ()
+    parser = argparse.ArgumentParser()
+    distill_command.add_arguments(parser)
+    for item in smallest.values():
+        assert item.share == item.parameters / built_in.whole[0] <= 1
+        words = distill_options(item, "image")
+        args = parser.parse_args([*words, "--whole-text", "--out", "student"])
+        student = new_student(teacher, distill_command.recipe_of(args).student)
+        assert _weights(student, "image") == item.parameters
+
+
+def test_blocks_that_a_device_has_no_times_of_are_not_predicted(built_in: TeacherSizes) -> None:
+    costs = tuple(cost for cost in DEVICE.costs if cost.piece.kind != "grn-block")
+    checks = tuple(check for check in DEVICE.checks if "grn" not in check.name)
+    older = dataclasses.replace(DEVICE, costs=costs, checks=checks)
+    found = plan_student(built_in, older, latency_ms=50)
+    assert "convnextv2" not in {item.shape.family for item in found.students}
+    assert "convnextv2" in {item.shape.family for item in found.unpredicted}
+    assert found.unknown == 0
+
+
+def test_families_that_need_larger_pictures_are_named(teacher: DualEncoder) -> None:
+    found = plan_student(_sizes(teacher), DEVICE, latency_ms=50)
+    assert found.too_small == ("levit",)
+    assert "levit" not in {item.shape.family for item in found.unpredicted}
+
+
+def test_of_other_teachers_what_can_be_predicted_is(tmp_path: Path) -> None:
+    SiglipConfig(
+        vision_config={"hidden_size": 128, "num_attention_heads": 2, "image_size": 64},
+        text_config={"hidden_size": 128, "num_attention_heads": 2, "vocab_size": 500},
+    ).save_pretrained(tmp_path)
+    sizes = TeacherSizes.read(tmp_path)
+    model = SiglipModel(AutoConfig.from_pretrained(tmp_path))
+    counts = (sum(own.numel() for own in part.parameters()) for part in model.children())
+    text, image = counts
+    assert sizes.whole == (image, text)
+    assert (sizes.dim, sizes.image, sizes.text) == (128, None, None)
+    found = plan_student(sizes, DEVICE, latency_ms=50)
+    assert {item.shape.family for item in found.students} == {"convolutional", "convnextv2"}
+    with pytest.raises(InputError, match="the text tower of a siglip cannot be planned"):
+        plan_student(sizes, DEVICE, latency_ms=50, part="text")
 
 
 def test_verb_prints_students_and_the_command(
@@ -147,7 +207,7 @@ def test_verb_prints_students_and_the_command(
 
 def test_other_teachers_are_refused(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is a bert: only students of a CLIP"):
+    with pytest.raises(ConfigError, match="is a bert: only students of clip"):
         TeacherSizes.read(tmp_path)
     with pytest.raises(ConfigError, match="cannot read the configuration of the teacher"):
         TeacherSizes.read(tmp_path / "nowhere")

@@ -33,7 +33,7 @@ def multiply_adds(block: TowerBlock) -> float:
         return at * (4 * width**2 + 2 * width * block.hidden) + 2 * at**2 * width
     if block.kind in ("image-last", "text-last"):
         return 2 * at * width**2 + 2 * width**2 + 2 * width * block.hidden + width * block.given
-    if block.kind == "conv-block":
+    if block.kind in ("conv-block", "grn-block"):
         return at * (8 * width**2 + 49 * width)
     return 4 * at * max(1, block.given) * width if block.kind == "conv-down" else width * 512
 
