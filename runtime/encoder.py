@@ -1,7 +1,7 @@
 """Encoder: compute embeddings, labels and search hits of images and texts with one bundle."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,13 @@ from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import TOKENIZER_NAME
 from edgeclip.runtime.bundle.index import (
     Hit,
-    Index,
     LabelSet,
     bake_labels,
     check_embeddings,
     embedder_of,
 )
+from edgeclip.runtime.bundle.reduced_index import AnyIndex
+from edgeclip.runtime.bundle.reduction import Form, Reducer, RowType
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import ImageInput, as_image_list
 from edgeclip.runtime.inputs.preprocess import crop_batch
@@ -176,8 +177,28 @@ class Encoder:
 
         return TextTokenizer.from_file(self.bundle.tokenizer_path, self.spec.text)
 
+    def reducer(self, length: int | None = None, dtype: RowType = "float32") -> Reducer:
+        """Return what reduces embeddings of this space to a form that the bundle gives.
+
+        Args:
+            length: how many dimensions; None for all.
+            dtype: of a row.
+
+        Raises:
+            BundleError: the bundle gives no such form.
+        """
+        return self._reducers(Form(length or self.spec.dim, dtype))
+
+    @functools.cached_property
+    def _reducers(self) -> Callable[[Form], Reducer]:
+        return functools.cache(self.bundle.reducer)
+
     def encode_image(
-        self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        *,
+        batch_size: int = 32,
+        dim: int | None = None,
     ) -> FloatArray:
         """Embed one image or several; float32 [N, dim], L2-normalised.
 
@@ -185,13 +206,16 @@ class Encoder:
             images: paths, bytes of image files, PIL images or arrays (see `load_image`); an
                 array of four dimensions is a batch.
             batch_size: how many images are decoded and run at a time.
+            dim: reduce embeddings to a length that the bundle gives; None for full ones.
 
         Raises:
             InputError: an image that cannot be read.
+            BundleError: the bundle does not give `dim`.
             EngineError: the engine failed, or its output is not an embedding.
         """
         name = OUTPUT_NAMES["image"]
-        return self._joined([part[name] for part in self._image_outputs(images, batch_size)])
+        parts = [part[name] for part in self._image_outputs(images, batch_size)]
+        return self._cut(self._joined(parts), dim)
 
     def encode_patches(
         self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32
@@ -241,7 +265,12 @@ class Encoder:
         )
 
     def encode_text(
-        self, texts: str | Sequence[str], *, truncate: bool = False, batch_size: int = 64
+        self,
+        texts: str | Sequence[str],
+        *,
+        truncate: bool = False,
+        batch_size: int = 64,
+        dim: int | None = None,
     ) -> FloatArray:
         """Embed one text or several; float32 [N, dim], L2-normalised.
 
@@ -249,6 +278,7 @@ class Encoder:
             texts: any length up to the text tower's `context_length` in tokens.
             truncate: cut longer ones instead of refusing them.
             batch_size: how many texts are run at a time.
+            dim: see `encode_image`.
 
         Raises:
             InputError: a text that is too long, unless `truncate`, or no text at all (`bytes`,
@@ -260,7 +290,13 @@ class Encoder:
             self._text_tower.run(self._tokenizer.encode(chunk, truncate=truncate, first=start))
             for start, chunk in _chunks(as_text_list(texts), batch_size)
         ]
-        return self._joined(parts)
+        return self._cut(self._joined(parts), dim)
+
+    def _cut(self, embeddings: FloatArray, dim: int | None) -> FloatArray:
+        if dim in (None, self.spec.dim):
+            return embeddings
+        reducer = self.reducer(dim)
+        return reducer.reduce(embeddings) if len(embeddings) else np.zeros((0, dim), np.float32)
 
     def _check_text_tower(self) -> None:
         if not self.bundle.manifest.has("text"):
@@ -353,7 +389,7 @@ class Encoder:
     def search(
         self,
         query: ImageInput | Sequence[str] | Sequence[ImageInput],
-        index: Index,
+        index: AnyIndex,
         *,
         top: int = 10,
     ) -> list[tuple[Hit, ...]]:

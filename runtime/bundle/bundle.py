@@ -23,6 +23,7 @@ from edgeclip.runtime.bundle.files import (
 )
 from edgeclip.runtime.bundle.index import LabelSet, text_tuple
 from edgeclip.runtime.bundle.manifest import Manifest
+from edgeclip.runtime.bundle.reduction import BASIS_NAME, Basis, Form, Reducer
 from edgeclip.runtime.errors import BundleError, InputError
 from edgeclip.runtime.spec import Precision, Tower
 
@@ -158,6 +159,26 @@ class Bundle:
         labels = LabelSet.load(self.path / "labels" / f"{name}.npz")
         labels.check_space(self.manifest.space)
         return labels
+
+    def reducer(self, form: Form) -> Reducer:
+        """Load what reduces embeddings to a form that the bundle gives.
+
+        Raises:
+            BundleError: it gives no such form, or its basis does not fit it.
+        """
+        forms = [item.form for item in self.manifest.reduced]
+        if form not in forms:
+            has = ", ".join(map(str, forms)) or "no others than full float32 ones"
+            raise BundleError(f"{self.path} gives no embeddings of {form}; it gives {has}")
+        self.check_file(BASIS_NAME)
+        try:
+            basis = Basis.load(self.path / BASIS_NAME)
+            reducer = basis.reducer(form)
+        except InputError as error:
+            raise BundleError(str(error)) from error
+        if basis.space != self.manifest.space or reducer.dim != self.manifest.spec.dim:
+            raise BundleError(f"{self.path}: {BASIS_NAME} is of another embedding space")
+        return reducer
 
     def golden(self) -> "Golden":
         """Load the inputs and expected embeddings that `edgeclip verify` compares with.

@@ -554,6 +554,20 @@ def read_npz(
     return meta, arrays
 
 
+def npz_kind(path: Path) -> str | None:
+    """Return the kind of a file of `write_npz`; None if it is none that can be read.
+
+    It reads the metadata alone, and checks nothing: `read_npz` does.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{_META}.npy") as stream:
+            meta = json.loads(np.lib.format.read_array(stream, allow_pickle=False).tobytes())
+    except Exception:  # zip and numpy raise many kinds on damaged data
+        return None
+    kind = meta.get("kind") if isinstance(meta, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     arrays = {}
     with zipfile.ZipFile(path) as archive:

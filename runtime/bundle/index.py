@@ -83,7 +83,7 @@ class Index:
         if top < 1:
             raise InputError(f"top is {top}: ask for at least 1 hit")
         return tuple(
-            tuple(Hit(self.keys[row], float(scores[row])) for row in _best(scores, top))
+            tuple(Hit(self.keys[row], float(scores[row])) for row in best_rows(scores, top))
             for scores in self._scores(queries.astype(np.float32, copy=False))
         )
 
@@ -141,7 +141,7 @@ def _text(meta: dict[str, Any], path: Path) -> str:
     return embedder
 
 
-def _best(scores: NDArray[np.float32], top: int) -> NDArray[np.intp]:
+def best_rows(scores: NDArray[np.float32], top: int) -> NDArray[np.intp]:
     """Return the rows of the `top` highest scores, best first, ties in row order."""
     count = min(top, len(scores))
     threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
@@ -594,6 +594,15 @@ def check_keyed(
         raise InputError(f"{what} embeddings must be float32, not {embeddings.dtype}")
     if len(keys) != len(embeddings):
         raise InputError(f"{len(keys)} {what} names cannot name {len(embeddings)} embeddings")
+    check_keys(what, keys, space, unique=unique)
+
+
+def check_keys(what: str, keys: Sequence[object], space: object, *, unique: bool = True) -> None:
+    """Check the names of embeddings, and the fingerprint of their space.
+
+    Raises:
+        InputError: repeated or empty keys, or no space.
+    """
     if not all(isinstance(key, str) and key for key in keys):
         raise InputError(f"every {what} name must be a non-empty text")
     if unique and len(set(keys)) != len(keys):

@@ -16,6 +16,7 @@ from edgeclip.runtime.bundle.files import (
     check_path,
     labels_path,
 )
+from edgeclip.runtime.bundle.reduction import BASIS_NAME, Form
 from edgeclip.runtime.console import columns, plain_text
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import BundleError, ConfigError
@@ -235,6 +236,14 @@ class TowerManifest:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ReducedForm:
+    """A form of reduced embeddings that the bundle gives, and the gate that it passed."""
+
+    form: Form
+    gates: tuple[GateRecord, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """Where a bundle comes from: `created` in ISO 8601 UTC, `versions` as (package, version)."""
@@ -267,6 +276,7 @@ class Manifest:
         label_head: name of the label set built into the image towers, if any.
         engines: TensorRT engines that were built ahead of time.
         remarks: caveats about gates, such as one that could not be judged.
+        reduced: the forms of shorter or coarser embeddings; their axes are in `basis.npz`.
     """
 
     schema_version: int
@@ -283,6 +293,7 @@ class Manifest:
     label_head: str | None = None
     engines: tuple[EngineRecord, ...] = ()
     remarks: tuple[GateRemark, ...] = ()
+    reduced: tuple[ReducedForm, ...] = ()
 
     def __post_init__(self) -> None:
         if not _HEX.fullmatch(self.space):
@@ -299,6 +310,9 @@ class Manifest:
         needed += [engine.path for engine in self.engines]
         needed += [] if self.label_head is None else [labels_path(self.label_head)]
         needed += [TOKENIZER_NAME] if self.has("text") else []
+        needed += [BASIS_NAME] if self.reduced else []
+        if any(item.form.length > self.spec.dim for item in self.reduced):
+            raise ValueError(f"embeddings of {self.spec.dim} numbers cannot be reduced to more")
         missing = sorted({*needed, GOLDEN_NAME} - set(paths))
         if missing:
             raise ValueError(f"files does not list {', '.join(missing)}")
@@ -326,6 +340,7 @@ class Manifest:
             for file in item.files:
                 yield from ((f"{item.tower} {file.precision}", gate) for gate in file.gates)
         yield from (("bundle", gate) for gate in self.gates)
+        yield from ((str(item.form), gate) for item in self.reduced for gate in item.gates)
 
     @property
     def held_to_teacher(self) -> bool:
@@ -342,6 +357,8 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of `edgeclip.json`, which `from_json` reads back."""
         data = dataclasses.asdict(self) | {"spec": plain_spec(self.spec)}
+        if not self.reduced:  # so that older releases, which do not know it, read the rest
+            del data["reduced"]
         return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
