@@ -32,9 +32,11 @@ def run(args: argparse.Namespace) -> int:
     built_in_teacher()  # before torch is imported, which someone may install for nothing
     from edgeclip.export.demo.demo import DemoSettings, run_demo
 
-    given = {name: getattr(args, name) for name in ("steps", "scenes")}
+    settings = DemoSettings(quick=args.quick)
+    given = {"steps": args.steps, "count": args.scenes}
     changed = {name: value for name, value in given.items() if value is not None}
-    settings = replace(DemoSettings(quick=args.quick), **changed)
+    recipe = settings.recipe.replaced(changed, source="edgeclip demo")
+    settings = replace(settings, recipe=recipe)
     summary = run_demo(settings, args.out, command=args.command)
     print(f"\nreport: {args.out / 'report.html'}")
     return 0 if summary.keeps_enough and summary.fast_enough else 1

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from edgeclip.compress.built_in import BUILT_IN_TEACHER, built_in_teacher, require_checkout
 from edgeclip.compress.data.sources import EmojiSource
-from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder
 from edgeclip.compress.teachers.teacher_cache import build_cache
-from edgeclip.compress.train.distill import distill
-from edgeclip.compress.train.losses import LossWeights
-from edgeclip.compress.train.train_loop import TrainSettings
+from edgeclip.compress.train.checkpoint import checkpoint_folder
+from edgeclip.compress.train.recipe import DistillRecipe, load_recipe
+from edgeclip.compress.train.run_recipe import prepare_run
 from edgeclip.export.bundle.build_bundle import build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.demo.evaluate import evaluate, evaluate_unseen, measure_latency
@@ -42,22 +41,17 @@ KEPT_BUNDLE = Path(__file__).parents[1] / "emoji_bundle"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSettings:
-    """Sizes of a demo run; the defaults take about 10 minutes on two cores.
+    """Sizes of a demo run.
 
     Attributes:
         quick: measure the bundle kept in the repository instead of training a student.
-        scenes: training scenes, each embedded once by the teacher.
-        steps: distillation steps.
+        recipe: how the student is trained.
         test_scenes: number of scenes of the retrieval test.
         gate_scenes: number of scenes that the bundle's gates are judged on; as many as decide.
     """
 
     quick: bool = False
-    scenes: int = 20_480
-    steps: int = 800
-    batch_size: int = 128
-    learning_rate: float = 1.5e-3
-    shape: StudentShape = field(default_factory=StudentShape)
+    recipe: DistillRecipe = field(default_factory=lambda: load_recipe("demo"))
     calibration_scenes: int = 256
     test_scenes: int = 1_000
     gate_scenes: int = 3_000
@@ -145,25 +139,17 @@ def train_student(
     teacher: DualEncoder, settings: DemoSettings, out: Path, steps: StepTimer
 ) -> tuple[DualEncoder, Path]:
     """Cache the teacher's embeddings, distil and save a student; return it with its log."""
-    size = teacher.image_spec.size
-    scenes = EmojiSource("train", settings.scenes, size=size)
+    recipe, size = settings.recipe, teacher.image_spec.size
+    scenes = EmojiSource("train", recipe.count, size=size)
     resumed = ", resumed" if (out / "cache").exists() else ""
     with steps.step("cache" + resumed, f"teacher embeddings of {len(scenes):,} scenes"):
-        cache = build_cache(teacher, scenes, out / "cache")
-    resumed = ", resumed" if (out / "run" / "checkpoint.pt").exists() else ""
-    with steps.step(
-        "distil" + resumed, f"a student in the teacher's space, {settings.steps:,} steps"
-    ):
-        student = new_student(teacher, settings.shape)
-        train = TrainSettings(
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-        )
-        run = out / "run"
-        distill(student, cache, scenes, loss_weights=LossWeights(), settings=train, out=run)
-        student.save(out / "student")
-    return student, run / "log.jsonl"
+        build_cache(teacher, scenes, out / "cache")
+    resumed = ", resumed" if checkpoint_folder(out / "run") else ""
+    count = recipe.training.steps
+    with steps.step("distil" + resumed, f"a student in the teacher's space, {count:,} steps"):
+        end = prepare_run(recipe, run=out / "run", cache=out / "cache").train()
+        end.student.save(out / "student")
+    return end.student, out / "run" / "log.jsonl"
 
 
 def bundle_student(
