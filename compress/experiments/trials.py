@@ -108,7 +108,7 @@ class Trials:
 
     Attributes:
         teacher: what the teacher itself reaches on `CHOOSE` and on `JUDGE`.
-        teacher_parameters: number of its weights.
+        teacher_model, teacher_parameters: itself, and the number of its weights.
 
     Raises:
         ConfigError, InputError: a teacher or data that cannot be used, or without captions.
@@ -145,6 +145,7 @@ class Trials:
                 raise ConfigError(f"{opened.name}: students are compared by R@1, give captions")
             self._split[split] = _pairs(teacher, opened)
         self.teacher = {split: _judge(teacher, own) for split, own in self._split.items()}
+        self.teacher_model = teacher
         self.teacher_parameters = _parameters(teacher)
         for split, judged in self.teacher.items():
             if not judged.r1:

@@ -78,6 +78,11 @@ COMMANDS: dict[str, Command] = {
         "leave a text tower the tokens of a corpus alone",
         "compress",
     ),
+    "scaling": Command(
+        "edgeclip.compress.cli.scaling",
+        "train several sizes, and say which meets a bar",
+        "compress",
+    ),
     "quantize": Command(
         "edgeclip.export.cli.quantize",
         "find the fastest quantization that passes the quality gates",

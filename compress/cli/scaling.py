@@ -1,0 +1,109 @@
+"""`edgeclip scaling`: train several sizes of a student, and say which meets a bar.
+
+Every option of `edgeclip distill` replaces that setting in all sizes. Students are judged on the
+split `test`.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edgeclip.compress.cli.distill import add_settings, recipe_of
+from edgeclip.compress.cli.options import max_bad
+from edgeclip.compress.experiments.ablate import settings_of
+from edgeclip.compress.experiments.scaling import scaling, usual_sizes
+from edgeclip.compress.experiments.scaling_page import scaling_text, write_scaling_page
+from edgeclip.compress.experiments.trials import Trials
+from edgeclip.compress.train.recipe import DistillRecipe
+from edgeclip.runtime.cli.options import Targets, positive
+from edgeclip.runtime.errors import InputError
+
+_PAGE, _TABLE = "scaling.html", "scaling.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("recipe", help="name or YAML file of settings; see `edgeclip recipes`")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the trials, the table and the page"
+    )
+    parser.add_argument(
+        "--size",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE[,SETTING=VALUE...]",
+        help="sizes of a student, such as image_layers=2,image_heads=1; give four or more "
+        "(default: six parts of the teacher, both towers in proportion)",
+    )
+    parser.add_argument(
+        "--bar", type=float, default=0.95, help="share of the teacher's R@1 to keep (default: 0.95)"
+    )
+    parser.add_argument("--seeds", type=positive, default=3, help="of each size (default: 3)")
+    parser.add_argument(
+        "--pairs",
+        type=positive,
+        default=1000,
+        help="scenes that students are judged on; of other data all of the split (default: 1000)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="directory of the teacher cache (default: OUT/cache)"
+    )
+    add_settings(parser)
+
+
+def targets(args: argparse.Namespace) -> Targets:
+    """Return what the command writes."""
+    return Targets(folders=(args.out,), shared=(args.cache,))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, fit and write; a run that was stopped goes on where it was."""
+    if not 0 < args.bar < 1:
+        raise InputError(f"--bar is a share of the teacher's R@1, above 0 and below 1: {args.bar}")
+    recipe = recipe_of(args, command="scaling")
+    sizes = [_size(text, recipe) for text in args.size]
+    trials = Trials(
+        recipe,
+        args.out,
+        pairs=args.pairs,
+        cache=args.cache,
+        strict=args.strict,
+        max_bad=max_bad(args),
+    )
+    table = scaling(
+        trials,
+        recipe,
+        sizes or usual_sizes(trials.teacher_model),
+        name=args.recipe,
+        seeds=args.seeds,
+        bar=args.bar,
+        command=args.command,
+    )
+    table.save(args.out / _TABLE)
+    write_scaling_page(table, args.out / _PAGE)
+    print(scaling_text(table))
+    print(f"written to {args.out}: {_PAGE}, {_TABLE}")
+    return 0
+
+
+def _size(text: str, recipe: DistillRecipe) -> dict[str, Any]:
+    """Read a value of `--size`.
+
+    Raises:
+        InputError: not of the form SETTING=VALUE,..., or no setting of a student.
+    """
+    known = [name for name, (section, _, _) in settings_of(recipe).items() if section == "student"]
+    size: dict[str, Any] = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        if name not in known or not value:
+            raise InputError(
+                f"--size {text}: {item} is not SETTING=VALUE, with a setting of: {', '.join(known)}"
+            )
+        try:
+            size[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--size {text}: {value} cannot be read") from error
+    return size
