@@ -237,15 +237,8 @@ def ablate(
             recipes[change.name] = changed
     found = trials.run(recipes, seeds=seeds, title="ablate")
     rows = compare(found, trials, CHOOSE)
-    best: dict[str, tuple[float, Change]] = {}
-    for row in rows:
-        change = next((own for own in changes if own.name == row.name), None)
-        if change is None or row.verdict != "better" or row.difference is None:
-            continue
-        if row.difference.value > best.get(change.setting, (0.0, change))[0]:
-            best[change.setting] = (row.difference.value, change)
-    taken = tuple(change for _, change in best.values())
-    chosen, judged = recipe, ()
+    taken = _best(rows, changes)
+    chosen, judged = recipe, tuple[AblationRow, ...]()
     if taken:
         for change in taken:
             chosen = change.applied(chosen)
@@ -264,6 +257,20 @@ def ablate(
         judged=judged,
     )
     return AblationEnd(table=table, chosen=chosen)
+
+
+def _best(rows: Sequence[AblationRow], changes: Sequence[Change]) -> tuple[Change, ...]:
+    """Return the changes that were better; of each setting the best."""
+    by_name = {change.name: change for change in changes}
+    gains = {
+        row.name: row.difference.value
+        for row in rows
+        if row.verdict == "better" and row.difference is not None
+    }
+    best: dict[str, Change] = {}
+    for name in sorted(gains, key=lambda name: gains[name]):
+        best[by_name[name].setting] = by_name[name]
+    return tuple(best.values())
 
 
 def compare(

@@ -11,10 +11,15 @@ from tests.golden.small_hub import REPOSITORY
 _DEVICE = "--device ../inputs/cpu.yaml"
 _ON_BUNDLE = f"--bundle ../emoji {_DEVICE}"
 _TEACHER = "../pretrain/teacher"
+_EXPERIMENT = (
+    "--seeds 2 --pairs 16 --count 16 --steps 1 --batch-size 8 --held-out 4 --workers 0"
+    " --warmup-steps 1 --validations 1"
+)
 
 # One wrong command line of each command; they all end before any work begins.
 MISTAKES = {
     "edgeclip": "serch",
+    "ablate": "quick --out found --vary losses.affinty=0",
     "build": "../emoji --device no-such-device",
     "cache": "--count 0 --out cache",
     "cascade": "../emoji --teacher nowhere",
@@ -40,6 +45,7 @@ MISTAKES = {
     "quantize": "student --device no-such-device --out found",
     "recipes": "photograph",
     "report": "nowhere.json --out page.html",
+    "scaling": "quick --out found --size image_layers",
     "scenes": "photos --count 0",
     "search": "cat --bundle ../emoji --index nowhere.npz",
     "serve": "--function json:dumps --port 99999",
@@ -113,6 +119,11 @@ RUNS = {
         words=f"prune-vocabulary {_TEACHER} --texts ../inputs/texts.txt --out pruned"
         " --compare ../inputs/texts.txt",
         needs=("pretrain",),
+    ),
+    "ablate": Run(words=f"ablate quick --out found --vary affinity=0 {_EXPERIMENT}"),
+    "scaling": Run(
+        words=f"scaling quick --out found {_EXPERIMENT} --text-layers 1 --size image_layers=1"
+        " --size image_heads=1 --size image_layers=2 --size image_layers=1,image_heads=1"
     ),
     "cut": Run(words=f"cut ../emoji --out cuts --count 2 --precision fp32 {_DEVICE}"),
     "measure-cuts": Run(
