@@ -27,6 +27,8 @@ _HELP = {
     "docs/data.md; may be given several times, each with =WEIGHT behind it",
     "count": "number of built-in scenes",
     "keep": "train on the pictures of this list alone; `edgeclip data-report` writes one",
+    "translations": "CSV table with the columns caption and translation: the student reads a "
+    "caption or one of its translations, and learns the teacher's embedding of the caption",
     "views": "augmented views of each picture (default: those of an existing cache, else 1)",
     "held_out": "pictures that are not trained on, but tell whether student and teacher agree; "
     f"the student is kept as it was when they agreed best (default: a tenth, at most "
@@ -44,6 +46,14 @@ _HELP = {
     "conv_widths": "channels of each stage of an image tower of random weights (default: those "
     "of its family, see docs/compression.md)",
     "conv_depths": "blocks of each stage of such a tower (likewise)",
+    "merge_after": "layers of the image tower, counted from 1, after which four neighbouring "
+    "patches become one token",
+    "text_tokenizer": "what the student reads texts as: the teacher's tokens, or bytes, for any "
+    "language and a small table",
+    "vocabulary": "keep of the teacher's tokens those of this file alone, one text per line; see "
+    "`edgeclip prune-vocabulary`",
+    "token_rank": "numbers of a token in the table of token embeddings, which one matrix makes as "
+    "wide as the tower (default: as wide)",
     **dict.fromkeys(TERMS, "weight of this loss"),
     "affinity_scale": "factor on each teacher's logit scale in the affinity loss, or one for all",
     "row_weights": "rows of the affinity and interactive losses count as much as the teacher knows "
@@ -73,7 +83,12 @@ _HELP = {
     "workers": "processes that read pictures (default: 1, with a GPU up to 8)",
     "track": "send losses to a tracker, such as tensorboard, wandb, trackio or mlflow",
 }
-_SHOWN = {"teacher": "the built-in one", "data": "emoji, the built-in scenes", "track": "none"}
+_SHOWN = {
+    "teacher": "the built-in one",
+    "data": "emoji, the built-in scenes",
+    "track": "none",
+    "merge_after": "none",
+}
 _REPEATED = ("teacher", "data", "track")  # options that are given once for each value
 
 

@@ -1,4 +1,7 @@
-"""`edgeclip scenes`: draw some of the built-in scenes into a folder, with captions.csv."""
+"""`edgeclip scenes`: draw some of the built-in scenes into a folder, with captions.csv.
+
+Translations of the captions are written to translations.csv beside it, as `distill` reads them.
+"""
 
 import argparse
 import csv
@@ -7,6 +10,8 @@ from pathlib import Path
 from typing import get_args
 
 from edgeclip.compress.data.emoji_scenes import EmojiScenes, Split
+from edgeclip.compress.data.scene_languages import LANGUAGES, translate_caption
+from edgeclip.compress.data.translations import COLUMNS, TRANSLATIONS_NAME
 from edgeclip.runtime.bundle.files import atomic_directory, sha256_file
 from edgeclip.runtime.cli.options import Targets, zero_or_more
 from edgeclip.runtime.errors import ConfigError, InputError
@@ -23,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=100, help="number of scenes (default: 100)")
     parser.add_argument("--size", type=int, default=192, help="side in pixels (default: 192)")
     parser.add_argument("--seed", type=zero_or_more, default=0)
+    parser.add_argument(
+        "--translate",
+        choices=LANGUAGES,
+        nargs="+",
+        default=(),
+        help=f"write {TRANSLATIONS_NAME} too, the captions in these languages (default: none)",
+    )
 
 
 def targets(args: argparse.Namespace) -> Targets:
@@ -36,13 +48,18 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--count and --size must be at least 1, got {args.count}, {args.size}")
     _refuse_changed(args.folder)
     world = EmojiScenes(args.split, seed=args.seed)
-    rows = [("file", "caption")]
+    rows, translations = [("file", "caption")], [COLUMNS]
     with atomic_directory(args.folder, replace=True, marker=_MARKER) as folder:
         for number, scene in enumerate(world.distinct(args.count)):
             rows.append((f"{number:05d}.png", scene.caption))
             world.render(scene, args.size).save(folder / rows[-1][0])
-        with (folder / TABLE_NAME).open("w", encoding="utf-8", newline="") as table:
-            csv.writer(table).writerows(rows)
+            for language in args.translate:
+                translations.append((scene.caption, translate_caption(scene, language)))
+        tables = {TABLE_NAME: rows, TRANSLATIONS_NAME: translations if args.translate else []}
+        for name, lines in tables.items():
+            if lines:
+                with (folder / name).open("w", encoding="utf-8", newline="") as table:
+                    csv.writer(table).writerows(lines)
         (folder / _MARKER).write_text(_content(folder), encoding="utf-8")
     print(f"{args.count} scenes with captions in {args.folder}")
     return 0

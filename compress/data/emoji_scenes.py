@@ -65,11 +65,16 @@ class PlacedEmoji:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The contents of a picture; `EmojiScenes.render` draws it at any size."""
+    """The contents of a picture; `EmojiScenes.render` draws it at any size.
+
+    `phrase` and `sizes` are the words of the caption besides names and background.
+    """
 
     caption: str
     background: str
     objects: tuple[PlacedEmoji, ...]
+    phrase: str = ""
+    sizes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +210,11 @@ class EmojiScenes:
         background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
         chosen = rng.choice(len(self._emoji), size=count, replace=False)
         sizes = rng.choice(len(_SIZES), size=count, p=(0.15, 0.7, 0.15))
-        words, objects = [], []
+        words, objects, of_sizes = [], [], []
         for (x, y), emoji_at, size_at in zip(layout.centres, chosen, sizes, strict=True):
             word, scale = list(_SIZES.items())[int(size_at)]
             number = self._emoji[int(emoji_at)]
+            of_sizes.append(word)
             words.append(word + vocabulary()[number].name)
             jitter = rng.uniform(-0.03, 0.03, size=2)
             side = layout.side * scale * float(rng.uniform(0.92, 1.08))
@@ -218,7 +224,7 @@ class EmojiScenes:
         phrase = layout.phrase.format(*words)
         article = "an" if background[0] in "aeiou" else "a"
         caption = f"{phrase} on {article} {background} background"
-        return Scene(caption, background, tuple(objects))
+        return Scene(caption, background, tuple(objects), layout.phrase, tuple(of_sizes))
 
     def distinct(self, count: int) -> list[Scene]:
         """Return the first `count` scenes with different captions, for retrieval."""

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,15 @@ from transformers import (
 )
 
 from edgeclip.compress.students.image_families import ImageFamilyName, image_tower
+from edgeclip.compress.students.text_tokens import with_byte_tokens, with_token_rank
+from edgeclip.compress.students.token_merging import with_merging
+from edgeclip.compress.students.vocabulary import prune_vocabulary
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.families import FAMILIES
 from edgeclip.compress.teachers.licence import joined
 from edgeclip.compress.teachers.mixed_towers import MixedDualEncoder, tower_of
 from edgeclip.runtime.errors import ConfigError
+from edgeclip.runtime.inputs.text_files import read_lines
 from edgeclip.runtime.spec import ImageSpec, Tower
 
 _JOINT = re.compile(r"in_proj_|qkv", re.IGNORECASE)  # query, key and value in one
@@ -130,8 +135,13 @@ class StudentShape:
         patch_size: side of an inherited image tower's patches in pixels; None is the teacher's.
         conv_widths, conv_depths: channels and blocks of each stage of such a tower; None for what
             is usual in its family.
-        vocabulary: text file, one text per line, whose tokens alone the student knows as such; see
+        merge_after: layers of the image tower after which four patches become one; see
+            `with_merging`.
+        text_tokenizer: the teacher's tokens, or bytes; see `with_byte_tokens`.
+        vocabulary: text file, one text per line, whose tokens alone are kept of the teacher's; see
             `prune_vocabulary`.
+        token_rank: width of the table of token embeddings; None for that of the tower. See
+            `with_token_rank`.
     """
 
     family: Family = "inherited"
@@ -144,7 +154,10 @@ class StudentShape:
     patch_size: int | None = None
     conv_widths: tuple[int, ...] | None = None
     conv_depths: tuple[int, ...] | None = None
+    merge_after: tuple[int, ...] = ()
+    text_tokenizer: Literal["teacher", "bytes"] = "teacher"
     vocabulary: str | None = None
+    token_rank: int | None = None
 
 
 def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> DualEncoder:
@@ -165,8 +178,22 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
     student = DualEncoder(
         model, image, teacher.tokenizer, space=teacher.space, licence=teacher.licence
     )
+    student = _with_its_tokens(student, shape, seed)
     _freeze_what_is_not_distilled(student, teacher)
     return student
+
+
+def _with_its_tokens(student: DualEncoder, shape: StudentShape, seed: int) -> DualEncoder:
+    """Change what both towers take for tokens, as the shape asks for."""
+    if shape.text_tokenizer == "bytes":
+        if shape.vocabulary is not None:
+            raise ConfigError("vocabulary keeps some of the teacher's tokens: not with bytes")
+        student = with_byte_tokens(student, seed=seed)
+    if shape.vocabulary is not None:
+        student = prune_vocabulary(student, read_lines(Path(shape.vocabulary)))
+    if shape.token_rank is not None:
+        student = with_token_rank(student, shape.token_rank)
+    return with_merging(student, shape.merge_after) if shape.merge_after else student
 
 
 def _freeze_what_is_not_distilled(student: DualEncoder, teacher: DualEncoder) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from edgeclip.compress.students.rebuild import rebuilt, token_table
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.read_tokenizer import as_generic
 from edgeclip.runtime.errors import ConfigError
@@ -95,25 +96,10 @@ def prune_vocabulary(dual: DualEncoder, texts: Sequence[str]) -> DualEncoder:
     state = dict(dual.model.state_dict())
     table = token_table(dual)
     state[table] = state[table][torch.tensor(made.kept, device=dual.device)]
-    model = dual.family.model_class(config)(config)
-    model.load_state_dict(state)
-    model.to(dual.device)
-    pruned = DualEncoder(
-        model,
-        dual.image_spec,
-        as_generic(dual.tokenizer, Tokenizer.from_str(made.json)),
-        space=dual.space,
-        licence=dual.licence,
-    ).train(dual.training)
+    tokenizer = as_generic(dual.tokenizer, Tokenizer.from_str(made.json))
+    pruned = rebuilt(dual, config, state, tokenizer)
     _refuse_other_embeddings(dual, pruned, texts[:: max(1, len(texts) // _EMBEDDED)])
     return pruned
-
-
-def token_table(dual: DualEncoder) -> str:
-    """Return the name of the text tower's token embeddings in the state of the model."""
-    tower: Any = dual.model.text_model
-    wanted = tower.get_input_embeddings()
-    return next(f"{name}.weight" for name, part in dual.model.named_modules() if part is wanted)
 
 
 def _refuse_other_tokens(
@@ -144,7 +130,7 @@ def compare_tokens(before: DualEncoder, after: DualEncoder, texts: Sequence[str]
     tokenizers = tuple(Tokenizer.from_str(own.tokenizer_json()) for own in (before, after))
     names = [own.tokenizer.unk_token for own in (before, after)]
     unknown = [
-        -1 if name is None else own.token_to_id(name)
+        -1 if name is None else own.get_vocab(True)[name]
         for own, name in zip(tokenizers, names, strict=True)
     ]
     same, counts, unknowns = 0, [0, 0], [0, 0]

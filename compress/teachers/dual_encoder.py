@@ -30,6 +30,7 @@ from edgeclip.compress.teachers.families import (
 from edgeclip.compress.teachers.licence import is_restricted
 from edgeclip.compress.teachers.model_folder import model_folder, read_json
 from edgeclip.compress.teachers.model_parts import check_parts
+from edgeclip.compress.teachers.own_settings import own_settings
 from edgeclip.compress.teachers.read_model import ModelParts, read_model
 from edgeclip.runtime.bundle.files import atomic_directory
 from edgeclip.runtime.device.schema import parse
@@ -424,11 +425,12 @@ def space_fingerprint(dual: DualEncoder) -> str:
     machines.
     """
     config: Any = dual.model.config
-    settings = [
+    settings: list[object] = [
         [getattr(tower, name, None) for name in _SETTINGS]
         + [getattr(tower, name) for name in _OF_SOME if hasattr(tower, name)]
         for tower in (config.vision_config, config.text_config)
     ]
+    settings += own_settings(config)
     text = f"{_weights_fingerprint(dual)} {json.dumps(settings)}"
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from edgeclip.compress.teachers.mixed_towers import MixedDualEncoder
+from edgeclip.compress.teachers.own_settings import with_own_settings
 from edgeclip.runtime.spec import Tower
 
 # How a text tower meets padding. "unseen": attention is causal, and the tower pools at the end
@@ -69,7 +70,7 @@ class ProjectedFamily:
 
     def model_class(self, config: PreTrainedConfig) -> type[PreTrainedModel]:
         """Return the class of the family."""
-        return self._model_class
+        return with_own_settings(self._model_class, config)
 
     def dim(self, config: PreTrainedConfig) -> int:
         """Return the outputs of the projections."""
@@ -94,7 +95,8 @@ class MixedFamily(ProjectedFamily):
 
     def model_class(self, config: PreTrainedConfig) -> type[PreTrainedModel]:
         """Return transformers' class, or ours for towers that it cannot make."""
-        return MixedDualEncoder if MixedDualEncoder.is_needed(config) else self._model_class
+        mixed = MixedDualEncoder.is_needed(config)
+        return with_own_settings(MixedDualEncoder if mixed else self._model_class, config)
 
 
 class SiglipFamily:
@@ -107,7 +109,7 @@ class SiglipFamily:
 
     def model_class(self, config: PreTrainedConfig) -> type[PreTrainedModel]:
         """Return the class of the family."""
-        return SiglipModel
+        return with_own_settings(SiglipModel, config)
 
     def dim(self, config: PreTrainedConfig) -> int:
         """Return the width of the image tower, which is that of the embeddings."""

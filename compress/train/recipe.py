@@ -49,6 +49,8 @@ class DistillRecipe:
         data: sources of pictures, see `--data`.
         count: number of built-in scenes, where those are a source.
         keep: list of the pictures to train on, which `edgeclip data-report` writes.
+        translations: table of captions as the student reads them in place of the teacher's, see
+            `read_translations`.
         views: augmented views of each picture; None for those of an existing cache, else one.
         held_out: pictures that are not trained on; None for a tenth, at most `MOST_HELD_OUT`.
         start: directory or hub id of a dual encoder to start from in place of a part of the
@@ -64,6 +66,7 @@ class DistillRecipe:
     data: tuple[str, ...] = (EMOJI,)
     count: Annotated[int, Ge(0)] = 32_768
     keep: str | None = None
+    translations: str | None = None
     views: Annotated[int | None, Ge(1)] = None
     held_out: Annotated[int | None, Ge(0)] = None
     start: str | None = None

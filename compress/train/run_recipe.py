@@ -18,6 +18,7 @@ from edgeclip.compress.data.mixture import only, parts_of
 from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source
+from edgeclip.compress.data.translations import translated
 from edgeclip.compress.processes import processes
 from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
@@ -68,6 +69,7 @@ class _Stage:
         shape: the sizes of its student.
         goes_on: whether that is the student of the stage before, with all its weights.
         source: its data.
+        student_source: the same, with the captions that the student reads.
     """
 
     number: int
@@ -76,6 +78,7 @@ class _Stage:
     shape: StudentShape
     goes_on: bool
     source: Source
+    student_source: Source
 
 
 class PreparedRun:
@@ -119,7 +122,7 @@ class PreparedRun:
             best = distill(
                 student,
                 self._caches(stage, students),
-                stage.source,
+                stage.student_source,
                 loss_weights=stage.recipe.losses,
                 settings=settings,
                 out=stage.run,
@@ -221,6 +224,7 @@ def prepare_run(
             _check_teachers(own, models, teacher, number)
             source = _open_data(own, size=size, strict=strict)
             Sampling(parts_of(source), held_out=own.held_out)
+            student_source = _with_translations(own, source)
             shape = _shape(own, source, number)
             numbers = _with_numbers(shape, teacher)
             stage = _Stage(
@@ -230,6 +234,7 @@ def prepare_run(
                 shape=numbers,
                 goes_on=bool(stages) and stages[-1].shape == numbers,
                 source=source,
+                student_source=student_source,
             )
             if number == 1:
                 student = _first_student(own, shape, models, teacher)
@@ -323,6 +328,14 @@ def _open_data(recipe: DistillRecipe, *, size: int, strict: bool) -> Source:
     keep = read_keep_list(Path(recipe.keep))
     rows = kept_rows(source, keep)
     return only(source, rows, name=f"{source.name}, {len(rows)} of them kept by {keep.path}")
+
+
+def _with_translations(recipe: DistillRecipe, source: Source) -> Source:
+    if recipe.translations is None:
+        return source
+    made, says = translated(source, Path(recipe.translations))
+    _log.info("%s", says)
+    return made
 
 
 def _shape(recipe: DistillRecipe, source: Source, number: int) -> StudentShape:
