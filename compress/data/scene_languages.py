@@ -1,14 +1,14 @@
-"""Captions of the built-in scenes in other languages, word by word: names of emoji are Unicode's."""
+"""Captions of the built-in scenes in other languages; names of emoji are Unicode's."""
 
 import functools
 from dataclasses import dataclass
 
-from edgeclip.compress.data.emoji_scenes import Scene, vocabulary
+from edgeclip.compress.data.emoji_scenes import BACKGROUNDS, Scene, vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class _Language:
-    """What a caption is made of; the order of layouts and colours is that of the English ones."""
+    """What a caption is made of, by the English words."""
 
     sizes: dict[str, str]
     phrases: dict[str, str]
@@ -25,11 +25,9 @@ def _phrases(left: str, right: str, above: str, below: str, both: str) -> dict[s
     }
 
 
-_COLOURS = "white grey black red orange yellow green teal blue purple pink brown".split()  # noqa: SIM905
-
-
 def _colours(words: str) -> dict[str, str]:
-    return dict(zip(_COLOURS, words.split(), strict=True))
+    """Return the words of the colours, in the order of `BACKGROUNDS`."""
+    return dict(zip(BACKGROUNDS, words.split(), strict=True))
 
 
 _LANGUAGES = {

@@ -108,7 +108,7 @@ def with_token_rank(dual: DualEncoder, rank: int) -> DualEncoder:
     config: Any = copy.deepcopy(dual.model.config)
     state = dict(dual.model.state_dict())
     name = token_table(dual)
-    table = state.pop(name)
+    table = state[name]
     if not 1 <= rank < min(table.shape):
         raise ConfigError(
             f"token_rank must be from 1 to {min(table.shape) - 1}, for the token embeddings are "
@@ -116,8 +116,7 @@ def with_token_rank(dual: DualEncoder, rank: int) -> DualEncoder:
         )
     left, values, right = torch.linalg.svd(table.float(), full_matrices=False)
     root = values[:rank].sqrt()
-    base = name.removesuffix("weight")
-    state[f"{base}0.weight"] = (left[:, :rank] * root).to(table)
-    state[f"{base}1.weight"] = (root[:, None] * right[:rank]).T.to(table)
+    state[name] = (left[:, :rank] * root).to(table)
+    state[f"{name.removesuffix('weight')}widen.weight"] = (root[:, None] * right[:rank]).T.to(table)
     config.text_config.token_rank = rank
     return rebuilt(dual, config, state)

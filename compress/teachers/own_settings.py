@@ -46,20 +46,22 @@ def _factorise(tower: Any, rank: int | None) -> None:
     if rank is None:
         return
     whole: Any = tower.get_input_embeddings()
-    count, width = whole.weight.shape
-    table = nn.Embedding(count, rank, padding_idx=whole.padding_idx)
-    tower.set_input_embeddings(FactorisedEmbedding(table, nn.Linear(rank, width, bias=False)))
+    tower.set_input_embeddings(
+        FactorisedEmbedding(*whole.weight.shape, rank=rank, padding_idx=whole.padding_idx)
+    )
 
 
-class FactorisedEmbedding(nn.Sequential):
-    """A table of token embeddings and the matrix behind it."""
+class FactorisedEmbedding(nn.Embedding):
+    """A table of token embeddings of `rank` numbers, and a matrix that makes them `width` wide."""
 
-    @property
-    def weight(self) -> nn.Parameter:
-        """The table, as towers of transformers ask for it."""
-        table: Any = self[0]
-        weight: nn.Parameter = table.weight
-        return weight
+    def __init__(self, count: int, width: int, *, rank: int, padding_idx: int | None) -> None:
+        super().__init__(count, rank, padding_idx=padding_idx)
+        self.widen = nn.Linear(rank, width, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """int64 [N, length] -> [N, length, width]."""
+        found: Tensor = self.widen(super().forward(input))
+        return found
 
 
 def _merge_patches(tower: Any, config: PreTrainedConfig) -> None:
