@@ -54,6 +54,7 @@ SHORTER: dict[str, dict[str, str | None]] = {
     "profile": {"--workload": "least.yaml", "--parts": "text", "--brief": None},
     "cascade": {"--test-count": "600", "--calibration-count": "100", "--gallery-count": "20"},
     "scenes scenes": {"--count": "20"},
+    "scenes many": {"--count": "20"},
     "measure-cuts": {"--rounds": "10"},
     "quantize": {"--minutes": "0.05", "--accept-undecided": None},
     "export compress/emoji_teacher": {
@@ -166,7 +167,8 @@ def test_what_a_document_shows_runs(
                 serve(words[1:], running)
                 continue
             if words[1] == "distill":  # the reader's own is there already, and finished
-                for left in ("student", "student-run"):
+                out = words[words.index("--out") + 1]
+                for left in (out, f"{out}-run"):
                     shutil.rmtree(left, ignore_errors=True)
             status = main(shortened(words[1:]))
             said = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Captions of the built-in scenes in other languages; names of emoji are Unicode's."""
+"""Captions of the built-in scenes in other languages, word by word: emoji have Unicode's names."""
 
 import functools
 from dataclasses import dataclass
