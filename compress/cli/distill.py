@@ -62,6 +62,7 @@ _HELP = {
     "bank": "captions of the cache that are compared with each picture beside those of its batch",
     "hard_count": "hard negatives of each picture",
     "logit_temperature": "of the logit loss",
+    "mask_share": "share of a picture that the masked loss hides",
     "steps": "may be raised for a run that has ended: its learning rate then goes on as in a run "
     "of so many steps",
     "batch_size": "pictures of a step, over all processes",

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -246,6 +247,26 @@ class DualEncoder(nn.Module):
         model: Any = self.model  # PreTrainedModel itself has no such method
         features = model.get_image_features(pixel_values=pixel_values).pooler_output
         return nn.functional.normalize(features.float(), dim=-1)
+
+    def embed_image_and_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed pixels as `embed_image` does; return the tower's patches beside it.
+
+        These are float32 [N, side x side, width], row by row, as the last layer leaves them: the
+        tokens behind a class token, or the places of a convolution.
+
+        Raises:
+            ConfigError: the tower has no square of patches.
+        """
+        model: Any = self.model
+        found = model.get_image_features(pixel_values=pixel_values)
+        tokens = getattr(found, "last_hidden_state", None)
+        if tokens is None:
+            raise ConfigError("the image tower does not tell its patches: leave out --patches")
+        if tokens.dim() == 4:  # a convolution: [N, width, side, side]
+            tokens = tokens.flatten(2).transpose(1, 2)
+        count = math.isqrt(tokens.shape[1]) ** 2
+        patches = tokens[:, tokens.shape[1] - count :].float()
+        return nn.functional.normalize(found.pooler_output.float(), dim=-1), patches
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """Embed token ids, int64 [N, length], as float32 [N, dim], L2-normalised.

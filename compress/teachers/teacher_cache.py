@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -27,8 +28,11 @@ from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad, report_bad
 from edgeclip.runtime.spec import ImageSpec
 
+_log = logging.getLogger(__name__)
+
 _SETTINGS = "cache.json"
 _ORDER, _ORDER_FILES = "order.json", ("images.int64", "starts.int64", "texts.int64")
+_PATCH_FILE = "patches.int64"
 _NONE = np.empty(0, np.int64)
 _BATCH = 64
 _VERSION = 2  # of how views are made
@@ -84,11 +88,34 @@ class TeacherCache:
     """
 
     def __init__(
-        self, settings: CacheSettings, order: "_Order", images: RowFile, texts: RowFile
+        self,
+        settings: CacheSettings,
+        order: "_Order",
+        images: RowFile,
+        texts: RowFile,
+        patches: RowFile | None = None,
     ) -> None:
         self.settings = settings
         self.unreadable = tuple(sorted(order.bad))
         self._order, self._images, self._texts = order, images, texts
+        self._patches = patches
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether `patches` can be asked for, see `build_cache`."""
+        return self._patches is not None
+
+    def patches(self, indices: Sequence[int], views: int | Sequence[int] = 0) -> Float16:
+        """Return the patches of a view of each of some pictures: float16 [N, patches, width].
+
+        Raises:
+            ValueError: the cache has none.
+        """
+        if self._patches is None or self._order.patches is None:
+            raise ValueError("the cache was opened without patches")
+        rows = self._patches.at(np.asarray(self._order.patches[np.asarray(indices, np.int64)]))
+        found: Float16 = rows[np.arange(len(rows)), views]
+        return found
 
     def image(self, indices: Sequence[int], views: int | Sequence[int] = 0) -> Float16:
         """Return a view of each of some readable pictures: float16 [N, dim]."""
@@ -134,12 +161,14 @@ class _Order:
         starts: where the captions of each picture begin in `texts`, int64 [count + 1].
         texts: number of the record of each caption, int64.
         bad: unreadable pictures by their index, with the reason.
+        patches: number of the record of each picture's patches, as `images`; None for no patches.
     """
 
     images: NDArray[np.int64]
     starts: NDArray[np.int64]
     texts: NDArray[np.int64]
     bad: dict[int, str]
+    patches: NDArray[np.int64] | None = None
 
 
 def build_cache(
@@ -151,6 +180,7 @@ def build_cache(
     augmentation: Augmentation | None = None,
     max_bad: MaxBad = DEFAULT_MAX_BAD,
     workers: int | None = None,
+    patches: bool = False,
 ) -> TeacherCache:
     """Compute the embeddings that `folder` lacks, and return those of the source.
 
@@ -167,6 +197,9 @@ def build_cache(
             `Augmentation()`.
         max_bad: how many pictures may be unreadable; they are skipped and named.
         workers: processes that read pictures; None for `default_workers`.
+        patches: keep the image tower's patches of every view too, in `patch.rows`. They take much
+            room, which is said beforehand. Each is normalised to mean 0 and variance 1, as some
+            towers have a few dimensions that are far larger than all others.
 
     Raises:
         ConfigError: `folder` holds a cache of another teacher or augmentation, or there is
@@ -200,34 +233,44 @@ def build_cache(
     of_images = {**of_texts, "augmentation": asdict(augmentation), "version": _VERSION}
     needed = row_bytes(count, image_row, np.float16)
     needed += row_bytes(count, text_row, np.float16) if source.has_captions else 0
-    there = sum(path.stat().st_size for path in (image_file, text_file) if path.exists())
+    patch_file, patch_row = folder / "patch.rows", (views, *_patch_shape(teacher, patches))
+    if patches:
+        of_patches = row_bytes(count, patch_row, np.float16)
+        _log.info("the teacher's patches take %.1f GB in %s", of_patches / 1e9, patch_file)
+        needed += of_patches
+    files = (image_file, text_file, *([patch_file] if patches else []))
+    there = sum(path.stat().st_size for path in files if path.exists())
     require_space(folder, max(0, needed - there))
     if existing is not None:
         _refuse_other(folder, existing, identity)
     images = _open_rows(image_file, image_row, of_images)
     texts = _open_rows(text_file, text_row, of_texts)
+    squares = _open_rows(patch_file, patch_row, of_images) if patches else None
     team = processes()
     if existing is None and team.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         _write_identity(folder, identity)
     place = folder / "orders" / hashlib.sha256(source.identity.encode()).hexdigest()[:32]
-    known = _read_order(place, images, texts)
+    known = _read_order(place, images, texts, squares)
     # What could not be read may have been mended, or its server is there again.
     is_known = known is not None and not any(_can_be_read(source, index) for index in known.bad)
     if not team.from_first(is_known):
-        make = _Chunks(source, teacher.image_spec, identity, images, texts)
+        make = _Chunks(source, teacher.image_spec, identity, images, texts, squares)
         steps = load(
             make,
             range(team.number, -(-count // _BATCH), team.count),
             workers=default_workers() if workers is None else workers,
         )
         with closing(images), closing(texts), closing(steps), fast_inference(teacher):
-            _fill(teacher, images, texts, steps, count, views, place)
+            _fill(teacher, images, texts, squares, steps, count, views, place)
+        if squares is not None:
+            squares.close()
         team.wait()
         # The first process has written behind what the others know, and none needs keys any more.
         images = _open_rows(image_file, image_row, of_images)
         texts = _open_rows(text_file, text_row, of_texts)
-    found = _read_order(place, images, texts)
+        squares = _open_rows(patch_file, patch_row, of_images) if patches else None
+    found = _read_order(place, images, texts, squares)
     if found is None and not team.is_first and not place.exists():
         raise InputError(
             f"{folder} lacks what the first process wrote: give a --cache on a disk that all "
@@ -246,7 +289,18 @@ def build_cache(
         found,
         images,
         texts,
+        squares,
     )
+
+
+def _patch_shape(teacher: DualEncoder, patches: bool) -> tuple[int, ...]:
+    """Return how many patches the teacher's tower has, and their width; nothing if not wanted."""
+    if not patches:
+        return ()
+    size = teacher.image_spec.size
+    with fast_inference(teacher):
+        black = torch.zeros(1, 3, size, size, device=teacher.device)
+        return tuple(teacher.embed_image_and_patches(black)[1].shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +331,7 @@ class _Chunks:
     identity: CacheIdentity
     images: RowFile
     texts: RowFile
+    patches: RowFile | None
 
     def __call__(self, number: int) -> _Chunk:
         first = number * _BATCH
@@ -284,7 +339,9 @@ class _Chunks:
         for index in range(first, min(first + _BATCH, len(self.source))):
             try:
                 key = bytes.fromhex(self.source.content(index))
-                if key not in chunk.crops and key not in self.images:
+                lacks = key not in self.images
+                lacks = lacks or (self.patches is not None and key not in self.patches)
+                if lacks and key not in chunk.crops:
                     chunk.crops[key] = self._crops(index)
             except InputError as error:
                 chunk.bad[index] = str(error)
@@ -314,6 +371,7 @@ def _fill(
     teacher: DualEncoder,
     images: RowFile,
     texts: RowFile,
+    patches: RowFile | None,
     chunks: Iterator[_Chunk],
     count: int,
     views: int,
@@ -330,15 +388,20 @@ def _fill(
         dynamic_ncols=True,
         disable=not team.shows_bars,
     )
-    with killed_workers_explained(), bar, _order_writer(place, images, texts) as write:
+    with killed_workers_explained(), bar, _order_writer(place, images, texts, patches) as write:
         try:
             for _ in range(rounds):
                 chunk = next(chunks, None)
-                made = None if chunk is None else _embed_chunk(teacher, chunk, images, texts)
+                made = (
+                    None if chunk is None else _embed_chunk(teacher, chunk, images, texts, patches)
+                )
                 for own in team.gather_objects(made):
                     if own is None or not team.is_first:
                         continue
-                    for file, rows in ((images, own.images), (texts, own.texts)):
+                    held = ((images, own.images), (texts, own.texts), (patches, own.patches))
+                    for file, rows in held:
+                        if file is None:
+                            continue
                         new = {key: row for key, row in rows.items() if key not in file}
                         if new:
                             file.append(tuple(new), np.stack(list(new.values())))
@@ -360,22 +423,45 @@ class _Embedded:
     bad: dict[int, str]
     images: dict[bytes, Float16]
     texts: dict[bytes, Float16]
+    patches: dict[bytes, Float16]
 
 
-def _embed_chunk(teacher: DualEncoder, chunk: _Chunk, images: RowFile, texts: RowFile) -> _Embedded:
+def _embed_chunk(
+    teacher: DualEncoder,
+    chunk: _Chunk,
+    images: RowFile,
+    texts: RowFile,
+    patches: RowFile | None,
+) -> _Embedded:
     # What came into the files since the worker looked is not embedded again.
-    crops = {key: own for key, own in chunk.crops.items() if key not in images}
+    crops = {
+        key: own
+        for key, own in chunk.crops.items()
+        if key not in images or (patches is not None and key not in patches)
+    }
     captions = {key: text for key, text in chunk.texts.items() if key not in texts}
     image_rows: dict[bytes, Float16] = {}
+    patch_rows: dict[bytes, Float16] = {}
     if crops:
         every = np.stack(list(crops.values()), axis=1)  # [views, N, size, size, 3]
-        views = [_half(teacher.embed_image(teacher.normalise(own))) for own in every]
+        squares = []
+        views = []
+        for own in every:
+            pixels = teacher.normalise(own)
+            if patches is None:
+                views.append(_half(teacher.embed_image(pixels)))
+                continue
+            image, tokens = teacher.embed_image_and_patches(pixels)
+            views.append(_half(image))
+            squares.append(_half(torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])))
         image_rows = dict(zip(crops, np.stack(views, axis=1), strict=True))
+        if squares:
+            patch_rows = dict(zip(crops, np.stack(squares, axis=1), strict=True))
     text_rows: dict[bytes, Float16] = {}
     if captions:
         found = _half(teacher.embed_text(teacher.tokenize(list(captions.values()))))
         text_rows = dict(zip(captions, found, strict=True))
-    return _Embedded(chunk.keys, chunk.captions, chunk.bad, image_rows, text_rows)
+    return _Embedded(chunk.keys, chunk.captions, chunk.bad, image_rows, text_rows, patch_rows)
 
 
 def _caption_key(caption: str) -> bytes:
@@ -383,7 +469,9 @@ def _caption_key(caption: str) -> bytes:
 
 
 @contextmanager
-def _order_writer(place: Path, images: RowFile, texts: RowFile) -> Iterator[_Write]:
+def _order_writer(
+    place: Path, images: RowFile, texts: RowFile, patches: RowFile | None
+) -> Iterator[_Write]:
     """Yield a function that adds chunks to an order, which is there when the block ends normally.
 
     In other processes than the first it is never called.
@@ -396,6 +484,8 @@ def _order_writer(place: Path, images: RowFile, texts: RowFile) -> Iterator[_Wri
         image_file, start_file, text_file = (
             stack.enter_context((folder / name).open("wb")) for name in _ORDER_FILES
         )
+        if patches is not None:
+            patch_file = stack.enter_context((folder / _PATCH_FILE).open("wb"))
         start_file.write(np.zeros(1, np.int64).tobytes())
         written = 0
 
@@ -406,6 +496,9 @@ def _order_writer(place: Path, images: RowFile, texts: RowFile) -> Iterator[_Wri
             bad.update(own)
             numbers = [-1 if key is None else images.number(key) for key in keys]
             image_file.write(np.array(numbers, np.int64).tobytes())
+            if patches is not None:
+                numbers = [-1 if key is None else patches.number(key) for key in keys]
+                patch_file.write(np.array(numbers, np.int64).tobytes())
             of_texts = [texts.number(key) for each in captions for key in each]
             text_file.write(np.array(of_texts, np.int64).tobytes())
             ends = written + np.cumsum([len(each) for each in captions], dtype=np.int64)
@@ -414,6 +507,8 @@ def _order_writer(place: Path, images: RowFile, texts: RowFile) -> Iterator[_Wri
 
         yield write
         meta = {"bad": bad, "image": images.fingerprint, "text": texts.fingerprint}
+        if patches is not None:
+            meta["patch"] = patches.fingerprint
         (folder / _ORDER).write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -425,20 +520,25 @@ def _can_be_read(source: Source, index: int) -> bool:
     return True
 
 
-def _read_order(place: Path, images: RowFile, texts: RowFile) -> _Order | None:
+def _read_order(
+    place: Path, images: RowFile, texts: RowFile, patches: RowFile | None
+) -> _Order | None:
     """Read an order; None if there is none, or the row files are others than it was made with."""
     try:
         meta = json.loads((place / _ORDER).read_text(encoding="utf-8"))
         if not images.goes_on(meta["image"]) or not texts.goes_on(meta["text"]):
             return None
+        if patches is not None and not patches.goes_on(meta["patch"]):
+            return None
+        names = (*_ORDER_FILES, *([] if patches is None else [_PATCH_FILE]))
         found: list[NDArray[np.int64]] = [
             np.memmap(place / name, np.int64, "r") if (place / name).stat().st_size else _NONE
-            for name in _ORDER_FILES
+            for name in names
         ]
         bad = {int(index): str(reason) for index, reason in meta["bad"].items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return _Order(found[0], found[1], found[2], bad)
+    return _Order(found[0], found[1], found[2], bad, None if patches is None else found[3])
 
 
 def _open_rows(path: Path, shape: tuple[int, ...], settings: Mapping[str, object]) -> RowFile:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,12 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import CacheSettings, TeacherCache, spread_rows
 from edgeclip.compress.train.held_out import HeldOut
 from edgeclip.compress.train.kept_weights import BestStep, Validation
-from edgeclip.compress.train.loss_terms import TeacherRows, equal_captions, feature_loss
+from edgeclip.compress.train.loss_terms import (
+    TeacherRows,
+    equal_captions,
+    feature_loss,
+    patch_loss,
+)
 from edgeclip.compress.train.losses import LossWeights, distillation_losses
 from edgeclip.compress.train.text_bank import BankReader, BankRows, TextBank
 from edgeclip.compress.train.train_loop import (
@@ -40,6 +46,8 @@ from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad, report_
 
 _log = logging.getLogger(__name__)
 
+_SQUARES = 8  # squares on a side of a picture, each of which the masked loss shows or hides
+_OF_MASKS = 0x3A5C  # so that no other use of the seed draws the same numbers
 _TRAINED_PER_HELD_OUT = 4  # pictures to train on, at least, for each that is validated
 
 
@@ -110,6 +118,8 @@ def distill(
             settings.batch_size,
             sampling.train_count,
         )
+    patch_map = _patch_map(student, caches[0], loss_weights, settings.seed)
+    hide = loss_weights.mask_share if loss_weights.masked else 0.0
     reader = _bank_reader(loss_weights.bank, caches, sampling, settings.batch_size)
     bank = None if reader is None else TextBank(reader, student.device)
     validate = None
@@ -129,9 +139,18 @@ def distill(
     seldom = _TRAINED_PER_HELD_OUT * len(sampling.held_out) // settings.batch_size
     task = TrainTask(
         title="distill",
-        module=student,
-        batch=DistillationBatches(student, caches, source, sampling, settings, reader),
-        embed=partial(embed_batch, student),
+        module=student if patch_map is None else _Taught(student, patch_map),
+        batch=DistillationBatches(
+            student,
+            caches,
+            source,
+            sampling,
+            settings,
+            bank=reader,
+            hide=hide,
+            patches=0 if patch_map is None else _patches_of(student)[0],
+        ),
+        embed=partial(embed_batch, student, patch_map=patch_map),
         losses=partial(_losses, loss_weights, [own.settings for own in caches], bank),
         identity=_identity(student, caches, loss_weights, source, len(sampling.held_out), start),
         begin=begin,
@@ -191,9 +210,61 @@ class _Later:
         return self._made()
 
 
-def embed_batch(student: DualEncoder, inputs: Rows) -> Rows:
-    """Embed the `pixels` (crops, uint8) and `ids` of a batch: `image` and `text`, [N, dim]."""
-    found = {"image": student.embed_image(student.normalise(inputs["pixels"]))}
+class _Taught(nn.Module):
+    """A student with the map that is trained beside it, and is no part of it when it is saved."""
+
+    def __init__(self, student: DualEncoder, patch_map: nn.Linear) -> None:
+        super().__init__()
+        self.student = student
+        self.patch_map = patch_map
+
+
+def _patch_map(
+    student: DualEncoder, cache: TeacherCache, weights: LossWeights, seed: int
+) -> nn.Linear | None:
+    """Return a map from the student's patches to the teacher's; None without a loss of them.
+
+    Raises:
+        ConfigError: the cache holds no patches.
+    """
+    if not weights.patches:
+        return None
+    if not cache.has_patches:
+        raise ConfigError("--patches needs a teacher cache that was opened with patches")
+    readable = next(own for own in range(cache.settings.count) if own not in cache.unreadable)
+    theirs = cache.patches([readable]).shape[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(_patches_of(student)[1], theirs).to(student.device)
+
+
+def _patches_of(student: DualEncoder) -> tuple[int, int]:
+    """Return how many patches the student's image tower has, and their width."""
+    size = student.image_spec.size
+    was_training = student.training
+    student.eval()
+    with torch.inference_mode():
+        black = torch.zeros(1, 3, size, size, device=student.device)
+        _, count, width = student.embed_image_and_patches(black)[1].shape
+    student.train(was_training)
+    return count, width
+
+
+def embed_batch(student: DualEncoder, inputs: Rows, *, patch_map: nn.Linear | None = None) -> Rows:
+    """Embed the `pixels` (crops, uint8) and `ids` of a batch: `image` and `text`, [N, dim].
+
+    With `hidden` (bool [N, squares, squares]) it embeds the pictures again, as `masked`, with these
+    squares in the mean colour; with a map, it returns the mapped `patches` [N, count, width].
+    """
+    pixels = student.normalise(inputs["pixels"])
+    if patch_map is None:
+        found = {"image": student.embed_image(pixels)}
+    else:
+        image, patches = student.embed_image_and_patches(pixels)
+        found = {"image": image, "patches": patch_map(patches).float()}
+    if "hidden" in inputs:
+        hidden = nn.functional.interpolate(inputs["hidden"][:, None].float(), pixels.shape[-2:])
+        found["masked"] = student.embed_image(pixels * (1 - hidden))
     if "ids" in inputs:
         found["text"] = student.embed_text(inputs["ids"])
     return found
@@ -209,10 +280,30 @@ def _losses(
     rows = targets["readable"]
     if not rows.any():
         raise InputError("no picture of a whole batch can be read any more: see what became of it")
-    image, teacher_image = found["image"][rows], targets["image 0"][rows]
-    if "text" not in found:
-        loss = feature_loss(image, teacher_image)
-        return {"total": weights.feature * loss}
+    if "text" in found:
+        losses = _pair_losses(weights, caches, bank, found, targets)
+    else:
+        loss = feature_loss(found["image"][rows], targets["image 0"][rows])
+        losses = {"total": weights.feature * loss}
+    if "masked" in found:
+        losses["masked"] = feature_loss(found["masked"][rows], targets["image 0"][rows])
+    if "patches" in found:
+        losses["patches"] = patch_loss(found["patches"][rows], targets["patches"][rows].float())
+    for name in ("masked", "patches"):
+        if name in losses:
+            losses["total"] = losses["total"] + getattr(weights, name) * losses[name]
+    return losses
+
+
+def _pair_losses(
+    weights: LossWeights,
+    caches: Sequence[CacheSettings],
+    bank: TextBank | None,
+    found: Rows,
+    targets: Rows,
+) -> dict[str, Tensor]:
+    """Return the losses of pictures with captions."""
+    rows = targets["readable"]
     teachers = [
         TeacherRows(
             image=targets[f"image {number}"][rows],
@@ -230,7 +321,7 @@ def _losses(
         more = more.chosen(rows)
     return distillation_losses(
         weights,
-        image=image,
+        image=found["image"][rows],
         text=found["text"][rows],
         teachers=teachers,
         captioned=targets["captioned"][rows],
@@ -254,6 +345,9 @@ class DistillationBatches:
         sampling: which pairs each step takes.
         settings: the size of a batch.
         bank: reads the captions that the bank takes in with each batch; None for no bank.
+        hide: share of each picture that is hidden for the masked loss; 0 for no such loss.
+        patches: number of the student's patches, to which the first teacher's are resampled; 0 for
+            none of them.
     """
 
     def __init__(
@@ -263,7 +357,10 @@ class DistillationBatches:
         source: Source,
         sampling: Sampling,
         settings: TrainSettings,
+        *,
         bank: BankReader | None = None,
+        hide: float = 0.0,
+        patches: int = 0,
     ) -> None:
         # The student itself is not kept: a worker process gets a copy of this object.
         self._spec, self._tokenizer = student.image_spec, student.text_tokenizer
@@ -271,7 +368,8 @@ class DistillationBatches:
         # One may have become unreadable between the caches of two teachers.
         self._unreadable = {index for cache in caches for index in cache.unreadable}
         self._batch_size = settings.batch_size
-        self._bank = bank
+        self._seed = settings.seed
+        self._bank, self._hide, self._patches = bank, hide, patches
 
     def items(self, part: BatchPart) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the index and the epoch of each pair in a part of a batch."""
@@ -288,10 +386,15 @@ class DistillationBatches:
         kept = np.flatnonzero(readable)
         inputs = {"pixels": torch.from_numpy(crops)}
         targets = {"readable": torch.from_numpy(readable)}
+        if self._hide:
+            inputs["hidden"] = self._hidden(part)
         with timed.stage("reading embeddings"):
             for number, cache in enumerate(self._caches):
                 rows = cache.image(indices[kept].tolist(), views[kept].tolist())
                 targets[f"image {number}"] = spread_rows(rows, kept, len(indices))
+            if self._patches:
+                squares = self._caches[0].patches(indices[kept].tolist(), views[kept].tolist())
+                targets["patches"] = _resampled(squares, kept, len(indices), self._patches)
         if not self._source.has_captions:
             return Batch(inputs=inputs, targets=targets, seconds=timed.seconds, bad=bad)
         captions = [self._source.captions(index) for index in indices.tolist()]
@@ -333,6 +436,15 @@ class DistillationBatches:
             "text number": numbers,
         }
 
+    def _hidden(self, part: BatchPart) -> Tensor:
+        """Return which squares of each picture are hidden, bool [N, squares, squares]."""
+        count = self._batch_size // part.count
+        chance = np.random.default_rng((self._seed, part.step, _OF_MASKS))
+        rank = chance.random((self._batch_size, _SQUARES**2)).argsort(axis=1).argsort(axis=1)
+        hidden = rank < max(1, round(self._hide * _SQUARES**2))
+        own = hidden[part.number * count : (part.number + 1) * count]
+        return torch.from_numpy(own.reshape(count, _SQUARES, _SQUARES))
+
     def _crops(
         self, indices: NDArray[np.int64], views: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], dict[int, str]]:
@@ -351,6 +463,21 @@ class DistillationBatches:
             except InputError as error:
                 bad[index] = str(error)
         return crops, bad
+
+
+def _resampled(
+    patches: NDArray[np.float16], places: NDArray[np.int64], count: int, wanted: int
+) -> Tensor:
+    """Resample squares of patches to another number: float16 [count, wanted, width]."""
+    side, before = math.isqrt(wanted), math.isqrt(patches.shape[1])
+    rows = torch.from_numpy(patches.astype(np.float32))
+    if side != before:
+        grid = rows.transpose(1, 2).unflatten(2, (before, before))
+        grid = nn.functional.interpolate(grid, (side, side), mode="bilinear", antialias=True)
+        rows = grid.flatten(2).transpose(1, 2)
+    spread = torch.zeros(count, wanted, rows.shape[-1], dtype=torch.float16)
+    spread[torch.from_numpy(places)] = rows.half()
+    return spread
 
 
 def caption_keys(ids: NDArray[np.int64], pad_id: int) -> NDArray[np.int64]:

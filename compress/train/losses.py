@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from edgeclip.compress.train.loss_terms import (
@@ -39,6 +39,8 @@ TERMS = (
     "relational",
     "vertical",
     "orthogonality",
+    "masked",
+    "patches",
 )
 
 
@@ -48,7 +50,9 @@ class LossWeights:
 
     Args:
         affinity, feature, interactive, contrastive, hard_negatives, sigmoid, logits, relational,
-            vertical, orthogonality: the weights, see the function of that name in `loss_terms`.
+            vertical, orthogonality, masked, patches: the weights, see the function of that name in
+            `loss_terms`; `masked` is the feature loss of pictures with a part of them hidden
+            (masked feature distillation, CLIP-KD, Yang et al. 2024).
         affinity_scale: a factor on the logit scale of each teacher in the affinity loss: one for
             all, or one for each.
         row_weights, row_focus: how much each row of the affinity and interactive losses counts, see
@@ -57,6 +61,7 @@ class LossWeights:
             losses between a picture and texts, and of the vertical one; 0 for none.
         hard_count: number of hard negatives of each picture.
         logit_temperature: of the logit loss.
+        mask_share: share of a picture that the masked loss hides.
     """
 
     affinity: Annotated[float, Ge(0)] = 1.0
@@ -69,12 +74,15 @@ class LossWeights:
     relational: Annotated[float, Ge(0)] = 0.0
     vertical: Annotated[float, Ge(0)] = 0.0
     orthogonality: Annotated[float, Ge(0)] = 0.0
+    masked: Annotated[float, Ge(0)] = 0.0
+    patches: Annotated[float, Ge(0)] = 0.0
     affinity_scale: tuple[float, ...] = (1.0,)
     row_weights: Literal["known", "equal"] = "known"
     row_focus: Annotated[float, Ge(0)] = 0.0
     bank: Annotated[int, Ge(0)] = 0
     hard_count: Annotated[int, Ge(1)] = 8
     logit_temperature: Annotated[float, Gt(0)] = 2.0
+    mask_share: Annotated[float, Gt(0), Lt(1)] = 0.5
 
     def __post_init__(self) -> None:
         try:
@@ -122,7 +130,7 @@ def distillation_losses(
     same: Tensor | None = None,
     bank: Bank | None = None,
 ) -> dict[str, Tensor]:
-    """Return every weighted loss by name, and their weighted sum as `total`.
+    """Return every weighted loss of embeddings by name, and their weighted sum as `total`.
 
     Args:
         weights: the weight of each loss.
@@ -147,7 +155,9 @@ def distillation_losses(
         parts["feature"] = (
             feature_loss(every, first.image) + feature_loss(text, pairs[0].text)
         ) / 2
-    parts |= _between_towers(weights, image, text, pairs, same, bank and bank.chosen(captioned))
+    parts |= _between_towers(
+        weights, image, text, pairs, same, None if bank is None else bank.chosen(captioned)
+    )
     parts |= _within_towers(weights, image, text, pairs, bank)
     total = sum(
         (getattr(weights, name) * value for name, value in parts.items()),
@@ -166,7 +176,7 @@ def _between_towers(
 ) -> dict[str, Tensor]:
     """Return the losses that compare pictures with texts."""
     first = teachers[0]
-    more = bank and bank.cosines(image, teachers)
+    more = None if bank is None else bank.cosines(image, teachers)
     rows = RowWeights(by=weights.row_weights, focus=weights.row_focus)
     parts: dict[str, Tensor] = {}
     if weights.affinity:

@@ -179,6 +179,7 @@ class PreparedRun:
                     augmentation=None if first is None else first.augmentation,
                     max_bad=self._max_bad,
                     workers=stage.recipe.training.workers,
+                    patches=first is None and stage.recipe.losses.patches > 0,
                 )
             )
         return caches

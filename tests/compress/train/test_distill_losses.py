@@ -10,10 +10,10 @@ from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import FolderSource
 from edgeclip.compress.students.student import StudentShape, new_student
-from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
-from edgeclip.compress.train.distill import DistillationBatches, distill
-from edgeclip.compress.train.loss_terms import Bank
+from edgeclip.compress.train.distill import DistillationBatches, distill, embed_batch
+from edgeclip.compress.train.loss_terms import Bank, patch_loss
 from edgeclip.compress.train.losses import TERMS, LossWeights
 from edgeclip.compress.train.text_bank import BankReader, BankRows, TextBank
 from edgeclip.compress.train.train_loop import BatchPart, TrainSettings, read_log
@@ -40,7 +40,10 @@ def source(few_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Fold
 def cache(
     teacher: DualEncoder, source: FolderSource, tmp_path_factory: pytest.TempPathFactory
 ) -> TeacherCache:
-    return build_cache(teacher, source, tmp_path_factory.mktemp("cache") / "cache", workers=0)
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    plain = build_cache(teacher, source, folder, workers=0, views=2)
+    assert not plain.has_patches
+    return build_cache(teacher, source, folder, workers=0, patches=True)
 
 
 def _bank(batches: DistillationBatches, bank: TextBank, step: int, parts: int = 1) -> Bank:
@@ -56,7 +59,7 @@ def test_a_bank_holds_the_captions_that_come_next(
 ) -> None:
     sampling = Sampling(parts_of(source), held_out=3)
     reader = BankReader([cache], sampling, size)
-    batches = DistillationBatches(teacher, [cache], source, sampling, SETTINGS, reader)
+    batches = DistillationBatches(teacher, [cache], source, sampling, SETTINGS, bank=reader)
     whole, in_parts = (TextBank(reader, torch.device("cpu")) for _ in range(2))
     for step in range(7):
         found = _bank(batches, whole, step)
@@ -81,7 +84,8 @@ def test_a_bank_holds_the_captions_that_come_next(
             assert torch.equal(other.same, found.same)
 
 
-ALL = LossWeights(**dict.fromkeys(set(TERMS) - {"sigmoid"}, 1.0), bank=9, row_focus=1.0)
+OTHERS = set(TERMS) - {"sigmoid"}  # which wants a SigLIP
+ALL = replace(LossWeights(bank=9, row_focus=1.0), **dict.fromkeys(OTHERS, 1.0))
 
 
 @pytest.mark.slow
@@ -89,7 +93,7 @@ def test_a_run_with_every_loss_resumes_exactly(
     teacher: DualEncoder, cache: TeacherCache, source: FolderSource, tmp_path: Path
 ) -> None:
     def run(out: Path, settings: TrainSettings) -> DualEncoder:
-        student = new_student(teacher, SMALL)
+        student = new_student(teacher, replace(SMALL, patch_size=16))
         distill(student, cache, source, loss_weights=ALL, settings=settings, out=out)
         return student
 
@@ -101,13 +105,66 @@ def test_a_run_with_every_loss_resumes_exactly(
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("parts", "whole")]
     assert [line["total"] for line in logs[0]] == [line["total"] for line in logs[1]]
-    assert set(TERMS) - {"sigmoid"} <= set(logs[1][0])
+    assert set(logs[1][0]) >= OTHERS
+    resumed.save(tmp_path / "student")  # without the map of the patches
+    assert space_fingerprint(DualEncoder.load(tmp_path / "student")) == space_fingerprint(whole)
     # The losses of a batch in parts are those of the whole.
     run(tmp_path / "four", replace(constant, steps=1, accumulate=4))
     (line,) = read_log(tmp_path / "four" / "log.jsonl")
     for name in ALL.__slots__:
         if name in line:
             assert line[name] == pytest.approx(logs[1][0][name], rel=1e-4), name
+
+
+def test_patches_are_those_of_the_teacher(
+    teacher: DualEncoder, cache: TeacherCache, source: FolderSource
+) -> None:
+    sampling = Sampling(parts_of(source), held_out=0)
+    settings = replace(SETTINGS, batch_size=12)
+    whole = DistillationBatches(teacher, [cache], source, sampling, settings, patches=16)
+    batch = whole(BatchPart(1, 0, 1))  # crosses from view 0 to view 1
+    with torch.inference_mode():
+        image, patches = teacher.embed_image_and_patches(teacher.normalise(batch.inputs["pixels"]))
+    assert (image * batch.targets["image 0"]).sum(dim=1).min() > 0.999
+    theirs = batch.targets["patches"].float()
+    assert patch_loss(patches - patches.mean(dim=-1, keepdim=True), theirs).item() < 1e-3
+    # A coarser grid: each patch of 2 x 2 is near the mean of four.
+    coarse = DistillationBatches(teacher, [cache], source, sampling, settings, patches=4)
+    found = coarse(BatchPart(1, 0, 1)).targets["patches"].float()
+    means = theirs.unflatten(1, (2, 2, 2, 2)).mean(dim=(2, 4)).flatten(1, 2)
+    assert found.shape == means.shape
+    assert patch_loss(found, means) < 0.1
+
+
+def test_a_masked_picture_hides_its_share_in_the_mean_colour(
+    teacher: DualEncoder, cache: TeacherCache, source: FolderSource
+) -> None:
+    sampling = Sampling(parts_of(source), held_out=0)
+    batches = DistillationBatches(teacher, [cache], source, sampling, SETTINGS, hide=0.75)
+    hidden = batches(BatchPart(3, 0, 1)).inputs["hidden"]
+    assert hidden.flatten(1).sum(dim=1).tolist() == [48] * 4
+    halves = [batches(BatchPart(3, number, 2)).inputs["hidden"] for number in range(2)]
+    assert torch.equal(torch.cat(halves), hidden)
+    assert not torch.equal(batches(BatchPart(4, 0, 1)).inputs["hidden"], hidden)
+    pixels = torch.full((1, 32, 32, 3), 255, dtype=torch.uint8)
+    every = {"pixels": pixels, "hidden": torch.ones(1, 8, 8, dtype=torch.bool)}
+    with torch.inference_mode():
+        found = embed_batch(teacher, every)["masked"]
+        torch.testing.assert_close(found, teacher.embed_image(torch.zeros(1, 3, 32, 32)))
+
+
+def test_patches_need_a_cache_of_them(
+    teacher: DualEncoder, source: FolderSource, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="opened with patches"):
+        distill(
+            new_student(teacher, SMALL),
+            build_cache(teacher, source, tmp_path / "cache", workers=0),
+            source,
+            loss_weights=LossWeights(patches=1),
+            settings=SETTINGS,
+            out=tmp_path / "run",
+        )
 
 
 def test_a_bank_that_no_caption_is_left_for(
