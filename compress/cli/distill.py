@@ -62,6 +62,9 @@ _HELP = {
     "bank": "captions of the cache that are compared with each picture beside those of its batch",
     "hard_count": "hard negatives of each picture",
     "logit_temperature": "of the logit loss",
+    "selection": "train on the best of some candidates each: the pair that the teacher knows best, "
+    "or that the student has most to learn of, which embeds all of them",
+    "candidates": "pairs that each is chosen of",
     "mask_share": "share of a picture that the masked loss hides",
     "steps": "may be raised for a run that has ended: its learning rate then goes on as in a run "
     "of so many steps",

@@ -20,6 +20,7 @@ from edgeclip.compress.compute import fused_attention
 from edgeclip.compress.data.augmentation import view_crop
 from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
+from edgeclip.compress.data.selection import Selection, best_of_each
 from edgeclip.compress.data.sources import Source, seed_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import CacheSettings, TeacherCache, spread_rows
@@ -102,6 +103,8 @@ def distill(
         )
     loss_weights.check([own.settings.logit_bias for own in caches])
     if not first.captions:
+        if loss_weights.selection != "none":
+            raise ConfigError("--selection needs captions, which these pictures have not")
         if not loss_weights.feature:
             raise ConfigError(
                 f"{source.name}: pictures without captions learn by --feature alone, whose weight "
@@ -149,6 +152,8 @@ def distill(
             bank=reader,
             hide=hide,
             patches=0 if patch_map is None else _patches_of(student)[0],
+            selection=loss_weights.selection,
+            candidates=loss_weights.candidates,
         ),
         embed=partial(embed_batch, student, patch_map=patch_map),
         losses=partial(_losses, loss_weights, [own.settings for own in caches], bank),
@@ -157,6 +162,11 @@ def distill(
         validate=validate,
         validate_every=seldom,
         note_bad=_BadPictures(len(source), max_bad),
+        choose=(
+            partial(most_learnable, loss_weights.candidates)
+            if loss_weights.selection == "learnable"
+            else None
+        ),
     )
     with fused_attention(student.model, student.device):
         return train(task, settings, out)
@@ -270,6 +280,17 @@ def embed_batch(student: DualEncoder, inputs: Rows, *, patch_map: nn.Linear | No
     return found
 
 
+def most_learnable(candidates: int, found: Rows, targets: Rows) -> Tensor:
+    """Return the row of each few candidates that the teacher knows best beside the student.
+
+    See `selection`; a pair that cannot be read or has no caption is chosen last.
+    """
+    theirs = (targets["image 0"] * targets["text 0"]).sum(dim=-1)
+    ours = (found["image"] * found["text"]).sum(dim=-1)
+    scores = torch.where(targets["captioned"], theirs - ours, torch.nan)
+    return best_of_each(scores, candidates)
+
+
 def _losses(
     weights: LossWeights,
     caches: Sequence[CacheSettings],
@@ -348,6 +369,8 @@ class DistillationBatches:
         hide: share of each picture that is hidden for the masked loss; 0 for no such loss.
         patches: number of the student's patches, to which the first teacher's are resampled; 0 for
             none of them.
+        selection, candidates: how the pairs are chosen of how many, see `selection`. With
+            `learnable` a part holds all candidates.
     """
 
     def __init__(
@@ -361,6 +384,8 @@ class DistillationBatches:
         bank: BankReader | None = None,
         hide: float = 0.0,
         patches: int = 0,
+        selection: Selection = "none",
+        candidates: int = 1,
     ) -> None:
         # The student itself is not kept: a worker process gets a copy of this object.
         self._spec, self._tokenizer = student.image_spec, student.text_tokenizer
@@ -368,13 +393,33 @@ class DistillationBatches:
         # One may have become unreadable between the caches of two teachers.
         self._unreadable = {index for cache in caches for index in cache.unreadable}
         self._batch_size = settings.batch_size
-        self._seed = settings.seed
+        self._seed, self._selection = settings.seed, selection
+        self._candidates = 1 if selection == "none" else candidates
         self._bank, self._hide, self._patches = bank, hide, patches
 
     def items(self, part: BatchPart) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the index and the epoch of each pair in a part of a batch."""
-        size = self._batch_size // part.count
-        return self._sampling.items(part.step * self._batch_size + part.number * size, size)
+        size = self._batch_size // part.count * self._candidates
+        first = part.step * self._batch_size * self._candidates + part.number * size
+        indices, epochs = self._sampling.items(first, size)
+        if self._selection != "known":
+            return indices, epochs
+        rows = best_of_each(self._known(indices, epochs), self._candidates).numpy()
+        return indices[rows], epochs[rows]
+
+    def _known(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> Tensor:
+        """Return the first teacher's cosine of each picture and its caption, NaN without one."""
+        cache = self._caches[0]
+        counts = cache.caption_counts(indices.tolist())
+        bad = np.isin(indices, list(self._unreadable))
+        kept = np.flatnonzero((counts > 0) & ~bad)
+        chosen, views = indices[kept].tolist(), epochs[kept] % cache.settings.views
+        images = cache.image(chosen, views.tolist())
+        texts = cache.text(chosen, (epochs[kept] % counts[kept]).tolist())
+        scores = torch.full((len(indices),), torch.nan)
+        found = (images.astype(np.float32) * texts.astype(np.float32)).sum(axis=-1)
+        scores[torch.from_numpy(kept)] = torch.from_numpy(found)
+        return scores
 
     def __call__(self, part: BatchPart) -> Batch:
         timed = _Stages()
@@ -438,9 +483,10 @@ class DistillationBatches:
 
     def _hidden(self, part: BatchPart) -> Tensor:
         """Return which squares of each picture are hidden, bool [N, squares, squares]."""
-        count = self._batch_size // part.count
+        each = self._candidates if self._selection == "learnable" else 1
+        count = self._batch_size // part.count * each
         chance = np.random.default_rng((self._seed, part.step, _OF_MASKS))
-        rank = chance.random((self._batch_size, _SQUARES**2)).argsort(axis=1).argsort(axis=1)
+        rank = chance.random((self._batch_size * each, _SQUARES**2)).argsort(axis=1).argsort(axis=1)
         hidden = rank < max(1, round(self._hide * _SQUARES**2))
         own = hidden[part.number * count : (part.number + 1) * count]
         return torch.from_numpy(own.reshape(count, _SQUARES, _SQUARES))

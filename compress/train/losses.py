@@ -9,6 +9,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from edgeclip.compress.data.selection import Selection
 from edgeclip.compress.train.loss_terms import (
     Bank,
     RowWeights,
@@ -46,7 +47,7 @@ TERMS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossWeights:
-    """The weight of each loss, 0 to leave it out, and what some of them depend on.
+    """The weight of each loss, 0 to leave it out, and what they depend on.
 
     Args:
         affinity, feature, interactive, contrastive, hard_negatives, sigmoid, logits, relational,
@@ -62,6 +63,8 @@ class LossWeights:
         hard_count: number of hard negatives of each picture.
         logit_temperature: of the logit loss.
         mask_share: share of a picture that the masked loss hides.
+        selection: how each pair is chosen of `candidates`, see `selection`; `none` takes all.
+        candidates: number of pairs that each one is chosen of.
     """
 
     affinity: Annotated[float, Ge(0)] = 1.0
@@ -83,6 +86,8 @@ class LossWeights:
     hard_count: Annotated[int, Ge(1)] = 8
     logit_temperature: Annotated[float, Gt(0)] = 2.0
     mask_share: Annotated[float, Gt(0), Lt(1)] = 0.5
+    selection: Selection = "none"
+    candidates: Annotated[int, Ge(2)] = 4
 
     def __post_init__(self) -> None:
         try:
@@ -117,6 +122,11 @@ class LossWeights:
             raise ConfigError(
                 "--logits cannot average a teacher that answers with a softmax and a SigLIP: leave "
                 "it out, or choose teachers of one kind"
+            )
+        if self.selection == "learnable" and self.bank:
+            raise ConfigError(
+                "--selection learnable and --bank do not go together: leave one out, or choose "
+                "--selection known"
             )
 
 

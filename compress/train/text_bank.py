@@ -72,6 +72,15 @@ class TextBank:
             new: as many rows as a batch has, on the device.
             captions: the key of each picture's caption, int64 [N]; the bank says which are equal.
         """
+        if self._next != first + len(new.keys):  # else it is asked again of the same step
+            self._take_in(first, new)
+        keys, texts = self._keys, self._texts
+        there = keys >= 0
+        if not there.all():
+            keys, texts = keys[there], [own[there] for own in texts]
+        return Bank(texts=texts, same=captions[:, None] == keys)
+
+    def _take_in(self, first: int, new: BankRows) -> None:
         size, count = self._reader.size, len(new.keys)
         if self._next != first:
             whole = self._reader(first - size, size)
@@ -88,8 +97,3 @@ class TextBank:
         for held, own in zip(self._texts, new.texts, strict=True):
             held[place] = own[count - taken :]
         self._next = first + count
-        keys, texts = self._keys, self._texts
-        there = keys >= 0
-        if not there.all():
-            keys, texts = keys[there], [own[there] for own in texts]
-        return Bank(texts=texts, same=captions[:, None] == keys)

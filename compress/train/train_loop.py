@@ -174,6 +174,9 @@ class TrainTask:
         validate_every: steps between two validations, at least; the first and the last step are
             always validated.
         note_bad: is told of items that could not be read; it may raise.
+        choose: returns which rows of a part are trained on, int64, of their embeddings and targets;
+            the batch then makes more rows than it has, and as many of each part are chosen. None
+            to train on all.
         begin: is called once it is known that the run may begin or go on, in the first process.
     """
 
@@ -186,6 +189,7 @@ class TrainTask:
     validate: Callable[[], Validation] | None = None
     validate_every: int = 1
     note_bad: Callable[[dict[int, str]], None] = lambda _bad: None
+    choose: Callable[[Rows, Rows], Tensor] | None = None
     begin: Callable[[], None] = lambda: None
 
 
@@ -324,6 +328,13 @@ class _Run:
     def _gradients(self, step: int, parts: list[Batch]) -> dict[str, Tensor]:
         """Give every weight the gradient of its share of the whole batch's loss."""
         inputs = [self._moved(part.inputs) for part in parts]
+        held = [self._moved(part.targets) for part in parts]
+        if self._task.choose is not None:
+            for number, (given, targets) in enumerate(zip(inputs, held, strict=True)):
+                with torch.no_grad():
+                    rows = self._task.choose(self._embedded(given, step, number), targets)
+                inputs[number] = {name: own[rows] for name, own in given.items()}
+                held[number] = {name: own[rows] for name, own in targets.items()}
         found: list[Rows] = []
         for number, given in enumerate(inputs):
             with torch.set_grad_enabled(len(parts) == 1):
@@ -332,7 +343,6 @@ class _Run:
             name: torch.cat([rows[name].detach() for rows in found]).requires_grad_()
             for name in found[0]
         }
-        held = [self._moved(part.targets) for part in parts]
         targets = {
             name: self._team.gather(torch.cat([rows[name] for rows in held])) for name in held[0]
         }

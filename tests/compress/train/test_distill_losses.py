@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,12 @@ from edgeclip.compress.data.sources import FolderSource
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
-from edgeclip.compress.train.distill import DistillationBatches, distill, embed_batch
+from edgeclip.compress.train.distill import (
+    DistillationBatches,
+    distill,
+    embed_batch,
+    most_learnable,
+)
 from edgeclip.compress.train.loss_terms import Bank, patch_loss
 from edgeclip.compress.train.losses import TERMS, LossWeights
 from edgeclip.compress.train.text_bank import BankReader, BankRows, TextBank
@@ -85,7 +91,8 @@ def test_a_bank_holds_the_captions_that_come_next(
 
 
 OTHERS = set(TERMS) - {"sigmoid"}  # which wants a SigLIP
-ALL = replace(LossWeights(bank=9, row_focus=1.0), **dict.fromkeys(OTHERS, 1.0))
+ONES: dict[str, Any] = dict.fromkeys(OTHERS, 1.0)
+ALL = LossWeights(**ONES, bank=9, row_focus=1.0)
 
 
 @pytest.mark.slow
@@ -151,6 +158,69 @@ def test_a_masked_picture_hides_its_share_in_the_mean_colour(
     with torch.inference_mode():
         found = embed_batch(teacher, every)["masked"]
         torch.testing.assert_close(found, teacher.embed_image(torch.zeros(1, 3, 32, 32)))
+
+
+def test_known_pairs_are_chosen_by_the_cache(
+    teacher: DualEncoder, cache: TeacherCache, source: FolderSource
+) -> None:
+    sampling = Sampling(parts_of(source), held_out=3)
+    batches = DistillationBatches(
+        teacher, [cache], source, sampling, SETTINGS, selection="known", candidates=3
+    )
+    for step in range(3):
+        indices, epochs = batches.items(BatchPart(step, 0, 1))
+        every, passes = sampling.items(12 * step, 12)
+        for number in range(4):
+            own = slice(3 * number, 3 * number + 3)
+            scores = []
+            for index, epoch in zip(every[own].tolist(), passes[own].tolist(), strict=True):
+                if not source.captions(index):
+                    scores.append(-2.0)
+                    continue
+                image, text = cache.image([index], [epoch % 2]), cache.text([index])
+                scores.append(float(image.astype(np.float32)[0] @ text.astype(np.float32)[0]))
+            best = int(np.argmax(scores))
+            assert indices[number] == every[own][best]
+            assert epochs[number] == passes[own][best]
+        halves = [batches.items(BatchPart(step, number, 2))[0] for number in range(2)]
+        assert np.concatenate(halves).tolist() == indices.tolist()
+        assert batches(BatchPart(step, 0, 1)).inputs["pixels"].shape[0] == 4
+
+
+def test_the_pair_that_the_student_has_most_to_learn_of() -> None:
+    # The teacher's cosines are 1, .6, 1 and 0; the student's .8, 0, 1 and -1, and the last has no
+    # caption. So .2 and .6 are to be learned of the first two, and 0 of the third.
+    theirs = torch.tensor([[1.0, 0.0], [0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    ours = torch.tensor([[0.8, 0.6], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
+    right = torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    targets = {
+        "image 0": theirs,
+        "text 0": right,
+        "captioned": torch.tensor([True, True, True, False]),
+    }
+    assert most_learnable(2, {"image": ours, "text": right}, targets).tolist() == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_run_that_chooses_its_pairs_resumes_exactly(
+    teacher: DualEncoder, cache: TeacherCache, source: FolderSource, tmp_path: Path
+) -> None:
+    weights = LossWeights(selection="learnable", candidates=2)
+
+    def run(name: str, settings: TrainSettings) -> dict[str, torch.Tensor]:
+        student = new_student(teacher, SMALL)
+        out = tmp_path / name
+        distill(student, cache, source, loss_weights=weights, settings=settings, out=out)
+        return dict(student.state_dict())
+
+    constant = replace(SETTINGS, schedule="constant")
+    whole = run("whole", constant)
+    run("parts", replace(constant, steps=2))
+    resumed = run("parts", constant)
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+    run("two", replace(constant, steps=1, accumulate=2))
+    lines = [read_log(tmp_path / name / "log.jsonl")[0] for name in ("whole", "two")]
+    assert lines[1]["total"] == pytest.approx(lines[0]["total"], rel=1e-4)
 
 
 def test_patches_need_a_cache_of_them(

@@ -4,7 +4,7 @@
 """
 
 import math
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -246,7 +246,8 @@ def _bank(texts: Tensor, count: int = 6) -> Bank:
     return Bank(texts=[texts], same=same)
 
 
-ALL = replace(LossWeights(row_focus=1.0), **dict.fromkeys(TERMS, 1.0))
+ONES: dict[str, Any] = dict.fromkeys(TERMS, 1.0)
+ALL = LossWeights(**ONES, row_focus=1.0)
 
 
 NOT_SOFT = {"contrastive", "hard_negatives", "sigmoid"}
@@ -258,7 +259,7 @@ NOT_SOFT |= {"masked", "patches"}  # which are not of the embeddings of whole pi
 def test_nothing_pulls_a_student_that_equals_its_teacher(name: str, bias: float | None) -> None:
     image, text, *_, more = _random(1)
     teacher = TeacherRows(image=image.clone(), text=text.clone(), scale=20.0, bias=bias)
-    weights = replace(ALL, **{**dict.fromkeys(TERMS, 0.0), name: 1.0})
+    weights = LossWeights(**{**dict.fromkeys(ONES, 0.0), name: 1.0}, row_focus=1.0)
     ours = (image.requires_grad_(), text.requires_grad_())
     found = distillation_losses(
         weights, image=ours[0], text=ours[1], teachers=[teacher], bank=_bank(more)
@@ -323,4 +324,6 @@ def test_what_teachers_cannot_teach() -> None:
         LossWeights(sigmoid=1.0).check([None])
     with pytest.raises(ConfigError, match="teachers of one kind"):
         LossWeights(logits=1.0).check([None, -10.0])
+    with pytest.raises(ConfigError, match="do not go together"):
+        LossWeights(selection="learnable", bank=4).check([None])
     LossWeights(sigmoid=1.0, logits=1.0, affinity_scale=(1.0, 2.0)).check([-10.0, -12.0])
