@@ -34,6 +34,8 @@ _HELP = {
     f"the student is kept as it was when they agreed best (default: a tenth, at most "
     f"{MOST_HELD_OUT})",
     "start": "begin with this dual encoder, such as a TinyCLIP, in place of a part of the teacher",
+    "dims": "lengths, such as 128,64, that embeddings can be cut to: the losses count for each of "
+    "them as well, and the student keeps the axes by which any embedding of the space is cut",
     "family": "the image tower: a smaller copy of the teacher's, or one of random weights, where "
     "convolutional is a ConvNeXt",
     "image_heads": "attention heads of the image tower (default: half of the teacher's)",
@@ -92,6 +94,7 @@ _SHOWN = {
     "data": "emoji, the built-in scenes",
     "track": "none",
     "merge_after": "none",
+    "dims": "none",
 }
 _REPEATED = ("teacher", "data", "track")  # options that are given once for each value
 
@@ -150,11 +153,17 @@ def _add_setting(parser: argparse.ArgumentParser, name: str, hint: Any, default:
         parser.add_argument(option, choices=typing.get_args(hint), help=told)
     elif name in _REPEATED:
         parser.add_argument(option, action="append", help=told)
+    elif name == "dims":
+        parser.add_argument(option, type=_numbers, help=told)
     elif typing.get_origin(plain) is tuple or typing.get_origin(hint) is tuple:
         kind = next(iter(typing.get_args(plain)), plain)
         parser.add_argument(option, type=kind, nargs="+", help=told)
     else:
         parser.add_argument(option, type=plain, help=told)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
 
 def targets(args: argparse.Namespace) -> Targets:

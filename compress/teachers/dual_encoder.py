@@ -34,6 +34,7 @@ from edgeclip.compress.teachers.model_parts import check_parts
 from edgeclip.compress.teachers.own_settings import own_settings
 from edgeclip.compress.teachers.read_model import ModelParts, read_model
 from edgeclip.runtime.bundle.files import atomic_directory
+from edgeclip.runtime.bundle.reduction import BASIS_NAME, Basis, read_basis
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.preprocess import preprocess_batch
@@ -119,6 +120,10 @@ class DualEncoder(nn.Module):
         space: fingerprint of the teacher's embedding space, for a student; None if the
             model defines its own space.
         licence: of the weights, or of those that they were made from; None if nobody said it.
+
+    Attributes:
+        basis: by which embeddings of the space are cut, if the model was trained so; it is saved
+            and loaded with the model.
     """
 
     def __init__(
@@ -139,6 +144,7 @@ class DualEncoder(nn.Module):
         self.image_spec = image
         self.tokenizer = tokenizer
         self.licence = licence
+        self.basis: Basis | None = None
         self._space = space
 
     @property
@@ -364,6 +370,9 @@ class DualEncoder(nn.Module):
         check_parts(dual, parts.processor, source)
         if record is not None:
             dual._space = _space_now(dual, record, source)
+            dual.basis = read_basis(folder)
+            if dual.basis is not None and dual.basis.space != dual.space:
+                dual.basis = None  # of the space that the files were in before they were changed
         recorded = None if record is None else record.licence
         dual.licence = recorded or parts.licence
         if dual.licence is not None and is_restricted(dual.licence):
@@ -409,6 +418,8 @@ class DualEncoder(nn.Module):
             del record["licence"]
         text = json.dumps(record, indent=2) + "\n"
         (folder / MARKER).write_text(text, encoding="utf-8")
+        if self.basis is not None:
+            self.basis.save(folder / BASIS_NAME)
 
     def save_settings(self, folder: Path, *, texts: bool = True) -> None:
         """Save config, tokenizer and processor only, as a bundle needs them.
@@ -433,7 +444,8 @@ _OF_SOME = ("batch_norm_eps", "depthwise_padding", "down_stride", "output_stride
 def keep_others(old: Path, new: Path) -> None:
     """Copy what somebody put beside a model that is replaced, such as a README, to the new one."""
     for path in sorted(old.glob("*")):
-        if path.is_file() and path.suffix not in _OF_MODELS and not (new / path.name).exists():
+        own = path.suffix in _OF_MODELS or path.name == BASIS_NAME
+        if path.is_file() and not own and not (new / path.name).exists():
             shutil.copy2(path, new / path.name)
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +70,10 @@ def distill(
     `held_out` pictures (default: see `Sampling`) are not trained on: on them student and teacher
     are compared while training goes on, and the student ends as it was where they agreed best.
     Returns that step; None if nothing is held out.
+
+    With `student.basis` the losses are the mean of those of the full embeddings and those of each
+    length that it cuts to (Matryoshka representation learning, Kusupati et al., NeurIPS 2022),
+    student and first teacher cut alike; other teachers' similarities stay those of their space.
 
     Pictures without captions train the image tower alone, by the feature loss. If none has a
     caption, the text tower is frozen. It should be the teacher's unmodified text tower; this is
@@ -156,7 +160,9 @@ def distill(
             candidates=loss_weights.candidates,
         ),
         embed=partial(embed_batch, student, patch_map=patch_map),
-        losses=partial(_losses, loss_weights, [own.settings for own in caches], bank),
+        losses=partial(
+            _losses, loss_weights, [own.settings for own in caches], bank, _cuts(student)
+        ),
         identity=_identity(student, caches, loss_weights, source, len(sampling.held_out), start),
         begin=begin,
         validate=validate,
@@ -291,10 +297,30 @@ def most_learnable(candidates: int, found: Rows, targets: Rows) -> Tensor:
     return best_of_each(scores, candidates)
 
 
+def _cuts(student: DualEncoder) -> tuple[Tensor, ...]:
+    """Return what cuts an embedding to each shorter length: float32 [length, dim]."""
+    basis = student.basis
+    if basis is None:
+        return ()
+    axes = torch.from_numpy(basis.axes).to(student.device)
+    return tuple(axes[:length] for length in basis.lengths[1:])
+
+
+def _cut(rows: Tensor, axes: Tensor | None) -> Tensor:
+    """Cut embeddings by axes, and make their length 1 again; without axes they stay whole."""
+    return rows if axes is None else nn.functional.normalize(rows @ axes.T, dim=-1)
+
+
+def _cut_teacher(rows: TeacherRows, axes: Tensor | None) -> TeacherRows:
+    """Cut the embeddings of the first teacher; of others no axes are known."""
+    return replace(rows, image=_cut(rows.image, axes), text=_cut(rows.text, axes))
+
+
 def _losses(
     weights: LossWeights,
     caches: Sequence[CacheSettings],
     bank: TextBank | None,
+    cuts: Sequence[Tensor],
     found: Rows,
     targets: Rows,
 ) -> dict[str, Tensor]:
@@ -302,10 +328,12 @@ def _losses(
     if not rows.any():
         raise InputError("no picture of a whole batch can be read any more: see what became of it")
     if "text" in found:
-        losses = _pair_losses(weights, caches, bank, found, targets)
+        losses = _pair_losses(weights, caches, bank, cuts, found, targets)
     else:
-        loss = feature_loss(found["image"][rows], targets["image 0"][rows])
-        losses = {"total": weights.feature * loss}
+        image, theirs = found["image"][rows], targets["image 0"][rows]
+        lengths = (None, *cuts)
+        each = [feature_loss(_cut(image, axes), _cut(theirs, axes)) for axes in lengths]
+        losses = {"total": weights.feature * torch.stack(each).mean()}
     if "masked" in found:
         losses["masked"] = feature_loss(found["masked"][rows], targets["image 0"][rows])
     if "patches" in found:
@@ -320,6 +348,7 @@ def _pair_losses(
     weights: LossWeights,
     caches: Sequence[CacheSettings],
     bank: TextBank | None,
+    cuts: Sequence[Tensor],
     found: Rows,
     targets: Rows,
 ) -> dict[str, Tensor]:
@@ -340,15 +369,21 @@ def _pair_losses(
         new = BankRows(texts, targets["bank key"])
         more = bank.after(int(targets["bank position"][0]), new, targets["text number"])
         more = more.chosen(rows)
-    return distillation_losses(
-        weights,
-        image=found["image"][rows],
-        text=found["text"][rows],
-        teachers=teachers,
-        captioned=targets["captioned"][rows],
-        same=equal_captions(targets["caption"][rows]),
-        bank=more,
-    )
+    image, text = found["image"][rows], found["text"][rows]
+    captioned, same = targets["captioned"][rows], equal_captions(targets["caption"][rows])
+    each = [
+        distillation_losses(
+            weights,
+            image=_cut(image, axes),
+            text=_cut(text, axes),
+            teachers=[_cut_teacher(teachers[0], axes), *teachers[1:]],
+            captioned=captioned,
+            same=same,
+            bank=more and replace(more, texts=[_cut(more.texts[0], axes), *more.texts[1:]]),
+        )
+        for axes in (None, *cuts)
+    ]
+    return {name: torch.stack([own[name] for own in each]).mean(dim=0) for name in each[0]}
 
 
 class DistillationBatches:
@@ -588,9 +623,16 @@ def _identity(
     sizes = {name: list(value.shape) for name, value in student.model.state_dict().items()}
     settings = [asdict(own.settings) for own in caches]
     shares = [part.weight for part in parts_of(source)]
+    basis = student.basis
+    cut = (
+        ""
+        if basis is None
+        else f" to {basis.lengths} by {hashlib.sha256(basis.axes.tobytes()).hexdigest()}"
+    )
     model = student.model.config.model_type
     inputs = (asdict(student.image_spec), asdict(student.spec.text))
-    return "distill " + json.dumps(
+    settings_text = json.dumps(
         (settings, model, sizes, inputs, asdict(weights), shares, held_out, start),
         sort_keys=True,
     )
+    return f"distill {settings_text}{cut}"

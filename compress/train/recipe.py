@@ -55,6 +55,7 @@ class DistillRecipe:
         held_out: pictures that are not trained on; None for a tenth, at most `MOST_HELD_OUT`.
         start: directory or hub id of a dual encoder to start from in place of a part of the
             teacher.
+        dims: shorter lengths that embeddings can be cut to, for which the losses count as well.
         student: sizes of the student.
         losses: the weight of each loss.
         training: steps, rates and the like.
@@ -70,6 +71,7 @@ class DistillRecipe:
     views: Annotated[int | None, Ge(1)] = None
     held_out: Annotated[int | None, Ge(0)] = None
     start: str | None = None
+    dims: tuple[Annotated[int, Ge(1)], ...] = ()
     student: StudentShape = field(default_factory=StudentShape)
     losses: LossWeights = field(default_factory=LossWeights)
     training: TrainSettings = field(default_factory=TrainSettings)

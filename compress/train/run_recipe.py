@@ -22,12 +22,14 @@ from edgeclip.compress.data.translations import translated
 from edgeclip.compress.processes import processes
 from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
+from edgeclip.compress.teachers.teacher_basis import teacher_basis
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.compress.train.checkpoint import checkpoint_folder
 from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.kept_weights import BestStep
 from edgeclip.compress.train.recipe import DistillRecipe, load_recipe, stage_number
 from edgeclip.compress.train.trackers import check_trackers
+from edgeclip.runtime.bundle.reduction import check_lengths
 from edgeclip.runtime.errors import ConfigError, EdgeClipError
 from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad
 
@@ -119,9 +121,13 @@ class PreparedRun:
                 _log.info("stage %d of %d", stage.number, len(self._stages))
             student, start = self._begin(stage, students)
             settings = stage.recipe.training
+            caches = self._caches(stage, students)
+            if stage.recipe.dims:
+                dims, space = stage.recipe.dims, student.space
+                student.basis = teacher_basis(caches[0], stage.source, dims, space=space)
             best = distill(
                 student,
-                self._caches(stage, students),
+                caches,
                 stage.student_source,
                 loss_weights=stage.recipe.losses,
                 settings=settings,
@@ -222,6 +228,8 @@ def prepare_run(
     for number, own, folder in zip(_numbers(recipes), recipes, folders, strict=True):
         with _noted(wrong, f"stage {number}" if recipe.stages else ""):
             check_trackers(own.training.track)
+            if own.dims:
+                check_lengths(own.dims, teacher.spec.dim)
             _check_teachers(own, models, teacher, number)
             source = _open_data(own, size=size, strict=strict)
             Sampling(parts_of(source), held_out=own.held_out)

@@ -34,7 +34,9 @@ from edgeclip.export.gates.judge_precisions import (
     describe_pairing,
     judge_together,
     judge_told_apart,
+    pair_embeddings,
 )
+from edgeclip.export.gates.reduced_forms import ReducedForms, forms_of, judge_reduced
 from edgeclip.export.gates.select_precision import SelectedPrecision, select_precision
 from edgeclip.export.gates.teacher_agreement import TeacherAgreement, judge_agreement
 from edgeclip.export.graph.embedders import TowerGraph, graph_embedder, tower_inputs
@@ -141,28 +143,40 @@ def build_bundle(
         length = plan.student.spec.text.context_length
         engines = write_engines(folder, wanted, plan.device, length)
 
+        reduced = judge_forms(selected, candidates.embeddings, plan)
         _log.info("writing the bundle ...")
-        judged = (*parity, *apart, *agreement.judged, *candidates.verdict.judged, *mixed)
+        judged = (
+            *(*parity, *apart, *agreement.judged, *candidates.verdict.judged, *mixed),
+            *reduced.judged,
+        )
+        held = tuple(
+            item
+            for item in judged
+            if not is_missed(item.record, accept_undecided=plan.accept_undecided)
+        )
         contents = BundleContents(
             graphs=graphs,
-            gates=tuple(
-                item
-                for item in judged
-                if not is_missed(item.record, accept_undecided=plan.accept_undecided)
-            ),
+            gates=held,
             selected=selected,
             engines=engines,
             recipe=BuildRecipe(
                 configs=candidates.configs, device=plan.device, finetuned=candidates.finetuned
             ),
-            gate_remarks=(*agreement.remarks, *one_input, *candidates.verdict.gate_remarks),
+            gate_remarks=(
+                *(*agreement.remarks, *one_input, *candidates.verdict.gate_remarks),
+                *reduced.remarks,
+            ),
+            reduced=() if plan.student.basis is None else forms_of(plan.student.basis, held),
             provenance_note=candidates.provenance_note,
         )
         write_bundle(plan, folder, contents)
     return BuiltBundle(
         bundle=Bundle.open(out),
         judged=judged,
-        left_out=(*plan.unused, *candidates.verdict.left_out),
+        left_out=(
+            *(*plan.unused, *candidates.verdict.left_out),
+            *describe_missed(reduced.judged, accept_undecided=plan.accept_undecided),
+        ),
         selected=selected,
         tried_passes=tried,
         int8_hint=candidates.int8_hint,
@@ -289,6 +303,24 @@ def _select(plan: BundlePlan, tower: Tower, graphs: Sequence[TowerGraph]) -> Sel
     }
     sample = next(tower_inputs(plan.student, tower, plan.test, count=1))
     return select_precision(tower, loaders, sample, plan.workload)
+
+
+def judge_forms(
+    selected: tuple[SelectedPrecision, ...], embeddings: TowerEmbeddings, plan: BundlePlan
+) -> ReducedForms:
+    """Judge the shorter and coarser embeddings of a student that was trained for them.
+
+    Without a text tower in the bundle the texts are the student's in fp32.
+    """
+    if plan.student.basis is None:
+        return ReducedForms()
+    _log.info("judging shorter and coarser embeddings ...")
+    chosen: dict[Tower, Precision] = {item.tower: item.precision for item in selected}
+    inputs = GateInputs(
+        data=data_record(plan.test), relevance=relevance_of(plan.test), clusters=plan.clusters
+    )
+    full = pair_embeddings(embeddings, {"text": "fp32", **chosen})
+    return judge_reduced(full, plan.student.basis, inputs, plan.looks)
 
 
 def check_mixed_precisions(

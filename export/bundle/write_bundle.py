@@ -29,9 +29,11 @@ from edgeclip.runtime.bundle.manifest import (
     Manifest,
     Provenance,
     Recipe,
+    ReducedForm,
     TowerFile,
     TowerManifest,
 )
+from edgeclip.runtime.bundle.reduction import BASIS_NAME
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.inputs.preprocess import crop_batch
@@ -89,6 +91,7 @@ class BundleContents:
         engines: prebuilt engines.
         recipe: how the graphs were made.
         gate_remarks: gates that were not judged, or on too little data.
+        reduced: the forms of reduced embeddings that the bundle gives.
         provenance_note: about a fine-tune for int8, for the provenance.
     """
 
@@ -98,6 +101,7 @@ class BundleContents:
     engines: tuple[EngineRecord, ...]
     recipe: BuildRecipe
     gate_remarks: tuple[GateRemark, ...] = ()
+    reduced: tuple[ReducedForm, ...] = ()
     provenance_note: str = ""
 
 
@@ -106,6 +110,8 @@ def write_bundle(plan: BundlePlan, folder: Path, contents: BundleContents) -> No
     plan.student.save_settings(folder, texts=plan.text_tower)
     for name, label_set in plan.labels.items():
         label_set.save(folder / labels_path(name))
+    if contents.reduced and plan.student.basis is not None:
+        plan.student.basis.save(folder / BASIS_NAME)
     write_golden(plan, folder, contents.graphs)
     write_manifest(plan, folder, contents)
 
@@ -171,6 +177,7 @@ def write_manifest(plan: BundlePlan, folder: Path, contents: BundleContents) -> 
         label_head=plan.label_head,
         engines=contents.engines,
         remarks=contents.gate_remarks,
+        reduced=contents.reduced,
     )
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 

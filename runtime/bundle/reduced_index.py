@@ -225,4 +225,5 @@ def count_bits(words: NDArray[Any]) -> NDArray[np.uint8]:
         found: NDArray[np.uint8] = np.bitwise_count(words)
         return found
     ones = np.unpackbits(words.view(np.uint8), axis=-1)
-    return ones.reshape(*words.shape, -1).sum(axis=-1, dtype=np.uint8)
+    counts: NDArray[np.uint8] = ones.reshape(*words.shape, -1).sum(axis=-1, dtype=np.uint8)
+    return counts

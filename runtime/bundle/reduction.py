@@ -122,7 +122,8 @@ class Reducer:
         """
         cut = self.reduce(embeddings)
         if self.form.dtype == "int8":
-            return np.rint(cut * (_MOST / np.abs(cut).max(axis=1, keepdims=True))).astype(np.int8)
+            steps: NDArray[Any] = np.rint(cut * (_MOST / np.abs(cut).max(axis=1, keepdims=True)))
+            return steps.astype(np.int8)
         return np.packbits(cut > 0, axis=1) if self.form.dtype == "binary" else cut
 
     def restore(self, rows: NDArray[Any]) -> FloatArray:

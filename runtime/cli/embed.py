@@ -18,9 +18,13 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import ContentHashes, require_space
-from edgeclip.runtime.bundle.index import IndexChange, IndexUpdate, index_bytes
-from edgeclip.runtime.cli.options import Targets, add_encoder_options, open_encoder
+from edgeclip.runtime.bundle.index import check_space
+from edgeclip.runtime.bundle.index_update import IndexChange, IndexUpdate, index_bytes
+from edgeclip.runtime.bundle.reduced_index import ReducedIndex
+from edgeclip.runtime.bundle.reduction import ROW_TYPES, Form, Reducer
+from edgeclip.runtime.cli.options import Targets, add_encoder_options, open_encoder, positive
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.find_images import add_max_bad_option, find_images, report_bad
@@ -55,6 +59,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--truncate", action="store_true", help="truncate texts that are too long (default: refuse)"
     )
+    parser.add_argument(
+        "--dim",
+        type=positive,
+        help="cut embeddings to so many numbers, a length that the bundle gives (default: all)",
+    )
+    parser.add_argument(
+        "--embeddings",
+        choices=ROW_TYPES,
+        default="float32",
+        help="what the index holds of each number: 4 bytes, 1 byte, or its sign alone (default: "
+        "float32)",
+    )
+    parser.add_argument(
+        "--basis",
+        type=Path,
+        metavar="BUNDLE",
+        help="take the axes by which embeddings are cut from another bundle of the same embedding "
+        "space, such as that of the student who will search what the teacher embeds",
+    )
     add_encoder_options(parser)
 
 
@@ -72,7 +95,11 @@ def run(args: argparse.Namespace) -> int:
     is_update = args.out.exists() and not args.replace
     change = _embed_texts(args) if args.texts else _embed_images(args)
     index = change.index
-    print(f"{len(index.keys)} embeddings of length {index.embeddings.shape[1]} in {args.out}")
+    if isinstance(index, ReducedIndex):
+        length, how = index.reducer.form.length, f" as {index.reducer.form.dtype}"
+    else:
+        length, how = index.embeddings.shape[1], ""
+    print(f"{len(index.keys)} embeddings of length {length}{how} in {args.out}")
     if is_update:
         if change.removed:
             names, more = ", ".join(change.removed[:_NAMED]), len(change.removed) - _NAMED
@@ -147,13 +174,15 @@ def _update(
 ) -> Iterator[IndexUpdate]:
     """Open the index of `--out` for `count` embeddings of a tower; say on Ctrl-C what is kept."""
     dim = encoder.spec.dim
-    require_space(args.out, index_bytes(count, dim))
+    reducer = _reducer(args, encoder)
+    require_space(args.out, index_bytes(count, dim, reducer))
     update = IndexUpdate(
         args.out,
         space=encoder.space,
         model=encoder.model_of(tower),
         dim=dim,
         replace=args.replace,
+        reducer=reducer,
     )
     try:
         with closing(update):
@@ -162,6 +191,18 @@ def _update(
         raise KeyboardInterrupt(
             f"stopped; {len(update)} embeddings are kept, so run it again to go on"
         ) from None
+
+
+def _reducer(args: argparse.Namespace, encoder: Encoder) -> Reducer | None:
+    """Return what reduces embeddings as the options ask; None for full ones."""
+    form = Form(args.dim or encoder.spec.dim, args.embeddings)
+    if form == Form(encoder.spec.dim, "float32"):
+        return None
+    if args.basis is None:
+        return encoder.reducer(form.length, form.dtype)
+    reducer = Bundle.open(args.basis).reducer(form)
+    check_space(encoder.space, reducer.space, f"the bundle {args.basis}")
+    return reducer
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

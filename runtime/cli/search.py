@@ -6,7 +6,8 @@ import logging
 import os
 from pathlib import Path
 
-from edgeclip.runtime.bundle.index import Hit, Index
+from edgeclip.runtime.bundle.index import Hit
+from edgeclip.runtime.bundle.reduced_index import AnyIndex, load_index
 from edgeclip.runtime.cli.options import (
     add_encoder_options,
     add_json_option,
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             _log.warning("%s is searched for as a text: there is no such file", text)
         if text.lower().endswith(".txt") and os.path.isfile(text):
             raise InputError(f"{text} is a file: give the texts themselves")
-    index = Index.load(args.index)
+    index = load_index(args.index)
     found = _search(open_encoder(args), index, args)
     if args.json:
         print_json({query: [dataclasses.asdict(hit) for hit in hits] for query, hits in found})
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _search(
-    encoder: Encoder, index: Index, args: argparse.Namespace
+    encoder: Encoder, index: AnyIndex, args: argparse.Namespace
 ) -> list[tuple[str, tuple[Hit, ...]]]:
     found: list[tuple[str, tuple[Hit, ...]]] = []
     for queries in (args.texts, args.image):

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.runtime.arrays import Outputs, Tensors
+from edgeclip.runtime.arrays import FloatArray, Outputs, Tensors
 from edgeclip.runtime.bundle.index import LabelSet, check_space, check_unit_rows
+from edgeclip.runtime.bundle.reduction import Form
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.errors import BundleError, InputError
 from edgeclip.runtime.planning.cut_set import (
     CutHead,
     CutSet,
@@ -22,8 +23,8 @@ from edgeclip.runtime.planning.cut_set import (
 from edgeclip.runtime.serving.models import ServingModel, TensorSpec, take_top
 from edgeclip.runtime.spec import OUTPUT_NAMES, PATCH_OUTPUT
 from edgeclip.runtime.wire.codec import FLOAT_CODECS, PIXEL_CODECS, codec_name, decode
-from edgeclip.runtime.wire.messages import CODEC, CUT, SPACE_ID, Parameter
-from edgeclip.runtime.wire.tensors import BYTES, get_flag
+from edgeclip.runtime.wire.messages import CODEC, CUT, DIM, ROW_TYPE, SPACE_ID, Parameter
+from edgeclip.runtime.wire.tensors import BYTES, get_flag, get_number
 
 TRUNCATE = "truncate"  # parameter of the text tower, bool: cut texts that are too long
 _IMAGES = TensorSpec(name="images", datatype=BYTES, shape=(-1,))
@@ -57,7 +58,11 @@ def bundle_models(encoder: Encoder, name: str) -> Iterator[ServingModel]:
 
 
 class _BundleModel:
-    """Base of the models of a bundle."""
+    """Base of the models of a bundle.
+
+    The towers take the parameters `dim` and `embeddings` for a form of embeddings that the bundle
+    gives. Outputs are declared as they are without.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -69,6 +74,29 @@ class _BundleModel:
 
     def _embeddings(self, name: str) -> TensorSpec:
         return TensorSpec(name=name, datatype="FP32", shape=(-1, self._encoder.spec.dim))
+
+    def _formed(self, embeddings: FloatArray, parameters: Mapping[str, Parameter]) -> NDArray[Any]:
+        """Reduce embeddings to the form that the parameters `dim` and `embeddings` ask for.
+
+        Rows are FP32 [N, dim], INT8 [N, dim], or UINT8 [N, dim / 8 rounded up] for binary.
+
+        Raises:
+            InputError: no such form, or none that the bundle gives.
+        """
+        length = get_number(parameters, DIM)
+        dtype = parameters.get(ROW_TYPE, "float32")
+        if length is None and dtype == "float32":
+            return embeddings
+        length = self._encoder.spec.dim if length is None else length
+        if length != int(length):
+            raise InputError(f"{DIM} is {length:g}: ask for a whole number of dimensions")
+        try:
+            form = Form(int(length), dtype)  # type: ignore[arg-type]  # it checks
+            if form == Form(self._encoder.spec.dim, "float32"):
+                return embeddings
+            return self._encoder.reducer(form.length, form.dtype).rows(embeddings)
+        except (BundleError, ValueError) as error:
+            raise InputError(str(error)) from None
 
 
 class ImageModel(_BundleModel):
@@ -82,7 +110,8 @@ class ImageModel(_BundleModel):
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Embed image files."""
-        return {OUTPUT_NAMES["image"]: self._encoder.encode_image(inputs["images"].tolist())}
+        found = self._encoder.encode_image(inputs["images"].tolist())
+        return {OUTPUT_NAMES["image"]: self._formed(found, parameters)}
 
 
 class PixelModel(_BundleModel):
@@ -96,7 +125,8 @@ class PixelModel(_BundleModel):
 
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Embed pixels."""
-        return {OUTPUT_NAMES["image"]: self._encoder.encode_pixels(inputs["pixels"])}
+        found = self._encoder.encode_pixels(inputs["pixels"])
+        return {OUTPUT_NAMES["image"]: self._formed(found, parameters)}
 
 
 class TextModel(_BundleModel):
@@ -115,7 +145,8 @@ class TextModel(_BundleModel):
         except UnicodeDecodeError as error:
             raise InputError(f"a text is not UTF-8: {error}") from None
         truncate = get_flag(parameters, TRUNCATE, False)
-        return {OUTPUT_NAMES["text"]: self._encoder.encode_text(texts, truncate=truncate)}
+        found = self._encoder.encode_text(texts, truncate=truncate)
+        return {OUTPUT_NAMES["text"]: self._formed(found, parameters)}
 
 
 class PatchModel(_BundleModel):

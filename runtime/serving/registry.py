@@ -58,12 +58,12 @@ def open_registry(sources: Sources, device: str) -> Registry:
 
 
 def _add_index(registry: Registry, argument: str) -> None:
-    from edgeclip.runtime.bundle.index import Index
+    from edgeclip.runtime.bundle.reduced_index import load_index
     from edgeclip.runtime.serving.search_model import SearchModel
     from edgeclip.runtime.serving.security import server_folder
 
     name, path = _split_name(argument)
-    model = SearchModel(Index.load(path), name or path.stem, server_folder() / "search")
+    model = SearchModel(load_index(path), name or path.stem, server_folder() / "search")
     _log.info("%s", model.description)
     registry.add(model)
 

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from edgeclip.runtime.arrays import Tensors
 from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.bundle.index import Hit, Index, check_embeddings
+from edgeclip.runtime.bundle.reduced_index import AnyIndex, ReducedIndex
 from edgeclip.runtime.engines.onnxruntime_engine import import_onnxruntime
 from edgeclip.runtime.errors import MissingExtraError
 from edgeclip.runtime.serving.models import TensorSpec, take_top
-from edgeclip.runtime.wire.messages import Parameter
+from edgeclip.runtime.wire.messages import BASIS, Parameter
 from edgeclip.runtime.wire.tensors import BYTES
 
 _SETTINGS: dict[str, Any] = {
@@ -134,6 +135,9 @@ class SearchModel:
 
     The best come first. Parameter `top`, by default 10, at most all entries.
 
+    An index of reduced embeddings takes full ones, FP32 [N, dim], and reduces them; or reduced
+    ones, FP32 [N, length], with the parameter `basis`, `Reducer.digest`.
+
     Args:
         index: the entries.
         name: name of the model.
@@ -153,16 +157,26 @@ class SearchModel:
     )
 
     def __init__(
-        self, index: Index, name: str, folder: Path, *, exact_up_to: int = EXACT_UP_TO
+        self, index: AnyIndex, name: str, folder: Path, *, exact_up_to: int = EXACT_UP_TO
     ) -> None:
-        count, self._dim = index.embeddings.shape
+        count = len(index.keys)
+        self._reduced = index if isinstance(index, ReducedIndex) else None
+        self._dim = (
+            index.reducer.dim if isinstance(index, ReducedIndex) else index.embeddings.shape[1]
+        )
         self.name = name
         self.space: str | None = index.space
-        self.inputs = (TensorSpec(name="embeddings", datatype="FP32", shape=(-1, self._dim)),)
+        width = self._dim if self._reduced is None else -1
+        self.inputs = (TensorSpec(name="embeddings", datatype="FP32", shape=(-1, width)),)
         self._count = count
         self._search: _Search = index.search
         how = "exact search"
-        if count > exact_up_to:
+        if isinstance(index, ReducedIndex):
+            form = index.reducer.form
+            how = f"embeddings of {form.length} numbers as {form.dtype}, {how}"
+            if form.dtype == "binary":
+                how += " of the nearest by their signs"
+        elif count > exact_up_to:
             approximate = ApproximateIndex(index, folder)
             self._search = approximate.search
             found = f"{approximate.recall:.1%} of the best 10 for entries with noise"
@@ -172,8 +186,13 @@ class SearchModel:
     def run(self, inputs: Tensors, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[Any]]:
         """Return the nearest entries of each query."""
         queries = inputs["embeddings"]
-        check_embeddings(queries, self._dim, "embeddings")
-        rows = self._search(queries, take_top(parameters, _DEFAULT_TOP, self._count))
+        top = take_top(parameters, _DEFAULT_TOP, self._count)
+        basis = parameters.get(BASIS)
+        if self._reduced is not None and basis is not None:
+            rows = self._reduced.search(queries, top, basis=str(basis))
+        else:
+            check_embeddings(queries, self._dim, "embeddings")
+            rows = self._search(queries, top)
         # A file's name that is not UTF-8 goes as the bytes that it has on the disk.
         keys = [[hit.key.encode("utf-8", "surrogateescape") for hit in row] for row in rows]
         scores = [[hit.score for hit in row] for row in rows]

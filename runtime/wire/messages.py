@@ -39,13 +39,16 @@ from edgeclip.runtime.wire.tensors import (
 )
 
 __all__ = [
+    "BASIS",
     "BUNDLE",
     "BYTES",
     "CODEC",
     "CUT",
     "DEADLINE_MS",
+    "DIM",
     "IDEMPOTENCY_KEY",
     "JSON_LENGTH_HEADER",
+    "ROW_TYPE",
     "SCALE",
     "SERVER_TIMING_HEADER",
     "SPACE_ID",
@@ -78,6 +81,9 @@ SCALE = "scale"  # of the codec, where it is one number
 DEADLINE_MS = "deadline_ms"  # float: milliseconds left when the request is sent
 IDEMPOTENCY_KEY = "idempotency_key"  # str: requests with the same key take effect once
 BUNDLE = "bundle"  # str: the bundle that the device runs
+DIM = "dim"  # int: length that embeddings are cut to
+ROW_TYPE = "embeddings"  # str: float32, int8 or binary
+BASIS = "basis"  # str: `Reducer.digest` of what reduced the embeddings of a request
 TOP = "top"  # int: number of labels or hits
 
 _BINARY_OUTPUT = "binary_data_output"

@@ -28,7 +28,8 @@ SPACE, DIM = "5" * 64, 24
 
 def unit(count: int, seed: int = 0, dim: int = DIM) -> np.ndarray[Any, Any]:
     rows = np.random.default_rng(seed).normal(size=(count, dim)) * np.linspace(2, 0.1, dim)
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows.astype(np.float32)
 
 
 def basis(*lengths: int, seed: int = 0) -> Basis:
