@@ -76,7 +76,7 @@ class IndexUpdate:
             "shape": self._row_shape,
             "dtype": self._row_type,
             "settings": settings,
-            "mend": "it is an unfinished run, so finish that with its bundle and options, or "
+            "mend": "it is an unfinished run, so finish that with its bundle and --precision, or "
             "begin anew with --replace",
         }
         try:

@@ -135,6 +135,9 @@ def _what_it_is(manifest: Manifest) -> str:
         else "- Texts: none; label sets and indexes of the same embedding space bring their own",
         f"- Size: {len(manifest.files)} files, {_megabytes(total)}",
     ]
+    if manifest.reduced:
+        forms = ", ".join(str(item.form) for item in manifest.reduced)
+        lines.append(f"- Shorter and coarser embeddings, inside their gates: {forms}")
     labels = [file for file in manifest.files if file.path.startswith("labels/")]
     engines = [file for file in manifest.files if file.path.startswith("engines/")]
     for what, files in (("Label sets", labels), ("Engines", engines)):
