@@ -2,8 +2,9 @@
 
 The cost of a block is taken to be linear in four amounts: operations, weights, activations and
 one call. The coefficients are non-negative least squares over the measured blocks of a family
-(stems, transformer blocks, last layers, convolution blocks of either ConvNeXt, convolution heads), for each precision
-of the device with its threads. A tower takes the sum of its blocks.
+(stems, transformer blocks, last layers, convolution blocks, the same with a response norm,
+convolution heads), for each precision of the device with its threads. A tower takes the sum of its
+blocks.
 
 How far a prediction may be off is told by the errors of whole towers alone, which were measured
 beside the probes and take no part in the fit: split conformal prediction (Vovk, Gammerman and

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,12 @@ def test_sizes_are_read_from_what_hugging_face_writes(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"vision_config": vision}))
     assert read_image_tower(path, image_size=64, dim=256) == tower
+    path.write_text(json.dumps({"vision_config": {**vision, "model_type": "convnextv2"}}))
+    second = read_image_tower(path, image_size=64, dim=256)
+    assert second == replace(tower, grn=True)
+    assert {part.piece.kind for part in second.parts()} - {
+        part.piece.kind for part in tower.parts()
+    } == {"grn-block"}
 
 
 @pytest.mark.parametrize(
