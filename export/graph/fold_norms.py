@@ -4,6 +4,8 @@ In evaluation each is a scale and a shift for every channel, so that the results
 rounding, and quantization finds a product with nothing between it and its activation.
 """
 
+from typing import Any
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -138,6 +140,6 @@ class _Folder:
         self._graph.node.remove(norm)
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: object) -> object:
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     found = [helper.get_attribute_value(item) for item in node.attribute if item.name == name]
     return found[0] if found else default
