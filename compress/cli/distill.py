@@ -45,6 +45,10 @@ _HELP = {
     "whole_text": "begin with the teacher's whole text tower",
     "image_size": "side of the student's pictures in pixels (default: the teacher's)",
     "patch_size": "side of the image tower's patches in pixels (default: the teacher's)",
+    "inherit": "what a smaller tower takes of the teacher's: the leading heads, channels, neurons "
+    "and every so many layers, those selected by importance, these mapped by a learned linear map, "
+    "or nothing (random)",
+    "mapping_steps": "steps in which the map is learned, before those of --steps",
     "conv_widths": "channels of each stage of an image tower of random weights (default: those "
     "of its family, see docs/compression.md)",
     "conv_depths": "blocks of each stage of such a tower (likewise)",

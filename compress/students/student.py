@@ -2,13 +2,12 @@
 
 import copy
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -20,6 +19,8 @@ from transformers import (
 )
 
 from edgeclip.compress.students.image_families import ImageFamilyName, image_tower
+from edgeclip.compress.students.importance import Importance, choose
+from edgeclip.compress.students.inherit import Choice, Inherit, inherit
 from edgeclip.compress.students.text_tokens import with_byte_tokens, with_token_rank
 from edgeclip.compress.students.token_merging import with_merging
 from edgeclip.compress.students.vocabulary import prune_vocabulary
@@ -30,91 +31,6 @@ from edgeclip.compress.teachers.mixed_towers import MixedDualEncoder, tower_of
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.text_files import read_lines
 from edgeclip.runtime.spec import ImageSpec, Tower
-
-_JOINT = re.compile(r"in_proj_|qkv", re.IGNORECASE)  # query, key and value in one
-# The number of a layer in the name of a weight: encoder.layers.3.mlp, encoder.layer.3, layers.3.
-_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
-
-
-def even_stride(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
-    """Return the teacher layers that the student keeps: evenly spread, starting with the first.
-
-    Raises:
-        ConfigError: more layers than the teacher has, or none.
-    """
-    if not 1 <= student_layers <= teacher_layers:
-        raise ConfigError(
-            f"a student of {student_layers} layers cannot inherit from a teacher of "
-            f"{teacher_layers}: choose 1 to {teacher_layers}"
-        )
-    return tuple(round(i * teacher_layers / student_layers) for i in range(student_layers))
-
-
-def inherit(student: nn.Module, teacher: nn.Module) -> None:
-    """Fill every weight of `student` with the leading part of the teacher's weight of that name.
-
-    Both are towers (or whole models) of one family; the student may be narrower and
-    shallower. A layer is filled from the teacher's layer at an even stride.
-
-    Raises:
-        ConfigError: the teacher lacks a weight, or has a smaller one.
-    """
-    _fill(student, teacher.state_dict())
-
-
-def _fill(student: nn.Module, source: Mapping[str, Tensor]) -> None:
-    """Fill a student from the teacher's weights by name."""
-    layers = _layer_map(student.state_dict(), source)
-    with torch.no_grad():
-        for name, target in student.state_dict().items():
-            origin = _renamed(name, layers)
-            if origin not in source:
-                raise ConfigError(f"the teacher has no weight {origin} to inherit")
-            target.copy_(_leading(source[origin], target.shape, name))
-
-
-def _leading(weight: Tensor, shape: torch.Size, name: str) -> Tensor:
-    if weight.ndim != len(shape) or any(
-        have < want for have, want in zip(weight.shape, shape, strict=True)
-    ):
-        raise ConfigError(
-            f"{name}: the student wants {tuple(shape)}, the teacher has {tuple(weight.shape)}; "
-            f"a student can only be smaller"
-        )
-    if _JOINT.search(name) and weight.shape[0] % 3 == shape[0] % 3 == 0:
-        parts = weight.unflatten(0, (3, -1))[:, : shape[0] // 3]
-        weight = parts.flatten(0, 1)
-    return weight[tuple(slice(0, size) for size in shape)]
-
-
-def _layer_map(
-    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
-) -> dict[str, dict[int, int]]:
-    """Map student layers to teacher layers, for each encoder by the prefix of its name."""
-    counts = _count_layers(teacher)
-    return {
-        prefix: dict(enumerate(even_stride(counts.get(prefix, 0), layers)))
-        for prefix, layers in _count_layers(student).items()
-    }
-
-
-def _count_layers(state: Mapping[str, Tensor]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in state:
-        found = _LAYER.search(name)
-        if found:
-            prefix = name[: found.start(1)]
-            counts[prefix] = max(counts.get(prefix, 0), int(found[1]) + 1)
-    return counts
-
-
-def _renamed(name: str, layers: dict[str, dict[int, int]]) -> str:
-    found = _LAYER.search(name)
-    if not found:
-        return name
-    prefix = name[: found.start(1)]
-    return f"{prefix}{layers[prefix][int(found[1])]}{name[found.end(1) :]}"
-
 
 Family = Literal["inherited", ImageFamilyName]
 
@@ -142,6 +58,10 @@ class StudentShape:
             `prune_vocabulary`.
         token_rank: width of the table of token embeddings; None for that of the tower. See
             `with_token_rank`.
+        inherit: what an inherited tower begins with: the `leading` heads, channels and neurons and
+            every so many layers of the teacher's; those `selected` by importance; these, then
+            `mapped`, see `learn_mapping`; or `random` weights.
+        mapping_steps: steps in which the mapping is learned, where it is.
     """
 
     family: Family = "inherited"
@@ -158,14 +78,47 @@ class StudentShape:
     text_tokenizer: Literal["teacher", "bytes"] = "teacher"
     vocabulary: str | None = None
     token_rank: int | None = None
+    inherit: Inherit = "leading"
+    mapping_steps: Annotated[int, Ge(1)] = 100
+
+    def __post_init__(self) -> None:
+        if self.text_tokenizer == "bytes" and self.vocabulary is not None:
+            raise ConfigError("vocabulary keeps some of the teacher's tokens: not with bytes")
+        others = [
+            name for name in ("vocabulary", "token_rank", "merge_after") if getattr(self, name)
+        ]
+        others += ["text_tokenizer"] * (self.text_tokenizer != "teacher")
+        if self.inherit == "mapped" and others:
+            raise ConfigError(
+                "a mapped student has the tokens of its teacher: leave out "
+                f"{' and '.join(others)}, or let it inherit what is selected"
+            )
 
 
-def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> DualEncoder:
+_TEXT = ("text_model.", "text_projection.")
+
+
+def new_student(
+    teacher: DualEncoder,
+    shape: StudentShape,
+    *,
+    seed: int = 0,
+    importance: Importance | None = None,
+) -> DualEncoder:
     """Make an untrained student that inherits from `teacher` where it can.
+
+    One that is to be mapped begins as it is selected; `learn_mapping` does the rest.
+
+    Args:
+        teacher: what it inherits from.
+        shape: its sizes.
+        seed: of what it does not inherit.
+        importance: of the teacher's units and layers, where the shape asks for a selection.
 
     Raises:
         ConfigError: a shape larger than the teacher, or an inherited tower of a teacher's that is
-            no plain transformer; the message says what can be chosen.
+            no plain transformer; the message says what can be chosen. Or no importance where the
+            shape asks for a selection.
     """
     image = _image_spec(teacher.image_spec, shape.image_size)
     torch.manual_seed(seed)
@@ -178,6 +131,14 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
     student = DualEncoder(
         model, image, teacher.tokenizer, space=teacher.space, licence=teacher.licence
     )
+    begun, source = inheritance(student, teacher, shape)
+    if shape.inherit == "random":
+        whole = _TEXT if shape.whole_text else ()
+        inherit({name: own for name, own in begun.items() if name.startswith(whole)}, source)
+    elif shape.inherit == "leading":
+        inherit(begun, source)
+    else:
+        inherit(begun, source, chosen(student, teacher, shape, importance))
     student = _with_its_tokens(student, shape, seed)
     _freeze_what_is_not_distilled(student, teacher)
     return student
@@ -186,14 +147,48 @@ def new_student(teacher: DualEncoder, shape: StudentShape, *, seed: int = 0) -> 
 def _with_its_tokens(student: DualEncoder, shape: StudentShape, seed: int) -> DualEncoder:
     """Change what both towers take for tokens, as the shape asks for."""
     if shape.text_tokenizer == "bytes":
-        if shape.vocabulary is not None:
-            raise ConfigError("vocabulary keeps some of the teacher's tokens: not with bytes")
         student = with_byte_tokens(student, seed=seed)
     if shape.vocabulary is not None:
         student = prune_vocabulary(student, read_lines(Path(shape.vocabulary)))
     if shape.token_rank is not None:
         student = with_token_rank(student, shape.token_rank)
     return with_merging(student, shape.merge_after) if shape.merge_after else student
+
+
+def inheritance(
+    student: DualEncoder, teacher: DualEncoder, shape: StudentShape
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights of a student's inherited towers, and those of the teacher's, by name.
+
+    The teacher's are resampled to the student's pictures and patches.
+    """
+    config: Any = student.model.config
+    begun = dict(student.model.state_dict())
+    del begun["logit_scale"]
+    source = dict(teacher.model.state_dict())
+    if shape.family == "inherited":
+        _resample_pictures(source, teacher, config.vision_config)
+    else:
+        begun = {name: own for name, own in begun.items() if name.startswith(_TEXT)}
+    if isinstance(teacher.model, SiglipModel):  # a smaller image tower has a projection
+        source["visual_projection.weight"] = torch.eye(teacher.spec.dim, device=teacher.device)
+    return begun, source
+
+
+def chosen(
+    student: DualEncoder, teacher: DualEncoder, shape: StudentShape, importance: Importance | None
+) -> Choice:
+    """Choose what a student inherits by the importance of the teacher's units and layers.
+
+    Raises:
+        ConfigError: no importance was measured, or not of the units that the student's towers have.
+    """
+    if importance is None:
+        raise ConfigError(
+            f"a student that is {shape.inherit} needs the importance of its teacher's units: "
+            "measure it on pictures, or let it inherit the leading ones"
+        )
+    return choose(importance, *inheritance(student, teacher, shape))
 
 
 def _freeze_what_is_not_distilled(student: DualEncoder, teacher: DualEncoder) -> None:
@@ -223,18 +218,16 @@ def _inherited(teacher: DualEncoder, shape: StudentShape) -> PreTrainedModel:
     _shrink(vision, "image", shape.image_heads, shape.image_layers)
     if not shape.whole_text:
         _shrink(text, "text", shape.text_heads, shape.text_layers)
-    source = dict(teacher.model.state_dict())
     if (shape.image_size or shape.patch_size) is not None:
         vision.image_size = shape.image_size or teacher.image_spec.size
         vision.patch_size = shape.patch_size or vision.patch_size
-        _resample_pictures(source, teacher, vision)
+        if vision.image_size < vision.patch_size:
+            raise ConfigError(
+                f"a picture of {vision.image_size} pixels has no patch of {vision.patch_size}"
+            )
     if isinstance(teacher.model, SiglipModel) and vision.hidden_size != teacher.spec.dim:
         config = _mixed_config(vision, text, teacher.spec.dim)
-        source["visual_projection.weight"] = torch.eye(teacher.spec.dim)
-        source["logit_scale"] = source["logit_scale"].reshape(())
-    model = FAMILIES[str(config.model_type)].model_class(config)(config)
-    _fill(model, source)
-    return model
+    return FAMILIES[str(config.model_type)].model_class(config)(config)
 
 
 def _mixed_config(vision: PreTrainedConfig, text: PreTrainedConfig, dim: int) -> Any:
@@ -283,11 +276,9 @@ def _resample_pictures(source: dict[str, Tensor], teacher: DualEncoder, vision: 
     over more pixels, and is divided by their number.
     """
     theirs: Any = teacher.model.config.vision_config
+    if (theirs.image_size, theirs.patch_size) == (vision.image_size, vision.patch_size):
+        return
     side = vision.image_size // vision.patch_size
-    if side < 1:
-        raise ConfigError(
-            f"a picture of {vision.image_size} pixels has no patch of {vision.patch_size}"
-        )
     for name, weight in list(source.items()):
         if not name.startswith("vision_model."):
             continue
@@ -323,16 +314,7 @@ def _beside_text(
     towers = (image, tower_of(text) or AutoModel.from_config(text))
     kind = MixedDualEncoder if MixedDualEncoder.is_needed(config) else VisionTextDualEncoderModel
     model: PreTrainedModel = kind(config, *towers)
-    source = teacher.model.state_dict()
-    for name in ("text_model", "text_projection"):
-        _fill(model.get_submodule(name), _within(source, name))
     return model
-
-
-def _within(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the weights of a submodule by their names in it."""
-    start = f"{name}."
-    return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
 
 
 def adopt_student(model: DualEncoder, teacher: DualEncoder, *, seed: int = 0) -> DualEncoder:

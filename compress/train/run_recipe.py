@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
 from edgeclip.compress.data.keep_list import kept_rows, read_keep_list
@@ -20,6 +20,7 @@ from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.data.translations import translated
 from edgeclip.compress.processes import processes
+from edgeclip.compress.students.importance import Importance, measure_importance
 from edgeclip.compress.students.student import StudentShape, adopt_student, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_basis import teacher_basis
@@ -27,6 +28,7 @@ from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
 from edgeclip.compress.train.checkpoint import checkpoint_folder
 from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.kept_weights import BestStep
+from edgeclip.compress.train.learn_mapping import learn_mapping
 from edgeclip.compress.train.recipe import DistillRecipe, load_recipe, stage_number
 from edgeclip.compress.train.trackers import check_trackers
 from edgeclip.runtime.bundle.reduction import check_lengths
@@ -69,7 +71,8 @@ class _Stage:
         recipe: its settings.
         run: its folder.
         shape: the sizes of its student.
-        goes_on: whether that is the student of the stage before, with all its weights.
+        begins: with what its student begins: a whole model of `--start`, the student of the stage
+            before with all its weights (`goes on`), or what it inherits of that or of the teacher.
         source: its data.
         student_source: the same, with the captions that the student reads.
     """
@@ -78,7 +81,7 @@ class _Stage:
     recipe: DistillRecipe
     run: Path
     shape: StudentShape
-    goes_on: bool
+    begins: Literal["start", "goes on", "inherits"]
     source: Source
     student_source: Source
 
@@ -102,7 +105,6 @@ class PreparedRun:
         max_bad: MaxBad,
     ) -> None:
         self._recipe, self._stages, self._models = recipe, stages, models
-        self._first_student = students[0]
         self._teacher = models[stages[0].recipe.teacher[0]]
         self._run, self._cache, self._max_bad = run, cache, max_bad
         self._asked: dict[Path, tuple[object, ...]] = {}  # what each cache is of
@@ -119,37 +121,69 @@ class PreparedRun:
         for stage in self._stages:
             if self._recipe.stages:
                 _log.info("stage %d of %d", stage.number, len(self._stages))
-            student, start = self._begin(stage, students)
-            settings = stage.recipe.training
-            caches = self._caches(stage, students)
-            if stage.recipe.dims:
-                dims, space = stage.recipe.dims, student.space
-                student.basis = teacher_basis(caches[0], stage.source, dims, space=space)
-            best = distill(
-                student,
-                caches,
-                stage.student_source,
-                loss_weights=stage.recipe.losses,
-                settings=settings,
-                out=stage.run,
-                held_out=stage.recipe.held_out,
-                max_bad=self._max_bad,
-                start=start,
-                begin=self._keep_recipe(stage),
-            )
+            best = self._train_stage(stage, students)
             if self._recipe.stages and processes().is_first:
-                student.save(stage.run / "student")
-            students.append(student)
-            ends.append(StageEnd(run=stage.run, steps=settings.steps, best=best))
+                students[-1].save(stage.run / "student")
+            ends.append(StageEnd(run=stage.run, steps=stage.recipe.training.steps, best=best))
         return RunEnd(student=students[-1], stages=tuple(ends))
 
-    def _begin(self, stage: _Stage, students: Sequence[DualEncoder]) -> tuple[DualEncoder, str]:
-        """Return the student of a stage before its first step, and the name of what it was."""
+    def _train_stage(self, stage: _Stage, students: list[DualEncoder]) -> BestStep | None:
+        """Train the student of a stage, and put it behind those of the stages before."""
+        recipe, shape = stage.recipe, stage.shape
+        origin = students[-1] if students else self._teacher
+        held_out, settings = recipe.held_out, recipe.training
+        # All weights of a run that goes on are in its checkpoint.
+        is_new = stage.begins == "inherits" and checkpoint_folder(stage.run) is None
+        importance = None
+        if is_new and shape.inherit in ("selected", "mapped"):
+            importance = measure_importance(
+                origin, stage.source, seed=settings.seed, held_out=held_out
+            )
+        student = _begin(stage, origin, self._teacher, self._models, importance)
+        caches = self._caches(stage, students)
+        if recipe.dims:
+            student.basis = teacher_basis(caches[0], stage.source, recipe.dims, space=student.space)
+        if is_new and shape.inherit == "mapped" and importance is not None:
+            learn_mapping(
+                student,
+                origin,
+                shape,
+                importance,
+                caches,
+                stage.student_source,
+                loss_weights=recipe.losses,
+                settings=settings,
+                out=stage.run / "mapping",
+                held_out=held_out,
+                max_bad=self._max_bad,
+            )
+        best = distill(
+            student,
+            caches,
+            stage.student_source,
+            loss_weights=recipe.losses,
+            settings=settings,
+            out=stage.run,
+            held_out=held_out,
+            max_bad=self._max_bad,
+            start=self._start(stage, students),
+            begin=self._keep_recipe(stage),
+        )
+        students.append(student)
+        return best
+
+    def _start(self, stage: _Stage, students: Sequence[DualEncoder]) -> str:
+        """Name what a student began as, which a run that goes on must have in common."""
+        names = []
         if students:
-            student = _next_student(stage, students[-1], self._teacher)
-            return student, space_fingerprint(students[-1])
-        start = self._recipe.start
-        return self._first_student, "" if start is None else space_fingerprint(self._models[start])
+            names.append(space_fingerprint(students[-1]))
+        elif stage.recipe.start is not None:
+            names.append(space_fingerprint(self._models[stage.recipe.start]))
+        shape = stage.shape
+        if stage.begins == "inherits" and shape.inherit != "leading":
+            steps = f" in {shape.mapping_steps} steps" if shape.inherit == "mapped" else ""
+            names.append(f"{shape.inherit}{steps}")
+        return " ".join(names)
 
     def _keep_recipe(self, stage: _Stage) -> Callable[[], None]:
         """Return what writes the recipe, once no later stage can refuse to go on with it."""
@@ -241,16 +275,13 @@ def prepare_run(
                 recipe=own,
                 run=folder,
                 shape=numbers,
-                goes_on=bool(stages) and stages[-1].shape == numbers,
+                begins=_begins(own, numbers, stages),
                 source=source,
                 student_source=student_source,
             )
-            if number == 1:
-                student = _first_student(own, shape, models, teacher)
-            else:
-                student = _next_student(stage, students[-1] if students else teacher, teacher)
+            origin = students[-1] if students else teacher
             stages.append(stage)
-            students.append(student)
+            students.append(_begin(stage, origin, teacher, models))
     if wrong:
         raise ConfigError("the recipe cannot run:\n" + "\n".join(f"  {line}" for line in wrong))
     cache = cache or run / "cache"
@@ -382,26 +413,42 @@ def _patch_size(model: DualEncoder) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _first_student(
-    recipe: DistillRecipe, shape: StudentShape, models: Models, teacher: DualEncoder
+def _begins(
+    recipe: DistillRecipe, shape: StudentShape, before: Sequence[_Stage]
+) -> Literal["start", "goes on", "inherits"]:
+    if not before:
+        return "inherits" if recipe.start is None else "start"
+    return "goes on" if before[-1].shape == shape else "inherits"
+
+
+def _begin(
+    stage: _Stage,
+    origin: DualEncoder,
+    teacher: DualEncoder,
+    models: Models,
+    importance: Importance | None = None,
 ) -> DualEncoder:
-    seed = recipe.training.seed
-    if recipe.start is None:
-        student = new_student(teacher, shape, seed=seed)
-    else:
-        student = adopt_student(models[recipe.start], teacher, seed=seed)
-    return student.to(teacher.device)
+    """Make the student of a stage as it is before the first step.
 
-
-def _next_student(stage: _Stage, previous: DualEncoder, teacher: DualEncoder) -> DualEncoder:
-    """Make the student of a later stage: the one before it as it is, or a part of that."""
-    seed = stage.recipe.training.seed
-    if stage.goes_on:
-        previous.requires_grad_(True)  # a stage without captions had frozen the text tower
-        return adopt_student(previous, teacher, seed=seed).to(teacher.device)
-    shape = stage.shape
-    if shape.image_size == previous.image_spec.size:  # there is nothing to resample
+    Args:
+        stage: what it is to be.
+        origin: what it inherits from: the teacher, or the student of the stage before.
+        teacher: the first of all stages, in whose space it lives.
+        models: all others.
+        importance: of the origin's units; without it the student has the leading ones, which is
+            enough to know its sizes.
+    """
+    seed, shape = stage.recipe.training.seed, stage.shape
+    if stage.begins == "goes on":
+        origin.requires_grad_(True)  # a stage without captions had frozen the text tower
+        return adopt_student(origin, teacher, seed=seed).to(teacher.device)
+    if stage.recipe.start is not None and stage.begins == "start":
+        return adopt_student(models[stage.recipe.start], teacher, seed=seed).to(teacher.device)
+    if importance is None and shape.inherit in ("selected", "mapped"):
+        shape = replace(shape, inherit="leading")
+    if shape.image_size == origin.image_spec.size:  # there is nothing to resample
         shape = replace(shape, image_size=None)
-    if shape.patch_size == _patch_size(previous):
+    if shape.patch_size == _patch_size(origin):
         shape = replace(shape, patch_size=None)
-    return new_student(previous, shape, seed=seed).to(teacher.device)
+    student = new_student(origin, shape, seed=seed, importance=importance)
+    return student.to(teacher.device)

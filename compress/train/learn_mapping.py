@@ -1,0 +1,79 @@
+"""Learn the linear map from a teacher's weights to a student's, before the student is distilled."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from edgeclip.compress.data.sources import Source
+from edgeclip.compress.students.importance import Importance
+from edgeclip.compress.students.mapping import mapped
+from edgeclip.compress.students.student import StudentShape, chosen, inheritance
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.teacher_cache import TeacherCache
+from edgeclip.compress.train.distill import distill
+from edgeclip.compress.train.losses import LossWeights
+from edgeclip.compress.train.train_loop import TrainSettings
+from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad
+
+_RATE = 0.3  # of the learning rate of the weights: each map moves many of them
+_VALIDATIONS = 4
+
+
+def learn_mapping(
+    student: DualEncoder,
+    teacher: DualEncoder,
+    shape: StudentShape,
+    importance: Importance,
+    caches: TeacherCache | Sequence[TeacherCache],
+    source: Source,
+    *,
+    loss_weights: LossWeights,
+    settings: TrainSettings,
+    out: Path,
+    held_out: int | None = None,
+    max_bad: MaxBad = DEFAULT_MAX_BAD,
+) -> None:
+    """Give `student` the weights that a learned map makes of the teacher's; see `mapped`.
+
+    The map is trained as `distill` trains weights, `shape.mapping_steps` long, without decay: it
+    would pull a map towards 0. Log and checkpoint lie in `out`; a run that was stopped goes on, and
+    one that has ended is not learned again.
+
+    Args:
+        student: as `new_student` made it of this shape and importance.
+        teacher: what it inherits from.
+        shape, importance: what the map begins with.
+        caches, source, loss_weights, settings, held_out, max_bad: as for `distill`.
+        out: a directory of its own.
+
+    Raises:
+        ConfigError: as for `distill`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step in hand was saved.
+    """
+    choice = chosen(student, teacher, shape, importance)
+    weights, origin = inheritance(student, teacher, shape)
+    steps = shape.mapping_steps
+    with mapped(student, weights, origin, choice) as count:
+        if not count:
+            return
+        distill(
+            student,
+            caches,
+            source,
+            loss_weights=loss_weights,
+            settings=replace(
+                settings,
+                steps=steps,
+                learning_rate=_RATE * settings.learning_rate,
+                warmup_steps=min(settings.warmup_steps, steps // 4),
+                weight_decay=0.0,
+                validations=_VALIDATIONS,
+                patience=0,
+                ema=0.0,
+                track=(),
+            ),
+            out=out,
+            held_out=held_out,
+            max_bad=max_bad,
+            start="mapped",
+        )
