@@ -32,9 +32,11 @@ from edgeclip.compress.students.inherit import (
     Choice,
     axis_groups,
     count_layers,
-    heads_of,
+    even_layers,
+    is_joint,
     read_groups,
     teacher_name,
+    teacher_weight,
 )
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.errors import ConfigError, InputError
@@ -44,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 _INPUTS = 256  # pictures, and as many texts
 _BATCH = 4  # each gives one draw of v: 64 draws
-_FORWARD = 64  # inputs of a batch without gradients
+_FORWARD = 64  # inputs of a batch without gradients, and all that layers are measured on
 TOWERS: tuple[Tower, ...] = ("image", "text")
 
 
@@ -76,7 +78,7 @@ def measure_importance(
     """Measure the importance of a teacher's units and layers on some pictures and their captions.
 
     It is a function of the teacher, the source and the seed. Pictures held out of training are not
-    used. Without captions the text tower has none.
+    used. A text tower has none without captions, and a convolutional tower has none at all.
 
     Args:
         teacher: is left as it is.
@@ -111,8 +113,10 @@ def _measure(
     layers: dict[str, Tensor] = {}
     energies: dict[str, Tensor] = {}
     for tower, rows_of in given.items():
+        if not hasattr(_config_of(teacher, tower), "num_attention_heads"):
+            continue  # no transformer, so that nothing smaller inherits from it
         units |= _unit_importance(teacher, tower, rows_of, seed)
-        layers |= _layer_importance(teacher, tower, rows_of)
+        layers |= _layer_importance(teacher, tower, rows_of[:_FORWARD])
         energies |= _energies(teacher, tower, rows_of)
     return Importance(units=units, layers=layers, energies=energies)
 
@@ -142,7 +146,7 @@ def _unit_importance(
     teacher: DualEncoder, tower: Tower, given: Tensor, seed: int
 ) -> dict[str, Tensor]:
     weights = _reading_weights(teacher, tower)
-    config = getattr(teacher.model.config, "vision_config" if tower == "image" else "text_config")
+    heads = _config_of(teacher, tower).num_attention_heads
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
     with _asking_for_gradients(weights.values()):
@@ -155,8 +159,8 @@ def _unit_importance(
                 group = read_groups(name)
                 assert group is not None
                 own = (weight.detach() * gradient).double().sum(dim=0)
-                if group == heads_of(group.removesuffix(" heads")):
-                    own = own.unflatten(0, (config.num_attention_heads, -1)).sum(dim=1)
+                if group.endswith(" heads"):
+                    own = own.unflatten(0, (heads, -1)).sum(dim=1)
                 change[group] = change.get(group, torch.zeros_like(own)) + own
             for group, own in change.items():
                 totals[group] = totals.get(group, torch.zeros_like(own)) + own**2
@@ -204,19 +208,15 @@ def _layer_importance(teacher: DualEncoder, tower: Tower, given: Tensor) -> dict
         for prefix, count in count_layers(teacher.model.state_dict()).items()
         if prefix.startswith(prefixes)
     }
-    batches = given.split(_FORWARD)
     found: dict[str, Tensor] = {}
     with torch.inference_mode():
-        whole = [_embed(teacher, tower, batch) for batch in batches]
+        whole = _embed(teacher, tower, given)
         for prefix, count in counts.items():
             scores = torch.zeros(count, dtype=torch.float64)
             for number in _bar(range(count), f"layers of the {tower} tower"):
                 with _skipped(teacher.model.get_submodule(f"{prefix}{number}")):
-                    cosines = [
-                        (_embed(teacher, tower, batch) * own).sum(dim=-1)
-                        for batch, own in zip(batches, whole, strict=True)
-                    ]
-                scores[number] = 1 - float(torch.cat(cosines).mean())
+                    cosines = (_embed(teacher, tower, given) * whole).sum(dim=-1)
+                scores[number] = 1 - float(cosines.mean())
             found[prefix] = scores
     return found
 
@@ -241,8 +241,10 @@ def _energies(teacher: DualEncoder, tower: Tower, given: Tensor) -> dict[str, Te
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     handles = []
+    stream = (_config_of(teacher, tower).hidden_size,)
     for name, module in teacher.model.named_modules():
-        if isinstance(module, nn.LayerNorm) and name.startswith(prefixes):
+        is_norm = isinstance(module, nn.LayerNorm) and module.normalized_shape == stream
+        if is_norm and name.startswith(prefixes):
 
             def hook(own: nn.Module, args: Any, _output: Any, name: str = name) -> None:
                 assert isinstance(own, nn.LayerNorm)
@@ -277,46 +279,47 @@ def choose(
         source: the teacher's weights, by name.
 
     Raises:
-        ConfigError: a tower with weights of unknown units.
+        ConfigError: a tower with weights of unknown units, or a student that is larger.
     """
     layers = {
-        prefix: _largest(importance.layers[prefix], count)
-        for prefix, count in count_layers(student).items()
+        prefix: _largest(importance.layers[prefix], len(even))
         if prefix in importance.layers
+        else even
+        for prefix, even in even_layers(student, source).items()
     }
     units: dict[str, Tensor] = {}
-    scales: dict[str, float] = {}
     for name, weight in student.items():
         origin = teacher_name(name, layers)
-        joint = 3 if "in_proj" in name or "qkv" in name else 1
-        groups = axis_groups(origin, source[origin].shape, weight.shape)
-        for axis, group in enumerate(groups):
-            if group is None or group in units:
+        theirs = teacher_weight(source, origin, weight.shape).shape
+        for axis, group in enumerate(axis_groups(origin, theirs, weight.shape)):
+            if group is None:
                 continue
-            parts = joint if axis == 0 else 1
-            have, want = source[origin].shape[axis] // parts, weight.shape[axis] // parts
-            units[group] = _kept(importance, group, have, want, origin)
-    for name, weight in student.items():
-        module = teacher_name(name, layers).rpartition(".")[0]
-        if module in importance.energies and len(weight) < len(importance.energies[module]):
-            kept = units[
-                axis_groups(f"{module}.weight", source[f"{module}.weight"].shape, weight.shape)[0]
-            ]
-            scales[module] = float(importance.energies[module][kept].mean().sqrt())
-    return Choice(units=units, layers=layers, scales=scales)
+            parts = 3 if axis == 0 and is_joint(origin) else 1
+            have, want = theirs[axis] // parts, weight.shape[axis] // parts
+            scores = importance.units.get(group, _NOTHING)
+            size = have // max(1, len(scores))  # places of a unit; a head has several
+            if group not in units:
+                kept = torch.tensor(_largest(scores, want // max(1, size)), dtype=torch.int64)
+                units[group] = (kept[:, None] * size + torch.arange(size)).flatten()
+            if len(units[group]) != want or (size > 1 and not group.endswith(" heads")):
+                raise ConfigError(
+                    f"the teacher's {origin} has units of an unknown kind, so that none can be "
+                    "chosen by importance: choose --inherit leading"
+                )
+    return Choice(units=units, layers=layers, scales=_norm_scales(importance.energies, units))
 
 
-def _kept(importance: Importance, group: str, have: int, want: int, name: str) -> Tensor:
-    """Return the places of the most important units of a group, `want` of `have`."""
-    scores = importance.units.get(group)
-    if scores is None or have % len(scores) or want % (have // len(scores)):
-        raise ConfigError(
-            f"the teacher's {name} has units of an unknown kind, so that none can be chosen by "
-            "importance: choose --inherit leading"
-        )
-    size = have // len(scores)
-    chosen = torch.tensor(_largest(scores, want // size))
-    return (chosen[:, None] * size + torch.arange(size)).flatten()
+def _norm_scales(energies: Mapping[str, Tensor], units: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return what makes a norm over the kept channels give what it gave over all, on average."""
+    scales = {}
+    for norm, energy in energies.items():
+        kept = units.get(norm.split(".", 1)[0])
+        if kept is not None:
+            scales[norm] = float(energy[kept].mean().sqrt())
+    return scales
+
+
+_NOTHING = torch.empty(0)
 
 
 def _largest(scores: Tensor, count: int) -> tuple[int, ...]:

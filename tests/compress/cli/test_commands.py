@@ -89,6 +89,25 @@ def test_cache_and_distill(teacher_folder: Path, tmp_path: Path, capsys: Capture
     assert {"affinity", "feature", "interactive", "contrastive"} <= set(log[0])
 
 
+def test_distill_a_mapped_student(teacher_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out, run = tmp_path / "student", tmp_path / "student-run"
+    more = ["--count", 24, "--held-out", 4, "--mapping-steps", 3, "--steps", 2]
+    command = _distill(teacher_folder, out, *more, "--inherit", "mapped")
+    assert main(command) == 0, capsys.readouterr().err
+    first = (out / "model.safetensors").read_bytes()
+    assert len(read_log(run / "mapping" / "log.jsonl")) == 3
+    assert len(read_log(run / "log.jsonl")) == 2
+    assert "inherit: mapped" in (run / "recipe.yaml").read_text()
+    assert main(command) == 0, capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == first
+    assert main(_distill(teacher_folder, out, *more, "--inherit", "selected")) == 2
+    assert "holds a run with other" in capsys.readouterr().err
+    other = _distill(teacher_folder, tmp_path / "other", *more, "--inherit", "selected")
+    assert main(other) == 0, capsys.readouterr().err
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() != first
+    assert not (tmp_path / "other-run" / "mapping").exists()
+
+
 def test_distill_takes_a_cache_as_it_is(
     teacher_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
