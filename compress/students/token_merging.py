@@ -1,11 +1,10 @@
 """Merge the patches of a student's image tower: fewer tokens in its later layers.
 
 The patches that are merged, and how many, are the same for every picture: two by two neighbours
-after chosen layers, so that 64 patches become 16. Matching the most alike tokens of each picture
-(ToMe, Bolya et al. 2023) leaves tokens anywhere, and costs a sort and gathers in every graph: with
-the same 32 of 64 patches gone, ONNX Runtime gained less by it on a CPU than by the mean of
-neighbours, which is one `ReduceMean`; see `tests/benchmarks/token_merging.py`.
-What remains is a grid, so that patch features, cuts and int8 go on as before.
+after chosen layers, so that 64 patches become 16. What remains is a grid, so that patch features,
+cuts and int8 go on as before. Matching the tokens of each picture that are most alike (ToMe, Bolya
+et al. 2023) leaves tokens anywhere, and costs a sort and gathers in every graph, which on a CPU eat
+up much of what they save: `tests/benchmarks/token_merging.py` times both.
 """
 
 import copy

@@ -21,8 +21,11 @@ from edgeclip.runtime.errors import ConfigError
 
 def with_own_settings(kind: type[PreTrainedModel], config: Any) -> type[PreTrainedModel]:
     """Return the class that computes a dual encoder of this config: `kind`, or one made of it."""
-    changed: type[PreTrainedModel] = _changed(kind)
-    return changed if own_settings(config) else kind
+    if not own_settings(config):
+        return kind
+    hashable: Any = kind  # which mypy doubts of this class
+    changed: type[PreTrainedModel] = _changed(hashable)
+    return changed
 
 
 def own_settings(config: Any) -> list[object]:
