@@ -38,7 +38,7 @@ def test_merged_patches_in_fp32_and_int8(
     size = student.image_spec.size
     pixels = np.random.default_rng(0).integers(0, 256, (5, size, size, 3), dtype=np.uint8)
     wanted = torch_embedder(student, "image")(pixels)
-    form = GraphForm.for_device(cpu_device)
+    form = GraphForm()
     fp32, int8 = tmp_path / "fp32.onnx", tmp_path / "int8.onnx"
     export_tower(student, "image", fp32, form)
     data: CalibrationData = calibration_images(Blobs(8), student.spec.image)
