@@ -123,7 +123,7 @@ def timed(
 
 
 def table(rows: Sequence[Row]) -> str:
-    cells = [("merging", "R@1", "points lost", "time ratio")]
+    cells: list[tuple[str, ...]] = [("merging", "R@1", "points lost", "time ratio")]
     for row in rows:
         r1 = "" if row.r1 is None else f"{row.r1:.3f}"
         ends = ["" if item is None else span(item) for item in (row.r1_loss, row.time_ratio)]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.students.rebuild import token_table
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import embed_source
@@ -47,7 +48,7 @@ def test_a_student_of_bytes_shares_the_space_and_survives_saving(
     assert student.space == teacher.space
     assert student.weight_bytes < new_student(teacher, SMALL).weight_bytes
     # A letter begins with the vector that it had as a token of the teacher's.
-    tables = [own.model.text_model.get_input_embeddings().weight for own in (student, teacher)]
+    tables = [own.model.get_parameter(token_table(own)) for own in (student, teacher)]
     numbers = [own.tokenizer.convert_tokens_to_ids("q") for own in (student, teacher)]
     assert torch.equal(tables[0][numbers[0]], tables[1][numbers[1]][:32])
     student.save(tmp_path / "student")

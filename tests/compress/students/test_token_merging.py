@@ -39,7 +39,8 @@ def test_later_layers_see_a_quarter_of_the_patches(teacher: DualEncoder) -> None
     def note(layer: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         seen.append(given[0].shape[1])
 
-    for layer in student.model.vision_model.encoder.layers:
+    layers = student.model.get_submodule("vision_model.encoder.layers")
+    for layer in layers.children():
         layer.register_forward_pre_hook(note)
     student.embed_image(student.preprocess([SOURCE[0].image]))
     side = student.model.config.vision_config.patch_size

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,11 +128,11 @@ def test_a_pruned_model_embeds_its_corpus_as_before(teacher: DualEncoder, tmp_pa
 
 def test_the_end_token_never_becomes_the_mark_of_an_old_clip(teacher: DualEncoder) -> None:
     """transformers pools at the largest id where the end token is 2."""
-    model = copy.deepcopy(teacher.model)
+    model: Any = copy.deepcopy(teacher.model)
     tokenizer = copy.deepcopy(teacher.tokenizer)
     old = DualEncoder(model, teacher.image_spec, tokenizer).eval()
-    old.model.config.text_config.eos_token_id = 2
-    old.model.text_model.eos_token_id = 2
+    model.config.text_config.eos_token_id = 2
+    model.text_model.eos_token_id = 2
     assert old.pools_at_largest_id
     pruned = prune_vocabulary(old, CAPTIONS[:5])
     assert pruned.pools_at_largest_id
