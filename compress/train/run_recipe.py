@@ -206,6 +206,7 @@ class PreparedRun:
         known = [path for path, before in self._asked.items() if before == asked]
         main = next(path for path in (*known, *usual) if self._asked.get(path, asked) == asked)
         self._asked[main] = asked
+        of_patches = any(own.recipe.losses.patches > 0 for own in self._stages)
         caches: list[TeacherCache] = []
         for place, name in enumerate(names, 1):
             number = None if name in self._models else stage_number(name)
@@ -219,7 +220,7 @@ class PreparedRun:
                     augmentation=None if first is None else first.augmentation,
                     max_bad=self._max_bad,
                     workers=stage.recipe.training.workers,
-                    patches=first is None and stage.recipe.losses.patches > 0,
+                    patches=first is None and of_patches,
                 )
             )
         return caches

@@ -259,7 +259,8 @@ NOT_SOFT |= {"masked", "patches"}  # which are not of the embeddings of whole pi
 def test_nothing_pulls_a_student_that_equals_its_teacher(name: str, bias: float | None) -> None:
     image, text, *_, more = _random(1)
     teacher = TeacherRows(image=image.clone(), text=text.clone(), scale=20.0, bias=bias)
-    weights = LossWeights(**{**dict.fromkeys(ONES, 0.0), name: 1.0}, row_focus=1.0)
+    one: dict[str, Any] = {**dict.fromkeys(ONES, 0.0), name: 1.0}
+    weights = LossWeights(**one, row_focus=1.0)
     ours = (image.requires_grad_(), text.requires_grad_())
     found = distillation_losses(
         weights, image=ours[0], text=ours[1], teachers=[teacher], bank=_bank(more)
