@@ -261,10 +261,12 @@ def build_cache(
             range(team.number, -(-count // _BATCH), team.count),
             workers=default_workers() if workers is None else workers,
         )
-        with closing(images), closing(texts), closing(steps), fast_inference(teacher):
+        with ExitStack() as stack:
+            for opened in (images, texts, squares, steps):
+                if opened is not None:
+                    stack.enter_context(closing(opened))
+            stack.enter_context(fast_inference(teacher))
             _fill(teacher, images, texts, squares, steps, count, views, place)
-        if squares is not None:
-            squares.close()
         team.wait()
         # The first process has written behind what the others know, and none needs keys any more.
         images = _open_rows(image_file, image_row, of_images)

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from edgeclip.compress.train.losses import TERMS, LossWeights
 from edgeclip.compress.train.text_bank import BankReader, BankRows, TextBank
 from edgeclip.compress.train.train_loop import BatchPart, TrainSettings, read_log
 from edgeclip.runtime.errors import ConfigError
+from tests.compress.teachers.teacher_factory import FAMILIES
 
 SMALL = StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1)
 SETTINGS = TrainSettings(steps=4, batch_size=4, warmup_steps=1, compute="fp32", workers=0)
@@ -221,6 +223,26 @@ def test_a_run_that_chooses_its_pairs_resumes_exactly(
     run("two", replace(constant, steps=1, accumulate=2))
     lines = [read_log(tmp_path / name / "log.jsonl")[0] for name in ("whole", "two")]
     assert lines[1]["total"] == pytest.approx(lines[0]["total"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_siglip_teaches_with_its_bias(source: FolderSource, tmp_path: Path) -> None:
+    siglip = DualEncoder.load(FAMILIES["siglip"](tmp_path / "teacher").folder)
+    folder = tmp_path / "cache"
+    before = build_cache(siglip, source, folder, workers=0).settings
+    assert before.logit_bias == siglip.logit_bias is not None
+    # A cache from before the bias was kept in it.
+    identity = json.loads((folder / "cache.json").read_text())
+    del identity["logit_bias"]
+    (folder / "cache.json").write_text(json.dumps(identity))
+    cache = build_cache(siglip, source, folder, workers=0)
+    assert cache.settings == before
+    weights = LossWeights(sigmoid=1, logits=1, bank=5)
+    student = new_student(siglip, StudentShape(image_layers=1, text_layers=1))
+    one = replace(SETTINGS, steps=1)
+    distill(student, cache, source, loss_weights=weights, settings=one, out=tmp_path / "run")
+    (line,) = read_log(tmp_path / "run" / "log.jsonl")
+    assert line["sigmoid"] > line["logits"] > 0
 
 
 def test_patches_need_a_cache_of_them(
