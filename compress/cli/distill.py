@@ -158,7 +158,7 @@ def _add_setting(parser: argparse.ArgumentParser, name: str, hint: Any, default:
     elif name in _REPEATED:
         parser.add_argument(option, action="append", help=told)
     elif name == "dims":
-        parser.add_argument(option, type=_numbers, help=told)
+        parser.add_argument(option, type=_lengths, help=told)
     elif typing.get_origin(plain) is tuple or typing.get_origin(hint) is tuple:
         kind = next(iter(typing.get_args(plain)), plain)
         parser.add_argument(option, type=kind, nargs="+", help=told)
@@ -166,8 +166,11 @@ def _add_setting(parser: argparse.ArgumentParser, name: str, hint: Any, default:
         parser.add_argument(option, type=plain, help=told)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(length) for length in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a list such as 128,64") from None
 
 
 def targets(args: argparse.Namespace) -> Targets:
