@@ -312,7 +312,7 @@ def judge_forms(
 
     Without a text tower in the bundle the texts are the student's in fp32.
     """
-    if plan.student.basis is None:
+    if plan.student.basis is None or plan.student.basis.space != plan.space:
         return ReducedForms()
     _log.info("judging shorter and coarser embeddings ...")
     chosen: dict[Tower, Precision] = {item.tower: item.precision for item in selected}

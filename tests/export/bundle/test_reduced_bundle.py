@@ -8,7 +8,7 @@ import pytest
 
 from edgeclip.compress.built_in import BUILT_IN_TEACHER
 from edgeclip.compress.data.sources import EmojiSource
-from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import embed_source
 from edgeclip.export.bundle.build_bundle import build_bundle
 from edgeclip.export.bundle.bundle_plan import BundlePlan
@@ -23,7 +23,7 @@ def test_forms_that_hold_are_in_the_bundle(plan: BundlePlan, tmp_path: Path) -> 
     size = model.image_spec.size
     test = EmojiSource("test", 60, size=size, distinct=True)
     rows = np.concatenate([part.numpy() for part in embed_source(model, test)]).astype(np.float64)
-    model.basis = make_basis(rows.T @ rows, model.space, (64, 2))
+    model.basis = make_basis(rows.T @ rows, space_fingerprint(model), (64, 2))
     wanted = replace(
         plan,
         student=model,
@@ -45,7 +45,7 @@ def test_forms_that_hold_are_in_the_bundle(plan: BundlePlan, tmp_path: Path) -> 
 
 def test_forms_that_could_not_be_judged_are_not(fp32_plan: BundlePlan, tmp_path: Path) -> None:
     student = fp32_plan.student
-    basis = make_basis(np.eye(student.spec.dim), student.space, (8,))
+    basis = make_basis(np.eye(student.spec.dim), fp32_plan.space, (8,))
     student.basis = basis
     try:
         built = build_bundle(fp32_plan, tmp_path / "bundle")
