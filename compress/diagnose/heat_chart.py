@@ -69,7 +69,7 @@ class HeatChart:
                 if width <= _WRITTEN and step > 15:
                     x = 40 + (place + 0.5) * 294 / width
                     write(figure, x, top + step * (at + 0.5) + 5, f"{value:.2f}", colour="ink",
-                          anchor="center")  # fmt: skip
+                          anchor="center", inside=True)  # fmt: skip
         write(figure, 2, 14, fit(self.title, SMALL - 4, bold=True), colour="ink", bold=True)
         write(figure, 2, 36, fit(f"rows: {self.rows}", SMALL - 4))
         write(figure, 334, foot + 18, fit(f"columns: {self.columns}, from 1", 330), anchor="right")

@@ -28,6 +28,7 @@ MISTAKES = {
     "data-report": "--out report --max-noise -1",
     "demo": "--steps many",
     "device": "x86-avx",
+    "diagnose": "--out diagnosis",
     "distill": "--out ../emoji",
     "embed": "../inputs --bundle ../emoji --out index",
     "eval": "nowhere --bundle ../emoji",
@@ -124,6 +125,12 @@ RUNS = {
     "scaling": Run(
         words=f"scaling quick --out found {_EXPERIMENT} --text-layers 1 --size image_layers=1"
         " --size image_heads=1 --size image_layers=2 --size image_layers=1,image_heads=1"
+    ),
+    "diagnose": Run(
+        words=f"diagnose --teacher {_TEACHER} --student ../distill/student --count 48"
+        " --group-by objects --out diagnosis",
+        needs=("pretrain", "distill"),
+        drop=r"(  |[a-z ]+, [a-z ]+: )\S.*",  # findings, which depend on the figures
     ),
     "cut": Run(words=f"cut ../emoji --out cuts --count 2 --precision fp32 {_DEVICE}"),
     "measure-cuts": Run(

@@ -89,7 +89,9 @@ def test_a_layer_that_does_harm_is_named() -> None:
 
 
 def test_what_follows_random_weights_is_not_judged() -> None:
-    assert found(tower=layers(-0.1, -0.1, 0.1, noise=(1,))) == ["broken layer: image tower: layer 1"]
+    assert found(tower=layers(-0.1, -0.1, 0.1, noise=(1,))) == [
+        "broken layer: image tower: layer 1"
+    ]
     assert found(tower=layers(-0.1, -0.1, noise=(1, 2))) == []  # a tower without training
 
 
