@@ -16,7 +16,14 @@ from edgeclip.compress.cli.options import (
     model_source,
 )
 from edgeclip.compress.data.open_source import open_source
-from edgeclip.compress.data.sources import EMOJI, EmojiSource, Source, subset
+from edgeclip.compress.data.sources import (
+    EMOJI,
+    EmojiSource,
+    FolderSource,
+    Source,
+    readable,
+    subset,
+)
 from edgeclip.compress.diagnose.diagnose import Inputs, diagnose
 from edgeclip.compress.diagnose.diagnosis import Diagnosis, ModelQuality
 from edgeclip.compress.diagnose.groups import find_groups, taken
@@ -68,8 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--outside",
-        help="pictures that are of no caption's world, spelled as --data; all their splits count "
-        "alike (default: of scenes those of emoji never shown, else drawn discs)",
+        type=Path,
+        help="folder of pictures that no caption is about (default: for the built-in scenes those "
+        "of emoji never shown, else drawn discs)",
     )
     parser.add_argument("--seed", type=zero_or_more, default=0, help="of every draw (default: 0)")
     parser.add_argument(
@@ -108,18 +116,13 @@ def run(args: argparse.Namespace) -> int:
     rows, left_out = _rows(source, args)
     groups = taken(find_groups(source, args.group_by, args.group_table), rows)
     few = source if len(rows) == len(source) else subset(source, rows, name=source.name)
-    outside = None
-    if args.outside is not None:
-        outside = open_source(args.outside, split="test", count=args.count, size=size)
-    elif isinstance(source, EmojiSource):
-        outside = EmojiSource("unseen", max(2, len(rows) // 2), size=size, distinct=True)
     inputs = Inputs(
         teacher=teacher,
         student=student,
         encoders=encoders,
         source=few,
         groups=groups,
-        outside=outside,
+        outside=_outside(args, source, size),
         left_out=left_out,
         seed=args.seed,
     )
@@ -168,6 +171,20 @@ def _rows(source: Source, args: argparse.Namespace) -> tuple[NDArray[np.int64], 
             f"at least {LEAST_ITEMS}, and some 1000 to judge groups"
         )
     return rows.astype(np.int64), "; ".join(told)
+
+
+def _outside(args: argparse.Namespace, source: Source, size: int) -> Source | None:
+    """Open the pictures of `--outside`; those of unseen emoji for the built-in scenes."""
+    if args.outside is not None:
+        folder = FolderSource(args.outside, divide=False, min_side=size, strict=args.strict)
+        found = readable(folder, max_bad(args))
+        if len(found) <= args.most:
+            return found
+        drawn = np.random.default_rng(args.seed).choice(len(found), args.most, replace=False)
+        return subset(found, np.sort(drawn), name=f"{args.most} of {found.name}")
+    if isinstance(source, EmojiSource):
+        return EmojiSource("unseen", len(source) // 2, size=size, distinct=True)
+    return None
 
 
 def _told(found: Diagnosis) -> str:

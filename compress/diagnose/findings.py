@@ -318,7 +318,7 @@ def _too_few(models: Sequence[ModelQuality], sizes: Sequence[int]) -> Iterator[F
         wide = [
             group
             for group in model.groups
-            if not group.is_behind and group.behind.high > 0.1 and group.behind.low < 0
+            if not group.is_behind and math.inf > group.behind.high > 0.1 and group.behind.low < 0
         ]
         if wide:
             group = max(wide, key=lambda item: item.behind.high)

@@ -84,9 +84,14 @@ def find_layers(run: TowerRun) -> tuple[nn.Module, ...]:
 
     with _hooked([(child, note(name)) for name, child in listed.items()]), torch.inference_mode():
         run.embed(run.inputs[:1])
-    whole = [name for name, same in shapes.items() if same]
-    outer = [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
-    return tuple(listed[name] for name in outer)
+    whole = [name for name, same in shapes.items() if same and _is_layer(listed[name])]
+    inner = [name for name in whole if not any(other.startswith(f"{name}.") for other in whole)]
+    return tuple(listed[name] for name in inner)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module has several matrices, unlike a norm between two stages."""
+    return sum(weight.dim() > 1 for weight in module.parameters()) > 1
 
 
 def hidden_states(run: TowerRun, layers: Sequence[nn.Module]) -> list[Values]:

@@ -130,7 +130,7 @@ RUNS = {
         words=f"diagnose --teacher {_TEACHER} --student ../distill/student --count 48"
         " --group-by objects --out diagnosis",
         needs=("pretrain", "distill"),
-        drop=r"(  |[a-z ]+, [a-z ]+: )\S.*",  # findings, which depend on the figures
+        drop=r"(  |[a-z ]+, [a-z ]+: )\S.*|no fault",  # findings, which depend on the figures
     ),
     "cut": Run(words=f"cut ../emoji --out cuts --count 2 --precision fp32 {_DEVICE}"),
     "measure-cuts": Run(

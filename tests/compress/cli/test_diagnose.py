@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from edgeclip.compress.diagnose.diagnosis import Diagnosis
+from edgeclip.runtime.cli.main import main
+
+
+@pytest.mark.slow
+def test_a_model_beside_itself_has_no_fault(teacher_folder: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "other"):
+        words = ["--teacher", str(teacher_folder), "--student", str(teacher_folder)]
+        words += ["--count", "40", "--group-by", "objects", "--out", str(tmp_path / name)]
+        assert main(["diagnose", *words]) == 0
+        found.append((tmp_path / name / "diagnosis.json").read_text(encoding="utf-8"))
+    assert found[0] == found[1]  # by the seed alone
+    diagnosis = Diagnosis.load(tmp_path / "one" / "diagnosis.json")
+    assert {item.kind for item in diagnosis.findings} <= {"too few pictures"}
+    teacher, student = diagnosis.models
+    assert student.image is not None
+    assert student.image.cosine is not None
+    assert student.image.cosine.value == pytest.approx(1)
+    assert student.image.neighbours.value == 1
+    assert student.gap == teacher.gap
+    for tower in diagnosis.towers:
+        for number, row in enumerate(tower.cka):
+            assert row[number] == pytest.approx(1)
+        assert tower.entropy == tower.teacher_entropy
+    page = (tmp_path / "one" / "diagnosis.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert 'src="http' not in page
+
+
+def test_mistakes_are_named(
+    teacher_folder: Path,
+    few_pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["diagnose", *out]) == 2
+    assert "--student" in capsys.readouterr().err
+    student = ["--teacher", str(teacher_folder), "--student", str(teacher_folder)]
+    assert main(["diagnose", *student, "--data", str(few_pictures), *out]) == 2
+    assert "at least 40" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
