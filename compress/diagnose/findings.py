@@ -108,8 +108,9 @@ def _broken_layers(tower: TowerLayers) -> Iterator[Finding]:
 def _tower_at_chance(model: ModelQuality, broken: set[str]) -> Iterator[Finding]:
     """A tower that hardly tells its items apart where the other one does."""
     both: dict[Tower, TowerAgreement | None] = {"image": model.image, "text": model.text}
-    for tower, other in (("text", "image"), ("image", "text")):
-        own, beside = both[tower], both[other]  # type: ignore[index]
+    pairs: tuple[tuple[Tower, Tower], ...] = (("text", "image"), ("image", "text"))
+    for tower, other in pairs:
+        own, beside = both[tower], both[other]
         if own is None or beside is None or f"{tower} tower" in broken:
             continue
         mine, theirs = own.told_apart, beside.told_apart

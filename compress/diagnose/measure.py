@@ -410,11 +410,12 @@ def measure_layers(
     pictures, captions = [pair.image for pair in pairs], [pair.caption or "" for pair in pairs]
     towers = []
     seen: list[Attention | None] = []
-    for tower in ("image", "text"):
+    both: tuple[Tower, Tower] = ("image", "text")
+    for tower in both:
         runs = [_tower_run(model, tower, pictures, captions) for model in (student, teacher)]
-        found, both = _tower_layers(*runs, in_space=in_space, seed=seed)
+        found, looked = _tower_layers(*runs, in_space=in_space, seed=seed)
         towers += [] if found is None else [found]
-        seen = seen or list(both)
+        seen = seen or list(looked)
     maps = [None if own is None else own.maps for own in seen]
     return tuple(towers), LooksAt(tuple(pictures[:SHOWN]), maps[1], maps[0])
 

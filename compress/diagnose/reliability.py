@@ -1,7 +1,7 @@
 """Whether scores can be trusted: calibration, and telling pictures from outside the data."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,7 +100,9 @@ def best_answers(
     return confidence, right
 
 
-def _logits(image: Values, text: Values, relevance: Relevance, scale: float):  # type: ignore[no-untyped-def]
+def _logits(
+    image: Values, text: Values, relevance: Relevance, scale: float
+) -> Iterator[tuple[slice, Values, NDArray[np.bool_]]]:
     """Yield the logits of some pictures over different captions, and which of these are right."""
     _, first = np.unique(relevance.group, return_index=True)
     step = max(1, _AT_ONCE // len(first))

@@ -92,13 +92,13 @@ class Training:
     ) -> None:
         """Take the steps; of the weights those learn whose name `part` chooses."""
         own = [weight for name, weight in student.named_parameters() if part(name)]
-        optimizer = torch.optim.AdamW(own, lr=5e-4)
+        optimizer = torch.optim.AdamW(own)
         for step in range(self.sizes.steps):
             for group in optimizer.param_groups:  # rises over the first steps, then falls
                 share = step / self.sizes.steps
                 group["lr"] = 1e-3 * min(1.0, (step + 1) / 5) * (1 - 0.9 * share)
             optimizer.zero_grad()
-            loss(step).backward()  # type: ignore[no-untyped-call]
+            loss(step).backward()
             nn.utils.clip_grad_norm_(own, 1.0)
             optimizer.step()
         student.eval()
