@@ -127,12 +127,19 @@ def test_a_group_with_wrong_colours_is_named_and_one_without_is_behind() -> None
         teacher=near(0.01),
         more=near(0.69),
     )
-    assert found(replace(STUDENT, groups=(group,))) == ["group behind: background blue"]
-    both = replace(STUDENT, groups=(group,), confusions=(confusion,))
-    assert found(both) == ["wrong colours: background blue"]
+    fine = replace(group, name="red", behind=near(0.0), is_behind=False)
+    ill = replace(STUDENT, groups=(group, fine))
+    assert found(ill) == ["group behind: background blue"]
+    assert found(replace(ill, confusions=(confusion,))) == ["wrong colours: background blue"]
+    # Retrieval may do without colours.
+    kept = replace(ill, groups=(replace(group, is_behind=False), fine), confusions=(confusion,))
+    assert found(kept) == ["wrong colours: background blue"]
     unsure = replace(confusion, more=near(0.05, 0.1))
-    assert found(replace(both, confusions=(unsure,))) == ["group behind: background blue"]
-    assert found(replace(both, groups=(replace(group, is_behind=False),))) == []
+    assert found(replace(ill, confusions=(unsure,))) == ["group behind: background blue"]
+    # A colour that is wrong in every layout is one of a background.
+    seen = [replace(confusion, column="layout", group=name) for name in ("above", "below")]
+    assert found(replace(kept, confusions=(confusion, *seen))) == ["wrong colours: background blue"]
+    assert found(replace(kept, confusions=tuple(seen))) == []
 
 
 def test_small_groups_are_counted_with_what_would_do() -> None:
