@@ -61,10 +61,11 @@ class Budget:
     pairs: int
     seeds: int
     teacher_steps: int
+    batch_size: int
 
 
-FULL = Budget(steps=600, count=20_480, pairs=1000, seeds=5, teacher_steps=1600)
-QUICK = Budget(steps=30, count=768, pairs=64, seeds=2, teacher_steps=80)
+FULL = Budget(steps=600, count=20_480, pairs=1000, seeds=5, teacher_steps=1600, batch_size=128)
+QUICK = Budget(steps=20, count=512, pairs=64, seeds=2, teacher_steps=100, batch_size=32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,11 @@ def second_teacher(folder: Path, budget: Budget) -> Path:
     teacher = folder / "teacher"
     if not teacher.exists():
         settings = TrainSettings(
-            steps=budget.teacher_steps, batch_size=128, learning_rate=8e-4, warmup_steps=80, seed=1
+            steps=budget.teacher_steps,
+            batch_size=budget.batch_size,
+            learning_rate=8e-4,
+            warmup_steps=budget.teacher_steps // 20,
+            seed=1,
         )
         pretrain(SECOND, settings, folder / "teacher-run", drawing="ink").save(teacher)
     return teacher
@@ -103,6 +108,7 @@ def world(name: str, teacher: str, data: str, folder: Path, budget: Budget) -> W
         "data": [data],
         "count": budget.count,
         "steps": budget.steps,
+        "batch_size": budget.batch_size,
         "warmup_steps": min(60, budget.steps // 4),
         "validations": 1,
     }
