@@ -23,6 +23,7 @@ from edgeclip.runtime import console
 from edgeclip.runtime.console import digits, percent, percent_interval, seconds
 from edgeclip.runtime.stats.interval import Interval
 
+_CAPTION = "Blue: the sizes that were trained, with 95% intervals over the seeds. Grey: the law."
 _METHOD = (
     "The law is lost = a + b (N / N0)^-c, for the lost share of the teacher's R@1 at N parameters. "
     "Intervals are of 95%, over the seeds, whose spread is pooled over the sizes; the pairs are "
@@ -115,7 +116,7 @@ def scaling_page(table: Scaling) -> Page:
         ),
         summary=PageSummary(by_law[0] if by_law else trained, tone),
         sections=sections(
-            section_of("sizes", "Sizes", (Figure(_chart(table)), _table(table), *notes)),
+            section_of("sizes", "Sizes", (Figure(_chart(table), _CAPTION), _table(table), *notes)),
             section_of("method", "Method", (Note(_METHOD), Commands((table.command,)))),
         ),
     )
@@ -123,7 +124,9 @@ def scaling_page(table: Scaling) -> Page:
 
 def _chart(table: Scaling) -> ScatterChart:
     trained = [
-        ScatterPoint(name=row.name, short="", x=_exact(row.parameters / 1e6), y=row.kept)
+        ScatterPoint(
+            name=f"{row.parameters / 1e6:.2f} M", x=_exact(row.parameters / 1e6), y=row.kept
+        )
         for row in table.rows
     ]
     law = [
