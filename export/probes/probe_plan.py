@@ -377,7 +377,6 @@ SMALL = ProbePlan(
     ),
     texts=(TextProbeSize(width=64, lengths=(8, 16)),),
     convs=(ConvProbeSize(width=16, side=8, next=32),),
-    grns=(ConvProbeSize(width=16, side=8),),
     checks=((probe_transformer("image", 64, 4, image_tokens(32, 8), patch=8), True),),
 )
 PLANS = {"standard": STANDARD, "small": SMALL}

@@ -133,6 +133,8 @@ def test_a_random_tower_has_the_sizes_of_the_plan() -> None:
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (128, 3, 512)
     assert (config.num_attention_heads, config.image_size, config.patch_size) == (2, 64, 16)
     assert tower.tokens == 17
+    second = ConvTower(widths=(16,), depths=(2,), image_size=32, dim=16, grn=True)
+    assert random_dual(second).model.config.vision_config.model_type == "convnextv2"
 
 
 OTHERS = ProbePlan(
