@@ -66,7 +66,7 @@ class MultiScaleTower(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, AttentionPool):
-            nn.init.normal_(module.query, std=module.query.shape[1] ** -0.5)
+            nn.init.normal_(module.query, std=module.query.shape[-1] ** -0.5)
 
     def forward(
         self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any
@@ -94,7 +94,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.zeros(heads, width // heads, 1))
+        self.query = nn.Parameter(torch.zeros(heads, 1, width // heads))
         self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
@@ -104,10 +104,12 @@ class AttentionPool(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """float32 [N, places, width] -> [N, width]."""
-        heads, size, _ = self.query.shape
+        heads, _, size = self.query.shape
         key = self.key(hidden).unflatten(-1, (heads, size)).transpose(1, 2)
         value = self.value(hidden).unflatten(-1, (heads, size)).transpose(1, 2)
-        shares = (key @ self.query * size**-0.5).softmax(dim=-2)  # [N, heads, places, 1]
+        # No product with a constant, which a quantizer would take for a linear layer.
+        scores = (key * self.query).sum(dim=-1, keepdim=True) * size**-0.5
+        shares = scores.softmax(dim=-2)  # [N, heads, places, 1]
         mixed = (shares.transpose(-1, -2) @ value).flatten(1)
         pooled: Tensor = self.out(mixed)
         pooled = pooled + self.mlp(self.norm(pooled))

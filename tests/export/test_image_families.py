@@ -143,7 +143,7 @@ def test_folded_norms_compute_the_same() -> None:
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node].count("BatchNormalization") == 1
     (found,) = ReferenceEvaluator(model).run(None, given)
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert not {item.name for item in model.graph.initializer} & {"scale_0", "mean_1"}
 
 
