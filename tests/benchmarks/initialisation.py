@@ -73,14 +73,14 @@ class Sizes(NamedTuple):
 
 
 QUICK = Sizes(
-    pictures=384,
-    held_out=64,
-    steps=20,
-    mapping=5,
-    batch_size=32,
-    validations=5,
+    pictures=192,
+    held_out=32,
+    steps=12,
+    mapping=4,
+    batch_size=24,
+    validations=4,
     seeds=2,
-    inputs=64,
+    inputs=32,
 )
 
 
