@@ -58,7 +58,7 @@ class StudentShape:
             `prune_vocabulary`.
         token_rank: width of the table of token embeddings; None for that of the tower. See
             `with_token_rank`.
-        inherit: what an inherited tower begins with: the `leading` heads, channels and neurons and
+        inherit: what a smaller tower begins with: the `leading` heads, channels and neurons and
             every so many layers of the teacher's; those `selected` by importance; these, then
             `mapped`, see `learn_mapping`; or `random` weights.
         mapping_steps: steps in which the mapping is learned, where it is.

@@ -18,7 +18,6 @@ from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad
 
 _log = logging.getLogger(__name__)
 
-_RATE = 0.3  # of the learning rate of the weights: each map moves many of them
 _VALIDATIONS = 4
 
 
@@ -67,7 +66,6 @@ def learn_mapping(
         settings=replace(
             settings,
             steps=steps,
-            learning_rate=_RATE * settings.learning_rate,
             warmup_steps=min(settings.warmup_steps, steps // 4),
             weight_decay=0.0,
             validations=_VALIDATIONS,
