@@ -87,7 +87,8 @@ class _AxisMap:
     def __call__(self, weight: Tensor) -> Tensor:
         split = weight.unflatten(self.axis, (self.parts, -1)).movedim(self.axis + 1, -1)
         made = (split @ self.matrix.T).movedim(-1, self.axis + 1)
-        return made.flatten(self.axis, self.axis + 1)
+        flat: Tensor = made.flatten(self.axis, self.axis + 1)
+        return flat
 
 
 class _MappedWeight(nn.Module):

@@ -84,7 +84,7 @@ def test_a_joint_weight_keeps_the_same_heads_of_query_key_and_value() -> None:
 
 def test_chosen_units_by_hand() -> None:
     """Two of four channels, one of two heads of one channel, one of three neurons, layer 1."""
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "attention.q_proj.weight": (2, 4),
         "attention.o_proj.weight": (4, 2),
         "attention.o_proj.bias": (4,),
@@ -92,7 +92,7 @@ def test_chosen_units_by_hand() -> None:
         "mlp.fc2.weight": (4, 3),
         "norm1.weight": (4,),
     }
-    outside = {"embeddings.word.weight": (5, 4)}
+    outside: dict[str, tuple[int, ...]] = {"embeddings.word.weight": (5, 4)}
     theirs = {
         f"text_model.{place}{name}": torch.randn(shape)
         for place, names in (("", outside), ("layers.0.", layer), ("layers.1.", layer))
@@ -108,7 +108,10 @@ def test_chosen_units_by_hand() -> None:
         layers={"text_model.layers.": (1,)},
         scales={"text_model.layers.1.norm1": 0.5},
     )
-    sizes = {"attention.q_proj.weight": (1, 2), "attention.o_proj.weight": (2, 1)}
+    sizes: dict[str, tuple[int, ...]] = {
+        "attention.q_proj.weight": (1, 2),
+        "attention.o_proj.weight": (2, 1),
+    }
     sizes |= {"attention.o_proj.bias": (2,), "norm1.weight": (2,)}
     sizes |= {"mlp.fc1.weight": (1, 2), "mlp.fc2.weight": (2, 1)}
     ours = {f"text_model.layers.0.{name}": torch.zeros(shape) for name, shape in sizes.items()}
