@@ -186,6 +186,11 @@ def _groups(model: ModelQuality) -> Iterator[Finding]:
 
     column = min(confused, key=share, default=None)
     named = confused[column] if column is not None and share(column) <= _AT_MOST else {}
+    # Where colours of one group were learned wrongly, those like them suffer a little as well.
+    lost = {
+        name: own for name, own in named.items() if _is_behind(judged.get((column or "", name)))
+    }
+    named = lost or named
     for name, own in named.items():
         assert column is not None
         yield _wrong_colours(column, name, judged.get((column, name)), own)
@@ -193,6 +198,10 @@ def _groups(model: ModelQuality) -> Iterator[Finding]:
         is_named = group.column == column and group.name in named
         if group.is_behind and group.behind.low > _POINTS and not is_named:
             yield _behind(group)
+
+
+def _is_behind(group: GroupQuality | None) -> bool:
+    return group is not None and group.is_behind
 
 
 def _wrong_colours(
