@@ -188,7 +188,7 @@ def _outside(args: argparse.Namespace, source: Source, size: int) -> Source | No
 
 
 def _told(found: Diagnosis) -> str:
-    rows = [("", "R@1", "", "kept", "", "cosine", "ECE", "outside")]
+    rows: list[tuple[str, ...]] = [("", "R@1", "", "kept", "", "cosine", "ECE", "outside")]
     rows += [_row(model) for model in found.models]
     lines = [f"{found.pictures} pictures, {found.captions} captions of {found.data}"]
     lines += [f"left out: {found.left_out}"] if found.left_out else []

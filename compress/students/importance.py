@@ -125,7 +125,8 @@ def _read(
     teacher: DualEncoder, source: Source, rows: NDArray[np.int64]
 ) -> tuple[Tensor, list[str]]:
     """Return pixels float32 [N, 3, size, size], and the first caption of each that has one."""
-    pixels, captions = [], []
+    pixels: list[Tensor] = []
+    captions: list[str] = []
     for index in rows.tolist():
         try:
             pixels.append(teacher.preprocess([source[index].image]))

@@ -47,7 +47,7 @@ class PlainEfficientNet(EfficientNetModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         if config.pooling_type == "mean":
-            self.pooler = nn.AdaptiveAvgPool2d(1)
+            self.pooler: nn.Module = nn.AdaptiveAvgPool2d(1)  # type: ignore[assignment]
 
 
 class _Attention(LevitAttention):
@@ -80,9 +80,15 @@ class FreshLevit(LevitModel):
 class _Layer(MobileViTV2Layer):
     """Cuts a map into patches by reshaping, where its sides are multiples of theirs."""
 
+    @property
+    def _patch(self) -> tuple[int, int]:
+        high: Any = self.patch_height
+        wide: Any = self.patch_width
+        return int(high), int(wide)
+
     def unfolding(self, feature_map: Tensor) -> tuple[Tensor, tuple[int, int]]:
         rows, columns = (int(side) for side in feature_map.shape[-2:])
-        high, wide = self.patch_height, self.patch_width
+        high, wide = self._patch
         if rows % high or columns % wide:
             found: tuple[Tensor, tuple[int, int]] = super().unfolding(feature_map)
             return found
@@ -92,12 +98,13 @@ class _Layer(MobileViTV2Layer):
 
     def folding(self, patches: Tensor, output_size: tuple[int, int]) -> Tensor:
         rows, columns = output_size
-        high, wide = self.patch_height, self.patch_width
+        high, wide = self._patch
         if rows % high or columns % wide:
             folded: Tensor = super().folding(patches, output_size)
             return folded
         grid = patches.unflatten(-1, (rows // high, columns // wide)).unflatten(2, (high, wide))
-        return grid.permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
+        whole: Tensor = grid.permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
+        return whole
 
 
 class ReshapingMobileViTV2(MobileViTV2Model):

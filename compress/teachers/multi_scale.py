@@ -61,10 +61,10 @@ class MultiScaleTower(PreTrainedModel):
         self.level = nn.Parameter(torch.zeros(levels, width))
         self.norm = nn.LayerNorm(width)
         self.pool = AttentionPool(width, config.num_attention_heads)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, AttentionPool):
             nn.init.normal_(module.query, std=module.query.shape[-1] ** -0.5)
 

@@ -130,8 +130,10 @@ class Row:
         )
 
 
-HEAD = ("model", "weights", "share", "R@1", "image to text", "text to image", "kept")
-HEAD += ("ms a pair", "of the teacher's time", "of the next larger one's")
+HEAD = (
+    *("model", "weights", "share", "R@1", "image to text", "text to image", "kept"),
+    *("ms a pair", "of the teacher's time", "of the next larger one's"),
+)
 
 
 def trained(

@@ -157,7 +157,13 @@ def test_the_server_gives_the_forms(encoder: Encoder) -> None:
         assert found.dtype == wanted.dtype
         assert np.array_equal(found, wanted)
     assert np.array_equal(models["own-text"].run(texts, {"dim": DIM})["text_embeds"], full)
-    for wrong in ({"dim": 5}, {"dim": 2.5}, {"dim": 0}, {"dim": 4, "embeddings": "int4"}):
+    mistakes: tuple[dict[str, str | int | float | bool], ...] = (
+        {"dim": 5},
+        {"dim": 2.5},
+        {"dim": 0},
+        {"dim": 4, "embeddings": "int4"},
+    )
+    for wrong in mistakes:
         with pytest.raises(InputError):
             models["own-text"].run(texts, wrong)
 
@@ -171,7 +177,7 @@ def test_the_server_searches_reduced_rows(encoder: Encoder, tmp_path: Path) -> N
     wanted = [[hit.key.encode() for hit in hits] for hits in index.search(full, 2)]
     found = model.run({"embeddings": full}, {"top": 2})
     assert found["key"].tolist() == wanted
-    parameters = {"top": 2, "basis": reducer.digest}
+    parameters: dict[str, str | int | float | bool] = {"top": 2, "basis": reducer.digest}
     cut = model.run({"embeddings": reducer.reduce(full)}, parameters)
     assert cut["key"].tolist() == wanted
     with pytest.raises(SpaceMismatchError):

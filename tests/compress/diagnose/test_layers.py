@@ -85,9 +85,10 @@ def test_a_convolutional_tower_has_layers_and_no_attention(teacher: DualEncoder)
 
 def test_weights_are_noise_until_something_is_learned() -> None:
     torch.manual_seed(0)
-    layer = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.Linear(64, 48))
+    first = torch.nn.Linear(48, 64)
+    layer = torch.nn.Sequential(first, torch.nn.Linear(64, 48))
     assert is_noise(layer)
     with torch.no_grad():
-        layer[0].weight += 0.2 * torch.outer(torch.ones(64), torch.randn(48))
+        first.weight += 0.2 * torch.outer(torch.ones(64), torch.randn(48))
     assert not is_noise(layer)
     assert not is_noise(torch.nn.LayerNorm(48))

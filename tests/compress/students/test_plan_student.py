@@ -45,6 +45,7 @@ def test_sizes_are_read_from_the_configuration_alone(teacher: DualEncoder, tmp_p
     assert sizes.image == TransformerTower(
         part="image", width=64, heads=2, hidden=256, layers=4, tokens=17, dim=32, patch=8
     )
+    assert sizes.text is not None
     assert (sizes.text.layers, sizes.text.tokens) == (2, 40)
     assert sizes.image_size == 32
 

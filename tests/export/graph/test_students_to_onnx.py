@@ -14,7 +14,7 @@ from edgeclip.export.quantizing.config import StaticInt8
 from edgeclip.export.quantizing.quantize_graph import quantize_graph
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.device.device_profile import DeviceProfile
-from edgeclip.runtime.spec import Tower
+from edgeclip.runtime.spec import Precision, Tower
 from tests.export.conftest import Blobs
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,11 @@ def test_merged_patches_in_fp32_and_int8(
     export_tower(student, "image", fp32, form)
     data: CalibrationData = calibration_images(Blobs(8), student.spec.image)
     quantize_graph(fp32, int8, StaticInt8(symmetric=False, reduce_range=True), data)
-    for path, precision, least in ((fp32, "fp32", 1 - 1e-6), (int8, "int8", 0.98)):
+    cases: tuple[tuple[Path, Precision, float], ...] = (
+        (fp32, "fp32", 1 - 1e-6),
+        (int8, "int8", 0.98),
+    )
+    for path, precision, least in cases:
         graph = TowerGraph("image", precision, path, form.pixels)
         embed = graph_embedder(graph, student.image_spec, cpu_device)
         found = embed(pixels)
