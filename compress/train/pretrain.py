@@ -14,7 +14,8 @@ from edgeclip.compress.compute import best_device
 from edgeclip.compress.data.emoji_scenes import Drawing
 from edgeclip.compress.data.sources import EmojiSource, captions_of
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
-from edgeclip.compress.train.distill import caption_keys, embed_batch
+from edgeclip.compress.train.batch_losses import embed_batch
+from edgeclip.compress.train.distillation_batches import caption_keys
 from edgeclip.compress.train.loss_terms import contrastive_loss, equal_captions
 from edgeclip.compress.train.train_loop import (
     Batch,

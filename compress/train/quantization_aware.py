@@ -15,7 +15,9 @@ from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
-from edgeclip.compress.train.distill import DistillationBatches, embed_batch, switch_off_dropout
+from edgeclip.compress.train.batch_losses import embed_batch
+from edgeclip.compress.train.distill import switch_off_dropout
+from edgeclip.compress.train.distillation_batches import DistillationBatches
 from edgeclip.compress.train.loss_terms import feature_loss
 from edgeclip.compress.train.train_loop import Rows, TrainSettings, TrainTask, train
 from edgeclip.runtime.errors import ConfigError, InputError

@@ -33,7 +33,8 @@ from edgeclip.compress.data.sources import EmojiSource
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import build_cache
-from edgeclip.compress.train.distill import DistillationBatches, embed_batch
+from edgeclip.compress.train.batch_losses import embed_batch
+from edgeclip.compress.train.distillation_batches import DistillationBatches
 from edgeclip.compress.train.loss_terms import TeacherRows
 from edgeclip.compress.train.losses import LossWeights, distillation_losses
 from edgeclip.compress.train.pretrain import TeacherShape, new_teacher

@@ -138,11 +138,11 @@ def _model() -> onnx.ModelProto:
 
 def test_folded_norms_compute_the_same() -> None:
     model, given = _model(), {"x": _random(np.random.default_rng(1), 2, 3, 5, 5)}
-    wanted = np.asarray(list(ReferenceEvaluator(model).run(None, given))[0], np.float32)
+    wanted = np.asarray(next(iter(ReferenceEvaluator(model).run(None, given))), np.float32)
     assert fold_batch_norms(model) == 2  # behind a Conv, and before one of 1 x 1
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node].count("BatchNormalization") == 1
-    found = np.asarray(list(ReferenceEvaluator(model).run(None, given))[0], np.float32)
+    found = np.asarray(next(iter(ReferenceEvaluator(model).run(None, given))), np.float32)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert not {item.name for item in model.graph.initializer} & {"scale_0", "mean_1"}
 

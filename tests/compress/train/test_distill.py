@@ -20,13 +20,9 @@ from edgeclip.compress.teachers.teacher_cache import (
     TeacherCache,
     build_cache,
 )
-from edgeclip.compress.train.distill import (
-    DistillationBatches,
-    caption_keys,
-    distill,
-    embed_batch,
-    switch_off_dropout,
-)
+from edgeclip.compress.train.batch_losses import embed_batch
+from edgeclip.compress.train.distill import distill, switch_off_dropout
+from edgeclip.compress.train.distillation_batches import DistillationBatches, caption_keys
 from edgeclip.compress.train.held_out import IMAGE_COSINE, STUDENT_R1, TEACHER_R1, TEXT_COSINE
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.pretrain import new_teacher

@@ -14,12 +14,9 @@ from edgeclip.compress.data.sources import FolderSource
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
-from edgeclip.compress.train.distill import (
-    DistillationBatches,
-    distill,
-    embed_batch,
-    most_learnable,
-)
+from edgeclip.compress.train.batch_losses import embed_batch, most_learnable
+from edgeclip.compress.train.distill import distill
+from edgeclip.compress.train.distillation_batches import DistillationBatches
 from edgeclip.compress.train.loss_terms import Bank, patch_loss
 from edgeclip.compress.train.losses import TERMS, LossWeights
 from edgeclip.compress.train.text_bank import BankReader, BankRows, TextBank
