@@ -185,9 +185,14 @@ class Encoder:
             dtype: of a row.
 
         Raises:
+            InputError: no such form can be.
             BundleError: the bundle gives no such form.
         """
-        return self._reducers(Form(length or self.spec.dim, dtype))
+        try:
+            form = Form(self.spec.dim if length is None else length, dtype)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return self._reducers(form)
 
     @functools.cached_property
     def _reducers(self) -> Callable[[Form], Reducer]:

@@ -373,6 +373,11 @@ class DualEncoder(nn.Module):
             dual.basis = read_basis(folder)
             if dual.basis is not None and dual.basis.space != dual.space:
                 dual.basis = None  # of the space that the files were in before they were changed
+                _log.warning(
+                    "%s: its axes of shorter embeddings are of another embedding space, and are "
+                    "left out",
+                    source,
+                )
         recorded = None if record is None else record.licence
         dual.licence = recorded or parts.licence
         if dual.licence is not None and is_restricted(dual.licence):

@@ -72,13 +72,24 @@ class _Folder:
         """Return the Conv that makes a value, or the MatMul before a Reshape to rows."""
         maker = self._only_reader_of(value)
         if maker is not None and maker.op_type == "Reshape":
-            maker = self._only_reader_of(maker.input[0])
+            reshape, maker = maker, self._only_reader_of(maker.input[0])
+            if maker is None or not self._is_to_rows(reshape, maker):
+                return None
             kinds = ("MatMul",)
         else:
             kinds = ("Conv",)
         if maker is None or maker.op_type not in kinds:
             return None
         return maker if set(maker.input[1:]) - {""} <= self._constants.keys() else None
+
+    def _is_to_rows(self, reshape: onnx.NodeProto, product: onnx.NodeProto) -> bool:
+        """Tell whether a reshape makes rows [N, width] of a product of that width."""
+        shape = self._constants.get(reshape.input[1])
+        weight = self._constants.get(product.input[1]) if len(product.input) > 1 else None
+        if shape is None or weight is None:
+            return False
+        wanted = numpy_helper.to_array(shape).tolist()
+        return len(wanted) == 2 and wanted[-1] == weight.dims[-1]
 
     def _only_reader_of(self, value: str) -> onnx.NodeProto | None:
         """Return the maker of a value that a single node reads."""
@@ -101,7 +112,11 @@ class _Folder:
     ) -> None:
         """Fold behind a convolution [out, in, *kernel]."""
         weight = self._value(conv.input[1])
-        bias = self._value(conv.input[2]) if len(conv.input) > 2 else np.zeros(len(weight))
+        bias = (
+            self._value(conv.input[2])
+            if len(conv.input) > 2 and conv.input[2]
+            else np.zeros(len(weight))
+        )
         spread = scale.reshape(-1, *[1] * (weight.ndim - 1))
         self._replace(conv, weight * spread, bias * scale + shift)
 
@@ -110,9 +125,17 @@ class _Folder:
     ) -> None:
         """Fold before a convolution [out, in, 1, 1]."""
         weight = self._value(conv.input[1])
-        bias = self._value(conv.input[2]) if len(conv.input) > 2 else np.zeros(len(weight))
+        bias = (
+            self._value(conv.input[2])
+            if len(conv.input) > 2 and conv.input[2]
+            else np.zeros(len(weight))
+        )
         moved = bias + weight[:, :, 0, 0] @ shift
         self._replace(conv, weight * scale.reshape(1, -1, 1, 1), moved)
+
+    def _bias(self, conv: onnx.NodeProto, count: int) -> NDArray[np.float64]:
+        has = len(conv.input) > 2 and conv.input[2]
+        return self._value(conv.input[2]) if has else np.zeros(count)
 
     def _replace(
         self, conv: onnx.NodeProto, weight: NDArray[np.float64], bias: NDArray[np.float64]

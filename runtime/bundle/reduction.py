@@ -143,6 +143,8 @@ class Reducer:
         Raises:
             InputError: another shape or dtype, or values that no row has.
         """
+        if not count:
+            raise InputError("an index needs at least one row")
         shape, dtype = self.form.row
         if rows.shape != (count, *shape) or rows.dtype != dtype:
             raise InputError(
@@ -212,7 +214,9 @@ class Basis:
             )
         axes = self.axes[: form.length]
         if form.dtype == "binary":
-            axes = self.turns[self.lengths.index(form.length)] @ axes
+            # In float64, or its rounding, which the digest sees, would differ between processors.
+            turn = self.turns[self.lengths.index(form.length)].astype(np.float64)
+            axes = (turn @ axes.astype(np.float64)).astype(np.float32)
         return Reducer(form, axes, self.space)
 
     def save(self, path: Path) -> None:
@@ -236,6 +240,8 @@ class Basis:
         meta, arrays = read_npz(path, _KIND, frozenset({"space", "lengths"}), keys)
         space, lengths, turns = meta["space"], meta["lengths"], arrays["turns"]
         try:
+            if arrays["axes"].ndim != 2:
+                raise InputError("axes of two dimensions were expected")
             if not isinstance(space, str) or not _are_lengths(lengths):
                 raise InputError("a fingerprint and a list of lengths were expected")
             ends = np.cumsum([length**2 for length in lengths])

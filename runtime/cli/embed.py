@@ -26,7 +26,7 @@ from edgeclip.runtime.bundle.reduced_index import ReducedIndex
 from edgeclip.runtime.bundle.reduction import ROW_TYPES, Form, Reducer
 from edgeclip.runtime.cli.options import Targets, add_encoder_options, open_encoder, positive
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import add_max_bad_option, find_images, report_bad
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
 from edgeclip.runtime.inputs.text_files import read_lines
@@ -197,6 +197,10 @@ def _reducer(args: argparse.Namespace, encoder: Encoder) -> Reducer | None:
     """Return what reduces embeddings as the options ask; None for full ones."""
     form = Form(args.dim or encoder.spec.dim, args.embeddings)
     if form == Form(encoder.spec.dim, "float32"):
+        if args.basis is not None:
+            raise ConfigError(
+                "--basis is for shorter or coarser embeddings: give --dim or --embeddings too"
+            )
         return None
     if args.basis is None:
         return encoder.reducer(form.length, form.dtype)

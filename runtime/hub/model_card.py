@@ -137,7 +137,7 @@ def _what_it_is(manifest: Manifest) -> str:
     ]
     if manifest.reduced:
         forms = ", ".join(str(item.form) for item in manifest.reduced)
-        lines.append(f"- Shorter and coarser embeddings, inside their gates: {forms}")
+        lines.append(f"- Shorter and coarser embeddings: {forms}")
     labels = [file for file in manifest.files if file.path.startswith("labels/")]
     engines = [file for file in manifest.files if file.path.startswith("engines/")]
     for what, files in (("Label sets", labels), ("Engines", engines)):

@@ -20,7 +20,7 @@ from edgeclip.runtime.bundle.files import atomic_file
 from edgeclip.runtime.bundle.index import Hit, Index, check_embeddings
 from edgeclip.runtime.bundle.reduced_index import AnyIndex, ReducedIndex
 from edgeclip.runtime.engines.onnxruntime_engine import import_onnxruntime
-from edgeclip.runtime.errors import MissingExtraError
+from edgeclip.runtime.errors import InputError, MissingExtraError
 from edgeclip.runtime.serving.models import TensorSpec, take_top
 from edgeclip.runtime.wire.messages import BASIS, Parameter
 from edgeclip.runtime.wire.tensors import BYTES
@@ -188,6 +188,8 @@ class SearchModel:
         queries = inputs["embeddings"]
         top = take_top(parameters, _DEFAULT_TOP, self._count)
         basis = parameters.get(BASIS)
+        if basis is not None and self._reduced is None:
+            raise InputError(f"{self.name} holds full embeddings: send full ones, without {BASIS}")
         if self._reduced is not None and basis is not None:
             rows = self._reduced.search(queries, top, basis=str(basis))
         else:

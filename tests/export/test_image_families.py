@@ -157,3 +157,25 @@ def test_what_is_read_elsewhere_is_not_folded() -> None:
     assert fold_batch_norms(model) == 0
     (found,) = ReferenceEvaluator(model).run(None, given)
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_reshape_that_makes_no_rows_is_not_folded_through() -> None:
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "product"),
+        helper.make_node("Reshape", ["a", "shape"], ["b"], "reshape"),
+        _norm("b", "y", 0),
+    ]
+    values: dict[str, NDArray[Any]] = {"w": _random(rng, 4, 6), "shape": np.array([2, 6, 6])}
+    for part in ("scale", "offset", "mean"):
+        values[f"{part}_0"] = _random(rng, 6)
+    values["variance_0"] = np.ones(6, np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "rows",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 6, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 6, 6])],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    assert fold_batch_norms(model) == 0

@@ -182,5 +182,10 @@ def test_the_server_searches_reduced_rows(encoder: Encoder, tmp_path: Path) -> N
     assert cut["key"].tolist() == wanted
     with pytest.raises(SpaceMismatchError):
         model.run({"embeddings": reducer.reduce(full)}, {"basis": "0" * 64})
+    whole = encoder.reducer(dtype="binary")  # as long as a full embedding, and turned
+    with pytest.raises(InputError):
+        SearchModel(Index(tuple(names), full, SPACE), "full", tmp_path).run(
+            {"embeddings": whole.reduce(full)}, {"basis": whole.digest}
+        )
     with pytest.raises(InputError):
         model.run({"embeddings": reducer.reduce(full)}, {})

@@ -62,6 +62,20 @@ def test_a_basis_by_hand() -> None:
         one.reduce(np.array([[0.8, -0.6]], np.float32))
 
 
+def test_turned_axes_do_not_hang_on_the_processor() -> None:
+    # Products in float32 differ in their last bit between kernels of BLAS, and so did the digest.
+    found = basis(12)
+    turned = found.reducer(Form(12, "binary")).axes
+    exact = [
+        [
+            np.float32(sum(float(a) * float(b) for a, b in zip(row, axis, strict=True)))
+            for axis in found.axes[:12].T
+        ]
+        for row in found.turns[found.lengths.index(12)]
+    ]
+    assert np.array_equal(turned, exact)
+
+
 def test_the_whole_turned_space_has_the_same_cosines() -> None:
     whole = basis().reducer(Form(DIM, "float32"))
     first, second = unit(20), unit(10, seed=1)
@@ -187,6 +201,14 @@ def test_others_queries_are_refused() -> None:
 def test_lengths_that_cannot_be(lengths: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError):
         check_lengths(lengths, DIM)
+
+
+@pytest.mark.parametrize("dtype", ROW_TYPES)
+def test_an_index_of_nothing_is_refused(dtype: RowType) -> None:
+    form = Form(12, dtype)
+    shape, kind = form.row
+    with pytest.raises(InputError):
+        ReducedIndex((), np.empty((0, *shape), kind), basis().reducer(form))
 
 
 def test_lengths_that_were_not_prepared() -> None:
