@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,12 @@ from edgeclip.compress.data.sources import (
     subset,
 )
 from edgeclip.compress.diagnose.diagnose import Inputs, diagnose
-from edgeclip.compress.diagnose.diagnosis import Diagnosis, ModelQuality
+from edgeclip.compress.diagnose.diagnosis import (
+    Diagnosis,
+    ModelQuality,
+    headline,
+    not_compared,
+)
 from edgeclip.compress.diagnose.groups import find_groups, taken
 from edgeclip.compress.diagnose.page import write_diagnosis
 from edgeclip.compress.diagnose.similarity import LEAST_ITEMS
@@ -192,13 +196,13 @@ def _told(found: Diagnosis) -> str:
     rows += [_row(model) for model in found.models]
     lines = [f"{found.pictures} pictures, {found.captions} captions of {found.data}"]
     lines += [f"left out: {found.left_out}"] if found.left_out else []
-    lines.append(columns(rows))
+    lines += [*not_compared(found), columns(rows)]
     for item in found.findings:
         lines += ["", f"{item.kind}, {item.subject}: {item.title}"]
         lines += [f"  {text}" for text in (*item.evidence, item.advice)]
-    faults = Counter(item.kind for item in found.findings if item.kind != "too few pictures")
-    if not faults:
-        lines += ["", "no fault was found"]
+    if all(item.kind == "too few pictures" for item in found.findings):
+        told = headline(found)
+        lines += ["", told[0].lower() + told[1:]]
     return "\n".join(lines)
 
 

@@ -69,9 +69,9 @@ def diagnose(given: Inputs) -> tuple[Diagnosis, LooksAt | None]:
     captions = [source.captions(index)[0] for index in range(len(source))]
     questions = Questions.of(teacher, captions, given.seed)
     measuring = Measuring.of(source, given.groups, questions, in_space, given.seed)
-    qualities = []
-    for model in tqdm(embedded, desc="figures", unit="model", dynamic_ncols=True):
-        qualities.append(measuring.quality(model, embedded[0]))
+    measured = measuring.qualities(embedded)
+    bar = tqdm(measured, "figures", total=len(embedded), unit="model", dynamic_ncols=True)
+    qualities = list(bar)
     towers: tuple[TowerLayers, ...] = ()
     looks = None
     if given.student is not None:
@@ -87,6 +87,7 @@ def diagnose(given: Inputs) -> tuple[Diagnosis, LooksAt | None]:
         data=source.name,
         pictures=len(source),
         captions=len(embedded[0].text),
+        distinct=len(measuring.distinct),
         left_out=given.left_out,
         outside=outside_name,
         same_space=in_space == set(models) - {"teacher"},

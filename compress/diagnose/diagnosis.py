@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from edgeclip.compress.diagnose.groups import GroupQuality
 from edgeclip.compress.diagnose.reliability import Calibration
-from edgeclip.compress.diagnose.similarity import MutualInformation
+from edgeclip.compress.diagnose.similarity import LEAST_ITEMS, MutualInformation
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.stats.interval import Interval
@@ -114,7 +114,8 @@ class ModelQuality:
         name: "teacher", "student", or a precision of the bundle.
         r1: R@1, mean of both directions.
         kept: of the teacher's; None for the teacher.
-        image, text: agreement with the teacher's towers; None for the teacher.
+        image, text: agreement with the teacher's towers; None for the teacher, and of texts where
+            too few first captions are distinct.
         gap: modality gap.
         alignment: of pictures and their first captions.
         image_uniformity, text_uniformity: of each tower.
@@ -123,7 +124,7 @@ class ModelQuality:
         outside_lost: the teacher's less this one.
         concepts: scores by word.
         groups: what is kept of each group.
-        confusions: colours read as others, in groups that are behind.
+        confusions: colours read as others, of all groups.
     """
 
     name: str
@@ -194,6 +195,7 @@ class Diagnosis(JsonRecord):
     Attributes:
         data: name of the pictures.
         pictures, captions: how many.
+        distinct: how many of the pictures' first captions differ.
         left_out: pictures without a caption, and others that were not drawn.
         outside: what the pictures from outside are, and how many.
         same_space: whether the student lives in its teacher's space, so that cosines mean anything.
@@ -209,9 +211,34 @@ class Diagnosis(JsonRecord):
     data: str
     pictures: int
     captions: int
+    distinct: int
     left_out: str
     outside: str
     same_space: bool
     models: tuple[ModelQuality, ...]
     towers: tuple[TowerLayers, ...]
     findings: tuple[Finding, ...]
+
+
+def headline(found: Diagnosis) -> str:
+    """Say in one sentence what was found."""
+    faults = [item for item in found.findings if item.kind != "too few pictures"]
+    if faults:
+        return "1 finding" if len(faults) == 1 else f"{len(faults)} findings"
+    return "No fault was found" + (" in what could be compared" if not_compared(found) else "")
+
+
+def not_compared(found: Diagnosis) -> tuple[str, ...]:
+    """Say which figures are left out, and why: a sentence each."""
+    told = []
+    if not found.same_space:
+        told.append(
+            "Not every model is in its teacher's space, so cosines to the teacher, words and what "
+            "a layer is worth are left out for those."
+        )
+    if found.distinct < LEAST_ITEMS:
+        told.append(
+            f"Only {found.distinct} of the pictures' first captions are distinct, so no text tower "
+            f"is compared with the teacher's: that needs {LEAST_ITEMS}."
+        )
+    return tuple(told)

@@ -6,7 +6,7 @@ found and noise is not.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from edgeclip.compress.diagnose.diagnosis import (
     ConceptScore,
@@ -365,11 +365,3 @@ def _figure(value: Interval) -> str:
 
 def _share(value: Interval) -> str:
     return f"{percent(value.value)} ({percent_interval(value)})"
-
-
-def headline(findings: Iterable[Finding]) -> str:
-    """One sentence for a page's head."""
-    faults = [item for item in findings if item.kind != "too few pictures"]
-    if not faults:
-        return "No fault was found"
-    return "1 finding" if len(faults) == 1 else f"{len(faults)} findings"

@@ -1,7 +1,7 @@
 """Measure teacher, student and each precision of a bundle on the same pictures."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -36,6 +36,7 @@ from edgeclip.compress.diagnose.layers import (
 )
 from edgeclip.compress.diagnose.reliability import Separation, calibration, separation
 from edgeclip.compress.diagnose.similarity import (
+    LEAST_ITEMS,
     alignment,
     gaussian_information,
     jackknifed,
@@ -61,6 +62,7 @@ _BATCH = 32
 _NEIGHBOURS = 10
 _PAIRWISE = 2000  # items of which all pairs are compared
 _CONFUSED = 8  # pictures of a word in a group, at least
+_AT_ONCE = 1 << 22  # cosines
 LAYER_ITEMS = 128  # pictures, and their captions, that layers are looked at with
 SHOWN = 6  # pictures whose attention is drawn
 
@@ -192,6 +194,22 @@ class Questions:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Answers:
+    """What a model answers, computed once: the teacher's are compared with those of every other.
+
+    Attributes:
+        hits: R@1 of each picture, the mean of both directions, [N].
+        separation: from pictures outside; None without two of these.
+        choices: the word that each picture fits best, for each family; () for a model of another
+            space.
+    """
+
+    hits: Values
+    separation: Separation | None
+    choices: tuple[NDArray[np.int64], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Measuring:
     """What all models are measured on.
 
@@ -225,23 +243,52 @@ class Measuring:
         first = np.searchsorted(relevance.owner, np.arange(relevance.images))
         return cls(relevance, first, groups, questions, frozenset(in_space), seed)
 
-    def quality(self, model: Embedded, teacher: Embedded) -> ModelQuality:
+    @property
+    def distinct(self) -> NDArray[np.int64]:
+        """The places of pictures' first captions, each of equal ones once, int64 [at most N]."""
+        _, places = np.unique(self.relevance.group[self.first], return_index=True)
+        found: NDArray[np.int64] = self.first[np.sort(places)]
+        return found
+
+    def qualities(self, models: Sequence[Embedded]) -> Iterator[ModelQuality]:
+        """Measure the models one after the other, the teacher first."""
+        teacher = models[0]
+        theirs = self._answers(teacher, in_space=True)
+        for model in models:
+            if model is teacher:
+                ours = theirs
+            else:
+                ours = self._answers(model, in_space=model.name in self.in_space)
+            yield self._quality(model, teacher, ours, theirs)
+
+    def _answers(self, model: Embedded, *, in_space: bool) -> Answers:
+        asked = zip(self.questions.asked, self.questions.texts, strict=True)
+        return Answers(
+            pair_ranks(model.image, model.text, self.relevance).hits(1),
+            _separation(model),
+            tuple(own.choices(model.image, texts) for own, texts in asked) if in_space else (),
+        )
+
+    def _quality(
+        self, model: Embedded, teacher: Embedded, ours: Answers, theirs: Answers
+    ) -> ModelQuality:
         """Measure one model; of the teacher what needs no other model."""
         is_teacher = model is teacher
-        hits, theirs = (
-            pair_ranks(own.image, own.text, self.relevance).hits(1) for own in (model, teacher)
-        )
-        captions = model.text[self.first]
+        captions, distinct = model.text[self.first], self.distinct
         pairs = self._pairwise(len(model.image))
         image, text = model.image[pairs], captions[pairs]
-        outside, lost = self._outside(model, teacher)
-        groups = () if is_teacher else group_quality(self.groups, hits, theirs)
-        found = ModelQuality(
+        outside, lost = ours.separation, None
+        if outside is not None and theirs.separation is not None and not is_teacher:
+            lost = theirs.separation.above(outside).interval
+        scores, confusions = self._words(ours, None if is_teacher else theirs)
+        return ModelQuality(
             name=model.name,
-            r1=estimate_share(hits).interval,
-            kept=None if is_teacher or not theirs.any() else estimate_kept(hits, theirs).interval,
+            r1=estimate_share(ours.hits).interval,
+            kept=None if is_teacher else _kept(ours, theirs),
             image=None if is_teacher else self._agreement(model, model.image, teacher.image),
-            text=None if is_teacher else self._agreement(model, captions, teacher.text[self.first]),
+            text=None
+            if is_teacher or len(distinct) < LEAST_ITEMS
+            else self._agreement(model, model.text[distinct], teacher.text[distinct]),
             gap=self._figure(lambda rows: modality_gap(image[rows], text[rows]), len(pairs), 0.0),
             alignment=estimate_mean(alignment(model.image, captions), least=0.0, most=4.0).interval,
             image_uniformity=self._figure(lambda rows: uniformity(image[rows]), len(pairs)),
@@ -251,11 +298,10 @@ class Measuring:
             ),
             outside=None if outside is None else outside.estimate().interval,
             outside_lost=lost,
-            concepts=(),
-            groups=groups,
-            confusions=(),
+            concepts=scores,
+            groups=() if is_teacher else group_quality(self.groups, ours.hits, theirs.hits),
+            confusions=confusions,
         )
-        return self._with_concepts(found, model, teacher)
 
     def _pairwise(self, count: int) -> NDArray[np.int64]:
         if count <= _PAIRWISE:
@@ -299,29 +345,18 @@ class Measuring:
             teacher_towards_mean=estimate_mean(theirs @ mean, least=-1, most=1).interval,
         )
 
-    def _outside(
-        self, model: Embedded, teacher: Embedded
-    ) -> tuple[Separation | None, Interval | None]:
-        ours, theirs = (_separation(own) for own in (model, teacher))
-        if ours is None or theirs is None:
-            return None, None
-        lost = None if model is teacher else theirs.above(ours).interval
-        return ours, lost
-
-    def _with_concepts(
-        self, found: ModelQuality, model: Embedded, teacher: Embedded
-    ) -> ModelQuality:
-        """Add the scores of words, judged by the teacher's texts, to a model in its space."""
-        if model is not teacher and model.name not in self.in_space:
-            return found
+    def _words(
+        self, ours: Answers, theirs: Answers | None
+    ) -> tuple[tuple[ConceptScore, ...], tuple[Confusion, ...]]:
+        """The scores of words, judged by the teacher's texts; `theirs` is None for the teacher."""
         scores: list[ConceptScore] = []
         confusions: list[Confusion] = []
-        for asked, texts in zip(self.questions.asked, self.questions.texts, strict=True):
-            ours, theirs = (asked.choices(own.image, texts) for own in (model, teacher))
-            scores += _scores(asked, ours, None if model is teacher else theirs)
-            if asked.family == "colour" and model is not teacher:
-                confusions += self._confusions(asked, ours, theirs)
-        return replace(found, concepts=tuple(scores), confusions=tuple(confusions))
+        for at, chosen in enumerate(ours.choices):
+            asked = self.questions.asked[at]
+            scores += _scores(asked, chosen, None if theirs is None else theirs.choices[at])
+            if asked.family == "colour" and theirs is not None:
+                confusions += self._confusions(asked, chosen, theirs.choices[at])
+        return tuple(scores), tuple(confusions)
 
     def _confusions(
         self, asked: ConceptQuestions, ours: NDArray[np.int64], theirs: NDArray[np.int64]
@@ -336,7 +371,7 @@ class Measuring:
                     if inside.sum() < _CONFUSED:
                         continue
                     wrong = np.bincount(ours[inside], minlength=len(asked.words))
-                    wrong[word] = 0
+                    wrong[word] = -1  # also where no other word was chosen
                     read_as = int(wrong.argmax())
                     own, other = ours[inside] == read_as, theirs[inside] == read_as
                     more = estimate_loss(own, other)
@@ -357,6 +392,12 @@ class Measuring:
         ]
 
 
+def _kept(ours: Answers, reference: Answers) -> Interval | None:
+    if not reference.hits.any():
+        return None
+    return estimate_kept(ours.hits, reference.hits).interval
+
+
 def _separation(model: Embedded) -> Separation | None:
     if len(model.outside) < 2:
         return None
@@ -364,7 +405,9 @@ def _separation(model: Embedded) -> Separation | None:
 
 
 def _best(rows: Values, texts: Values) -> Values:
-    return np.concatenate([(part @ texts.T).max(axis=1) for part in np.array_split(rows, 8)])
+    step = max(1, _AT_ONCE // len(texts))
+    parts = [rows[start : start + step] for start in range(0, len(rows), step)]
+    return np.concatenate([(part @ texts.T).max(axis=1) for part in parts])
 
 
 def _scores(
@@ -402,7 +445,7 @@ class LooksAt:
 def measure_layers(
     student: DualEncoder, teacher: DualEncoder, source: Source, *, in_space: bool, seed: int
 ) -> tuple[tuple[TowerLayers, ...], LooksAt]:
-    """Look at the layers of both towers with a few hundred pictures and their first captions."""
+    """Look at the layers of both towers with `LAYER_ITEMS` pictures and their first captions."""
     rng = np.random.default_rng(seed)
     count = min(LAYER_ITEMS, len(source))
     rows = np.sort(rng.choice(len(source), count, replace=False)).tolist()

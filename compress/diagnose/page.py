@@ -13,8 +13,9 @@ from edgeclip.compress.diagnose.diagnosis import (
     ModelQuality,
     TowerAgreement,
     TowerLayers,
+    headline,
+    not_compared,
 )
-from edgeclip.compress.diagnose.findings import headline
 from edgeclip.compress.diagnose.heat_chart import HeatChart
 from edgeclip.compress.diagnose.measure import LooksAt
 from edgeclip.profiles.report.charts import Dot, DotRow, RowChart
@@ -65,18 +66,12 @@ def diagnosis_page(found: Diagnosis, looks: LooksAt | None, command: str) -> Pag
     """What was found first, then the figures behind it, and how they were made."""
     lead = [f"{count(found.pictures)} pictures, {count(found.captions)} captions: {found.data}."]
     lead += [f"Left out: {found.left_out}."] if found.left_out else []
-    if not found.same_space:
-        lead.append(
-            "Not every model is in its teacher's space, so cosines to the teacher, words and what "
-            "a layer is worth are left out for those."
-        )
+    lead += not_compared(found)
     faults = any(item.kind != "too few pictures" for item in found.findings)
     return Page(
         title="Diagnosis of a student",
         lead=tuple(lead),
-        summary=PageSummary(
-            headline(found.findings), "miss" if faults else "", cards=tuple(_cards(found))
-        ),
+        summary=PageSummary(headline(found), "miss" if faults else "", cards=tuple(_cards(found))),
         sections=sections(
             _findings_section(found.findings),
             _models_section(found.models),
