@@ -17,7 +17,7 @@ from edgeclip.compress.diagnose.diagnosis import (
     TowerLayers,
 )
 from edgeclip.compress.diagnose.groups import LEAST_IN_GROUP, GroupQuality
-from edgeclip.runtime.console import digits, percent, percent_interval
+from edgeclip.runtime.console import percent, percent_interval
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.stats.interval import Interval
 
@@ -75,7 +75,8 @@ def _broken_layers(tower: TowerLayers) -> Iterator[Finding]:
         if layer.noise:
             evidence.append(
                 "none of its weight matrices has a larger singular value than its entries have in "
-                "any order (19 permutations); in other layers of the tower they have"
+                "any order (by so many permutations that 95% of layers of random weights are "
+                "found); in other layers of the tower they have"
             )
         if layer.gain_without is not None:
             change = layer.gain_without
@@ -284,7 +285,7 @@ def _reliability(model: ModelQuality, teacher: ModelQuality) -> Iterator[Finding
                 f"ECE {percent(own.error)}, where perfect calibration shows "
                 f"{percent(own.expected)} with so many pictures",
             ),
-            advice=f"Divide the logits by {digits(own.temperature)} where probabilities are shown, "
+            advice=f"Divide the logits by {own.temperature_told} where probabilities are shown, "
             "or certify a threshold (`edgeclip cascade`). No ranking changes.",
         )
     if model.outside_lost is not None and model.outside_lost.low > _POINTS:

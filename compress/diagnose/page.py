@@ -45,7 +45,7 @@ from edgeclip.profiles.report.sections import (
 )
 from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.arrays import Values
-from edgeclip.runtime.console import digits, percent, percent_interval
+from edgeclip.runtime.console import percent, percent_interval
 from edgeclip.runtime.stats.interval import Interval
 
 _SIDE = 128  # px of a picture with attention
@@ -371,7 +371,7 @@ def _trust_section(found: Diagnosis) -> Section | None:
                 Cell(model.name, tone="strong"),
                 Cell(percent(own.error), f"if perfect\n{percent(own.expected)}"),
                 _share(own.confidence_above_accuracy),
-                Cell(digits(own.temperature)),
+                Cell(own.temperature_told),
                 _number(model.outside),
                 _number(model.outside_lost),
             )
@@ -419,7 +419,8 @@ def _method_section(found: Diagnosis, command: str) -> Section | None:
                     (
                         "Random weights",
                         "No largest singular value above that of the same entries in another "
-                        "order (19 permutations of each matrix).",
+                        "order (so many permutations that 95% of layers of random weights are "
+                        "found, by Bonferroni's bound over the matrices).",
                     ),
                     (
                         "Neighbours",

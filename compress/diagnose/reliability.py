@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from edgeclip.runtime.arrays import Values
+from edgeclip.runtime.console import digits
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.stats.student_t import MeanEstimate, estimate_mean
 
 _BINS = 15
 _DRAWS = 200  # of the answers of a perfectly calibrated model
-_STEPS = 40  # of the search for a temperature, which then is known to 1e-7
-_LEAST, _MOST = math.log(0.05), math.log(20.0)  # temperatures that are searched
+_LEAST, _MOST = 0.05, 20.0  # temperatures that are searched
+_NEAR = 1e-3  # of a temperature, that it is found to
 _AT_ONCE = 1 << 22
 
 
@@ -30,7 +31,7 @@ class Calibration:
         limit: what such a model exceeds in 2.5% of the cases.
         confidence_above_accuracy: mean confidence less the share of right answers; above 0 for a
             model that is too sure.
-        temperature: what to divide logits by, so that the likelihood is best.
+        temperature: what to divide logits by, so that the likelihood is best, from 0.05 to 20.
     """
 
     error: float
@@ -40,9 +41,13 @@ class Calibration:
     temperature: float
 
     @property
-    def debiased(self) -> float:
-        """The error above what perfect calibration shows."""
-        return max(0.0, self.error - self.expected)
+    def temperature_told(self) -> str:
+        """The temperature in words: at an end of the search it is no optimum."""
+        if self.temperature >= _MOST * (1 - _NEAR):
+            return f"at least {digits(_MOST)}"
+        if self.temperature <= _LEAST * (1 + _NEAR):
+            return f"at most {digits(_LEAST)}"
+        return digits(self.temperature)
 
 
 def calibration(
@@ -124,10 +129,10 @@ def _best_temperature(image: Values, text: Values, relevance: Relevance, scale: 
         return total
 
     share = (math.sqrt(5) - 1) / 2
-    low, high = _LEAST, _MOST
+    low, high = math.log(_LEAST), math.log(_MOST)
     inner, outer = high - share * (high - low), low + share * (high - low)
     at_inner, at_outer = loss(inner), loss(outer)
-    for _ in range(_STEPS):
+    while high - low > _NEAR:
         if at_inner < at_outer:
             high, outer, at_outer = outer, inner, at_inner
             inner = high - share * (high - low)
@@ -136,8 +141,6 @@ def _best_temperature(image: Values, text: Values, relevance: Relevance, scale: 
             low, inner, at_inner = inner, outer, at_outer
             outer = low + share * (high - low)
             at_outer = loss(outer)
-        if high - low < 1e-3:
-            break
     return math.exp((low + high) / 2)
 
 

@@ -38,7 +38,20 @@ def test_a_model_that_is_too_sure_is_told_the_temperature() -> None:
     assert sure.error > sure.limit
     assert sure.confidence_above_accuracy.low > 0
     assert sure.temperature == pytest.approx(3, rel=0.15)
-    assert sure.debiased == pytest.approx(sure.error - sure.expected)
+
+
+def test_a_temperature_at_the_end_of_the_search_is_no_optimum() -> None:
+    texts = np.eye(2)
+    truth = np.arange(200) % 2
+    relevance = Relevance(200, np.arange(200), truth)
+    right, wrong = texts[truth], texts[1 - truth]
+    mixed = np.where(np.arange(200)[:, None] % 8 < 2, wrong, right)
+    # Three of four are right, so that the odds should be 3: 1 / log 3 at a scale of 1.
+    told = [
+        calibration(image, texts[truth], relevance, 1.0).temperature_told
+        for image in (wrong, mixed, right)
+    ]
+    assert told == ["at least 20.0", "0.910", "at most 0.0500"]
 
 
 def test_the_best_answer_by_hand() -> None:
