@@ -3,7 +3,7 @@
 A layer is a module of a list (a transformer's layer, a block of a ConvNeXt) that gives as many
 numbers as it takes, so that the tower can be run without it. Hidden states are averaged over the
 positions of a picture, or over the tokens of a text without its padding, so that layers of towers
-of any two kinds can be compared; those of a few hundred items are kept and no more.
+of any two kinds can be compared; those of at most `LAYER_ITEMS` items (measure.py) are kept.
 """
 
 import math
@@ -261,7 +261,6 @@ def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 _SMALLEST = 16  # rows and columns of a matrix that can be told from noise
 _CLEARLY = 1.15  # of the edge of a random spectrum: no need to draw
-_PERMUTATIONS = 19
 
 
 def is_noise(layer: nn.Module, *, seed: int = 0) -> bool:
@@ -270,8 +269,9 @@ def is_noise(layer: nn.Module, *, seed: int = 0) -> bool:
     Training makes some directions of a matrix larger than its entries alone can (Martin and
     Mahoney, JMLR 22, 2021). Entries in any order have their largest singular value at the edge of
     Marchenko and Pastur's law, s (sqrt(m) + sqrt(n)); a matrix is like noise if its own is no
-    larger than that of one of 19 permutations, which a permuted matrix is with 95% and a trained
-    one hardly ever. False for a layer without two matrices of 16 x 16 or more.
+    larger than that of one of 20 k - 1 permutations, with k matrices in the layer. Of a random
+    layer each matrix is missed with 1 / (20 k), so any with 5% at most (Bonferroni); a trained one
+    is hardly ever like noise. False for a layer without two matrices of 16 x 16 or more.
     """
     matrices = [
         weight.detach().float().flatten(1)
@@ -279,17 +279,20 @@ def is_noise(layer: nn.Module, *, seed: int = 0) -> bool:
         if weight.dim() > 1 and min(weight.flatten(1).shape) >= _SMALLEST
     ]
     generator = torch.Generator().manual_seed(seed)
-    return len(matrices) > 1 and all(_is_noise(matrix.cpu(), generator) for matrix in matrices)
+    permutations = 20 * len(matrices) - 1
+    return len(matrices) > 1 and all(
+        _is_noise(matrix.cpu(), permutations, generator) for matrix in matrices
+    )
 
 
-def _is_noise(matrix: Tensor, generator: torch.Generator) -> bool:
+def _is_noise(matrix: Tensor, permutations: int, generator: torch.Generator) -> bool:
     centred = matrix - matrix.mean()
     rows, columns = centred.shape
     largest = _largest(centred)
     edge = float(centred.square().mean().sqrt()) * (math.sqrt(rows) + math.sqrt(columns))
     if largest > _CLEARLY * edge:
         return False
-    for _ in range(_PERMUTATIONS):
+    for _ in range(permutations):
         order = torch.randperm(centred.numel(), generator=generator)
         if largest <= _largest(centred.flatten()[order].view_as(centred)):
             return True
