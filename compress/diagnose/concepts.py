@@ -20,12 +20,13 @@ from edgeclip.runtime.arrays import Values
 FAMILIES: dict[str, tuple[str, ...]] = {
     "colour": (
         *("black", "white", "red", "green", "yellow", "blue", "brown", "orange"),
-        *("pink", "purple", "grey", "gray", "teal"),
+        *("pink", "purple", "grey", "teal"),
     ),
     "position": ("above", "below", "left of", "right of"),
     "size": ("small", "large"),
     "number": ("one", "two", "three", "four", "five"),
 }
+_GRAY = re.compile(r"\bgray\b", re.IGNORECASE)  # one word with grey
 _LEAST = 5  # captions with a word
 _MOST = 400  # pictures of a family
 
@@ -76,6 +77,7 @@ def concept_questions(
         seed: of the draw.
         fits: whether a caption is short enough for the text tower.
     """
+    captions = [_GRAY.sub("grey", caption) for caption in captions]
     found = []
     for number, (family, known) in enumerate(FAMILIES.items()):
         pattern = re.compile(rf"\b({'|'.join(known)})\b", re.IGNORECASE)

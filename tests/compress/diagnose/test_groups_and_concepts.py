@@ -67,5 +67,12 @@ def test_questions_change_one_word() -> None:
     assert (asked.choices(image, own) == asked.right).all()
 
 
+def test_grey_and_gray_are_one_word() -> None:
+    captions = ["a grey cup", "a Gray cup", "a red cup"] * 5
+    (asked,) = concept_questions(captions)
+    assert asked.words == ("red", "grey")
+    assert asked.right.tolist() == [1, 1, 0] * 5
+
+
 def test_rare_words_ask_nothing() -> None:
     assert concept_questions(["a red cup", "a blue cup"] * 2) == ()
