@@ -166,7 +166,9 @@ def shuffle_captions(student: DualEncoder, teacher: DualEncoder, seed: int, size
 
     def loss(step: int) -> Tensor:
         captions = training.captions(step)
-        wrong = np.roll(rng.permutation(len(captions)), 1)
+        order = rng.permutation(len(captions))
+        wrong = np.empty(len(order), np.int64)
+        wrong[order] = np.roll(order, 1)  # a ring, so that no caption keeps its place
         with torch.no_grad():
             text = teacher.embed_text(teacher.tokenize(captions))[wrong]
         ours = student.embed_text(student.tokenize(captions))
