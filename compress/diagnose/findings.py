@@ -341,23 +341,38 @@ def _too_few(models: Sequence[ModelQuality], sizes: Sequence[int]) -> Iterator[F
         wide = [
             group
             for group in model.groups
-            if not group.is_behind and math.inf > group.behind.high > 0.1 and group.behind.low < 0
+            if not group.is_behind and group.behind.high > 0.1 and group.behind.low < 0
         ]
         if wide:
-            group = max(wide, key=lambda item: item.behind.high)
-            half = (group.behind.high - group.behind.low) / 2
-            needed = math.ceil(group.pictures * (half / 0.05) ** 2 / 10) * 10
-            yield Finding(
-                kind="too few pictures",
-                subject="groups",
-                title=f"Of {len(wide)} groups it cannot be told whether 10 points less are kept "
-                "than of the others.",
-                evidence=(
-                    f"the widest: {group.column} {group.name}, {group.pictures} pictures, "
-                    f"{_share(group.behind)} behind",
-                ),
-                advice=f"Some {needed} pictures of each group would tell five points.",
-            )
+            yield _wide(wide)
+
+
+def _wide(groups: Sequence[GroupQuality]) -> Finding:
+    """Groups whose interval says nothing; that of a few hits of the teacher may have no end."""
+    ended = [own for own in groups if math.isfinite(own.behind.high - own.behind.low)]
+    endless = [own for own in groups if own not in ended]
+    evidence, advice = [], []
+    if ended:
+        group = max(ended, key=lambda item: item.behind.high)
+        half = (group.behind.high - group.behind.low) / 2
+        needed = math.ceil(group.pictures * (half / 0.05) ** 2 / 10) * 10
+        evidence.append(
+            f"the widest: {group.column} {group.name}, {group.pictures} pictures, "
+            f"{_share(group.behind)} behind"
+        )
+        advice.append(f"Some {needed} pictures of each group would tell five points.")
+    if endless:
+        names = ", ".join(f"{own.column} {own.name} ({own.pictures} pictures)" for own in endless)
+        evidence.append(f"the teacher has too few hits in the group, or in all others: {names}")
+        advice.append("Where the teacher has too few hits, how many would do is not known.")
+    return Finding(
+        kind="too few pictures",
+        subject="groups",
+        title=f"Of {len(groups)} groups it cannot be told whether 10 points less are kept than of "
+        "the others.",
+        evidence=tuple(evidence),
+        advice=" ".join(advice),
+    )
 
 
 def _figure(value: Interval) -> str:

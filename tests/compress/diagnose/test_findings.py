@@ -1,5 +1,9 @@
+import math
 from dataclasses import replace
 
+import numpy as np
+
+from edgeclip.compress.data.picture_groups import Groups
 from edgeclip.compress.diagnose.diagnosis import (
     Confusion,
     LayerFigures,
@@ -8,7 +12,7 @@ from edgeclip.compress.diagnose.diagnosis import (
     TowerLayers,
 )
 from edgeclip.compress.diagnose.findings import find
-from edgeclip.compress.diagnose.groups import GroupQuality
+from edgeclip.compress.diagnose.groups import GroupQuality, group_quality
 from edgeclip.compress.diagnose.reliability import Calibration
 from edgeclip.compress.diagnose.similarity import MutualInformation
 from edgeclip.runtime.stats.interval import Interval
@@ -140,6 +144,22 @@ def test_a_group_with_wrong_colours_is_named_and_one_without_is_behind() -> None
     seen = [replace(confusion, column="layout", group=name) for name in ("above", "below")]
     assert found(replace(kept, confusions=(confusion, *seen))) == ["wrong colours: background blue"]
     assert found(replace(kept, confusions=tuple(seen))) == []
+
+
+def test_groups_that_tell_nothing_are_counted_and_named() -> None:
+    theirs = np.zeros(200)
+    theirs[:80] = theirs[120] = 1  # of the last hundred, one hit
+    groups = Groups("camera", ("one", "other"), np.repeat([0, 1], 100))
+    judged = group_quality([groups], theirs, theirs)
+    assert not all(math.isfinite(own.behind.low) for own in judged)
+    (item,) = find([TEACHER, replace(STUDENT, groups=judged)], [], [100, 100])
+    assert item.kind == "too few pictures"
+    assert "2 groups" in item.title
+    assert all(f"camera {name}" in " ".join(item.evidence) for name in groups.names)
+    wide = replace(judged[0], name="third", behind=near(0.0, 0.2))
+    (item,) = find([TEACHER, replace(STUDENT, groups=(*judged, wide))], [], [100] * 3)
+    assert "3 groups" in item.title
+    assert "1600" in item.advice  # 100 pictures tell 20 points
 
 
 def test_small_groups_are_counted_with_what_would_do() -> None:
