@@ -1,5 +1,6 @@
 """What `edgeclip diagnose` found: the figures of all models, their layers, groups and words."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -114,6 +115,8 @@ class ModelQuality:
         name: "teacher", "student", or a precision of the bundle.
         r1: R@1, mean of both directions.
         kept: of the teacher's; None for the teacher.
+        kept_of_exact: of the R@1 of `exact_of` all models, for each other precision; None where
+            there is no such model.
         image, text: agreement with the teacher's towers; None for the teacher, and of texts where
             too few first captions are distinct.
         gap: modality gap.
@@ -130,6 +133,7 @@ class ModelQuality:
     name: str
     r1: Interval
     kept: Interval | None
+    kept_of_exact: Interval | None
     image: TowerAgreement | None
     text: TowerAgreement | None
     gap: Interval
@@ -220,6 +224,11 @@ class Diagnosis(JsonRecord):
     findings: tuple[Finding, ...]
 
 
+def exact_of(names: Sequence[str]) -> str | None:
+    """Return which model a bundle's precisions are compared with: fp32, else the student."""
+    return next((name for name in ("fp32", "student") if name in names), None)
+
+
 def headline(found: Diagnosis) -> str:
     """Say in one sentence what was found."""
     faults = [item for item in found.findings if item.kind != "too few pictures"]
@@ -240,5 +249,11 @@ def not_compared(found: Diagnosis) -> tuple[str, ...]:
         told.append(
             f"Only {found.distinct} of the pictures' first captions are distinct, so no text tower "
             f"is compared with the teacher's: that needs {LEAST_ITEMS}."
+        )
+    names = [model.name for model in found.models]
+    if len(names) > 1 and exact_of(names) is None:
+        told.append(
+            f"{', '.join(names[1:])}: compared with the teacher alone, as there is neither fp32 "
+            "nor a student (`--student`) whose quality a precision could lose."
         )
     return tuple(told)

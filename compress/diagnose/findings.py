@@ -15,6 +15,7 @@ from edgeclip.compress.diagnose.diagnosis import (
     ModelQuality,
     TowerAgreement,
     TowerLayers,
+    exact_of,
 )
 from edgeclip.compress.diagnose.groups import LEAST_IN_GROUP, GroupQuality
 from edgeclip.runtime.console import percent, percent_interval
@@ -26,7 +27,6 @@ _LEARNED = 0.5  # of the teacher's own cosine to its mean: what an untrained tow
 _POINTS = 0.02  # a loss that is worth a word
 _WRONG = 0.2  # of a group's pictures with a word, read as one other more often than by the teacher
 _AT_MOST = 0.5  # of a column's groups
-_EXACT = "fp32"
 
 
 def find(
@@ -304,19 +304,19 @@ def _reliability(model: ModelQuality, teacher: ModelQuality) -> Iterator[Finding
 
 
 def _precisions(models: Sequence[ModelQuality]) -> Iterator[Finding]:
-    """Precisions whose kept share lies below that of the exact one as a whole."""
-    exact = next((model for model in models if model.name == _EXACT), None)
-    for model in models[1:]:
-        if exact is None or exact.kept is None or model.kept is None:
-            continue
-        if model.name in ("student", _EXACT) or model.kept.high >= exact.kept.low:
+    """Precisions that surely lose some of what fp32, or else the student in torch, finds."""
+    exact = exact_of([model.name for model in models])
+    for model in models:
+        if model.kept_of_exact is None or model.kept_of_exact.high >= 1 - _POINTS:
             continue
         yield Finding(
             kind="precision",
             subject=model.name,
-            title=f"{model.name} loses quality that {_EXACT} has.",
+            title=f"{model.name} loses quality that the {exact} has."
+            if exact == "student"
+            else f"{model.name} loses quality that {exact} has.",
             evidence=(
-                f"kept R@1 {_share(model.kept)}, {_EXACT} {_share(exact.kept)}, both ends apart",
+                f"R@1 kept of that of {exact}: {_share(model.kept_of_exact)}, picture by picture",
             ),
             advice="Search a quantization that keeps its gates (`edgeclip quantize`), or ship "
             "fp16.",

@@ -22,6 +22,7 @@ from edgeclip.compress.diagnose.diagnosis import (
     ModelQuality,
     TowerAgreement,
     TowerLayers,
+    exact_of,
 )
 from edgeclip.compress.diagnose.groups import group_quality
 from edgeclip.compress.diagnose.layers import (
@@ -253,21 +254,24 @@ class Measuring:
     def qualities(self, models: Sequence[Embedded]) -> Iterator[ModelQuality]:
         """Measure the models one after the other, the teacher first."""
         teacher = models[0]
-        theirs = self._answers(teacher, in_space=True)
+        exact = exact_of([model.name for model in models])
+        known = {
+            model.name: self._answers(model) for model in models if model.name in ("teacher", exact)
+        }
         for model in models:
-            if model is teacher:
-                ours = theirs
-            else:
-                ours = self._answers(model, in_space=model.name in self.in_space)
-            yield self._quality(model, teacher, ours, theirs)
+            ours = known.get(model.name) or self._answers(model)
+            found = self._quality(model, teacher, ours, known["teacher"])
+            if exact is not None and model.name not in ("teacher", "student", exact):
+                found = replace(found, kept_of_exact=_kept(ours, known[exact]))
+            yield found
 
-    def _answers(self, model: Embedded, *, in_space: bool) -> Answers:
-        asked = zip(self.questions.asked, self.questions.texts, strict=True)
-        return Answers(
-            pair_ranks(model.image, model.text, self.relevance).hits(1),
-            _separation(model),
-            tuple(own.choices(model.image, texts) for own, texts in asked) if in_space else (),
-        )
+    def _answers(self, model: Embedded) -> Answers:
+        choices: tuple[NDArray[np.int64], ...] = ()
+        if model.name == "teacher" or model.name in self.in_space:
+            asked = zip(self.questions.asked, self.questions.texts, strict=True)
+            choices = tuple(own.choices(model.image, texts) for own, texts in asked)
+        hits = pair_ranks(model.image, model.text, self.relevance).hits(1)
+        return Answers(hits, _separation(model), choices)
 
     def _quality(
         self, model: Embedded, teacher: Embedded, ours: Answers, theirs: Answers
@@ -285,6 +289,7 @@ class Measuring:
             name=model.name,
             r1=estimate_share(ours.hits).interval,
             kept=None if is_teacher else _kept(ours, theirs),
+            kept_of_exact=None,
             image=None if is_teacher else self._agreement(model, model.image, teacher.image),
             text=None
             if is_teacher or len(distinct) < LEAST_ITEMS

@@ -57,6 +57,7 @@ STUDENT = ModelQuality(
     name="student",
     r1=near(0.95),
     kept=near(0.97),
+    kept_of_exact=None,
     image=AGREES,
     text=AGREES,
     gap=near(0.1),
@@ -144,6 +145,14 @@ def test_a_group_with_wrong_colours_is_named_and_one_without_is_behind() -> None
     seen = [replace(confusion, column="layout", group=name) for name in ("above", "below")]
     assert found(replace(kept, confusions=(confusion, *seen))) == ["wrong colours: background blue"]
     assert found(replace(kept, confusions=tuple(seen))) == []
+
+
+def test_a_precision_that_surely_loses_is_named() -> None:
+    precision = replace(STUDENT, name="int8", kept_of_exact=near(0.95))
+    (item,) = find([TEACHER, STUDENT, precision], [], [100])
+    assert (item.kind, item.subject) == ("precision", "int8")
+    unsure = replace(precision, kept_of_exact=near(0.95, 0.1))
+    assert find([TEACHER, STUDENT, unsure], [], [100]) == ()
 
 
 def test_groups_that_tell_nothing_are_counted_and_named() -> None:

@@ -12,7 +12,8 @@ RNG = np.random.default_rng(0)
 
 
 def unit(rows: Values) -> Values:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    found: Values = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return found
 
 
 def embedded(name: str, image: Values, text: Values) -> Embedded:
@@ -85,3 +86,21 @@ def test_a_word_is_never_read_as_itself(errs: bool) -> None:
     found = measure(captions, teacher, student, groups=(of_all,), questions=questions)[1]
     told = [(item.word, item.read_as) for item in found.confusions]
     assert told == ([("black", "white")] if errs else [])
+
+
+@pytest.mark.parametrize("exact", ["fp32", "student", "fp16"])
+def test_precisions_are_compared_with_fp32_else_with_the_student(exact: str) -> None:
+    image = np.random.default_rng(2).normal(size=(60, 8))
+    broken = image.copy()
+    broken[::4] = -broken[::4]  # a quarter is lost
+    models = [embedded(name, image, image) for name in ("teacher", exact)]
+    models.append(embedded("int8", broken, image))
+    captions = [f"caption {number}" for number in range(60)]
+    _, same, lost = measure(captions, *models)
+    assert same.kept_of_exact is None
+    if exact == "fp16":  # as inexact as the other
+        assert lost.kept_of_exact is None
+    else:
+        assert lost.kept_of_exact is not None
+        assert lost.kept_of_exact.value == pytest.approx(0.75, abs=0.01)
+        assert lost.kept_of_exact.high < 1
