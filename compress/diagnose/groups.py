@@ -30,9 +30,17 @@ def find_groups(source: Source, by: Sequence[str], table: Path | None) -> tuple[
         table: see `read_groups`.
 
     Raises:
-        ConfigError: something that the data do not know.
+        ConfigError: something that the data do not know, or a table of which nothing is asked.
         InputError: see `read_groups`.
     """
+    if table is not None and not isinstance(source, FolderSource):
+        raise ConfigError(
+            f"--group-table {table}: a table groups the pictures of a folder, not {source.name}"
+        )
+    if table is not None and not set(by) - {"folder"}:
+        raise ConfigError(
+            f"--group-table {table}: name a column of it to group pictures by, with --group-by"
+        )
     if isinstance(source, EmojiSource):
         unknown = sorted(set(by) - set(_OF_SCENES))
         if unknown:
@@ -45,6 +53,10 @@ def find_groups(source: Source, by: Sequence[str], table: Path | None) -> tuple[
         common = (_grouped("folder", folders),) if len(set(folders)) > 1 else ()
         if not by:
             return common
+        if "folder" in by and not common:
+            raise ConfigError(
+                f"--group-by folder: all pictures of {source.name} lie in one folder, {folders[0]}"
+            )
         given = [name for name in by if name != "folder"]
         return (common if "folder" in by else ()) + tuple(
             read_groups(source, table, name) for name in given

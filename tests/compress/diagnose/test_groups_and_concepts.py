@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,16 @@ def test_what_groups_are_known() -> None:
 
 def test_a_folder_of_one_place_has_no_groups(source: FolderSource) -> None:
     assert find_groups(source, (), None) == ()
+    with pytest.raises(ConfigError, match="one folder"):
+        find_groups(source, ("folder",), None)
+
+
+@pytest.mark.parametrize("by", [(), ("folder",)])
+def test_a_table_without_a_column_is_refused(source: FolderSource, by: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="--group-by"):
+        find_groups(source, by, Path("table.csv"))
+    with pytest.raises(ConfigError, match="--group-table"):
+        find_groups(EmojiSource("test", 2, size=16), ("objects",), Path("table.csv"))
 
 
 def test_questions_change_one_word() -> None:
