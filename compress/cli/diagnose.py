@@ -108,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if args.student is not None:
         student = DualEncoder.load(model_source(args.student)).to(processes().device)
     models = [teacher] if student is None else [teacher, student]
-    size = max(model.image_spec.size for model in models)
+    specs = [model.image_spec for model in models]
+    size = max(spec.size for spec in (*specs, *(own.spec.image for own in encoders.values())))
     source = open_source(
         args.data or [EMOJI],
         split="test",
@@ -187,7 +188,8 @@ def _outside(args: argparse.Namespace, source: Source, size: int) -> Source | No
         drawn = np.random.default_rng(args.seed).choice(len(found), args.most, replace=False)
         return subset(found, np.sort(drawn), name=f"{args.most} of {found.name}")
     if isinstance(source, EmojiSource):
-        return EmojiSource("unseen", len(source) // 2, size=size, distinct=True)
+        count = len(source) // 2
+        return EmojiSource("unseen", count, size=size, distinct=True, drawing=source.drawing)
     return None
 
 

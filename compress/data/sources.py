@@ -134,9 +134,14 @@ class EmojiSource:
             size=self._size,
             seed=self._seed,
             distinct=self._distinct,
-            drawing=self._world.drawing,
+            drawing=self.drawing,
         )
         return make, (self.split, self._count)
+
+    @property
+    def drawing(self) -> Drawing:
+        """How the emoji look."""
+        return self._world.drawing
 
     def __len__(self) -> int:
         return self._count
