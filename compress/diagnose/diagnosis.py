@@ -157,7 +157,7 @@ class LayerFigures:
         best: the teacher's layer that is most alike, from 1.
         cka: linear CKA with it.
         cosine: mean cosine of the hidden states to those of that layer, where widths are equal.
-        noise: whether its weights have the spectrum of random ones.
+        noise: whether its weights have the spectrum of random ones, in a tower with trained ones.
         gain_without: what the cosine to the teacher's embedding gains where the layer is left out.
         does_harm: whether that is above 0, by Holm's method over the layers of the tower.
     """

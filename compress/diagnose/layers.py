@@ -263,6 +263,20 @@ _SMALLEST = 16  # rows and columns of a matrix that can be told from noise
 _CLEARLY = 1.15  # of the edge of a random spectrum: no need to draw
 
 
+def are_noise(layers: Sequence[nn.Module], *, seed: int = 0) -> list[bool]:
+    """Tell which layers of a tower are noise among trained ones: see `is_noise`.
+
+    Of a tower that was never trained no layer is: one of its layers may be missed, and the others
+    would stand out.
+    """
+    trained = any(
+        _largest(matrix) > _CLEARLY * _edge(matrix)
+        for layer in layers
+        for matrix in _matrices(layer)
+    )
+    return [trained and is_noise(layer, seed=seed) for layer in layers]
+
+
 def is_noise(layer: nn.Module, *, seed: int = 0) -> bool:
     """Tell whether all matrices of a layer have the spectrum of their own entries in any order.
 
@@ -273,24 +287,33 @@ def is_noise(layer: nn.Module, *, seed: int = 0) -> bool:
     layer each matrix is missed with 1 / (20 k), so any with 5% at most (Bonferroni); a trained one
     is hardly ever like noise. False for a layer without two matrices of 16 x 16 or more.
     """
-    matrices = [
-        weight.detach().float().flatten(1)
-        for weight in layer.parameters()
-        if weight.dim() > 1 and min(weight.flatten(1).shape) >= _SMALLEST
-    ]
+    matrices = _matrices(layer)
     generator = torch.Generator().manual_seed(seed)
     permutations = 20 * len(matrices) - 1
     return len(matrices) > 1 and all(
-        _is_noise(matrix.cpu(), permutations, generator) for matrix in matrices
+        _is_noise(matrix, permutations, generator) for matrix in matrices
     )
 
 
-def _is_noise(matrix: Tensor, permutations: int, generator: torch.Generator) -> bool:
-    centred = matrix - matrix.mean()
+def _matrices(layer: nn.Module) -> list[Tensor]:
+    """Return the matrices of a layer that are large enough, each less its mean."""
+    found = [
+        weight.detach().float().flatten(1).cpu()
+        for weight in layer.parameters()
+        if weight.dim() > 1 and min(weight.flatten(1).shape) >= _SMALLEST
+    ]
+    return [matrix - matrix.mean() for matrix in found]
+
+
+def _edge(centred: Tensor) -> float:
+    """Return the largest singular value of random entries of the same spread."""
     rows, columns = centred.shape
+    return float(centred.square().mean().sqrt()) * (math.sqrt(rows) + math.sqrt(columns))
+
+
+def _is_noise(centred: Tensor, permutations: int, generator: torch.Generator) -> bool:
     largest = _largest(centred)
-    edge = float(centred.square().mean().sqrt()) * (math.sqrt(rows) + math.sqrt(columns))
-    if largest > _CLEARLY * edge:
+    if largest > _CLEARLY * _edge(centred):
         return False
     for _ in range(permutations):
         order = torch.randperm(centred.numel(), generator=generator)

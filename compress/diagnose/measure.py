@@ -28,11 +28,11 @@ from edgeclip.compress.diagnose.groups import group_quality
 from edgeclip.compress.diagnose.layers import (
     Attention,
     TowerRun,
+    are_noise,
     attention,
     embed_without,
     find_layers,
     hidden_states,
-    is_noise,
     without_each,
 )
 from edgeclip.compress.diagnose.reliability import Separation, calibration, separation
@@ -491,8 +491,9 @@ def _tower_layers(
         harmful = [
             outcome == "failed" for outcome in judge([BoundTest((g,), "<=", 0.0) for g in gains])
         ]
+    noise = are_noise(layers, seed=seed)
     figures = []
-    for at, layer in enumerate(layers):
+    for at in range(len(layers)):
         best, value = cka.best(at)
         figures.append(
             LayerFigures(
@@ -500,7 +501,7 @@ def _tower_layers(
                 best=best + 1,
                 cka=value.interval,
                 cosine=_cosine(states[at], reference[best]),
-                noise=is_noise(layer, seed=seed),
+                noise=noise[at],
                 gain_without=None if gains is None else gains[at].interval,
                 does_harm=harmful[at],
             )

@@ -6,6 +6,7 @@ import torch
 
 from edgeclip.compress.diagnose.layers import (
     TowerRun,
+    are_noise,
     attention,
     embed_without,
     find_layers,
@@ -92,6 +93,17 @@ def test_weights_are_noise_until_something_is_learned() -> None:
         first.weight += 0.2 * torch.outer(torch.ones(64), torch.randn(48))
     assert not is_noise(layer)
     assert not is_noise(torch.nn.LayerNorm(48))
+
+
+def test_no_layer_stands_out_of_a_tower_that_was_never_trained(teacher: DualEncoder) -> None:
+    layers = find_layers(text_run(teacher))
+    assert [is_noise(layer) for layer in layers] == [False, True]  # the first is missed
+    assert are_noise(layers) == [False, False]
+    trained = copy.deepcopy(layers[0])
+    with torch.no_grad():
+        weight = next(own for own in trained.parameters() if own.dim() > 1)
+        weight += 0.2 * torch.outer(*torch.randn(2, 64))
+    assert are_noise([trained, layers[1]]) == [False, True]
 
 
 def test_a_random_layer_of_many_matrices_is_missed_in_5_percent() -> None:
