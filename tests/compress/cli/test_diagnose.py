@@ -1,8 +1,10 @@
+import html
 from pathlib import Path
 
 import pytest
 
-from edgeclip.compress.diagnose.diagnosis import Diagnosis
+from edgeclip.compress.diagnose.diagnosis import Diagnosis, not_compared
+from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.cli.main import main
 
 
@@ -30,6 +32,27 @@ def test_a_model_beside_itself_has_no_fault(teacher_folder: Path, tmp_path: Path
     page = (tmp_path / "one" / "diagnosis.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert 'src="http' not in page
+
+
+@pytest.mark.slow
+def test_a_student_of_another_space_is_not_called_healthy(
+    teacher: DualEncoder,
+    teacher_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parts = (teacher.model, teacher.image_spec, teacher.tokenizer)
+    DualEncoder(*parts, space="7" * 64).save(tmp_path / "other")
+    words = ["--teacher", str(teacher_folder), "--student", str(tmp_path / "other")]
+    words += ["--count", "40", "--group-by", "objects", "--out", str(tmp_path / "out")]
+    assert main(["diagnose", *words]) == 0
+    told = capsys.readouterr().out
+    found = Diagnosis.load(tmp_path / "out" / "diagnosis.json")
+    page = (tmp_path / "out" / "diagnosis.html").read_text(encoding="utf-8")
+    (sentence,) = not_compared(found)
+    assert sentence in told
+    assert sentence in html.unescape(page)
+    assert "no fault was found in what could be compared" in told
 
 
 def test_mistakes_are_named(
