@@ -3,9 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from edgeclip.compress.data.sources import EmojiSource
+from edgeclip.compress.diagnose.diagnose import Inputs
 from edgeclip.compress.diagnose.diagnosis import Diagnosis, not_compared
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.runtime.cli.main import main
+from edgeclip.runtime.errors import ConfigError
 
 
 @pytest.mark.slow
@@ -53,6 +56,24 @@ def test_a_student_of_another_space_is_not_called_healthy(
     assert sentence in told
     assert sentence in html.unescape(page)
     assert "no fault was found in what could be compared" in told
+
+
+@pytest.mark.slow
+def test_scenes_from_outside_are_of_the_same_drawing(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Inputs] = []
+
+    def refuse(given: Inputs) -> None:
+        seen.append(given)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("edgeclip.compress.cli.diagnose.diagnose", refuse)
+    words = ["--teacher", str(teacher_folder), "--student", str(teacher_folder)]
+    words += ["--data", "emoji-ink", "--count", "40", "--group-by", "objects"]
+    assert main(["diagnose", *words, "--out", str(tmp_path / "out")]) == 2
+    assert isinstance(seen[0].outside, EmojiSource)
+    assert seen[0].outside.drawing == "ink"
 
 
 def test_mistakes_are_named(

@@ -102,7 +102,7 @@ def test_no_layer_stands_out_of_a_tower_that_was_never_trained(teacher: DualEnco
     trained = copy.deepcopy(layers[0])
     with torch.no_grad():
         weight = next(own for own in trained.parameters() if own.dim() > 1)
-        weight += 0.2 * torch.outer(*torch.randn(2, 64))
+        weight.add_(0.2 * torch.outer(torch.randn(64), torch.randn(64)))
     assert are_noise([trained, layers[1]]) == [False, True]
 
 
