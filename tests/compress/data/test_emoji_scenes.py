@@ -267,10 +267,10 @@ def test_unknown_split() -> None:
 def test_missing_package(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"'{package}': pip install 'edgeclip\[scenes\]'"):
-        emoji_scenes._drawn.__wrapped__()
+        emoji_scenes._drawn.__wrapped__("colour")
 
 
 def test_pillow_without_raqm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "check", lambda _name: False)
     with pytest.raises(ConfigError, match="install Pillow's own wheel"):
-        emoji_scenes._drawn.__wrapped__()
+        emoji_scenes._drawn.__wrapped__("colour")

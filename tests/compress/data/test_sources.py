@@ -111,7 +111,9 @@ def test_the_identity_of_scenes_names_what_draws_them(
     assert _fresh_identity() != before
     monkeypatch.undo()
     assert _fresh_identity() == before
-    monkeypatch.setattr("edgeclip.compress.data.sources.vocabulary", lambda: vocabulary()[1:])
+    monkeypatch.setattr(
+        "edgeclip.compress.data.sources.vocabulary", lambda drawing: vocabulary(drawing)[1:]
+    )
     assert _fresh_identity() != before
     monkeypatch.undo()
     assert _fresh_identity() == before
