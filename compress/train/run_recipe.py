@@ -5,6 +5,7 @@ beside the student that it ended with. A run that was stopped goes on in the sta
 that has ended takes no more steps.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from edgeclip.compress.train.kept_weights import BestStep
 from edgeclip.compress.train.learn_mapping import learn_mapping
 from edgeclip.compress.train.recipe import DistillRecipe, load_recipe, stage_number
 from edgeclip.compress.train.trackers import check_trackers
+from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.bundle.reduction import check_lengths
 from edgeclip.runtime.errors import ConfigError, EdgeClipError
 from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad
@@ -110,6 +112,13 @@ class PreparedRun:
         self._asked: dict[Path, tuple[object, ...]] = {}  # what each cache is of
         self.weight_bytes = students[-1].weight_bytes
 
+    @property
+    def identity(self) -> str:
+        """Names data, files and models of the run by their contents, without paths and settings."""
+        stages = [[stage.source.identity, *_read_files(stage)] for stage in self._stages]
+        models = [space_fingerprint(own) for own in self._models.values()]
+        return json.dumps([stages, models])
+
     def train(self) -> RunEnd:
         """Train stage after stage, or go on where the run was stopped.
 
@@ -183,7 +192,7 @@ class PreparedRun:
         if stage.begins == "inherits" and shape.inherit != "leading":
             steps = f" in {shape.mapping_steps} steps" if shape.inherit == "mapped" else ""
             names.append(f"{shape.inherit}{steps}")
-        return " ".join(names)
+        return " ".join([*names, *_read_files(stage)])
 
     def _keep_recipe(self, stage: _Stage) -> Callable[[], None]:
         """Return what writes the recipe, once no later stage can refuse to go on with it."""
@@ -287,6 +296,15 @@ def prepare_run(
         raise ConfigError("the recipe cannot run:\n" + "\n".join(f"  {line}" for line in wrong))
     cache = cache or run / "cache"
     return PreparedRun(recipe, stages, models, students, run=run, cache=cache, max_bad=max_bad)
+
+
+def _read_files(stage: _Stage) -> list[str]:
+    """Name the contents of the files, data aside, that change what a student reads."""
+    named = (
+        ("read by", stage.recipe.translations),
+        ("of the tokens of", stage.shape.vocabulary),
+    )
+    return [f"{how} {sha256_file(Path(path))}" for how, path in named if path is not None]
 
 
 def _numbers(recipes: Sequence[DistillRecipe]) -> range:

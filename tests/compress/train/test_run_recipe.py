@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.train.recipe import DistillRecipe, load_recipe, recipe_names
 from edgeclip.compress.train.run_recipe import RunEnd, prepare_run
@@ -186,6 +187,27 @@ def test_a_teacher_of_another_space_is_refused(
     recipe = _recipe(teacher_folder, [{}, {"teacher": [str(tmp_path / "other")]}])
     with pytest.raises(ConfigError, match=r"stage 2: its first teacher .* another embedding space"):
         prepare_run(recipe, run=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["translations", "vocabulary"])
+def test_a_run_goes_on_with_files_of_the_same_contents_alone(
+    name: str, teacher_folder: Path, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{number}.csv" for number in range(3)]
+    scenes = open_source(["emoji"], split="train", count=8, size=32)
+    for file, last in zip(files, "aab", strict=True):
+        lines = [f'"{scenes.caption(number)}",{last}' for number in range(8)]
+        file.write_text("\n".join(["caption,translation", *lines]))
+    prepared = []
+    for file in files:
+        recipe = _recipe(teacher_folder, []).replaced({name: str(file)}, source="the test")
+        prepared.append(prepare_run(recipe, run=tmp_path / "run"))
+    same, other = prepared[1].identity, prepared[2].identity
+    assert prepared[0].identity == same != other
+    prepared[0].train()
+    prepared[1].train()
+    with pytest.raises(ConfigError, match="other data, teacher or student"):
+        prepared[2].train()
 
 
 def test_every_recipe_with_stages_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
