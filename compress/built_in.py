@@ -21,6 +21,15 @@ def built_in_teacher() -> Path:
     return BUILT_IN_TEACHER
 
 
+def model_source(name: str) -> str | Path:
+    """Return the directory or hub id of a model as it is named on the command line.
+
+    Raises:
+        ConfigError: see `built_in_teacher`.
+    """
+    return built_in_teacher() if name == BUILT_IN else name
+
+
 def require_checkout(file: Path, what: str) -> None:
     """Check that a file which only the repository holds is here.
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.compress.built_in import model_source
 from edgeclip.compress.cli.options import (
     add_data,
     add_teacher,
     load_teacher,
     max_bad,
-    model_source,
 )
 from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sources import (

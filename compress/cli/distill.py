@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeclip.compress.cli.options import add_strict, max_bad, model_source
+from edgeclip.compress.built_in import model_source
+from edgeclip.compress.cli.options import add_strict, max_bad
 from edgeclip.compress.data.sampling import MOST_HELD_OUT
 from edgeclip.compress.processes import is_helper, processes, silence_helpers
 from edgeclip.compress.teachers.dual_encoder import MARKER

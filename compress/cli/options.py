@@ -2,9 +2,8 @@
 
 import argparse
 import logging
-from pathlib import Path
 
-from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
+from edgeclip.compress.built_in import BUILT_IN, model_source
 from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sources import EMOJI, Source
@@ -63,11 +62,6 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
 def load_teacher(args: argparse.Namespace) -> DualEncoder:
     """Load the teacher of `--teacher`, on the fastest torch device."""
     return DualEncoder.load(model_source(args.teacher)).to(processes().device)
-
-
-def model_source(name: str) -> str | Path:
-    """Return the directory or hub id of a model as it is named on the command line."""
-    return built_in_teacher() if name == BUILT_IN else name
 
 
 def load_source(args: argparse.Namespace, teacher: DualEncoder, *, split: Split) -> Source:

@@ -8,7 +8,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from edgeclip.compress.cli.options import model_source
+from edgeclip.compress.built_in import model_source
 from edgeclip.compress.students.vocabulary import TokenChange, compare_tokens, prune_vocabulary
 from edgeclip.compress.teachers.dual_encoder import MARKER, DualEncoder
 from edgeclip.runtime.bundle.files import check_target, require_space
