@@ -28,13 +28,15 @@ def rebuilt(
     """
     model: Any = dual.family.model_class(config)(config)
     model.load_state_dict(state)
-    return DualEncoder(
+    made = DualEncoder(
         model.to(dual.device),
         dual.image_spec,
         tokenizer or dual.tokenizer,
         space=dual.space,
         licence=dual.licence,
-    ).train(dual.training)
+    )
+    made.basis = dual.basis
+    return made.train(dual.training)
 
 
 def token_table(dual: DualEncoder) -> str:

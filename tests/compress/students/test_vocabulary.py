@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -21,6 +22,7 @@ from edgeclip.compress.students.vocabulary import (
     prune_vocabulary,
 )
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.runtime.bundle.reduction import make_basis
 from edgeclip.runtime.errors import ConfigError
 from tests.compress.teachers.teacher_factory import FAMILIES
 
@@ -124,6 +126,12 @@ def test_a_pruned_model_embeds_its_corpus_as_before(teacher: DualEncoder, tmp_pa
     assert found.before < found.after
     again = prune_vocabulary(pruned, texts)
     assert again.spec == pruned.spec
+
+
+def test_a_pruned_model_keeps_its_axes(teacher: DualEncoder) -> None:
+    model = copy.deepcopy(teacher)
+    model.basis = make_basis(np.eye(teacher.spec.dim), teacher.space, (8,))
+    assert prune_vocabulary(model, CAPTIONS[:10]).basis is model.basis
 
 
 def test_the_end_token_never_becomes_the_mark_of_an_old_clip(teacher: DualEncoder) -> None:
