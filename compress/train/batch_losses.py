@@ -128,7 +128,10 @@ def _pair_losses(
         more = bank.after(int(targets["bank position"][0]), new, targets["text number"])
         more = more.chosen(rows)
     image, text = found["image"][rows], found["text"][rows]
-    captioned, same = targets["captioned"][rows], equal_captions(targets["caption"][rows])
+    captioned = targets["captioned"][rows]
+    # Two translations of a caption are other tokens of the student, and one text of the teacher.
+    texts_of = (targets[name][rows] for name in ("caption", "text number"))
+    same = torch.stack([equal_captions(own) for own in texts_of]).any(dim=0)
     each = [
         distillation_losses(
             weights,

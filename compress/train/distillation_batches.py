@@ -96,7 +96,7 @@ class DistillationBatches:
         return scores
 
     def __call__(self, part: BatchPart) -> Batch:
-        timed = _Stages()
+        timed = _Timer()
         indices, epochs = self.items(part)
         views = epochs % self._caches[0].settings.views
         with timed.stage("reading pictures"):
@@ -132,27 +132,24 @@ class DistillationBatches:
             for number, cache in enumerate(self._caches):
                 rows = cache.text(indices[kept].tolist(), np.array(numbers)[kept].tolist())
                 targets[f"text {number}"] = spread_rows(rows, kept, len(indices))
+            own = self._caches[0].text_numbers(
+                indices[kept].tolist(), np.array(numbers)[kept].tolist()
+            )
+            targets["text number"] = torch.full((len(indices),), -1)
+            targets["text number"][torch.from_numpy(kept)] = torch.from_numpy(own)
             if self._bank is not None:
-                own = self._caches[0].text_numbers(
-                    indices[kept].tolist(), np.array(numbers)[kept].tolist()
-                )
-                targets |= self._bank_targets(self._bank, part, kept, own)
+                targets |= self._bank_targets(self._bank, part)
         return Batch(inputs=inputs, targets=targets, seconds=timed.seconds, bad=bad)
 
-    def _bank_targets(
-        self, bank: BankReader, part: BatchPart, kept: NDArray[np.int64], own: NDArray[np.int64]
-    ) -> Rows:
-        """Return a row that the bank takes in for each pair, and the numbers of their captions."""
+    def _bank_targets(self, bank: BankReader, part: BatchPart) -> Rows:
+        """Return a row that the bank takes in for each pair."""
         count = self._batch_size // part.count
         first = part.step * self._batch_size + part.number * count + bank.size
         new = bank(first, count)
-        numbers = torch.full((count,), -1)
-        numbers[torch.from_numpy(kept)] = torch.from_numpy(own)
         return {
             **{f"bank {number}": texts for number, texts in enumerate(new.texts)},
             "bank key": new.keys,
             "bank position": torch.arange(first, first + count),
-            "text number": numbers,
         }
 
     def _hidden(self, part: BatchPart) -> Tensor:
@@ -212,7 +209,7 @@ def caption_keys(ids: NDArray[np.int64], pad_id: int) -> NDArray[np.int64]:
     return np.array(found, np.int64)
 
 
-class _Stages:
+class _Timer:
     """Adds up the seconds of each stage."""
 
     def __init__(self) -> None:

@@ -11,10 +11,11 @@ from torch.nn.functional import normalize
 from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import FolderSource
+from edgeclip.compress.data.translations import Translated
 from edgeclip.compress.students.student import StudentShape, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache
-from edgeclip.compress.train.batch_losses import embed_batch, most_learnable
+from edgeclip.compress.train.batch_losses import batch_losses, embed_batch, most_learnable
 from edgeclip.compress.train.distill import distill
 from edgeclip.compress.train.distillation_batches import DistillationBatches
 from edgeclip.compress.train.loss_terms import Bank, patch_loss
@@ -120,6 +121,25 @@ def test_a_run_with_every_loss_resumes_exactly(
     for name in ALL.__slots__:
         if name in line:
             assert line[name] == pytest.approx(logs[1][0][name], rel=1e-4), name
+
+
+def test_translations_of_one_caption_are_no_negatives(
+    teacher: DualEncoder, cache: TeacherCache, source: FolderSource
+) -> None:
+    # Pictures 7 and 11 have the same caption; 7 leaves 1 of 3, and 11 leaves 2.
+    other = Translated(source, {"picture 7": ("a picture", "ein Bild")})
+    assert other.caption(7) != other.caption(11)
+    sampling = Sampling(parts_of(source), held_out=0)
+    settings = replace(SETTINGS, batch_size=20)
+    found, losses = None, []
+    for own in (source, other):
+        batch = DistillationBatches(teacher, [cache], own, sampling, settings)(BatchPart(0, 0, 1))
+        if found is None:
+            with torch.inference_mode():
+                found = embed_batch(teacher, batch.inputs)
+        weights = LossWeights(contrastive=1)
+        losses.append(batch_losses(weights, [cache.settings], None, (), found, batch.targets))
+    assert losses[0] == losses[1]
 
 
 def test_patches_are_those_of_the_teacher(
