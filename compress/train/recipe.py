@@ -113,7 +113,7 @@ class DistillRecipe:
     def replaced(self, given: Mapping[str, object], *, source: str) -> "DistillRecipe":
         """Return the recipe with other values of some settings, by their names in any section.
 
-        They hold in every stage.
+        They hold in every stage, but for the teachers of one that learns from a stage before.
 
         Raises:
             ConfigError: one message that lists every value that is wrong; `source` says where they
@@ -124,7 +124,10 @@ class DistillRecipe:
             section = next((own for own in SECTIONS if name in data[own]), None)
             (data if section is None else data[section])[name] = value
             for stage in data["stages"]:
-                (stage if section is None else stage.get(section, {})).pop(name, None)
+                own = stage if section is None else stage.get(section, {})
+                if name == "teacher" and any(map(stage_number, own.get(name, ()))):
+                    continue
+                own.pop(name, None)
         return parse(DistillRecipe, data, source=source)
 
     def save(self, path: Path) -> None:
