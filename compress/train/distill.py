@@ -15,7 +15,9 @@ from edgeclip.compress.compute import fused_attention
 from edgeclip.compress.data.mixture import parts_of
 from edgeclip.compress.data.sampling import Sampling
 from edgeclip.compress.data.sources import Source
+from edgeclip.compress.processes import processes
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.own_settings import own_settings
 from edgeclip.compress.teachers.teacher_cache import TeacherCache
 from edgeclip.compress.train.batch_losses import (
     batch_losses,
@@ -31,6 +33,7 @@ from edgeclip.compress.train.text_bank import BankReader, TextBank
 from edgeclip.compress.train.train_loop import (
     TrainSettings,
     TrainTask,
+    check_batch_norm,
     train,
 )
 from edgeclip.runtime.errors import ConfigError
@@ -95,6 +98,7 @@ def distill(
             "the teachers' caches hold other views of the pictures: make them with the same --views"
         )
     loss_weights.check([own.settings.logit_bias for own in caches])
+    check_batch_norm(student, settings, processes(), masked=loss_weights.masked > 0)
     if not first.captions:
         if loss_weights.selection != "none":
             raise ConfigError("--selection needs captions, which these pictures have not")
@@ -162,6 +166,7 @@ def distill(
             if loss_weights.selection == "learnable"
             else None
         ),
+        not_chosen_by=("hidden",),
     )
     with fused_attention(student.model, student.device):
         return train(task, settings, out)
@@ -300,8 +305,10 @@ def _identity(
     )
     model = student.model.config.model_type
     inputs = (asdict(student.image_spec), asdict(student.spec.text))
+    own = own_settings(student.model.config)  # some change no weight
+    changed = f" with {json.dumps(own)}" if own else ""
     settings_text = json.dumps(
         (settings, model, sizes, inputs, asdict(weights), shares, held_out, start),
         sort_keys=True,
     )
-    return f"distill {settings_text}{cut}"
+    return f"distill {settings_text}{cut}{changed}"

@@ -177,6 +177,7 @@ class TrainTask:
         choose: returns which rows of a part are trained on, int64, of their embeddings and targets;
             the batch then makes more rows than it has, and as many of each part are chosen. None
             to train on all.
+        not_chosen_by: names of inputs that are not embedded for this choice.
         begin: is called once it is known that the run may begin or go on, in the first process.
     """
 
@@ -190,6 +191,7 @@ class TrainTask:
     validate_every: int = 1
     note_bad: Callable[[dict[int, str]], None] = lambda _bad: None
     choose: Callable[[Rows, Rows], Tensor] | None = None
+    not_chosen_by: tuple[str, ...] = ()
     begin: Callable[[], None] = lambda: None
 
 
@@ -215,7 +217,7 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
             f"a batch of {settings.batch_size} cannot be divided among {team.count} processes in "
             f"{settings.accumulate} parts each: choose a multiple of {parts}"
         )
-    _check_batch_norm(task.module, settings, team)
+    check_batch_norm(task.module, settings, team)
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(task, settings, out, team)
     start, seconds = run.resume()
@@ -331,8 +333,7 @@ class _Run:
         held = [self._moved(part.targets) for part in parts]
         if self._task.choose is not None:
             for number, (given, targets) in enumerate(zip(inputs, held, strict=True)):
-                with torch.no_grad():
-                    rows = self._task.choose(self._embedded(given, step, number), targets)
+                rows = self._chosen(self._task.choose, given, targets, step, number)
                 inputs[number] = {name: own[rows] for name, own in given.items()}
                 held[number] = {name: own[rows] for name, own in targets.items()}
         found: list[Rows] = []
@@ -362,6 +363,22 @@ class _Run:
                 torch.autograd.backward(*map(list, zip(*pairs, strict=True)))  # type: ignore[arg-type]
             found[number] = {}
         return {name: value.detach() for name, value in losses.items()}
+
+    def _chosen(
+        self,
+        choose: Callable[[Rows, Rows], Tensor],
+        inputs: Rows,
+        targets: Rows,
+        step: int,
+        number: int,
+    ) -> Tensor:
+        """Choose rows of a part; running statistics do not see those that are not trained on."""
+        shown = {name: own for name, own in inputs.items() if name not in self._task.not_chosen_by}
+        self._task.module.eval()
+        with torch.no_grad():
+            rows = choose(self._embedded(shown, step, number), targets)
+        self._task.module.train()
+        return rows
 
     def _embedded(self, inputs: Rows, step: int, number: int) -> Rows:
         # So that dropout is the same each time that a part is embedded, and after a resume.
@@ -492,17 +509,24 @@ class _Run:
             )
 
 
-def _check_batch_norm(module: nn.Module, settings: TrainSettings, team: Processes) -> None:
+def check_batch_norm(
+    module: nn.Module, settings: TrainSettings, team: Processes, *, masked: bool = False
+) -> None:
     """Refuse to divide a batch, or to embed it twice, where a norm is one over the whole batch.
 
     A part has other statistics than the batch, so that the losses would not be those of the whole;
-    and what is embedded twice moves the running statistics twice.
+    and what is embedded twice moves the running statistics twice, `masked` pictures to what no
+    picture is like.
+
+    Raises:
+        ConfigError: the message says what to leave out.
     """
     if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
         return
     mend = {
         "leave out --accumulate": settings.accumulate > 1,
         "leave out --gradient-checkpointing": settings.gradient_checkpointing,
+        "leave out --masked": masked,
         "train in one process": team.count > 1,
         "choose a --batch-size of at least 2": settings.batch_size < 2,
     }

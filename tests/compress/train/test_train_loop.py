@@ -769,3 +769,32 @@ def test_a_batch_norm_sees_the_whole_batch_once(
     with pytest.raises(ConfigError, match=mend):
         train(_task(_with_batch_norm()), settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_candidates_leave_running_statistics_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    seen: list[set[str]] = []
+
+    def embed(inputs: Rows) -> Rows:
+        seen.append(set(inputs))
+        return {"y": module(inputs["x"])}
+
+    def batch(part: BatchPart) -> Batch:
+        made = _batch(part)
+        return replace(made, inputs={**made.inputs, "hidden": made.inputs["x"]})
+
+    task = replace(
+        _task(module),
+        batch=batch,
+        embed=embed,
+        choose=lambda _found, _targets: torch.tensor([0, 2]),
+        not_chosen_by=("hidden",),
+    )
+    train(task, replace(SETTINGS, steps=1, batch_size=2), tmp_path)
+    assert seen == [{"x"}, {"x", "hidden"}]
+    norm, rows = module[0], _batch(BatchPart(0, 0, 1)).inputs["x"][[0, 2]]
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert norm.num_batches_tracked == 1
+    assert norm.running_mean is not None
+    torch.testing.assert_close(norm.running_mean, 0.1 * rows.mean(dim=0))
