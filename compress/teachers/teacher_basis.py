@@ -1,6 +1,6 @@
 """The principal axes of a teacher's embedding space, from its cached embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -13,17 +13,30 @@ _MOST = 1 << 16  # pictures that are looked at, evenly spread
 _AT_ONCE = 4096
 
 
-def teacher_basis(cache: TeacherCache, source: Source, dims: Sequence[int], *, space: str) -> Basis:
+def teacher_basis(
+    cache: TeacherCache,
+    source: Source,
+    dims: Sequence[int],
+    *,
+    space: str,
+    without: Iterable[int] = (),
+) -> Basis:
     """Compute the basis by which embeddings of the teacher's space are cut to `dims`.
 
-    Pictures and captions count alike, however many there are of each. `space` is the fingerprint of
-    the teacher's space.
+    Pictures and captions count alike, however many there are of each.
+
+    Args:
+        cache: the teacher's embeddings.
+        source: what they are of.
+        dims: the lengths.
+        space: the fingerprint of the teacher's space.
+        without: pictures that are left out, such as those held out of training.
 
     Raises:
         ConfigError: see `check_lengths`.
     """
     dim = cache.settings.dim
-    bad = set(cache.unreadable)
+    bad = {*cache.unreadable, *without}
     chosen = np.linspace(0, len(source) - 1, min(len(source), _MOST)).astype(np.int64)
     indices = np.array([index for index in chosen.tolist() if index not in bad])
     moments: list[Values] = [np.zeros((dim, dim)), np.zeros((dim, dim))]

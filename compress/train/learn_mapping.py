@@ -32,6 +32,7 @@ def learn_mapping(
     loss_weights: LossWeights,
     settings: TrainSettings,
     out: Path,
+    start: str = "",
     held_out: int | None = None,
     max_bad: MaxBad = DEFAULT_MAX_BAD,
 ) -> None:
@@ -45,7 +46,7 @@ def learn_mapping(
         student: as `new_student` made it of this shape and importance.
         teacher: what it inherits from.
         shape, importance: what the map begins with.
-        caches, source, loss_weights, settings, held_out, max_bad: as for `distill`.
+        caches, source, loss_weights, settings, start, held_out, max_bad: as for `distill`.
         out: a directory of its own.
 
     Raises:
@@ -76,6 +77,6 @@ def learn_mapping(
         out=out,
         held_out=held_out,
         max_bad=max_bad,
-        start="mapped",
+        start=f"mapped {start}",
     )
     fold(mapped, student)

@@ -40,6 +40,9 @@ def test_the_first_axes_hold_most(
     rows = np.concatenate([cache.image(every), cache.text(every)]).astype(np.float64)
     held = ((rows @ basis.axes.T) ** 2).sum(axis=0)
     assert (np.diff(held) < 1e-3).all()
+    kept = teacher_basis(cache, source, (8,), space=teacher.space, without=range(5, len(source)))
+    few = np.concatenate([cache.image(every[:5]), cache.text(every[:5])]).astype(np.float64)
+    assert ((few @ kept.axes[10:].T) ** 2).sum() < 1e-6  # ten rows have ten directions
     best = np.sort(np.linalg.eigvalsh(rows.T @ rows))[::-1]
     assert held[:4].sum() == pytest.approx(best[:4].sum(), rel=1e-3)
 

@@ -13,6 +13,7 @@ from edgeclip.compress.teachers.teacher_cache import build_cache
 from edgeclip.compress.train.learn_mapping import learn_mapping
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings, read_log
+from edgeclip.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ def test_a_map_is_learned_once(teacher: DualEncoder, source: FolderSource, tmp_p
     importance = measure_importance(teacher, source, held_out=2)
     cache = build_cache(teacher, source, tmp_path / "cache")
 
-    def learned(out: str, shape: StudentShape = SHAPE) -> DualEncoder:
+    def learned(out: str, shape: StudentShape = SHAPE, start: str = "") -> DualEncoder:
         student = new_student(teacher, shape, importance=importance)
         learn_mapping(
             student,
@@ -45,6 +46,7 @@ def test_a_map_is_learned_once(teacher: DualEncoder, source: FolderSource, tmp_p
             loss_weights=LossWeights(),
             settings=SETTINGS,
             out=tmp_path / out,
+            start=start,
             held_out=2,
         )
         return student
@@ -56,6 +58,8 @@ def test_a_map_is_learned_once(teacher: DualEncoder, source: FolderSource, tmp_p
     assert log[-1]["total"] < log[0]["total"]
     names = [name for name, _ in student.named_parameters()]
     assert names == [name for name, _ in begun.named_parameters()]
+    with pytest.raises(ConfigError, match="other data, teacher or student"):
+        learned("run", start="another student before")
     found = space_fingerprint(student)
     assert found != space_fingerprint(begun)
     assert space_fingerprint(learned("run")) == found
