@@ -99,6 +99,14 @@ def measure_importance(
     return made
 
 
+_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+
+
+def is_plain_transformer(config: Any) -> bool:
+    """Tell whether all layers of a tower with this config have one width and number of heads."""
+    return all(isinstance(getattr(config, name, None), int) for name in _SIZES)
+
+
 def _measure(
     teacher: DualEncoder, source: Source, *, seed: int, held_out: int | None, inputs: int
 ) -> Importance:
@@ -113,8 +121,8 @@ def _measure(
     layers: dict[str, Tensor] = {}
     energies: dict[str, Tensor] = {}
     for tower, rows_of in given.items():
-        if not hasattr(_config_of(teacher, tower), "num_attention_heads"):
-            continue  # no transformer, so that nothing smaller inherits from it
+        if not is_plain_transformer(_config_of(teacher, tower)):
+            continue  # nothing smaller inherits from it
         units |= _unit_importance(teacher, tower, rows_of, seed)
         layers |= _layer_importance(teacher, tower, rows_of[:_FORWARD])
         energies |= _energies(teacher, tower, rows_of)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from edgeclip.compress.students.image_families import ImageFamilyName, image_tower
-from edgeclip.compress.students.importance import Importance, choose
+from edgeclip.compress.students.importance import Importance, choose, is_plain_transformer
 from edgeclip.compress.students.inherit import Choice, Inherit, inherit
 from edgeclip.compress.students.text_tokens import with_byte_tokens, with_token_rank
 from edgeclip.compress.students.token_merging import with_merging
@@ -28,11 +28,16 @@ from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.families import FAMILIES
 from edgeclip.compress.teachers.licence import joined
 from edgeclip.compress.teachers.mixed_towers import MixedDualEncoder, tower_of
+from edgeclip.compress.teachers.own_settings import with_own_settings
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.text_files import read_lines
 from edgeclip.runtime.spec import ImageSpec, Tower
 
 Family = Literal["inherited", ImageFamilyName]
+
+# Settings of an image tower that is inherited, and of one that is not.
+_OF_TRANSFORMERS = ("image_heads", "image_layers", "patch_size")
+_OF_CONVOLUTIONS = ("conv_widths", "conv_depths")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,18 @@ class StudentShape:
     mapping_steps: Annotated[int, Ge(1)] = 100
 
     def __post_init__(self) -> None:
+        inherits = self.family == "inherited"
+        names = _OF_CONVOLUTIONS if inherits else _OF_TRANSFORMERS
+        if unused := [name for name in names if getattr(self, name) is not None]:
+            mend = (
+                "choose a family that has them, such as convnextv2"
+                if inherits
+                else "choose the inherited family"
+            )
+            raise ConfigError(
+                f"an image tower of the family {self.family} has no {' and no '.join(unused)}: "
+                f"leave out, or {mend}"
+            )
         if self.text_tokenizer == "bytes" and self.vocabulary is not None:
             raise ConfigError("vocabulary keeps some of the teacher's tokens: not with bytes")
         others = [
@@ -215,6 +232,8 @@ def _inherited(teacher: DualEncoder, shape: StudentShape) -> PreTrainedModel:
     """Make a smaller copy of the teacher's own towers."""
     config: Any = copy.deepcopy(teacher.model.config)
     vision, text = config.vision_config, config.text_config
+    if hasattr(vision, "merge_after"):
+        vision.merge_after = []  # the shape says where the student merges
     _shrink(vision, "image", shape.image_heads, shape.image_layers)
     if not shape.whole_text:
         _shrink(text, "text", shape.text_heads, shape.text_layers)
@@ -234,16 +253,13 @@ def _mixed_config(vision: PreTrainedConfig, text: PreTrainedConfig, dim: int) ->
     return VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=dim)
 
 
-_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers")
-
-
 def _shrink(config: Any, tower: Tower, heads: int | None, layers: int | None) -> None:
     """Make the config of a plain transformer smaller, in place.
 
     Raises:
         ConfigError: not a plain transformer, or no head or layer left.
     """
-    if not all(isinstance(getattr(config, name, None), int) for name in _SIZES):
+    if not is_plain_transformer(config):
         choose = "choose the convolutional family" if tower == "image" else "keep the whole tower"
         raise ConfigError(
             f"the teacher's {tower} tower, a {config.model_type}, is no plain transformer, so that "
@@ -313,7 +329,8 @@ def _beside_text(
     config = _mixed_config(image.config, text, teacher.spec.dim)
     towers = (image, tower_of(text) or AutoModel.from_config(text))
     kind = MixedDualEncoder if MixedDualEncoder.is_needed(config) else VisionTextDualEncoderModel
-    model: PreTrainedModel = kind(config, *towers)
+    made: Any = with_own_settings(kind, config)
+    model: PreTrainedModel = made(config, *towers)
     return model
 
 

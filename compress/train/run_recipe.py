@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
+from edgeclip.compress.built_in import model_source
 from edgeclip.compress.data.keep_list import kept_rows, read_keep_list
 from edgeclip.compress.data.mixture import only, parts_of
 from edgeclip.compress.data.open_source import open_source
@@ -32,14 +32,16 @@ from edgeclip.compress.train.kept_weights import BestStep
 from edgeclip.compress.train.learn_mapping import learn_mapping
 from edgeclip.compress.train.recipe import DistillRecipe, load_recipe, stage_number
 from edgeclip.compress.train.trackers import check_trackers
+from edgeclip.compress.train.train_loop import check_batch_norm
 from edgeclip.runtime.bundle.files import sha256_file
-from edgeclip.runtime.bundle.reduction import check_lengths
+from edgeclip.runtime.bundle.reduction import BASIS_NAME, Basis, check_lengths, read_basis
 from edgeclip.runtime.errors import ConfigError, EdgeClipError
 from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad
 
 _log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"  # in the folder of a run
+_MAPPING = "mapping"  # in that of a stage
 
 Models = Mapping[str, DualEncoder]
 
@@ -73,6 +75,7 @@ class _Stage:
         recipe: its settings.
         run: its folder.
         shape: the sizes of its student.
+        before: those of the stage before; None for the first.
         begins: with what its student begins: a whole model of `--start`, the student of the stage
             before with all its weights (`goes on`), or what it inherits of that or of the teacher.
         source: its data.
@@ -83,6 +86,7 @@ class _Stage:
     recipe: DistillRecipe
     run: Path
     shape: StudentShape
+    before: StudentShape | None
     begins: Literal["start", "goes on", "inherits"]
     source: Source
     student_source: Source
@@ -151,7 +155,7 @@ class PreparedRun:
         student = _begin(stage, origin, self._teacher, self._models, importance)
         caches = self._caches(stage, students)
         if recipe.dims:
-            student.basis = teacher_basis(caches[0], stage.source, recipe.dims, space=student.space)
+            student.basis = _basis(stage, student, caches[0])
         if is_new and shape.inherit == "mapped" and importance is not None:
             learn_mapping(
                 student,
@@ -162,7 +166,8 @@ class PreparedRun:
                 stage.student_source,
                 loss_weights=recipe.losses,
                 settings=settings,
-                out=stage.run / "mapping",
+                out=stage.run / _MAPPING,
+                start=self._start(stage, students),
                 held_out=held_out,
                 max_bad=self._max_bad,
             )
@@ -270,11 +275,13 @@ def prepare_run(
     stages: list[_Stage] = []
     students: list[DualEncoder] = []  # as they begin: the sizes of one rest on those before
     for number, own, folder in zip(_numbers(recipes), recipes, folders, strict=True):
+        if own.start is not None and own.start not in models:
+            continue  # it is noted
         with _noted(wrong, f"stage {number}" if recipe.stages else ""):
             check_trackers(own.training.track)
             if own.dims:
                 check_lengths(own.dims, teacher.spec.dim)
-            _check_teachers(own, models, teacher, number)
+            _check_teachers(own, models, students, number)
             source = _open_data(own, size=size, strict=strict)
             Sampling(parts_of(source), held_out=own.held_out)
             student_source = _with_translations(own, source)
@@ -285,17 +292,42 @@ def prepare_run(
                 recipe=own,
                 run=folder,
                 shape=numbers,
+                before=stages[-1].shape if stages else None,
                 begins=_begins(own, numbers, stages),
                 source=source,
                 student_source=student_source,
             )
             origin = students[-1] if students else teacher
+            student = _begin(stage, origin, teacher, models)
+            masked = own.losses.masked > 0
+            check_batch_norm(student, own.training, processes(), masked=masked)
             stages.append(stage)
-            students.append(_begin(stage, origin, teacher, models))
+            students.append(student)
     if wrong:
         raise ConfigError("the recipe cannot run:\n" + "\n".join(f"  {line}" for line in wrong))
     cache = cache or run / "cache"
     return PreparedRun(recipe, stages, models, students, run=run, cache=cache, max_bad=max_bad)
+
+
+def _basis(stage: _Stage, student: DualEncoder, cache: TeacherCache) -> Basis:
+    """Return the basis of a stage's student: that of its run where it has begun, or a new one.
+
+    Another number of threads computes other axes in the last digits, which would be another run.
+    """
+    dims = stage.recipe.dims
+    with processes().first_before_others():
+        begun = any(checkpoint_folder(own) for own in (stage.run, stage.run / _MAPPING))
+        if begun or not processes().is_first:
+            known = read_basis(stage.run)
+            if known is not None and set(known.lengths) == {student.spec.dim, *dims}:
+                return known
+        sampling = Sampling(parts_of(stage.source), held_out=stage.recipe.held_out)
+        without = sampling.held_out.tolist()
+        made = teacher_basis(cache, stage.source, dims, space=student.space, without=without)
+        if not begun and processes().is_first:
+            stage.run.mkdir(parents=True, exist_ok=True)
+            made.save(stage.run / BASIS_NAME)
+        return made
 
 
 def _read_files(stage: _Stage) -> list[str]:
@@ -355,26 +387,35 @@ def _load_models(recipe: DistillRecipe, wrong: list[str]) -> dict[str, DualEncod
             if name in models or (recipe.stages and stage_number(name)):
                 continue
             # Without the very first one there is nothing to hold the others against.
-            with _noted(wrong, f"stage {number}" if models else ""):
-                source = built_in_teacher() if name == BUILT_IN else name
-                models[name] = DualEncoder.load(source).to(processes().device)
+            with _noted(wrong, f"stage {number}" if models and recipe.stages else ""):
+                models[name] = DualEncoder.load(model_source(name)).to(processes().device)
     return models
 
 
 def _check_teachers(
-    recipe: DistillRecipe, models: Models, teacher: DualEncoder, number: int
+    recipe: DistillRecipe, models: Models, students: Sequence[DualEncoder], number: int
 ) -> None:
     """Refuse a stage that would leave the space of the run's first teacher.
 
+    Args:
+        recipe: that of the stage.
+        models: all models, the run's first teacher first.
+        students: those of the stages before.
+        number: of the stage.
+
     Raises:
-        ConfigError: its first teacher embeds into another space.
+        ConfigError: its first teacher embeds into another space, or the teachers cannot teach one
+            of its losses.
     """
-    first = recipe.teacher[0]
+    first, teacher = recipe.teacher[0], next(iter(models.values()))
     if number > 1 and first in models and models[first].space != teacher.space:
         raise ConfigError(
             f"its first teacher {first} has another embedding space than that of stage 1, which "
             "all students live in: name it behind a teacher of that space"
         )
+    known = dict(models) | {f"stage-{place}": own for place, own in enumerate(students, 1)}
+    if all(name in known for name in recipe.teacher):
+        recipe.losses.check([known[name].logit_bias for name in recipe.teacher])
 
 
 def _open_data(recipe: DistillRecipe, *, size: int, strict: bool) -> Source:
@@ -414,11 +455,13 @@ def _with_numbers(shape: StudentShape, teacher: DualEncoder) -> StudentShape:
     A later stage's student is made from the student before it, whose half would be less.
     """
     towers = teacher.model.config.vision_config, teacher.model.config.text_config
-    known: dict[str, Any] = {
-        "image_size": teacher.image_spec.size,
-        "patch_size": _patch_size(teacher),
-    }
+    inherits = shape.family == "inherited"
+    known: dict[str, Any] = {"image_size": teacher.image_spec.size}
+    if inherits:
+        known["patch_size"] = _patch_size(teacher)
     for tower, config in zip(("image", "text"), towers, strict=True):
+        if tower == "image" and not inherits:
+            continue
         for part, name in (("heads", "num_attention_heads"), ("layers", "num_hidden_layers")):
             whole = getattr(config, name, None)
             known[f"{tower}_{part}"] = (whole + 1) // 2 if isinstance(whole, int) else None
@@ -469,5 +512,28 @@ def _begin(
         shape = replace(shape, image_size=None)
     if shape.patch_size == _patch_size(origin):
         shape = replace(shape, patch_size=None)
+    shape = _with_new_tokens(shape, stage.before)
     student = new_student(origin, shape, seed=seed, importance=importance)
     return student.to(teacher.device)
+
+
+_TOKENS = ("text_tokenizer", "vocabulary", "token_rank")
+
+
+def _with_new_tokens(shape: StudentShape, before: StudentShape | None) -> StudentShape:
+    """Return a shape without the changes of tokens that the student before it has had.
+
+    Raises:
+        ConfigError: another change, which cannot be made of a text tower that had one.
+    """
+    if before is None:
+        return shape
+    usual = StudentShape()
+    done = [name for name in _TOKENS if getattr(before, name) != getattr(usual, name)]
+    for name in done:
+        had, now = getattr(before, name), getattr(shape, name)
+        if now != had:
+            raise ConfigError(
+                f"{name} is {had} in the stage before, and {now} here: choose one for both stages"
+            )
+    return replace(shape, **{name: getattr(usual, name) for name in done})

@@ -13,6 +13,7 @@ from edgeclip.compress.students.student import StudentShape, chosen, new_student
 from edgeclip.compress.teachers.dual_encoder import DualEncoder, space_fingerprint
 from edgeclip.compress.teachers.teacher_cache import embed_source
 from edgeclip.runtime.errors import ConfigError
+from tests.compress.students.image_shapes import SHAPES
 
 SOURCE = EmojiSource("train", 40, size=32)
 TEST = EmojiSource("test", 5, size=32)
@@ -142,3 +143,11 @@ def test_random_inherits_nothing_but_a_whole_text_tower(teacher: DualEncoder) ->
     ours, theirs = _state(student), _state(teacher)
     query = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(ours[query], theirs[query][:32, :32])
+
+
+def test_towers_that_are_no_plain_transformers_are_not_measured(teacher: DualEncoder) -> None:
+    model = new_student(teacher, SHAPES["levit"]).eval()
+    found = measure_importance(model, EmojiSource("train", 8, size=64), held_out=0, inputs=4)
+    assert found.layers.keys() == {"text_model.encoder.layers."}
+    assert "text_model" in found.units
+    assert "vision_model" not in found.units

@@ -1,6 +1,7 @@
 """Students inherit weights from the teacher, and have the shape that was asked for."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,11 +119,19 @@ def test_convolutional_student_keeps_the_teachers_texts(teacher: DualEncoder) ->
     assert torch.equal(embed_source(student, SOURCE)[1], embed_source(teacher, SOURCE)[1])
 
 
-def test_convolutional_student_ignores_the_sizes_of_the_other_family(
-    teacher: DualEncoder,
-) -> None:
-    shape = StudentShape(family="convolutional", image_heads=99, image_layers=99)
-    assert new_student(teacher, shape).spec == teacher.spec
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"family": "convnextv2", "image_heads": 2},
+        {"family": "convolutional", "image_layers": 2},
+        {"family": "levit", "patch_size": 16},
+        {"conv_widths": (8, 16)},
+        {"conv_depths": (1, 1)},
+    ],
+)
+def test_sizes_of_another_family_are_refused(sizes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"has no {list(sizes)[-1]}: leave out, or choose"):
+        StudentShape(**sizes)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,23 @@
 """Recipes of several stages: what each goes on from, resuming, caches, and mistakes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.teachers.teacher_basis import teacher_basis
+from edgeclip.compress.train import run_recipe
 from edgeclip.compress.train.recipe import DistillRecipe, load_recipe, recipe_names
 from edgeclip.compress.train.run_recipe import RunEnd, prepare_run
 from edgeclip.compress.train.train_loop import read_log
+from edgeclip.runtime.bundle.reduction import Basis
 from edgeclip.runtime.cli.main import main
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError
@@ -208,6 +214,104 @@ def test_a_run_goes_on_with_files_of_the_same_contents_alone(
     prepared[1].train()
     with pytest.raises(ConfigError, match="other data, teacher or student"):
         prepared[2].train()
+
+
+def test_a_start_or_a_teacher_that_is_not_there(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, recipe = tmp_path / "empty", tmp_path / "r.yaml"
+    empty.mkdir()
+    recipe.write_text(f"count: 8\nstart: {empty}\nstages: [{{}}, {{held_out: 9}}]")
+    words = ["distill", "--teacher", str(teacher_folder), "--out", str(tmp_path / "s")]
+    for more, said, not_said in (
+        (["--start", str(empty), "--count", "8"], f"edgeclip: error: {empty}", "stage"),
+        (["--teacher", str(empty), "--count", "8"], f"edgeclip: error: {empty}", "stage"),
+        (["--recipe", str(recipe)], f"stage 1: {empty}", "stage 3"),
+        (["--recipe", str(recipe)], "stage 2: cannot hold 9 of 8", "stage 3"),
+    ):
+        assert main([*words, *more]) == 2
+        printed = capsys.readouterr().err
+        assert said in printed
+        assert not_said not in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sigmoid": 1}, "--sigmoid needs a teacher with a logit bias"),
+        ({"selection": "learnable", "bank": 4}, "do not go together"),
+        ({"affinity_scale": [1, 2]}, "2 factors for 1 teachers"),
+        ({"accumulate": 2}, "leave out --accumulate"),
+        ({"masked": 1}, "leave out --masked"),
+    ],
+)
+def test_what_teachers_or_student_cannot_do_is_refused_first(
+    changes: Settings, message: str, teacher_folder: Path, tmp_path: Path
+) -> None:
+    student = {"family": "mobilevitv2", "conv_widths": [64], "conv_depths": [1, 1, 1]}
+    recipe = _recipe(teacher_folder, [], student={**student, "image_size": 64, "whole_text": True})
+    prepare_run(recipe, run=tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        prepare_run(recipe.replaced(changes, source="the test"), run=tmp_path)
+
+
+def test_tokens_are_changed_once(teacher_folder: Path, tmp_path: Path) -> None:
+    student = {**SMALL, "text_tokenizer": "bytes", "token_rank": 16, "image_layers": 3}
+    small: Settings = {"image_layers": 2, "merge_after": []}
+    convolutional = {
+        **dict.fromkeys(("image_heads", "image_layers")),
+        "family": "convolutional",
+        "conv_widths": [8],
+        "conv_depths": [1],
+        "merge_after": [],
+    }
+    recipe = _recipe(
+        teacher_folder,
+        [{}, {"student": small}, {"student": convolutional}],
+        student={**student, "merge_after": [1]},
+        training={"steps": 1, "batch_size": 4, "workers": 0},
+    )
+    _run(recipe, tmp_path)
+    teacher = DualEncoder.load(teacher_folder)
+    for number, after in enumerate(([1], [], None), 1):
+        model = DualEncoder.load(tmp_path / f"stage-{number}" / "student")
+        assert model.spec.text.context_length == 4 * teacher.spec.text.context_length
+        assert model.model.config.text_config.token_rank == 16
+        assert getattr(model.model.config.vision_config, "merge_after", None) == after
+    for name, value in (("token_rank", 8), ("token_rank", None), ("text_tokenizer", "teacher")):
+        other = _recipe(teacher_folder, [{}, {"student": {**small, name: value}}], student=student)
+        with pytest.raises(ConfigError, match=rf"stage 2: {name} is .* in the stage before"):
+            prepare_run(other, run=tmp_path / "other")
+
+
+def test_merging_elsewhere_is_another_run(teacher_folder: Path, tmp_path: Path) -> None:
+    student = {**SMALL, "image_layers": 3}
+    _run(_recipe(teacher_folder, [], student={**student, "merge_after": [1]}), tmp_path)
+    with pytest.raises(ConfigError, match="other data, teacher or student"):
+        _run(_recipe(teacher_folder, [], student={**student, "merge_after": [2]}), tmp_path)
+
+
+def test_a_run_goes_on_with_the_axes_it_began_with(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(teacher_folder, [], dims=[8])
+    before = _run(recipe, tmp_path).student.basis
+
+    def computed_by_other_threads(*args: Any, **named: Any) -> Basis:
+        made = teacher_basis(*args, **named)
+        return replace(made, axes=np.nextafter(made.axes, np.float32(1)))
+
+    monkeypatch.setattr(run_recipe, "teacher_basis", computed_by_other_threads)
+    after = _run(recipe.replaced({"steps": 3}, source="the test"), tmp_path).student.basis
+    assert before is not None
+    assert after is not None
+    assert np.array_equal(before.axes, after.axes)
+
+
+def test_an_option_leaves_a_proxy_its_student() -> None:
+    recipe = load_recipe("proxy").replaced({"teacher": ["other"]}, source="the test")
+    taught_by = [own.teacher for own in recipe.stage_recipes()]
+    assert taught_by == [("other",), ("stage-1",), ("other",)]
 
 
 def test_every_recipe_with_stages_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
