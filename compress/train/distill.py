@@ -65,7 +65,8 @@ def distill(
 
     With `student.basis` the losses are the mean of those of the full embeddings and those of each
     length that it cuts to (Matryoshka representation learning, Kusupati et al., NeurIPS 2022),
-    student and first teacher cut alike; other teachers' similarities stay those of their space.
+    student and first teacher cut alike; other teachers' similarities stay those of their space. The
+    losses of masked pictures and of patches count at the full length alone.
 
     Pictures without captions train the image tower alone, by the feature loss. If none has a
     caption, the text tower is frozen. It should be the teacher's unmodified text tower; this is

@@ -51,11 +51,13 @@ class BankReader:
 
 
 class TextBank:
-    """The captions that come next after those of a batch, as far as a bank is large.
+    """The captions of positions that a run goes through, a batch further with each step.
 
-    The bank of a step holds those of the `size` positions behind the batch. So it depends on the
-    step alone, in every process and after a resume; from step to step it takes in as many as a
-    batch has, and is read from the caches as a whole only when a run begins or goes on.
+    The bank of step s, of batches of B, holds those of `size` positions from B (s + 1) on: those
+    that come next after the batch, unless its pairs are chosen of candidates, which go through more
+    positions. So it depends on the step alone, in every process and after a resume; from step to
+    step it takes in as many as a batch has, and is read from the caches as a whole only when a run
+    begins or goes on.
     """
 
     def __init__(self, reader: BankReader, device: torch.device) -> None:
