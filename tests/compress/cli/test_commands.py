@@ -185,8 +185,9 @@ def test_too_many_held_out_are_refused_before_the_teachers_work(
 
 
 def test_distill_a_convolutional_student(teacher_folder: Path, tmp_path: Path) -> None:
-    more = ["--count", 8, "--steps", 2, "--family", "convolutional"]
-    assert main(_distill(teacher_folder, tmp_path / "student", *more)) == 0
+    words = ["distill", "--teacher", str(teacher_folder), "--out", str(tmp_path / "student")]
+    words += ["--family", "convolutional", *SMALL[4:]]
+    assert main([*words, "--batch-size", "4", "--count", "8", "--steps", "2"]) == 0
     assert DualEncoder.load(tmp_path / "student").model.config.vision_config.model_type == (
         "convnext"
     )
