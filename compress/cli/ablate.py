@@ -12,6 +12,7 @@ from edgeclip.compress.cli.options import max_bad
 from edgeclip.compress.experiments.ablate import ablate, read_changes, usual_changes
 from edgeclip.compress.experiments.ablation_page import ablation_text, write_ablation_page
 from edgeclip.compress.experiments.trials import Trials
+from edgeclip.profiles.report.write_page import check_page_packages
 from edgeclip.runtime.cli.options import Targets, positive
 
 _PAGE, _TABLE, _CHOSEN = "ablation.html", "ablation.json", "chosen.yaml"
@@ -52,6 +53,7 @@ def targets(args: argparse.Namespace) -> Targets:
 
 def run(args: argparse.Namespace) -> int:
     """Train, compare and write; a run that was stopped goes on where it was."""
+    check_page_packages()
     recipe = recipe_of(args, command="ablate")
     changes = read_changes(args.vary, recipe) or usual_changes(recipe)
     trials = Trials(
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     end = ablate(trials, recipe, changes, name=args.recipe, seeds=args.seeds, command=args.command)
     end.table.save(args.out / _TABLE)
     end.chosen.save(args.out / _CHOSEN)
-    write_ablation_page(end.table, args.out / _PAGE)
     print(ablation_text(end.table))
+    write_ablation_page(end.table, args.out / _PAGE)
     print(f"written to {args.out}: {_PAGE}, {_TABLE}, {_CHOSEN}")
     return 0

@@ -1,7 +1,6 @@
 """`edgeclip diagnose`: tell what a student lost of its teacher, where, and what to try next."""
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +34,14 @@ from edgeclip.compress.diagnose.page import write_diagnosis
 from edgeclip.compress.diagnose.similarity import LEAST_ITEMS
 from edgeclip.compress.processes import processes
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.profiles.report.write_page import check_page_packages
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import atomic_directory, check_target
 from edgeclip.runtime.cli.options import Targets, add_device_option, positive, zero_or_more
 from edgeclip.runtime.console import columns, percent, percent_interval
 from edgeclip.runtime.device.device_profile import load_device
 from edgeclip.runtime.encoder import Encoder
-from edgeclip.runtime.errors import ConfigError, MissingExtraError
+from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.inputs.find_images import add_max_bad_option
 from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.towers.tower_runner import usable_precisions
@@ -98,9 +98,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, find, write and tell."""
     if args.student is None and args.bundle is None:
         raise ConfigError("there is nothing to diagnose: give --student, --bundle or both")
-    for package in ("jinja2", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(f"a page needs {package}: pip install 'edgeclip[report]'")
+    check_page_packages()
     check_target(args.out, replace=True, marker=_MARKER)
     encoders = _encoders(args)
     teacher = load_teacher(args)

@@ -17,6 +17,7 @@ from edgeclip.compress.experiments.scaling import scaling, usual_sizes
 from edgeclip.compress.experiments.scaling_page import scaling_text, write_scaling_page
 from edgeclip.compress.experiments.trials import Trials
 from edgeclip.compress.train.recipe import DistillRecipe
+from edgeclip.profiles.report.write_page import check_page_packages
 from edgeclip.runtime.cli.options import Targets, positive
 from edgeclip.runtime.errors import InputError
 
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, fit and write; a run that was stopped goes on where it was."""
     if not 0 < args.bar < 1:
         raise InputError(f"--bar is a share of the teacher's R@1, above 0 and below 1: {args.bar}")
+    check_page_packages()
     recipe = recipe_of(args, command="scaling")
     sizes = [_size(text, recipe) for text in args.size]
     trials = Trials(
@@ -82,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
         command=args.command,
     )
     table.save(args.out / _TABLE)
-    write_scaling_page(table, args.out / _PAGE)
     print(scaling_text(table))
+    write_scaling_page(table, args.out / _PAGE)
     print(f"written to {args.out}: {_PAGE}, {_TABLE}")
     return 0
 

@@ -159,7 +159,7 @@ def _chart(rows: Sequence[AblationRow]) -> RowChart:
         rows=tuple(
             DotRow(
                 row.name,
-                (Dot(_in_points(row.difference)),),
+                (Dot(row.difference.scaled(100)),),
                 f"{100 * row.difference.value:+.2f}, {row.verdict}",
             )
             for row in shown
@@ -170,10 +170,6 @@ def _chart(rows: Sequence[AblationRow]) -> RowChart:
         reference=(0.0, "the base"),
         log=False,
     )
-
-
-def _in_points(item: Interval) -> Interval:
-    return Interval(100 * item.value, 100 * item.low, 100 * item.high)
 
 
 def _table(name: str, rows: Sequence[AblationRow]) -> Table:
@@ -190,7 +186,7 @@ def _table(name: str, rows: Sequence[AblationRow]) -> Table:
                 Cell(seconds(row.seconds)),
                 _difference(row.difference),
                 _difference(row.over_pairs),
-                Cell(row.verdict or "base", tone=_TONES.get(row.verdict or "", "")),
+                Cell(row.verdict or "base", tone=_TONES[row.verdict]),
             )
             for row in rows
         ),

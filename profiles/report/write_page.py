@@ -5,6 +5,7 @@ The Markdown is GitHub's, and says everything but the pictures in words.
 
 import base64
 import html
+import importlib.util
 import io
 import itertools
 import re
@@ -44,6 +45,17 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _PICTURE_SIDE = 256  # px; shown at half of that, so that it is sharp on dense screens
+
+
+def check_page_packages() -> None:
+    """Refuse to begin long work whose page could not be written in the end.
+
+    Raises:
+        MissingExtraError: jinja2 or matplotlib is not installed.
+    """
+    for package in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(f"a page needs {package}: pip install 'edgeclip[report]'")
 
 
 def write_html(page: Page, path: Path) -> None:

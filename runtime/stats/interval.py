@@ -32,6 +32,10 @@ class Interval:
     low: Annotated[float, _OpenEnd(-math.inf)]
     high: Annotated[float, _OpenEnd(math.inf)]
 
+    def scaled(self, factor: float) -> "Interval":
+        """Return the interval of the value times a factor above 0, such as 100 for points."""
+        return Interval(factor * self.value, factor * self.low, factor * self.high)
+
 
 class Estimate(ABC):
     """A value estimated from data, with confidence bounds.
