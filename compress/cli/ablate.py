@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SETTING=VALUE[,VALUE...]",
-        help="try these values of a setting, such as losses.affinity=0,2; may be given several "
-        "times (default: each loss off or on, each other choice, other learning rates, the average "
-        "of the weights, augmented views)",
+        help="try these values of a setting, such as losses.affinity=0,2 or, of a list, "
+        "dims=[128,64],[64]; may be given several times (default: each loss off or on, each other "
+        "choice, other learning rates, the average of the weights, augmented views)",
     )
     parser.add_argument("--seeds", type=positive, default=3, help="of each recipe (default: 3)")
     parser.add_argument(

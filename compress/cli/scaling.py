@@ -8,13 +8,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from edgeclip.compress.cli.distill import add_settings, recipe_of
 from edgeclip.compress.cli.options import max_bad
-from edgeclip.compress.experiments.ablate import settings_of
 from edgeclip.compress.experiments.scaling import scaling, usual_sizes
 from edgeclip.compress.experiments.scaling_page import scaling_text, write_scaling_page
+from edgeclip.compress.experiments.spelling import read_value, settings_of, split_values
 from edgeclip.compress.experiments.trials import Trials
 from edgeclip.compress.train.recipe import DistillRecipe
 from edgeclip.profiles.report.write_page import check_page_packages
@@ -35,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SETTING=VALUE[,SETTING=VALUE...]",
-        help="sizes of a student, such as image_layers=2,image_heads=1; give four or more "
-        "(default: six parts of the teacher, both towers in proportion)",
+        help="sizes of a student, such as image_layers=2,image_heads=1 or, of a list, "
+        "conv_widths=[24,48,96]; give four or more (default: six parts of the teacher, both towers "
+        "in proportion)",
     )
     parser.add_argument(
         "--bar", type=float, default=0.95, help="share of the teacher's R@1 to keep (default: 0.95)"
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     table = scaling(
         trials,
         recipe,
-        sizes or usual_sizes(trials.teacher_model),
+        sizes or usual_sizes(trials.teacher_model, recipe),
         name=args.recipe,
         seeds=args.seeds,
         bar=args.bar,
@@ -96,16 +95,17 @@ def _size(text: str, recipe: DistillRecipe) -> dict[str, Any]:
     Raises:
         InputError: not of the form SETTING=VALUE,..., or no setting of a student.
     """
-    known = [name for name, (section, _, _) in settings_of(recipe).items() if section == "student"]
+    every = settings_of(recipe).items()
+    known = {name: hint for name, (section, hint, _) in every if section == "student"}
     size: dict[str, Any] = {}
-    for item in text.split(","):
+    for item in split_values(text):
         name, _, value = item.partition("=")
         if name not in known or not value:
             raise InputError(
                 f"--size {text}: {item} is not SETTING=VALUE, with a setting of: {', '.join(known)}"
             )
         try:
-            size[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--size {text}: {value} cannot be read") from error
+            size[name] = read_value(value, known[name])
+        except InputError as error:
+            raise InputError(f"--size {text}: {error}") from error
     return size

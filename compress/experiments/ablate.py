@@ -6,27 +6,28 @@ on, for the students as they are. A change is better or worse only if both inter
 side of 0, at a confidence that holds over all changes together (Holm, Scand. J. Statist. 6, 1979).
 """
 
-import dataclasses
-import logging
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import yaml
 from annotated_types import Ge
 
 from edgeclip.compress.data.emoji_scenes import Split
+from edgeclip.compress.experiments.spelling import (
+    read_value,
+    settings_of,
+    spelled,
+    split_values,
+)
 from edgeclip.compress.experiments.trials import CHOOSE, JUDGE, TrialResult, Trials
-from edgeclip.compress.train.recipe import SECTIONS, DistillRecipe
+from edgeclip.compress.train.recipe import DistillRecipe
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.stats.interval import Estimate, Interval
 from edgeclip.runtime.stats.shares import estimate_loss
 from edgeclip.runtime.stats.student_t import estimate_mean
-
-_log = logging.getLogger(__name__)
 
 BASE, CHOSEN = "base", "chosen"
 Verdict = Literal["better", "worse", "undecided"]
@@ -34,7 +35,7 @@ _EACH_END = 0.975
 _VIEWS = 4  # augmented views that are tried where there is one
 _AVERAGE = 0.99  # decay of the average of weights, likewise
 # Choices of a number format or of an architecture are no matter of an ablation.
-_NOT_TRIED = {"compute", "family"}
+_NOT_TRIED = {"compute", "family", "text_tokenizer"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,17 +45,17 @@ class Change:
     Attributes:
         setting: its name, without its section.
         value: plain data, as in YAML.
+        refused: why it cannot be tried, where that is known.
     """
 
     setting: str
     value: Any
+    refused: str = ""
 
     @property
     def name(self) -> str:
         """The change as `--vary` spells it."""
-        value = self.value
-        shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else f"{value}"
-        return f"{self.setting}={shown}"
+        return f"{self.setting}={spelled(self.value)}"
 
     def applied(self, recipe: DistillRecipe) -> DistillRecipe:
         """Return the recipe with the change, in all its stages.
@@ -65,26 +66,16 @@ class Change:
         return recipe.replaced({self.setting: self.value}, source=self.name)
 
 
-def settings_of(recipe: DistillRecipe) -> dict[str, tuple[str | None, Any, Any]]:
-    """Return section, type with its bounds, and value of every setting, by its name."""
-    found = {}
-    for section in (None, *SECTIONS):
-        made: Any = recipe if section is None else getattr(recipe, section)
-        hints = typing.get_type_hints(type(made), include_extras=True)
-        for item in dataclasses.fields(made):
-            if item.name not in (*SECTIONS, "stages"):
-                found[item.name] = (section, hints[item.name], getattr(made, item.name))
-    return found
-
-
-def read_changes(spelled: Sequence[str], recipe: DistillRecipe) -> tuple[Change, ...]:
+def read_changes(given: Sequence[str], recipe: DistillRecipe) -> tuple[Change, ...]:
     """Read values of `--vary`: `SETTING=VALUE,VALUE`, with or without its section before it.
+
+    A list is written in brackets, [24,48]; one item is a list of one.
 
     Raises:
         InputError: one message that names all that cannot be read.
     """
     known, found, wrong = settings_of(recipe), [], []
-    for text in spelled:
+    for text in given:
         name, _, values = text.partition("=")
         section, _, setting = name.rpartition(".")
         if setting not in known or section not in ("", known[setting][0] or ""):
@@ -93,11 +84,11 @@ def read_changes(spelled: Sequence[str], recipe: DistillRecipe) -> tuple[Change,
         if not values:
             wrong.append(f"--vary {text}: write {name}=VALUE, or several with commas between")
             continue
-        for value in values.split(","):
+        for value in split_values(values):
             try:
-                change = Change(setting=setting, value=yaml.safe_load(value))
+                change = Change(setting=setting, value=read_value(value, known[setting][1]))
                 change.applied(recipe)
-            except (ConfigError, yaml.YAMLError) as error:
+            except (ConfigError, InputError) as error:
                 wrong.append(f"--vary {text}: {error}")
             else:
                 found.append(change)
@@ -110,17 +101,18 @@ def usual_changes(recipe: DistillRecipe) -> tuple[Change, ...]:
     """Return what is tried of a recipe where nobody says it.
 
     Each weight of a loss off, or on at 1 where it is off; each other choice of a setting that has
-    named ones; other learning rates; the average of the weights and augmented views, on or off. A
-    change that the recipe does not allow is left out.
+    named ones; other learning rates; the average of the weights and augmented views, on or off.
+    What the recipe does not allow, or what would change more than one thing, is `refused`.
     """
     found = []
     for change in _candidates(recipe):
-        try:
-            change.applied(recipe)
-        except ConfigError as error:
-            _log.info("%s is not tried: %s", change.name, error)
-        else:
-            found.append(change)
+        refused = change.refused
+        if not refused:
+            try:
+                change.applied(recipe)
+            except ConfigError as error:
+                refused = str(error)
+        found.append(replace(change, refused=refused))
     return tuple(found)
 
 
@@ -135,8 +127,15 @@ def _candidates(recipe: DistillRecipe) -> Iterator[Change]:
             others = (one for one in typing.get_args(plain) if one != value)
             yield from (Change(setting=name, value=one) for one in others)
     training = recipe.training
+    of_stages = {own.training.learning_rate for own in recipe.stage_recipes()}
     for factor in (0.5, 2.0):
-        yield Change(setting="learning_rate", value=training.learning_rate * factor)
+        yield Change(
+            setting="learning_rate",
+            value=training.learning_rate * factor,
+            refused="the stages have rates of their own, which one rate would make equal"
+            if of_stages != {training.learning_rate}
+            else "",
+        )
     yield Change(setting="ema", value=0.0 if training.ema else _AVERAGE)
     yield Change(setting="views", value=1 if (recipe.views or 1) > 1 else _VIEWS)
 
@@ -151,7 +150,8 @@ class AblationRow:
         image_r1, text_r1: of each direction.
         kept: the share of the teacher's R@1, which is given.
         image_cosine, text_cosine: to the teacher's embeddings.
-        seconds: of a training, the median.
+        steps: of a training, those in which a map is learned among them.
+        seconds: the same, the median.
         parameters: number of weights.
         difference: R@1 less that of the base, over seeds; None for the base.
         over_pairs: the same over the pairs, for the students as they are.
@@ -165,6 +165,7 @@ class AblationRow:
     kept: Interval
     image_cosine: float
     text_cosine: float
+    steps: int
     seconds: float
     parameters: int
     difference: Interval | None
@@ -183,7 +184,7 @@ class Ablation(JsonRecord):
         pairs: number of pairs of the split that is chosen on, and of the one that is judged on.
         teacher_r1: R@1 of the teacher on both.
         rows: the base and every change, on the split that is chosen on.
-        left_out: changes that could not run, with the reason.
+        left_out: changes that were not tried, with the reason.
         chosen: the changes that were better, one a setting, the best; together they are `chosen`.
         judged: the base and the chosen recipe on the other split; empty if nothing was better.
     """
@@ -230,10 +231,15 @@ def ablate(
         raise ConfigError(mistake)
     recipes, left_out = {BASE: recipe}, []
     for change in changes:
+        if change.refused:
+            left_out.append(f"{change.name}: {change.refused}")
+            continue
         changed = change.applied(recipe)
-        if mistake := trials.mistake(changed, change.name):
+        if changed.stage_recipes() == recipe.stage_recipes():
+            left_out.append(f"{change.name}: the base has it already")
+        elif mistake := trials.mistake(changed, change.name):
             left_out.append(f"{change.name}: {mistake}")
-        elif changed != recipe:
+        else:
             recipes[change.name] = changed
     found = trials.run(recipes, seeds=seeds, title="ablate")
     rows = compare(found, trials, CHOOSE)
@@ -302,6 +308,7 @@ def compare(
                 kept=Interval(mean.value / teacher, mean.low / teacher, mean.high / teacher),
                 image_cosine=_mean(own[name], lambda one: one.image_cosine),
                 text_cosine=_mean(own[name], lambda one: one.text_cosine),
+                steps=results[0].steps,
                 seconds=float(np.median([result.seconds for result in results])),
                 parameters=results[0].parameters,
                 difference=None if is_base else seeds[name].interval,

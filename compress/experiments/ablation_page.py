@@ -47,8 +47,9 @@ _METHOD = (
     "The difference is R@1 (mean of both directions) less that of the base in points, with a 95% "
     "interval over the seeds (paired, Student's t). The interval over pairs is of the students as "
     "they are. A change is better or worse if both intervals say so at a level that holds over all "
-    "changes together (Holm, 95%); the intervals shown are those of each change alone. Times are "
-    "of one machine that may have done other work."
+    "changes together (Holm, 95%); the intervals shown are those of each change alone. Steps and "
+    "times are of the whole training, with the steps in which a map of the teacher's weights is "
+    "learned; times are of one machine that may have done other work."
 )
 
 
@@ -74,13 +75,14 @@ def ablation_text(table: Ablation) -> str:
 
 
 def _text_rows(rows: Sequence[AblationRow]) -> str:
-    head = ("recipe", "R@1", "kept", "cosine", "time", "difference", "verdict")
+    head = ("recipe", "R@1", "kept", "cosine", "steps", "time", "difference", "verdict")
     body = [
         (
             row.name,
             percent(row.r1.value),
             f"{percent(row.kept.value)} [{percent_interval(row.kept)}]",
             f"{row.image_cosine:.3f} {row.text_cosine:.3f}",
+            count(row.steps),
             seconds(row.seconds),
             _points(row.difference, row.over_pairs),
             row.verdict or "",
@@ -183,7 +185,7 @@ def _table(name: str, rows: Sequence[AblationRow]) -> Table:
                 Cell(percent(row.kept.value), percent_interval(row.kept)),
                 Cell(f"{row.image_cosine:.3f}"),
                 Cell(f"{row.text_cosine:.3f}"),
-                Cell(seconds(row.seconds)),
+                Cell(seconds(row.seconds), f"{count(row.steps)} steps"),
                 _difference(row.difference),
                 _difference(row.over_pairs),
                 Cell(row.verdict or "base", tone=_TONES[row.verdict]),

@@ -18,11 +18,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.compress.experiments.spelling import spelled
 from edgeclip.compress.experiments.trials import JUDGE, TrialResult, Trials
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.train.recipe import DistillRecipe
 from edgeclip.runtime.bundle.files import JsonRecord
-from edgeclip.runtime.errors import ConfigError, InputError
+from edgeclip.runtime.errors import ConfigError, EdgeClipError, InputError
 from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.stats.student_t import MeanEstimate
 
@@ -39,12 +40,18 @@ _SURE = 0.95  # one-sided: how surely an answer meets the bar
 _GRID = 241  # sizes that are asked for an answer
 
 
-def usual_sizes(teacher: DualEncoder) -> tuple[dict[str, int], ...]:
+def usual_sizes(teacher: DualEncoder, recipe: DistillRecipe) -> tuple[dict[str, int], ...]:
     """Return the sizes that are trained where nobody says them: both towers in proportion.
 
     Raises:
-        InputError: a tower is no plain transformer, or too small to be made smaller so often.
+        InputError: a tower of the teacher's or of the students is no plain transformer, or the
+            teacher's too small to be made smaller so often.
     """
+    family = recipe.stage_recipes()[-1].student.family
+    if family != "inherited":
+        raise InputError(
+            f"an image tower of {family} is no part of the teacher's: give sizes by --size"
+        )
     image, text = teacher.model.config.vision_config, teacher.model.config.text_config
     names = ("num_attention_heads", "num_hidden_layers")
     if not all(
@@ -80,7 +87,7 @@ def usual_sizes(teacher: DualEncoder) -> tuple[dict[str, int], ...]:
 
 def size_name(size: Mapping[str, Any]) -> str:
     """Return a size as `--size` spells it."""
-    return ",".join(f"{name}={value}" for name, value in size.items())
+    return ",".join(f"{name}={spelled(value)}" for name, value in size.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,25 +179,20 @@ def scaling(
     """Train every size at every seed, fit the law, and find the size that meets the bar.
 
     Raises:
-        InputError: fewer than four sizes or two seeds.
-        ConfigError: a size that cannot be made; one message names all.
+        InputError: fewer than four sizes or two seeds, or sizes of the same number of weights.
+        ConfigError: stages with students of their own, or a size that cannot be made; one message
+            names all.
     """
+    if any(stage.get("student") for stage in recipe.stages):
+        raise ConfigError(
+            f"the stages of {name} have students of their own, which one size would make equal: "
+            "choose a recipe whose stages share the sizes of a student"
+        )
     if seeds < 2 or len(sizes) < _LEAST_SIZES:
         raise InputError(
             f"a law needs {_LEAST_SIZES} sizes and 2 seeds at least, got {len(sizes)} and {seeds}"
         )
-    recipes, wrong = {}, []
-    for size in sizes:
-        own = size_name(size)
-        try:
-            recipes[own] = recipe.replaced(size, source=f"--size {own}")
-        except ConfigError as error:
-            wrong.append(str(error))
-            continue
-        if mistake := trials.mistake(recipes[own], own):
-            wrong.append(f"--size {own}: {mistake}")
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+    recipes = _recipes(trials, recipe, sizes)
     found = trials.run(recipes, seeds=seeds, title="scaling")
     found = dict(sorted(found.items(), key=lambda item: item[1][0].parameters))
     teacher = trials.teacher[JUDGE].r1
@@ -221,6 +223,30 @@ def scaling(
         answer=law.answer(bar) if law.fits else None,
         curve=tuple((float(at), law.kept(float(at))) for at in grid) if law.fits else (),
     )
+
+
+def _recipes(
+    trials: Trials, recipe: DistillRecipe, sizes: Sequence[Mapping[str, Any]]
+) -> dict[str, DistillRecipe]:
+    """Return the recipe of each size by its name; all mistakes are found before any training."""
+    recipes: dict[str, DistillRecipe] = {}
+    by_bytes: dict[int, list[str]] = {}
+    wrong = []
+    for size in sizes:
+        own = size_name(size)
+        try:
+            recipes[own] = recipe.replaced(size, source="the size")
+            by_bytes.setdefault(trials.weight_bytes(recipes[own], own), []).append(own)
+        except EdgeClipError as error:
+            wrong.append(f"--size {own}: {error}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    if same := [" and ".join(names) for names in by_bytes.values() if len(names) > 1]:
+        raise InputError(
+            "a law needs sizes of different numbers of weights; the same have "
+            f"{'; '.join(same)}: leave out one, or change it"
+        )
+    return recipes
 
 
 def _row(

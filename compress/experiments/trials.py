@@ -70,9 +70,10 @@ class TrialResult(JsonRecord):
     """What a trial gave.
 
     Attributes:
-        identity: hash of its recipe, of the teacher and of the pairs it was judged on.
+        identity: hash of its recipe, of the data and models that this names, and of the teacher
+            and the pairs it was judged on.
         parameters: number of weights of the student.
-        steps, seconds: of its training, all stages together.
+        steps, seconds: of its training, all stages together, with those of a learned map.
         chosen_on, judged_on: on the splits `CHOOSE` and `JUDGE`.
     """
 
@@ -154,10 +155,18 @@ class Trials:
                     "can be compared by R@1: choose other data or another teacher"
                 )
 
+    def weight_bytes(self, recipe: DistillRecipe, name: str) -> int:
+        """Return the bytes of the student of a recipe, as float32. Nothing is trained.
+
+        Raises:
+            ConfigError, InputError: the recipe cannot run.
+        """
+        return self._prepare(recipe, self._folder(name, 0)).weight_bytes
+
     def mistake(self, recipe: DistillRecipe, name: str) -> str | None:
         """Say why a recipe cannot run; None if it can. Nothing is trained."""
         try:
-            self._prepare(recipe, self._folder(name, 0))
+            self.weight_bytes(recipe, name)
         except EdgeClipError as error:
             return str(error)
         return None
@@ -189,19 +198,22 @@ class Trials:
 
     def _one(self, name: str, seed: int, recipe: DistillRecipe) -> TrialResult:
         folder = self._folder(name, seed)
-        identity = self._identity(recipe)
+        # What the recipe names may have changed, though it has the same name.
+        prepared = self._prepare(recipe, folder)
+        identity = self._identity(recipe, prepared)
         path = folder / _RESULT
         if path.exists():
             kept = TrialResult.load(path)
             if kept.identity == identity:
                 return kept
         with without_bars():
-            end = self._prepare(recipe, folder).train()
+            end = prepared.train()
+        logs = [read_log(path) for path in _logs(recipe, end)]
         result = TrialResult(
             identity=identity,
             parameters=_parameters(end.student),
-            steps=sum(stage.steps for stage in end.stages),
-            seconds=_seconds(end),
+            steps=sum(int(log[-1]["step"]) for log in logs),
+            seconds=sum(float(log[-1]["seconds"]) for log in logs),
             chosen_on=_judge(end.student, self._split[CHOOSE]),
             judged_on=_judge(end.student, self._split[JUDGE]),
         )
@@ -221,13 +233,13 @@ class Trials:
         safe = "".join(c if c.isalnum() or c in "-_.=" else "-" for c in name)
         return self._out / "trials" / safe / f"seed-{seed}"
 
-    def _identity(self, recipe: DistillRecipe) -> str:
+    def _identity(self, recipe: DistillRecipe, prepared: PreparedRun) -> str:
         judged_on = [own.source.identity for own in self._split.values()]
         # What changes no weight is no part of it.
         plain = replace(
             recipe, training=replace(recipe.training, workers=None, checkpoint_seconds=1.0)
         )
-        return _hash((asdict(plain), self._space, judged_on))
+        return _hash((asdict(plain), prepared.identity, self._space, judged_on))
 
 
 def _with_seed(recipe: DistillRecipe, more: int) -> DistillRecipe:
@@ -249,8 +261,15 @@ def _steps(recipe: DistillRecipe) -> int:
     return sum(own.training.steps for own in recipe.stage_recipes())
 
 
-def _seconds(end: RunEnd) -> float:
-    return sum(float(read_log(stage.run / "log.jsonl")[-1]["seconds"]) for stage in end.stages)
+def _logs(recipe: DistillRecipe, end: RunEnd) -> list[Path]:
+    """Return the logs of all trainings of a run: those of its stages, and of the maps before."""
+    found = []
+    for own, stage in zip(recipe.stage_recipes(), end.stages, strict=True):
+        folders = [stage.run]
+        if own.student.inherit == "mapped":  # but where nothing was inherited, or all of it
+            folders.insert(0, stage.run / "mapping")
+        found += [path for folder in folders if (path := folder / "log.jsonl").is_file()]
+    return found
 
 
 def _parameters(model: DualEncoder) -> int:

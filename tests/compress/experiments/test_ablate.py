@@ -1,12 +1,21 @@
 """What an ablation varies, how it judges differences, and a whole one in small."""
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from edgeclip.compress.experiments.ablate import Ablation, holm, read_changes, usual_changes
+from edgeclip.compress.experiments.ablate import (
+    Ablation,
+    Change,
+    ablate,
+    holm,
+    read_changes,
+    usual_changes,
+)
+from edgeclip.compress.experiments.trials import Trials
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.recipe import DistillRecipe, load_recipe
 from edgeclip.runtime.cli.main import main
@@ -59,10 +68,22 @@ def test_changes_as_they_are_spelled() -> None:
     ]
     assert changes[1].applied(recipe).losses.affinity == 2.0
     assert changes[3].applied(recipe).student.whole_text is True
+    wrong = ["losses.steps=3", "nothing=1", "ema", "affinity=-1,many", "conv_widths=[24,48"]
     with pytest.raises(InputError) as found:
-        read_changes(["losses.steps=3", "nothing=1", "ema", "affinity=-1,many"], recipe)
-    for wrong in ("losses.steps", "setting nothing", "--vary ema", "at least 0", "many"):
-        assert wrong in str(found.value)
+        read_changes(wrong, recipe)
+    for words in ("losses.steps", "setting nothing", "--vary ema", "at least 0", "many", "[24 "):
+        assert words in str(found.value)
+
+
+def test_lists_are_written_in_brackets_and_one_item_alone() -> None:
+    recipe = DistillRecipe()
+    spelled = ["conv_widths=[24,48,96]", "dims=64,[32,16]", "merge_after=[]", "data=emoji"]
+    changes = read_changes(spelled, recipe)
+    values = [[24, 48, 96], [64], [32, 16], [], ["emoji"]]
+    assert [change.value for change in changes] == values
+    assert changes[0].name == "conv_widths=[24,48,96]"
+    again = read_changes([change.name for change in changes], recipe)
+    assert again == changes
 
 
 def test_a_change_holds_in_every_stage() -> None:
@@ -76,9 +97,55 @@ def test_what_is_tried_of_a_recipe() -> None:
     assert {"affinity=0.0", "feature=0.0", "interactive=0.0", "contrastive=1.0"} <= names
     assert {"learning_rate=0.0005", "learning_rate=0.002", "ema=0.99", "views=4"} <= names
     assert "schedule=linear" in names
-    assert not any(name.startswith(("family", "compute", "seed")) for name in names)
+    architecture = ("family", "compute", "seed", "text_tokenizer")
+    assert not any(name.startswith(architecture) for name in names)
     alone = DistillRecipe(losses=LossWeights(affinity=0, interactive=0))
-    assert "feature=0.0" not in {change.name for change in usual_changes(alone)}
+    refused = {change.name: change.refused for change in usual_changes(alone)}
+    assert "nothing to learn" in refused["feature=0.0"]
+    assert not refused["affinity=1.0"]
+
+
+def test_no_usual_change_makes_the_rates_of_stages_equal() -> None:
+    refused = {change.name: change.refused for change in usual_changes(load_recipe("staged"))}
+    rates = [name for name in refused if name.startswith("learning_rate")]
+    assert len(rates) == 2
+    assert all("rates of their own" in refused[name] for name in rates)
+    assert not refused["ema=0.99"]
+
+
+def test_what_is_not_tried_is_in_the_table(one_step: DistillRecipe, tmp_path: Path) -> None:
+    changes = (
+        Change(setting="affinity", value=1.0),
+        Change(setting="image_layers", value=99),
+        Change(setting="ema", value=0.9, refused="for a reason"),
+    )
+    end = ablate(
+        Trials(one_step, tmp_path, pairs=3),
+        one_step,
+        changes,
+        name="one step",
+        seeds=2,
+        command="edgeclip ablate",
+    )
+    assert [row.name for row in end.table.rows] == ["base"]
+    same, large, given = end.table.left_out
+    assert same == "affinity=1.0: the base has it already"
+    assert large.startswith("image_layers=99: ")
+    assert given == "ema=0.9: for a reason"
+
+
+@pytest.mark.parametrize("command", ["ablate", "scaling", "diagnose --student no-model"])
+def test_what_a_page_needs_is_looked_for_first(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, *more = command.split()
+    words = [name, *(more or ["quick"]), "--teacher", "no-model", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(words) == 2
+    assert "edgeclip[report]" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeclip.compress.experiments.scaling import Scaling, fit_law, usual_sizes
+from edgeclip.compress.experiments.scaling import Scaling, fit_law, scaling, usual_sizes
+from edgeclip.compress.experiments.trials import Trials
+from edgeclip.compress.students.student import StudentShape
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
+from edgeclip.compress.train.recipe import DistillRecipe
 from edgeclip.runtime.cli.main import main
-from edgeclip.runtime.errors import InputError
+from edgeclip.runtime.errors import ConfigError, InputError
 
 SIZES = np.geomspace(1e6, 16e6, 5)
 N0 = 4e6
@@ -89,7 +92,31 @@ def test_too_little_for_a_law() -> None:
 @pytest.mark.slow
 def test_a_teacher_with_few_heads_needs_sizes(teacher: DualEncoder) -> None:
     with pytest.raises(InputError, match="only 2 heads"):
-        usual_sizes(teacher)
+        usual_sizes(teacher, DistillRecipe())
+
+
+def test_another_family_needs_sizes(teacher: DualEncoder) -> None:
+    recipe = DistillRecipe(student=StudentShape(family="convnextv2"))
+    with pytest.raises(InputError, match="convnextv2"):
+        usual_sizes(teacher, recipe)
+
+
+def test_mistakes_are_found_before_any_training(one_step: DistillRecipe, tmp_path: Path) -> None:
+    trials = Trials(one_step, tmp_path, pairs=3)
+
+    def run(recipe: DistillRecipe, *sizes: dict[str, int]) -> None:
+        scaling(trials, recipe, sizes, name="own", seeds=2, bar=0.9, command="edgeclip scaling")
+
+    different = [{"image_layers": number} for number in (1, 2, 3)]
+    with pytest.raises(InputError, match="image_layers=3 and image_layers=3"):
+        run(one_step, *different, different[-1])
+    with pytest.raises(InputError, match="image_layers=1 and image_layers=1,image_heads=1"):
+        run(one_step, *different, {"image_layers": 1, "image_heads": 1})
+    sizes = {"stages": [{"student": {"image_layers": 2}}, {"student": {"image_layers": 1}}]}
+    staged = one_step.replaced(sizes, source="the test")
+    with pytest.raises(ConfigError, match="students of their own"):
+        run(staged, *different, {"image_layers": 4})
+    assert not list(tmp_path.glob("trials"))
 
 
 @pytest.mark.slow
