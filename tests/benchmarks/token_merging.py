@@ -152,8 +152,7 @@ def main() -> int:
             students[name] = taught(teacher, cache, train, after, settings, run)
             image, text = embed_source(students[name], test)
             hits[name] = pair_ranks(image.numpy(), text.numpy(), relevance_of(test)).hits(1)
-            lost = estimate_loss(hits[PLAIN], hits[name]).interval
-            losses[name] = Interval(100 * lost.value, 100 * lost.low, 100 * lost.high)
+            losses[name] = estimate_loss(hits[PLAIN], hits[name]).interval.scaled(100)
         towers = students | {
             name: matched(new_student(teacher, StudentShape()), counts)
             for name, counts in MATCHED.items()
