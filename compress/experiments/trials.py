@@ -7,7 +7,6 @@ so that their differences are paired.
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -34,8 +33,6 @@ from edgeclip.runtime.errors import ConfigError, EdgeClipError, InputError
 from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import pair_ranks
-
-_log = logging.getLogger(__name__)
 
 # What is chosen by the first is judged by the second; neither is trained on nor held out.
 CHOOSE: Split = "calibration"

@@ -80,7 +80,7 @@ class Budget:
 
 
 FULL = Budget(steps=600, count=20_480, pairs=1000, seeds=5, teacher_steps=1600, batch_size=128)
-QUICK = Budget(steps=20, count=512, pairs=64, seeds=2, teacher_steps=100, batch_size=32)
+QUICK = Budget(steps=6, count=128, pairs=32, seeds=2, teacher_steps=24, batch_size=16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
