@@ -43,7 +43,7 @@ DIMS = (128, 64, 32, 16)
 BARS: dict[str, Rule] = {
     "quarter_kept_*": (">=", 0.95, ""),
     "binary_kept_*": (">=", 0.9, ""),
-    "binary_bytes": ("<=", 1 / 32, "of float32"),
+    "binary_bytes": ("<=", 0.03125, "of float32"),
 }
 KEPT_MODELS = ("compress/emoji_teacher", "export/emoji_bundle")
 _DIRECTIONS = ("image_to_text", "text_to_image")
