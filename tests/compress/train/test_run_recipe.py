@@ -318,7 +318,8 @@ def test_every_recipe_with_stages_runs(tmp_path: Path, capsys: pytest.CaptureFix
     staged = [name for name in recipe_names() if load_recipe(name).stages]
     assert len(staged) >= 3
     cache = str(tmp_path / "cache")
-    more = ["--count", "8", "--steps", "1", "--batch-size", "4", "--warmup-steps", "1"]
+    more = ["--count", "8", "--held-out", "2", "--steps", "1", "--batch-size", "4"]
+    more += ["--warmup-steps", "1"]
     for name in staged:
         out = tmp_path / name
         words = ["distill", "--recipe", name, "--out", str(out), "--cache", cache, *more]
