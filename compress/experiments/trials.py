@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from edgeclip.compress.built_in import BUILT_IN, built_in_teacher
+from edgeclip.compress.built_in import model_source
 from edgeclip.compress.data.emoji_scenes import Split
 from edgeclip.compress.data.open_source import open_source
 from edgeclip.compress.data.sources import Source
@@ -126,8 +126,7 @@ class Trials:
         self._usual = _cached(recipe)
         self._strict, self._max_bad = strict, max_bad
         name = recipe.stage_recipes()[0].teacher[0]
-        source = built_in_teacher() if name == BUILT_IN else name
-        teacher = DualEncoder.load(source).to(processes().device)
+        teacher = DualEncoder.load(model_source(name)).to(processes().device)
         self._space = teacher.space
         self._split = {}
         for split in (CHOOSE, JUDGE):
