@@ -16,6 +16,7 @@ from edgeclip.compress.experiments.ablate import (
     usual_changes,
 )
 from edgeclip.compress.experiments.trials import Trials
+from edgeclip.compress.students.student import StudentShape
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.recipe import DistillRecipe, load_recipe
 from edgeclip.runtime.cli.main import main
@@ -76,7 +77,7 @@ def test_changes_as_they_are_spelled() -> None:
 
 
 def test_lists_are_written_in_brackets_and_one_item_alone() -> None:
-    recipe = DistillRecipe()
+    recipe = DistillRecipe(student=StudentShape(family="convnextv2"))
     spelled = ["conv_widths=[24,48,96]", "dims=64,[32,16]", "merge_after=[]", "data=emoji"]
     changes = read_changes(spelled, recipe)
     values = [[24, 48, 96], [64], [32, 16], [], ["emoji"]]

@@ -104,7 +104,7 @@ def test_heads_and_tails_are_sums_of_blocks(cuts: CutSet, emoji_times: StageTime
     assert median(found, "head", 3) == pytest.approx(after_first, rel=0.03)
     assert found.predicted is not None
     assert found.predicted.within == pytest.approx(whole.high / whole.ms - 1)
-    assert found.predicted.level == whole.level == 8 / 9
+    assert found.predicted.level == whole.level == 9 / 10
     assert (found.device, found.machine.cpu) == ("known", "Known CPU")
 
 
