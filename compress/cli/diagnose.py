@@ -24,8 +24,8 @@ from edgeclip.compress.data.sources import (
 )
 from edgeclip.compress.diagnose.diagnose import Inputs, diagnose
 from edgeclip.compress.diagnose.diagnosis import (
+    DiagnosedModel,
     Diagnosis,
-    ModelQuality,
     headline,
     not_compared,
 )
@@ -206,7 +206,7 @@ def _told(found: Diagnosis) -> str:
     return "\n".join(lines)
 
 
-def _row(model: ModelQuality) -> tuple[str, ...]:
+def _row(model: DiagnosedModel) -> tuple[str, ...]:
     def share(value: Interval | None) -> tuple[str, str]:
         return ("", "") if value is None else (percent(value.value), percent_interval(value))
 

@@ -108,7 +108,7 @@ class Confusion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelQuality:
+class DiagnosedModel:
     """The figures of one model.
 
     Attributes:
@@ -219,7 +219,7 @@ class Diagnosis(JsonRecord):
     left_out: str
     outside: str
     same_space: bool
-    models: tuple[ModelQuality, ...]
+    models: tuple[DiagnosedModel, ...]
     towers: tuple[TowerLayers, ...]
     findings: tuple[Finding, ...]
 

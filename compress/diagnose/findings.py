@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from edgeclip.compress.diagnose.diagnosis import (
     ConceptScore,
     Confusion,
+    DiagnosedModel,
     Finding,
-    ModelQuality,
     TowerAgreement,
     TowerLayers,
     exact_of,
@@ -30,7 +30,7 @@ _AT_MOST = 0.5  # of a column's groups
 
 
 def find(
-    models: Sequence[ModelQuality], towers: Sequence[TowerLayers], group_sizes: Sequence[int]
+    models: Sequence[DiagnosedModel], towers: Sequence[TowerLayers], group_sizes: Sequence[int]
 ) -> tuple[Finding, ...]:
     """Return what the figures show, the gravest first.
 
@@ -108,7 +108,7 @@ def _broken_layers(tower: TowerLayers) -> Iterator[Finding]:
         )
 
 
-def _tower_at_chance(model: ModelQuality, broken: set[str]) -> Iterator[Finding]:
+def _tower_at_chance(model: DiagnosedModel, broken: set[str]) -> Iterator[Finding]:
     """A tower that hardly tells its items apart where the other one does."""
     both: dict[Tower, TowerAgreement | None] = {"image": model.image, "text": model.text}
     pairs: tuple[tuple[Tower, Tower], ...] = (("text", "image"), ("image", "text"))
@@ -168,7 +168,7 @@ def _has_learned_mean(own: TowerAgreement) -> bool:
     return own.towards_mean.low > _LEARNED * own.teacher_towards_mean.high > 0
 
 
-def _groups(model: ModelQuality) -> Iterator[Finding]:
+def _groups(model: DiagnosedModel) -> Iterator[Finding]:
     """Groups whose colours are read wrongly, and others of which less is kept than of the rest.
 
     A picture is in a group of each column. Colours that are wrong in one background are also seen
@@ -244,7 +244,7 @@ def _of_group(group: GroupQuality) -> tuple[str, ...]:
     )
 
 
-def _concepts(model: ModelQuality) -> Iterator[Finding]:
+def _concepts(model: DiagnosedModel) -> Iterator[Finding]:
     """Families of words that the student lost, as a whole."""
     for score in model.concepts:
         if score.word or score.lost is None or score.lost.low <= _POINTS:
@@ -269,7 +269,7 @@ def _lost_at_least(score: ConceptScore) -> float:
     return -math.inf if score.lost is None else score.lost.low
 
 
-def _reliability(model: ModelQuality, teacher: ModelQuality) -> Iterator[Finding]:
+def _reliability(model: DiagnosedModel, teacher: DiagnosedModel) -> Iterator[Finding]:
     """Confidence that is no probability, and pictures from outside that are no longer noticed."""
     own = model.calibration
     above = own.confidence_above_accuracy
@@ -303,7 +303,7 @@ def _reliability(model: ModelQuality, teacher: ModelQuality) -> Iterator[Finding
         )
 
 
-def _precisions(models: Sequence[ModelQuality]) -> Iterator[Finding]:
+def _precisions(models: Sequence[DiagnosedModel]) -> Iterator[Finding]:
     """Precisions that surely lose some of what fp32, or else the student in torch, finds."""
     exact = exact_of([model.name for model in models])
     for model in models:
@@ -323,7 +323,7 @@ def _precisions(models: Sequence[ModelQuality]) -> Iterator[Finding]:
         )
 
 
-def _too_few(models: Sequence[ModelQuality], sizes: Sequence[int]) -> Iterator[Finding]:
+def _too_few(models: Sequence[DiagnosedModel], sizes: Sequence[int]) -> Iterator[Finding]:
     """Groups that are too small to be judged, and groups whose interval says nothing."""
     small = [size for size in sizes if 0 < size < LEAST_IN_GROUP]
     if small:

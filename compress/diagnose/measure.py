@@ -18,8 +18,8 @@ from edgeclip.compress.diagnose.concepts import ConceptQuestions, concept_questi
 from edgeclip.compress.diagnose.diagnosis import (
     ConceptScore,
     Confusion,
+    DiagnosedModel,
     LayerFigures,
-    ModelQuality,
     TowerAgreement,
     TowerLayers,
     exact_of,
@@ -251,7 +251,7 @@ class Measuring:
         found: NDArray[np.int64] = self.first[np.sort(places)]
         return found
 
-    def qualities(self, models: Sequence[Embedded]) -> Iterator[ModelQuality]:
+    def qualities(self, models: Sequence[Embedded]) -> Iterator[DiagnosedModel]:
         """Measure the models one after the other, the teacher first."""
         teacher = models[0]
         exact = exact_of([model.name for model in models])
@@ -275,7 +275,7 @@ class Measuring:
 
     def _quality(
         self, model: Embedded, teacher: Embedded, ours: Answers, theirs: Answers
-    ) -> ModelQuality:
+    ) -> DiagnosedModel:
         """Measure one model; of the teacher what needs no other model."""
         is_teacher = model is teacher
         captions, distinct = model.text[self.first], self.distinct
@@ -285,7 +285,7 @@ class Measuring:
         if outside is not None and theirs.separation is not None and not is_teacher:
             lost = theirs.separation.above(outside).interval
         scores, confusions = self._words(ours, None if is_teacher else theirs)
-        return ModelQuality(
+        return DiagnosedModel(
             name=model.name,
             r1=estimate_share(ours.hits).interval,
             kept=None if is_teacher else _kept(ours, theirs),

@@ -8,9 +8,9 @@ from PIL import Image
 
 from edgeclip.compress.diagnose.diagnosis import (
     ConceptScore,
+    DiagnosedModel,
     Diagnosis,
     Finding,
-    ModelQuality,
     TowerAgreement,
     TowerLayers,
     headline,
@@ -119,7 +119,7 @@ def _findings_section(findings: Sequence[Finding]) -> Section | None:
     return section_of("findings", "What the data show, and what to try", [AdviceList(entries)])
 
 
-def _models_section(models: Sequence[ModelQuality]) -> Section | None:
+def _models_section(models: Sequence[DiagnosedModel]) -> Section | None:
     """All models side by side."""
     rows = tuple(
         (
@@ -276,7 +276,7 @@ def overlay(picture: Image.Image, looked: Values) -> Image.Image:
     return Image.fromarray((np.asarray(square, np.float64) * light).astype(np.uint8))
 
 
-def _groups_section(models: Sequence[ModelQuality]) -> Section | None:
+def _groups_section(models: Sequence[DiagnosedModel]) -> Section | None:
     """What is kept of each group, by each model."""
     blocks: list[Block] = []
     for model in models[1:]:
@@ -322,7 +322,7 @@ def _groups_section(models: Sequence[ModelQuality]) -> Section | None:
     return section_of("groups", "Quality by group", blocks)
 
 
-def _concepts_section(models: Sequence[ModelQuality]) -> Section | None:
+def _concepts_section(models: Sequence[DiagnosedModel]) -> Section | None:
     """Scores of families of words, and of each word."""
     teacher, others = models[0], [model for model in models[1:] if model.concepts]
     if not teacher.concepts:

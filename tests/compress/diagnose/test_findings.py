@@ -6,8 +6,8 @@ import numpy as np
 from edgeclip.compress.data.picture_groups import Groups
 from edgeclip.compress.diagnose.diagnosis import (
     Confusion,
+    DiagnosedModel,
     LayerFigures,
-    ModelQuality,
     TowerAgreement,
     TowerLayers,
 )
@@ -53,7 +53,7 @@ AGREES = TowerAgreement(
     neighbours=near(0.6),
     information=MutualInformation(10.0, 0.1, 19, 0.01, 16),
 )
-STUDENT = ModelQuality(
+STUDENT = DiagnosedModel(
     name="student",
     r1=near(0.95),
     kept=near(0.97),
@@ -80,7 +80,7 @@ STUDENT = ModelQuality(
 TEACHER = replace(STUDENT, name="teacher", kept=None, image=None, text=None, outside_lost=None)
 
 
-def found(student: ModelQuality = STUDENT, tower: TowerLayers | None = None) -> list[str]:
+def found(student: DiagnosedModel = STUDENT, tower: TowerLayers | None = None) -> list[str]:
     towers = [layers(-0.5, -0.1, -0.1) if tower is None else tower]
     return [f"{item.kind}: {item.subject}" for item in find([TEACHER, student], towers, [100])]
 

@@ -3,7 +3,7 @@ import pytest
 
 from edgeclip.compress.data.picture_groups import Groups
 from edgeclip.compress.diagnose.concepts import concept_questions
-from edgeclip.compress.diagnose.diagnosis import ModelQuality
+from edgeclip.compress.diagnose.diagnosis import DiagnosedModel
 from edgeclip.compress.diagnose.measure import Embedded, Measuring, Questions
 from edgeclip.runtime.arrays import Values
 from edgeclip.runtime.quality.relevance import Relevance
@@ -26,7 +26,7 @@ def measure(
     *models: Embedded,
     groups: tuple[Groups, ...] = (),
     questions: Questions | None = None,
-) -> list[ModelQuality]:
+) -> list[DiagnosedModel]:
     relevance = Relevance.of_captions([(caption,) for caption in captions])
     first = np.arange(len(captions))
     names = frozenset(model.name for model in models)
@@ -34,7 +34,7 @@ def measure(
     return list(measuring.qualities(models))
 
 
-def of_captions(distinct: int, count: int) -> ModelQuality:
+def of_captions(distinct: int, count: int) -> DiagnosedModel:
     """A healthy student of pictures that share so many captions."""
     of = np.arange(count) % distinct
     text = RNG.normal(size=(distinct, 16))[of]
