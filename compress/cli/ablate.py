@@ -7,13 +7,12 @@ with. What is chosen on the split `calibration` is judged on the split `test`.
 import argparse
 from pathlib import Path
 
-from edgeclip.compress.cli.distill import add_settings, recipe_of
-from edgeclip.compress.cli.options import max_bad
+from edgeclip.compress.cli.distill import recipe_of
+from edgeclip.compress.cli.trial_options import add_trial_options, open_trials, trial_targets
 from edgeclip.compress.experiments.ablate import ablate, read_changes, usual_changes
 from edgeclip.compress.experiments.ablation_page import ablation_text, write_ablation_page
-from edgeclip.compress.experiments.trials import Trials
 from edgeclip.profiles.report.write_page import check_page_packages
-from edgeclip.runtime.cli.options import Targets, positive
+from edgeclip.runtime.cli.options import Targets
 
 _PAGE, _TABLE, _CHOSEN = "ablation.html", "ablation.json", "chosen.yaml"
 
@@ -33,22 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dims=[128,64],[64]; may be given several times (default: each loss off or on, each other "
         "choice, other learning rates, the average of the weights, augmented views)",
     )
-    parser.add_argument("--seeds", type=positive, default=3, help="of each recipe (default: 3)")
-    parser.add_argument(
-        "--pairs",
-        type=positive,
-        default=1000,
-        help="scenes that students are compared on; of other data all of the split (default: 1000)",
-    )
-    parser.add_argument(
-        "--cache", type=Path, help="directory of the teacher cache (default: OUT/cache)"
-    )
-    add_settings(parser)
+    add_trial_options(parser, each="recipe", judged="compared")
 
 
 def targets(args: argparse.Namespace) -> Targets:
     """Return what the command writes."""
-    return Targets(folders=(args.out,), shared=(args.cache,))
+    return trial_targets(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,14 +45,7 @@ def run(args: argparse.Namespace) -> int:
     check_page_packages()
     recipe = recipe_of(args, command="ablate")
     changes = read_changes(args.vary, recipe) or usual_changes(recipe)
-    trials = Trials(
-        recipe,
-        args.out,
-        pairs=args.pairs,
-        cache=args.cache,
-        strict=args.strict,
-        max_bad=max_bad(args),
-    )
+    trials = open_trials(args, recipe)
     end = ablate(trials, recipe, changes, name=args.recipe, seeds=args.seeds, command=args.command)
     end.table.save(args.out / _TABLE)
     end.chosen.save(args.out / _CHOSEN)

@@ -4,7 +4,6 @@ Writes a page with the worst of them, a list of those worth keeping, and all fig
 """
 
 import argparse
-import importlib.util
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -41,10 +40,11 @@ from edgeclip.compress.data.picture_statistics import (
 from edgeclip.compress.data.sources import EMOJI, Source
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import TeacherCache, build_cache, fast_inference
+from edgeclip.profiles.report.write_page import check_page_packages
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.files import atomic_directory, check_target
 from edgeclip.runtime.cli.options import Targets, positive
-from edgeclip.runtime.errors import ConfigError, InputError, MissingExtraError
+from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import MaxBad
 
 _MARKER = "figures.npz"
@@ -128,7 +128,7 @@ def _cache_folder(args: argparse.Namespace) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, embed, judge and write; a run that was stopped goes on where it was."""
-    _require_packages()
+    check_page_packages()
     rules = _rules(args)
     check_target(args.out, replace=True, marker=_MARKER)
     teacher = load_teacher(args)
@@ -178,13 +178,6 @@ def run(args: argparse.Namespace) -> int:
     print(_told(judgement, len(source)))
     print(f"page, list and figures are in {args.out}; look at {args.out / _PAGE}")
     return 0
-
-
-def _require_packages() -> None:
-    """Refuse to work for hours if the page cannot be written in the end."""
-    for package in ("jinja2", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(f"a report needs {package}: pip install 'edgeclip[report]'")
 
 
 def _rules(args: argparse.Namespace) -> KeepRules:

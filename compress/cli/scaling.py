@@ -8,15 +8,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edgeclip.compress.cli.distill import add_settings, recipe_of
-from edgeclip.compress.cli.options import max_bad
+from edgeclip.compress.cli.distill import recipe_of
+from edgeclip.compress.cli.trial_options import add_trial_options, open_trials, trial_targets
 from edgeclip.compress.experiments.scaling import scaling, usual_sizes
 from edgeclip.compress.experiments.scaling_page import scaling_text, write_scaling_page
 from edgeclip.compress.experiments.spelling import read_value, settings_of, split_values
-from edgeclip.compress.experiments.trials import Trials
 from edgeclip.compress.train.recipe import DistillRecipe
 from edgeclip.profiles.report.write_page import check_page_packages
-from edgeclip.runtime.cli.options import Targets, positive
+from edgeclip.runtime.cli.options import Targets
 from edgeclip.runtime.errors import InputError
 
 _PAGE, _TABLE = "scaling.html", "scaling.json"
@@ -40,22 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bar", type=float, default=0.95, help="share of the teacher's R@1 to keep (default: 0.95)"
     )
-    parser.add_argument("--seeds", type=positive, default=3, help="of each size (default: 3)")
-    parser.add_argument(
-        "--pairs",
-        type=positive,
-        default=1000,
-        help="scenes that students are judged on; of other data all of the split (default: 1000)",
-    )
-    parser.add_argument(
-        "--cache", type=Path, help="directory of the teacher cache (default: OUT/cache)"
-    )
-    add_settings(parser)
+    add_trial_options(parser, each="size", judged="judged")
 
 
 def targets(args: argparse.Namespace) -> Targets:
     """Return what the command writes."""
-    return Targets(folders=(args.out,), shared=(args.cache,))
+    return trial_targets(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,14 +54,7 @@ def run(args: argparse.Namespace) -> int:
     check_page_packages()
     recipe = recipe_of(args, command="scaling")
     sizes = [_size(text, recipe) for text in args.size]
-    trials = Trials(
-        recipe,
-        args.out,
-        pairs=args.pairs,
-        cache=args.cache,
-        strict=args.strict,
-        max_bad=max_bad(args),
-    )
+    trials = open_trials(args, recipe)
     table = scaling(
         trials,
         recipe,

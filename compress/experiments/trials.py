@@ -25,7 +25,7 @@ from edgeclip.compress.processes import processes, without_bars
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.teachers.teacher_cache import embed_source
 from edgeclip.compress.train.recipe import DistillRecipe
-from edgeclip.compress.train.run_recipe import PreparedRun, RunEnd, prepare_run
+from edgeclip.compress.train.run_recipe import MAPPING, PreparedRun, RunEnd, prepare_run
 from edgeclip.compress.train.train_loop import read_log
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.bundle.index import cosines
@@ -263,7 +263,7 @@ def _logs(recipe: DistillRecipe, end: RunEnd) -> list[Path]:
     for own, stage in zip(recipe.stage_recipes(), end.stages, strict=True):
         folders = [stage.run]
         if own.student.inherit == "mapped":  # but where nothing was inherited, or all of it
-            folders.insert(0, stage.run / "mapping")
+            folders.insert(0, stage.run / MAPPING)
         found += [path for folder in folders if (path := folder / "log.jsonl").is_file()]
     return found
 

@@ -122,31 +122,23 @@ def _check_side(name: str, image_size: int, stride: int, least: int = 1) -> None
         )
 
 
-def _convnext(widths: Sizes, depths: Sizes, image_size: int) -> Any:
-    _check_side("convolutional", image_size, _PATCH << len(widths) - 1)
-    return _with_width(
-        ConvNextConfig(
+def _convnext(
+    name: str, kind: Callable[..., Any], settings: dict[str, float]
+) -> Callable[[Sizes, Sizes, int], Any]:
+    """Return what makes the configuration of a ConvNeXt of either generation."""
+
+    def config(widths: Sizes, depths: Sizes, image_size: int) -> Any:
+        _check_side(name, image_size, _PATCH << len(widths) - 1)
+        made = kind(
             num_stages=len(widths),
             hidden_sizes=list(widths),
             depths=list(depths),
             image_size=image_size,
-            layer_scale_init_value=0.0,  # made for very deep networks; slows small ones
-        ),
-        widths[-1],
-    )
+            **settings,
+        )
+        return _with_width(made, widths[-1])
 
-
-def _convnextv2(widths: Sizes, depths: Sizes, image_size: int) -> Any:
-    _check_side("convnextv2", image_size, _PATCH << len(widths) - 1)
-    return _with_width(
-        ConvNextV2Config(
-            num_stages=len(widths),
-            hidden_sizes=list(widths),
-            depths=list(depths),
-            image_size=image_size,
-        ),
-        widths[-1],
-    )
+    return config
 
 
 def _mobilevitv2(widths: Sizes, depths: Sizes, image_size: int) -> Any:
@@ -178,7 +170,7 @@ def _swiftformer(widths: Sizes, depths: Sizes, image_size: int) -> Any:
             embed_dims=list(widths),
             depths=list(depths),
             downsamples=[True] * len(widths),
-            use_layer_scale=False,  # as with ConvNeXt
+            use_layer_scale=False,  # as with a ConvNeXt
         ),
         widths[-1],
     )
@@ -257,14 +249,15 @@ IMAGE_FAMILIES: dict[ImageFamilyName, ImageFamily] = {
         title="ConvNeXt (Liu et al. 2022)",
         widths=(48, 96, 192),
         depths=(2, 2, 4),
-        config=_convnext,
+        # Layer scale was made for very deep networks, and slows small ones.
+        config=_convnext("convolutional", ConvNextConfig, {"layer_scale_init_value": 0.0}),
         fewest=0,
     ),
     "convnextv2": ImageFamily(
         title="ConvNeXt V2 (Woo et al. 2023)",
         widths=(48, 96, 192),
         depths=(2, 2, 4),
-        config=_convnextv2,
+        config=_convnext("convnextv2", ConvNextV2Config, {}),
         fewest=0,
     ),
     "mobilevitv2": ImageFamily(

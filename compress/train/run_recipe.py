@@ -41,7 +41,7 @@ from edgeclip.runtime.inputs.find_images import DEFAULT_MAX_BAD, MaxBad
 _log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"  # in the folder of a run
-_MAPPING = "mapping"  # in that of a stage
+MAPPING = "mapping"  # in that of a stage
 
 Models = Mapping[str, DualEncoder]
 
@@ -156,6 +156,7 @@ class PreparedRun:
         caches = self._caches(stage, students)
         if recipe.dims:
             student.basis = _basis(stage, student, caches[0])
+        start = self._start(stage, students)
         if is_new and shape.inherit == "mapped" and importance is not None:
             learn_mapping(
                 student,
@@ -166,8 +167,8 @@ class PreparedRun:
                 stage.student_source,
                 loss_weights=recipe.losses,
                 settings=settings,
-                out=stage.run / _MAPPING,
-                start=self._start(stage, students),
+                out=stage.run / MAPPING,
+                start=start,
                 held_out=held_out,
                 max_bad=self._max_bad,
             )
@@ -180,7 +181,7 @@ class PreparedRun:
             out=stage.run,
             held_out=held_out,
             max_bad=self._max_bad,
-            start=self._start(stage, students),
+            start=start,
             begin=self._keep_recipe(stage),
         )
         students.append(student)
@@ -316,7 +317,7 @@ def _basis(stage: _Stage, student: DualEncoder, cache: TeacherCache) -> Basis:
     """
     dims = stage.recipe.dims
     with processes().first_before_others():
-        begun = any(checkpoint_folder(own) for own in (stage.run, stage.run / _MAPPING))
+        begun = any(checkpoint_folder(own) for own in (stage.run, stage.run / MAPPING))
         if begun or not processes().is_first:
             known = read_basis(stage.run)
             if known is not None and set(known.lengths) == {student.spec.dim, *dims}:

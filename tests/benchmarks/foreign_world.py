@@ -343,8 +343,7 @@ def bars(found: Sequence[Reached]) -> list[Bar]:
         ]
     leaves, alone, one_hot = (by_name[LEAVES, losses] for losses in RUNS[LEAVES])
     known, known_alone = by_name[EMOJI, DEFAULTS], by_name[EMOJI, FEATURE]
-    gained = estimate_loss(known.hits, known_alone.hits).interval
-    gained = Interval(100 * gained.value, 100 * gained.low, 100 * gained.high)
+    gained = estimate_loss(known.hits, known_alone.hits).interval.scaled(100)
     return [
         *items,
         hold(BARS, "dead_leaves_cosine_below_feature_alone", alone.cosine - leaves.cosine),
