@@ -76,8 +76,10 @@ _HELP = {
     "steps": "may be raised for a run that has ended: its learning rate then goes on as in a run "
     "of so many steps",
     "batch_size": "pictures of a step, over all processes",
-    "learning_rate": "the highest, after the warm-up",
-    "schedule": "how the learning rate falls",
+    "optimizer": "AdamW for all weights, or Muon for the matrices of linear layers",
+    "learning_rate": "that of AdamW at its highest, after the warm-up",
+    "matrix_rate": "that of Muon",
+    "schedule": "how the learning rates fall",
     "final_rate": "share of the learning rate at the last step",
     "weight_decay": "of matrices",
     "warmup_steps": "steps in which the learning rate rises",

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     settings = TrainSettings(
         steps=args.steps,
         batch_size=args.batch_size,
+        optimizer="adamw",
         learning_rate=args.learning_rate,
         warmup_steps=150,
         seed=args.seed,

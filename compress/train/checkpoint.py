@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,17 +94,22 @@ def _step(folder: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state of an optimizer as `NUMBER.NAME`, by the number of the weight."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{key}": value for number, own in state.items() for key, value in own.items()}
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> Tensors:
+    """Return the state of optimizers as `OPTIMIZER.NUMBER.NAME`, by the number of the weight."""
+    return {
+        f"{place}.{number}.{key}": value
+        for place, optimizer in enumerate(optimizers)
+        for number, own in optimizer.state_dict()["state"].items()
+        for key, value in own.items()
+    }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Give an optimizer over the same weights the state of `optimizer_tensors`."""
-    state: dict[int, dict[str, Tensor]] = {}
+def load_optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: Tensors) -> None:
+    """Give optimizers over the same weights the state of `optimizer_tensors`."""
+    states: list[dict[int, Tensors]] = [{} for _ in optimizers]
     for name, value in tensors.items():
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        place, number, key = name.split(".", 2)
+        states[int(place)].setdefault(int(number), {})[key] = value
+    for optimizer, state in zip(optimizers, states, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -68,7 +68,7 @@ class LossWeights:
     """
 
     affinity: Annotated[float, Ge(0)] = 1.0
-    feature: Annotated[float, Ge(0)] = 1.0
+    feature: Annotated[float, Ge(0)] = 10.0
     interactive: Annotated[float, Ge(0)] = 1.0
     contrastive: Annotated[float, Ge(0)] = 0.0
     hard_negatives: Annotated[float, Ge(0)] = 0.0

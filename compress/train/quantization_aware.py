@@ -142,6 +142,7 @@ def finetune_settings(steps: int, *, batch_size: int = 64, seed: int = 0) -> Tra
     return TrainSettings(
         steps=steps,
         batch_size=batch_size,
+        optimizer="adamw",
         learning_rate=1e-4,
         weight_decay=0.0,
         warmup_steps=steps // 10,

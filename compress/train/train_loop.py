@@ -11,7 +11,7 @@ embeddings is known, with them (GradCache, Gao et al. 2021). So the memory is th
 the losses are those of the whole.
 
 Only the number of steps may change later. From there on the learning rate is that of a run of the
-new number of steps: raised at the end of a cosine, it rises again, and decays once more (a warm
+new number of steps: raised after its end, it rises again, and decays once more (a warm
 restart).
 """
 
@@ -22,7 +22,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from edgeclip.compress.compute import ComputeType, autocast
+from edgeclip.compress.compute import ComputeType, autocast, number_format
 from edgeclip.compress.data.loader import default_workers, killed_workers_explained, load
 from edgeclip.compress.processes import Processes, processes
 from edgeclip.compress.train.checkpoint import (
@@ -51,6 +51,7 @@ from edgeclip.compress.train.kept_weights import (
     BestWeights,
     Validation,
 )
+from edgeclip.compress.train.optimizers import Muon, adamw, linear_matrices
 from edgeclip.compress.train.trackers import Trackers
 from edgeclip.runtime.bundle.files import atomic_file, require_space
 from edgeclip.runtime.device.schema import check_bounds
@@ -67,13 +68,15 @@ _SLOW = 0.3  # share of the time that a run may wait for its data without saying
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """Settings of a run with AdamW (Loshchilov and Hutter 2019).
+    """Settings of a run.
 
     Args:
         steps: number of steps.
         batch_size: items of a step, over all processes.
-        learning_rate: the highest, after the warm-up.
-        schedule: how it falls after `warmup_steps` of linear rise: `cosine` or `linear` to
+        optimizer: `adamw`, or `muon` for the matrices of linear layers and AdamW for all else.
+        learning_rate: that of AdamW at its highest, after the warm-up.
+        matrix_rate: that of Muon.
+        schedule: how they fall after `warmup_steps` of linear rise: `cosine` or `linear` to
             `final_rate` of it at the last step, or `constant`.
         weight_decay: of matrices; biases, norms and scales have none.
         clip_norm: the largest norm of the gradient.
@@ -92,8 +95,10 @@ class TrainSettings:
 
     steps: Annotated[int, Ge(1)] = 2000
     batch_size: Annotated[int, Ge(1)] = 128
+    optimizer: Literal["adamw", "muon"] = "muon"
     learning_rate: Annotated[float, Gt(0)] = 1e-3
-    schedule: Schedule = "cosine"
+    matrix_rate: Annotated[float, Gt(0)] = 0.02
+    schedule: Schedule = "linear"
     final_rate: Annotated[float, Ge(0), Le(1)] = 0.02
     weight_decay: Annotated[float, Ge(0)] = 0.05
     warmup_steps: Annotated[int, Ge(0)] = 60
@@ -117,14 +122,18 @@ class TrainSettings:
             raise ConfigError(str(error)) from error
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of `step` (0-based)."""
+        """Return AdamW's learning rate of `step` (0-based)."""
+        return self.learning_rate * self.rate_share(step)
+
+    def rate_share(self, step: int) -> float:
+        """Return the learning rates of `step` as a share of their highest."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         left = {
             "cosine": (1 + math.cos(math.pi * step / self.steps)) / 2,
             "linear": 1 - step / self.steps,
             "constant": 1.0,
         }[self.schedule]
-        return self.learning_rate * warmup * (self.final_rate + (1 - self.final_rate) * left)
+        return warmup * (self.final_rate + (1 - self.final_rate) * left)
 
 
 # These change no weight, or at most its rounding.
@@ -290,7 +299,7 @@ def train(task: TrainTask, settings: TrainSettings, out: Path) -> BestStep | Non
 
 
 class _Run:
-    """The module, the optimizer and the best weights of a run, from step to step."""
+    """The module, the optimizers and the best weights of a run, from step to step."""
 
     def __init__(
         self, task: TrainTask, settings: TrainSettings, out: Path, team: Processes
@@ -302,7 +311,7 @@ class _Run:
         # that is trained; written beside the checkpoint before.
         state = sum(value.nbytes for value in task.module.state_dict().values())
         require_space(out, 3 * state + 2 * sum(weight.nbytes for weight in self._weights))
-        self._optimizer = _optimizer(self._weights, settings)
+        self._optimizers = _optimizers(task.module, settings, self._device)
         self._average = AveragedWeights(task.module, settings.ema) if settings.ema else None
         self._best = BestWeights(settings.patience)
         self._embed = torch.compile(task.embed) if settings.compile else task.embed
@@ -313,14 +322,16 @@ class _Run:
 
     def step(self, step: int, parts: list[Batch]) -> dict[str, float]:
         """Take one step; return its losses."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.rate(step)
-        self._optimizer.zero_grad(set_to_none=True)
+        for highest, optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = highest * self._settings.rate_share(step)
+            optimizer.zero_grad(set_to_none=True)
         losses = self._gradients(step, parts)
         self._team.sum_gradients(self._weights)
         norm = nn.utils.clip_grad_norm_(self._weights, self._settings.clip_norm)
         _check_finite(losses["total"], norm, step)
-        self._optimizer.step()
+        for _, optimizer in self._optimizers:
+            optimizer.step()
         if self._average is not None:
             self._average.update(step)
         values = {name: value.item() for name, value in losses.items()}
@@ -443,7 +454,7 @@ class _Run:
         if self._team.is_first:
             tensors: dict[str, Any] = {
                 "weights": self._task.module.state_dict(),
-                "optimizer": optimizer_tensors(self._optimizer),
+                "optimizer": optimizer_tensors([own for _, own in self._optimizers]),
             }
             if self._average is not None:
                 tensors["average"] = self._average.weights
@@ -469,7 +480,7 @@ class _Run:
         values = saved.values
         self._check_run(values)
         self._task.module.load_state_dict(saved.tensors["weights"])
-        load_optimizer_tensors(self._optimizer, saved.tensors["optimizer"])
+        load_optimizer_tensors([own for _, own in self._optimizers], saved.tensors["optimizer"])
         if self._average is not None:
             self._average.load(saved.tensors["average"])
         self._best.load(values["best"], saved.tensors.get("best"))
@@ -655,10 +666,23 @@ def _log_file(path: Path, team: Processes) -> Iterator[TextIO]:
         yield file
 
 
-def _optimizer(weights: Iterable[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    held = list(weights)
-    groups = [  # biases, norms and scales are not decayed
-        {"params": [w for w in held if w.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [w for w in held if w.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+def _optimizers(
+    module: nn.Module, settings: TrainSettings, device: torch.device
+) -> list[tuple[float, torch.optim.Optimizer]]:
+    """Return the optimizers of a module's weights, each with its highest learning rate."""
+    decay, rate, matrix_rate = (
+        settings.weight_decay,
+        settings.learning_rate,
+        settings.matrix_rate,
+    )
+    matrices = linear_matrices(module) if settings.optimizer == "muon" else []
+    known = set(map(id, matrices))
+    rest = [own for own in module.parameters() if own.requires_grad and id(own) not in known]
+    made: list[tuple[float, torch.optim.Optimizer]] = []
+    if matrices:
+        products = number_format(settings.compute, device)
+        muon = Muon(matrices, learning_rate=matrix_rate, weight_decay=decay, products=products)
+        made.append((matrix_rate, muon))
+    if rest:
+        made.append((rate, adamw(rest, learning_rate=rate, weight_decay=decay)))
+    return made

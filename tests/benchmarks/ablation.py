@@ -56,6 +56,7 @@ BEFORE: dict[str, Any] = {
     "token_rank": None,
     "dims": [],
     "views": None,
+    "optimizer": "adamw",
     "learning_rate": 0.001,
     "schedule": "cosine",
     "final_rate": 0.02,
@@ -79,7 +80,7 @@ class Budget:
     batch_size: int
 
 
-FULL = Budget(steps=600, count=20_480, pairs=1000, seeds=5, teacher_steps=1600, batch_size=128)
+FULL = Budget(steps=200, count=12_288, pairs=1000, seeds=4, teacher_steps=1000, batch_size=128)
 QUICK = Budget(steps=6, count=128, pairs=32, seeds=2, teacher_steps=24, batch_size=16)
 
 

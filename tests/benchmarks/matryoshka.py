@@ -197,10 +197,10 @@ def bars(rows: Sequence[Row], model: str, dim: int) -> Iterator[Bar]:
 def student_of(
     teacher: DualEncoder, cache: TeacherCache, scenes: EmojiSource, basis: Basis | None, out: Path
 ) -> DualEncoder:
-    """Distil a student as the demo does, with the losses at each length of a basis."""
+    """Distil a student, with the losses at each length of a basis too."""
     student = new_student(teacher, StudentShape())
     student.basis = basis
-    settings = TrainSettings(steps=800, batch_size=128, learning_rate=1.5e-3)
+    settings = TrainSettings(steps=400, batch_size=128)
     distill(student, cache, scenes, loss_weights=LossWeights(), settings=settings, out=out)
     return student
 

@@ -40,11 +40,11 @@ from edgeclip.runtime.stats.shares import estimate_kept, estimate_share
 
 
 class Size(NamedTuple):
-    """A student of so many percent of the teacher's parameters."""
+    """A student of so many percent of the teacher's parameters; small ones take more steps."""
 
     percent: int
     shape: StudentShape
-    learning_rate: float
+    steps: int
 
 
 def _shape(image_heads: int, image_layers: int, text_heads: int, text_layers: int) -> StudentShape:
@@ -57,11 +57,11 @@ def _shape(image_heads: int, image_layers: int, text_heads: int, text_layers: in
 
 
 SIZES = (
-    Size(50, _shape(4, 5, 2, 1), 1e-3),
-    Size(33, _shape(3, 5, 2, 2), 1e-3),
-    Size(25, _shape(3, 4, 2, 1), 1e-3),
-    Size(12, _shape(2, 4, 1, 2), 1.5e-3),
-    Size(4, _shape(1, 3, 1, 1), 2e-3),
+    Size(50, _shape(4, 5, 2, 1), 800),
+    Size(33, _shape(3, 5, 2, 2), 800),
+    Size(25, _shape(3, 4, 2, 1), 800),
+    Size(12, _shape(2, 4, 1, 2), 1200),
+    Size(4, _shape(1, 3, 1, 1), 3000),
 )
 BARS: dict[str, Rule] = {
     "kept_at_50_percent": (">=", 0.99, ""),
@@ -79,14 +79,14 @@ TEACHER = "teacher"
 class Amount(NamedTuple):
     """How much is trained and measured."""
 
-    scenes: int = 32_768
-    steps: int = 3000
+    scenes: int = 20_480
+    most_steps: int = 10_000
     batch_size: int = 128
     test: int = 3000
     workload: str = "standard"
 
 
-QUICK = Amount(scenes=1024, steps=30, batch_size=64, test=300, workload="quick")
+QUICK = Amount(scenes=1024, most_steps=30, batch_size=64, test=300, workload="quick")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,7 @@ def trained(
         source,
         loss_weights=LossWeights(),
         settings=TrainSettings(
-            steps=amount.steps, batch_size=amount.batch_size, learning_rate=size.learning_rate
+            steps=min(size.steps, amount.most_steps), batch_size=amount.batch_size
         ),
         out=out,
     )

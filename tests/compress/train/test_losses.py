@@ -341,7 +341,7 @@ def test_by_default_a_teacher_that_knows_nothing_is_found_too() -> None:
 
 
 def test_default_weights_leave_plain_contrast_out() -> None:
-    assert LossWeights() == LossWeights(affinity=1, feature=1, interactive=1, contrastive=0)
+    assert LossWeights() == LossWeights(affinity=1, feature=10, interactive=1, contrastive=0)
 
 
 def test_impossible_weights() -> None:

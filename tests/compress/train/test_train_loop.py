@@ -157,7 +157,14 @@ def test_first_step_by_hand(tmp_path: Path) -> None:
     (module(x) - y).square().mean().backward()
     assert module.weight.grad is not None
     assert module.bias.grad is not None
-    settings = replace(SETTINGS, steps=1, warmup_steps=1, learning_rate=0.01, weight_decay=0.5)
+    settings = replace(
+        SETTINGS,
+        steps=1,
+        warmup_steps=1,
+        optimizer="adamw",
+        learning_rate=0.01,
+        weight_decay=0.5,
+    )
     with torch.no_grad():
         weight = module.weight * (1 - 0.01 * 0.5) - 0.01 * module.weight.grad.sign()
         bias = module.bias - 0.01 * module.bias.grad.sign()
