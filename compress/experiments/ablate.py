@@ -127,15 +127,17 @@ def _candidates(recipe: DistillRecipe) -> Iterator[Change]:
             others = (one for one in typing.get_args(plain) if one != value)
             yield from (Change(setting=name, value=one) for one in others)
     training = recipe.training
-    of_stages = {own.training.learning_rate for own in recipe.stage_recipes()}
-    for factor in (0.5, 2.0):
-        yield Change(
-            setting="learning_rate",
-            value=training.learning_rate * factor,
-            refused="the stages have rates of their own, which one rate would make equal"
-            if of_stages != {training.learning_rate}
-            else "",
-        )
+    for name in ("learning_rate", "matrix_rate"):
+        rate = getattr(training, name)
+        of_stages = {getattr(own.training, name) for own in recipe.stage_recipes()}
+        for factor in (0.5, 2.0):
+            yield Change(
+                setting=name,
+                value=rate * factor,
+                refused="the stages have rates of their own, which one rate would make equal"
+                if of_stages != {rate}
+                else "",
+            )
     yield Change(setting="ema", value=0.0 if training.ema else _AVERAGE)
     yield Change(setting="views", value=1 if (recipe.views or 1) > 1 else _VIEWS)
 

@@ -97,7 +97,7 @@ def test_what_is_tried_of_a_recipe() -> None:
     names = {change.name for change in usual_changes(DistillRecipe())}
     assert {"affinity=0.0", "feature=0.0", "interactive=0.0", "contrastive=1.0"} <= names
     assert {"learning_rate=0.0005", "learning_rate=0.002", "ema=0.99", "views=4"} <= names
-    assert "schedule=linear" in names
+    assert "schedule=cosine" in names
     architecture = ("family", "compute", "seed", "text_tokenizer")
     assert not any(name.startswith(architecture) for name in names)
     alone = DistillRecipe(losses=LossWeights(affinity=0, interactive=0))
@@ -108,8 +108,8 @@ def test_what_is_tried_of_a_recipe() -> None:
 
 def test_no_usual_change_makes_the_rates_of_stages_equal() -> None:
     refused = {change.name: change.refused for change in usual_changes(load_recipe("staged"))}
-    rates = [name for name in refused if name.startswith("learning_rate")]
-    assert len(rates) == 2
+    rates = [name for name in refused if name.startswith(("learning_rate", "matrix_rate"))]
+    assert len(rates) == 4
     assert all("rates of their own" in refused[name] for name in rates)
     assert not refused["ema=0.99"]
 

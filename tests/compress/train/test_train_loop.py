@@ -713,7 +713,7 @@ def test_a_score_that_falls_while_the_loss_rises_is_no_surprise(
 
 
 def test_rate_warms_up_and_decays() -> None:
-    settings = TrainSettings(steps=100, learning_rate=1.0, warmup_steps=10)
+    settings = TrainSettings(steps=100, learning_rate=1.0, warmup_steps=10, schedule="cosine")
     assert settings.rate(0) == pytest.approx(0.1)  # a tenth, at the top of the cosine
     assert settings.rate(9) == pytest.approx(0.02 + 0.98 * 0.98015, abs=1e-4)  # cos 16.2 degrees
     assert settings.rate(50) == pytest.approx(0.02 + 0.98 / 2)
