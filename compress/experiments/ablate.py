@@ -24,6 +24,7 @@ from edgeclip.compress.experiments.spelling import (
 from edgeclip.compress.experiments.trials import CHOOSE, JUDGE, TrialResult, Trials
 from edgeclip.compress.train.recipe import DistillRecipe
 from edgeclip.runtime.bundle.files import JsonRecord
+from edgeclip.runtime.device.machine import Machine, detect_machine
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.stats.interval import Estimate, Interval
 from edgeclip.runtime.stats.shares import estimate_loss
@@ -182,6 +183,7 @@ class Ablation(JsonRecord):
     Attributes:
         recipe: its name.
         command: what was typed.
+        machine: where the trials ran.
         seeds: trials of each recipe.
         pairs: number of pairs of the split that is chosen on, and of the one that is judged on.
         teacher_r1: R@1 of the teacher on both.
@@ -195,6 +197,7 @@ class Ablation(JsonRecord):
     HINT: ClassVar[str] = "run edgeclip ablate again"
     recipe: str
     command: str
+    machine: Machine
     seeds: int
     pairs: tuple[int, int]
     teacher_r1: tuple[float, float]
@@ -256,6 +259,7 @@ def ablate(
     table = Ablation(
         recipe=name,
         command=command,
+        machine=detect_machine(),
         seeds=seeds,
         pairs=(len(first.chosen_on.hits), len(first.judged_on.hits)),
         teacher_r1=(trials.teacher[CHOOSE].r1, trials.teacher[JUDGE].r1),

@@ -139,7 +139,15 @@ def ablation_page(table: Ablation) -> Page:
                 ),
             ),
             _chosen(table),
-            section_of("method", "Method", (Note(_METHOD), Commands((table.command,)))),
+            section_of(
+                "method",
+                "Method",
+                (
+                    Note(_METHOD),
+                    Note(f"On {table.machine.cpu}, {table.machine.cores} cores."),
+                    Commands((table.command,)),
+                ),
+            ),
         ),
     )
 

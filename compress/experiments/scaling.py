@@ -23,6 +23,7 @@ from edgeclip.compress.experiments.trials import JUDGE, TrialResult, Trials
 from edgeclip.compress.teachers.dual_encoder import DualEncoder
 from edgeclip.compress.train.recipe import DistillRecipe
 from edgeclip.runtime.bundle.files import JsonRecord
+from edgeclip.runtime.device.machine import Machine, detect_machine
 from edgeclip.runtime.errors import ConfigError, EdgeClipError, InputError
 from edgeclip.runtime.stats.interval import Interval
 from edgeclip.runtime.stats.student_t import MeanEstimate
@@ -132,7 +133,7 @@ class Scaling(JsonRecord):
     """The table of sizes, the law through them, and the size that meets the bar.
 
     Attributes:
-        recipe, command: as `Ablation`.
+        recipe, command, machine: as `Ablation`.
         seeds, pairs: trials of each size, and pairs that they are judged on.
         teacher_parameters, teacher_r1: of the teacher.
         bar: the share of the teacher's R@1 that is asked for.
@@ -149,6 +150,7 @@ class Scaling(JsonRecord):
     HINT: ClassVar[str] = "run edgeclip scaling again"
     recipe: str
     command: str
+    machine: Machine
     seeds: int
     pairs: int
     teacher_parameters: int
@@ -207,6 +209,7 @@ def scaling(
     return Scaling(
         recipe=name,
         command=command,
+        machine=detect_machine(),
         seeds=seeds,
         pairs=len(next(iter(found.values()))[0].judged_on.hits),
         teacher_parameters=trials.teacher_parameters,

@@ -117,7 +117,15 @@ def scaling_page(table: Scaling) -> Page:
         summary=PageSummary(by_law[0] if by_law else trained, tone),
         sections=sections(
             section_of("sizes", "Sizes", (Figure(_chart(table), _CAPTION), _table(table), *notes)),
-            section_of("method", "Method", (Note(_METHOD), Commands((table.command,)))),
+            section_of(
+                "method",
+                "Method",
+                (
+                    Note(_METHOD),
+                    Note(f"On {table.machine.cpu}, {table.machine.cores} cores."),
+                    Commands((table.command,)),
+                ),
+            ),
         ),
     )
 
