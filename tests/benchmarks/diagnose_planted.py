@@ -52,7 +52,7 @@ SHAPE = StudentShape(image_heads=4, image_layers=6, text_heads=4, text_layers=3)
 class Sizes:
     """How much is measured: seeds, test scenes, steps of training and pictures of a step."""
 
-    seeds: int = 6
+    seeds: int = 4
     test: int = 1000
     steps: int = 60
     batch: int = 64

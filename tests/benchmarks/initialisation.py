@@ -64,10 +64,10 @@ class Sizes(NamedTuple):
 
     pictures: int = 8192
     held_out: int = 256
-    steps: int = 400
-    mapping: int = 100
+    steps: int = 240
+    mapping: int = 60
     batch_size: int = 64
-    validations: int = 20
+    validations: int = 12
     seeds: int = 3
     inputs: int = 256
 
