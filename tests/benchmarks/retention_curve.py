@@ -201,10 +201,14 @@ def pair_times(
         ):
             runs = [np.array(load) for load in item.samples_ms]
             before = times.get(item.name)
-            times[item.name] = (
-                runs if before is None else [a + b for a, b in zip(before, runs, strict=True)]
-            )
+            times[item.name] = runs if before is None else list(map(_sums, before, runs))
     return times
+
+
+def _sums(images: NDArray[np.float64], texts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Add the times of as many runs as both towers have in a load."""
+    count = min(len(images), len(texts))
+    return images[:count] + texts[:count]
 
 
 def _target(
