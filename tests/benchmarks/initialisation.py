@@ -1,6 +1,6 @@
 """How many steps a student needs from random, leading, selected and mapped weights of its teacher.
 
-The same students of the built-in teacher, at some 12% and 4% of its weights, learn from the same
+The same students of the built-in teacher, at some 12% of its weights, learn from the same
 EmojiScenes in the same order, once from each beginning and several times with other seeds. The
 held-out loss is the feature loss on pictures that are not trained on, 5 (1 - cosine), the mean of
 both towers. The steps in which a map is learned count as steps. Losses to reach are those that the
@@ -52,7 +52,6 @@ KEPT_MODELS = ("compress/emoji_teacher",)
 
 SHAPES = {
     12: StudentShape(image_heads=2, image_layers=4, text_heads=1, text_layers=2),
-    4: StudentShape(image_heads=1, image_layers=2, text_heads=1, text_layers=1),
 }
 BEGINNINGS: tuple[Inherit, ...] = ("random", "leading", "selected", "mapped")
 assert set(BEGINNINGS) == set(get_args(Inherit))
