@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any, Generic, TypeVar
@@ -46,6 +46,9 @@ def load(
             raised here as it is.
         keys: are read ahead by two for each worker.
         workers: number of processes; 0 makes everything in this one.
+
+    Raises:
+        InputError: a worker process was killed while a tensor of its was fetched.
     """
     loader: DataLoader[Any] = DataLoader(
         _Made(make),
@@ -58,10 +61,33 @@ def load(
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         prefetch_factor=2 if workers else None,
     )
-    for made in loader:
-        if isinstance(made, _Failed):
-            raise made.error
+    with closing(_fetched(loader)) as items:
+        for made in items:
+            if isinstance(made, _Failed):
+                raise made.error
+            yield made
+
+
+def _fetched(loader: DataLoader[Any]) -> Generator[Any, None, None]:
+    items = iter(loader)
+    while True:
+        try:
+            made = next(items)
+        except StopIteration:
+            return
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
+            # Raised by what is made: here, or by torch in a worker, which is alive.
+            if not loader.num_workers or str(error).startswith("Caught "):
+                raise
+            raise _killed() from error
         yield made
+
+
+def _killed() -> InputError:
+    return InputError(
+        "a process that reads pictures was killed, perhaps because the memory is full: run it "
+        "again to go on, with fewer --workers or a smaller --batch-size"
+    )
 
 
 @contextmanager
@@ -77,10 +103,7 @@ def killed_workers_explained() -> Iterator[None]:
         # Not "Caught RuntimeError in DataLoader worker process": that one is alive.
         if not str(error).startswith("DataLoader worker (pid"):
             raise
-        raise InputError(
-            "a process that reads pictures was killed, perhaps because the memory is full: run it "
-            "again to go on, with fewer --workers or a smaller --batch-size"
-        ) from error
+        raise _killed() from error
 
 
 class _Made(Dataset[Any], Generic[Key, Item]):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,35 @@ def test_a_killed_worker_is_told_from_a_mistake_in_one() -> None:
         list(load(_killed, range(3), workers=1))
     with pytest.raises(RuntimeError, match="a mistake in the code"), killed_workers_explained():
         list(load(_wrong, range(3), workers=1))
+
+
+class _Unfetched:
+    """What a process that is killed has sent in part: it fails where it is unpacked."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        self._error = error
+
+    def __reduce__(self) -> Any:
+        return _fail, (self._error,)
+
+
+def _fail(error: type[Exception]) -> None:
+    raise error("in the middle of a tensor")
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError, FileNotFoundError])
+def test_a_worker_may_be_killed_while_a_tensor_is_fetched(error: type[Exception]) -> None:
+    with pytest.raises(InputError, match="was killed"):
+        list(load(lambda _: _Unfetched(error), range(3), workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_connection_that_a_source_lost_is_no_killed_worker(workers: int) -> None:
+    def lost(_number: int) -> int:
+        raise ConnectionResetError("the peer went away")
+
+    with pytest.raises(ConnectionResetError, match="the peer went away"):
+        list(load(lost, range(3), workers=workers))
 
 
 _ABANDONED = """
