@@ -80,7 +80,7 @@ class Budget:
     batch_size: int
 
 
-FULL = Budget(steps=200, count=12_288, pairs=1000, seeds=3, teacher_steps=1000, batch_size=128)
+FULL = Budget(steps=120, count=12_288, pairs=1000, seeds=3, teacher_steps=1000, batch_size=128)
 QUICK = Budget(steps=6, count=128, pairs=32, seeds=2, teacher_steps=24, batch_size=16)
 
 
