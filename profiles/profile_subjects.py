@@ -7,7 +7,7 @@ measured subject by subject. Clocks, temperatures and other load are recorded al
 import logging
 import tempfile
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from edgeclip.profiles.layers.roofline import measure_roofline
@@ -85,7 +85,7 @@ def profile_subjects(plan: ProfilePlan) -> MeasurementRun:
             _log.info("peak compute and memory bandwidth of this machine")
             roofline = measure_roofline(plan.device, seconds=workload.roofline_seconds)
     return MeasurementRun(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=plan.command,
         workload=workload,
         machine=detect_machine(),

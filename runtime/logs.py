@@ -9,11 +9,14 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 
 from edgeclip.runtime.console import escape_controls
 
 _ROOT = "edgeclip"
+_LEVELS = {
+    name: getattr(logging, name) for name in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+}
 
 
 class _StderrHandler(logging.Handler):
@@ -50,9 +53,9 @@ class _JsonFormatter(logging.Formatter):
     """One JSON object a line: time (ISO 8601, UTC), level, logger, message, and any exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        created = datetime.fromtimestamp(record.created, timezone.utc)
         entry = {
-            "time": time,
+            "time": created.isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
@@ -103,7 +106,7 @@ def log_json_line(line: str) -> bool:
     """
     try:
         entry = json.loads(line)
-        logger, level = str(entry["logger"]), logging.getLevelNamesMapping()[entry["level"]]
+        logger, level = str(entry["logger"]), _LEVELS[entry["level"]]
         message = str(entry["message"])
     except (ValueError, KeyError, TypeError):
         return False

@@ -108,7 +108,7 @@ def profile_tensorrt(
         )
     library = open_library(device)
     recorder = LayerRecorder()
-    context = profiled._context  # the one that runs: another would need buffers of its own
+    context = profiled.context  # the one that runs: another would need buffers of its own
     profiler = make_profiler(library.module, recorder)  # kept alive here until all is done
     context.profiler = profiler
     context.enqueue_emits_profile = False

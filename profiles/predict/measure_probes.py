@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import NamedTuple
 
 import numpy as np
@@ -82,7 +82,7 @@ def measure_probes(
             samples |= _time_group(probes, group, device, rounds, after_round)
     return MeasuredDevice(
         name=name,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
         device=device,
         machine=detect_machine(),

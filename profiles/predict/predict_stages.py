@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +130,7 @@ def predicted_stage_times(measured: MeasuredDevice, cuts: CutSet, known: StageTi
     disturbed = measured.interference is not None and measured.interference.disturbed
     return replace(
         known,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=measured.command,
         machine=measured.machine,
         device=measured.name,

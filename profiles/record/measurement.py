@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
@@ -361,7 +361,7 @@ def measurement_run(
 ) -> MeasurementRun:
     """Wrap measurements in a MeasurementRun with this machine and the current time."""
     return MeasurementRun(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
         workload=workload,
         machine=detect_machine(),

@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+
+from typing_extensions import Self
 
 from edgeclip.profiles.record.conditions import CpuSnapshot, Interference, MachineConditions
 from edgeclip.profiles.sensors.machine_state import take_conditions

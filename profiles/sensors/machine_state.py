@@ -7,7 +7,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from edgeclip.profiles.record.conditions import MachineConditions
@@ -82,7 +82,7 @@ def take_conditions(root: Path = _ROOT, *, gpu: NvmlGpu | None = None) -> Machin
         gpu = this_gpu()
     allowed = _allowed_cpus()
     return MachineConditions(
-        taken=datetime.now(UTC).isoformat(timespec="seconds"),
+        taken=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         cpu_mhz=tuple(_clocks(root, allowed)),
         governor=_governor(root, allowed),
         load_1m=_load(root),

@@ -17,10 +17,11 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import ConfigError, EdgeClipError, InputError, first_line
@@ -70,6 +71,8 @@ def check_path(path: str) -> None:
         raise ValueError(f"{MANIFEST_NAME} cannot list itself")
 
 
+_BLOCK = 1 << 20  # bytes read at a time
+
 # Temporary files beside their target: .edgeclip-tmp-PID-TOKEN.NAME is being written,
 # .edgeclip-old-PID-TOKEN.NAME is being replaced. NAME comes last to keep its suffix (.npz).
 _SIBLING = re.compile(r"\.edgeclip-(tmp|old)-(\d+)-[0-9a-f]{8}\.(.+)", re.DOTALL)
@@ -78,8 +81,11 @@ _live: set[str] = set()  # names of the temporary files in use by threads of thi
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file as 64 lower-case hexadecimal digits."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

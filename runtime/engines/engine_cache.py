@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from edgeclip.runtime.bundle.engine_records import (
@@ -373,7 +373,7 @@ def _entry(
         gates=() if failed else gates,  # a failed value may be NaN, which JSON cannot hold
         failed=failed,
         seconds=seconds,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 

@@ -3,9 +3,13 @@
 A session is refused where ONNX Runtime would silently fall back to the CPU.
 """
 
+import ctypes
 import hashlib
 import importlib
+import io
+import logging
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +22,7 @@ from edgeclip.runtime.engines.providers import (
     CPU,
     CUDA,
     PROVIDERS,
+    TENSORRT,
     GraphFacts,
     Inputs,
     Options,
@@ -29,6 +34,8 @@ from edgeclip.runtime.errors import EngineError, MissingExtraError, first_line
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
     from edgeclip.runtime.spec import Precision
+
+_log = logging.getLogger(__name__)
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _registered: set[str] = set()  # onnxruntime keeps a plugin's library until the process ends
@@ -295,6 +302,8 @@ def _session_providers(
     a fallback to a provider that is listed.
     """
     first, available = names[0], ort.get_available_providers()
+    if first in available and first in (CUDA, TENSORRT):
+        load_cuda_libraries(ort)
     known = next((item for item in PROVIDERS.values() if item.name == first), None)
     plugin = known.plugin if known else None
     if first in available and not (plugin and is_plugin(ort, first)):
@@ -326,6 +335,21 @@ def import_onnxruntime() -> Any:
             "onnxruntime is not installed: pip install 'edgeclip[cpu]' or 'edgeclip[gpu]'"
         ) from error
     return onnxruntime
+
+
+def load_cuda_libraries(ort: Any) -> None:
+    """Load CUDA and cuDNN from NVIDIA's wheels, where the providers' own libraries do not look.
+
+    Does nothing before ONNX Runtime 1.21. What it prints of libraries that are missing is logged.
+    """
+    preload = getattr(ort, "preload_dlls", None)
+    if preload is None:
+        return
+    said = io.StringIO()
+    with redirect_stdout(said):
+        preload()
+    if said.getvalue():
+        _log.info("onnxruntime: %s", " ".join(said.getvalue().split()))
 
 
 def session_options(ort: Any, threads: int) -> Any:
@@ -469,12 +493,14 @@ def cache_folder(content: bytes, data_folder: Path | None) -> Path:
     """Create the user's cache folder for engines of exactly this graph and its data files.
 
     TensorRT's provider identifies a graph by names and shapes only, so it would use an old
-    engine for a graph with new weights.
+    engine for a graph with new weights; and one of another TensorRT fails the session.
 
     Raises:
         EngineError: the folder cannot be made, or `data_folder` cannot be read.
     """
     digest = hashlib.sha256(hashlib.sha256(content).digest())
+    digest.update(f"onnxruntime {import_onnxruntime().__version__}\n".encode())
+    digest.update(f"tensorrt {tensorrt_version()}\n".encode())
     try:
         for file in sorted(data_folder.iterdir()) if data_folder else ():
             state = file.stat()
@@ -487,3 +513,18 @@ def cache_folder(content: bytes, data_folder: Path | None) -> Path:
             "folder that can be written"
         ) from error
     return folder
+
+
+# The libraries that ONNX Runtime's providers are linked with, by their names on Linux and Windows.
+_TENSORRT_LIBRARIES = ("libnvinfer.so.10", "libnvinfer.so.8", "nvinfer_10.dll", "nvinfer.dll")
+
+
+def tensorrt_version() -> int | None:
+    """Return the version of the TensorRT library that is found, 100304 for 10.3.4; None for none.
+
+    It is asked of the library: the Python package may be another one, or missing.
+    """
+    for name in _TENSORRT_LIBRARIES:
+        with suppress(OSError, AttributeError):
+            return int(ctypes.CDLL(name).getInferLibVersion())
+    return None

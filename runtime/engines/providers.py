@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 Options = dict[str, str]
 
 
@@ -100,7 +101,8 @@ def tensorrt_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
     """Return TensorRT's options; their booleans must be `True` or `False`.
 
     The provider builds weakly typed networks of TensorRT 10: a graph with fp16 tensors or
-    int8 Q/DQ pairs is refused unless the builder's flag for it is set, and fp8 has no flag.
+    int8 Q/DQ pairs is refused unless the builder's flag for it is set, and fp8 has no flag. The
+    int8 graphs of a bundle compute in fp16 between their Q/DQ pairs, so they need both flags.
     With the fp16 flag TensorRT may also run an fp16 graph's fp32 islands in fp16, and it
     uses TF32 for fp32 unless NVIDIA_TF32_OVERRIDE=0. `edgeclip verify` measures the error.
 
@@ -112,7 +114,9 @@ def tensorrt_options(device: "DeviceProfile", facts: GraphFacts) -> Options:
     if device.memory_mb is not None:  # the rest is for weights, activations and the other tower
         options["trt_max_workspace_size"] = str(device.memory_mb * 10**6 // 2)
     if facts.precision in ("fp16", "int8"):
-        options[f"trt_{facts.precision}_enable"] = "True"
+        options["trt_fp16_enable"] = "True"
+    if facts.precision == "int8":
+        options["trt_int8_enable"] = "True"
     if device.hardware_portability == "ampere-plus":
         options["trt_engine_hw_compatible"] = "True"
     if device.structured_sparsity:
@@ -202,7 +206,7 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "onnxruntime-cuda": Provider(name=CUDA, package="edgeclip[gpu]", options=cuda_options),
     "onnxruntime-tensorrt": Provider(
-        name="TensorrtExecutionProvider",
+        name=TENSORRT,
         package="edgeclip[gpu] and the TensorRT 10 libraries",
         options=tensorrt_options,
         compiles=True,

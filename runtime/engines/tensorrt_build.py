@@ -1,5 +1,6 @@
 """Build a TensorRT engine from an ONNX graph for one device."""
 
+import logging
 import threading
 import time
 import traceback
@@ -18,9 +19,12 @@ from edgeclip.runtime.engines.tensorrt_library import (
     PhaseSink,
     TensorRtLibrary,
     gpu_capability,
+    made,
     make_monitor,
 )
-from edgeclip.runtime.errors import EngineError, MissingExtraError
+from edgeclip.runtime.errors import EngineError, MissingExtraError, first_line
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -128,7 +132,7 @@ class _Build:
         self._source, self._key, self._library = source, key, library
         self._trt = trt = library.module
         self._log = MessageLog(trt)
-        self._builder = trt.Builder(self._log.logger)
+        self._builder = made(library, lambda: trt.Builder(self._log.logger), self._log)
         flags = 0
         strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         if strong is not None:
@@ -233,19 +237,31 @@ def _parser_errors(name: str, parser: Any, log: MessageLog) -> str:
 
 
 def _report(engine: bytes, key: EngineKey, library: TensorRtLibrary) -> str | None:
-    """Return TensorRT's JSON description of an engine's layers, if it can be loaded here."""
+    """Return TensorRT's JSON description of an engine's layers, if it can be loaded here.
+
+    The engine is built: whatever fails here costs the description alone.
+    """
     try:
         if gpu_capability() != key.capability:
             return None
+        return _described(engine, key, library)
     except (EngineError, MissingExtraError):
         return None
+    except Exception as error:  # TensorRT's bindings raise what they like
+        _log.warning("the engine is built, but not described: %s", first_line(error))
+        return None
+
+
+def _described(engine: bytes, key: EngineKey, library: TensorRtLibrary) -> str | None:
     trt = library.module
     log = MessageLog(trt)
-    runtime = trt.Runtime(log.logger)
+    runtime = made(library, lambda: trt.Runtime(log.logger), log)
     if key.version_portability:
         runtime.engine_host_code_allowed = True  # this process has just built it
     loaded = runtime.deserialize_cuda_engine(engine)
     if loaded is None:
         return None
     inspector = loaded.create_engine_inspector()
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    found = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    del inspector, loaded  # before the runtime that made them
+    return found

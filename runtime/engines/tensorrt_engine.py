@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ from numpy.typing import NDArray
 
 from edgeclip.runtime.bundle.engine_records import EngineKey
 from edgeclip.runtime.bundle.files import atomic_file
-from edgeclip.runtime.engines.tensorrt_library import CudaBuffers, MessageLog, TensorRtLibrary
+from edgeclip.runtime.engines.tensorrt_library import (
+    CudaBuffers,
+    MessageLog,
+    TensorRtLibrary,
+    made,
+)
 from edgeclip.runtime.errors import EdgeClipError, EngineError, first_line
 
 _USUAL_TOKENS = 16  # an engine is tuned for one length; captions mostly have 8 to 20 tokens
@@ -158,19 +164,23 @@ class TensorRtEngine:
         self._lock = threading.Lock()
         self._buffers = CudaBuffers()
         self._saver = _CacheSaver(runtime_cache)
+        self._loaded = loaded = _Loaded()
         # The finalizer must not refer to this object, or it would never be collected.
-        self._finalizer = weakref.finalize(self, _release, self._buffers, self._saver)
-        self._log = MessageLog(library.module)
-        # A runtime must outlive its engines.
-        self._runtime = library.module.Runtime(self._log.logger)
+        self._finalizer = weakref.finalize(self, _release, loaded, self._buffers, self._saver)
+        self._log = log = MessageLog(library.module)
+        loaded.runtime = made(library, lambda: library.module.Runtime(log.logger), log)
         if host_code:
-            self._runtime.engine_host_code_allowed = True
-        self._engine = self._runtime.deserialize_cuda_engine(content)
-        if self._engine is None:
-            raise EngineError(f"{library.title} cannot load {source}: {self._log.summary()}")
-        self._config: Any = None
-        self._context = self._make_context(library)
-        self._inputs, self._outputs = _contracts(library.module, self._engine)
+            loaded.runtime.engine_host_code_allowed = True
+        loaded.engine = loaded.runtime.deserialize_cuda_engine(content)
+        if loaded.engine is None:
+            raise EngineError(f"{library.title} cannot load {source}: {log.summary()}")
+        loaded.context = self._make_context(library)
+        self._inputs, self._outputs = _contracts(library.module, loaded.engine)
+
+    @property
+    def context(self) -> Any:
+        """TensorRT's `IExecutionContext`; None once the engine is closed."""
+        return self._loaded.context
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the engine once.
@@ -190,34 +200,39 @@ class TensorRtEngine:
         """Free the GPU memory and save the compiled kernels; later calls of `run` fail."""
         with self._lock:
             self._finalizer()
-            # In this order: each refers to those after it.
-            self._context = self._config = self._engine = self._runtime = None
 
     def _run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         self._log.clear()
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        context = self._loaded.context
         try:
             for name, array in arrays.items():
-                self._check(self._context.set_input_shape(name, array.shape))
+                self._check(context.set_input_shape(name, array.shape))
                 self._place(name, self._buffers.send(name, array))
             shapes = self._output_shapes()
             for name, dtype in self._outputs.items():
                 size = int(np.prod(shapes[name], dtype=np.int64)) * dtype.itemsize
                 self._place(name, self._buffers.at_least(name, size))
-            self._check(self._context.execute_async_v3(self._buffers.stream))
-            return {
+            self._check(context.execute_async_v3(self._buffers.stream))
+            found = {
                 name: self._buffers.fetch(name, shapes[name], dtype)
                 for name, dtype in self._outputs.items()
             }
-        finally:
-            self._buffers.wait()  # the copies read and write the arrays until then
+        except BaseException:
+            with suppress(EngineError):  # of the same cause, and it says less
+                self._buffers.wait()
+            raise
+        self._buffers.wait()  # the copies read and write the arrays until then
+        return found
 
     def _place(self, name: str, address: int) -> None:
-        self._check(self._context.set_tensor_address(name, address))
+        self._check(self._loaded.context.set_tensor_address(name, address))
 
     def _output_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the outputs; those of the inputs must be set."""
-        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
+        shapes = {
+            name: tuple(self._loaded.context.get_tensor_shape(name)) for name in self._outputs
+        }
         for name, shape in shapes.items():
             if any(size < 0 for size in shape):
                 raise EngineError(
@@ -231,13 +246,14 @@ class TensorRtEngine:
             raise EngineError(f"{self.name} failed on {self._source}: {self._log.summary()}")
 
     def _make_context(self, library: TensorRtLibrary) -> Any:
+        loaded = self._loaded
         try:
             if library.name == "tensorrt-rtx":
-                self._config = self._engine.create_runtime_config()
-                self._saver.attach(self._config)
-                context = self._engine.create_execution_context(runtime_config=self._config)
+                loaded.config = loaded.engine.create_runtime_config()
+                self._saver.attach(loaded.config)
+                context = loaded.engine.create_execution_context(runtime_config=loaded.config)
             else:
-                context = self._engine.create_execution_context()
+                context = loaded.engine.create_execution_context()
         except RuntimeError as error:
             raise EngineError(
                 f"{library.title} cannot start {self._source}: {first_line(error)}"
@@ -280,6 +296,10 @@ class _CacheSaver:
             self._first = False
             self.save()
 
+    def free(self) -> None:
+        """Let the cache go."""
+        self._cache = None
+
     def save(self) -> None:
         """Write the cache if it has grown; a failed write only makes the next start slower."""
         if self._cache is None or self._path is None:
@@ -295,11 +315,36 @@ class _CacheSaver:
         self._saved = content
 
 
-def _release(buffers: CudaBuffers, saver: _CacheSaver) -> None:
+@dataclass(slots=True)
+class _Loaded:
+    """What TensorRT made of an engine; each refers to those above it, and must go before them.
+
+    Nobody else keeps them: left to the garbage collector, they would go in any order.
+    """
+
+    runtime: Any = None
+    engine: Any = None
+    config: Any = None
+    context: Any = None
+
+    def free(self) -> None:
+        """Destroy all, the context first."""
+        self.context = None
+        self.config = None
+        self.engine = None
+        self.runtime = None
+
+
+def _release(loaded: _Loaded, buffers: CudaBuffers, saver: _CacheSaver) -> None:
     try:
         saver.save()
     finally:
-        buffers.close()
+        loaded.context = None  # the cache and the buffers belong to it
+        saver.free()
+        try:
+            buffers.close()
+        finally:
+            loaded.free()
 
 
 def _contracts(trt: Any, engine: Any) -> tuple[tuple[InputContract, ...], dict[str, np.dtype[Any]]]:

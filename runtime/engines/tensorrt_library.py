@@ -3,8 +3,10 @@
 import importlib
 import sys
 import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 from edgeclip.runtime.bundle.engine_records import LibraryName, sm
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.errors import EngineError, MissingExtraError, first_line
+
+T = TypeVar("T")
 
 _DEVICE = 0  # the first GPU in CUDA_VISIBLE_DEVICES
 _CUDA_HINTS = {
@@ -269,7 +273,11 @@ _DEEPEST_BAR = 3  # TensorRT's deeper phases pass too fast to read
 
 
 class MessageLog:
-    """Collects TensorRT's errors and warnings; `logger` is its `ILogger`.
+    """Collects TensorRT's errors and warnings while it is kept; `logger` is its `ILogger`.
+
+    A process has one `ILogger` for each TensorRT: the library keeps a pointer to the first that it
+    is given, whatever is made with others. Every log that is in use collects all messages, since
+    TensorRT does not say whose they are.
 
     Args:
         trt: the TensorRT module.
@@ -278,7 +286,9 @@ class MessageLog:
     def __init__(self, trt: Any) -> None:
         self.errors: list[str] = []
         self.warnings: list[str] = []
-        self.logger = _make_logger(trt, self)
+        self.logger = _logger_of(trt)
+        with _logging:
+            _logs.add(self)
 
     def clear(self) -> None:
         """Drop all messages so far."""
@@ -293,12 +303,22 @@ class MessageLog:
         return "; ".join(shown + ([f"and {more} more"] if more else [])) or "it gives no reason"
 
 
-def _make_logger(trt: Any, log: MessageLog) -> Any:
+_logs: weakref.WeakSet[MessageLog] = weakref.WeakSet()
+_loggers: dict[str, Any] = {}  # kept until the process ends, as TensorRT keeps its pointer
+_logging = threading.Lock()
+
+
+def _logger_of(trt: Any) -> Any:
+    with _logging:
+        return _loggers.setdefault(trt.__name__, _make_logger(trt))
+
+
+def _make_logger(trt: Any) -> Any:
     severities = trt.ILogger.Severity
-    lists = {
-        severities.INTERNAL_ERROR: log.errors,
-        severities.ERROR: log.errors,
-        severities.WARNING: log.warnings,
+    names = {
+        severities.INTERNAL_ERROR: "errors",
+        severities.ERROR: "errors",
+        severities.WARNING: "warnings",
     }
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -306,12 +326,32 @@ def _make_logger(trt: Any, log: MessageLog) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
+            kind = names.get(severity)  # first: a build has thousands of messages below warnings
+            if kind is None:
+                return
             line = " ".join(message.split())[:_LONGEST_MESSAGE]
-            known = lists.get(severity)
-            if known is not None and line not in known:
-                known.append(line)
+            with _logging:
+                for known in _logs:
+                    messages: list[str] = getattr(known, kind)
+                    if line not in messages:
+                        messages.append(line)
 
     return Logger()
+
+
+def made(library: TensorRtLibrary, make: Callable[[], T], log: MessageLog) -> T:
+    """Call what makes an object of TensorRT.
+
+    Raises:
+        EngineError: it cannot be made; TensorRT's bindings raise a bare TypeError then.
+    """
+    try:
+        return make()
+    except (TypeError, RuntimeError) as error:
+        reason = log.summary() if log.errors or log.warnings else first_line(error)
+        raise EngineError(
+            f"{library.title} cannot start: {reason}: check the NVIDIA driver and the GPU"
+        ) from error
 
 
 class PhaseSink(Protocol):

@@ -112,9 +112,8 @@ async def read_body(
     if message["type"] == "http.request" and not message.get("more_body", False):
         return _first_part(message, max_bytes)
     try:
-        async with asyncio.timeout(seconds):
-            return await _read_on(message, receive, max_bytes)
-    except TimeoutError:
+        return await asyncio.wait_for(_read_on(message, receive, max_bytes), seconds)
+    except asyncio.TimeoutError:  # a name of its own on Python 3.10
         raise HttpError(408, f"the body was not complete within {seconds:g} s") from None
 
 

@@ -159,7 +159,7 @@ def _create_certificate(names: "list[GeneralName]", certificate: Path, key: Path
 
     private = ec.generate_private_key(ec.SECP256R1())
     who = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "edgeclip")])
-    today = datetime.datetime.now(datetime.UTC)
+    today = datetime.datetime.now(datetime.timezone.utc)
     made = (
         x509.CertificateBuilder()
         .subject_name(who)
@@ -181,7 +181,7 @@ def _create_certificate(names: "list[GeneralName]", certificate: Path, key: Path
 def _is_usable(path: Path, names: "list[GeneralName]") -> bool:
     from cryptography import x509
 
-    soon = datetime.datetime.now(datetime.UTC) + _RENEW_BEFORE
+    soon = datetime.datetime.now(datetime.timezone.utc) + _RENEW_BEFORE
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
         known = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

@@ -344,7 +344,7 @@ class EngineRunner:
         buffers.wait()
 
         def run() -> None:
-            engine._check(engine._context.execute_async_v3(buffers.stream))
+            engine._check(engine.context.execute_async_v3(buffers.stream))
             buffers.wait()
 
         def fetch() -> NDArray[Any]:

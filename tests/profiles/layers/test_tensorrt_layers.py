@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ class Engine(TensorRtEngine):
 
     def __init__(self, context: Any) -> None:
         self.name = "tensorrt-rtx"
-        self._context = context
+        self._loaded = SimpleNamespace(context=context)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         assert feeds is FEED

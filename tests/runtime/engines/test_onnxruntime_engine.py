@@ -3,11 +3,12 @@
 import dataclasses
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnx
@@ -25,6 +26,7 @@ from edgeclip.runtime.engines.onnxruntime_engine import (
     data_entries,
     embed_context,
     is_plugin,
+    load_cuda_libraries,
     placement_entries,
     plugin_devices,
     precision_of,
@@ -304,6 +306,44 @@ def test_inputs_of_a_file_and_of_content(tiny_bundle: Path, tmp_path: Path) -> N
 def test_what_the_cpu_cannot_load_has_no_inputs(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(b"not a graph")
     assert read_inputs(tmp_path / "a.onnx", None, None) == ()
+
+
+_LIBRARY = "int getInferLibVersion(void) { return %d; }"
+_ASK = """
+from edgeclip.runtime.engines.onnxruntime_engine import cache_folder, tensorrt_version
+print(tensorrt_version(), cache_folder(b"a", None).name)
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_cache_folder_belongs_to_one_tensorrt(tmp_path: Path) -> None:
+    found = set()
+    for version in (100304, 101600):
+        folder = tmp_path / str(version)
+        folder.mkdir()
+        code, library = folder / "stub.c", folder / "libnvinfer.so.10"
+        code.write_text(_LIBRARY % version, encoding="utf-8")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, code], check=True)
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+        words = [sys.executable, "-c", _ASK]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        told, name = done.stdout.split()
+        assert told == str(version)
+        found.add(name)
+    assert len(found) == 2
+
+
+def test_what_is_said_of_missing_libraries_is_logged(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def preload() -> None:
+        print("Failed to load libcudnn.so.9: no such file")
+
+    caplog.set_level("INFO")
+    load_cuda_libraries(SimpleNamespace(preload_dlls=preload))
+    load_cuda_libraries(SimpleNamespace())  # of a version that has none
+    assert "libcudnn.so.9" in caplog.text
+    assert capsys.readouterr().out == ""
 
 
 def test_cache_folder_belongs_to_one_graph(tmp_path: Path, cache: Path) -> None:

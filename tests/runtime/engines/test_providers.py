@@ -17,6 +17,7 @@ from edgeclip.runtime.engines.providers import (
     tensorrt_options,
 )
 from edgeclip.runtime.errors import EngineError
+from edgeclip.runtime.spec import Precision
 
 FP32 = GraphFacts(precision="fp32")
 IMAGE = GraphFacts(precision="fp16", inputs=(("pixels", (None, 64, 64, 3)),))
@@ -77,13 +78,14 @@ def test_tensorrt_has_no_flag_that_the_graph_does_not_need() -> None:
     }
 
 
-@pytest.mark.parametrize(("precision", "flag"), [("fp16", "fp16"), ("int8", "int8")])
-def test_tensorrt_flag_of_a_typed_graph(precision: str, flag: str) -> None:
-    facts = dataclasses.replace(FP32, precision=precision)  # type: ignore[arg-type]
-    options = tensorrt_options(TENSORRT, facts)
+@pytest.mark.parametrize(
+    ("precision", "flags"), [("fp32", set()), ("fp16", {"fp16"}), ("int8", {"fp16", "int8"})]
+)
+def test_tensorrt_flags_of_a_typed_graph(precision: Precision, flags: set[str]) -> None:
+    options = tensorrt_options(TENSORRT, dataclasses.replace(FP32, precision=precision))
     # "1" is refused: "should be 'True' or 'False'".
-    assert options[f"trt_{flag}_enable"] == "True"
-    assert sum(key.endswith("_enable") for key in options) == 1
+    found = {key: value for key, value in options.items() if key.endswith("_enable")}
+    assert found == {f"trt_{flag}_enable": "True" for flag in flags}
 
 
 def test_tensorrt_profile_of_images_and_texts() -> None:
