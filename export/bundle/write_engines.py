@@ -79,16 +79,20 @@ def _source(graph: TowerGraph, context_length: int) -> GraphSource:
 
 def _write_script(path: Path, device: DeviceProfile) -> None:
     """Write a POSIX shell script that builds the engines with edgeclip, without torch."""
-    name = shlex.quote(device.name)
     path.write_text(
         "#!/bin/sh\n"
-        f"# Builds this bundle's TensorRT engines on {device.name}, and holds each against the\n"
-        "# bundle's golden embeddings. Needs edgeclip and the device's own TensorRT, which a\n"
-        "# virtual environment sees when it is made with --system-site-packages.\n"
+        "# Builds this bundle's TensorRT engines on the device, and holds each against its\n"
+        "# golden embeddings. Needs edgeclip and the device's own TensorRT, which a virtual\n"
+        "# environment sees when it is made with --system-site-packages.\n"
         "set -eu\n"
+        "command -v edgeclip >/dev/null || {\n"
+        '    echo "edgeclip is not on the PATH: activate the environment that has it" >&2\n'
+        "    exit 1\n"
+        "}\n"
         'cd "$(dirname "$0")"\n'
-        f'edgeclip build . --device "${{1:-{name}}}"\n'
-        f'edgeclip verify . --device "${{1:-{name}}}"\n',
+        f"usual={shlex.quote(device.name)}\n"
+        'edgeclip build . --device "${1:-$usual}"\n'
+        'edgeclip verify . --device "${1:-$usual}"\n',
         encoding="utf-8",
     )
     path.chmod(0o755)

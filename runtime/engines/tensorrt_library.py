@@ -35,8 +35,9 @@ def cuda_runtime() -> Any:
         from cuda.bindings import runtime
     except (ImportError, OSError, RuntimeError) as error:
         raise MissingExtraError(
-            "TensorRT needs the package cuda-bindings of the machine's CUDA version: "
-            "pip install 'edgeclip[tensorrt]' or 'edgeclip[tensorrt-rtx]'"
+            "TensorRT needs the package cuda-bindings of the machine's CUDA version: pip install "
+            "'edgeclip[tensorrt-cu12]', 'edgeclip[tensorrt-cu13]' or 'edgeclip[tensorrt-rtx]', on "
+            "a Jetson 'edgeclip[jetpack6]' or 'edgeclip[jetpack7]'"
         ) from error
     return runtime
 
@@ -164,8 +165,9 @@ class CudaBuffers:
 
 _INSTALL: dict[LibraryName, str] = {
     "tensorrt": (
-        "pip install 'edgeclip[tensorrt]'; on a Jetson it comes with JetPack, and a virtual "
-        "environment sees it when made with --system-site-packages"
+        "pip install 'edgeclip[tensorrt-cu12]' or 'edgeclip[tensorrt-cu13]', as the driver has "
+        "it; on a Jetson it comes with JetPack, and a virtual environment sees it when made with "
+        "--system-site-packages"
     ),
     "tensorrt-rtx": "pip install 'edgeclip[tensorrt-rtx]'",
 }

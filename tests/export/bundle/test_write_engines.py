@@ -84,9 +84,37 @@ def test_a_device_that_must_build_gets_a_script(
     script = bundle.path / BUILD_SCRIPT
     assert os.access(script, os.X_OK)
     assert BUILD_SCRIPT in {file.path for file in bundle.manifest.files}
-    subprocess.run(["sh", "-n", str(script)], check=True)
-    assert "edgeclip build . --device" in script.read_text()
-    assert "jetson-orin-nano" in script.read_text()
+    assert _asked_by(script) == [f"{word} . --device jetson-orin-nano" for word in COMMANDS]
+    assert _asked_by(script, "mine.yaml") == [f"{word} . --device mine.yaml" for word in COMMANDS]
+    done = subprocess.run([script], env={"PATH": "/bin:/usr/bin"}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "edgeclip is not on the PATH" in done.stderr
+
+
+COMMANDS = ("build", "verify")
+
+
+def _asked_by(script: Path, *given: str) -> list[str]:
+    """Run a script with a program in edgeclip's place; return what it was called with."""
+    folder = script.parent.parent / "bin"
+    folder.mkdir(exist_ok=True)
+    program = folder / "edgeclip"
+    program.write_text('#!/bin/sh\necho "$*"\n', encoding="utf-8")
+    program.chmod(0o755)
+    path = {"PATH": f"{folder}:/bin:/usr/bin"}
+    done = subprocess.run([script, *given], env=path, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is here")
+@pytest.mark.parametrize("name", ["a $(touch planted) b", "it's", "`touch planted`", "${HOME}"])
+def test_a_device_name_is_never_run(name: str, fp32_plan: BundlePlan, tmp_path: Path) -> None:
+    device = replace(load_device("jetson-orin-nano"), name=name)
+    plan = replace(fp32_plan, device=device, precisions=("fp16",))
+    bundle = build_bundle(plan, tmp_path / "bundle").bundle
+    script = bundle.path / BUILD_SCRIPT
+    assert _asked_by(script) == [f"{word} . --device {name}" for word in COMMANDS]
+    assert not (bundle.path / "planted").exists()
 
 
 def test_the_table_of_targets_names_every_device() -> None:

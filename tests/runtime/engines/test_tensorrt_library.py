@@ -70,7 +70,7 @@ def test_other_major_version_names_both(rtx: TensorRtLibrary, ada: DeviceProfile
 @pytest.mark.parametrize(
     ("device", "module", "expected"),
     [
-        ("jetson-orin-nano", "tensorrt", "'edgeclip[tensorrt]'; on a Jetson it comes with"),
+        ("jetson-orin-nano", "tensorrt", "on a Jetson it comes with JetPack"),
         ("rtx-4000-ada", "tensorrt_rtx", "pip install 'edgeclip[tensorrt-rtx]'"),
     ],
 )
@@ -123,7 +123,7 @@ def test_missing_cuda_bindings_names_the_extras() -> None:
         "except MissingExtraError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "'edgeclip[tensorrt]' or 'edgeclip[tensorrt-rtx]'" in done.stdout
+    assert "on a Jetson 'edgeclip[jetpack6]' or 'edgeclip[jetpack7]'" in done.stdout
 
 
 @pytest.mark.gpu
