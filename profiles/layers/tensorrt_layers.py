@@ -204,10 +204,14 @@ def _flops(
 
 
 def _tensors(listed: list[dict[str, Any]]) -> list[TensorType] | None:
-    """Read types and shapes; None where a type or a size is unknown."""
+    """Read types and shapes; None where a type or a size is unknown.
+
+    TensorRT 11 has a type by itself, 10 has it within the format (NVIDIA, "Migrating
+    IEngineInspector Usage from TensorRT 10.x to 11.x").
+    """
     found = []
     for item in listed:
-        kind = _type_of(str(item.get("Format/Datatype") or item.get("Datatype") or ""))
+        kind = _type_of(str(item.get("DataType") or item.get("Format/Datatype") or ""))
         shape = tuple(item.get("Dimensions") or ())
         if kind is None or any(size < 0 for size in shape):
             return None

@@ -1,5 +1,6 @@
 """TensorRT's own classes where it is installed; its engines run only where a GPU is."""
 
+import copy
 import json
 import time
 from collections.abc import Mapping
@@ -99,6 +100,22 @@ def test_layers_of_an_inspector() -> None:
     assert {layer.provider for layer in layers.values()} == {"TensorRT 10.3.0"}
 
 
+def test_types_of_tensorrt_11_stand_by_themselves() -> None:
+    def split(item: dict[str, Any]) -> dict[str, Any]:
+        words = item.pop("Format/Datatype").split()
+        kinds = {"FP32": "Float", "FP16": "Half", "Int8": "Int8", "Half": "Half"}
+        found = next(kinds[word] for word in words if word in kinds)
+        return {**item, "DataType": found, "Format": "Row major linear format (kLINEAR)"}
+
+    newer: dict[str, Any] = copy.deepcopy(REPORT)
+    for layer in newer["Layers"]:
+        for key in ("Inputs", "Outputs"):
+            layer[key] = [split(item) for item in layer[key]]
+    expected = read_layers(json.dumps(REPORT), "TensorRT")
+    assert read_layers(json.dumps(newer), "TensorRT") == expected
+    assert any(layer.bytes for layer in expected.values())
+
+
 def test_an_engine_with_names_alone() -> None:
     (layer,) = read_layers('{"Layers": ["patches"], "Bindings": []}', "TensorRT").values()
     assert (layer.name, layer.op, layer.flops, layer.bytes) == ("patches", "unknown", None, None)
@@ -159,7 +176,8 @@ class Engine(TensorRtEngine):
 
     def __init__(self, context: Any) -> None:
         self.name = "tensorrt-rtx"
-        self._loaded = SimpleNamespace(context=context)
+        loaded: Any = SimpleNamespace(context=context)
+        self._loaded = loaded
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         assert feeds is FEED

@@ -19,6 +19,7 @@ from edgeclip.runtime.engines.tensorrt_library import (
     call,
     gpu_capability,
     gpu_name,
+    made,
     make_monitor,
     open_library,
 )
@@ -164,6 +165,32 @@ def test_messages_are_kept_by_severity(rtx: TensorRtLibrary) -> None:
     assert log.summary() == "out of memory; " + "x" * 500
     log.clear()
     assert log.summary() == "it gives no reason"
+
+
+def test_a_process_has_one_logger(rtx: TensorRtLibrary) -> None:
+    one, other = MessageLog(rtx.module), MessageLog(rtx.module)
+    assert one.logger is other.logger  # TensorRT keeps a pointer to the first
+    error = rtx.module.ILogger.Severity.ERROR
+    one.logger.log(error, "no memory")
+    assert one.summary() == other.summary() == "no memory"
+    del other
+    one.clear()
+    one.logger.log(error, "again")
+    assert one.summary() == "again"
+
+
+@pytest.mark.parametrize("raised", [TypeError("factory function returned nullptr"), RuntimeError()])
+def test_what_cannot_be_made_is_an_error_with_its_reason(
+    raised: Exception, rtx: TensorRtLibrary
+) -> None:
+    log = MessageLog(rtx.module)
+
+    def make() -> None:
+        log.logger.log(rtx.module.ILogger.Severity.ERROR, "CUDA initialization failure 35")
+        raise raised
+
+    with pytest.raises(EngineError, match="cannot start: CUDA initialization failure 35: check"):
+        made(rtx, make, log)
 
 
 def test_many_messages_are_cut_short(rtx: TensorRtLibrary) -> None:
