@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,6 +89,9 @@ class EngineKey:
         sparse_weights: whether 2:4 sparse kernels were allowed.
         workspace_mb: limit of GPU memory for intermediate results, MB of 10^6 bytes; None
             for no limit.
+        gpu: the GPU's model where only that one can use it well: TensorRT measures its kernels on
+            it, and advises against others of the same capability. Empty for others.
+        architecture: of the processor beside it, such as "aarch64"; empty where it does not matter.
 
     Raises:
         ValueError: fields that are out of range or contradict each other.
@@ -105,6 +109,8 @@ class EngineKey:
     version_portability: bool
     sparse_weights: bool
     workspace_mb: int | None
+    gpu: str = ""
+    architecture: str = ""
 
     def __post_init__(self) -> None:
         _check_hash("graph_sha256", self.graph_sha256)
@@ -119,9 +125,14 @@ class EngineKey:
 
     @classmethod
     def of(
-        cls, source: GraphSource, device: DeviceProfile, library: InstalledLibrary
+        cls,
+        source: GraphSource,
+        device: DeviceProfile,
+        library: InstalledLibrary,
+        *,
+        gpu: str = "",
     ) -> "EngineKey":
-        """Return the key of the engine that a device needs.
+        """Return the key of the engine that a device needs, where `gpu` is the model of its GPU.
 
         TensorRT for RTX has no portability settings: its engines run on every GPU of their
         compute capability, and only on the version that built them.
@@ -143,6 +154,8 @@ class EngineKey:
             version_portability=device.version_portability and portable,
             sparse_weights=device.structured_sparsity,
             workspace_mb=_workspace(device),
+            gpu=gpu if portable and device.hardware_portability == "none" else "",
+            architecture=platform.machine() if portable and gpu else "",
         )
 
     def stem(self, name: str) -> str:
@@ -167,6 +180,9 @@ class EngineKey:
             return f"built by version {self.version}, and {wanted.version} is installed"
         if not self._runs_on_capability(wanted.capability):
             return f"built for compute capability {self.capability}, not {wanted.capability}"
+        for own, theirs in ((self.gpu, wanted.gpu), (self.architecture, wanted.architecture)):
+            if own and theirs and own != theirs:
+                return f"built on {own}, not {theirs}"
         if not self.batch_min <= wanted.batch_min <= wanted.batch_max <= self.batch_max:
             return f"built for batches of {self.batch_min} to {self.batch_max}"
         if (self.text_length or 0) < (wanted.text_length or 0):

@@ -225,11 +225,12 @@ def find_or_build(
     if opened_by is None:
         _check_gpu(device)
         opened_by = _opener(library)
-        where = gpu_name()
+        where = gpu = gpu_name()
     else:
-        where = device.name
+        where, gpu = device.name, ""
     cache = EngineCache(folder or engine_cache_folder())
-    search = _EngineSearch(source, device, library, check, cache, opened_by, where)
+    key = EngineKey.of(source, device, library, gpu=gpu)
+    search = _EngineSearch(source, key, device, library, check, cache, opened_by, where)
     return search.in_bundle(shipped) or search.in_cache_or_build(shipped)
 
 
@@ -261,6 +262,7 @@ class _EngineSearch:
     def __init__(
         self,
         source: GraphSource,
+        key: EngineKey,
         device: DeviceProfile,
         library: TensorRtLibrary,
         check: EngineCheck,
@@ -271,8 +273,8 @@ class _EngineSearch:
         self._source, self._device, self._library = source, device, library
         self._check, self._cache = check, cache
         self._open, self._where = open_engine, where
-        self._key = EngineKey.of(source, device, library)
-        self._stem = self._key.stem(source.name)
+        self._key = key
+        self._stem = key.stem(source.name)
 
     def in_bundle(self, shipped: BundledEngines) -> Engine | None:
         """Open the first engine of the bundle that runs here and passes the gate."""

@@ -19,6 +19,7 @@ from edgeclip.runtime.engines.tensorrt_library import (
     PhaseSink,
     TensorRtLibrary,
     gpu_capability,
+    gpu_name,
     made,
     make_monitor,
 )
@@ -78,7 +79,8 @@ def build_engine(
     obstacle = library.why_not_build(device)
     if obstacle is not None:
         raise EngineError(obstacle)
-    key = EngineKey.of(source, device, library)
+    gpu = "" if library.builds_without_gpu else gpu_name()
+    key = EngineKey.of(source, device, library, gpu=gpu)
     bars = PhaseBars(f"building {source.name} for {device.name}")
     start = time.perf_counter()
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_name_is_a_safe_file_name_that_says_what_it_is(key: EngineKey) -> None:
 
 
 def test_name_is_the_same_on_every_machine() -> None:
-    assert a_key().stem("vision_int8") == "vision_int8-tensorrt-10.3.0-sm87-ce1e48d3"
+    assert a_key().stem("vision_int8") == "vision_int8-tensorrt-10.3.0-sm87-526cee4d"
 
 
 @given(keys())
@@ -115,8 +116,16 @@ def test_key_of_a_device() -> None:
     )
 
 
+def test_key_of_a_gpu_of_one_model() -> None:
+    key = EngineKey.of(SOURCE, ORIN, TENSORRT, gpu="Orin")
+    assert (key.gpu, key.architecture) == ("Orin", platform.machine())
+    portable = dataclasses.replace(ORIN, hardware_portability="ampere-plus")
+    assert EngineKey.of(SOURCE, portable, TENSORRT, gpu="Orin").gpu == ""
+
+
 def test_rtx_engines_know_no_portability() -> None:
-    key = EngineKey.of(SOURCE, load_device("rtx-a2000"), RTX)
+    key = EngineKey.of(SOURCE, load_device("rtx-a2000"), RTX, gpu="NVIDIA RTX A2000")
+    assert (key.gpu, key.architecture) == ("", "")
     assert (key.hardware_portability, key.version_portability) == ("none", False)
     assert key.workspace_mb == 3000  # half, since the memory is the GPU's own
 
@@ -147,6 +156,10 @@ def test_an_engine_does_for_its_own_key(key: EngineKey) -> None:
         ({"hardware_portability": "ampere-plus"}, {"capability": "12.0"}, None),
         ({"hardware_portability": "ampere-plus"}, {"capability": "7.5"}, "not 7.5"),
         ({"hardware_portability": "same-compute-capability"}, {"capability": "8.6"}, "not 8.6"),
+        ({"gpu": "Orin"}, {"gpu": "Orin"}, None),
+        ({"gpu": "NVIDIA A30"}, {"gpu": "NVIDIA A100"}, "built on NVIDIA A30, not NVIDIA A100"),
+        ({"gpu": "NVIDIA A30"}, {}, None),
+        ({"architecture": "x86_64"}, {"architecture": "aarch64"}, "on x86_64, not aarch64"),
         ({"batch_max": 16}, {}, "batches of 1 to 16"),
         ({"batch_min": 2}, {}, "batches of 2 to 32"),
         ({}, {"batch_max": 8}, None),
