@@ -6,7 +6,7 @@ Its precision is chosen here, and another one where an engine computes it wrongl
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +160,13 @@ def _open_tensorrt(
         graph_source(bundle, tower, precision),
         device=device,
         library=open_library(device),
-        check=golden_check(bundle, bundle.golden(), tower, precision),
+        check=golden_check(
+            bundle,
+            bundle.golden(),
+            tower,
+            precision,
+            batches=(device.batch_min, device.batch_best, device.batch_max),
+        ),
         shipped=shipped,
     )
 
@@ -186,9 +192,18 @@ def graph_source(bundle: Bundle, tower: Tower, precision: Precision) -> "GraphSo
 
 
 def golden_check(
-    bundle: Bundle, golden: Golden, tower: Tower, precision: Precision
+    bundle: Bundle,
+    golden: Golden,
+    tower: Tower,
+    precision: Precision,
+    *,
+    batches: Sequence[int],
 ) -> Callable[[Engine], tuple[GateRecord, ...]]:
-    """Return a function that checks an engine's embeddings of the golden inputs."""
+    """Return a function that checks an engine's embeddings of the golden inputs.
+
+    They are computed in batches of each of these sizes, for which an engine may have kernels of
+    their own; a batch larger than all golden inputs repeats them.
+    """
     file = bundle.manifest.tower(tower).file(precision)
     spec = bundle.manifest.spec.image
     (expected,) = (
@@ -198,15 +213,17 @@ def golden_check(
     )
 
     def check(engine: Engine) -> tuple[GateRecord, ...]:
-        embeddings = in_batches(
-            lambda values: engine.run(tower_feed(values, tower, file.pixels, spec)),
-            golden.inputs(tower),
-            fixed_batch=file.batch,
-            max_batch=1,  # the one batch size that every engine accepts, if none is fixed
-        )[OUTPUT_NAMES[tower]]
-        least = (
-            float(cosines(embeddings, expected).min()) if np.isfinite(embeddings).all() else -1.0
-        )
+        inputs = golden.inputs(tower)
+        least = 1.0
+        for size in sorted({file.batch} if file.batch else set(batches)):
+            rows = np.arange(-(-len(inputs) // size) * size) % len(inputs)  # whole batches
+            embeddings = in_batches(
+                lambda values: engine.run(tower_feed(values, tower, file.pixels, spec)),
+                inputs[rows],
+                max_batch=size,
+            )[OUTPUT_NAMES[tower]]
+            finite = np.isfinite(embeddings).all()
+            least = min(least, float(cosines(embeddings, expected[rows]).min()) if finite else -1.0)
         bound = _LEAST_COSINE[precision]
         return (
             GateRecord(

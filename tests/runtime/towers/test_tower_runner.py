@@ -33,7 +33,7 @@ def test_an_engine_must_agree_with_the_golden_embeddings(
     tower: Tower, precision: Precision, tiny_bundle: Path, cpu_device: DeviceProfile
 ) -> None:
     bundle = Bundle.open(tiny_bundle)
-    check = golden_check(bundle, bundle.golden(), tower, precision)
+    check = golden_check(bundle, bundle.golden(), tower, precision, batches=(1, 4, 32))
     engine = open_tower(bundle, tower, precision, cpu_device)
     (record,) = check(engine)
     assert record.passed
@@ -42,6 +42,24 @@ def test_an_engine_must_agree_with_the_golden_embeddings(
     assert not wrong.passed
     (overflown,) = check(Changed(engine, lambda value: np.full_like(value, np.nan)))
     assert (overflown.passed, overflown.value) == (False, -1.0)
+
+
+def test_an_engine_that_is_wrong_at_one_size_of_batch(
+    tiny_bundle: Path, cpu_device: DeviceProfile
+) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    engine = open_tower(bundle, "text", "fp32", cpu_device)
+    seen = []
+
+    def change(value: NDArray[Any]) -> NDArray[Any]:
+        seen.append(len(value))
+        return value[:, ::-1] if len(value) == 32 else value
+
+    for batches, passes in (((1, 4), True), ((1, 4, 32), False)):
+        check = golden_check(bundle, bundle.golden(), "text", "fp32", batches=batches)
+        (record,) = check(Changed(engine, change))
+        assert record.passed is passes
+    assert set(seen) == {1, 4, 32}
 
 
 def test_a_graph_is_known_by_its_declared_hash(tiny_bundle: Path) -> None:
