@@ -38,6 +38,7 @@ DEVICE_PACKAGES = {
         "threadpoolctl",
         "tokenizers",
         "tqdm",
+        "typing_extensions",
         "urllib3",
         "usearch",
         "uvicorn",
@@ -58,10 +59,14 @@ DEVICE_PACKAGES = {
         "pynvml",
         "threadpoolctl",
         "tqdm",
+        "typing_extensions",
         "yaml",
     },
 }
-EXTRAS_NOT_INSTALLED = {"gpu", "openvino", "ray", "tensorrt", "tensorrt-rtx"}
+EXTRAS_NOT_INSTALLED = {
+    *("gpu", "openvino", "ray", "tensorrt-rtx"),
+    *("jetpack6", "jetpack7", "tensorrt-cu12", "tensorrt-cu13"),
+}
 
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 every_source = pytest.mark.parametrize(
