@@ -43,8 +43,8 @@ from edgeclip.runtime.stats.shares import estimate_loss
 BARS: dict[str, Rule] = {"time_ratio": ("<=", 0.75, ""), "r1_loss": ("<=", 1.0, "points")}
 KEPT_MODELS = ("compress/emoji_teacher",)
 
-PLAIN, HELD = "none", "after layer 2"  # the bars are about this one
-MERGED: dict[str, tuple[int, ...]] = {PLAIN: (), HELD: (2,), "after layer 1": (1,)}
+PLAIN, HELD = "none", "after layer 1"  # the bars are about this one
+MERGED: dict[str, tuple[int, ...]] = {PLAIN: (), "after layer 2": (2,), HELD: (1,)}
 # Of 64 patches, how many go after which layer.
 MATCHED: dict[str, dict[int, int]] = {
     "matched, 32 after layer 2": {2: 32},
@@ -138,7 +138,8 @@ def main() -> int:
     teacher = DualEncoder.load(built_in_teacher())
     size = teacher.image_spec.size
     train = EmojiSource("train", scenes, size=size)
-    test = EmojiSource("test", tests, size=size, distinct=True)
+    # Layer 1 was chosen on the scenes of seed 0, where merging after layer 2 took 0.83 of the time.
+    test = EmojiSource("test", tests, size=size, seed=1, distinct=True)
     students: dict[str, DualEncoder] = {}
     hits, losses = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
