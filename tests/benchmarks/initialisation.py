@@ -63,10 +63,10 @@ class Sizes(NamedTuple):
 
     pictures: int = 8192
     held_out: int = 256
-    steps: int = 240
-    mapping: int = 60
+    steps: int = 160
+    mapping: int = 40
     batch_size: int = 64
-    validations: int = 12
+    validations: int = 8
     seeds: int = 3
     inputs: int = 256
 

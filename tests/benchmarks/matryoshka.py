@@ -200,7 +200,7 @@ def student_of(
     """Distil a student, with the losses at each length of a basis too."""
     student = new_student(teacher, StudentShape())
     student.basis = basis
-    settings = TrainSettings(steps=400, batch_size=128)
+    settings = TrainSettings(steps=300, batch_size=128)
     distill(student, cache, scenes, loss_weights=LossWeights(), settings=settings, out=out)
     return student
 
@@ -219,7 +219,7 @@ def kept_student(test: EmojiSource) -> Embedded:
 
 def main() -> int:
     args = options(__doc__).parse_args()
-    scenes_count, count = (512, 300) if args.quick else (20_480, 3_000)
+    scenes_count, count = (512, 300) if args.quick else (12_288, 3_000)
     teacher = DualEncoder.load(built_in_teacher())
     size = teacher.image_spec.size
     scenes = EmojiSource("train", scenes_count, size=size)

@@ -133,7 +133,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> int:
     args = options(__doc__).parse_args()
-    scenes, steps, tests = (256, 4, 64) if args.quick else (20_480, 400, 3_000)
+    scenes, steps, tests = (256, 4, 64) if args.quick else (12_288, 300, 3_000)
     settings = TrainSettings(steps=steps, batch_size=32 if args.quick else 128)
     teacher = DualEncoder.load(built_in_teacher())
     size = teacher.image_spec.size
