@@ -29,6 +29,7 @@ LEFT_OUT = {
 MOST_BYTES = 2_000_000
 BASE_PACKAGES = {
     *("annotated-types", "numpy", "pillow", "pydantic", "pyyaml", "tokenizers", "tqdm"),
+    "typing-extensions",
 }
 
 
