@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 Settings = dict[str, object]
 SMALL: Settings = {"image_heads": 1, "image_layers": 2, "text_heads": 1, "text_layers": 1}
 # So low a rate that weights stay what they were, but for zeros.
-STILL: Settings = {"learning_rate": 1e-30}
+STILL: Settings = {"learning_rate": 1e-30, "matrix_rate": 1e-30}
 
 
 def _recipe(teacher: Path, stages: list[Settings], **more: object) -> DistillRecipe:
