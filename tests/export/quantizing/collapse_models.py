@@ -6,6 +6,7 @@ one channel of the first token (Sun et al. 2024, Massive Activations in Large La
 arXiv:2402.17762), masks of the lowest fp32 number, and a token with an outsized embedding.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 
 BUNDLE = Path(__file__).parents[3] / "export" / "emoji_bundle"
 TEXT_TOWER = BUNDLE / "onnx" / "text_model.onnx"
+_CONFIG = json.loads((BUNDLE / "config.json").read_text(encoding="utf-8"))
+TEXT_LAYERS: int = _CONFIG["text_config"]["num_hidden_layers"]
 TOKENS = "text_model.embeddings.token_embedding.weight"
 POSITIONS = "text_model.embeddings.position_embedding.weight"
 NAMES = (

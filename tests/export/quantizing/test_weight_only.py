@@ -19,7 +19,7 @@ from edgeclip.export.quantizing.dynamic_int8 import token_table_lookups
 from edgeclip.export.quantizing.static_int8 import quantizable_nodes
 from edgeclip.export.quantizing.weight_only import PackedWeight, pack, write_weight_only
 from edgeclip.runtime.bundle.index import cosines
-from tests.export.quantizing.collapse_models import TEXT_TOWER, captions
+from tests.export.quantizing.collapse_models import TEXT_LAYERS, TEXT_TOWER, captions
 from tests.export.quantizing.small_graphs import graph_of, run
 
 EVERY = [(bits, block) for bits in (4, 8) for block in (32, 64, 128)]
@@ -119,14 +119,16 @@ def test_the_text_tower_is_small_and_close(
     write_weight_only(TEXT_TOWER, path, bits=bits, block=block)
     model = load_graph(path)
     kinds = Counter(node.op_type for node in model.graph.node)
-    assert kinds["MatMulNBits"] == 13
-    assert kinds["MatMul"] == 4  # of attention
+    count = len(quantizable_nodes(TEXT_TOWER))
+    assert count == 6 * TEXT_LAYERS + 1  # four of attention, two of the MLP, and the projection
+    assert kinds["MatMulNBits"] == count
+    assert kinds["MatMul"] == 2 * TEXT_LAYERS  # of attention
     widths = [
         next(item.i for item in node.attribute if item.name == "bits")
         for node in model.graph.node
         if node.op_type == "MatMulNBits"
     ]
-    assert widths == [bits] * 12 + [8]
+    assert widths == [bits] * (count - 1) + [8]
     assert path.stat().st_size < TEXT_TOWER.stat().st_size * (0.22 if bits == 4 else 0.29)
     (found,), (right,) = run(model, texts.batch(0)), run(load_graph(TEXT_TOWER), texts.batch(0))
     assert cosines(found, right).min() > (0.997 if bits == 4 else 0.9995)
