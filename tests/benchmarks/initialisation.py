@@ -36,7 +36,7 @@ from edgeclip.compress.train.learn_mapping import learn_mapping
 from edgeclip.compress.train.losses import LossWeights
 from edgeclip.compress.train.train_loop import TrainSettings, read_log
 from edgeclip.profiles.report.charts import Dot, DotRow, RowChart, TrainingCurve
-from edgeclip.profiles.report.sections import FigureGrid, Note, Page, PageSummary, Section
+from edgeclip.profiles.report.sections import Figure, FigureGrid, Note, Page, PageSummary, Section
 from edgeclip.profiles.report.write_page import write_html
 from edgeclip.runtime.console import percent
 from edgeclip.runtime.stats.interval import Interval
@@ -281,7 +281,7 @@ def write_plot(
         for place in PLACES:
             here = [item for item in found if (item.size, item.place) == (size, place)]
             dots = tuple(Dot(item.steps, shape) for shape, item in enumerate(here))
-            label = f"{percent(shares[size])} of the weights, loss {here[0].loss:.2f}"
+            label = f"{percent(shares[size])}, loss {here[0].loss:.2f}"
             rows.append(DotRow(label, dots, " / ".join(f"{x.steps.value:.0f}" for x in here)))
     chart = RowChart(
         rows=tuple(rows),
@@ -309,7 +309,11 @@ def write_plot(
             lead=("Students of the built-in teacher on EmojiScenes.",),
             summary=PageSummary("", ""),
             sections=(
-                Section(anchor="steps", title="Steps", blocks=(FigureGrid((chart,)),)),
+                Section(
+                    anchor="steps",
+                    title="Steps",
+                    blocks=(Figure(chart, "Whiskers are 95% intervals over the seeds."),),
+                ),
                 Section(
                     anchor="curves",
                     title="Curves",
