@@ -46,7 +46,7 @@ def find(
     judged = [model for model in models[1:] if model.name == "student"] or list(models[1:2])
     for model in judged:
         found += _tower_at_chance(model, broken)
-        found += _groups(model)
+        found += _groups(model, broken)
         found += _concepts(model)
         found += _reliability(model, models[0])
     found += _precisions(models)
@@ -168,15 +168,17 @@ def _has_learned_mean(own: TowerAgreement) -> bool:
     return own.towards_mean.low > _LEARNED * own.teacher_towards_mean.high > 0
 
 
-def _groups(model: DiagnosedModel) -> Iterator[Finding]:
+def _groups(model: DiagnosedModel, broken: set[str]) -> Iterator[Finding]:
     """Groups whose colours are read wrongly, and others of which less is kept than of the rest.
+
+    Behind a broken layer of the image tower any word may be lost, which says nothing of colours.
 
     A picture is in a group of each column. Colours that are wrong in one background are also seen
     in every layout; so the column is named of whose groups the least share has them, and none where
     that is more than half: then colours are lost everywhere, which the words tell.
     """
     confused: dict[str, dict[str, list[Confusion]]] = {}
-    for item in model.confusions:
+    for item in () if "image tower" in broken else model.confusions:
         if item.more.low > _WRONG:
             confused.setdefault(item.column, {}).setdefault(item.group, []).append(item)
     judged = {(group.column, group.name): group for group in model.groups}
