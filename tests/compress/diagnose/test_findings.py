@@ -145,6 +145,13 @@ def test_a_group_with_wrong_colours_is_named_and_one_without_is_behind() -> None
     seen = [replace(confusion, column="layout", group=name) for name in ("above", "below")]
     assert found(replace(kept, confusions=(confusion, *seen))) == ["wrong colours: background blue"]
     assert found(replace(kept, confusions=tuple(seen))) == []
+    # Behind a broken layer of the image tower any word is lost.
+    broken = layers(-0.1, -0.1, noise=(1,))
+    assert found(kept, broken) == ["broken layer: image tower: layer 1"]
+    assert found(kept, replace(broken, tower="text")) == [
+        "broken layer: text tower: layer 1",
+        "wrong colours: background blue",
+    ]
 
 
 def test_a_precision_that_surely_loses_is_named() -> None:
