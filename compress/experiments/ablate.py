@@ -6,6 +6,7 @@ on, for the students as they are. A change is better or worse only if both inter
 side of 0, at a confidence that holds over all changes together (Holm, Scand. J. Statist. 6, 1979).
 """
 
+import difflib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,7 +81,9 @@ def read_changes(given: Sequence[str], recipe: DistillRecipe) -> tuple[Change, .
         name, _, values = text.partition("=")
         section, _, setting = name.rpartition(".")
         if setting not in known or section not in ("", known[setting][0] or ""):
-            wrong.append(f"--vary {text}: there is no setting {name}")
+            close = difflib.get_close_matches(setting, known, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            wrong.append(f"--vary {text}: there is no setting {name}{hint}")
             continue
         if not values:
             wrong.append(f"--vary {text}: write {name}=VALUE, or several with commas between")
