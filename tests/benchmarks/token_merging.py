@@ -44,7 +44,7 @@ BARS: dict[str, Rule] = {"time_ratio": ("<=", 0.75, ""), "r1_loss": ("<=", 1.0, 
 KEPT_MODELS = ("compress/emoji_teacher",)
 
 PLAIN, HELD = "none", "after layer 1"  # the bars are about this one
-MERGED: dict[str, tuple[int, ...]] = {PLAIN: (), "after layer 2": (2,), HELD: (1,)}
+MERGED: dict[str, tuple[int, ...]] = {PLAIN: (), HELD: (1,)}
 # Of 64 patches, how many go after which layer.
 MATCHED: dict[str, dict[int, int]] = {
     "matched, 32 after layer 2": {2: 32},
@@ -133,7 +133,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> int:
     args = options(__doc__).parse_args()
-    scenes, steps, tests = (256, 4, 64) if args.quick else (12_288, 300, 3_000)
+    scenes, steps, tests = (256, 4, 64) if args.quick else (12_288, 400, 3_000)
     settings = TrainSettings(steps=steps, batch_size=32 if args.quick else 128)
     teacher = DualEncoder.load(built_in_teacher())
     size = teacher.image_spec.size
