@@ -24,12 +24,12 @@ def autocast(compute: ComputeType, device: torch.device) -> torch.autocast:
     `auto` uses bfloat16 if the hardware has it: there it trains three to four times faster than
     float32, and on a processor without it many times slower.
     """
-    enabled = number_format(compute, device) == torch.bfloat16
+    enabled = compute_dtype(compute, device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def number_format(compute: ComputeType, device: torch.device) -> torch.dtype:
-    """Return the number format of products, see `autocast`."""
+def compute_dtype(compute: ComputeType, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products, see `autocast`."""
     is_short = compute == "bf16" or (compute == "auto" and _has_bfloat16(device))
     return torch.bfloat16 if is_short else torch.float32
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any, Generic, TypeVar
@@ -61,11 +61,10 @@ def load(
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         prefetch_factor=2 if workers else None,
     )
-    with closing(_fetched(loader)) as items:
-        for made in items:
-            if isinstance(made, _Failed):
-                raise made.error
-            yield made
+    for made in _fetched(loader):
+        if isinstance(made, _Failed):
+            raise made.error
+        yield made
 
 
 def _fetched(loader: DataLoader[Any]) -> Generator[Any, None, None]:

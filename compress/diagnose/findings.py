@@ -178,7 +178,8 @@ def _groups(model: DiagnosedModel, broken: set[str]) -> Iterator[Finding]:
     that is more than half: then colours are lost everywhere, which the words tell.
     """
     confused: dict[str, dict[str, list[Confusion]]] = {}
-    for item in () if "image tower" in broken else model.confusions:
+    confusions = () if "image tower" in broken else model.confusions
+    for item in confusions:
         if item.more.low > _WRONG:
             confused.setdefault(item.column, {}).setdefault(item.group, []).append(item)
     judged = {(group.column, group.name): group for group in model.groups}

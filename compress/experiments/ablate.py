@@ -6,7 +6,6 @@ on, for the students as they are. A change is better or worse only if both inter
 side of 0, at a confidence that holds over all changes together (Holm, Scand. J. Statist. 6, 1979).
 """
 
-import difflib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from edgeclip.compress.experiments.trials import CHOOSE, JUDGE, TrialResult, Tri
 from edgeclip.compress.train.recipe import DistillRecipe
 from edgeclip.runtime.bundle.files import JsonRecord
 from edgeclip.runtime.device.machine import Machine, detect_machine
+from edgeclip.runtime.device.schema import did_you_mean
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.stats.interval import Estimate, Interval
 from edgeclip.runtime.stats.shares import estimate_loss
@@ -81,8 +81,7 @@ def read_changes(given: Sequence[str], recipe: DistillRecipe) -> tuple[Change, .
         name, _, values = text.partition("=")
         section, _, setting = name.rpartition(".")
         if setting not in known or section not in ("", known[setting][0] or ""):
-            close = difflib.get_close_matches(setting, known, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
+            hint = did_you_mean(setting, known)
             wrong.append(f"--vary {text}: there is no setting {name}{hint}")
             continue
         if not values:

@@ -8,7 +8,6 @@ from edgeclip.compress.experiments.trials import CHOOSE, JUDGE
 from edgeclip.profiles.report.charts import Dot, DotRow, RowChart
 from edgeclip.profiles.report.sections import (
     Cell,
-    Commands,
     Figure,
     Note,
     Page,
@@ -18,6 +17,7 @@ from edgeclip.profiles.report.sections import (
     Tone,
     columns,
     count,
+    method_section,
     section_of,
     sections,
 )
@@ -139,15 +139,7 @@ def ablation_page(table: Ablation) -> Page:
                 ),
             ),
             _chosen(table),
-            section_of(
-                "method",
-                "Method",
-                (
-                    Note(_METHOD),
-                    Note(f"On {table.machine.cpu}, {table.machine.cores} cores."),
-                    Commands((table.command,)),
-                ),
-            ),
+            method_section(_METHOD, table.machine, table.command),
         ),
     )
 

@@ -6,7 +6,6 @@ from edgeclip.compress.experiments.scaling import Scaling
 from edgeclip.profiles.report.charts import ScatterChart, ScatterPoint
 from edgeclip.profiles.report.sections import (
     Cell,
-    Commands,
     Figure,
     Note,
     Page,
@@ -15,6 +14,7 @@ from edgeclip.profiles.report.sections import (
     Tone,
     columns,
     count,
+    method_section,
     section_of,
     sections,
 )
@@ -117,15 +117,7 @@ def scaling_page(table: Scaling) -> Page:
         summary=PageSummary(by_law[0] if by_law else trained, tone),
         sections=sections(
             section_of("sizes", "Sizes", (Figure(_chart(table), _CAPTION), _table(table), *notes)),
-            section_of(
-                "method",
-                "Method",
-                (
-                    Note(_METHOD),
-                    Note(f"On {table.machine.cpu}, {table.machine.cores} cores."),
-                    Commands((table.command,)),
-                ),
-            ),
+            method_section(_METHOD, table.machine, table.command),
         ),
     )
 

@@ -26,7 +26,7 @@ class Muon(torch.optim.Optimizer):
         weights: matrices [out, in].
         learning_rate: the highest.
         weight_decay: of all of them.
-        products: the number format of the products.
+        matmul_dtype: of the matrix products.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Muon(torch.optim.Optimizer):
         *,
         learning_rate: float,
         weight_decay: float,
-        products: torch.dtype = torch.float32,
+        matmul_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(weights, {"lr": learning_rate, "weight_decay": weight_decay})
-        self._products = products
+        self._matmul_dtype = matmul_dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -51,18 +51,18 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
                 momentum: Tensor = state["momentum"].lerp_(weight.grad, 1 - _MOMENTUM)
-                update = orthogonal(weight.grad.lerp(momentum, _MOMENTUM), self._products)
+                update = newton_schulz(weight.grad.lerp(momentum, _MOMENTUM), self._matmul_dtype)
                 rows, columns = weight.shape
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
 
-def orthogonal(matrix: Tensor, products: torch.dtype = torch.float32) -> Tensor:
+def newton_schulz(matrix: Tensor, matmul_dtype: torch.dtype = torch.float32) -> Tensor:
     """Return about U V^T of a matrix U S V^T, as float32: Newton-Schulz iterations.
 
     Its singular values are from 0.5 to 1.5 but for those that were next to 0.
     """
-    found = matrix.to(products)
+    found = matrix.to(matmul_dtype)
     is_high = found.shape[0] > found.shape[1]
     if is_high:
         found = found.T

@@ -35,7 +35,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from edgeclip.compress.compute import ComputeType, autocast, number_format
+from edgeclip.compress.compute import ComputeType, autocast, compute_dtype
 from edgeclip.compress.data.loader import default_workers, killed_workers_explained, load
 from edgeclip.compress.processes import Processes, processes
 from edgeclip.compress.train.checkpoint import (
@@ -123,10 +123,10 @@ class TrainSettings:
 
     def rate(self, step: int) -> float:
         """Return AdamW's learning rate of `step` (0-based)."""
-        return self.learning_rate * self.rate_share(step)
+        return self.learning_rate * self.rate_factor(step)
 
-    def rate_share(self, step: int) -> float:
-        """Return the learning rates of `step` as a share of their highest."""
+    def rate_factor(self, step: int) -> float:
+        """Return what multiplies the highest learning rates at `step`."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         left = {
             "cosine": (1 + math.cos(math.pi * step / self.steps)) / 2,
@@ -322,15 +322,15 @@ class _Run:
 
     def step(self, step: int, parts: list[Batch]) -> dict[str, float]:
         """Take one step; return its losses."""
-        for highest, optimizer in self._optimizers:
+        for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = highest * self._settings.rate_share(step)
+                group["lr"] = group["initial_lr"] * self._settings.rate_factor(step)
             optimizer.zero_grad(set_to_none=True)
         losses = self._gradients(step, parts)
         self._team.sum_gradients(self._weights)
         norm = nn.utils.clip_grad_norm_(self._weights, self._settings.clip_norm)
         _check_finite(losses["total"], norm, step)
-        for _, optimizer in self._optimizers:
+        for optimizer in self._optimizers:
             optimizer.step()
         if self._average is not None:
             self._average.update(step)
@@ -454,7 +454,7 @@ class _Run:
         if self._team.is_first:
             tensors: dict[str, Any] = {
                 "weights": self._task.module.state_dict(),
-                "optimizer": optimizer_tensors([own for _, own in self._optimizers]),
+                "optimizer": optimizer_tensors(self._optimizers),
             }
             if self._average is not None:
                 tensors["average"] = self._average.weights
@@ -480,7 +480,7 @@ class _Run:
         values = saved.values
         self._check_run(values)
         self._task.module.load_state_dict(saved.tensors["weights"])
-        load_optimizer_tensors([own for _, own in self._optimizers], saved.tensors["optimizer"])
+        load_optimizer_tensors(self._optimizers, saved.tensors["optimizer"])
         if self._average is not None:
             self._average.load(saved.tensors["average"])
         self._best.load(values["best"], saved.tensors.get("best"))
@@ -668,21 +668,25 @@ def _log_file(path: Path, team: Processes) -> Iterator[TextIO]:
 
 def _optimizers(
     module: nn.Module, settings: TrainSettings, device: torch.device
-) -> list[tuple[float, torch.optim.Optimizer]]:
-    """Return the optimizers of a module's weights, each with its highest learning rate."""
-    decay, rate, matrix_rate = (
-        settings.weight_decay,
-        settings.learning_rate,
-        settings.matrix_rate,
-    )
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a module's weights; `initial_lr` is the highest rate of a group."""
     matrices = linear_matrices(module) if settings.optimizer == "muon" else []
     known = set(map(id, matrices))
     rest = [own for own in module.parameters() if own.requires_grad and id(own) not in known]
-    made: list[tuple[float, torch.optim.Optimizer]] = []
+    made: list[torch.optim.Optimizer] = []
     if matrices:
-        products = number_format(settings.compute, device)
-        muon = Muon(matrices, learning_rate=matrix_rate, weight_decay=decay, products=products)
-        made.append((matrix_rate, muon))
+        made.append(
+            Muon(
+                matrices,
+                learning_rate=settings.matrix_rate,
+                weight_decay=settings.weight_decay,
+                matmul_dtype=compute_dtype(settings.compute, device),
+            )
+        )
     if rest:
-        made.append((rate, adamw(rest, learning_rate=rate, weight_decay=decay)))
+        rate, decay = settings.learning_rate, settings.weight_decay
+        made.append(adamw(rest, learning_rate=rate, weight_decay=decay))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
     return made

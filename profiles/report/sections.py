@@ -12,6 +12,7 @@ from PIL import Image
 
 from edgeclip.profiles.report.drawing import Chart
 from edgeclip.runtime.console import digits, interval_ends
+from edgeclip.runtime.device.machine import Machine
 from edgeclip.runtime.stats.interval import Interval
 
 Tone = Literal["", "pass", "miss", "strong"]
@@ -234,6 +235,13 @@ class Page:
 def section_of(anchor: str, title: str, blocks: Sequence[Block]) -> Section | None:
     """A section of these blocks; None without any."""
     return Section(anchor=anchor, title=title, blocks=tuple(blocks)) if blocks else None
+
+
+def method_section(method: str, machine: Machine, command: str) -> Section:
+    """How the figures of a page were found: by which method, where, and by which command."""
+    where = Note(f"On {machine.cpu}, {machine.cores} cores.")
+    blocks = (Note(method), where, Commands((command,)))
+    return Section(anchor="method", title="Method", blocks=blocks)
 
 
 def sections(*found: Section | None) -> tuple[Section, ...]:

@@ -7,7 +7,7 @@ import json
 import math
 import operator
 import typing
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -188,10 +188,15 @@ def load_profile(
     raise unknown_name_error(folder.removesuffix("s"), name_or_path, known, "a .yaml file")
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'NAME'?)" of the most similar known name; "" if none is."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def unknown_name_error(kind: str, name: str, known: Sequence[str], file: str) -> ConfigError:
     """Return the error that no `kind` has this name; it suggests a similar one, or a `file`."""
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = did_you_mean(name, known)
     return ConfigError(
         f"no {kind} is named {name!r}{hint}; known names: {', '.join(known)}; or give the path "
         f"of {file}"

@@ -18,9 +18,9 @@ from edgeclip.runtime.engines.tensorrt_library import (
     PhaseBars,
     PhaseSink,
     TensorRtLibrary,
+    create,
     gpu_capability,
     gpu_name,
-    made,
     make_monitor,
 )
 from edgeclip.runtime.errors import EngineError, MissingExtraError, first_line
@@ -134,7 +134,7 @@ class _Build:
         self._source, self._key, self._library = source, key, library
         self._trt = trt = library.module
         self._log = MessageLog(trt)
-        self._builder = made(library, lambda: trt.Builder(self._log.logger), self._log)
+        self._builder = create(library, lambda: trt.Builder(self._log.logger), self._log)
         flags = 0
         strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         if strong is not None:
@@ -257,7 +257,7 @@ def _report(engine: bytes, key: EngineKey, library: TensorRtLibrary) -> str | No
 def _described(engine: bytes, key: EngineKey, library: TensorRtLibrary) -> str | None:
     trt = library.module
     log = MessageLog(trt)
-    runtime = made(library, lambda: trt.Runtime(log.logger), log)
+    runtime = create(library, lambda: trt.Runtime(log.logger), log)
     if key.version_portability:
         runtime.engine_host_code_allowed = True  # this process has just built it
     loaded = runtime.deserialize_cuda_engine(engine)

@@ -17,7 +17,7 @@ from edgeclip.runtime.engines.tensorrt_library import (
     CudaBuffers,
     MessageLog,
     TensorRtLibrary,
-    made,
+    create,
 )
 from edgeclip.runtime.errors import EdgeClipError, EngineError, first_line
 
@@ -168,7 +168,7 @@ class TensorRtEngine:
         # The finalizer must not refer to this object, or it would never be collected.
         self._finalizer = weakref.finalize(self, _release, loaded, self._buffers, self._saver)
         self._log = log = MessageLog(library.module)
-        loaded.runtime = made(library, lambda: library.module.Runtime(log.logger), log)
+        loaded.runtime = create(library, lambda: library.module.Runtime(log.logger), log)
         if host_code:
             loaded.runtime.engine_host_code_allowed = True
         loaded.engine = loaded.runtime.deserialize_cuda_engine(content)

@@ -341,7 +341,7 @@ def _make_logger(trt: Any) -> Any:
     return Logger()
 
 
-def made(library: TensorRtLibrary, make: Callable[[], T], log: MessageLog) -> T:
+def create(library: TensorRtLibrary, make: Callable[[], T], log: MessageLog) -> T:
     """Call what makes an object of TensorRT.
 
     Raises:

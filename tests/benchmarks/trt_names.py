@@ -46,14 +46,14 @@ def found(name):
     for part in name.split("."):
         owner = getattr(owner, part, None)
     return owner is not None
-from edgeclip.runtime.engines.tensorrt_library import MessageLog, TensorRtLibrary, made
+from edgeclip.runtime.engines.tensorrt_library import MessageLog, TensorRtLibrary, create
 from edgeclip.runtime.errors import EngineError
 log = MessageLog(trt)
 own = TensorRtLibrary(library, trt.__version__, trt)
 bare = []
 for name in ("Runtime", "Builder"):
     try:
-        made(own, lambda: getattr(trt, name)(log.logger), log)
+        create(own, lambda: getattr(trt, name)(log.logger), log)
     except EngineError as error:
         pass
     except BaseException as error:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from edgeclip.compress.train.optimizers import Muon, adamw, linear_matrices, orthogonal
+from edgeclip.compress.train.optimizers import Muon, adamw, linear_matrices, newton_schulz
 
 sides = st.integers(1, 12)
 
@@ -18,7 +18,7 @@ def test_singular_values_come_near_1(rows: int, columns: int, seed: int) -> None
     nn.init.orthogonal_(whole, generator=generator)  # no direction is next to 0
     scales = 0.5 + torch.rand(min(rows, columns), generator=generator)
     matrix = whole * scales[:, None] if rows <= columns else whole * scales
-    found = orthogonal(100 * matrix)
+    found = newton_schulz(100 * matrix)
     assert found.dtype == torch.float32
     values = torch.linalg.svdvals(found)
     assert values.min() > 0.5
@@ -28,7 +28,7 @@ def test_singular_values_come_near_1(rows: int, columns: int, seed: int) -> None
 
 
 def test_a_matrix_of_zeros_stays_finite() -> None:
-    assert orthogonal(torch.zeros(3, 5)).abs().max() == 0
+    assert newton_schulz(torch.zeros(3, 5)).abs().max() == 0
 
 
 def test_a_first_step_by_hand() -> None:
@@ -106,9 +106,9 @@ def test_adamw_does_not_decay_biases_and_scales() -> None:
         assert torch.allclose(weight, decay * before[name]), name
 
 
-@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
-def test_the_number_format_of_products_changes_digits_alone(products: torch.dtype) -> None:
+@pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_of_matrix_products_changes_digits_alone(matmul_dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     matrix = torch.randn(16, 16)
-    exact = orthogonal(matrix)
-    assert (orthogonal(matrix, products) - exact).norm() < 0.05 * exact.norm()
+    exact = newton_schulz(matrix)
+    assert (newton_schulz(matrix, matmul_dtype) - exact).norm() < 0.05 * exact.norm()

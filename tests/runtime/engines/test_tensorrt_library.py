@@ -17,9 +17,9 @@ from edgeclip.runtime.engines.tensorrt_library import (
     PhaseBars,
     TensorRtLibrary,
     call,
+    create,
     gpu_capability,
     gpu_name,
-    made,
     make_monitor,
     open_library,
 )
@@ -190,7 +190,7 @@ def test_what_cannot_be_made_is_an_error_with_its_reason(
         raise raised
 
     with pytest.raises(EngineError, match="cannot start: CUDA initialization failure 35: check"):
-        made(rtx, make, log)
+        create(rtx, make, log)
 
 
 def test_many_messages_are_cut_short(rtx: TensorRtLibrary) -> None:
