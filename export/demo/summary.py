@@ -35,7 +35,7 @@ from edgeclip.profiles.report.bundle_report import (
     ShippedPrecision,
 )
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.files import atomic_file
+from edgeclip.runtime.bundle.files import atomic_file, json_fields
 from edgeclip.runtime.console import percent, percent_interval
 from edgeclip.runtime.device.machine import Machine, detect_machine
 from edgeclip.runtime.spec import Precision, Tower
@@ -99,7 +99,8 @@ class DemoSummary:
     def save(self, path: Path) -> None:
         """Write the summary as JSON, whole or not at all."""
         with atomic_file(path) as temporary:
-            text = json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+            data = asdict(self, dict_factory=json_fields)
+            text = json.dumps(data, indent=2, allow_nan=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
 
 

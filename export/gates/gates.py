@@ -15,6 +15,7 @@ from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.index import LabelSet, cosines
 from edgeclip.runtime.bundle.manifest import DataRecord, GateRecord, keeps_bound
+from edgeclip.runtime.console import interval_ends
 from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.quality.relevance import Relevance
 from edgeclip.runtime.quality.retrieval import label_ranks, pair_ranks
@@ -358,8 +359,8 @@ def _miss(record: GateRecord) -> str:
         gap = abs(record.value - record.bound)
         return f"{record.name} is {record.value:.6g} ({bound}, missed by {gap:.3g})"
     return (
-        f"{record.name} is undecided: {record.value:.6g}, anywhere from {record.low:.6g} to "
-        f"{record.high:.6g} ({bound}); {_would_decide(record)}"
+        f"{record.name} is undecided: {record.value:.6g}, interval "
+        f"{interval_ends(record.interval, '{:.6g}'.format)} ({bound}); {_would_decide(record)}"
     )
 
 
@@ -370,6 +371,8 @@ def _would_decide(record: GateRecord) -> str:
     if record.name.startswith("1st-percentile") and count < enough:
         return f"{count} items tell nothing of a 1st percentile, {enough} do"
     reach = record.high - record.value if record.direction == "<=" else record.value - record.low
+    if math.isinf(reach):
+        return f"{count} items set no bound on it"
     says = f"{count} items tell {reach:.2g} {record.unit} from nothing"
     gap = abs(record.bound - record.value)
     if count and gap and reach > 0:

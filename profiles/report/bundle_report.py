@@ -37,6 +37,7 @@ from edgeclip.runtime.bundle.manifest import GateRecord
 from edgeclip.runtime.console import (
     MISSING,
     digits,
+    interval_ends,
     megabytes,
     percent,
     percent_interval,
@@ -455,7 +456,7 @@ def _gates(gates: Sequence[tuple[str, GateRecord]]) -> Section | None:
                 gate_number(one.value, one.unit),
                 ""
                 if one.low == one.high
-                else f"{gate_number(one.low, '')} to {gate_number(one.high, '')}",
+                else interval_ends(one.interval, lambda end: gate_number(end, "")),
             ),
             Cell(f"{'≥' if one.direction == '>=' else '≤'} {gate_number(one.bound, one.unit)}"),
             _OUTCOMES[one.outcome],

@@ -26,8 +26,7 @@ from edgeclip.profiles.report.sections import (
 )
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import MANIFEST_NAME, sha256_file
-from edgeclip.runtime.bundle.manifest import GateRecord
-from edgeclip.runtime.console import digits, megabytes, percent
+from edgeclip.runtime.console import digits, interval_ends, megabytes, percent
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.stats.interval import Interval
 
@@ -58,7 +57,7 @@ def quality_of_bundle(bundle: Bundle) -> tuple[SubjectQuality, ...]:
         for file in tower.files:
             for gate in file.gates:
                 if gate.name in _COSINES and gate.unit == "cosine":
-                    name, value = f"{gate.name} to torch", _interval(gate)
+                    name, value = f"{gate.name} to torch", gate.interval
                     found.append(
                         _quality(name, value, "cosine", sha256, file.precision, tower.tower)
                     )
@@ -76,10 +75,6 @@ def _quality(
     return SubjectQuality(
         metric=metric, value=value, unit=unit, sha256=sha256, precision=precision, part=part
     )
-
-
-def _interval(gate: GateRecord) -> Interval:
-    return Interval(gate.value, gate.low, gate.high)
 
 
 def quality_of(subject: Subject, quality: Sequence[SubjectQuality]) -> list[SubjectQuality]:
@@ -113,10 +108,7 @@ def quality_span(one: SubjectQuality) -> str:
     value = one.value
     if value.low == value.high:
         return ""
-    low, high = (
-        quality_text(end, one.unit).removesuffix(" points") for end in (value.low, value.high)
-    )
-    return f"{low} to {high}"
+    return interval_ends(value, lambda end: quality_text(end, one.unit).removesuffix(" points"))
 
 
 def quality_section(

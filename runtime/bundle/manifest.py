@@ -17,10 +17,11 @@ from edgeclip.runtime.bundle.files import (
     labels_path,
 )
 from edgeclip.runtime.bundle.reduction import BASIS_NAME, Form
-from edgeclip.runtime.console import columns, plain_text
+from edgeclip.runtime.console import columns, interval_ends, plain_text
 from edgeclip.runtime.device.schema import parse
 from edgeclip.runtime.errors import BundleError, ConfigError
 from edgeclip.runtime.spec import EncoderSpec, PixelForm, Precision, Tower, plain_spec
+from edgeclip.runtime.stats.interval import HighEnd, Interval, LowEnd
 from edgeclip.runtime.stats.three_outcomes import Direction, Outcome
 
 SCHEMA_VERSION = 4
@@ -100,8 +101,8 @@ class GateRecord:
 
     name: str
     value: float
-    low: float
-    high: float
+    low: LowEnd
+    high: HighEnd
     bound: float
     direction: Direction
     unit: str
@@ -121,6 +122,11 @@ class GateRecord:
             raise ValueError(
                 f"gate {self.name!r} is recorded as failed, but its interval may keep it"
             )
+
+    @property
+    def interval(self) -> Interval:
+        """The value and its interval."""
+        return Interval(self.value, self.low, self.high)
 
     @property
     def passed(self) -> bool:
@@ -412,7 +418,7 @@ def _interval(gate: GateRecord) -> str:
     if gate.confidence == 1:
         return "these items"
     level = "" if gate.confidence == 0.95 else f" ({100 * gate.confidence:.3g}%)"
-    return f"{gate.low:.5f} to {gate.high:.5f}{level}"
+    return interval_ends(gate.interval, lambda end: f"{end:.5f}") + level
 
 
 def gates_table(gates: Sequence[tuple[str, GateRecord]], remarks: Iterable[GateRemark] = ()) -> str:

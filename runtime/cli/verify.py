@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeclip.runtime.bundle.bundle import Bundle, Expected, Golden
+from edgeclip.runtime.bundle.files import json_fields
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.bundle.manifest import gates_table
 from edgeclip.runtime.cli.options import add_device_option, add_json_option, print_json
@@ -133,7 +134,8 @@ def _as_json(bundle: Bundle, replays: tuple[Replay, ...], *, passed: bool) -> di
             {"what": what, **dataclasses.asdict(recipe)} for what, recipe in manifest.recipes()
         ],
         "gates": [
-            {"what": what, **dataclasses.asdict(gate)} for what, gate in manifest.all_gates()
+            {"what": what, **dataclasses.asdict(gate, dict_factory=json_fields)}
+            for what, gate in manifest.all_gates()
         ],
         "remarks": [dataclasses.asdict(remark) for remark in manifest.remarks],
     }

@@ -21,6 +21,13 @@ class _OpenEnd:
         return read.__get_pydantic_core_schema__(source, handler)
 
 
+LowEnd = Annotated[float, _OpenEnd(-math.inf)]
+"""A lower end of an interval: minus infinity where nothing is known, null in JSON."""
+
+HighEnd = Annotated[float, _OpenEnd(math.inf)]
+"""An upper end of an interval: infinity where nothing is known, null in JSON."""
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A measured value and the ends of its confidence interval, of 95% where nothing else is said.
@@ -29,8 +36,8 @@ class Interval:
     """
 
     value: float
-    low: Annotated[float, _OpenEnd(-math.inf)]
-    high: Annotated[float, _OpenEnd(math.inf)]
+    low: LowEnd
+    high: HighEnd
 
     def scaled(self, factor: float) -> "Interval":
         """Return the interval of the value times a factor above 0, such as 100 for points."""

@@ -1,6 +1,7 @@
 """The demo on the bundle and the teacher that are kept in the repository."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from edgeclip.export.demo.demo import DemoSettings, run_demo
 from edgeclip.export.demo.summary import DemoSummary
 from edgeclip.runtime.device.device_profile import load_device
+from edgeclip.runtime.stats.interval import Interval
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +78,13 @@ def test_measurements_are_kept(made: tuple[Path, DemoSummary]) -> None:
     names = {item["name"] for item in run["measurements"]}
     assert {"teacher torch", "teacher ONNX", "student fp32"} <= names
     assert ("student int8" in names) is runs_int8()
+
+
+def test_a_ratio_without_a_bound_is_saved(made: tuple[Path, DemoSummary], tmp_path: Path) -> None:
+    unknown = made[1].intervals | {"latency_ratio": Interval(0.1, 0.0, math.inf)}
+    replace(made[1], intervals=unknown).save(tmp_path / "summary.json")
+    written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert written["intervals"]["latency_ratio"] == {"value": 0.1, "low": 0.0, "high": None}
 
 
 def test_a_processor_without_int8_dot_products_gets_fp32(

@@ -276,13 +276,19 @@ def test_a_refusal_names_every_missed_gate_with_its_gap() -> None:
     assert "\n" not in message
 
 
+def test_items_that_set_no_bound_are_said_to() -> None:
+    endless = record(Gate("kept R@1", "<=", 1.0, "share"), 0.5, 0.2, math.inf, "undecided")
+    with pytest.raises(GateError, match=r"interval at least 0.2 .*300 items set no bound on it"):
+        raise_if_missed([GateOutcome("bundle", endless)], "")
+
+
 def test_what_is_undecided_is_told_with_what_would_decide() -> None:
     unsure = record(Gate("R@1 loss int8", "<=", 1.0, "points"), 0.5, -0.7, 1.7, "undecided")
     judged = [GateOutcome("bundle", unsure)]
     with pytest.raises(GateError) as caught:
         raise_if_missed(judged, "Train longer.")
     message = str(caught.value)
-    assert "undecided: 0.5, anywhere from -0.7 to 1.7 (bound <= 1 points)" in message
+    assert "undecided: 0.5, interval -0.7 to 1.7 (bound <= 1 points)" in message
     assert "300 items tell 1.2 points from nothing" in message
     assert "about 1,800 would decide" in message  # 300 x (1.2 / 0.5)^2 = 1,728
     assert "Train longer" not in message

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,19 @@ def test_a_line_for_each_gate_then_data_then_remarks() -> None:
         "data [2]: labelled; 300 measured; sha256 " + "ab" * 8,
         "warning: image int8: zero-shot top-1 loss: not judged: no labels",
     ]
+
+
+def test_an_interval_without_an_end_is_kept_and_shown(
+    recorded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_ended = dataclasses.replace(R1_GATE, high=math.inf, outcome="undecided")
+    manifest = dataclasses.replace(Bundle.open(recorded).manifest, gates=(open_ended,))
+    (recorded / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    assert Bundle.open(recorded).manifest.gates == (open_ended,)
+    assert "at least -0.10000" in gates_table([("bundle", open_ended)])
+    main(["verify", str(recorded), "--json"])
+    (shown,) = [g for g in json.loads(capsys.readouterr().out)["gates"] if g["what"] == "bundle"]
+    assert (shown["low"], shown["high"]) == (-0.1, None)
 
 
 def test_nothing_in_a_name_reaches_the_terminal() -> None:
