@@ -14,6 +14,7 @@ from edgeclip.runtime.bundle.files import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
     check_path,
+    json_fields,
     labels_path,
 )
 from edgeclip.runtime.bundle.reduction import BASIS_NAME, Form
@@ -362,10 +363,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of `edgeclip.json`, which `from_json` reads back."""
-        data = dataclasses.asdict(self) | {"spec": plain_spec(self.spec)}
+        data = dataclasses.asdict(self, dict_factory=json_fields)
+        data["spec"] = plain_spec(self.spec)
         if not self.reduced:  # so that older releases, which do not know it, read the rest
             del data["reduced"]
-        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str = MANIFEST_NAME) -> "Manifest":
