@@ -23,17 +23,23 @@ EXTRAS := cpu,ray,$(EXTRAS)
 else
 $(error EXTRA=$(EXTRA): openvino and ray have tests of their own)
 endif
+# The device's part has an environment for each version of Python that devices have.
+VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+RUNTIME_VENV = .venv-runtime-$(VERSION)
+RUNTIME_STAMP = $(RUNTIME_VENV)/.installed
+RUNTIME_EXTRAS := cpu,images,hub,serve,grpc,profile,test
+RUNTIME_CONSTRAINTS = $(firstword $(wildcard constraints-python$(VERSION).txt) constraints.txt)
 # One process more than there are processors: tests wait for servers and for other processes.
 PROCESSES = $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
 # In the order of tests/conftest.py, the longest files first, not by the number of tests in a file.
-PYTEST = $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+PYTEST = -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test fuzz lint types bench clean
+.PHONY: help venv demo test test-runtime fuzz lint types bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 venv: $(STAMP) ## the environment in .venv, at the versions of constraints.txt
 
@@ -46,16 +52,26 @@ $(STAMP): pyproject.toml constraints.txt
 		-c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
+$(RUNTIME_STAMP): pyproject.toml $(RUNTIME_CONSTRAINTS)
+	@$(PYTHON) -m venv $(RUNTIME_VENV)
+	@echo "installing edgeclip[$(RUNTIME_EXTRAS)] into $(RUNTIME_VENV)"
+	@$(RUNTIME_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(RUNTIME_CONSTRAINTS) -e '.[$(RUNTIME_EXTRAS)]'
+	@touch $@
+
 demo: $(STAMP) ## distil, export and measure the built-in data's student, in runs/demo (ARGS=--quick)
 	$(BIN)/edgeclip demo --out runs/demo $(ARGS)
 
 test: $(STAMP) ## the whole test suite (ARGS="-m 'not slow' -k bundle"; EXTRA=openvino or ray)
-	$(PYTEST) $(or $(ARGS),$(addprefix -m ,$(EXTRA)))
+	$(BIN)/python $(PYTEST) $(or $(ARGS),$(addprefix -m ,$(EXTRA)))
+
+test-runtime: $(RUNTIME_STAMP) ## the device's part alone, without torch (PYTHON=python3.10 or later)
+	$(RUNTIME_VENV)/bin/python $(PYTEST) -m "not ray and not openvino" tests/runtime tests/profiles $(ARGS)
 
 fuzz: $(STAMP) ## property tests with random examples, until one fails (MINUTES=10)
 	@end=$$(($$(date +%s) + 60 * $(MINUTES))); \
 	while test $$(date +%s) -lt $$end; do \
-		$(PYTEST) --quiet -m hypothesis --hypothesis-profile fuzz $(ARGS) || exit 1; \
+		$(BIN)/python $(PYTEST) --quiet -m hypothesis --hypothesis-profile fuzz $(ARGS) || exit 1; \
 	done
 
 lint: $(STAMP) ## ruff, its formatter, and mypy --strict on source and tests

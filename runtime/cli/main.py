@@ -40,6 +40,11 @@ class Command:
     help: str
     extra: str | None = None
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is of the rooms that train and export, which no device has to run."""
+        return self.module.startswith(("edgeclip.compress.", "edgeclip.export."))
+
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
@@ -196,6 +201,12 @@ def _dispatch(arguments: list[str], configure_log: Callable[..., None]) -> int:
 
 def _run(name: str, rest: list[str], configure_log: Callable[..., None]) -> int:
     command = COMMANDS[name]
+    if command.trains and sys.version_info < (3, 11):
+        raise MissingExtraError(
+            f"edgeclip {name} needs Python 3.11 or later, and this is "
+            f"{sys.version_info[0]}.{sys.version_info[1]}, with which bundles only run and are "
+            "measured: run it where students are trained"
+        )
     try:
         module = importlib.import_module(command.module)
         parser = _Parser(prog=f"edgeclip {name}", description=module.__doc__)

@@ -16,6 +16,12 @@ from _bars import Bar, Rule, finish, hold, options, say
 from regression_power import gate_errors
 
 from edgeclip.runtime.console import columns
+from tests.export.cascade.simulate_certificates import (
+    false_alarms,
+    wrong_certificates,
+    wrong_of_several,
+    wrong_when_raised,
+)
 from tests.export.gates.simulate_gates import (
     burst_passes,
     clustered_passes,
@@ -23,12 +29,6 @@ from tests.export.gates.simulate_gates import (
     outcome_shares,
     passes_after_raising,
     passes_in_looks,
-)
-from tests.runtime.stats.simulate_certificates import (
-    false_alarms,
-    wrong_certificates,
-    wrong_of_several,
-    wrong_when_raised,
 )
 
 LEVEL = 0.05

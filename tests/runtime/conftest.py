@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip.export.cuts.write_cuts import write_cuts
 from edgeclip.profiles.cuts.measure_cuts import measure_cuts
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.engine_records import GraphSource
@@ -20,6 +19,7 @@ from edgeclip.runtime.engines.tensorrt_library import TensorRtLibrary, open_libr
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.stage_times import StageTimes
 from edgeclip.runtime.split.http_client import Server
+from tests.cut_sets import write_cut_set
 from tests.runtime.serving.models_of_bundle import RULES, answer_by, models_of
 from tests.runtime.split.raw_server import RawServer, serving
 from tests.runtime.tiny_graphs import TOKENS, image_content, source_of, text_content
@@ -91,7 +91,7 @@ def rtx(ada: DeviceProfile) -> TensorRtLibrary:
 def emoji_cuts(tmp_path_factory: pytest.TempPathFactory, cpu_device: DeviceProfile) -> CutSet:
     """A cut set with all cuts and five pictures; read it, do not alter it."""
     out = tmp_path_factory.mktemp("emoji") / "cuts"
-    return write_cuts(Bundle.open(EMOJI_BUNDLE), out, device=cpu_device, count=5).cuts
+    return write_cut_set(Bundle.open(EMOJI_BUNDLE), out, device=cpu_device, count=5)
 
 
 @pytest.fixture(scope="session")

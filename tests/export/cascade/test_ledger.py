@@ -17,7 +17,7 @@ from edgeclip.export.cascade.ledger import (
     take_turn,
 )
 from edgeclip.runtime.errors import InputError
-from tests.runtime.stats.simulate_certificates import HYPOTHESIS
+from tests.export.cascade.simulate_certificates import HYPOTHESIS
 
 
 def items(*names: str) -> list[Group]:

@@ -9,7 +9,6 @@ from types import ModuleType
 
 import pytest
 
-from edgeclip.export.cuts.write_cuts import write_cuts
 from edgeclip.profiles.cli import measure_cuts as measure_cuts_command
 from edgeclip.profiles.cli import plan as plan_command
 from edgeclip.runtime.bundle.bundle import Bundle
@@ -18,6 +17,7 @@ from edgeclip.runtime.errors import EdgeClipError
 from edgeclip.runtime.planning.cut_set import CutSet
 from edgeclip.runtime.planning.plan import SplitPlan
 from edgeclip.runtime.planning.stage_times import StageTimes
+from tests.cut_sets import write_cut_set
 from tests.profiles.predict.known_device import known_device
 from tests.profiles.predict.test_predict_stages import sealed
 
@@ -38,7 +38,7 @@ def cuts(
     tiny_bundle: Path, cpu_device: DeviceProfile, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "cuts"
-    write_cuts(Bundle.open(tiny_bundle), out, device=cpu_device, count=3)
+    write_cut_set(Bundle.open(tiny_bundle), out, device=cpu_device, count=3)
     return out
 
 

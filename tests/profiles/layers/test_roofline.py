@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeclip.export.probes.built_in_graphs import reading_graph
 from edgeclip.profiles.layers.roofline import (
     FEWEST_RUNS,
     PRODUCT_SIZES,
@@ -152,6 +151,9 @@ def test_a_device_that_is_not_here_says_so(name: str) -> None:
 
 def test_an_engine_shows_how_fast_it_reads(cpu_device: DeviceProfile) -> None:
     """What is done on a GPU with the large graph, here with a small one."""
+    pytest.importorskip("torch", reason="only the runtime is installed")
+    from edgeclip.export.probes.built_in_graphs import reading_graph
+
     content = reading_graph(256).SerializeToString()
     engine = open_engine(Path("reading_fp32.onnx"), device=cpu_device, content=content)
     found = engine_bandwidth(engine, 256, seconds=0.01)

@@ -68,8 +68,15 @@ def test_unknown_command_suggests_a_near_one(capsys: Capture) -> None:
     assert "edgeclip --help lists all" in capsys.readouterr().err
 
 
+def skip_without_what_it_needs(name: str) -> None:
+    """Skip a test of a command that trains or exports where only the runtime is installed."""
+    if cli.COMMANDS[name].trains:
+        pytest.importorskip("torch", reason="only the runtime is installed")
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: Capture) -> None:
+    skip_without_what_it_needs(name)
     command = cli.COMMANDS[name]
     assert find_spec(command.module) is not None, f"{command.module} does not exist"
     with pytest.raises(SystemExit) as caught:
@@ -184,6 +191,19 @@ def test_extra_missing_at_import(
     monkeypatch.setitem(cli.COMMANDS, "try", cli.Command("needs_torch", "try", "compress"))
     assert cli.main(["try", "--help"]) == 2
     assert "pip install 'edgeclip[compress]'" in capsys.readouterr().err
+
+
+def test_training_is_not_for_the_python_of_a_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12, "final", 0))
+    assert cli.main(["distill", "--help"]) == 2
+    error = capsys.readouterr().err
+    assert "edgeclip distill needs Python 3.11 or later, and this is 3.10" in error
+    assert error.count("\n") == 1
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["verify", "--help"])
+    assert caught.value.code == 0
 
 
 def test_interruption(command: Any, capsys: Capture) -> None:

@@ -51,7 +51,7 @@ def test_models_of_all_kinds_are_served(tiny_bundle: Path, photos: Path, tmp_pat
         towers = ("image", "pixels", "text")
         names = [f"{bundle}-{tower}" for bundle in ("tiny", "other") for tower in towers]
         assert ask(url, "/v2").json["models"] == ["wait", "colours", *names]
-        assert "colours: 3 entries, exact search" in server.said
+        until(lambda: "colours: 3 entries, exact search" in server.said)
         files = [(photos / f"{name}.png").read_bytes() for name in COLOURS]
         images = {"images": np.array(files, object)}
         found = infer(url, InferRequest(model="tiny-image", inputs=images)).response
@@ -138,6 +138,7 @@ def test_beyond_this_machine_there_are_tls_and_a_token(tmp_path: Path) -> None:
         with serve_process(*ECHO, "--host", "0.0.0.0", cache=cache) as server:
             port = urlsplit(server.ready()).port
             assert port
+            until(lambda: len(server.said) == 2)
             token, certificate = server.said
             pem = ssl.get_server_certificate(("127.0.0.1", port))
             found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
@@ -169,6 +170,7 @@ def test_insecure_is_said(tmp_path: Path) -> None:
     with serve_process(*ECHO, "--host", "0.0.0.0", "--insecure", cache=tmp_path) as server:
         port = urlsplit(server.ready()).port
         assert ask(f"http://127.0.0.1:{port}", "/v2").status == 200
+        until(lambda: bool(server.said))
         assert server.said == [
             "insecure: no TLS and no token, anyone who reaches 0.0.0.0 may use the server"
         ]

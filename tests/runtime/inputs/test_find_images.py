@@ -112,6 +112,7 @@ def test_formats_without_their_package_are_named(
     tmp_path: Path, told: Told, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     touch(tmp_path, "a.jpg", f"b{suffix}", f"c{suffix}", "c.txt")
+    monkeypatch.setattr("edgeclip.runtime.inputs.images.find_spec", lambda name: object())
     assert names(tmp_path) == ["a.jpg", f"b{suffix}", f"c{suffix}"]
     monkeypatch.setattr("edgeclip.runtime.inputs.images.find_spec", lambda name: None)
     assert names(tmp_path) == ["a.jpg"]

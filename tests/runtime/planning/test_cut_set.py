@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeclip.export.cuts.write_cuts import write_cuts
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
 from edgeclip.runtime.encoder import Encoder
@@ -18,6 +17,7 @@ from edgeclip.runtime.serving.bundle_models import CutTail, tail_models
 from edgeclip.runtime.serving.models import Registry
 from edgeclip.runtime.wire.codec import FLOAT_CODECS, PIXEL_CODECS, CodecName, encode
 from edgeclip.runtime.wire.messages import CODEC, CUT, SPACE_ID
+from tests.cut_sets import write_cut_set
 from tests.runtime.conftest import EMOJI_BUNDLE
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
@@ -162,7 +162,7 @@ def test_values_without_an_embedding_are_the_senders_fault(
 def test_int8_for_vnni_is_refused_without(tmp_path: Path, cpu_device: DeviceProfile) -> None:
     with_vnni = dataclasses.replace(cpu_device, name="newer", vnni=True)
     bundle = Bundle.open(EMOJI_BUNDLE, check_hashes=False)
-    cuts = write_cuts(bundle, tmp_path / "cuts", device=with_vnni, points=(3,), count=1).cuts
+    cuts = write_cut_set(bundle, tmp_path / "cuts", device=with_vnni, points=(3,))
     assert cuts.manifest.precision == "int8"
     assert cuts.numbers == (0, 3)
     with pytest.raises(InputError, match="computes wrongly: cut the bundle again"):

@@ -36,8 +36,7 @@ def run(scenario: Scenario, model: ServingModel, *, joins: bool = True, **limits
         metrics = ServerMetrics().of(model.name)
         batcher = Batcher(RegisteredModel(model, joins), BatchLimits(**limits), metrics)
         try:
-            async with asyncio.timeout(PATIENCE):
-                await scenario(batcher)
+            await asyncio.wait_for(scenario(batcher), PATIENCE)
         finally:
             batcher.close()
 

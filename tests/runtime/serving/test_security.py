@@ -87,7 +87,7 @@ def test_a_certificate_names_its_host(host: str, tmp_path: Path) -> None:
     names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     known = [str(name.value) for name in names]
     assert host in known or "localhost" in known
-    assert found.not_valid_after_utc > datetime.datetime.now(datetime.UTC)
+    assert found.not_valid_after_utc > datetime.datetime.now(datetime.timezone.utc)
     assert mode(files.key) == 0o600
     der = ssl.PEM_cert_to_DER_cert(files.certificate.read_text())
     assert x509.load_der_x509_certificate(der) == found

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeclip.export.cuts.write_cuts import write_cuts
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
@@ -17,6 +16,7 @@ from edgeclip.runtime.serving.bundle_models import CutTail
 from edgeclip.runtime.split.http_client import Server
 from edgeclip.runtime.split.split_runtime import SplitRuntime
 from edgeclip.runtime.wire.messages import CUT, SPACE_ID, InferRequest, InferResponse
+from tests.cut_sets import write_cut_set
 from tests.runtime.split import raw_server
 from tests.runtime.split.raw_server import RawServer, serving
 
@@ -34,7 +34,7 @@ def encoder(cpu_device: DeviceProfile) -> Encoder:
 def cuts(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> CutSet:
     out = tmp_path_factory.mktemp("cuts") / "cuts"
     points = (0, CUT_NUMBER)
-    return write_cuts(encoder.bundle, out, device=encoder.device, points=points, count=1).cuts
+    return write_cut_set(encoder.bundle, out, device=encoder.device, points=points)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ more than 9.3% of 150.
 
 import pytest
 
-from tests.runtime.stats.simulate_certificates import (
+from tests.export.cascade.simulate_certificates import (
     false_alarms,
     wrong_certificates,
     wrong_of_several,
