@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from tests.conftest import QUICK
 _BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(_BENCHMARKS))  # scripts import each other by name
 
-from _bars import plain  # noqa: E402
 from _gpu_candidates import (  # noqa: E402
     REFERENCE,
     Case,
@@ -36,6 +35,7 @@ from _gpu_candidates import (  # noqa: E402
 from gpu_latency import (  # noqa: E402
     GpuMachine,
     Row,
+    append_rows,
     attempt,
     bars,
     measure_case,
@@ -128,7 +128,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tower", _TOWERS)
 def test_candidates_are_compared_and_timed(
-    both: dict[Tower, Case], on_cpu: list[Variant], tower: Tower
+    both: dict[Tower, Case], on_cpu: list[Variant], tower: Tower, tmp_path: Path
 ) -> None:
     case = both[tower]
     rows = measure_case(case, on_cpu, QUICK, quick=False)
@@ -144,7 +144,10 @@ def test_candidates_are_compared_and_timed(
         for timing in (row.host, row.device):
             assert (timing.ratio is None) == (row.candidate == REFERENCE)
             assert 0 <= timing.ms.low <= timing.ms.value <= timing.ms.high
-    json.dumps(plain([asdict(row) for row in rows]), allow_nan=False)
+    for _ in range(2):
+        append_rows(rows, tmp_path / "out" / "gpu.rows.jsonl")
+    lines = (tmp_path / "out" / "gpu.rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["candidate"] for line in lines] == 2 * [row.candidate for row in rows]
     judged = {bar.name: bar for bar in bars([replace(row, batch=1) for row in rows])}
     assert judged["wrong_outputs"].passed
     assert judged["engines_timed"].value == 2

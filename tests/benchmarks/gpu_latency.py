@@ -8,25 +8,30 @@ batch and embeddings stay in the GPU's memory.
 
 All get the same normalised fp32 pixels or token ids, and fp32 is without TF32. Whatever
 differs from what torch computes on the CPU is refused, and what cannot run here says why.
+
+`--out FILE.json` also appends each row, as soon as its case is measured, to FILE.rows.jsonl; when
+`--minutes` are over, no other case is begun, and those that are left out are named.
 """
 
 import gc
 import importlib
 import importlib.metadata
 import itertools
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from _bars import Bar, Rule, finish, hold, options, say, span
+from _bars import Bar, Rule, finish, hold, options, plain, say, span
 from _gpu_candidates import REFERENCE, Case, Runner, Variant, cases, engine_variants, torch_variants
 from graph_work import random_vit_b32
 from numpy.typing import NDArray
@@ -57,6 +62,10 @@ Column = Literal["host", "device"]
 COLUMNS: tuple[Column, ...] = get_args(Column)
 Run = Callable[[NDArray[Any]], object]
 
+MODELS: dict[str, Callable[[], DualEncoder]] = {
+    "teacher": lambda: DualEncoder.load(BUILT_IN_TEACHER),
+    "vit_b32": random_vit_b32,
+}
 _BATCHES = (1, 8, 32)
 _CHECKED_RUN = 3  # what torch compiles runs plainly first, is recorded next, then replayed
 # Versions beside those of `edgeclip.runtime.device.machine` that can change what a GPU does.
@@ -271,6 +280,13 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def append_rows(rows: Sequence[Row], path: Path) -> None:
+    """Add lines of JSON to a file, so that a run that is stopped has lost one case at most."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(plain(asdict(row))) + "\n" for row in rows)
+
+
 def bars(rows: Sequence[Row]) -> list[Bar]:
     """Nothing is wrong; the runtime's engines run, and beat eager torch at batch 1.
 
@@ -294,7 +310,12 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 
 def main() -> int:
     """Measure, print tables, write the figures; where there is no GPU, only say so."""
-    args = options(__doc__).parse_args()
+    parser = options(__doc__)
+    parser.add_argument("--model", choices=MODELS, help="only this model")
+    parser.add_argument("--tower", choices=TOWERS, help="only this tower")
+    parser.add_argument("--minutes", type=float, default=10, help="begin no case after them: 10")
+    args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes
     obstacle = why_no_gpu()
     if obstacle is not None:
         print(f"gpu_latency was not run: {obstacle}")
@@ -314,20 +335,29 @@ def main() -> int:
         repeats=30 if args.quick else 200,
     )
     rows: list[Row] = []
+    left_out: list[str] = []
     torch.manual_seed(0)
-    models = {"teacher": DualEncoder.load(BUILT_IN_TEACHER), "vit_b32": random_vit_b32()}
+    models = {args.model: MODELS[args.model]} if args.model else MODELS
+    towers = [args.tower] if args.tower else TOWERS
     batches = _BATCHES[:1] if args.quick else _BATCHES
     with tempfile.TemporaryDirectory() as name:
         variants = [*torch_variants("cuda"), *gpu.variants(Path(name))]
-        for (model, dual), tower in itertools.product(models.items(), TOWERS):
-            for case in cases(model, dual, tower, batches, Path(name, f"{model}_{tower}")):
+        for (model, make), tower in itertools.product(models.items(), towers):
+            for case in cases(model, make(), tower, batches, Path(name, f"{model}_{tower}")):
+                if time.monotonic() > end:
+                    left_out.append(f"{model} {tower} {len(case.values)}")
+                    continue
                 found = measure_case(case, variants, amount, quick=args.quick)
                 print(f"\n{table(found)}", flush=True)
                 rows += found
+                if args.out is not None:
+                    append_rows(found, args.out.with_suffix(".rows.jsonl"))
                 torch.compiler.reset()  # and give back what the candidates held
                 gc.collect()
                 torch.cuda.empty_cache()
-    return finish(bars(rows), args.out, gpu=gpu, workload=amount, rows=rows)
+    if left_out:
+        print(f"not measured within {args.minutes:g} minutes: {', '.join(left_out)}")
+    return finish(bars(rows), args.out, gpu=gpu, workload=amount, rows=rows, not_measured=left_out)
 
 
 if __name__ == "__main__":
