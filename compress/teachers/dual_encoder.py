@@ -51,7 +51,8 @@ def write_portable_config(folder: Path) -> None:
     transformers 5 calls a tokenizer without a class of its own "TokenizersBackend", a name
     that older releases and optimum's runtimes do not know; they call it
     "PreTrainedTokenizerFast". That class takes `add_prefix_space` from the settings, where
-    the new one leaves it to `tokenizer.json`.
+    the new one leaves it to `tokenizer.json`, and it also returns `token_type_ids`, which no
+    text tower takes, where the settings do not name what models take.
     """
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -63,6 +64,8 @@ def write_portable_config(folder: Path) -> None:
         prefix = (tokenizer.get("pre_tokenizer") or {}).get("add_prefix_space")
         if prefix is not None:
             config["add_prefix_space"] = prefix
+    if config.get("tokenizer_class") == "PreTrainedTokenizerFast":
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

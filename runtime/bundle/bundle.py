@@ -32,6 +32,8 @@ _GOLDEN_KIND = "edgeclip-golden-2"
 # An ONNX graph can refer to data files beside it, so these folders may hold declared files only.
 # Other files (README.md, .gitattributes) are never opened and may stay.
 _CLOSED_FOLDERS = ("onnx", "engines", "labels")
+# What file managers leave in a folder that was looked at.
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 _MAX_MANIFEST_BYTES = 16 * 2**20
 
 
@@ -55,7 +57,8 @@ class Bundle:
         """Check a bundle and open it; only its manifest is loaded.
 
         Refused are a missing or unreadable manifest, another schema version, unsafe paths,
-        symbolic links inside, files that are missing, of another size or (with
+        symbolic links inside (but those of a cache of the Hugging Face Hub, whose files all
+        lie in its folder `blobs`), files that are missing, of another size or (with
         `check_hashes`) of another SHA-256, undeclared files under `onnx/`, `engines/` and
         `labels/`, and gates recorded as failed.
 
@@ -191,7 +194,7 @@ class Bundle:
 
 def _read_manifest(root: Path) -> str:
     path = root / MANIFEST_NAME
-    if path.is_symlink():
+    if path.is_symlink() and not _is_cached_blob(root, path):
         raise BundleError(f"{path} is a symbolic link: copy the bundle with its links followed")
     if not path.is_file():
         raise BundleError(f"{root} holds no {MANIFEST_NAME}: it is no bundle, or copied in part")
@@ -207,13 +210,28 @@ def _check_tree(root: Path, *, declared: set[str]) -> None:
     """Refuse symbolic links anywhere, and undeclared files in the folders that are loaded from."""
     for entry in _walk(root):
         path = Path(entry.path).relative_to(root).as_posix()
-        if entry.is_symlink():
+        if entry.is_symlink() and not _is_cached_blob(root, Path(entry.path)):
             raise BundleError(
                 f"{root}: {path} is a symbolic link: copy the bundle with its links followed"
             )
         is_folder = entry.is_dir(follow_symlinks=False)
-        if not is_folder and path.split("/")[0] in _CLOSED_FOLDERS and path not in declared:
+        if is_folder or path.split("/")[0] not in _CLOSED_FOLDERS or path in declared:
+            continue
+        if entry.name not in _LITTER and not entry.name.startswith("._"):
             raise BundleError(f"{root}: {path} is not declared in {MANIFEST_NAME}: remove it")
+
+
+def _is_cached_blob(root: Path, link: Path) -> bool:
+    """Tell whether a link is that of a snapshot in a hub cache to a file of the same repository.
+
+    `models--NAME/snapshots/REVISION/FILE` is a link to `models--NAME/blobs/HASH`
+    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
+    """
+    repository = root.parent.parent
+    if root.parent.name != "snapshots":
+        return False
+    target = link.resolve()
+    return target.parent == repository / "blobs" and target.is_file()
 
 
 def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:

@@ -193,7 +193,8 @@ const text = await CLIPTextModelWithProjection.from_pretrained('{repo}', options
 
 const image = await RawImage.read('photo.jpg');
 const {{ image_embeds }} = await vision(await processor(image));
-const {{ text_embeds }} = await text(tokenizer(['a photo of a cat'], {{ padding: true }}));"""
+const texts = tokenizer(['a photo of a cat'], {{ padding: true, truncation: true }});
+const {{ text_embeds }} = await text(texts);"""
 
 
 def _runs_in_browser(bundle: Bundle) -> bool:

@@ -430,6 +430,7 @@ def test_a_saved_tokenizer_is_one_that_older_releases_know(teacher_folder: Path)
     config = config_of(teacher_folder)
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["add_prefix_space"] is True
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
     assert not {"backend", "is_local", "local_files_only"} & config.keys()
 
 
@@ -451,4 +452,7 @@ def test_a_tokenizer_without_a_pre_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": null}')
     write_portable_config(tmp_path)
-    assert config_of(tmp_path) == {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert config_of(tmp_path) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }

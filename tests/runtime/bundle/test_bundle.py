@@ -9,6 +9,7 @@ import pytest
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.index import LabelSet
 from edgeclip.runtime.bundle.manifest import SCHEMA_VERSION
+from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import BundleError, SpaceMismatchError
 
 Edit = Callable[[dict[str, Any]], None]
@@ -116,6 +117,53 @@ def test_symbolic_links_are_refused(own_bundle: Path, tmp_path: Path, name: str)
     path.symlink_to(aside)
     with pytest.raises(BundleError, match="is a symbolic link"):
         Bundle.open(own_bundle)
+
+
+def as_in_a_hub_cache(bundle: Path, cache: Path) -> Path:
+    """Lay a bundle out as huggingface_hub keeps it; return the folder of its snapshot."""
+    snapshot, blobs = cache / "models--a--b" / "snapshots" / "1234", cache / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(bundle.rglob("*"))):
+        place = snapshot / path.relative_to(bundle)
+        if path.is_dir():
+            place.mkdir(parents=True)
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blobs / f"{number:040x}")
+        up = "../" * (len(path.relative_to(bundle).parts) + 1)
+        place.symlink_to(f"{up}blobs/{number:040x}")
+    return snapshot
+
+
+def test_a_snapshot_in_a_hub_cache_is_opened_and_run(tiny_bundle: Path, tmp_path: Path) -> None:
+    snapshot = as_in_a_hub_cache(tiny_bundle, tmp_path)
+    assert (snapshot / "edgeclip.json").is_symlink()
+    found, plain = (
+        Encoder.open(path).encode_text(["a red apple"]) for path in (snapshot, tiny_bundle)
+    )
+    np.testing.assert_array_equal(found, plain)
+    blob = (snapshot / TOWER).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    with pytest.raises(BundleError, match="was altered"):
+        Bundle.open(snapshot)
+
+
+def test_a_snapshot_with_links_to_elsewhere_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    snapshot = as_in_a_hub_cache(tiny_bundle, tmp_path)
+    other = tmp_path / "models--c--d" / "blobs"
+    other.mkdir(parents=True)
+    shutil.copy(snapshot / TOWER, other / "1")
+    (snapshot / TOWER).unlink()
+    (snapshot / TOWER).symlink_to(other / "1")
+    with pytest.raises(BundleError, match="is a symbolic link"):
+        Bundle.open(snapshot)
+
+
+@pytest.mark.parametrize("name", ["onnx/.DS_Store", "labels/Thumbs.db", "onnx/._vision_model.onnx"])
+def test_what_a_file_manager_left_is_let_be(own_bundle: Path, name: str) -> None:
+    (own_bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    (own_bundle / name).write_text("")
+    Bundle.open(own_bundle)
 
 
 @pytest.mark.parametrize("name", ["onnx/weights.bin", "labels/other.npz", "engines/deep/a.engine"])
