@@ -281,9 +281,12 @@ def round_order(count: int, number: int) -> list[int]:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect garbage once, then keep the collector off inside the block."""
+    """Collect recent garbage once, then keep the collector off inside the block.
+
+    Not what has been alive for long: beside torch that takes a quarter of a second each time.
+    """
     was_on = gc.isenabled()
-    gc.collect()
+    gc.collect(1)
     gc.disable()
     try:
         yield
