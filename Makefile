@@ -17,7 +17,7 @@ EXTRAS := images,hub,data,lora,serve,grpc,export,profile,dev
 ifeq ($(EXTRA),)
 EXTRAS := cpu,$(EXTRAS)
 else ifeq ($(EXTRA),openvino)
-EXTRAS := openvino,$(EXTRAS)
+EXTRAS := onnxruntime-openvino,$(EXTRAS)
 else ifeq ($(EXTRA),ray)
 EXTRAS := cpu,ray,$(EXTRAS)
 else

@@ -64,7 +64,7 @@ DEVICE_PACKAGES = {
     },
 }
 EXTRAS_NOT_INSTALLED = {
-    *("gpu", "openvino", "ray", "tensorrt-rtx"),
+    *("gpu", "onnxruntime-openvino", "ray", "tensorrt-rtx"),
     *("jetpack6", "jetpack7", "tensorrt-cu12", "tensorrt-cu13"),
 }
 

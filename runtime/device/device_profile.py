@@ -19,6 +19,7 @@ EngineName = Literal[
     "onnxruntime-cuda",
     "onnxruntime-tensorrt",
     "onnxruntime-tensorrt-rtx",
+    "openvino",
     "tensorrt",
     "tensorrt-rtx",
 ]
@@ -27,7 +28,7 @@ THIS_MACHINE = "this-machine"
 
 # GPUs that TensorRT for RTX builds engines for (its support matrix).
 _RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-_CPU_ENGINES = ("onnxruntime-cpu", "onnxruntime-openvino")
+_CPU_ENGINES = ("onnxruntime-cpu", "onnxruntime-openvino", "openvino")
 _TENSORRT_ENGINES = ("tensorrt", "onnxruntime-tensorrt")  # full TensorRT, by itself or inside
 _RTX_ENGINES = ("tensorrt-rtx", "onnxruntime-tensorrt-rtx")
 _FIRST_WITH_FP8 = (8, 9)  # Ada
@@ -58,6 +59,8 @@ class DeviceProfile:
         shared_memory: CPU and GPU share that memory.
         vnni: the CPU has int8 dot products (AVX-VNNI, AVX512-VNNI, Arm dotprod). Without
             them 8-bit products can saturate, and a reduced range is needed.
+        bfloat16: compute the float operators in bfloat16, which not every CPU has; for engine
+            openvino.
         compute_capability: compute capability of the NVIDIA GPU, such as "8.7"; None without one.
         structured_sparsity: the GPU has 2:4 sparse tensor cores.
         tensorrt_major: the TensorRT on the device. Version 10 takes builder flags for
@@ -84,6 +87,7 @@ class DeviceProfile:
     cpu_fallback: bool = False
     shared_memory: bool = False
     vnni: bool = False
+    bfloat16: bool = False
     compute_capability: str | None = None
     structured_sparsity: bool = False
     tensorrt_major: Annotated[int | None, Ge(1)] = None
@@ -141,6 +145,8 @@ def _precision_mistakes(device: DeviceProfile) -> list[str]:
     if device.engine == "onnxruntime-cuda" and "int8" in device.precisions:
         # Its CUDA provider runs a Q/DQ graph's MatMuls in floating point: slower than fp16.
         mistakes.append("onnxruntime-cuda has no int8 MatMul: drop int8 or use tensorrt")
+    if device.bfloat16 and device.engine != "openvino":
+        mistakes.append("bfloat16 is for engine openvino only")
     capability = _numbers(device.compute_capability)
     has_fp8 = "tensorrt" in device.engine and (capability or (0, 0)) >= _FIRST_WITH_FP8
     if "fp8" in device.precisions and not has_fp8:

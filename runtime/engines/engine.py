@@ -55,6 +55,10 @@ def open_engine(
             f"device {device.name!r} runs TensorRT engines, not the graph {path}: build them with "
             f"`edgeclip build`, or use a device whose engine is onnxruntime-{device.engine}"
         )
+    if device.engine == "openvino":
+        from edgeclip.runtime.engines.openvino_engine import OpenVinoEngine
+
+        return OpenVinoEngine(path, device=device, content=content, data_folder=data_folder)
     from edgeclip.runtime.engines.onnxruntime_engine import open_ort_engine
 
     return open_ort_engine(
