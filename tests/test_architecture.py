@@ -26,6 +26,7 @@ DEVICE_PACKAGES = {
         "huggingface_hub",
         "numpy",
         "onnxruntime",
+        "openvino",
         "pi_heif",
         "prometheus_client",
         "pydantic",
