@@ -1,6 +1,7 @@
 """Encoder: compute embeddings, labels and search hits of images and texts with one bundle."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,9 @@ from edgeclip.runtime.towers.tower_runner import TowerRunner, choose_precision, 
 if TYPE_CHECKING:
     from edgeclip.runtime.device.device_profile import DeviceProfile
     from edgeclip.runtime.inputs.tokenizer import TextTokenizer
+    from edgeclip.runtime.towers.tuning import Tuning
 
+_log = logging.getLogger(__name__)
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 
 
@@ -63,9 +66,11 @@ class Encoder:
         precision: precision of both towers. By default the one the bundle chose for each tower,
             else the first that the device allows; if the engine computes it wrongly on this
             machine, a more exact one (see `open_with_fallback`).
+        tuning: what `edgeclip tune` found; a tower that it names runs as it says.
 
     Attributes:
         precisions: precision of each tower; once a tower is loaded, the precision that runs.
+        devices: engine and threads of each tower; once a tower is loaded, those that run.
 
     Raises:
         BundleError: the bundle holds no precision that the device allows.
@@ -73,21 +78,31 @@ class Encoder:
     """
 
     def __init__(
-        self, bundle: Bundle, device: "DeviceProfile", precision: Precision | None = None
+        self,
+        bundle: Bundle,
+        device: "DeviceProfile",
+        precision: Precision | None = None,
+        tuning: "Tuning | None" = None,
     ) -> None:
         self.bundle = bundle
         self.device = device
         self._is_wanted = precision is not None
-        self.precisions: dict[Tower, Precision] = {
-            item.tower: choose_precision(item, device, precision) for item in bundle.manifest.towers
-        }
+        self.precisions: dict[Tower, Precision] = {}
+        self.devices: dict[Tower, DeviceProfile] = {}
+        for item in bundle.manifest.towers:
+            where, wanted = device, precision
+            if tuning is not None and (tuned := tuning.of(item.tower)) is not None:
+                where, wanted = tuned.device, tuned.precision
+                _log.info("tuned %s", tuned)
+            self.devices[item.tower] = where
+            self.precisions[item.tower] = choose_precision(item, where, wanted)
 
     @classmethod
     def open(
         cls,
         path: str | Path,
         *,
-        device: "DeviceProfile | str | Path" = "this-machine",
+        device: "DeviceProfile | str | Path | None" = None,
         precision: Precision | None = None,
         check_hashes: bool = True,
     ) -> "Encoder":
@@ -95,7 +110,8 @@ class Encoder:
 
         Args:
             path: the bundle's directory.
-            device: a `DeviceProfile`, the name of a built-in one, or a YAML file.
+            device: a `DeviceProfile`, the name of a built-in one, or a YAML file. None for what
+                `edgeclip tune` found for this bundle, or "this-machine" where it was not run.
             precision: precision of both towers; None for the bundle's and the device's choice.
             check_hashes: False skips the SHA-256 of the files. Use it only if the bundle was
                 verified before and cannot have changed since.
@@ -104,10 +120,19 @@ class Encoder:
             BundleError: the directory is not a complete, unmodified bundle.
             ConfigError: there is no such device.
         """
-        from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
+        from edgeclip.runtime.device.device_profile import (
+            THIS_MACHINE,
+            DeviceProfile,
+            load_device,
+        )
+        from edgeclip.runtime.towers.tuning import find_tuning
 
+        bundle, tuning = Bundle.open(path, check_hashes=check_hashes), None
+        if device is None:
+            device = THIS_MACHINE
+            tuning = find_tuning(bundle) if precision is None else None
         profile = device if isinstance(device, DeviceProfile) else load_device(device)
-        return cls(Bundle.open(path, check_hashes=check_hashes), profile, precision)
+        return cls(bundle, profile, precision, tuning)
 
     @property
     def spec(self) -> EncoderSpec:
@@ -141,8 +166,8 @@ class Encoder:
 
     def _open_tower(self, tower: Tower) -> TowerRunner:
         load = TowerRunner if self._is_wanted else open_with_fallback
-        runner = load(self.bundle, tower, self.precisions[tower], self.device)
-        self.precisions[tower] = runner.precision
+        runner = load(self.bundle, tower, self.precisions[tower], self.devices[tower])
+        self.precisions[tower], self.devices[tower] = runner.precision, runner.device
         return runner
 
     def model_of(self, tower: Tower) -> str:
@@ -160,7 +185,8 @@ class Encoder:
         paths = {file.path, file.data_path, *((TOKENIZER_NAME,) if tower == "text" else ())}
         hashes = [item.sha256 for item in self.bundle.manifest.files if item.path in paths]
         prepared = self.spec.image if tower == "image" else self.spec.text
-        return " ".join([tower, runner.precision, *sorted(hashes), str(prepared)])
+        rounded = ["bfloat16"] if runner.device.bfloat16 else []
+        return " ".join([tower, runner.precision, *rounded, *sorted(hashes), str(prepared)])
 
     def embedder(self, tower: Tower) -> str:
         """Name what embeds in 64 hexadecimal digits, see `embedder_of`. Loads the tower.

@@ -104,6 +104,9 @@ COMMANDS: dict[str, Command] = {
     "profile": Command(
         "edgeclip.profiles.cli.profile", "measure latency, throughput, memory, energy", "profile"
     ),
+    "tune": Command(
+        "edgeclip.profiles.cli.tune", "find a bundle's fastest engine and threads here, and keep it"
+    ),
     "report": Command(
         "edgeclip.profiles.cli.report", "write a report as HTML or Markdown", "report"
     ),

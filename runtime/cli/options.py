@@ -25,7 +25,7 @@ _PROBE_BYTES = 4096
 def add_encoder_options(parser: argparse.ArgumentParser) -> None:
     """Add `--bundle`, `--device`, `--precision` and `--batch-size`."""
     parser.add_argument("--bundle", type=Path, required=True, help="directory of the bundle")
-    add_device_option(parser)
+    add_device_option(parser, tuned=True)
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
@@ -36,12 +36,13 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`."""
+def add_device_option(parser: argparse.ArgumentParser, *, tuned: bool = False) -> None:
+    """Add `--device`; with `tuned`, None stands for what `edgeclip tune` found."""
+    default = "what `edgeclip tune` found, else this-machine" if tuned else "this-machine"
     parser.add_argument(
         "--device",
-        default="this-machine",
-        help="name of a device, or its YAML file (default: this-machine)",
+        default=None if tuned else "this-machine",
+        help=f"name of a device, or its YAML file (default: {default})",
     )
 
 

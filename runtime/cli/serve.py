@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grpc-port", type=int, help="also serve gRPC on this port (0 for any free one)"
     )
-    add_device_option(parser)
+    add_device_option(parser, tuned=True)
     _add_limits(parser)
     _add_security(parser)
 

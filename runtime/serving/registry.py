@@ -34,12 +34,13 @@ class Sources:
             raise ValueError("nothing to serve: give a bundle, cuts, an index or a function")
 
 
-def open_registry(sources: Sources, device: str) -> Registry:
+def open_registry(sources: Sources, device: str | None) -> Registry:
     """Load all sources and register their models.
 
     Args:
         sources: what to serve.
-        device: name of a device profile or its YAML file.
+        device: name of a device profile or its YAML file; None for what `edgeclip tune` found for
+            a bundle, else "this-machine".
 
     Raises:
         EdgeClipError: something cannot be loaded, or two have the same name.
@@ -68,7 +69,7 @@ def _add_index(registry: Registry, argument: str) -> None:
     registry.add(model)
 
 
-def _add_bundle(registry: Registry, argument: str, device: str) -> None:
+def _add_bundle(registry: Registry, argument: str, device: str | None) -> None:
     from edgeclip.runtime.encoder import Encoder
     from edgeclip.runtime.serving.bundle_models import bundle_models
 
@@ -78,13 +79,13 @@ def _add_bundle(registry: Registry, argument: str, device: str) -> None:
         registry.add(model)
 
 
-def _add_tails(registry: Registry, argument: str, device: str) -> None:
-    from edgeclip.runtime.device.device_profile import load_device
+def _add_tails(registry: Registry, argument: str, device: str | None) -> None:
+    from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
     from edgeclip.runtime.planning.cut_set import CutSet
     from edgeclip.runtime.serving.bundle_models import tail_models
 
     name, path = _split_name(argument)
-    for tail in tail_models(CutSet.open(path), load_device(device), name or None):
+    for tail in tail_models(CutSet.open(path), load_device(device or THIS_MACHINE), name or None):
         registry.add(tail)
 
 

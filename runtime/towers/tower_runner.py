@@ -125,12 +125,14 @@ def open_tower(
 ) -> Engine:
     """Load a tower with the device's engine, after verifying the hashes of its files.
 
-    TensorRT engines come from the bundle, from the cache of this machine, or are built now;
-    each must agree with the bundle's golden embeddings before it is used.
+    TensorRT engines come from the bundle, from the cache of this machine, or are built now; each
+    must agree with the bundle's golden embeddings before it is used, and so must a graph on
+    OpenVINO, which is not what made them.
 
     Raises:
         BundleError: see `Bundle.tower_bytes`.
-        EngineError: the engine cannot load it, or an engine built here is wrong.
+        EngineError: the engine cannot load it.
+        EngineParityError: it gives other embeddings than the bundle recorded.
         MissingExtraError: the engine's package is not installed.
     """
     if device.engine in ("tensorrt", "tensorrt-rtx"):
@@ -140,9 +142,26 @@ def open_tower(
     data = bundle.manifest.tower(tower).file(precision).data_path
     folder = None if data is None else (bundle.path / data).parent
     length = bundle.manifest.spec.text.context_length if tower == "text" else None
-    return open_engine(
+    engine = open_engine(
         path, device=device, content=content, data_folder=folder, context_length=length
     )
+    if device.engine == "openvino":
+        check = golden_check(
+            bundle,
+            bundle.golden(),
+            tower,
+            precision,
+            batches=(device.batch_min, device.batch_best),
+            bfloat16=device.bfloat16,
+        )
+        for gate in check(engine):
+            if not gate.passed:
+                raise EngineParityError(
+                    f"{device.engine} gives other embeddings than the bundle recorded: the "
+                    f"{gate.name} of the {tower} tower in {precision} is {gate.value:.5f} "
+                    f"(bound >= {gate.bound:g})"
+                )
+    return engine
 
 
 def _open_tensorrt(
@@ -198,11 +217,13 @@ def golden_check(
     precision: Precision,
     *,
     batches: Sequence[int],
+    bfloat16: bool = False,
 ) -> Callable[[Engine], tuple[GateRecord, ...]]:
     """Return a function that checks an engine's embeddings of the golden inputs.
 
     They are computed in batches of each of these sizes, for which an engine may have kernels of
-    their own; a batch larger than all golden inputs repeats them.
+    their own; a batch larger than all golden inputs repeats them. What computes in bfloat16 is
+    held to the bound of fp16 at most.
     """
     file = bundle.manifest.tower(tower).file(precision)
     spec = bundle.manifest.spec.image
@@ -225,6 +246,8 @@ def golden_check(
             finite = np.isfinite(embeddings).all()
             least = min(least, float(cosines(embeddings, expected[rows]).min()) if finite else -1.0)
         bound = _LEAST_COSINE[precision]
+        if bfloat16:
+            bound = min(bound, _LEAST_COSINE["fp16"])
         return (
             GateRecord(
                 name="least cosine with the golden embeddings",

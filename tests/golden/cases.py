@@ -50,6 +50,7 @@ MISTAKES = {
     "scenes": "photos --count 0",
     "search": "cat --bundle ../emoji --index nowhere.npz",
     "serve": "--function json:dumps --port 99999",
+    "tune": "nowhere",
     "verify": "nowhere",
 }
 
@@ -186,6 +187,10 @@ RUNS = {
     "build": Run(
         words="build ../emoji --device ../inputs/openvino.yaml --out contexts",
         status=1,  # the ONNX Runtime of the tests has no provider that compiles
+    ),
+    "tune": Run(
+        words="tune ../emoji --tower text",
+        drop=r"(onnxruntime-cpu|openvino|chosen:|left out:) .*",  # which depend on the machine
     ),
     "push": Run(words=f"push ../emoji {REPOSITORY} --dry-run --card card.md"),
     "pull": Run(words=f"pull {REPOSITORY} --out bundle", hub=True),
