@@ -22,6 +22,7 @@ from edgeclip.profiles.measure.interleaved_runs import (
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile
+from edgeclip.runtime.device.machine import detect_processor
 from edgeclip.runtime.errors import BundleError, EngineError, MissingExtraError
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.stats.interval import Interval
@@ -47,9 +48,10 @@ _GLANCE = Workload(
     cold_starts=0,
 )
 _CONTEST = replace(_GLANCE, name="contest", description="runs of the few fastest", repeats=20)
+_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
 _SECONDS = 12.0  # for the timed runs of the reference and one equally slow way
 _NEAR = 1.3  # a way whose fastest run at the glance takes longer than this times the least is out
-_FINALISTS = 5
+_FINALISTS = 4
 # The usual way stays unless another is faster by more: the same engine loaded again differs so.
 _WORTH = 0.98
 
@@ -119,15 +121,18 @@ class TowerTuning:
 
 
 def devices_here(device: DeviceProfile) -> tuple[DeviceProfile, ...]:
-    """Return profiles for each engine of this CPU, with all its cores, half of them, and one.
+    """Return profiles for each engine of this CPU, on all its cores, half of them, and one.
+
+    OpenVINO's come where it is installed, in bfloat16 where the processor has it.
 
     Args:
         device: the profile of this machine, which is the first of them.
     """
     engines = [device]
     if importlib.util.find_spec("openvino") is not None:
-        # Where the processor has no bfloat16 it is left out, with that reason.
-        engines += [replace(device, engine="openvino", bfloat16=half) for half in (False, True)]
+        engines.append(replace(device, engine="openvino"))
+        if not _BFLOAT16.isdisjoint(detect_processor().flags):
+            engines.append(replace(device, engine="openvino", bfloat16=True))
     threads = sorted({device.threads, max(1, device.threads // 2), 1}, reverse=True)
     return tuple(replace(item, threads=count) for item in engines for count in threads)
 
@@ -158,27 +163,20 @@ def tune_tower(
         first, choose_precision(bundle.manifest.tower(tower), first), _batches(goal, first)[0]
     )
     ways = [usual, *(way for way in _ways(bundle, tower, devices, goal) if way != usual)]
-    steps = 2 * len(ways) + 1  # to open all, glance at all, and the contest
-    right, left_out = dict[Way, TowerRunner](), list[tuple[str, str]]()
-    runners = dict[tuple[DeviceProfile, Precision], TowerRunner | str]()
+    steps = len(ways) + 1 + len(ways) // 2  # the contest takes about half as long as the glances
+    least, left_out = dict[Way, float](), list[tuple[str, str]]()
     for number, way in enumerate(ways, start=1):
-        key = (way.device, way.precision)
-        if key not in runners:
-            runners[key] = _open(bundle, tower, way, must=way == usual)
-        opened = runners[key]
-        if isinstance(opened, str):
-            left_out.append((str(way), opened))
-        else:
-            right[way] = opened
+        try:
+            least[way] = _glance(bundle, tower, way)
+        except (BundleError, EngineError, MissingExtraError) as error:
+            if way == usual:
+                raise
+            left_out.append((str(way), str(error)))
         progress(number, steps)
-    least = _glance(bundle, tower, right)
-    progress(2 * len(ways), steps)
-    runners.clear()
     best = min(least.values())
     near = [way for way in sorted(least, key=least.__getitem__) if least[way] <= _NEAR * best]
     finalists = list(dict.fromkeys([usual, *near[:_FINALISTS]]))
-    right.clear()
-    timed = _contest(bundle, tower, finalists)
+    timed = time_ways(bundle, tower, finalists)
     progress(steps, steps)
     out = [
         TimedWay(
@@ -198,7 +196,7 @@ def tune_tower(
         usual=usual,
         chosen=ordered[0] if worth else own,
         timed=(*ordered, *sorted(out, key=lambda item: item.ms_per_row.value)),
-        left_out=tuple(dict.fromkeys(left_out)),
+        left_out=tuple(left_out),
     )
 
 
@@ -216,16 +214,6 @@ def _ways(
                 yield Way(device, precision, batch)
 
 
-def _open(bundle: Bundle, tower: Tower, way: Way, *, must: bool) -> TowerRunner | str:
-    """Load a way, or return why it cannot be; unless it must."""
-    try:
-        return TowerRunner(bundle, tower, way.precision, way.device)
-    except (BundleError, EngineError, MissingExtraError) as error:
-        if must:
-            raise
-        return str(error)
-
-
 def _rows(bundle: Bundle, tower: Tower, batch: int) -> Values:
     inputs = bundle.golden().inputs(tower)
     rows: Values = inputs[np.arange(batch) % len(inputs)]
@@ -237,23 +225,21 @@ def _run_first(run: Callable[[Values], object], batches: Values) -> object:
     return run(batches[0])
 
 
-def _glance(bundle: Bundle, tower: Tower, right: dict[Way, TowerRunner]) -> dict[Way, float]:
-    """Return the least time of a row in ms, of each way."""
-    targets = [
-        BenchmarkTarget(
-            str(way),
-            partial(_run_first, runner.run),
-            repeat_rows(_rows(bundle, tower, way.batch)[None]),
-            threads=way.device.threads,
-        )
-        for way, runner in right.items()
-    ]
-    runs = run_interleaved(targets, _GLANCE)
-    return {way: min(item.times.wall_ms) / way.batch for way, item in zip(right, runs, strict=True)}
+def _glance(bundle: Bundle, tower: Tower, way: Way) -> float:
+    """Load one way alone, for memory's sake, and return its least time of a row in ms."""
+    runner = TowerRunner(bundle, tower, way.precision, way.device)
+    make_batch = repeat_rows(_rows(bundle, tower, way.batch)[None])
+    target = BenchmarkTarget(str(way), partial(_run_first, runner.run), make_batch)
+    (found,) = run_interleaved([target], _GLANCE)
+    return min(found.times.wall_ms) / way.batch
 
 
-def _contest(bundle: Bundle, tower: Tower, ways: Sequence[Way]) -> list[TimedWay]:
-    """Time the finalists over several loads; the first of them is the usual way."""
+def time_ways(bundle: Bundle, tower: Tower, ways: Sequence[Way]) -> list[TimedWay]:
+    """Load ways several times and time them interleaved; ratios are to the first of them.
+
+    Raises:
+        BundleError, EngineError, MissingExtraError: one cannot be loaded.
+    """
 
     def load(way: Way) -> Callable[[Values], object]:
         return partial(_run_first, TowerRunner(bundle, tower, way.precision, way.device).run)
