@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeclip.export.bundle.add_to_bundle import file_records
 from edgeclip.export.bundle.bundle_plan import BundlePlan
-from edgeclip.export.gates.gates import GateOutcome
+from edgeclip.export.gates.gates import GateOutcome, without_folders
 from edgeclip.export.gates.select_precision import SelectedPrecision
 from edgeclip.export.graph.embedders import TowerGraph, graph_embedder
 from edgeclip.export.graph.graph_io import data_path
@@ -164,10 +164,10 @@ def write_manifest(plan: BundlePlan, folder: Path, contents: BundleContents) -> 
         gates=tuple(item.record for item in contents.gates if item.subject == "bundle"),
         measured_on=f"{machine.cpu}, {plan.judging_device.engine}" if measured else "",
         provenance=Provenance(
-            teacher=plan.origin.teacher,
-            student=plan.origin.student,
-            data=data,
-            command=plan.origin.command,
+            teacher=without_folders(plan.origin.teacher),
+            student=without_folders(plan.origin.student),
+            data=without_folders(data),
+            command=without_folders(plan.origin.command),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=machine.packages,
         ),

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from edgeclip.runtime.stats.student_t import estimate_mean
 from edgeclip.runtime.stats.three_outcomes import BoundTest, Direction, Outcome, judge
 
 ACCEPT_OPTION = "--accept-undecided"
+# A path from the root, from a home or from above; no address of the web, no name of a repository.
+_ABSOLUTE = re.compile(r"(?<![\w:/.~-])(?:~\w*|\.\.)?(?:/[^\s,'\"=/]+)+/?")
 _UNIT = 5e-3  # the largest allowed difference of an embedding's length from 1
 _SAME = 1e-3  # largest distance of two embeddings that count as one
 _MISSED = 0.025  # chance that an end of a 95% interval is wrong
@@ -157,7 +160,15 @@ class GateOutcome:
 def data_record(source: Source, count: int | None = None) -> DataRecord:
     """Describe the items that a gate was measured on: the first `count` of a source, or all."""
     sha256 = hashlib.sha256(source.identity.encode()).hexdigest()
-    return DataRecord(source.name, len(source) if count is None else count, sha256)
+    return DataRecord(without_folders(source.name), len(source) if count is None else count, sha256)
+
+
+def without_folders(text: str) -> str:
+    """Shorten each absolute path in a text to its last part.
+
+    A bundle goes to others, who are not to read how the folders of this computer are called.
+    """
+    return _ABSOLUTE.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], text)
 
 
 def judge_usable(embeddings: FloatArray, data: DataRecord | None = None) -> GateRecord:

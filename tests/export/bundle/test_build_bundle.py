@@ -338,6 +338,10 @@ def test_a_kill_in_the_middle_of_writing_leaves_no_bundle(
     assert main(command) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bundle"]
     assert Bundle.open(tmp_path / "out" / "bundle").manifest.name == "bundle"
+    manifest = (tmp_path / "out" / "bundle" / "edgeclip.json").read_text(encoding="utf-8")
+    assert "--out bundle" in manifest
+    for folder in (tmp_path, pair_folder.parent):
+        assert str(folder) not in manifest  # which others will read
 
 
 def test_the_manifest_says_what_int8_needs(built: BuiltBundle, cpu_device: DeviceProfile) -> None:

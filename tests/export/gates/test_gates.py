@@ -20,6 +20,7 @@ from edgeclip.export.gates.gates import (
     measure_retrieval,
     measure_zero_shot,
     raise_if_missed,
+    without_folders,
 )
 from edgeclip.export.graph.embedders import PairEmbeddings
 from edgeclip.runtime.arrays import FloatArray
@@ -274,6 +275,28 @@ def test_a_refusal_names_every_missed_gate_with_its_gap() -> None:
     assert "1st-percentile" not in message
     assert message.endswith("Train longer.")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("/home/ann/photos, 240 pictures", "photos, 240 pictures"),
+        (
+            "export /home/ann/s --out=/tmp/x/b/ --data ~/p ../q",
+            "export s --out=b --data p q",
+        ),
+        ("'/home/ann/student'", "'student'"),
+        (
+            "a/cats, 3 pictures + /b/dogs, 2 pictures",
+            "a/cats, 3 pictures + dogs, 2 pictures",
+        ),
+        ("openai/clip-vit-base-patch32@abc", "openai/clip-vit-base-patch32@abc"),
+        ("https://example.org/a/b, runs/demo", "https://example.org/a/b, runs/demo"),
+        ("image/text loss of 3 / 4", "image/text loss of 3 / 4"),
+    ],
+)
+def test_no_folder_of_this_computer_is_told(text: str, left: str) -> None:
+    assert without_folders(text) == left
 
 
 def test_items_that_set_no_bound_are_said_to() -> None:
