@@ -293,6 +293,8 @@ class App:
                     "extensions": ["binary_tensor_data"],
                     "models": self.service.names,
                 }
+            case ["v2", "models", *model, "stats"] if model or "stats" not in self.service.names:
+                raise HttpError(404, "no statistics are kept there: GET /metrics has them")
             case ["v2", "models", name]:
                 return self._describe_model(name)
             case ["v2", "models", name, "ready"]:

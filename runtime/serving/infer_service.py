@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,7 +15,12 @@ from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.serving.batcher import Batcher
 from edgeclip.runtime.serving.limits import BatchLimits, ClientGoneError, HttpError
 from edgeclip.runtime.serving.metrics import ModelMetrics, ServerMetrics
-from edgeclip.runtime.serving.models import RegisteredModel, Registry, check_inputs
+from edgeclip.runtime.serving.models import (
+    RegisteredModel,
+    Registry,
+    check_inputs,
+    without_columns,
+)
 from edgeclip.runtime.wire.messages import (
     DEADLINE_MS,
     IDEMPOTENCY_KEY,
@@ -194,6 +199,7 @@ class InferService:
         served = self.find(request.model)
         _check_space(served, request.parameters)
         _check_wanted(request.outputs, [spec.name for spec in served.model.outputs])
+        request = replace(request, inputs=without_columns(served.model, request.inputs))
         rows = check_inputs(served.model, request.inputs)
         key = request.parameters.get(IDEMPOTENCY_KEY)
         if key is None:

@@ -130,6 +130,18 @@ class Registry:
         return iter(self._served.values())
 
 
+def without_columns(model: ServingModel, inputs: Tensors) -> Tensors:
+    """Return the inputs, those that are declared as [N] flat where they come as [N, 1].
+
+    So clients send them that add an axis for the batch to every input (Triton's, MLServer's).
+    """
+    flat = {spec.name for spec in model.inputs if len(spec.shape) == 1}
+    return {
+        name: array[:, 0] if name in flat and array.ndim == 2 and array.shape[1] == 1 else array
+        for name, array in inputs.items()
+    }
+
+
 def check_inputs(model: ServingModel, inputs: Tensors) -> int:
     """Check the inputs of a request and return the number of rows.
 

@@ -86,6 +86,9 @@ ROW_TYPE = "embeddings"  # str: float32, int8 or binary
 BASIS = "basis"  # str: `Reducer.digest` of what reduced the embeddings of a request
 TOP = "top"  # int: number of labels or hits
 
+# Parameter of a tensor: how its elements stand in the JSON (MLServer's content types,
+# https://mlserver.readthedocs.io/en/latest/user-guide/content-type.html).
+_CONTENT_TYPE = "content_type"
 _BINARY_OUTPUT = "binary_data_output"
 _MOST_TENSORS = 256
 _ALIGNMENT = 64  # bytes: an aligned first tensor is read without a copy
@@ -310,12 +313,14 @@ def _tensors(head: Mapping[str, Any], key: str, rest: memoryview) -> dict[str, N
         name, shape, datatype = _name(item), get_shape(item), get_text(item, "datatype")
         if name in found:
             raise WireError(f"tensor {name[:40]!r} comes twice in {key}")
-        size = take_size(get_parameters(item))
+        parameters = get_parameters(item)
+        size = take_size(parameters)
         if (size is None) == ("data" not in item):
             raise WireError(f"tensor {name[:40]!r} needs either data or binary_data_size")
         try:
             if size is None:
-                found[name] = from_json(datatype, shape, item["data"])
+                in_base64 = parameters.get(_CONTENT_TYPE) == "base64"
+                found[name] = from_json(datatype, shape, item["data"], in_base64=in_base64)
                 continue
             if size > len(rest) - start:
                 raise WireError(f"{size} bytes were declared, {len(rest) - start} are left")

@@ -1,5 +1,7 @@
 """Encode and decode the tensors of the Open Inference Protocol, and parse its JSON strictly."""
 
+import base64
+import binascii
 import json
 import math
 import struct
@@ -111,8 +113,16 @@ def to_json(array: NDArray[Any]) -> list[Any]:
     return flat.tolist()
 
 
-def from_json(datatype: str, shape: Shape, data: object) -> NDArray[Any]:
+def from_json(
+    datatype: str, shape: Shape, data: object, *, in_base64: bool = False
+) -> NDArray[Any]:
     """Decode a tensor from a list, flat or nested as its shape; read-only.
+
+    Args:
+        datatype: its data type in the protocol.
+        shape: its shape.
+        data: the list.
+        in_base64: elements of BYTES are bytes in base64 (RFC 4648), such as pictures.
 
     Raises:
         WireError: elements of another kind, out of range, or another number of them.
@@ -123,7 +133,10 @@ def from_json(datatype: str, shape: Shape, data: object) -> NDArray[Any]:
     if len(flat) != count:
         raise WireError(f"{list(shape)} takes {count} elements, not {len(flat)}")
     if datatype == BYTES:
-        return _bytes_array(_encoded(flat), shape)
+        items = _encoded(flat)
+        return _bytes_array(map(_from_base64, items) if in_base64 else items, shape)
+    if in_base64:
+        raise WireError(f"content_type base64 is for BYTES, not for {datatype[:20]}")
     return _sealed(_numbers(datatype, flat).reshape(shape))
 
 
@@ -181,6 +194,13 @@ def _encoded(texts: Sequence[Any]) -> list[bytes]:
         return [text.encode() for text in texts]
     except UnicodeEncodeError:
         raise WireError("a text holds half of a surrogate pair") from None
+
+
+def _from_base64(text: bytes) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise WireError(f"an element is no base64: {error}") from None
 
 
 def _numbers(datatype: str, flat: list[Any]) -> NDArray[Any]:

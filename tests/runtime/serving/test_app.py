@@ -39,6 +39,13 @@ def shared() -> Iterator[str]:
         yield url
 
 
+def test_statistics_are_elsewhere(shared: str) -> None:
+    for path in ("/v2/models/stats", "/v2/models/gated/stats", "/v2/models/gated/versions/1/stats"):
+        refused = ask(shared, path)
+        assert refused.status == 404
+        assert "GET /metrics" in refused.json["error"]
+
+
 def test_server_and_models_describe_themselves(shared: str) -> None:
     server = ask(shared, "/v2").json
     assert server["name"] == "edgeclip"

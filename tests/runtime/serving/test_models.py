@@ -11,6 +11,7 @@ from edgeclip.runtime.serving.models import (
     TensorSpec,
     check_inputs,
     take_top,
+    without_columns,
 )
 from edgeclip.runtime.wire.messages import Parameter, WireError
 from tests.echo_function import echo
@@ -25,7 +26,7 @@ class TwoInputs(GatedModel):
 
 
 class AnyInputs(GatedModel):
-    inputs = ()
+    inputs: tuple[TensorSpec, ...] = ()
 
 
 def test_models_are_found_by_name() -> None:
@@ -58,6 +59,19 @@ def test_rows_are_counted() -> None:
     assert check_inputs(AnyInputs(), {"a": np.zeros(2), "b": np.zeros((5, 1))}) == 5
     assert check_inputs(AnyInputs(), {"a": np.zeros(())}) == 1
     assert check_inputs(AnyInputs(), {}) == 1
+
+
+def test_a_column_is_taken_for_rows_where_rows_are_declared() -> None:
+    """As clients send them that give every input an axis for the batch."""
+
+    class Flat(AnyInputs):
+        inputs = (TensorSpec(name="texts", datatype="BYTES", shape=(-1,)),)
+
+    column = np.array([[b"a"], [b"b"]], object)
+    assert without_columns(Flat(), {"texts": column})["texts"].tolist() == [b"a", b"b"]
+    wide = np.array([[b"a", b"b"]], object)
+    assert without_columns(Flat(), {"texts": wide})["texts"].shape == (1, 2)
+    assert without_columns(AnyInputs(), {"a": column})["a"].shape == (2, 1)
 
 
 @pytest.mark.parametrize(

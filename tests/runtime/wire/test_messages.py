@@ -169,9 +169,39 @@ def test_json_alone_is_understood() -> None:
     assert found.binary == frozenset({"a"})
 
 
+def test_bytes_in_base64_are_understood() -> None:
+    described = {"name": "x", "datatype": "BYTES", "shape": [2]}
+    coded = {**described, "parameters": {"content_type": "base64"}, "data": ["AP9Q", ""]}
+    body, _ = message({"inputs": [coded]})
+    assert decode_request("m", body, None).inputs["x"].tolist() == [b"\x00\xffP", b""]
+    as_text = {**coded, "parameters": {"content_type": "str"}}
+    body, _ = message({"inputs": [as_text]})
+    assert decode_request("m", body, None).inputs["x"].tolist() == [b"AP9Q", b""]
+
+
 HOSTILE: dict[str, tuple[bytes, int | None]] = {
     "empty": (b"", None),
     "no JSON": (b"\x00\xff", None),
+    "no base64": message(
+        {
+            "inputs": [
+                {
+                    **{"name": "x", "datatype": "BYTES", "shape": [1], "data": ["a?b"]},
+                    "parameters": {"content_type": "base64"},
+                }
+            ]
+        }
+    ),
+    "numbers in base64": message(
+        {
+            "inputs": [
+                {
+                    **{"name": "x", "datatype": "FP32", "shape": [1], "data": [1]},
+                    "parameters": {"content_type": "base64"},
+                }
+            ]
+        }
+    ),
     "not an object": (b"[]", None),
     "UTF-16": ('{"inputs": []}'.encode("utf-16"), None),
     "deep lists": (b"[" * 200_000, None),
