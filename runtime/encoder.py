@@ -1,6 +1,7 @@
 """Encoder: compute embeddings, labels and search hits of images and texts with one bundle."""
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from edgeclip.runtime.bundle.reduced_index import AnyIndex
 from edgeclip.runtime.bundle.reduction import Form, Reducer, RowType
 from edgeclip.runtime.errors import InputError
 from edgeclip.runtime.inputs.images import ImageInput, as_image_list
-from edgeclip.runtime.inputs.preprocess import crop_batch
+from edgeclip.runtime.inputs.preprocess import crop_ahead
 from edgeclip.runtime.spec import (
     LABEL_OUTPUTS,
     OUTPUT_NAMES,
@@ -236,7 +237,8 @@ class Encoder:
         Args:
             images: paths, bytes of image files, PIL images or arrays (see `load_image`); an
                 array of four dimensions is a batch.
-            batch_size: how many images are decoded and run at a time.
+            batch_size: how many images are run at a time. As many more are decoded meanwhile, by
+                as many threads as the device allows.
             dim: reduce embeddings to a length that the bundle gives; None for full ones.
 
         Raises:
@@ -462,8 +464,15 @@ class Encoder:
     def _image_outputs(
         self, images: ImageInput | Sequence[ImageInput], batch_size: int
     ) -> Iterator[Outputs]:
-        for start, chunk in _chunks(as_image_list(images), batch_size):
-            yield self._image_tower.outputs(crop_batch(chunk, self.spec.image, first=start))
+        given = as_image_list(images)
+        crops = crop_ahead(given, self.spec.image, threads=self.device.threads, ahead=batch_size)
+        for start, chunk in _chunks(given, batch_size):
+            pixels = []
+            for number, crop in enumerate(itertools.islice(crops, len(chunk)), start=start):
+                if isinstance(crop, InputError):
+                    raise InputError(f"image {number}: {crop}") from crop
+                pixels.append(crop)
+            yield self._image_tower.outputs(np.stack(pixels))
 
     def _joined(self, parts: list[FloatArray]) -> FloatArray:
         return np.concatenate(parts) if parts else np.zeros((0, self.spec.dim), np.float32)

@@ -57,7 +57,7 @@ SHORTER: dict[str, dict[str, str | None]] = {
     "scenes scenes": {"--count": "20"},
     "scenes many": {"--count": "20"},
     "measure-cuts": {"--rounds": "10"},
-    "tune": {"--tower": "text"},
+    "tune": {"--tower": "text", "--goal": "latency"},
     "diagnose": {"--count": "48"},
     "quantize": {"--minutes": "0.05", "--accept-undecided": None},
     "export compress/emoji_teacher": {

@@ -28,7 +28,7 @@ from edgeclip.runtime.cli.options import Targets, add_encoder_options, open_enco
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.find_images import add_max_bad_option, find_images, report_bad
-from edgeclip.runtime.inputs.preprocess import resize_and_crop
+from edgeclip.runtime.inputs.preprocess import crop_ahead
 from edgeclip.runtime.inputs.text_files import read_lines
 from edgeclip.runtime.inputs.tokenizer import TextTokenizer
 from edgeclip.runtime.spec import Tower
@@ -121,23 +121,39 @@ def _embed_images(args: argparse.Namespace) -> IndexChange:
         tqdm(total=len(paths), desc="embed", unit="image", file=sys.stderr) as bar,
     ):
         for chunk in _chunks(paths, args.batch_size):
-            new = {}
+            read: list[tuple[Path, bytes]] = []
+            new: dict[bytes, Path] = {}
             for path in chunk:
-                content = None
                 try:
                     content = hashes.of(path)
-                    if content not in update and content not in new:
-                        new[content] = resize_and_crop(path, encoder.spec.image)
                 except InputError as error:
                     if args.strict:
                         raise
                     bad.append(str(error))
-                    if content is None:
-                        unopened.add(path.as_posix())
-                else:
+                    unopened.add(path.as_posix())
+                    continue
+                read.append((path, content))
+                if content not in update:
+                    new.setdefault(content, path)
+            threads = encoder.device.threads
+            found = crop_ahead(
+                list(new.values()), encoder.spec.image, threads=threads, ahead=len(new)
+            )
+            crops = dict(zip(new, found, strict=True))
+            for path, content in read:
+                crop = crops.get(content)
+                if not isinstance(crop, InputError):
                     kept.append((path, content))
-            if new:
-                update.add(tuple(new), encoder.encode_pixels(np.stack(list(new.values()))))
+                elif args.strict:
+                    raise crop
+                else:
+                    same = "" if new[content] == path else f"{path.as_posix()}, the same file: "
+                    bad.append(same + str(crop))
+            good = {
+                content: crop for content, crop in crops.items() if isinstance(crop, np.ndarray)
+            }
+            if good:
+                update.add(tuple(good), encoder.encode_pixels(np.stack(list(good.values()))))
             bar.update(len(chunk))
         report_bad(bad, len(paths), args.max_bad)
         keys = [path.as_posix() for path, _ in kept]

@@ -76,6 +76,7 @@ def embed_images(
         encoder.spec.image,
         paths,
         batch_size=args.batch_size,
+        threads=encoder.device.threads,
         strict=args.strict,
     )
     report_skipped(embedded, limit)

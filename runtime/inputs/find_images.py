@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import itertools
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from edgeclip.runtime.inputs.images import (
     decode_image,
     why_unreadable,
 )
-from edgeclip.runtime.inputs.preprocess import resize_and_crop
+from edgeclip.runtime.inputs.preprocess import crop_ahead
 from edgeclip.runtime.spec import ImageSpec
 
 _log = logging.getLogger(__name__)
@@ -372,6 +373,7 @@ def embed_files(
     paths: Sequence[Path],
     *,
     batch_size: int = 32,
+    threads: int = 1,
     strict: bool = False,
 ) -> EmbeddedFiles:
     """Embed image files, skipping those that cannot be read; shows a progress bar on stderr.
@@ -381,6 +383,7 @@ def embed_files(
         spec: how it wants its pixels.
         paths: the files.
         batch_size: how many are embedded at a time.
+        threads: how many decode meanwhile, see `crop_ahead`.
         strict: stop at the first that cannot be read.
 
     Raises:
@@ -390,18 +393,19 @@ def embed_files(
     kept: list[Path] = []
     parts: list[FloatArray] = []
     skipped: list[tuple[Path, str]] = []
+    crops = crop_ahead(paths, spec, threads=threads, ahead=batch_size)
     with tqdm(total=len(paths), desc="embed", unit="image", file=sys.stderr) as bar:
         for start in range(0, len(paths), batch_size):
             chunk = paths[start : start + batch_size]
             pixels = []
-            for path in chunk:
-                try:
-                    pixels.append(resize_and_crop(path, spec))
+            for path, crop in zip(chunk, itertools.islice(crops, len(chunk)), strict=True):
+                if not isinstance(crop, InputError):
+                    pixels.append(crop)
                     kept.append(path)
-                except InputError as error:
-                    if strict:
-                        raise
-                    skipped.append((path, str(error)))
+                elif strict:
+                    raise crop
+                else:
+                    skipped.append((path, str(crop)))
             if pixels:
                 parts.append(encode(np.stack(pixels)))
             bar.update(len(chunk))

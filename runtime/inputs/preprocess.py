@@ -2,7 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -67,6 +70,47 @@ def crop_batch(
         except InputError as error:
             raise InputError(f"image {first + number}: {error}") from error
     return pixels
+
+
+def crop_ahead(
+    images: Sequence[ImageInput], spec: ImageSpec, *, threads: int, ahead: int
+) -> Generator[NDArray[np.uint8] | InputError, None, None]:
+    """Yield what `resize_and_crop` gives for each image, or the error that it raised, in order.
+
+    Images are decoded in threads while the caller works on those before them.
+
+    Args:
+        images: the images. Opened PIL images are decoded by the calling thread: they cannot be
+            read by two at once.
+        spec: size and crop.
+        threads: how many decode at a time; with 1 an image is decoded when it is asked for.
+        ahead: how many may wait to be asked for.
+    """
+
+    def crop(image: ImageInput) -> NDArray[np.uint8] | InputError:
+        try:
+            return resize_and_crop(image, spec)
+        except InputError as error:
+            return error
+
+    threads = min(threads, len(images))
+    if threads < 2:
+        yield from map(crop, images)
+        return
+    with ThreadPoolExecutor(threads, "edgeclip decode") as pool:
+        waiting = deque[Callable[[], NDArray[np.uint8] | InputError]]()
+        try:
+            for image in images:
+                if isinstance(image, Image.Image):
+                    waiting.append(partial(crop, image))
+                else:
+                    waiting.append(pool.submit(crop, image).result)
+                if len(waiting) > ahead:
+                    yield waiting.popleft()()
+            while waiting:
+                yield waiting.popleft()()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _is_single(images: object) -> bool:

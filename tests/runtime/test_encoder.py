@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -49,6 +50,23 @@ def test_opens_on_this_machine_by_default(tiny_bundle: Path) -> None:
 def test_unknown_device(tiny_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="toaster"):
         Encoder.open(tiny_bundle, device="toaster")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_files_are_decoded_meanwhile_and_stay_in_order(
+    tiny_bundle: Path, cpu_device: DeviceProfile, threads: int
+) -> None:
+    device = dataclasses.replace(cpu_device, threads=threads)
+    encoder = Encoder.open(tiny_bundle, device=device)
+    files = []
+    for pixels in random_images(23):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        files.append(file.getvalue())
+    alone = np.concatenate([encoder.encode_image(file) for file in files])
+    np.testing.assert_allclose(encoder.encode_image(files, batch_size=4), alone, atol=1e-6)
+    with pytest.raises(InputError, match="^image 17: "):
+        encoder.encode_image([*files[:17], b"", *files[17:]], batch_size=4)
 
 
 def test_every_kind_of_image_gives_one_answer(encoder: Encoder, tmp_path: Path) -> None:

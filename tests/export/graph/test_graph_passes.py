@@ -106,9 +106,7 @@ def test_fused_operators_take_the_place_of_the_pieces(
     assert kinds(merged)["MatMul"] == kinds(load_graph(clip_towers.image))["MatMul"] - 3
 
 
-@pytest.mark.parametrize(
-    "engine", ["onnxruntime-openvino", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx"]
-)
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx"])
 def test_other_engines_get_standard_operators_only(engine: Any, cpu_device: DeviceProfile) -> None:
     capability = "8.9" if "tensorrt" in engine else None
     device = replace(

@@ -282,7 +282,7 @@ def test_settings_follow_the_device(device: str, settings: StaticInt8) -> None:
 
 
 def test_settings_of_openvino_are_those_of_a_cpu() -> None:
-    device = replace(load_device("x86-avx512-vnni"), engine="onnxruntime-openvino")
+    device = replace(load_device("x86-avx512-vnni"), engine="openvino")
     assert default_config("int8", device) == StaticInt8(symmetric=False)
 
 

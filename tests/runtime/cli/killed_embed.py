@@ -8,8 +8,8 @@ import signal
 import sys
 from typing import Any
 
-from edgeclip.runtime.cli import embed
 from edgeclip.runtime.cli.main import main
+from edgeclip.runtime.inputs import preprocess
 from edgeclip.runtime.inputs.preprocess import resize_and_crop
 
 if __name__ == "__main__":
@@ -22,5 +22,5 @@ if __name__ == "__main__":
         left -= 1
         return resize_and_crop(*arguments)
 
-    vars(embed)["resize_and_crop"] = read_or_die
+    vars(preprocess)["resize_and_crop"] = read_or_die
     sys.exit(main(["embed", *sys.argv[2:]]))

@@ -16,6 +16,7 @@ from PIL import Image
 from edgeclip.runtime.errors import ConfigError, InputError
 from edgeclip.runtime.inputs.images import ImageInput
 from edgeclip.runtime.inputs.preprocess import (
+    crop_ahead,
     image_spec_from_hugging_face,
     preprocess,
     preprocess_batch,
@@ -308,3 +309,43 @@ def test_what_a_spec_cannot_say_is_refused(changes: dict[str, Any], message: str
 def test_all_mistakes_come_in_one_message() -> None:
     with pytest.raises(ConfigError, match=r"do_resize.*size.*crop_size.*resample"):
         read(do_resize=False, size=None, crop_size=-1, resample=9)
+
+
+def encoded(seed: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    noise(40 + seed, 30, seed).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("ahead", [0, 1, 3, 100])
+def test_what_is_decoded_ahead_is_the_same_in_the_same_order(threads: int, ahead: int) -> None:
+    given: list[Any] = [encoded(seed) for seed in range(9)]
+    given[2] = b"no picture"
+    given[4] = noise(20, 20, 3)  # opened already
+    found = list(crop_ahead(given, SPEC, threads=threads, ahead=ahead))
+    assert len(found) == 9
+    for number, (image, crop) in enumerate(zip(given, found, strict=True)):
+        if number == 2:
+            assert isinstance(crop, InputError)
+        else:
+            np.testing.assert_array_equal(crop, resize_and_crop(image, SPEC))
+
+
+def test_no_more_is_decoded_than_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = list[object]()
+
+    def count(image: Any, spec: ImageSpec) -> NDArray[np.uint8]:
+        begun.append(image)
+        return resize_and_crop(image, spec)
+
+    monkeypatch.setattr("edgeclip.runtime.inputs.preprocess.resize_and_crop", count)
+    crops = crop_ahead([encoded(seed) for seed in range(40)], SPEC, threads=2, ahead=4)
+    next(crops)
+    assert len(begun) <= 5
+    crops.close()  # whoever stops asking waits for two at most
+    assert len(begun) <= 5
+
+
+def test_nothing_is_decoded_ahead_of_nothing() -> None:
+    assert list(crop_ahead([], SPEC, threads=2, ahead=4)) == []
