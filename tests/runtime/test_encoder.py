@@ -65,7 +65,7 @@ def test_many_files_are_decoded_meanwhile_and_stay_in_order(
         files.append(file.getvalue())
     alone = np.concatenate([encoder.encode_image(file) for file in files])
     np.testing.assert_allclose(encoder.encode_image(files, batch_size=4), alone, atol=1e-6)
-    with pytest.raises(InputError, match="^image 17: "):
+    with pytest.raises(InputError, match=r"^image 17: "):
         encoder.encode_image([*files[:17], b"", *files[17:]], batch_size=4)
 
 

@@ -368,7 +368,7 @@ def test_too_many_bad_pictures(
     picture(pictures / "bad1.png", 33)
     reads.clear()
     assert run(pictures).endswith("1 added, 0 changed, 0 removed, 12 as before\n")
-    assert reads == ["bad0.png", "bad1.png", "bad2.png"]
+    assert sorted(reads) == ["bad0.png", "bad1.png"]
 
 
 def test_a_line_that_occurs_again_keeps_its_row(pictures: Path, run: Callable[..., str]) -> None:
