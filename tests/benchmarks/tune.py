@@ -65,7 +65,7 @@ class Case:
         return f"{self.model}_{self.tower}_{self.goal}"
 
 
-def vit_b32(folder: Path, *, quick: bool) -> Bundle:
+def vit_b32_bundle(folder: Path, *, quick: bool) -> Bundle:
     """A bundle of random weights: bounds of retrieval are open, parity and agreement are not."""
     torch.manual_seed(0)
     plan = BundlePlan(
@@ -165,7 +165,10 @@ def main() -> int:
     args = options(__doc__).parse_args()
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        bundles = [Bundle.open(ROOT / KEPT_MODELS[0]), vit_b32(Path(folder), quick=args.quick)]
+        bundles = [
+            Bundle.open(ROOT / KEPT_MODELS[0]),
+            vit_b32_bundle(Path(folder), quick=args.quick),
+        ]
         asked: list[tuple[Tower, Goal]] = [
             ("image", "latency"),
             ("text", "latency"),
