@@ -175,6 +175,10 @@ def _how_to_run(bundle: Bundle, repo: str) -> str:
         _fenced("\n".join(commands), "sh"),
         _fenced("\n".join(program), "python"),
     ]
+    parts += [
+        "It holds ONNX graphs and no weights of PyTorch: `from_pretrained` of transformers' own "
+        "classes cannot load it."
+    ]
     if _runs_in_browser(bundle):
         parts += ["The graphs also have the names and inputs that transformers.js expects:"]
         parts += [_fenced(_JAVASCRIPT.format(repo=repo), "js")]
