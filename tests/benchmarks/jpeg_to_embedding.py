@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import openvino
 import psutil
 import torch
 from _bars import Bar, Rule, finish, hold, options, say, span
 from graph_work import plain_graph, random_vit_b32
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession, SessionOptions  # after edgeclip, by way of _bars
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 from tune import vit_b32_bundle
@@ -101,11 +101,9 @@ def processor_of(spec: ImageSpec) -> Callable[[bytes], NDArray[np.float32]]:
 def others(dual: DualEncoder, graph: Path, threads: int) -> dict[str, Embed]:
     """What a person would write without EdgeCLIP."""
     process = processor_of(dual.image_spec)
-    session_options = onnxruntime.SessionOptions()
-    session_options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
-        str(graph), session_options, providers=["CPUExecutionProvider"]
-    )
+    in_threads = SessionOptions()
+    in_threads.intra_op_num_threads = threads
+    session = InferenceSession(str(graph), in_threads, providers=["CPUExecutionProvider"])
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(graph), "CPU", settings)
