@@ -18,7 +18,6 @@ from edgeclip.runtime.device.device_profile import THIS_MACHINE, load_device
 from edgeclip.runtime.spec import Tower
 from edgeclip.runtime.towers.tuning import (
     Tuning,
-    bundle_hash,
     find_tuning,
     machine_state,
     tuning_path,
@@ -53,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tune each tower, print what was measured, and keep the choices."""
     bundle = Bundle.open(args.bundle)
-    own = bundle_hash(bundle)
+    path = tuning_path(bundle)
     if args.forget:
-        tuning_path(own).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         print(f"{args.bundle} runs as usual")
         return 0
     devices = (*devices_here(load_device(THIS_MACHINE)), *map(load_device, args.also))
@@ -68,10 +67,9 @@ def run(args: argparse.Namespace) -> int:
         with progress_bar(f"tune {tower} tower") as progress:
             found.append(tune_tower(bundle, tower, devices, args.goal, progress))
     before = find_tuning(bundle) or Tuning(
-        bundle=own, machine=machine_state(), towers=(), command=args.command
+        bundle=bundle.sha256, machine=machine_state(), towers=(), command=args.command
     )
     kept = before.with_towers(tuple(item.choice for item in found), command=args.command)
-    path = tuning_path(own)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept.save(path)
     if args.json:

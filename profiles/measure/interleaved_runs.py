@@ -62,6 +62,11 @@ def repeat_rows(inputs: NDArray[Any]) -> Callable[[int], NDArray[Any]]:
     return lambda size: np.take(inputs, np.arange(size) % len(inputs), axis=0)
 
 
+def run_first(run: Callable[[NDArray[Any]], object], batches: NDArray[Any]) -> object:
+    """Run the one batch in `batches` [1, N, ...], so that a whole batch counts as one item."""
+    return run(batches[0])
+
+
 @dataclass(frozen=True, slots=True)
 class RunTimes:
     """Seconds of each timed run of one target, in round order.

@@ -19,7 +19,7 @@ from edgeclip.profiles.measure.subject import SplitSpec, SubjectSpec, measurable
 from edgeclip.profiles.record.measurement import Identity
 from edgeclip.runtime.arrays import FloatArray
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.files import MANIFEST_NAME, sha256_file
+from edgeclip.runtime.bundle.files import sha256_file
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.engines.onnxruntime_engine import OrtEngine
@@ -275,7 +275,7 @@ def _identity(
     weights = 0 if file.data_path is None else sizes[file.data_path]
     return Identity(
         bundle=bundle.manifest.name,
-        sha256=sha256_file(bundle.path / MANIFEST_NAME),
+        sha256=bundle.sha256,
         precision=runner.precision,
         engine=spec.device.engine,
         provider=_provider(runner),

@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.profiles.measure.interleaved_loads import LoadableTarget, measure_loads
 from edgeclip.profiles.measure.interleaved_runs import (
     BenchmarkTarget,
     repeat_rows,
+    run_first,
     run_interleaved,
 )
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.device.device_profile import DeviceProfile
-from edgeclip.runtime.device.machine import detect_processor
+from edgeclip.runtime.device.machine import detect_processor, has_bfloat16
 from edgeclip.runtime.errors import BundleError, EngineError, MissingExtraError
 from edgeclip.runtime.spec import Precision, Tower
 from edgeclip.runtime.stats.interval import Interval
@@ -48,7 +48,6 @@ _GLANCE = Workload(
     cold_starts=0,
 )
 _CONTEST = replace(_GLANCE, name="contest", description="runs of the few fastest", repeats=40)
-_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
 _SECONDS = 24.0  # for the timed runs of the reference and one equally slow way
 _NEAR = 1.3  # a way whose fastest run at the glance takes longer than this times the least is out
 _FINALISTS = 4
@@ -131,7 +130,7 @@ def devices_here(device: DeviceProfile) -> tuple[DeviceProfile, ...]:
     engines = [device]
     if importlib.util.find_spec("openvino") is not None:
         engines.append(replace(device, engine="openvino"))
-        if not _BFLOAT16.isdisjoint(detect_processor().flags):
+        if has_bfloat16(detect_processor().flags):
             engines.append(replace(device, engine="openvino", bfloat16=True))
     threads = sorted({device.threads, max(1, device.threads // 2), 1}, reverse=True)
     return tuple(replace(item, threads=count) for item in engines for count in threads)
@@ -165,9 +164,10 @@ def tune_tower(
     ways = [usual, *(way for way in _ways(bundle, tower, devices, goal) if way != usual)]
     steps = len(ways) + 1 + len(ways) // 2  # the contest takes about half as long as the glances
     least, left_out = dict[Way, float](), list[tuple[str, str]]()
+    inputs = bundle.golden().inputs(tower)
     for number, way in enumerate(ways, start=1):
         try:
-            least[way] = _glance(bundle, tower, way)
+            least[way] = _glance(bundle, tower, inputs, way)
         except (BundleError, EngineError, MissingExtraError) as error:
             if way == usual:
                 raise
@@ -214,22 +214,16 @@ def _ways(
                 yield Way(device, precision, batch)
 
 
-def _rows(bundle: Bundle, tower: Tower, batch: int) -> Values:
-    inputs = bundle.golden().inputs(tower)
-    rows: Values = inputs[np.arange(batch) % len(inputs)]
-    return rows
+def _whole_batch(inputs: Values, batch: int) -> Callable[[int], Values]:
+    """Return a `make_batch` for `run_first`, of so many rows of the inputs."""
+    return repeat_rows(repeat_rows(inputs)(batch)[None])
 
 
-def _run_first(run: Callable[[Values], object], batches: Values) -> object:
-    """Run a whole batch, which is one item to the timers."""
-    return run(batches[0])
-
-
-def _glance(bundle: Bundle, tower: Tower, way: Way) -> float:
+def _glance(bundle: Bundle, tower: Tower, inputs: Values, way: Way) -> float:
     """Load one way alone, for memory's sake, and return its least time of a row in ms."""
     runner = TowerRunner(bundle, tower, way.precision, way.device)
-    make_batch = repeat_rows(_rows(bundle, tower, way.batch)[None])
-    target = BenchmarkTarget(str(way), partial(_run_first, runner.run), make_batch)
+    run, make_batch = partial(run_first, runner.run), _whole_batch(inputs, way.batch)
+    target = BenchmarkTarget(str(way), run, make_batch)
     (found,) = run_interleaved([target], _GLANCE)
     return min(found.times.wall_ms) / way.batch
 
@@ -242,12 +236,11 @@ def time_ways(bundle: Bundle, tower: Tower, ways: Sequence[Way]) -> list[TimedWa
     """
 
     def load(way: Way) -> Callable[[Values], object]:
-        return partial(_run_first, TowerRunner(bundle, tower, way.precision, way.device).run)
+        return partial(run_first, TowerRunner(bundle, tower, way.precision, way.device).run)
 
+    inputs = bundle.golden().inputs(tower)
     targets = [
-        LoadableTarget(
-            str(way), partial(load, way), repeat_rows(_rows(bundle, tower, way.batch)[None])
-        )
+        LoadableTarget(str(way), partial(load, way), _whole_batch(inputs, way.batch))
         for way in ways
     ]
     measured = measure_loads(

@@ -25,7 +25,6 @@ from edgeclip.profiles.report.sections import (
     columns,
 )
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.files import MANIFEST_NAME, sha256_file
 from edgeclip.runtime.console import digits, interval_ends, megabytes, percent
 from edgeclip.runtime.spec import Precision
 from edgeclip.runtime.stats.interval import Interval
@@ -42,7 +41,7 @@ def quality_of_bundle(bundle: Bundle) -> tuple[SubjectQuality, ...]:
 
     Figures fit measurements of this very bundle only, told by the hash of its manifest.
     """
-    sha256 = sha256_file(bundle.path / MANIFEST_NAME)
+    sha256 = bundle.sha256
     found = []
     for gate in bundle.manifest.gates:
         name = gate.name.removeprefix(_LOSS)

@@ -87,6 +87,11 @@ class Bundle:
         _log.debug("%s: %d files checked in %.2f s", root, len(manifest.files), seconds)
         return cls(root, manifest, check_hashes)
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the manifest, which holds those of all other files: the bundle's identity."""
+        return sha256_file(self.path / MANIFEST_NAME)
+
     def tower_path(self, tower: Tower, precision: Precision | None = None) -> Path:
         """Return the path of a tower's ONNX file, by default in its chosen precision.
 

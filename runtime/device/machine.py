@@ -35,6 +35,7 @@ _MACOS_FLAGS = {
     "avx512f": "hw.optional.avx512f",
 }
 
+_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
 _INT8_DOT_PRODUCT = frozenset({"avx512_vnni", "avx_vnni", "asimddp"})
 
 
@@ -50,6 +51,11 @@ class Processor:
 def has_int8_dot_products(flags: Collection[str]) -> bool:
     """Tell from a processor's flags whether it sums int8 products without saturation."""
     return not _INT8_DOT_PRODUCT.isdisjoint(flags)
+
+
+def has_bfloat16(flags: Collection[str]) -> bool:
+    """Tell from a processor's flags whether it multiplies matrices in bfloat16."""
+    return not _BFLOAT16.isdisjoint(flags)
 
 
 def detect_processor() -> Processor:

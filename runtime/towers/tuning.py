@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Gt
 
 from edgeclip.runtime.bundle.bundle import Bundle
-from edgeclip.runtime.bundle.files import MANIFEST_NAME, JsonRecord, cache_root, sha256_file
+from edgeclip.runtime.bundle.files import JsonRecord, cache_root
 from edgeclip.runtime.device.device_profile import DeviceProfile
 from edgeclip.runtime.device.machine import detect_machine
 from edgeclip.runtime.errors import ConfigError, first_line
@@ -98,14 +98,9 @@ def machine_state() -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def bundle_hash(bundle: Bundle) -> str:
-    """Return the SHA-256 of a bundle's manifest, which holds the hashes of all its files."""
-    return sha256_file(bundle.path / MANIFEST_NAME)
-
-
-def tuning_path(bundle: str) -> Path:
-    """Return where the choices for a bundle of this hash are kept, in `$EDGECLIP_CACHE`."""
-    return cache_root() / "tuned" / f"{bundle}.json"
+def tuning_path(bundle: Bundle) -> Path:
+    """Return where the choices for a bundle are kept, in `$EDGECLIP_CACHE`."""
+    return cache_root() / "tuned" / f"{bundle.sha256}.json"
 
 
 def find_tuning(bundle: Bundle) -> Tuning | None:
@@ -113,8 +108,7 @@ def find_tuning(bundle: Bundle) -> Tuning | None:
 
     Logs a warning if there are some that do not.
     """
-    own = bundle_hash(bundle)
-    path = tuning_path(own)
+    path = tuning_path(bundle)
     if not path.is_file():
         return None
     try:
@@ -124,7 +118,7 @@ def find_tuning(bundle: Bundle) -> Tuning | None:
             "tuning is not used: %s; run `edgeclip tune %s` again", first_line(error), bundle.path
         )
         return None
-    if found.bundle != own or found.machine != machine_state():
+    if found.bundle != bundle.sha256 or found.machine != machine_state():
         _log.warning(
             "tuning is not used: it was made on another processor or with other versions of the "
             "engines; run `edgeclip tune %s` again, or with --forget",

@@ -44,6 +44,7 @@ from edgeclip.profiles.measure.interleaved_runs import (
     BenchmarkTarget,
     measure_interleaved,
     repeat_rows,
+    run_first,
 )
 from edgeclip.profiles.workload import Workload
 from edgeclip.runtime.console import columns
@@ -239,9 +240,6 @@ def take_turns(
     case: Case, attempts: Sequence[Attempt], column: Column, workload: Workload
 ) -> dict[str, Timing]:
     """Time a column; a whole batch is one item of `measure_interleaved`."""
-
-    def run_first(run: Run, batches: NDArray[Any]) -> object:
-        return run(batches[0])
 
     make_batch = repeat_rows(case.values[None])
     targets = [

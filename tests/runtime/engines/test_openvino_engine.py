@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.index import cosines
 from edgeclip.runtime.device.device_profile import DeviceProfile, load_device
-from edgeclip.runtime.device.machine import detect_processor, has_int8_dot_products
+from edgeclip.runtime.device.machine import (
+    detect_processor,
+    has_bfloat16,
+    has_int8_dot_products,
+)
 from edgeclip.runtime.encoder import Encoder
 from edgeclip.runtime.engines.engine import open_engine
 from edgeclip.runtime.errors import ConfigError, EngineError
@@ -20,7 +24,7 @@ from tests.runtime.conftest import EMOJI_BUNDLE
 from tests.runtime.engines.test_onnxruntime_engine import rows_graph, write_rows
 
 pytest.importorskip("openvino", reason="pip install 'edgeclip[openvino]'")
-HAS_BFLOAT16 = bool({"avx512_bf16", "amx_bf16"} & set(detect_processor().flags))
+HAS_BFLOAT16 = has_bfloat16(detect_processor().flags)
 
 
 @pytest.fixture

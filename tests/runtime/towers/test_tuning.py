@@ -14,7 +14,6 @@ from edgeclip.runtime.errors import ConfigError
 from edgeclip.runtime.towers.tuning import (
     TunedTower,
     Tuning,
-    bundle_hash,
     find_tuning,
     machine_state,
     tuning_path,
@@ -33,9 +32,11 @@ def tuned(cpu_device: DeviceProfile) -> TunedTower:
 
 
 def keep(bundle: Path, tuned: TunedTower, **changes: object) -> Path:
-    own = bundle_hash(Bundle.open(bundle))
-    found = Tuning(bundle=own, machine=machine_state(), towers=(tuned,), command="edgeclip tune")
-    path = tuning_path(own)
+    opened = Bundle.open(bundle)
+    found = Tuning(
+        bundle=opened.sha256, machine=machine_state(), towers=(tuned,), command="edgeclip tune"
+    )
+    path = tuning_path(opened)
     path.parent.mkdir(parents=True)
     dataclasses.replace(found, **changes).save(path)  # type: ignore[arg-type]
     return path
