@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from edgeclip.profiles.measure.tune import Goal, TimedWay, TowerTuning, devices_here, tune_tower
+from edgeclip.profiles.measure.tune import Goal, TimedConfig, TowerTuning, devices_here, tune_tower
 from edgeclip.runtime.bundle.bundle import Bundle
 from edgeclip.runtime.bundle.files import json_fields
 from edgeclip.runtime.cli.options import add_json_option, print_json
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     path = tuning_path(bundle)
     if args.forget:
         path.unlink(missing_ok=True)
-        print(f"{args.bundle} runs as usual")
+        print(f"{args.bundle} runs with its defaults")
         return 0
     devices = (*devices_here(load_device(THIS_MACHINE)), *map(load_device, args.also))
     names = [item.tower for item in bundle.manifest.towers]
@@ -81,36 +81,38 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tuning_table(found: TowerTuning) -> str:
-    """Return a line for each way, the fastest first, then the choice and what was left out."""
-    head = ("way", "ms a row", "interval", "of the usual")
+    """Return a line for each configuration, the fastest first, then the choice and the rest."""
+    head = ("configuration", "ms a row", "interval", "of the default")
     rows = [head, *(_row(item) for item in found.timed)]
-    lines = [f"{found.tower} tower", columns(rows, left=1), f"chosen: {found.chosen.way}"]
-    lines += [f"left out: {way}: {reason}" for way, reason in found.left_out]
+    lines = [f"{found.tower} tower", columns(rows, left=1), f"chosen: {found.chosen.config}"]
+    lines += [f"left out: {config}: {reason}" for config, reason in found.left_out]
     return "\n".join(lines)
 
 
-def _row(item: TimedWay) -> Sequence[str]:
+def _row(item: TimedConfig) -> Sequence[str]:
     ms, ratio = item.ms_per_row, item.ratio
     return (
-        str(item.way),
+        str(item.config),
         digits(ms.value),
-        interval_ends(ms, digits) if item.finalist else "at a glance",
+        interval_ends(ms, digits) if item.compared else "only screened",
         "" if ratio is None else f"{ratio.value:.2f} [{interval_ends(ratio, '{:.2f}'.format)}]",
     )
 
 
 def _as_json(found: TowerTuning) -> dict[str, object]:
     return {
-        "usual": str(found.usual),
-        "chosen": str(found.chosen.way),
+        "default": str(found.default),
+        "chosen": str(found.chosen.config),
         "timed": [
             {
-                "way": str(item.way),
+                "configuration": str(item.config),
                 "ms_per_row": asdict(item.ms_per_row, dict_factory=json_fields),
                 "ratio": item.ratio and asdict(item.ratio, dict_factory=json_fields),
-                "finalist": item.finalist,
+                "compared": item.compared,
             }
             for item in found.timed
         ],
-        "left_out": [{"way": way, "reason": reason} for way, reason in found.left_out],
+        "left_out": [
+            {"configuration": config, "reason": reason} for config, reason in found.left_out
+        ],
     }

@@ -1,7 +1,7 @@
-"""Find the fastest way to run a bundle's towers here: engine, precision, threads and batch.
+"""Find a bundle's fastest configuration here: engine, precision, threads and batch.
 
-A way that gives other embeddings than the bundle recorded is left out. A short look at all others
-leaves the few that can be the fastest; these are loaded several times and timed interleaved.
+One that gives other embeddings than the bundle recorded is left out. All others are screened by a
+few runs; the few that can be the fastest are loaded several times and timed interleaved.
 """
 
 import importlib.util
@@ -31,15 +31,15 @@ from edgeclip.runtime.towers.tower_runner import (
     choose_precision,
     usable_precisions,
 )
-from edgeclip.runtime.towers.tuning import TunedTower, way_to_run
+from edgeclip.runtime.towers.tuning import TunedTower, describe_config
 
 Goal = Literal["latency", "throughput"]
 Values = NDArray[Any]
 
 _BATCHES: dict[Goal, tuple[int, ...]] = {"latency": (1,), "throughput": (8, 16, 32)}
-_GLANCE = Workload(
-    name="glance",
-    description="a few runs of every way",
+_SCREENING = Workload(
+    name="screening",
+    description="a few runs of every configuration",
     batch_sizes=(1,),
     min_warmup_runs=3,
     max_warmup_seconds=0.3,
@@ -47,17 +47,19 @@ _GLANCE = Workload(
     seconds_per_batch=1,
     cold_starts=0,
 )
-_CONTEST = replace(_GLANCE, name="contest", description="runs of the few fastest", repeats=40)
-_SECONDS = 24.0  # for the timed runs of the reference and one equally slow way
-_NEAR = 1.3  # a way whose fastest run at the glance takes longer than this times the least is out
-_FINALISTS = 4
-# The usual way stays unless another is faster by more: the same engine loaded again differs so.
+_COMPARISON = replace(
+    _SCREENING, name="comparison", description="runs of the few fastest", repeats=40
+)
+_SECONDS = 24.0  # for the timed runs of the reference and one equally slow configuration
+_NEAR = 1.3  # what takes longer than so many times the least at the screening is not compared
+_COMPARED = 4
+# The default stays unless another is faster by more: the same engine loaded again differs so.
 _WORTH = 0.98
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """A way to run a tower: a precision on a device, with so many rows at a time."""
+class RunConfig:
+    """How a tower is run: in which precision, on which device, with how many rows at a time."""
 
     device: DeviceProfile
     precision: Precision
@@ -65,25 +67,25 @@ class Way:
 
     def __str__(self) -> str:
         rows = f", batch {self.batch}" if self.batch > 1 else ""
-        return way_to_run(self.device, self.precision) + rows
+        return describe_config(self.device, self.precision) + rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimedWay:
-    """A way, and what it takes.
+class TimedConfig:
+    """A configuration, and how long it takes.
 
     Attributes:
         ms_per_row: median time of a batch over its rows; the interval is of the mean over loads,
-            and the value itself where it was only glanced at.
-        ratio: its time to that of the usual way, over the loads; None for that way itself, and
-            for those that were only glanced at.
-        finalist: whether it was timed in the contest.
+            and the value itself where it was only screened.
+        ratio: its time to that of the default, over the loads; None for the default itself, and
+            for those that were only screened.
+        compared: whether it was loaded several times and timed interleaved.
     """
 
-    way: Way
+    config: RunConfig
     ms_per_row: Interval
     ratio: Interval | None
-    finalist: bool
+    compared: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,30 +93,30 @@ class TowerTuning:
     """What was found for a tower.
 
     Attributes:
-        usual: the way that runs without tuning.
-        chosen: the fastest; the usual one where nothing is faster by more than 2%.
-        timed: all ways that were right, the fastest first.
-        left_out: (way, reason) of the others.
+        default: what runs without tuning.
+        chosen: the fastest; the default where nothing is faster by more than 2%.
+        timed: all configurations that were right, the fastest first.
+        left_out: (configuration, reason) of the others.
     """
 
     tower: Tower
-    usual: Way
-    chosen: TimedWay
-    timed: tuple[TimedWay, ...]
+    default: RunConfig
+    chosen: TimedConfig
+    timed: tuple[TimedConfig, ...]
     left_out: tuple[tuple[str, str], ...]
 
     @property
     def choice(self) -> TunedTower:
         """What is kept of it."""
-        way = self.chosen.way
-        device = way.device
-        if way.batch > 1:
-            device = replace(device, batch_best=way.batch, batch_max=way.batch)
+        config = self.chosen.config
+        device = config.device
+        if config.batch > 1:
+            device = replace(device, batch_best=config.batch, batch_max=config.batch)
         return TunedTower(
             tower=self.tower,
-            precision=way.precision,
+            precision=config.precision,
             device=device,
-            batch=way.batch,
+            batch=config.batch,
             ms_per_row=self.chosen.ms_per_row.value,
         )
 
@@ -143,57 +145,62 @@ def tune_tower(
     goal: Goal = "latency",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TowerTuning:
-    """Find the fastest way to run a tower.
+    """Find the fastest configuration to run a tower.
 
     Args:
         bundle: an opened bundle; its golden inputs are run.
         tower: a tower that it has.
-        devices: the first one's own choice of a precision is the usual way.
+        devices: the first one's own choice of a precision is the default configuration.
         goal: the least time of one input, or the most rows per second.
         progress: called with steps done and steps in all.
 
     Raises:
         BundleError: the first device allows none of the tower's precisions.
-        EngineError: the usual way fails or gives wrong embeddings.
+        EngineError: the default configuration fails or gives wrong embeddings.
         MissingExtraError: its engine is not installed.
     """
     first = devices[0]
-    usual = Way(
+    default = RunConfig(
         first, choose_precision(bundle.manifest.tower(tower), first), _batches(goal, first)[0]
     )
-    ways = [usual, *(way for way in _ways(bundle, tower, devices, goal) if way != usual)]
-    steps = len(ways) + 1 + len(ways) // 2  # the contest takes about half as long as the glances
-    least, left_out = dict[Way, float](), list[tuple[str, str]]()
+    configs = [
+        default,
+        *(config for config in _configs(bundle, tower, devices, goal) if config != default),
+    ]
+    steps = len(configs) + 1 + len(configs) // 2  # comparing takes half as long as screening
+    least, left_out = dict[RunConfig, float](), list[tuple[str, str]]()
     inputs = bundle.golden().inputs(tower)
-    for number, way in enumerate(ways, start=1):
+    for number, config in enumerate(configs, start=1):
         try:
-            least[way] = _glance(bundle, tower, inputs, way)
+            least[config] = _screen(bundle, tower, inputs, config)
         except (BundleError, EngineError, MissingExtraError) as error:
-            if way == usual:
+            if config == default:
                 raise
-            left_out.append((str(way), str(error)))
+            left_out.append((str(config), str(error)))
         progress(number, steps)
     best = min(least.values())
-    near = [way for way in sorted(least, key=least.__getitem__) if least[way] <= _NEAR * best]
-    finalists = list(dict.fromkeys([usual, *near[:_FINALISTS]]))
-    timed = time_ways(bundle, tower, finalists)
+    near = [
+        config for config in sorted(least, key=least.__getitem__) if least[config] <= _NEAR * best
+    ]
+    compared = list(dict.fromkeys([default, *near[:_COMPARED]]))
+    timed = time_configs(bundle, tower, compared)
     progress(steps, steps)
     out = [
-        TimedWay(
-            way=way,
+        TimedConfig(
+            config=config,
             ms_per_row=Interval(ms, ms, ms),
             ratio=None,
-            finalist=False,
+            compared=False,
         )
-        for way, ms in least.items()
-        if way not in finalists
+        for config, ms in least.items()
+        if config not in compared
     ]
     ordered = sorted(timed, key=lambda item: item.ms_per_row.value)
-    own = next(item for item in timed if item.way == usual)
+    own = next(item for item in timed if item.config == default)
     worth = ordered[0].ms_per_row.value <= _WORTH * own.ms_per_row.value
     return TowerTuning(
         tower=tower,
-        usual=usual,
+        default=default,
         chosen=ordered[0] if worth else own,
         timed=(*ordered, *sorted(out, key=lambda item: item.ms_per_row.value)),
         left_out=tuple(left_out),
@@ -205,13 +212,13 @@ def _batches(goal: Goal, device: DeviceProfile) -> tuple[int, ...]:
     return (device.static_batch,) if device.static_batch else sizes or (device.batch_max,)
 
 
-def _ways(
+def _configs(
     bundle: Bundle, tower: Tower, devices: Sequence[DeviceProfile], goal: Goal
-) -> Iterator[Way]:
+) -> Iterator[RunConfig]:
     for device in devices:
         for precision in usable_precisions(bundle.manifest.tower(tower), device):
             for batch in _batches(goal, device):
-                yield Way(device, precision, batch)
+                yield RunConfig(device, precision, batch)
 
 
 def _whole_batch(inputs: Values, batch: int) -> Callable[[int], Values]:
@@ -219,41 +226,41 @@ def _whole_batch(inputs: Values, batch: int) -> Callable[[int], Values]:
     return repeat_rows(repeat_rows(inputs)(batch)[None])
 
 
-def _glance(bundle: Bundle, tower: Tower, inputs: Values, way: Way) -> float:
-    """Load one way alone, for memory's sake, and return its least time of a row in ms."""
-    runner = TowerRunner(bundle, tower, way.precision, way.device)
-    run, make_batch = partial(run_first, runner.run), _whole_batch(inputs, way.batch)
-    target = BenchmarkTarget(str(way), run, make_batch)
-    (found,) = run_interleaved([target], _GLANCE)
-    return min(found.times.wall_ms) / way.batch
+def _screen(bundle: Bundle, tower: Tower, inputs: Values, config: RunConfig) -> float:
+    """Load one configuration alone, for memory's sake, and return its least time of a row in ms."""
+    runner = TowerRunner(bundle, tower, config.precision, config.device)
+    run, make_batch = partial(run_first, runner.run), _whole_batch(inputs, config.batch)
+    target = BenchmarkTarget(str(config), run, make_batch)
+    (found,) = run_interleaved([target], _SCREENING)
+    return min(found.times.wall_ms) / config.batch
 
 
-def time_ways(bundle: Bundle, tower: Tower, ways: Sequence[Way]) -> list[TimedWay]:
-    """Load ways several times and time them interleaved; ratios are to the first of them.
+def time_configs(bundle: Bundle, tower: Tower, configs: Sequence[RunConfig]) -> list[TimedConfig]:
+    """Load configurations several times and time them interleaved; ratios are to the first of them.
 
     Raises:
         BundleError, EngineError, MissingExtraError: one cannot be loaded.
     """
 
-    def load(way: Way) -> Callable[[Values], object]:
-        return partial(run_first, TowerRunner(bundle, tower, way.precision, way.device).run)
+    def load(config: RunConfig) -> Callable[[Values], object]:
+        return partial(run_first, TowerRunner(bundle, tower, config.precision, config.device).run)
 
     inputs = bundle.golden().inputs(tower)
     targets = [
-        LoadableTarget(str(way), partial(load, way), _whole_batch(inputs, way.batch))
-        for way in ways
+        LoadableTarget(str(config), partial(load, config), _whole_batch(inputs, config.batch))
+        for config in configs
     ]
     measured = measure_loads(
-        targets, _CONTEST, part=tower, reference=str(ways[0]), seconds=_SECONDS
+        targets, _COMPARISON, part=tower, reference=str(configs[0]), seconds=_SECONDS
     )
     return [
-        TimedWay(
-            way=way,
-            ms_per_row=item.latency.p50_ms.scaled(1 / way.batch),
+        TimedConfig(
+            config=config,
+            ms_per_row=item.latency.p50_ms.scaled(1 / config.batch),
             ratio=None
             if item.ratio is None
-            else item.ratio.ratio.scaled(ways[0].batch / way.batch),
-            finalist=True,
+            else item.ratio.ratio.scaled(configs[0].batch / config.batch),
+            compared=True,
         )
-        for way, item in zip(ways, measured, strict=True)
+        for config, item in zip(configs, measured, strict=True)
     ]

@@ -26,7 +26,7 @@ _ENGINE_PACKAGES = ("onnxruntime", "openvino", "tensorrt")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunedTower:
-    """The fastest way to run one tower.
+    """The fastest configuration to run one tower.
 
     Attributes:
         tower: which one.
@@ -44,7 +44,7 @@ class TunedTower:
     ms_per_row: Annotated[float, Gt(0)]
 
     def __str__(self) -> str:
-        return f"{self.tower} tower: {way_to_run(self.device, self.precision)}"
+        return f"{self.tower} tower: {describe_config(self.device, self.precision)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class Tuning(JsonRecord):
         return replace(self, towers=(*kept, *towers), command=command)
 
 
-def way_to_run(device: DeviceProfile, precision: Precision) -> str:
+def describe_config(device: DeviceProfile, precision: Precision) -> str:
     """Return words such as "openvino int8 in bfloat16, 2 threads"."""
     rounded = " in bfloat16" if device.bfloat16 else ""
     threads = f", {device.threads} thread{'s' * (device.threads > 1)}" if device.on_cpu else ""

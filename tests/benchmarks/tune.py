@@ -24,9 +24,9 @@ from edgeclip.export.bundle.bundle_plan import BundlePlan, Origin
 from edgeclip.export.gates.gates import DEFAULT_BOUNDS
 from edgeclip.profiles.measure.tune import (
     Goal,
-    TimedWay,
+    TimedConfig,
     devices_here,
-    time_ways,
+    time_configs,
     tune_tower,
 )
 from edgeclip.runtime.bundle.bundle import Bundle
@@ -59,7 +59,7 @@ class Case:
     fastest: str
     over_best: Interval
     over_usual: Interval
-    ways: tuple[TimedWay, ...]
+    ways: tuple[TimedConfig, ...]
     left_out: tuple[tuple[str, str], ...]
 
     @property
@@ -90,27 +90,27 @@ def measure(bundle: Bundle, tower: Tower, goal: Goal) -> Case:
     name = bundle.manifest.name
     say(f"{name} {tower} {goal}")
     found = tune_tower(bundle, tower, devices_here(load_device("this-machine")), goal)
-    chosen = found.chosen.way
+    chosen = found.chosen.config
     least = min(item.ms_per_row.value for item in found.timed)
     others = [
-        item.way
+        item.config
         for item in found.timed
-        if item.way != chosen and (item.finalist or item.ms_per_row.value < _SLOW * least)
+        if item.config != chosen and (item.compared or item.ms_per_row.value < _SLOW * least)
     ]
-    timed = list[TimedWay]()
+    timed = list[TimedConfig]()
     for batch in sorted({way.batch for way in others}):  # a group at a time, for memory's sake
         group = [chosen, *(way for way in others if way.batch == batch)]
-        own, *rest = time_ways(bundle, tower, group)
+        own, *rest = time_configs(bundle, tower, group)
         timed += [own, *rest] if batch == chosen.batch else rest
     best = min(timed, key=lambda item: 1.0 if item.ratio is None else item.ratio.value)
-    usual = next(item for item in timed if item.way == found.usual)
+    usual = next(item for item in timed if item.config == found.default)
     return Case(
         model=name,
         tower=tower,
         goal=goal,
-        usual=str(found.usual),
+        usual=str(found.default),
         chosen=str(chosen),
-        fastest=str(best.way),
+        fastest=str(best.config),
         over_best=inverse(best.ratio),
         over_usual=inverse(usual.ratio),
         ways=tuple(timed),
@@ -128,15 +128,15 @@ def inverse(ratio: Interval | None) -> Interval:
 
 def batch_16(case: Case) -> Interval | None:
     """The best way at batch 16 over ONNX Runtime's fp32 at that batch, on all cores."""
-    rows = [item for item in case.ways if item.way.batch == 16]
+    rows = [item for item in case.ways if item.config.batch == 16]
     base = [
         item
         for item in rows
-        if (item.way.device.engine, item.way.precision) == ("onnxruntime-cpu", "fp32")
+        if (item.config.device.engine, item.config.precision) == ("onnxruntime-cpu", "fp32")
     ]
     if not base:
         return None
-    reference = min(base, key=lambda item: -item.way.device.threads)
+    reference = min(base, key=lambda item: -item.config.device.threads)
     best = min(rows, key=lambda item: item.ms_per_row.value)
     value = best.ms_per_row.value / reference.ms_per_row.value
     low = best.ms_per_row.low / reference.ms_per_row.high
@@ -147,7 +147,7 @@ def table(case: Case) -> str:
     """The fastest ways of a case in the full run, then the choice."""
     rows = [("way", "ms a row")]
     ordered = sorted(case.ways, key=lambda item: item.ms_per_row.value)
-    rows += [(str(item.way), span(item.ms_per_row)) for item in ordered[:8]]
+    rows += [(str(item.config), span(item.ms_per_row)) for item in ordered[:8]]
     lines = [f"{case.model}, {case.tower} tower, {case.goal}", columns(rows, left=1)]
     lines.append(f"chosen: {case.chosen}")
     lines.append(f"over the fastest {span(case.over_best)}, over the usual {span(case.over_usual)}")

@@ -20,7 +20,7 @@ def test_what_is_found_is_kept_used_and_forgotten(tiny_bundle: Path, capsys: Cap
     assert main(["tune", str(tiny_bundle), "--tower", "text", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"text"}
-    assert found["text"]["chosen"] in [item["way"] for item in found["text"]["timed"]]
+    assert found["text"]["chosen"] in [item["configuration"] for item in found["text"]["timed"]]
     kept = find_tuning(Bundle.open(tiny_bundle))
     assert kept is not None
     assert [item.tower for item in kept.towers] == ["text"]

@@ -1,4 +1,4 @@
-"""Tuning the tiny bundle: every way is tried, only right ones are timed, one is chosen."""
+"""Tuning the tiny bundle: all configurations are tried, right ones timed, one chosen."""
 
 import dataclasses
 from pathlib import Path
@@ -24,36 +24,36 @@ def test_the_fastest_of_all_ways_is_chosen(tiny_bundle: Path, cpu_device: Device
     bundle = Bundle.open(tiny_bundle)
     devices = [cpu_device, dataclasses.replace(cpu_device, threads=2)]
     found = tune_tower(bundle, "text", devices, progress=lambda *step: steps.append(step))
-    assert {str(item.way) for item in found.timed} == {
+    assert {str(item.config) for item in found.timed} == {
         f"onnxruntime-cpu {precision}, {threads}"
         for precision in ("fp32", "int8")
         for threads in ("1 thread", "2 threads")
     }
-    assert str(found.usual) == "onnxruntime-cpu fp32, 1 thread"
-    contest = [item for item in found.timed if item.finalist]
-    least = min(item.ms_per_row.value for item in contest)
-    assert found.chosen in contest
+    assert str(found.default) == "onnxruntime-cpu fp32, 1 thread"
+    compared = [item for item in found.timed if item.compared]
+    least = min(item.ms_per_row.value for item in compared)
+    assert found.chosen in compared
     assert found.chosen.ms_per_row.value <= least / 0.98
-    assert found.choice.precision == found.chosen.way.precision
-    assert found.choice.device == found.chosen.way.device
+    assert found.choice.precision == found.chosen.config.precision
+    assert found.choice.device == found.chosen.config.device
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1]
 
 
 def test_throughput_also_tries_batches(tiny_bundle: Path, cpu_device: DeviceProfile) -> None:
     found = tune_tower(Bundle.open(tiny_bundle), "image", [cpu_device], "throughput")
-    assert {item.way.batch for item in found.timed} == {8, 16, 32}
-    assert found.choice.device.batch_max == found.choice.batch == found.chosen.way.batch
+    assert {item.config.batch for item in found.timed} == {8, 16, 32}
+    assert found.choice.device.batch_max == found.choice.batch == found.chosen.config.batch
     small = dataclasses.replace(cpu_device, batch_max=4)
     only = tune_tower(Bundle.open(tiny_bundle), "image", [small], "throughput")
-    assert {item.way.batch for item in only.timed} == {4}
+    assert {item.config.batch for item in only.timed} == {4}
 
 
 def test_another_engine_is_tried_and_named(
     tiny_bundle: Path, cpu_device: DeviceProfile, openvino: DeviceProfile
 ) -> None:
     found = tune_tower(Bundle.open(tiny_bundle), "image", [cpu_device, openvino])
-    assert any(str(item.way).startswith("openvino fp32") for item in found.timed)
+    assert any(str(item.config).startswith("openvino fp32") for item in found.timed)
 
 
 def test_what_gives_other_embeddings_is_left_out(
@@ -66,7 +66,7 @@ def test_what_gives_other_embeddings_is_left_out(
     np.savez(own_bundle / GOLDEN_NAME, **(golden | turned))
     bundle = Bundle.open(own_bundle, check_hashes=False)
     found = tune_tower(bundle, "text", [cpu_device, openvino])
-    assert all(item.way.device == cpu_device for item in found.timed)
+    assert all(item.config.device == cpu_device for item in found.timed)
     assert len(found.left_out) == 2
     assert all(
         "gives other embeddings than the bundle recorded" in why for _, why in found.left_out
@@ -86,8 +86,8 @@ def test_an_engine_that_cannot_run_is_left_out_with_its_reason(
         compute_capability="8.6",
     )
     found = tune_tower(Bundle.open(tiny_bundle), "text", [cpu_device, absent])
-    ((way, reason),) = found.left_out
-    assert way == "onnxruntime-cuda fp32"
+    ((config, reason),) = found.left_out
+    assert config == "onnxruntime-cuda fp32"
     assert reason
 
 
